@@ -1,0 +1,16 @@
+//! Which pool gets a task: an index of pools, ordered by score, and a choice on it.
+//!
+//! The index is told facts ([`Candidate`]) and never asks for any; it does not know nodes,
+//! leases or queues. [`choose`] walks the free pools of one model from the best score on and
+//! takes the first that fits, so that its cost does not grow with the fleet. [`explain`] walks
+//! every pool and says of each why it was or was not eligible; it is the slow truth that
+//! `choose` is tested against.
+
+mod choose;
+mod index;
+
+pub use choose::{Choice, NoPlacement, Refusal, TaskShape, choose, count_refusals, explain};
+pub use index::{Candidate, PoolIndex, Score, Standing};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,411 @@
+use pool_registry_types::node::Capabilities;
+use pool_registry_types::pool::{EngineKind, PoolState, ReplicaReport};
+use pool_registry_types::{MachineId, ReplicaId};
+use proptest::prelude::*;
+use uuid::Uuid;
+
+use super::*;
+
+const INTERVAL_MS: u64 = 1_000;
+const TIMEOUT_MS: u64 = 5_000;
+
+fn at(millis: u64) -> Moment {
+    Moment::from_millis(millis)
+}
+
+fn node_id(name: &str) -> NodeId {
+    NodeId::new(name).unwrap()
+}
+
+fn attempt(n: u128) -> AttemptId {
+    AttemptId(Uuid::from_u128(n))
+}
+
+fn registry() -> Registry {
+    registry_of(1, None)
+}
+
+fn registry_of(incarnation: u64, switched_off: Option<Rule>) -> Registry {
+    let timing = Timing {
+        heartbeat_interval: Duration::from_millis(INTERVAL_MS),
+        node_timeout: Duration::from_millis(TIMEOUT_MS),
+    };
+    Registry::new(Settings { timing, incarnation, switched_off })
+}
+
+fn request(name: &str, boot: u128, address: &str) -> RegisterRequest {
+    RegisterRequest {
+        node_id: node_id(name),
+        machine_id: MachineId::new("m").unwrap(),
+        boot_id: BootId(Uuid::from_u128(boot)),
+        address: address.into(),
+        version: "0".into(),
+        intent: Intent::Serving,
+        pools: vec![],
+        capabilities: Capabilities::default(),
+    }
+}
+
+fn report(slots: u32, attempts: &[AttemptId]) -> PoolReport {
+    PoolReport {
+        pool_id: PoolId::new("pool-0").unwrap(),
+        state: PoolState::Ready,
+        ready: true,
+        draining: false,
+        engine: EngineKind::LlamaCpp,
+        engine_version: None,
+        models: vec![ModelRef::new("m").unwrap()],
+        device_mask: None,
+        ctx_max: None,
+        vram_free_bytes: None,
+        replicas: vec![ReplicaReport {
+            replica_id: ReplicaId::new("r0").unwrap(),
+            ready: true,
+            slots_total: slots,
+            slots_free: 0,
+            slots_foreign: 0,
+            attempts: attempts.to_vec(),
+        }],
+        last_error: None,
+    }
+}
+
+fn beat(epoch: &Epoch, seq: u64, attempts: &[AttemptId]) -> Heartbeat {
+    Heartbeat {
+        epoch: epoch.clone(),
+        seq,
+        timestamp: String::new(),
+        intent: Intent::Serving,
+        pools: vec![report(4, attempts)],
+        gpus: vec![],
+    }
+}
+
+fn live(name: &str, boot: u128) -> Result<LiveAnswer, String> {
+    Ok(LiveAnswer { node_id: node_id(name), boot_id: BootId(Uuid::from_u128(boot)) })
+}
+
+/// A node that is online since `now`.
+fn join(registry: &mut Registry, now: Moment, name: &str) -> Epoch {
+    let address = format!("http://{name}");
+    let epoch = registry.register(now, request(name, 1, &address)).unwrap().epoch;
+    registry.take_due_probes(now);
+    registry.probed(now, &node_id(name), &address, live(name, 1));
+    assert_eq!(registry.liveness(&node_id(name)), Some(Liveness::Online));
+    epoch
+}
+
+fn pool(name: &str) -> PoolKey {
+    PoolKey::new(node_id(name), PoolId::new("pool-0").unwrap())
+}
+
+fn busy(registry: &Registry, name: &str) -> u32 {
+    registry.pool_facts(&pool(name)).unwrap().slots_busy
+}
+
+fn taken(outcome: Result<HeartbeatOutcome, NodeNotKnown>) -> (Vec<AttemptId>, Vec<AttemptId>) {
+    match outcome {
+        Ok(HeartbeatOutcome::Taken { vanished, orphans, .. }) => (vanished, orphans),
+        other => panic!("the heartbeat was not taken: {other:?}"),
+    }
+}
+
+// CLOUD-1302
+#[test]
+fn a_registered_node_is_suspect_until_its_address_answers_with_its_identity() {
+    let mut r = registry();
+    r.register(at(0), request("a", 1, "http://a")).unwrap();
+    assert_eq!(r.liveness(&node_id("a")), Some(Liveness::Suspect));
+    assert_eq!(r.take_due_probes(at(0)), vec![(node_id("a"), "http://a".into())]);
+    r.probed(at(1), &node_id("a"), "http://a", live("b", 1));
+    assert!(r.view(at(1)).nodes[0].reason.as_ref().unwrap().contains("b answered there"));
+    assert!(r.take_due_probes(at(1000)).is_empty());
+    assert_eq!(r.take_due_probes(at(1001)).len(), 1);
+    r.probed(at(1002), &node_id("a"), "http://a", live("a", 2));
+    assert_eq!(r.liveness(&node_id("a")), Some(Liveness::Suspect));
+    r.probed(at(1003), &node_id("a"), "http://a", live("a", 1));
+    assert_eq!(r.liveness(&node_id("a")), Some(Liveness::Online));
+}
+
+// CLOUD-1303
+#[test]
+fn a_silent_node_is_suspect_after_two_intervals_and_offline_after_the_timeout() {
+    let mut r = registry();
+    join(&mut r, at(0), "a");
+    assert_eq!(r.next_deadline(), Some(at(2 * INTERVAL_MS)));
+    assert!(r.expire(at(1_999)).is_empty());
+    assert_eq!(r.expire(at(2_000)), vec![Transition { node_id: node_id("a"), to: Liveness::Suspect }]);
+    assert_eq!(r.take_due_probes(at(2_000)).len(), 1);
+    r.probed(at(2_001), &node_id("a"), "http://a", live("a", 1));
+    assert_eq!(r.liveness(&node_id("a")), Some(Liveness::Suspect), "a probe does not lift silence");
+    assert!(r.expire(at(4_999)).is_empty());
+    assert_eq!(r.expire(at(5_000)), vec![Transition { node_id: node_id("a"), to: Liveness::Offline }]);
+}
+
+#[test]
+fn node_returns_online_when_heartbeats_resume_after_expiry() {
+    let mut r = registry();
+    let epoch = join(&mut r, at(0), "a");
+    r.expire(at(5_000));
+    assert_eq!(r.liveness(&node_id("a")), Some(Liveness::Offline));
+    taken(r.heartbeat(at(6_000), &node_id("a"), beat(&epoch, 1, &[])));
+    assert_eq!(r.liveness(&node_id("a")), Some(Liveness::Online));
+}
+
+// CLOUD-1304
+#[test]
+fn a_token_postpones_offline_but_does_not_lift_suspicion() {
+    let mut r = registry();
+    join(&mut r, at(0), "a");
+    r.expire(at(2_000));
+    r.alive(at(4_000), &node_id("a"));
+    assert_eq!(r.liveness(&node_id("a")), Some(Liveness::Suspect));
+    assert!(r.expire(at(8_999)).is_empty());
+    assert_eq!(r.expire(at(9_000)).len(), 1);
+}
+
+// CLOUD-1305
+#[test]
+fn a_failed_connection_makes_a_node_suspect_at_once_and_a_probe_lifts_it() {
+    let mut r = registry();
+    let epoch = join(&mut r, at(0), "a");
+    let transition = r.dial_failed(at(10), &node_id("a"), "connection refused".into());
+    assert_eq!(transition, Some(Transition { node_id: node_id("a"), to: Liveness::Suspect }));
+    taken(r.heartbeat(at(20), &node_id("a"), beat(&epoch, 1, &[])));
+    assert_eq!(r.liveness(&node_id("a")), Some(Liveness::Suspect), "a heartbeat does not lift a failed dial");
+    assert_eq!(r.take_due_probes(at(1_010)).len(), 1);
+    r.probed(at(1_011), &node_id("a"), "http://a", live("a", 1));
+    assert_eq!(r.liveness(&node_id("a")), Some(Liveness::Online));
+}
+
+// CLOUD-1003
+#[test]
+fn a_live_id_from_another_address_is_a_conflict_and_from_the_same_a_restart() {
+    let mut r = registry();
+    let epoch = join(&mut r, at(0), "a");
+    taken(r.heartbeat(at(1), &node_id("a"), beat(&epoch, 1, &[])));
+    r.reserve(&pool("a"), attempt(1));
+    let conflict = r.register(at(2), request("a", 2, "http://elsewhere"));
+    assert!(matches!(conflict, Err(NodeConflict::IdTaken { .. })));
+    let restarted = r.register(at(3), request("a", 2, "http://a")).unwrap();
+    assert_eq!(restarted.ended, vec![attempt(1)]);
+    assert_ne!(restarted.epoch, epoch);
+    assert_eq!(r.heartbeat(at(4), &node_id("a"), beat(&epoch, 2, &[])), Err(NodeNotKnown));
+}
+
+#[test]
+fn an_offline_id_may_come_back_from_another_address() {
+    let mut r = registry();
+    join(&mut r, at(0), "a");
+    r.expire(at(5_000));
+    assert!(r.register(at(5_001), request("a", 2, "http://elsewhere")).is_ok());
+}
+
+// CLOUD-1004
+#[test]
+fn the_same_boot_keeps_its_attempts_and_its_report_numbers_when_it_registers_again() {
+    let mut r = registry();
+    let epoch = join(&mut r, at(0), "a");
+    taken(r.heartbeat(at(1), &node_id("a"), beat(&epoch, 7, &[])));
+    r.reserve(&pool("a"), attempt(1));
+    let again = r.register(at(2), request("a", 1, "http://a")).unwrap();
+    assert!(again.ended.is_empty());
+    assert_eq!(r.liveness(&node_id("a")), Some(Liveness::Online));
+    assert_eq!(r.heartbeat(at(3), &node_id("a"), beat(&again.epoch, 7, &[])), Ok(HeartbeatOutcome::Ignored));
+}
+
+// CLOUD-1005
+#[test]
+fn an_old_report_is_ignored_and_does_not_renew_the_lease() {
+    let mut r = registry();
+    let epoch = join(&mut r, at(0), "a");
+    taken(r.heartbeat(at(1), &node_id("a"), beat(&epoch, 2, &[])));
+    assert_eq!(r.heartbeat(at(1_900), &node_id("a"), beat(&epoch, 2, &[])), Ok(HeartbeatOutcome::Ignored));
+    assert_eq!(r.expire(at(2_001)).len(), 1);
+}
+
+// CLOUD-1006
+#[test]
+fn epochs_differ_between_two_lives_of_the_control_plane() {
+    let first = join(&mut registry_of(1, None), at(0), "a");
+    let second = join(&mut registry_of(2, None), at(0), "a");
+    assert_ne!(first, second);
+}
+
+// CLOUD-1007
+#[test]
+fn a_late_deregistration_of_an_old_epoch_has_no_effect() {
+    let mut r = registry();
+    let old = join(&mut r, at(0), "a");
+    let new = r.register(at(1), request("a", 1, "http://a")).unwrap().epoch;
+    assert_eq!(r.deregister(&node_id("a"), Some(&old)), None);
+    assert_eq!(r.deregister(&node_id("a"), Some(&new)), Some(vec![]));
+    assert_eq!(r.heartbeat(at(2), &node_id("a"), beat(&new, 1, &[])), Err(NodeNotKnown));
+}
+
+// CLOUD-1401
+#[test]
+fn a_report_that_crossed_a_dispatch_does_not_free_the_slot() {
+    let mut r = registry();
+    let epoch = join(&mut r, at(0), "a");
+    taken(r.heartbeat(at(1), &node_id("a"), beat(&epoch, 1, &[])));
+    r.reserve(&pool("a"), attempt(1));
+    let (vanished, _) = taken(r.heartbeat(at(2), &node_id("a"), beat(&epoch, 2, &[])));
+    assert!(vanished.is_empty(), "not accepted yet: the report says nothing about it");
+    assert_eq!(busy(&r, "a"), 1);
+    r.accepted(&attempt(1), 3);
+    let (vanished, _) = taken(r.heartbeat(at(3), &node_id("a"), beat(&epoch, 3, &[])));
+    assert!(vanished.is_empty(), "report 3 was made before the acceptance");
+    let (vanished, _) = taken(r.heartbeat(at(4), &node_id("a"), beat(&epoch, 4, &[attempt(1)])));
+    assert!(vanished.is_empty());
+    assert_eq!(busy(&r, "a"), 1, "reported and reserved is one slot");
+    let (vanished, _) = taken(r.heartbeat(at(5), &node_id("a"), beat(&epoch, 5, &[])));
+    assert_eq!(vanished, vec![attempt(1)]);
+}
+
+// CLOUD-1402
+#[test]
+fn a_report_from_before_the_end_makes_no_orphan_and_a_later_one_does() {
+    let mut r = registry();
+    let epoch = join(&mut r, at(0), "a");
+    taken(r.heartbeat(at(1), &node_id("a"), beat(&epoch, 1, &[])));
+    r.reserve(&pool("a"), attempt(1));
+    r.accepted(&attempt(1), 1);
+    r.release(&attempt(1), Some(2));
+    let (_, orphans) = taken(r.heartbeat(at(2), &node_id("a"), beat(&epoch, 2, &[attempt(1)])));
+    assert!(orphans.is_empty());
+    assert_eq!(busy(&r, "a"), 0, "the node said that it has ended");
+    let (_, orphans) = taken(r.heartbeat(at(3), &node_id("a"), beat(&epoch, 3, &[attempt(1)])));
+    assert_eq!(orphans, vec![attempt(1)]);
+    assert_eq!(busy(&r, "a"), 1, "an orphan holds its slot until it is gone");
+}
+
+// CLOUD-1403
+#[test]
+fn a_refused_pool_counts_as_full_until_its_next_report_or_the_hold_ends() {
+    let mut r = registry();
+    let epoch = join(&mut r, at(0), "a");
+    taken(r.heartbeat(at(1), &node_id("a"), beat(&epoch, 1, &[])));
+    r.hold(&pool("a"), at(251));
+    assert!(r.pool_facts(&pool("a")).unwrap().held);
+    assert_eq!(r.next_deadline(), Some(at(251)));
+    r.expire(at(251));
+    assert!(!r.pool_facts(&pool("a")).unwrap().held);
+    r.hold(&pool("a"), at(600));
+    taken(r.heartbeat(at(300), &node_id("a"), beat(&epoch, 2, &[])));
+    assert!(!r.pool_facts(&pool("a")).unwrap().held);
+}
+
+// CLOUD-1306
+#[test]
+fn when_most_nodes_fall_silent_at_once_nobody_goes_offline_for_one_more_timeout() {
+    let mut r = registry();
+    for name in ["a", "b", "c", "d"] {
+        join(&mut r, at(0), name);
+    }
+    assert_eq!(r.expire(at(2_000)).len(), 4);
+    assert!(r.mass_silence_since().is_some());
+    assert!(r.expire(at(9_999)).is_empty());
+    assert_eq!(r.expire(at(10_000)).len(), 4);
+}
+
+#[test]
+fn mass_silence_with_a_failed_connection_is_not_ours() {
+    let mut r = registry();
+    for name in ["a", "b", "c"] {
+        join(&mut r, at(0), name);
+    }
+    r.expire(at(2_000));
+    r.dial_failed(at(2_001), &node_id("a"), "refused".into());
+    assert_eq!(r.mass_silence_since(), None);
+    assert_eq!(r.expire(at(5_000)).len(), 3);
+}
+
+// CLOUD-1307
+#[test]
+fn a_stall_of_the_control_plane_extends_every_lease() {
+    let mut r = registry();
+    join(&mut r, at(0), "a");
+    r.stalled(at(20_000), Duration::from_millis(19_500));
+    assert!(r.expire(at(20_000)).is_empty());
+    assert_eq!(r.liveness(&node_id("a")), Some(Liveness::Online));
+}
+
+#[test]
+fn what_one_node_says_never_changes_another() {
+    let mut r = registry();
+    let a = join(&mut r, at(0), "a");
+    let b = join(&mut r, at(0), "b");
+    taken(r.heartbeat(at(1), &node_id("b"), beat(&b, 1, &[])));
+    r.reserve(&pool("b"), attempt(9));
+    r.accepted(&attempt(9), 1);
+    let before = format!("{:?}", r.view(at(5)).nodes[1]);
+    let (vanished, orphans) = taken(r.heartbeat(at(5), &node_id("a"), beat(&a, 1, &[attempt(3)])));
+    assert!(vanished.is_empty());
+    assert_eq!(orphans, vec![attempt(3)]);
+    assert_eq!(format!("{:?}", r.view(at(5)).nodes[1]), before);
+}
+
+#[derive(Debug, Clone)]
+enum Action {
+    Reserve(u8),
+    Accept(u8),
+    Release(u8, bool),
+    Beat(Vec<u8>),
+    Tick(u16),
+}
+
+fn actions() -> impl Strategy<Value = Vec<Action>> {
+    let action = prop_oneof![
+        (0_u8..12).prop_map(Action::Reserve),
+        (0_u8..12).prop_map(Action::Accept),
+        (0_u8..12, any::<bool>()).prop_map(|(n, closed)| Action::Release(n, closed)),
+        prop::collection::vec(0_u8..12, 0..4).prop_map(Action::Beat),
+        (0_u16..3_000).prop_map(Action::Tick),
+    ];
+    prop::collection::vec(action, 0..60)
+}
+
+proptest! {
+    /// Reservations are counted until released exactly once, whatever the node reports.
+    #[test]
+    fn a_reserved_slot_is_never_free_and_a_released_one_never_reserved(actions in actions()) {
+        let mut r = registry();
+        let epoch = join(&mut r, at(0), "a");
+        taken(r.heartbeat(at(0), &node_id("a"), beat(&epoch, 1, &[])));
+        let (mut now, mut seq) = (0, 1);
+        let mut reserved = BTreeSet::new();
+        for action in actions {
+            match action {
+                Action::Reserve(n) => {
+                    if reserved.insert(n) {
+                        r.reserve(&pool("a"), attempt(n.into()));
+                    }
+                }
+                Action::Accept(n) => r.accepted(&attempt(n.into()), seq),
+                Action::Release(n, closed) => {
+                    let released = r.release(&attempt(n.into()), closed.then_some(seq));
+                    prop_assert_eq!(released.is_some(), reserved.remove(&n));
+                }
+                Action::Beat(listed) => {
+                    seq += 1;
+                    let listed: Vec<AttemptId> = listed.into_iter().map(|n| attempt(n.into())).collect();
+                    let (vanished, orphans) = taken(r.heartbeat(at(now), &node_id("a"), beat(&epoch, seq, &listed)));
+                    for gone in vanished {
+                        prop_assert!(!listed.contains(&gone));
+                    }
+                    for orphan in orphans {
+                        prop_assert!(listed.contains(&orphan));
+                    }
+                }
+                Action::Tick(millis) => {
+                    now += u64::from(millis);
+                    r.expire(at(now));
+                }
+            }
+            prop_assert_eq!(r.reservation_count(), reserved.len());
+            prop_assert!(busy(&r, "a") as usize >= reserved.len());
+            prop_assert!(r.next_deadline().is_none_or(|next| next > at(now) || !r.take_due_probes(at(now)).is_empty()));
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! Who holds a slot: the node's report and our own books, as one set.
+//!
+//! A report carries a number. The node says at an attempt's acceptance, and again at its end,
+//! which report came last before it. So a report says nothing about attempts accepted or
+//! ended after it, and only a later one can show an attempt *vanished* (we think it runs, the
+//! node does not) or an *orphan* (the node runs it, we do not know it).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use pool_registry_types::pool::PoolReport;
+use pool_registry_types::{AttemptId, Moment, PoolKey};
+
+/// The control plane's claim on a slot.
+#[derive(Debug, Clone)]
+pub(crate) struct Reservation {
+    pub(crate) pool: PoolKey,
+    /// The last report before the node accepted; absent until it has.
+    pub(crate) accepted_after: Option<u64>,
+}
+
+/// One pool as reported, and the slots that are taken in it.
+#[derive(Debug, Clone)]
+pub(crate) struct PoolBook {
+    pub(crate) report: PoolReport,
+    pub(crate) reserved: BTreeSet<AttemptId>,
+    /// Attempts of the last report that have not ended since.
+    pub(crate) reported: BTreeSet<AttemptId>,
+    /// Refused a dispatch: counts as full until the next report or this moment.
+    pub(crate) held_until: Option<Moment>,
+}
+
+impl PoolBook {
+    /// Slots of the replicas that take requests.
+    pub(crate) fn slots_total(&self) -> u32 {
+        self.report.replicas.iter().filter(|r| r.ready).map(|r| r.slots_total).sum()
+    }
+
+    fn slots_foreign(&self) -> u32 {
+        self.report.replicas.iter().filter(|r| r.ready).map(|r| r.slots_foreign).sum()
+    }
+
+    /// |reported ∪ reserved| + foreign.
+    pub(crate) fn slots_busy(&self, count_reservations: bool) -> u32 {
+        let ours = if count_reservations {
+            self.reserved.union(&self.reported).count()
+        } else {
+            self.reported.len()
+        };
+        u32::try_from(ours).unwrap_or(u32::MAX).saturating_add(self.slots_foreign())
+    }
+}
+
+/// Attempts that ended with the node's closing word, and the report that came last before it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct ClosedAttempts(BTreeMap<AttemptId, u64>);
+
+impl ClosedAttempts {
+    pub(crate) fn insert(&mut self, attempt: AttemptId, closed_after: u64) {
+        self.0.insert(attempt, closed_after);
+    }
+
+    /// Whether a report of this number may still list the attempt although it has ended.
+    pub(crate) fn explains(&self, attempt: &AttemptId, seq: u64) -> bool {
+        self.0.get(attempt).is_some_and(|closed_after| seq <= *closed_after)
+    }
+
+    /// Forgets what no later report can list any more.
+    pub(crate) fn forget_before(&mut self, seq: u64) {
+        self.0.retain(|_, closed_after| seq <= *closed_after);
+    }
+}

@@ -1,0 +1,47 @@
+//! The rules that carry the load, by name.
+//!
+//! Each rule can be switched off, one at a time, for one purpose: the simulator shows that its
+//! invariants notice. Production never sets one. Source: .specs/01 CLOUD-1900.
+
+/// One rule of the control plane that must not be lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Rule {
+    /// Free slots count the union of reported attempts and reservations.
+    UnionOfReservations,
+    /// Attempts have deadlines of their own, before and between tokens.
+    AttemptDeadlines,
+    /// A report that crossed a dispatch makes no false vanished attempt and no false orphan.
+    ReportSequence,
+    /// The timer is armed anew after every event.
+    TimerRearmed,
+    /// A refused dispatch costs no try.
+    RefusalIsFree,
+    /// Epochs are unique over restarts of the control plane.
+    IncarnationInEpoch,
+    /// One broken stream does not kill its neighbours.
+    OwnLiveness,
+    /// A failed connection makes a node suspect before its lease runs out.
+    EvidenceBeforeLease,
+    /// The control plane suspects itself when most nodes fall silent.
+    MassSilence,
+    /// The relay fences the log before the core places the task again.
+    FenceBeforePlace,
+    /// A task that killed two engines is not given a third.
+    PoisonLimit,
+}
+
+impl Rule {
+    pub const ALL: [Self; 11] = [
+        Self::UnionOfReservations,
+        Self::AttemptDeadlines,
+        Self::ReportSequence,
+        Self::TimerRearmed,
+        Self::RefusalIsFree,
+        Self::IncarnationInEpoch,
+        Self::OwnLiveness,
+        Self::EvidenceBeforeLease,
+        Self::MassSilence,
+        Self::FenceBeforePlace,
+        Self::PoisonLimit,
+    ];
+}

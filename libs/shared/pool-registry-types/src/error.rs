@@ -1,0 +1,192 @@
+//! One table: error code → HTTP status → whether the same request may be sent again.
+//!
+//! The code is the contract; messages are for people and may change.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::ids::{NodeId, PoolId};
+use crate::pool::EngineKind;
+
+macro_rules! codes {
+    ($($(#[$doc:meta])* $variant:ident = $text:literal, $status:literal, $retriable:literal;)*) => {
+        /// Every error that either daemon says. Source: .specs/01 CLOUD-1100.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
+        pub enum ErrorCode {
+            $($(#[$doc])* #[serde(rename = $text)] $variant,)*
+        }
+
+        impl ErrorCode {
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
+
+            /// The code as it stands on the wire.
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $text,)* }
+            }
+
+            /// The HTTP status of an answer with this code.
+            pub const fn http_status(self) -> u16 {
+                match self { $(Self::$variant => $status,)* }
+            }
+
+            /// Whether the same request may succeed later.
+            pub const fn retriable(self) -> bool {
+                match self { $(Self::$variant => $retriable,)* }
+            }
+        }
+    };
+}
+
+codes! {
+    /// Malformed or out of range; the message names the field.
+    InvalidParams = "INVALID_PARAMS", 400, false;
+    /// The engine cannot do what was asked.
+    Unsupported = "UNSUPPORTED", 400, false;
+    /// The prompt does not fit into the model's context.
+    ContextTooLong = "CONTEXT_TOO_LONG", 400, false;
+    MissingToken = "MISSING_TOKEN", 401, false;
+    BadToken = "BAD_TOKEN", 401, false;
+    NotFound = "NOT_FOUND", 404, false;
+    /// Unknown node or an old epoch: the node registers again.
+    NodeUnknown = "NODE_UNKNOWN", 404, true;
+    MethodNotAllowed = "METHOD_NOT_ALLOWED", 405, false;
+    /// Another live process has this node id.
+    NodeIdConflict = "NODE_ID_CONFLICT", 409, true;
+    /// The task id is taken by a task with another body.
+    TaskConflict = "TASK_CONFLICT", 409, false;
+    /// The request was meant for another node or another life of this one.
+    WrongNode = "WRONG_NODE", 409, false;
+    /// This attempt was seen before.
+    AttemptDuplicate = "ATTEMPT_DUPLICATE", 409, false;
+    /// The stream or the place in it is not kept any more.
+    EventsExpired = "EVENTS_EXPIRED", 410, false;
+    PayloadTooLarge = "PAYLOAD_TOO_LARGE", 413, false;
+    /// The queue is full, or the deadline cannot be met.
+    AdmissionReject = "ADMISSION_REJECT", 429, true;
+    /// No node reported a pool with this model within the last node timeout.
+    ModelNotAvailable = "MODEL_NOT_AVAILABLE", 503, true;
+    PoolUnready = "POOL_UNREADY", 503, true;
+    /// All tries are used up; the message has the causes.
+    PoolUnavailable = "POOL_UNAVAILABLE", 503, true;
+    /// No free slot at this moment.
+    ReplicaExhausted = "REPLICA_EXHAUSTED", 503, true;
+    CloudProfileDisabled = "CLOUD_PROFILE_DISABLED", 503, false;
+    /// The control loop's mailbox, or another bounded queue, is full.
+    Overloaded = "OVERLOADED", 503, true;
+    /// Shutting down.
+    Draining = "DRAINING", 503, true;
+    DeadlineExceeded = "DEADLINE_EXCEEDED", 504, true;
+    /// The engine fell silent, before or between tokens.
+    DecodeTimeout = "DECODE_TIMEOUT", 504, true;
+    /// Node or engine lost after tokens had been sent.
+    WorkerReset = "WORKER_RESET", 502, true;
+    /// Canceled on the client's demand.
+    Canceled = "CANCELED", 499, false;
+    /// A defect of ours.
+    Internal = "INTERNAL", 500, false;
+}
+
+impl std::fmt::Display for ErrorCode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// The body of every failing answer, and the data of every `error` event.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema, thiserror::Error)]
+#[error("{code}: {message}")]
+pub struct ErrorBody {
+    pub code: ErrorCode,
+    /// For people; names the field, file, node or pool at fault.
+    pub message: String,
+    pub retriable: bool,
+    /// Milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_after_ms: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<EngineKind>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node_id: Option<NodeId>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool_id: Option<PoolId>,
+    /// Which rule refused an admission.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy_label: Option<String>,
+    /// Between the daemons only: what ended an attempt on its node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cause: Option<EndCause>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub correlation_id: Option<String>,
+}
+
+impl ErrorBody {
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            message: message.into(),
+            retriable: code.retriable(),
+            retry_after_ms: None,
+            engine: None,
+            node_id: None,
+            pool_id: None,
+            policy_label: None,
+            cause: None,
+            correlation_id: None,
+        }
+    }
+
+    #[must_use]
+    pub fn at(mut self, node_id: &NodeId, pool_id: &PoolId) -> Self {
+        self.node_id = Some(node_id.clone());
+        self.pool_id = Some(pool_id.clone());
+        self
+    }
+
+    #[must_use]
+    pub fn with_cause(mut self, cause: EndCause) -> Self {
+        self.cause = Some(cause);
+        self
+    }
+
+    #[must_use]
+    pub fn retry_after_ms(mut self, millis: u64) -> Self {
+        self.retry_after_ms = Some(millis);
+        self
+    }
+}
+
+/// Why a node ended an attempt with an `error` frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum EndCause {
+    /// The engine's connection was lost, or closed without its end marker.
+    EngineDied,
+    #[serde(rename = "engine_5xx")]
+    Engine5xx,
+    /// The engine refused the request itself: final, passed to the client.
+    #[serde(rename = "engine_4xx")]
+    Engine4xx,
+    EngineTimeout,
+    Canceled,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_code_is_spelt_on_the_wire_as_in_the_table() {
+        for code in ErrorCode::ALL {
+            let json = serde_json::to_string(code).unwrap();
+            assert_eq!(json, format!("\"{}\"", code.as_str()));
+            assert_eq!(serde_json::from_str::<ErrorCode>(&json).unwrap(), *code);
+            assert!((400..600).contains(&code.http_status()));
+        }
+    }
+
+    #[test]
+    fn absent_fields_stay_off_the_wire() {
+        let json = serde_json::to_value(ErrorBody::new(ErrorCode::NotFound, "no such task")).unwrap();
+        assert_eq!(json, serde_json::json!({"code":"NOT_FOUND","message":"no such task","retriable":false}));
+    }
+}

@@ -1,0 +1,225 @@
+//! Identifiers, validated when they are made, cheap to clone.
+//!
+//! A pool's identity is [`PoolKey`]: the node's id and the pool's id together, because a pool
+//! id is unique on its node only. Text ids share one allocation between clones.
+
+use std::borrow::Borrow;
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+/// Longest node, machine, pool or replica id, in bytes. Source: .specs/01 CLOUD-1001.
+pub const MAX_NAME_BYTES: usize = 63;
+/// Longest model reference, in bytes.
+pub const MAX_MODEL_REF_BYTES: usize = 255;
+
+/// Why a text is not an identifier.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidId {
+    #[error("{field} must be 1 to {MAX_NAME_BYTES} characters of [A-Za-z0-9._-], the first alphanumeric")]
+    Name { field: &'static str },
+    #[error("model_ref must be 1 to {MAX_MODEL_REF_BYTES} bytes without white space or control characters")]
+    Model,
+    #[error("{field} must be a UUID")]
+    Uuid { field: &'static str },
+    #[error("epoch must be 1 to 64 visible ASCII characters")]
+    Epoch,
+}
+
+fn is_name(text: &str) -> bool {
+    let bytes = text.as_bytes();
+    (1..=MAX_NAME_BYTES).contains(&bytes.len())
+        && bytes[0].is_ascii_alphanumeric()
+        && bytes.iter().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+}
+
+fn is_model_ref(text: &str) -> bool {
+    (1..=MAX_MODEL_REF_BYTES).contains(&text.len()) && !text.chars().any(|c| c.is_control() || c.is_whitespace())
+}
+
+fn is_epoch(text: &str) -> bool {
+    (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic())
+}
+
+macro_rules! text_id {
+    ($(#[$doc:meta])* $name:ident, $valid:expr, $error:expr) => {
+        $(#[$doc])*
+        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, ToSchema)]
+        #[schema(value_type = String)]
+        pub struct $name(Arc<str>);
+
+        impl $name {
+            /// Checks the text and keeps it.
+            pub fn new(text: &str) -> Result<Self, InvalidId> {
+                if $valid(text) { Ok(Self(Arc::from(text))) } else { Err($error) }
+            }
+
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = InvalidId;
+
+            fn from_str(text: &str) -> Result<Self, InvalidId> {
+                Self::new(text)
+            }
+        }
+
+        impl Borrow<str> for $name {
+            fn borrow(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(&self.0)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
+                Self::new(&text).map_err(serde::de::Error::custom)
+            }
+        }
+    };
+}
+
+text_id!(
+    /// One running `pool-managerd`, named by its operator.
+    NodeId, is_name, InvalidId::Name { field: "node_id" }
+);
+text_id!(
+    /// The host that a node runs on.
+    MachineId, is_name, InvalidId::Name { field: "machine_id" }
+);
+text_id!(
+    /// One engine with one model on one device mask of a node; unique on its node only.
+    PoolId, is_name, InvalidId::Name { field: "pool_id" }
+);
+text_id!(
+    /// One engine process of a pool.
+    ReplicaId, is_name, InvalidId::Name { field: "replica_id" }
+);
+text_id!(
+    /// The name by which clients ask for a model and engines report it.
+    ModelRef, is_model_ref, InvalidId::Model
+);
+text_id!(
+    /// One registration of a node. Opaque: compared for equality only.
+    Epoch, is_epoch, InvalidId::Epoch
+);
+
+macro_rules! uuid_id {
+    ($(#[$doc:meta])* $name:ident, $field:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
+        #[serde(transparent)]
+        #[schema(value_type = Uuid)]
+        pub struct $name(pub Uuid);
+
+        impl FromStr for $name {
+            type Err = InvalidId;
+
+            fn from_str(text: &str) -> Result<Self, InvalidId> {
+                Uuid::parse_str(text).map(Self).map_err(|_| InvalidId::Uuid { field: $field })
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(&self.0.as_hyphenated(), f)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(&self.0.as_hyphenated(), f)
+            }
+        }
+    };
+}
+
+uuid_id!(
+    /// What a client asked for, once.
+    TaskId, "task_id"
+);
+uuid_id!(
+    /// One try of a task on one pool.
+    AttemptId, "attempt_id"
+);
+uuid_id!(
+    /// One life of a node's process.
+    BootId, "boot_id"
+);
+uuid_id!(
+    /// The stream of one task as one life of the control plane keeps it.
+    LogId, "log_id"
+);
+
+/// The identity of a pool in the cluster.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PoolKey {
+    pub node_id: NodeId,
+    pub pool_id: PoolId,
+}
+
+impl PoolKey {
+    pub fn new(node_id: NodeId, pool_id: PoolId) -> Self {
+        Self { node_id, pool_id }
+    }
+}
+
+impl fmt::Display for PoolKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.node_id, self.pool_id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_63_safe_characters_and_starts_alphanumeric() {
+        for good in ["a", "gpu-node-1", "0.x_y-Z", &"n".repeat(63)] {
+            assert_eq!(NodeId::new(good).unwrap().as_str(), good);
+        }
+        for bad in ["", "-a", ".a", "a/b", "a b", "ä", "a\n", &"n".repeat(64)] {
+            assert_eq!(NodeId::new(bad), Err(InvalidId::Name { field: "node_id" }), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn an_invalid_name_does_not_come_in_through_json() {
+        let error = serde_json::from_str::<PoolId>("\"../etc\"").unwrap_err().to_string();
+        assert!(error.contains("pool_id must be"), "{error}");
+        assert_eq!(serde_json::from_str::<PoolId>("\"pool\\u002d0\"").unwrap().as_str(), "pool-0");
+    }
+
+    #[test]
+    fn a_model_ref_may_hold_slashes_but_no_white_space() {
+        assert!(ModelRef::new("hf:org/repo/file.gguf").is_ok());
+        assert_eq!(ModelRef::new("a b"), Err(InvalidId::Model));
+        assert_eq!(ModelRef::new(""), Err(InvalidId::Model));
+    }
+}

@@ -1,0 +1,20 @@
+//! The vocabulary of the cluster and its wire, shared by both daemons.
+//!
+//! Everything here is data: identifiers that cannot be built wrong, the bodies that cross
+//! the network, the table of errors, the event-stream format, and the view that readers get.
+//! There is no I/O, no clock and no decision in this crate. The one idea needed to read it:
+//! a value that exists is valid, because every constructor checks.
+
+pub mod error;
+pub mod ids;
+pub mod moment;
+pub mod node;
+pub mod pool;
+pub mod routes;
+pub mod sse;
+pub mod task;
+pub mod view;
+
+pub use error::{ErrorBody, ErrorCode};
+pub use ids::{AttemptId, BootId, Epoch, LogId, MachineId, ModelRef, NodeId, PoolId, PoolKey, ReplicaId, TaskId};
+pub use moment::Moment;

@@ -1,0 +1,129 @@
+//! What a node says to the control plane, and what it is told.
+//!
+//! In messages between the daemons unknown fields are ignored and new ones are optional, so
+//! that an old reader meets a new writer and the other way round.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::ids::{AttemptId, BootId, Epoch, MachineId, NodeId, PoolId};
+use crate::pool::PoolReport;
+
+/// What the control plane observes of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Liveness {
+    Online,
+    /// No new work until it is probed or heard again.
+    Suspect,
+    Offline,
+}
+
+/// What the operator, or the node itself, asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Intent {
+    #[default]
+    Serving,
+    Draining,
+}
+
+/// `POST /v2/nodes/register`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct RegisterRequest {
+    pub node_id: NodeId,
+    pub machine_id: MachineId,
+    pub boot_id: BootId,
+    /// Where the control plane reaches the node: `http://host:port`.
+    pub address: String,
+    pub version: String,
+    #[serde(default)]
+    pub intent: Intent,
+    #[serde(default)]
+    pub pools: Vec<PoolId>,
+    #[serde(default)]
+    pub capabilities: Capabilities,
+}
+
+/// What the node's machine has.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub struct Capabilities {
+    #[serde(default)]
+    pub gpus: Vec<GpuCapability>,
+    #[serde(default)]
+    pub cpu_cores: u32,
+    #[serde(default)]
+    pub ram_total_bytes: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GpuCapability {
+    pub device_id: u32,
+    pub uuid: String,
+    pub name: String,
+    pub vram_total_bytes: u64,
+    /// CUDA compute capability, `8.6`.
+    pub compute_capability: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RegisterAnswer {
+    pub node_id: NodeId,
+    pub epoch: Epoch,
+    pub heartbeat_interval_ms: u64,
+    pub node_timeout_ms: u64,
+    pub intent: Intent,
+}
+
+/// `POST /v2/nodes/{id}/heartbeat`: the node's whole state, never a difference.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Heartbeat {
+    pub epoch: Epoch,
+    /// The number of this report; rises for the life of a boot.
+    pub seq: u64,
+    /// RFC 3339, UTC, of the node's clock; shown, never compared.
+    pub timestamp: String,
+    #[serde(default)]
+    pub intent: Intent,
+    #[serde(default)]
+    pub pools: Vec<PoolReport>,
+    #[serde(default)]
+    pub gpus: Vec<GpuReport>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GpuReport {
+    pub device_id: u32,
+    pub vram_used_bytes: u64,
+    pub vram_total_bytes: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub utilization_pct: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub temperature_c: Option<u32>,
+    pub health: GpuHealth,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum GpuHealth {
+    Ok,
+    /// The driver answered, but not for this device.
+    Lost,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct HeartbeatAnswer {
+    pub heartbeat_interval_ms: u64,
+    /// Attempts that the control plane does not know: the node ends them.
+    #[serde(default)]
+    pub cancel_attempts: Vec<AttemptId>,
+    #[serde(default)]
+    pub intent: Intent,
+}
+
+/// `GET /health/live` of a node: who answers at this address.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct LiveAnswer {
+    pub node_id: NodeId,
+    pub boot_id: BootId,
+}

@@ -1,0 +1,92 @@
+//! Pools and replicas as a node reports them.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::ids::{AttemptId, ModelRef, PoolId, ReplicaId};
+
+/// The engines whose dialects the nodes speak.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineKind {
+    LlamaCpp,
+    /// Any server with OpenAI's API.
+    OpenAi,
+}
+
+impl EngineKind {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::LlamaCpp => "llamacpp",
+            Self::OpenAi => "openai",
+        }
+    }
+}
+
+impl std::fmt::Display for EngineKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PoolState {
+    /// At least one replica takes requests.
+    Ready,
+    /// Engines are there and none has answered its health call yet.
+    Loading,
+    Draining,
+    Failed,
+}
+
+impl PoolState {
+    /// Whether a pool in this state counts as having its model.
+    pub const fn has_model(self) -> bool {
+        matches!(self, Self::Ready | Self::Loading)
+    }
+}
+
+/// One pool in a heartbeat.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PoolReport {
+    pub pool_id: PoolId,
+    pub state: PoolState,
+    /// Takes requests at this moment.
+    pub ready: bool,
+    #[serde(default)]
+    pub draining: bool,
+    pub engine: EngineKind,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine_version: Option<String>,
+    #[serde(default)]
+    pub models: Vec<ModelRef>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_mask: Option<String>,
+    /// Tokens that one request may hold, prompt and answer together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ctx_max: Option<u32>,
+    /// Absent where no GPU is seen: unknown is not zero.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vram_free_bytes: Option<u64>,
+    #[serde(default)]
+    pub replicas: Vec<ReplicaReport>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
+}
+
+/// One engine process in a heartbeat.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ReplicaReport {
+    pub replica_id: ReplicaId,
+    pub ready: bool,
+    pub slots_total: u32,
+    /// For people; the control plane computes its own.
+    #[serde(default)]
+    pub slots_free: u32,
+    /// Slots that the engine shows busy with requests that are not ours.
+    #[serde(default)]
+    pub slots_foreign: u32,
+    #[serde(default)]
+    pub attempts: Vec<AttemptId>,
+}

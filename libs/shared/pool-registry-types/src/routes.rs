@@ -1,0 +1,47 @@
+//! Each path once, for the routers and for the clients.
+
+use crate::ids::{Epoch, NodeId, PoolId};
+
+pub const TASKS: &str = "/v2/tasks";
+pub const TASK: &str = "/v2/tasks/{id}";
+pub const TASK_EVENTS: &str = "/v2/tasks/{id}/events";
+pub const TASK_CANCEL: &str = "/v2/tasks/{id}/cancel";
+pub const NODES: &str = "/v2/nodes";
+pub const NODE: &str = "/v2/nodes/{id}";
+pub const NODE_REGISTER: &str = "/v2/nodes/register";
+pub const NODE_HEARTBEAT: &str = "/v2/nodes/{id}/heartbeat";
+pub const CATALOG_AVAILABILITY: &str = "/v2/catalog/availability";
+pub const META_VERSION: &str = "/v2/meta/version";
+pub const META_CAPABILITIES: &str = "/v2/meta/capabilities";
+pub const OPENAPI: &str = "/openapi.json";
+pub const API_PAGE: &str = "/docs";
+pub const METRICS: &str = "/metrics";
+pub const HEALTH_LIVE: &str = "/health/live";
+pub const HEALTH_READY: &str = "/health/ready";
+pub const POOLS: &str = "/v2/pools";
+pub const POOL_STATUS: &str = "/v2/pools/{id}/status";
+pub const POOL_INFER: &str = "/v2/pools/{id}/infer";
+
+pub fn node(node_id: &NodeId, epoch: &Epoch) -> String {
+    format!("{NODES}/{node_id}?epoch={epoch}")
+}
+
+pub fn node_heartbeat(node_id: &NodeId) -> String {
+    format!("{NODES}/{node_id}/heartbeat")
+}
+
+pub fn pool_infer(pool_id: &PoolId) -> String {
+    format!("{POOLS}/{pool_id}/infer")
+}
+
+/// Headers of our own.
+pub mod headers {
+    pub const TASK_ID: &str = "x-llorch-task-id";
+    /// The number of the last report made before an attempt was accepted.
+    pub const REPORT_SEQ: &str = "x-llorch-report-seq";
+    pub const REPLICA_ID: &str = "x-llorch-replica-id";
+    pub const CORRELATION_ID: &str = "x-correlation-id";
+    pub const TRACE_ID: &str = "x-trace-id";
+    pub const TRACEPARENT: &str = "traceparent";
+    pub const BACKOFF_MS: &str = "x-backoff-ms";
+}
