@@ -100,6 +100,8 @@ pub struct Registry {
     /// When a node last reported a pool that has or loads the model.
     models_reported: BTreeMap<ModelRef, Moment>,
     last_dial_failure: Option<Moment>,
+    /// Pools whose hold ended by time since the last [`Registry::take_lifted_holds`].
+    lifted_holds: Vec<PoolKey>,
     /// Most nodes fell silent at once: nobody goes offline before one more timeout.
     mass_silence_since: Option<Moment>,
 }
@@ -113,6 +115,7 @@ impl Registry {
             reservations: BTreeMap::new(),
             models_reported: BTreeMap::new(),
             last_dial_failure: None,
+            lifted_holds: Vec::new(),
             mass_silence_since: None,
         }
     }
@@ -368,18 +371,25 @@ impl Registry {
                 transitions.push(Transition { node_id: id.clone(), to: Liveness::Offline });
             }
         }
+        self.review_mass_silence();
         self.nodes.retain(|_, node| {
             node.evidence.offline_since.is_none_or(|since| now < since + FORGET_OFFLINE_AFTER)
         });
         self.models_reported.retain(|_, at| now < *at + timing.node_timeout);
-        for node in self.nodes.values_mut() {
-            for book in node.pools.values_mut() {
+        for (node_id, node) in &mut self.nodes {
+            for (pool_id, book) in &mut node.pools {
                 if book.held_until.is_some_and(|until| until <= now) {
                     book.held_until = None;
+                    self.lifted_holds.push(PoolKey::new(node_id.clone(), pool_id.clone()));
                 }
             }
         }
         transitions
+    }
+
+    /// The pools whose hold ended by time.
+    pub fn take_lifted_holds(&mut self) -> Vec<PoolKey> {
+        std::mem::take(&mut self.lifted_holds)
     }
 
     /// How long a node may give no evidence of life: one timeout, or two while most are silent.
@@ -404,8 +414,8 @@ impl Registry {
     /// The guard ends when at most half of the nodes are silent.
     fn review_mass_silence(&mut self) {
         let live = self.nodes.values().filter(|n| n.evidence.offline_since.is_none()).count();
-        let silent = self.nodes.values().filter(|n| n.evidence.silent_since.is_some()).count();
-        if silent * 2 <= live {
+        let is_silent = |n: &&Node| n.evidence.offline_since.is_none() && n.evidence.silent_since.is_some();
+        if self.nodes.values().filter(is_silent).count() * 2 <= live {
             self.mass_silence_since = None;
         }
     }

@@ -1,1 +1,22 @@
-//! (being written)
+//! The whole control decision: queue, attempts, registry and placement in one value.
+//!
+//! [`ControlCore`] is told an [`Event`] and the time, and answers with [`Effect`]s; it reads no
+//! clock, draws no chance and performs nothing. Tokens never pass through it: they go from a
+//! node into a [`TaskLog`], and the core learns only of an attempt's acceptance, first token
+//! and end. The idea needed to read it: *the core never places a task again on its own belief*.
+//! It asks for an attempt to be closed, the relay fences the log, and only the answer to that
+//! ([`Event::Ended`]) moves the task on.
+
+pub mod attempts;
+pub mod core;
+pub mod event;
+pub mod log;
+pub mod queue;
+pub mod watch;
+
+pub use attempts::{HowEnded, Outcome};
+pub use core::{ControlCore, Counters, Policy};
+pub use event::{Answer, Dispatch, Effect, Event, ReplyTo};
+pub use log::{AppendError, Fence, Read, TaskLog};
+pub use service_registry::{Rule, Timing};
+pub use watch::{AttemptDeadlines, Overdue, StreamWatch};

@@ -1,0 +1,149 @@
+//! How an attempt ends, and what that means for its task.
+//!
+//! One function, [`judge`], holds the whole rule: it is given the evidence and says whether the
+//! task is over, is tried again at a cost, or goes back to its place for free.
+
+use pool_registry_types::error::EndCause;
+use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, Moment, PoolKey, ReplicaId, TaskId};
+
+use crate::watch::Overdue;
+
+/// Most attempts of a task that count. Source: .specs/01 CLOUD-1502.
+pub const MAX_TRIES: u32 = 3;
+/// Most attempts in which the engine died: a prompt that kills engines must not walk through
+/// the fleet. Source: .specs/01 CLOUD-1503.
+pub const MAX_ENGINE_DEATHS: u32 = 2;
+
+/// The relay's evidence about the end of an attempt.
+#[derive(Debug, Clone, PartialEq)]
+pub enum HowEnded {
+    /// The node's `end` frame is in the log.
+    Finished,
+    /// The node answered that it does not take the attempt: full, not ready, or not its own.
+    Refused(ErrorBody),
+    /// No connection could be made, or it was reset before the response headers: nothing ran.
+    NeverSent(String),
+    /// The answer is no stream of frames, or the stream broke after acceptance.
+    Broken(String),
+    /// The node's `error` frame.
+    NodeError(ErrorBody),
+    TimedOut(Overdue),
+    /// The stream grew past what a log keeps.
+    TooLong,
+    /// The core asked for it.
+    Closed,
+}
+
+/// Why the core closed an attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum CloseReason {
+    Canceled,
+    NodeOffline,
+    NodeRestarted,
+    NodeLeft,
+    /// The node's report does not list it.
+    Vanished,
+    /// Only with [`crate::Rule::OwnLiveness`] switched off.
+    Neighbour,
+}
+
+/// One attempt that has not ended.
+#[derive(Debug, Clone)]
+pub(crate) struct Attempt {
+    pub(crate) task: TaskId,
+    pub(crate) pool: PoolKey,
+    pub(crate) dispatched: Moment,
+    pub(crate) closing: Option<CloseReason>,
+}
+
+/// One attempt in the task's history.
+#[derive(Debug, Clone)]
+pub(crate) struct AttemptRecord {
+    pub(crate) id: AttemptId,
+    pub(crate) pool: PoolKey,
+    pub(crate) replica: Option<ReplicaId>,
+    pub(crate) outcome: String,
+}
+
+/// What an ended attempt means for its task.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    Completed,
+    Canceled,
+    /// Over, with this error.
+    Failed(ErrorBody),
+    /// Back to its place in the lane; the pool counts as full for a moment.
+    FreeRefusal,
+    /// Back to its place in the lane, at no cost; the node is suspect.
+    FreeReplace,
+    /// Tried and failed without a token.
+    Retry { engine_died: bool, error: ErrorBody },
+}
+
+/// Judges the end of an attempt by its evidence.
+pub fn judge(
+    how: &HowEnded, closing: Option<CloseReason>, tokens_written: u64, engine: &PoolKey,
+) -> Outcome {
+    if *how == HowEnded::Finished {
+        return Outcome::Completed;
+    }
+    if closing == Some(CloseReason::Canceled) {
+        return Outcome::Canceled;
+    }
+    let at = |code, message: String| ErrorBody::new(code, message).at(&engine.node_id, &engine.pool_id);
+    let (cause, engine_died, error) = match how {
+        HowEnded::Refused(_) => return Outcome::FreeRefusal,
+        HowEnded::NeverSent(_) => return Outcome::FreeReplace,
+        HowEnded::TooLong => {
+            let message = "the stream is longer than what is kept of a task".to_owned();
+            return Outcome::Failed(at(ErrorCode::PayloadTooLarge, message));
+        }
+        HowEnded::TimedOut(Overdue::Task) => {
+            let message = "the task's deadline passed while it was running".to_owned();
+            return Outcome::Failed(at(ErrorCode::DeadlineExceeded, message));
+        }
+        HowEnded::NodeError(body) => match (body.code, body.cause) {
+            (ErrorCode::PoolUnready | ErrorCode::ReplicaExhausted, _) if tokens_written == 0 => {
+                return Outcome::FreeRefusal;
+            }
+            (code, Some(EndCause::Engine4xx)) => return Outcome::Failed(at(code, body.message.clone())),
+            (_, cause) => {
+                let died = matches!(cause, Some(EndCause::EngineDied | EndCause::EngineTimeout));
+                let code = if cause == Some(EndCause::EngineTimeout) {
+                    ErrorCode::DecodeTimeout
+                } else {
+                    ErrorCode::WorkerReset
+                };
+                (body.message.clone(), died, code)
+            }
+        },
+        HowEnded::TimedOut(Overdue::FirstToken) => {
+            ("no token came in time".to_owned(), true, ErrorCode::DecodeTimeout)
+        }
+        HowEnded::TimedOut(Overdue::TokenIdle) => {
+            ("the engine fell silent between tokens".to_owned(), true, ErrorCode::DecodeTimeout)
+        }
+        HowEnded::TimedOut(Overdue::Acceptance) => {
+            ("the node did not answer in time".to_owned(), false, ErrorCode::WorkerReset)
+        }
+        HowEnded::TimedOut(Overdue::Silence) => {
+            ("the node fell silent".to_owned(), false, ErrorCode::WorkerReset)
+        }
+        HowEnded::Broken(reason) => (format!("the stream broke: {reason}"), false, ErrorCode::WorkerReset),
+        HowEnded::Closed | HowEnded::Finished => {
+            let reason = match closing {
+                Some(CloseReason::NodeOffline) => "the node went offline",
+                Some(CloseReason::NodeRestarted) => "the node restarted",
+                Some(CloseReason::NodeLeft) => "the node left",
+                Some(CloseReason::Vanished) => "the node does not run it any more",
+                Some(CloseReason::Neighbour) => "a neighbour's stream broke",
+                Some(CloseReason::Canceled) | None => "the attempt was closed",
+            };
+            (reason.to_owned(), false, ErrorCode::WorkerReset)
+        }
+    };
+    if tokens_written > 0 {
+        return Outcome::Failed(at(error, format!("{cause} after {tokens_written} tokens")));
+    }
+    Outcome::Retry { engine_died, error: at(error, cause) }
+}

@@ -1,0 +1,476 @@
+use pool_registry_types::error::EndCause;
+use pool_registry_types::node::{Capabilities, LiveAnswer};
+use pool_registry_types::pool::{EngineKind, PoolReport, PoolState, ReplicaReport};
+use pool_registry_types::{BootId, MachineId, PoolId, ReplicaId};
+
+use super::*;
+
+const TIMEOUT_MS: u64 = 30_000;
+
+fn at(millis: u64) -> Moment {
+    Moment::from_millis(millis)
+}
+
+fn policy() -> Policy {
+    Policy {
+        timing: Timing {
+            heartbeat_interval: Duration::from_secs(10),
+            node_timeout: Duration::from_millis(TIMEOUT_MS),
+        },
+        admission_capacity: 4,
+        queue_timeout: Duration::from_secs(600),
+        first_token_timeout: Duration::from_secs(600),
+        token_idle_timeout: Duration::from_secs(60),
+        task_retention: Duration::from_secs(600),
+        switched_off: None,
+    }
+}
+
+/// A core and the answers to what it asked for.
+struct Bench {
+    core: ControlCore,
+    now: u64,
+    next: u64,
+    dispatches: Vec<Dispatch>,
+    closed: Vec<AttemptId>,
+    terminal: BTreeMap<TaskId, ErrorCode>,
+    replies: BTreeMap<ReplyTo, Result<Answer, ErrorBody>>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self {
+            core: ControlCore::new(policy(), 7),
+            now: 0,
+            next: 0,
+            dispatches: Vec::new(),
+            closed: Vec::new(),
+            terminal: BTreeMap::new(),
+            replies: BTreeMap::new(),
+        }
+    }
+
+    fn reply(&mut self) -> ReplyTo {
+        self.next += 1;
+        ReplyTo(self.next)
+    }
+
+    fn apply(&mut self, event: Event) {
+        for effect in self.core.apply(at(self.now), event) {
+            match effect {
+                Effect::Dispatch(dispatch) => self.dispatches.push(*dispatch),
+                Effect::CloseAttempt { attempt, .. } => self.closed.push(attempt),
+                Effect::CloseTask { task, error } => {
+                    assert_eq!(self.terminal.insert(task, error.code), None, "closed twice");
+                }
+                Effect::Reply { to, answer } => {
+                    assert_eq!(self.replies.insert(to, answer), None, "answered twice");
+                }
+                Effect::Probe { node_id, address } => {
+                    let live = LiveAnswer { boot_id: boot(), node_id: node_id.clone() };
+                    self.apply(Event::Probed { node_id, address, answer: Ok(live) });
+                }
+                Effect::OpenLog { .. } | Effect::Forget { .. } => {}
+            }
+        }
+    }
+
+    /// Lets the time come, stopping at each deadline.
+    fn advance_to(&mut self, millis: u64) {
+        while let Some(next) = self.core.next_deadline()
+            && next <= at(millis)
+        {
+            self.now = next.as_millis();
+            self.apply(Event::Timer);
+        }
+        self.now = millis;
+    }
+
+    /// A node with one pool of `slots` slots is there and serves.
+    fn join(&mut self, name: &str, slots: u32) {
+        let reply = self.reply();
+        self.apply(Event::Register { reply, request: register(name) });
+        self.beat(name, 1, slots, &[]);
+    }
+
+    fn beat(&mut self, name: &str, seq: u64, slots: u32, attempts: &[AttemptId]) {
+        let epoch = match self.replies.values().rev().find_map(|answer| match answer {
+            Ok(Answer::Registered(registered)) if registered.node_id.as_str() == name => Some(&registered.epoch),
+            _ => None,
+        }) {
+            Some(epoch) => epoch.clone(),
+            None => Epoch::new("none").unwrap(),
+        };
+        let beat = Heartbeat {
+            epoch,
+            seq,
+            timestamp: String::new(),
+            intent: Intent::Serving,
+            pools: vec![report(slots, attempts)],
+            gpus: vec![],
+        };
+        let reply = self.reply();
+        self.apply(Event::Heartbeat { reply, node_id: NodeId::new(name).unwrap(), beat });
+    }
+
+    fn submit(&mut self, task: TaskRequest) -> (TaskId, Result<TaskAccepted, ErrorBody>) {
+        let task_id = TaskId(Uuid::from_u128(u128::from(self.next) + 1_000));
+        let reply = self.reply();
+        self.apply(Event::Submit { reply, task_id, request: Arc::new(task) });
+        let answer = match self.replies[&reply].clone() {
+            Ok(Answer::Submitted(accepted)) => Ok(accepted),
+            Ok(other) => panic!("not an answer to a submission: {other:?}"),
+            Err(error) => Err(error),
+        };
+        (task_id, answer)
+    }
+
+    fn end(&mut self, attempt: AttemptId, tokens_written: u64, how: HowEnded) {
+        self.apply(Event::Ended { attempt, tokens_written, how, closed_after: None });
+    }
+
+    fn last_dispatch(&self) -> &Dispatch {
+        self.dispatches.last().expect("something was dispatched")
+    }
+
+    fn node_of(&self, n: usize) -> &str {
+        self.dispatches[n].pool.node_id.as_str()
+    }
+}
+
+fn boot() -> BootId {
+    BootId(Uuid::from_u128(1))
+}
+
+fn register(name: &str) -> RegisterRequest {
+    RegisterRequest {
+        node_id: NodeId::new(name).unwrap(),
+        machine_id: MachineId::new("m").unwrap(),
+        boot_id: boot(),
+        address: format!("http://{name}"),
+        version: "0".into(),
+        intent: Intent::Serving,
+        pools: vec![],
+        capabilities: Capabilities::default(),
+    }
+}
+
+fn report(slots: u32, attempts: &[AttemptId]) -> PoolReport {
+    PoolReport {
+        pool_id: PoolId::new("pool-0").unwrap(),
+        state: PoolState::Ready,
+        ready: true,
+        draining: false,
+        engine: EngineKind::LlamaCpp,
+        engine_version: None,
+        models: vec![ModelRef::new("m").unwrap()],
+        device_mask: None,
+        ctx_max: None,
+        vram_free_bytes: None,
+        replicas: vec![ReplicaReport {
+            replica_id: ReplicaId::new("r0").unwrap(),
+            ready: true,
+            slots_total: slots,
+            slots_free: 0,
+            slots_foreign: 0,
+            attempts: attempts.to_vec(),
+        }],
+        last_error: None,
+    }
+}
+
+fn task() -> TaskRequest {
+    TaskRequest::completion(ModelRef::new("m").unwrap(), "x")
+}
+
+fn batch() -> TaskRequest {
+    TaskRequest { priority: Priority::Batch, ..task() }
+}
+
+#[test]
+fn a_task_is_placed_in_the_apply_that_brings_the_pool() {
+    let mut b = Bench::new();
+    let (_, answer) = b.submit(task());
+    assert_eq!(answer.unwrap().queue_position, 0);
+    assert!(b.dispatches.is_empty());
+    b.join("a", 1);
+    assert_eq!(b.dispatches.len(), 1);
+}
+
+// CLOUD-1401
+#[test]
+fn four_slots_take_four_tasks_whatever_the_heartbeats_say() {
+    let mut b = Bench::new();
+    b.join("a", 4);
+    for _ in 0..4 {
+        b.submit(task()).1.unwrap();
+    }
+    b.beat("a", 2, 4, &[]);
+    b.submit(task()).1.unwrap();
+    assert_eq!(b.dispatches.len(), 4);
+    b.end(b.dispatches[0].attempt, 1, HowEnded::Finished);
+    assert_eq!(b.dispatches.len(), 5);
+}
+
+// CLOUD-1701
+#[test]
+fn a_full_queue_is_refused_with_the_time_to_wait() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    for _ in 0..5 {
+        b.submit(task()).1.unwrap();
+    }
+    let error = b.submit(task()).1.unwrap_err();
+    assert_eq!(error.code, ErrorCode::AdmissionReject);
+    assert!(error.retry_after_ms.unwrap() > 0);
+    assert!(b.submit(batch()).1.is_ok(), "each priority has its own bound");
+}
+
+// CLOUD-1702
+#[test]
+fn one_start_in_eight_is_batch_while_both_wait() {
+    let mut b = Bench::new();
+    b.core.policy.admission_capacity = 100;
+    b.join("a", 1);
+    for _ in 0..20 {
+        b.submit(task()).1.unwrap();
+    }
+    for _ in 0..3 {
+        b.submit(batch()).1.unwrap();
+    }
+    for _ in 0..18 {
+        b.end(b.last_dispatch().attempt, 1, HowEnded::Finished);
+    }
+    let batches: Vec<usize> =
+        (0..b.dispatches.len()).filter(|n| b.dispatches[*n].request.priority == Priority::Batch).collect();
+    assert_eq!(batches, vec![8, 16]);
+}
+
+// CLOUD-1504
+#[test]
+fn a_task_without_a_token_moves_to_another_node_when_its_stream_breaks() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.join("b", 1);
+    b.submit(task()).1.unwrap();
+    let first = b.node_of(0).to_owned();
+    b.end(b.dispatches[0].attempt, 0, HowEnded::Broken("reset".into()));
+    assert_eq!(b.dispatches.len(), 2);
+    assert_ne!(b.node_of(1), first);
+    assert_eq!(b.dispatches[1].attempt_number, 2);
+    assert!(b.terminal.is_empty());
+}
+
+// CLOUD-1505
+#[test]
+fn a_task_with_tokens_ends_with_worker_reset_when_its_stream_breaks() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.join("b", 1);
+    let (id, _) = b.submit(task());
+    b.end(b.dispatches[0].attempt, 3, HowEnded::Broken("reset".into()));
+    assert_eq!(b.terminal[&id], ErrorCode::WorkerReset);
+    assert_eq!(b.dispatches.len(), 1);
+}
+
+#[test]
+fn one_broken_stream_does_not_end_its_neighbours() {
+    let mut b = Bench::new();
+    b.join("a", 4);
+    b.submit(task()).1.unwrap();
+    b.submit(task()).1.unwrap();
+    b.end(b.dispatches[0].attempt, 3, HowEnded::Broken("reset".into()));
+    assert!(b.closed.is_empty());
+    assert_eq!(b.core.running(), 1);
+}
+
+// CLOUD-1506
+#[test]
+fn refusals_cost_no_try_and_the_pool_rests_for_a_moment() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    let (id, _) = b.submit(task());
+    for n in 0..10 {
+        let refusal = ErrorBody::new(ErrorCode::ReplicaExhausted, "full");
+        b.end(b.dispatches[n].attempt, 0, HowEnded::Refused(refusal));
+        assert_eq!(b.dispatches.len(), n + 1, "the pool counts as full");
+        b.advance_to(b.now + 250);
+        assert_eq!(b.dispatches.len(), n + 2);
+    }
+    assert!(!b.terminal.contains_key(&id));
+}
+
+// CLOUD-1502
+#[test]
+fn the_third_failure_is_the_last_and_names_the_causes() {
+    let mut b = Bench::new();
+    for name in ["a", "b", "c", "d"] {
+        b.join(name, 1);
+    }
+    let (id, _) = b.submit(task());
+    for n in 0..3 {
+        b.end(b.dispatches[n].attempt, 0, HowEnded::Broken("reset".into()));
+    }
+    assert_eq!(b.dispatches.len(), 3);
+    assert_eq!(b.terminal[&id], ErrorCode::PoolUnavailable);
+    let view = b.core.task_view(at(0), id).unwrap();
+    assert!(view.error.unwrap().message.contains("a/pool-0: the stream broke"));
+}
+
+// CLOUD-1503
+#[test]
+fn a_task_that_killed_two_engines_is_not_given_a_third() {
+    let mut b = Bench::new();
+    for name in ["a", "b", "c"] {
+        b.join(name, 1);
+    }
+    let (id, _) = b.submit(task());
+    for n in 0..2 {
+        let died = ErrorBody::new(ErrorCode::WorkerReset, "gone").with_cause(EndCause::EngineDied);
+        b.end(b.dispatches[n].attempt, 0, HowEnded::NodeError(died));
+    }
+    assert_eq!(b.dispatches.len(), 2);
+    assert_eq!(b.terminal[&id], ErrorCode::PoolUnavailable);
+}
+
+// CLOUD-1507
+#[test]
+fn a_connection_that_was_never_made_costs_no_try_and_makes_the_node_suspect() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.join("b", 1);
+    b.join("c", 1);
+    b.submit(task()).1.unwrap();
+    b.end(b.dispatches[0].attempt, 0, HowEnded::NeverSent("refused".into()));
+    assert_eq!(b.core.registry().liveness(&b.dispatches[0].pool.node_id), Some(Liveness::Suspect));
+    assert_eq!(b.dispatches.len(), 2);
+    assert_ne!(b.node_of(0), b.node_of(1));
+}
+
+// CLOUD-1601
+#[test]
+fn a_lost_nodes_task_is_placed_again_only_after_its_log_is_fenced() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.submit(task()).1.unwrap();
+    b.advance_to(20_000);
+    b.join("b", 1);
+    b.advance_to(TIMEOUT_MS);
+    let first = b.dispatches[0].attempt;
+    assert_eq!(b.closed, vec![first]);
+    assert_eq!(b.dispatches.len(), 1, "closed is not yet ended");
+    b.end(first, 0, HowEnded::Closed);
+    assert_eq!(b.dispatches.len(), 2);
+    assert_eq!(b.node_of(1), "b");
+}
+
+// CLOUD-1801
+#[test]
+fn a_cancel_is_answered_after_the_log_is_fenced() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    let (id, _) = b.submit(task());
+    let reply = b.reply();
+    b.apply(Event::Cancel { reply, task_id: id });
+    assert!(!b.replies.contains_key(&reply));
+    b.end(b.dispatches[0].attempt, 2, HowEnded::Closed);
+    assert_eq!(b.replies[&reply], Ok(Answer::Canceled));
+    assert_eq!(b.terminal[&id], ErrorCode::Canceled);
+    let again = b.reply();
+    b.apply(Event::Cancel { reply: again, task_id: id });
+    assert_eq!(b.replies[&again], Ok(Answer::Canceled));
+}
+
+#[test]
+fn a_cancel_that_comes_after_the_end_changes_nothing() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    let (id, _) = b.submit(task());
+    let reply = b.reply();
+    b.apply(Event::Cancel { reply, task_id: id });
+    b.end(b.dispatches[0].attempt, 2, HowEnded::Finished);
+    assert_eq!(b.replies[&reply], Ok(Answer::Canceled));
+    assert_eq!(b.core.task_view(at(0), id).unwrap().state, TaskState::Completed);
+}
+
+// CLOUD-1703
+#[test]
+fn a_task_waits_no_longer_than_its_deadline() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.submit(task()).1.unwrap();
+    let (id, _) = b.submit(TaskRequest { deadline_ms: Some(100), ..task() });
+    b.advance_to(99);
+    assert!(b.terminal.is_empty());
+    b.advance_to(100);
+    assert_eq!(b.terminal[&id], ErrorCode::DeadlineExceeded);
+}
+
+// CLOUD-1704
+#[test]
+fn an_unknown_model_is_queued_for_one_node_timeout_after_the_start_and_refused_later() {
+    let mut b = Bench::new();
+    let (early, answer) = b.submit(task());
+    assert!(answer.is_ok());
+    b.advance_to(TIMEOUT_MS - 1);
+    assert!(b.terminal.is_empty());
+    b.advance_to(TIMEOUT_MS);
+    assert_eq!(b.terminal[&early], ErrorCode::ModelNotAvailable);
+    assert_eq!(b.submit(task()).1.unwrap_err().code, ErrorCode::ModelNotAvailable);
+}
+
+// CLOUD-1202
+#[test]
+fn the_same_task_id_attaches_with_the_same_body_and_conflicts_with_another() {
+    let mut b = Bench::new();
+    let id = TaskId(Uuid::from_u128(5));
+    let mut outcome = |request: TaskRequest| {
+        let reply = b.reply();
+        b.apply(Event::Submit { reply, task_id: id, request: Arc::new(request) });
+        b.replies[&reply].clone()
+    };
+    assert!(outcome(task()).is_ok());
+    assert!(outcome(task()).is_ok());
+    assert_eq!(outcome(batch()).unwrap_err().code, ErrorCode::TaskConflict);
+    assert_eq!(b.core.counters().submitted, 1);
+}
+
+#[test]
+fn a_node_that_restarted_ends_its_old_attempts() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.submit(task()).1.unwrap();
+    let reply = b.reply();
+    let request = RegisterRequest { boot_id: BootId(Uuid::from_u128(2)), ..register("a") };
+    b.apply(Event::Register { reply, request });
+    assert_eq!(b.closed, vec![b.dispatches[0].attempt]);
+}
+
+#[test]
+fn ended_tasks_are_forgotten_after_the_retention() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    let (id, _) = b.submit(task());
+    b.end(b.dispatches[0].attempt, 1, HowEnded::Finished);
+    b.advance_to(599_999);
+    assert!(b.core.task_view(at(b.now), id).is_some());
+    b.advance_to(600_000);
+    assert!(b.core.task_view(at(b.now), id).is_none());
+}
+
+#[test]
+fn a_draining_control_plane_admits_nothing_new() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.apply(Event::Drain);
+    assert_eq!(b.submit(task()).1.unwrap_err().code, ErrorCode::Draining);
+}
+
+#[test]
+fn two_lives_of_the_control_plane_give_different_attempt_ids() {
+    let ids = |incarnation| {
+        let mut core = ControlCore::new(policy(), incarnation);
+        core.next_id()
+    };
+    assert_ne!(ids(1), ids(2));
+}

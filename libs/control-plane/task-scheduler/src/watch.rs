@@ -1,0 +1,166 @@
+//! An attempt's own liveness: its deadlines before, at and between tokens.
+//!
+//! The relay keeps one [`StreamWatch`] for each attempt, tells it what arrives, and asks when
+//! to look again. It is a few numbers, so that a token costs two stores.
+
+use std::time::Duration;
+
+use pool_registry_types::Moment;
+
+/// How long each step of an attempt may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttemptDeadlines {
+    /// From the dispatch to the response headers. Source: .specs/01 CLOUD-1501.
+    pub acceptance: Duration,
+    /// From the dispatch to the first token.
+    pub first_token: Duration,
+    /// Between two tokens.
+    pub token_idle: Duration,
+    /// Between any two bytes once accepted: the node sends a comment every second.
+    pub silence: Duration,
+}
+
+impl AttemptDeadlines {
+    pub(crate) const UNBOUNDED: Self = {
+        let never = Duration::from_secs(100 * 365 * 24 * 3600);
+        Self { acceptance: never, first_token: never, token_idle: never, silence: never }
+    };
+}
+
+/// Which deadline passed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Overdue {
+    Acceptance,
+    FirstToken,
+    TokenIdle,
+    /// The node itself fell silent.
+    Silence,
+    /// The task's own deadline.
+    Task,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Opening,
+    Prefill,
+    Decoding,
+}
+
+/// The deadlines of one attempt, as far as it has come.
+#[derive(Debug, Clone)]
+pub struct StreamWatch {
+    deadlines: AttemptDeadlines,
+    task_deadline: Option<Moment>,
+    phase: Phase,
+    dispatched: Moment,
+    last_bytes: Moment,
+    last_token: Moment,
+}
+
+impl StreamWatch {
+    pub fn new(now: Moment, deadlines: AttemptDeadlines, task_deadline: Option<Moment>) -> Self {
+        Self {
+            deadlines,
+            task_deadline,
+            phase: Phase::Opening,
+            dispatched: now,
+            last_bytes: now,
+            last_token: now,
+        }
+    }
+
+    pub fn accepted(&mut self, now: Moment) {
+        self.phase = Phase::Prefill;
+        self.last_bytes = now;
+    }
+
+    pub fn bytes(&mut self, now: Moment) {
+        self.last_bytes = now;
+    }
+
+    /// Returns whether it was the first token.
+    pub fn token(&mut self, now: Moment) -> bool {
+        let first = self.phase != Phase::Decoding;
+        self.phase = Phase::Decoding;
+        self.last_bytes = now;
+        self.last_token = now;
+        first
+    }
+
+    /// The next moment at which [`StreamWatch::overdue`] may say something.
+    pub fn next_deadline(&self) -> Moment {
+        let own = match self.phase {
+            Phase::Opening => self.dispatched + self.deadlines.acceptance,
+            Phase::Prefill => {
+                (self.dispatched + self.deadlines.first_token).min(self.last_bytes + self.deadlines.silence)
+            }
+            Phase::Decoding => {
+                (self.last_token + self.deadlines.token_idle).min(self.last_bytes + self.deadlines.silence)
+            }
+        };
+        self.task_deadline.map_or(own, |deadline| deadline.min(own))
+    }
+
+    /// The deadline that has passed, if one has.
+    pub fn overdue(&self, now: Moment) -> Option<Overdue> {
+        if self.task_deadline.is_some_and(|deadline| now >= deadline) {
+            return Some(Overdue::Task);
+        }
+        if self.phase == Phase::Opening {
+            return (now >= self.dispatched + self.deadlines.acceptance).then_some(Overdue::Acceptance);
+        }
+        if now >= self.last_bytes + self.deadlines.silence {
+            return Some(Overdue::Silence);
+        }
+        match self.phase {
+            Phase::Prefill if now >= self.dispatched + self.deadlines.first_token => Some(Overdue::FirstToken),
+            Phase::Decoding if now >= self.last_token + self.deadlines.token_idle => Some(Overdue::TokenIdle),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(millis: u64) -> Moment {
+        Moment::from_millis(millis)
+    }
+
+    fn watch(task_deadline: Option<u64>) -> StreamWatch {
+        let deadlines = AttemptDeadlines {
+            acceptance: Duration::from_millis(5),
+            first_token: Duration::from_millis(100),
+            token_idle: Duration::from_millis(20),
+            silence: Duration::from_millis(10),
+        };
+        StreamWatch::new(at(0), deadlines, task_deadline.map(at))
+    }
+
+    // CLOUD-1501
+    #[test]
+    fn each_phase_has_its_own_deadline() {
+        let mut w = watch(None);
+        assert_eq!((w.next_deadline(), w.overdue(at(4)), w.overdue(at(5))), (at(5), None, Some(Overdue::Acceptance)));
+        w.accepted(at(4));
+        assert_eq!((w.next_deadline(), w.overdue(at(13))), (at(14), None));
+        assert_eq!(w.overdue(at(14)), Some(Overdue::Silence));
+        w.bytes(at(95));
+        assert_eq!((w.next_deadline(), w.overdue(at(100))), (at(100), Some(Overdue::FirstToken)));
+        assert!(w.token(at(99)));
+        assert!(!w.token(at(100)));
+        w.bytes(at(118));
+        assert_eq!((w.next_deadline(), w.overdue(at(119))), (at(120), None));
+        assert_eq!(w.overdue(at(120)), Some(Overdue::TokenIdle));
+    }
+
+    #[test]
+    fn the_tasks_deadline_ends_every_phase() {
+        let mut w = watch(Some(3));
+        assert_eq!((w.next_deadline(), w.overdue(at(3))), (at(3), Some(Overdue::Task)));
+        w.accepted(at(1));
+        w.token(at(2));
+        assert_eq!(w.overdue(at(3)), Some(Overdue::Task));
+    }
+}
