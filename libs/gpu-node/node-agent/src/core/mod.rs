@@ -1,0 +1,343 @@
+//! [`NodeCore`]: what runs on this node, who holds which slot, and what is said of it.
+//!
+//! It is the final arbiter of its slots: whatever the control plane believes, an attempt runs
+//! only if [`NodeCore::accept`] gives it one. Each report has a number, given when the report
+//! is made; acceptance and end of an attempt name the last number before them, and that is all
+//! the control plane needs to reconcile the two books.
+
+mod pools;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use node_registration::{Action, BeatFailure, Session};
+use pool_registry_types::node::{
+    Capabilities, GpuReport, Heartbeat, HeartbeatAnswer, Intent, RegisterAnswer, RegisterRequest,
+};
+use pool_registry_types::pool::{EngineKind, PoolReport};
+use pool_registry_types::{
+    AttemptId, BootId, Epoch, ErrorBody, ErrorCode, MachineId, Moment, NodeId, PoolId, ReplicaId,
+};
+
+pub use pools::{BindError, Health, ReplicaSpec};
+use pools::{Pool, Replica};
+
+/// How many attempt ids are remembered, so that none runs twice. Source: .specs/01 CLOUD-1507.
+pub const REMEMBERED_ATTEMPTS: usize = 10_000;
+
+/// Who this node is.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    pub node_id: NodeId,
+    pub machine_id: MachineId,
+    pub boot_id: BootId,
+    /// Where the control plane reaches it.
+    pub address: String,
+    pub version: String,
+    pub capabilities: Capabilities,
+}
+
+/// What the shell is to do.
+#[derive(Debug, Clone, PartialEq)]
+pub enum NodeEffect {
+    Register(RegisterRequest),
+    /// The shell fills in the timestamp.
+    Heartbeat(Heartbeat),
+    Deregister(Epoch),
+    /// End the attempt at its engine; the control plane does not know it.
+    Cancel(AttemptId),
+}
+
+/// The node took an attempt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Accepted {
+    pub replica_id: ReplicaId,
+    pub engine: EngineKind,
+    pub url: String,
+    /// The number of the last report made before.
+    pub report_seq: u64,
+}
+
+/// Who asks for a slot.
+#[derive(Debug, Clone)]
+pub struct Ask<'a> {
+    pub node_id: &'a NodeId,
+    pub boot_id: BootId,
+    pub attempt: AttemptId,
+    pub hint: Option<&'a ReplicaId>,
+}
+
+/// Where an attempt runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Place {
+    pool: PoolId,
+    replica: ReplicaId,
+}
+
+/// The node's whole state.
+#[derive(Debug)]
+pub struct NodeCore {
+    identity: Identity,
+    session: Session,
+    intent: Intent,
+    seq: u64,
+    pools: BTreeMap<PoolId, Pool>,
+    running: BTreeMap<AttemptId, Place>,
+    seen: BTreeSet<AttemptId>,
+    seen_order: VecDeque<AttemptId>,
+    gpus: Vec<GpuReport>,
+}
+
+impl NodeCore {
+    pub fn new(identity: Identity, session: Session) -> Self {
+        Self {
+            identity,
+            session,
+            intent: Intent::Serving,
+            seq: 0,
+            pools: BTreeMap::new(),
+            running: BTreeMap::new(),
+            seen: BTreeSet::new(),
+            seen_order: VecDeque::new(),
+            gpus: Vec::new(),
+        }
+    }
+
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
+    // ---- the session ----
+
+    /// What is due now; to be asked for after every change and at [`NodeCore::next_deadline`].
+    pub fn due(&mut self, now: Moment) -> Option<NodeEffect> {
+        let action = self.session.next_action(now)?;
+        Some(match action {
+            Action::Register => NodeEffect::Register(RegisterRequest {
+                node_id: self.identity.node_id.clone(),
+                machine_id: self.identity.machine_id.clone(),
+                boot_id: self.identity.boot_id,
+                address: self.identity.address.clone(),
+                version: self.identity.version.clone(),
+                intent: self.intent,
+                pools: self.pools.keys().cloned().collect(),
+                capabilities: self.identity.capabilities.clone(),
+            }),
+            Action::Heartbeat { epoch } => NodeEffect::Heartbeat(self.report(epoch)),
+            Action::Deregister { epoch } => NodeEffect::Deregister(epoch),
+        })
+    }
+
+    pub fn next_deadline(&self) -> Option<Moment> {
+        self.session.next_deadline()
+    }
+
+    fn report(&mut self, epoch: Epoch) -> Heartbeat {
+        self.seq += 1;
+        Heartbeat {
+            epoch,
+            seq: self.seq,
+            timestamp: String::new(),
+            intent: self.intent,
+            pools: self.pool_reports(),
+            gpus: self.gpus.clone(),
+        }
+    }
+
+    pub fn registered(&mut self, now: Moment, answer: Result<RegisterAnswer, Option<ErrorBody>>) {
+        self.session.registered(now, answer);
+    }
+
+    /// Takes the answer in; returns the attempts that the control plane wants ended and that run here.
+    pub fn heartbeat_answered(
+        &mut self, now: Moment, answer: Result<HeartbeatAnswer, BeatFailure>,
+    ) -> Vec<NodeEffect> {
+        self.session.heartbeat_answered(now, answer.as_ref().map_err(|failure| *failure));
+        let canceled = answer.map(|answer| answer.cancel_attempts).unwrap_or_default();
+        canceled.into_iter().filter(|id| self.running.contains_key(id)).map(NodeEffect::Cancel).collect()
+    }
+
+    pub fn deregistered(&mut self) {
+        self.session.deregistered();
+    }
+
+    /// No new work from now on; what runs may finish.
+    pub fn drain(&mut self, now: Moment) {
+        if self.intent != Intent::Draining {
+            self.intent = Intent::Draining;
+            self.session.poke(now);
+        }
+    }
+
+    pub fn intent(&self) -> Intent {
+        self.intent
+    }
+
+    /// Leaves the cluster.
+    pub fn leave(&mut self) {
+        self.session.leave();
+    }
+
+    // ---- replicas ----
+
+    /// Takes a replica in, or anew after a change of its handoff. It is not ready until told so.
+    pub fn bind(&mut self, now: Moment, pool_id: &PoolId, spec: ReplicaSpec) -> Result<(), BindError> {
+        let others_agree = |pool: &Pool| {
+            pool.replicas.iter().filter(|(id, _)| **id != spec.replica_id).all(|(_, other)| {
+                other.spec.engine == spec.engine && other.spec.models == spec.models
+            })
+        };
+        if self.pools.get(pool_id).is_some_and(|pool| !others_agree(pool)) {
+            return Err(BindError::DiffersFromPool { pool_id: pool_id.clone() });
+        }
+        let pool = self.pools.entry(pool_id.clone()).or_default();
+        pool.bind(spec);
+        self.session.poke(now);
+        Ok(())
+    }
+
+    /// The replica's handoff is gone. Its attempts end by their own evidence.
+    pub fn unbind(&mut self, now: Moment, pool_id: &PoolId, replica_id: &ReplicaId) {
+        let Some(pool) = self.pools.get_mut(pool_id) else { return };
+        if pool.replicas.remove(replica_id).is_some() {
+            if pool.replicas.is_empty() {
+                self.pools.remove(pool_id);
+            }
+            self.session.poke(now);
+        }
+    }
+
+    /// What the engine's health call and its gauges said. Reported at once when it matters.
+    pub fn observed(&mut self, now: Moment, pool_id: &PoolId, replica_id: &ReplicaId, health: Health) {
+        let Some(pool) = self.pools.get_mut(pool_id) else { return };
+        if pool.observed(replica_id, health) {
+            self.session.poke(now);
+        }
+    }
+
+    /// What the GPU probe said. Only a change of health or presence is reported at once.
+    pub fn gpus_observed(&mut self, now: Moment, gpus: Vec<GpuReport>) {
+        let essence =
+            |gpus: &[GpuReport]| gpus.iter().map(|gpu| (gpu.device_id, gpu.health)).collect::<Vec<_>>();
+        let changed = essence(&self.gpus) != essence(&gpus);
+        self.gpus = gpus;
+        if changed {
+            self.session.poke(now);
+        }
+    }
+
+    // ---- slots ----
+
+    /// Gives the attempt a slot, or says why not. Errors: `WRONG_NODE`, `ATTEMPT_DUPLICATE`,
+    /// `POOL_UNREADY`, `REPLICA_EXHAUSTED`.
+    pub fn accept(&mut self, pool_id: &PoolId, ask: &Ask<'_>) -> Result<Accepted, ErrorBody> {
+        let refuse = |code, message: String| Err(ErrorBody::new(code, message).at(&self.identity.node_id, pool_id));
+        if *ask.node_id != self.identity.node_id || ask.boot_id != self.identity.boot_id {
+            let message = format!("this is {} in boot {}", self.identity.node_id, self.identity.boot_id);
+            return refuse(ErrorCode::WrongNode, message);
+        }
+        if self.seen.contains(&ask.attempt) {
+            return refuse(ErrorCode::AttemptDuplicate, format!("attempt {} was seen before", ask.attempt));
+        }
+        if self.intent == Intent::Draining {
+            return refuse(ErrorCode::PoolUnready, "the node is draining".into());
+        }
+        let Some(pool) = self.pools.get_mut(pool_id) else {
+            return refuse(ErrorCode::PoolUnready, format!("no pool {pool_id} here"));
+        };
+        if !pool.is_ready() {
+            return refuse(ErrorCode::PoolUnready, format!("no replica of {pool_id} is ready"));
+        }
+        let Some((replica_id, replica)) = pool.take_slot(ask.attempt, ask.hint) else {
+            return refuse(ErrorCode::ReplicaExhausted, format!("every slot of {pool_id} is taken"));
+        };
+        let accepted = Accepted {
+            replica_id: replica_id.clone(),
+            engine: replica.spec.engine,
+            url: replica.spec.url.clone(),
+            report_seq: self.seq,
+        };
+        self.running.insert(ask.attempt, Place { pool: pool_id.clone(), replica: replica_id });
+        self.seen.insert(ask.attempt);
+        self.seen_order.push_back(ask.attempt);
+        if self.seen_order.len() > REMEMBERED_ATTEMPTS
+            && let Some(oldest) = self.seen_order.pop_front()
+        {
+            self.seen.remove(&oldest);
+        }
+        Ok(accepted)
+    }
+
+    /// The attempt has ended and its engine's slot is free. Returns the closing word: the number
+    /// of the last report made before.
+    pub fn ended(&mut self, attempt: &AttemptId) -> u64 {
+        if let Some(place) = self.running.remove(attempt)
+            && let Some(replica) = self.replica_mut(&place)
+        {
+            replica.attempts.remove(attempt);
+            replica.settling.remove(attempt);
+        }
+        self.seq
+    }
+
+    /// The attempt has ended, and its engine may still be busy with it: the slot stays taken
+    /// until [`NodeCore::settled`]. Returns the closing word.
+    pub fn ended_unsettled(&mut self, attempt: &AttemptId) -> u64 {
+        if let Some(place) = self.running.get(attempt).cloned()
+            && let Some(replica) = self.replica_mut(&place)
+            && replica.attempts.remove(attempt)
+        {
+            replica.settling.insert(*attempt);
+        }
+        self.seq
+    }
+
+    /// The engine shows the slot of an ended attempt idle. Says nothing about one that runs.
+    pub fn settled(&mut self, attempt: &AttemptId) {
+        let Some(place) = self.running.get(attempt).cloned() else { return };
+        if self.replica_mut(&place).is_none_or(|replica| replica.settling.remove(attempt)) {
+            self.running.remove(attempt);
+        }
+    }
+
+    fn replica_mut(&mut self, place: &Place) -> Option<&mut Replica> {
+        self.pools.get_mut(&place.pool)?.replicas.get_mut(&place.replica)
+    }
+
+    // ---- reading ----
+
+    pub fn is_running(&self, attempt: &AttemptId) -> bool {
+        self.running.contains_key(attempt)
+    }
+
+    pub fn running_count(&self) -> usize {
+        self.running.len()
+    }
+
+    pub fn pool_reports(&self) -> Vec<PoolReport> {
+        let vram_free = self.vram_free_bytes();
+        let draining = self.intent == Intent::Draining;
+        self.pools.iter().map(|(id, pool)| pool.report(id, draining, vram_free)).collect()
+    }
+
+    /// Free memory of all healthy GPUs, bytes; unknown without any.
+    fn vram_free_bytes(&self) -> Option<u64> {
+        let free = |gpu: &GpuReport| gpu.vram_total_bytes.saturating_sub(gpu.vram_used_bytes);
+        (!self.gpus.is_empty()).then(|| self.gpus.iter().map(free).sum())
+    }
+
+    pub fn gpus(&self) -> &[GpuReport] {
+        &self.gpus
+    }
+
+    /// Engines of one replica at the moment: running here, settling, foreign.
+    pub fn slots_in_use(&self, pool_id: &PoolId, replica_id: &ReplicaId) -> Option<u32> {
+        Some(self.pools.get(pool_id)?.replicas.get(replica_id)?.busy())
+    }
+}
+
+#[cfg(test)]
+mod tests;

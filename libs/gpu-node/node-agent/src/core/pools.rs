@@ -1,0 +1,168 @@
+//! Pools and replicas of one node: who is ready, and who holds a slot.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use pool_registry_types::pool::{EngineKind, PoolReport, PoolState, ReplicaReport};
+use pool_registry_types::{AttemptId, ModelRef, PoolId, ReplicaId};
+
+/// A replica as its handoff and its engine describe it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReplicaSpec {
+    pub replica_id: ReplicaId,
+    pub engine: EngineKind,
+    pub engine_version: Option<String>,
+    /// `http://host:port`, without a trailing slash.
+    pub url: String,
+    pub models: Vec<ModelRef>,
+    /// Requests that the engine serves at a time; at least 1.
+    pub slots: u32,
+    pub ctx_max: Option<u32>,
+    pub device_mask: Option<String>,
+}
+
+/// One look at an engine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Health {
+    /// Whether it takes requests, and if not, why.
+    pub ready: Result<(), String>,
+    /// Requests that it works on, ours included; unknown where it does not tell.
+    pub busy: Option<u32>,
+}
+
+/// A replica was not bound.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BindError {
+    #[error("its engine or models differ from those of pool {pool_id}")]
+    DiffersFromPool { pool_id: PoolId },
+}
+
+#[derive(Debug)]
+pub(crate) struct Replica {
+    pub(crate) spec: ReplicaSpec,
+    ready: bool,
+    last_error: Option<String>,
+    /// Seen busy beyond our own, in the last look and in the one before: a single look may
+    /// have crossed the end of an attempt.
+    foreign: u32,
+    foreign_seen_once: u32,
+    pub(crate) attempts: BTreeSet<AttemptId>,
+    /// Ended, and the engine has not been seen idle yet.
+    pub(crate) settling: BTreeSet<AttemptId>,
+}
+
+impl Replica {
+    fn new(spec: ReplicaSpec) -> Self {
+        Self {
+            spec,
+            ready: false,
+            last_error: None,
+            foreign: 0,
+            foreign_seen_once: 0,
+            attempts: BTreeSet::new(),
+            settling: BTreeSet::new(),
+        }
+    }
+
+    fn ours(&self) -> u32 {
+        u32::try_from(self.attempts.len() + self.settling.len()).unwrap_or(u32::MAX)
+    }
+
+    pub(crate) fn busy(&self) -> u32 {
+        self.ours().saturating_add(self.foreign)
+    }
+
+    fn has_free_slot(&self) -> bool {
+        self.ready && self.busy() < self.spec.slots
+    }
+
+    fn report(&self) -> ReplicaReport {
+        let settling = u32::try_from(self.settling.len()).unwrap_or(u32::MAX);
+        ReplicaReport {
+            replica_id: self.spec.replica_id.clone(),
+            ready: self.ready,
+            slots_total: self.spec.slots,
+            slots_free: if self.ready { self.spec.slots.saturating_sub(self.busy()) } else { 0 },
+            // A slot that settles is busy with nothing of ours any more.
+            slots_foreign: self.foreign.saturating_add(settling).min(self.spec.slots),
+            attempts: self.attempts.iter().copied().collect(),
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Pool {
+    pub(crate) replicas: BTreeMap<ReplicaId, Replica>,
+}
+
+impl Pool {
+    /// A replica that is bound anew keeps the attempts that still run on it.
+    pub(crate) fn bind(&mut self, spec: ReplicaSpec) {
+        let mut replica = Replica::new(spec);
+        if let Some(before) = self.replicas.remove(&replica.spec.replica_id) {
+            replica.attempts = before.attempts;
+            replica.settling = before.settling;
+        }
+        self.replicas.insert(replica.spec.replica_id.clone(), replica);
+    }
+
+    /// Returns whether the change is worth a report at once.
+    pub(crate) fn observed(&mut self, replica_id: &ReplicaId, health: Health) -> bool {
+        let Some(replica) = self.replicas.get_mut(replica_id) else { return false };
+        let was = (replica.ready, replica.foreign);
+        replica.ready = health.ready.is_ok();
+        replica.last_error = health.ready.err();
+        let foreign = health.busy.unwrap_or(0).saturating_sub(replica.ours());
+        replica.foreign = foreign.min(replica.foreign_seen_once);
+        replica.foreign_seen_once = foreign;
+        was != (replica.ready, replica.foreign)
+    }
+
+    pub(crate) fn is_ready(&self) -> bool {
+        self.replicas.values().any(|replica| replica.ready)
+    }
+
+    /// The hinted replica if it has a free slot, else the least busy one.
+    pub(crate) fn take_slot(
+        &mut self, attempt: AttemptId, hint: Option<&ReplicaId>,
+    ) -> Option<(ReplicaId, &Replica)> {
+        let hinted = hint.filter(|id| self.replicas.get(*id).is_some_and(Replica::has_free_slot));
+        let least_busy = || {
+            let free = self.replicas.iter().filter(|(_, replica)| replica.has_free_slot());
+            free.min_by_key(|(_, replica)| u64::from(replica.busy()) * 1_000_000 / u64::from(replica.spec.slots))
+        };
+        let chosen = match hinted {
+            Some(id) => id.clone(),
+            None => least_busy()?.0.clone(),
+        };
+        let replica = self.replicas.get_mut(&chosen)?;
+        replica.attempts.insert(attempt);
+        Some((chosen, replica))
+    }
+
+    pub(crate) fn report(&self, id: &PoolId, draining: bool, vram_free_bytes: Option<u64>) -> PoolReport {
+        let first = self.replicas.values().next().expect("a pool without replicas is removed");
+        let last_error = self.replicas.values().find_map(|replica| replica.last_error.clone());
+        let ready = self.is_ready() && !draining;
+        let state = match (draining, self.is_ready(), &last_error) {
+            (true, ..) => PoolState::Draining,
+            (false, true, _) => PoolState::Ready,
+            (false, false, None) => PoolState::Loading,
+            (false, false, Some(_)) => PoolState::Failed,
+        };
+        let ctx_max = self.replicas.values().map(|replica| replica.spec.ctx_max).min().flatten();
+        PoolReport {
+            pool_id: id.clone(),
+            state,
+            ready,
+            draining,
+            engine: first.spec.engine,
+            engine_version: first.spec.engine_version.clone(),
+            models: first.spec.models.clone(),
+            device_mask: first.spec.device_mask.clone(),
+            ctx_max,
+            vram_free_bytes,
+            replicas: self.replicas.values().map(Replica::report).collect(),
+            last_error,
+        }
+    }
+}

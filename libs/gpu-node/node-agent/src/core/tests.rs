@@ -1,0 +1,238 @@
+use std::time::Duration;
+
+use pool_registry_types::ModelRef;
+use pool_registry_types::pool::PoolState;
+use proptest::prelude::*;
+use uuid::Uuid;
+
+use super::*;
+
+fn at(millis: u64) -> Moment {
+    Moment::from_millis(millis)
+}
+
+fn attempt(n: u128) -> AttemptId {
+    AttemptId(Uuid::from_u128(n))
+}
+
+fn boot() -> BootId {
+    BootId(Uuid::from_u128(1))
+}
+
+fn pool_id() -> PoolId {
+    PoolId::new("pool-0").unwrap()
+}
+
+fn replica_id(n: u32) -> ReplicaId {
+    ReplicaId::new(&format!("r{n}")).unwrap()
+}
+
+fn spec(n: u32, slots: u32) -> ReplicaSpec {
+    ReplicaSpec {
+        replica_id: replica_id(n),
+        engine: EngineKind::LlamaCpp,
+        engine_version: None,
+        url: format!("http://127.0.0.1:{}", 9000 + n),
+        models: vec![ModelRef::new("m").unwrap()],
+        slots,
+        ctx_max: Some(2048),
+        device_mask: None,
+    }
+}
+
+fn node() -> NodeCore {
+    let identity = Identity {
+        node_id: NodeId::new("a").unwrap(),
+        machine_id: MachineId::new("m").unwrap(),
+        boot_id: boot(),
+        address: "http://127.0.0.1:9200".into(),
+        version: "0".into(),
+        capabilities: Capabilities::default(),
+    };
+    NodeCore::new(identity, Session::new(at(0), Duration::from_secs(10), 1))
+}
+
+fn healthy(busy: Option<u32>) -> Health {
+    Health { ready: Ok(()), busy }
+}
+
+fn serving(replicas: u32, slots: u32) -> NodeCore {
+    let mut node = node();
+    for n in 0..replicas {
+        node.bind(at(0), &pool_id(), spec(n, slots)).unwrap();
+        node.observed(at(0), &pool_id(), &replica_id(n), healthy(Some(0)));
+    }
+    node
+}
+
+fn accept(node: &mut NodeCore, n: u128) -> Result<Accepted, ErrorCode> {
+    let node_id = NodeId::new("a").unwrap();
+    let ask = Ask { node_id: &node_id, boot_id: boot(), attempt: attempt(n), hint: None };
+    node.accept(&pool_id(), &ask).map_err(|error| error.code)
+}
+
+// CLOUD-1404
+#[test]
+fn the_node_never_runs_more_than_its_slots() {
+    let mut node = serving(2, 1);
+    let first = accept(&mut node, 1).unwrap().replica_id;
+    let second = accept(&mut node, 2).unwrap().replica_id;
+    assert_ne!(first, second, "the least busy replica is taken");
+    assert_eq!(accept(&mut node, 3), Err(ErrorCode::ReplicaExhausted));
+    node.ended(&attempt(1));
+    assert!(accept(&mut node, 3).is_ok());
+}
+
+#[test]
+fn a_hinted_replica_is_taken_while_it_has_a_slot() {
+    let mut node = serving(2, 2);
+    let node_id = NodeId::new("a").unwrap();
+    let hint = replica_id(1);
+    for n in 1..=2 {
+        let ask = Ask { node_id: &node_id, boot_id: boot(), attempt: attempt(n), hint: Some(&hint) };
+        assert_eq!(node.accept(&pool_id(), &ask).unwrap().replica_id, hint);
+    }
+    let ask = Ask { node_id: &node_id, boot_id: boot(), attempt: attempt(3), hint: Some(&hint) };
+    assert_eq!(node.accept(&pool_id(), &ask).unwrap().replica_id, replica_id(0));
+}
+
+// CLOUD-1507
+#[test]
+fn an_attempt_never_runs_twice() {
+    let mut node = serving(1, 4);
+    accept(&mut node, 1).unwrap();
+    node.ended(&attempt(1));
+    assert_eq!(accept(&mut node, 1), Err(ErrorCode::AttemptDuplicate));
+}
+
+#[test]
+fn requests_for_another_node_or_boot_are_refused() {
+    let mut node = serving(1, 4);
+    let (me, other) = (NodeId::new("a").unwrap(), NodeId::new("b").unwrap());
+    let ask = |node_id, boot| Ask { node_id, boot_id: BootId(Uuid::from_u128(boot)), attempt: attempt(1), hint: None };
+    assert_eq!(node.accept(&pool_id(), &ask(&other, 1)).unwrap_err().code, ErrorCode::WrongNode);
+    assert_eq!(node.accept(&pool_id(), &ask(&me, 2)).unwrap_err().code, ErrorCode::WrongNode);
+}
+
+#[test]
+fn unknown_unready_and_draining_pools_are_unready() {
+    let mut node = node();
+    assert_eq!(accept(&mut node, 1), Err(ErrorCode::PoolUnready));
+    node.bind(at(0), &pool_id(), spec(0, 1)).unwrap();
+    assert_eq!(accept(&mut node, 1), Err(ErrorCode::PoolUnready));
+    assert_eq!(node.pool_reports()[0].state, PoolState::Loading);
+    node.observed(at(0), &pool_id(), &replica_id(0), healthy(None));
+    accept(&mut node, 1).unwrap();
+    node.drain(at(0));
+    assert_eq!(accept(&mut node, 2), Err(ErrorCode::PoolUnready));
+    assert_eq!(node.pool_reports()[0].state, PoolState::Draining);
+    assert_eq!(node.running_count(), 1, "what runs may finish");
+}
+
+// CLOUD-1405
+#[test]
+fn a_canceled_slot_is_taken_until_the_engine_is_idle() {
+    let mut node = serving(1, 1);
+    accept(&mut node, 1).unwrap();
+    node.ended_unsettled(&attempt(1));
+    assert_eq!(accept(&mut node, 2), Err(ErrorCode::ReplicaExhausted));
+    let report = &node.pool_reports()[0].replicas[0];
+    assert_eq!((report.attempts.len(), report.slots_foreign, report.slots_free), (0, 1, 0));
+    node.settled(&attempt(1));
+    assert!(accept(&mut node, 2).is_ok());
+}
+
+// CLOUD-1406
+#[test]
+fn foreign_load_counts_when_seen_twice() {
+    let mut node = serving(1, 4);
+    accept(&mut node, 1).unwrap();
+    node.observed(at(0), &pool_id(), &replica_id(0), healthy(Some(3)));
+    assert_eq!(node.pool_reports()[0].replicas[0].slots_foreign, 0, "one look may have crossed an end");
+    node.observed(at(0), &pool_id(), &replica_id(0), healthy(Some(4)));
+    assert_eq!(node.pool_reports()[0].replicas[0].slots_foreign, 2);
+    accept(&mut node, 2).unwrap();
+    assert_eq!(accept(&mut node, 3), Err(ErrorCode::ReplicaExhausted));
+}
+
+#[test]
+fn acceptance_and_end_name_the_last_report_before_them() {
+    let mut node = serving(1, 4);
+    let report = |node: &mut NodeCore| node.report(Epoch::new("e").unwrap());
+    assert_eq!(accept(&mut node, 1).unwrap().report_seq, 0);
+    let first = report(&mut node);
+    assert_eq!((first.seq, first.pools[0].replicas[0].attempts.clone()), (1, vec![attempt(1)]));
+    assert_eq!(node.ended(&attempt(1)), 1);
+    let second = report(&mut node);
+    assert_eq!((second.seq, second.pools[0].replicas[0].attempts.len()), (2, 0));
+}
+
+#[test]
+fn a_replica_that_differs_from_its_pool_is_not_bound() {
+    let mut node = serving(1, 4);
+    let other = ReplicaSpec { models: vec![ModelRef::new("other").unwrap()], ..spec(1, 4) };
+    assert!(node.bind(at(0), &pool_id(), other.clone()).is_err());
+    let rebound = ReplicaSpec { replica_id: replica_id(0), ..other };
+    assert!(node.bind(at(0), &pool_id(), rebound).is_ok(), "the only replica may change its pool");
+}
+
+#[test]
+fn a_change_of_readiness_is_reported_within_50_ms_and_an_attempt_is_not() {
+    let mut node = serving(1, 4);
+    assert!(matches!(node.due(at(0)), Some(NodeEffect::Register(_))));
+    let answer = RegisterAnswer {
+        node_id: NodeId::new("a").unwrap(),
+        epoch: Epoch::new("e").unwrap(),
+        heartbeat_interval_ms: 10_000,
+        node_timeout_ms: 30_000,
+        intent: Intent::Serving,
+    };
+    node.registered(at(1), Ok(answer));
+    assert!(matches!(node.due(at(1)), Some(NodeEffect::Heartbeat(_))));
+    let taken = HeartbeatAnswer { heartbeat_interval_ms: 10_000, cancel_attempts: vec![], intent: Intent::Serving };
+    node.heartbeat_answered(at(2), Ok(taken));
+    accept(&mut node, 1).unwrap();
+    assert!(node.next_deadline().unwrap() > at(9_000));
+    let gone = Health { ready: Err("connection refused".into()), busy: None };
+    node.observed(at(100), &pool_id(), &replica_id(0), gone);
+    assert_eq!(node.next_deadline(), Some(at(150)));
+    let Some(NodeEffect::Heartbeat(beat)) = node.due(at(150)) else { panic!("no report was due") };
+    assert_eq!((beat.pools[0].state, beat.pools[0].ready), (PoolState::Failed, false));
+    assert_eq!(beat.pools[0].last_error.as_deref(), Some("connection refused"));
+}
+
+#[test]
+fn only_attempts_that_run_here_are_canceled() {
+    let mut node = serving(1, 4);
+    accept(&mut node, 1).unwrap();
+    let answer = HeartbeatAnswer {
+        heartbeat_interval_ms: 1,
+        cancel_attempts: vec![attempt(1), attempt(2)],
+        intent: Intent::Serving,
+    };
+    assert_eq!(node.heartbeat_answered(at(0), Ok(answer)), vec![NodeEffect::Cancel(attempt(1))]);
+}
+
+proptest! {
+    #[test]
+    fn slots_are_conserved(actions in prop::collection::vec((0_u8..4, 0_u128..12), 0..80), slots in 1_u32..4) {
+        let mut node = serving(2, slots);
+        for (action, n) in actions {
+            match action {
+                0 => { let _ = accept(&mut node, n); }
+                1 => { node.ended(&attempt(n)); }
+                2 => { node.ended_unsettled(&attempt(n)); }
+                _ => node.settled(&attempt(n)),
+            }
+            let report = &node.pool_reports()[0];
+            let mut listed = 0;
+            for replica in &report.replicas {
+                let busy = u32::try_from(replica.attempts.len()).unwrap() + replica.slots_foreign;
+                prop_assert!(busy <= slots);
+                prop_assert_eq!(busy + replica.slots_free, slots);
+                listed += busy as usize;
+            }
+            prop_assert_eq!(listed, node.running_count());
+        }
+    }
+}

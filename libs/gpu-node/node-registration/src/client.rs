@@ -1,0 +1,125 @@
+//! The calls of a node to the control plane, over HTTP or in process.
+
+use std::future::Future;
+use std::time::Duration;
+
+use pool_registry_types::node::{Heartbeat, HeartbeatAnswer, RegisterAnswer, RegisterRequest};
+use pool_registry_types::{Epoch, ErrorBody, ErrorCode, NodeId, routes};
+use serde::{Serialize, de::DeserializeOwned};
+
+/// Bound of one call, connecting included.
+pub const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Bound of connecting. Source: .specs/01 CLOUD-1501.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Why a call had no good answer.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum CallError {
+    #[error("the control plane refused: {0}")]
+    Refused(ErrorBody),
+    #[error("the control plane was not reached: {0}")]
+    Unreachable(String),
+}
+
+impl CallError {
+    /// The refusal, when there is one.
+    pub fn refusal(self) -> Option<ErrorBody> {
+        match self {
+            Self::Refused(body) => Some(body),
+            Self::Unreachable(_) => None,
+        }
+    }
+
+    pub fn is_unknown_node(&self) -> bool {
+        matches!(self, Self::Refused(body) if body.code == ErrorCode::NodeUnknown)
+    }
+}
+
+/// What a node calls. Implemented over HTTP and, in the home profile, in process.
+pub trait ControlPlane: Send + Sync + 'static {
+    fn register(
+        &self, request: RegisterRequest,
+    ) -> impl Future<Output = Result<RegisterAnswer, CallError>> + Send;
+
+    fn heartbeat(
+        &self, node_id: &NodeId, beat: Heartbeat,
+    ) -> impl Future<Output = Result<HeartbeatAnswer, CallError>> + Send;
+
+    fn deregister(&self, node_id: &NodeId, epoch: &Epoch) -> impl Future<Output = Result<(), CallError>> + Send;
+}
+
+/// The control plane at a URL.
+#[derive(Debug, Clone)]
+pub struct HttpControlPlane {
+    base: String,
+    token: Option<String>,
+    client: reqwest::Client,
+}
+
+impl HttpControlPlane {
+    /// `base` is `http://host:port`, without a path. `token` is sent as a bearer token.
+    pub fn new(base: &str, token: Option<String>) -> Result<Self, reqwest::Error> {
+        let client = reqwest::Client::builder()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .timeout(CALL_TIMEOUT)
+            .no_proxy()
+            .build()?;
+        Ok(Self { base: base.trim_end_matches('/').to_owned(), token, client })
+    }
+
+    async fn call<A: DeserializeOwned>(
+        &self, method: reqwest::Method, path: &str, body: Option<&impl Serialize>,
+    ) -> Result<Option<A>, CallError> {
+        let mut request = self.client.request(method, format!("{}{path}", self.base));
+        if let Some(token) = &self.token {
+            request = request.bearer_auth(token);
+        }
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        let response = request.send().await.map_err(unreachable)?;
+        let status = response.status();
+        if status == reqwest::StatusCode::NO_CONTENT {
+            return Ok(None);
+        }
+        let bytes = response.bytes().await.map_err(unreachable)?;
+        if status.is_success() {
+            let answer = serde_json::from_slice(&bytes);
+            return answer.map(Some).map_err(|e| CallError::Unreachable(format!("unreadable answer: {e}")));
+        }
+        match serde_json::from_slice::<ErrorBody>(&bytes) {
+            Ok(body) => Err(CallError::Refused(body)),
+            Err(_) => Err(CallError::Unreachable(format!("HTTP {status} without an error body"))),
+        }
+    }
+}
+
+/// The error with its causes, without the URL.
+fn unreachable(error: reqwest::Error) -> CallError {
+    let error = error.without_url();
+    let causes = std::iter::successors(std::error::Error::source(&error), |cause| cause.source());
+    let text = causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"));
+    CallError::Unreachable(text)
+}
+
+const NO_BODY: Option<&()> = None;
+
+impl ControlPlane for HttpControlPlane {
+    async fn register(&self, request: RegisterRequest) -> Result<RegisterAnswer, CallError> {
+        self.call(reqwest::Method::POST, routes::NODE_REGISTER, Some(&request)).await.and_then(some_body)
+    }
+
+    async fn heartbeat(&self, node_id: &NodeId, beat: Heartbeat) -> Result<HeartbeatAnswer, CallError> {
+        let path = routes::node_heartbeat(node_id);
+        self.call(reqwest::Method::POST, &path, Some(&beat)).await.and_then(some_body)
+    }
+
+    async fn deregister(&self, node_id: &NodeId, epoch: &Epoch) -> Result<(), CallError> {
+        let path = routes::node(node_id, epoch);
+        self.call::<serde_json::Value>(reqwest::Method::DELETE, &path, NO_BODY).await.map(|_| ())
+    }
+}
+
+fn some_body<A>(answer: Option<A>) -> Result<A, CallError> {
+    answer.ok_or_else(|| CallError::Unreachable("an answer without a body".into()))
+}

@@ -1,0 +1,311 @@
+//! When to register, when to report, when to try again: a value that is told the time.
+//!
+//! One rule covers a restarted control plane, a restarted node and a healed partition: an
+//! unknown registration means *register again, now*. Pauses between tries grow, with jitter,
+//! and never exceed the heartbeat interval.
+
+use std::time::Duration;
+
+use pool_registry_types::node::{HeartbeatAnswer, RegisterAnswer};
+use pool_registry_types::{Epoch, ErrorBody, ErrorCode, Moment};
+
+/// First pause after a failed call; doubles up to the heartbeat interval.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// Changes within this span go into one report. Source: .specs/01 CLOUD-1010.
+const COALESCE: Duration = Duration::from_millis(50);
+
+/// What the shell is to do now. One call is under way at a time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    Register,
+    Heartbeat { epoch: Epoch },
+    Deregister { epoch: Epoch },
+}
+
+/// Why a heartbeat was not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BeatFailure {
+    /// Unknown node or an old epoch.
+    Unknown,
+    /// No answer, or one that says nothing about the registration.
+    Failed,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum State {
+    Unregistered { next_try: Moment },
+    Registering,
+    Registered { epoch: Epoch, next_beat: Moment, beating: bool },
+    Leaving { epoch: Epoch, sent: bool },
+    Left,
+}
+
+/// The session as far as it has come.
+#[derive(Debug, Clone)]
+pub struct Session {
+    state: State,
+    interval: Duration,
+    failures: u32,
+    /// Why the last registration was refused.
+    problem: Option<String>,
+    random: u64,
+}
+
+impl Session {
+    /// `interval` is the node's own; the control plane's answer replaces it. `seed` decides the jitter.
+    pub fn new(now: Moment, interval: Duration, seed: u64) -> Self {
+        let random = seed | 1;
+        Self { state: State::Unregistered { next_try: now }, interval, failures: 0, problem: None, random }
+    }
+
+    /// What is due now. The caller performs it and tells the outcome.
+    pub fn next_action(&mut self, now: Moment) -> Option<Action> {
+        match &mut self.state {
+            State::Unregistered { next_try } if *next_try <= now => {
+                self.state = State::Registering;
+                Some(Action::Register)
+            }
+            State::Registered { epoch, next_beat, beating } if !*beating && *next_beat <= now => {
+                *beating = true;
+                // Only a change while the call is under way sets a moment before its answer does.
+                *next_beat = Moment::NEVER;
+                Some(Action::Heartbeat { epoch: epoch.clone() })
+            }
+            State::Leaving { epoch, sent } if !*sent => {
+                *sent = true;
+                Some(Action::Deregister { epoch: epoch.clone() })
+            }
+            _ => None,
+        }
+    }
+
+    /// When [`Session::next_action`] has something next.
+    pub fn next_deadline(&self) -> Option<Moment> {
+        match &self.state {
+            State::Unregistered { next_try } => Some(*next_try),
+            State::Registered { next_beat, beating: false, .. } => Some(*next_beat),
+            _ => None,
+        }
+    }
+
+    /// The answer to [`Action::Register`]; `Err(None)` when none came.
+    pub fn registered(&mut self, now: Moment, answer: Result<RegisterAnswer, Option<ErrorBody>>) {
+        if self.state != State::Registering {
+            return;
+        }
+        match answer {
+            Ok(answer) => {
+                self.interval = Duration::from_millis(answer.heartbeat_interval_ms.max(1));
+                self.failures = 0;
+                self.problem = None;
+                // The first report goes at once: until then the control plane knows no pool.
+                self.state = State::Registered { epoch: answer.epoch, next_beat: now, beating: false };
+            }
+            Err(refusal) => {
+                let conflict = refusal.as_ref().is_some_and(|body| body.code == ErrorCode::NodeIdConflict);
+                let pause = if conflict { self.interval } else { self.pause() };
+                self.problem = Some(match refusal {
+                    Some(body) => body.to_string(),
+                    None => "the control plane does not answer".into(),
+                });
+                self.state = State::Unregistered { next_try: now + pause };
+            }
+        }
+    }
+
+    /// The answer to [`Action::Heartbeat`].
+    pub fn heartbeat_answered(&mut self, now: Moment, answer: Result<&HeartbeatAnswer, BeatFailure>) {
+        let tick = self.jittered_interval();
+        let State::Registered { next_beat, beating, .. } = &mut self.state else { return };
+        *beating = false;
+        match answer {
+            Ok(answer) => {
+                self.failures = 0;
+                self.interval = Duration::from_millis(answer.heartbeat_interval_ms.max(1));
+                *next_beat = (*next_beat).min(now + tick);
+            }
+            Err(BeatFailure::Unknown) => {
+                self.failures = 0;
+                self.state = State::Unregistered { next_try: now };
+            }
+            Err(BeatFailure::Failed) => {
+                let pause = self.pause();
+                if let State::Registered { next_beat, .. } = &mut self.state {
+                    *next_beat = now + pause;
+                }
+            }
+        }
+    }
+
+    /// Something worth a report at once has changed.
+    pub fn poke(&mut self, now: Moment) {
+        if let State::Registered { next_beat, .. } = &mut self.state {
+            let soon = now + COALESCE;
+            *next_beat = (*next_beat).min(soon);
+        }
+    }
+
+    /// Ends the session: deregisters when there is a registration.
+    pub fn leave(&mut self) {
+        self.state = match std::mem::replace(&mut self.state, State::Left) {
+            State::Registered { epoch, .. } => State::Leaving { epoch, sent: false },
+            _ => State::Left,
+        };
+    }
+
+    /// The outcome of [`Action::Deregister`] does not matter: the node goes.
+    pub fn deregistered(&mut self) {
+        self.state = State::Left;
+    }
+
+    pub fn is_registered(&self) -> bool {
+        matches!(self.state, State::Registered { .. })
+    }
+
+    pub fn has_left(&self) -> bool {
+        self.state == State::Left
+    }
+
+    /// Why the node is not registered, for `/health/ready`.
+    pub fn problem(&self) -> Option<&str> {
+        self.problem.as_deref()
+    }
+
+    fn pause(&mut self) -> Duration {
+        let doubled = FIRST_PAUSE * 2_u32.pow(self.failures.min(10));
+        self.failures += 1;
+        self.jitter(doubled.min(self.interval))
+    }
+
+    fn jittered_interval(&mut self) -> Duration {
+        self.jitter(self.interval)
+    }
+
+    /// Between nine tenths of the span and the whole of it: early, never late.
+    fn jitter(&mut self, span: Duration) -> Duration {
+        // xorshift64: even enough to keep a fleet from marching in step.
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        let permille = 900 + u32::try_from(self.random % 101).unwrap_or(100);
+        span * permille / 1000
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pool_registry_types::NodeId;
+    use pool_registry_types::node::Intent;
+
+    use super::*;
+
+    fn at(millis: u64) -> Moment {
+        Moment::from_millis(millis)
+    }
+
+    fn session() -> Session {
+        Session::new(at(0), Duration::from_secs(10), 42)
+    }
+
+    fn answer() -> RegisterAnswer {
+        RegisterAnswer {
+            node_id: NodeId::new("a").unwrap(),
+            epoch: Epoch::new("e1").unwrap(),
+            heartbeat_interval_ms: 2_000,
+            node_timeout_ms: 6_000,
+            intent: Intent::Serving,
+        }
+    }
+
+    fn beat_answer() -> HeartbeatAnswer {
+        HeartbeatAnswer { heartbeat_interval_ms: 2_000, cancel_attempts: vec![], intent: Intent::Serving }
+    }
+
+    fn registered() -> Session {
+        let mut s = session();
+        assert_eq!(s.next_action(at(0)), Some(Action::Register));
+        s.registered(at(1), Ok(answer()));
+        s
+    }
+
+    // CLOUD-1010
+    #[test]
+    fn the_first_report_follows_the_registration_at_once_and_the_servers_interval_wins() {
+        let mut s = registered();
+        assert!(matches!(s.next_action(at(1)), Some(Action::Heartbeat { .. })));
+        s.heartbeat_answered(at(2), Ok(&beat_answer()));
+        let next = s.next_deadline().unwrap();
+        assert!(next >= at(2 + 1_800) && next <= at(2 + 2_000), "{next:?}");
+    }
+
+    // CLOUD-1008
+    #[test]
+    fn an_unknown_registration_registers_again_now() {
+        let mut s = registered();
+        s.next_action(at(1));
+        s.heartbeat_answered(at(50), Err(BeatFailure::Unknown));
+        assert_eq!(s.next_action(at(50)), Some(Action::Register));
+    }
+
+    #[test]
+    fn pauses_grow_and_never_exceed_the_interval() {
+        let mut s = session();
+        let (mut now, mut last) = (0, 0);
+        for _ in 0..20 {
+            assert_eq!(s.next_action(at(now)), Some(Action::Register));
+            s.registered(at(now), Err(None));
+            let next = s.next_deadline().unwrap().as_millis();
+            last = next - now;
+            assert!((90..=10_000).contains(&last), "{last}");
+            now = next;
+        }
+        assert!(last >= 9_000);
+    }
+
+    #[test]
+    fn a_conflict_is_tried_again_at_the_interval_and_is_shown() {
+        let mut s = session();
+        s.next_action(at(0));
+        s.registered(at(0), Err(Some(ErrorBody::new(ErrorCode::NodeIdConflict, "taken"))));
+        assert_eq!(s.next_deadline(), Some(at(10_000)));
+        assert!(s.problem().unwrap().contains("NODE_ID_CONFLICT"));
+    }
+
+    #[test]
+    fn changes_go_into_one_report_within_50_ms() {
+        let mut s = registered();
+        s.next_action(at(1));
+        s.heartbeat_answered(at(2), Ok(&beat_answer()));
+        s.poke(at(100));
+        s.poke(at(120));
+        assert_eq!(s.next_deadline(), Some(at(150)));
+    }
+
+    #[test]
+    fn a_change_while_a_report_is_under_way_makes_another() {
+        let mut s = registered();
+        s.next_action(at(1));
+        s.poke(at(10));
+        assert_eq!(s.next_action(at(100)), None, "one call at a time");
+        s.heartbeat_answered(at(20), Ok(&beat_answer()));
+        assert_eq!(s.next_deadline(), Some(at(60)));
+        let mut late = registered();
+        late.next_action(at(1));
+        late.poke(at(10));
+        late.heartbeat_answered(at(500), Ok(&beat_answer()));
+        assert_eq!(late.next_deadline(), Some(at(60)), "its moment has passed: it goes now");
+    }
+
+    #[test]
+    fn leaving_deregisters_once_and_an_unregistered_session_just_ends() {
+        let mut s = registered();
+        s.leave();
+        assert!(matches!(s.next_action(at(5)), Some(Action::Deregister { .. })));
+        assert_eq!(s.next_action(at(5)), None);
+        s.deregistered();
+        assert!(s.has_left());
+        let mut never = session();
+        never.leave();
+        assert!(never.has_left());
+    }
+}
