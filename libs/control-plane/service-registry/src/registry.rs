@@ -510,6 +510,11 @@ impl Registry {
         self.nodes.get(node_id).map(|node| (node.request.address.as_str(), node.request.boot_id))
     }
 
+    /// The number of the last report that was taken.
+    pub fn report_seq(&self, node_id: &NodeId) -> Option<u64> {
+        self.nodes.get(node_id)?.last_seq
+    }
+
     pub fn pool_ids(&self, node_id: &NodeId) -> impl Iterator<Item = &PoolId> {
         self.nodes.get(node_id).into_iter().flat_map(|node| node.pools.keys())
     }

@@ -12,6 +12,8 @@ pub enum Rule {
     AttemptDeadlines,
     /// A report that crossed a dispatch makes no false vanished attempt and no false orphan.
     ReportSequence,
+    /// A report that overtook the end of a stream does not take the end away.
+    ReportPatience,
     /// The timer is armed anew after every event.
     TimerRearmed,
     /// A refused dispatch costs no try.
@@ -31,10 +33,11 @@ pub enum Rule {
 }
 
 impl Rule {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::UnionOfReservations,
         Self::AttemptDeadlines,
         Self::ReportSequence,
+        Self::ReportPatience,
         Self::TimerRearmed,
         Self::RefusalIsFree,
         Self::IncarnationInEpoch,

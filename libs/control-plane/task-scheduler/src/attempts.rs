@@ -54,6 +54,8 @@ pub(crate) struct Attempt {
     pub(crate) pool: PoolKey,
     pub(crate) dispatched: Moment,
     pub(crate) closing: Option<CloseReason>,
+    /// A report did not list it; its end is awaited.
+    pub(crate) vanishing: bool,
 }
 
 /// One attempt in the task's history.

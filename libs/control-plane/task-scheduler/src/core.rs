@@ -34,6 +34,10 @@ use crate::watch::{AttemptDeadlines, Overdue};
 const HOLD: Duration = Duration::from_millis(250);
 /// First pause before a pool that failed a task is given it again; doubles each time.
 const RETRY_BACKOFF: Duration = Duration::from_millis(250);
+/// How long the stream of an attempt that a report does not list may still bring its end: the
+/// report and the stream are two connections, and the report may be the faster one.
+/// Source: .specs/01 CLOUD-1407.
+const REPORT_PATIENCE: Duration = Duration::from_secs(2);
 /// A timer that comes this much late means that our own loop stood still.
 const STALL: Duration = Duration::from_secs(1);
 /// Most ended tasks that are kept for readers; beyond, the oldest goes.
@@ -139,6 +143,8 @@ pub struct ControlCore {
     queue: Queue,
     /// Wait deadlines and backoff ends of queued tasks.
     alarms: BTreeSet<(Moment, TaskId)>,
+    /// Attempts that a report did not list, and when they are closed for it.
+    vanishing: BTreeSet<(Moment, AttemptId)>,
     ended: VecDeque<(Moment, TaskId)>,
     service_ms: BTreeMap<ModelRef, f64>,
     draining: bool,
@@ -164,6 +170,7 @@ impl ControlCore {
             attempts: BTreeMap::new(),
             queue: Queue::default(),
             alarms: BTreeSet::new(),
+            vanishing: BTreeSet::new(),
             ended: VecDeque::new(),
             service_ms: BTreeMap::new(),
             draining: false,
@@ -180,6 +187,7 @@ impl ControlCore {
     pub fn apply(&mut self, now: Moment, event: Event) -> Vec<Effect> {
         let timer = matches!(event, Event::Timer);
         let mut effects = Vec::new();
+        let mut admitted = None;
         self.started.get_or_insert(now);
         if let Some(armed) = self.armed
             && now > armed + STALL
@@ -202,7 +210,7 @@ impl ControlCore {
             }
             Event::Alive { node_id } => self.registry.alive(now, &node_id),
             Event::Submit { reply, task_id, request } => {
-                self.submit(now, reply, task_id, &request, &mut effects);
+                admitted = self.submit(now, reply, task_id, &request, &mut effects);
             }
             Event::Cancel { reply, task_id } => self.cancel(now, reply, task_id, &mut effects),
             Event::Accepted { attempt, replica_id, report_seq } => {
@@ -224,8 +232,12 @@ impl ControlCore {
         }
         self.pass_time(now, &mut effects);
         self.place(now, &mut effects);
+        if let Some((to, id)) = admitted {
+            effects.push(Effect::Reply { to, answer: Ok(Answer::Submitted(self.accepted_body(id))) });
+        }
         if timer || self.enforces(Rule::TimerRearmed) || self.armed.is_none() {
-            self.armed = self.compute_deadline();
+            // What is due already is due now: a deadline in the past would look like a stall.
+            self.armed = self.compute_deadline().map(|at| at.max(now));
         }
         effects
     }
@@ -239,7 +251,8 @@ impl ControlCore {
         let lanes = self.queue.models().map(|model| self.model_lease(model));
         let retention = self.ended.front().map(|(at, _)| *at + self.policy.task_retention);
         let alarm = self.alarms.first().map(|(at, _)| *at);
-        lanes.chain(retention).chain(alarm).chain(self.registry.next_deadline()).min()
+        let vanishing = self.vanishing.first().map(|(at, _)| *at);
+        lanes.chain(retention).chain(alarm).chain(vanishing).chain(self.registry.next_deadline()).min()
     }
 
     // ---- nodes ----
@@ -281,9 +294,8 @@ impl ControlCore {
             }
             Ok(HeartbeatOutcome::Taken { returned, vanished, orphans }) => {
                 self.counters.returns += u64::from(returned);
-                self.counters.vanished += vanished.len() as u64;
                 self.counters.orphans += orphans.len() as u64;
-                self.close_all(now, &vanished, CloseReason::Vanished, effects);
+                self.await_ends(now, &vanished);
                 self.sync_node(node_id);
                 orphans
             }
@@ -365,9 +377,10 @@ impl ControlCore {
 
     // ---- tasks ----
 
+    /// Returns whom to tell of the task's place once the queue was served.
     fn submit(
         &mut self, now: Moment, to: ReplyTo, id: TaskId, request: &Arc<TaskRequest>, effects: &mut Vec<Effect>,
-    ) {
+    ) -> Option<(ReplyTo, TaskId)> {
         let fingerprint = fingerprint(request);
         if let Some(task) = self.tasks.get(&id) {
             let answer = if task.fingerprint == fingerprint {
@@ -378,12 +391,12 @@ impl ControlCore {
                 Err(ErrorBody::new(ErrorCode::TaskConflict, message))
             };
             effects.push(Effect::Reply { to, answer });
-            return;
+            return None;
         }
         if let Err(error) = self.admissible(now, request) {
             self.counters.rejected += 1;
             effects.push(Effect::Reply { to, answer: Err(error) });
-            return;
+            return None;
         }
         self.counters.submitted += 1;
         self.ids_given += 1;
@@ -411,8 +424,7 @@ impl ControlCore {
         self.tasks.insert(id, task);
         effects.push(Effect::OpenLog { task: id, log });
         self.enqueue(now, id);
-        self.place(now, effects);
-        effects.push(Effect::Reply { to, answer: Ok(Answer::Submitted(self.accepted_body(id))) });
+        Some((to, id))
     }
 
     fn admissible(&self, now: Moment, request: &TaskRequest) -> Result<(), ErrorBody> {
@@ -542,6 +554,19 @@ impl ControlCore {
         }
     }
 
+    /// Gives the streams of attempts that a report does not list time to bring their ends.
+    fn await_ends(&mut self, now: Moment, vanished: &[AttemptId]) {
+        let patience = if self.enforces(Rule::ReportPatience) { REPORT_PATIENCE } else { Duration::ZERO };
+        for id in vanished {
+            if let Some(attempt) = self.attempts.get_mut(id)
+                && !attempt.vanishing
+            {
+                attempt.vanishing = true;
+                self.vanishing.insert((now + patience, *id));
+            }
+        }
+    }
+
     /// Asks for the end of an attempt. The first reason stands, except that a cancel overrides.
     fn close(&mut self, now: Moment, id: AttemptId, why: CloseReason, effects: &mut Vec<Effect>) {
         let Some(attempt) = self.attempts.get_mut(&id) else { return };
@@ -552,7 +577,7 @@ impl ControlCore {
         if closing {
             return;
         }
-        effects.push(Effect::CloseAttempt { task: attempt.task, attempt: id });
+        effects.push(Effect::CloseAttempt { task: attempt.task, attempt: id, why });
         if !self.enforces(Rule::FenceBeforePlace) {
             self.ended(now, id, 0, &HowEnded::Closed, None, effects);
         }
@@ -683,6 +708,15 @@ impl ControlCore {
             self.alarms.pop_first();
             self.alarm(now, id, effects);
         }
+        while let Some((at, id)) = self.vanishing.first().copied()
+            && at <= now
+        {
+            self.vanishing.pop_first();
+            if self.attempts.contains_key(&id) {
+                self.counters.vanished += 1;
+                self.close(now, id, CloseReason::Vanished, effects);
+            }
+        }
         let gone: Vec<ModelRef> =
             self.queue.models().filter(|model| self.model_lease(model) <= now).cloned().collect();
         for model in gone {
@@ -780,7 +814,7 @@ impl ControlCore {
             request,
         })));
         self.counters.dispatched += 1;
-        self.attempts.insert(attempt, Attempt { task: id, pool: pool.clone(), dispatched: now, closing: None });
+        self.attempts.insert(attempt, Attempt { task: id, pool: pool.clone(), dispatched: now, closing: None, vanishing: false });
         self.registry.reserve(&pool, attempt);
         self.sync_pool(&pool);
     }
@@ -904,6 +938,11 @@ impl ControlCore {
 
     pub fn running(&self) -> usize {
         self.attempts.len()
+    }
+
+    /// Where an attempt that has not ended runs.
+    pub fn attempt_pool(&self, attempt: &AttemptId) -> Option<&PoolKey> {
+        self.attempts.get(attempt).map(|attempt| &attempt.pool)
     }
 
     pub fn is_draining(&self) -> bool {

@@ -8,7 +8,7 @@ use pool_registry_types::{
     AttemptId, BootId, Epoch, ErrorBody, LogId, Moment, NodeId, PoolKey, ReplicaId, TaskId,
 };
 
-use crate::attempts::HowEnded;
+use crate::attempts::{CloseReason, HowEnded};
 use crate::watch::AttemptDeadlines;
 
 /// Whom an answer is for; the shell gives the number and keeps what it stands for.
@@ -49,7 +49,7 @@ pub enum Effect {
     OpenLog { task: TaskId, log: LogId },
     Dispatch(Box<Dispatch>),
     /// Fence the log against the attempt, drop its connection, answer with [`Event::Ended`].
-    CloseAttempt { task: TaskId, attempt: AttemptId },
+    CloseAttempt { task: TaskId, attempt: AttemptId, why: CloseReason },
     /// Append this terminal error to the task's log.
     CloseTask { task: TaskId, error: ErrorBody },
     /// The task's retention is over: drop its log.

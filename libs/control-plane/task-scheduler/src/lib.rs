@@ -14,7 +14,7 @@ pub mod log;
 pub mod queue;
 pub mod watch;
 
-pub use attempts::{HowEnded, Outcome};
+pub use attempts::{CloseReason, HowEnded};
 pub use core::{ControlCore, Counters, Policy};
 pub use event::{Answer, Dispatch, Effect, Event, ReplyTo};
 pub use log::{AppendError, Fence, Read, TaskLog};

@@ -1,0 +1,102 @@
+//! What a set of schedules exercised: a fault or transition that never happened proves nothing.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// Everything that must have happened at least once in a run of many seeds.
+pub const REQUIRED: &[&str] = &[
+    "fault: control plane restarted",
+    "fault: control plane stalled",
+    "fault: node crashed",
+    "fault: node left and came back",
+    "fault: node stopped",
+    "fault: partition both ways",
+    "fault: partition towards the control plane",
+    "fault: partition towards the node",
+    "fault: heartbeats of all nodes lost",
+    "fault: engine killed",
+    "fault: engine hung",
+    "fault: engine slow",
+    "fault: foreign load",
+    "message: lost",
+    "message: doubled",
+    "message: late",
+    "message: overtaken",
+    "task: canceled while queued",
+    "task: canceled while running",
+    "task: cancel after the end",
+    "task: submitted twice",
+    "task: killed two engines",
+    "race: report crossed a dispatch",
+    "race: first token crossed a close",
+    "race: end crossed a close",
+    "core: node suspect",
+    "core: node offline",
+    "core: node returned",
+    "core: mass silence",
+    "core: stall noticed",
+    "core: attempt vanished",
+    "core: orphan ended",
+    "core: unknown heartbeat",
+    "core: old report ignored",
+    "core: dispatch refused",
+    "core: task placed again",
+    "core: worker reset",
+    "core: task rejected",
+    "core: deadline exceeded",
+    "core: decode timeout",
+    "core: model not available",
+    "core: tries exhausted",
+];
+
+/// Counts by name.
+#[derive(Debug, Clone, Default)]
+pub struct Coverage {
+    pub counts: BTreeMap<&'static str, u64>,
+    pub dispatches: u64,
+    pub events: u64,
+    pub simulated_ms: u64,
+    pub schedules: u64,
+}
+
+impl Coverage {
+    pub fn hit(&mut self, name: &'static str) {
+        self.add(name, 1);
+    }
+
+    pub fn add(&mut self, name: &'static str, n: u64) {
+        debug_assert!(REQUIRED.contains(&name), "{name} is not in the list");
+        *self.counts.entry(name).or_default() += n;
+    }
+
+    pub fn merge(&mut self, other: &Self) {
+        for (name, n) in &other.counts {
+            *self.counts.entry(name).or_default() += n;
+        }
+        self.dispatches += other.dispatches;
+        self.events += other.events;
+        self.simulated_ms += other.simulated_ms;
+        self.schedules += other.schedules;
+    }
+
+    /// What never happened.
+    pub fn missing(&self) -> Vec<&'static str> {
+        REQUIRED.iter().filter(|name| self.counts.get(*name).copied().unwrap_or(0) == 0).copied().collect()
+    }
+}
+
+impl fmt::Display for Coverage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for name in REQUIRED {
+            writeln!(f, "  {:>10}  {name}", self.counts.get(name).copied().unwrap_or(0))?;
+        }
+        write!(
+            f,
+            "{} schedules, {:.1} simulated hours, {} dispatches, {} events",
+            self.schedules,
+            self.simulated_ms as f64 / 3.6e6,
+            self.dispatches,
+            self.events
+        )
+    }
+}

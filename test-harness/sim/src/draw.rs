@@ -1,0 +1,144 @@
+//! A schedule drawn from a seed: the cluster, the clients, the faults.
+
+use std::time::Duration;
+
+use task_scheduler::{Rule, Timing};
+
+/// One thing that happens at a set time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    Submit { task: usize },
+    SubmitAgain { task: usize },
+    Cancel { task: usize },
+    CrashNode { node: usize, down_ms: u64 },
+    LeaveNode { node: usize, down_ms: u64 },
+    StopNode { node: usize, for_ms: u64 },
+    Partition { node: usize, to_cp: bool, to_node: bool, for_ms: u64 },
+    LoseHeartbeats { for_ms: u64 },
+    KillEngine { node: usize, down_ms: u64 },
+    HangEngine { node: usize, for_ms: u64 },
+    SlowEngine { node: usize, for_ms: u64 },
+    ForeignLoad { node: usize, slots: u32, for_ms: u64 },
+    RestartControl { down_ms: u64 },
+    StallControl { for_ms: u64 },
+}
+
+/// A client's task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TaskPlan {
+    pub model: usize,
+    pub batch: bool,
+    pub tokens: u64,
+    pub deadline_ms: Option<u64>,
+    /// Kills every engine that works on it, at its first token.
+    pub poison: bool,
+}
+
+/// Everything that a run needs.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub seed: u64,
+    pub switched_off: Option<Rule>,
+    pub timing: Timing,
+    pub queue_timeout: Duration,
+    pub first_token_timeout: Duration,
+    pub token_idle_timeout: Duration,
+    pub capacity: usize,
+    /// Slots of each node's pool, replicas of it, and its model.
+    pub nodes: Vec<NodePlan>,
+    pub tasks: Vec<TaskPlan>,
+    pub steps: Vec<(u64, Step)>,
+    /// Faults and clients end here; the cluster then gets time to come to rest.
+    pub horizon_ms: u64,
+    /// Of a thousand calls: lost, doubled, late.
+    pub lost: u32,
+    pub doubled: u32,
+    pub late: u32,
+    /// First token and pace of engines, milliseconds, at most.
+    pub first_token_ms: u64,
+    pub pace_ms: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodePlan {
+    pub slots: u32,
+    pub replicas: u32,
+    pub model: usize,
+}
+
+/// The schedule of a seed.
+pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
+    let mut r = fastrand::Rng::with_seed(seed);
+    let node_count = if r.u8(..4) == 0 { r.usize(1..=20) } else { r.usize(1..=6) };
+    let models = r.usize(1..=2);
+    let interval = Duration::from_secs(r.u64(1..=10));
+    let node_timeout = interval * r.u32(3..=4);
+    let horizon_ms = r.u64(300_000..420_000);
+    let nodes: Vec<NodePlan> = (0..node_count)
+        .map(|_| NodePlan { slots: r.u32(1..=8), replicas: r.u32(1..=2), model: r.usize(..models) })
+        .collect();
+    let busy = r.u8(..3) == 0;
+    let task_count = if busy { r.usize(100..160) } else { r.usize(40..80) };
+    let tasks = (0..task_count)
+        .map(|_| TaskPlan {
+            model: r.usize(..models),
+            batch: r.u8(..4) == 0,
+            tokens: r.u64(1..=20),
+            deadline_ms: (r.u8(..8) == 0).then(|| r.u64(500..60_000)),
+            poison: r.u8(..60) == 0,
+        })
+        .collect();
+    let mut steps = Vec::new();
+    let mut last = 0;
+    for task in 0..task_count {
+        // Some come in bursts, some spread over the whole time.
+        let at = if r.u8(..3) > 0 && task > 0 { last + r.u64(..300) } else { r.u64(..horizon_ms) };
+        last = at;
+        steps.push((at, Step::Submit { task }));
+        match r.u8(..20) {
+            0..=2 => steps.push((at + r.u64(..8_000), Step::Cancel { task })),
+            3 => steps.push((at + r.u64(..20_000), Step::SubmitAgain { task })),
+            _ => {}
+        }
+    }
+    for _ in 0..r.usize(2..14) {
+        let at = r.u64(..horizon_ms);
+        let node = r.usize(..node_count);
+        let for_ms = if r.bool() { r.u64(50..5_000) } else { r.u64(5_000..90_000) };
+        let step = match r.u8(..15) {
+            0 | 1 => Step::CrashNode { node, down_ms: for_ms },
+            2 => Step::LeaveNode { node, down_ms: for_ms },
+            3 | 4 => Step::StopNode { node, for_ms },
+            5 => Step::Partition { node, to_cp: true, to_node: true, for_ms },
+            6 => Step::Partition { node, to_cp: true, to_node: false, for_ms },
+            7 => Step::Partition { node, to_cp: false, to_node: true, for_ms },
+            8 => Step::LoseHeartbeats { for_ms },
+            9 => Step::KillEngine { node, down_ms: for_ms },
+            10 => Step::HangEngine { node, for_ms },
+            11 => Step::SlowEngine { node, for_ms },
+            12 => Step::ForeignLoad { node, slots: r.u32(1..=8), for_ms },
+            13 => Step::RestartControl { down_ms: r.u64(10..20_000) },
+            _ => Step::StallControl { for_ms: r.u64(1_200..50_000) },
+        };
+        steps.push((at, step));
+    }
+    let noisy = r.u8(..3) == 0;
+    Plan {
+        seed,
+        switched_off,
+        timing: Timing { heartbeat_interval: interval, node_timeout },
+        queue_timeout: Duration::from_secs(r.u64(60..150)),
+        first_token_timeout: Duration::from_secs(r.u64(5..30)),
+        token_idle_timeout: Duration::from_secs(r.u64(3..20)),
+        capacity: if busy { r.usize(4..40) } else { 1024 },
+        nodes,
+        tasks,
+        steps,
+        horizon_ms,
+        lost: if noisy { r.u32(..80) } else { 2 },
+        doubled: if noisy { r.u32(..80) } else { 2 },
+        late: if noisy { r.u32(..80) } else { 2 },
+        first_token_ms: r.u64(20..3_000),
+        pace_ms: r.u64(5..600),
+    }
+}

@@ -1,0 +1,88 @@
+//! Many seeds, one seed, and the mutants.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc;
+
+use task_scheduler::Rule;
+
+use crate::coverage::Coverage;
+use crate::draw;
+use crate::world::World;
+
+/// A schedule that broke an invariant.
+#[derive(Debug, Clone)]
+pub struct Failure {
+    pub seed: u64,
+    pub what: String,
+    pub trace: Vec<String>,
+}
+
+/// Runs the schedule of one seed.
+pub fn run_seed(seed: u64, switched_off: Option<Rule>, traced: bool) -> (Coverage, Result<Vec<String>, Failure>) {
+    let mut world = World::new(draw::plan(seed, switched_off), traced);
+    let outcome = catch_unwind(AssertUnwindSafe(|| world.run()));
+    world.close_books();
+    let trace = world.take_trace();
+    let what = match outcome {
+        Ok(Ok(())) => return (world.coverage().clone(), Ok(trace)),
+        Ok(Err(what)) => what,
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().cloned();
+            let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
+            format!("a panic: {}", text.unwrap_or_else(|| "without a text".into()))
+        }
+    };
+    (world.coverage().clone(), Err(Failure { seed, what, trace }))
+}
+
+/// Runs seeds `first..first + count` on all cores. Stops at the first failure. `progress` is
+/// called with the number of finished schedules.
+pub fn run_seeds(
+    first: u64, count: u64, switched_off: Option<Rule>, progress: &(dyn Fn(u64) + Sync),
+) -> (Coverage, Option<Failure>) {
+    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let (next, failed, done) = (AtomicU64::new(first), AtomicBool::new(false), AtomicU64::new(0));
+    let (send, receive) = mpsc::channel();
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            let (send, next, failed, done) = (send.clone(), &next, &failed, &done);
+            scope.spawn(move || {
+                let mut coverage = Coverage::default();
+                let mut failure = None;
+                while !failed.load(Ordering::Relaxed) {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= first + count {
+                        break;
+                    }
+                    let (seen, outcome) = run_seed(seed, switched_off, false);
+                    coverage.merge(&seen);
+                    if let Err(found) = outcome {
+                        failed.store(true, Ordering::Relaxed);
+                        failure = Some(found);
+                    }
+                    progress(done.fetch_add(1, Ordering::Relaxed) + 1);
+                }
+                // The receiver outlives the scope.
+                let _ = send.send((coverage, failure));
+            });
+        }
+    });
+    drop(send);
+    let mut total = Coverage::default();
+    let mut first_failure: Option<Failure> = None;
+    for (coverage, failure) in receive {
+        total.merge(&coverage);
+        if let Some(found) = failure
+            && first_failure.as_ref().is_none_or(|known| found.seed < known.seed)
+        {
+            first_failure = Some(found);
+        }
+    }
+    (total, first_failure)
+}
+
+/// Switches each rule off in turn. Returns for each the failure that gave it away, if any did.
+pub fn run_mutants(seeds: u64) -> Vec<(Rule, Option<Failure>)> {
+    Rule::ALL.iter().map(|rule| (*rule, run_seeds(1, seeds, Some(*rule), &|_| {}).1)).collect()
+}

@@ -1,0 +1,177 @@
+//! Scenarios in text, each with the golden list of what happens in it.
+//!
+//! A scenario is a plan written down instead of drawn: a few settings, then steps with their
+//! times in milliseconds. Its golden file is the trace of the run; a change of behaviour shows
+//! as a difference of text.
+
+#![expect(clippy::print_stdout, reason = "the runner prints the result of each scenario")]
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use task_scheduler::Timing;
+
+use crate::draw::{NodePlan, Plan, Step, TaskPlan};
+use crate::world::World;
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios")
+}
+
+/// Runs every scenario; `bless` writes the golden files anew. Returns whether all agree.
+pub fn run_all(bless: bool) -> bool {
+    let mut files: Vec<PathBuf> = std::fs::read_dir(folder())
+        .expect("the folder of scenarios is there")
+        .map(|entry| entry.expect("a readable folder").path())
+        .filter(|path| path.extension().is_some_and(|ext| ext == "txt"))
+        .collect();
+    files.sort();
+    let mut good = !files.is_empty();
+    for file in files {
+        let name = file.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+        match run_file(&file, bless) {
+            Ok(()) => println!("ok    {name}"),
+            Err(why) => {
+                println!("FAILED {name}: {why}");
+                good = false;
+            }
+        }
+    }
+    good
+}
+
+fn run_file(file: &Path, bless: bool) -> Result<(), String> {
+    let text = std::fs::read_to_string(file).map_err(|e| e.to_string())?;
+    let mut world = World::new(parse(&text)?, true);
+    let outcome = world.run();
+    let mut trace = world.take_trace().join("\n");
+    trace.push('\n');
+    outcome.map_err(|broken| format!("{broken}\n{trace}"))?;
+    let golden = file.with_extension("golden");
+    if bless {
+        return std::fs::write(&golden, &trace).map_err(|e| e.to_string());
+    }
+    let expected = std::fs::read_to_string(&golden).map_err(|e| format!("{}: {e}", golden.display()))?;
+    let differs = trace.lines().zip(expected.lines()).find(|(is, was)| is != was);
+    match differs {
+        Some((is, was)) => Err(format!("expected {was:?}, got {is:?} (bless it with --bless)")),
+        None if trace.lines().count() != expected.lines().count() => Err("another number of lines".into()),
+        None => Ok(()),
+    }
+}
+
+/// Reads a scenario. Lines: `node slots N`, `task tokens N [batch] [poison]`,
+/// `set <name> <value>`, `at <ms> <step> …`; `#` starts a comment.
+pub fn parse(text: &str) -> Result<Plan, String> {
+    let mut plan = Plan {
+        seed: 1,
+        switched_off: None,
+        timing: Timing { heartbeat_interval: Duration::from_secs(10), node_timeout: Duration::from_secs(30) },
+        queue_timeout: Duration::from_secs(600),
+        first_token_timeout: Duration::from_secs(60),
+        token_idle_timeout: Duration::from_secs(20),
+        capacity: 1024,
+        nodes: Vec::new(),
+        tasks: Vec::new(),
+        steps: Vec::new(),
+        horizon_ms: 0,
+        lost: 0,
+        doubled: 0,
+        late: 0,
+        first_token_ms: 2_000,
+        pace_ms: 500,
+    };
+    for (number, line) in text.lines().enumerate() {
+        let line = line.split('#').next().unwrap_or_default().trim();
+        if !line.is_empty() {
+            parse_line(&mut plan, line).ok_or_else(|| format!("line {}: {line:?} is no step", number + 1))?;
+        }
+    }
+    plan.horizon_ms = plan.horizon_ms.max(plan.steps.iter().map(|(at, _)| *at).max().unwrap_or(0));
+    Ok(plan)
+}
+
+fn parse_line(plan: &mut Plan, line: &str) -> Option<()> {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    match words.as_slice() {
+        ["node", "slots", slots] => {
+            plan.nodes.push(NodePlan { slots: slots.parse().ok()?, replicas: 1, model: 0 });
+        }
+        ["task", "tokens", tokens, flags @ ..] => plan.tasks.push(TaskPlan {
+            model: 0,
+            batch: flags.contains(&"batch"),
+            tokens: tokens.parse().ok()?,
+            deadline_ms: None,
+            poison: flags.contains(&"poison"),
+        }),
+        ["set", "seed", value] => plan.seed = value.parse().ok()?,
+        ["set", "horizon_ms", value] => plan.horizon_ms = value.parse().ok()?,
+        ["at", at, step @ ..] => plan.steps.push((at.parse().ok()?, parse_step(step)?)),
+        _ => return None,
+    }
+    Some(())
+}
+
+fn parse_step(words: &[&str]) -> Option<Step> {
+    let n = |word: &str| word.parse::<u64>().ok();
+    let node = |word: &str| word.strip_prefix('n')?.parse::<usize>().ok();
+    let task = |word: &str| word.strip_prefix('t')?.parse::<usize>().ok();
+    Some(match words {
+        ["submit", t] => Step::Submit { task: task(t)? },
+        ["cancel", t] => Step::Cancel { task: task(t)? },
+        ["crash", i, "down", ms] => Step::CrashNode { node: node(i)?, down_ms: n(ms)? },
+        ["leave", i, "down", ms] => Step::LeaveNode { node: node(i)?, down_ms: n(ms)? },
+        ["stop", i, "for", ms] => Step::StopNode { node: node(i)?, for_ms: n(ms)? },
+        ["partition", i, "for", ms] => {
+            Step::Partition { node: node(i)?, to_cp: true, to_node: true, for_ms: n(ms)? }
+        }
+        ["lose-heartbeats", "for", ms] => Step::LoseHeartbeats { for_ms: n(ms)? },
+        ["kill-engine", i, "down", ms] => Step::KillEngine { node: node(i)?, down_ms: n(ms)? },
+        ["hang-engine", i, "for", ms] => Step::HangEngine { node: node(i)?, for_ms: n(ms)? },
+        ["restart-control", "down", ms] => Step::RestartControl { down_ms: n(ms)? },
+        ["stall-control", "for", ms] => Step::StallControl { for_ms: n(ms)? },
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use service_registry::Rule;
+
+    use super::*;
+
+    #[test]
+    fn scenarios_agree_with_their_golden_output() {
+        assert!(run_all(false));
+    }
+
+    #[test]
+    fn a_step_that_is_none_is_named_by_its_line() {
+        assert_eq!(parse("node slots 1\nat 5 explode n1").unwrap_err(), "line 2: \"at 5 explode n1\" is no step");
+    }
+
+    // CLOUD-1900
+    #[test]
+    fn every_invariant_holds_in_the_first_schedules() {
+        let (coverage, failure) = crate::run_seeds(1, 150, None, &|_| {});
+        assert_eq!(failure.map(|f| (f.seed, f.what)), None);
+        assert!(coverage.dispatches > 1_000);
+    }
+
+    #[test]
+    fn the_same_seed_is_the_same_run() {
+        let trace = |seed| crate::run_seed(seed, None, true).1.unwrap();
+        assert_eq!(trace(7), trace(7));
+        assert_ne!(trace(7), trace(8));
+    }
+
+    // CLOUD-1900
+    #[test]
+    fn every_rule_is_missed_when_it_is_switched_off() {
+        let unnoticed: Vec<Rule> = crate::run_mutants(400)
+            .into_iter()
+            .filter_map(|(rule, failure)| failure.is_none().then_some(rule))
+            .collect();
+        assert_eq!(unnoticed, Vec::<Rule>::new());
+    }
+}

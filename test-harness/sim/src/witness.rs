@@ -1,0 +1,245 @@
+//! The witness: what a client and an omniscient observer see, held against the invariants.
+//!
+//! It keeps books of its own from effects, events and the bytes in the logs, and never asks
+//! the core whether the core is right. Numbers in brackets are those of the contract's list.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use pool_registry_types::error::EndCause;
+use pool_registry_types::node::Liveness;
+use pool_registry_types::view::ClusterView;
+use pool_registry_types::{AttemptId, ErrorCode, Moment, NodeId, PoolKey, TaskId};
+use task_scheduler::{ControlCore, Dispatch, HowEnded, Overdue, TaskLog};
+
+use crate::draw::Plan;
+
+/// What is known of one task.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) model: usize,
+    pub(crate) batch: bool,
+    pub(crate) number: u64,
+    pub(crate) queued_since: Option<Moment>,
+    pub(crate) open: Option<(AttemptId, PoolKey)>,
+    tried: Vec<PoolKey>,
+    tries: u32,
+    engine_deaths: u32,
+    read: u64,
+    tokens: u64,
+    pub(crate) terminal: Option<String>,
+}
+
+/// What the observer knows of a node's signs of life.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Life {
+    pub(crate) heartbeat: Moment,
+    pub(crate) any: Moment,
+    pub(crate) seq: u64,
+}
+
+/// The books of one life of the control plane.
+#[derive(Debug, Default)]
+pub(crate) struct Witness {
+    pub(crate) tasks: BTreeMap<TaskId, Seen>,
+    pub(crate) life: BTreeMap<NodeId, Life>,
+    pub(crate) epochs: BTreeSet<String>,
+    /// The last time at which the control plane itself stood still.
+    pub(crate) stalled_until: Moment,
+    pub(crate) stall_total_ms: u64,
+    /// Nodes silent at once, with no failed connection: since when.
+    pub(crate) last_dial_failure: Option<Moment>,
+    pub(crate) offline_at: BTreeMap<NodeId, Moment>,
+    next_number: u64,
+}
+
+/// A broken invariant.
+pub(crate) type Broken = String;
+
+impl Witness {
+    /// The control plane starts anew: its tasks are gone, the epochs it gave are not.
+    pub(crate) fn next_life(&mut self) {
+        let epochs = std::mem::take(&mut self.epochs);
+        *self = Self { epochs, next_number: self.next_number, ..Self::default() };
+    }
+
+    pub(crate) fn admitted(&mut self, now: Moment, id: TaskId, model: usize, batch: bool) {
+        self.next_number += 1;
+        let number = self.next_number;
+        let seen = Seen { model, batch, number, queued_since: Some(now), ..Seen::default() };
+        self.tasks.insert(id, seen);
+    }
+
+    /// [5] only to online nodes and ready pools, [4] never more than there are slots, [3] never
+    /// while another attempt may write, [6] never past an older task that waits for such a slot.
+    pub(crate) fn dispatched(&mut self, dispatch: &Dispatch, view: &ClusterView) -> Result<(), Broken> {
+        let node = view.nodes.iter().find(|n| n.node_id == dispatch.pool.node_id);
+        let node = node.ok_or_else(|| format!("dispatched to unknown node {}", dispatch.pool))?;
+        let pool = node.pools.iter().find(|p| p.report.pool_id == dispatch.pool.pool_id);
+        let pool = pool.ok_or_else(|| format!("dispatched to unknown pool {}", dispatch.pool))?;
+        if node.liveness != Liveness::Online || !pool.report.ready || pool.report.draining {
+            return Err(format!("[5] dispatched to {} while {:?}", dispatch.pool, node.liveness));
+        }
+        if !pool.report.models.contains(&dispatch.request.model_ref) {
+            return Err(format!("[5] dispatched to {}, which lacks the model", dispatch.pool));
+        }
+        let open = self.tasks.values().filter(|t| t.open.as_ref().is_some_and(|(_, p)| *p == dispatch.pool));
+        let open = open.count();
+        if open >= pool.slots_total as usize {
+            return Err(format!("[4] {open} attempts are open on the {} slots of {}", pool.slots_total, dispatch.pool));
+        }
+        let seen = self.tasks.get(&dispatch.task).ok_or("dispatched a task that was never admitted")?;
+        if let Some((attempt, pool)) = &seen.open {
+            return Err(format!("[3] dispatched {} while attempt {attempt} on {pool} has not ended", dispatch.task));
+        }
+        let older = self.tasks.iter().find(|(_, other)| {
+            other.queued_since.is_some()
+                && other.number < seen.number
+                && other.model == seen.model
+                && other.batch == seen.batch
+                && !other.tried.contains(&dispatch.pool)
+        });
+        if let Some((older, _)) = older {
+            return Err(format!("[6] {} started before the older {older}", dispatch.task));
+        }
+        let seen = self.tasks.get_mut(&dispatch.task).expect("looked up above");
+        seen.queued_since = None;
+        seen.open = Some((dispatch.attempt, dispatch.pool.clone()));
+        Ok(())
+    }
+
+    /// The relay tells the core the end of an attempt.
+    pub(crate) fn ended(&mut self, now: Moment, task: TaskId, attempt: AttemptId, how: &HowEnded, tokens: u64) {
+        let Some(seen) = self.tasks.get_mut(&task) else { return };
+        let Some((_, pool)) = seen.open.take_if(|(open, _)| *open == attempt) else { return };
+        let (free, died) = match how {
+            HowEnded::Refused(_) | HowEnded::NeverSent(_) => (true, false),
+            HowEnded::NodeError(body) if body.code == ErrorCode::PoolUnready => (true, false),
+            HowEnded::NodeError(body) => {
+                (false, matches!(body.cause, Some(EndCause::EngineDied | EndCause::EngineTimeout)))
+            }
+            HowEnded::TimedOut(Overdue::FirstToken | Overdue::TokenIdle) => (false, true),
+            _ => (false, false),
+        };
+        if !free {
+            seen.tries += 1;
+            seen.engine_deaths += u32::from(died);
+            seen.tried.push(pool);
+        }
+        if *how != HowEnded::Finished && tokens == 0 {
+            seen.queued_since = Some(now);
+        }
+    }
+
+    /// [1] [2] [3]: every frame once, in order, one terminal, nothing after it.
+    pub(crate) fn read(&mut self, task: TaskId, log: &TaskLog) -> Result<(), Broken> {
+        let seen = self.tasks.get_mut(&task).ok_or("a log without a task")?;
+        let read = log.read_from(seen.read);
+        let text = std::str::from_utf8(read.bytes).map_err(|_| "a log that is no text")?;
+        for line in text.lines() {
+            if let Some(terminal) = &seen.terminal {
+                return Err(format!("[2] {task}: {line:?} after the terminal {terminal:?}"));
+            }
+            match line.strip_prefix("token ") {
+                Some(i) if i == seen.tokens.to_string() => seen.tokens += 1,
+                Some(i) => return Err(format!("[3] {task}: token {i} where {} was next", seen.tokens)),
+                None => {
+                    seen.terminal = Some(line.to_owned());
+                    seen.queued_since = None;
+                }
+            }
+        }
+        seen.read = read.next;
+        Ok(())
+    }
+
+    /// What a terminal error must have behind it.
+    pub(crate) fn closed(&self, task: TaskId, code: ErrorCode) -> Result<(), Broken> {
+        let seen = self.tasks.get(&task).ok_or("a terminal error without a task")?;
+        match code {
+            ErrorCode::PoolUnavailable if seen.tries < 3 && seen.engine_deaths < 2 => Err(format!(
+                "{task} ended as tried out after {} tries and {} dead engines",
+                seen.tries, seen.engine_deaths
+            )),
+            ErrorCode::WorkerReset if seen.tokens == 0 => {
+                Err(format!("{task} ended with WORKER_RESET without a token"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A prompt that kills engines must not walk through the fleet.
+    pub(crate) fn poison(&self) -> Result<(), Broken> {
+        match self.tasks.iter().find(|(_, seen)| seen.engine_deaths > 2) {
+            Some((id, seen)) => Err(format!("{id} killed {} engines", seen.engine_deaths)),
+            None => Ok(()),
+        }
+    }
+
+    /// Who is silent at this moment, by the observer's own books.
+    fn silent_at(&self, at: Moment, plan: &Plan) -> usize {
+        self.life.values().filter(|life| at >= life.heartbeat + plan.timing.silence()).count()
+    }
+
+    /// [7] silence is noticed in time, and not taken for death when it is our own; [6] waits end.
+    pub(crate) fn clocks(&mut self, now: Moment, core: &ControlCore, plan: &Plan) -> Result<(), Broken> {
+        const GRACE: std::time::Duration = std::time::Duration::from_secs(1);
+        for (id, seen) in &self.tasks {
+            if let Some(since) = seen.queued_since
+                && seen.terminal.is_none()
+                && now > since.max(self.stalled_until) + plan.queue_timeout + GRACE
+            {
+                return Err(format!("[6] {id} has waited since {} ms", since.as_millis()));
+            }
+        }
+        let stall = std::time::Duration::from_millis(self.stall_total_ms);
+        for (node_id, life) in &self.life {
+            let Some(liveness) = core.registry().liveness(node_id) else { continue };
+            let silence = plan.timing.silence() + GRACE + stall;
+            if liveness == Liveness::Online && now > life.heartbeat + silence {
+                return Err(format!("[7] {node_id} is online, {} ms after its last heartbeat", now.millis_since(life.heartbeat)));
+            }
+            let longest = plan.timing.node_timeout * 2 + GRACE + stall;
+            if liveness != Liveness::Offline && now > life.any + longest {
+                return Err(format!("[7] {node_id} is {liveness:?}, {} ms after its last sign", now.millis_since(life.any)));
+            }
+            if liveness == Liveness::Offline && !self.offline_at.contains_key(node_id) {
+                self.offline_at.insert(node_id.clone(), now);
+                let lease = plan.timing.node_timeout;
+                if now < life.any + lease {
+                    return Err(format!("[7] {node_id} is offline, {} ms after its last sign", now.millis_since(life.any)));
+                }
+                // All fell silent within one interval, and no connection failed: it is us.
+                let first = self.life.values().map(|l| l.heartbeat).min().unwrap_or_default();
+                let last = self.life.values().map(|l| l.heartbeat).max().unwrap_or_default();
+                let together = last.since(first) < plan.timing.heartbeat_interval;
+                let silent = self.silent_at(now, plan);
+                let connected = self.last_dial_failure.is_none();
+                if self.life.len() >= 3
+                    && silent == self.life.len()
+                    && together
+                    && connected
+                    && now < life.any + lease * 2
+                    && self.stall_total_ms == 0
+                {
+                    return Err(format!("[7] {node_id} is offline although all fell silent at once"));
+                }
+            }
+            if liveness != Liveness::Offline {
+                self.offline_at.remove(node_id);
+            }
+        }
+        Ok(())
+    }
+
+    /// [1] at rest, every admitted task has its terminal event.
+    pub(crate) fn at_rest(&self) -> Result<(), Broken> {
+        match self.tasks.iter().find(|(_, seen)| seen.terminal.is_none()) {
+            Some((id, seen)) => Err(format!(
+                "[1] {id} has no end (queued since {:?}, open {:?})",
+                seen.queued_since.map(Moment::as_millis),
+                seen.open
+            )),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,505 @@
+//! The world: virtual time, a network, nodes with engines, and the control plane's shell.
+//!
+//! Calls (register, heartbeat) may be lost, doubled, late and overtake each other. Streams are
+//! TCP: in order, held back by a partition, broken by a death. Everything random comes from
+//! the plan's seed.
+
+mod control;
+mod node;
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+
+use pool_registry_types::node::{Heartbeat, HeartbeatAnswer, LiveAnswer, RegisterAnswer, RegisterRequest};
+use pool_registry_types::{AttemptId, BootId, Epoch, ErrorBody, Moment, NodeId, ReplicaId, TaskId};
+use task_scheduler::Dispatch;
+use uuid::Uuid;
+
+use crate::coverage::Coverage;
+use crate::draw::{Plan, Step};
+use crate::witness::{Broken, Witness};
+use control::Control;
+use node::SimNode;
+
+/// A call of a node to the control plane.
+#[derive(Debug, Clone)]
+pub(crate) enum Call {
+    Register(RegisterRequest),
+    Heartbeat(Heartbeat),
+    Deregister(Epoch),
+}
+
+#[derive(Debug, Clone)]
+pub(crate) enum CallAnswer {
+    Registered(Result<RegisterAnswer, ErrorBody>),
+    Heartbeat(Result<HeartbeatAnswer, ErrorBody>),
+    Deregistered,
+}
+
+/// Who waits for the answer to a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Caller {
+    pub(crate) node: usize,
+    pub(crate) boot: BootId,
+    pub(crate) call: u64,
+}
+
+/// What comes back over a stream.
+#[derive(Debug, Clone)]
+pub(crate) enum Piece {
+    Headers { report_seq: u64, replica_id: ReplicaId },
+    Refusal(ErrorBody),
+    Token(u64),
+    End(u64),
+    Error(ErrorBody),
+    Closing(u64),
+    KeepAlive,
+    /// The connection is gone.
+    Reset(&'static str),
+}
+
+#[derive(Debug)]
+pub(crate) enum What {
+    Step(Step),
+    /// A partition or another lasting fault ends.
+    Heal(Heal),
+    CallArrives { caller: Caller, call: Call },
+    AnswerArrives { caller: Caller, answer: CallAnswer },
+    CallTimesOut { caller: Caller },
+    ControlTimer { life: u64, armed: Moment },
+    RelayTimer { life: u64, attempt: AttemptId },
+    Fence { life: u64, task: TaskId, attempt: AttemptId },
+    StreamArrives { conn: u64, piece: Piece },
+    OpenArrives { conn: u64 },
+    DropArrives { conn: u64 },
+    ProbeArrives { life: u64, node: usize, address: String },
+    ProbeAnswered { life: u64, node_id: NodeId, address: String, answer: Result<LiveAnswer, String> },
+    NodeTimer { node: usize, boot: BootId, armed: Moment },
+    EngineStep { node: usize, boot: BootId, attempt: AttemptId },
+    Settle { node: usize, boot: BootId, attempt: AttemptId },
+    KeepAlive { conn: u64 },
+    EngineBack { node: usize, boot: BootId },
+    Observe { node: usize, boot: BootId },
+    LeaveNow { node: usize, boot: BootId, down_ms: u64 },
+    NodeBack { node: usize },
+    ControlBack,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Heal {
+    Partition { node: usize, to_cp: bool, to_node: bool },
+    Stop { node: usize },
+    Heartbeats,
+    HangEngine { node: usize },
+    SlowEngine { node: usize },
+    ForeignLoad { node: usize },
+    Stall,
+}
+
+/// One connection of an attempt.
+#[derive(Debug)]
+pub(crate) struct Conn {
+    pub(crate) node: usize,
+    pub(crate) dispatch: Dispatch,
+    pub(crate) life: u64,
+    pub(crate) cp_open: bool,
+    pub(crate) node_open: bool,
+    /// TCP keeps the order: nothing arrives before this.
+    pub(crate) not_before: Moment,
+    /// What waits for the partition to heal.
+    pub(crate) held: Vec<Piece>,
+    pub(crate) drop_held: bool,
+    /// The node has sent the `end` frame.
+    pub(crate) ended_well: bool,
+}
+
+/// Blocked directions of a node's link, counted.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct Link {
+    pub(crate) to_cp: u32,
+    pub(crate) to_node: u32,
+}
+
+impl Link {
+    pub(crate) fn blocked(&self) -> bool {
+        self.to_cp > 0 || self.to_node > 0
+    }
+}
+
+struct Queued {
+    at: Moment,
+    order: u64,
+    what: What,
+}
+
+impl PartialEq for Queued {
+    fn eq(&self, other: &Self) -> bool {
+        (self.at, self.order) == (other.at, other.order)
+    }
+}
+impl Eq for Queued {}
+impl PartialOrd for Queued {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Queued {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.at, self.order).cmp(&(other.at, other.order))
+    }
+}
+
+/// Everything there is.
+pub struct World {
+    pub(crate) plan: Plan,
+    pub(crate) now: Moment,
+    pub(crate) random: fastrand::Rng,
+    queue: BinaryHeap<Reverse<Queued>>,
+    order: u64,
+    pub(crate) control: Option<Control>,
+    pub(crate) lives: u64,
+    pub(crate) stall_until: Option<Moment>,
+    pub(crate) stalled: Vec<What>,
+    pub(crate) nodes: Vec<SimNode>,
+    pub(crate) links: Vec<Link>,
+    pub(crate) heartbeats_lost: u32,
+    pub(crate) conns: BTreeMap<u64, Conn>,
+    pub(crate) next_conn: u64,
+    pub(crate) next_call: u64,
+    pub(crate) next_boot: u64,
+    pub(crate) witness: Witness,
+    pub(crate) coverage: Coverage,
+    pub(crate) broken: Option<Broken>,
+    /// Notable events, kept when asked for.
+    pub(crate) trace: Option<Vec<String>>,
+    pub(crate) liveness_noted: BTreeMap<NodeId, pool_registry_types::node::Liveness>,
+    /// Which task is which, for people.
+    pub(crate) names: BTreeMap<TaskId, usize>,
+}
+
+impl std::fmt::Debug for World {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("World").field("seed", &self.plan.seed).field("now", &self.now).finish_non_exhaustive()
+    }
+}
+
+impl World {
+    pub fn new(plan: Plan, traced: bool) -> Self {
+        let mut world = Self {
+            now: Moment::ZERO,
+            random: fastrand::Rng::with_seed(plan.seed ^ 0x9e37_79b9_7f4a_7c15),
+            queue: BinaryHeap::new(),
+            order: 0,
+            control: None,
+            lives: 0,
+            stall_until: None,
+            stalled: Vec::new(),
+            nodes: Vec::new(),
+            links: vec![Link::default(); plan.nodes.len()],
+            heartbeats_lost: 0,
+            conns: BTreeMap::new(),
+            next_conn: 0,
+            next_call: 0,
+            next_boot: 0,
+            witness: Witness::default(),
+            coverage: Coverage::default(),
+            broken: None,
+            trace: traced.then(Vec::new),
+            liveness_noted: BTreeMap::new(),
+            names: BTreeMap::new(),
+            plan,
+        };
+        world.start_control();
+        for node in 0..world.plan.nodes.len() {
+            world.nodes.push(SimNode::down());
+            world.start_node(node);
+        }
+        for (at, step) in world.plan.steps.clone() {
+            world.at(Moment::from_millis(at), What::Step(step));
+        }
+        world
+    }
+
+    /// Runs to the end; the error is the broken invariant, with the time.
+    pub fn run(&mut self) -> Result<(), String> {
+        let rest = self.plan.queue_timeout.as_millis() as u64 * 2 + 400_000;
+        let end = Moment::from_millis(self.plan.horizon_ms + rest);
+        while let Some(Reverse(queued)) = self.queue.pop() {
+            if queued.at > end || self.is_at_rest() {
+                break;
+            }
+            self.now = queued.at;
+            self.coverage.events += 1;
+            self.handle(queued.what);
+            if let Some(broken) = self.broken.take() {
+                return Err(format!("at {} ms: {broken}", self.now.as_millis()));
+            }
+        }
+        self.coverage.simulated_ms += self.now.as_millis();
+        self.coverage.schedules += 1;
+        self.witness.at_rest().map_err(|broken| format!("at rest: {broken}"))
+    }
+
+    /// The horizon has passed, and every task has its end.
+    fn is_at_rest(&self) -> bool {
+        self.now.as_millis() > self.plan.horizon_ms && self.witness.at_rest().is_ok()
+    }
+
+    pub(crate) fn at(&mut self, at: Moment, what: What) {
+        self.order += 1;
+        self.queue.push(Reverse(Queued { at: at.max(self.now), order: self.order, what }));
+    }
+
+    pub(crate) fn after_ms(&mut self, millis: u64, what: What) {
+        self.at(self.now + std::time::Duration::from_millis(millis), what);
+    }
+
+    pub(crate) fn note(&mut self, text: impl FnOnce(&Self) -> String) {
+        if self.trace.is_some() {
+            let line = format!("{:>9.3} {}", self.now.as_millis() as f64 / 1e3, text(self));
+            self.trace.get_or_insert_default().push(line);
+        }
+    }
+
+    /// The notable events so far.
+    pub fn take_trace(&mut self) -> Vec<String> {
+        self.trace.take().unwrap_or_default()
+    }
+
+    pub fn coverage(&self) -> &Coverage {
+        &self.coverage
+    }
+
+    pub(crate) fn check(&mut self, result: Result<(), Broken>) {
+        if let Err(broken) = result
+            && self.broken.is_none()
+        {
+            self.broken = Some(broken);
+        }
+    }
+
+    fn per_mille(&mut self, rate: u32) -> bool {
+        rate > 0 && self.random.u32(..1_000) < rate
+    }
+
+    // ---- the network ----
+
+    /// Carries a call of a node, or loses it.
+    pub(crate) fn send_call(&mut self, caller: Caller, call: Call) {
+        self.after_ms(5_000, What::CallTimesOut { caller });
+        let blackhole = self.heartbeats_lost > 0 && matches!(call, Call::Heartbeat(_));
+        if self.links[caller.node].to_cp > 0 || blackhole {
+            return;
+        }
+        if self.control.is_none() {
+            // The connection is refused.
+            let delay = self.delay();
+            return self.after_ms(delay, What::CallTimesOut { caller });
+        }
+        if self.per_mille(self.plan.lost) {
+            return self.coverage.hit("message: lost");
+        }
+        if self.per_mille(self.plan.doubled) {
+            self.coverage.hit("message: doubled");
+            let delay = self.delay() + self.random.u64(..3_000);
+            self.after_ms(delay, What::CallArrives { caller, call: call.clone() });
+        }
+        let mut delay = self.delay();
+        if self.per_mille(self.plan.late) {
+            self.coverage.hit("message: late");
+            delay += self.random.u64(1_000..9_000);
+        }
+        self.after_ms(delay, What::CallArrives { caller, call });
+    }
+
+    pub(crate) fn send_answer(&mut self, caller: Caller, answer: CallAnswer) {
+        if self.links[caller.node].to_node > 0 {
+            return;
+        }
+        if self.per_mille(self.plan.lost) {
+            return self.coverage.hit("message: lost");
+        }
+        let delay = self.delay();
+        self.after_ms(delay, What::AnswerArrives { caller, answer });
+    }
+
+    /// Sends a piece of a stream to the control plane, in order, or holds it back.
+    pub(crate) fn send_piece(&mut self, conn: u64, piece: Piece) {
+        let delay = self.delay();
+        let Some(c) = self.conns.get_mut(&conn) else { return };
+        if self.links[c.node].blocked() {
+            c.held.push(piece);
+            return;
+        }
+        let at = (self.now + std::time::Duration::from_millis(delay)).max(c.not_before);
+        c.not_before = at;
+        self.at(at, What::StreamArrives { conn, piece });
+    }
+
+    pub(crate) fn delay(&mut self) -> u64 {
+        if self.random.u8(..16) == 0 { self.random.u64(1..200) } else { self.random.u64(1..12) }
+    }
+
+    fn release_held(&mut self, node: usize) {
+        if self.links[node].blocked() {
+            return;
+        }
+        let held: Vec<u64> = self.conns.iter().filter(|(_, c)| c.node == node).map(|(id, _)| *id).collect();
+        for conn in held {
+            let Some(c) = self.conns.get_mut(&conn) else { continue };
+            let (pieces, dropped) = (std::mem::take(&mut c.held), std::mem::take(&mut c.drop_held));
+            for piece in pieces {
+                self.send_piece(conn, piece);
+            }
+            if dropped {
+                let delay = self.delay();
+                self.after_ms(delay, What::DropArrives { conn });
+            }
+        }
+    }
+
+    // ---- what happens ----
+
+    fn handle(&mut self, what: What) {
+        if self.stall_until.is_some() && is_for_control(&what) {
+            self.stalled.push(what);
+            return;
+        }
+        match what {
+            What::Step(step) => self.step(&step),
+            What::Heal(heal) => self.heal(heal),
+            What::CallArrives { caller, call } => self.call_arrives(caller, call),
+            What::ControlTimer { life, armed } => self.control_timer(life, armed),
+            What::RelayTimer { life, attempt } => self.relay_timer(life, attempt),
+            What::Fence { life, task, attempt } => self.fence(life, task, attempt),
+            What::StreamArrives { conn, piece } => self.stream_arrives(conn, piece),
+            What::ProbeAnswered { life, node_id, address, answer } => {
+                self.probe_answered(life, node_id, address, answer);
+            }
+            What::ControlBack => {
+                self.witness.next_life();
+                self.start_control();
+            }
+            What::NodeBack { node } => self.start_node(node),
+            other => self.handle_at_node(other),
+        }
+    }
+
+    fn step(&mut self, step: &Step) {
+        self.note(|_| format!("-- {step:?}"));
+        match *step {
+            Step::Submit { task } => self.submit(task, false),
+            Step::SubmitAgain { task } => self.submit(task, true),
+            Step::Cancel { task } => self.cancel(task),
+            Step::CrashNode { node, down_ms } => {
+                self.coverage.hit("fault: node crashed");
+                self.crash_node(node, down_ms);
+            }
+            Step::LeaveNode { node, down_ms } => self.leave_node(node, down_ms),
+            Step::StopNode { node, for_ms } => {
+                if self.nodes[node].core.is_some() {
+                    self.coverage.hit("fault: node stopped");
+                    self.nodes[node].stopped += 1;
+                    self.after_ms(for_ms, What::Heal(Heal::Stop { node }));
+                }
+            }
+            Step::Partition { node, to_cp, to_node, for_ms } => {
+                self.coverage.hit(match (to_cp, to_node) {
+                    (true, true) => "fault: partition both ways",
+                    (true, false) => "fault: partition towards the control plane",
+                    _ => "fault: partition towards the node",
+                });
+                self.links[node].to_cp += u32::from(to_cp);
+                self.links[node].to_node += u32::from(to_node);
+                self.after_ms(for_ms, What::Heal(Heal::Partition { node, to_cp, to_node }));
+            }
+            Step::LoseHeartbeats { for_ms } => {
+                self.coverage.hit("fault: heartbeats of all nodes lost");
+                self.heartbeats_lost += 1;
+                self.after_ms(for_ms, What::Heal(Heal::Heartbeats));
+            }
+            Step::KillEngine { node, down_ms } => {
+                self.coverage.hit("fault: engine killed");
+                self.kill_engine(node, down_ms);
+            }
+            Step::HangEngine { node, for_ms } => {
+                self.coverage.hit("fault: engine hung");
+                self.hang_engine(node);
+                self.after_ms(for_ms, What::Heal(Heal::HangEngine { node }));
+            }
+            Step::SlowEngine { node, for_ms } => {
+                self.coverage.hit("fault: engine slow");
+                self.nodes[node].slow += 1;
+                self.after_ms(for_ms, What::Heal(Heal::SlowEngine { node }));
+            }
+            Step::ForeignLoad { node, slots, for_ms } => {
+                self.coverage.hit("fault: foreign load");
+                self.nodes[node].foreign = slots;
+                self.after_ms(for_ms, What::Heal(Heal::ForeignLoad { node }));
+            }
+            Step::RestartControl { down_ms } => {
+                if self.control.is_some() && self.stall_until.is_none() {
+                    self.coverage.hit("fault: control plane restarted");
+                    self.stop_control();
+                    self.after_ms(down_ms, What::ControlBack);
+                }
+            }
+            Step::StallControl { for_ms } => {
+                if self.control.is_some() && self.stall_until.is_none() {
+                    self.coverage.hit("fault: control plane stalled");
+                    let until = self.now + std::time::Duration::from_millis(for_ms);
+                    self.stall_until = Some(until);
+                    self.witness.stalled_until = until;
+                    self.witness.stall_total_ms += for_ms;
+                    self.after_ms(for_ms, What::Heal(Heal::Stall));
+                }
+            }
+        }
+    }
+
+    fn heal(&mut self, heal: Heal) {
+        match heal {
+            Heal::Partition { node, to_cp, to_node } => {
+                self.links[node].to_cp -= u32::from(to_cp);
+                self.links[node].to_node -= u32::from(to_node);
+                self.release_held(node);
+            }
+            Heal::Stop { node } => self.continue_node(node),
+            Heal::Heartbeats => self.heartbeats_lost -= 1,
+            Heal::HangEngine { node } => self.nodes[node].hung = self.nodes[node].hung.saturating_sub(1),
+            Heal::SlowEngine { node } => self.nodes[node].slow -= 1,
+            Heal::ForeignLoad { node } => self.nodes[node].foreign = 0,
+            Heal::Stall => {
+                self.stall_until = None;
+                // The mailbox is read before the timer.
+                let (timers, mail): (Vec<What>, Vec<What>) = std::mem::take(&mut self.stalled)
+                    .into_iter()
+                    .partition(|what| matches!(what, What::ControlTimer { .. }));
+                for what in mail.into_iter().chain(timers) {
+                    self.handle(what);
+                }
+            }
+        }
+    }
+
+    pub(crate) fn node_id(&self, node: usize) -> NodeId {
+        NodeId::new(&format!("n{node}")).expect("a valid node id")
+    }
+
+    pub(crate) fn task_id(task: usize) -> TaskId {
+        TaskId(Uuid::from_u128(task as u128 + 1))
+    }
+}
+
+fn is_for_control(what: &What) -> bool {
+    matches!(
+        what,
+        What::CallArrives { .. }
+            | What::ControlTimer { .. }
+            | What::RelayTimer { .. }
+            | What::Fence { .. }
+            | What::StreamArrives { .. }
+            | What::ProbeAnswered { .. }
+            | What::Step(Step::Submit { .. } | Step::SubmitAgain { .. } | Step::Cancel { .. })
+    )
+}

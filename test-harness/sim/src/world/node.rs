@@ -1,0 +1,452 @@
+//! Nodes of the simulated cluster: the production `NodeCore` over engines that are a few timers.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use node_agent::core::{Ask, Health, Identity, ReplicaSpec};
+use node_agent::{NodeCore, NodeEffect};
+use node_registration::{BeatFailure, Session};
+use pool_registry_types::error::EndCause;
+use pool_registry_types::node::{Capabilities, LiveAnswer};
+use pool_registry_types::pool::EngineKind;
+use pool_registry_types::{
+    AttemptId, BootId, ErrorBody, ErrorCode, MachineId, ModelRef, PoolId, ReplicaId,
+};
+use uuid::Uuid;
+
+use super::{Call, CallAnswer, Caller, Piece, What, World};
+
+/// A request that an engine works on.
+#[derive(Debug)]
+pub(crate) struct Run {
+    pub(crate) conn: u64,
+    pub(crate) replica: ReplicaId,
+    next: u64,
+    tokens: u64,
+    poison: bool,
+    hung: bool,
+}
+
+/// One machine: process, engines, and what is wrong with them.
+#[derive(Debug)]
+pub(crate) struct SimNode {
+    pub(crate) core: Option<NodeCore>,
+    pub(crate) boot: BootId,
+    pub(crate) stopped: u32,
+    /// What comes while the process is stopped.
+    pub(crate) deferred: Vec<What>,
+    pub(crate) runs: BTreeMap<AttemptId, Run>,
+    pub(crate) hung: u32,
+    pub(crate) slow: u32,
+    pub(crate) foreign: u32,
+    engine_down: bool,
+    call_under_way: Option<u64>,
+}
+
+impl SimNode {
+    pub(crate) fn down() -> Self {
+        Self {
+            core: None,
+            boot: BootId(Uuid::nil()),
+            stopped: 0,
+            deferred: Vec::new(),
+            runs: BTreeMap::new(),
+            hung: 0,
+            slow: 0,
+            foreign: 0,
+            engine_down: false,
+            call_under_way: None,
+        }
+    }
+}
+
+fn pool_id() -> PoolId {
+    PoolId::new("pool-0").expect("a valid pool id")
+}
+
+impl World {
+    pub(crate) fn start_node(&mut self, node: usize) {
+        if self.nodes[node].core.is_some() {
+            return;
+        }
+        self.next_boot += 1;
+        let boot = BootId(Uuid::from_u128(u128::from(self.next_boot)));
+        let node_id = self.node_id(node);
+        let identity = Identity {
+            address: format!("http://{node_id}"),
+            machine_id: MachineId::new("machine").expect("a valid machine id"),
+            node_id,
+            boot_id: boot,
+            version: "sim".into(),
+            capabilities: Capabilities::default(),
+        };
+        let session = Session::new(self.now, self.plan.timing.heartbeat_interval, self.random.u64(..));
+        let slow = self.nodes[node].slow;
+        self.nodes[node] = SimNode { core: Some(NodeCore::new(identity, session)), boot, slow, ..SimNode::down() };
+        self.note(|_| format!("n{node} starts"));
+        let load = self.random.u64(10..3_000);
+        self.nodes[node].engine_down = true;
+        self.after_ms(load, What::EngineBack { node, boot });
+        self.after_ms(1_000, What::Observe { node, boot });
+        self.pump(node);
+    }
+
+    /// Performs what the node's core finds due, and arms its timer.
+    pub(crate) fn pump(&mut self, node: usize) {
+        let now = self.now;
+        let boot = self.nodes[node].boot;
+        loop {
+            let Some(core) = self.nodes[node].core.as_mut() else { return };
+            let Some(effect) = core.due(now) else { break };
+            self.next_call += 1;
+            let caller = Caller { node, boot, call: self.next_call };
+            self.nodes[node].call_under_way = Some(caller.call);
+            match effect {
+                NodeEffect::Register(request) => self.send_call(caller, Call::Register(request)),
+                NodeEffect::Heartbeat(beat) => self.send_call(caller, Call::Heartbeat(beat)),
+                NodeEffect::Deregister(epoch) => self.send_call(caller, Call::Deregister(epoch)),
+                NodeEffect::Cancel(attempt) => self.cancel_run(node, attempt),
+            }
+        }
+        let next = self.nodes[node].core.as_ref().and_then(NodeCore::next_deadline);
+        if let Some(armed) = next {
+            self.at(armed, What::NodeTimer { node, boot, armed });
+        }
+    }
+
+    pub(crate) fn handle_at_node(&mut self, what: What) {
+        let (node, boot) = match &what {
+            What::AnswerArrives { caller, .. } | What::CallTimesOut { caller } => (caller.node, Some(caller.boot)),
+            What::OpenArrives { conn } | What::DropArrives { conn } | What::KeepAlive { conn } => {
+                match self.conns.get(conn) {
+                    Some(c) => (c.node, None),
+                    None => return,
+                }
+            }
+            What::ProbeArrives { node, .. } => (*node, None),
+            What::NodeTimer { node, boot, .. }
+            | What::EngineStep { node, boot, .. }
+            | What::Settle { node, boot, .. }
+            | What::EngineBack { node, boot }
+            | What::Observe { node, boot }
+            | What::LeaveNow { node, boot, .. } => (*node, Some(*boot)),
+            other => unreachable!("not an event of a node: {other:?}"),
+        };
+        if boot.is_some_and(|boot| boot != self.nodes[node].boot) {
+            return;
+        }
+        if self.nodes[node].stopped > 0 {
+            // A probe of a stopped process connects and gets no answer.
+            if let What::ProbeArrives { life, address, .. } = what {
+                return self.answer_probe(life, node, address, 2_000, Err("no answer in time".into()));
+            }
+            self.nodes[node].deferred.push(what);
+            return;
+        }
+        match what {
+            What::AnswerArrives { caller, answer } => self.answer_arrives(node, caller, answer),
+            What::CallTimesOut { caller } => self.call_times_out(node, caller),
+            What::OpenArrives { conn } => self.open_arrives(node, conn),
+            What::DropArrives { conn } => self.drop_arrives(node, conn),
+            What::KeepAlive { conn } => self.keep_alive(conn),
+            What::ProbeArrives { life, address, .. } => self.probe_arrives(life, node, address),
+            What::NodeTimer { armed, .. } => {
+                if self.nodes[node].core.as_ref().and_then(NodeCore::next_deadline) == Some(armed) {
+                    self.pump(node);
+                }
+            }
+            What::EngineStep { attempt, .. } => self.engine_step(node, attempt),
+            What::Settle { attempt, .. } => {
+                if let Some(core) = self.nodes[node].core.as_mut() {
+                    core.settled(&attempt);
+                }
+            }
+            What::EngineBack { .. } => self.engine_back(node),
+            What::Observe { boot, .. } => {
+                self.observe(node);
+                self.after_ms(1_000, What::Observe { node, boot });
+                self.pump(node);
+            }
+            What::LeaveNow { down_ms, .. } => {
+                if let Some(core) = self.nodes[node].core.as_mut() {
+                    core.leave();
+                }
+                self.pump(node);
+                self.crash_node(node, down_ms);
+            }
+            other => unreachable!("not an event of a node: {other:?}"),
+        }
+    }
+
+    fn answer_arrives(&mut self, node: usize, caller: Caller, answer: CallAnswer) {
+        let now = self.now;
+        let sim = &mut self.nodes[node];
+        if sim.call_under_way.take_if(|call| *call == caller.call).is_none() {
+            return;
+        }
+        let Some(core) = sim.core.as_mut() else { return };
+        let effects = match answer {
+            CallAnswer::Registered(answer) => {
+                core.registered(now, answer.map_err(Some));
+                Vec::new()
+            }
+            CallAnswer::Heartbeat(answer) => {
+                let unknown = |body: ErrorBody| match body.code {
+                    ErrorCode::NodeUnknown => BeatFailure::Unknown,
+                    _ => BeatFailure::Failed,
+                };
+                core.heartbeat_answered(now, answer.map_err(unknown))
+            }
+            CallAnswer::Deregistered => {
+                core.deregistered();
+                Vec::new()
+            }
+        };
+        for effect in effects {
+            if let NodeEffect::Cancel(attempt) = effect {
+                self.coverage.hit("core: orphan ended");
+                self.cancel_run(node, attempt);
+            }
+        }
+        self.pump(node);
+    }
+
+    fn call_times_out(&mut self, node: usize, caller: Caller) {
+        let now = self.now;
+        let sim = &mut self.nodes[node];
+        if sim.call_under_way.take_if(|call| *call == caller.call).is_none() {
+            return;
+        }
+        if let Some(core) = sim.core.as_mut() {
+            if core.session().is_registered() {
+                core.heartbeat_answered(now, Err(BeatFailure::Failed));
+            } else {
+                core.registered(now, Err(None));
+            }
+        }
+        self.pump(node);
+    }
+
+    // ---- engines ----
+
+    fn engine_back(&mut self, node: usize) {
+        let plan = self.plan.nodes[node].clone();
+        let now = self.now;
+        let Some(core) = self.nodes[node].core.as_mut() else { return };
+        for n in 0..plan.replicas {
+            let replica_id = ReplicaId::new(&format!("r{n}")).expect("a valid replica id");
+            let spec = ReplicaSpec {
+                replica_id,
+                engine: EngineKind::LlamaCpp,
+                engine_version: None,
+                url: "http://engine".into(),
+                models: vec![ModelRef::new(&format!("m{}", plan.model)).expect("a valid model")],
+                slots: plan.slots,
+                ctx_max: None,
+                device_mask: None,
+            };
+            core.bind(now, &pool_id(), spec).expect("replicas of a pool agree");
+        }
+        self.nodes[node].engine_down = false;
+        self.observe(node);
+        self.pump(node);
+    }
+
+    /// The node looks at its engines.
+    fn observe(&mut self, node: usize) {
+        let (now, replicas) = (self.now, self.plan.nodes[node].replicas);
+        let sim = &mut self.nodes[node];
+        let Some(core) = sim.core.as_mut() else { return };
+        for n in 0..replicas {
+            let replica = ReplicaId::new(&format!("r{n}")).expect("a valid replica id");
+            let ours = core.slots_in_use(&pool_id(), &replica).unwrap_or(0);
+            let running = sim.runs.values().filter(|run| run.replica == replica).count();
+            let busy = u32::try_from(running).unwrap_or(u32::MAX).max(ours) + sim.foreign;
+            let ready = if sim.engine_down { Err("connection refused".to_owned()) } else { Ok(()) };
+            core.observed(now, &pool_id(), &replica, Health { ready, busy: Some(busy) });
+        }
+    }
+
+    pub(crate) fn kill_engine(&mut self, node: usize, down_ms: u64) {
+        let boot = self.nodes[node].boot;
+        if self.nodes[node].core.is_none() || self.nodes[node].engine_down {
+            return;
+        }
+        self.nodes[node].engine_down = true;
+        self.note(|_| format!("n{node}: the engine dies"));
+        self.observe(node);
+        let runs: Vec<AttemptId> = self.nodes[node].runs.keys().copied().collect();
+        for attempt in runs {
+            let error = ErrorBody::new(ErrorCode::WorkerReset, "the engine died").with_cause(EndCause::EngineDied);
+            self.end_run(node, attempt, Piece::Error(error), true);
+        }
+        self.after_ms(down_ms, What::EngineBack { node, boot });
+        self.pump(node);
+    }
+
+    /// What runs now never moves again; what comes while the engine hangs neither.
+    pub(crate) fn hang_engine(&mut self, node: usize) {
+        self.nodes[node].hung += 1;
+        for run in self.nodes[node].runs.values_mut() {
+            run.hung = true;
+        }
+    }
+
+    fn engine_step(&mut self, node: usize, attempt: AttemptId) {
+        let boot = self.nodes[node].boot;
+        let pace = self.plan.pace_ms * if self.nodes[node].slow > 0 { 20 } else { 1 };
+        let Some(run) = self.nodes[node].runs.get_mut(&attempt) else { return };
+        if run.hung {
+            return;
+        }
+        if run.poison {
+            let down_ms = self.random.u64(500..4_000);
+            return self.kill_engine(node, down_ms);
+        }
+        let (conn, i) = (run.conn, run.next);
+        if i == run.tokens {
+            return self.end_run(node, attempt, Piece::End(i), true);
+        }
+        run.next += 1;
+        self.send_piece(conn, Piece::Token(i));
+        let wait = self.random.u64(..=pace);
+        self.after_ms(wait, What::EngineStep { node, boot, attempt });
+    }
+
+    /// The last words of an attempt: the final frame and the closing comment.
+    fn end_run(&mut self, node: usize, attempt: AttemptId, last: Piece, idle: bool) {
+        let Some(run) = self.nodes[node].runs.remove(&attempt) else { return };
+        let boot = self.nodes[node].boot;
+        let Some(core) = self.nodes[node].core.as_mut() else { return };
+        let seq = if idle { core.ended(&attempt) } else { core.ended_unsettled(&attempt) };
+        if !idle {
+            let settle = self.random.u64(10..=500);
+            self.after_ms(settle, What::Settle { node, boot, attempt });
+        }
+        let ended_well = matches!(last, Piece::End(_));
+        self.send_piece(run.conn, last);
+        self.send_piece(run.conn, Piece::Closing(seq));
+        if let Some(conn) = self.conns.get_mut(&run.conn) {
+            conn.node_open = false;
+            conn.ended_well = ended_well;
+        }
+    }
+
+    fn cancel_run(&mut self, node: usize, attempt: AttemptId) {
+        let error = ErrorBody::new(ErrorCode::Canceled, "canceled").with_cause(EndCause::Canceled);
+        self.end_run(node, attempt, Piece::Error(error), false);
+    }
+
+    // ---- streams ----
+
+    fn open_arrives(&mut self, node: usize, conn: u64) {
+        let Some(c) = self.conns.get(&conn) else { return };
+        let dispatch = c.dispatch.clone();
+        let plan = &self.plan.tasks[self.names[&dispatch.task]];
+        let (tokens, poison) = (plan.tokens, plan.poison);
+        let hung = self.nodes[node].hung > 0;
+        let boot = self.nodes[node].boot;
+        let Some(core) = self.nodes[node].core.as_mut() else {
+            return self.send_piece(conn, Piece::Reset("connection refused"));
+        };
+        let ask = Ask {
+            node_id: &dispatch.pool.node_id,
+            boot_id: dispatch.boot_id,
+            attempt: dispatch.attempt,
+            hint: None,
+        };
+        match core.accept(&dispatch.pool.pool_id, &ask) {
+            Err(refusal) => self.send_piece(conn, Piece::Refusal(refusal)),
+            Ok(accepted) => {
+                let run =
+                    Run { conn, replica: accepted.replica_id.clone(), next: 0, tokens, poison, hung };
+                self.nodes[node].runs.insert(dispatch.attempt, run);
+                if let Some(c) = self.conns.get_mut(&conn) {
+                    c.node_open = true;
+                }
+                let report_seq = accepted.report_seq;
+                self.send_piece(conn, Piece::Headers { report_seq, replica_id: accepted.replica_id });
+                let slow = if self.nodes[node].slow > 0 { 20 } else { 1 };
+                let first = self.random.u64(..=self.plan.first_token_ms) * slow;
+                self.after_ms(first, What::EngineStep { node, boot, attempt: dispatch.attempt });
+                self.after_ms(1_000, What::KeepAlive { conn });
+            }
+        }
+    }
+
+    fn keep_alive(&mut self, conn: u64) {
+        if self.conns.get(&conn).is_some_and(|c| c.node_open) {
+            self.send_piece(conn, Piece::KeepAlive);
+            self.after_ms(1_000, What::KeepAlive { conn });
+        }
+    }
+
+    /// The control plane has dropped the connection: the engine's request is dropped too.
+    fn drop_arrives(&mut self, node: usize, conn: u64) {
+        let Some(c) = self.conns.remove(&conn) else { return };
+        let boot = self.nodes[node].boot;
+        let attempt = c.dispatch.attempt;
+        if c.node_open && self.nodes[node].runs.remove(&attempt).is_some() {
+            if let Some(core) = self.nodes[node].core.as_mut() {
+                core.ended_unsettled(&attempt);
+            }
+            let settle = self.random.u64(10..=500);
+            self.after_ms(settle, What::Settle { node, boot, attempt });
+        }
+    }
+
+    fn probe_arrives(&mut self, life: u64, node: usize, address: String) {
+        let node_id = self.node_id(node);
+        let live = LiveAnswer { node_id, boot_id: self.nodes[node].boot };
+        let answer = if self.nodes[node].core.is_some() { Ok(live) } else { Err("connection refused".into()) };
+        let delay = self.delay();
+        self.answer_probe(life, node, address, delay, answer);
+    }
+
+    fn answer_probe(&mut self, life: u64, node: usize, address: String, ms: u64, answer: Result<LiveAnswer, String>) {
+        let node_id = self.node_id(node);
+        let answer = if self.links[node].blocked() { Err("no answer in time".into()) } else { answer };
+        self.after_ms(ms, What::ProbeAnswered { life, node_id, address, answer });
+    }
+
+    // ---- lives and deaths ----
+
+    pub(crate) fn crash_node(&mut self, node: usize, down_ms: u64) {
+        if self.nodes[node].core.is_none() {
+            return;
+        }
+        self.note(|_| format!("n{node} dies"));
+        let conns: Vec<u64> = self.conns.iter().filter(|(_, c)| c.node == node).map(|(id, _)| *id).collect();
+        for conn in conns {
+            let open = self.conns.get_mut(&conn).is_some_and(|c| std::mem::take(&mut c.node_open));
+            if open {
+                self.send_piece(conn, Piece::Reset("connection reset"));
+            }
+        }
+        self.nodes[node] = SimNode { slow: self.nodes[node].slow, ..SimNode::down() };
+        self.after_ms(down_ms, What::NodeBack { node });
+    }
+
+    /// SIGTERM: drain, finish what runs, leave.
+    pub(crate) fn leave_node(&mut self, node: usize, down_ms: u64) {
+        let now = self.now;
+        let boot = self.nodes[node].boot;
+        if let Some(core) = self.nodes[node].core.as_mut() {
+            self.coverage.hit("fault: node left and came back");
+            core.drain(now);
+            self.pump(node);
+            let grace = Duration::from_secs(10);
+            self.at(now + grace, What::LeaveNow { node, boot, down_ms });
+        }
+    }
+
+    pub(crate) fn continue_node(&mut self, node: usize) {
+        let sim = &mut self.nodes[node];
+        sim.stopped = sim.stopped.saturating_sub(1);
+        if sim.stopped == 0 {
+            for what in std::mem::take(&mut sim.deferred) {
+                self.handle_at_node(what);
+            }
+        }
+    }
+}
