@@ -1,0 +1,214 @@
+//! One handoff file: its name, its content, and everything that can be wrong with them.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use pool_registry_types::pool::EngineKind;
+use pool_registry_types::{ModelRef, PoolId, ReplicaId};
+use serde::Deserialize;
+
+/// Largest handoff file that is read, bytes.
+pub const MAX_HANDOFF_BYTES: u64 = 64 * 1024;
+/// Most slots that a replica may claim.
+pub const MAX_SLOTS: u32 = 4096;
+
+/// Which replica a file stands for.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HandoffName {
+    pub pool_id: PoolId,
+    pub replica_id: ReplicaId,
+}
+
+impl fmt::Display for HandoffName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.pool_id, self.replica_id)
+    }
+}
+
+/// What an engine's starter says of it. Unknown fields are ignored: other programs write it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Handoff {
+    pub pool_id: PoolId,
+    pub replica_id: ReplicaId,
+    pub engine: EngineKind,
+    #[serde(default)]
+    pub engine_version: Option<String>,
+    /// `http://host:port`, optionally with a path; without a trailing slash once parsed.
+    pub url: String,
+    #[serde(default)]
+    pub device_mask: Option<String>,
+    /// Asked of the engine when absent.
+    #[serde(default)]
+    pub slots: Option<u32>,
+    #[serde(default)]
+    pub pid: Option<u32>,
+    #[serde(default)]
+    pub model_ref: Option<ModelRef>,
+    #[serde(default)]
+    pub models: Vec<ModelRef>,
+    #[serde(default)]
+    pub ctx_max: Option<u32>,
+}
+
+impl Handoff {
+    pub fn name(&self) -> HandoffName {
+        HandoffName { pool_id: self.pool_id.clone(), replica_id: self.replica_id.clone() }
+    }
+
+    /// The model names that the file gives, if it gives any.
+    pub fn model_names(&self) -> Vec<ModelRef> {
+        let mut names: Vec<ModelRef> = self.model_ref.iter().chain(&self.models).cloned().collect();
+        names.dedup();
+        names
+    }
+}
+
+/// Why a file binds nothing.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    #[error("larger than {MAX_HANDOFF_BYTES} bytes")]
+    TooLarge,
+    #[error("not a regular file inside the runtime directory")]
+    LinkedOut,
+    #[error("cannot be read: {0}")]
+    Unreadable(String),
+    #[error("not a handoff: {0}")]
+    Malformed(String),
+    #[error("must be named {expected}.json, after its pool_id and replica_id")]
+    WronglyNamed { expected: String },
+    #[error("slots: must be between 1 and {MAX_SLOTS}")]
+    Slots,
+    #[error("url: {0}")]
+    Url(String),
+    #[error("pid: process {0} is gone, or is not the one that wrote the file")]
+    ProcessGone(u32),
+}
+
+/// The hosts on which engines may be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineHosts(BTreeSet<String>);
+
+impl Default for EngineHosts {
+    /// This machine only.
+    fn default() -> Self {
+        Self(["127.0.0.1", "localhost", "[::1]"].map(str::to_owned).into())
+    }
+}
+
+impl EngineHosts {
+    /// A comma-separated list of host names and addresses.
+    pub fn parse(list: &str) -> Self {
+        Self(list.split(',').map(|host| host.trim().to_ascii_lowercase()).filter(|h| !h.is_empty()).collect())
+    }
+
+    fn allows(&self, host: &str) -> bool {
+        self.0.contains(&host.to_ascii_lowercase())
+    }
+}
+
+/// Reads a file's content. `stem` is its name without `.json`.
+pub fn parse(stem: &str, content: &[u8], hosts: &EngineHosts) -> Result<Handoff, Fault> {
+    let mut handoff: Handoff =
+        serde_json::from_slice(content).map_err(|error| Fault::Malformed(error.to_string()))?;
+    let expected = handoff.name().to_string();
+    if stem != expected {
+        return Err(Fault::WronglyNamed { expected });
+    }
+    if handoff.slots.is_some_and(|slots| !(1..=MAX_SLOTS).contains(&slots)) {
+        return Err(Fault::Slots);
+    }
+    if handoff.ctx_max == Some(0) {
+        return Err(Fault::Malformed("ctx_max: must be at least 1".into()));
+    }
+    check_url(&handoff.url, hosts)?;
+    while handoff.url.ends_with('/') {
+        handoff.url.pop();
+    }
+    Ok(handoff)
+}
+
+fn check_url(url: &str, hosts: &EngineHosts) -> Result<(), Fault> {
+    let fault = |text: &str| Err(Fault::Url(text.to_owned()));
+    let Some(rest) = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://")) else {
+        return fault("must start with http:// or https://");
+    };
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    if authority.contains('@') {
+        return fault("must not hold credentials");
+    }
+    if rest.contains(['?', '#']) || url.chars().any(|c| c.is_whitespace() || c.is_control()) {
+        return fault("must be a plain address without query or white space");
+    }
+    let (host, port) = match authority.rsplit_once(':') {
+        Some((host, port)) if !port.contains(']') => (host, Some(port)),
+        _ => (authority, None),
+    };
+    if port.is_some_and(|port| port.parse::<u16>().is_ok_and(|p| p > 0) != true) {
+        return fault("its port must be between 1 and 65535");
+    }
+    if !hosts.allows(host) {
+        return Err(Fault::Url(format!("host {host:?} is not in POOL_MANAGERD_ENGINE_HOSTS")));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn file(url: &str, more: &str) -> String {
+        format!(r#"{{"pool_id":"pool-0","replica_id":"r0","engine":"llamacpp","url":"{url}"{more}}}"#)
+    }
+
+    fn read(stem: &str, content: &str) -> Result<Handoff, Fault> {
+        parse(stem, content.as_bytes(), &EngineHosts::default())
+    }
+
+    // CLOUD-2001
+    #[test]
+    fn a_minimal_file_is_enough_and_unknown_fields_are_ignored() {
+        let handoff = read("pool-0-r0", &file("http://127.0.0.1:8081/", r#","started_by":"me""#)).unwrap();
+        assert_eq!(handoff.url, "http://127.0.0.1:8081");
+        assert_eq!((handoff.slots, handoff.model_names().len()), (None, 0));
+    }
+
+    // CLOUD-2002
+    #[test]
+    fn each_bad_file_is_refused_for_its_own_reason() {
+        let url = "http://127.0.0.1:8081";
+        assert!(matches!(read("pool-0-r0", "{\"pool_id\":"), Err(Fault::Malformed(_))));
+        assert!(matches!(read("pool-0-r0", "[]"), Err(Fault::Malformed(_))));
+        assert!(matches!(read("pool-0-r1", &file(url, "")), Err(Fault::WronglyNamed { .. })));
+        assert_eq!(read("pool-0-r0", &file(url, r#","slots":0"#)), Err(Fault::Slots));
+        assert!(matches!(read("pool-0-r0", &file(url, r#","slots":-1"#)), Err(Fault::Malformed(_))));
+        let bad_pool = file(url, "").replace("pool-0", "../etc");
+        assert!(matches!(read("../etc-r0", &bad_pool), Err(Fault::Malformed(_))));
+        for bad in [
+            "ftp://127.0.0.1",
+            "http://10.0.0.1:80",
+            "http://me:pw@127.0.0.1:80",
+            "http://127.0.0.1:0",
+            "http://127.0.0.1:99999",
+            "http://127.0.0.1:80/?x=1",
+            "http://127.0.0.1.evil.example:80",
+        ] {
+            assert!(matches!(read("pool-0-r0", &file(bad, "")), Err(Fault::Url(_))), "{bad}");
+        }
+    }
+
+    #[test]
+    fn other_hosts_are_taken_when_they_are_allowed() {
+        let hosts = EngineHosts::parse("gpu-box, 10.0.0.5");
+        assert!(parse("pool-0-r0", file("http://10.0.0.5:8000/base", "").as_bytes(), &hosts).is_ok());
+        assert!(parse("pool-0-r0", file("http://127.0.0.1:8000", "").as_bytes(), &hosts).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn no_content_makes_it_panic(content in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = parse("pool-0-r0", &content, &EngineHosts::default());
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! Whether the process that a handoff names is still the same one.
+//!
+//! A process id is used again after its process has ended, so it counts only together with
+//! the time the process started. Source of the fields: proc(5).
+
+use std::time::{Duration, SystemTime};
+
+/// Clock ticks a second in /proc; fixed at 100 in the kernel's interface to user space.
+const TICKS_PER_SECOND: u64 = 100;
+/// A file may be written this much before its process shows, by the clocks' granularity.
+const SLACK: Duration = Duration::from_secs(2);
+
+/// When a process started, in ticks since the machine's boot; nothing when there is none.
+pub fn start_ticks(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command's name may hold spaces and brackets: the fields after it start at the last bracket.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    if fields.next()? == "Z" {
+        return None;
+    }
+    // State is field 3 and the start time field 22.
+    fields.nth(18)?.parse().ok()
+}
+
+/// Whether the process is older than the file that names it.
+pub fn is_older_than(start_ticks: u64, file: SystemTime) -> bool {
+    let boot = std::fs::read_to_string("/proc/stat").ok().and_then(|stat| {
+        stat.lines().find_map(|line| line.strip_prefix("btime ")?.trim().parse::<u64>().ok())
+    });
+    let Some(boot) = boot else { return true };
+    let started = SystemTime::UNIX_EPOCH + Duration::from_secs(boot + start_ticks / TICKS_PER_SECOND);
+    started <= file + SLACK
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_has_started_and_no_process_has_the_largest_id() {
+        let ticks = start_ticks(std::process::id()).unwrap();
+        assert!(ticks > 0);
+        assert_eq!(start_ticks(u32::MAX), None);
+    }
+
+    #[test]
+    fn a_process_that_started_long_after_the_file_is_not_its_own() {
+        let ticks = start_ticks(std::process::id()).unwrap();
+        assert!(is_older_than(ticks, SystemTime::now()));
+        assert!(!is_older_than(ticks, SystemTime::UNIX_EPOCH + Duration::from_secs(1)));
+    }
+}

@@ -1,0 +1,246 @@
+//! Looking at the directory: at change events, and at an interval.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use notify::{RecursiveMode, Watcher};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::folder::{Change, Folder, Seen, Stamp};
+use crate::handoff::{EngineHosts, Fault, MAX_HANDOFF_BYTES, parse};
+use crate::process;
+
+/// Changes waiting for the receiver; beyond, looking pauses until it has caught up.
+const CHANGES: usize = 256;
+/// Most files that are looked at.
+const MAX_FILES: usize = 1024;
+
+/// Watches one directory.
+#[derive(Debug)]
+pub struct HandoffWatcher {
+    dir: PathBuf,
+    hosts: EngineHosts,
+    interval: Duration,
+}
+
+/// The directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("the runtime directory {dir} cannot be made or read")]
+pub struct WatchError {
+    pub dir: PathBuf,
+    #[source]
+    pub source: std::io::Error,
+}
+
+impl HandoffWatcher {
+    /// Makes the directory if it is not there.
+    pub fn new(dir: &Path, hosts: EngineHosts, interval: Duration) -> Result<Self, WatchError> {
+        let usable = std::fs::create_dir_all(dir).and_then(|()| std::fs::read_dir(dir)).and_then(|_| dir.canonicalize());
+        match usable {
+            Ok(canonical) => Ok(Self { dir: canonical, hosts, interval }),
+            Err(source) => Err(WatchError { dir: dir.to_owned(), source }),
+        }
+    }
+
+    /// The changes of the directory, those of the files present at the start first. Ends with
+    /// `stop`; the returned handle is the task's owner.
+    pub fn start(self, stop: CancellationToken) -> (mpsc::Receiver<Change>, tokio::task::JoinHandle<()>) {
+        let (send, receive) = mpsc::channel(CHANGES);
+        (receive, tokio::spawn(self.run(send, stop)))
+    }
+
+    async fn run(self, send: mpsc::Sender<Change>, stop: CancellationToken) {
+        let (stirred, mut stirs) = mpsc::channel::<()>(1);
+        let on_event = move |_: notify::Result<notify::Event>| {
+            // One waiting stir is enough: a look sees everything.
+            let _ = stirred.try_send(());
+        };
+        let watcher = notify::recommended_watcher(on_event).and_then(|mut watcher| {
+            watcher.watch(&self.dir, RecursiveMode::NonRecursive)?;
+            Ok(watcher)
+        });
+        if let Err(error) = &watcher {
+            tracing::warn!(%error, dir = %self.dir.display(), "no change events: looking at the interval only");
+        }
+        let mut looker = Looker { dir: self.dir, hosts: self.hosts, folder: Folder::default(), started: BTreeMap::new() };
+        loop {
+            let looked = tokio::task::spawn_blocking(move || {
+                let changes = looker.look();
+                (looker, changes)
+            });
+            let Ok((back, changes)) = looked.await else {
+                tracing::error!("looking at the runtime directory panicked: no handoff is seen any more");
+                return;
+            };
+            looker = back;
+            for change in changes {
+                if send.send(change).await.is_err() {
+                    return;
+                }
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(self.interval) => {}
+                Some(()) = stirs.recv() => {}
+            }
+        }
+    }
+}
+
+/// The part that touches the disk.
+#[derive(Debug)]
+struct Looker {
+    dir: PathBuf,
+    hosts: EngineHosts,
+    folder: Folder,
+    /// When the process of a bound file was seen to have started.
+    started: BTreeMap<String, u64>,
+}
+
+impl Looker {
+    fn look(&mut self) -> Vec<Change> {
+        let (mut present, mut changed) = (BTreeSet::new(), Vec::new());
+        match std::fs::read_dir(&self.dir) {
+            Ok(entries) => {
+                for entry in entries.flatten().take(MAX_FILES) {
+                    let Ok(file) = entry.file_name().into_string() else { continue };
+                    if file.starts_with('.') || !file.ends_with(".json") {
+                        continue;
+                    }
+                    let Some(seen) = self.see(&file) else { continue };
+                    if let Some(seen) = seen {
+                        changed.push(seen);
+                    }
+                    present.insert(file);
+                }
+            }
+            Err(error) => tracing::warn!(%error, dir = %self.dir.display(), "the runtime directory cannot be read"),
+        }
+        for seen in &changed {
+            self.started.remove(&seen.file);
+        }
+        let mut changes = self.folder.look(changed, &|file| present.contains(file));
+        changes.extend(self.look_at_processes());
+        changes
+    }
+
+    /// Nothing when the file is gone; `Some(None)` when it is known already.
+    fn see(&self, file: &str) -> Option<Option<Seen>> {
+        let path = self.dir.join(file);
+        let link = std::fs::symlink_metadata(&path).ok()?;
+        let real = path.canonicalize().ok();
+        let inside = real.as_ref().is_some_and(|real| real.parent() == Some(self.dir.as_path()));
+        let meta = std::fs::metadata(&path).unwrap_or(link);
+        let stamp = Stamp { modified: meta.modified().ok(), len: meta.len(), inode: meta.ino() };
+        if self.folder.knows(file, &stamp) {
+            return Some(None);
+        }
+        let content = if !inside || !meta.is_file() {
+            Err(Fault::LinkedOut)
+        } else if meta.len() > MAX_HANDOFF_BYTES {
+            Err(Fault::TooLarge)
+        } else {
+            match std::fs::read(&path) {
+                Ok(bytes) => parse(file.trim_end_matches(".json"), &bytes, &self.hosts),
+                Err(error) => Err(Fault::Unreadable(error.to_string())),
+            }
+        };
+        Some(Some(Seen { file: file.to_owned(), stamp, content }))
+    }
+
+    fn look_at_processes(&mut self) -> Vec<Change> {
+        let mut gone = Vec::new();
+        for (file, stamp, handoff) in self.folder.bound() {
+            let Some(pid) = handoff.pid else { continue };
+            let ticks = process::start_ticks(pid);
+            let same = match (ticks, self.started.get(file)) {
+                (None, _) => false,
+                (Some(ticks), Some(first)) => ticks == *first,
+                (Some(ticks), None) => {
+                    let own = stamp.modified.is_none_or(|file| process::is_older_than(ticks, file));
+                    if own {
+                        self.started.insert(file.to_owned(), ticks);
+                    }
+                    own
+                }
+            };
+            if !same {
+                gone.push((file.to_owned(), pid));
+            }
+        }
+        gone.into_iter().flat_map(|(file, pid)| self.folder.process_gone(&file, pid)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    fn content(port: u16, more: &str) -> String {
+        format!(r#"{{"pool_id":"p","replica_id":"r0","engine":"openai","url":"http://127.0.0.1:{port}"{more}}}"#)
+    }
+
+    async fn next(changes: &mut mpsc::Receiver<Change>) -> Change {
+        tokio::time::timeout(PATIENCE, changes.recv()).await.expect("a change in time").expect("a living watcher")
+    }
+
+    fn start(dir: &Path) -> (mpsc::Receiver<Change>, CancellationToken) {
+        let stop = CancellationToken::new();
+        let watcher = HandoffWatcher::new(dir, EngineHosts::default(), Duration::from_millis(50)).unwrap();
+        (watcher.start(stop.clone()).0, stop)
+    }
+
+    // CLOUD-2003
+    #[tokio::test]
+    async fn files_are_seen_at_the_start_when_renamed_in_rewritten_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("p-r0.json");
+        std::fs::write(&file, content(1, "")).unwrap();
+        let (mut changes, stop) = start(dir.path());
+        assert!(matches!(next(&mut changes).await, Change::Bound { handoff, .. } if handoff.url.ends_with(":1")));
+        let temporary = dir.path().join(".p-r0.tmp");
+        std::fs::write(&temporary, content(2, "")).unwrap();
+        std::fs::rename(&temporary, &file).unwrap();
+        assert!(matches!(next(&mut changes).await, Change::Bound { handoff, .. } if handoff.url.ends_with(":2")));
+        std::fs::remove_file(&file).unwrap();
+        assert!(matches!(next(&mut changes).await, Change::Unbound { .. }));
+        stop.cancel();
+    }
+
+    // CLOUD-2005
+    #[tokio::test]
+    async fn a_replica_whose_process_ends_is_unbound() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut child = tokio::process::Command::new("sleep").arg("60").kill_on_drop(true).spawn().unwrap();
+        let pid = child.id().unwrap();
+        std::fs::write(dir.path().join("p-r0.json"), content(1, &format!(r#","pid":{pid}"#))).unwrap();
+        let (mut changes, stop) = start(dir.path());
+        assert!(matches!(next(&mut changes).await, Change::Bound { .. }));
+        child.kill().await.unwrap();
+        assert!(matches!(next(&mut changes).await, Change::Unbound { .. }));
+        assert_eq!(
+            next(&mut changes).await,
+            Change::Faulty { file: "p-r0.json".into(), fault: Fault::ProcessGone(pid) }
+        );
+        stop.cancel();
+    }
+
+    // CLOUD-2002
+    #[tokio::test]
+    async fn a_link_out_of_the_directory_and_an_oversized_file_bind_nothing() {
+        let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let outside = other.path().join("p-r0.json");
+        std::fs::write(&outside, content(1, "")).unwrap();
+        std::os::unix::fs::symlink(&outside, dir.path().join("p-r0.json")).unwrap();
+        let (mut changes, stop) = start(dir.path());
+        assert_eq!(next(&mut changes).await, Change::Faulty { file: "p-r0.json".into(), fault: Fault::LinkedOut });
+        std::fs::write(dir.path().join("q-r0.json"), vec![b' '; 70_000]).unwrap();
+        assert_eq!(next(&mut changes).await, Change::Faulty { file: "q-r0.json".into(), fault: Fault::TooLarge });
+        stop.cancel();
+    }
+}

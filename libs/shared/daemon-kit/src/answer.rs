@@ -1,0 +1,60 @@
+//! An error as an HTTP answer: the one conversion, at the edge.
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use pool_registry_types::routes::headers;
+use pool_registry_types::{ErrorBody, ErrorCode};
+
+/// The error of every handler.
+#[derive(Debug)]
+pub struct ApiError(pub ErrorBody);
+
+impl ApiError {
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self(ErrorBody::new(code, message))
+    }
+}
+
+impl From<ErrorBody> for ApiError {
+    fn from(body: ErrorBody) -> Self {
+        Self(body)
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let body = self.0;
+        let status =
+            StatusCode::from_u16(body.code.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let mut response = (status, Json(&body)).into_response();
+        let out = response.headers_mut();
+        if status == StatusCode::UNAUTHORIZED {
+            out.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        if let Some(millis) = body.retry_after_ms {
+            // Retry-After counts whole seconds: round up, so that nobody comes too early.
+            out.insert(header::RETRY_AFTER, HeaderValue::from(millis.div_ceil(1000)));
+            out.insert(headers::BACKOFF_MS, HeaderValue::from(millis));
+        }
+        // The correlation layer adds the id to the body.
+        response.extensions_mut().insert(body);
+        response
+    }
+}
+
+/// What is not routed.
+pub async fn not_found() -> ApiError {
+    ApiError::new(ErrorCode::NotFound, "no such path")
+}
+
+/// What is routed, with another method.
+pub async fn method_not_allowed() -> ApiError {
+    ApiError::new(ErrorCode::MethodNotAllowed, "this path does not take that method")
+}
+
+/// A handler panicked: the text goes to the log, not to the client.
+pub fn panicked(_panic: Box<dyn std::any::Any + Send>) -> Response {
+    tracing::error!("a request handler panicked");
+    ApiError::new(ErrorCode::Internal, "a defect in the server, see its log").into_response()
+}
