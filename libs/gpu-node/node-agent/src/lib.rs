@@ -1,8 +1,17 @@
-//! Everything a node does short of serving HTTP.
+//! Everything a node does short of serving HTTP, for `pool-managerd` and for the home profile.
 //!
-//! [`core`] decides: pools, slots and the session, told the time and the events. The rest is a
-//! shell around it.
+//! [`core`] decides (pools, slots, the session) and is told the time; the simulator drives it
+//! as it is. [`agent`] is the shell around it: it watches replicas, keeps the session, and
+//! runs attempts on engines ([`infer`]) in their dialects ([`engines`]). What a node does not
+//! know is the cluster: it never sees another node or a queue.
 
+pub mod agent;
 pub mod core;
+pub mod engines;
+pub mod gpu;
+pub mod infer;
+mod replica;
 
+pub use crate::agent::Agent;
 pub use crate::core::{NodeCore, NodeEffect};
+pub use crate::infer::Inference;

@@ -1,6 +1,9 @@
 //! Checks on configuration that both daemons share.
 
 use std::net::SocketAddr;
+use std::process::ExitCode;
+
+use pool_registry_types::node::Capabilities;
 
 /// Warns of variables with one of our prefixes that no setting has, naming the nearest one.
 pub fn misspelt<'a>(prefixes: &[&str], known: &[&'a str], set: impl Iterator<Item = String>) -> Vec<(String, &'a str)> {
@@ -35,7 +38,54 @@ fn distance(a: &str, b: &str) -> usize {
     row[b.len()]
 }
 
-/// Prints what is in force, a line a setting, secrets hidden.
+/// Reads a daemon's settings from flags and environment. Returns them with the text of what is
+/// in force; warns of misspelt variables with one of the prefixes. `Err`: what was wrong, or the
+/// help that was asked for, is printed, and this is the status to exit with.
+pub fn parse<S: clap::Parser>(prefixes: &[&str]) -> Result<(S, String), ExitCode> {
+    let command = S::command();
+    let parsed = command.clone().try_get_matches().and_then(|matches| {
+        let settings = S::from_arg_matches(&matches)?;
+        Ok((settings, describe(&command, &matches)))
+    });
+    let known = variables(&command);
+    let known: Vec<&str> = known.iter().map(String::as_str).collect();
+    let set = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    for (name, nearest) in misspelt(prefixes, &known, set) {
+        eprintln!("{name}: no setting has this name, is {nearest} meant?");
+    }
+    parsed.map_err(|error| {
+        // A closed standard error is no reason to fail differently.
+        let _ = error.print();
+        if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS }
+    })
+}
+
+/// Prints the text of what is in force.
+#[expect(clippy::print_stdout, reason = "this is what --print-config is for")]
+pub fn print(text: &str) {
+    println!("{text}");
+}
+
+/// The host's name, as the kernel has it.
+pub fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").map(|name| name.trim().to_owned()).unwrap_or_default()
+}
+
+/// What this machine has besides GPUs: cores, and memory in bytes. Source: proc(5).
+pub fn machine() -> Capabilities {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let memory = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+        line.split_whitespace().next()?.parse::<u64>().ok()
+    });
+    Capabilities {
+        gpus: Vec::new(),
+        cpu_cores: u32::try_from(cores).unwrap_or(u32::MAX),
+        ram_total_bytes: memory.unwrap_or(0) * 1024,
+    }
+}
+
+/// What is in force, a line a setting, secrets hidden.
 pub fn describe(command: &clap::Command, matches: &clap::ArgMatches) -> String {
     let mut lines = Vec::new();
     for arg in command.get_arguments() {

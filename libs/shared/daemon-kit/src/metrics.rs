@@ -1,18 +1,72 @@
-//! Prometheus text of a registry.
+//! A page of Prometheus text, made anew from the facts at each scrape.
+//!
+//! Nothing is kept between scrapes, so a series whose subject is gone is gone too, and no
+//! number can be stale.
+
+use std::collections::BTreeMap;
 
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
-use prometheus::{Encoder, Registry, TextEncoder};
+use prometheus::{Encoder, GaugeVec, IntCounterVec, Opts, Registry, TextEncoder};
 
-/// The answer to `GET /metrics`.
-pub fn render(registry: &Registry) -> Response {
-    let encoder = TextEncoder::new();
-    let mut text = Vec::new();
-    match encoder.encode(&registry.gather(), &mut text) {
-        Ok(()) => ([(header::CONTENT_TYPE, encoder.format_type().to_owned())], text).into_response(),
-        Err(error) => {
-            tracing::error!(%error, "the metrics cannot be encoded");
-            axum::http::StatusCode::INTERNAL_SERVER_ERROR.into_response()
+/// Collects samples and renders them.
+#[derive(Debug, Default)]
+pub struct Page {
+    registry: Registry,
+    counters: BTreeMap<&'static str, IntCounterVec>,
+    gauges: BTreeMap<&'static str, GaugeVec>,
+}
+
+type Labels<'a> = [(&'static str, &'a str)];
+
+impl Page {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a sample of a counter; `name` ends with `_total`. Label names are the same for all
+    /// samples of one name.
+    pub fn counter(&mut self, name: &'static str, help: &str, labels: &Labels<'_>, value: u64) -> &mut Self {
+        let registry = &self.registry;
+        let vec = self.counters.entry(name).or_insert_with(|| {
+            let vec = IntCounterVec::new(Opts::new(name, help), &names(labels)).expect("a well-formed metric name");
+            registry.register(Box::new(vec.clone())).expect("each name once");
+            vec
+        });
+        vec.with_label_values(&values(labels)).inc_by(value);
+        self
+    }
+
+    /// Adds a sample of a gauge.
+    pub fn gauge(&mut self, name: &'static str, help: &str, labels: &Labels<'_>, value: f64) -> &mut Self {
+        let registry = &self.registry;
+        let vec = self.gauges.entry(name).or_insert_with(|| {
+            let vec = GaugeVec::new(Opts::new(name, help), &names(labels)).expect("a well-formed metric name");
+            registry.register(Box::new(vec.clone())).expect("each name once");
+            vec
+        });
+        vec.with_label_values(&values(labels)).set(value);
+        self
+    }
+
+    /// The answer to `GET /metrics`.
+    pub fn render(&self) -> Response {
+        let encoder = TextEncoder::new();
+        let mut text = Vec::new();
+        match encoder.encode(&self.registry.gather(), &mut text) {
+            Ok(()) => ([(header::CONTENT_TYPE, encoder.format_type().to_owned())], text).into_response(),
+            Err(error) => {
+                tracing::error!(%error, "the metrics cannot be encoded");
+                axum::http::StatusCode::INTERNAL_SERVER_ERROR.into_response()
+            }
         }
     }
+}
+
+fn names(labels: &Labels<'_>) -> Vec<&'static str> {
+    labels.iter().map(|(name, _)| *name).collect()
+}
+
+fn values<'a>(labels: &Labels<'a>) -> Vec<&'a str> {
+    labels.iter().map(|(_, value)| *value).collect()
 }

@@ -18,3 +18,13 @@ pub fn init(format: LogFormat, filter: &str) {
         LogFormat::Json => builder.json().flatten_event(true).init(),
     }
 }
+
+/// One line on standard error: why the daemon does not run, with its causes.
+pub fn say_fatal(error: &dyn std::error::Error) {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    let text = causes.fold(error.to_string(), |text, cause| {
+        let cause = cause.to_string();
+        if text.contains(&cause) { text } else { format!("{text}: {cause}") }
+    });
+    eprintln!("{text}");
+}

@@ -333,7 +333,12 @@ impl NodeCore {
         &self.gpus
     }
 
-    /// Engines of one replica at the moment: running here, settling, foreign.
+    /// Tokens that a request to the pool may hold, where it is known.
+    pub fn ctx_max(&self, pool_id: &PoolId) -> Option<u32> {
+        self.pools.get(pool_id)?.replicas.values().find_map(|replica| replica.spec.ctx_max)
+    }
+
+    /// Requests of one replica at the moment: running here, settling, foreign.
     pub fn slots_in_use(&self, pool_id: &PoolId, replica_id: &ReplicaId) -> Option<u32> {
         Some(self.pools.get(pool_id)?.replicas.get(replica_id)?.busy())
     }

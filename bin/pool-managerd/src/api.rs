@@ -1,0 +1,154 @@
+//! The node's HTTP API: probes, pools, and the hop on which attempts run.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use axum::body::Body as HttpBody;
+use axum::extract::{Extension, Path, State};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::{Json, Router};
+use daemon_kit::correlation::RequestIds;
+use daemon_kit::metrics::Page;
+use daemon_kit::{ApiError, Body};
+use node_agent::Agent;
+use pool_registry_types::node::{GpuReport, LiveAnswer};
+use pool_registry_types::pool::PoolReport;
+use pool_registry_types::routes::headers;
+use pool_registry_types::task::InferRequest;
+use pool_registry_types::{ErrorBody, ErrorCode, PoolId};
+use serde::Serialize;
+use utoipa::{OpenApi, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+/// What the handlers know.
+#[derive(Debug, Clone)]
+pub(crate) struct Node {
+    pub(crate) agent: Arc<Agent>,
+    /// This node joins no cluster.
+    pub(crate) alone: bool,
+}
+
+#[derive(OpenApi)]
+#[openapi(info(title = "pool-managerd", description = "One node of the cluster. Everything but /health/* needs the bearer token."))]
+struct Document;
+
+pub(crate) fn router(node: Node) -> Router {
+    parts().0.with_state(node)
+}
+
+/// The OpenAPI document of what is served.
+pub(crate) fn document() -> utoipa::openapi::OpenApi {
+    parts().1
+}
+
+fn parts() -> (Router<Node>, utoipa::openapi::OpenApi) {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(live))
+        .routes(routes!(ready))
+        .routes(routes!(metrics))
+        .routes(routes!(pools))
+        .routes(routes!(status))
+        .routes(routes!(infer))
+        .split_for_parts()
+}
+
+/// Who answers here.
+#[utoipa::path(get, path = "/health/live", responses((status = 200, body = LiveAnswer)))]
+async fn live(State(node): State<Node>) -> Json<LiveAnswer> {
+    let identity = node.agent.identity();
+    Json(LiveAnswer { node_id: identity.node_id, boot_id: identity.boot_id })
+}
+
+/// Whether the node is part of the cluster.
+#[utoipa::path(get, path = "/health/ready", responses((status = 200), (status = 503, body = ErrorBody)))]
+async fn ready(State(node): State<Node>) -> Result<StatusCode, ApiError> {
+    match node.agent.session_problem().filter(|_| !node.alone) {
+        None => Ok(StatusCode::OK),
+        Some(problem) => {
+            Err(ApiError::new(ErrorCode::PoolUnready, format!("not part of the cluster: {problem}")))
+        }
+    }
+}
+
+/// Prometheus text.
+#[utoipa::path(get, path = "/metrics", responses((status = 200, content_type = "text/plain")))]
+async fn metrics(State(node): State<Node>) -> Response {
+    let identity = node.agent.identity();
+    let node_id: &[(&'static str, &str)] = &[("node_id", identity.node_id.as_str())];
+    let counters = node.agent.counters();
+    let mut page = Page::new();
+    page.counter("llorch_node_attempts_accepted_total", "Attempts that got a slot.", node_id, counters.accepted);
+    page.counter("llorch_node_attempts_refused_total", "Attempts that got none.", node_id, counters.refused);
+    page.counter("llorch_node_attempts_finished_total", "Attempts that the engine finished.", node_id, counters.finished);
+    page.counter("llorch_node_attempts_failed_total", "Attempts that ended with an error.", node_id, counters.failed);
+    page.counter("llorch_node_attempts_canceled_total", "Attempts whose connection was dropped.", node_id, counters.canceled);
+    page.counter("llorch_node_tokens_total", "Tokens, by the engines' own count.", node_id, counters.tokens);
+    page.gauge("llorch_node_attempts_running", "Attempts that hold a slot.", node_id, node.agent.running() as f64);
+    page.gauge("llorch_node_registered", "1 while the control plane knows this node.", node_id, f64::from(u8::from(node.agent.session_problem().is_none())));
+    page.gauge("llorch_node_handoffs_faulty", "Handoff files that bind nothing.", node_id, node.agent.problems().len() as f64);
+    for pool in node.agent.pools() {
+        let labels: &[(&'static str, &str)] = &[("node_id", identity.node_id.as_str()), ("pool_id", pool.pool_id.as_str())];
+        let sum = |of: fn(&pool_registry_types::pool::ReplicaReport) -> u32| pool.replicas.iter().map(|r| f64::from(of(r))).sum();
+        page.gauge("llorch_pool_ready", "1 while the pool takes requests.", labels, f64::from(u8::from(pool.ready)));
+        page.gauge("llorch_pool_slots", "Slots of the pool.", labels, sum(|r| r.slots_total));
+        page.gauge("llorch_pool_slots_free", "Slots that a request could take now.", labels, sum(|r| r.slots_free));
+        page.gauge("llorch_pool_slots_foreign", "Slots busy with requests that are not ours.", labels, sum(|r| r.slots_foreign));
+    }
+    for gpu in node.agent.gpus() {
+        let device = gpu.device_id.to_string();
+        let labels: &[(&'static str, &str)] = &[("node_id", identity.node_id.as_str()), ("device_id", &device)];
+        page.gauge("llorch_gpu_vram_used_bytes", "Memory in use on the GPU.", labels, gpu.vram_used_bytes as f64);
+        page.gauge("llorch_gpu_vram_total_bytes", "Memory of the GPU.", labels, gpu.vram_total_bytes as f64);
+    }
+    page.render()
+}
+
+/// What runs on the node.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct NodePools {
+    pools: Vec<PoolReport>,
+    gpus: Vec<GpuReport>,
+    /// Handoff files that bind nothing, and why.
+    handoff_problems: BTreeMap<String, String>,
+}
+
+#[utoipa::path(get, path = "/v2/pools", responses((status = 200, body = NodePools), (status = 401, body = ErrorBody)))]
+async fn pools(State(node): State<Node>) -> Json<NodePools> {
+    Json(NodePools { pools: node.agent.pools(), gpus: node.agent.gpus(), handoff_problems: node.agent.problems() })
+}
+
+fn pool_id(text: &str) -> Result<PoolId, ApiError> {
+    PoolId::new(text).map_err(|error| ApiError::new(ErrorCode::InvalidParams, error.to_string()))
+}
+
+/// One pool.
+#[utoipa::path(get, path = "/v2/pools/{id}/status", params(("id" = String, Path)),
+    responses((status = 200, body = PoolReport), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody)))]
+async fn status(State(node): State<Node>, Path(id): Path<String>) -> Result<Json<PoolReport>, ApiError> {
+    let id = pool_id(&id)?;
+    let pool = node.agent.pools().into_iter().find(|pool| pool.pool_id == id);
+    pool.map(Json).ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("no pool {id} on this node")))
+}
+
+/// Runs an attempt: 200 when its slot is taken, then its frames.
+#[utoipa::path(post, path = "/v2/pools/{id}/infer", params(("id" = String, Path)), request_body = InferRequest,
+    responses((status = 200, content_type = "text/event-stream"), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+              (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
+async fn infer(
+    State(node): State<Node>, Path(id): Path<String>, Extension(ids): Extension<RequestIds>,
+    Body(request): Body<InferRequest>,
+) -> Result<Response, ApiError> {
+    let pool_id = pool_id(&id)?;
+    let inference = node.agent.infer(&pool_id, request, Some(&ids.traceparent))?;
+    let mut response = (StatusCode::OK, HttpBody::from_stream(inference.frames)).into_response();
+    let map = response.headers_mut();
+    map.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    map.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    map.insert(HeaderName::from_static(headers::REPORT_SEQ), HeaderValue::from(inference.report_seq));
+    if let Ok(replica) = HeaderValue::from_str(inference.replica_id.as_str()) {
+        map.insert(HeaderName::from_static(headers::REPLICA_ID), replica);
+    }
+    Ok(response)
+}

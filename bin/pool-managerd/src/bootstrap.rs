@@ -1,0 +1,92 @@
+//! From configuration to a serving node, and back down.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use daemon_kit::serve;
+use handoff_watcher::{HandoffWatcher, watch::WatchError};
+use node_agent::core::Identity;
+use node_agent::{Agent, gpu};
+use node_registration::HttpControlPlane;
+use pool_registry_types::BootId;
+use pool_registry_types::node::Capabilities;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::config::Config;
+use crate::{api, registry};
+
+/// How long leaving the cluster may take, once attempts have finished.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(6);
+/// How long open connections may linger once everything has ended.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// Why the node does not start.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StartError {
+    #[error(transparent)]
+    Listen(#[from] serve::ListenError),
+    #[error("POOL_MANAGERD_RUNTIME_DIR: {0}")]
+    RuntimeDir(#[from] WatchError),
+    #[error("the HTTP client cannot be made")]
+    Client,
+    #[error("serving failed")]
+    Serve(#[source] io::Error),
+}
+
+pub(crate) async fn run(config: Config) -> Result<(), StartError> {
+    // Only the first installation in a process can fail, and this is the first.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let listener = serve::bind("POOL_MANAGERD_ADDR", config.addr).await?;
+    let bound = listener.local_addr().map_err(StartError::Serve)?;
+    let probe: Arc<dyn gpu::GpuProbe> = Arc::from(gpu::detect(config.nvml_lib.clone()));
+    let boot_id = BootId(Uuid::new_v4());
+    let identity = Identity {
+        node_id: config.node_id.clone(),
+        machine_id: config.machine_id.clone(),
+        boot_id,
+        address: config.address(bound),
+        version: env!("CARGO_PKG_VERSION").into(),
+        capabilities: Capabilities { gpus: probe.inventory(), ..daemon_kit::config::machine() },
+    };
+    tracing::info!(node_id = %identity.node_id, %boot_id, address = identity.address, %bound, "pool-managerd starts");
+    let seed = boot_id.0.as_u64_pair().0;
+    let agent = Agent::new(identity, config.heartbeat_interval, seed).map_err(|_| StartError::Client)?;
+    let stop = CancellationToken::new();
+
+    let watcher = HandoffWatcher::new(&config.runtime_dir, config.engine_hosts.clone(), config.watch_interval)?;
+    let (changes, watching) = watcher.start(stop.clone());
+    let following = tokio::spawn(registry::follow(Arc::clone(&agent), changes));
+    if !probe.inventory().is_empty() {
+        agent.watch_gpus(probe);
+    }
+    let session = match &config.control_plane {
+        Some(url) => {
+            let token = config.tokens.to_send().map(str::to_owned);
+            let control = HttpControlPlane::new(url, token).map_err(|_| StartError::Client)?;
+            Some(tokio::spawn(Arc::clone(&agent).keep_session(control)))
+        }
+        None => None,
+    };
+    let app = serve::with_layers(api::router(api::Node { agent: Arc::clone(&agent), alone: session.is_none() }), config.tokens);
+    let server = tokio::spawn(serve::run(listener, app, stop.clone(), LINGER));
+
+    serve::stop_signal().await;
+    tracing::info!("stopping: no new work");
+    agent.drain_and_leave(config.shutdown_grace).await;
+    if let Some(session) = session
+        && tokio::time::timeout(LEAVE_TIMEOUT, session).await.is_err()
+    {
+        tracing::warn!("the control plane did not answer the farewell in time");
+    }
+    stop.cancel();
+    agent.stop().await;
+    let ended = server.await;
+    // The follower ends with the watcher's channel.
+    let _ = tokio::join!(watching, following);
+    match ended {
+        Ok(result) => result.map_err(StartError::Serve),
+        Err(_) => Ok(()),
+    }
+}

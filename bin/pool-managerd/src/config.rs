@@ -1,0 +1,260 @@
+//! The settings of a node: every one a flag and an environment variable, checked as a whole.
+
+use std::net::{SocketAddr, UdpSocket};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use daemon_kit::Tokens;
+use daemon_kit::auth::TokenError;
+use daemon_kit::telemetry::LogFormat;
+use handoff_watcher::EngineHosts;
+use pool_registry_types::{MachineId, NodeId};
+
+/// The settings as they are given.
+#[derive(Debug, Parser)]
+#[command(name = "pool-managerd", version, about = "Runs on every GPU node: finds engines, serves them to the control plane.")]
+pub(crate) struct Settings {
+    /// Where this daemon listens.
+    #[arg(long, env = "POOL_MANAGERD_ADDR", default_value = "127.0.0.1:9200")]
+    addr: SocketAddr,
+    /// This node's name in the cluster [default: the host's name].
+    #[arg(long, env = "POOL_MANAGERD_NODE_ID")]
+    node_id: Option<NodeId>,
+    /// The machine's name [default: the machine id].
+    #[arg(long, env = "POOL_MANAGERD_MACHINE_ID")]
+    machine_id: Option<MachineId>,
+    /// Where the control plane reaches this node [default: the local address of the route to it].
+    #[arg(long, env = "POOL_MANAGERD_ADVERTISE_URL")]
+    advertise_url: Option<String>,
+    /// The control plane, http://host:port.
+    #[arg(long, env = "ORCHESTRATORD_URL")]
+    orchestratord_url: Option<String>,
+    /// Join the cluster at the start.
+    #[arg(long, env = "ORCHESTRATORD_REGISTER_ON_STARTUP", default_value_t = true, action = clap::ArgAction::Set)]
+    register_on_startup: bool,
+    /// The directory of the engines' handoff files.
+    #[arg(long, env = "POOL_MANAGERD_RUNTIME_DIR", default_value = ".runtime/engines")]
+    runtime_dir: PathBuf,
+    /// Milliseconds between two scans of it.
+    #[arg(long, env = "POOL_MANAGERD_WATCH_INTERVAL_MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(10..=60_000))]
+    watch_interval_ms: u64,
+    /// Hosts on which engines may be, comma-separated [default: this machine].
+    #[arg(long, env = "POOL_MANAGERD_ENGINE_HOSTS")]
+    engine_hosts: Option<String>,
+    /// Seconds between two heartbeats, until the control plane's answer says otherwise.
+    #[arg(long, env = "POOL_MANAGERD_HEARTBEAT_INTERVAL_SECS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    heartbeat_interval_secs: u64,
+    /// Seconds that running attempts get to finish at SIGTERM.
+    #[arg(long, env = "POOL_MANAGERD_SHUTDOWN_GRACE_SECS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    shutdown_grace_secs: u64,
+    /// NVIDIA's management library [default: where the system keeps it].
+    #[arg(long, env = "POOL_MANAGERD_NVML_LIB")]
+    nvml_lib: Option<PathBuf>,
+    /// Bearer tokens, comma-separated; all are accepted, the first is sent.
+    #[arg(long, env = "LLORCH_API_TOKEN", hide_env_values = true)]
+    api_token: Option<String>,
+    /// A file of tokens, one a line.
+    #[arg(long, env = "LLORCH_API_TOKEN_FILE")]
+    api_token_file: Option<PathBuf>,
+    /// Log level, or a list of target=level.
+    #[arg(long, env = "LLORCH_LOG", default_value = "info")]
+    log: String,
+    #[arg(long, env = "LLORCH_LOG_FORMAT", default_value = "text")]
+    log_format: LogFormat,
+    /// Print what is in force and exit.
+    #[arg(long)]
+    print_config: bool,
+}
+
+/// The settings as they hold together.
+#[derive(Debug)]
+pub(crate) struct Config {
+    pub(crate) addr: SocketAddr,
+    pub(crate) node_id: NodeId,
+    pub(crate) machine_id: MachineId,
+    pub(crate) advertise_url: Option<String>,
+    /// Absent: this node joins no cluster.
+    pub(crate) control_plane: Option<String>,
+    pub(crate) runtime_dir: PathBuf,
+    pub(crate) watch_interval: Duration,
+    pub(crate) engine_hosts: EngineHosts,
+    pub(crate) heartbeat_interval: Duration,
+    pub(crate) shutdown_grace: Duration,
+    pub(crate) nvml_lib: Option<PathBuf>,
+    pub(crate) tokens: Tokens,
+    pub(crate) log: String,
+    pub(crate) log_format: LogFormat,
+}
+
+/// Why the settings do not hold together. Each names the variable.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    #[error("POOL_MANAGERD_NODE_ID: the host's name {0:?} is no node id, set one")]
+    NodeId(String),
+    #[error("ORCHESTRATORD_URL: required unless ORCHESTRATORD_REGISTER_ON_STARTUP is false")]
+    NoControlPlane,
+    #[error("{variable}: {url:?} is not http://host:port")]
+    Url { variable: &'static str, url: String },
+    #[error("LLORCH_API_TOKEN: a node needs the cluster's token (or LLORCH_API_TOKEN_FILE)")]
+    NoToken,
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    #[error("POOL_MANAGERD_ADVERTISE_URL: {advertised} is reached from this machine only, and the control plane {control_plane} is elsewhere")]
+    LoopbackAdvertised { advertised: String, control_plane: String },
+}
+
+/// What the start goes on with.
+pub(crate) enum Read {
+    Run(Box<Config>),
+    Exit(ExitCode),
+}
+
+/// Reads flags and environment. Prints and exits for `--help`, `--print-config` and mistakes.
+pub(crate) fn read() -> Read {
+    let (settings, printed) = match daemon_kit::config::parse::<Settings>(&["POOL_MANAGERD_", "LLORCH_"]) {
+        Ok(parsed) => parsed,
+        Err(code) => return Read::Exit(code),
+    };
+    if settings.print_config {
+        daemon_kit::config::print(&printed);
+        return Read::Exit(ExitCode::SUCCESS);
+    }
+    match settings.check() {
+        Ok(config) => Read::Run(Box::new(config)),
+        Err(error) => {
+            daemon_kit::telemetry::say_fatal(&error);
+            Read::Exit(ExitCode::from(2))
+        }
+    }
+}
+
+impl Settings {
+    fn check(self) -> Result<Config, ConfigError> {
+        let tokens = Tokens::load(self.api_token.as_deref(), self.api_token_file.as_deref())?;
+        if tokens.is_empty() {
+            return Err(ConfigError::NoToken);
+        }
+        let node_id = match self.node_id {
+            Some(node_id) => node_id,
+            None => {
+                let host = daemon_kit::config::host_name();
+                NodeId::new(&host).map_err(|_| ConfigError::NodeId(host))?
+            }
+        };
+        let machine_id = self.machine_id.unwrap_or_else(|| machine_id(&node_id));
+        let control_plane = match (self.register_on_startup, self.orchestratord_url) {
+            (false, _) => None,
+            (true, None) => return Err(ConfigError::NoControlPlane),
+            (true, Some(url)) => Some(check_url("ORCHESTRATORD_URL", url)?),
+        };
+        let advertise_url =
+            self.advertise_url.map(|url| check_url("POOL_MANAGERD_ADVERTISE_URL", url)).transpose()?;
+        let config = Config {
+            addr: self.addr,
+            node_id,
+            machine_id,
+            advertise_url,
+            control_plane,
+            runtime_dir: self.runtime_dir,
+            watch_interval: Duration::from_millis(self.watch_interval_ms),
+            engine_hosts: self.engine_hosts.map_or_else(EngineHosts::default, |list| EngineHosts::parse(&list)),
+            heartbeat_interval: Duration::from_secs(self.heartbeat_interval_secs),
+            shutdown_grace: Duration::from_secs(self.shutdown_grace_secs),
+            nvml_lib: self.nvml_lib,
+            tokens,
+            log: self.log,
+            log_format: self.log_format,
+        };
+        config.check_reachable()?;
+        Ok(config)
+    }
+}
+
+impl Config {
+    /// Where the control plane reaches this node, given the port that was bound.
+    pub(crate) fn address(&self, bound: SocketAddr) -> String {
+        if let Some(url) = &self.advertise_url {
+            return url.clone();
+        }
+        let local = self.control_plane.as_deref().and_then(route_to);
+        let ip = match local {
+            Some(ip) if bound.ip().is_unspecified() => ip,
+            _ => bound.ip(),
+        };
+        format!("http://{}", SocketAddr::new(ip, bound.port()))
+    }
+
+    fn check_reachable(&self) -> Result<(), ConfigError> {
+        let Some(control_plane) = &self.control_plane else { return Ok(()) };
+        let advertised = self.address(self.addr);
+        let is_local = |url: &str| {
+            let host = authority(url).rsplit_once(':').map_or(authority(url), |(host, _)| host);
+            host == "localhost" || host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+        };
+        if is_local(&advertised) && !is_local(control_plane) {
+            return Err(ConfigError::LoopbackAdvertised { advertised, control_plane: control_plane.clone() });
+        }
+        Ok(())
+    }
+}
+
+fn authority(url: &str) -> &str {
+    url.split_once("://").map_or(url, |(_, rest)| rest)
+}
+
+/// The local address from which packets to the URL's host leave. Nothing is sent.
+fn route_to(url: &str) -> Option<std::net::IpAddr> {
+    let host = authority(url);
+    let target = if host.contains(':') { host.to_owned() } else { format!("{host}:80") };
+    let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
+    socket.connect(target).ok()?;
+    Some(socket.local_addr().ok()?.ip())
+}
+
+fn check_url(variable: &'static str, url: String) -> Result<String, ConfigError> {
+    let trimmed = url.trim_end_matches('/');
+    let rest = trimmed.strip_prefix("http://").or_else(|| trimmed.strip_prefix("https://"));
+    let good = rest.is_some_and(|rest| !rest.is_empty() && !rest.contains(['/', '@', '?', '#', ' ']));
+    if good { Ok(trimmed.to_owned()) } else { Err(ConfigError::Url { variable, url }) }
+}
+
+fn machine_id(node_id: &NodeId) -> MachineId {
+    let read = std::fs::read_to_string("/etc/machine-id").ok();
+    let id = read.and_then(|text| MachineId::new(text.trim()).ok());
+    id.unwrap_or_else(|| MachineId::new(node_id.as_str()).expect("a node id has the form of a machine id"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(flags: &[&str]) -> Result<Config, String> {
+        let all = ["pool-managerd"].iter().chain(flags);
+        Settings::try_parse_from(all).map_err(|e| e.to_string())?.check().map_err(|e| e.to_string())
+    }
+
+    const GOOD: [&str; 4] = ["--api-token", "secret-token", "--orchestratord-url", "http://127.0.0.1:8080/"];
+
+    // CLOUD-2101
+    #[test]
+    fn the_defaults_hold_together_once_token_and_control_plane_are_given() {
+        let config = check(&GOOD).unwrap();
+        assert_eq!(config.control_plane.as_deref(), Some("http://127.0.0.1:8080"));
+        assert_eq!(config.address("127.0.0.1:9207".parse().unwrap()), "http://127.0.0.1:9207");
+    }
+
+    // CLOUD-2102
+    #[test]
+    fn each_contradiction_names_its_variable() {
+        let with = |more: &[&'static str]| check(&[&GOOD[..], more].concat()).unwrap_err();
+        assert!(check(&["--orchestratord-url", "http://x:1"]).unwrap_err().contains("LLORCH_API_TOKEN"));
+        assert!(check(&["--api-token", "secret-token"]).unwrap_err().contains("ORCHESTRATORD_URL"));
+        assert!(with(&["--advertise-url", "ftp://x"]).contains("POOL_MANAGERD_ADVERTISE_URL"));
+        assert!(with(&["--heartbeat-interval-secs", "0"]).contains("heartbeat-interval-secs"));
+        assert!(with(&["--node-id", "a/b"]).contains("node_id"));
+        let remote = ["--api-token", "secret-token", "--orchestratord-url", "http://10.1.2.3:8080"];
+        assert!(check(&remote).unwrap_err().contains("POOL_MANAGERD_ADVERTISE_URL"));
+    }
+}

@@ -1,0 +1,333 @@
+//! The shell around [`NodeCore`]: time, tasks and calls.
+//!
+//! The core stands behind a mutex that is held for microseconds and never across an await:
+//! accepting an attempt and ending it are two short critical sections, without a task switch.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use handoff_watcher::{Change, HandoffName};
+use node_registration::{BeatFailure, CallError, ControlPlane};
+use parking_lot::Mutex;
+use pool_registry_types::node::GpuReport;
+use pool_registry_types::pool::PoolReport;
+use pool_registry_types::{AttemptId, Moment, PoolId, ReplicaId};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::core::{BindError, Health, Identity, NodeCore, NodeEffect, ReplicaSpec};
+use crate::gpu::GpuProbe;
+use crate::replica;
+
+/// Pause between two looks at the GPUs.
+const LOOK_AT_GPUS_EVERY: Duration = Duration::from_secs(5);
+/// Bound of connecting to an engine. Engines are near.
+const ENGINE_CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Counts of what happened on the node; only ever rise.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct NodeCounters {
+    pub accepted: u64,
+    pub refused: u64,
+    pub finished: u64,
+    pub failed: u64,
+    pub canceled: u64,
+    pub tokens: u64,
+}
+
+/// One node at work.
+#[derive(Debug)]
+pub struct Agent {
+    start: Instant,
+    pub(crate) core: Mutex<NodeCore>,
+    wake: Notify,
+    client: reqwest::Client,
+    pub(crate) cancels: Mutex<HashMap<AttemptId, CancellationToken>>,
+    replicas: Mutex<BTreeMap<HandoffName, CancellationToken>>,
+    problems: Mutex<BTreeMap<String, String>>,
+    pub(crate) counters: Mutex<NodeCounters>,
+    pub(crate) tracker: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Agent {
+    /// `session` is made with the same zero of time that this agent starts with.
+    pub fn new(identity: Identity, interval: Duration, seed: u64) -> Result<Arc<Self>, reqwest::Error> {
+        let session = node_registration::Session::new(Moment::ZERO, interval, seed);
+        let client = reqwest::Client::builder()
+            .connect_timeout(ENGINE_CONNECT_TIMEOUT)
+            .tcp_nodelay(true)
+            .no_proxy()
+            .redirect(reqwest::redirect::Policy::none())
+            .build()?;
+        Ok(Arc::new(Self {
+            start: Instant::now(),
+            core: Mutex::new(NodeCore::new(identity, session)),
+            wake: Notify::new(),
+            client,
+            cancels: Mutex::new(HashMap::new()),
+            replicas: Mutex::new(BTreeMap::new()),
+            problems: Mutex::new(BTreeMap::new()),
+            counters: Mutex::new(NodeCounters::default()),
+            tracker: TaskTracker::new(),
+            stop: CancellationToken::new(),
+        }))
+    }
+
+    pub fn now(&self) -> Moment {
+        Moment::from_millis(u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX))
+    }
+
+    pub(crate) fn client(&self) -> &reqwest::Client {
+        &self.client
+    }
+
+    // ---- replicas ----
+
+    /// Takes a change of the runtime directory in.
+    pub fn on_handoff(self: &Arc<Self>, change: Change) {
+        match change {
+            Change::Bound { file, handoff } => {
+                tracing::info!(file, pool_id = %handoff.pool_id, replica_id = %handoff.replica_id, "handoff seen");
+                self.problems.lock().remove(&file);
+                let stop = self.stop.child_token();
+                {
+                    let mut replicas = self.replicas.lock();
+                    if let Some(before) = replicas.insert(handoff.name(), stop.clone()) {
+                        before.cancel();
+                    }
+                }
+                self.tracker.spawn(replica::watch(Arc::clone(self), handoff, stop));
+            }
+            Change::Unbound { file, handoff } => {
+                tracing::info!(file, pool_id = %handoff.pool_id, replica_id = %handoff.replica_id, "handoff gone");
+                {
+                    let mut replicas = self.replicas.lock();
+                    if let Some(stop) = replicas.remove(&handoff.name()) {
+                        stop.cancel();
+                    }
+                }
+                self.set_binding_problem(&handoff.name(), None);
+                self.unbind(&handoff.pool_id, &handoff.replica_id);
+            }
+            Change::Faulty { file, fault } => {
+                tracing::warn!(file, reason = %fault, "a handoff binds nothing");
+                self.problems.lock().insert(file, fault.to_string());
+            }
+            Change::Cleared { file } => {
+                self.problems.lock().remove(&file);
+            }
+        }
+    }
+
+    pub(crate) fn set_binding_problem(&self, name: &HandoffName, problem: Option<String>) {
+        let file = format!("{name}.json");
+        match problem {
+            Some(problem) => self.problems.lock().insert(file, problem),
+            None => self.problems.lock().remove(&file),
+        };
+    }
+
+    /// Binds unless the watch was stopped: watches are stopped under the same lock, so a
+    /// handoff that is gone or was rewritten never binds late.
+    pub(crate) fn bind(
+        &self, pool_id: &PoolId, spec: ReplicaSpec, stop: &CancellationToken,
+    ) -> Result<(), BindError> {
+        let _watches = self.replicas.lock();
+        if stop.is_cancelled() {
+            return Ok(());
+        }
+        self.change(|core, now| core.bind(now, pool_id, spec))
+    }
+
+    pub(crate) fn observed_unless(
+        &self, stop: &CancellationToken, pool_id: &PoolId, replica_id: &ReplicaId, health: Health,
+    ) {
+        let _watches = self.replicas.lock();
+        if !stop.is_cancelled() {
+            self.observed(pool_id, replica_id, health);
+        }
+    }
+
+    pub(crate) fn unbind(&self, pool_id: &PoolId, replica_id: &ReplicaId) {
+        self.change(|core, now| core.unbind(now, pool_id, replica_id));
+    }
+
+    pub(crate) fn observed(&self, pool_id: &PoolId, replica_id: &ReplicaId, health: Health) {
+        self.change(|core, now| core.observed(now, pool_id, replica_id, health));
+    }
+
+    /// Changes the core, and wakes the session, which may have something to say about it.
+    fn change<T>(&self, change: impl FnOnce(&mut NodeCore, Moment) -> T) -> T {
+        let now = self.now();
+        let result = change(&mut self.core.lock(), now);
+        self.wake.notify_one();
+        result
+    }
+
+    // ---- the session ----
+
+    /// Keeps the session with the control plane until it has left.
+    pub async fn keep_session(self: Arc<Self>, control: impl ControlPlane) {
+        loop {
+            let now = self.now();
+            let (due, next, left) = {
+                let mut core = self.core.lock();
+                (core.due(now), core.next_deadline(), core.session().has_left())
+            };
+            if left {
+                return;
+            }
+            match due {
+                Some(effect) => self.call(&control, effect).await,
+                None => {
+                    let pause = next.map_or(Duration::from_secs(3600), |at| at.since(self.now()));
+                    tokio::select! {
+                        () = self.wake.notified() => {}
+                        () = tokio::time::sleep(pause) => {}
+                    }
+                }
+            }
+        }
+    }
+
+    async fn call(self: &Arc<Self>, control: &impl ControlPlane, effect: NodeEffect) {
+        match effect {
+            NodeEffect::Register(request) => {
+                let node_id = request.node_id.clone();
+                let answer = control.register(request).await;
+                match &answer {
+                    Ok(answer) => tracing::info!(%node_id, epoch = %answer.epoch, "registered"),
+                    Err(error) => tracing::warn!(%node_id, %error, "not registered, trying again"),
+                }
+                let now = self.now();
+                self.core.lock().registered(now, answer.map_err(CallError::refusal));
+            }
+            NodeEffect::Heartbeat(mut beat) => {
+                beat.timestamp = jiff::Timestamp::now().to_string();
+                let node_id = self.core.lock().identity().node_id.clone();
+                let answer = control.heartbeat(&node_id, beat).await;
+                let answer = answer.map_err(|error| {
+                    if error.is_unknown_node() {
+                        tracing::info!(%node_id, "the control plane does not know this node: registering again");
+                        return BeatFailure::Unknown;
+                    }
+                    tracing::warn!(%node_id, %error, "a heartbeat failed");
+                    BeatFailure::Failed
+                });
+                let now = self.now();
+                let effects = self.core.lock().heartbeat_answered(now, answer);
+                for effect in effects {
+                    if let NodeEffect::Cancel(attempt) = effect {
+                        self.cancel(&attempt);
+                    }
+                }
+            }
+            NodeEffect::Deregister(epoch) => {
+                let node_id = self.core.lock().identity().node_id.clone();
+                if let Err(error) = control.deregister(&node_id, &epoch).await {
+                    tracing::warn!(%node_id, %error, "not deregistered: the lease will run out");
+                }
+                self.core.lock().deregistered();
+            }
+            NodeEffect::Cancel(attempt) => self.cancel(&attempt),
+        }
+    }
+
+    /// Ends an attempt at its engine.
+    pub fn cancel(&self, attempt: &AttemptId) {
+        if let Some(cancel) = self.cancels.lock().get(attempt) {
+            tracing::info!(attempt_id = %attempt, "an attempt that the control plane does not know is ended");
+            cancel.cancel();
+        }
+    }
+
+    // ---- stopping ----
+
+    /// Takes no new work, lets what runs finish for `grace`, leaves the cluster.
+    pub async fn drain_and_leave(&self, grace: Duration) {
+        self.change(NodeCore::drain);
+        let finished = async {
+            while self.core.lock().running_count() > 0 {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        if tokio::time::timeout(grace, finished).await.is_err() {
+            tracing::warn!(attempts = self.core.lock().running_count(), "the grace is over, attempts end as lost");
+        }
+        self.change(|core, _| core.leave());
+    }
+
+    /// Ends everything that is left.
+    pub async fn stop(&self) {
+        self.stop.cancel();
+        for cancel in self.cancels.lock().values() {
+            cancel.cancel();
+        }
+        self.tracker.close();
+        if tokio::time::timeout(Duration::from_secs(5), self.tracker.wait()).await.is_err() {
+            tracing::warn!("some tasks did not end in time");
+        }
+    }
+
+    /// Looks at the GPUs until the agent stops, each look on a blocking thread.
+    pub fn watch_gpus(self: &Arc<Self>, probe: Arc<dyn GpuProbe>) {
+        let agent = Arc::clone(self);
+        self.tracker.spawn(async move {
+            loop {
+                let looking = Arc::clone(&probe);
+                let looked = tokio::task::spawn_blocking(move || looking.look());
+                tokio::select! {
+                    () = agent.stop.cancelled() => return,
+                    looked = looked => if let Ok(gpus) = looked { agent.gpus_observed(gpus) },
+                }
+                tokio::select! {
+                    () = agent.stop.cancelled() => return,
+                    () = tokio::time::sleep(LOOK_AT_GPUS_EVERY) => {}
+                }
+            }
+        });
+    }
+
+    fn gpus_observed(&self, gpus: Vec<GpuReport>) {
+        self.change(|core, now| core.gpus_observed(now, gpus));
+    }
+
+    // ---- reading ----
+
+    pub fn identity(&self) -> Identity {
+        self.core.lock().identity().clone()
+    }
+
+    pub fn pools(&self) -> Vec<PoolReport> {
+        self.core.lock().pool_reports()
+    }
+
+    pub fn gpus(&self) -> Vec<GpuReport> {
+        self.core.lock().gpus().to_vec()
+    }
+
+    pub fn running(&self) -> usize {
+        self.core.lock().running_count()
+    }
+
+    pub fn counters(&self) -> NodeCounters {
+        *self.counters.lock()
+    }
+
+    /// Why the node is not registered, or nothing when it is.
+    pub fn session_problem(&self) -> Option<String> {
+        let core = self.core.lock();
+        if core.session().is_registered() {
+            return None;
+        }
+        Some(core.session().problem().unwrap_or("not registered yet").to_owned())
+    }
+
+    /// Handoff files that bind nothing, and why.
+    pub fn problems(&self) -> BTreeMap<String, String> {
+        self.problems.lock().clone()
+    }
+}

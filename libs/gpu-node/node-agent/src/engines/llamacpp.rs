@@ -1,0 +1,136 @@
+//! llama.cpp's own HTTP server.
+//!
+//! Prompts go to its native `/completion`, messages to its `/v1/chat/completions`. It ignores
+//! the model's name, queues beyond its slots without a word, and says how busy it is in its
+//! metrics and its slots.
+
+use pool_registry_types::task::{FinishReason, TaskRequest};
+use serde_json::{Value, json};
+
+use super::{EngineFacts, EngineRequest, Reply, Said, get_json, model_names, openai};
+
+pub(super) fn request(task: &TaskRequest, ctx_max: Option<u32>) -> EngineRequest {
+    let Some(prompt) = &task.prompt else {
+        let mut request = openai::chat(task, ctx_max);
+        openai::set(&mut request.body, "top_k", task.top_k);
+        openai::set(&mut request.body, "min_p", task.min_p);
+        openai::set(&mut request.body, "grammar", task.grammar.clone());
+        return request;
+    };
+    let mut body = json!({ "prompt": prompt, "stream": true });
+    let bound = task.max_tokens.or(ctx_max);
+    openai::set(&mut body, "n_predict", bound);
+    openai::set(&mut body, "seed", task.seed);
+    openai::set(&mut body, "temperature", task.temperature);
+    openai::set(&mut body, "top_p", task.top_p);
+    openai::set(&mut body, "top_k", task.top_k);
+    openai::set(&mut body, "min_p", task.min_p);
+    openai::set(&mut body, "grammar", task.grammar.clone());
+    if !task.stop.is_empty() {
+        body["stop"] = json!(task.stop);
+    }
+    EngineRequest { path: "/completion", body, reply: Reply::LlamaCompletion }
+}
+
+/// The parts of an event of `/completion` that matter.
+#[derive(Debug, serde::Deserialize)]
+struct Event<'a> {
+    #[serde(default, borrow)]
+    content: Option<std::borrow::Cow<'a, str>>,
+    #[serde(default)]
+    stop: bool,
+    #[serde(default)]
+    tokens_predicted: u64,
+    #[serde(default, borrow)]
+    stop_type: Option<std::borrow::Cow<'a, str>>,
+    #[serde(default)]
+    error: Option<Value>,
+}
+
+pub(super) fn read(data: &str) -> Said {
+    let event: Event<'_> = match serde_json::from_str(data) {
+        Ok(event) => event,
+        Err(error) => return Said::Failed(format!("unreadable event: {error}")),
+    };
+    if let Some(error) = event.error {
+        return Said::Failed(error["message"].as_str().unwrap_or("an error without a message").to_owned());
+    }
+    let text = event.content.filter(|text| !text.is_empty()).map(std::borrow::Cow::into_owned);
+    if event.stop {
+        let limit = event.stop_type.is_some_and(|reason| reason == "limit");
+        let finish_reason = if limit { FinishReason::Length } else { FinishReason::Stop };
+        return Said::End { text, tokens_out: event.tokens_predicted, finish_reason };
+    }
+    text.map_or(Said::Nothing, Said::Text)
+}
+
+pub(super) async fn probe(client: &reqwest::Client, url: &str) -> Result<(EngineFacts, Option<u32>), String> {
+    let health = client.get(format!("{url}/health")).send().await.map_err(super::describe)?;
+    if !health.status().is_success() {
+        return Err(format!("its health call answers HTTP {}", health.status().as_u16()));
+    }
+    let props = get_json(client, format!("{url}/props")).await.map_err(|e| format!("/props: {e}"))?;
+    let models = get_json(client, format!("{url}/v1/models")).await.map_err(|e| format!("/v1/models: {e}"))?;
+    let number = |value: &Value| value.as_u64().and_then(|n| u32::try_from(n).ok());
+    let facts = EngineFacts {
+        models: model_names(&models),
+        slots: number(&props["total_slots"]),
+        ctx_max: number(&props["default_generation_settings"]["n_ctx"]),
+        version: props["build_info"].as_str().map(str::to_owned),
+    };
+    Ok((facts, busy(client, url).await))
+}
+
+/// From the gauges; from the slots where the gauges are off.
+pub(super) async fn busy(client: &reqwest::Client, url: &str) -> Option<u32> {
+    let metrics = async {
+        let response = client.get(format!("{url}/metrics")).send().await.ok()?;
+        response.status().is_success().then_some(())?;
+        let text = response.text().await.ok()?;
+        let gauge = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok());
+            // A gauge of requests is a small whole number.
+            line.and_then(|value| format!("{value:.0}").parse::<u32>().ok())
+        };
+        let deferred = gauge("llamacpp:requests_deferred").unwrap_or(0);
+        Some(gauge("llamacpp:requests_processing")? + deferred)
+    };
+    if let Some(busy) = metrics.await {
+        return Some(busy);
+    }
+    let slots = get_json(client, format!("{url}/slots")).await.ok()?;
+    let busy = slots.as_array()?.iter().filter(|slot| slot["is_processing"] == true).count();
+    u32::try_from(busy).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use pool_registry_types::ModelRef;
+
+    use super::*;
+
+    #[test]
+    fn a_prompt_goes_to_the_native_completion_bounded_by_the_context() {
+        let task = TaskRequest {
+            seed: Some(1),
+            temperature: Some(0.0),
+            stop: vec!["\n".into()],
+            ..TaskRequest::completion(ModelRef::new("m").unwrap(), "hi")
+        };
+        let request = request(&task, Some(64));
+        assert_eq!(request.path, "/completion");
+        let expected = json!({"prompt":"hi","stream":true,"n_predict":64,"seed":1,"temperature":0.0,"stop":["\n"]});
+        assert_eq!(request.body, expected);
+    }
+
+    #[test]
+    fn the_last_event_may_carry_a_text_and_counts_the_tokens() {
+        assert_eq!(read(r#"{"content":" a","stop":false}"#), Said::Text(" a".into()));
+        assert_eq!(read(r#"{"content":"","stop":false}"#), Said::Nothing);
+        let end = r#"{"content":" z","stop":true,"stop_type":"limit","tokens_predicted":8}"#;
+        let said = Said::End { text: Some(" z".into()), tokens_out: 8, finish_reason: FinishReason::Length };
+        assert_eq!(read(end), said);
+        assert!(matches!(read(r#"{"error":{"message":"out of memory"}}"#), Said::Failed(_)));
+        assert!(matches!(read("{"), Said::Failed(_)));
+    }
+}

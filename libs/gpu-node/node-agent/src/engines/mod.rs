@@ -1,0 +1,170 @@
+//! The dialects of engines: how to ask for a completion, how to read it, how to look at health.
+//!
+//! A dialect is two pure functions (task → HTTP request, event → [`Said`]) and one probe. What
+//! is sent for a task and how an answer ends is the whole difference between engines.
+
+pub mod llamacpp;
+pub mod openai;
+
+use std::time::Duration;
+
+use pool_registry_types::error::EndCause;
+use pool_registry_types::pool::EngineKind;
+use pool_registry_types::sse::Frame;
+use pool_registry_types::task::{FinishReason, TaskRequest};
+use pool_registry_types::{ErrorBody, ErrorCode, ModelRef};
+use serde_json::Value;
+
+/// Bound of one look at an engine.
+pub const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Longest error body of an engine that is read, bytes.
+const MAX_ERROR_BYTES: usize = 16 * 1024;
+
+/// What to POST to an engine, below its URL.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EngineRequest {
+    pub path: &'static str,
+    pub body: Value,
+    pub reply: Reply,
+}
+
+/// The shape of the stream that answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reply {
+    /// llama.cpp's `/completion`: ends with `"stop": true`, without a marker.
+    LlamaCompletion,
+    /// OpenAI's `/v1/completions`.
+    OpenAiCompletion,
+    /// OpenAI's `/v1/chat/completions`.
+    OpenAiChat,
+}
+
+/// What one event of an engine says.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Said {
+    /// Nothing that matters.
+    Nothing,
+    Text(String),
+    /// The last event; it may carry a text too.
+    End { text: Option<String>, tokens_out: u64, finish_reason: FinishReason },
+    /// The engine gave up.
+    Failed(String),
+}
+
+/// What an engine says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct EngineFacts {
+    pub models: Vec<ModelRef>,
+    pub slots: Option<u32>,
+    pub ctx_max: Option<u32>,
+    pub version: Option<String>,
+}
+
+/// The request for a task, in the engine's dialect. `ctx_max` bounds what has no bound.
+pub fn request(engine: EngineKind, task: &TaskRequest, ctx_max: Option<u32>) -> Result<EngineRequest, ErrorBody> {
+    match engine {
+        EngineKind::LlamaCpp => Ok(llamacpp::request(task, ctx_max)),
+        EngineKind::OpenAi => openai::request(task, ctx_max),
+    }
+}
+
+/// Reads a stream; remembers what an end event refers back to.
+#[derive(Debug)]
+pub struct Reader {
+    reply: Reply,
+    tokens_out: u64,
+    counted: Option<u64>,
+    finish_reason: Option<FinishReason>,
+}
+
+impl Reader {
+    pub fn new(reply: Reply) -> Self {
+        Self { reply, tokens_out: 0, counted: None, finish_reason: None }
+    }
+
+    pub fn read(&mut self, frame: &Frame<'_>) -> Said {
+        let Some(data) = &frame.data else { return Said::Nothing };
+        if frame.event == "error" {
+            return Said::Failed(data.chars().take(500).collect());
+        }
+        let said = match self.reply {
+            Reply::LlamaCompletion => llamacpp::read(data),
+            Reply::OpenAiCompletion | Reply::OpenAiChat => openai::read(self, data),
+        };
+        if matches!(said, Said::Text(_)) {
+            self.tokens_out += 1;
+        }
+        said
+    }
+}
+
+/// One look: is the engine up, what does it say of itself, how many requests are in it.
+pub async fn probe(
+    client: &reqwest::Client, engine: EngineKind, url: &str,
+) -> Result<(EngineFacts, Option<u32>), String> {
+    let look = async {
+        match engine {
+            EngineKind::LlamaCpp => llamacpp::probe(client, url).await,
+            EngineKind::OpenAi => openai::probe(client, url).await,
+        }
+    };
+    match tokio::time::timeout(PROBE_TIMEOUT, look).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(format!("no answer to a health call within {} s", PROBE_TIMEOUT.as_secs())),
+    }
+}
+
+/// The engine's busy requests, where it tells.
+pub async fn busy(client: &reqwest::Client, engine: EngineKind, url: &str) -> Option<u32> {
+    match engine {
+        EngineKind::LlamaCpp => llamacpp::busy(client, url).await,
+        EngineKind::OpenAi => None,
+    }
+}
+
+pub(crate) async fn get_json(client: &reqwest::Client, url: String) -> Result<Value, String> {
+    let response = client.get(url).send().await.map_err(describe)?;
+    let status = response.status();
+    if !status.is_success() {
+        return Err(format!("HTTP {}", status.as_u16()));
+    }
+    response.json().await.map_err(|error| format!("unreadable: {}", describe(error)))
+}
+
+/// A client error with its causes and without the URL.
+pub(crate) fn describe(error: reqwest::Error) -> String {
+    let error = error.without_url();
+    let causes = std::iter::successors(std::error::Error::source(&error), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
+pub(crate) fn model_names(list: &Value) -> Vec<ModelRef> {
+    let data = list["data"].as_array().into_iter().flatten();
+    data.filter_map(|model| ModelRef::new(model["id"].as_str()?).ok()).collect()
+}
+
+/// An engine's refusal as ours: what the request did wrong is the client's, a 5xx the engine's.
+pub async fn refusal(response: reqwest::Response) -> ErrorBody {
+    let status = response.status().as_u16();
+    let text = match tokio::time::timeout(PROBE_TIMEOUT, response.bytes()).await {
+        Ok(Ok(bytes)) => String::from_utf8_lossy(&bytes[..bytes.len().min(MAX_ERROR_BYTES)]).into_owned(),
+        _ => String::new(),
+    };
+    let json: Value = serde_json::from_str(&text).unwrap_or_default();
+    let error = &json["error"];
+    let message = error["message"].as_str().or_else(|| error.as_str()).or_else(|| json["message"].as_str());
+    let message: String = message.unwrap_or("no message").chars().take(500).collect();
+    let too_long = error["type"] == "exceed_context_size_error"
+        || error["code"] == "context_length_exceeded"
+        || message.contains("maximum context length");
+    let (code, cause) = match status {
+        503 => (ErrorCode::PoolUnready, None),
+        429 => (ErrorCode::ReplicaExhausted, None),
+        400..=499 if too_long => (ErrorCode::ContextTooLong, Some(EndCause::Engine4xx)),
+        400..=499 => (ErrorCode::InvalidParams, Some(EndCause::Engine4xx)),
+        _ => (ErrorCode::WorkerReset, Some(EndCause::Engine5xx)),
+    };
+    let mut body = ErrorBody::new(code, format!("the engine answered {status}: {message}"));
+    body.cause = cause;
+    body
+}

@@ -1,0 +1,354 @@
+//! One attempt on one engine, as a stream of final frames.
+//!
+//! The answer's headers go out when the slot is taken, before any prefill. From then on a
+//! comment every second proves that the node lives. The stream is driven by whoever reads it:
+//! there is no task and no channel of its own, and dropping it drops the engine's request.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt, stream};
+use pool_registry_types::error::EndCause;
+use pool_registry_types::pool::EngineKind;
+use pool_registry_types::sse::{Decoder, write_comment, write_frame};
+use pool_registry_types::task::{End, FinishReason, InferRequest};
+use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, PoolId, ReplicaId};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
+use tokio_util::sync::CancellationToken;
+
+use crate::agent::Agent;
+use crate::core::{Ask, Health};
+use crate::engines::{self, Reader, Said};
+
+/// Pause between two comments.
+const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(1);
+/// How long the slot of a dropped attempt is kept at most, where the engine cannot tell.
+const SETTLE_AT_MOST: Duration = Duration::from_millis(500);
+const SETTLE_LOOK_EVERY: Duration = Duration::from_millis(25);
+
+/// The stream of an attempt: frames and comments, in as many pieces as they came.
+pub type Frames = Pin<Box<dyn Stream<Item = Result<Bytes, Infallible>> + Send>>;
+
+/// An accepted attempt.
+pub struct Inference {
+    pub replica_id: ReplicaId,
+    /// The number of the last report made before the acceptance.
+    pub report_seq: u64,
+    pub frames: Frames,
+}
+
+impl std::fmt::Debug for Inference {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inference").field("replica_id", &self.replica_id).finish_non_exhaustive()
+    }
+}
+
+type EngineBody = Pin<Box<dyn Stream<Item = Result<Bytes, reqwest::Error>> + Send>>;
+type EngineAnswer = Pin<Box<dyn Future<Output = Result<reqwest::Response, reqwest::Error>> + Send>>;
+
+enum Phase {
+    Opening(EngineAnswer),
+    Refused(Pin<Box<dyn Future<Output = ErrorBody> + Send>>),
+    Streaming(EngineBody),
+    /// The last bytes were given out.
+    Over,
+}
+
+/// Everything that one attempt needs while it runs.
+struct Generation {
+    slot: Slot,
+    phase: Phase,
+    decoder: Decoder,
+    reader: Reader,
+    log_id: LogId,
+    index: u64,
+    started: Instant,
+    keep_alive: Interval,
+    cancel: CancellationToken,
+}
+
+/// The slot of an attempt. Dropped without an end, it is given back once the engine is idle.
+struct Slot {
+    agent: Arc<Agent>,
+    attempt: AttemptId,
+    pool_id: PoolId,
+    replica_id: ReplicaId,
+    engine: EngineKind,
+    url: String,
+    open: bool,
+}
+
+impl Slot {
+    /// Ends the attempt. Returns the closing word.
+    fn end(&mut self, engine_idle: bool) -> u64 {
+        self.open = false;
+        self.agent.cancels.lock().remove(&self.attempt);
+        if engine_idle {
+            return self.agent.core.lock().ended(&self.attempt);
+        }
+        let seq = self.agent.core.lock().ended_unsettled(&self.attempt);
+        let settling =
+            settle(Arc::clone(&self.agent), self.attempt, self.engine, self.url.clone());
+        self.agent.tracker.spawn(settling);
+        seq
+    }
+
+    /// The engine cannot be reached: said before the attempt's end, so that nothing is sent there.
+    fn engine_gone(&self, reason: String) {
+        let health = Health { ready: Err(reason), busy: None };
+        self.agent.observed(&self.pool_id, &self.replica_id, health);
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        if self.open {
+            self.agent.counters.lock().canceled += 1;
+            self.end(false);
+        }
+    }
+}
+
+async fn settle(agent: Arc<Agent>, attempt: AttemptId, engine: EngineKind, url: String) {
+    let deadline = Instant::now() + SETTLE_AT_MOST;
+    while Instant::now() < deadline {
+        tokio::time::sleep(SETTLE_LOOK_EVERY).await;
+        let look = tokio::time::timeout_at(deadline, engines::busy(agent.client(), engine, &url)).await;
+        // Idle altogether is the only thing that a count of requests can prove of one of them.
+        if look == Ok(Some(0)) {
+            break;
+        }
+    }
+    agent.core.lock().settled(&attempt);
+}
+
+impl Agent {
+    /// Takes a slot for the attempt and starts it, or says why not. Errors: those of
+    /// [`crate::NodeCore::accept`], and `UNSUPPORTED` for what the engine cannot do.
+    pub fn infer(
+        self: &Arc<Self>, pool_id: &PoolId, request: InferRequest, traceparent: Option<&str>,
+    ) -> Result<Inference, ErrorBody> {
+        let ask = Ask {
+            node_id: &request.node_id,
+            boot_id: request.boot_id,
+            attempt: request.attempt_id,
+            hint: request.replica_hint.as_ref(),
+        };
+        let accepted = self.core.lock().accept(pool_id, &ask);
+        let accepted = accepted.inspect_err(|_| self.counters.lock().refused += 1)?;
+        let mut slot = Slot {
+            agent: Arc::clone(self),
+            attempt: request.attempt_id,
+            pool_id: pool_id.clone(),
+            replica_id: accepted.replica_id.clone(),
+            engine: accepted.engine,
+            url: accepted.url.clone(),
+            open: true,
+        };
+        let asked = match engines::request(accepted.engine, &request.task, self.ctx_of(pool_id)) {
+            Ok(asked) => asked,
+            Err(error) => {
+                slot.end(true);
+                return Err(error);
+            }
+        };
+        self.counters.lock().accepted += 1;
+        let cancel = CancellationToken::new();
+        self.cancels.lock().insert(request.attempt_id, cancel.clone());
+        let mut call = self.client().post(format!("{}{}", accepted.url, asked.path)).json(&asked.body);
+        if let Some(traceparent) = traceparent {
+            call = call.header("traceparent", traceparent);
+        }
+        let mut keep_alive = interval_at(Instant::now() + KEEP_ALIVE_EVERY, KEEP_ALIVE_EVERY);
+        keep_alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let generation = Generation {
+            slot,
+            phase: Phase::Opening(Box::pin(call.send())),
+            decoder: Decoder::new(),
+            reader: Reader::new(asked.reply),
+            log_id: request.log_id,
+            index: request.first_index,
+            started: Instant::now(),
+            keep_alive,
+            cancel,
+        };
+        let frames = stream::unfold(generation, |mut generation| async move {
+            generation.next().await.map(|bytes| (Ok(bytes), generation))
+        });
+        Ok(Inference {
+            replica_id: accepted.replica_id,
+            report_seq: accepted.report_seq,
+            frames: Box::pin(frames),
+        })
+    }
+
+    fn ctx_of(&self, pool_id: &PoolId) -> Option<u32> {
+        self.core.lock().ctx_max(pool_id)
+    }
+}
+
+enum Happened {
+    Answered(Result<reqwest::Response, reqwest::Error>),
+    Refused(ErrorBody),
+    Chunk(Option<Result<Bytes, reqwest::Error>>),
+    Tick,
+    Canceled,
+}
+
+impl Generation {
+    /// The next bytes of the stream; nothing after the last.
+    async fn next(&mut self) -> Option<Bytes> {
+        loop {
+            let happened = match &mut self.phase {
+                Phase::Over => return None,
+                Phase::Opening(answer) => tokio::select! {
+                    biased;
+                    () = self.cancel.cancelled() => Happened::Canceled,
+                    answer = answer => Happened::Answered(answer),
+                    _ = self.keep_alive.tick() => Happened::Tick,
+                },
+                Phase::Refused(reading) => tokio::select! {
+                    biased;
+                    body = reading => Happened::Refused(body),
+                    _ = self.keep_alive.tick() => Happened::Tick,
+                },
+                Phase::Streaming(body) => tokio::select! {
+                    biased;
+                    () = self.cancel.cancelled() => Happened::Canceled,
+                    chunk = body.next() => Happened::Chunk(chunk),
+                    _ = self.keep_alive.tick() => Happened::Tick,
+                },
+            };
+            let out = match happened {
+                Happened::Tick => {
+                    let mut out = Vec::with_capacity(8);
+                    write_comment(&mut out, "ka");
+                    Some(out)
+                }
+                Happened::Canceled => {
+                    let error = ErrorBody::new(ErrorCode::Canceled, "the control plane does not know this attempt");
+                    Some(self.fail(error.with_cause(EndCause::Canceled), false))
+                }
+                Happened::Answered(answer) => self.answered(answer),
+                Happened::Refused(error) => Some(self.fail(error, true)),
+                Happened::Chunk(chunk) => self.chunk(chunk),
+            };
+            if let Some(out) = out.filter(|out| !out.is_empty()) {
+                return Some(Bytes::from(out));
+            }
+        }
+    }
+
+    fn answered(&mut self, answer: Result<reqwest::Response, reqwest::Error>) -> Option<Vec<u8>> {
+        let response = match answer {
+            Ok(response) => response,
+            Err(error) => {
+                let connecting = error.is_connect();
+                let reason = engines::describe(error);
+                self.slot.engine_gone(reason.clone());
+                let error = if connecting {
+                    ErrorBody::new(ErrorCode::PoolUnready, format!("the engine cannot be reached: {reason}"))
+                } else {
+                    let message = format!("the engine's connection was lost: {reason}");
+                    ErrorBody::new(ErrorCode::WorkerReset, message).with_cause(EndCause::EngineDied)
+                };
+                return Some(self.fail(error, true));
+            }
+        };
+        if !response.status().is_success() {
+            self.phase = Phase::Refused(Box::pin(engines::refusal(response)));
+            return None;
+        }
+        let kind = response.headers().get("content-type").and_then(|value| value.to_str().ok());
+        if !kind.is_some_and(|kind| kind.starts_with("text/event-stream")) {
+            let message = format!("the engine answered {} instead of an event stream", kind.unwrap_or("nothing"));
+            let error = ErrorBody::new(ErrorCode::WorkerReset, message).with_cause(EndCause::Engine5xx);
+            return Some(self.fail(error, false));
+        }
+        self.phase = Phase::Streaming(Box::pin(response.bytes_stream()));
+        None
+    }
+
+    fn chunk(&mut self, chunk: Option<Result<Bytes, reqwest::Error>>) -> Option<Vec<u8>> {
+        let bytes = match chunk {
+            Some(Ok(bytes)) => bytes,
+            lost => {
+                let reason = match lost {
+                    Some(Err(error)) => engines::describe(error),
+                    _ => "it closed the stream without its end marker".to_owned(),
+                };
+                let error = ErrorBody::new(ErrorCode::WorkerReset, format!("the engine died: {reason}"));
+                return Some(self.fail(error.with_cause(EndCause::EngineDied), true));
+            }
+        };
+        self.decoder.push(&bytes);
+        let mut out = Vec::with_capacity(bytes.len() + 128);
+        loop {
+            let said = match self.decoder.next_frame() {
+                Ok(Some(frame)) => self.reader.read(&frame),
+                Ok(None) => return Some(out),
+                Err(error) => Said::Failed(error.to_string()),
+            };
+            match said {
+                Said::Nothing => {}
+                Said::Text(text) => self.token(&mut out, &text),
+                Said::End { text, tokens_out, finish_reason } => {
+                    if let Some(text) = text {
+                        self.token(&mut out, &text);
+                    }
+                    self.finish(&mut out, tokens_out, finish_reason);
+                    return Some(out);
+                }
+                Said::Failed(reason) => {
+                    let error = ErrorBody::new(ErrorCode::WorkerReset, format!("the engine failed: {reason}"));
+                    out.extend(self.fail(error.with_cause(EndCause::Engine5xx), false));
+                    return Some(out);
+                }
+            }
+        }
+    }
+
+    /// The final frame of a token: it is passed on, never written again.
+    fn token(&mut self, out: &mut Vec<u8>, text: &str) {
+        use std::io::Write;
+        // Writing to a Vec cannot fail, and a text is always JSON.
+        let _ = write!(out, "id: {}:{}\nevent: token\ndata: {{\"t\":", self.log_id, self.index);
+        let _ = serde_json::to_writer(&mut *out, text);
+        let _ = write!(out, ",\"i\":{}}}\n\n", self.index);
+        self.index += 1;
+    }
+
+    fn finish(&mut self, out: &mut Vec<u8>, tokens_out: u64, finish_reason: FinishReason) {
+        let decode_time_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let end = End { tokens_out, decode_time_ms, finish_reason };
+        let data = serde_json::to_string(&end).unwrap_or_default();
+        let seq = self.slot.end(true);
+        let mut counters = self.slot.agent.counters.lock();
+        counters.finished += 1;
+        counters.tokens += tokens_out;
+        drop(counters);
+        self.last_words(out, "end", &data, seq);
+    }
+
+    fn fail(&mut self, mut error: ErrorBody, engine_idle: bool) -> Vec<u8> {
+        error.engine = Some(self.slot.engine);
+        let identity = self.slot.agent.identity();
+        error = error.at(&identity.node_id, &self.slot.pool_id);
+        let data = serde_json::to_string(&error).unwrap_or_default();
+        let seq = self.slot.end(engine_idle);
+        self.slot.agent.counters.lock().failed += 1;
+        let mut out = Vec::new();
+        self.last_words(&mut out, "error", &data, seq);
+        out
+    }
+
+    fn last_words(&mut self, out: &mut Vec<u8>, event: &str, data: &str, seq: u64) {
+        write_frame(out, Some((&self.log_id, self.index)), event, data);
+        write_comment(out, &format!("report-seq {seq}"));
+        // The engine's connection is dropped here, not when the reader is done.
+        self.phase = Phase::Over;
+    }
+}
