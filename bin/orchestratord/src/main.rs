@@ -1,1 +1,25 @@
-fn main() {}
+//! `orchestratord`: the control plane. Reads its configuration whole, then hands over.
+
+mod api;
+mod app;
+mod config;
+mod metrics;
+mod services;
+
+use std::process::ExitCode;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let config = match config::read() {
+        config::Read::Run(config) => config,
+        config::Read::Exit(code) => return code,
+    };
+    daemon_kit::telemetry::init(config.log_format, &config.log);
+    match app::bootstrap::run(*config).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            daemon_kit::telemetry::say_fatal(&error);
+            ExitCode::FAILURE
+        }
+    }
+}

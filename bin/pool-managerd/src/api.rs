@@ -16,7 +16,7 @@ use pool_registry_types::node::{GpuReport, LiveAnswer};
 use pool_registry_types::pool::PoolReport;
 use pool_registry_types::routes::headers;
 use pool_registry_types::task::InferRequest;
-use pool_registry_types::{ErrorBody, ErrorCode, PoolId};
+use pool_registry_types::{ErrorBody, ErrorCode, PoolId, routes as paths};
 use serde::Serialize;
 use utoipa::{OpenApi, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
@@ -31,16 +31,19 @@ pub(crate) struct Node {
 }
 
 #[derive(OpenApi)]
-#[openapi(info(title = "pool-managerd", description = "One node of the cluster. Everything but /health/* needs the bearer token."))]
+#[openapi(info(
+    title = "pool-managerd",
+    description = "One node of the cluster. Everything but /health/* needs the bearer token."
+))]
 struct Document;
 
 pub(crate) fn router(node: Node) -> Router {
     parts().0.with_state(node)
 }
 
-/// The OpenAPI document of what is served.
-pub(crate) fn document() -> utoipa::openapi::OpenApi {
-    parts().1
+/// The OpenAPI document of what is served, as JSON.
+pub(crate) fn document() -> String {
+    parts().1.to_pretty_json().expect("the document is always JSON")
 }
 
 fn parts() -> (Router<Node>, utoipa::openapi::OpenApi) {
@@ -55,14 +58,14 @@ fn parts() -> (Router<Node>, utoipa::openapi::OpenApi) {
 }
 
 /// Who answers here.
-#[utoipa::path(get, path = "/health/live", responses((status = 200, body = LiveAnswer)))]
+#[utoipa::path(get, path = paths::HEALTH_LIVE, responses((status = 200, body = LiveAnswer)))]
 async fn live(State(node): State<Node>) -> Json<LiveAnswer> {
     let identity = node.agent.identity();
     Json(LiveAnswer { node_id: identity.node_id, boot_id: identity.boot_id })
 }
 
 /// Whether the node is part of the cluster.
-#[utoipa::path(get, path = "/health/ready", responses((status = 200), (status = 503, body = ErrorBody)))]
+#[utoipa::path(get, path = paths::HEALTH_READY, responses((status = 200), (status = 503, body = ErrorBody)))]
 async fn ready(State(node): State<Node>) -> Result<StatusCode, ApiError> {
     match node.agent.session_problem().filter(|_| !node.alone) {
         None => Ok(StatusCode::OK),
@@ -73,33 +76,92 @@ async fn ready(State(node): State<Node>) -> Result<StatusCode, ApiError> {
 }
 
 /// Prometheus text.
-#[utoipa::path(get, path = "/metrics", responses((status = 200, content_type = "text/plain")))]
+#[utoipa::path(get, path = paths::METRICS, responses((status = 200, content_type = "text/plain")))]
 async fn metrics(State(node): State<Node>) -> Response {
     let identity = node.agent.identity();
     let node_id: &[(&'static str, &str)] = &[("node_id", identity.node_id.as_str())];
     let counters = node.agent.counters();
     let mut page = Page::new();
-    page.counter("llorch_node_attempts_accepted_total", "Attempts that got a slot.", node_id, counters.accepted);
+    page.counter(
+        "llorch_node_attempts_accepted_total",
+        "Attempts that got a slot.",
+        node_id,
+        counters.accepted,
+    );
     page.counter("llorch_node_attempts_refused_total", "Attempts that got none.", node_id, counters.refused);
-    page.counter("llorch_node_attempts_finished_total", "Attempts that the engine finished.", node_id, counters.finished);
-    page.counter("llorch_node_attempts_failed_total", "Attempts that ended with an error.", node_id, counters.failed);
-    page.counter("llorch_node_attempts_canceled_total", "Attempts whose connection was dropped.", node_id, counters.canceled);
+    page.counter(
+        "llorch_node_attempts_finished_total",
+        "Attempts that the engine finished.",
+        node_id,
+        counters.finished,
+    );
+    page.counter(
+        "llorch_node_attempts_failed_total",
+        "Attempts that ended with an error.",
+        node_id,
+        counters.failed,
+    );
+    page.counter(
+        "llorch_node_attempts_canceled_total",
+        "Attempts whose connection was dropped.",
+        node_id,
+        counters.canceled,
+    );
     page.counter("llorch_node_tokens_total", "Tokens, by the engines' own count.", node_id, counters.tokens);
-    page.gauge("llorch_node_attempts_running", "Attempts that hold a slot.", node_id, node.agent.running() as f64);
-    page.gauge("llorch_node_registered", "1 while the control plane knows this node.", node_id, f64::from(u8::from(node.agent.session_problem().is_none())));
-    page.gauge("llorch_node_handoffs_faulty", "Handoff files that bind nothing.", node_id, node.agent.problems().len() as f64);
+    page.gauge(
+        "llorch_node_attempts_running",
+        "Attempts that hold a slot.",
+        node_id,
+        node.agent.running() as f64,
+    );
+    page.gauge(
+        "llorch_node_registered",
+        "1 while the control plane knows this node.",
+        node_id,
+        f64::from(u8::from(node.agent.session_problem().is_none())),
+    );
+    page.gauge(
+        "llorch_node_handoffs_faulty",
+        "Handoff files that bind nothing.",
+        node_id,
+        node.agent.problems().len() as f64,
+    );
     for pool in node.agent.pools() {
-        let labels: &[(&'static str, &str)] = &[("node_id", identity.node_id.as_str()), ("pool_id", pool.pool_id.as_str())];
-        let sum = |of: fn(&pool_registry_types::pool::ReplicaReport) -> u32| pool.replicas.iter().map(|r| f64::from(of(r))).sum();
-        page.gauge("llorch_pool_ready", "1 while the pool takes requests.", labels, f64::from(u8::from(pool.ready)));
+        let labels: &[(&'static str, &str)] =
+            &[("node_id", identity.node_id.as_str()), ("pool_id", pool.pool_id.as_str())];
+        let sum = |of: fn(&pool_registry_types::pool::ReplicaReport) -> u32| {
+            pool.replicas.iter().map(|r| f64::from(of(r))).sum()
+        };
+        page.gauge(
+            "llorch_pool_ready",
+            "1 while the pool takes requests.",
+            labels,
+            f64::from(u8::from(pool.ready)),
+        );
         page.gauge("llorch_pool_slots", "Slots of the pool.", labels, sum(|r| r.slots_total));
-        page.gauge("llorch_pool_slots_free", "Slots that a request could take now.", labels, sum(|r| r.slots_free));
-        page.gauge("llorch_pool_slots_foreign", "Slots busy with requests that are not ours.", labels, sum(|r| r.slots_foreign));
+        page.gauge(
+            "llorch_pool_slots_free",
+            "Slots that a request could take now.",
+            labels,
+            sum(|r| r.slots_free),
+        );
+        page.gauge(
+            "llorch_pool_slots_foreign",
+            "Slots busy with requests that are not ours.",
+            labels,
+            sum(|r| r.slots_foreign),
+        );
     }
     for gpu in node.agent.gpus() {
         let device = gpu.device_id.to_string();
-        let labels: &[(&'static str, &str)] = &[("node_id", identity.node_id.as_str()), ("device_id", &device)];
-        page.gauge("llorch_gpu_vram_used_bytes", "Memory in use on the GPU.", labels, gpu.vram_used_bytes as f64);
+        let labels: &[(&'static str, &str)] =
+            &[("node_id", identity.node_id.as_str()), ("device_id", &device)];
+        page.gauge(
+            "llorch_gpu_vram_used_bytes",
+            "Memory in use on the GPU.",
+            labels,
+            gpu.vram_used_bytes as f64,
+        );
         page.gauge("llorch_gpu_vram_total_bytes", "Memory of the GPU.", labels, gpu.vram_total_bytes as f64);
     }
     page.render()
@@ -114,9 +176,13 @@ pub(crate) struct NodePools {
     handoff_problems: BTreeMap<String, String>,
 }
 
-#[utoipa::path(get, path = "/v2/pools", responses((status = 200, body = NodePools), (status = 401, body = ErrorBody)))]
+#[utoipa::path(get, path = paths::POOLS, responses((status = 200, body = NodePools), (status = 401, body = ErrorBody)))]
 async fn pools(State(node): State<Node>) -> Json<NodePools> {
-    Json(NodePools { pools: node.agent.pools(), gpus: node.agent.gpus(), handoff_problems: node.agent.problems() })
+    Json(NodePools {
+        pools: node.agent.pools(),
+        gpus: node.agent.gpus(),
+        handoff_problems: node.agent.problems(),
+    })
 }
 
 fn pool_id(text: &str) -> Result<PoolId, ApiError> {
@@ -124,7 +190,7 @@ fn pool_id(text: &str) -> Result<PoolId, ApiError> {
 }
 
 /// One pool.
-#[utoipa::path(get, path = "/v2/pools/{id}/status", params(("id" = String, Path)),
+#[utoipa::path(get, path = paths::POOL_STATUS, params(("id" = String, Path)),
     responses((status = 200, body = PoolReport), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody)))]
 async fn status(State(node): State<Node>, Path(id): Path<String>) -> Result<Json<PoolReport>, ApiError> {
     let id = pool_id(&id)?;
@@ -133,11 +199,13 @@ async fn status(State(node): State<Node>, Path(id): Path<String>) -> Result<Json
 }
 
 /// Runs an attempt: 200 when its slot is taken, then its frames.
-#[utoipa::path(post, path = "/v2/pools/{id}/infer", params(("id" = String, Path)), request_body = InferRequest,
+#[utoipa::path(post, path = paths::POOL_INFER, params(("id" = String, Path)), request_body = InferRequest,
     responses((status = 200, content_type = "text/event-stream"), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
               (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
 async fn infer(
-    State(node): State<Node>, Path(id): Path<String>, Extension(ids): Extension<RequestIds>,
+    State(node): State<Node>,
+    Path(id): Path<String>,
+    Extension(ids): Extension<RequestIds>,
     Body(request): Body<InferRequest>,
 ) -> Result<Response, ApiError> {
     let pool_id = pool_id(&id)?;

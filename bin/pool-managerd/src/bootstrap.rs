@@ -55,7 +55,8 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let agent = Agent::new(identity, config.heartbeat_interval, seed).map_err(|_| StartError::Client)?;
     let stop = CancellationToken::new();
 
-    let watcher = HandoffWatcher::new(&config.runtime_dir, config.engine_hosts.clone(), config.watch_interval)?;
+    let watcher =
+        HandoffWatcher::new(&config.runtime_dir, config.engine_hosts.clone(), config.watch_interval)?;
     let (changes, watching) = watcher.start(stop.clone());
     let following = tokio::spawn(registry::follow(Arc::clone(&agent), changes));
     if !probe.inventory().is_empty() {
@@ -69,7 +70,10 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         }
         None => None,
     };
-    let app = serve::with_layers(api::router(api::Node { agent: Arc::clone(&agent), alone: session.is_none() }), config.tokens);
+    let app = serve::with_layers(
+        api::router(api::Node { agent: Arc::clone(&agent), alone: session.is_none() }),
+        config.tokens,
+    );
     let server = tokio::spawn(serve::run(listener, app, stop.clone(), LINGER));
 
     serve::stop_signal().await;

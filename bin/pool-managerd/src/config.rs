@@ -14,7 +14,11 @@ use pool_registry_types::{MachineId, NodeId};
 
 /// The settings as they are given.
 #[derive(Debug, Parser)]
-#[command(name = "pool-managerd", version, about = "Runs on every GPU node: finds engines, serves them to the control plane.")]
+#[command(
+    name = "pool-managerd",
+    version,
+    about = "Runs on every GPU node: finds engines, serves them to the control plane."
+)]
 pub(crate) struct Settings {
     /// Where this daemon listens.
     #[arg(long, env = "POOL_MANAGERD_ADDR", default_value = "127.0.0.1:9200")]
@@ -66,6 +70,9 @@ pub(crate) struct Settings {
     /// Print what is in force and exit.
     #[arg(long)]
     print_config: bool,
+    /// Print the OpenAPI document and exit.
+    #[arg(long)]
+    print_openapi: bool,
 }
 
 /// The settings as they hold together.
@@ -101,7 +108,9 @@ pub(crate) enum ConfigError {
     NoToken,
     #[error(transparent)]
     Token(#[from] TokenError),
-    #[error("POOL_MANAGERD_ADVERTISE_URL: {advertised} is reached from this machine only, and the control plane {control_plane} is elsewhere")]
+    #[error(
+        "POOL_MANAGERD_ADVERTISE_URL: {advertised} is reached from this machine only, and the control plane {control_plane} is elsewhere"
+    )]
     LoopbackAdvertised { advertised: String, control_plane: String },
 }
 
@@ -117,6 +126,10 @@ pub(crate) fn read() -> Read {
         Ok(parsed) => parsed,
         Err(code) => return Read::Exit(code),
     };
+    if settings.print_openapi {
+        daemon_kit::config::print(&crate::api::document());
+        return Read::Exit(ExitCode::SUCCESS);
+    }
     if settings.print_config {
         daemon_kit::config::print(&printed);
         return Read::Exit(ExitCode::SUCCESS);
@@ -159,7 +172,9 @@ impl Settings {
             control_plane,
             runtime_dir: self.runtime_dir,
             watch_interval: Duration::from_millis(self.watch_interval_ms),
-            engine_hosts: self.engine_hosts.map_or_else(EngineHosts::default, |list| EngineHosts::parse(&list)),
+            engine_hosts: self
+                .engine_hosts
+                .map_or_else(EngineHosts::default, |list| EngineHosts::parse(&list)),
             heartbeat_interval: Duration::from_secs(self.heartbeat_interval_secs),
             shutdown_grace: Duration::from_secs(self.shutdown_grace_secs),
             nvml_lib: self.nvml_lib,
@@ -191,7 +206,8 @@ impl Config {
         let advertised = self.address(self.addr);
         let is_local = |url: &str| {
             let host = authority(url).rsplit_once(':').map_or(authority(url), |(host, _)| host);
-            host == "localhost" || host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+            host == "localhost"
+                || host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
         };
         if is_local(&advertised) && !is_local(control_plane) {
             return Err(ConfigError::LoopbackAdvertised { advertised, control_plane: control_plane.clone() });

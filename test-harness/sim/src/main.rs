@@ -71,7 +71,10 @@ fn many(first: u64, count: u64) -> bool {
     };
     let (coverage, failure) = sim::run_seeds(first, count, None, &progress);
     if let Some(failure) = failure {
-        println!("seed {} FAILED {}\nsee it with: cargo xtask sim --seed {}", failure.seed, failure.what, failure.seed);
+        println!(
+            "seed {} FAILED {}\nsee it with: cargo xtask sim --seed {}",
+            failure.seed, failure.what, failure.seed
+        );
         return false;
     }
     println!("{coverage}, {:.1} s", start.elapsed().as_secs_f64());

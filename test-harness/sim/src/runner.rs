@@ -19,7 +19,11 @@ pub struct Failure {
 }
 
 /// Runs the schedule of one seed.
-pub fn run_seed(seed: u64, switched_off: Option<Rule>, traced: bool) -> (Coverage, Result<Vec<String>, Failure>) {
+pub fn run_seed(
+    seed: u64,
+    switched_off: Option<Rule>,
+    traced: bool,
+) -> (Coverage, Result<Vec<String>, Failure>) {
     let mut world = World::new(draw::plan(seed, switched_off), traced);
     let outcome = catch_unwind(AssertUnwindSafe(|| world.run()));
     world.close_books();
@@ -39,7 +43,10 @@ pub fn run_seed(seed: u64, switched_off: Option<Rule>, traced: bool) -> (Coverag
 /// Runs seeds `first..first + count` on all cores. Stops at the first failure. `progress` is
 /// called with the number of finished schedules.
 pub fn run_seeds(
-    first: u64, count: u64, switched_off: Option<Rule>, progress: &(dyn Fn(u64) + Sync),
+    first: u64,
+    count: u64,
+    switched_off: Option<Rule>,
+    progress: &(dyn Fn(u64) + Sync),
 ) -> (Coverage, Option<Failure>) {
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let (next, failed, done) = (AtomicU64::new(first), AtomicBool::new(false), AtomicU64::new(0));

@@ -147,7 +147,10 @@ mod tests {
 
     #[test]
     fn a_step_that_is_none_is_named_by_its_line() {
-        assert_eq!(parse("node slots 1\nat 5 explode n1").unwrap_err(), "line 2: \"at 5 explode n1\" is no step");
+        assert_eq!(
+            parse("node slots 1\nat 5 explode n1").unwrap_err(),
+            "line 2: \"at 5 explode n1\" is no step"
+        );
     }
 
     // CLOUD-1900

@@ -85,11 +85,17 @@ impl Witness {
         let open = self.tasks.values().filter(|t| t.open.as_ref().is_some_and(|(_, p)| *p == dispatch.pool));
         let open = open.count();
         if open >= pool.slots_total as usize {
-            return Err(format!("[4] {open} attempts are open on the {} slots of {}", pool.slots_total, dispatch.pool));
+            return Err(format!(
+                "[4] {open} attempts are open on the {} slots of {}",
+                pool.slots_total, dispatch.pool
+            ));
         }
         let seen = self.tasks.get(&dispatch.task).ok_or("dispatched a task that was never admitted")?;
         if let Some((attempt, pool)) = &seen.open {
-            return Err(format!("[3] dispatched {} while attempt {attempt} on {pool} has not ended", dispatch.task));
+            return Err(format!(
+                "[3] dispatched {} while attempt {attempt} on {pool} has not ended",
+                dispatch.task
+            ));
         }
         let older = self.tasks.iter().find(|(_, other)| {
             other.queued_since.is_some()
@@ -108,7 +114,14 @@ impl Witness {
     }
 
     /// The relay tells the core the end of an attempt.
-    pub(crate) fn ended(&mut self, now: Moment, task: TaskId, attempt: AttemptId, how: &HowEnded, tokens: u64) {
+    pub(crate) fn ended(
+        &mut self,
+        now: Moment,
+        task: TaskId,
+        attempt: AttemptId,
+        how: &HowEnded,
+        tokens: u64,
+    ) {
         let Some(seen) = self.tasks.get_mut(&task) else { return };
         let Some((_, pool)) = seen.open.take_if(|(open, _)| *open == attempt) else { return };
         let (free, died) = match how {
@@ -196,17 +209,26 @@ impl Witness {
             let Some(liveness) = core.registry().liveness(node_id) else { continue };
             let silence = plan.timing.silence() + GRACE + stall;
             if liveness == Liveness::Online && now > life.heartbeat + silence {
-                return Err(format!("[7] {node_id} is online, {} ms after its last heartbeat", now.millis_since(life.heartbeat)));
+                return Err(format!(
+                    "[7] {node_id} is online, {} ms after its last heartbeat",
+                    now.millis_since(life.heartbeat)
+                ));
             }
             let longest = plan.timing.node_timeout * 2 + GRACE + stall;
             if liveness != Liveness::Offline && now > life.any + longest {
-                return Err(format!("[7] {node_id} is {liveness:?}, {} ms after its last sign", now.millis_since(life.any)));
+                return Err(format!(
+                    "[7] {node_id} is {liveness:?}, {} ms after its last sign",
+                    now.millis_since(life.any)
+                ));
             }
             if liveness == Liveness::Offline && !self.offline_at.contains_key(node_id) {
                 self.offline_at.insert(node_id.clone(), now);
                 let lease = plan.timing.node_timeout;
                 if now < life.any + lease {
-                    return Err(format!("[7] {node_id} is offline, {} ms after its last sign", now.millis_since(life.any)));
+                    return Err(format!(
+                        "[7] {node_id} is offline, {} ms after its last sign",
+                        now.millis_since(life.any)
+                    ));
                 }
                 // All fell silent within one interval, and no connection failed: it is us.
                 let first = self.life.values().map(|l| l.heartbeat).min().unwrap_or_default();

@@ -47,7 +47,10 @@ pub(crate) struct Caller {
 /// What comes back over a stream.
 #[derive(Debug, Clone)]
 pub(crate) enum Piece {
-    Headers { report_seq: u64, replica_id: ReplicaId },
+    Headers {
+        report_seq: u64,
+        replica_id: ReplicaId,
+    },
     Refusal(ErrorBody),
     Token(u64),
     End(u64),
@@ -63,25 +66,85 @@ pub(crate) enum What {
     Step(Step),
     /// A partition or another lasting fault ends.
     Heal(Heal),
-    CallArrives { caller: Caller, call: Call },
-    AnswerArrives { caller: Caller, answer: CallAnswer },
-    CallTimesOut { caller: Caller },
-    ControlTimer { life: u64, armed: Moment },
-    RelayTimer { life: u64, attempt: AttemptId },
-    Fence { life: u64, task: TaskId, attempt: AttemptId },
-    StreamArrives { conn: u64, piece: Piece },
-    OpenArrives { conn: u64 },
-    DropArrives { conn: u64 },
-    ProbeArrives { life: u64, node: usize, address: String },
-    ProbeAnswered { life: u64, node_id: NodeId, address: String, answer: Result<LiveAnswer, String> },
-    NodeTimer { node: usize, boot: BootId, armed: Moment },
-    EngineStep { node: usize, boot: BootId, attempt: AttemptId },
-    Settle { node: usize, boot: BootId, attempt: AttemptId },
-    KeepAlive { conn: u64 },
-    EngineBack { node: usize, boot: BootId },
-    Observe { node: usize, boot: BootId },
-    LeaveNow { node: usize, boot: BootId, down_ms: u64 },
-    NodeBack { node: usize },
+    CallArrives {
+        caller: Caller,
+        call: Call,
+    },
+    AnswerArrives {
+        caller: Caller,
+        answer: CallAnswer,
+    },
+    CallTimesOut {
+        caller: Caller,
+    },
+    ControlTimer {
+        life: u64,
+        armed: Moment,
+    },
+    RelayTimer {
+        life: u64,
+        attempt: AttemptId,
+    },
+    Fence {
+        life: u64,
+        task: TaskId,
+        attempt: AttemptId,
+    },
+    StreamArrives {
+        conn: u64,
+        piece: Piece,
+    },
+    OpenArrives {
+        conn: u64,
+    },
+    DropArrives {
+        conn: u64,
+    },
+    ProbeArrives {
+        life: u64,
+        node: usize,
+        address: String,
+    },
+    ProbeAnswered {
+        life: u64,
+        node_id: NodeId,
+        address: String,
+        answer: Result<LiveAnswer, String>,
+    },
+    NodeTimer {
+        node: usize,
+        boot: BootId,
+        armed: Moment,
+    },
+    EngineStep {
+        node: usize,
+        boot: BootId,
+        attempt: AttemptId,
+    },
+    Settle {
+        node: usize,
+        boot: BootId,
+        attempt: AttemptId,
+    },
+    KeepAlive {
+        conn: u64,
+    },
+    EngineBack {
+        node: usize,
+        boot: BootId,
+    },
+    Observe {
+        node: usize,
+        boot: BootId,
+    },
+    LeaveNow {
+        node: usize,
+        boot: BootId,
+        down_ms: u64,
+    },
+    NodeBack {
+        node: usize,
+    },
     ControlBack,
 }
 

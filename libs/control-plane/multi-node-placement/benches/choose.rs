@@ -34,7 +34,8 @@ fn placement(c: &mut Criterion) {
         let (mut index, model) = fleet(pools);
         group.bench_function(BenchmarkId::from_parameter(pools), |b| {
             b.iter(|| {
-                let shape = TaskShape { model: &model, engine: None, ctx: None, tried: &[], may_repeat: true };
+                let shape =
+                    TaskShape { model: &model, engine: None, ctx: None, tried: &[], may_repeat: true };
                 let choice = choose(&index, &shape).expect("a free pool");
                 let mut candidate = index.get(&choice.pool).expect("the chosen pool").clone();
                 candidate.slots_busy = (candidate.slots_busy + 1) % 8;

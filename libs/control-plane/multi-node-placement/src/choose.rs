@@ -93,7 +93,8 @@ pub fn choose(index: &PoolIndex, shape: &TaskShape<'_>) -> Result<Choice, NoPlac
 
 /// What each pool of the cluster says to the task: nothing (it is eligible), or one refusal.
 pub fn explain<'i>(
-    index: &'i PoolIndex, shape: &TaskShape<'_>,
+    index: &'i PoolIndex,
+    shape: &TaskShape<'_>,
 ) -> impl Iterator<Item = (&'i PoolKey, Option<Refusal>)> {
     index.all().map(move |candidate| (&candidate.key, refusal(candidate, shape)))
 }

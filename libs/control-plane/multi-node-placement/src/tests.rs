@@ -122,16 +122,18 @@ fn any_candidate() -> impl Strategy<Value = Candidate> {
         prop::bool::weighted(0.1),
         prop::option::of(0_u64..3),
     )
-        .prop_map(|(node, pool_id, standing, llama, models, ctx_max, (total, busy), held, vram)| Candidate {
-            key: key(&format!("n{node}"), &format!("p{pool_id}")),
-            standing,
-            engine: if llama { EngineKind::LlamaCpp } else { EngineKind::OpenAi },
-            models,
-            ctx_max,
-            slots_total: total,
-            slots_busy: busy,
-            held,
-            vram_free_bytes: vram,
+        .prop_map(|(node, pool_id, standing, llama, models, ctx_max, (total, busy), held, vram)| {
+            Candidate {
+                key: key(&format!("n{node}"), &format!("p{pool_id}")),
+                standing,
+                engine: if llama { EngineKind::LlamaCpp } else { EngineKind::OpenAi },
+                models,
+                ctx_max,
+                slots_total: total,
+                slots_busy: busy,
+                held,
+                vram_free_bytes: vram,
+            }
         })
 }
 

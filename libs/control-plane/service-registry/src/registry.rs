@@ -196,7 +196,10 @@ impl Registry {
 
     /// Takes a whole report.
     pub fn heartbeat(
-        &mut self, now: Moment, node_id: &NodeId, beat: Heartbeat,
+        &mut self,
+        now: Moment,
+        node_id: &NodeId,
+        beat: Heartbeat,
     ) -> Result<HeartbeatOutcome, NodeNotKnown> {
         let fenced = self.enforces(Rule::ReportSequence);
         let node = self.nodes.get_mut(node_id).ok_or(NodeNotKnown)?;
@@ -301,7 +304,11 @@ impl Registry {
     /// The outcome of dialling a node at an address. Another node or boot answering there
     /// counts as a failure. A probe's answer never lifts silence.
     pub fn probed(
-        &mut self, now: Moment, node_id: &NodeId, address: &str, answer: Result<LiveAnswer, String>,
+        &mut self,
+        now: Moment,
+        node_id: &NodeId,
+        address: &str,
+        answer: Result<LiveAnswer, String>,
     ) -> Option<Transition> {
         let node = self.nodes.get_mut(node_id)?;
         node.evidence.probe_in_flight = false;
@@ -434,9 +441,7 @@ impl Registry {
             let liveness = match (evidence.offline_since, evidence.silent_since) {
                 (Some(since), _) => since + FORGET_OFFLINE_AFTER,
                 (None, Some(_)) => evidence.last_life + lease,
-                (None, None) => {
-                    (evidence.last_heartbeat + timing.silence()).min(evidence.last_life + lease)
-                }
+                (None, None) => (evidence.last_heartbeat + timing.silence()).min(evidence.last_life + lease),
             };
             let probe = evidence.next_probe.filter(|_| !evidence.probe_in_flight).unwrap_or(Moment::NEVER);
             let held = node.pools.values().filter_map(|book| book.held_until).min().unwrap_or(Moment::NEVER);

@@ -21,8 +21,10 @@ pub enum HowEnded {
     Finished,
     /// The node answered that it does not take the attempt: full, not ready, or not its own.
     Refused(ErrorBody),
-    /// No connection could be made, or it was reset before the response headers: nothing ran.
+    /// No connection could be made: nothing ran.
     NeverSent(String),
+    /// A connection was made, and reset before the response headers.
+    NoAnswer(String),
     /// The answer is no stream of frames, or the stream broke after acceptance.
     Broken(String),
     /// The node's `error` frame.
@@ -79,13 +81,14 @@ pub enum Outcome {
     /// Back to its place in the lane, at no cost; the node is suspect.
     FreeReplace,
     /// Tried and failed without a token.
-    Retry { engine_died: bool, error: ErrorBody },
+    Retry {
+        engine_died: bool,
+        error: ErrorBody,
+    },
 }
 
 /// Judges the end of an attempt by its evidence.
-pub fn judge(
-    how: &HowEnded, closing: Option<CloseReason>, tokens_written: u64, engine: &PoolKey,
-) -> Outcome {
+pub fn judge(how: &HowEnded, closing: Option<CloseReason>, tokens_written: u64, engine: &PoolKey) -> Outcome {
     if *how == HowEnded::Finished {
         return Outcome::Completed;
     }
@@ -130,6 +133,9 @@ pub fn judge(
         }
         HowEnded::TimedOut(Overdue::Silence) => {
             ("the node fell silent".to_owned(), false, ErrorCode::WorkerReset)
+        }
+        HowEnded::NoAnswer(reason) => {
+            (format!("the node gave no answer: {reason}"), false, ErrorCode::WorkerReset)
         }
         HowEnded::Broken(reason) => (format!("the stream broke: {reason}"), false, ErrorCode::WorkerReset),
         HowEnded::Closed | HowEnded::Finished => {

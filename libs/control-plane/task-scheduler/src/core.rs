@@ -284,7 +284,12 @@ impl ControlCore {
     }
 
     fn heartbeat(
-        &mut self, now: Moment, to: ReplyTo, node_id: &NodeId, beat: Heartbeat, effects: &mut Vec<Effect>,
+        &mut self,
+        now: Moment,
+        to: ReplyTo,
+        node_id: &NodeId,
+        beat: Heartbeat,
+        effects: &mut Vec<Effect>,
     ) {
         let intent = beat.intent;
         let cancel_attempts = match self.registry.heartbeat(now, node_id, beat) {
@@ -313,7 +318,12 @@ impl ControlCore {
     }
 
     fn deregister(
-        &mut self, now: Moment, to: ReplyTo, node_id: &NodeId, epoch: Option<&Epoch>, effects: &mut Vec<Effect>,
+        &mut self,
+        now: Moment,
+        to: ReplyTo,
+        node_id: &NodeId,
+        epoch: Option<&Epoch>,
+        effects: &mut Vec<Effect>,
     ) {
         if let Some(ended) = self.registry.deregister(node_id, epoch) {
             self.close_all(now, &ended, CloseReason::NodeLeft, effects);
@@ -379,7 +389,12 @@ impl ControlCore {
 
     /// Returns whom to tell of the task's place once the queue was served.
     fn submit(
-        &mut self, now: Moment, to: ReplyTo, id: TaskId, request: &Arc<TaskRequest>, effects: &mut Vec<Effect>,
+        &mut self,
+        now: Moment,
+        to: ReplyTo,
+        id: TaskId,
+        request: &Arc<TaskRequest>,
+        effects: &mut Vec<Effect>,
     ) -> Option<(ReplyTo, TaskId)> {
         let fingerprint = fingerprint(request);
         if let Some(task) = self.tasks.get(&id) {
@@ -520,7 +535,12 @@ impl ControlCore {
     }
 
     fn finish(
-        &mut self, now: Moment, id: TaskId, state: TaskState, error: Option<ErrorBody>, effects: &mut Vec<Effect>,
+        &mut self,
+        now: Moment,
+        id: TaskId,
+        state: TaskState,
+        error: Option<ErrorBody>,
+        effects: &mut Vec<Effect>,
     ) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         task.stage = Stage::Ended { at: now, state, error };
@@ -548,7 +568,13 @@ impl ControlCore {
         self.tasks.get_mut(&task)?.attempts.iter_mut().find(|record| record.id == attempt)
     }
 
-    fn close_all(&mut self, now: Moment, attempts: &[AttemptId], why: CloseReason, effects: &mut Vec<Effect>) {
+    fn close_all(
+        &mut self,
+        now: Moment,
+        attempts: &[AttemptId],
+        why: CloseReason,
+        effects: &mut Vec<Effect>,
+    ) {
         for attempt in attempts {
             self.close(now, *attempt, why, effects);
         }
@@ -584,7 +610,12 @@ impl ControlCore {
     }
 
     fn ended(
-        &mut self, now: Moment, id: AttemptId, tokens_written: u64, how: &HowEnded, closed_after: Option<u64>,
+        &mut self,
+        now: Moment,
+        id: AttemptId,
+        tokens_written: u64,
+        how: &HowEnded,
+        closed_after: Option<u64>,
         effects: &mut Vec<Effect>,
     ) {
         let Some(attempt) = self.attempts.remove(&id) else { return };
@@ -597,7 +628,7 @@ impl ControlCore {
                 self.registry.hold(&attempt.pool, now + HOLD);
                 self.sync_node(&node_id);
             }
-            HowEnded::TimedOut(Overdue::Acceptance) => {
+            HowEnded::NoAnswer(_) | HowEnded::TimedOut(Overdue::Acceptance) => {
                 let reason = "it took a connection and gave no answer".to_owned();
                 let transition = self.registry.dial_failed(now, &node_id, reason);
                 self.note(transition.as_slice());
@@ -814,7 +845,10 @@ impl ControlCore {
             request,
         })));
         self.counters.dispatched += 1;
-        self.attempts.insert(attempt, Attempt { task: id, pool: pool.clone(), dispatched: now, closing: None, vanishing: false });
+        self.attempts.insert(
+            attempt,
+            Attempt { task: id, pool: pool.clone(), dispatched: now, closing: None, vanishing: false },
+        );
         self.registry.reserve(&pool, attempt);
         self.sync_pool(&pool);
     }
@@ -974,8 +1008,7 @@ fn exhausted(task: &Task, last: ErrorBody) -> ErrorBody {
     if last.code == ErrorCode::DecodeTimeout {
         return last;
     }
-    let causes: Vec<String> =
-        task.attempts.iter().map(|a| format!("{}: {}", a.pool, a.outcome)).collect();
+    let causes: Vec<String> = task.attempts.iter().map(|a| format!("{}: {}", a.pool, a.outcome)).collect();
     let message = format!("all {} tries failed ({})", task.tries, causes.join("; "));
     ErrorBody { code: ErrorCode::PoolUnavailable, message, retriable: true, ..last }
 }

@@ -95,7 +95,9 @@ impl Bench {
 
     fn beat(&mut self, name: &str, seq: u64, slots: u32, attempts: &[AttemptId]) {
         let epoch = match self.replies.values().rev().find_map(|answer| match answer {
-            Ok(Answer::Registered(registered)) if registered.node_id.as_str() == name => Some(&registered.epoch),
+            Ok(Answer::Registered(registered)) if registered.node_id.as_str() == name => {
+                Some(&registered.epoch)
+            }
             _ => None,
         }) {
             Some(epoch) => epoch.clone(),
@@ -345,6 +347,35 @@ fn a_connection_that_was_never_made_costs_no_try_and_makes_the_node_suspect() {
     assert_eq!(b.core.registry().liveness(&b.dispatches[0].pool.node_id), Some(Liveness::Suspect));
     assert_eq!(b.dispatches.len(), 2);
     assert_ne!(b.node_of(0), b.node_of(1));
+}
+
+#[test]
+fn a_reset_before_the_headers_makes_the_node_suspect_and_costs_a_try() {
+    let mut b = Bench::new();
+    for name in ["a", "b", "c", "d"] {
+        b.join(name, 1);
+    }
+    let (id, _) = b.submit(task());
+    for n in 0..3 {
+        b.end(b.dispatches[n].attempt, 0, HowEnded::NoAnswer("reset".into()));
+        assert_eq!(b.core.registry().liveness(&b.dispatches[n].pool.node_id), Some(Liveness::Suspect));
+    }
+    assert_eq!(b.terminal[&id], ErrorCode::PoolUnavailable);
+}
+
+// CLOUD-1407
+#[test]
+fn a_report_that_overtook_the_end_of_a_stream_waits_for_it() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.submit(task()).1.unwrap();
+    let attempt = b.dispatches[0].attempt;
+    b.apply(Event::Accepted { attempt, replica_id: ReplicaId::new("r0").unwrap(), report_seq: 1 });
+    b.beat("a", 2, 1, &[]);
+    b.advance_to(b.now + 1_999);
+    assert!(b.closed.is_empty());
+    b.advance_to(b.now + 1);
+    assert_eq!(b.closed, vec![attempt]);
 }
 
 // CLOUD-1601

@@ -18,23 +18,58 @@ pub struct ReplyTo(pub u64);
 /// Something happened.
 #[derive(Debug, Clone)]
 pub enum Event {
-    Register { reply: ReplyTo, request: RegisterRequest },
-    Heartbeat { reply: ReplyTo, node_id: NodeId, beat: Heartbeat },
-    Deregister { reply: ReplyTo, node_id: NodeId, epoch: Option<Epoch> },
+    Register {
+        reply: ReplyTo,
+        request: RegisterRequest,
+    },
+    Heartbeat {
+        reply: ReplyTo,
+        node_id: NodeId,
+        beat: Heartbeat,
+    },
+    Deregister {
+        reply: ReplyTo,
+        node_id: NodeId,
+        epoch: Option<Epoch>,
+    },
     /// The outcome of [`Effect::Probe`]; comes exactly once for each.
-    Probed { node_id: NodeId, address: String, answer: Result<LiveAnswer, String> },
+    Probed {
+        node_id: NodeId,
+        address: String,
+        answer: Result<LiveAnswer, String>,
+    },
     /// A token of an attempt on this node arrived (told at most once a second for an attempt).
-    Alive { node_id: NodeId },
+    Alive {
+        node_id: NodeId,
+    },
     /// A checked request.
-    Submit { reply: ReplyTo, task_id: TaskId, request: Arc<TaskRequest> },
-    Cancel { reply: ReplyTo, task_id: TaskId },
+    Submit {
+        reply: ReplyTo,
+        task_id: TaskId,
+        request: Arc<TaskRequest>,
+    },
+    Cancel {
+        reply: ReplyTo,
+        task_id: TaskId,
+    },
     /// The node took the attempt: response headers came.
-    Accepted { attempt: AttemptId, replica_id: ReplicaId, report_seq: u64 },
+    Accepted {
+        attempt: AttemptId,
+        replica_id: ReplicaId,
+        report_seq: u64,
+    },
     /// The first token of the attempt is in the log.
-    Started { attempt: AttemptId },
+    Started {
+        attempt: AttemptId,
+    },
     /// The attempt's log is fenced or finished, with this many frames in it before a terminal one.
     /// `closed_after` is the node's closing word: the number of its last report before the end.
-    Ended { attempt: AttemptId, tokens_written: u64, how: HowEnded, closed_after: Option<u64> },
+    Ended {
+        attempt: AttemptId,
+        tokens_written: u64,
+        how: HowEnded,
+        closed_after: Option<u64>,
+    },
     /// A deadline has come.
     Timer,
     /// The control plane shuts down: nothing new is admitted.
@@ -44,18 +79,36 @@ pub enum Event {
 /// Something is to be done. Effects of one `apply` are carried out in their order.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Effect {
-    Reply { to: ReplyTo, answer: Result<Answer, ErrorBody> },
+    Reply {
+        to: ReplyTo,
+        answer: Result<Answer, ErrorBody>,
+    },
     /// A task was admitted: make its log, before the reply is sent.
-    OpenLog { task: TaskId, log: LogId },
+    OpenLog {
+        task: TaskId,
+        log: LogId,
+    },
     Dispatch(Box<Dispatch>),
     /// Fence the log against the attempt, drop its connection, answer with [`Event::Ended`].
-    CloseAttempt { task: TaskId, attempt: AttemptId, why: CloseReason },
+    CloseAttempt {
+        task: TaskId,
+        attempt: AttemptId,
+        why: CloseReason,
+    },
     /// Append this terminal error to the task's log.
-    CloseTask { task: TaskId, error: ErrorBody },
+    CloseTask {
+        task: TaskId,
+        error: ErrorBody,
+    },
     /// The task's retention is over: drop its log.
-    Forget { task: TaskId },
+    Forget {
+        task: TaskId,
+    },
     /// Dial the node on a fresh connection, answer with [`Event::Probed`].
-    Probe { node_id: NodeId, address: String },
+    Probe {
+        node_id: NodeId,
+        address: String,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq)]

@@ -89,15 +89,14 @@ impl StreamWatch {
 
     /// The next moment at which [`StreamWatch::overdue`] may say something.
     pub fn next_deadline(&self) -> Moment {
-        let own = match self.phase {
-            Phase::Opening => self.dispatched + self.deadlines.acceptance,
-            Phase::Prefill => {
-                (self.dispatched + self.deadlines.first_token).min(self.last_bytes + self.deadlines.silence)
-            }
-            Phase::Decoding => {
-                (self.last_token + self.deadlines.token_idle).min(self.last_bytes + self.deadlines.silence)
-            }
-        };
+        let own =
+            match self.phase {
+                Phase::Opening => self.dispatched + self.deadlines.acceptance,
+                Phase::Prefill => (self.dispatched + self.deadlines.first_token)
+                    .min(self.last_bytes + self.deadlines.silence),
+                Phase::Decoding => (self.last_token + self.deadlines.token_idle)
+                    .min(self.last_bytes + self.deadlines.silence),
+            };
         self.task_deadline.map_or(own, |deadline| deadline.min(own))
     }
 
@@ -113,7 +112,9 @@ impl StreamWatch {
             return Some(Overdue::Silence);
         }
         match self.phase {
-            Phase::Prefill if now >= self.dispatched + self.deadlines.first_token => Some(Overdue::FirstToken),
+            Phase::Prefill if now >= self.dispatched + self.deadlines.first_token => {
+                Some(Overdue::FirstToken)
+            }
             Phase::Decoding if now >= self.last_token + self.deadlines.token_idle => Some(Overdue::TokenIdle),
             _ => None,
         }
@@ -142,7 +143,10 @@ mod tests {
     #[test]
     fn each_phase_has_its_own_deadline() {
         let mut w = watch(None);
-        assert_eq!((w.next_deadline(), w.overdue(at(4)), w.overdue(at(5))), (at(5), None, Some(Overdue::Acceptance)));
+        assert_eq!(
+            (w.next_deadline(), w.overdue(at(4)), w.overdue(at(5))),
+            (at(5), None, Some(Overdue::Acceptance))
+        );
         w.accepted(at(4));
         assert_eq!((w.next_deadline(), w.overdue(at(13))), (at(14), None));
         assert_eq!(w.overdue(at(14)), Some(Overdue::Silence));

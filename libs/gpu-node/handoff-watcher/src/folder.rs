@@ -86,7 +86,8 @@ impl Folder {
     pub fn process_gone(&mut self, file: &str, pid: u32) -> Vec<Change> {
         let mut changes = Vec::new();
         if let Some(entry) = self.entries.get(file) {
-            let seen = Seen { file: file.to_owned(), stamp: entry.stamp, content: Err(Fault::ProcessGone(pid)) };
+            let seen =
+                Seen { file: file.to_owned(), stamp: entry.stamp, content: Err(Fault::ProcessGone(pid)) };
             self.replace(seen, &mut changes);
         }
         changes

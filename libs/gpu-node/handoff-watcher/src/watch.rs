@@ -38,7 +38,9 @@ pub struct WatchError {
 impl HandoffWatcher {
     /// Makes the directory if it is not there.
     pub fn new(dir: &Path, hosts: EngineHosts, interval: Duration) -> Result<Self, WatchError> {
-        let usable = std::fs::create_dir_all(dir).and_then(|()| std::fs::read_dir(dir)).and_then(|_| dir.canonicalize());
+        let usable = std::fs::create_dir_all(dir)
+            .and_then(|()| std::fs::read_dir(dir))
+            .and_then(|_| dir.canonicalize());
         match usable {
             Ok(canonical) => Ok(Self { dir: canonical, hosts, interval }),
             Err(source) => Err(WatchError { dir: dir.to_owned(), source }),
@@ -65,7 +67,8 @@ impl HandoffWatcher {
         if let Err(error) = &watcher {
             tracing::warn!(%error, dir = %self.dir.display(), "no change events: looking at the interval only");
         }
-        let mut looker = Looker { dir: self.dir, hosts: self.hosts, folder: Folder::default(), started: BTreeMap::new() };
+        let mut looker =
+            Looker { dir: self.dir, hosts: self.hosts, folder: Folder::default(), started: BTreeMap::new() };
         loop {
             let looked = tokio::task::spawn_blocking(move || {
                 let changes = looker.look();
@@ -117,7 +120,9 @@ impl Looker {
                     present.insert(file);
                 }
             }
-            Err(error) => tracing::warn!(%error, dir = %self.dir.display(), "the runtime directory cannot be read"),
+            Err(error) => {
+                tracing::warn!(%error, dir = %self.dir.display(), "the runtime directory cannot be read")
+            }
         }
         for seen in &changed {
             self.started.remove(&seen.file);
@@ -182,11 +187,16 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(10);
 
     fn content(port: u16, more: &str) -> String {
-        format!(r#"{{"pool_id":"p","replica_id":"r0","engine":"openai","url":"http://127.0.0.1:{port}"{more}}}"#)
+        format!(
+            r#"{{"pool_id":"p","replica_id":"r0","engine":"openai","url":"http://127.0.0.1:{port}"{more}}}"#
+        )
     }
 
     async fn next(changes: &mut mpsc::Receiver<Change>) -> Change {
-        tokio::time::timeout(PATIENCE, changes.recv()).await.expect("a change in time").expect("a living watcher")
+        tokio::time::timeout(PATIENCE, changes.recv())
+            .await
+            .expect("a change in time")
+            .expect("a living watcher")
     }
 
     fn start(dir: &Path) -> (mpsc::Receiver<Change>, CancellationToken) {
@@ -202,11 +212,15 @@ mod tests {
         let file = dir.path().join("p-r0.json");
         std::fs::write(&file, content(1, "")).unwrap();
         let (mut changes, stop) = start(dir.path());
-        assert!(matches!(next(&mut changes).await, Change::Bound { handoff, .. } if handoff.url.ends_with(":1")));
+        assert!(
+            matches!(next(&mut changes).await, Change::Bound { handoff, .. } if handoff.url.ends_with(":1"))
+        );
         let temporary = dir.path().join(".p-r0.tmp");
         std::fs::write(&temporary, content(2, "")).unwrap();
         std::fs::rename(&temporary, &file).unwrap();
-        assert!(matches!(next(&mut changes).await, Change::Bound { handoff, .. } if handoff.url.ends_with(":2")));
+        assert!(
+            matches!(next(&mut changes).await, Change::Bound { handoff, .. } if handoff.url.ends_with(":2"))
+        );
         std::fs::remove_file(&file).unwrap();
         assert!(matches!(next(&mut changes).await, Change::Unbound { .. }));
         stop.cancel();
@@ -238,9 +252,15 @@ mod tests {
         std::fs::write(&outside, content(1, "")).unwrap();
         std::os::unix::fs::symlink(&outside, dir.path().join("p-r0.json")).unwrap();
         let (mut changes, stop) = start(dir.path());
-        assert_eq!(next(&mut changes).await, Change::Faulty { file: "p-r0.json".into(), fault: Fault::LinkedOut });
+        assert_eq!(
+            next(&mut changes).await,
+            Change::Faulty { file: "p-r0.json".into(), fault: Fault::LinkedOut }
+        );
         std::fs::write(dir.path().join("q-r0.json"), vec![b' '; 70_000]).unwrap();
-        assert_eq!(next(&mut changes).await, Change::Faulty { file: "q-r0.json".into(), fault: Fault::TooLarge });
+        assert_eq!(
+            next(&mut changes).await,
+            Change::Faulty { file: "q-r0.json".into(), fault: Fault::TooLarge }
+        );
         stop.cancel();
     }
 }

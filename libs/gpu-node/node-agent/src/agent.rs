@@ -133,7 +133,10 @@ impl Agent {
     /// Binds unless the watch was stopped: watches are stopped under the same lock, so a
     /// handoff that is gone or was rewritten never binds late.
     pub(crate) fn bind(
-        &self, pool_id: &PoolId, spec: ReplicaSpec, stop: &CancellationToken,
+        &self,
+        pool_id: &PoolId,
+        spec: ReplicaSpec,
+        stop: &CancellationToken,
     ) -> Result<(), BindError> {
         let _watches = self.replicas.lock();
         if stop.is_cancelled() {
@@ -143,7 +146,11 @@ impl Agent {
     }
 
     pub(crate) fn observed_unless(
-        &self, stop: &CancellationToken, pool_id: &PoolId, replica_id: &ReplicaId, health: Health,
+        &self,
+        stop: &CancellationToken,
+        pool_id: &PoolId,
+        replica_id: &ReplicaId,
+        health: Health,
     ) {
         let _watches = self.replicas.lock();
         if !stop.is_cancelled() {
@@ -255,7 +262,10 @@ impl Agent {
             }
         };
         if tokio::time::timeout(grace, finished).await.is_err() {
-            tracing::warn!(attempts = self.core.lock().running_count(), "the grace is over, attempts end as lost");
+            tracing::warn!(
+                attempts = self.core.lock().running_count(),
+                "the grace is over, attempts end as lost"
+            );
         }
         self.change(|core, _| core.leave());
     }

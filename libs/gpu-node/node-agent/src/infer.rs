@@ -90,8 +90,7 @@ impl Slot {
             return self.agent.core.lock().ended(&self.attempt);
         }
         let seq = self.agent.core.lock().ended_unsettled(&self.attempt);
-        let settling =
-            settle(Arc::clone(&self.agent), self.attempt, self.engine, self.url.clone());
+        let settling = settle(Arc::clone(&self.agent), self.attempt, self.engine, self.url.clone());
         self.agent.tracker.spawn(settling);
         seq
     }
@@ -129,7 +128,10 @@ impl Agent {
     /// Takes a slot for the attempt and starts it, or says why not. Errors: those of
     /// [`crate::NodeCore::accept`], and `UNSUPPORTED` for what the engine cannot do.
     pub fn infer(
-        self: &Arc<Self>, pool_id: &PoolId, request: InferRequest, traceparent: Option<&str>,
+        self: &Arc<Self>,
+        pool_id: &PoolId,
+        request: InferRequest,
+        traceparent: Option<&str>,
     ) -> Result<Inference, ErrorBody> {
         let ask = Ask {
             node_id: &request.node_id,
@@ -229,7 +231,8 @@ impl Generation {
                     Some(out)
                 }
                 Happened::Canceled => {
-                    let error = ErrorBody::new(ErrorCode::Canceled, "the control plane does not know this attempt");
+                    let error =
+                        ErrorBody::new(ErrorCode::Canceled, "the control plane does not know this attempt");
                     Some(self.fail(error.with_cause(EndCause::Canceled), false))
                 }
                 Happened::Answered(answer) => self.answered(answer),
@@ -264,7 +267,8 @@ impl Generation {
         }
         let kind = response.headers().get("content-type").and_then(|value| value.to_str().ok());
         if !kind.is_some_and(|kind| kind.starts_with("text/event-stream")) {
-            let message = format!("the engine answered {} instead of an event stream", kind.unwrap_or("nothing"));
+            let message =
+                format!("the engine answered {} instead of an event stream", kind.unwrap_or("nothing"));
             let error = ErrorBody::new(ErrorCode::WorkerReset, message).with_cause(EndCause::Engine5xx);
             return Some(self.fail(error, false));
         }
@@ -303,7 +307,8 @@ impl Generation {
                     return Some(out);
                 }
                 Said::Failed(reason) => {
-                    let error = ErrorBody::new(ErrorCode::WorkerReset, format!("the engine failed: {reason}"));
+                    let error =
+                        ErrorBody::new(ErrorCode::WorkerReset, format!("the engine failed: {reason}"));
                     out.extend(self.fail(error.with_cause(EndCause::Engine5xx), false));
                     return Some(out);
                 }

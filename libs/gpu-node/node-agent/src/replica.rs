@@ -59,7 +59,10 @@ pub(crate) async fn watch(agent: Arc<Agent>, handoff: Handoff, stop: Cancellatio
 
 /// Puts handoff and engine together: the handoff's word counts, the engine fills the gaps.
 fn bind(
-    agent: &Agent, handoff: &Handoff, facts: EngineFacts, stop: &CancellationToken,
+    agent: &Agent,
+    handoff: &Handoff,
+    facts: EngineFacts,
+    stop: &CancellationToken,
 ) -> Result<(), String> {
     let named = handoff.model_names();
     let models = if named.is_empty() { facts.models } else { named };

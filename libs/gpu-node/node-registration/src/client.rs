@@ -38,14 +38,21 @@ impl CallError {
 /// What a node calls. Implemented over HTTP and, in the home profile, in process.
 pub trait ControlPlane: Send + Sync + 'static {
     fn register(
-        &self, request: RegisterRequest,
+        &self,
+        request: RegisterRequest,
     ) -> impl Future<Output = Result<RegisterAnswer, CallError>> + Send;
 
     fn heartbeat(
-        &self, node_id: &NodeId, beat: Heartbeat,
+        &self,
+        node_id: &NodeId,
+        beat: Heartbeat,
     ) -> impl Future<Output = Result<HeartbeatAnswer, CallError>> + Send;
 
-    fn deregister(&self, node_id: &NodeId, epoch: &Epoch) -> impl Future<Output = Result<(), CallError>> + Send;
+    fn deregister(
+        &self,
+        node_id: &NodeId,
+        epoch: &Epoch,
+    ) -> impl Future<Output = Result<(), CallError>> + Send;
 }
 
 /// The control plane at a URL.
@@ -68,7 +75,10 @@ impl HttpControlPlane {
     }
 
     async fn call<A: DeserializeOwned>(
-        &self, method: reqwest::Method, path: &str, body: Option<&impl Serialize>,
+        &self,
+        method: reqwest::Method,
+        path: &str,
+        body: Option<&impl Serialize>,
     ) -> Result<Option<A>, CallError> {
         let mut request = self.client.request(method, format!("{}{path}", self.base));
         if let Some(token) = &self.token {

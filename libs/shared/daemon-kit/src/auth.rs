@@ -28,7 +28,11 @@ pub enum TokenError {
     #[error("{origin}: a token must be at least {MIN_TOKEN_BYTES} visible ASCII characters without a comma")]
     Malformed { origin: &'static str },
     #[error("LLORCH_API_TOKEN_FILE: {path} cannot be read")]
-    Unreadable { path: String, #[source] source: std::io::Error },
+    Unreadable {
+        path: String,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("{origin} holds no token")]
     Empty { origin: &'static str },
 }
@@ -81,7 +85,8 @@ impl Tokens {
     }
 
     fn check(&self, headers: &HeaderMap) -> Result<(), ApiError> {
-        let missing = || ApiError::new(ErrorCode::MissingToken, "send the header Authorization: Bearer <token>");
+        let missing =
+            || ApiError::new(ErrorCode::MissingToken, "send the header Authorization: Bearer <token>");
         let bad = || ApiError::new(ErrorCode::BadToken, "this token is not known");
         let mut values = headers.get_all(header::AUTHORIZATION).iter();
         let value = values.next().ok_or_else(missing)?;
@@ -98,7 +103,9 @@ impl Tokens {
 }
 
 fn gather<'a>(
-    tokens: &mut Vec<String>, found: impl Iterator<Item = &'a str>, origin: &'static str,
+    tokens: &mut Vec<String>,
+    found: impl Iterator<Item = &'a str>,
+    origin: &'static str,
 ) -> Result<(), TokenError> {
     let before = tokens.len();
     for token in found {
@@ -156,7 +163,14 @@ mod tests {
         assert_eq!(code(&tokens, &["Bearer first-token"]), None);
         assert_eq!(code(&tokens, &["bearer second-token"]), None);
         assert_eq!(code(&tokens, &[]), Some(ErrorCode::MissingToken));
-        for bad in ["Bearer", "Bearer ", "first-token", "Basic first-token", "Bearer first-toke", "Bearer first-token2"] {
+        for bad in [
+            "Bearer",
+            "Bearer ",
+            "first-token",
+            "Basic first-token",
+            "Bearer first-toke",
+            "Bearer first-token2",
+        ] {
             assert_eq!(code(&tokens, &[bad]), Some(ErrorCode::BadToken), "{bad}");
         }
         assert_eq!(code(&tokens, &["Bearer first-token", "Bearer first-token"]), Some(ErrorCode::BadToken));

@@ -6,7 +6,11 @@ use std::process::ExitCode;
 use pool_registry_types::node::Capabilities;
 
 /// Warns of variables with one of our prefixes that no setting has, naming the nearest one.
-pub fn misspelt<'a>(prefixes: &[&str], known: &[&'a str], set: impl Iterator<Item = String>) -> Vec<(String, &'a str)> {
+pub fn misspelt<'a>(
+    prefixes: &[&str],
+    known: &[&'a str],
+    set: impl Iterator<Item = String>,
+) -> Vec<(String, &'a str)> {
     let ours = set.filter(|name| prefixes.iter().any(|prefix| name.starts_with(prefix)));
     let unknown = ours.filter(|name| !known.contains(&name.as_str()));
     unknown
@@ -68,7 +72,9 @@ pub fn print(text: &str) {
 
 /// The host's name, as the kernel has it.
 pub fn host_name() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/hostname").map(|name| name.trim().to_owned()).unwrap_or_default()
+    std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .map(|name| name.trim().to_owned())
+        .unwrap_or_default()
 }
 
 /// What this machine has besides GPUs: cores, and memory in bytes. Source: proc(5).

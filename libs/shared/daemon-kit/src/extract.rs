@@ -16,7 +16,8 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
 
     async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
         let bytes = axum::body::to_bytes(request.into_body(), MAX_BODY_BYTES).await.map_err(|error| {
-            let too_large = std::error::Error::source(&error).is_some_and(|cause| cause.to_string().contains("length limit"));
+            let too_large = std::error::Error::source(&error)
+                .is_some_and(|cause| cause.to_string().contains("length limit"));
             if too_large {
                 let message = format!("the body is longer than {MAX_BODY_BYTES} bytes");
                 ApiError::new(ErrorCode::PayloadTooLarge, message)

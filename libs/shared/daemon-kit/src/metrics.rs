@@ -29,7 +29,8 @@ impl Page {
     pub fn counter(&mut self, name: &'static str, help: &str, labels: &Labels<'_>, value: u64) -> &mut Self {
         let registry = &self.registry;
         let vec = self.counters.entry(name).or_insert_with(|| {
-            let vec = IntCounterVec::new(Opts::new(name, help), &names(labels)).expect("a well-formed metric name");
+            let vec =
+                IntCounterVec::new(Opts::new(name, help), &names(labels)).expect("a well-formed metric name");
             registry.register(Box::new(vec.clone())).expect("each name once");
             vec
         });
@@ -41,7 +42,8 @@ impl Page {
     pub fn gauge(&mut self, name: &'static str, help: &str, labels: &Labels<'_>, value: f64) -> &mut Self {
         let registry = &self.registry;
         let vec = self.gauges.entry(name).or_insert_with(|| {
-            let vec = GaugeVec::new(Opts::new(name, help), &names(labels)).expect("a well-formed metric name");
+            let vec =
+                GaugeVec::new(Opts::new(name, help), &names(labels)).expect("a well-formed metric name");
             registry.register(Box::new(vec.clone())).expect("each name once");
             vec
         });

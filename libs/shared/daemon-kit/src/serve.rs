@@ -40,7 +40,12 @@ pub fn with_layers(routes: Router, tokens: Tokens) -> Router {
 }
 
 /// Serves until `stop`, then lets running requests finish for `grace`.
-pub async fn run(listener: TcpListener, app: Router, stop: CancellationToken, grace: Duration) -> std::io::Result<()> {
+pub async fn run(
+    listener: TcpListener,
+    app: Router,
+    stop: CancellationToken,
+    grace: Duration,
+) -> std::io::Result<()> {
     // Without it a small answer waits up to 40 ms for the peer's acknowledgement.
     let listener = listener.tap_io(|stream| {
         if let Err(error) = stream.set_nodelay(true) {

@@ -38,7 +38,8 @@ fn is_name(text: &str) -> bool {
 }
 
 fn is_model_ref(text: &str) -> bool {
-    (1..=MAX_MODEL_REF_BYTES).contains(&text.len()) && !text.chars().any(|c| c.is_control() || c.is_whitespace())
+    (1..=MAX_MODEL_REF_BYTES).contains(&text.len())
+        && !text.chars().any(|c| c.is_control() || c.is_whitespace())
 }
 
 fn is_epoch(text: &str) -> bool {

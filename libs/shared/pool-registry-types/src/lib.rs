@@ -16,5 +16,7 @@ pub mod task;
 pub mod view;
 
 pub use error::{ErrorBody, ErrorCode};
-pub use ids::{AttemptId, BootId, Epoch, LogId, MachineId, ModelRef, NodeId, PoolId, PoolKey, ReplicaId, TaskId};
+pub use ids::{
+    AttemptId, BootId, Epoch, LogId, MachineId, ModelRef, NodeId, PoolId, PoolKey, ReplicaId, TaskId,
+};
 pub use moment::Moment;

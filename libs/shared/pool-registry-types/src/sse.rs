@@ -212,7 +212,13 @@ mod tests {
         let id = "6b1a4e0c-4f0c-8d2e-9a3b-000000000001:17";
         let (log, n) = parse_event_id(id).unwrap();
         assert_eq!((format!("{log}:{n}").as_str(), n), (id, 17));
-        for bad in ["", ":", "x:1", "6b1a4e0c-4f0c-8d2e-9a3b-000000000001", "6b1a4e0c-4f0c-8d2e-9a3b-000000000001:-1"] {
+        for bad in [
+            "",
+            ":",
+            "x:1",
+            "6b1a4e0c-4f0c-8d2e-9a3b-000000000001",
+            "6b1a4e0c-4f0c-8d2e-9a3b-000000000001:-1",
+        ] {
             assert_eq!(parse_event_id(bad), None, "{bad}");
         }
     }

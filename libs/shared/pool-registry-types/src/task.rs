@@ -300,9 +300,6 @@ pub struct InferRequest {
     pub first_index: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replica_hint: Option<ReplicaId>,
-    /// Milliseconds left to the task.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub deadline_ms: Option<u64>,
     pub task: TaskRequest,
 }
 
@@ -351,8 +348,8 @@ mod tests {
 
     #[test]
     fn a_misspelt_option_is_not_ignored() {
-        let error =
-            serde_json::from_str::<TaskRequest>(r#"{"model_ref":"m","prompt":"x","max_token":3}"#).unwrap_err();
+        let error = serde_json::from_str::<TaskRequest>(r#"{"model_ref":"m","prompt":"x","max_token":3}"#)
+            .unwrap_err();
         assert!(error.to_string().contains("max_token"), "{error}");
     }
 

@@ -70,7 +70,9 @@ impl ClusterView {
     /// Which models can be asked for right now, and where they are.
     pub fn availability(&self) -> Availability {
         let mut models: BTreeMap<&ModelRef, (BTreeSet<&NodeId>, u32)> = BTreeMap::new();
-        for node in self.nodes.iter().filter(|n| n.liveness == Liveness::Online && n.intent == Intent::Serving) {
+        for node in
+            self.nodes.iter().filter(|n| n.liveness == Liveness::Online && n.intent == Intent::Serving)
+        {
             for pool in node.pools.iter().filter(|p| p.report.ready && !p.report.draining) {
                 for model in &pool.report.models {
                     let entry = models.entry(model).or_default();

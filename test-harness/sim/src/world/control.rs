@@ -8,8 +8,8 @@ use pool_registry_types::node::{LiveAnswer, Liveness};
 use pool_registry_types::task::{Priority, TaskRequest};
 use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, ModelRef, Moment, NodeId, TaskId};
 use task_scheduler::{
-    Answer, CloseReason, ControlCore, Counters, Dispatch, Effect, Event, HowEnded, Policy, ReplyTo, StreamWatch,
-    TaskLog,
+    Answer, CloseReason, ControlCore, Counters, Dispatch, Effect, Event, HowEnded, Policy, ReplyTo,
+    StreamWatch, TaskLog,
 };
 
 use super::{Call, CallAnswer, Caller, Conn, Piece, What, World};
@@ -126,8 +126,8 @@ impl World {
         let effects = control.core.apply(now, event);
         if let Some((node_id, seq)) = &before.heartbeat {
             // Taken or not is seen from the number of the last report.
-            let taken = before.report_seq != Some(*seq)
-                && control.core.registry().report_seq(node_id) == Some(*seq);
+            let taken =
+                before.report_seq != Some(*seq) && control.core.registry().report_seq(node_id) == Some(*seq);
             if let Some(life) = self.witness.life.get_mut(node_id)
                 && taken
             {
@@ -203,7 +203,9 @@ impl World {
         for effect in effects {
             match effect {
                 Effect::Reply { answer: Ok(Answer::Heartbeat(answer)), .. } => {
-                    if let Some(open) = answer.cancel_attempts.iter().find(|id| control.relays.contains_key(id)) {
+                    if let Some(open) =
+                        answer.cancel_attempts.iter().find(|id| control.relays.contains_key(id))
+                    {
                         broken = Some(format!("attempt {open} is called an orphan and is open"));
                     }
                     crossed |= before.heartbeat.as_ref().is_some_and(|(node_id, _)| {
@@ -266,7 +268,8 @@ impl World {
     }
 
     pub(crate) fn control_timer(&mut self, life: u64, armed: Moment) {
-        let due = self.control.as_ref().is_some_and(|c| c.life == life && c.core.next_deadline() == Some(armed));
+        let due =
+            self.control.as_ref().is_some_and(|c| c.life == life && c.core.next_deadline() == Some(armed));
         if due {
             self.apply(Event::Timer);
         }
@@ -412,7 +415,9 @@ impl World {
     // ---- relays ----
 
     fn dispatch(&mut self, life: u64, dispatch: Dispatch) {
-        self.note(|w| format!("t{} to {}, attempt {}", w.names[&dispatch.task], dispatch.pool, dispatch.attempt_number));
+        self.note(|w| {
+            format!("t{} to {}, attempt {}", w.names[&dispatch.task], dispatch.pool, dispatch.attempt_number)
+        });
         self.coverage.dispatches += 1;
         let now = self.now;
         let Some(control) = self.control.as_mut() else { return };
@@ -461,7 +466,9 @@ impl World {
         if !open && matches!(piece, Piece::Token(0)) {
             self.coverage.hit("race: first token crossed a close");
         }
-        let Some(control) = self.control.as_mut().filter(|control| open && control.life == life) else { return };
+        let Some(control) = self.control.as_mut().filter(|control| open && control.life == life) else {
+            return;
+        };
         let Some(relay) = control.relays.get_mut(&attempt) else { return };
         let Some(log) = control.logs.get_mut(&task) else { return };
         relay.watch.bytes(now);
@@ -561,7 +568,11 @@ impl World {
     }
 
     pub(crate) fn probe_answered(
-        &mut self, life: u64, node_id: NodeId, address: String, answer: Result<LiveAnswer, String>,
+        &mut self,
+        life: u64,
+        node_id: NodeId,
+        address: String,
+        answer: Result<LiveAnswer, String>,
     ) {
         if self.control.as_ref().is_some_and(|control| control.life == life) {
             self.apply(Event::Probed { node_id, address, answer });
@@ -581,12 +592,7 @@ struct Before {
 
 impl Before {
     fn of(event: &Event, control: &Control) -> Self {
-        let mut before = Self {
-            heartbeat: None,
-            report_seq: None,
-            dial_failed: None,
-            others_of: None,
-        };
+        let mut before = Self { heartbeat: None, report_seq: None, dial_failed: None, others_of: None };
         match event {
             Event::Heartbeat { node_id, beat, .. } => {
                 before.heartbeat = Some((node_id.clone(), beat.seq));
@@ -621,6 +627,7 @@ fn brief_end(how: &HowEnded) -> String {
         HowEnded::Finished => "finished".into(),
         HowEnded::Refused(body) => format!("refused, {}", body.code),
         HowEnded::NeverSent(reason) => format!("never sent, {reason}"),
+        HowEnded::NoAnswer(reason) => format!("no answer, {reason}"),
         HowEnded::Broken(reason) => format!("broken, {reason}"),
         HowEnded::NodeError(body) => format!("node error, {}", body.message),
         HowEnded::TimedOut(overdue) => format!("timed out, {overdue:?}"),

@@ -9,9 +9,7 @@ use node_registration::{BeatFailure, Session};
 use pool_registry_types::error::EndCause;
 use pool_registry_types::node::{Capabilities, LiveAnswer};
 use pool_registry_types::pool::EngineKind;
-use pool_registry_types::{
-    AttemptId, BootId, ErrorBody, ErrorCode, MachineId, ModelRef, PoolId, ReplicaId,
-};
+use pool_registry_types::{AttemptId, BootId, ErrorBody, ErrorCode, MachineId, ModelRef, PoolId, ReplicaId};
 use uuid::Uuid;
 
 use super::{Call, CallAnswer, Caller, Piece, What, World};
@@ -82,7 +80,8 @@ impl World {
         };
         let session = Session::new(self.now, self.plan.timing.heartbeat_interval, self.random.u64(..));
         let slow = self.nodes[node].slow;
-        self.nodes[node] = SimNode { core: Some(NodeCore::new(identity, session)), boot, slow, ..SimNode::down() };
+        self.nodes[node] =
+            SimNode { core: Some(NodeCore::new(identity, session)), boot, slow, ..SimNode::down() };
         self.note(|_| format!("n{node} starts"));
         let load = self.random.u64(10..3_000);
         self.nodes[node].engine_down = true;
@@ -116,7 +115,9 @@ impl World {
 
     pub(crate) fn handle_at_node(&mut self, what: What) {
         let (node, boot) = match &what {
-            What::AnswerArrives { caller, .. } | What::CallTimesOut { caller } => (caller.node, Some(caller.boot)),
+            What::AnswerArrives { caller, .. } | What::CallTimesOut { caller } => {
+                (caller.node, Some(caller.boot))
+            }
             What::OpenArrives { conn } | What::DropArrives { conn } | What::KeepAlive { conn } => {
                 match self.conns.get(conn) {
                     Some(c) => (c.node, None),
@@ -277,7 +278,8 @@ impl World {
         self.observe(node);
         let runs: Vec<AttemptId> = self.nodes[node].runs.keys().copied().collect();
         for attempt in runs {
-            let error = ErrorBody::new(ErrorCode::WorkerReset, "the engine died").with_cause(EndCause::EngineDied);
+            let error =
+                ErrorBody::new(ErrorCode::WorkerReset, "the engine died").with_cause(EndCause::EngineDied);
             self.end_run(node, attempt, Piece::Error(error), true);
         }
         self.after_ms(down_ms, What::EngineBack { node, boot });
@@ -358,8 +360,7 @@ impl World {
         match core.accept(&dispatch.pool.pool_id, &ask) {
             Err(refusal) => self.send_piece(conn, Piece::Refusal(refusal)),
             Ok(accepted) => {
-                let run =
-                    Run { conn, replica: accepted.replica_id.clone(), next: 0, tokens, poison, hung };
+                let run = Run { conn, replica: accepted.replica_id.clone(), next: 0, tokens, poison, hung };
                 self.nodes[node].runs.insert(dispatch.attempt, run);
                 if let Some(c) = self.conns.get_mut(&conn) {
                     c.node_open = true;
@@ -398,12 +399,20 @@ impl World {
     fn probe_arrives(&mut self, life: u64, node: usize, address: String) {
         let node_id = self.node_id(node);
         let live = LiveAnswer { node_id, boot_id: self.nodes[node].boot };
-        let answer = if self.nodes[node].core.is_some() { Ok(live) } else { Err("connection refused".into()) };
+        let answer =
+            if self.nodes[node].core.is_some() { Ok(live) } else { Err("connection refused".into()) };
         let delay = self.delay();
         self.answer_probe(life, node, address, delay, answer);
     }
 
-    fn answer_probe(&mut self, life: u64, node: usize, address: String, ms: u64, answer: Result<LiveAnswer, String>) {
+    fn answer_probe(
+        &mut self,
+        life: u64,
+        node: usize,
+        address: String,
+        ms: u64,
+        answer: Result<LiveAnswer, String>,
+    ) {
         let node_id = self.node_id(node);
         let answer = if self.links[node].blocked() { Err("no answer in time".into()) } else { answer };
         self.after_ms(ms, What::ProbeAnswered { life, node_id, address, answer });

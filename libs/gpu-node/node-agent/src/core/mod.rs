@@ -153,7 +153,9 @@ impl NodeCore {
 
     /// Takes the answer in; returns the attempts that the control plane wants ended and that run here.
     pub fn heartbeat_answered(
-        &mut self, now: Moment, answer: Result<HeartbeatAnswer, BeatFailure>,
+        &mut self,
+        now: Moment,
+        answer: Result<HeartbeatAnswer, BeatFailure>,
     ) -> Vec<NodeEffect> {
         self.session.heartbeat_answered(now, answer.as_ref().map_err(|failure| *failure));
         let canceled = answer.map(|answer| answer.cancel_attempts).unwrap_or_default();
@@ -186,9 +188,10 @@ impl NodeCore {
     /// Takes a replica in, or anew after a change of its handoff. It is not ready until told so.
     pub fn bind(&mut self, now: Moment, pool_id: &PoolId, spec: ReplicaSpec) -> Result<(), BindError> {
         let others_agree = |pool: &Pool| {
-            pool.replicas.iter().filter(|(id, _)| **id != spec.replica_id).all(|(_, other)| {
-                other.spec.engine == spec.engine && other.spec.models == spec.models
-            })
+            pool.replicas
+                .iter()
+                .filter(|(id, _)| **id != spec.replica_id)
+                .all(|(_, other)| other.spec.engine == spec.engine && other.spec.models == spec.models)
         };
         if self.pools.get(pool_id).is_some_and(|pool| !others_agree(pool)) {
             return Err(BindError::DiffersFromPool { pool_id: pool_id.clone() });
@@ -234,7 +237,8 @@ impl NodeCore {
     /// Gives the attempt a slot, or says why not. Errors: `WRONG_NODE`, `ATTEMPT_DUPLICATE`,
     /// `POOL_UNREADY`, `REPLICA_EXHAUSTED`.
     pub fn accept(&mut self, pool_id: &PoolId, ask: &Ask<'_>) -> Result<Accepted, ErrorBody> {
-        let refuse = |code, message: String| Err(ErrorBody::new(code, message).at(&self.identity.node_id, pool_id));
+        let refuse =
+            |code, message: String| Err(ErrorBody::new(code, message).at(&self.identity.node_id, pool_id));
         if *ask.node_id != self.identity.node_id || ask.boot_id != self.identity.boot_id {
             let message = format!("this is {} in boot {}", self.identity.node_id, self.identity.boot_id);
             return refuse(ErrorCode::WrongNode, message);

@@ -123,12 +123,16 @@ impl Pool {
 
     /// The hinted replica if it has a free slot, else the least busy one.
     pub(crate) fn take_slot(
-        &mut self, attempt: AttemptId, hint: Option<&ReplicaId>,
+        &mut self,
+        attempt: AttemptId,
+        hint: Option<&ReplicaId>,
     ) -> Option<(ReplicaId, &Replica)> {
         let hinted = hint.filter(|id| self.replicas.get(*id).is_some_and(Replica::has_free_slot));
         let least_busy = || {
             let free = self.replicas.iter().filter(|(_, replica)| replica.has_free_slot());
-            free.min_by_key(|(_, replica)| u64::from(replica.busy()) * 1_000_000 / u64::from(replica.spec.slots))
+            free.min_by_key(|(_, replica)| {
+                u64::from(replica.busy()) * 1_000_000 / u64::from(replica.spec.slots)
+            })
         };
         let chosen = match hinted {
             Some(id) => id.clone(),

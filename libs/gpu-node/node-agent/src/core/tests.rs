@@ -109,7 +109,12 @@ fn an_attempt_never_runs_twice() {
 fn requests_for_another_node_or_boot_are_refused() {
     let mut node = serving(1, 4);
     let (me, other) = (NodeId::new("a").unwrap(), NodeId::new("b").unwrap());
-    let ask = |node_id, boot| Ask { node_id, boot_id: BootId(Uuid::from_u128(boot)), attempt: attempt(1), hint: None };
+    let ask = |node_id, boot| Ask {
+        node_id,
+        boot_id: BootId(Uuid::from_u128(boot)),
+        attempt: attempt(1),
+        hint: None,
+    };
     assert_eq!(node.accept(&pool_id(), &ask(&other, 1)).unwrap_err().code, ErrorCode::WrongNode);
     assert_eq!(node.accept(&pool_id(), &ask(&me, 2)).unwrap_err().code, ErrorCode::WrongNode);
 }
@@ -189,7 +194,8 @@ fn a_change_of_readiness_is_reported_within_50_ms_and_an_attempt_is_not() {
     };
     node.registered(at(1), Ok(answer));
     assert!(matches!(node.due(at(1)), Some(NodeEffect::Heartbeat(_))));
-    let taken = HeartbeatAnswer { heartbeat_interval_ms: 10_000, cancel_attempts: vec![], intent: Intent::Serving };
+    let taken =
+        HeartbeatAnswer { heartbeat_interval_ms: 10_000, cancel_attempts: vec![], intent: Intent::Serving };
     node.heartbeat_answered(at(2), Ok(taken));
     accept(&mut node, 1).unwrap();
     assert!(node.next_deadline().unwrap() > at(9_000));

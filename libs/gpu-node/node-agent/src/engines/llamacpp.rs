@@ -70,7 +70,8 @@ pub(super) async fn probe(client: &reqwest::Client, url: &str) -> Result<(Engine
         return Err(format!("its health call answers HTTP {}", health.status().as_u16()));
     }
     let props = get_json(client, format!("{url}/props")).await.map_err(|e| format!("/props: {e}"))?;
-    let models = get_json(client, format!("{url}/v1/models")).await.map_err(|e| format!("/v1/models: {e}"))?;
+    let models =
+        get_json(client, format!("{url}/v1/models")).await.map_err(|e| format!("/v1/models: {e}"))?;
     let number = |value: &Value| value.as_u64().and_then(|n| u32::try_from(n).ok());
     let facts = EngineFacts {
         models: model_names(&models),
@@ -119,7 +120,8 @@ mod tests {
         };
         let request = request(&task, Some(64));
         assert_eq!(request.path, "/completion");
-        let expected = json!({"prompt":"hi","stream":true,"n_predict":64,"seed":1,"temperature":0.0,"stop":["\n"]});
+        let expected =
+            json!({"prompt":"hi","stream":true,"n_predict":64,"seed":1,"temperature":0.0,"stop":["\n"]});
         assert_eq!(request.body, expected);
     }
 

@@ -46,7 +46,11 @@ pub enum Said {
     Nothing,
     Text(String),
     /// The last event; it may carry a text too.
-    End { text: Option<String>, tokens_out: u64, finish_reason: FinishReason },
+    End {
+        text: Option<String>,
+        tokens_out: u64,
+        finish_reason: FinishReason,
+    },
     /// The engine gave up.
     Failed(String),
 }
@@ -61,7 +65,11 @@ pub struct EngineFacts {
 }
 
 /// The request for a task, in the engine's dialect. `ctx_max` bounds what has no bound.
-pub fn request(engine: EngineKind, task: &TaskRequest, ctx_max: Option<u32>) -> Result<EngineRequest, ErrorBody> {
+pub fn request(
+    engine: EngineKind,
+    task: &TaskRequest,
+    ctx_max: Option<u32>,
+) -> Result<EngineRequest, ErrorBody> {
     match engine {
         EngineKind::LlamaCpp => Ok(llamacpp::request(task, ctx_max)),
         EngineKind::OpenAi => openai::request(task, ctx_max),
@@ -100,7 +108,9 @@ impl Reader {
 
 /// One look: is the engine up, what does it say of itself, how many requests are in it.
 pub async fn probe(
-    client: &reqwest::Client, engine: EngineKind, url: &str,
+    client: &reqwest::Client,
+    engine: EngineKind,
+    url: &str,
 ) -> Result<(EngineFacts, Option<u32>), String> {
     let look = async {
         match engine {

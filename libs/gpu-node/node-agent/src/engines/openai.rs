@@ -112,7 +112,8 @@ pub(super) fn read(reader: &mut Reader, data: &str) -> Said {
 }
 
 pub(super) async fn probe(client: &reqwest::Client, url: &str) -> Result<(EngineFacts, Option<u32>), String> {
-    let models = get_json(client, format!("{url}/v1/models")).await.map_err(|e| format!("/v1/models: {e}"))?;
+    let models =
+        get_json(client, format!("{url}/v1/models")).await.map_err(|e| format!("/v1/models: {e}"))?;
     let ctx = models["data"][0]["max_model_len"].as_u64().and_then(|n| u32::try_from(n).ok());
     let facts = EngineFacts { models: model_names(&models), slots: None, ctx_max: ctx, version: None };
     Ok((facts, None))

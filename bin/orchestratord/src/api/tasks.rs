@@ -1,0 +1,98 @@
+//! Tasks: submit, look, follow, cancel.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::body::Body as HttpBody;
+use axum::extract::{Path, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use daemon_kit::{ApiError, Body};
+use pool_registry_types::routes::headers;
+use pool_registry_types::task::{TaskAccepted, TaskRequest, TaskView};
+use pool_registry_types::{ErrorBody, ErrorCode, TaskId, routes as paths};
+use task_scheduler::{Answer, Event};
+use uuid::Uuid;
+
+use super::{path_id, unexpected};
+use crate::app::state::AppState;
+
+/// Takes a task in. With `Accept: text/event-stream` the answer is 200 and the stream itself.
+#[utoipa::path(post, path = paths::TASKS, tag = "tasks", request_body = TaskRequest,
+    responses((status = 202, body = TaskAccepted), (status = 200, content_type = "text/event-stream"),
+        (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 409, body = ErrorBody),
+        (status = 413, body = ErrorBody), (status = 429, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn submit(
+    State(state): State<AppState>,
+    headers: HeaderMap,
+    Body(request): Body<TaskRequest>,
+) -> Result<Response, ApiError> {
+    request.check()?;
+    let task_id = request.task_id.unwrap_or_else(|| TaskId(Uuid::new_v4()));
+    let request = Arc::new(request);
+    let accepted = match state.control.call(move |reply| Event::Submit { reply, task_id, request }).await? {
+        Answer::Submitted(accepted) => accepted,
+        other => return Err(unexpected(&other)),
+    };
+    let mut response = if wants_stream(&headers) {
+        stream(&state, task_id, None)?
+    } else {
+        (StatusCode::ACCEPTED, Json(accepted)).into_response()
+    };
+    if let Ok(value) = HeaderValue::from_str(&task_id.to_string()) {
+        response.headers_mut().insert(HeaderName::from_static(headers::TASK_ID), value);
+    }
+    Ok(response)
+}
+
+fn wants_stream(map: &HeaderMap) -> bool {
+    let accepted = map.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    accepted.flat_map(|value| value.split(',')).any(|kind| kind.trim().starts_with("text/event-stream"))
+}
+
+/// The task's state and attempts.
+#[utoipa::path(get, path = paths::TASK, tag = "tasks", params(("id" = Uuid, Path)),
+    responses((status = 200, body = TaskView), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody)))]
+pub(crate) async fn get(
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+) -> Result<Json<TaskView>, ApiError> {
+    let id: TaskId = path_id(&id)?;
+    let task = state.control.task(id).await?;
+    task.map(Json).ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("no task {id}")))
+}
+
+/// The task's events from the start, or after `Last-Event-ID`. Many may read.
+#[utoipa::path(get, path = paths::TASK_EVENTS, tag = "tasks",
+    params(("id" = Uuid, Path), ("Last-Event-ID" = Option<String>, Header, description = "id of the last event that was seen")),
+    responses((status = 200, content_type = "text/event-stream"), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+        (status = 404, body = ErrorBody), (status = 410, body = ErrorBody)))]
+pub(crate) async fn events(
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    let id: TaskId = path_id(&id)?;
+    let last = headers.get("last-event-id").map(|value| value.to_str().unwrap_or("unreadable"));
+    stream(&state, id, last)
+}
+
+fn stream(state: &AppState, id: TaskId, last_event_id: Option<&str>) -> Result<Response, ApiError> {
+    let body = HttpBody::from_stream(state.streams.read(id, last_event_id)?);
+    let kind = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
+    Ok((StatusCode::OK, kind, body).into_response())
+}
+
+/// Ends the task. Nothing but its terminal `error CANCELED` follows the answer.
+#[utoipa::path(post, path = paths::TASK_CANCEL, tag = "tasks", params(("id" = Uuid, Path)),
+    responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn cancel(
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    let task_id: TaskId = path_id(&id)?;
+    match state.control.call(move |reply| Event::Cancel { reply, task_id }).await? {
+        Answer::Canceled => Ok(StatusCode::NO_CONTENT),
+        other => Err(unexpected(&other)),
+    }
+}

@@ -1,0 +1,104 @@
+//! Home or cloud is decided here and nowhere else.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use daemon_kit::{Clock, serve};
+use handoff_watcher::watch::WatchError;
+use task_scheduler::{ControlCore, Event};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
+
+use crate::app::router;
+use crate::app::state::AppState;
+use crate::config::Config;
+use crate::services::dispatch::Relays;
+use crate::services::handoff::Home;
+use crate::services::link::{HttpLink, NodeLink};
+use crate::services::placement::{self, Control};
+use crate::services::streams::Streams;
+
+/// How long open connections may linger once everything has ended.
+const LINGER: Duration = Duration::from_secs(1);
+/// How often a stopping daemon looks whether its tasks have ended.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// Why the control plane does not start.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StartError {
+    #[error(transparent)]
+    Listen(#[from] serve::ListenError),
+    #[error("ORCHESTRATORD_RUNTIME_DIR: {0}")]
+    RuntimeDir(#[from] WatchError),
+    #[error("the HTTP client cannot be made")]
+    Client(#[from] reqwest::Error),
+    #[error("serving failed")]
+    Serve(#[source] io::Error),
+}
+
+pub(crate) async fn run(config: Config) -> Result<(), StartError> {
+    // Only the first installation in a process can fail, and this is the first.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let listener = serve::bind("ORCHESTRATORD_ADDR", config.addr).await?;
+    let bound = listener.local_addr().map_err(StartError::Serve)?;
+    let interval = config.policy.timing.heartbeat_interval;
+    let home = if config.cloud_profile { None } else { Some(Home::new(interval)?) };
+    let link = match &home {
+        Some(home) => NodeLink::Local(Arc::clone(&home.agent)),
+        None => NodeLink::Http(HttpLink::new(config.tokens.to_send())?),
+    };
+    let streams = Arc::new(Streams::new(config.event_log_bytes));
+    let relays = Arc::new(Relays { clock: Clock::default(), link, streams: Arc::clone(&streams) });
+    let core = ControlCore::new(config.policy, Uuid::new_v4().as_u64_pair().0);
+    let (control, inbox) = placement::mailbox();
+    let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
+    let loop_stop = CancellationToken::new();
+    let deciding = tokio::spawn(placement::run(
+        core,
+        relays,
+        control.clone(),
+        inbox,
+        tracker.clone(),
+        loop_stop.clone(),
+    ));
+    let home = match home {
+        Some(home) => Some(home.start(&config.runtime_dir, control.clone())?),
+        None => None,
+    };
+    let profile = if config.cloud_profile { "cloud" } else { "home" };
+    tracing::info!(%bound, profile, "orchestratord starts");
+    let state = AppState { control: control.clone(), streams, cloud_profile: config.cloud_profile };
+    let app = serve::with_layers(router::router(state), config.tokens);
+    let server = tokio::spawn(serve::run(listener, app, stop.clone(), LINGER));
+
+    serve::stop_signal().await;
+    tracing::info!("stopping: nothing new is admitted");
+    control.tell(Event::Drain).await;
+    finish_tasks(&control, config.shutdown_grace).await;
+    if let Some(home) = home {
+        home.leave(Duration::ZERO).await;
+    }
+    stop.cancel();
+    let ended = server.await;
+    loop_stop.cancel();
+    tracker.close();
+    let all = async { tokio::join!(tracker.wait(), deciding) };
+    if tokio::time::timeout(Duration::from_secs(3), all).await.is_err() {
+        tracing::warn!("some relays did not end in time");
+    }
+    ended.map_or(Ok(()), |result| result.map_err(StartError::Serve))
+}
+
+/// Waits until no attempt runs, for `grace` at most.
+async fn finish_tasks(control: &Control, grace: Duration) {
+    let finished = async {
+        while control.facts().await.is_ok_and(|facts| facts.running > 0) {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    };
+    if tokio::time::timeout(grace, finished).await.is_err() {
+        tracing::warn!("the grace is over: running tasks are cut off");
+    }
+}

@@ -1,0 +1,65 @@
+//! All routes with their document, made from the same handlers.
+
+use axum::Router;
+use axum::http::header;
+use axum::response::IntoResponse;
+use axum::routing::get;
+use pool_registry_types::routes as paths;
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+use utoipa_swagger_ui::{Config, SwaggerUi};
+
+use crate::api::{catalog, meta, nodes, observe, tasks};
+use crate::app::state::AppState;
+
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "llama-orch", description = "The control plane: tasks in, tokens out. Every error has the body ErrorBody; its code is the contract."),
+    tags((name = "tasks"), (name = "nodes"), (name = "catalog"), (name = "meta"), (name = "observe"))
+)]
+struct Document;
+
+fn parts() -> (Router<AppState>, utoipa::openapi::OpenApi) {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(tasks::submit))
+        .routes(routes!(tasks::get))
+        .routes(routes!(tasks::events))
+        .routes(routes!(tasks::cancel))
+        .routes(routes!(nodes::list))
+        .routes(routes!(nodes::register))
+        .routes(routes!(nodes::heartbeat))
+        .routes(routes!(nodes::deregister))
+        .routes(routes!(catalog::availability))
+        .routes(routes!(meta::version))
+        .routes(routes!(meta::capabilities))
+        .routes(routes!(observe::live))
+        .routes(routes!(observe::ready))
+        .routes(routes!(observe::metrics))
+        .split_for_parts()
+}
+
+/// The OpenAPI document, as JSON.
+pub(crate) fn document() -> String {
+    parts().1.to_pretty_json().expect("the document is always JSON")
+}
+
+pub(crate) fn router(state: AppState) -> Router {
+    let (routes, document) = parts();
+    let json = document.to_json().expect("the document is always JSON");
+    let page = SwaggerUi::new(paths::API_PAGE).config(Config::new([paths::OPENAPI]));
+    let page: Router<AppState> = page.into();
+    routes
+        .route(
+            paths::OPENAPI,
+            get(move || async move { ([(header::CONTENT_TYPE, "application/json")], json) }),
+        )
+        .merge(page)
+        .route(&format!("{}/swagger-initializer.js", paths::API_PAGE), get(initializer))
+        .with_state(state)
+}
+
+/// The page asks for the token once and sends it along; it keeps it for the browser's session.
+async fn initializer() -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "text/javascript")], include_str!("api_page.js"))
+}

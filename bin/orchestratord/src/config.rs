@@ -1,0 +1,208 @@
+//! The settings of the control plane: every one a flag and an environment variable, checked as
+//! a whole before anything binds.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use daemon_kit::Tokens;
+use daemon_kit::auth::TokenError;
+use daemon_kit::telemetry::LogFormat;
+use task_scheduler::{Policy, Timing};
+
+/// The settings as they are given.
+#[derive(Debug, Parser)]
+#[command(
+    name = "orchestratord",
+    version,
+    about = "Queues tasks for language models and places them on the nodes that have them."
+)]
+pub(crate) struct Settings {
+    /// Where this daemon listens.
+    #[arg(long, env = "ORCHESTRATORD_ADDR", default_value = "127.0.0.1:8080")]
+    addr: SocketAddr,
+    /// false: one machine, engines found through local handoff files. true: nodes register.
+    #[arg(long, env = "ORCHESTRATORD_CLOUD_PROFILE", default_value_t = false, action = clap::ArgAction::Set)]
+    cloud_profile: bool,
+    /// Seconds without a sign of life after which a node is offline; at least three heartbeat intervals.
+    #[arg(long, env = "ORCHESTRATORD_NODE_TIMEOUT_SECS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    node_timeout_secs: u64,
+    /// Seconds between two heartbeats of a node.
+    #[arg(long, env = "ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    heartbeat_interval_secs: u64,
+    /// Waiting tasks per model and priority.
+    #[arg(long, env = "ORCHESTRATORD_ADMISSION_CAPACITY", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    admission_capacity: u32,
+    /// Seconds that a task waits for a slot at most.
+    #[arg(long, env = "ORCHESTRATORD_QUEUE_TIMEOUT_SECS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    queue_timeout_secs: u64,
+    /// Seconds from a dispatch to its first token at most.
+    #[arg(long, env = "ORCHESTRATORD_FIRST_TOKEN_TIMEOUT_SECS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    first_token_timeout_secs: u64,
+    /// Seconds between two tokens at most.
+    #[arg(long, env = "ORCHESTRATORD_TOKEN_IDLE_TIMEOUT_SECS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    token_idle_timeout_secs: u64,
+    /// Seconds that an ended task can be read.
+    #[arg(long, env = "ORCHESTRATORD_TASK_RETENTION_SECS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    task_retention_secs: u64,
+    /// Bytes that the streams of ended tasks take together at most.
+    #[arg(long, env = "ORCHESTRATORD_EVENT_LOG_BYTES", default_value_t = 32 * 1024 * 1024)]
+    event_log_bytes: usize,
+    /// Home profile: the directory of the engines' handoff files.
+    #[arg(long, env = "ORCHESTRATORD_RUNTIME_DIR", default_value = ".runtime/engines")]
+    runtime_dir: PathBuf,
+    /// Seconds that running tasks get to finish at SIGTERM.
+    #[arg(long, env = "ORCHESTRATORD_SHUTDOWN_GRACE_SECS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    shutdown_grace_secs: u64,
+    /// Bearer tokens, comma-separated; all are accepted, the first is sent.
+    #[arg(long, env = "LLORCH_API_TOKEN", hide_env_values = true)]
+    api_token: Option<String>,
+    /// A file of tokens, one a line.
+    #[arg(long, env = "LLORCH_API_TOKEN_FILE")]
+    api_token_file: Option<PathBuf>,
+    /// Log level, or a list of target=level.
+    #[arg(long, env = "LLORCH_LOG", default_value = "info")]
+    log: String,
+    #[arg(long, env = "LLORCH_LOG_FORMAT", default_value = "text")]
+    log_format: LogFormat,
+    /// Print what is in force and exit.
+    #[arg(long)]
+    print_config: bool,
+    /// Print the OpenAPI document and exit.
+    #[arg(long)]
+    print_openapi: bool,
+}
+
+/// The settings as they hold together.
+#[derive(Debug)]
+pub(crate) struct Config {
+    pub(crate) addr: SocketAddr,
+    pub(crate) cloud_profile: bool,
+    pub(crate) policy: Policy,
+    pub(crate) event_log_bytes: usize,
+    pub(crate) runtime_dir: PathBuf,
+    pub(crate) shutdown_grace: Duration,
+    pub(crate) tokens: Tokens,
+    pub(crate) log: String,
+    pub(crate) log_format: LogFormat,
+}
+
+/// Why the settings do not hold together. Each names the variable.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    #[error(
+        "ORCHESTRATORD_NODE_TIMEOUT_SECS: {timeout} is less than three times ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS, which is {interval}"
+    )]
+    TimeoutShort { timeout: u64, interval: u64 },
+    #[error("LLORCH_API_TOKEN: the cloud profile needs a token (or LLORCH_API_TOKEN_FILE)")]
+    CloudNeedsToken,
+    #[error(
+        "ORCHESTRATORD_ADDR: {0} is reached from other machines and needs LLORCH_API_TOKEN (or LLORCH_API_TOKEN_FILE)"
+    )]
+    OpenToNetwork(SocketAddr),
+    #[error(transparent)]
+    Token(#[from] TokenError),
+}
+
+/// What the start goes on with.
+pub(crate) enum Read {
+    Run(Box<Config>),
+    Exit(ExitCode),
+}
+
+/// Reads flags and environment. Prints and exits for `--help`, `--print-…` and mistakes.
+pub(crate) fn read() -> Read {
+    let (settings, printed) = match daemon_kit::config::parse::<Settings>(&["ORCHESTRATORD_", "LLORCH_"]) {
+        Ok(parsed) => parsed,
+        Err(code) => return Read::Exit(code),
+    };
+    if settings.print_openapi {
+        daemon_kit::config::print(&crate::app::router::document());
+        return Read::Exit(ExitCode::SUCCESS);
+    }
+    if settings.print_config {
+        daemon_kit::config::print(&printed);
+        return Read::Exit(ExitCode::SUCCESS);
+    }
+    match settings.check() {
+        Ok(config) => Read::Run(Box::new(config)),
+        Err(error) => {
+            daemon_kit::telemetry::say_fatal(&error);
+            Read::Exit(ExitCode::from(2))
+        }
+    }
+}
+
+impl Settings {
+    fn check(self) -> Result<Config, ConfigError> {
+        let (timeout, interval) = (self.node_timeout_secs, self.heartbeat_interval_secs);
+        if timeout < interval * 3 {
+            return Err(ConfigError::TimeoutShort { timeout, interval });
+        }
+        let tokens = Tokens::load(self.api_token.as_deref(), self.api_token_file.as_deref())?;
+        if tokens.is_empty() && self.cloud_profile {
+            return Err(ConfigError::CloudNeedsToken);
+        }
+        if tokens.is_empty() && !daemon_kit::config::is_loopback(self.addr) {
+            return Err(ConfigError::OpenToNetwork(self.addr));
+        }
+        let policy = Policy {
+            timing: Timing {
+                heartbeat_interval: Duration::from_secs(interval),
+                node_timeout: Duration::from_secs(timeout),
+            },
+            admission_capacity: self.admission_capacity as usize,
+            queue_timeout: Duration::from_secs(self.queue_timeout_secs),
+            first_token_timeout: Duration::from_secs(self.first_token_timeout_secs),
+            token_idle_timeout: Duration::from_secs(self.token_idle_timeout_secs),
+            task_retention: Duration::from_secs(self.task_retention_secs),
+            switched_off: None,
+        };
+        Ok(Config {
+            addr: self.addr,
+            cloud_profile: self.cloud_profile,
+            policy,
+            event_log_bytes: self.event_log_bytes,
+            runtime_dir: self.runtime_dir,
+            shutdown_grace: Duration::from_secs(self.shutdown_grace_secs),
+            tokens,
+            log: self.log,
+            log_format: self.log_format,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(flags: &[&str]) -> Result<Config, String> {
+        let all = ["orchestratord"].iter().chain(flags);
+        Settings::try_parse_from(all).map_err(|e| e.to_string())?.check().map_err(|e| e.to_string())
+    }
+
+    // CLOUD-2201
+    #[test]
+    fn the_defaults_are_the_home_profile_on_loopback_without_a_token() {
+        let config = check(&[]).unwrap();
+        assert!(!config.cloud_profile && config.tokens.is_empty());
+        assert_eq!(config.addr.to_string(), "127.0.0.1:8080");
+        assert_eq!(config.policy.timing.node_timeout, Duration::from_secs(30));
+    }
+
+    // CLOUD-2202
+    #[test]
+    fn each_contradiction_names_its_variable() {
+        let error = |flags: &[&str]| check(flags).unwrap_err();
+        assert!(error(&["--cloud-profile", "true"]).contains("LLORCH_API_TOKEN"));
+        assert!(error(&["--addr", "0.0.0.0:8080"]).contains("ORCHESTRATORD_ADDR"));
+        assert!(error(&["--node-timeout-secs", "29"]).contains("ORCHESTRATORD_NODE_TIMEOUT_SECS"));
+        assert!(error(&["--admission-capacity", "0"]).contains("admission-capacity"));
+        assert!(error(&["--addr", "nonsense"]).contains("addr"));
+        assert!(
+            check(&["--cloud-profile", "true", "--api-token", "secret-token", "--addr", "0.0.0.0:1"]).is_ok()
+        );
+    }
+}

@@ -1,0 +1,92 @@
+//! The control plane's numbers as Prometheus samples.
+
+use daemon_kit::metrics::Page;
+use pool_registry_types::node::Liveness;
+use pool_registry_types::task::Priority;
+use pool_registry_types::view::ClusterView;
+
+use crate::services::placement::Facts;
+
+fn liveness(liveness: Liveness) -> &'static str {
+    match liveness {
+        Liveness::Online => "online",
+        Liveness::Suspect => "suspect",
+        Liveness::Offline => "offline",
+    }
+}
+
+pub(crate) fn page(facts: &Facts, view: &ClusterView) -> Page {
+    let mut page = Page::new();
+    let c = &facts.counters;
+    for (name, help, value) in [
+        ("llorch_tasks_submitted_total", "Tasks taken in.", c.submitted),
+        ("llorch_tasks_rejected_total", "Tasks refused at admission.", c.rejected),
+        ("llorch_tasks_completed_total", "Tasks that ended well.", c.completed),
+        ("llorch_tasks_failed_total", "Tasks that ended with an error.", c.failed),
+        ("llorch_tasks_canceled_total", "Tasks ended by their clients.", c.canceled),
+        (
+            "llorch_tasks_reset_total",
+            "Tasks lost with their node or engine after tokens had been sent.",
+            c.worker_resets,
+        ),
+        ("llorch_dispatches_total", "Attempts sent to nodes.", c.dispatched),
+        ("llorch_dispatches_refused_total", "Attempts that nodes did not take.", c.refused_dispatches),
+        (
+            "llorch_replacements_total",
+            "Attempts that failed without a token and were placed again.",
+            c.replaced,
+        ),
+        ("llorch_registrations_total", "Registrations of nodes.", c.registrations),
+        ("llorch_reports_ignored_total", "Reports with an old number.", c.old_reports),
+        ("llorch_attempts_vanished_total", "Attempts that their node no longer listed.", c.vanished),
+        ("llorch_attempts_orphaned_total", "Attempts of nodes that were not known here.", c.orphans),
+        ("llorch_control_stalls_total", "Times that the control loop stood still.", c.stalls),
+        ("llorch_mass_silences_total", "Times that most nodes fell silent at once.", c.mass_silences),
+    ] {
+        page.counter(name, help, &[], value);
+    }
+    for (state, count) in &facts.nodes {
+        page.gauge(
+            "llorch_nodes",
+            "Nodes by liveness.",
+            &[("liveness", liveness(*state))],
+            f64::from(*count),
+        );
+    }
+    for (model, priority, depth) in &facts.queues {
+        let priority = match priority {
+            Priority::Interactive => "interactive",
+            Priority::Batch => "batch",
+        };
+        let labels = [("model", model.as_str()), ("priority", priority)];
+        page.gauge("llorch_queue_tasks", "Tasks that wait for a slot.", &labels, *depth as f64);
+    }
+    page.gauge("llorch_attempts_running", "Attempts under way.", &[], facts.running as f64);
+    page.gauge(
+        "llorch_control_suspects_itself",
+        "1 while most nodes are silent at once.",
+        &[],
+        f64::from(u8::from(facts.mass_silence)),
+    );
+    for node in &view.nodes {
+        let id = node.node_id.as_str();
+        let age = node.last_evidence_age_ms as f64 / 1e3;
+        page.gauge(
+            "llorch_node_evidence_age_seconds",
+            "Since the node's last heartbeat or token.",
+            &[("node_id", id)],
+            age,
+        );
+        for pool in &node.pools {
+            let labels = [("node_id", id), ("pool_id", pool.report.pool_id.as_str())];
+            page.gauge("llorch_pool_slots", "Slots of the pool.", &labels, f64::from(pool.slots_total));
+            page.gauge(
+                "llorch_pool_slots_free",
+                "Slots that a task could take.",
+                &labels,
+                f64::from(pool.slots_free),
+            );
+        }
+    }
+    page
+}

@@ -1,0 +1,263 @@
+//! Relays: one task for each attempt, from the node's stream into the log.
+//!
+//! A relay looks at frames, it does not rewrite them. It ends with one word to the control loop
+//! ([`Event::Ended`]), and only after it has fenced its log.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use daemon_kit::Clock;
+use futures::{FutureExt, StreamExt};
+use pool_registry_types::sse::{Decoder, Frame, parse_event_id, write_frame};
+use pool_registry_types::task::Started;
+use pool_registry_types::{ErrorBody, Moment, ReplicaId};
+use task_scheduler::{AppendError, Dispatch, Event, HowEnded, StreamWatch, TaskLog};
+use tokio_util::sync::CancellationToken;
+
+use crate::services::link::{NodeLink, Taken};
+use crate::services::placement::Control;
+use crate::services::streams::{Streams, TaskStream};
+
+/// Tokens prove that a node lives; telling so once in this span is enough.
+const ALIVE_EVERY: Duration = Duration::from_secs(1);
+
+/// What every relay uses.
+#[derive(Debug)]
+pub(crate) struct Relays {
+    pub(crate) clock: Clock,
+    pub(crate) link: NodeLink,
+    pub(crate) streams: Arc<Streams>,
+}
+
+impl Relays {
+    /// Runs one attempt to its end, unless it is closed from above: then the log is fenced
+    /// already, and nobody waits for a word.
+    pub(crate) async fn run(
+        self: Arc<Self>,
+        dispatch: Dispatch,
+        control: Control,
+        closed: CancellationToken,
+    ) {
+        let Some(stream) = self.streams.get(dispatch.task) else { return };
+        let relay = AssertUnwindSafe(self.relay(&dispatch, &control, &stream)).catch_unwind();
+        let (how, closed_after) = tokio::select! {
+            biased;
+            () = closed.cancelled() => return,
+            outcome = relay => outcome.unwrap_or_else(|_| {
+                tracing::error!(attempt_id = %dispatch.attempt, "a relay panicked");
+                (HowEnded::Broken("a defect in the relay".into()), None)
+            }),
+        };
+        let fence = stream.write(|log| log.fence(dispatch.attempt));
+        let how = if fence.finished { HowEnded::Finished } else { how };
+        if fence.finished {
+            self.streams.ended(dispatch.task);
+        }
+        let (attempt, tokens_written) = (dispatch.attempt, fence.tokens_written);
+        control.tell(Event::Ended { attempt, tokens_written, how, closed_after }).await;
+    }
+
+    async fn relay(
+        &self,
+        dispatch: &Dispatch,
+        control: &Control,
+        stream: &TaskStream,
+    ) -> (HowEnded, Option<u64>) {
+        let mut watch = StreamWatch::new(self.clock.now(), dispatch.deadlines, dispatch.task_deadline);
+        let accepting =
+            tokio::time::timeout_at(self.instant(watch.next_deadline()), self.link.infer(dispatch));
+        let taken = match accepting.await {
+            Ok(Ok(taken)) => taken,
+            Ok(Err(how)) => return (how, None),
+            Err(_) => {
+                let overdue = watch.overdue(self.clock.now() + Duration::from_millis(1));
+                return (HowEnded::TimedOut(overdue.unwrap_or(task_scheduler::Overdue::Acceptance)), None);
+            }
+        };
+        let Taken { replica_id, report_seq, mut frames } = taken;
+        watch.accepted(self.clock.now());
+        let attempt = dispatch.attempt;
+        control.tell(Event::Accepted { attempt, replica_id: replica_id.clone(), report_seq }).await;
+
+        let mut reading = Reading {
+            decoder: Decoder::new(),
+            dispatch,
+            replica_id,
+            started: false,
+            last: None,
+            closed_after: None,
+        };
+        let mut told_alive = self.clock.now();
+        // Armed once and moved only when it fires: a token does not touch it.
+        let alarm = tokio::time::sleep_until(self.instant(watch.next_deadline()));
+        tokio::pin!(alarm);
+        loop {
+            let chunk = tokio::select! {
+                biased;
+                chunk = frames.next() => chunk,
+                () = &mut alarm => {
+                    if let Some(overdue) = watch.overdue(self.clock.now()) {
+                        return reading.end(HowEnded::TimedOut(overdue));
+                    }
+                    alarm.as_mut().reset(self.instant(watch.next_deadline()));
+                    continue;
+                }
+            };
+            let bytes = match chunk {
+                Some(Ok(bytes)) => bytes,
+                Some(Err(reason)) => return reading.end(HowEnded::Broken(reason)),
+                None => return reading.end(HowEnded::Broken("it ended without a final frame".into())),
+            };
+            let now = self.clock.now();
+            watch.bytes(now);
+            reading.decoder.push(&bytes);
+            let news = match reading.take(stream) {
+                Ok(news) => news,
+                Err(how) => return reading.end(how),
+            };
+            if news.tokens {
+                if watch.token(now) {
+                    control.tell(Event::Started { attempt }).await;
+                    alarm.as_mut().reset(self.instant(watch.next_deadline()));
+                } else if now.since(told_alive) >= ALIVE_EVERY {
+                    control.tell(Event::Alive { node_id: dispatch.pool.node_id.clone() }).await;
+                }
+                told_alive = if now.since(told_alive) >= ALIVE_EVERY { now } else { told_alive };
+            }
+            if reading.closed_after.is_some() {
+                return reading.end(HowEnded::Broken("its closing word came without a final frame".into()));
+            }
+        }
+    }
+
+    fn instant(&self, at: Moment) -> tokio::time::Instant {
+        self.clock.instant(at).into()
+    }
+}
+
+/// What a chunk brought.
+struct News {
+    tokens: bool,
+}
+
+/// The node's stream as far as it was read.
+struct Reading<'d> {
+    decoder: Decoder,
+    dispatch: &'d Dispatch,
+    replica_id: ReplicaId,
+    started: bool,
+    /// The final frame, once it came.
+    last: Option<HowEnded>,
+    /// The node's closing word.
+    closed_after: Option<u64>,
+}
+
+impl Reading<'_> {
+    /// The end of the attempt: its final frame if one came, else what broke it.
+    fn end(self, otherwise: HowEnded) -> (HowEnded, Option<u64>) {
+        (self.last.unwrap_or(otherwise), self.closed_after)
+    }
+
+    /// Moves all whole frames into the log, under one lock.
+    fn take(&mut self, stream: &TaskStream) -> Result<News, HowEnded> {
+        let mut news = News { tokens: false };
+        let mut taken = Ok(());
+        stream.write(|log| {
+            while taken.is_ok() {
+                let frame = match self.decoder.next_frame() {
+                    Ok(Some(frame)) => frame,
+                    Ok(None) => break,
+                    Err(error) => {
+                        taken = Err(HowEnded::Broken(error.to_string()));
+                        break;
+                    }
+                };
+                let mut place = Place {
+                    dispatch: self.dispatch,
+                    replica_id: &self.replica_id,
+                    started: &mut self.started,
+                    last: &mut self.last,
+                    closed_after: &mut self.closed_after,
+                };
+                taken = place.put(&frame, log).map(|token| news.tokens |= token);
+            }
+        });
+        taken.map(|()| news)
+    }
+}
+
+/// Where a frame goes: the parts of [`Reading`] beside the decoder that the frame borrows from.
+struct Place<'r> {
+    dispatch: &'r Dispatch,
+    replica_id: &'r ReplicaId,
+    started: &'r mut bool,
+    last: &'r mut Option<HowEnded>,
+    closed_after: &'r mut Option<u64>,
+}
+
+impl Place<'_> {
+    /// Returns whether the frame was a token.
+    fn put(&mut self, frame: &Frame<'_>, log: &mut TaskLog) -> Result<bool, HowEnded> {
+        let Some(data) = &frame.data else {
+            if let Some(seq) = frame.comment.and_then(|text| text.strip_prefix("report-seq ")) {
+                *self.closed_after = seq.parse().ok();
+            }
+            return Ok(false);
+        };
+        if self.last.is_some() {
+            return Err(HowEnded::Broken("something followed the final frame".into()));
+        }
+        if frame.event == "error" {
+            // Not written: the core may place the task again, and writes what is final itself.
+            let error: ErrorBody = serde_json::from_str(data)
+                .map_err(|error| HowEnded::Broken(format!("an unreadable error frame: {error}")))?;
+            *self.last = Some(HowEnded::NodeError(error));
+            return Ok(false);
+        }
+        let index = match frame.id.and_then(parse_event_id) {
+            Some((log_id, n)) if log_id == self.dispatch.log => n,
+            _ => return Err(HowEnded::Broken("a frame without its id".into())),
+        };
+        let mut with_started;
+        let bytes = if *self.started {
+            frame.raw
+        } else {
+            *self.started = true;
+            with_started = self.started_frame();
+            with_started.extend_from_slice(frame.raw);
+            &with_started
+        };
+        let attempt = self.dispatch.attempt;
+        match frame.event {
+            "token" => log.append(attempt, index, bytes).map_err(append_error).map(|()| true),
+            "end" => {
+                log.finish(attempt, index, bytes).map_err(append_error)?;
+                *self.last = Some(HowEnded::Finished);
+                Ok(false)
+            }
+            other => Err(HowEnded::Broken(format!("an unknown event {other:?}"))),
+        }
+    }
+
+    fn started_frame(&self) -> Vec<u8> {
+        let started = Started {
+            queue_wait_ms: self.dispatch.queue_wait_ms,
+            node_id: self.dispatch.pool.node_id.clone(),
+            pool_id: self.dispatch.pool.pool_id.clone(),
+            replica_id: self.replica_id.clone(),
+            attempt: self.dispatch.attempt_number,
+        };
+        let mut frame = Vec::with_capacity(256);
+        write_frame(&mut frame, None, "started", &serde_json::to_string(&started).unwrap_or_default());
+        frame
+    }
+}
+
+fn append_error(error: AppendError) -> HowEnded {
+    match error {
+        AppendError::Full => HowEnded::TooLong,
+        AppendError::Fenced => HowEnded::Closed,
+        AppendError::Gap { .. } => HowEnded::Broken(error.to_string()),
+    }
+}

@@ -1,0 +1,134 @@
+//! The home profile: this machine as the cluster's one node, in process.
+//!
+//! The same agent that `pool-managerd` runs, fed by the same handoff files, with the control
+//! loop where the network would be. The core cannot tell the difference.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use handoff_watcher::watch::WatchError;
+use handoff_watcher::{EngineHosts, HandoffWatcher};
+use node_agent::core::Identity;
+use node_agent::{Agent, gpu};
+use node_registration::{CallError, ControlPlane};
+use pool_registry_types::node::{Capabilities, Heartbeat, HeartbeatAnswer, RegisterAnswer, RegisterRequest};
+use pool_registry_types::{BootId, Epoch, ErrorBody, ErrorCode, MachineId, NodeId};
+use task_scheduler::{Answer, Event};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::services::placement::Control;
+
+/// The one node's name, and what stands for its address.
+const HOME_NODE: &str = "home";
+const IN_PROCESS: &str = "in-process";
+/// Pause between two scans of the runtime directory.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The local machine as a node.
+#[derive(Debug)]
+pub(crate) struct Home {
+    pub(crate) agent: Arc<Agent>,
+}
+
+/// The tasks of a running home node.
+#[derive(Debug)]
+pub(crate) struct Running {
+    agent: Arc<Agent>,
+    session: JoinHandle<()>,
+    following: JoinHandle<()>,
+    watching: JoinHandle<()>,
+    stop: CancellationToken,
+}
+
+impl Home {
+    /// Looks at this machine. `interval` is the heartbeat's.
+    pub(crate) fn new(interval: Duration) -> Result<Self, reqwest::Error> {
+        let boot_id = BootId(Uuid::new_v4());
+        let identity = Identity {
+            node_id: NodeId::new(HOME_NODE).expect("a valid node id"),
+            machine_id: MachineId::new(HOME_NODE).expect("a valid machine id"),
+            boot_id,
+            address: IN_PROCESS.into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            capabilities: daemon_kit::config::machine(),
+        };
+        let probe: Arc<dyn gpu::GpuProbe> = Arc::from(gpu::detect(None));
+        let inventory = probe.inventory();
+        let capabilities = Capabilities { gpus: inventory.clone(), ..identity.capabilities.clone() };
+        let agent = Agent::new(Identity { capabilities, ..identity }, interval, boot_id.0.as_u64_pair().0)?;
+        if !inventory.is_empty() {
+            agent.watch_gpus(probe);
+        }
+        Ok(Self { agent })
+    }
+
+    /// Watches the runtime directory and joins the control loop.
+    pub(crate) fn start(&self, runtime_dir: &Path, control: Control) -> Result<Running, WatchError> {
+        let stop = CancellationToken::new();
+        let watcher = HandoffWatcher::new(runtime_dir, EngineHosts::default(), WATCH_INTERVAL)?;
+        let (mut changes, watching) = watcher.start(stop.clone());
+        let agent = Arc::clone(&self.agent);
+        let following = tokio::spawn(async move {
+            while let Some(change) = changes.recv().await {
+                agent.on_handoff(change);
+            }
+        });
+        let session = tokio::spawn(Arc::clone(&self.agent).keep_session(InProcess { control }));
+        Ok(Running { agent: Arc::clone(&self.agent), session, following, watching, stop })
+    }
+}
+
+impl Running {
+    /// Takes no new work, lets what runs finish for `grace`, leaves.
+    pub(crate) async fn leave(self, grace: Duration) {
+        self.agent.drain_and_leave(grace).await;
+        // The control loop answers in process; the bound is for the case that it is gone.
+        let left = tokio::time::timeout(Duration::from_secs(1), self.session).await;
+        if left.is_err() {
+            tracing::warn!("the home node could not say farewell");
+        }
+        self.stop.cancel();
+        self.agent.stop().await;
+        let _ = tokio::join!(self.following, self.watching);
+    }
+}
+
+/// The control plane as the home node sees it.
+struct InProcess {
+    control: Control,
+}
+
+fn unexpected(answer: &Answer) -> CallError {
+    CallError::Refused(ErrorBody::new(
+        ErrorCode::Internal,
+        format!("not the answer that was asked for: {answer:?}"),
+    ))
+}
+
+impl ControlPlane for InProcess {
+    async fn register(&self, request: RegisterRequest) -> Result<RegisterAnswer, CallError> {
+        match self.control.call(|reply| Event::Register { reply, request }).await {
+            Ok(Answer::Registered(answer)) => Ok(answer),
+            Ok(other) => Err(unexpected(&other)),
+            Err(error) => Err(CallError::Refused(error)),
+        }
+    }
+
+    async fn heartbeat(&self, node_id: &NodeId, beat: Heartbeat) -> Result<HeartbeatAnswer, CallError> {
+        let node_id = node_id.clone();
+        match self.control.call(|reply| Event::Heartbeat { reply, node_id, beat }).await {
+            Ok(Answer::Heartbeat(answer)) => Ok(answer),
+            Ok(other) => Err(unexpected(&other)),
+            Err(error) => Err(CallError::Refused(error)),
+        }
+    }
+
+    async fn deregister(&self, node_id: &NodeId, epoch: &Epoch) -> Result<(), CallError> {
+        let (node_id, epoch) = (node_id.clone(), Some(epoch.clone()));
+        let answer = self.control.call(|reply| Event::Deregister { reply, node_id, epoch }).await;
+        answer.map(|_| ()).map_err(CallError::Refused)
+    }
+}

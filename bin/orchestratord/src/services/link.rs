@@ -1,0 +1,190 @@
+//! What the control plane calls of a node: run an attempt, answer a probe. Over HTTP, or in
+//! process in the home profile.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt};
+use http_body_util::{BodyExt, BodyStream, Full};
+use hyper::{Request, header};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use node_agent::Agent;
+use pool_registry_types::node::LiveAnswer;
+use pool_registry_types::routes::{self, headers};
+use pool_registry_types::task::InferRequest;
+use pool_registry_types::{ErrorBody, ErrorCode, ReplicaId};
+use task_scheduler::{Dispatch, HowEnded};
+
+/// Bound of connecting to a node. Source: .specs/01 CLOUD-1501.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Bound of a probe, connecting included.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Unused connections to a node are closed after this; shorter than any server's own limit.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Longest error body of a node that is read, bytes.
+const MAX_ERROR_BYTES: usize = 64 * 1024;
+
+/// The frames of an attempt; an error is a broken connection.
+pub(crate) type Frames = Pin<Box<dyn Stream<Item = Result<Bytes, String>> + Send>>;
+
+/// A node took an attempt.
+pub(crate) struct Taken {
+    pub(crate) replica_id: ReplicaId,
+    pub(crate) report_seq: u64,
+    pub(crate) frames: Frames,
+}
+
+/// How nodes are reached.
+#[derive(Debug)]
+pub(crate) enum NodeLink {
+    Http(HttpLink),
+    /// The home profile's one node.
+    Local(Arc<Agent>),
+}
+
+impl NodeLink {
+    /// Asks the node to run the attempt. The error is the attempt's end.
+    pub(crate) async fn infer(&self, dispatch: &Dispatch) -> Result<Taken, HowEnded> {
+        let request = InferRequest {
+            task_id: dispatch.task,
+            attempt_id: dispatch.attempt,
+            node_id: dispatch.pool.node_id.clone(),
+            boot_id: dispatch.boot_id,
+            log_id: dispatch.log,
+            first_index: dispatch.first_index,
+            replica_hint: None,
+            task: (*dispatch.request).clone(),
+        };
+        match self {
+            Self::Http(http) => http.infer(dispatch, &request).await,
+            Self::Local(agent) => match agent.infer(&dispatch.pool.pool_id, request, None) {
+                Ok(inference) => Ok(Taken {
+                    replica_id: inference.replica_id,
+                    report_seq: inference.report_seq,
+                    frames: Box::pin(inference.frames.map(|Ok(bytes)| Ok(bytes))),
+                }),
+                Err(error) => Err(refusal(error)),
+            },
+        }
+    }
+
+    /// Dials the node on a fresh connection. The error says why nobody good answered.
+    pub(crate) async fn probe(&self, address: &str) -> Result<LiveAnswer, String> {
+        match self {
+            Self::Http(http) => http.probe(address).await,
+            Self::Local(agent) => {
+                let identity = agent.identity();
+                Ok(LiveAnswer { node_id: identity.node_id, boot_id: identity.boot_id })
+            }
+        }
+    }
+}
+
+/// Nodes behind HTTP.
+#[derive(Debug)]
+pub(crate) struct HttpLink {
+    streams: Client<HttpConnector, Full<Bytes>>,
+    probes: reqwest::Client,
+    authorization: Option<header::HeaderValue>,
+}
+
+impl HttpLink {
+    /// `token` is sent as a bearer token.
+    pub(crate) fn new(token: Option<&str>) -> Result<Self, reqwest::Error> {
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
+        let streams = Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(IDLE_TIMEOUT)
+            .pool_max_idle_per_host(256)
+            .build(connector);
+        // No kept connections: a probe must show that a new one can be made.
+        let probes = reqwest::Client::builder()
+            .pool_max_idle_per_host(0)
+            .timeout(PROBE_TIMEOUT)
+            .no_proxy()
+            .redirect(reqwest::redirect::Policy::none())
+            .build()?;
+        let authorization = token.and_then(|token| {
+            let mut value = header::HeaderValue::from_str(&format!("Bearer {token}")).ok()?;
+            value.set_sensitive(true);
+            Some(value)
+        });
+        Ok(Self { streams, probes, authorization })
+    }
+
+    async fn infer(&self, dispatch: &Dispatch, request: &InferRequest) -> Result<Taken, HowEnded> {
+        let body = serde_json::to_vec(request).expect("an infer request is always JSON");
+        let url = format!("{}{}", dispatch.address, routes::pool_infer(&dispatch.pool.pool_id));
+        let mut call = Request::post(url)
+            .header(header::CONTENT_TYPE, "application/json")
+            .header(headers::CORRELATION_ID, dispatch.task.to_string());
+        if let Some(value) = &self.authorization {
+            call = call.header(header::AUTHORIZATION, value);
+        }
+        let call = call
+            .body(Full::new(Bytes::from(body)))
+            .map_err(|error| HowEnded::NeverSent(format!("unusable address: {error}")))?;
+        let response = self.streams.request(call).await.map_err(|error| {
+            let reason = with_causes(&error);
+            if error.is_connect() { HowEnded::NeverSent(reason) } else { HowEnded::NoAnswer(reason) }
+        })?;
+        let status = response.status();
+        if !status.is_success() {
+            let limited = http_body_util::Limited::new(response.into_body(), MAX_ERROR_BYTES);
+            let bytes = limited.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+            let error = serde_json::from_slice::<ErrorBody>(&bytes).unwrap_or_else(|_| {
+                ErrorBody::new(
+                    ErrorCode::Internal,
+                    format!("the node answered {status} without an error body"),
+                )
+            });
+            return Err(refusal(error));
+        }
+        let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
+        let report_seq = text(headers::REPORT_SEQ).and_then(|seq| seq.parse().ok());
+        let replica_id = text(headers::REPLICA_ID).and_then(|id| ReplicaId::new(id).ok());
+        let (Some(report_seq), Some(replica_id)) = (report_seq, replica_id) else {
+            return Err(HowEnded::Broken("an answer without its acceptance headers".into()));
+        };
+        let frames = BodyStream::new(response.into_body()).filter_map(|piece| async move {
+            match piece {
+                Ok(frame) => frame.into_data().ok().map(Ok),
+                Err(error) => Some(Err(with_causes(&error))),
+            }
+        });
+        Ok(Taken { replica_id, report_seq, frames: Box::pin(frames) })
+    }
+
+    async fn probe(&self, address: &str) -> Result<LiveAnswer, String> {
+        let url = format!("{address}{}", routes::HEALTH_LIVE);
+        let response =
+            self.probes.get(url).send().await.map_err(|error| with_causes(&error.without_url()))?;
+        if !response.status().is_success() {
+            return Err(format!("its health call answers HTTP {}", response.status().as_u16()));
+        }
+        response.json().await.map_err(|_| "something else answers there".to_owned())
+    }
+}
+
+/// What a node's refusal means for the attempt.
+fn refusal(error: ErrorBody) -> HowEnded {
+    match error.code {
+        ErrorCode::ReplicaExhausted
+        | ErrorCode::PoolUnready
+        | ErrorCode::WrongNode
+        | ErrorCode::AttemptDuplicate
+        | ErrorCode::Draining => HowEnded::Refused(error),
+        _ => HowEnded::NodeError(error),
+    }
+}
+
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}

@@ -1,0 +1,7 @@
+//! What the control plane does besides answering: deciding, dispatching, keeping streams.
+
+pub(crate) mod dispatch;
+pub(crate) mod handoff;
+pub(crate) mod link;
+pub(crate) mod placement;
+pub(crate) mod streams;

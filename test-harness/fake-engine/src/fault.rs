@@ -1,0 +1,36 @@
+//! What is wrong with the engine, for every request that comes while it is set.
+
+use serde::Deserialize;
+
+/// One fault. `after` counts tokens that are still sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub(crate) enum Fault {
+    None,
+    /// The connection is closed without an answer.
+    Refuse,
+    /// HTTP 500.
+    Error500,
+    /// HTTP 400, as for too long a prompt.
+    ContextTooLong,
+    /// Accepted, and then nothing.
+    Hang {
+        after: u64,
+    },
+    /// The connection breaks.
+    Cut {
+        after: u64,
+    },
+    /// The stream ends cleanly, without its end marker.
+    CleanClose {
+        after: u64,
+    },
+    /// Another pace.
+    Slow {
+        pace_ms: u64,
+    },
+    /// A web page instead of a stream.
+    WrongContentType,
+    /// The health call answers 503.
+    Unhealthy,
+}
