@@ -1,1 +1,31 @@
-//! (being written)
+//! A cluster of real processes for end-to-end journeys: the two daemons as they ship, engines
+//! fake or real, and clients that write down what they saw.
+//!
+//! Nothing here looks into a daemon: what is asserted is what came over HTTP, and the clients'
+//! transcripts are the witness. Waits are for conditions and bounded.
+
+pub mod client;
+pub mod cluster;
+pub mod process;
+pub mod real_engine;
+
+pub use client::{Client, Transcript};
+pub use cluster::{Cluster, Engine, Options};
+pub use process::Process;
+
+use std::time::{Duration, Instant};
+
+/// Waits until `look` finds something; panics with `what` after `patience`.
+pub async fn eventually<T, F>(what: &str, patience: Duration, mut look: impl FnMut() -> F) -> T
+where
+    F: Future<Output = Option<T>>,
+{
+    let start = Instant::now();
+    loop {
+        if let Some(found) = look().await {
+            return found;
+        }
+        assert!(start.elapsed() < patience, "not within {patience:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}

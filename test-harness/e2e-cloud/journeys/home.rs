@@ -1,0 +1,68 @@
+//! The home profile: one daemon, engines found through local handoff files.
+
+use std::process::Command;
+use std::time::Duration;
+
+use e2e_cloud::cluster::start_engine;
+use e2e_cloud::process::{free_port, program};
+use e2e_cloud::{Client, Engine, Process, eventually};
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+// CLOUD-2330
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_daemon_serves_the_same_api_without_a_token() {
+    let dir = tempfile::tempdir().unwrap();
+    let runtime_dir = dir.path().join("engines");
+    let port = free_port();
+    let mut command = Command::new(program("orchestratord"));
+    command.env("ORCHESTRATORD_ADDR", format!("127.0.0.1:{port}")).env("ORCHESTRATORD_RUNTIME_DIR", &runtime_dir);
+    let mut daemon = Process::start(command, &dir.path().join("orchestratord.log"));
+    let client = Client::new(&format!("http://127.0.0.1:{port}"), None);
+    let mut engine = start_engine(&Engine::steady(), &runtime_dir, &dir.path().join("engine.log"));
+    eventually("the model can be asked for", Duration::from_secs(20), || async {
+        let models = client.get_json("/v2/catalog/availability").await?;
+        (models["models"][0]["model_id"] == "fake-model").then_some(())
+    })
+    .await;
+    let task = json!({"model_ref": "fake-model", "prompt": "x", "max_tokens": 4});
+    let transcript = client.run(task.clone()).await;
+    transcript.check();
+    assert_eq!((transcript.node(), transcript.text().as_str()), (Some("home"), "w0 w1 w2 w3 "));
+
+    let stranger = json!({
+        "node_id": "a", "machine_id": "m", "boot_id": "7f3b1c52-64a5-4c56-9e1e-0a3e0f3d2b11",
+        "address": "http://127.0.0.1:1", "version": "0",
+    });
+    let register = client.post("/v2/nodes/register", &stranger).await;
+    assert_eq!(register.status(), 503);
+    let body: serde_json::Value = register.json().await.unwrap();
+    assert_eq!(body["code"], "CLOUD_PROFILE_DISABLED");
+
+    // A dead engine: the running task ends honestly, the next waits for the new engine.
+    let mut long = task.clone();
+    long["max_tokens"] = json!(500);
+    let reading = tokio::spawn({
+        let client = client.clone();
+        async move { client.run(long).await }
+    });
+    eventually("the task runs", Duration::from_secs(5), || async {
+        let running = client.nodes().await.first()?.running_attempts.len();
+        (running == 1).then_some(())
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    engine.as_mut().unwrap().kill();
+    let lost = reading.await.unwrap();
+    lost.check();
+    assert_eq!(lost.error(), Some("WORKER_RESET"));
+    engine = start_engine(&Engine::steady(), &runtime_dir, &dir.path().join("engine.log"));
+    let next = client.run(task).await;
+    next.check();
+    assert!(next.completed(), "{:?}", next.events.last());
+    drop(engine);
+
+    daemon.signal(Signal::SIGTERM);
+    let status = tokio::task::block_in_place(|| daemon.wait(Duration::from_secs(10)));
+    assert!(status.success(), "{}", daemon.log());
+}

@@ -1,0 +1,156 @@
+//! Nodes that come, go, and come back.
+
+use std::time::{Duration, Instant};
+
+use e2e_cloud::cluster::TOKEN;
+use e2e_cloud::{Client, Cluster, Engine, Options, eventually};
+use nix::sys::signal::Signal;
+use pool_registry_types::node::Liveness;
+
+// CLOUD-2310
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restarted_control_plane_has_its_nodes_back_within_one_interval() {
+    let engine = Engine::Fake { slots: 4, first_token_ms: 20, pace_ms: 50, dialect: "llamacpp" };
+    let mut cluster = Cluster::start(Options { nodes: 2, engine, ..Options::default() }).await;
+    let running = cluster.client.post("/v2/tasks", &cluster.task(2_000)).await;
+    assert_eq!(running.status(), 202);
+    cluster.control.as_mut().unwrap().kill();
+    cluster.start_control();
+    let started = Instant::now();
+    // Two heartbeat intervals bound the test: one is the promise, and starting takes its time too.
+    for n in 0..2 {
+        cluster.wait_online(n).await;
+    }
+    assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+    for n in 0..2 {
+        let engine = Client::new(&cluster.engine_url(n), None);
+        eventually("what ran before is stopped", Duration::from_secs(5), || async {
+            let slots = engine.get_json("/slots").await?;
+            slots.as_array()?.iter().all(|slot| slot["is_processing"] == false).then_some(())
+        })
+        .await;
+    }
+    let transcript = cluster.client.run(cluster.task(3)).await;
+    transcript.check();
+    assert!(transcript.completed());
+}
+
+// CLOUD-2311
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_told_to_stop_finishes_its_work_and_leaves() {
+    let mut cluster = Cluster::start(Options::default()).await;
+    let client = cluster.client.clone();
+    let task = cluster.task(40);
+    let reading = tokio::spawn(async move { client.run(task).await });
+    eventually("the task runs", Duration::from_secs(5), || async {
+        cluster.client.nodes().await.iter().any(|node| !node.running_attempts.is_empty()).then_some(())
+    })
+    .await;
+    let busy = cluster.client.nodes().await.iter().position(|node| !node.running_attempts.is_empty()).unwrap();
+    let daemon = cluster.nodes[busy].daemon.as_mut().unwrap();
+    daemon.signal(Signal::SIGTERM);
+    let status = tokio::task::block_in_place(|| daemon.wait(Duration::from_secs(15)));
+    assert!(status.success(), "{status}:\n{}", daemon.log());
+    let transcript = reading.await.unwrap();
+    transcript.check();
+    assert!(transcript.completed(), "{:?}", transcript.names());
+    let id = cluster.nodes[busy].id.clone();
+    assert!(cluster.client.node(&id).await.is_none(), "it has deregistered");
+    cluster.start_daemon(busy);
+    cluster.wait_online(busy).await;
+}
+
+// CLOUD-2312
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_control_plane_finishes_what_runs_and_takes_nothing_new() {
+    let mut cluster = Cluster::start(Options { nodes: 1, ..Options::default() }).await;
+    let client = cluster.client.clone();
+    let task = cluster.task(60);
+    let reading = tokio::spawn(async move { client.run(task).await });
+    eventually("the task runs", Duration::from_secs(5), || async {
+        cluster.client.nodes().await.iter().any(|node| !node.running_attempts.is_empty()).then_some(())
+    })
+    .await;
+    cluster.control.as_ref().unwrap().signal(Signal::SIGTERM);
+    let (status, body) = eventually("new tasks are refused", Duration::from_secs(2), || async {
+        let (status, body) = cluster.client.refused(&cluster.task(1)).await;
+        (status == 503).then_some((status, body))
+    })
+    .await;
+    assert_eq!((status, body["code"].as_str()), (503, Some("DRAINING")));
+    let transcript = reading.await.unwrap();
+    transcript.check();
+    assert!(transcript.completed());
+    let status = tokio::task::block_in_place(|| cluster.control.as_mut().unwrap().wait(Duration::from_secs(10)));
+    assert!(status.success());
+}
+
+// CLOUD-2313
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_node_is_suspect_and_then_offline_and_comes_back() {
+    let cluster = Cluster::start(Options::default()).await;
+    cluster.nodes[0].daemon.as_ref().unwrap().signal(Signal::SIGSTOP);
+    let stopped = Instant::now();
+    cluster.wait_not_online(0, Duration::from_secs(3)).await;
+    cluster.wait_liveness(0, Liveness::Offline, Duration::from_secs(5)).await;
+    assert!(stopped.elapsed() < Duration::from_secs(5), "{:?}", stopped.elapsed());
+    let view = cluster.client.node(&cluster.nodes[0].id).await.unwrap();
+    assert!(view.reason.is_some());
+    cluster.nodes[0].daemon.as_ref().unwrap().signal(Signal::SIGCONT);
+    cluster.wait_online(0).await;
+}
+
+// CLOUD-2314
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn load_spreads_over_equal_nodes() {
+    let cluster = Cluster::start(Options::default()).await;
+    let runs = (0..8).map(|_| cluster.client.run(cluster.task(20)));
+    let transcripts = futures::future::join_all(runs).await;
+    let on_first = transcripts.iter().filter(|t| t.node() == Some("gpu-node-1")).count();
+    transcripts.iter().for_each(e2e_cloud::Transcript::check);
+    assert_eq!(on_first, 4, "four slots each, eight tasks");
+}
+
+// CLOUD-2315
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_engine_is_seen_and_a_removed_one_is_not_used() {
+    let mut cluster = Cluster::start(Options { nodes: 1, ..Options::default() }).await;
+    let file = cluster.nodes[0].runtime_dir.join("pool-0-r0.json");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    let client = cluster.client.clone();
+    eventually("the pool is gone", Duration::from_secs(2), || async {
+        client.node("gpu-node-1").await?.pools.is_empty().then_some(())
+    })
+    .await;
+    std::fs::write(&file, text).unwrap();
+    cluster.wait_online(0).await;
+    cluster.nodes[0].engine.as_mut().unwrap().kill();
+    eventually("a dead engine's pool is gone", Duration::from_secs(3), || async {
+        client.node("gpu-node-1").await?.pools.iter().all(|pool| !pool.report.ready).then_some(())
+    })
+    .await;
+}
+
+// CLOUD-1110
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn both_daemons_want_the_token() {
+    let cluster = Cluster::start(Options { nodes: 1, ..Options::default() }).await;
+    let node = format!("http://127.0.0.1:{}", cluster.nodes[0].port);
+    for base in [&cluster.client.base, &node] {
+        for (token, code) in [(None, "MISSING_TOKEN"), (Some("a-wrong-token"), "BAD_TOKEN")] {
+            let client = Client::new(base, token);
+            for path in ["/v2/nodes", "/v2/pools", "/metrics", "/openapi.json", "/v2/tasks/x", "/nowhere"] {
+                let response = client.get(path).await.unwrap();
+                assert_eq!(response.status(), 401, "{base}{path}");
+                assert!(response.headers().contains_key("www-authenticate"));
+                assert!(response.headers().contains_key("x-correlation-id"));
+                let body: serde_json::Value = response.json().await.unwrap();
+                assert_eq!(body["code"], code);
+                assert!(body["correlation_id"].is_string());
+            }
+            assert_eq!(client.get("/health/live").await.unwrap().status(), 200);
+        }
+        assert_eq!(Client::new(base, Some(TOKEN)).get("/metrics").await.unwrap().status(), 200);
+    }
+}

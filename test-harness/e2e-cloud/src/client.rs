@@ -1,0 +1,193 @@
+//! A client of the HTTP API, and what it saw.
+
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use pool_registry_types::ErrorCode;
+use pool_registry_types::sse::Decoder;
+use pool_registry_types::view::{ClusterView, NodeView};
+use reqwest::{Method, RequestBuilder, Response};
+use serde_json::Value;
+
+/// Longest that a stream is read.
+const STREAM_PATIENCE: Duration = Duration::from_secs(90);
+
+/// Talks to one control plane.
+#[derive(Debug, Clone)]
+pub struct Client {
+    pub base: String,
+    pub token: Option<String>,
+    http: reqwest::Client,
+}
+
+/// Everything that one reader of one stream saw, in order.
+#[derive(Debug, Clone, Default)]
+pub struct Transcript {
+    pub status: u16,
+    pub task_id: String,
+    pub bytes: Vec<u8>,
+    /// Name, id and data of each event.
+    pub events: Vec<(String, Option<String>, Value)>,
+    pub first_token_after: Option<Duration>,
+    /// When the reader saw the stream end.
+    pub took: Duration,
+    /// The body of an answer that is no stream.
+    pub refusal: Value,
+}
+
+impl Transcript {
+    pub fn tokens(&self) -> Vec<&str> {
+        self.events.iter().filter(|(name, ..)| name == "token").filter_map(|(.., data)| data["t"].as_str()).collect()
+    }
+
+    pub fn text(&self) -> String {
+        self.tokens().concat()
+    }
+
+    pub fn names(&self) -> Vec<&str> {
+        self.events.iter().map(|(name, ..)| name.as_str()).collect()
+    }
+
+    /// The nodes that sent tokens or an end.
+    pub fn node(&self) -> Option<&str> {
+        self.events.iter().find(|(name, ..)| name == "started").and_then(|(.., data)| data["node_id"].as_str())
+    }
+
+    /// The code of the terminal error; nothing after an `end`.
+    pub fn error(&self) -> Option<&str> {
+        self.events.iter().find(|(name, ..)| name == "error").and_then(|(.., data)| data["code"].as_str())
+    }
+
+    pub fn completed(&self) -> bool {
+        self.events.last().is_some_and(|(name, ..)| name == "end")
+    }
+
+    /// The invariants of every stream: indices without gap or repeat, `started` before the first
+    /// token and once, exactly one terminal event and nothing after it.
+    pub fn check(&self) {
+        assert_eq!(self.status, 200, "no stream: {}", self.refusal);
+        let names = self.names();
+        let terminals = names.iter().filter(|name| ["end", "error"].contains(name)).count();
+        assert_eq!(terminals, 1, "{names:?}");
+        assert!(["end", "error"].contains(names.last().expect("a terminal")), "{names:?}");
+        assert!(names.iter().filter(|name| **name == "started").count() <= 1, "{names:?}");
+        let with_id = self.events.iter().filter(|(name, ..)| name != "started");
+        for (n, (name, id, data)) in with_id.enumerate() {
+            let number = id.as_deref().and_then(|id| id.rsplit_once(':')).map(|(_, n)| n.to_owned());
+            assert_eq!(number, Some(n.to_string()), "the id of frame {n}");
+            if name == "token" {
+                assert_eq!(data["i"], n, "the index of token {n}");
+            }
+        }
+        if names.contains(&"token") {
+            assert_eq!(names[0], "started", "{names:?}");
+        }
+    }
+}
+
+impl Client {
+    pub fn new(base: &str, token: Option<&str>) -> Self {
+        // Only the first installation in a process can fail.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let http = reqwest::Client::builder().no_proxy().connect_timeout(Duration::from_secs(2)).build();
+        let http = http.expect("a plain client can be made");
+        Self { base: base.to_owned(), token: token.map(str::to_owned), http }
+    }
+
+    pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        let request = self.http.request(method, format!("{}{path}", self.base));
+        match &self.token {
+            Some(token) => request.bearer_auth(token),
+            None => request,
+        }
+    }
+
+    pub async fn get(&self, path: &str) -> Result<Response, reqwest::Error> {
+        self.request(Method::GET, path).timeout(Duration::from_secs(5)).send().await
+    }
+
+    pub async fn get_json(&self, path: &str) -> Option<Value> {
+        self.get(path).await.ok()?.json().await.ok()
+    }
+
+    pub async fn post(&self, path: &str, body: &Value) -> Response {
+        self.request(Method::POST, path).timeout(Duration::from_secs(10)).json(body).send().await.expect("an answer")
+    }
+
+    pub async fn nodes(&self) -> Vec<NodeView> {
+        match self.get("/v2/nodes").await {
+            Ok(response) => response.json::<ClusterView>().await.map(|view| view.nodes).unwrap_or_default(),
+            Err(_) => Vec::new(),
+        }
+    }
+
+    /// The node's liveness as the API shows it, or nothing when it is not listed.
+    pub async fn node(&self, node_id: &str) -> Option<NodeView> {
+        self.nodes().await.into_iter().find(|node| node.node_id.as_str() == node_id)
+    }
+
+    /// Submits a task and reads its stream to the end.
+    pub async fn run(&self, task: Value) -> Transcript {
+        let start = Instant::now();
+        let request = self.request(Method::POST, "/v2/tasks").header("accept", "text/event-stream").json(&task);
+        match request.send().await {
+            Ok(response) => read(response, start, usize::MAX).await,
+            Err(error) => Transcript { refusal: Value::String(error.to_string()), ..Transcript::default() },
+        }
+    }
+
+    /// Reads a task's stream, from the start or after an id, `events` events at most.
+    pub async fn follow(&self, task_id: &str, after: Option<&str>, events: usize) -> Transcript {
+        let start = Instant::now();
+        let mut request = self.request(Method::GET, &format!("/v2/tasks/{task_id}/events"));
+        if let Some(id) = after {
+            request = request.header("last-event-id", id);
+        }
+        read(request.send().await.expect("an answer"), start, events).await
+    }
+
+    /// Expects a refusal; returns its status and body.
+    pub async fn refused(&self, task: &Value) -> (u16, Value) {
+        let response = self.post("/v2/tasks", task).await;
+        (response.status().as_u16(), response.json().await.unwrap_or_default())
+    }
+}
+
+async fn read(response: Response, start: Instant, at_most: usize) -> Transcript {
+    let header = response.headers().get("x-llorch-task-id").and_then(|value| value.to_str().ok());
+    let mut transcript = Transcript {
+        status: response.status().as_u16(),
+        task_id: header.unwrap_or_default().to_owned(),
+        ..Transcript::default()
+    };
+    if transcript.status != 200 {
+        transcript.refusal = response.json().await.unwrap_or_default();
+        return transcript;
+    }
+    let (mut decoder, mut body) = (Decoder::new(), response.bytes_stream());
+    let reading = async {
+        while let Some(Ok(bytes)) = body.next().await {
+            transcript.bytes.extend_from_slice(&bytes);
+            decoder.push(&bytes);
+            while let Some(frame) = decoder.next_frame().expect("an event stream") {
+                let Some(data) = &frame.data else { continue };
+                if frame.event == "token" && transcript.first_token_after.is_none() {
+                    transcript.first_token_after = Some(start.elapsed());
+                }
+                let data = serde_json::from_str(data).expect("JSON in every event");
+                transcript.events.push((frame.event.to_owned(), frame.id.map(str::to_owned), data));
+                if transcript.events.len() >= at_most {
+                    return;
+                }
+            }
+        }
+    };
+    assert!(tokio::time::timeout(STREAM_PATIENCE, reading).await.is_ok(), "the stream has no end");
+    transcript.took = start.elapsed();
+    transcript
+}
+
+/// The code of an error body.
+pub fn code(body: &Value) -> Option<ErrorCode> {
+    serde_json::from_value(body["code"].clone()).ok()
+}

@@ -1,0 +1,217 @@
+//! Processes put together: one control plane, some nodes, an engine behind each.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use pool_registry_types::node::Liveness;
+use tempfile::TempDir;
+
+use crate::client::Client;
+use crate::eventually;
+use crate::process::{Process, free_port, program};
+use crate::real_engine;
+
+/// The token of test clusters.
+pub const TOKEN: &str = "test-token-of-the-cluster";
+/// How long a cluster may take to be whole.
+const START_PATIENCE: Duration = Duration::from_secs(60);
+
+/// What stands behind a node.
+#[derive(Debug, Clone)]
+pub enum Engine {
+    Fake { slots: u32, first_token_ms: u64, pace_ms: u64, dialect: &'static str },
+    /// llama.cpp with the tiny model.
+    Tiny { slots: u32 },
+    None,
+}
+
+impl Engine {
+    /// A fake with four slots that takes its time.
+    pub fn steady() -> Self {
+        Self::Fake { slots: 4, first_token_ms: 150, pace_ms: 20, dialect: "llamacpp" }
+    }
+
+    pub fn model(&self) -> &'static str {
+        match self {
+            Self::Tiny { .. } => "tiny",
+            _ => "fake-model",
+        }
+    }
+}
+
+/// How a cluster is set up.
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub nodes: usize,
+    pub engine: Engine,
+    /// More variables for the control plane.
+    pub control: Vec<(&'static str, String)>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { nodes: 2, engine: Engine::steady(), control: Vec::new() }
+    }
+}
+
+/// One node: its daemon and its engine.
+#[derive(Debug)]
+pub struct Node {
+    pub id: String,
+    pub port: u16,
+    pub runtime_dir: PathBuf,
+    pub daemon: Option<Process>,
+    pub engine: Option<Process>,
+}
+
+/// A running cluster; everything ends when it is dropped.
+#[derive(Debug)]
+pub struct Cluster {
+    pub options: Options,
+    pub dir: TempDir,
+    pub port: u16,
+    pub control: Option<Process>,
+    pub nodes: Vec<Node>,
+    pub client: Client,
+}
+
+impl Cluster {
+    /// Starts everything and waits until all nodes are online with a ready pool.
+    pub async fn start(options: Options) -> Self {
+        let mut cluster = Self::without_nodes(options);
+        cluster.start_control();
+        for n in 0..cluster.options.nodes {
+            cluster.add_node(n);
+        }
+        for n in 0..cluster.options.nodes {
+            cluster.wait_online(n).await;
+        }
+        cluster
+    }
+
+    /// The folder and the ports, and nothing running.
+    pub fn without_nodes(options: Options) -> Self {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let port = free_port();
+        let client = Client::new(&format!("http://127.0.0.1:{port}"), Some(TOKEN));
+        Self { options, dir, port, control: None, nodes: Vec::new(), client }
+    }
+
+    pub fn log(&self, name: &str) -> PathBuf {
+        self.dir.path().join(format!("{name}.log"))
+    }
+
+    /// Starts the control plane in the cloud profile; at the same port again after a death.
+    pub fn start_control(&mut self) {
+        let mut command = Command::new(program("orchestratord"));
+        command
+            .env("ORCHESTRATORD_CLOUD_PROFILE", "true")
+            .env("ORCHESTRATORD_ADDR", format!("127.0.0.1:{}", self.port))
+            .env("ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS", "1")
+            .env("ORCHESTRATORD_NODE_TIMEOUT_SECS", "3")
+            .env("LLORCH_API_TOKEN", TOKEN)
+            .envs(self.options.control.iter().map(|(name, value)| (*name, value.as_str())));
+        self.control = Some(Process::start(command, &self.log("orchestratord")));
+    }
+
+    /// Starts node `n` and its engine.
+    pub fn add_node(&mut self, n: usize) {
+        let id = format!("gpu-node-{}", n + 1);
+        let runtime_dir = self.dir.path().join(&id);
+        std::fs::create_dir_all(&runtime_dir).expect("a writable folder");
+        self.nodes.push(Node { id, port: free_port(), runtime_dir, daemon: None, engine: None });
+        self.start_engine(n);
+        self.start_daemon(n);
+    }
+
+    pub fn start_daemon(&mut self, n: usize) {
+        let node = &self.nodes[n];
+        let mut command = Command::new(program("pool-managerd"));
+        command
+            .env("POOL_MANAGERD_NODE_ID", &node.id)
+            .env("POOL_MANAGERD_ADDR", format!("127.0.0.1:{}", node.port))
+            .env("POOL_MANAGERD_RUNTIME_DIR", &node.runtime_dir)
+            .env("POOL_MANAGERD_SHUTDOWN_GRACE_SECS", "10")
+            .env("ORCHESTRATORD_URL", &self.client.base)
+            .env("LLORCH_API_TOKEN", TOKEN);
+        let log = self.log(&node.id);
+        self.nodes[n].daemon = Some(Process::start(command, &log));
+    }
+
+    pub fn start_engine(&mut self, n: usize) {
+        let log = self.log(&format!("{}-engine", self.nodes[n].id));
+        self.nodes[n].engine = start_engine(&self.options.engine, &self.nodes[n].runtime_dir, &log);
+    }
+
+    /// A client of node `n` itself.
+    pub fn node_client(&self, n: usize) -> Client {
+        Client::new(&format!("http://127.0.0.1:{}", self.nodes[n].port), Some(TOKEN))
+    }
+
+    /// Where the engine of node `n` listens, by its handoff file.
+    pub fn engine_url(&self, n: usize) -> String {
+        let file = self.nodes[n].runtime_dir.join("pool-0-r0.json");
+        let text = std::fs::read_to_string(file).expect("a handoff file");
+        let json: serde_json::Value = serde_json::from_str(&text).expect("a whole handoff file");
+        json["url"].as_str().expect("a URL").to_owned()
+    }
+
+    /// Sets a fault of the fake engine of node `n`.
+    pub async fn fault(&self, n: usize, fault: serde_json::Value) {
+        let engine = Client::new(&self.engine_url(n), None);
+        assert_eq!(engine.post("/fake/fault", &fault).await.status(), 204);
+    }
+
+    /// Waits until node `n` is online with a ready pool.
+    pub async fn wait_online(&self, n: usize) {
+        let id = &self.nodes[n].id;
+        eventually(&format!("{id} is online and ready"), START_PATIENCE, || async {
+            let node = self.client.node(id).await?;
+            let ready = node.pools.iter().any(|pool| pool.report.ready && pool.slots_free > 0);
+            (node.liveness == Liveness::Online && ready).then_some(())
+        })
+        .await;
+    }
+
+    /// Waits until node `n` is no longer online.
+    pub async fn wait_not_online(&self, n: usize, patience: Duration) -> Liveness {
+        let id = &self.nodes[n].id;
+        eventually(&format!("{id} is suspect"), patience, || async {
+            let liveness = self.client.node(id).await?.liveness;
+            (liveness != Liveness::Online).then_some(liveness)
+        })
+        .await
+    }
+
+    pub async fn wait_liveness(&self, n: usize, liveness: Liveness, patience: Duration) {
+        let id = &self.nodes[n].id;
+        eventually(&format!("{id} is {liveness:?}"), patience, || async {
+            (self.client.node(id).await?.liveness == liveness).then_some(())
+        })
+        .await;
+    }
+
+    /// A task for the cluster's model.
+    pub fn task(&self, tokens: u32) -> serde_json::Value {
+        serde_json::json!({ "model_ref": self.options.engine.model(), "prompt": "once upon a time", "max_tokens": tokens })
+    }
+}
+
+/// Starts an engine that leaves its handoff in `runtime_dir`.
+pub fn start_engine(engine: &Engine, runtime_dir: &Path, log: &Path) -> Option<Process> {
+    let command = match engine {
+        Engine::None => return None,
+        Engine::Fake { slots, first_token_ms, pace_ms, dialect } => {
+            let mut command = Command::new(program("fake-engine"));
+            command
+                .args(["--slots", &slots.to_string(), "--first-token-ms", &first_token_ms.to_string()])
+                .args(["--pace-ms", &pace_ms.to_string(), "--engine", dialect])
+                .args(["--pool-id", "pool-0", "--replica-id", "r0", "--handoff-dir"])
+                .arg(runtime_dir);
+            command
+        }
+        Engine::Tiny { slots } => real_engine::command(&real_engine::tiny_model(), "tiny", *slots, runtime_dir),
+    };
+    Some(Process::start(command, log))
+}

@@ -1,0 +1,48 @@
+//! The real engine: llama.cpp's server, with the project's own tiny model.
+//!
+//! `cargo xtask test` fetches the engine into the cache beforehand; without it these journeys
+//! fail and say so, because a skipped proof is none.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+fn root() -> PathBuf {
+    let crate_dir = Path::new(env!("CARGO_MANIFEST_DIR"));
+    crate_dir.ancestors().nth(2).expect("the crate lies two folders deep").to_owned()
+}
+
+/// The isolated Python that has the engine.
+pub fn python() -> PathBuf {
+    let python = root().join(".cache/engine/bin/python");
+    assert!(python.exists(), "the engine is not fetched: run `cargo xtask engine` once (`cargo xtask test` does)");
+    python
+}
+
+/// The tiny model, written once for each test run.
+pub fn tiny_model() -> PathBuf {
+    static MODEL: OnceLock<PathBuf> = OnceLock::new();
+    let write = || {
+        let path = root().join(".cache").join(format!("tiny-{}.gguf", std::process::id()));
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("engine/tiny_gguf.py");
+        let status = Command::new(python()).arg(script).arg(&path).status().expect("Python runs");
+        assert!(status.success(), "the tiny model was not written");
+        let shared = root().join(".cache/tiny.gguf");
+        std::fs::rename(&path, &shared).expect("the cache can be written");
+        shared
+    };
+    MODEL.get_or_init(write).clone()
+}
+
+/// The command that serves a model as `pool-0`, replica `r0`.
+pub fn command(model: &Path, alias: &str, slots: u32, runtime_dir: &Path) -> Command {
+    let mut command = Command::new(python());
+    command
+        .arg(root().join("deploy/engines/llama_server.py"))
+        .arg("--model")
+        .arg(model)
+        .args(["--alias", alias, "--slots", &slots.to_string(), "--ctx", "1024", "--keep"])
+        .args(["--pool-id", "pool-0", "--replica-id", "r0", "--handoff"])
+        .arg(runtime_dir.join("pool-0-r0.json"));
+    command
+}
