@@ -1,1 +1,160 @@
-fn main() {}
+//! The one entry to every chore of the repository: `cargo xtask …`.
+
+#![expect(clippy::print_stdout, reason = "a command-line program says what it does")]
+
+mod contracts;
+mod engine;
+mod steps;
+mod tidy;
+mod up;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::steps::{Failed, cargo, say};
+
+/// Chores of llama-orch.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Debug, Subcommand)]
+enum Chore {
+    /// Build both daemons, start a small cluster with a real model, and let it answer.
+    Up(up::Options),
+    /// Everything that CI runs: format, lints, all tests, contracts, structure, simulator.
+    Test,
+    /// The same as `test`: the loop before a commit.
+    #[command(name = "dev:loop")]
+    DevLoop,
+    /// Write the OpenAPI documents from the code, or check that they are as the code says.
+    Contracts {
+        #[arg(long)]
+        check: bool,
+    },
+    /// Hold crates, documents and requirements against the rules of the house.
+    Tidy,
+    /// Run the simulator: --seeds N, --seed S, --mutants, --scenarios, --bless.
+    Sim {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+    },
+    /// Measure, as a release build: beside the bare fake engine, in one run.
+    Bench {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+    },
+    /// Fetch the real engine into the cache.
+    Engine,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().chore {
+        Chore::Up(options) => up::run(&options),
+        Chore::Test | Chore::DevLoop => test(),
+        Chore::Contracts { check } => contracts::run(check),
+        Chore::Tidy => tidy::run(),
+        Chore::Sim { rest } => sim(&rest),
+        Chore::Bench { rest } => bench(&rest),
+        Chore::Engine => engine::python().map(|_| ()),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failed(why)) => {
+            eprintln!("{why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn test() -> Result<(), Failed> {
+    say("structure: crates, arrows, documents, requirements");
+    tidy::run()?;
+    say("format");
+    cargo(&["fmt", "--all", "--check"], "run `cargo fmt --all`")?;
+    say("the real engine, for the end-to-end tests");
+    engine::python()?;
+    say("build");
+    cargo(&["build", "--locked", "--workspace", "--all-targets"], "mend what the compiler says")?;
+    say("contracts");
+    contracts::run(true)?;
+    say("tests, end-to-end ones with the real engine included");
+    cargo(&["test", "--locked", "--workspace", "--no-fail-fast"], "see the failing test above")?;
+    say("simulator: 10,000 schedules");
+    sim(&["--seeds".into(), "10000".into()])?;
+    say("simulator: each rule switched off must be noticed");
+    sim(&["--mutants".into()])?;
+    say("licences, bans and sources of the dependencies");
+    deny()?;
+    say("lints");
+    cargo(
+        &["clippy", "--locked", "--workspace", "--all-targets", "--", "--deny", "warnings"],
+        "mend what clippy says",
+    )?;
+    println!("\neverything passed");
+    Ok(())
+}
+
+/// The version of the checker of dependencies.
+const CARGO_DENY: &str = "0.20.2";
+
+fn deny() -> Result<(), Failed> {
+    let tools = steps::cache().join("tools");
+    let program = tools.join("bin/cargo-deny");
+    let version = std::process::Command::new(&program).arg("--version").output();
+    if !version.is_ok_and(|out| String::from_utf8_lossy(&out.stdout).contains(CARGO_DENY)) {
+        say("installing cargo-deny into .cache/tools, once");
+        let mut install =
+            std::process::Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        install.args([
+            "install",
+            "--quiet",
+            "--locked",
+            "--force",
+            "--profile",
+            "dev",
+            "--version",
+            CARGO_DENY,
+            "cargo-deny",
+            "--root",
+        ]);
+        steps::run(
+            install.arg(&tools).env("CARGO_TARGET_DIR", tools.join("target")),
+            "the crate registry must be reached once",
+        )?;
+        // The program is all that is used; what it was built from takes half a gigabyte.
+        let _ = std::fs::remove_dir_all(tools.join("target"));
+    }
+    // Advisories lie on a host that not every machine reaches.
+    steps::run(
+        std::process::Command::new(program).args(["--offline", "check", "licenses", "bans", "sources"]),
+        "see deny.toml",
+    )
+}
+
+fn sim(rest: &[String]) -> Result<(), Failed> {
+    let rest: Vec<&str> = rest.iter().map(String::as_str).collect();
+    cargo(
+        &[&["run", "--locked", "--quiet", "--package", "sim", "--"][..], &rest].concat(),
+        "see the failing schedule above",
+    )
+}
+
+fn bench(rest: &[String]) -> Result<(), Failed> {
+    say("release build");
+    cargo(&["build", "--locked", "--release", "--bins"], "mend what the compiler says")?;
+    let rest: Vec<&str> = rest.iter().map(String::as_str).collect();
+    if rest.first() != Some(&"placement") {
+        let run = ["run", "--locked", "--quiet", "--release", "--package", "load", "--"];
+        cargo(&[&run[..], &rest].concat(), "see above what did not run")?;
+    }
+    say("placements among 1,000 and 10,000 pools");
+    cargo(
+        &["bench", "--locked", "--package", "multi-node-placement", "--bench", "choose"],
+        "see above what did not run",
+    )
+}

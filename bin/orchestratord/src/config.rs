@@ -106,6 +106,9 @@ pub(crate) enum ConfigError {
     Token(#[from] TokenError),
 }
 
+/// Variables with our prefix that are the node daemon's.
+const NODE_VARIABLES: [&str; 2] = ["ORCHESTRATORD_URL", "ORCHESTRATORD_REGISTER_ON_STARTUP"];
+
 /// What the start goes on with.
 pub(crate) enum Read {
     Run(Box<Config>),
@@ -114,10 +117,11 @@ pub(crate) enum Read {
 
 /// Reads flags and environment. Prints and exits for `--help`, `--print-…` and mistakes.
 pub(crate) fn read() -> Read {
-    let (settings, printed) = match daemon_kit::config::parse::<Settings>(&["ORCHESTRATORD_", "LLORCH_"]) {
-        Ok(parsed) => parsed,
-        Err(code) => return Read::Exit(code),
-    };
+    let (settings, printed) =
+        match daemon_kit::config::parse::<Settings>(&["ORCHESTRATORD_", "LLORCH_"], &NODE_VARIABLES) {
+            Ok(parsed) => parsed,
+            Err(code) => return Read::Exit(code),
+        };
     if settings.print_openapi {
         daemon_kit::config::print(&crate::app::router::document());
         return Read::Exit(ExitCode::SUCCESS);
@@ -192,6 +196,7 @@ mod tests {
         assert_eq!(config.policy.timing.node_timeout, Duration::from_secs(30));
     }
 
+    // CLOUD-1301
     // CLOUD-2202
     #[test]
     fn each_contradiction_names_its_variable() {

@@ -8,18 +8,11 @@ mod services;
 
 use std::process::ExitCode;
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let config = match config::read() {
         config::Read::Run(config) => config,
         config::Read::Exit(code) => return code,
     };
     daemon_kit::telemetry::init(config.log_format, &config.log);
-    match app::bootstrap::run(*config).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            daemon_kit::telemetry::say_fatal(&error);
-            ExitCode::FAILURE
-        }
-    }
+    daemon_kit::serve::block_on(app::bootstrap::run(*config))
 }

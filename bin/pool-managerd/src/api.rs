@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::body::Body as HttpBody;
-use axum::extract::{Extension, Path, State};
+use axum::extract::{Extension, State};
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
 use daemon_kit::correlation::RequestIds;
 use daemon_kit::metrics::Page;
-use daemon_kit::{ApiError, Body};
+use daemon_kit::{ApiError, PathId, WrappedBody};
 use node_agent::Agent;
 use pool_registry_types::node::{GpuReport, LiveAnswer};
 use pool_registry_types::pool::PoolReport;
@@ -185,15 +185,10 @@ async fn pools(State(node): State<Node>) -> Json<NodePools> {
     })
 }
 
-fn pool_id(text: &str) -> Result<PoolId, ApiError> {
-    PoolId::new(text).map_err(|error| ApiError::new(ErrorCode::InvalidParams, error.to_string()))
-}
-
 /// One pool.
 #[utoipa::path(get, path = paths::POOL_STATUS, params(("id" = String, Path)),
     responses((status = 200, body = PoolReport), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody)))]
-async fn status(State(node): State<Node>, Path(id): Path<String>) -> Result<Json<PoolReport>, ApiError> {
-    let id = pool_id(&id)?;
+async fn status(State(node): State<Node>, PathId(id): PathId<PoolId>) -> Result<Json<PoolReport>, ApiError> {
     let pool = node.agent.pools().into_iter().find(|pool| pool.pool_id == id);
     pool.map(Json).ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("no pool {id} on this node")))
 }
@@ -204,11 +199,11 @@ async fn status(State(node): State<Node>, Path(id): Path<String>) -> Result<Json
               (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
 async fn infer(
     State(node): State<Node>,
-    Path(id): Path<String>,
+    PathId(id): PathId<PoolId>,
     Extension(ids): Extension<RequestIds>,
-    Body(request): Body<InferRequest>,
+    WrappedBody(request): WrappedBody<InferRequest>,
 ) -> Result<Response, ApiError> {
-    let pool_id = pool_id(&id)?;
+    let pool_id = id;
     let inference = node.agent.infer(&pool_id, request, Some(&ids.traceparent))?;
     let mut response = (StatusCode::OK, HttpBody::from_stream(inference.frames)).into_response();
     let map = response.headers_mut();

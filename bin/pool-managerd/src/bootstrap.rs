@@ -87,8 +87,8 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     stop.cancel();
     agent.stop().await;
     let ended = server.await;
-    // The follower ends with the watcher's channel.
-    let _ = tokio::join!(watching, following);
+    // The follower ends with the watcher's channel; a look at a dead mount may never end.
+    let _ = tokio::time::timeout(LINGER, async { tokio::join!(watching, following) }).await;
     match ended {
         Ok(result) => result.map_err(StartError::Serve),
         Err(_) => Ok(()),

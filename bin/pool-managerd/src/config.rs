@@ -122,7 +122,8 @@ pub(crate) enum Read {
 
 /// Reads flags and environment. Prints and exits for `--help`, `--print-config` and mistakes.
 pub(crate) fn read() -> Read {
-    let (settings, printed) = match daemon_kit::config::parse::<Settings>(&["POOL_MANAGERD_", "LLORCH_"]) {
+    let (settings, printed) = match daemon_kit::config::parse::<Settings>(&["POOL_MANAGERD_", "LLORCH_"], &[])
+    {
         Ok(parsed) => parsed,
         Err(code) => return Read::Exit(code),
     };
@@ -164,6 +165,10 @@ impl Settings {
         };
         let advertise_url =
             self.advertise_url.map(|url| check_url("POOL_MANAGERD_ADVERTISE_URL", url)).transpose()?;
+        if let Some(url) = advertise_url.clone().filter(|url| url.starts_with("https://")) {
+            // The node itself serves plain HTTP.
+            return Err(ConfigError::Url { variable: "POOL_MANAGERD_ADVERTISE_URL", url });
+        }
         let config = Config {
             addr: self.addr,
             node_id,

@@ -10,6 +10,8 @@ use e2e_cloud::{Cluster, Options, Process, eventually};
 use reqwest::Method;
 use serde_json::{Value, json};
 
+// CLOUD-1105
+// CLOUD-1201
 // CLOUD-2350
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_bad_request_is_refused_by_code_and_name() {
@@ -39,10 +41,20 @@ async fn each_bad_request_is_refused_by_code_and_name() {
         (submit(r#"{"model_ref":"m","prompt":7}"#), 400, "INVALID_PARAMS", "prompt"),
         (submit(r#"{"model_ref":"m"}"#), 400, "INVALID_PARAMS", "prompt"),
         (submit(r#"{"model_ref":"a b","prompt":"x"}"#), 400, "INVALID_PARAMS", "model_ref"),
-        (submit(r#"{"model_ref":"m","messages":[{"role":"robot","content":"x"}]}"#), 400, "INVALID_PARAMS", "messages[0].role"),
+        (
+            submit(r#"{"model_ref":"m","messages":[{"role":"robot","content":"x"}]}"#),
+            400,
+            "INVALID_PARAMS",
+            "messages[0].role",
+        ),
         (submit(r#"{"model_ref":"m","prompt":"x","temperature":9}"#), 400, "INVALID_PARAMS", "temperature"),
         (submit(r#"{"model_ref":"m","prompt":"x","task_id":"a/b"}"#), 400, "INVALID_PARAMS", "task_id"),
-        (submit(r#"{"model_ref":"m","prompt":"x","engine":"openai","grammar":"x"}"#), 400, "UNSUPPORTED", "grammar"),
+        (
+            submit(r#"{"model_ref":"m","prompt":"x","engine":"openai","grammar":"x"}"#),
+            400,
+            "UNSUPPORTED",
+            "grammar",
+        ),
         (submit(r#"{"model_ref":"unknown","prompt":"x"}"#), 503, "MODEL_NOT_AVAILABLE", "gpu-node-1"),
         (submit(&huge), 413, "PAYLOAD_TOO_LARGE", "4194304"),
         (get("/v2/tasks/not-a-uuid"), 400, "INVALID_PARAMS", "task_id"),
@@ -58,28 +70,49 @@ async fn each_bad_request_is_refused_by_code_and_name() {
         (register(|b| b["boot_id"] = json!(5)), 400, "INVALID_PARAMS", "boot_id"),
         (register(|b| b["node_id"] = json!("gpu-node-1")), 409, "NODE_ID_CONFLICT", "gpu-node-1"),
         (
-            (Method::POST, "/v2/nodes/ghost/heartbeat".into(), r#"{"epoch":"e","seq":1,"timestamp":""}"#.into()),
+            (
+                Method::POST,
+                "/v2/nodes/ghost/heartbeat".into(),
+                r#"{"epoch":"e","seq":1,"timestamp":""}"#.into(),
+            ),
             404,
             "NODE_UNKNOWN",
             "unknown",
         ),
         (
-            (Method::POST, "/v2/nodes/a%2Fb/heartbeat".into(), r#"{"epoch":"e","seq":1,"timestamp":""}"#.into()),
+            (
+                Method::POST,
+                "/v2/nodes/a%2Fb/heartbeat".into(),
+                r#"{"epoch":"e","seq":1,"timestamp":""}"#.into(),
+            ),
             400,
             "INVALID_PARAMS",
             "node_id",
         ),
         (
-            (Method::POST, "/v2/nodes/gpu-node-1/heartbeat".into(), r#"{"epoch":"e","seq":-1,"timestamp":""}"#.into()),
+            (
+                Method::POST,
+                "/v2/nodes/gpu-node-1/heartbeat".into(),
+                r#"{"epoch":"e","seq":-1,"timestamp":""}"#.into(),
+            ),
             400,
             "INVALID_PARAMS",
             "seq",
         ),
-        ((Method::DELETE, "/v2/nodes/gpu-node-1?epoch=".into(), String::new()), 400, "INVALID_PARAMS", "epoch"),
+        (
+            (Method::DELETE, "/v2/nodes/gpu-node-1?epoch=".into(), String::new()),
+            400,
+            "INVALID_PARAMS",
+            "epoch",
+        ),
     ];
     for ((method, path, body), status, code, names) in cases {
         let shown: String = body.chars().take(80).collect();
-        let request = cluster.client.request(method.clone(), &path).header("content-type", "application/json").body(body);
+        let request = cluster
+            .client
+            .request(method.clone(), &path)
+            .header("content-type", "application/json")
+            .body(body);
         let response = request.timeout(Duration::from_secs(5)).send().await;
         let response = response.unwrap_or_else(|error| panic!("{method} {path} {shown}: {error}"));
         let is = response.status().as_u16();
@@ -124,7 +157,11 @@ async fn the_node_refuses_what_is_not_for_it() {
         assert_eq!(response.status().as_u16(), status, "{body}");
         if status == 200 {
             let text = response.text().await.unwrap();
-            assert!(text.contains("event: end") && text.trim_end().ends_with(": report-seq 2") || text.contains(": report-seq "), "{text}");
+            assert!(
+                text.contains("event: end") && text.trim_end().ends_with(": report-seq 2")
+                    || text.contains(": report-seq "),
+                "{text}"
+            );
         } else {
             let answer: Value = response.json().await.unwrap();
             assert_eq!(answer["code"], code, "{answer}");
@@ -137,7 +174,8 @@ async fn the_node_refuses_what_is_not_for_it() {
 async fn each_bad_handoff_file_is_named_and_never_bound() {
     let cluster = Cluster::start(Options { nodes: 1, ..Options::default() }).await;
     let dir = &cluster.nodes[0].runtime_dir;
-    let good = r#"{"pool_id":"POOL","replica_id":"r0","engine":"llamacpp","url":"URL","slots":1,"model_ref":"m"}"#;
+    let good =
+        r#"{"pool_id":"POOL","replica_id":"r0","engine":"llamacpp","url":"URL","slots":1,"model_ref":"m"}"#;
     let dead = format!("http://127.0.0.1:{}", free_port());
     let file = |pool: &str, url: &str| good.replace("POOL", pool).replace("URL", url);
     let cases = [
@@ -192,14 +230,30 @@ async fn a_start_that_cannot_be_says_why_in_one_line() {
         ("orchestratord", vec![("ORCHESTRATORD_NODE_TIMEOUT_SECS", "5")], "ORCHESTRATORD_NODE_TIMEOUT_SECS"),
         ("orchestratord", vec![("LLORCH_API_TOKEN", "short")], "LLORCH_API_TOKEN"),
         ("orchestratord", vec![("LLORCH_API_TOKEN_FILE", "/nowhere")], "LLORCH_API_TOKEN_FILE"),
-        ("orchestratord", vec![("ORCHESTRATORD_RUNTIME_DIR", &file), ("ORCHESTRATORD_ADDR", "127.0.0.1:0")], "ORCHESTRATORD_RUNTIME_DIR"),
+        (
+            "orchestratord",
+            vec![("ORCHESTRATORD_RUNTIME_DIR", &file), ("ORCHESTRATORD_ADDR", "127.0.0.1:0")],
+            "ORCHESTRATORD_RUNTIME_DIR",
+        ),
         ("pool-managerd", vec![], "LLORCH_API_TOKEN"),
         ("pool-managerd", vec![("LLORCH_API_TOKEN", TOKEN)], "ORCHESTRATORD_URL"),
-        ("pool-managerd", vec![("LLORCH_API_TOKEN", TOKEN), ("ORCHESTRATORD_URL", "localhost")], "ORCHESTRATORD_URL"),
-        ("pool-managerd", vec![("LLORCH_API_TOKEN", TOKEN), ("ORCHESTRATORD_URL", "http://10.1.2.3:8080")], "POOL_MANAGERD_ADVERTISE_URL"),
         (
             "pool-managerd",
-            vec![("LLORCH_API_TOKEN", TOKEN), ("ORCHESTRATORD_URL", "http://127.0.0.1:1"), ("POOL_MANAGERD_ADDR", &taken)],
+            vec![("LLORCH_API_TOKEN", TOKEN), ("ORCHESTRATORD_URL", "localhost")],
+            "ORCHESTRATORD_URL",
+        ),
+        (
+            "pool-managerd",
+            vec![("LLORCH_API_TOKEN", TOKEN), ("ORCHESTRATORD_URL", "http://10.1.2.3:8080")],
+            "POOL_MANAGERD_ADVERTISE_URL",
+        ),
+        (
+            "pool-managerd",
+            vec![
+                ("LLORCH_API_TOKEN", TOKEN),
+                ("ORCHESTRATORD_URL", "http://127.0.0.1:1"),
+                ("POOL_MANAGERD_ADDR", &taken),
+            ],
             "POOL_MANAGERD_ADDR",
         ),
     ];

@@ -25,7 +25,12 @@ fn fleet() -> Options {
 }
 
 /// Starts the tasks, does `harm` to node 0 at a moment drawn from the seed, reads all streams.
-async fn round(cluster: &mut Cluster, seed: u64, task: serde_json::Value, harm: impl AsyncFnOnce(&mut Cluster)) -> Vec<Transcript> {
+async fn round(
+    cluster: &mut Cluster,
+    seed: u64,
+    task: serde_json::Value,
+    harm: impl AsyncFnOnce(&mut Cluster),
+) -> Vec<Transcript> {
     let client = cluster.client.clone();
     let runs: Vec<_> = (0..TASKS)
         .map(|_| {
@@ -84,7 +89,11 @@ async fn a_killed_node_loses_no_task_that_has_sent_no_token() {
             cluster.nodes[0].daemon.as_mut().unwrap().kill();
             let killed = Instant::now();
             cluster.wait_not_online(0, Duration::from_millis(1_500)).await;
-            assert!(killed.elapsed() < Duration::from_millis(1_500), "suspect at once: {:?}", killed.elapsed());
+            assert!(
+                killed.elapsed() < Duration::from_millis(1_500),
+                "suspect at once: {:?}",
+                killed.elapsed()
+            );
         })
         .await;
         judge(&cluster, &transcripts, "WORKER_RESET", &mut tally).await;
@@ -163,6 +172,7 @@ async fn a_stopped_node_loses_no_task_that_has_sent_no_token() {
     report("SIGSTOP of pool-managerd", &tally);
 }
 
+// CLOUD-1516
 // CLOUD-2324
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_failure_of_an_engine_ends_as_the_contract_says() {

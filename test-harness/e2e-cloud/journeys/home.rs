@@ -9,6 +9,7 @@ use e2e_cloud::{Client, Engine, Process, eventually};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
+// CLOUD-1021
 // CLOUD-2330
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_daemon_serves_the_same_api_without_a_token() {
@@ -16,7 +17,9 @@ async fn one_daemon_serves_the_same_api_without_a_token() {
     let runtime_dir = dir.path().join("engines");
     let port = free_port();
     let mut command = Command::new(program("orchestratord"));
-    command.env("ORCHESTRATORD_ADDR", format!("127.0.0.1:{port}")).env("ORCHESTRATORD_RUNTIME_DIR", &runtime_dir);
+    command
+        .env("ORCHESTRATORD_ADDR", format!("127.0.0.1:{port}"))
+        .env("ORCHESTRATORD_RUNTIME_DIR", &runtime_dir);
     let mut daemon = Process::start(command, &dir.path().join("orchestratord.log"));
     let client = Client::new(&format!("http://127.0.0.1:{port}"), None);
     let mut engine = start_engine(&Engine::steady(), &runtime_dir, &dir.path().join("engine.log"));

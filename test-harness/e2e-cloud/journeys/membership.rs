@@ -46,7 +46,8 @@ async fn a_node_that_is_told_to_stop_finishes_its_work_and_leaves() {
         cluster.client.nodes().await.iter().any(|node| !node.running_attempts.is_empty()).then_some(())
     })
     .await;
-    let busy = cluster.client.nodes().await.iter().position(|node| !node.running_attempts.is_empty()).unwrap();
+    let busy =
+        cluster.client.nodes().await.iter().position(|node| !node.running_attempts.is_empty()).unwrap();
     let daemon = cluster.nodes[busy].daemon.as_mut().unwrap();
     daemon.signal(Signal::SIGTERM);
     let status = tokio::task::block_in_place(|| daemon.wait(Duration::from_secs(15)));
@@ -81,7 +82,8 @@ async fn a_stopped_control_plane_finishes_what_runs_and_takes_nothing_new() {
     let transcript = reading.await.unwrap();
     transcript.check();
     assert!(transcript.completed());
-    let status = tokio::task::block_in_place(|| cluster.control.as_mut().unwrap().wait(Duration::from_secs(10)));
+    let status =
+        tokio::task::block_in_place(|| cluster.control.as_mut().unwrap().wait(Duration::from_secs(10)));
     assert!(status.success());
 }
 
@@ -132,7 +134,9 @@ async fn a_new_engine_is_seen_and_a_removed_one_is_not_used() {
     .await;
 }
 
+// CLOUD-1101
 // CLOUD-1110
+// CLOUD-1113
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn both_daemons_want_the_token() {
     let cluster = Cluster::start(Options { nodes: 1, ..Options::default() }).await;

@@ -8,7 +8,8 @@ use serde_json::json;
 // CLOUD-2340
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_real_engine_answers_the_same_bytes_twice() {
-    let cluster = Cluster::start(Options { nodes: 2, engine: Engine::Tiny { slots: 2 }, ..Options::default() }).await;
+    let cluster =
+        Cluster::start(Options { nodes: 2, engine: Engine::Tiny { slots: 2 }, ..Options::default() }).await;
     let mut task = cluster.task(32);
     task["temperature"] = json!(0.0);
     task["seed"] = json!(7);
@@ -35,7 +36,8 @@ async fn a_real_engine_answers_the_same_bytes_twice() {
 // CLOUD-2341
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_real_engine_says_what_is_too_long_and_stops_what_is_canceled() {
-    let cluster = Cluster::start(Options { nodes: 1, engine: Engine::Tiny { slots: 2 }, ..Options::default() }).await;
+    let cluster =
+        Cluster::start(Options { nodes: 1, engine: Engine::Tiny { slots: 2 }, ..Options::default() }).await;
     let node = cluster.client.node("gpu-node-1").await.unwrap();
     assert_eq!((node.pools[0].slots_total, node.pools[0].report.ctx_max), (2, Some(1024)));
     let mut long = cluster.task(4);
@@ -43,7 +45,8 @@ async fn a_real_engine_says_what_is_too_long_and_stops_what_is_canceled() {
     let refused = cluster.client.run(long).await;
     refused.check();
     assert_eq!(refused.error(), Some("CONTEXT_TOO_LONG"));
-    let accepted: serde_json::Value = cluster.client.post("/v2/tasks", &cluster.task(900)).await.json().await.unwrap();
+    let accepted: serde_json::Value =
+        cluster.client.post("/v2/tasks", &cluster.task(900)).await.json().await.unwrap();
     let id = accepted["task_id"].as_str().unwrap();
     assert_eq!(cluster.client.post(&format!("/v2/tasks/{id}/cancel"), &json!({})).await.status(), 204);
     let canceled = cluster.client.follow(id, None, usize::MAX).await;
@@ -59,7 +62,8 @@ async fn a_real_engine_says_what_is_too_long_and_stops_what_is_canceled() {
 // CLOUD-2342
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_node_with_a_real_engine_loses_no_queued_task() {
-    let mut cluster = Cluster::start(Options { nodes: 2, engine: Engine::Tiny { slots: 1 }, ..Options::default() }).await;
+    let mut cluster =
+        Cluster::start(Options { nodes: 2, engine: Engine::Tiny { slots: 1 }, ..Options::default() }).await;
     let client = cluster.client.clone();
     let task = cluster.task(200);
     let runs: Vec<_> = (0..10)

@@ -10,6 +10,7 @@ fn quick() -> Options {
     Options { nodes: 1, engine, ..Options::default() }
 }
 
+// CLOUD-1208
 // CLOUD-2301
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_task_goes_in_and_its_tokens_come_out() {
@@ -62,7 +63,11 @@ async fn a_reader_resumes_at_every_position() {
     assert_eq!(again.bytes, whole.bytes, "a reader that comes after the end sees the same bytes");
     for bad in ["nonsense", "6b1a4e0c-4f0c-8d2e-9a3b-000000000001:3", &format!("{}9", ids[12])] {
         let refused = cluster.client.follow(&whole.task_id, Some(bad), usize::MAX).await;
-        assert_eq!((refused.status, refused.refusal["code"].as_str()), (410, Some("EVENTS_EXPIRED")), "{bad}");
+        assert_eq!(
+            (refused.status, refused.refusal["code"].as_str()),
+            (410, Some("EVENTS_EXPIRED")),
+            "{bad}"
+        );
     }
 }
 
@@ -71,14 +76,13 @@ async fn a_reader_resumes_at_every_position() {
 async fn readers_come_and_go_without_effect_on_the_task() {
     let engine = Engine::Fake { slots: 4, first_token_ms: 50, pace_ms: 20, dialect: "llamacpp" };
     let cluster = Cluster::start(Options { nodes: 1, engine, ..Options::default() }).await;
-    let accepted: serde_json::Value = cluster.client.post("/v2/tasks", &cluster.task(40)).await.json().await.unwrap();
+    let accepted: serde_json::Value =
+        cluster.client.post("/v2/tasks", &cluster.task(40)).await.json().await.unwrap();
     let id = accepted["task_id"].as_str().unwrap().to_owned();
     assert_eq!(accepted["streams"]["sse"], format!("/v2/tasks/{id}/events"));
     // One leaves after three events and comes back where it was, two read all, one of them late.
-    let (leaving, reading) = tokio::join!(
-        cluster.client.follow(&id, None, 3),
-        cluster.client.follow(&id, None, usize::MAX)
-    );
+    let (leaving, reading) =
+        tokio::join!(cluster.client.follow(&id, None, 3), cluster.client.follow(&id, None, usize::MAX));
     let last = leaving.events.last().unwrap().1.clone();
     let resumed = cluster.client.follow(&id, last.as_deref(), usize::MAX).await;
     reading.check();
@@ -108,7 +112,8 @@ async fn a_slow_reader_slows_only_itself() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancel_reaches_the_engine_and_ends_the_stream() {
     let cluster = Cluster::start(Options { nodes: 1, ..Options::default() }).await;
-    let accepted: serde_json::Value = cluster.client.post("/v2/tasks", &cluster.task(500)).await.json().await.unwrap();
+    let accepted: serde_json::Value =
+        cluster.client.post("/v2/tasks", &cluster.task(500)).await.json().await.unwrap();
     let id = accepted["task_id"].as_str().unwrap().to_owned();
     let before = cluster.client.follow(&id, None, 4).await;
     assert_eq!(before.tokens().len(), 3);
@@ -144,6 +149,7 @@ async fn the_same_task_id_attaches_and_another_body_conflicts() {
     assert_eq!((status, body["code"].as_str()), (409, Some("TASK_CONFLICT")));
 }
 
+// CLOUD-1103
 // CLOUD-2308
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_queue_says_when_to_come_back() {
@@ -160,10 +166,19 @@ async fn a_full_queue_says_when_to_come_back() {
     assert_eq!(positions, [0, 0, 1]);
     let response = cluster.client.post("/v2/tasks", &cluster.task(40)).await;
     assert_eq!(response.status(), 429);
-    assert!(response.headers().contains_key("retry-after") && response.headers().contains_key("x-backoff-ms"));
+    assert!(
+        response.headers().contains_key("retry-after") && response.headers().contains_key("x-backoff-ms")
+    );
     let body: serde_json::Value = response.json().await.unwrap();
-    assert_eq!((body["code"].as_str(), body["policy_label"].as_str()), (Some("ADMISSION_REJECT"), Some("reject")));
+    assert_eq!(
+        (body["code"].as_str(), body["policy_label"].as_str()),
+        (Some("ADMISSION_REJECT"), Some("reject"))
+    );
     let mut batch = cluster.task(1);
     batch["priority"] = json!("batch");
-    assert_eq!(cluster.client.post("/v2/tasks", &batch).await.status(), 202, "each priority has its own bound");
+    assert_eq!(
+        cluster.client.post("/v2/tasks", &batch).await.status(),
+        202,
+        "each priority has its own bound"
+    );
 }

@@ -37,7 +37,11 @@ pub struct Transcript {
 
 impl Transcript {
     pub fn tokens(&self) -> Vec<&str> {
-        self.events.iter().filter(|(name, ..)| name == "token").filter_map(|(.., data)| data["t"].as_str()).collect()
+        self.events
+            .iter()
+            .filter(|(name, ..)| name == "token")
+            .filter_map(|(.., data)| data["t"].as_str())
+            .collect()
     }
 
     pub fn text(&self) -> String {
@@ -50,7 +54,10 @@ impl Transcript {
 
     /// The nodes that sent tokens or an end.
     pub fn node(&self) -> Option<&str> {
-        self.events.iter().find(|(name, ..)| name == "started").and_then(|(.., data)| data["node_id"].as_str())
+        self.events
+            .iter()
+            .find(|(name, ..)| name == "started")
+            .and_then(|(.., data)| data["node_id"].as_str())
     }
 
     /// The code of the terminal error; nothing after an `end`.
@@ -111,7 +118,12 @@ impl Client {
     }
 
     pub async fn post(&self, path: &str, body: &Value) -> Response {
-        self.request(Method::POST, path).timeout(Duration::from_secs(10)).json(body).send().await.expect("an answer")
+        self.request(Method::POST, path)
+            .timeout(Duration::from_secs(10))
+            .json(body)
+            .send()
+            .await
+            .expect("an answer")
     }
 
     pub async fn nodes(&self) -> Vec<NodeView> {
@@ -129,7 +141,8 @@ impl Client {
     /// Submits a task and reads its stream to the end.
     pub async fn run(&self, task: Value) -> Transcript {
         let start = Instant::now();
-        let request = self.request(Method::POST, "/v2/tasks").header("accept", "text/event-stream").json(&task);
+        let request =
+            self.request(Method::POST, "/v2/tasks").header("accept", "text/event-stream").json(&task);
         match request.send().await {
             Ok(response) => read(response, start, usize::MAX).await,
             Err(error) => Transcript { refusal: Value::String(error.to_string()), ..Transcript::default() },

@@ -20,9 +20,16 @@ const START_PATIENCE: Duration = Duration::from_secs(60);
 /// What stands behind a node.
 #[derive(Debug, Clone)]
 pub enum Engine {
-    Fake { slots: u32, first_token_ms: u64, pace_ms: u64, dialect: &'static str },
+    Fake {
+        slots: u32,
+        first_token_ms: u64,
+        pace_ms: u64,
+        dialect: &'static str,
+    },
     /// llama.cpp with the tiny model.
-    Tiny { slots: u32 },
+    Tiny {
+        slots: u32,
+    },
     None,
 }
 
@@ -211,7 +218,9 @@ pub fn start_engine(engine: &Engine, runtime_dir: &Path, log: &Path) -> Option<P
                 .arg(runtime_dir);
             command
         }
-        Engine::Tiny { slots } => real_engine::command(&real_engine::tiny_model(), "tiny", *slots, runtime_dir),
+        Engine::Tiny { slots } => {
+            real_engine::command(&real_engine::tiny_model(), "tiny", *slots, runtime_dir)
+        }
     };
     Some(Process::start(command, log))
 }

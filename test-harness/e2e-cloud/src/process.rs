@@ -20,7 +20,11 @@ pub fn program(name: &str) -> PathBuf {
     let own = std::env::current_exe().expect("a test knows its own path");
     let target = own.parent().and_then(Path::parent).expect("tests lie in target/<profile>/deps");
     let path = target.join(name);
-    assert!(path.exists(), "{} is not built: run the tests with `cargo xtask test`, or `cargo build --workspace` first", path.display());
+    assert!(
+        path.exists(),
+        "{} is not built: run the tests with `cargo xtask test`, or `cargo build --workspace` first",
+        path.display()
+    );
     path
 }
 

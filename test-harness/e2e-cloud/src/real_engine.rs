@@ -12,10 +12,13 @@ fn root() -> PathBuf {
     crate_dir.ancestors().nth(2).expect("the crate lies two folders deep").to_owned()
 }
 
-/// The isolated Python that has the engine.
+/// A Python that sees the engine.
 pub fn python() -> PathBuf {
-    let python = root().join(".cache/engine/bin/python");
-    assert!(python.exists(), "the engine is not fetched: run `cargo xtask engine` once (`cargo xtask test` does)");
+    let python = root().join(".cache/engine/python");
+    assert!(
+        python.exists(),
+        "the engine is not fetched: run `cargo xtask engine` once (`cargo xtask test` does)"
+    );
     python
 }
 

@@ -140,11 +140,13 @@ mod tests {
 
     use super::*;
 
+    // CLOUD-1903
     #[test]
     fn scenarios_agree_with_their_golden_output() {
         assert!(run_all(false));
     }
 
+    // CLOUD-1903
     #[test]
     fn a_step_that_is_none_is_named_by_its_line() {
         assert_eq!(
@@ -161,6 +163,7 @@ mod tests {
         assert!(coverage.dispatches > 1_000);
     }
 
+    // CLOUD-1902
     #[test]
     fn the_same_seed_is_the_same_run() {
         let trace = |seed| crate::run_seed(seed, None, true).1.unwrap();
@@ -168,7 +171,7 @@ mod tests {
         assert_ne!(trace(7), trace(8));
     }
 
-    // CLOUD-1900
+    // CLOUD-1901
     #[test]
     fn every_rule_is_missed_when_it_is_switched_off() {
         let unnoticed: Vec<Rule> = crate::run_mutants(400)

@@ -181,9 +181,15 @@ pub(crate) struct Conn {
 pub(crate) struct Link {
     pub(crate) to_cp: u32,
     pub(crate) to_node: u32,
+    pub(crate) healed: Moment,
 }
 
 impl Link {
+    /// Whether streams have flowed for so long that nothing of a partition is still on its way.
+    pub(crate) fn is_calm(&self, now: Moment) -> bool {
+        !self.blocked() && (self.healed == Moment::ZERO || now.millis_since(self.healed) > 3_000)
+    }
+
     pub(crate) fn blocked(&self) -> bool {
         self.to_cp > 0 || self.to_node > 0
     }
@@ -525,6 +531,7 @@ impl World {
             Heal::Partition { node, to_cp, to_node } => {
                 self.links[node].to_cp -= u32::from(to_cp);
                 self.links[node].to_node -= u32::from(to_node);
+                self.links[node].healed = self.now;
                 self.release_held(node);
             }
             Heal::Stop { node } => self.continue_node(node),

@@ -10,14 +10,6 @@ use daemon_kit::ApiError;
 use pool_registry_types::ErrorCode;
 use task_scheduler::Answer;
 
-/// An id in a path, or `INVALID_PARAMS` that names it.
-fn path_id<T: std::str::FromStr>(text: &str) -> Result<T, ApiError>
-where
-    T::Err: std::fmt::Display,
-{
-    text.parse().map_err(|error: T::Err| ApiError::new(ErrorCode::InvalidParams, error.to_string()))
-}
-
 /// The core answered something else than what was asked: a defect.
 fn unexpected(answer: &Answer) -> ApiError {
     tracing::error!(?answer, "not the answer that was asked for");

@@ -1,9 +1,9 @@
 //! Nodes: register, heartbeat, deregister, list.
 
 use axum::Json;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Query, State};
 use axum::http::StatusCode;
-use daemon_kit::{ApiError, Body};
+use daemon_kit::{ApiError, Body, PathId};
 use pool_registry_types::node::{Heartbeat, HeartbeatAnswer, RegisterAnswer, RegisterRequest};
 use pool_registry_types::view::ClusterView;
 use pool_registry_types::{Epoch, ErrorBody, ErrorCode, NodeId, routes as paths};
@@ -11,7 +11,7 @@ use serde::Deserialize;
 use task_scheduler::{Answer, Event};
 use utoipa::IntoParams;
 
-use super::{path_id, unexpected};
+use super::unexpected;
 use crate::app::state::AppState;
 
 fn require_cloud(state: &AppState) -> Result<(), ApiError> {
@@ -71,11 +71,11 @@ fn check_address(address: &str) -> Result<(), ApiError> {
         (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn heartbeat(
     State(state): State<AppState>,
-    Path(id): Path<String>,
+    PathId(id): PathId<NodeId>,
     Body(beat): Body<Heartbeat>,
 ) -> Result<Json<HeartbeatAnswer>, ApiError> {
     require_cloud(&state)?;
-    let node_id: NodeId = path_id(&id)?;
+    let node_id = id;
     match state.control.call(move |reply| Event::Heartbeat { reply, node_id, beat }).await? {
         Answer::Heartbeat(answer) => Ok(Json(answer)),
         other => Err(unexpected(&other)),
@@ -94,11 +94,11 @@ pub(crate) struct Deregistration {
     responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn deregister(
     State(state): State<AppState>,
-    Path(id): Path<String>,
+    PathId(id): PathId<NodeId>,
     query: Result<Query<Deregistration>, axum::extract::rejection::QueryRejection>,
 ) -> Result<StatusCode, ApiError> {
     require_cloud(&state)?;
-    let node_id: NodeId = path_id(&id)?;
+    let node_id = id;
     let Query(Deregistration { epoch }) =
         query.map_err(|error| ApiError::new(ErrorCode::InvalidParams, format!("epoch: {error}")))?;
     tracing::info!(%node_id, "a node is deregistered");

@@ -4,17 +4,17 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::body::Body as HttpBody;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use daemon_kit::{ApiError, Body};
+use daemon_kit::{ApiError, Body, PathId};
 use pool_registry_types::routes::headers;
 use pool_registry_types::task::{TaskAccepted, TaskRequest, TaskView};
 use pool_registry_types::{ErrorBody, ErrorCode, TaskId, routes as paths};
 use task_scheduler::{Answer, Event};
 use uuid::Uuid;
 
-use super::{path_id, unexpected};
+use super::unexpected;
 use crate::app::state::AppState;
 
 /// Takes a task in. With `Accept: text/event-stream` the answer is 200 and the stream itself.
@@ -55,9 +55,8 @@ fn wants_stream(map: &HeaderMap) -> bool {
     responses((status = 200, body = TaskView), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody)))]
 pub(crate) async fn get(
     State(state): State<AppState>,
-    Path(id): Path<String>,
+    PathId(id): PathId<TaskId>,
 ) -> Result<Json<TaskView>, ApiError> {
-    let id: TaskId = path_id(&id)?;
     let task = state.control.task(id).await?;
     task.map(Json).ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("no task {id}")))
 }
@@ -69,10 +68,9 @@ pub(crate) async fn get(
         (status = 404, body = ErrorBody), (status = 410, body = ErrorBody)))]
 pub(crate) async fn events(
     State(state): State<AppState>,
-    Path(id): Path<String>,
+    PathId(id): PathId<TaskId>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let id: TaskId = path_id(&id)?;
     let last = headers.get("last-event-id").map(|value| value.to_str().unwrap_or("unreadable"));
     stream(&state, id, last)
 }
@@ -88,9 +86,9 @@ fn stream(state: &AppState, id: TaskId, last_event_id: Option<&str>) -> Result<R
     responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn cancel(
     State(state): State<AppState>,
-    Path(id): Path<String>,
+    PathId(id): PathId<TaskId>,
 ) -> Result<StatusCode, ApiError> {
-    let task_id: TaskId = path_id(&id)?;
+    let task_id = id;
     match state.control.call(move |reply| Event::Cancel { reply, task_id }).await? {
         Answer::Canceled => Ok(StatusCode::NO_CONTENT),
         other => Err(unexpected(&other)),

@@ -34,6 +34,8 @@ pub(crate) enum StartError {
     RuntimeDir(#[from] WatchError),
     #[error("the HTTP client cannot be made")]
     Client(#[from] reqwest::Error),
+    #[error("the control loop ended by a defect, see the log")]
+    LoopEnded,
     #[error("serving failed")]
     Serve(#[source] io::Error),
 }
@@ -73,10 +75,16 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let app = serve::with_layers(router::router(state), config.tokens);
     let server = tokio::spawn(serve::run(listener, app, stop.clone(), LINGER));
 
-    serve::stop_signal().await;
+    tokio::pin!(deciding);
+    tokio::select! {
+        () = serve::stop_signal() => {}
+        // Without its one owner nothing here can be trusted: whoever watches us starts us anew.
+        _ = &mut deciding => return Err(StartError::LoopEnded),
+    }
     tracing::info!("stopping: nothing new is admitted");
     control.tell(Event::Drain).await;
     finish_tasks(&control, config.shutdown_grace).await;
+    control.tell(Event::CutOff).await;
     if let Some(home) = home {
         home.leave(Duration::ZERO).await;
     }
@@ -91,10 +99,11 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     ended.map_or(Ok(()), |result| result.map_err(StartError::Serve))
 }
 
-/// Waits until no attempt runs, for `grace` at most.
+/// Waits until every task has ended, for `grace` at most.
 async fn finish_tasks(control: &Control, grace: Duration) {
     let finished = async {
-        while control.facts().await.is_ok_and(|facts| facts.running > 0) {
+        // A full mailbox is no answer: look again.
+        while control.facts().await.map_or(true, |facts| facts.running + facts.queued > 0) {
             tokio::time::sleep(LOOK_EVERY).await;
         }
     };

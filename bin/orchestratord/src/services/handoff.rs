@@ -92,7 +92,9 @@ impl Running {
         }
         self.stop.cancel();
         self.agent.stop().await;
-        let _ = tokio::join!(self.following, self.watching);
+        // A look at a dead mount may never end.
+        let both = async { tokio::join!(self.following, self.watching) };
+        let _ = tokio::time::timeout(Duration::from_secs(1), both).await;
     }
 }
 

@@ -88,6 +88,8 @@ impl NodeLink {
 #[derive(Debug)]
 pub(crate) struct HttpLink {
     streams: Client<HttpConnector, Full<Bytes>>,
+    /// Keeps no connections.
+    fresh: Client<HttpConnector, Full<Bytes>>,
     probes: reqwest::Client,
     authorization: Option<header::HeaderValue>,
 }
@@ -102,7 +104,8 @@ impl HttpLink {
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE_TIMEOUT)
             .pool_max_idle_per_host(256)
-            .build(connector);
+            .build(connector.clone());
+        let fresh = Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(connector);
         // No kept connections: a probe must show that a new one can be made.
         let probes = reqwest::Client::builder()
             .pool_max_idle_per_host(0)
@@ -115,25 +118,21 @@ impl HttpLink {
             value.set_sensitive(true);
             Some(value)
         });
-        Ok(Self { streams, probes, authorization })
+        Ok(Self { streams, fresh, probes, authorization })
     }
 
     async fn infer(&self, dispatch: &Dispatch, request: &InferRequest) -> Result<Taken, HowEnded> {
-        let body = serde_json::to_vec(request).expect("an infer request is always JSON");
-        let url = format!("{}{}", dispatch.address, routes::pool_infer(&dispatch.pool.pool_id));
-        let mut call = Request::post(url)
-            .header(header::CONTENT_TYPE, "application/json")
-            .header(headers::CORRELATION_ID, dispatch.task.to_string());
-        if let Some(value) = &self.authorization {
-            call = call.header(header::AUTHORIZATION, value);
-        }
-        let call = call
-            .body(Full::new(Bytes::from(body)))
-            .map_err(|error| HowEnded::NeverSent(format!("unusable address: {error}")))?;
-        let response = self.streams.request(call).await.map_err(|error| {
-            let reason = with_causes(&error);
-            if error.is_connect() { HowEnded::NeverSent(reason) } else { HowEnded::NoAnswer(reason) }
-        })?;
+        let body = Bytes::from(serde_json::to_vec(request).expect("an infer request is always JSON"));
+        let response = match self.streams.request(self.call(dispatch, body.clone())?).await {
+            Ok(response) => response,
+            Err(error) if error.is_connect() => return Err(HowEnded::NeverSent(with_causes(&error))),
+            // A kept connection may have died unseen: only a fresh one says something of the node.
+            // Should the node have taken the attempt after all, it refuses it now, at no cost.
+            Err(_) => self.fresh.request(self.call(dispatch, body)?).await.map_err(|error| {
+                let reason = with_causes(&error);
+                if error.is_connect() { HowEnded::NeverSent(reason) } else { HowEnded::NoAnswer(reason) }
+            })?,
+        };
         let status = response.status();
         if !status.is_success() {
             let limited = http_body_util::Limited::new(response.into_body(), MAX_ERROR_BYTES);
@@ -159,6 +158,17 @@ impl HttpLink {
             }
         });
         Ok(Taken { replica_id, report_seq, frames: Box::pin(frames) })
+    }
+
+    fn call(&self, dispatch: &Dispatch, body: Bytes) -> Result<Request<Full<Bytes>>, HowEnded> {
+        let url = format!("{}{}", dispatch.address, routes::pool_infer(&dispatch.pool.pool_id));
+        let mut call = Request::post(url)
+            .header(header::CONTENT_TYPE, "application/json")
+            .header(headers::CORRELATION_ID, dispatch.task.to_string());
+        if let Some(value) = &self.authorization {
+            call = call.header(header::AUTHORIZATION, value);
+        }
+        call.body(Full::new(body)).map_err(|error| HowEnded::NeverSent(format!("unusable address: {error}")))
     }
 
     async fn probe(&self, address: &str) -> Result<LiveAnswer, String> {

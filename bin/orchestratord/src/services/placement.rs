@@ -43,6 +43,7 @@ pub(crate) struct Facts {
     pub(crate) nodes: Vec<(Liveness, u32)>,
     pub(crate) queues: Vec<(ModelRef, Priority, usize)>,
     pub(crate) running: usize,
+    pub(crate) queued: usize,
     pub(crate) mass_silence: bool,
     pub(crate) draining: bool,
 }
@@ -273,6 +274,7 @@ impl Loop {
             nodes: self.core.registry().counts().into_iter().collect(),
             queues: self.core.queue_depths(),
             running: self.core.running(),
+            queued: self.core.queued(),
             mass_silence: self.core.registry().mass_silence_since().is_some(),
             draining: self.core.is_draining(),
         }

@@ -38,6 +38,8 @@ impl TaskStream {
 #[derive(Debug)]
 enum Kept {
     Stream(Arc<TaskStream>),
+    /// Its stream is whole, and counts for the room that ended ones take.
+    Ended(Arc<TaskStream>),
     /// The stream made room for newer ones.
     Evicted,
 }
@@ -69,7 +71,7 @@ impl Streams {
 
     pub(crate) fn get(&self, task: TaskId) -> Option<Arc<TaskStream>> {
         match self.shelf.lock().tasks.get(&task)? {
-            Kept::Stream(stream) => Some(Arc::clone(stream)),
+            Kept::Stream(stream) | Kept::Ended(stream) => Some(Arc::clone(stream)),
             Kept::Evicted => None,
         }
     }
@@ -95,10 +97,11 @@ impl Streams {
     /// The task's stream is whole: it counts for the room that ended ones take.
     pub(crate) fn ended(&self, task: TaskId) {
         let mut shelf = self.shelf.lock();
-        let size = match shelf.tasks.get(&task) {
-            Some(Kept::Stream(stream)) => stream.log.lock().len_bytes(),
-            _ => return,
-        };
+        // A cancel that crosses an end says so twice.
+        let Some(Kept::Stream(stream)) = shelf.tasks.get(&task) else { return };
+        let stream = Arc::clone(stream);
+        let size = stream.log.lock().len_bytes();
+        shelf.tasks.insert(task, Kept::Ended(stream));
         shelf.ended.push_back((task, size));
         shelf.ended_bytes += size;
         while shelf.ended_bytes > self.ended_bytes_at_most
@@ -135,7 +138,7 @@ impl Streams {
         let stream = match self.shelf.lock().tasks.get(&task) {
             None => return Err(ErrorBody::new(ErrorCode::NotFound, format!("no task {task}"))),
             Some(Kept::Evicted) => return Err(expired("the stream made room for newer ones")),
-            Some(Kept::Stream(stream)) => Arc::clone(stream),
+            Some(Kept::Stream(stream) | Kept::Ended(stream)) => Arc::clone(stream),
         };
         let next = match last_event_id {
             None => 0,

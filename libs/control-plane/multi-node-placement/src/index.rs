@@ -119,7 +119,12 @@ impl PoolIndex {
     /// Slots of all placeable pools of the model, busy ones included.
     pub fn slots_of(&self, model: &ModelRef) -> u32 {
         self.by_model.get(model).map_or(0, |pools| {
-            pools.placeable.iter().filter_map(|key| self.pools.get(key)).map(|c| c.slots_total).sum()
+            pools
+                .placeable
+                .iter()
+                .filter_map(|key| self.pools.get(key))
+                .map(|c| c.slots_total)
+                .fold(0, u32::saturating_add)
         })
     }
 

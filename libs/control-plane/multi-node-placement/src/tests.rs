@@ -36,12 +36,14 @@ fn shape<'a>(model: &'a ModelRef, tried: &'a [PoolKey]) -> TaskShape<'a> {
     TaskShape { model, engine: None, ctx: None, tried, may_repeat: true }
 }
 
+// CLOUD-1706
 #[test]
 fn the_pool_with_the_smallest_share_of_busy_slots_is_taken() {
     let index = index([pool("a", 3, 8), pool("b", 1, 4), pool("c", 1, 2)]);
     assert_eq!(choose(&index, &shape(&model("m"), &[])).unwrap().pool, key("b", "pool-0"));
 }
 
+// CLOUD-1707
 #[test]
 fn equal_shares_go_to_the_most_free_vram_and_then_to_the_key() {
     let with = |node, vram| Candidate { vram_free_bytes: vram, ..pool(node, 0, 4) };
@@ -52,6 +54,7 @@ fn equal_shares_go_to_the_most_free_vram_and_then_to_the_key() {
     assert_eq!(chosen(vec![with("b", Some(2)), with("a", Some(2))]), "a");
 }
 
+// CLOUD-1002
 #[test]
 fn the_same_pool_id_on_two_nodes_is_two_pools() {
     let index = index([pool("a", 4, 4), pool("b", 0, 4)]);
@@ -59,6 +62,7 @@ fn the_same_pool_id_on_two_nodes_is_two_pools() {
     assert_eq!(index.slots_of(&model("m")), 8);
 }
 
+// CLOUD-1708
 #[test]
 fn a_tried_pool_waits_for_an_untried_one_even_a_full_one() {
     let m = model("m");
@@ -67,6 +71,7 @@ fn a_tried_pool_waits_for_an_untried_one_even_a_full_one() {
     assert_eq!(choose(&index, &shape(&m, &tried)), Err(NoPlacement::Full));
 }
 
+// CLOUD-1709
 #[test]
 fn a_tried_pool_is_taken_again_after_the_backoff_when_nothing_else_fits() {
     let m = model("m");
@@ -79,6 +84,7 @@ fn a_tried_pool_is_taken_again_after_the_backoff_when_nothing_else_fits() {
     assert_eq!(choose(&index, &over).unwrap().pool, key("a", "pool-0"));
 }
 
+// CLOUD-1710
 #[test]
 fn unknown_context_fits_and_a_short_one_does_not() {
     let m = model("m");
@@ -88,6 +94,7 @@ fn unknown_context_fits_and_a_short_one_does_not() {
     assert_eq!(choose(&index, &long).unwrap().pool, key("b", "pool-0"));
 }
 
+// CLOUD-1712
 #[test]
 fn the_refusals_are_counted_for_people() {
     let m = model("m");
@@ -138,6 +145,7 @@ fn any_candidate() -> impl Strategy<Value = Candidate> {
 }
 
 proptest! {
+    // CLOUD-1711
     /// The index may be updated in any order; the choice is what a walk over all pools says.
     #[test]
     fn the_choice_agrees_with_the_walk_over_every_pool(

@@ -102,6 +102,8 @@ pub struct Registry {
     last_dial_failure: Option<Moment>,
     /// Pools whose hold ended by time since the last [`Registry::take_lifted_holds`].
     lifted_holds: Vec<PoolKey>,
+    /// Nodes that were dropped since the last [`Registry::take_forgotten`].
+    forgotten: Vec<NodeId>,
     /// Most nodes fell silent at once: nobody goes offline before one more timeout.
     mass_silence_since: Option<Moment>,
 }
@@ -116,6 +118,7 @@ impl Registry {
             models_reported: BTreeMap::new(),
             last_dial_failure: None,
             lifted_holds: Vec::new(),
+            forgotten: Vec::new(),
             mass_silence_since: None,
         }
     }
@@ -129,10 +132,10 @@ impl Registry {
     /// Takes a node in. A live id with another boot is a restart when it comes from the same
     /// address, and a conflict otherwise. The node is suspect until its address was dialled.
     pub fn register(&mut self, now: Moment, request: RegisterRequest) -> Result<Registered, NodeConflict> {
-        let known = self.nodes.get(&request.node_id);
-        if known.is_none() && self.nodes.len() >= MAX_NODES {
-            return Err(NodeConflict::TooMany);
+        if !self.nodes.contains_key(&request.node_id) && self.nodes.len() >= MAX_NODES {
+            self.forget_longest_offline().ok_or(NodeConflict::TooMany)?;
         }
+        let known = self.nodes.get(&request.node_id);
         if let Some(node) = known
             && node.request.boot_id != request.boot_id
             && node.request.address != request.address
@@ -171,6 +174,16 @@ impl Registry {
             self.nodes.insert(node_id, node);
         }
         Ok(Registered { epoch, ended })
+    }
+
+    /// Makes room: an offline node is worth less than one that wants to join.
+    fn forget_longest_offline(&mut self) -> Option<()> {
+        let offline = self.nodes.iter().filter_map(|(id, node)| Some((node.evidence.offline_since?, id)));
+        let (_, oldest) = offline.min()?;
+        let oldest = oldest.clone();
+        self.nodes.remove(&oldest);
+        self.forgotten.push(oldest);
+        Some(())
     }
 
     fn next_epoch(&mut self) -> Epoch {
@@ -343,6 +356,9 @@ impl Registry {
         for node in self.nodes.values_mut() {
             node.evidence.extend(stall, now);
         }
+        for reported in self.models_reported.values_mut() {
+            *reported = (*reported + stall).min(now);
+        }
     }
 
     /// Applies what time alone changes. Nodes that go offline keep their reservations until
@@ -379,8 +395,12 @@ impl Registry {
             }
         }
         self.review_mass_silence();
-        self.nodes.retain(|_, node| {
-            node.evidence.offline_since.is_none_or(|since| now < since + FORGET_OFFLINE_AFTER)
+        self.nodes.retain(|id, node| {
+            let keep = node.evidence.offline_since.is_none_or(|since| now < since + FORGET_OFFLINE_AFTER);
+            if !keep {
+                self.forgotten.push(id.clone());
+            }
+            keep
         });
         self.models_reported.retain(|_, at| now < *at + timing.node_timeout);
         for (node_id, node) in &mut self.nodes {
@@ -397,6 +417,11 @@ impl Registry {
     /// The pools whose hold ended by time.
     pub fn take_lifted_holds(&mut self) -> Vec<PoolKey> {
         std::mem::take(&mut self.lifted_holds)
+    }
+
+    /// The nodes that are not known any more, although they did not leave.
+    pub fn take_forgotten(&mut self) -> Vec<NodeId> {
+        std::mem::take(&mut self.forgotten)
     }
 
     /// How long a node may give no evidence of life: one timeout, or two while most are silent.

@@ -142,6 +142,7 @@ fn a_silent_node_is_suspect_after_two_intervals_and_offline_after_the_timeout() 
     assert_eq!(r.expire(at(5_000)), vec![Transition { node_id: node_id("a"), to: Liveness::Offline }]);
 }
 
+// CLOUD-1308
 #[test]
 fn node_returns_online_when_heartbeats_resume_after_expiry() {
     let mut r = registry();
@@ -193,6 +194,7 @@ fn a_live_id_from_another_address_is_a_conflict_and_from_the_same_a_restart() {
     assert_eq!(r.heartbeat(at(4), &node_id("a"), beat(&epoch, 2, &[])), Err(NodeNotKnown));
 }
 
+// CLOUD-1013
 #[test]
 fn an_offline_id_may_come_back_from_another_address() {
     let mut r = registry();
@@ -244,6 +246,7 @@ fn a_late_deregistration_of_an_old_epoch_has_no_effect() {
 }
 
 // CLOUD-1401
+// CLOUD-1408
 #[test]
 fn a_report_that_crossed_a_dispatch_does_not_free_the_slot() {
     let mut r = registry();
@@ -309,6 +312,7 @@ fn when_most_nodes_fall_silent_at_once_nobody_goes_offline_for_one_more_timeout(
     assert_eq!(r.expire(at(10_000)).len(), 4);
 }
 
+// CLOUD-1306
 #[test]
 fn mass_silence_with_a_failed_connection_is_not_ours() {
     let mut r = registry();
@@ -331,6 +335,7 @@ fn a_stall_of_the_control_plane_extends_every_lease() {
     assert_eq!(r.liveness(&node_id("a")), Some(Liveness::Online));
 }
 
+// CLOUD-1017
 #[test]
 fn what_one_node_says_never_changes_another() {
     let mut r = registry();
@@ -367,6 +372,7 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
 }
 
 proptest! {
+    // CLOUD-1409
     /// Reservations are counted until released exactly once, whatever the node reports.
     #[test]
     fn a_reserved_slot_is_never_free_and_a_released_one_never_reserved(actions in actions()) {

@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use pool_registry_types::pool::PoolReport;
+use pool_registry_types::pool::{PoolReport, ReplicaReport};
 use pool_registry_types::{AttemptId, Moment, PoolKey};
 
 /// The control plane's claim on a slot.
@@ -32,11 +32,16 @@ pub(crate) struct PoolBook {
 impl PoolBook {
     /// Slots of the replicas that take requests.
     pub(crate) fn slots_total(&self) -> u32 {
-        self.report.replicas.iter().filter(|r| r.ready).map(|r| r.slots_total).sum()
+        self.of_ready(|replica| replica.slots_total)
+    }
+
+    /// Sums over the ready replicas; a node may say any number.
+    fn of_ready(&self, of: fn(&ReplicaReport) -> u32) -> u32 {
+        self.report.replicas.iter().filter(|replica| replica.ready).map(of).fold(0, u32::saturating_add)
     }
 
     fn slots_foreign(&self) -> u32 {
-        self.report.replicas.iter().filter(|r| r.ready).map(|r| r.slots_foreign).sum()
+        self.of_ready(|replica| replica.slots_foreign)
     }
 
     /// |reported ∪ reserved| + foreign.

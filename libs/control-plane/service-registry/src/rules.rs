@@ -1,7 +1,7 @@
 //! The rules that carry the load, by name.
 //!
 //! Each rule can be switched off, one at a time, for one purpose: the simulator shows that its
-//! invariants notice. Production never sets one. Source: .specs/01 CLOUD-1900.
+//! invariants notice. Production never sets one. Source: .specs/01 CLOUD-1901.
 
 /// One rule of the control plane that must not be lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -45,6 +45,8 @@ pub enum CloseReason {
     NodeLeft,
     /// The node's report does not list it.
     Vanished,
+    /// The control plane ends.
+    CutOff,
     /// Only with [`crate::Rule::OwnLiveness`] switched off.
     Neighbour,
 }
@@ -95,6 +97,10 @@ pub fn judge(how: &HowEnded, closing: Option<CloseReason>, tokens_written: u64, 
     if closing == Some(CloseReason::Canceled) {
         return Outcome::Canceled;
     }
+    if closing == Some(CloseReason::CutOff) {
+        let message = "the control plane was shut down while the task was running";
+        return Outcome::Failed(ErrorBody::new(ErrorCode::Draining, message));
+    }
     let at = |code, message: String| ErrorBody::new(code, message).at(&engine.node_id, &engine.pool_id);
     let (cause, engine_died, error) = match how {
         HowEnded::Refused(_) => return Outcome::FreeRefusal,
@@ -111,6 +117,11 @@ pub fn judge(how: &HowEnded, closing: Option<CloseReason>, tokens_written: u64, 
             (ErrorCode::PoolUnready | ErrorCode::ReplicaExhausted, _) if tokens_written == 0 => {
                 return Outcome::FreeRefusal;
             }
+            // What is wrong with the request is wrong on every node.
+            (
+                code @ (ErrorCode::InvalidParams | ErrorCode::PayloadTooLarge | ErrorCode::Unsupported),
+                None,
+            ) => return Outcome::Failed(at(code, body.message.clone())),
             (code, Some(EndCause::Engine4xx)) => return Outcome::Failed(at(code, body.message.clone())),
             (_, cause) => {
                 let died = matches!(cause, Some(EndCause::EngineDied | EndCause::EngineTimeout));
@@ -145,7 +156,7 @@ pub fn judge(how: &HowEnded, closing: Option<CloseReason>, tokens_written: u64, 
                 Some(CloseReason::NodeLeft) => "the node left",
                 Some(CloseReason::Vanished) => "the node does not run it any more",
                 Some(CloseReason::Neighbour) => "a neighbour's stream broke",
-                Some(CloseReason::Canceled) | None => "the attempt was closed",
+                Some(CloseReason::Canceled | CloseReason::CutOff) | None => "the attempt was closed",
             };
             (reason.to_owned(), false, ErrorCode::WorkerReset)
         }

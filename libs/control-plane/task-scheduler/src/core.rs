@@ -42,6 +42,8 @@ const REPORT_PATIENCE: Duration = Duration::from_secs(2);
 const STALL: Duration = Duration::from_secs(1);
 /// Most ended tasks that are kept for readers; beyond, the oldest goes.
 pub const MAX_RETAINED_TASKS: usize = 10_000;
+/// Attempts of a task that are kept for readers; beyond, refused ones are not.
+const MAX_RECORDS: usize = 32;
 /// Weight of the newest service time in the running mean.
 const SERVICE_TIME_WEIGHT: f64 = 0.2;
 /// What a client is told to wait when nothing was measured yet.
@@ -122,6 +124,7 @@ struct Task {
     engine_deaths: u32,
     tried: Vec<PoolKey>,
     attempts: Vec<AttemptRecord>,
+    dispatches: u32,
     cancel_waits: Vec<ReplyTo>,
 }
 
@@ -192,7 +195,9 @@ impl ControlCore {
         if let Some(armed) = self.armed
             && now > armed + STALL
         {
-            self.registry.stalled(now, now.since(armed));
+            let stall = now.since(armed);
+            self.registry.stalled(now, stall);
+            self.started = self.started.map(|at| (at + stall).min(now));
             self.counters.stalls += 1;
         }
         match event {
@@ -229,6 +234,7 @@ impl ControlCore {
             }
             Event::Timer => {}
             Event::Drain => self.draining = true,
+            Event::CutOff => self.cut_off(now, &mut effects),
         }
         self.pass_time(now, &mut effects);
         self.place(now, &mut effects);
@@ -342,6 +348,10 @@ impl ControlCore {
     }
 
     fn sync_pool(&mut self, key: &PoolKey) {
+        // Who avoids a pool that failed it may take that one again once the others are out.
+        if let Some(before) = self.index.get(key) {
+            self.stirred.extend(before.models.iter().cloned());
+        }
         let Some(facts) = self.registry.pool_facts(key) else {
             self.index.remove(key);
             if let Some(keys) = self.indexed.get_mut(&key.node_id) {
@@ -434,11 +444,12 @@ impl ControlCore {
             engine_deaths: 0,
             tried: Vec::new(),
             attempts: Vec::new(),
+            dispatches: 0,
             cancel_waits: Vec::new(),
         };
         self.tasks.insert(id, task);
         effects.push(Effect::OpenLog { task: id, log });
-        self.enqueue(now, id);
+        self.enqueue(now, id, now + self.policy.queue_timeout);
         Some((to, id))
     }
 
@@ -477,10 +488,9 @@ impl ControlCore {
         )
     }
 
-    fn enqueue(&mut self, now: Moment, id: TaskId) {
+    fn enqueue(&mut self, now: Moment, id: TaskId, bound: Moment) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         task.stage = Stage::Queued;
-        let bound = now + self.policy.queue_timeout;
         task.wait_until = task.deadline.map_or(bound, |deadline| deadline.min(bound));
         self.alarms.insert((task.wait_until, id));
         if task.not_before > now {
@@ -511,6 +521,27 @@ impl ControlCore {
                 self.close(now, attempt, CloseReason::Canceled, effects);
             }
         }
+    }
+
+    /// The daemon ends: every task that has not ended gets its terminal event.
+    fn cut_off(&mut self, now: Moment, effects: &mut Vec<Effect>) {
+        self.draining = true;
+        let queued: Vec<TaskId> = self
+            .tasks
+            .iter()
+            .filter(|(_, task)| matches!(task.stage, Stage::Queued))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in queued {
+            self.leave_queue(id);
+            let error = ErrorBody::new(
+                ErrorCode::Draining,
+                "the control plane was shut down before the task started",
+            );
+            self.fail(now, id, error, effects);
+        }
+        let running: Vec<AttemptId> = self.attempts.keys().copied().collect();
+        self.close_all(now, &running, CloseReason::CutOff, effects);
     }
 
     fn leave_queue(&mut self, id: TaskId) {
@@ -597,7 +628,7 @@ impl ControlCore {
     fn close(&mut self, now: Moment, id: AttemptId, why: CloseReason, effects: &mut Vec<Effect>) {
         let Some(attempt) = self.attempts.get_mut(&id) else { return };
         let closing = attempt.closing.is_some();
-        if !closing || why == CloseReason::Canceled {
+        if !closing || matches!(why, CloseReason::Canceled | CloseReason::CutOff) {
             attempt.closing = Some(why);
         }
         if closing {
@@ -647,7 +678,9 @@ impl ControlCore {
                     self.registry.want_probe(now, &node_id);
                 }
             }
-            HowEnded::NodeError(error) if error.code == ErrorCode::PoolUnready => {
+            HowEnded::NodeError(error)
+                if matches!(error.code, ErrorCode::PoolUnready | ErrorCode::ReplicaExhausted) =>
+            {
                 self.registry.hold(&attempt.pool, now + HOLD);
             }
             _ => {}
@@ -682,7 +715,12 @@ impl ControlCore {
             Outcome::Failed(error) => self.fail(now, id_of_task, error, effects),
             Outcome::FreeRefusal | Outcome::FreeReplace => {
                 self.counters.replaced += u64::from(outcome == Outcome::FreeReplace);
-                self.enqueue(now, id_of_task);
+                // What costs no try must not go on for ever: the wait goes on where it was.
+                let wait_until = task.wait_until;
+                if task.attempts.len() > MAX_RECORDS {
+                    task.attempts.retain(|record| record.id != id);
+                }
+                self.enqueue(now, id_of_task, wait_until);
             }
             Outcome::Retry { engine_died, error } => {
                 task.tries += 1;
@@ -699,7 +737,7 @@ impl ControlCore {
                 } else {
                     task.not_before = now + RETRY_BACKOFF * 2_u32.pow(tries - 1);
                     self.counters.replaced += 1;
-                    self.enqueue(now, id_of_task);
+                    self.enqueue(now, id_of_task, now + self.policy.queue_timeout);
                 }
             }
         }
@@ -726,6 +764,9 @@ impl ControlCore {
                 let attempts = self.registry.attempts_of(&transition.node_id);
                 self.close_all(now, &attempts, CloseReason::NodeOffline, effects);
             }
+        }
+        for node_id in self.registry.take_forgotten() {
+            self.sync_node(&node_id);
         }
         for pool in self.registry.take_lifted_holds() {
             self.sync_pool(&pool);
@@ -824,6 +865,7 @@ impl ControlCore {
         let Some(request) = task.request.clone() else { return };
         task.stage = Stage::Running(attempt);
         task.last_dispatch = Some(now);
+        task.dispatches += 1;
         task.attempts.push(AttemptRecord {
             id: attempt,
             pool: pool.clone(),
@@ -838,7 +880,7 @@ impl ControlCore {
             address,
             boot_id,
             first_index: 0,
-            attempt_number: u32::try_from(task.attempts.len()).unwrap_or(u32::MAX),
+            attempt_number: task.dispatches,
             queue_wait_ms: now.millis_since(task.admitted),
             deadlines,
             task_deadline: task.deadline,

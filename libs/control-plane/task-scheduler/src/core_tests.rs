@@ -189,6 +189,7 @@ fn batch() -> TaskRequest {
     TaskRequest { priority: Priority::Batch, ..task() }
 }
 
+// CLOUD-1705
 #[test]
 fn a_task_is_placed_in_the_apply_that_brings_the_pool() {
     let mut b = Bench::new();
@@ -275,6 +276,7 @@ fn a_task_with_tokens_ends_with_worker_reset_when_its_stream_breaks() {
     assert_eq!(b.dispatches.len(), 1);
 }
 
+// CLOUD-1511
 #[test]
 fn one_broken_stream_does_not_end_its_neighbours() {
     let mut b = Bench::new();
@@ -300,6 +302,54 @@ fn refusals_cost_no_try_and_the_pool_rests_for_a_moment() {
         assert_eq!(b.dispatches.len(), n + 2);
     }
     assert!(!b.terminal.contains_key(&id));
+}
+
+#[test]
+fn refusals_without_end_end_with_the_wait_that_a_task_may_have() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    let (id, _) = b.submit(task());
+    while !b.terminal.contains_key(&id) {
+        let attempt = b.last_dispatch().attempt;
+        let busy = ErrorBody::new(ErrorCode::ReplicaExhausted, "the engine answered 429");
+        b.end(attempt, 0, HowEnded::NodeError(busy));
+        let seq = b.now + 2;
+        b.advance_to(b.now + 250);
+        b.beat("a", seq, 1, &[]);
+    }
+    assert_eq!(b.terminal[&id], ErrorCode::DeadlineExceeded);
+    assert!(b.now >= 600_000 && b.now < 601_000, "{}", b.now);
+    assert!(b.core.task_view(at(b.now), id).unwrap().attempts.len() <= 33);
+}
+
+#[test]
+fn a_tried_pool_is_taken_again_when_the_untried_one_goes() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.join("b", 1);
+    b.submit(task()).1.unwrap();
+    b.submit(task()).1.unwrap();
+    let first = b.dispatches[0].clone();
+    b.end(first.attempt, 0, HowEnded::Broken("reset".into()));
+    b.advance_to(1_000);
+    assert_eq!(b.dispatches.len(), 2, "the untried pool is full, and waited for");
+    let other = b.dispatches[1].pool.node_id.clone();
+    let reply = b.reply();
+    b.apply(Event::Deregister { reply, node_id: other, epoch: None });
+    assert_eq!(b.last_dispatch().pool, first.pool);
+}
+
+#[test]
+fn a_control_plane_that_ends_gives_every_task_its_terminal_event() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    let (running, _) = b.submit(task());
+    let (queued, _) = b.submit(task());
+    b.apply(Event::CutOff);
+    assert_eq!(b.terminal[&queued], ErrorCode::Draining);
+    assert_eq!(b.closed, vec![b.dispatches[0].attempt]);
+    b.end(b.dispatches[0].attempt, 0, HowEnded::Closed);
+    assert_eq!(b.terminal[&running], ErrorCode::Draining);
 }
 
 // CLOUD-1502
@@ -335,7 +385,7 @@ fn a_task_that_killed_two_engines_is_not_given_a_third() {
     assert_eq!(b.terminal[&id], ErrorCode::PoolUnavailable);
 }
 
-// CLOUD-1507
+// CLOUD-1509
 #[test]
 fn a_connection_that_was_never_made_costs_no_try_and_makes_the_node_suspect() {
     let mut b = Bench::new();
@@ -349,6 +399,7 @@ fn a_connection_that_was_never_made_costs_no_try_and_makes_the_node_suspect() {
     assert_ne!(b.node_of(0), b.node_of(1));
 }
 
+// CLOUD-1510
 #[test]
 fn a_reset_before_the_headers_makes_the_node_suspect_and_costs_a_try() {
     let mut b = Bench::new();
@@ -378,7 +429,7 @@ fn a_report_that_overtook_the_end_of_a_stream_waits_for_it() {
     assert_eq!(b.closed, vec![attempt]);
 }
 
-// CLOUD-1601
+// CLOUD-1604
 #[test]
 fn a_lost_nodes_task_is_placed_again_only_after_its_log_is_fenced() {
     let mut b = Bench::new();
@@ -412,6 +463,7 @@ fn a_cancel_is_answered_after_the_log_is_fenced() {
     assert_eq!(b.replies[&again], Ok(Answer::Canceled));
 }
 
+// CLOUD-1802
 #[test]
 fn a_cancel_that_comes_after_the_end_changes_nothing() {
     let mut b = Bench::new();
@@ -466,6 +518,7 @@ fn the_same_task_id_attaches_with_the_same_body_and_conflicts_with_another() {
     assert_eq!(b.core.counters().submitted, 1);
 }
 
+// CLOUD-1003
 #[test]
 fn a_node_that_restarted_ends_its_old_attempts() {
     let mut b = Bench::new();
@@ -477,6 +530,7 @@ fn a_node_that_restarted_ends_its_old_attempts() {
     assert_eq!(b.closed, vec![b.dispatches[0].attempt]);
 }
 
+// CLOUD-1206
 #[test]
 fn ended_tasks_are_forgotten_after_the_retention() {
     let mut b = Bench::new();
@@ -489,6 +543,7 @@ fn ended_tasks_are_forgotten_after_the_retention() {
     assert!(b.core.task_view(at(b.now), id).is_none());
 }
 
+// CLOUD-1207
 #[test]
 fn a_draining_control_plane_admits_nothing_new() {
     let mut b = Bench::new();
@@ -497,6 +552,7 @@ fn a_draining_control_plane_admits_nothing_new() {
     assert_eq!(b.submit(task()).1.unwrap_err().code, ErrorCode::Draining);
 }
 
+// CLOUD-1018
 #[test]
 fn two_lives_of_the_control_plane_give_different_attempt_ids() {
     let ids = |incarnation| {

@@ -74,6 +74,8 @@ pub enum Event {
     Timer,
     /// The control plane shuts down: nothing new is admitted.
     Drain,
+    /// The grace is over: what has not ended gets its terminal event now.
+    CutOff,
 }
 
 /// Something is to be done. Effects of one `apply` are carried out in their order.

@@ -165,6 +165,7 @@ mod tests {
         assert_eq!(log.read_from(0).bytes, b"ac");
     }
 
+    // CLOUD-1605
     #[test]
     fn an_index_out_of_order_is_refused() {
         let mut log = log();
@@ -186,6 +187,7 @@ mod tests {
         assert_eq!(log.read_from(2), Read { bytes: b"", next: 2, finished: true });
     }
 
+    // CLOUD-1603
     #[test]
     fn a_stream_is_bounded() {
         let mut log = log();
@@ -195,6 +197,7 @@ mod tests {
     }
 
     proptest! {
+        // CLOUD-1606
         #[test]
         fn a_reader_that_resumes_at_any_index_sees_each_frame_once(
             frames in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..5), 0..20),

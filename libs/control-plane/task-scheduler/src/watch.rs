@@ -159,6 +159,7 @@ mod tests {
         assert_eq!(w.overdue(at(120)), Some(Overdue::TokenIdle));
     }
 
+    // CLOUD-1512
     #[test]
     fn the_tasks_deadline_ends_every_phase() {
         let mut w = watch(Some(3));

@@ -11,6 +11,8 @@ pub struct Stamp {
     pub modified: Option<SystemTime>,
     pub len: u64,
     pub inode: u64,
+    /// When its content, owner or mode last changed: seconds and nanoseconds.
+    pub status_changed: (i64, i64),
 }
 
 /// One file at one look.
@@ -50,7 +52,10 @@ pub struct Folder {
 impl Folder {
     /// Whether the content of this version is known already, so that it need not be read.
     pub fn knows(&self, file: &str, stamp: &Stamp) -> bool {
-        self.entries.get(file).is_some_and(|entry| entry.stamp == *stamp)
+        self.entries.get(file).is_some_and(|entry| {
+            // What could not be read may be readable now.
+            entry.stamp == *stamp && !matches!(entry.content, Err(Fault::Unreadable(_)))
+        })
     }
 
     /// The valid files, with their stamps.
@@ -135,7 +140,11 @@ mod tests {
     }
 
     fn seen(len: u64, content: Result<Handoff, Fault>) -> Seen {
-        Seen { file: "pool-0-r0.json".into(), stamp: Stamp { modified: None, len, inode: 1 }, content }
+        Seen {
+            file: "pool-0-r0.json".into(),
+            stamp: Stamp { modified: None, len, inode: 1, status_changed: (0, 0) },
+            content,
+        }
     }
 
     fn names(changes: &[Change]) -> Vec<&'static str> {
@@ -175,10 +184,14 @@ mod tests {
         let mut folder = Folder::default();
         folder.look(vec![seen(1, Ok(handoff(1)))], &|_| true);
         assert_eq!(names(&folder.process_gone("pool-0-r0.json", 7)), ["unbound", "faulty"]);
-        assert!(folder.knows("pool-0-r0.json", &Stamp { modified: None, len: 1, inode: 1 }));
+        assert!(
+            folder
+                .knows("pool-0-r0.json", &Stamp { modified: None, len: 1, inode: 1, status_changed: (0, 0) })
+        );
         assert_eq!(names(&folder.look(vec![seen(2, Ok(handoff(1)))], &|_| true)), ["bound"]);
     }
 
+    // CLOUD-2009
     #[test]
     fn a_faulty_file_that_goes_is_cleared() {
         let mut folder = Folder::default();

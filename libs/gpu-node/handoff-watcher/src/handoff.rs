@@ -198,6 +198,7 @@ mod tests {
         }
     }
 
+    // CLOUD-2007
     #[test]
     fn other_hosts_are_taken_when_they_are_allowed() {
         let hosts = EngineHosts::parse("gpu-box, 10.0.0.5");

@@ -10,9 +10,20 @@ const TICKS_PER_SECOND: u64 = 100;
 /// A file may be written this much before its process shows, by the clocks' granularity.
 const SLACK: Duration = Duration::from_secs(2);
 
-/// When a process started, in ticks since the machine's boot; nothing when there is none.
-pub fn start_ticks(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+/// When a process started, in ticks since the machine's boot; nothing when there is none. An
+/// error says only that it could not be found out.
+pub fn start_ticks(pid: u32) -> std::io::Result<Option<u64>> {
+    match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Ok(stat) => Ok(parse_start(&stat)),
+        // A process that ends while it is read is "no such process" (3).
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound || error.raw_os_error() == Some(3) => {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn parse_start(stat: &str) -> Option<u64> {
     // The command's name may hold spaces and brackets: the fields after it start at the last bracket.
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
     if fields.next()? == "Z" {
@@ -38,14 +49,15 @@ mod tests {
 
     #[test]
     fn this_process_has_started_and_no_process_has_the_largest_id() {
-        let ticks = start_ticks(std::process::id()).unwrap();
+        let ticks = start_ticks(std::process::id()).unwrap().unwrap();
         assert!(ticks > 0);
-        assert_eq!(start_ticks(u32::MAX), None);
+        assert_eq!(start_ticks(u32::MAX).unwrap(), None);
     }
 
+    // CLOUD-2005
     #[test]
     fn a_process_that_started_long_after_the_file_is_not_its_own() {
-        let ticks = start_ticks(std::process::id()).unwrap();
+        let ticks = start_ticks(std::process::id()).unwrap().unwrap();
         assert!(is_older_than(ticks, SystemTime::now()));
         assert!(!is_older_than(ticks, SystemTime::UNIX_EPOCH + Duration::from_secs(1)));
     }

@@ -121,7 +121,9 @@ impl Looker {
                 }
             }
             Err(error) => {
-                tracing::warn!(%error, dir = %self.dir.display(), "the runtime directory cannot be read")
+                // A passing trouble of the file system says nothing about the engines.
+                tracing::warn!(%error, dir = %self.dir.display(), "the runtime directory cannot be read");
+                return Vec::new();
             }
         }
         for seen in &changed {
@@ -139,7 +141,12 @@ impl Looker {
         let real = path.canonicalize().ok();
         let inside = real.as_ref().is_some_and(|real| real.parent() == Some(self.dir.as_path()));
         let meta = std::fs::metadata(&path).unwrap_or(link);
-        let stamp = Stamp { modified: meta.modified().ok(), len: meta.len(), inode: meta.ino() };
+        let stamp = Stamp {
+            modified: meta.modified().ok(),
+            len: meta.len(),
+            inode: meta.ino(),
+            status_changed: (meta.ctime(), meta.ctime_nsec()),
+        };
         if self.folder.knows(file, &stamp) {
             return Some(None);
         }
@@ -160,7 +167,7 @@ impl Looker {
         let mut gone = Vec::new();
         for (file, stamp, handoff) in self.folder.bound() {
             let Some(pid) = handoff.pid else { continue };
-            let ticks = process::start_ticks(pid);
+            let Ok(ticks) = process::start_ticks(pid) else { continue };
             let same = match (ticks, self.started.get(file)) {
                 (None, _) => false,
                 (Some(ticks), Some(first)) => ticks == *first,
@@ -205,7 +212,7 @@ mod tests {
         (watcher.start(stop.clone()).0, stop)
     }
 
-    // CLOUD-2003
+    // CLOUD-2006
     #[tokio::test]
     async fn files_are_seen_at_the_start_when_renamed_in_rewritten_and_removed() {
         let dir = tempfile::tempdir().unwrap();

@@ -17,7 +17,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::core::{BindError, Health, Identity, NodeCore, NodeEffect, ReplicaSpec};
+use crate::core::{BindError, Health, Identity, NodeCore, NodeEffect, Readiness, ReplicaSpec};
 use crate::gpu::GpuProbe;
 use crate::replica;
 
@@ -97,6 +97,10 @@ impl Agent {
                     let mut replicas = self.replicas.lock();
                     if let Some(before) = replicas.insert(handoff.name(), stop.clone()) {
                         before.cancel();
+                        // What the old words bound serves nothing until the new ones are proven.
+                        let readiness = Readiness::Failed("its handoff was rewritten".into());
+                        let health = Health { readiness, busy: None };
+                        self.observed(&handoff.pool_id, &handoff.replica_id, health);
                     }
                 }
                 self.tracker.spawn(replica::watch(Arc::clone(self), handoff, stop));
@@ -160,6 +164,10 @@ impl Agent {
 
     pub(crate) fn unbind(&self, pool_id: &PoolId, replica_id: &ReplicaId) {
         self.change(|core, now| core.unbind(now, pool_id, replica_id));
+    }
+
+    pub(crate) fn settled(&self, attempt: &AttemptId) {
+        self.change(|core, now| core.settled(now, attempt));
     }
 
     pub(crate) fn observed(&self, pool_id: &PoolId, replica_id: &ReplicaId, health: Health) {

@@ -20,12 +20,13 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::Agent;
-use crate::core::{Ask, Health};
+use crate::core::{Ask, Health, Readiness};
 use crate::engines::{self, Reader, Said};
 
 /// Pause between two comments.
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(1);
-/// How long the slot of a dropped attempt is kept at most, where the engine cannot tell.
+/// How long the slot of a dropped attempt is kept at most: an engine that is busy with others
+/// cannot tell that it is done with this one.
 const SETTLE_AT_MOST: Duration = Duration::from_millis(500);
 const SETTLE_LOOK_EVERY: Duration = Duration::from_millis(25);
 
@@ -97,7 +98,7 @@ impl Slot {
 
     /// The engine cannot be reached: said before the attempt's end, so that nothing is sent there.
     fn engine_gone(&self, reason: String) {
-        let health = Health { ready: Err(reason), busy: None };
+        let health = Health { readiness: Readiness::Failed(reason), busy: None };
         self.agent.observed(&self.pool_id, &self.replica_id, health);
     }
 }
@@ -121,7 +122,7 @@ async fn settle(agent: Arc<Agent>, attempt: AttemptId, engine: EngineKind, url: 
             break;
         }
     }
-    agent.core.lock().settled(&attempt);
+    agent.settled(&attempt);
 }
 
 impl Agent {

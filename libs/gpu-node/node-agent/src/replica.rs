@@ -7,47 +7,57 @@ use handoff_watcher::Handoff;
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::Agent;
-use crate::core::{Health, ReplicaSpec};
-use crate::engines::{self, EngineFacts};
+use crate::core::{Health, Readiness, ReplicaSpec};
+use crate::engines::{self, EngineFacts, NotReady};
 
 /// Pause between two looks at an engine that is not ready.
 const LOOK_EVERY_UNREADY: Duration = Duration::from_millis(250);
-/// Pause between two looks at a ready one. Its death is noticed earlier, by the streams.
+/// Pause between two looks at a ready one. A stream that cannot reach it says so earlier.
 const LOOK_EVERY_READY: Duration = Duration::from_secs(1);
 
 /// Looks at the engine until `stop`. Whoever stops it unbinds the replica.
 pub(crate) async fn watch(agent: Arc<Agent>, handoff: Handoff, stop: CancellationToken) {
     let (pool_id, replica_id) = (handoff.pool_id.clone(), handoff.replica_id.clone());
-    let mut bound = false;
-    let mut last_problem = None;
+    // A handoff that says everything binds before its engine answers: the pool is loading then.
+    let mut bound = bind(&agent, &handoff, EngineFacts::default(), &stop).is_ok();
+    let mut last = None;
     loop {
         let looked = tokio::select! {
             () = stop.cancelled() => break,
             looked = engines::probe(agent.client(), handoff.engine, &handoff.url) => looked,
         };
-        let (problem, busy) = match looked {
+        let (readiness, busy) = match looked {
             Ok((facts, busy)) if !bound => match bind(&agent, &handoff, facts, &stop) {
                 Ok(()) => {
                     bound = true;
-                    (None, busy)
+                    (Readiness::Ready, busy)
                 }
-                Err(why) => (Some(why), None),
+                Err(why) => (Readiness::Failed(why), None),
             },
-            Ok((_, busy)) => (None, busy),
-            Err(why) => (Some(why), None),
+            Ok((_, busy)) => (Readiness::Ready, busy),
+            Err(NotReady::Loading) => (Readiness::Loading, None),
+            Err(NotReady::Failed(why)) => (Readiness::Failed(why), None),
         };
-        let ready = problem.is_none();
-        if last_problem != problem {
-            match &problem {
-                Some(reason) => tracing::warn!(%pool_id, %replica_id, reason, "the replica is not ready"),
-                None => tracing::info!(%pool_id, %replica_id, url = handoff.url, "the replica is ready"),
+        let ready = readiness == Readiness::Ready;
+        if last.as_ref() != Some(&readiness) {
+            match &readiness {
+                Readiness::Failed(reason) => {
+                    tracing::warn!(%pool_id, %replica_id, reason, "the replica is not ready")
+                }
+                Readiness::Loading => tracing::info!(%pool_id, %replica_id, "the engine is loading"),
+                Readiness::Ready => {
+                    tracing::info!(%pool_id, %replica_id, url = handoff.url, "the replica is ready")
+                }
             }
-            agent.set_binding_problem(&handoff.name(), problem.clone().filter(|_| !bound));
-            last_problem = problem.clone();
+            let problem = match &readiness {
+                Readiness::Failed(reason) => Some(reason.clone()),
+                Readiness::Ready | Readiness::Loading => None,
+            };
+            agent.set_binding_problem(&handoff.name(), problem);
+            last = Some(readiness.clone());
         }
         if bound {
-            let health = Health { ready: problem.map_or(Ok(()), Err), busy };
-            agent.observed_unless(&stop, &pool_id, &replica_id, health);
+            agent.observed_unless(&stop, &pool_id, &replica_id, Health { readiness, busy });
         }
         let pause = if ready { LOOK_EVERY_READY } else { LOOK_EVERY_UNREADY };
         tokio::select! {

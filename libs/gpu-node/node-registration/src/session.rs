@@ -11,7 +11,7 @@ use pool_registry_types::{Epoch, ErrorBody, ErrorCode, Moment};
 
 /// First pause after a failed call; doubles up to the heartbeat interval.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-/// Changes within this span go into one report. Source: .specs/01 CLOUD-1010.
+/// Changes within this span go into one report. Source: .specs/01 CLOUD-1011.
 const COALESCE: Duration = Duration::from_millis(50);
 
 /// What the shell is to do now. One call is under way at a time.
@@ -247,6 +247,7 @@ mod tests {
         assert_eq!(s.next_action(at(50)), Some(Action::Register));
     }
 
+    // CLOUD-1015
     #[test]
     fn pauses_grow_and_never_exceed_the_interval() {
         let mut s = session();
@@ -262,6 +263,7 @@ mod tests {
         assert!(last >= 9_000);
     }
 
+    // CLOUD-1014
     #[test]
     fn a_conflict_is_tried_again_at_the_interval_and_is_shown() {
         let mut s = session();
@@ -271,6 +273,7 @@ mod tests {
         assert!(s.problem().unwrap().contains("NODE_ID_CONFLICT"));
     }
 
+    // CLOUD-1011
     #[test]
     fn changes_go_into_one_report_within_50_ms() {
         let mut s = registered();
@@ -281,6 +284,7 @@ mod tests {
         assert_eq!(s.next_deadline(), Some(at(150)));
     }
 
+    // CLOUD-1011
     #[test]
     fn a_change_while_a_report_is_under_way_makes_another() {
         let mut s = registered();
@@ -296,6 +300,7 @@ mod tests {
         assert_eq!(late.next_deadline(), Some(at(60)), "its moment has passed: it goes now");
     }
 
+    // CLOUD-1016
     #[test]
     fn leaving_deregisters_once_and_an_unregistered_session_just_ends() {
         let mut s = registered();

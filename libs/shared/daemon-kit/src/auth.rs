@@ -176,6 +176,7 @@ mod tests {
         assert_eq!(code(&tokens, &["Bearer first-token", "Bearer first-token"]), Some(ErrorCode::BadToken));
     }
 
+    // CLOUD-1111
     #[test]
     fn a_short_or_empty_token_stops_the_start() {
         for bad in ["short", "", " , ", "with space", "tökenxxxxx"] {
@@ -184,6 +185,7 @@ mod tests {
         assert!(Tokens::load(None, None).unwrap().is_empty());
     }
 
+    // CLOUD-1112
     #[test]
     fn tokens_are_not_printed() {
         let tokens = Tokens::load(Some("very-secret"), None).unwrap();

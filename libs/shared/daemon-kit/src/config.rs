@@ -43,16 +43,16 @@ fn distance(a: &str, b: &str) -> usize {
 }
 
 /// Reads a daemon's settings from flags and environment. Returns them with the text of what is
-/// in force; warns of misspelt variables with one of the prefixes. `Err`: what was wrong, or the
+/// in force; warns of misspelt variables with one of the prefixes, other than the `foreign`. `Err`: what was wrong, or the
 /// help that was asked for, is printed, and this is the status to exit with.
-pub fn parse<S: clap::Parser>(prefixes: &[&str]) -> Result<(S, String), ExitCode> {
+pub fn parse<S: clap::Parser>(prefixes: &[&str], foreign: &[&str]) -> Result<(S, String), ExitCode> {
     let command = S::command();
     let parsed = command.clone().try_get_matches().and_then(|matches| {
         let settings = S::from_arg_matches(&matches)?;
         Ok((settings, describe(&command, &matches)))
     });
     let known = variables(&command);
-    let known: Vec<&str> = known.iter().map(String::as_str).collect();
+    let known: Vec<&str> = known.iter().map(String::as_str).chain(foreign.iter().copied()).collect();
     let set = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
     for (name, nearest) in misspelt(prefixes, &known, set) {
         eprintln!("{name}: no setting has this name, is {nearest} meant?");
@@ -115,6 +115,7 @@ pub fn is_loopback(addr: SocketAddr) -> bool {
 mod tests {
     use super::*;
 
+    // CLOUD-2103
     #[test]
     fn a_misspelt_variable_is_named_with_its_nearest() {
         let known = ["ORCHESTRATORD_ADDR", "ORCHESTRATORD_NODE_TIMEOUT_SECS"];

@@ -1,31 +1,69 @@
-//! A JSON body as a value, or an error that names the field.
+//! Bodies and path ids as values, or an error that names the field.
 
-use axum::extract::{FromRequest, Request};
+use std::fmt::Display;
+use std::str::FromStr;
+
+use axum::extract::{FromRequest, FromRequestParts, Path, Request};
+use axum::http::request::Parts;
 use pool_registry_types::ErrorCode;
-use pool_registry_types::task::MAX_BODY_BYTES;
+use pool_registry_types::task::{INFER_OVERHEAD_BYTES, MAX_BODY_BYTES};
 use serde::de::DeserializeOwned;
 
 use crate::answer::ApiError;
 
-/// The parsed body of a request.
+/// The parsed body of a request of a client.
 #[derive(Debug)]
 pub struct Body<T>(pub T);
+
+/// The parsed body of the hop to a node, which wraps a client's.
+#[derive(Debug)]
+pub struct WrappedBody<T>(pub T);
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
-        let bytes = axum::body::to_bytes(request.into_body(), MAX_BODY_BYTES).await.map_err(|error| {
-            let too_large = std::error::Error::source(&error)
-                .is_some_and(|cause| cause.to_string().contains("length limit"));
-            if too_large {
-                let message = format!("the body is longer than {MAX_BODY_BYTES} bytes");
-                ApiError::new(ErrorCode::PayloadTooLarge, message)
-            } else {
-                ApiError::new(ErrorCode::InvalidParams, "the body was cut off")
-            }
-        })?;
-        parse(&bytes).map(Self)
+        read(request, MAX_BODY_BYTES).await.map(Self)
+    }
+}
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for WrappedBody<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
+        read(request, MAX_BODY_BYTES + INFER_OVERHEAD_BYTES).await.map(Self)
+    }
+}
+
+async fn read<T: DeserializeOwned>(request: Request, at_most: usize) -> Result<T, ApiError> {
+    let bytes = axum::body::to_bytes(request.into_body(), at_most).await.map_err(|error| {
+        let cause = std::error::Error::source(&error);
+        if cause.is_some_and(|cause| cause.to_string().contains("length limit")) {
+            ApiError::new(ErrorCode::PayloadTooLarge, format!("the body is longer than {at_most} bytes"))
+        } else {
+            ApiError::new(ErrorCode::InvalidParams, "the body was cut off")
+        }
+    })?;
+    parse(&bytes)
+}
+
+/// An id in a path, or `INVALID_PARAMS` that names it.
+#[derive(Debug)]
+pub struct PathId<T>(pub T);
+
+impl<T, S> FromRequestParts<S> for PathId<T>
+where
+    T: FromStr,
+    T::Err: Display,
+    S: Send + Sync,
+{
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let invalid = |message: String| ApiError::new(ErrorCode::InvalidParams, message);
+        let path = Path::<String>::from_request_parts(parts, state).await;
+        let Path(text) = path.map_err(|error| invalid(format!("path: {error}")))?;
+        text.parse().map(Self).map_err(|error: T::Err| invalid(error.to_string()))
     }
 }
 

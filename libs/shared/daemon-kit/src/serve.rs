@@ -1,6 +1,7 @@
 //! Listening, the layers every request passes, and stopping.
 
 use std::net::SocketAddr;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use axum::Router;
@@ -11,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::auth::{self, Tokens};
-use crate::{answer, correlation};
+use crate::{answer, correlation, telemetry};
 
 /// Why the daemon does not listen.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +64,29 @@ pub async fn run(
     match tokio::time::timeout(grace, &mut serving).await {
         Ok(done) => done,
         Err(_) => Ok(()),
+    }
+}
+
+/// How long blocking calls that hang (a dead mount, a dead driver) may delay the exit.
+const BLOCKING_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Runs a daemon on a runtime of its own, says why it failed if it did, and ends in bounded time.
+pub fn block_on<E: std::error::Error>(daemon: impl Future<Output = Result<(), E>>) -> ExitCode {
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            telemetry::say_fatal(&error);
+            return ExitCode::FAILURE;
+        }
+    };
+    let outcome = runtime.block_on(daemon);
+    runtime.shutdown_timeout(BLOCKING_PATIENCE);
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            telemetry::say_fatal(&error);
+            ExitCode::FAILURE
+        }
     }
 }
 

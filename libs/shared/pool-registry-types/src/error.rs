@@ -174,6 +174,7 @@ pub enum EndCause {
 mod tests {
     use super::*;
 
+    // CLOUD-1100
     #[test]
     fn every_code_is_spelt_on_the_wire_as_in_the_table() {
         for code in ErrorCode::ALL {

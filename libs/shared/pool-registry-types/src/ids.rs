@@ -200,6 +200,7 @@ impl fmt::Display for PoolKey {
 mod tests {
     use super::*;
 
+    // CLOUD-1001
     #[test]
     fn a_name_is_63_safe_characters_and_starts_alphanumeric() {
         for good in ["a", "gpu-node-1", "0.x_y-Z", &"n".repeat(63)] {
@@ -210,6 +211,7 @@ mod tests {
         }
     }
 
+    // CLOUD-1001
     #[test]
     fn an_invalid_name_does_not_come_in_through_json() {
         let error = serde_json::from_str::<PoolId>("\"../etc\"").unwrap_err().to_string();
@@ -217,6 +219,7 @@ mod tests {
         assert_eq!(serde_json::from_str::<PoolId>("\"pool\\u002d0\"").unwrap().as_str(), "pool-0");
     }
 
+    // CLOUD-1019
     #[test]
     fn a_model_ref_may_hold_slashes_but_no_white_space() {
         assert!(ModelRef::new("hf:org/repo/file.gguf").is_ok());

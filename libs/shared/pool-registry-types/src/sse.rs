@@ -193,6 +193,7 @@ mod tests {
         assert_eq!(frames[1].data, None);
     }
 
+    // CLOUD-1608
     #[test]
     fn a_frame_without_end_is_bounded() {
         let mut decoder = Decoder::new();
@@ -200,6 +201,7 @@ mod tests {
         assert_eq!(decoder.next_frame(), Err(SseError::TooLong));
     }
 
+    // CLOUD-1608
     #[test]
     fn bytes_that_are_no_text_are_refused() {
         let mut decoder = Decoder::new();
@@ -224,6 +226,7 @@ mod tests {
     }
 
     proptest! {
+        // CLOUD-1607
         #[test]
         fn what_was_written_is_read_at_every_split_point(
             texts in prop::collection::vec("[ -~äß€😀]{0,24}", 1..5),
@@ -255,6 +258,7 @@ mod tests {
             prop_assert_eq!(decode(&single).0, expected);
         }
 
+        // CLOUD-1607
         #[test]
         fn no_bytes_make_the_decoder_panic(chunks in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..64), 0..8)) {
             let mut decoder = Decoder::new();

@@ -12,6 +12,8 @@ use crate::pool::EngineKind;
 
 /// Largest request body, bytes. Source: .specs/01 CLOUD-1201.
 pub const MAX_BODY_BYTES: usize = 4 * 1024 * 1024;
+/// What the hop to a node adds to a task at most: ids and defaults.
+pub const INFER_OVERHEAD_BYTES: usize = 64 * 1024;
 /// Most texts in `stop`.
 pub const MAX_STOP_TEXTS: usize = 16;
 /// Longest wait a client may ask for: one day.
@@ -316,6 +318,7 @@ mod tests {
         assert_eq!(request().check(), Ok(()));
     }
 
+    // CLOUD-1203
     #[test]
     fn each_value_out_of_range_is_refused_by_its_name() {
         let cases: Vec<(&str, TaskRequest)> = vec![
@@ -346,6 +349,7 @@ mod tests {
         }
     }
 
+    // CLOUD-1204
     #[test]
     fn a_misspelt_option_is_not_ignored() {
         let error = serde_json::from_str::<TaskRequest>(r#"{"model_ref":"m","prompt":"x","max_token":3}"#)
@@ -353,6 +357,7 @@ mod tests {
         assert!(error.to_string().contains("max_token"), "{error}");
     }
 
+    // CLOUD-1205
     #[test]
     fn a_grammar_asks_for_llamacpp() {
         let task = TaskRequest { grammar: Some("root ::= \"a\"".into()), ..request() };

@@ -186,7 +186,7 @@ impl World {
             let conn = self.conns.get(&relay.conn);
             let node = conn.map(|c| &self.nodes[c.node]);
             let runs = node.is_some_and(|n| n.core.as_ref().is_some_and(|core| core.is_running(attempt)));
-            let ended_well = conn.is_some_and(|c| c.ended_well && !self.links[c.node].blocked());
+            let ended_well = conn.is_some_and(|c| c.ended_well && self.links[c.node].is_calm(self.now));
             match why {
                 CloseReason::Vanished if runs => {
                     broken = Some(format!("[8] a report ended attempt {attempt}, which runs"));

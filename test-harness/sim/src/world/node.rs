@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use node_agent::core::{Ask, Health, Identity, ReplicaSpec};
+use node_agent::core::{Ask, Health, Identity, Readiness, ReplicaSpec};
 use node_agent::{NodeCore, NodeEffect};
 use node_registration::{BeatFailure, Session};
 use pool_registry_types::error::EndCause;
@@ -158,9 +158,11 @@ impl World {
             }
             What::EngineStep { attempt, .. } => self.engine_step(node, attempt),
             What::Settle { attempt, .. } => {
+                let now = self.now;
                 if let Some(core) = self.nodes[node].core.as_mut() {
-                    core.settled(&attempt);
+                    core.settled(now, &attempt);
                 }
+                self.pump(node);
             }
             What::EngineBack { .. } => self.engine_back(node),
             What::Observe { boot, .. } => {
@@ -263,8 +265,9 @@ impl World {
             let ours = core.slots_in_use(&pool_id(), &replica).unwrap_or(0);
             let running = sim.runs.values().filter(|run| run.replica == replica).count();
             let busy = u32::try_from(running).unwrap_or(u32::MAX).max(ours) + sim.foreign;
-            let ready = if sim.engine_down { Err("connection refused".to_owned()) } else { Ok(()) };
-            core.observed(now, &pool_id(), &replica, Health { ready, busy: Some(busy) });
+            let down = || Readiness::Failed("connection refused".into());
+            let readiness = if sim.engine_down { down() } else { Readiness::Ready };
+            core.observed(now, &pool_id(), &replica, Health { readiness, busy: Some(busy) });
         }
     }
 

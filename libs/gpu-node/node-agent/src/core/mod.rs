@@ -18,7 +18,7 @@ use pool_registry_types::{
     AttemptId, BootId, Epoch, ErrorBody, ErrorCode, MachineId, Moment, NodeId, PoolId, ReplicaId,
 };
 
-pub use pools::{BindError, Health, ReplicaSpec};
+pub use pools::{BindError, Health, Readiness, ReplicaSpec};
 use pools::{Pool, Replica};
 
 /// How many attempt ids are remembered, so that none runs twice. Source: .specs/01 CLOUD-1507.
@@ -188,10 +188,10 @@ impl NodeCore {
     /// Takes a replica in, or anew after a change of its handoff. It is not ready until told so.
     pub fn bind(&mut self, now: Moment, pool_id: &PoolId, spec: ReplicaSpec) -> Result<(), BindError> {
         let others_agree = |pool: &Pool| {
-            pool.replicas
-                .iter()
-                .filter(|(id, _)| **id != spec.replica_id)
-                .all(|(_, other)| other.spec.engine == spec.engine && other.spec.models == spec.models)
+            let stays = |id: &ReplicaId, other: &Replica| *id != spec.replica_id && !other.leaving;
+            let agrees =
+                |other: &Replica| other.spec.engine == spec.engine && other.spec.models == spec.models;
+            pool.replicas.iter().all(|(id, other)| !stays(id, other) || agrees(other))
         };
         if self.pools.get(pool_id).is_some_and(|pool| !others_agree(pool)) {
             return Err(BindError::DiffersFromPool { pool_id: pool_id.clone() });
@@ -202,14 +202,22 @@ impl NodeCore {
         Ok(())
     }
 
-    /// The replica's handoff is gone. Its attempts end by their own evidence.
+    /// The replica's handoff is gone: it takes nothing new, and what runs on it ends by itself.
     pub fn unbind(&mut self, now: Moment, pool_id: &PoolId, replica_id: &ReplicaId) {
         let Some(pool) = self.pools.get_mut(pool_id) else { return };
-        if pool.replicas.remove(replica_id).is_some() {
+        if pool.leave(replica_id) {
+            self.sweep(pool_id);
+            self.session.poke(now);
+        }
+    }
+
+    /// Drops replicas that leave and have nothing running any more.
+    fn sweep(&mut self, pool_id: &PoolId) {
+        if let Some(pool) = self.pools.get_mut(pool_id) {
+            pool.replicas.retain(|_, replica| !replica.has_left());
             if pool.replicas.is_empty() {
                 self.pools.remove(pool_id);
             }
-            self.session.poke(now);
         }
     }
 
@@ -278,11 +286,12 @@ impl NodeCore {
     /// The attempt has ended and its engine's slot is free. Returns the closing word: the number
     /// of the last report made before.
     pub fn ended(&mut self, attempt: &AttemptId) -> u64 {
-        if let Some(place) = self.running.remove(attempt)
-            && let Some(replica) = self.replica_mut(&place)
-        {
-            replica.attempts.remove(attempt);
-            replica.settling.remove(attempt);
+        if let Some(place) = self.running.remove(attempt) {
+            if let Some(replica) = self.replica_mut(&place) {
+                replica.attempts.remove(attempt);
+                replica.settling.remove(attempt);
+            }
+            self.sweep(&place.pool);
         }
         self.seq
     }
@@ -299,11 +308,18 @@ impl NodeCore {
         self.seq
     }
 
-    /// The engine shows the slot of an ended attempt idle. Says nothing about one that runs.
-    pub fn settled(&mut self, attempt: &AttemptId) {
+    /// The engine shows the slot of an ended attempt idle. That is reported at once: unlike a
+    /// normal end, no closing word has said it. Says nothing about an attempt that runs.
+    pub fn settled(&mut self, now: Moment, attempt: &AttemptId) {
         let Some(place) = self.running.get(attempt).cloned() else { return };
-        if self.replica_mut(&place).is_none_or(|replica| replica.settling.remove(attempt)) {
+        let runs = self.replica_mut(&place).is_some_and(|replica| {
+            replica.settling.remove(attempt);
+            replica.attempts.contains(attempt)
+        });
+        if !runs {
             self.running.remove(attempt);
+            self.sweep(&place.pool);
+            self.session.poke(now);
         }
     }
 

@@ -23,10 +23,19 @@ pub struct ReplicaSpec {
 /// One look at an engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Health {
-    /// Whether it takes requests, and if not, why.
-    pub ready: Result<(), String>,
+    pub readiness: Readiness,
     /// Requests that it works on, ours included; unknown where it does not tell.
     pub busy: Option<u32>,
+}
+
+/// Whether an engine takes requests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Readiness {
+    Ready,
+    /// Up, with the model not in memory yet: the pool counts as having it.
+    Loading,
+    /// Not up, and why.
+    Failed(String),
 }
 
 /// A replica was not bound.
@@ -40,6 +49,10 @@ pub enum BindError {
 pub(crate) struct Replica {
     pub(crate) spec: ReplicaSpec,
     ready: bool,
+    /// Its handoff is gone; it stays until what runs on it has ended.
+    pub(crate) leaving: bool,
+    /// Up, and not yet able to serve.
+    loading: bool,
     last_error: Option<String>,
     /// Seen busy beyond our own, in the last look and in the one before: a single look may
     /// have crossed the end of an attempt.
@@ -55,12 +68,18 @@ impl Replica {
         Self {
             spec,
             ready: false,
+            leaving: false,
+            loading: true,
             last_error: None,
             foreign: 0,
             foreign_seen_once: 0,
             attempts: BTreeSet::new(),
             settling: BTreeSet::new(),
         }
+    }
+
+    pub(crate) fn has_left(&self) -> bool {
+        self.leaving && self.attempts.is_empty() && self.settling.is_empty()
     }
 
     fn ours(&self) -> u32 {
@@ -107,14 +126,29 @@ impl Pool {
 
     /// Returns whether the change is worth a report at once.
     pub(crate) fn observed(&mut self, replica_id: &ReplicaId, health: Health) -> bool {
-        let Some(replica) = self.replicas.get_mut(replica_id) else { return false };
-        let was = (replica.ready, replica.foreign);
-        replica.ready = health.ready.is_ok();
-        replica.last_error = health.ready.err();
+        let Some(replica) = self.replicas.get_mut(replica_id).filter(|replica| !replica.leaving) else {
+            return false;
+        };
+        let was = (replica.ready, replica.loading, replica.foreign);
+        replica.ready = health.readiness == Readiness::Ready;
+        replica.loading = health.readiness == Readiness::Loading;
+        replica.last_error = match health.readiness {
+            Readiness::Failed(reason) => Some(reason),
+            Readiness::Ready | Readiness::Loading => None,
+        };
         let foreign = health.busy.unwrap_or(0).saturating_sub(replica.ours());
         replica.foreign = foreign.min(replica.foreign_seen_once);
         replica.foreign_seen_once = foreign;
-        was != (replica.ready, replica.foreign)
+        was != (replica.ready, replica.loading, replica.foreign)
+    }
+
+    /// Takes a replica out of service. Returns whether there was one.
+    pub(crate) fn leave(&mut self, replica_id: &ReplicaId) -> bool {
+        self.replicas.get_mut(replica_id).is_some_and(|replica| {
+            replica.leaving = true;
+            replica.ready = false;
+            true
+        })
     }
 
     pub(crate) fn is_ready(&self) -> bool {
@@ -147,11 +181,12 @@ impl Pool {
         let first = self.replicas.values().next().expect("a pool without replicas is removed");
         let last_error = self.replicas.values().find_map(|replica| replica.last_error.clone());
         let ready = self.is_ready() && !draining;
-        let state = match (draining, self.is_ready(), &last_error) {
+        let loading = self.replicas.values().any(|replica| replica.loading && !replica.leaving);
+        let state = match (draining, self.is_ready(), loading) {
             (true, ..) => PoolState::Draining,
             (false, true, _) => PoolState::Ready,
-            (false, false, None) => PoolState::Loading,
-            (false, false, Some(_)) => PoolState::Failed,
+            (false, false, true) => PoolState::Loading,
+            (false, false, false) => PoolState::Failed,
         };
         let ctx_max = self.replicas.values().map(|replica| replica.spec.ctx_max).min().flatten();
         PoolReport {

@@ -53,7 +53,7 @@ fn node() -> NodeCore {
 }
 
 fn healthy(busy: Option<u32>) -> Health {
-    Health { ready: Ok(()), busy }
+    Health { readiness: Readiness::Ready, busy }
 }
 
 fn serving(replicas: u32, slots: u32) -> NodeCore {
@@ -83,6 +83,7 @@ fn the_node_never_runs_more_than_its_slots() {
     assert!(accept(&mut node, 3).is_ok());
 }
 
+// CLOUD-1410
 #[test]
 fn a_hinted_replica_is_taken_while_it_has_a_slot() {
     let mut node = serving(2, 2);
@@ -105,6 +106,7 @@ fn an_attempt_never_runs_twice() {
     assert_eq!(accept(&mut node, 1), Err(ErrorCode::AttemptDuplicate));
 }
 
+// CLOUD-1513
 #[test]
 fn requests_for_another_node_or_boot_are_refused() {
     let mut node = serving(1, 4);
@@ -119,6 +121,7 @@ fn requests_for_another_node_or_boot_are_refused() {
     assert_eq!(node.accept(&pool_id(), &ask(&me, 2)).unwrap_err().code, ErrorCode::WrongNode);
 }
 
+// CLOUD-1514
 #[test]
 fn unknown_unready_and_draining_pools_are_unready() {
     let mut node = node();
@@ -143,7 +146,7 @@ fn a_canceled_slot_is_taken_until_the_engine_is_idle() {
     assert_eq!(accept(&mut node, 2), Err(ErrorCode::ReplicaExhausted));
     let report = &node.pool_reports()[0].replicas[0];
     assert_eq!((report.attempts.len(), report.slots_foreign, report.slots_free), (0, 1, 0));
-    node.settled(&attempt(1));
+    node.settled(at(0), &attempt(1));
     assert!(accept(&mut node, 2).is_ok());
 }
 
@@ -160,6 +163,7 @@ fn foreign_load_counts_when_seen_twice() {
     assert_eq!(accept(&mut node, 3), Err(ErrorCode::ReplicaExhausted));
 }
 
+// CLOUD-1411
 #[test]
 fn acceptance_and_end_name_the_last_report_before_them() {
     let mut node = serving(1, 4);
@@ -173,6 +177,35 @@ fn acceptance_and_end_name_the_last_report_before_them() {
 }
 
 #[test]
+fn a_removed_handoff_lets_what_runs_finish_and_gives_its_slots_to_nobody_twice() {
+    let mut node = serving(1, 1);
+    accept(&mut node, 1).unwrap();
+    node.unbind(at(0), &pool_id(), &replica_id(0));
+    let report = &node.pool_reports()[0];
+    assert_eq!((report.ready, report.replicas[0].attempts.clone()), (false, vec![attempt(1)]));
+    assert_eq!(accept(&mut node, 2), Err(ErrorCode::PoolUnready));
+    node.bind(at(0), &pool_id(), spec(0, 1)).unwrap();
+    node.observed(at(0), &pool_id(), &replica_id(0), healthy(None));
+    assert_eq!(accept(&mut node, 3), Err(ErrorCode::ReplicaExhausted), "the slot is still taken");
+    node.unbind(at(0), &pool_id(), &replica_id(0));
+    node.ended_unsettled(&attempt(1));
+    node.settled(at(0), &attempt(1));
+    assert!(node.pool_reports().is_empty());
+    assert_eq!(node.running_count(), 0);
+}
+
+#[test]
+fn a_loading_engine_has_its_model_and_takes_nothing() {
+    let mut node = serving(1, 1);
+    let loading = Health { readiness: Readiness::Loading, busy: None };
+    node.observed(at(0), &pool_id(), &replica_id(0), loading);
+    let report = &node.pool_reports()[0];
+    assert_eq!((report.state, report.ready, report.last_error.clone()), (PoolState::Loading, false, None));
+    assert_eq!(accept(&mut node, 1), Err(ErrorCode::PoolUnready));
+}
+
+// CLOUD-2008
+#[test]
 fn a_replica_that_differs_from_its_pool_is_not_bound() {
     let mut node = serving(1, 4);
     let other = ReplicaSpec { models: vec![ModelRef::new("other").unwrap()], ..spec(1, 4) };
@@ -181,6 +214,7 @@ fn a_replica_that_differs_from_its_pool_is_not_bound() {
     assert!(node.bind(at(0), &pool_id(), rebound).is_ok(), "the only replica may change its pool");
 }
 
+// CLOUD-1011
 #[test]
 fn a_change_of_readiness_is_reported_within_50_ms_and_an_attempt_is_not() {
     let mut node = serving(1, 4);
@@ -199,7 +233,7 @@ fn a_change_of_readiness_is_reported_within_50_ms_and_an_attempt_is_not() {
     node.heartbeat_answered(at(2), Ok(taken));
     accept(&mut node, 1).unwrap();
     assert!(node.next_deadline().unwrap() > at(9_000));
-    let gone = Health { ready: Err("connection refused".into()), busy: None };
+    let gone = Health { readiness: Readiness::Failed("connection refused".into()), busy: None };
     node.observed(at(100), &pool_id(), &replica_id(0), gone);
     assert_eq!(node.next_deadline(), Some(at(150)));
     let Some(NodeEffect::Heartbeat(beat)) = node.due(at(150)) else { panic!("no report was due") };
@@ -207,6 +241,7 @@ fn a_change_of_readiness_is_reported_within_50_ms_and_an_attempt_is_not() {
     assert_eq!(beat.pools[0].last_error.as_deref(), Some("connection refused"));
 }
 
+// CLOUD-1803
 #[test]
 fn only_attempts_that_run_here_are_canceled() {
     let mut node = serving(1, 4);
@@ -220,6 +255,7 @@ fn only_attempts_that_run_here_are_canceled() {
 }
 
 proptest! {
+    // CLOUD-1404
     #[test]
     fn slots_are_conserved(actions in prop::collection::vec((0_u8..4, 0_u128..12), 0..80), slots in 1_u32..4) {
         let mut node = serving(2, slots);
@@ -228,7 +264,7 @@ proptest! {
                 0 => { let _ = accept(&mut node, n); }
                 1 => { node.ended(&attempt(n)); }
                 2 => { node.ended_unsettled(&attempt(n)); }
-                _ => node.settled(&attempt(n)),
+                _ => node.settled(at(0), &attempt(n)),
             }
             let report = &node.pool_reports()[0];
             let mut listed = 0;

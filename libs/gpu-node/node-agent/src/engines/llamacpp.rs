@@ -7,7 +7,7 @@
 use pool_registry_types::task::{FinishReason, TaskRequest};
 use serde_json::{Value, json};
 
-use super::{EngineFacts, EngineRequest, Reply, Said, get_json, model_names, openai};
+use super::{EngineFacts, EngineRequest, NotReady, Reply, Said, get_json, model_names, openai};
 
 pub(super) fn request(task: &TaskRequest, ctx_max: Option<u32>) -> EngineRequest {
     let Some(prompt) = &task.prompt else {
@@ -64,10 +64,15 @@ pub(super) fn read(data: &str) -> Said {
     text.map_or(Said::Nothing, Said::Text)
 }
 
-pub(super) async fn probe(client: &reqwest::Client, url: &str) -> Result<(EngineFacts, Option<u32>), String> {
+pub(super) async fn probe(
+    client: &reqwest::Client,
+    url: &str,
+) -> Result<(EngineFacts, Option<u32>), NotReady> {
     let health = client.get(format!("{url}/health")).send().await.map_err(super::describe)?;
-    if !health.status().is_success() {
-        return Err(format!("its health call answers HTTP {}", health.status().as_u16()));
+    match health.status().as_u16() {
+        200..=299 => {}
+        503 => return Err(NotReady::Loading),
+        other => return Err(NotReady::Failed(format!("its health call answers HTTP {other}"))),
     }
     let props = get_json(client, format!("{url}/props")).await.map_err(|e| format!("/props: {e}"))?;
     let models =
@@ -110,6 +115,7 @@ mod tests {
 
     use super::*;
 
+    // CLOUD-1517
     #[test]
     fn a_prompt_goes_to_the_native_completion_bounded_by_the_context() {
         let task = TaskRequest {
@@ -125,6 +131,7 @@ mod tests {
         assert_eq!(request.body, expected);
     }
 
+    // CLOUD-1517
     #[test]
     fn the_last_event_may_carry_a_text_and_counts_the_tokens() {
         assert_eq!(read(r#"{"content":" a","stop":false}"#), Said::Text(" a".into()));

@@ -64,6 +64,20 @@ pub struct EngineFacts {
     pub version: Option<String>,
 }
 
+/// Why an engine takes no requests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NotReady {
+    /// It answers that it loads its model.
+    Loading,
+    Failed(String),
+}
+
+impl From<String> for NotReady {
+    fn from(reason: String) -> Self {
+        Self::Failed(reason)
+    }
+}
+
 /// The request for a task, in the engine's dialect. `ctx_max` bounds what has no bound.
 pub fn request(
     engine: EngineKind,
@@ -111,17 +125,16 @@ pub async fn probe(
     client: &reqwest::Client,
     engine: EngineKind,
     url: &str,
-) -> Result<(EngineFacts, Option<u32>), String> {
+) -> Result<(EngineFacts, Option<u32>), NotReady> {
     let look = async {
         match engine {
             EngineKind::LlamaCpp => llamacpp::probe(client, url).await,
-            EngineKind::OpenAi => openai::probe(client, url).await,
+            EngineKind::OpenAi => Ok(openai::probe(client, url).await?),
         }
     };
-    match tokio::time::timeout(PROBE_TIMEOUT, look).await {
-        Ok(outcome) => outcome,
-        Err(_) => Err(format!("no answer to a health call within {} s", PROBE_TIMEOUT.as_secs())),
-    }
+    let late =
+        || NotReady::Failed(format!("no answer to a health call within {} s", PROBE_TIMEOUT.as_secs()));
+    tokio::time::timeout(PROBE_TIMEOUT, look).await.unwrap_or_else(|_| Err(late()))
 }
 
 /// The engine's busy requests, where it tells.

@@ -136,6 +136,7 @@ mod tests {
         all
     }
 
+    // CLOUD-1518
     #[test]
     fn a_chat_starts_with_an_empty_chunk_and_ends_with_done() {
         let stream = concat!(
@@ -149,11 +150,13 @@ mod tests {
         assert_eq!(said(Reply::OpenAiChat, stream), vec![Said::Text("Hi".into()), end]);
     }
 
+    // CLOUD-1516
     #[test]
     fn done_without_a_reason_is_a_failure() {
         assert!(matches!(said(Reply::OpenAiCompletion, "data: [DONE]\n\n")[..], [Said::Failed(_)]));
     }
 
+    // CLOUD-1518
     #[test]
     fn a_text_completion_counts_its_chunks_when_the_server_does_not() {
         let stream = concat!(

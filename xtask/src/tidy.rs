@@ -1,0 +1,197 @@
+//! The rules of the house that no compiler holds.
+//!
+//! Which crate may depend on which, what a pure crate forbids itself, where documents may lie,
+//! and that every requirement is cited by a test.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::steps::{Failed, output, read, root};
+
+/// Each crate with the crates of ours that it may depend on. A new line here wants a decision
+/// record.
+const ARROWS: &[(&str, &[&str])] = &[
+    ("pool-registry-types", &[]),
+    ("service-registry", &["pool-registry-types"]),
+    ("multi-node-placement", &["pool-registry-types"]),
+    ("task-scheduler", &["pool-registry-types", "service-registry", "multi-node-placement"]),
+    ("handoff-watcher", &["pool-registry-types"]),
+    ("node-registration", &["pool-registry-types"]),
+    ("node-agent", &["pool-registry-types", "handoff-watcher", "node-registration"]),
+    ("daemon-kit", &["pool-registry-types"]),
+    (
+        "orchestratord",
+        &[
+            "pool-registry-types",
+            "task-scheduler",
+            "daemon-kit",
+            "node-agent",
+            "handoff-watcher",
+            "node-registration",
+        ],
+    ),
+    (
+        "pool-managerd",
+        &["pool-registry-types", "handoff-watcher", "node-registration", "node-agent", "daemon-kit"],
+    ),
+    ("fake-engine", &[]),
+    (
+        "sim",
+        &["pool-registry-types", "service-registry", "task-scheduler", "node-registration", "node-agent"],
+    ),
+    ("e2e-cloud", &["pool-registry-types"]),
+    ("load", &["pool-registry-types", "e2e-cloud"]),
+    ("xtask", &["pool-registry-types"]),
+];
+
+/// Crates without clock, environment and disorder, and what they may use from outside.
+const PURE: &[(&str, &[&str])] = &[
+    ("pool-registry-types", &["serde", "serde_json", "thiserror", "utoipa", "uuid"]),
+    ("service-registry", &["thiserror"]),
+    ("multi-node-placement", &[]),
+    ("task-scheduler", &["serde_json", "thiserror", "uuid"]),
+];
+
+/// Where a document may lie.
+const DOCUMENTS: &[&str] = &["README.md", ".docs/", ".specs/", "deploy/"];
+/// What may stand at the top.
+const TOP: &[&str] = &[
+    "Cargo.toml",
+    "Cargo.lock",
+    "README.md",
+    "bin",
+    "libs",
+    "contracts",
+    "test-harness",
+    "xtask",
+    ".specs",
+    ".docs",
+    "deploy",
+    ".ci",
+    ".cargo",
+    ".gitignore",
+    "rust-toolchain.toml",
+    "rustfmt.toml",
+    "clippy.toml",
+    "deny.toml",
+];
+
+pub(crate) fn run() -> Result<(), Failed> {
+    let mut complaints = Vec::new();
+    crates(&mut complaints)?;
+    let files = tracked()?;
+    documents(&files, &mut complaints);
+    requirements(&files, &mut complaints)?;
+    if complaints.is_empty() {
+        println!("tidy: {} crates, {} files", ARROWS.len(), files.len());
+        return Ok(());
+    }
+    complaints.sort();
+    Err(Failed(format!("tidy:\n  {}", complaints.join("\n  "))))
+}
+
+fn crates(complaints: &mut Vec<String>) -> Result<(), Failed> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.args(["metadata", "--format-version", "1", "--no-deps", "--locked"]);
+    let metadata: Value =
+        serde_json::from_str(&output(&mut command, "mend Cargo.toml, or commit Cargo.lock")?)
+            .map_err(|error| Failed(format!("cargo metadata is unreadable: {error}")))?;
+    let allowed: BTreeMap<&str, &[&str]> = ARROWS.iter().copied().collect();
+    let pure: BTreeMap<&str, &[&str]> = PURE.iter().copied().collect();
+    let mut seen = BTreeSet::new();
+    for package in metadata["packages"].as_array().into_iter().flatten() {
+        let name = package["name"].as_str().unwrap_or_default();
+        seen.insert(name.to_owned());
+        let Some(arrows) = allowed.get(name) else {
+            complaints.push(format!("crate {name} is not in the table of xtask/src/tidy.rs"));
+            continue;
+        };
+        for dependency in package["dependencies"].as_array().into_iter().flatten() {
+            let other = dependency["name"].as_str().unwrap_or_default();
+            let ours = allowed.contains_key(other);
+            let dev = dependency["kind"] == "dev";
+            if ours && !arrows.contains(&other) {
+                complaints.push(format!("{name} must not depend on {other}"));
+            }
+            if let Some(outside) = pure.get(name)
+                && !ours
+                && !dev
+                && !outside.contains(&other)
+            {
+                complaints.push(format!("{name} is pure and must not use {other}"));
+            }
+        }
+        if pure.contains_key(name) {
+            let manifest = PathBuf::from(package["manifest_path"].as_str().unwrap_or_default());
+            let lints = manifest.parent().unwrap_or(Path::new(".")).join("clippy.toml");
+            let text = std::fs::read_to_string(&lints).unwrap_or_default();
+            for ban in [
+                "std::time::Instant::now",
+                "std::time::SystemTime::now",
+                "std::env::var",
+                "std::collections::HashMap",
+            ] {
+                if !text.contains(ban) {
+                    complaints.push(format!("the clippy.toml of {name} does not forbid {ban}"));
+                }
+            }
+        }
+    }
+    for name in allowed.keys().filter(|name| !seen.contains(**name)) {
+        complaints.push(format!("{name} stands in the table of xtask/src/tidy.rs and is no crate"));
+    }
+    Ok(())
+}
+
+fn tracked() -> Result<Vec<String>, Failed> {
+    let mut command = Command::new("git");
+    command.args(["ls-files", "--cached", "--others", "--exclude-standard"]);
+    let text = output(&mut command, "run it in a git checkout")?;
+    Ok(text.lines().map(str::to_owned).filter(|file| root().join(file).exists()).collect())
+}
+
+fn documents(files: &[String], complaints: &mut Vec<String>) {
+    for file in files {
+        let top = file.split('/').next().unwrap_or_default();
+        if !TOP.contains(&top) {
+            complaints.push(format!("{file}: {top} does not belong at the top"));
+        }
+        if file.ends_with(".md") && !DOCUMENTS.iter().any(|place| file.starts_with(place)) {
+            complaints.push(format!("{file}: documents lie in README.md, .docs, .specs and deploy"));
+        }
+    }
+}
+
+/// Every requirement is cited by a test, and every citation has its requirement.
+fn requirements(files: &[String], complaints: &mut Vec<String>) -> Result<(), Failed> {
+    let spec = ".specs/01_cloud_profile_.md";
+    let stated = ids(&read(&root().join(spec))?, "**CLOUD-");
+    let mut cited = BTreeSet::new();
+    for file in files.iter().filter(|file| file.ends_with(".rs") && !file.starts_with("xtask/")) {
+        let text = read(&root().join(file))?;
+        let tests = file.contains("test") || file.contains("journeys") || text.contains("#[cfg(test)]");
+        for id in ids(&text, "CLOUD-") {
+            if !stated.contains(&id) {
+                complaints.push(format!("{file}: CLOUD-{id} is not in {spec}"));
+            }
+            if tests && text.contains(&format!("// CLOUD-{id}\n")) {
+                cited.insert(id);
+            }
+        }
+    }
+    for id in stated.difference(&cited) {
+        complaints.push(format!("{spec}: no test cites CLOUD-{id}"));
+    }
+    Ok(())
+}
+
+/// The four digits after each occurrence of `prefix`.
+fn ids(text: &str, prefix: &str) -> BTreeSet<String> {
+    let digits =
+        |rest: &str| rest.get(..4).filter(|id| id.bytes().all(|b| b.is_ascii_digit())).map(str::to_owned);
+    text.match_indices(prefix).filter_map(|(at, _)| digits(&text[at + prefix.len()..])).collect()
+}
