@@ -112,6 +112,8 @@ async fn each_bad_request_is_refused_by_code_and_name() {
             .client
             .request(method.clone(), &path)
             .header("content-type", "application/json")
+            // After a refused body the server closes the connection: each case has its own.
+            .header("connection", "close")
             .body(body);
         let response = request.timeout(Duration::from_secs(5)).send().await;
         let response = response.unwrap_or_else(|error| panic!("{method} {path} {shown}: {error}"));
@@ -157,11 +159,7 @@ async fn the_node_refuses_what_is_not_for_it() {
         assert_eq!(response.status().as_u16(), status, "{body}");
         if status == 200 {
             let text = response.text().await.unwrap();
-            assert!(
-                text.contains("event: end") && text.trim_end().ends_with(": report-seq 2")
-                    || text.contains(": report-seq "),
-                "{text}"
-            );
+            assert!(text.contains("event: end") && text.contains(": report-seq "), "{text}");
         } else {
             let answer: Value = response.json().await.unwrap();
             assert_eq!(answer["code"], code, "{answer}");
@@ -202,12 +200,16 @@ async fn each_bad_handoff_file_is_named_and_never_bound() {
         assert!(problem.contains(names), "{name}: {problem:?} does not name {names:?}");
     }
     let pools = cluster.client.node("gpu-node-1").await.unwrap().pools;
-    assert_eq!(pools.len(), 1, "only the good one is bound");
+    let ready = pools.iter().filter(|pool| pool.report.ready).count();
+    assert_eq!(ready, 1, "only the good one serves");
+    // Only the engine that cannot be reached is a pool at all, and shown as failed.
+    assert!(pools.len() <= 2, "{pools:?}");
     // A file that becomes valid is bound then.
     let url = cluster.engine_url(0);
     std::fs::write(dir.join("half-r0.json"), file("half", &url)).unwrap();
     eventually("the mended file is bound", Duration::from_secs(3), || async {
-        (cluster.client.node("gpu-node-1").await?.pools.len() == 2).then_some(())
+        let pools = cluster.client.node("gpu-node-1").await?.pools;
+        (pools.iter().filter(|pool| pool.report.ready).count() == 2).then_some(())
     })
     .await;
 }
@@ -266,5 +268,20 @@ async fn a_start_that_cannot_be_says_why_in_one_line() {
         assert!(!status.success(), "{name} {variables:?} started");
         assert!(log.contains(names), "{name} {variables:?}: {log:?} does not name {names:?}");
         assert!(!log.contains("panicked") && !log.contains(TOKEN), "{log}");
+    }
+}
+
+// CLOUD-2203
+#[test]
+fn print_config_shows_what_is_in_force_and_hides_tokens() {
+    for name in ["orchestratord", "pool-managerd"] {
+        let output = Command::new(program(name))
+            .arg("--print-config")
+            .env("LLORCH_API_TOKEN", TOKEN)
+            .output()
+            .unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success() && text.contains("_ADDR=127.0.0.1:"), "{text}");
+        assert!(text.contains("LLORCH_API_TOKEN=(hidden)") && !text.contains(TOKEN), "{text}");
     }
 }

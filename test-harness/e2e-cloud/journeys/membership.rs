@@ -158,3 +158,99 @@ async fn both_daemons_want_the_token() {
         assert_eq!(Client::new(base, Some(TOKEN)).get("/metrics").await.unwrap().status(), 200);
     }
 }
+
+// CLOUD-2316
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stranger_and_a_second_node_of_the_same_name_do_not_join() {
+    let mut cluster = Cluster::start(Options { nodes: 1, ..Options::default() }).await;
+    let boot_id = cluster.client.node("gpu-node-1").await.unwrap().boot_id;
+    for (name, token, problem) in
+        [("twin", TOKEN, "NODE_ID_CONFLICT"), ("stranger", "another-token", "BAD_TOKEN")]
+    {
+        let port = e2e_cloud::process::free_port();
+        let runtime_dir = cluster.dir.path().join(name);
+        let mut command = std::process::Command::new(e2e_cloud::process::program("pool-managerd"));
+        command
+            .env("POOL_MANAGERD_NODE_ID", if name == "twin" { "gpu-node-1" } else { name })
+            .env("POOL_MANAGERD_ADDR", format!("127.0.0.1:{port}"))
+            .env("POOL_MANAGERD_RUNTIME_DIR", &runtime_dir)
+            .env("ORCHESTRATORD_URL", &cluster.client.base)
+            .env("LLORCH_API_TOKEN", token);
+        let daemon = e2e_cloud::Process::start(command, &cluster.log(name));
+        let client = Client::new(&format!("http://127.0.0.1:{port}"), Some(token));
+        let message = eventually("the refusal is shown", Duration::from_secs(5), || async {
+            let response = client.get("/health/ready").await.ok()?;
+            assert_eq!(response.status(), 503);
+            let body: serde_json::Value = response.json().await.ok()?;
+            let message = body["message"].as_str()?.to_owned();
+            message.contains(problem).then_some(message)
+        })
+        .await;
+        assert!(message.contains("not part of the cluster"), "{message}");
+        drop(daemon);
+    }
+    let nodes = cluster.client.nodes().await;
+    assert_eq!((nodes.len(), nodes[0].boot_id), (1, boot_id));
+    let transcript = cluster.client.run(cluster.task(2)).await;
+    transcript.check();
+    assert!(transcript.completed());
+    cluster.nodes[0].daemon.as_mut().unwrap().kill();
+}
+
+// CLOUD-1515
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_answers_before_prefill_and_shows_that_it_lives() {
+    let engine = Engine::Fake { slots: 1, first_token_ms: 2_500, pace_ms: 1, dialect: "llamacpp" };
+    // An attempt that the control plane does not know is ended at the next heartbeat: none comes here.
+    let control = vec![
+        ("ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS", "60".to_owned()),
+        ("ORCHESTRATORD_NODE_TIMEOUT_SECS", "180".to_owned()),
+    ];
+    let cluster = Cluster::start(Options { nodes: 1, engine, control }).await;
+    let view = cluster.client.node("gpu-node-1").await.unwrap();
+    let body = serde_json::json!({
+        "task_id": "7f3b1c52-64a5-4c56-9e1e-0a3e0f3d2b11", "attempt_id": "7f3b1c52-64a5-4c56-9e1e-0a3e0f3d2b12",
+        "node_id": "gpu-node-1", "boot_id": view.boot_id, "log_id": "7f3b1c52-64a5-4c56-9e1e-0a3e0f3d2b13",
+        "first_index": 5, "task": {"model_ref": "fake-model", "prompt": "x", "max_tokens": 1},
+    });
+    let asked = Instant::now();
+    let response = cluster.node_client(0).post("/v2/pools/pool-0/infer", &body).await;
+    assert!(asked.elapsed() < Duration::from_secs(1), "the headers came after {:?}", asked.elapsed());
+    assert_eq!(response.status(), 200);
+    assert!(response.headers().contains_key("x-llorch-report-seq"));
+    assert_eq!(response.headers()["x-llorch-replica-id"], "r0");
+    let text = response.text().await.unwrap();
+    assert_eq!(text.matches(": ka\n\n").count(), 2, "{text}");
+    assert!(text.contains("2b13:5\nevent: token\n") && text.contains("2b13:6\nevent: end\n"), "{text}");
+    assert!(text.trim_end().lines().last().unwrap().starts_with(": report-seq "), "{text}");
+}
+
+// CLOUD-2354
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_documented_route_is_served_and_the_page_needs_no_other_host() {
+    let cluster = Cluster::start(Options { nodes: 1, ..Options::default() }).await;
+    let document = cluster.client.get_json("/openapi.json").await.unwrap();
+    let paths = document["paths"].as_object().unwrap();
+    assert!(paths.len() >= 12, "{paths:?}");
+    for (path, methods) in paths {
+        for method in methods.as_object().unwrap().keys() {
+            let method = reqwest::Method::from_bytes(method.to_uppercase().as_bytes()).unwrap();
+            let path = path.replace("{id}", "7f3b1c52-64a5-4c56-9e1e-0a3e0f3d2b11");
+            let response = cluster.client.request(method.clone(), &path).send().await.unwrap();
+            let text = response.text().await.unwrap();
+            assert!(
+                !text.contains("no such path") && !text.contains("METHOD_NOT_ALLOWED"),
+                "{method} {path}: {text}"
+            );
+        }
+    }
+    let open = Client::new(&cluster.client.base, None);
+    let page = open.get("/docs/").await.unwrap().text().await.unwrap();
+    assert!(
+        page.contains("swagger-initializer.js") && !page.contains("http://") && !page.contains("https://"),
+        "{page}"
+    );
+    let script = open.get("/docs/swagger-initializer.js").await.unwrap().text().await.unwrap();
+    assert!(script.contains("/openapi.json") && script.contains("Authorization"));
+    assert_eq!(open.get("/docs/swagger-ui-bundle.js").await.unwrap().status(), 200);
+}

@@ -100,3 +100,17 @@ impl fmt::Display for Coverage {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // CLOUD-1904
+    #[test]
+    fn what_never_happened_is_missed() {
+        let mut coverage = Coverage::default();
+        assert_eq!(coverage.missing(), REQUIRED);
+        coverage.hit(REQUIRED[0]);
+        assert_eq!(coverage.missing(), &REQUIRED[1..]);
+    }
+}

@@ -184,3 +184,45 @@ async fn more(stream: &TaskStream, next: u64) -> (Bytes, u64, bool) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn ended(streams: &Streams, n: u128, bytes: usize) -> TaskId {
+        let (task, attempt) = (TaskId(Uuid::from_u128(n)), AttemptId(Uuid::from_u128(n)));
+        streams.open(task, LogId(Uuid::from_u128(n)));
+        let stream = streams.get(task).unwrap();
+        stream.write(|log| {
+            log.open(attempt);
+            log.finish(attempt, 0, &vec![b'x'; bytes]).unwrap();
+        });
+        streams.ended(task);
+        streams.ended(task);
+        task
+    }
+
+    fn code(streams: &Streams, task: TaskId) -> Option<ErrorCode> {
+        streams.read(task, None).err().map(|error| error.code)
+    }
+
+    // CLOUD-1609
+    #[test]
+    fn ended_streams_take_so_much_room_and_the_oldest_goes_first() {
+        let streams = Streams::new(250);
+        let tasks: Vec<TaskId> = (1..=3).map(|n| ended(&streams, n, 100)).collect();
+        assert_eq!(code(&streams, tasks[0]), Some(ErrorCode::EventsExpired));
+        assert_eq!(code(&streams, tasks[1]), None);
+        streams.forget(tasks[0]);
+        streams.forget(tasks[1]);
+        assert_eq!(code(&streams, tasks[1]), Some(ErrorCode::NotFound));
+        let fourth = ended(&streams, 4, 100);
+        assert_eq!(
+            (code(&streams, tasks[2]), code(&streams, fourth)),
+            (None, None),
+            "forgotten ones left room"
+        );
+    }
+}

@@ -351,6 +351,35 @@ fn what_one_node_says_never_changes_another() {
     assert_eq!(format!("{:?}", r.view(at(5)).nodes[1]), before);
 }
 
+// CLOUD-1009
+#[test]
+fn the_registry_is_bounded_and_an_offline_node_makes_room() {
+    let mut r = registry();
+    for n in 0..MAX_NODES {
+        r.register(at(0), request(&format!("n{n}"), 1, "http://x")).unwrap();
+    }
+    assert_eq!(r.register(at(1), request("late", 1, "http://x")), Err(NodeConflict::TooMany));
+    // All are silent at once, which is taken for our own fault for one more timeout.
+    r.expire(at(10_000));
+    r.register(at(10_001), request("late", 1, "http://x")).unwrap();
+    assert_eq!(r.take_forgotten().len(), 1);
+    assert_eq!(r.view(at(10_001)).nodes.len(), MAX_NODES);
+}
+
+// CLOUD-1020
+#[test]
+fn an_offline_node_is_forgotten_after_a_day() {
+    let mut r = registry();
+    join(&mut r, at(0), "a");
+    r.expire(at(5_000));
+    let day = 24 * 3600 * 1000;
+    r.expire(at(5_000 + day - 1));
+    assert_eq!(r.view(at(0)).nodes.len(), 1);
+    r.expire(at(5_000 + day));
+    assert!(r.view(at(0)).nodes.is_empty());
+    assert_eq!(r.take_forgotten(), vec![node_id("a")]);
+}
+
 #[derive(Debug, Clone)]
 enum Action {
     Reserve(u8),

@@ -544,6 +544,36 @@ fn ended_tasks_are_forgotten_after_the_retention() {
 }
 
 // CLOUD-1207
+// CLOUD-1209
+#[test]
+fn only_so_many_ended_tasks_are_kept() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    let (first, _) = b.submit(task());
+    b.end(b.last_dispatch().attempt, 1, HowEnded::Finished);
+    for _ in 0..MAX_RETAINED_TASKS {
+        assert!(b.core.task_view(at(0), first).is_some());
+        b.submit(task()).1.unwrap();
+        b.end(b.last_dispatch().attempt, 1, HowEnded::Finished);
+    }
+    assert!(b.core.task_view(at(0), first).is_none());
+}
+
+// CLOUD-1309
+#[test]
+fn a_broken_stream_asks_for_a_probe_and_makes_nobody_suspect() {
+    for how in [HowEnded::Broken("reset".into()), HowEnded::TimedOut(Overdue::Silence)] {
+        let mut b = Bench::new();
+        b.join("a", 1);
+        b.submit(task()).1.unwrap();
+        let attempt = b.dispatches[0].attempt;
+        let ended = Event::Ended { attempt, tokens_written: 3, how, closed_after: None };
+        let effects = b.core.apply(at(0), ended);
+        assert!(effects.iter().any(|effect| matches!(effect, Effect::Probe { .. })));
+        assert_eq!(b.core.registry().liveness(&NodeId::new("a").unwrap()), Some(Liveness::Online));
+    }
+}
+
 #[test]
 fn a_draining_control_plane_admits_nothing_new() {
     let mut b = Bench::new();

@@ -105,3 +105,64 @@ pub async fn stop_signal() {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::body::{Body, to_bytes};
+    use axum::http::Request;
+    use axum::routing::get;
+    use tower::ServiceExt;
+
+    use super::*;
+
+    async fn ask(path: &str, method: &str, headers: &[(&str, &str)]) -> (u16, axum::http::HeaderMap, String) {
+        let routes = Router::new()
+            .route("/fine", get(|| async { "fine" }))
+            .route("/broken", get(|| async { panic!("a secret of ours") as &str }));
+        let mut request = Request::builder().uri(path).method(method);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let request = request.body(Body::empty()).unwrap();
+        let response = with_layers(routes, Tokens::default()).oneshot(request).await.unwrap();
+        let (parts, body) = response.into_parts();
+        let text = to_bytes(body, 4096).await.unwrap();
+        (parts.status.as_u16(), parts.headers, String::from_utf8(text.to_vec()).unwrap())
+    }
+
+    // CLOUD-1104
+    #[tokio::test]
+    async fn unknown_paths_wrong_methods_and_panics_have_bodies_of_ours() {
+        for (path, method, status, code) in [
+            ("/nowhere", "GET", 404, "NOT_FOUND"),
+            ("/fine", "POST", 405, "METHOD_NOT_ALLOWED"),
+            ("/broken", "GET", 500, "INTERNAL"),
+        ] {
+            let (is, headers, text) = ask(path, method, &[]).await;
+            assert_eq!(is, status, "{text}");
+            assert!(text.contains(&format!("\"code\":\"{code}\"")) && !text.contains("secret"), "{text}");
+            let id = headers["x-correlation-id"].to_str().unwrap();
+            assert!(text.contains(id), "{text}");
+        }
+    }
+
+    // CLOUD-1102
+    #[tokio::test]
+    async fn ids_are_taken_over_when_they_are_good_and_drawn_when_not() {
+        let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
+        let parent = format!("00-{trace}-00f067aa0ba902b7-01");
+        let (_, headers, _) =
+            ask("/fine", "GET", &[("x-correlation-id", "abc"), ("traceparent", &parent)]).await;
+        assert_eq!(
+            (&headers["x-correlation-id"], &headers["x-trace-id"]),
+            (&"abc".parse().unwrap(), &trace.parse().unwrap())
+        );
+        let long = "x".repeat(129);
+        for bad in ["a b", &long] {
+            let (_, headers, _) =
+                ask("/fine", "GET", &[("x-correlation-id", bad), ("traceparent", "nonsense")]).await;
+            assert_ne!(headers["x-correlation-id"], bad);
+            assert_eq!(headers["x-trace-id"].len(), 32);
+        }
+    }
+}

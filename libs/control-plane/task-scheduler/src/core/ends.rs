@@ -1,0 +1,181 @@
+//! Attempts: asking for their end, and what the end means for the task.
+
+use super::*;
+
+impl ControlCore {
+    pub(super) fn record_mut(&mut self, attempt: AttemptId) -> Option<&mut AttemptRecord> {
+        let task = self.attempts.get(&attempt)?.task;
+        self.tasks.get_mut(&task)?.attempts.iter_mut().find(|record| record.id == attempt)
+    }
+
+    pub(super) fn close_all(
+        &mut self,
+        now: Moment,
+        attempts: &[AttemptId],
+        why: CloseReason,
+        effects: &mut Vec<Effect>,
+    ) {
+        for attempt in attempts {
+            self.close(now, *attempt, why, effects);
+        }
+    }
+
+    /// Gives the streams of attempts that a report does not list time to bring their ends.
+    pub(super) fn await_ends(&mut self, now: Moment, vanished: &[AttemptId]) {
+        let patience = if self.enforces(Rule::ReportPatience) { REPORT_PATIENCE } else { Duration::ZERO };
+        for id in vanished {
+            if let Some(attempt) = self.attempts.get_mut(id)
+                && !attempt.vanishing
+            {
+                attempt.vanishing = true;
+                self.vanishing.insert((now + patience, *id));
+            }
+        }
+    }
+
+    /// Asks for the end of an attempt. The first reason stands, except that a cancel overrides.
+    pub(super) fn close(&mut self, now: Moment, id: AttemptId, why: CloseReason, effects: &mut Vec<Effect>) {
+        let Some(attempt) = self.attempts.get_mut(&id) else { return };
+        let closing = attempt.closing.is_some();
+        if !closing || matches!(why, CloseReason::Canceled | CloseReason::CutOff) {
+            attempt.closing = Some(why);
+        }
+        if closing {
+            return;
+        }
+        effects.push(Effect::CloseAttempt { task: attempt.task, attempt: id, why });
+        if !self.enforces(Rule::FenceBeforePlace) {
+            self.ended(now, id, 0, &HowEnded::Closed, None, effects);
+        }
+    }
+
+    pub(super) fn ended(
+        &mut self,
+        now: Moment,
+        id: AttemptId,
+        tokens_written: u64,
+        how: &HowEnded,
+        closed_after: Option<u64>,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(attempt) = self.attempts.remove(&id) else { return };
+        self.registry.release(&id, closed_after);
+        let node_id = attempt.pool.node_id.clone();
+        match how {
+            HowEnded::NeverSent(reason) => {
+                let transition = self.registry.dial_failed(now, &node_id, reason.clone());
+                self.note(transition.as_slice());
+                self.registry.hold(&attempt.pool, now + HOLD);
+                self.sync_node(&node_id);
+            }
+            HowEnded::NoAnswer(_) | HowEnded::TimedOut(Overdue::Acceptance) => {
+                let reason = "it took a connection and gave no answer".to_owned();
+                let transition = self.registry.dial_failed(now, &node_id, reason);
+                self.note(transition.as_slice());
+                self.sync_node(&node_id);
+            }
+            HowEnded::Broken(_) | HowEnded::TimedOut(Overdue::Silence) => {
+                self.registry.want_probe(now, &node_id);
+                if !self.enforces(Rule::OwnLiveness) {
+                    let neighbours = self.registry.attempts_of(&node_id);
+                    self.close_all(now, &neighbours, CloseReason::Neighbour, effects);
+                }
+            }
+            HowEnded::Refused(error) => {
+                self.registry.hold(&attempt.pool, now + HOLD);
+                if error.code == ErrorCode::WrongNode {
+                    self.registry.want_probe(now, &node_id);
+                }
+            }
+            HowEnded::NodeError(error)
+                if matches!(error.code, ErrorCode::PoolUnready | ErrorCode::ReplicaExhausted) =>
+            {
+                self.registry.hold(&attempt.pool, now + HOLD);
+            }
+            _ => {}
+        }
+        self.sync_pool(&attempt.pool);
+
+        let mut outcome = judge(how, attempt.closing, tokens_written, &attempt.pool);
+        if outcome == Outcome::FreeRefusal {
+            self.counters.refused_dispatches += 1;
+            if !self.enforces(Rule::RefusalIsFree) {
+                let error = ErrorBody::new(ErrorCode::ReplicaExhausted, "refused");
+                outcome = Outcome::Retry { engine_died: false, error };
+            }
+        }
+        let id_of_task = attempt.task;
+        let Some(task) = self.tasks.get_mut(&id_of_task) else { return };
+        if let Some(record) = task.attempts.iter_mut().find(|record| record.id == id) {
+            record.outcome = describe(how, &outcome);
+        }
+        match outcome {
+            Outcome::Completed => {
+                let took = now.millis_since(attempt.dispatched);
+                let model = task.model.clone();
+                self.counters.completed += 1;
+                self.measure(model, took);
+                self.finish(now, id_of_task, TaskState::Completed, None, effects);
+            }
+            Outcome::Canceled => {
+                let error = ErrorBody::new(ErrorCode::Canceled, "canceled while running");
+                self.fail(now, id_of_task, error, effects);
+            }
+            Outcome::Failed(error) => self.fail(now, id_of_task, error, effects),
+            Outcome::FreeRefusal | Outcome::FreeReplace => {
+                self.counters.replaced += u64::from(outcome == Outcome::FreeReplace);
+                // What costs no try must not go on for ever: the wait goes on where it was.
+                let wait_until = task.wait_until;
+                if task.attempts.len() > MAX_RECORDS {
+                    task.attempts.retain(|record| record.id != id);
+                }
+                self.enqueue(now, id_of_task, wait_until);
+            }
+            Outcome::Retry { engine_died, error } => {
+                task.tries += 1;
+                task.engine_deaths += u32::from(engine_died);
+                if !task.tried.contains(&attempt.pool) {
+                    task.tried.push(attempt.pool.clone());
+                }
+                let poisoned = task.engine_deaths >= MAX_ENGINE_DEATHS;
+                let tries = task.tries;
+                if poisoned && self.policy.switched_off != Some(Rule::PoisonLimit) || tries >= MAX_TRIES {
+                    self.counters.poisoned += u64::from(poisoned);
+                    let error = exhausted(task, error);
+                    self.fail(now, id_of_task, error, effects);
+                } else {
+                    task.not_before = now + RETRY_BACKOFF * 2_u32.pow(tries - 1);
+                    self.counters.replaced += 1;
+                    self.enqueue(now, id_of_task, now + self.policy.queue_timeout);
+                }
+            }
+        }
+    }
+
+    pub(super) fn measure(&mut self, model: ModelRef, took_ms: u64) {
+        let took = took_ms as f64;
+        let mean = self.service_ms.entry(model).or_insert(took);
+        *mean += SERVICE_TIME_WEIGHT * (took - *mean);
+    }
+}
+
+fn exhausted(task: &Task, last: ErrorBody) -> ErrorBody {
+    if last.code == ErrorCode::DecodeTimeout {
+        return last;
+    }
+    let causes: Vec<String> = task.attempts.iter().map(|a| format!("{}: {}", a.pool, a.outcome)).collect();
+    let message = format!("all {} tries failed ({})", task.tries, causes.join("; "));
+    ErrorBody { code: ErrorCode::PoolUnavailable, message, retriable: true, ..last }
+}
+
+fn describe(how: &HowEnded, outcome: &Outcome) -> String {
+    match (how, outcome) {
+        (_, Outcome::Completed) => "finished".into(),
+        (_, Outcome::Canceled) => "canceled".into(),
+        (HowEnded::Refused(error), _) => format!("refused: {}", error.code),
+        (HowEnded::NeverSent(reason), _) => format!("not connected: {reason}"),
+        (_, Outcome::FreeRefusal) => "refused: POOL_UNREADY".into(),
+        (_, Outcome::FreeReplace) => "not connected".into(),
+        (_, Outcome::Failed(error) | Outcome::Retry { error, .. }) => error.message.clone(),
+    }
+}

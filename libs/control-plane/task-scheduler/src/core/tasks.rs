@@ -1,0 +1,209 @@
+//! Tasks on their way in and out: admission, the queue, cancels, terminal events.
+
+use super::*;
+
+impl ControlCore {
+    /// Returns whom to tell of the task's place once the queue was served.
+    pub(super) fn submit(
+        &mut self,
+        now: Moment,
+        to: ReplyTo,
+        id: TaskId,
+        request: &Arc<TaskRequest>,
+        effects: &mut Vec<Effect>,
+    ) -> Option<(ReplyTo, TaskId)> {
+        let fingerprint = fingerprint(request);
+        if let Some(task) = self.tasks.get(&id) {
+            let answer = if task.fingerprint == fingerprint {
+                self.counters.attached += 1;
+                Ok(Answer::Submitted(self.accepted_body(id)))
+            } else {
+                let message = format!("task_id {id} is taken by a task with another body");
+                Err(ErrorBody::new(ErrorCode::TaskConflict, message))
+            };
+            effects.push(Effect::Reply { to, answer });
+            return None;
+        }
+        if let Err(error) = self.admissible(now, request) {
+            self.counters.rejected += 1;
+            effects.push(Effect::Reply { to, answer: Err(error) });
+            return None;
+        }
+        self.counters.submitted += 1;
+        self.ids_given += 1;
+        let deadline = request.deadline_ms.map(|left| now + Duration::from_millis(left));
+        let log = LogId(self.next_id());
+        let task = Task {
+            log,
+            model: request.model_ref.clone(),
+            priority: request.priority,
+            request: Some(Arc::clone(request)),
+            fingerprint,
+            number: self.ids_given,
+            admitted: now,
+            last_dispatch: None,
+            stage: Stage::Queued,
+            wait_until: Moment::NEVER,
+            deadline,
+            not_before: now,
+            tries: 0,
+            engine_deaths: 0,
+            tried: Vec::new(),
+            attempts: Vec::new(),
+            dispatches: 0,
+            cancel_waits: Vec::new(),
+        };
+        self.tasks.insert(id, task);
+        effects.push(Effect::OpenLog { task: id, log });
+        self.enqueue(now, id, now + self.policy.queue_timeout);
+        Some((to, id))
+    }
+
+    pub(super) fn admissible(&self, now: Moment, request: &TaskRequest) -> Result<(), ErrorBody> {
+        let model = &request.model_ref;
+        if self.draining {
+            return Err(ErrorBody::new(ErrorCode::Draining, "the control plane is shutting down"));
+        }
+        if self.model_lease(model) <= now {
+            return Err(self.model_not_available(model));
+        }
+        if self.queue.depth(model, request.priority) >= self.policy.admission_capacity {
+            let message = format!("the queue of {model} holds {} tasks", self.policy.admission_capacity);
+            let mut error = ErrorBody::new(ErrorCode::AdmissionReject, message);
+            error.retry_after_ms = Some(self.backoff_ms(model).max(1));
+            error.policy_label = Some("reject".into());
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Until when a task may wait for the model: one node timeout after it was last reported,
+    /// and one after our own start, when the nodes have yet to come.
+    pub(super) fn model_lease(&self, model: &ModelRef) -> Moment {
+        let started = self.started.unwrap_or_default();
+        let since = self.registry.model_reported(model).map_or(started, |at| at.max(started));
+        since + self.policy.timing.node_timeout
+    }
+
+    pub(super) fn model_not_available(&self, model: &ModelRef) -> ErrorBody {
+        let online: Vec<&str> = self.registry.online_nodes().iter().map(|id| id.as_str()).collect();
+        let nodes = if online.is_empty() { "none".into() } else { online.join(", ") };
+        ErrorBody::new(
+            ErrorCode::ModelNotAvailable,
+            format!("no node has reported a pool with model {model} lately (online nodes: {nodes})"),
+        )
+    }
+
+    pub(super) fn enqueue(&mut self, now: Moment, id: TaskId, bound: Moment) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        task.stage = Stage::Queued;
+        task.wait_until = task.deadline.map_or(bound, |deadline| deadline.min(bound));
+        self.alarms.insert((task.wait_until, id));
+        if task.not_before > now {
+            self.alarms.insert((task.not_before, id));
+        }
+        self.queue.push(&task.model, task.priority, task.number, id);
+        self.stirred.insert(task.model.clone());
+    }
+
+    pub(super) fn cancel(&mut self, now: Moment, to: ReplyTo, id: TaskId, effects: &mut Vec<Effect>) {
+        let canceled = Ok(Answer::Canceled);
+        match self.tasks.get_mut(&id) {
+            None => {
+                let error = ErrorBody::new(ErrorCode::NotFound, format!("no task {id}"));
+                effects.push(Effect::Reply { to, answer: Err(error) });
+            }
+            Some(Task { stage: Stage::Ended { .. }, .. }) => {
+                effects.push(Effect::Reply { to, answer: canceled });
+            }
+            Some(Task { stage: Stage::Queued, .. }) => {
+                self.leave_queue(id);
+                self.fail(now, id, ErrorBody::new(ErrorCode::Canceled, "canceled while queued"), effects);
+                effects.push(Effect::Reply { to, answer: canceled });
+            }
+            Some(task @ Task { stage: Stage::Running(_), .. }) => {
+                let Stage::Running(attempt) = task.stage else { unreachable!("matched as running") };
+                task.cancel_waits.push(to);
+                self.close(now, attempt, CloseReason::Canceled, effects);
+            }
+        }
+    }
+
+    /// The daemon ends: every task that has not ended gets its terminal event.
+    pub(super) fn cut_off(&mut self, now: Moment, effects: &mut Vec<Effect>) {
+        self.draining = true;
+        let queued: Vec<TaskId> = self
+            .tasks
+            .iter()
+            .filter(|(_, task)| matches!(task.stage, Stage::Queued))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in queued {
+            self.leave_queue(id);
+            let error = ErrorBody::new(
+                ErrorCode::Draining,
+                "the control plane was shut down before the task started",
+            );
+            self.fail(now, id, error, effects);
+        }
+        let running: Vec<AttemptId> = self.attempts.keys().copied().collect();
+        self.close_all(now, &running, CloseReason::CutOff, effects);
+    }
+
+    pub(super) fn leave_queue(&mut self, id: TaskId) {
+        let Some(task) = self.tasks.get(&id) else { return };
+        self.queue.remove(&task.model, task.priority, task.number, id);
+        self.alarms.remove(&(task.wait_until, id));
+        self.alarms.remove(&(task.not_before, id));
+    }
+
+    /// Ends a task that has no attempt with a terminal error of ours.
+    pub(super) fn fail(&mut self, now: Moment, id: TaskId, error: ErrorBody, effects: &mut Vec<Effect>) {
+        let state = if error.code == ErrorCode::Canceled {
+            self.counters.canceled += 1;
+            TaskState::Canceled
+        } else {
+            self.counters.failed += 1;
+            self.counters.worker_resets += u64::from(error.code == ErrorCode::WorkerReset);
+            TaskState::Failed
+        };
+        effects.push(Effect::CloseTask { task: id, error: error.clone() });
+        self.finish(now, id, state, Some(error), effects);
+    }
+
+    pub(super) fn finish(
+        &mut self,
+        now: Moment,
+        id: TaskId,
+        state: TaskState,
+        error: Option<ErrorBody>,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        task.stage = Stage::Ended { at: now, state, error };
+        task.request = None;
+        for to in std::mem::take(&mut task.cancel_waits) {
+            effects.push(Effect::Reply { to, answer: Ok(Answer::Canceled) });
+        }
+        self.ended.push_back((now, id));
+        if self.ended.len() > MAX_RETAINED_TASKS {
+            self.forget_oldest(effects);
+        }
+    }
+
+    pub(super) fn forget_oldest(&mut self, effects: &mut Vec<Effect>) {
+        if let Some((_, id)) = self.ended.pop_front() {
+            self.tasks.remove(&id);
+            effects.push(Effect::Forget { task: id });
+        }
+    }
+}
+
+/// The body's identity for a repeated `task_id`; equal for equal bodies in this process.
+fn fingerprint(request: &TaskRequest) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    serde_json::to_vec(&TaskRequest { task_id: None, ..request.clone() })
+        .expect("a task request is always JSON")
+        .hash(&mut hasher);
+    hasher.finish()
+}

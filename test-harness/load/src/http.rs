@@ -1,0 +1,108 @@
+//! A client that costs little: one request, its stream read for token marks, times taken.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::{Request, header};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use serde_json::{Value, json};
+
+/// What one request brought.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Seen {
+    pub(crate) first_token: Duration,
+    pub(crate) tokens: usize,
+}
+
+/// Asks one endpoint for completions.
+#[derive(Debug, Clone)]
+pub(crate) struct Caller {
+    client: Client<HttpConnector, Full<Bytes>>,
+    url: String,
+    authorization: Option<String>,
+    /// What stands once in each token's event, and in no other.
+    mark: &'static [u8],
+    task: fn(u32) -> Value,
+}
+
+fn client() -> Client<HttpConnector, Full<Bytes>> {
+    let mut connector = HttpConnector::new();
+    connector.set_nodelay(true);
+    Client::builder(TokioExecutor::new()).pool_max_idle_per_host(1024).build(connector)
+}
+
+impl Caller {
+    /// The bare fake engine.
+    pub(crate) fn engine(url: &str) -> Self {
+        Self {
+            client: client(),
+            url: format!("{url}/completion"),
+            authorization: None,
+            mark: b"\"stop\":false",
+            task: |tokens| json!({"prompt": "x", "stream": true, "n_predict": tokens}),
+        }
+    }
+
+    /// Through both daemons.
+    pub(crate) fn cluster(url: &str, token: &str) -> Self {
+        Self {
+            client: client(),
+            url: format!("{url}/v2/tasks"),
+            authorization: Some(format!("Bearer {token}")),
+            mark: b"event: token",
+            task: |tokens| json!({"model_ref": "fake-model", "prompt": "x", "max_tokens": tokens}),
+        }
+    }
+
+    /// One request to its end. Panics on anything but a whole answer.
+    pub(crate) async fn run(&self, tokens: u32) -> Seen {
+        let start = Instant::now();
+        let mut request = Request::post(&self.url)
+            .header(header::CONTENT_TYPE, "application/json")
+            .header(header::ACCEPT, "text/event-stream");
+        if let Some(value) = &self.authorization {
+            request = request.header(header::AUTHORIZATION, value);
+        }
+        let body = Full::new(Bytes::from((self.task)(tokens).to_string()));
+        let request = request.body(body).expect("a well-formed request");
+        let response = self.client.request(request).await.expect("an answer");
+        assert_eq!(response.status(), 200, "a refusal");
+        let (mut first, mut seen, mut tail) = (None, 0, Vec::new());
+        let mut body = response.into_body();
+        while let Some(frame) = body.frame().await {
+            let Ok(data) = frame.expect("a whole stream").into_data() else { continue };
+            // A mark may be split between two pieces.
+            tail.extend_from_slice(&data);
+            let (found, keep) = count(&tail, self.mark);
+            seen += found;
+            tail.drain(..keep);
+            if seen > 0 {
+                first.get_or_insert_with(|| start.elapsed());
+            }
+        }
+        assert_eq!(seen, tokens as usize, "tokens were lost or doubled");
+        Seen { first_token: first.expect("at least one token"), tokens: seen }
+    }
+}
+
+/// Marks in the bytes, and how many bytes are done with.
+fn count(bytes: &[u8], mark: &[u8]) -> (usize, usize) {
+    let (mut found, mut at, mut done) = (0, 0, 0);
+    while let Some(offset) = bytes[at..].iter().position(|b| *b == mark[0]) {
+        at += offset;
+        if bytes[at..].len() < mark.len() {
+            return (found, at);
+        }
+        if bytes[at..].starts_with(mark) {
+            found += 1;
+            at += mark.len();
+        } else {
+            at += 1;
+        }
+        done = at;
+    }
+    (found, bytes.len().max(done))
+}

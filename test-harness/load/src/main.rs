@@ -1,0 +1,207 @@
+//! The benchmark: the two daemons beside the bare fake engine, in one run.
+//!
+//! Every figure that depends on the machine has its baseline in the same run: the engine alone,
+//! asked by the same client. Repetitions alternate between the two; medians are printed. It
+//! reports and does not judge: only wrong answers make it fail.
+
+#![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
+
+mod cpu;
+mod heartbeats;
+mod http;
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use e2e_cloud::{Cluster, Engine, Options};
+use futures::future::join_all;
+use serde_json::json;
+
+use crate::http::{Caller, Seen};
+
+/// Slots of the one engine: more than the most clients.
+const SLOTS: u32 = 1024;
+
+/// Measures the added cost of both hops.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Repetitions of each measurement; the median is printed.
+    #[arg(long, default_value_t = 3)]
+    repetitions: usize,
+    /// Seconds of each measurement.
+    #[arg(long, default_value_t = 3)]
+    seconds: u64,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    println!("{}", cpu::machine());
+    let engine = Engine::Fake { slots: SLOTS, first_token_ms: 0, pace_ms: 0, dialect: "llamacpp" };
+    let control = vec![
+        ("LLORCH_LOG", "warn".to_owned()),
+        ("ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS", "10".to_owned()),
+        ("ORCHESTRATORD_NODE_TIMEOUT_SECS", "30".to_owned()),
+    ];
+    let cluster = Cluster::start(Options { nodes: 1, engine, control }).await;
+    let bare = Caller::engine(&cluster.engine_url(0));
+    let ours = Caller::cluster(&cluster.client.base, e2e_cloud::cluster::TOKEN);
+    let idle = memory(&cluster);
+
+    for clients in [1, 32] {
+        let added = first_tokens(&bare, &ours, clients, &arguments).await;
+        println!(
+            "added time to first token, {clients:>2} clients: p50 {:.2} ms, p99 {:.2} ms (bare engine: p50 {:.2} ms, p99 {:.2} ms)",
+            added.p50_ms, added.p99_ms, added.bare_p50_ms, added.bare_p99_ms
+        );
+    }
+    one_token_tasks(&cluster, &bare, &ours, &arguments).await;
+    tokens(&cluster, &bare, &ours, &arguments).await;
+    let open = open_streams(&cluster, &ours).await;
+    println!("resident memory, orchestratord: idle {:.1} MB, with 500 open streams {:.1} MB", idle.0, open.0);
+    println!("resident memory, pool-managerd: idle {:.1} MB, with 500 open streams {:.1} MB", idle.1, open.1);
+    heartbeats::measure(&cluster, &arguments.seconds).await;
+    ExitCode::SUCCESS
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn quantile(sorted: &[f64], permille: usize) -> f64 {
+    sorted
+        .get((sorted.len() * permille / 1000).min(sorted.len().saturating_sub(1)))
+        .copied()
+        .unwrap_or(f64::NAN)
+}
+
+struct Added {
+    p50_ms: f64,
+    p99_ms: f64,
+    bare_p50_ms: f64,
+    bare_p99_ms: f64,
+}
+
+async fn first_tokens(bare: &Caller, ours: &Caller, clients: usize, arguments: &Arguments) -> Added {
+    let (mut p50, mut p99, mut bare50, mut bare99) = (vec![], vec![], vec![], vec![]);
+    for _ in 0..arguments.repetitions {
+        let base = sample(bare, clients, 1, arguments.seconds).await;
+        let full = sample(ours, clients, 1, arguments.seconds).await;
+        let of = |seen: &[Seen], permille| {
+            let mut all: Vec<f64> = seen.iter().map(|s| s.first_token.as_secs_f64() * 1e3).collect();
+            all.sort_by(f64::total_cmp);
+            quantile(&all, permille)
+        };
+        bare50.push(of(&base, 500));
+        bare99.push(of(&base, 990));
+        p50.push(of(&full, 500) - of(&base, 500));
+        p99.push(of(&full, 990) - of(&base, 990));
+    }
+    Added {
+        p50_ms: median(p50),
+        p99_ms: median(p99),
+        bare_p50_ms: median(bare50),
+        bare_p99_ms: median(bare99),
+    }
+}
+
+/// Runs `clients` callers one request after another for some seconds.
+async fn sample(caller: &Caller, clients: usize, tokens: u32, seconds: u64) -> Vec<Seen> {
+    let end = Instant::now() + Duration::from_secs(seconds);
+    let runs = (0..clients).map(|_| {
+        let caller = caller.clone();
+        tokio::spawn(async move {
+            let mut all = Vec::new();
+            while Instant::now() < end {
+                all.push(caller.run(tokens).await);
+            }
+            all
+        })
+    });
+    join_all(runs).await.into_iter().flat_map(|run| run.expect("a client does not panic")).collect()
+}
+
+async fn one_token_tasks(cluster: &Cluster, bare: &Caller, ours: &Caller, arguments: &Arguments) {
+    let (mut base, mut full, mut control, mut node) = (vec![], vec![], vec![], vec![]);
+    for _ in 0..arguments.repetitions {
+        let start = Instant::now();
+        base.push(sample(bare, 64, 1, arguments.seconds).await.len() as f64 / start.elapsed().as_secs_f64());
+        let (before, start) = (cpu_of(cluster), Instant::now());
+        let tasks = sample(ours, 64, 1, arguments.seconds).await.len() as f64;
+        full.push(tasks / start.elapsed().as_secs_f64());
+        let after = cpu_of(cluster);
+        control.push((after.0 - before.0).as_secs_f64() * 1e6 / tasks);
+        node.push((after.1 - before.1).as_secs_f64() * 1e6 / tasks);
+    }
+    let (base, full) = (median(base), median(full));
+    println!(
+        "one-token tasks, 64 clients: {full:.0}/s (bare engine {base:.0}/s, ratio {:.2}); CPU a task: orchestratord {:.0} µs, pool-managerd {:.0} µs",
+        full / base,
+        median(control),
+        median(node)
+    );
+}
+
+async fn tokens(cluster: &Cluster, bare: &Caller, ours: &Caller, arguments: &Arguments) {
+    const TOKENS: u32 = 256;
+    let (mut base, mut full, mut control, mut node) = (vec![], vec![], vec![], vec![]);
+    let count = |seen: &[Seen]| seen.iter().map(|s| s.tokens as f64).sum::<f64>();
+    for _ in 0..arguments.repetitions {
+        let start = Instant::now();
+        base.push(count(&sample(bare, 64, TOKENS, arguments.seconds).await) / start.elapsed().as_secs_f64());
+        let (before, start) = (cpu_of(cluster), Instant::now());
+        let tokens = count(&sample(ours, 64, TOKENS, arguments.seconds).await);
+        full.push(tokens / start.elapsed().as_secs_f64());
+        let after = cpu_of(cluster);
+        control.push((after.0 - before.0).as_secs_f64() * 1e6 / tokens);
+        node.push((after.1 - before.1).as_secs_f64() * 1e6 / tokens);
+    }
+    let (base, full) = (median(base), median(full));
+    println!(
+        "tokens, 64 streams of {TOKENS}: {full:.0}/s (bare engine {base:.0}/s, ratio {:.2}); CPU a token: orchestratord {:.2} µs, pool-managerd {:.2} µs",
+        full / base,
+        median(control),
+        median(node)
+    );
+}
+
+/// Both daemons' resident memory while 500 slow streams are open, in MB.
+async fn open_streams(cluster: &Cluster, ours: &Caller) -> (f64, f64) {
+    cluster.fault(0, json!({"kind": "slow", "pace_ms": 200})).await;
+    let runs: Vec<_> = (0..500)
+        .map(|_| {
+            let ours = ours.clone();
+            tokio::spawn(async move { ours.run(25).await })
+        })
+        .collect();
+    e2e_cloud::eventually("500 streams are open", Duration::from_secs(20), || async {
+        let node = cluster.client.node("gpu-node-1").await?;
+        (node.running_attempts.len() >= 500).then_some(())
+    })
+    .await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let memory = memory(cluster);
+    for run in runs {
+        assert_eq!(run.await.expect("a client does not panic").tokens, 25);
+    }
+    cluster.fault(0, json!({"kind": "none"})).await;
+    memory
+}
+
+fn daemons(cluster: &Cluster) -> (u32, u32) {
+    let control = cluster.control.as_ref().expect("a running control plane").pid();
+    let node = cluster.nodes[0].daemon.as_ref().expect("a running node").pid();
+    (control, node)
+}
+
+fn cpu_of(cluster: &Cluster) -> (Duration, Duration) {
+    let (control, node) = daemons(cluster);
+    (cpu::time_of(control), cpu::time_of(node))
+}
+
+fn memory(cluster: &Cluster) -> (f64, f64) {
+    let (control, node) = daemons(cluster);
+    (cpu::resident_mb(control), cpu::resident_mb(node))
+}
