@@ -8,7 +8,7 @@ mod steps;
 mod tidy;
 mod up;
 
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use clap::{Parser, Subcommand};
 
@@ -105,11 +105,10 @@ const CARGO_DENY: &str = "0.20.2";
 fn deny() -> Result<(), Failed> {
     let tools = steps::cache().join("tools");
     let program = tools.join("bin/cargo-deny");
-    let version = std::process::Command::new(&program).arg("--version").output();
+    let version = Command::new(&program).arg("--version").output();
     if !version.is_ok_and(|out| String::from_utf8_lossy(&out.stdout).contains(CARGO_DENY)) {
         say("installing cargo-deny into .cache/tools, once");
-        let mut install =
-            std::process::Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        let mut install = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         install.args([
             "install",
             "--quiet",
@@ -131,26 +130,24 @@ fn deny() -> Result<(), Failed> {
     }
     // Advisories lie on a host that not every machine reaches.
     steps::run(
-        std::process::Command::new(program).args(["--offline", "check", "licenses", "bans", "sources"]),
+        Command::new(program).args(["--offline", "check", "licenses", "bans", "sources"]),
         "see deny.toml",
     )
 }
 
 fn sim(rest: &[String]) -> Result<(), Failed> {
-    let rest: Vec<&str> = rest.iter().map(String::as_str).collect();
-    cargo(
-        &[&["run", "--locked", "--quiet", "--package", "sim", "--"][..], &rest].concat(),
-        "see the failing schedule above",
-    )
+    cargo(&["build", "--locked", "--quiet", "--workspace", "--bins"], "mend what the compiler says")?;
+    steps::run(Command::new(up::target("debug").join("sim")).args(rest), "see the failing schedule above")
 }
 
 fn bench(rest: &[String]) -> Result<(), Failed> {
-    say("release build");
-    cargo(&["build", "--locked", "--release", "--bins"], "mend what the compiler says")?;
-    let rest: Vec<&str> = rest.iter().map(String::as_str).collect();
-    if rest.first() != Some(&"placement") {
-        let run = ["run", "--locked", "--quiet", "--release", "--package", "load", "--"];
-        cargo(&[&run[..], &rest].concat(), "see above what did not run")?;
+    if rest.first().map(String::as_str) != Some("placement") {
+        say("release build");
+        cargo(&["build", "--locked", "--release", "--workspace", "--bins"], "mend what the compiler says")?;
+        steps::run(
+            Command::new(up::target("release").join("load")).args(rest),
+            "see above what did not run",
+        )?;
     }
     say("placements among 1,000 and 10,000 pools");
     cargo(

@@ -29,7 +29,9 @@ async fn each_bad_request_is_refused_by_code_and_name() {
         (Method::POST, "/v2/nodes/register".to_owned(), body.to_string())
     };
     let huge = format!(r#"{{"model_ref":"fake-model","prompt":"{}"}}"#, "x".repeat(5 * 1024 * 1024));
-    let cases: Vec<((Method, String, String), u16, &str, &str)> = vec![
+    /// Request (method, path, body), status, code, and what the message names.
+    type Case<'c> = ((Method, String, String), u16, &'c str, &'c str);
+    let cases: Vec<Case<'_>> = vec![
         (submit("{"), 400, "INVALID_PARAMS", "EOF"),
         (submit(""), 400, "INVALID_PARAMS", "EOF"),
         (submit("[]"), 400, "INVALID_PARAMS", "expected"),

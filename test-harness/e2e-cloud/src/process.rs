@@ -15,17 +15,13 @@ pub struct Process {
     log: PathBuf,
 }
 
-/// Where cargo puts the workspace's programs: beside the folder of this test's own.
+/// Where cargo puts the workspace's programs: beside this one, or beside the folder of a test.
 pub fn program(name: &str) -> PathBuf {
-    let own = std::env::current_exe().expect("a test knows its own path");
-    let target = own.parent().and_then(Path::parent).expect("tests lie in target/<profile>/deps");
-    let path = target.join(name);
-    assert!(
-        path.exists(),
-        "{} is not built: run the tests with `cargo xtask test`, or `cargo build --workspace` first",
-        path.display()
-    );
-    path
+    let own = std::env::current_exe().expect("a program knows its own path");
+    let found = own.ancestors().skip(1).take(2).map(|folder| folder.join(name)).find(|path| path.is_file());
+    found.unwrap_or_else(|| {
+        panic!("{name} is not built: run `cargo xtask test`, or `cargo build --workspace` first")
+    })
 }
 
 /// A TCP port that was free a moment ago.

@@ -48,6 +48,8 @@ async fn main() -> ExitCode {
     let bare = Caller::engine(&cluster.engine_url(0));
     let ours = Caller::cluster(&cluster.client.base, e2e_cloud::cluster::TOKEN);
     let idle = memory(&cluster);
+    // Before the load, whose ended tasks are kept for their readers.
+    let open = open_streams(&cluster, &ours).await;
 
     for clients in [1, 32] {
         let added = first_tokens(&bare, &ours, clients, &arguments).await;
@@ -58,7 +60,6 @@ async fn main() -> ExitCode {
     }
     one_token_tasks(&cluster, &bare, &ours, &arguments).await;
     tokens(&cluster, &bare, &ours, &arguments).await;
-    let open = open_streams(&cluster, &ours).await;
     println!("resident memory, orchestratord: idle {:.1} MB, with 500 open streams {:.1} MB", idle.0, open.0);
     println!("resident memory, pool-managerd: idle {:.1} MB, with 500 open streams {:.1} MB", idle.1, open.1);
     heartbeats::measure(&cluster, &arguments.seconds).await;

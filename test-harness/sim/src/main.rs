@@ -65,7 +65,7 @@ fn many(first: u64, count: u64) -> bool {
     let start = Instant::now();
     let step = (count / 10).max(1);
     let progress = |done: u64| {
-        if done % step == 0 {
+        if done.is_multiple_of(step) {
             println!("  {done} of {count} schedules, {:.0} s", start.elapsed().as_secs_f64());
         }
     };

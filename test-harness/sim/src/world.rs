@@ -291,7 +291,7 @@ impl World {
 
     /// Runs to the end; the error is the broken invariant, with the time.
     pub fn run(&mut self) -> Result<(), String> {
-        let rest = self.plan.queue_timeout.as_millis() as u64 * 2 + 400_000;
+        let rest = self.plan.queue_timeout.as_secs() * 2_000 + 400_000;
         let end = Moment::from_millis(self.plan.horizon_ms + rest);
         while let Some(Reverse(queued)) = self.queue.pop() {
             if queued.at > end || self.is_at_rest() {

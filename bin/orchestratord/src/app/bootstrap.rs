@@ -49,7 +49,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let home = if config.cloud_profile { None } else { Some(Home::new(interval)?) };
     let link = match &home {
         Some(home) => NodeLink::Local(Arc::clone(&home.agent)),
-        None => NodeLink::Http(HttpLink::new(config.tokens.to_send())?),
+        None => NodeLink::Http(Box::new(HttpLink::new(config.tokens.to_send())?)),
     };
     let streams = Arc::new(Streams::new(config.event_log_bytes));
     let relays = Arc::new(Relays { clock: Clock::default(), link, streams: Arc::clone(&streams) });

@@ -19,6 +19,9 @@ use crate::services::link::{NodeLink, Taken};
 use crate::services::placement::Control;
 use crate::services::streams::{Streams, TaskStream};
 
+/// Pieces of a stream that are taken together when they have arrived already.
+const MOST_PIECES_AT_ONCE: usize = 64;
+const NO_FINAL_FRAME: &str = "it ended without a final frame";
 /// Tokens prove that a node lives; telling so once in this span is enough.
 const ALIVE_EVERY: Duration = Duration::from_secs(1);
 
@@ -107,11 +110,23 @@ impl Relays {
             let bytes = match chunk {
                 Some(Ok(bytes)) => bytes,
                 Some(Err(reason)) => return reading.end(HowEnded::Broken(reason)),
-                None => return reading.end(HowEnded::Broken("it ended without a final frame".into())),
+                None => return reading.end(HowEnded::Broken(NO_FINAL_FRAME.into())),
             };
             let now = self.clock.now();
             watch.bytes(now);
             reading.decoder.push(&bytes);
+            // What has arrived already goes into the log, and to the readers, in one piece.
+            let mut after = None;
+            for _ in 0..MOST_PIECES_AT_ONCE {
+                match frames.next().now_or_never() {
+                    Some(Some(Ok(bytes))) => reading.decoder.push(&bytes),
+                    Some(end) => {
+                        after = Some(end);
+                        break;
+                    }
+                    None => break,
+                }
+            }
             let news = match reading.take(stream) {
                 Ok(news) => news,
                 Err(how) => return reading.end(how),
@@ -124,6 +139,11 @@ impl Relays {
                     control.tell(Event::Alive { node_id: dispatch.pool.node_id.clone() }).await;
                 }
                 told_alive = if now.since(told_alive) >= ALIVE_EVERY { now } else { told_alive };
+            }
+            match after {
+                Some(Some(Err(reason))) => return reading.end(HowEnded::Broken(reason)),
+                Some(None) => return reading.end(HowEnded::Broken(NO_FINAL_FRAME.into())),
+                Some(Some(Ok(_))) | None => {}
             }
             if reading.closed_after.is_some() {
                 return reading.end(HowEnded::Broken("its closing word came without a final frame".into()));

@@ -41,7 +41,7 @@ pub(crate) struct Taken {
 /// How nodes are reached.
 #[derive(Debug)]
 pub(crate) enum NodeLink {
-    Http(HttpLink),
+    Http(Box<HttpLink>),
     /// The home profile's one node.
     Local(Arc<Agent>),
 }

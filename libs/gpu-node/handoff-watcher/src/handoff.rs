@@ -143,7 +143,7 @@ fn check_url(url: &str, hosts: &EngineHosts) -> Result<(), Fault> {
         Some((host, port)) if !port.contains(']') => (host, Some(port)),
         _ => (authority, None),
     };
-    if port.is_some_and(|port| port.parse::<u16>().is_ok_and(|p| p > 0) != true) {
+    if port.is_some_and(|port| !port.parse::<u16>().is_ok_and(|p| p > 0)) {
         return fault("its port must be between 1 and 65535");
     }
     if !hosts.allows(host) {

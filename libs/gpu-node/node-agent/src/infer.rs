@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::{Stream, StreamExt, stream};
+use futures::{FutureExt, Stream, StreamExt, stream};
 use pool_registry_types::error::EndCause;
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::sse::{Decoder, write_comment, write_frame};
@@ -23,6 +23,8 @@ use crate::agent::Agent;
 use crate::core::{Ask, Health, Readiness};
 use crate::engines::{self, Reader, Said};
 
+/// Pieces of an engine's stream that are taken together when they have arrived already.
+const MOST_PIECES_AT_ONCE: usize = 64;
 /// Pause between two comments.
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(1);
 /// How long the slot of a dropped attempt is kept at most: an engine that is busy with others
@@ -238,7 +240,7 @@ impl Generation {
                 }
                 Happened::Answered(answer) => self.answered(answer),
                 Happened::Refused(error) => Some(self.fail(error, true)),
-                Happened::Chunk(chunk) => self.chunk(chunk),
+                Happened::Chunk(chunk) => Some(self.chunks(chunk)),
             };
             if let Some(out) = out.filter(|out| !out.is_empty()) {
                 return Some(Bytes::from(out));
@@ -277,7 +279,18 @@ impl Generation {
         None
     }
 
-    fn chunk(&mut self, chunk: Option<Result<Bytes, reqwest::Error>>) -> Option<Vec<u8>> {
+    /// Takes a piece of the engine's stream, and with it what has arrived already.
+    fn chunks(&mut self, first: Option<Result<Bytes, reqwest::Error>>) -> Vec<u8> {
+        let mut out = self.chunk(first);
+        for _ in 0..MOST_PIECES_AT_ONCE {
+            let Phase::Streaming(body) = &mut self.phase else { break };
+            let Some(next) = body.next().now_or_never() else { break };
+            out.extend(self.chunk(next));
+        }
+        out
+    }
+
+    fn chunk(&mut self, chunk: Option<Result<Bytes, reqwest::Error>>) -> Vec<u8> {
         let bytes = match chunk {
             Some(Ok(bytes)) => bytes,
             lost => {
@@ -286,7 +299,7 @@ impl Generation {
                     _ => "it closed the stream without its end marker".to_owned(),
                 };
                 let error = ErrorBody::new(ErrorCode::WorkerReset, format!("the engine died: {reason}"));
-                return Some(self.fail(error.with_cause(EndCause::EngineDied), true));
+                return self.fail(error.with_cause(EndCause::EngineDied), true);
             }
         };
         self.decoder.push(&bytes);
@@ -294,7 +307,7 @@ impl Generation {
         loop {
             let said = match self.decoder.next_frame() {
                 Ok(Some(frame)) => self.reader.read(&frame),
-                Ok(None) => return Some(out),
+                Ok(None) => return out,
                 Err(error) => Said::Failed(error.to_string()),
             };
             match said {
@@ -305,13 +318,13 @@ impl Generation {
                         self.token(&mut out, &text);
                     }
                     self.finish(&mut out, tokens_out, finish_reason);
-                    return Some(out);
+                    return out;
                 }
                 Said::Failed(reason) => {
                     let error =
                         ErrorBody::new(ErrorCode::WorkerReset, format!("the engine failed: {reason}"));
                     out.extend(self.fail(error.with_cause(EndCause::Engine5xx), false));
-                    return Some(out);
+                    return out;
                 }
             }
         }

@@ -212,10 +212,10 @@ impl World {
                         control.relays.values().any(|relay| relay.node_id == *node_id && !relay.accepted)
                     });
                 }
-                Effect::Reply { answer: Ok(Answer::Registered(answer)), .. } => {
-                    if !self.witness.epochs.insert(answer.epoch.to_string()) {
-                        broken = Some(format!("epoch {} was given twice", answer.epoch));
-                    }
+                Effect::Reply { answer: Ok(Answer::Registered(answer)), .. }
+                    if !self.witness.epochs.insert(answer.epoch.to_string()) =>
+                {
+                    broken = Some(format!("epoch {} was given twice", answer.epoch));
                 }
                 _ => {}
             }

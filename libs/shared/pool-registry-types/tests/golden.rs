@@ -1,0 +1,48 @@
+//! The golden bodies of `contracts/examples/v2` parse, and are written again as they stand.
+
+use std::path::Path;
+
+use pool_registry_types::ErrorBody;
+use pool_registry_types::node::{Heartbeat, HeartbeatAnswer, RegisterAnswer, RegisterRequest};
+use pool_registry_types::task::{InferRequest, TaskAccepted, TaskRequest};
+use pool_registry_types::view::Availability;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+fn example(name: &str) -> String {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../contracts/examples/v2").join(name);
+    std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()))
+}
+
+fn stands<T: DeserializeOwned + Serialize>(name: &str) {
+    let text = example(name);
+    let parsed: T = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{name}: {error}"));
+    let written = serde_json::to_value(parsed).unwrap();
+    assert_eq!(written, serde_json::from_str::<Value>(&text).unwrap(), "{name}");
+}
+
+// CLOUD-1106
+#[test]
+fn every_golden_body_is_read_and_written_as_it_stands() {
+    stands::<TaskRequest>("task_request.json");
+    stands::<TaskAccepted>("task_accepted.json");
+    stands::<RegisterRequest>("register_request.json");
+    stands::<RegisterAnswer>("register_answer.json");
+    stands::<Heartbeat>("heartbeat.json");
+    stands::<HeartbeatAnswer>("heartbeat_answer.json");
+    stands::<InferRequest>("infer_request.json");
+    stands::<ErrorBody>("error.json");
+    stands::<Availability>("availability.json");
+}
+
+#[test]
+fn an_old_reader_meets_a_new_writer_between_the_daemons() {
+    let mut newer: Value = serde_json::from_str(&example("heartbeat.json")).unwrap();
+    newer["something_new"] = Value::Bool(true);
+    newer["pools"][0]["something_new"] = Value::Bool(true);
+    let beat: Heartbeat = serde_json::from_value(newer).unwrap();
+    assert_eq!(beat.seq, 42);
+    let task = example("task_request.json").replacen('{', "{\"something_new\":1,", 1);
+    assert!(serde_json::from_str::<TaskRequest>(&task).is_err(), "a client's misspelt option is not ignored");
+}
