@@ -117,12 +117,21 @@ impl Relays {
             reading.decoder.push(&bytes);
             // What has arrived already goes into the log, and to the readers, in one piece.
             let mut after = None;
+            let mut patient = true;
             for _ in 0..MOST_PIECES_AT_ONCE {
                 match frames.next().now_or_never() {
-                    Some(Some(Ok(bytes))) => reading.decoder.push(&bytes),
+                    Some(Some(Ok(bytes))) => {
+                        patient = true;
+                        reading.decoder.push(&bytes);
+                    }
                     Some(end) => {
                         after = Some(end);
                         break;
+                    }
+                    // The connection hands over one piece at a time: let it, once, before giving up.
+                    None if patient => {
+                        patient = false;
+                        tokio::task::yield_now().await;
                     }
                     None => break,
                 }
@@ -139,6 +148,10 @@ impl Relays {
                     control.tell(Event::Alive { node_id: dispatch.pool.node_id.clone() }).await;
                 }
                 told_alive = if now.since(told_alive) >= ALIVE_EVERY { now } else { told_alive };
+            }
+            // A stream that never pauses never lets the alarm ring.
+            if let Some(overdue) = watch.overdue(now) {
+                return reading.end(HowEnded::TimedOut(overdue));
             }
             match after {
                 Some(Some(Err(reason))) => return reading.end(HowEnded::Broken(reason)),

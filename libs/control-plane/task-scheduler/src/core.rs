@@ -1,7 +1,9 @@
 //! [`ControlCore`]: four verbs — `apply`, `next_deadline`, and the two that read.
 //!
-//! Every event is handled, then the queue is served: whatever freed a slot or brought a pool
-//! places a waiting task in the same `apply`.
+//! Every event is handled, then time is let pass, then the queue is served: whatever freed a
+//! slot or brought a pool places a waiting task in the same `apply`. The rooms: [`nodes`] takes
+//! what nodes say, [`tasks`] what clients ask, [`ends`] how attempts end, [`time`] what passes by
+//! itself, [`placing`] starts what can start, and [`reading`] shows it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};

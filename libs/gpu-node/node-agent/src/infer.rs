@@ -240,7 +240,7 @@ impl Generation {
                 }
                 Happened::Answered(answer) => self.answered(answer),
                 Happened::Refused(error) => Some(self.fail(error, true)),
-                Happened::Chunk(chunk) => Some(self.chunks(chunk)),
+                Happened::Chunk(chunk) => Some(self.chunks(chunk).await),
             };
             if let Some(out) = out.filter(|out| !out.is_empty()) {
                 return Some(Bytes::from(out));
@@ -280,12 +280,23 @@ impl Generation {
     }
 
     /// Takes a piece of the engine's stream, and with it what has arrived already.
-    fn chunks(&mut self, first: Option<Result<Bytes, reqwest::Error>>) -> Vec<u8> {
+    async fn chunks(&mut self, first: Option<Result<Bytes, reqwest::Error>>) -> Vec<u8> {
         let mut out = self.chunk(first);
+        let mut patient = true;
         for _ in 0..MOST_PIECES_AT_ONCE {
             let Phase::Streaming(body) = &mut self.phase else { break };
-            let Some(next) = body.next().now_or_never() else { break };
-            out.extend(self.chunk(next));
+            match body.next().now_or_never() {
+                Some(next) => {
+                    patient = true;
+                    out.extend(self.chunk(next));
+                }
+                // The connection hands over one piece at a time: let it, once, before giving up.
+                None if patient => {
+                    patient = false;
+                    tokio::task::yield_now().await;
+                }
+                None => break,
+            }
         }
         out
     }
