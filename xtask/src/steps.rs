@@ -38,6 +38,7 @@ pub(crate) fn cargo(arguments: &[&str], remedy: &str) -> Result<(), Failed> {
 /// Runs a command with its output shown.
 pub(crate) fn run(command: &mut Command, remedy: &str) -> Result<(), Failed> {
     let shown = show(command);
+    forget_outer_cargo(command);
     let status = command.current_dir(root()).stdin(Stdio::null()).status();
     match status {
         Ok(status) if status.success() => Ok(()),
@@ -49,11 +50,23 @@ pub(crate) fn run(command: &mut Command, remedy: &str) -> Result<(), Failed> {
 /// Runs a command and returns what it prints.
 pub(crate) fn output(command: &mut Command, remedy: &str) -> Result<String, Failed> {
     let shown = show(command);
+    forget_outer_cargo(command);
     let output = command.current_dir(root()).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
     match output {
         Ok(output) if output.status.success() => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
         Ok(output) => Err(Failed(format!("`{shown}` ended with {}: {remedy}", output.status))),
         Err(error) => Err(Failed(format!("`{shown}` cannot be run ({error}): {remedy}"))),
+    }
+}
+
+/// `cargo run` tells us about this package in variables that some build scripts watch: passed on,
+/// they would build the same crates anew at every change between cargo and `cargo xtask`.
+fn forget_outer_cargo(command: &mut Command) {
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+            command.env_remove(&name);
+        }
     }
 }
 
