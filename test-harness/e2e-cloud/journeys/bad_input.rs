@@ -16,8 +16,12 @@ use serde_json::{Value, json};
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_bad_request_is_refused_by_code_and_name() {
     let cluster = Cluster::start(Options { nodes: 1, ..Options::default() }).await;
-    // The grace in which unknown models are queued is one node timeout long.
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    // Unknown models are queued for one node timeout after the start.
+    let unknown = json!({"model_ref": "unknown", "prompt": "x"});
+    eventually("the grace for unknown models is over", Duration::from_secs(8), || async {
+        (cluster.client.refused(&unknown).await.0 == 503).then_some(())
+    })
+    .await;
     let submit = |body: &str| (Method::POST, "/v2/tasks".to_owned(), body.to_owned());
     let get = |path: &str| (Method::GET, path.to_owned(), String::new());
     let register = |change: fn(&mut Value)| {

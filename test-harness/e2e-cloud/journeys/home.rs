@@ -45,18 +45,11 @@ async fn one_daemon_serves_the_same_api_without_a_token() {
     // A dead engine: the running task ends honestly, the next waits for the new engine.
     let mut long = task.clone();
     long["max_tokens"] = json!(500);
-    let reading = tokio::spawn({
-        let client = client.clone();
-        async move { client.run(long).await }
-    });
-    eventually("the task runs", Duration::from_secs(5), || async {
-        let running = client.nodes().await.first()?.running_attempts.len();
-        (running == 1).then_some(())
-    })
-    .await;
-    tokio::time::sleep(Duration::from_millis(400)).await;
+    let accepted: serde_json::Value = client.post("/v2/tasks", &long).await.json().await.unwrap();
+    let id = accepted["task_id"].as_str().unwrap().to_owned();
+    assert!(!client.follow(&id, None, 4).await.tokens().is_empty(), "it has sent tokens");
     engine.as_mut().unwrap().kill();
-    let lost = reading.await.unwrap();
+    let lost = client.follow(&id, None, usize::MAX).await;
     lost.check();
     assert_eq!(lost.error(), Some("WORKER_RESET"));
     engine = start_engine(&Engine::steady(), &runtime_dir, &dir.path().join("engine.log"));

@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use pool_registry_types::ErrorCode;
 use pool_registry_types::sse::Decoder;
 use pool_registry_types::view::{ClusterView, NodeView};
 use reqwest::{Method, RequestBuilder, Response};
@@ -198,9 +197,4 @@ async fn read(response: Response, start: Instant, at_most: usize) -> Transcript 
     assert!(tokio::time::timeout(STREAM_PATIENCE, reading).await.is_ok(), "the stream has no end");
     transcript.took = start.elapsed();
     transcript
-}
-
-/// The code of an error body.
-pub fn code(body: &Value) -> Option<ErrorCode> {
-    serde_json::from_value(body["code"].clone()).ok()
 }

@@ -2,7 +2,7 @@
 //!
 //! A [`Moment`] is meaningful inside one process only; it never crosses the wire.
 
-use std::ops::{Add, Sub};
+use std::ops::Add;
 use std::time::Duration;
 
 /// Milliseconds since the process started (or since a simulation began).
@@ -38,14 +38,6 @@ impl Add<Duration> for Moment {
 
     fn add(self, span: Duration) -> Self {
         Self(self.0.saturating_add(millis(span)))
-    }
-}
-
-impl Sub<Duration> for Moment {
-    type Output = Self;
-
-    fn sub(self, span: Duration) -> Self {
-        Self(self.0.saturating_sub(millis(span)))
     }
 }
 
