@@ -10,7 +10,7 @@ use clap::Parser;
 use daemon_kit::Tokens;
 use daemon_kit::auth::TokenError;
 use daemon_kit::telemetry::LogFormat;
-use task_scheduler::{Policy, Timing};
+use task_scheduler::{FullLane, Policy, SessionPolicy, Strategy, Timing};
 
 /// The settings as they are given.
 #[derive(Debug, Parser)]
@@ -32,9 +32,28 @@ pub(crate) struct Settings {
     /// Seconds between two heartbeats of a node.
     #[arg(long, env = "ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     heartbeat_interval_secs: u64,
+    /// Which of the pools that fit a task gets it.
+    #[arg(long, env = "ORCHESTRATORD_PLACEMENT_STRATEGY", default_value = "least-loaded", value_parser = strategy_parser())]
+    placement_strategy: Strategy,
     /// Waiting tasks per model and priority.
     #[arg(long, env = "ORCHESTRATORD_ADMISSION_CAPACITY", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     admission_capacity: u32,
+    /// What becomes of a task that comes to a full queue: it is refused, or the one that waits
+    /// longest is dropped for it.
+    #[arg(long, env = "ORCHESTRATORD_ADMISSION_POLICY", default_value = "reject")]
+    admission_policy: AdmissionPolicy,
+    /// Seconds that a session lives without being used.
+    #[arg(long, env = "ORCHESTRATORD_SESSION_TTL_SECS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    session_ttl_secs: u64,
+    /// Tasks of one session at most.
+    #[arg(long, env = "ORCHESTRATORD_SESSION_MAX_TURNS", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    session_max_turns: u32,
+    /// Tokens of all answers of one session at most [default: no limit].
+    #[arg(long, env = "ORCHESTRATORD_SESSION_TOKEN_BUDGET", value_parser = clap::value_parser!(u64).range(1..))]
+    session_token_budget: Option<u64>,
+    /// Seconds of running of all tasks of one session at most [default: no limit].
+    #[arg(long, env = "ORCHESTRATORD_SESSION_TIME_BUDGET_SECS", value_parser = clap::value_parser!(u64).range(1..))]
+    session_time_budget_secs: Option<u64>,
     /// Seconds that a task waits for a slot at most.
     #[arg(long, env = "ORCHESTRATORD_QUEUE_TIMEOUT_SECS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     queue_timeout_secs: u64,
@@ -50,6 +69,9 @@ pub(crate) struct Settings {
     /// Bytes that the streams of ended tasks take together at most.
     #[arg(long, env = "ORCHESTRATORD_EVENT_LOG_BYTES", default_value_t = 32 * 1024 * 1024)]
     event_log_bytes: usize,
+    /// The directory of what outlives this process: entries of models, artifacts.
+    #[arg(long, env = "ORCHESTRATORD_DATA_DIR", default_value = ".runtime/orchestratord")]
+    data_dir: PathBuf,
     /// Home profile: the directory of the engines' handoff files.
     #[arg(long, env = "ORCHESTRATORD_RUNTIME_DIR", default_value = ".runtime/engines")]
     runtime_dir: PathBuf,
@@ -75,6 +97,21 @@ pub(crate) struct Settings {
     print_openapi: bool,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum AdmissionPolicy {
+    Reject,
+    DropLru,
+}
+
+fn strategy_parser() -> impl clap::builder::TypedValueParser<Value = Strategy> {
+    use clap::builder::TypedValueParser;
+    let names = clap::builder::PossibleValuesParser::new(Strategy::ALL.map(|(name, _)| name));
+    names.map(|text| {
+        let found = Strategy::ALL.into_iter().find(|(name, _)| *name == text);
+        found.expect("only these names are let through").1
+    })
+}
+
 /// The settings as they hold together.
 #[derive(Debug)]
 pub(crate) struct Config {
@@ -82,6 +119,7 @@ pub(crate) struct Config {
     pub(crate) cloud_profile: bool,
     pub(crate) policy: Policy,
     pub(crate) event_log_bytes: usize,
+    pub(crate) data_dir: PathBuf,
     pub(crate) runtime_dir: PathBuf,
     pub(crate) shutdown_grace: Duration,
     pub(crate) tokens: Tokens,
@@ -157,7 +195,18 @@ impl Settings {
                 heartbeat_interval: Duration::from_secs(interval),
                 node_timeout: Duration::from_secs(timeout),
             },
+            strategy: self.placement_strategy,
             admission_capacity: self.admission_capacity as usize,
+            full_lane: match self.admission_policy {
+                AdmissionPolicy::Reject => FullLane::Reject,
+                AdmissionPolicy::DropLru => FullLane::DropLru,
+            },
+            sessions: SessionPolicy {
+                ttl: Duration::from_secs(self.session_ttl_secs),
+                max_turns: self.session_max_turns,
+                token_budget: self.session_token_budget,
+                time_budget: self.session_time_budget_secs.map(Duration::from_secs),
+            },
             queue_timeout: Duration::from_secs(self.queue_timeout_secs),
             first_token_timeout: Duration::from_secs(self.first_token_timeout_secs),
             token_idle_timeout: Duration::from_secs(self.token_idle_timeout_secs),
@@ -169,6 +218,7 @@ impl Settings {
             cloud_profile: self.cloud_profile,
             policy,
             event_log_bytes: self.event_log_bytes,
+            data_dir: self.data_dir,
             runtime_dir: self.runtime_dir,
             shutdown_grace: Duration::from_secs(self.shutdown_grace_secs),
             tokens,
@@ -206,6 +256,13 @@ mod tests {
         assert!(error(&["--node-timeout-secs", "29"]).contains("ORCHESTRATORD_NODE_TIMEOUT_SECS"));
         assert!(error(&["--admission-capacity", "0"]).contains("admission-capacity"));
         assert!(error(&["--addr", "nonsense"]).contains("addr"));
+        assert!(error(&["--placement-strategy", "best"]).contains("most-free-vram"));
+        assert!(error(&["--admission-policy", "maybe"]).contains("drop-lru"));
+        assert!(error(&["--session-max-turns", "0"]).contains("session-max-turns"));
+        assert_eq!(
+            check(&["--placement-strategy", "round-robin"]).unwrap().policy.strategy,
+            Strategy::RoundRobin
+        );
         assert!(
             check(&["--cloud-profile", "true", "--api-token", "secret-token", "--addr", "0.0.0.0:1"]).is_ok()
         );

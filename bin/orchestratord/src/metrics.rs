@@ -40,6 +40,18 @@ pub(crate) fn page(facts: &Facts, view: &ClusterView) -> Page {
         ("llorch_reports_ignored_total", "Reports with an old number.", c.old_reports),
         ("llorch_attempts_vanished_total", "Attempts that their node no longer listed.", c.vanished),
         ("llorch_attempts_orphaned_total", "Attempts of nodes that were not known here.", c.orphans),
+        ("llorch_continuations_total", "Attempts that went on after tokens of a lost one.", c.continued),
+        (
+            "llorch_replays_differed_total",
+            "Replays that did not begin with what had been sent.",
+            c.replays_differed,
+        ),
+        ("llorch_tasks_dropped_total", "Tasks dropped from a full queue for newer ones.", c.dropped),
+        (
+            "llorch_breaker_trips_total",
+            "Times that a pool or a node was left alone for its failures.",
+            c.trips,
+        ),
         ("llorch_control_stalls_total", "Times that the control loop stood still.", c.stalls),
         ("llorch_mass_silences_total", "Times that most nodes fell silent at once.", c.mass_silences),
     ] {
@@ -60,6 +72,11 @@ pub(crate) fn page(facts: &Facts, view: &ClusterView) -> Page {
         };
         let labels = [("model", model.as_str()), ("priority", priority)];
         page.gauge("llorch_queue_tasks", "Tasks that wait for a slot.", &labels, *depth as f64);
+    }
+    page.gauge("llorch_sessions", "Sessions that are known.", &[], facts.sessions as f64);
+    for (pool, pace) in &facts.paces {
+        let labels = [("node_id", pool.node_id.as_str()), ("pool_id", pool.pool_id.as_str())];
+        page.gauge("llorch_pool_tokens_per_second", "Measured pace of one slot.", &labels, *pace);
     }
     page.gauge("llorch_attempts_running", "Attempts under way.", &[], facts.running as f64);
     page.gauge(

@@ -10,10 +10,10 @@ use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
 use daemon_kit::correlation::RequestIds;
 use daemon_kit::metrics::Page;
-use daemon_kit::{ApiError, PathId, WrappedBody};
+use daemon_kit::{ApiError, Body, PathId, WrappedBody};
 use node_agent::Agent;
-use pool_registry_types::node::{GpuReport, LiveAnswer};
-use pool_registry_types::pool::PoolReport;
+use pool_registry_types::node::{GpuReport, Intent, IntentRequest, LiveAnswer, StagedModel};
+use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolReload, PoolReport};
 use pool_registry_types::routes::headers;
 use pool_registry_types::task::InferRequest;
 use pool_registry_types::{ErrorBody, ErrorCode, PoolId, routes as paths};
@@ -54,6 +54,11 @@ fn parts() -> (Router<Node>, utoipa::openapi::OpenApi) {
         .routes(routes!(pools))
         .routes(routes!(status))
         .routes(routes!(infer))
+        .routes(routes!(drain))
+        .routes(routes!(reload))
+        .routes(routes!(purge))
+        .routes(routes!(intent))
+        .routes(routes!(models))
         .split_for_parts()
 }
 
@@ -172,6 +177,8 @@ async fn metrics(State(node): State<Node>) -> Response {
 pub(crate) struct NodePools {
     pools: Vec<PoolReport>,
     gpus: Vec<GpuReport>,
+    /// Whether the node takes work.
+    intent: Intent,
     /// Handoff files that bind nothing, and why.
     handoff_problems: BTreeMap<String, String>,
 }
@@ -181,6 +188,7 @@ async fn pools(State(node): State<Node>) -> Json<NodePools> {
     Json(NodePools {
         pools: node.agent.pools(),
         gpus: node.agent.gpus(),
+        intent: node.agent.intent(),
         handoff_problems: node.agent.problems(),
     })
 }
@@ -191,6 +199,69 @@ async fn pools(State(node): State<Node>) -> Json<NodePools> {
 async fn status(State(node): State<Node>, PathId(id): PathId<PoolId>) -> Result<Json<PoolReport>, ApiError> {
     let pool = node.agent.pools().into_iter().find(|pool| pool.pool_id == id);
     pool.map(Json).ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("no pool {id} on this node")))
+}
+
+type Ordered = Result<(StatusCode, Json<PoolOrdered>), ApiError>;
+
+/// No new work on the pool; what runs may finish until the deadline.
+#[utoipa::path(post, path = paths::POOL_DRAIN, params(("id" = String, Path)), request_body = PoolDrain,
+    responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody)))]
+async fn drain(
+    State(node): State<Node>,
+    PathId(id): PathId<PoolId>,
+    Body(drain): Body<PoolDrain>,
+) -> Ordered {
+    Ok((StatusCode::ACCEPTED, Json(node.agent.order_drain(&id, drain)?)))
+}
+
+/// The pool takes work again.
+#[utoipa::path(post, path = paths::POOL_RELOAD, params(("id" = String, Path)), request_body = PoolReload,
+    responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody)))]
+async fn reload(
+    State(node): State<Node>,
+    PathId(id): PathId<PoolId>,
+    Body(reload): Body<PoolReload>,
+) -> Ordered {
+    Ok((StatusCode::ACCEPTED, Json(node.agent.order_reload(&id, &reload)?)))
+}
+
+/// Removes an engine that this node has started.
+#[utoipa::path(post, path = paths::POOL_PURGE, params(("id" = String, Path)),
+    responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody)))]
+async fn purge(State(node): State<Node>, PathId(id): PathId<PoolId>) -> Ordered {
+    Ok((StatusCode::ACCEPTED, Json(node.agent.order_purge(&id)?)))
+}
+
+/// What the operator wants of this node from now on; written down when the answer comes.
+#[utoipa::path(post, path = paths::INTENT, request_body = IntentRequest,
+    responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody)))]
+async fn intent(
+    State(node): State<Node>,
+    Body(IntentRequest { boot_id, intent }): Body<IntentRequest>,
+) -> Result<StatusCode, ApiError> {
+    let identity = node.agent.identity();
+    if boot_id != identity.boot_id {
+        let message = format!("this is {} in boot {}", identity.node_id, identity.boot_id);
+        return Err(ApiError::new(ErrorCode::WrongNode, message));
+    }
+    match node.agent.take_intent(intent).await {
+        Ok(()) => Ok(StatusCode::NO_CONTENT),
+        Err(error) => {
+            tracing::error!(%error, "the intent cannot be written down, and is not taken");
+            Err(ApiError::new(ErrorCode::Internal, "the intent cannot be written down, see the node's log"))
+        }
+    }
+}
+
+/// The models on this node's disk.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct NodeModels {
+    models: Vec<StagedModel>,
+}
+
+#[utoipa::path(get, path = paths::MODELS, responses((status = 200, body = NodeModels), (status = 401, body = ErrorBody)))]
+async fn models(State(node): State<Node>) -> Json<NodeModels> {
+    Json(NodeModels { models: node.agent.models() })
 }
 
 /// Runs an attempt: 200 when its slot is taken, then its frames.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use daemon_kit::serve;
 use handoff_watcher::{HandoffWatcher, watch::WatchError};
 use node_agent::core::Identity;
-use node_agent::{Agent, gpu};
+use node_agent::{Agent, IntentFile, gpu};
 use node_registration::HttpControlPlane;
 use pool_registry_types::BootId;
 use pool_registry_types::node::Capabilities;
@@ -48,11 +48,15 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         boot_id,
         address: config.address(bound),
         version: env!("CARGO_PKG_VERSION").into(),
+        labels: config.labels.clone(),
         capabilities: Capabilities { gpus: probe.inventory(), ..daemon_kit::config::machine() },
     };
     tracing::info!(node_id = %identity.node_id, %boot_id, address = identity.address, %bound, "pool-managerd starts");
     let seed = boot_id.0.as_u64_pair().0;
-    let agent = Agent::new(identity, config.heartbeat_interval, seed).map_err(|_| StartError::Client)?;
+    let intent_file = IntentFile::new(&config.runtime_dir, &config.node_id);
+    let agent =
+        Agent::new(identity, config.heartbeat_interval, seed, intent_file).map_err(|_| StartError::Client)?;
+    agent.watch_models(config.models_dir.clone());
     let stop = CancellationToken::new();
 
     let watcher =

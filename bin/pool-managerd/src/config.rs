@@ -5,12 +5,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use crate::models;
 use clap::Parser;
 use daemon_kit::Tokens;
 use daemon_kit::auth::TokenError;
 use daemon_kit::telemetry::LogFormat;
 use handoff_watcher::EngineHosts;
-use pool_registry_types::{MachineId, NodeId};
+use pool_registry_types::placement::Labels;
+use pool_registry_types::{LabelName, MachineId, NodeId};
 
 /// The settings as they are given.
 #[derive(Debug, Parser)]
@@ -20,6 +22,8 @@ use pool_registry_types::{MachineId, NodeId};
     about = "Runs on every GPU node: finds engines, serves them to the control plane."
 )]
 pub(crate) struct Settings {
+    #[command(subcommand)]
+    order: Option<Order>,
     /// Where this daemon listens.
     #[arg(long, env = "POOL_MANAGERD_ADDR", default_value = "127.0.0.1:9200")]
     addr: SocketAddr,
@@ -38,6 +42,12 @@ pub(crate) struct Settings {
     /// Join the cluster at the start.
     #[arg(long, env = "ORCHESTRATORD_REGISTER_ON_STARTUP", default_value_t = true, action = clap::ArgAction::Set)]
     register_on_startup: bool,
+    /// What the operator says of this node, for placement: zone=a,tier=fast.
+    #[arg(long, env = "POOL_MANAGERD_LABELS")]
+    labels: Option<String>,
+    /// The directory of the models on this node's disk, one folder each.
+    #[arg(long, env = "POOL_MANAGERD_MODELS_DIR", default_value = ".runtime/models", global = true)]
+    models_dir: PathBuf,
     /// The directory of the engines' handoff files.
     #[arg(long, env = "POOL_MANAGERD_RUNTIME_DIR", default_value = ".runtime/engines")]
     runtime_dir: PathBuf,
@@ -75,12 +85,22 @@ pub(crate) struct Settings {
     print_openapi: bool,
 }
 
+/// Chores beside the daemon itself.
+#[derive(Debug, clap::Subcommand)]
+enum Order {
+    /// The models on this node's disk: stage, list, verify.
+    #[command(subcommand)]
+    Models(models::Order),
+}
+
 /// The settings as they hold together.
 #[derive(Debug)]
 pub(crate) struct Config {
     pub(crate) addr: SocketAddr,
     pub(crate) node_id: NodeId,
     pub(crate) machine_id: MachineId,
+    pub(crate) labels: Labels,
+    pub(crate) models_dir: PathBuf,
     pub(crate) advertise_url: Option<String>,
     /// Absent: this node joins no cluster.
     pub(crate) control_plane: Option<String>,
@@ -104,6 +124,8 @@ pub(crate) enum ConfigError {
     NoControlPlane,
     #[error("{variable}: {url:?} is not http://host:port")]
     Url { variable: &'static str, url: String },
+    #[error("POOL_MANAGERD_LABELS: {0:?} is not name=value, comma-separated, of [A-Za-z0-9._-]")]
+    Labels(String),
     #[error("LLORCH_API_TOKEN: a node needs the cluster's token (or LLORCH_API_TOKEN_FILE)")]
     NoToken,
     #[error(transparent)]
@@ -127,6 +149,9 @@ pub(crate) fn read() -> Read {
         Ok(parsed) => parsed,
         Err(code) => return Read::Exit(code),
     };
+    if let Some(Order::Models(order)) = &settings.order {
+        return Read::Exit(models::run(order, &settings.models_dir));
+    }
     if settings.print_openapi {
         daemon_kit::config::print(&crate::api::document());
         return Read::Exit(ExitCode::SUCCESS);
@@ -173,6 +198,8 @@ impl Settings {
             addr: self.addr,
             node_id,
             machine_id,
+            labels: self.labels.as_deref().map(labels).transpose()?.unwrap_or_default(),
+            models_dir: self.models_dir,
             advertise_url,
             control_plane,
             runtime_dir: self.runtime_dir,
@@ -241,6 +268,14 @@ fn check_url(variable: &'static str, url: String) -> Result<String, ConfigError>
     if good { Ok(trimmed.to_owned()) } else { Err(ConfigError::Url { variable, url }) }
 }
 
+fn labels(text: &str) -> Result<Labels, ConfigError> {
+    let pair = |pair: &str| {
+        let (name, value) = pair.trim().split_once('=')?;
+        Some((LabelName::new(name).ok()?, LabelName::new(value).ok()?))
+    };
+    text.split(',').map(|part| pair(part).ok_or_else(|| ConfigError::Labels(part.to_owned()))).collect()
+}
+
 fn machine_id(node_id: &NodeId) -> MachineId {
     let read = std::fs::read_to_string("/etc/machine-id").ok();
     let id = read.and_then(|text| MachineId::new(text.trim()).ok());
@@ -275,6 +310,9 @@ mod tests {
         assert!(with(&["--advertise-url", "ftp://x"]).contains("POOL_MANAGERD_ADVERTISE_URL"));
         assert!(with(&["--heartbeat-interval-secs", "0"]).contains("heartbeat-interval-secs"));
         assert!(with(&["--node-id", "a/b"]).contains("node_id"));
+        assert!(with(&["--labels", "zone"]).contains("POOL_MANAGERD_LABELS"));
+        let labels = check(&[&GOOD[..], &["--labels", "zone=a, tier=fast"]].concat()).unwrap().labels;
+        assert_eq!(labels.len(), 2);
         let remote = ["--api-token", "secret-token", "--orchestratord-url", "http://10.1.2.3:8080"];
         assert!(check(&remote).unwrap_err().contains("POOL_MANAGERD_ADVERTISE_URL"));
     }

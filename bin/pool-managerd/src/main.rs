@@ -3,6 +3,7 @@
 mod api;
 mod bootstrap;
 mod config;
+mod models;
 mod registry;
 
 use std::process::ExitCode;

@@ -1,175 +1,247 @@
-//! Nodes and engines that die under load; the clients' transcripts are the witness.
+//! Three nodes with 200 tasks in flight, and everything that can die under them; the clients'
+//! transcripts are the witness.
+//!
+//! In each round half of the tasks may be continued and half may not. Those that may must all be
+//! whole, whatever happened. Of the others, those that had sent no token must be whole too, and the
+//! rest end honestly.
 
 use std::time::{Duration, Instant};
 
-use e2e_cloud::{Cluster, Engine, Options, Transcript};
+use e2e_cloud::{Cluster, Engine, Options};
 use nix::sys::signal::Signal;
 use pool_registry_types::node::Liveness;
 use serde_json::json;
+use tokio::sync::Mutex;
 
-const TASKS: usize = 20;
+const TASKS: usize = 200;
 const TOKENS: u32 = 20;
 const ROUNDS: u64 = 10;
+
+/// Two hundred streams are enough for two cores: one fault at a time.
+static ALONE: Mutex<()> = Mutex::const_new(());
 
 /// What became of the tasks of all rounds.
 #[derive(Debug, Default)]
 struct Tally {
     completed: usize,
-    /// Completed although their first attempt was lost.
+    /// Completed although an attempt without a token was lost.
     placed_again: usize,
+    /// Completed although an attempt with tokens was lost.
+    continued: usize,
     reset: usize,
+    /// From the fault to the first token of a task that was placed again, round by round.
+    recovered: Vec<Duration>,
 }
 
 fn fleet() -> Options {
-    Options { nodes: 2, engine: Engine::steady(), ..Options::default() }
+    let engine = Engine::Fake { slots: 70, first_token_ms: 150, pace_ms: 100, dialect: "llamacpp" };
+    Options { nodes: 3, engine, ..Options::default() }
 }
 
-/// Starts the tasks, does `harm` to node 0 at a moment drawn from the seed, reads all streams.
+/// Starts the tasks, does `harm` at a moment drawn from the seed, reads all streams.
 async fn round(
     cluster: &mut Cluster,
+    tally: &mut Tally,
     seed: u64,
-    task: serde_json::Value,
+    allowed: &str,
     harm: impl AsyncFnOnce(&mut Cluster),
-) -> Vec<Transcript> {
+) {
     let client = cluster.client.clone();
     let runs: Vec<_> = (0..TASKS)
-        .map(|_| {
-            let (client, task) = (client.clone(), task.clone());
-            tokio::spawn(async move { client.run(task).await })
+        .map(|n| {
+            let (client, mut task) = (client.clone(), cluster.task(TOKENS));
+            task["timeouts"] = json!({"first_token_ms": 4_000, "token_idle_ms": 2_000});
+            task["recovery"] = json!(if n % 2 == 0 { "continue" } else { "fail" });
+            tokio::spawn(async move { (n % 2 == 0, client.run(task).await) })
         })
         .collect();
     // The window of the first tokens (150 ms) is hit as well as the streams after it.
-    let moment = Duration::from_millis(fastrand::Rng::with_seed(seed).u64(20..900));
+    let moment = Duration::from_millis(fastrand::Rng::with_seed(seed).u64(60..1_500));
     tokio::time::sleep(moment).await;
+    let harmed = Instant::now();
     harm(cluster).await;
-    let mut transcripts = Vec::new();
+    let whole: String = (0..TOKENS).map(|n| format!("w{n} ")).collect();
+    let mut first = None;
     for run in runs {
-        transcripts.push(run.await.expect("a client does not panic"));
-    }
-    transcripts
-}
-
-/// Every task has its end, whole or honest.
-async fn judge(cluster: &Cluster, transcripts: &[Transcript], allowed: &str, tally: &mut Tally) {
-    for transcript in transcripts {
+        let (continues, transcript) = run.await.expect("a client does not panic");
         transcript.check();
-        let whole: String = (0..TOKENS).map(|n| format!("w{n} ")).collect();
-        assert!(whole.starts_with(&transcript.text()), "a gap or a repeat: {:?}", transcript.text());
+        let text = transcript.text();
+        assert!(whole.starts_with(&text), "a gap or a repeat: {text:?}");
+        first = [first, transcript.replaced_at].into_iter().flatten().min();
         if transcript.completed() {
-            assert_eq!(transcript.text(), whole);
+            assert_eq!(text, whole);
             tally.completed += 1;
-            let view = cluster.client.get_json(&format!("/v2/tasks/{}", transcript.task_id)).await.unwrap();
-            tally.placed_again += usize::from(view["attempts"].as_array().unwrap().len() > 1);
+            tally.continued += usize::from(transcript.starts() > 1);
+            let again = transcript.starts() == 1 && transcript.replaced_at.is_some();
+            tally.placed_again += usize::from(again);
         } else {
+            assert!(!continues, "it may continue: {:?}", transcript.events.last());
             assert_eq!(transcript.error(), Some(allowed), "{:?}", transcript.events.last());
             assert!(!transcript.tokens().is_empty(), "a task without a token is placed again, never lost");
             tally.reset += 1;
         }
     }
+    tally.recovered.extend(first.map(|first| first.saturating_duration_since(harmed)));
 }
 
 #[expect(clippy::print_stdout, reason = "the figures of the run are its result")]
-fn report(fault: &str, tally: &Tally) {
+fn report(fault: &str, mut tally: Tally) {
+    tally.recovered.sort();
+    let at = |n: usize| tally.recovered.get(n).map_or("-".into(), |span| format!("{} ms", span.as_millis()));
     println!(
-        "{fault}: {ROUNDS} rounds of {TASKS} tasks: {} completed ({} of them placed again), {} ended honestly, 0 lost, 0 doubled",
-        tally.completed, tally.placed_again, tally.reset
+        "| {fault} | {} | {} | {} | {} | 0 | 0 | {} | {} |",
+        tally.completed,
+        tally.placed_again,
+        tally.continued,
+        tally.reset,
+        at(tally.recovered.len() / 2),
+        at(tally.recovered.len().saturating_sub(1)),
     );
-    assert_eq!(tally.completed + tally.reset, TASKS * usize::try_from(ROUNDS).unwrap());
+    let all = TASKS * usize::try_from(ROUNDS).unwrap();
+    assert_eq!(tally.completed + tally.reset, all, "every task has its end");
+}
+
+/// What is in the table, for whoever reads the output of one test.
+#[expect(clippy::print_stdout, reason = "the figures of the run are its result")]
+fn heading() {
+    println!("| fault | completed | placed again | continued | reset | lost | doubled | recovery p50 | max |");
+}
+
+async fn rounds(
+    cluster: &mut Cluster,
+    seeds: std::ops::Range<u64>,
+    allowed: &str,
+    harm: impl AsyncFn(&mut Cluster),
+    mend: impl AsyncFn(&mut Cluster),
+) -> Tally {
+    let mut tally = Tally::default();
+    for seed in seeds {
+        round(cluster, &mut tally, seed, allowed, &harm).await;
+        mend(cluster).await;
+        for n in 0..cluster.nodes.len() {
+            cluster.wait_online(n).await;
+        }
+    }
+    tally
+}
+
+fn lost_something(tally: &Tally) {
     assert!(tally.placed_again > 0, "no round hit the window of the first tokens");
+    assert!(tally.continued > 0 && tally.reset > 0, "no round hit a stream");
 }
 
 // CLOUD-2320
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_killed_node_loses_no_task_that_has_sent_no_token() {
+async fn a_killed_node_loses_no_task_that_may_continue_or_has_sent_no_token() {
+    let _alone = ALONE.lock().await;
     let mut cluster = Cluster::start(fleet()).await;
-    let mut tally = Tally::default();
-    for seed in 0..ROUNDS {
-        let task = cluster.task(TOKENS);
-        let transcripts = round(&mut cluster, seed, task, async |cluster: &mut Cluster| {
-            cluster.nodes[0].daemon.as_mut().unwrap().kill();
-            let killed = Instant::now();
-            cluster.wait_not_online(0, Duration::from_millis(1_500)).await;
-            assert!(
-                killed.elapsed() < Duration::from_millis(1_500),
-                "suspect at once: {:?}",
-                killed.elapsed()
-            );
-        })
-        .await;
-        judge(&cluster, &transcripts, "WORKER_RESET", &mut tally).await;
-        if seed == 0 {
-            cluster.wait_liveness(0, Liveness::Offline, Duration::from_secs(4)).await;
-        }
+    let harm = async |cluster: &mut Cluster| {
+        cluster.nodes[0].daemon.as_mut().unwrap().kill();
+        let killed = Instant::now();
+        cluster.wait_not_online(0, Duration::from_millis(1_500)).await;
+        assert!(killed.elapsed() < Duration::from_millis(1_500), "suspect at once: {:?}", killed.elapsed());
+    };
+    let mend = async |cluster: &mut Cluster| {
+        cluster.wait_liveness(0, Liveness::Offline, Duration::from_secs(6)).await;
+        cluster.start_daemon(0);
+    };
+    let tally = rounds(&mut cluster, 0..ROUNDS, "WORKER_RESET", harm, mend).await;
+    lost_something(&tally);
+    heading();
+    report("kill -9 of pool-managerd", tally);
+}
+
+// CLOUD-2326
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_comes_back_at_once_takes_part_again_and_nothing_is_lost() {
+    let _alone = ALONE.lock().await;
+    let mut cluster = Cluster::start(fleet()).await;
+    let harm = async |cluster: &mut Cluster| {
+        cluster.nodes[0].daemon.as_mut().unwrap().kill();
         cluster.start_daemon(0);
         cluster.wait_online(0).await;
-    }
-    report("kill -9 of pool-managerd", &tally);
+    };
+    let tally = rounds(&mut cluster, 0..ROUNDS, "WORKER_RESET", harm, async |_| {}).await;
+    lost_something(&tally);
+    heading();
+    report("a node that comes back at once", tally);
 }
 
 // CLOUD-2321
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_killed_engine_loses_no_task_that_has_sent_no_token() {
+async fn a_killed_engine_loses_no_task_that_may_continue_or_has_sent_no_token() {
+    let _alone = ALONE.lock().await;
     let mut cluster = Cluster::start(fleet()).await;
-    let mut tally = Tally::default();
-    for seed in 0..ROUNDS {
-        let task = cluster.task(TOKENS);
-        let transcripts = round(&mut cluster, seed, task, async |cluster: &mut Cluster| {
-            cluster.nodes[0].engine.as_mut().unwrap().kill();
-        })
-        .await;
-        judge(&cluster, &transcripts, "WORKER_RESET", &mut tally).await;
-        cluster.start_engine(0);
-        cluster.wait_online(0).await;
-    }
-    report("SIGKILL of an engine", &tally);
+    let harm = async |cluster: &mut Cluster| cluster.nodes[0].engine.as_mut().unwrap().kill();
+    let mend = async |cluster: &mut Cluster| cluster.start_engine(0);
+    let tally = rounds(&mut cluster, 0..ROUNDS, "WORKER_RESET", harm, mend).await;
+    lost_something(&tally);
+    heading();
+    report("SIGKILL of an engine", tally);
 }
 
 // CLOUD-2322
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_hung_engine_loses_no_task_that_has_sent_no_token() {
+async fn a_hung_engine_loses_no_task_that_may_continue_or_has_sent_no_token() {
+    let _alone = ALONE.lock().await;
     let mut cluster = Cluster::start(fleet()).await;
-    let mut tally = Tally::default();
-    for seed in 0..ROUNDS {
-        let mut task = cluster.task(TOKENS);
-        task["timeouts"] = json!({"first_token_ms": 1_500, "token_idle_ms": 1_000});
-        let transcripts = round(&mut cluster, seed, task, async |cluster: &mut Cluster| {
-            cluster.nodes[0].engine.as_ref().unwrap().signal(Signal::SIGSTOP);
-        })
-        .await;
-        judge(&cluster, &transcripts, "DECODE_TIMEOUT", &mut tally).await;
+    let harm = async |cluster: &mut Cluster| {
+        cluster.nodes[0].engine.as_ref().unwrap().signal(Signal::SIGSTOP);
+    };
+    let mend = async |cluster: &mut Cluster| {
         cluster.nodes[0].engine.as_ref().unwrap().signal(Signal::SIGCONT);
-        cluster.wait_online(0).await;
-    }
-    report("a hung engine", &tally);
+    };
+    let tally = rounds(&mut cluster, 0..ROUNDS, "DECODE_TIMEOUT", harm, mend).await;
+    lost_something(&tally);
+    heading();
+    report("a hung engine (SIGSTOP)", tally);
 }
 
 // CLOUD-2323
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stopped_node_loses_no_task_that_has_sent_no_token() {
-    // A frozen node is found out by its silence, which takes ten seconds: two clusters share the rounds.
-    let half = async |first: u64, last: u64| {
-        let mut cluster = Cluster::start(fleet()).await;
-        let mut tally = Tally::default();
-        for seed in first..last {
-            let task = cluster.task(TOKENS);
-            let transcripts = round(&mut cluster, seed, task, async |cluster: &mut Cluster| {
-                cluster.nodes[0].daemon.as_ref().unwrap().signal(Signal::SIGSTOP);
-                cluster.wait_not_online(0, Duration::from_secs(4)).await;
-            })
-            .await;
-            judge(&cluster, &transcripts, "WORKER_RESET", &mut tally).await;
-            cluster.nodes[0].daemon.as_ref().unwrap().signal(Signal::SIGCONT);
-            cluster.wait_online(0).await;
-        }
-        tally
+async fn a_stopped_node_loses_no_task_that_may_continue_or_has_sent_no_token() {
+    let _alone = ALONE.lock().await;
+    let mut cluster = Cluster::start(fleet()).await;
+    let harm = async |cluster: &mut Cluster| {
+        cluster.nodes[0].daemon.as_ref().unwrap().signal(Signal::SIGSTOP);
+        cluster.wait_not_online(0, Duration::from_secs(4)).await;
     };
-    let (a, b) = tokio::join!(half(0, ROUNDS / 2), half(ROUNDS / 2, ROUNDS));
-    let tally = Tally {
-        completed: a.completed + b.completed,
-        placed_again: a.placed_again + b.placed_again,
-        reset: a.reset + b.reset,
+    let mend = async |cluster: &mut Cluster| {
+        cluster.nodes[0].daemon.as_ref().unwrap().signal(Signal::SIGCONT);
     };
-    report("SIGSTOP of pool-managerd", &tally);
+    let tally = rounds(&mut cluster, 0..ROUNDS, "WORKER_RESET", harm, mend).await;
+    lost_something(&tally);
+    heading();
+    report("SIGSTOP of pool-managerd", tally);
+}
+
+// CLOUD-2327
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restart_of_either_daemon_loses_nothing() {
+    let _alone = ALONE.lock().await;
+    let mut cluster = Cluster::start(fleet()).await;
+    let node = async |cluster: &mut Cluster| {
+        let daemon = cluster.nodes[0].daemon.as_mut().unwrap();
+        daemon.signal(Signal::SIGTERM);
+        let status = tokio::task::block_in_place(|| daemon.wait(Duration::from_secs(15)));
+        assert!(status.success(), "{status}:\n{}", daemon.log());
+        cluster.start_daemon(0);
+    };
+    let mut of_node = rounds(&mut cluster, 0..ROUNDS, "none", node, async |_| {}).await;
+    let control = async |cluster: &mut Cluster| {
+        let daemon = cluster.control.as_mut().unwrap();
+        daemon.signal(Signal::SIGTERM);
+        let status = tokio::task::block_in_place(|| daemon.wait(Duration::from_secs(35)));
+        assert!(status.success(), "{status}:\n{}", daemon.log());
+        cluster.start_control();
+    };
+    let of_control = rounds(&mut cluster, 0..ROUNDS, "none", control, async |_| {}).await;
+    assert_eq!((of_node.reset, of_control.reset), (0, 0));
+    // Whatever was placed again had been refused by the node that was leaving.
+    of_node.recovered.clear();
+    heading();
+    report("restart of pool-managerd (SIGTERM)", of_node);
+    report("restart of orchestratord (SIGTERM)", of_control);
 }
 
 // CLOUD-1516
@@ -206,6 +278,30 @@ async fn each_failure_of_an_engine_ends_as_the_contract_says() {
     assert!(slow.completed());
 }
 
+// CLOUD-2328
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_engine_that_answers_with_errors_is_left_alone_and_tried_with_one_task() {
+    let cluster = Cluster::start(Options { nodes: 1, ..Options::default() }).await;
+    cluster.fault(0, json!({"kind": "error500"})).await;
+    let mut failed = 0;
+    // Each task fails at most three times; three failures one after the other trip the pool.
+    while !cluster.client.node("gpu-node-1").await.unwrap().pools[0].tripped {
+        let transcript = cluster.client.run(cluster.task(2)).await;
+        transcript.check();
+        assert_eq!(transcript.error(), Some("POOL_UNAVAILABLE"));
+        failed += 1;
+        assert!(failed < 4, "it does not trip");
+    }
+    let dry = cluster.client.post("/v2/placement/explain", &cluster.task(2)).await;
+    let dry: serde_json::Value = dry.json().await.unwrap();
+    assert_eq!(dry["pools"][0]["refusal"], "tripped", "{dry}");
+    cluster.fault(0, json!({"kind": "none"})).await;
+    let transcript = cluster.client.run(cluster.task(2)).await;
+    transcript.check();
+    assert!(transcript.completed(), "{:?}", transcript.events.last());
+    assert!(!cluster.client.node("gpu-node-1").await.unwrap().pools[0].tripped);
+}
+
 // CLOUD-2325
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_unhealthy_engine_is_not_used_until_it_is_well() {
@@ -220,3 +316,4 @@ async fn an_unhealthy_engine_is_not_used_until_it_is_well() {
     cluster.fault(0, json!({"kind": "none"})).await;
     cluster.wait_online(0).await;
 }
+

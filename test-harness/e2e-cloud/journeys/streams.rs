@@ -155,7 +155,7 @@ async fn the_same_task_id_attaches_and_another_body_conflicts() {
 async fn a_full_queue_says_when_to_come_back() {
     let engine = Engine::Fake { slots: 1, first_token_ms: 50, pace_ms: 50, dialect: "llamacpp" };
     let control = vec![("ORCHESTRATORD_ADMISSION_CAPACITY", "2".to_owned())];
-    let cluster = Cluster::start(Options { nodes: 1, engine, control }).await;
+    let cluster = Cluster::start(Options { nodes: 1, engine, control, ..Options::default() }).await;
     let mut positions = Vec::new();
     for _ in 0..3 {
         let response = cluster.client.post("/v2/tasks", &cluster.task(40)).await;

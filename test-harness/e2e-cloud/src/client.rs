@@ -28,6 +28,8 @@ pub struct Transcript {
     /// Name, id and data of each event.
     pub events: Vec<(String, Option<String>, Value)>,
     pub first_token_after: Option<Duration>,
+    /// When the first token of an attempt after the first one came.
+    pub replaced_at: Option<Instant>,
     /// When the reader saw the stream end.
     pub took: Duration,
     /// The body of an answer that is no stream.
@@ -68,16 +70,27 @@ impl Transcript {
         self.events.last().is_some_and(|(name, ..)| name == "end")
     }
 
+    /// How many attempts have sent tokens.
+    pub fn starts(&self) -> usize {
+        self.events.iter().filter(|(name, ..)| name == "started").count()
+    }
+
     /// The invariants of every stream: indices without gap or repeat, `started` before the first
-    /// token and once, exactly one terminal event and nothing after it.
+    /// token and once for each attempt that sends any, exactly one terminal event and nothing after it.
     pub fn check(&self) {
         assert_eq!(self.status, 200, "no stream: {}", self.refusal);
         let names = self.names();
         let terminals = names.iter().filter(|name| ["end", "error"].contains(name)).count();
         assert_eq!(terminals, 1, "{names:?}");
         assert!(["end", "error"].contains(names.last().expect("a terminal")), "{names:?}");
-        assert!(names.iter().filter(|name| **name == "started").count() <= 1, "{names:?}");
-        let with_id = self.events.iter().filter(|(name, ..)| name != "started");
+        let starts: Vec<u64> = self
+            .events
+            .iter()
+            .filter(|(name, ..)| name == "started")
+            .filter_map(|(.., data)| data["attempt"].as_u64())
+            .collect();
+        assert!(starts.is_sorted() && !starts.windows(2).any(|pair| pair[0] == pair[1]), "{starts:?}");
+        let with_id = self.events.iter().filter(|(name, ..)| !["started", "metrics"].contains(&name.as_str()));
         for (n, (name, id, data)) in with_id.enumerate() {
             let number = id.as_deref().and_then(|id| id.rsplit_once(':')).map(|(_, n)| n.to_owned());
             assert_eq!(number, Some(n.to_string()), "the id of frame {n}");
@@ -86,7 +99,8 @@ impl Transcript {
             }
         }
         if names.contains(&"token") {
-            assert_eq!(names[0], "started", "{names:?}");
+            let first = names.iter().find(|name| **name != "metrics");
+            assert_eq!(first, Some(&"started"), "{names:?}");
         }
     }
 }
@@ -186,7 +200,11 @@ async fn read(response: Response, start: Instant, at_most: usize) -> Transcript 
                 if frame.event == "token" && transcript.first_token_after.is_none() {
                     transcript.first_token_after = Some(start.elapsed());
                 }
-                let data = serde_json::from_str(data).expect("JSON in every event");
+                let data: Value = serde_json::from_str(data).expect("JSON in every event");
+                // It comes together with the attempt's first token.
+                if frame.event == "started" && data["attempt"].as_u64() > Some(1) {
+                    transcript.replaced_at.get_or_insert_with(Instant::now);
+                }
                 transcript.events.push((frame.event.to_owned(), frame.id.map(str::to_owned), data));
                 if transcript.events.len() >= at_most {
                     return;

@@ -52,13 +52,23 @@ impl Engine {
 pub struct Options {
     pub nodes: usize,
     pub engine: Engine,
+    /// Engines of single nodes that differ from it.
+    pub other_engines: Vec<(usize, Engine)>,
     /// More variables for the control plane.
     pub control: Vec<(&'static str, String)>,
+    /// More variables for single nodes.
+    pub node: Vec<(usize, &'static str, String)>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { nodes: 2, engine: Engine::steady(), control: Vec::new() }
+        Self {
+            nodes: 2,
+            engine: Engine::steady(),
+            other_engines: Vec::new(),
+            control: Vec::new(),
+            node: Vec::new(),
+        }
     }
 }
 
@@ -117,6 +127,7 @@ impl Cluster {
             .env("ORCHESTRATORD_ADDR", format!("127.0.0.1:{}", self.port))
             .env("ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS", "1")
             .env("ORCHESTRATORD_NODE_TIMEOUT_SECS", "3")
+            .env("ORCHESTRATORD_DATA_DIR", self.dir.path().join("orchestratord"))
             .env("LLORCH_API_TOKEN", TOKEN)
             .envs(self.options.control.iter().map(|(name, value)| (*name, value.as_str())));
         self.control = Some(Process::start(command, &self.log("orchestratord")));
@@ -139,16 +150,26 @@ impl Cluster {
             .env("POOL_MANAGERD_NODE_ID", &node.id)
             .env("POOL_MANAGERD_ADDR", format!("127.0.0.1:{}", node.port))
             .env("POOL_MANAGERD_RUNTIME_DIR", &node.runtime_dir)
+            .env("POOL_MANAGERD_MODELS_DIR", self.models_dir(n))
             .env("POOL_MANAGERD_SHUTDOWN_GRACE_SECS", "10")
             .env("ORCHESTRATORD_URL", &self.client.base)
             .env("LLORCH_API_TOKEN", TOKEN);
+        let own = self.options.node.iter().filter(|(of, ..)| *of == n);
+        command.envs(own.map(|(_, name, value)| (*name, value.as_str())));
         let log = self.log(&node.id);
         self.nodes[n].daemon = Some(Process::start(command, &log));
     }
 
     pub fn start_engine(&mut self, n: usize) {
         let log = self.log(&format!("{}-engine", self.nodes[n].id));
-        self.nodes[n].engine = start_engine(&self.options.engine, &self.nodes[n].runtime_dir, &log);
+        let own = self.options.other_engines.iter().find(|(of, _)| *of == n).map(|(_, engine)| engine);
+        let engine = own.unwrap_or(&self.options.engine);
+        self.nodes[n].engine = start_engine(engine, &self.nodes[n].runtime_dir, &log);
+    }
+
+    /// Where node `n` keeps its models.
+    pub fn models_dir(&self, n: usize) -> PathBuf {
+        self.dir.path().join(format!("{}-models", self.nodes[n].id))
     }
 
     /// A client of node `n` itself.

@@ -29,6 +29,8 @@ pub(crate) enum Fault {
     Slow {
         pace_ms: u64,
     },
+    /// The words of another version: `x0 x1 x2 …`.
+    OtherWords,
     /// A web page instead of a stream.
     WrongContentType,
     /// The health call answers 503.

@@ -100,6 +100,8 @@ async fn run(arguments: Arguments) -> std::io::Result<()> {
         .route("/completion", post(completion))
         .route("/v1/completions", post(openai_completion))
         .route("/v1/chat/completions", post(openai_chat))
+        .route("/detokenize", post(detokenize))
+        .route("/apply-template", post(apply_template))
         .route("/fake/fault", post(set_fault))
         .with_state(engine);
     if let Some(dir) = &arguments.handoff_dir {
@@ -166,6 +168,17 @@ async fn models(State(engine): State<Arc<Engine>>) -> Json<Value> {
     Json(json!({"object": "list", "data": [{"id": engine.model, "object": "model"}]}))
 }
 
+async fn detokenize(Json(body): Json<Value>) -> Json<Value> {
+    let words = body["tokens"].as_array().into_iter().flatten().filter_map(Value::as_u64);
+    Json(json!({"content": words.map(|n| format!("w{n} ")).collect::<String>()}))
+}
+
+async fn apply_template(Json(body): Json<Value>) -> Json<Value> {
+    let texts = body["messages"].as_array().into_iter().flatten();
+    let texts = texts.filter_map(|message| message["content"].as_str());
+    Json(json!({"prompt": texts.map(|text| format!("<{text}>")).collect::<String>()}))
+}
+
 async fn set_fault(State(engine): State<Arc<Engine>>, Json(fault): Json<Fault>) -> StatusCode {
     *engine.fault.lock() = fault;
     StatusCode::NO_CONTENT
@@ -173,15 +186,15 @@ async fn set_fault(State(engine): State<Arc<Engine>>, Json(fault): Json<Fault>) 
 
 async fn completion(State(engine): State<Arc<Engine>>, Json(body): Json<Value>) -> Response {
     let tokens = body["n_predict"].as_u64().unwrap_or(DEFAULT_TOKENS);
-    stream::answer(engine, Dialect::Llama, tokens).await
+    stream::answer(engine, Dialect::Llama, tokens, stream::first_word(&body["prompt"])).await
 }
 
 async fn openai_completion(State(engine): State<Arc<Engine>>, Json(body): Json<Value>) -> Response {
     let tokens = body["max_tokens"].as_u64().unwrap_or(DEFAULT_TOKENS);
-    stream::answer(engine, Dialect::Completion, tokens).await
+    stream::answer(engine, Dialect::Completion, tokens, stream::first_word(&body["prompt"])).await
 }
 
 async fn openai_chat(State(engine): State<Arc<Engine>>, Json(body): Json<Value>) -> Response {
     let tokens = body["max_tokens"].as_u64().unwrap_or(DEFAULT_TOKENS);
-    stream::answer(engine, Dialect::Chat, tokens).await
+    stream::answer(engine, Dialect::Chat, tokens, 0).await
 }

@@ -9,7 +9,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures::stream;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::Engine;
@@ -26,15 +26,21 @@ pub(crate) enum Dialect {
 }
 
 impl Dialect {
-    fn token(self, n: u64) -> String {
+    /// The word `n`, whose token has the id `n`.
+    fn token(self, letter: char, n: u64) -> String {
+        let word = format!("{letter}{n} ");
         match self {
-            Self::Llama => format!("data: {{\"index\":0,\"content\":\"w{n} \",\"stop\":false}}\n\n"),
+            Self::Llama => {
+                format!(
+                    "data: {{\"index\":0,\"content\":\"{word}\",\"tokens\":[{n}],\"stop\":false}}\n\n"
+                )
+            }
             Self::Completion => {
-                format!("data: {{\"choices\":[{{\"text\":\"w{n} \",\"finish_reason\":null}}]}}\n\n")
+                format!("data: {{\"choices\":[{{\"text\":\"{word}\",\"finish_reason\":null}}]}}\n\n")
             }
             Self::Chat => {
                 format!(
-                    "data: {{\"choices\":[{{\"delta\":{{\"content\":\"w{n} \"}},\"finish_reason\":null}}]}}\n\n"
+                    "data: {{\"choices\":[{{\"delta\":{{\"content\":\"{word}\"}},\"finish_reason\":null}}]}}\n\n"
                 )
             }
         }
@@ -59,14 +65,27 @@ struct Answer {
     dialect: Dialect,
     fault: Fault,
     tokens: u64,
+    /// The number of the first word.
+    first: u64,
     next: u64,
     pace: Duration,
     slot: Option<OwnedSemaphorePermit>,
     over: bool,
 }
 
-/// Answers a request with `tokens` tokens, or with the fault that is set.
-pub(crate) async fn answer(engine: Arc<Engine>, dialect: Dialect, tokens: u64) -> Response {
+/// What a prompt of ours ends with: the number of the word that comes next. A list of a text and
+/// ids is read by its last id, a text by the last of the words that it ends with.
+pub(crate) fn first_word(prompt: &Value) -> u64 {
+    if let Some(parts) = prompt.as_array() {
+        return parts.last().and_then(Value::as_u64).map_or(0, |id| id + 1);
+    }
+    let text = prompt.as_str().unwrap_or_default();
+    let last = text.strip_suffix(' ').and_then(|text| text.rsplit(['w', ' ']).next());
+    last.and_then(|number| number.parse::<u64>().ok()).map_or(0, |n| n + 1)
+}
+
+/// Answers a request with `tokens` tokens from word `first` on, or with the fault that is set.
+pub(crate) async fn answer(engine: Arc<Engine>, dialect: Dialect, tokens: u64, first: u64) -> Response {
     let fault = *engine.fault.lock();
     match fault {
         Fault::Error500 => {
@@ -91,7 +110,7 @@ pub(crate) async fn answer(engine: Arc<Engine>, dialect: Dialect, tokens: u64) -
         Fault::Slow { pace_ms } => Duration::from_millis(pace_ms),
         _ => engine.pace,
     };
-    let answer = Answer { engine, dialect, fault, tokens, next: 0, pace, slot: None, over: false };
+    let answer = Answer { engine, dialect, fault, tokens, first, next: 0, pace, slot: None, over: false };
     let body =
         stream::unfold(answer, |mut answer| async move { answer.step().await.map(|piece| (piece, answer)) });
     ([(header::CONTENT_TYPE, "text/event-stream")], Body::from_stream(body)).into_response()
@@ -122,7 +141,8 @@ impl Answer {
             self.slot = None;
             return Some(Ok(Bytes::from(self.dialect.end(self.tokens))));
         }
-        let token = self.dialect.token(self.next);
+        let letter = if self.fault == Fault::OtherWords { 'x' } else { 'w' };
+        let token = self.dialect.token(letter, self.first + self.next);
         self.next += 1;
         Some(Ok(Bytes::from(token)))
     }
@@ -131,5 +151,18 @@ impl Answer {
 async fn wait(span: Duration) {
     if !span.is_zero() {
         tokio::time::sleep(span).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prompt_that_ends_with_our_words_is_continued() {
+        assert_eq!(first_word(&json!("once upon a time")), 0);
+        assert_eq!(first_word(&json!("once upon a timew0 w1 w12 ")), 13);
+        assert_eq!(first_word(&json!(["once upon a time", 0, 1, 7])), 8);
+        assert_eq!(first_word(&json!(["once upon a time"])), 0);
     }
 }

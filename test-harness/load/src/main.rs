@@ -44,7 +44,7 @@ async fn main() -> ExitCode {
         ("ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS", "10".to_owned()),
         ("ORCHESTRATORD_NODE_TIMEOUT_SECS", "30".to_owned()),
     ];
-    let cluster = Cluster::start(Options { nodes: 1, engine, control }).await;
+    let cluster = Cluster::start(Options { nodes: 1, engine, control, ..Options::default() }).await;
     let bare = Caller::engine(&cluster.engine_url(0));
     let ours = Caller::cluster(&cluster.client.base, e2e_cloud::cluster::TOKEN);
     let idle = memory(&cluster);

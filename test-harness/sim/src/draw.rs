@@ -2,25 +2,86 @@
 
 use std::time::Duration;
 
-use task_scheduler::{Rule, Timing};
+use pool_registry_types::placement::Wishes;
+use task_scheduler::{FullLane, Rule, Strategy, Timing};
 
 /// One thing that happens at a set time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
-    Submit { task: usize },
-    SubmitAgain { task: usize },
-    Cancel { task: usize },
-    CrashNode { node: usize, down_ms: u64 },
-    LeaveNode { node: usize, down_ms: u64 },
-    StopNode { node: usize, for_ms: u64 },
-    Partition { node: usize, to_cp: bool, to_node: bool, for_ms: u64 },
-    LoseHeartbeats { for_ms: u64 },
-    KillEngine { node: usize, down_ms: u64 },
-    HangEngine { node: usize, for_ms: u64 },
-    SlowEngine { node: usize, for_ms: u64 },
-    ForeignLoad { node: usize, slots: u32, for_ms: u64 },
-    RestartControl { down_ms: u64 },
-    StallControl { for_ms: u64 },
+    Submit {
+        task: usize,
+    },
+    SubmitAgain {
+        task: usize,
+    },
+    Cancel {
+        task: usize,
+    },
+    CrashNode {
+        node: usize,
+        down_ms: u64,
+    },
+    LeaveNode {
+        node: usize,
+        down_ms: u64,
+    },
+    StopNode {
+        node: usize,
+        for_ms: u64,
+    },
+    Partition {
+        node: usize,
+        to_cp: bool,
+        to_node: bool,
+        for_ms: u64,
+    },
+    LoseHeartbeats {
+        for_ms: u64,
+    },
+    KillEngine {
+        node: usize,
+        down_ms: u64,
+    },
+    HangEngine {
+        node: usize,
+        for_ms: u64,
+    },
+    SlowEngine {
+        node: usize,
+        for_ms: u64,
+    },
+    ForeignLoad {
+        node: usize,
+        slots: u32,
+        for_ms: u64,
+    },
+    /// Its engine answers every request with an error of its own.
+    SickEngine {
+        node: usize,
+        for_ms: u64,
+    },
+    /// An operator drains the node, or lets it serve again.
+    Drain {
+        node: usize,
+    },
+    Resume {
+        node: usize,
+    },
+    /// The wall clock of the node is set.
+    ClockStep {
+        node: usize,
+        by_ms: i64,
+    },
+    /// Another process comes with the node's name.
+    Twin {
+        node: usize,
+    },
+    RestartControl {
+        down_ms: u64,
+    },
+    StallControl {
+        for_ms: u64,
+    },
 }
 
 /// A client's task.
@@ -32,6 +93,17 @@ pub struct TaskPlan {
     pub deadline_ms: Option<u64>,
     /// Kills every engine that works on it, at its first token.
     pub poison: bool,
+    /// Goes on after tokens: from the start with a seed, or from what was sent.
+    pub recovery: Option<Replays>,
+    pub wishes: Option<Wishes>,
+    pub session: Option<u128>,
+}
+
+/// How a task that continues does so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Replays {
+    FromTheStart,
+    FromTheEnd,
 }
 
 /// Everything that a run needs.
@@ -44,6 +116,8 @@ pub struct Plan {
     pub first_token_timeout: Duration,
     pub token_idle_timeout: Duration,
     pub capacity: usize,
+    pub full_lane: FullLane,
+    pub strategy: Strategy,
     /// Slots of each node's pool, replicas of it, and its model.
     pub nodes: Vec<NodePlan>,
     pub tasks: Vec<TaskPlan>,
@@ -64,18 +138,37 @@ pub struct NodePlan {
     pub slots: u32,
     pub replicas: u32,
     pub model: usize,
+    /// The value of its label `zone`.
+    pub zone: u8,
+    /// Its engine is of another version: the same seed gives another text.
+    pub odd: bool,
 }
+
+/// The zones of the simulated cluster.
+pub const ZONES: [&str; 2] = ["east", "west"];
+/// Turns of a session.
+pub const MAX_TURNS: u32 = 8;
 
 /// The schedule of a seed.
 pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
     let mut r = fastrand::Rng::with_seed(seed);
-    let node_count = if r.u8(..4) == 0 { r.usize(1..=20) } else { r.usize(1..=6) };
+    let node_count = match r.u8(..64) {
+        0 => r.usize(20..=200),
+        1..=15 => r.usize(1..=20),
+        _ => r.usize(1..=6),
+    };
     let models = r.usize(1..=2);
     let interval = Duration::from_secs(r.u64(1..=10));
     let node_timeout = interval * r.u32(3..=4);
     let horizon_ms = r.u64(300_000..420_000);
     let nodes: Vec<NodePlan> = (0..node_count)
-        .map(|_| NodePlan { slots: r.u32(1..=8), replicas: r.u32(1..=2), model: r.usize(..models) })
+        .map(|_| NodePlan {
+            slots: r.u32(1..=8),
+            replicas: r.u32(1..=2),
+            model: r.usize(..models),
+            zone: r.u8(..2),
+            odd: r.u8(..6) == 0,
+        })
         .collect();
     let busy = r.u8(..3) == 0;
     let task_count = if busy { r.usize(100..160) } else { r.usize(40..80) };
@@ -86,6 +179,13 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
             tokens: r.u64(1..=20),
             deadline_ms: (r.u8(..8) == 0).then(|| r.u64(500..60_000)),
             poison: r.u8(..60) == 0,
+            recovery: match r.u8(..6) {
+                0 => Some(Replays::FromTheStart),
+                1 => Some(Replays::FromTheEnd),
+                _ => None,
+            },
+            wishes: wishes(&mut r, node_count),
+            session: (r.u8(..5) == 0).then(|| r.u128(1..=4)),
         })
         .collect();
     let mut steps = Vec::new();
@@ -105,7 +205,7 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
         let at = r.u64(..horizon_ms);
         let node = r.usize(..node_count);
         let for_ms = if r.bool() { r.u64(50..5_000) } else { r.u64(5_000..90_000) };
-        let step = match r.u8(..15) {
+        let step = match r.u8(..22) {
             0 | 1 => Step::CrashNode { node, down_ms: for_ms },
             2 => Step::LeaveNode { node, down_ms: for_ms },
             3 | 4 => Step::StopNode { node, for_ms },
@@ -117,7 +217,15 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
             10 => Step::HangEngine { node, for_ms },
             11 => Step::SlowEngine { node, for_ms },
             12 => Step::ForeignLoad { node, slots: r.u32(1..=8), for_ms },
-            13 => Step::RestartControl { down_ms: r.u64(10..20_000) },
+            13 => Step::SickEngine { node, for_ms },
+            14 | 15 => {
+                steps.push((at + for_ms, Step::Resume { node }));
+                Step::Drain { node }
+            }
+            16 => Step::ClockStep { node, by_ms: r.i64(-86_400_000..86_400_000) },
+            17 => Step::Twin { node },
+            18 => Step::SickEngine { node, for_ms: for_ms + 10_000 },
+            19 => Step::RestartControl { down_ms: r.u64(10..20_000) },
             _ => Step::StallControl { for_ms: r.u64(1_200..50_000) },
         };
         steps.push((at, step));
@@ -131,6 +239,8 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
         first_token_timeout: Duration::from_secs(r.u64(5..30)),
         token_idle_timeout: Duration::from_secs(r.u64(3..20)),
         capacity: if busy { r.usize(4..40) } else { 1024 },
+        full_lane: if r.u8(..3) == 0 { FullLane::DropLru } else { FullLane::Reject },
+        strategy: Strategy::ALL[if r.bool() { 0 } else { r.usize(..4) }].1,
         nodes,
         tasks,
         steps,
@@ -141,4 +251,21 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
         first_token_ms: r.u64(20..3_000),
         pace_ms: r.u64(5..600),
     }
+}
+
+/// What a task wishes of its place, if anything. Names of nodes are those of the simulation.
+fn wishes(r: &mut fastrand::Rng, node_count: usize) -> Option<Wishes> {
+    let node = r.usize(..node_count);
+    let zone = ZONES[r.usize(..2)];
+    let json = match r.u8(..24) {
+        // Now and then one that does not exist.
+        0 => format!(r#"{{"mode":"pin","node_id":"n{}"}}"#, if r.u8(..4) == 0 { 999 } else { node }),
+        1 => format!(r#"{{"mode":"pin","pin_pool_id":"n{node}/pool-0"}}"#),
+        2 => format!(r#"{{"require_labels":{{"zone":"{zone}"}}}}"#),
+        3 => format!(r#"{{"prefer_pools":["n{node}/pool-0"]}}"#),
+        4 => format!(r#"{{"avoid_pools":["n{node}/pool-0"],"allow_fallback":{}}}"#, r.bool()),
+        5 => format!(r#"{{"mode":"prefer","node_id":"n{node}","allow_fallback":{}}}"#, r.bool()),
+        _ => return None,
+    };
+    Some(serde_json::from_str(&json).expect("well-formed wishes"))
 }

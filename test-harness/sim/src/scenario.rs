@@ -9,9 +9,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use task_scheduler::Timing;
+use task_scheduler::{FullLane, Strategy, Timing};
 
-use crate::draw::{NodePlan, Plan, Step, TaskPlan};
+use crate::draw::{NodePlan, Plan, Replays, Step, TaskPlan};
 use crate::world::World;
 
 fn folder() -> PathBuf {
@@ -60,8 +60,8 @@ fn run_file(file: &Path, bless: bool) -> Result<(), String> {
     }
 }
 
-/// Reads a scenario. Lines: `node slots N`, `task tokens N [batch] [poison]`,
-/// `set <name> <value>`, `at <ms> <step> …`; `#` starts a comment.
+/// Reads a scenario. Lines: `node slots N [odd]`,
+/// `task tokens N [batch] [poison] [continue] [replay] [pin=nI] [session=N]`, `set <name> <value>`, `at <ms> <step> …`; `#` starts a comment.
 pub fn parse(text: &str) -> Result<Plan, String> {
     let mut plan = Plan {
         seed: 1,
@@ -71,6 +71,8 @@ pub fn parse(text: &str) -> Result<Plan, String> {
         first_token_timeout: Duration::from_secs(60),
         token_idle_timeout: Duration::from_secs(20),
         capacity: 1024,
+        full_lane: FullLane::Reject,
+        strategy: Strategy::LeastLoaded,
         nodes: Vec::new(),
         tasks: Vec::new(),
         steps: Vec::new(),
@@ -94,15 +96,29 @@ pub fn parse(text: &str) -> Result<Plan, String> {
 fn parse_line(plan: &mut Plan, line: &str) -> Option<()> {
     let words: Vec<&str> = line.split_whitespace().collect();
     match words.as_slice() {
-        ["node", "slots", slots] => {
-            plan.nodes.push(NodePlan { slots: slots.parse().ok()?, replicas: 1, model: 0 });
-        }
+        ["node", "slots", slots, flags @ ..] => plan.nodes.push(NodePlan {
+            slots: slots.parse().ok()?,
+            replicas: 1,
+            model: 0,
+            zone: 0,
+            odd: flags.contains(&"odd"),
+        }),
         ["task", "tokens", tokens, flags @ ..] => plan.tasks.push(TaskPlan {
             model: 0,
             batch: flags.contains(&"batch"),
             tokens: tokens.parse().ok()?,
             deadline_ms: None,
             poison: flags.contains(&"poison"),
+            recovery: if flags.contains(&"replay") {
+                Some(Replays::FromTheStart)
+            } else {
+                flags.contains(&"continue").then_some(Replays::FromTheEnd)
+            },
+            wishes: flags.iter().find_map(|flag| {
+                let json = format!(r#"{{"mode":"pin","node_id":"{}"}}"#, flag.strip_prefix("pin=")?);
+                serde_json::from_str(&json).ok()
+            }),
+            session: flags.iter().find_map(|flag| flag.strip_prefix("session=")?.parse().ok()),
         }),
         ["set", "seed", value] => plan.seed = value.parse().ok()?,
         ["set", "horizon_ms", value] => plan.horizon_ms = value.parse().ok()?,
@@ -128,6 +144,10 @@ fn parse_step(words: &[&str]) -> Option<Step> {
         ["lose-heartbeats", "for", ms] => Step::LoseHeartbeats { for_ms: n(ms)? },
         ["kill-engine", i, "down", ms] => Step::KillEngine { node: node(i)?, down_ms: n(ms)? },
         ["hang-engine", i, "for", ms] => Step::HangEngine { node: node(i)?, for_ms: n(ms)? },
+        ["sick-engine", i, "for", ms] => Step::SickEngine { node: node(i)?, for_ms: n(ms)? },
+        ["drain", i] => Step::Drain { node: node(i)? },
+        ["resume", i] => Step::Resume { node: node(i)? },
+        ["twin", i] => Step::Twin { node: node(i)? },
         ["restart-control", "down", ms] => Step::RestartControl { down_ms: n(ms)? },
         ["stall-control", "for", ms] => Step::StallControl { for_ms: n(ms)? },
         _ => return None,

@@ -6,12 +6,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use pool_registry_types::error::EndCause;
-use pool_registry_types::node::Liveness;
-use pool_registry_types::view::ClusterView;
+use pool_registry_types::node::{Intent, Liveness};
+use pool_registry_types::placement::Wishes;
+use pool_registry_types::view::{ClusterView, NodeView};
 use pool_registry_types::{AttemptId, ErrorCode, Moment, NodeId, PoolKey, TaskId};
 use task_scheduler::{ControlCore, Dispatch, HowEnded, Overdue, TaskLog};
 
-use crate::draw::Plan;
+use crate::draw::{MAX_TURNS, Plan, TaskPlan};
 
 /// What is known of one task.
 #[derive(Debug, Default)]
@@ -27,6 +28,18 @@ pub(crate) struct Seen {
     read: u64,
     tokens: u64,
     pub(crate) terminal: Option<String>,
+    wishes: Option<Wishes>,
+    continues: bool,
+    /// A replay of it did not begin with what had been sent.
+    differed: bool,
+    dispatches: u32,
+}
+
+/// Errors of one pool's engine in a row, those side by side counted once.
+#[derive(Debug, Default, Clone, Copy)]
+struct Sick {
+    failures: u32,
+    last: Moment,
 }
 
 /// What the observer knows of a node's signs of life.
@@ -49,6 +62,13 @@ pub(crate) struct Witness {
     /// Nodes silent at once, with no failed connection: since when.
     pub(crate) last_dial_failure: Option<Moment>,
     pub(crate) offline_at: BTreeMap<NodeId, Moment>,
+    /// Nodes that an operator has drained and not resumed.
+    pub(crate) draining: BTreeSet<NodeId>,
+    sick: BTreeMap<PoolKey, Sick>,
+    /// When each open attempt was dispatched.
+    dispatched: BTreeMap<AttemptId, Moment>,
+    /// Tasks admitted of each session.
+    turns: BTreeMap<u128, u32>,
     next_number: u64,
 }
 
@@ -62,16 +82,64 @@ impl Witness {
         *self = Self { epochs, next_number: self.next_number, ..Self::default() };
     }
 
-    pub(crate) fn admitted(&mut self, now: Moment, id: TaskId, model: usize, batch: bool) {
+    /// A session never gets more turns than it has.
+    pub(crate) fn admitted(&mut self, now: Moment, id: TaskId, plan: &TaskPlan) -> Result<(), Broken> {
         self.next_number += 1;
-        let number = self.next_number;
-        let seen = Seen { model, batch, number, queued_since: Some(now), ..Seen::default() };
+        let seen = Seen {
+            model: plan.model,
+            batch: plan.batch,
+            number: self.next_number,
+            queued_since: Some(now),
+            wishes: plan.wishes.clone(),
+            continues: plan.recovery.is_some(),
+            ..Seen::default()
+        };
         self.tasks.insert(id, seen);
+        let Some(session) = plan.session else { return Ok(()) };
+        let turns = self.turns.entry(session).or_default();
+        *turns += 1;
+        if *turns > MAX_TURNS {
+            return Err(format!("session {session} was given turn {turns}"));
+        }
+        Ok(())
+    }
+
+    /// An operator's wish has reached the core.
+    pub(crate) fn wants(&mut self, node_id: &NodeId, intent: Intent) {
+        match intent {
+            Intent::Draining => self.draining.insert(node_id.clone()),
+            Intent::Serving => self.draining.remove(node_id),
+        };
+    }
+
+    /// The engines of the node are not the ones that failed.
+    pub(crate) fn engine_is_new(&mut self, node_id: &NodeId) {
+        self.sick.retain(|pool, _| pool.node_id != *node_id);
+    }
+
+    /// A token of the task has come: its pool is well.
+    pub(crate) fn got_through(&mut self, task: TaskId) {
+        if let Some((_, pool)) = self.tasks.get(&task).and_then(|seen| seen.open.as_ref()) {
+            self.sick.remove(pool);
+        }
+    }
+
+    /// What the task asked for, of the place that it is given.
+    fn is_where_it_must(wishes: &Wishes, pool: &PoolKey, node: &NodeView) -> bool {
+        wishes.pin_allows(pool)
+            && wishes.require_labels.iter().all(|(name, value)| node.labels.get(name) == Some(value))
+            && (wishes.allow_fallback || !wishes.avoids(pool))
+            && (!wishes.only_preferred() || wishes.prefers(pool))
     }
 
     /// [5] only to online nodes and ready pools, [4] never more than there are slots, [3] never
     /// while another attempt may write, [6] never past an older task that waits for such a slot.
-    pub(crate) fn dispatched(&mut self, dispatch: &Dispatch, view: &ClusterView) -> Result<(), Broken> {
+    pub(crate) fn dispatched(
+        &mut self,
+        now: Moment,
+        dispatch: &Dispatch,
+        view: &ClusterView,
+    ) -> Result<(), Broken> {
         let node = view.nodes.iter().find(|n| n.node_id == dispatch.pool.node_id);
         let node = node.ok_or_else(|| format!("dispatched to unknown node {}", dispatch.pool))?;
         let pool = node.pools.iter().find(|p| p.report.pool_id == dispatch.pool.pool_id);
@@ -97,19 +165,46 @@ impl Witness {
                 dispatch.task
             ));
         }
+        if seen.wishes.as_ref().is_some_and(|wishes| !Self::is_where_it_must(wishes, &dispatch.pool, node)) {
+            return Err(format!("{} was sent to {}, against its wishes", dispatch.task, dispatch.pool));
+        }
+        if self.draining.contains(&dispatch.pool.node_id) {
+            return Err(format!("[5] {} was sent to {}, which is drained", dispatch.task, dispatch.pool));
+        }
+        if let Some(sick) = self.sick.get(&dispatch.pool).filter(|sick| sick.failures >= 3) {
+            let rest = std::time::Duration::from_secs(1);
+            let since = self.tasks.values().filter_map(|task| task.open.as_ref()).any(|(attempt, pool)| {
+                *pool == dispatch.pool && self.dispatched.get(attempt).is_some_and(|at| *at > sick.last)
+            });
+            if since || now < sick.last + rest {
+                return Err(format!("{} gets more than one attempt after {sick:?}", dispatch.pool));
+            }
+        }
+        if dispatch.first_index != seen.tokens {
+            return Err(format!(
+                "[3] {} goes on at {} where {} was next",
+                dispatch.task, dispatch.first_index, seen.tokens
+            ));
+        }
         let older = self.tasks.iter().find(|(_, other)| {
             other.queued_since.is_some()
                 && other.number < seen.number
                 && other.model == seen.model
                 && other.batch == seen.batch
                 && !other.tried.contains(&dispatch.pool)
+                && other
+                    .wishes
+                    .as_ref()
+                    .is_none_or(|wishes| Self::is_where_it_must(wishes, &dispatch.pool, node))
         });
         if let Some((older, _)) = older {
             return Err(format!("[6] {} started before the older {older}", dispatch.task));
         }
         let seen = self.tasks.get_mut(&dispatch.task).expect("looked up above");
         seen.queued_since = None;
+        seen.dispatches += 1;
         seen.open = Some((dispatch.attempt, dispatch.pool.clone()));
+        self.dispatched.insert(dispatch.attempt, now);
         Ok(())
     }
 
@@ -124,6 +219,18 @@ impl Witness {
     ) {
         let Some(seen) = self.tasks.get_mut(&task) else { return };
         let Some((_, pool)) = seen.open.take_if(|(open, _)| *open == attempt) else { return };
+        let dispatched = self.dispatched.remove(&attempt).unwrap_or_default();
+        match how {
+            HowEnded::NodeError(body) if body.cause == Some(EndCause::Engine5xx) => {
+                let sick = self.sick.entry(pool.clone()).or_default();
+                if sick.failures == 0 || dispatched > sick.last {
+                    *sick = Sick { failures: sick.failures + 1, last: now };
+                }
+            }
+            HowEnded::NodeError(body) if body.cause == Some(EndCause::ReplayDiffers) => seen.differed = true,
+            HowEnded::Finished => drop(self.sick.remove(&pool)),
+            _ => {}
+        }
         let (free, died) = match how {
             HowEnded::Refused(_) | HowEnded::NeverSent(_) => (true, false),
             HowEnded::NodeError(body) if body.code == ErrorCode::PoolUnready => (true, false),
@@ -138,7 +245,7 @@ impl Witness {
             seen.engine_deaths += u32::from(died);
             seen.tried.push(pool);
         }
-        if *how != HowEnded::Finished && tokens == 0 {
+        if *how != HowEnded::Finished && (tokens == 0 || seen.continues) && seen.terminal.is_none() {
             seen.queued_since = Some(now);
         }
     }
@@ -173,6 +280,19 @@ impl Witness {
                 "{task} ended as tried out after {} tries and {} dead engines",
                 seen.tries, seen.engine_deaths
             )),
+            ErrorCode::WorkerReset
+                if seen.continues && seen.tries < 3 && seen.engine_deaths < 2 && !seen.differed =>
+            {
+                Err(format!("{task} continues, and was given up after {} tries", seen.tries))
+            }
+            ErrorCode::QueueFullDropLru if seen.dispatches > 0 => {
+                Err(format!("{task} has run, and was dropped for a newer one"))
+            }
+            ErrorCode::NodeUnavailable
+                if seen.wishes.as_ref().is_none_or(|wishes| wishes.pinned_node().is_none()) =>
+            {
+                Err(format!("{task} is pinned to no node, and ended for want of one"))
+            }
             ErrorCode::WorkerReset if seen.tokens == 0 => {
                 Err(format!("{task} ended with WORKER_RESET without a token"))
             }

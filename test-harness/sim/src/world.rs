@@ -10,9 +10,11 @@ mod node;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
-use pool_registry_types::node::{Heartbeat, HeartbeatAnswer, LiveAnswer, RegisterAnswer, RegisterRequest};
+use pool_registry_types::node::{
+    Heartbeat, HeartbeatAnswer, Intent, LiveAnswer, RegisterAnswer, RegisterRequest,
+};
 use pool_registry_types::{AttemptId, BootId, Epoch, ErrorBody, Moment, NodeId, ReplicaId, TaskId};
-use task_scheduler::Dispatch;
+use task_scheduler::{Dispatch, ReplyTo};
 use uuid::Uuid;
 
 use crate::coverage::Coverage;
@@ -105,6 +107,21 @@ pub(crate) enum What {
         node: usize,
         address: String,
     },
+    IntentArrives {
+        life: u64,
+        node: usize,
+        to: ReplyTo,
+        boot_id: BootId,
+        intent: Intent,
+    },
+    IntentAnswered {
+        life: u64,
+        node_id: NodeId,
+        to: ReplyTo,
+        boot_id: BootId,
+        intent: Intent,
+        outcome: Result<(), String>,
+    },
     ProbeAnswered {
         life: u64,
         node_id: NodeId,
@@ -155,6 +172,7 @@ pub(crate) enum Heal {
     Heartbeats,
     HangEngine { node: usize },
     SlowEngine { node: usize },
+    SickEngine { node: usize },
     ForeignLoad { node: usize },
     Stall,
 }
@@ -244,6 +262,12 @@ pub struct World {
     pub(crate) liveness_noted: BTreeMap<NodeId, pool_registry_types::node::Liveness>,
     /// Which task is which, for people.
     pub(crate) names: BTreeMap<TaskId, usize>,
+    /// Whether an odd engine sent the first tokens of a task's stream.
+    pub(crate) voices: BTreeMap<TaskId, bool>,
+    /// What operators want of nodes, on the nodes' disks.
+    pub(crate) kept_intents: Vec<Intent>,
+    /// What the nodes' wall clocks are off, milliseconds.
+    pub(crate) clocks: Vec<i64>,
 }
 
 impl std::fmt::Debug for World {
@@ -276,6 +300,9 @@ impl World {
             trace: traced.then(Vec::new),
             liveness_noted: BTreeMap::new(),
             names: BTreeMap::new(),
+            voices: BTreeMap::new(),
+            kept_intents: vec![Intent::Serving; plan.nodes.len()],
+            clocks: vec![0; plan.nodes.len()],
             plan,
         };
         world.start_control();
@@ -445,6 +472,9 @@ impl World {
             What::ProbeAnswered { life, node_id, address, answer } => {
                 self.probe_answered(life, node_id, address, answer);
             }
+            What::IntentAnswered { life, node_id, to, boot_id, intent, outcome } => {
+                self.intent_answered(life, node_id, to, boot_id, intent, outcome);
+            }
             What::ControlBack => {
                 self.witness.next_life();
                 self.start_control();
@@ -506,6 +536,18 @@ impl World {
                 self.nodes[node].foreign = slots;
                 self.after_ms(for_ms, What::Heal(Heal::ForeignLoad { node }));
             }
+            Step::SickEngine { node, for_ms } => {
+                self.coverage.hit("fault: engine sick");
+                self.nodes[node].sick += 1;
+                self.after_ms(for_ms, What::Heal(Heal::SickEngine { node }));
+            }
+            Step::Drain { node } => self.want(node, Intent::Draining),
+            Step::Resume { node } => self.want(node, Intent::Serving),
+            Step::ClockStep { node, by_ms } => {
+                self.coverage.hit("fault: clock stepped");
+                self.clocks[node] += by_ms;
+            }
+            Step::Twin { node } => self.twin(node),
             Step::RestartControl { down_ms } => {
                 if self.control.is_some() && self.stall_until.is_none() {
                     self.coverage.hit("fault: control plane restarted");
@@ -538,6 +580,7 @@ impl World {
             Heal::Heartbeats => self.heartbeats_lost -= 1,
             Heal::HangEngine { node } => self.nodes[node].hung = self.nodes[node].hung.saturating_sub(1),
             Heal::SlowEngine { node } => self.nodes[node].slow -= 1,
+            Heal::SickEngine { node } => self.nodes[node].sick -= 1,
             Heal::ForeignLoad { node } => self.nodes[node].foreign = 0,
             Heal::Stall => {
                 self.stall_until = None;
@@ -570,6 +613,14 @@ fn is_for_control(what: &What) -> bool {
             | What::Fence { .. }
             | What::StreamArrives { .. }
             | What::ProbeAnswered { .. }
-            | What::Step(Step::Submit { .. } | Step::SubmitAgain { .. } | Step::Cancel { .. })
+            | What::IntentAnswered { .. }
+            | What::Step(
+                Step::Submit { .. }
+                    | Step::SubmitAgain { .. }
+                    | Step::Cancel { .. }
+                    | Step::Drain { .. }
+                    | Step::Resume { .. }
+                    | Step::Twin { .. }
+            )
     )
 }

@@ -1,15 +1,130 @@
-//! The catalog: which models can be asked for, and where they are.
+//! The catalog: which models can be asked for, where they are, and what operators say of them.
+
+use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
-use daemon_kit::ApiError;
+use axum::http::StatusCode;
+use daemon_kit::{ApiError, Body, PathId};
 use pool_registry_types::view::Availability;
-use pool_registry_types::{ErrorBody, routes as paths};
+use pool_registry_types::{Digest, ErrorBody, ErrorCode, ModelRef, routes as paths};
+use serde::{Deserialize, Serialize};
+use task_scheduler::Event;
+use utoipa::ToSchema;
 
+use super::on_disk;
 use crate::app::state::AppState;
+use crate::services::catalog::{ModelEntry, ModelState, Verification};
 
-/// The models of all ready pools on online nodes.
+/// Longest description, bytes.
+const MAX_DESCRIPTION_BYTES: usize = 4096;
+
+/// The models of all ready pools on online nodes, and those that lie on disks.
 #[utoipa::path(get, path = paths::CATALOG_AVAILABILITY, tag = "catalog", responses((status = 200, body = Availability), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn availability(State(state): State<AppState>) -> Result<Json<Availability>, ApiError> {
-    Ok(Json(state.control.view().await?.availability()))
+    Ok(Json(state.service_registry.view().await?.availability()))
+}
+
+/// A new entry, or one that replaces another.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct NewModel {
+    model_id: ModelRef,
+    /// What the model's file must be.
+    #[serde(default)]
+    digest: Option<Digest>,
+    #[serde(default)]
+    description: Option<String>,
+    #[serde(default)]
+    state: ModelState,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct ModelList {
+    models: Vec<ModelEntry>,
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct NewState {
+    state: ModelState,
+}
+
+/// Says something of a model: 201 for a new entry, 200 for one that replaces another.
+#[utoipa::path(post, path = paths::CATALOG_MODELS, tag = "catalog", request_body = NewModel,
+    responses((status = 201, body = ModelEntry), (status = 200, body = ModelEntry), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn create(
+    State(state): State<AppState>,
+    Body(new): Body<NewModel>,
+) -> Result<(StatusCode, Json<ModelEntry>), ApiError> {
+    let NewModel { model_id, digest, description, state: model_state } = new;
+    if description.as_ref().is_some_and(|text| text.len() > MAX_DESCRIPTION_BYTES) {
+        let message = format!("description: at most {MAX_DESCRIPTION_BYTES} bytes");
+        return Err(ApiError::new(ErrorCode::InvalidParams, message));
+    }
+    let entry = ModelEntry { model_id, digest, description, state: model_state };
+    let (catalog, kept) = (Arc::clone(&state.catalog), entry.clone());
+    let new = on_disk(move || catalog.put(kept)).await?;
+    tell(&state, &entry).await;
+    Ok((if new { StatusCode::CREATED } else { StatusCode::OK }, Json(entry)))
+}
+
+/// Lets the control loop know whether the model may be placed.
+async fn tell(state: &AppState, entry: &ModelEntry) {
+    let (model, retired) = (entry.model_id.clone(), entry.state == ModelState::Retired);
+    state.control.tell(Event::SetRetired { model, retired }).await;
+}
+
+/// All entries.
+#[utoipa::path(get, path = paths::CATALOG_MODELS, tag = "catalog", responses((status = 200, body = ModelList), (status = 401, body = ErrorBody)))]
+pub(crate) async fn list(State(state): State<AppState>) -> Json<ModelList> {
+    Json(ModelList { models: state.catalog.list() })
+}
+
+/// One entry.
+#[utoipa::path(get, path = paths::CATALOG_MODEL, tag = "catalog", params(("id" = String, Path)),
+    responses((status = 200, body = ModelEntry), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody)))]
+pub(crate) async fn get(
+    State(state): State<AppState>,
+    PathId(id): PathId<ModelRef>,
+) -> Result<Json<ModelEntry>, ApiError> {
+    Ok(Json(state.catalog.get(&id)?))
+}
+
+/// Forgets the entry; the model itself stays where it is, and may be placed.
+#[utoipa::path(delete, path = paths::CATALOG_MODEL, tag = "catalog", params(("id" = String, Path)),
+    responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody)))]
+pub(crate) async fn delete(
+    State(state): State<AppState>,
+    PathId(id): PathId<ModelRef>,
+) -> Result<StatusCode, ApiError> {
+    let (catalog, model) = (Arc::clone(&state.catalog), id.clone());
+    on_disk(move || catalog.remove(&model)).await?;
+    state.control.tell(Event::SetRetired { model: id, retired: false }).await;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Compares the entry's digest with what each node has on disk.
+#[utoipa::path(post, path = paths::CATALOG_MODEL_VERIFY, tag = "catalog", params(("id" = String, Path)),
+    responses((status = 200, body = Verification), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn verify(
+    State(state): State<AppState>,
+    PathId(id): PathId<ModelRef>,
+) -> Result<Json<Verification>, ApiError> {
+    let view = state.service_registry.view().await?;
+    Ok(Json(state.catalog.verify(&id, &view)?))
+}
+
+/// A retired model gets no task any more; those that wait for it end.
+#[utoipa::path(post, path = paths::CATALOG_MODEL_STATE, tag = "catalog", params(("id" = String, Path)), request_body = NewState,
+    responses((status = 200, body = ModelEntry), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody)))]
+pub(crate) async fn set_state(
+    State(state): State<AppState>,
+    PathId(id): PathId<ModelRef>,
+    Body(new): Body<NewState>,
+) -> Result<Json<ModelEntry>, ApiError> {
+    let catalog = Arc::clone(&state.catalog);
+    let entry = on_disk(move || catalog.set_state(&id, new.state)).await?;
+    tell(&state, &entry).await;
+    Ok(Json(entry))
 }

@@ -1,17 +1,35 @@
 //! HTTP in: each handler reads a request, asks the control loop, and writes the answer.
 
+pub(crate) mod artifacts;
 pub(crate) mod catalog;
 pub(crate) mod meta;
 pub(crate) mod nodes;
 pub(crate) mod observe;
+pub(crate) mod pools;
+pub(crate) mod sessions;
 pub(crate) mod tasks;
 
+use axum::extract::Query;
+use axum::extract::rejection::QueryRejection;
 use daemon_kit::ApiError;
-use pool_registry_types::ErrorCode;
-use task_scheduler::Answer;
+use pool_registry_types::{ErrorBody, ErrorCode};
 
-/// The core answered something else than what was asked: a defect.
-fn unexpected(answer: &Answer) -> ApiError {
-    tracing::error!(?answer, "not the answer that was asked for");
-    ApiError::new(ErrorCode::Internal, "a defect in the server, see its log")
+/// The query of a request, or `INVALID_PARAMS` with what is wrong in it.
+fn checked<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, ApiError> {
+    let Query(query) =
+        query.map_err(|error| ApiError::new(ErrorCode::InvalidParams, format!("query: {error}")))?;
+    Ok(query)
+}
+
+/// Work that waits for the disk, on a thread that may.
+async fn on_disk<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ErrorBody> + Send + 'static,
+) -> Result<T, ApiError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result.map_err(ApiError::from),
+        Err(error) => {
+            tracing::error!(%error, "work on the disk did not end");
+            Err(ApiError::new(ErrorCode::Internal, "a defect in the server, see its log"))
+        }
+    }
 }

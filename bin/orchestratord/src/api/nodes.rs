@@ -1,17 +1,19 @@
-//! Nodes: register, heartbeat, deregister, list.
+//! Nodes: register, heartbeat, deregister, list, drain, resume.
 
 use axum::Json;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use daemon_kit::{ApiError, Body, PathId};
-use pool_registry_types::node::{Heartbeat, HeartbeatAnswer, RegisterAnswer, RegisterRequest};
-use pool_registry_types::view::ClusterView;
+use pool_registry_types::node::{
+    Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, RegisterAnswer, RegisterRequest,
+};
+use pool_registry_types::placement::MAX_WISHES;
+use pool_registry_types::view::{ClusterView, NodeView};
 use pool_registry_types::{Epoch, ErrorBody, ErrorCode, NodeId, routes as paths};
 use serde::Deserialize;
-use task_scheduler::{Answer, Event};
 use utoipa::IntoParams;
 
-use super::unexpected;
+use super::checked;
 use crate::app::state::AppState;
 
 fn require_cloud(state: &AppState) -> Result<(), ApiError> {
@@ -26,7 +28,7 @@ fn require_cloud(state: &AppState) -> Result<(), ApiError> {
 /// All nodes: what is observed of them and what they report.
 #[utoipa::path(get, path = paths::NODES, tag = "nodes", responses((status = 200, body = ClusterView), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn list(State(state): State<AppState>) -> Result<Json<ClusterView>, ApiError> {
-    Ok(Json((*state.control.view().await?).clone()))
+    Ok(Json((*state.service_registry.view().await?).clone()))
 }
 
 /// A node joins, or joins again. Idempotent.
@@ -39,15 +41,15 @@ pub(crate) async fn register(
 ) -> Result<Json<RegisterAnswer>, ApiError> {
     require_cloud(&state)?;
     check_address(&request.address)?;
-    let node_id = request.node_id.clone();
-    let answer = state.control.call(move |reply| Event::Register { reply, request }).await;
-    match answer.inspect_err(|error| tracing::warn!(%node_id, code = %error.code, reason = error.message, "a registration was refused"))? {
-        Answer::Registered(answer) => {
-            tracing::info!(%node_id, epoch = %answer.epoch, "a node registered");
-            Ok(Json(answer))
-        }
-        other => Err(unexpected(&other)),
+    if request.labels.len() > MAX_WISHES {
+        return Err(ApiError::new(ErrorCode::InvalidParams, format!("labels: at most {MAX_WISHES}")));
     }
+    let node_id = request.node_id.clone();
+    let answer = state.service_registry.register(request).await.inspect_err(|error| {
+        tracing::warn!(%node_id, code = %error.code, reason = error.message, "a registration was refused");
+    })?;
+    tracing::info!(%node_id, epoch = %answer.epoch, "a node registered");
+    Ok(Json(answer))
 }
 
 /// Where a node may be: a plain `http://host:port`.
@@ -75,11 +77,7 @@ pub(crate) async fn heartbeat(
     Body(beat): Body<Heartbeat>,
 ) -> Result<Json<HeartbeatAnswer>, ApiError> {
     require_cloud(&state)?;
-    let node_id = id;
-    match state.control.call(move |reply| Event::Heartbeat { reply, node_id, beat }).await? {
-        Answer::Heartbeat(answer) => Ok(Json(answer)),
-        other => Err(unexpected(&other)),
-    }
+    Ok(Json(state.service_registry.heartbeat(id, beat).await?))
 }
 
 #[derive(Debug, Deserialize, IntoParams)]
@@ -98,12 +96,40 @@ pub(crate) async fn deregister(
     query: Result<Query<Deregistration>, axum::extract::rejection::QueryRejection>,
 ) -> Result<StatusCode, ApiError> {
     require_cloud(&state)?;
-    let node_id = id;
-    let Query(Deregistration { epoch }) =
-        query.map_err(|error| ApiError::new(ErrorCode::InvalidParams, format!("epoch: {error}")))?;
-    tracing::info!(%node_id, "a node is deregistered");
-    match state.control.call(move |reply| Event::Deregister { reply, node_id, epoch }).await? {
-        Answer::Deregistered => Ok(StatusCode::NO_CONTENT),
-        other => Err(unexpected(&other)),
-    }
+    let Deregistration { epoch } = checked(query)?;
+    tracing::info!(node_id = %id, "a node is deregistered");
+    state.service_registry.deregister(id, epoch).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// One node.
+#[utoipa::path(get, path = paths::NODE, tag = "nodes", params(("id" = String, Path)),
+    responses((status = 200, body = NodeView), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn get(
+    State(state): State<AppState>,
+    PathId(id): PathId<NodeId>,
+) -> Result<Json<NodeView>, ApiError> {
+    Ok(Json(state.service_registry.node(&id).await?))
+}
+
+/// The node takes no new work from now on, until it is resumed; what runs there may finish.
+#[utoipa::path(post, path = paths::NODE_DRAIN, tag = "nodes", params(("id" = String, Path)),
+    responses((status = 202, body = IntentAnswer), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn drain(
+    State(state): State<AppState>,
+    PathId(id): PathId<NodeId>,
+) -> Result<(StatusCode, Json<IntentAnswer>), ApiError> {
+    tracing::info!(node_id = %id, "a node is drained");
+    Ok((StatusCode::ACCEPTED, Json(state.service_registry.want(id, Intent::Draining).await?)))
+}
+
+/// The node takes work again.
+#[utoipa::path(post, path = paths::NODE_RESUME, tag = "nodes", params(("id" = String, Path)),
+    responses((status = 202, body = IntentAnswer), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn resume(
+    State(state): State<AppState>,
+    PathId(id): PathId<NodeId>,
+) -> Result<(StatusCode, Json<IntentAnswer>), ApiError> {
+    tracing::info!(node_id = %id, "a node is resumed");
+    Ok((StatusCode::ACCEPTED, Json(state.service_registry.want(id, Intent::Serving).await?)))
 }

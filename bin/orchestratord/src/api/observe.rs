@@ -1,10 +1,17 @@
-//! Probes and metrics.
+//! Probes, metrics, and what changes in the cluster.
 
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::body::Body as HttpBody;
 use axum::extract::State;
-use axum::http::StatusCode;
-use axum::response::Response;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use daemon_kit::ApiError;
+use pool_registry_types::sse::{write_comment, write_frame};
 use pool_registry_types::{ErrorBody, ErrorCode, routes as paths};
+use tokio::sync::broadcast::error::RecvError;
 
 use crate::app::state::AppState;
 use crate::metrics;
@@ -32,6 +39,33 @@ pub(crate) async fn ready(State(state): State<AppState>) -> Result<StatusCode, A
 /// Prometheus text.
 #[utoipa::path(get, path = paths::METRICS, tag = "observe", responses((status = 200, content_type = "text/plain"), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn metrics(State(state): State<AppState>) -> Result<Response, ApiError> {
-    let (facts, view) = (state.control.facts().await?, state.control.view().await?);
+    let (facts, view) = (state.control.facts().await?, state.service_registry.view().await?);
     Ok(metrics::page(&facts, &view).render())
+}
+
+/// Pause between two comments on a quiet stream.
+const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(10);
+
+/// Changes of nodes, pools and tasks as they happen from now on. Whoever reads too slowly is told
+/// with an event `missed` how many were lost, and looks at the lists again.
+#[utoipa::path(get, path = paths::EVENTS, tag = "observe", responses((status = 200, content_type = "text/event-stream"), (status = 401, body = ErrorBody)))]
+pub(crate) async fn events(State(state): State<AppState>) -> Response {
+    let changes = state.control.follow();
+    let stream = futures::stream::unfold(changes, |mut changes| async move {
+        let mut out = Vec::with_capacity(256);
+        match tokio::time::timeout(KEEP_ALIVE_EVERY, changes.recv()).await {
+            Ok(Ok(change)) => {
+                let data = serde_json::to_string(&change).unwrap_or_default();
+                write_frame(&mut out, None, change.name(), &data);
+            }
+            Ok(Err(RecvError::Lagged(missed))) => {
+                write_frame(&mut out, None, "missed", &format!("{{\"changes\":{missed}}}"));
+            }
+            Ok(Err(RecvError::Closed)) => return None,
+            Err(_) => write_comment(&mut out, "ka"),
+        }
+        Some((Ok::<_, Infallible>(Bytes::from(out)), changes))
+    });
+    let kind = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
+    (StatusCode::OK, kind, HttpBody::from_stream(stream)).into_response()
 }

@@ -4,18 +4,28 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::body::Body as HttpBody;
-use axum::extract::State;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use daemon_kit::{ApiError, Body, PathId};
+use pool_registry_types::placement::Explanation;
 use pool_registry_types::routes::headers;
-use pool_registry_types::task::{TaskAccepted, TaskRequest, TaskView};
-use pool_registry_types::{ErrorBody, ErrorCode, TaskId, routes as paths};
-use task_scheduler::{Answer, Event};
+use pool_registry_types::task::{TaskAccepted, TaskPage, TaskRequest, TaskState, TaskView};
+use pool_registry_types::{ErrorBody, ErrorCode, ModelRef, NodeId, TaskId, routes as paths};
+use serde::Deserialize;
+use task_scheduler::{Answer, Event, TaskFilter};
+use utoipa::IntoParams;
 use uuid::Uuid;
 
-use super::unexpected;
+use super::checked;
 use crate::app::state::AppState;
+use crate::services::registry::unexpected;
+use crate::services::streams::Gauge;
+
+/// Tasks on one page, unless another number is asked for; and the most.
+const PAGE: usize = 50;
+const MAX_PAGE: usize = 500;
 
 /// Takes a task in. With `Accept: text/event-stream` the answer is 200 and the stream itself.
 #[utoipa::path(post, path = paths::TASKS, tag = "tasks", request_body = TaskRequest,
@@ -32,10 +42,10 @@ pub(crate) async fn submit(
     let request = Arc::new(request);
     let accepted = match state.control.call(move |reply| Event::Submit { reply, task_id, request }).await? {
         Answer::Submitted(accepted) => accepted,
-        other => return Err(unexpected(&other)),
+        other => return Err(unexpected(&other).into()),
     };
     let mut response = if wants_stream(&headers) {
-        stream(&state, task_id, None)?
+        stream(&state, task_id, None, false)?
     } else {
         (StatusCode::ACCEPTED, Json(accepted)).into_response()
     };
@@ -61,22 +71,92 @@ pub(crate) async fn get(
     task.map(Json).ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("no task {id}")))
 }
 
+/// What a list of tasks shows.
+#[derive(Debug, Deserialize, IntoParams)]
+pub(crate) struct Listing {
+    state: Option<TaskState>,
+    /// Of the last attempt.
+    #[param(value_type = Option<String>)]
+    node_id: Option<NodeId>,
+    #[param(value_type = Option<String>)]
+    model: Option<ModelRef>,
+    /// The `next` of the page before.
+    #[param(value_type = Option<Uuid>)]
+    after: Option<TaskId>,
+    /// 1 to 500; 50 when absent.
+    limit: Option<usize>,
+}
+
+/// Tasks that wait, run or are still kept: newest first, page by page.
+#[utoipa::path(get, path = paths::TASKS, tag = "tasks", params(Listing),
+    responses((status = 200, body = TaskPage), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn list(
+    State(state): State<AppState>,
+    listing: Result<Query<Listing>, QueryRejection>,
+) -> Result<Json<TaskPage>, ApiError> {
+    let Listing { state: of_state, node_id, model, after, limit } = checked(listing)?;
+    let limit = limit.unwrap_or(PAGE);
+    if !(1..=MAX_PAGE).contains(&limit) {
+        let message = format!("limit: must be between 1 and {MAX_PAGE}");
+        return Err(ApiError::new(ErrorCode::InvalidParams, message));
+    }
+    let filter = TaskFilter { state: of_state, node_id, model };
+    Ok(Json(state.control.tasks(filter, after, limit).await?))
+}
+
+/// What every pool says to a task that has not ended.
+#[utoipa::path(get, path = paths::TASK_EXPLAIN, tag = "tasks", params(("id" = Uuid, Path)),
+    responses((status = 200, body = Explanation), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn explain(
+    State(state): State<AppState>,
+    PathId(id): PathId<TaskId>,
+) -> Result<Json<Explanation>, ApiError> {
+    Ok(Json(state.control.explain(id).await?))
+}
+
+/// The same for a request that is not submitted: a dry run.
+#[utoipa::path(post, path = paths::PLACEMENT_EXPLAIN, tag = "tasks", request_body = TaskRequest,
+    responses((status = 200, body = Explanation), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn explain_request(
+    State(state): State<AppState>,
+    Body(request): Body<TaskRequest>,
+) -> Result<Json<Explanation>, ApiError> {
+    request.check()?;
+    Ok(Json(state.control.explain_request(request).await?))
+}
+
+/// How a stream is read.
+#[derive(Debug, Deserialize, IntoParams)]
+pub(crate) struct Reading {
+    /// With `metrics` each second also while the task runs.
+    #[serde(default)]
+    verbose: bool,
+}
+
 /// The task's events from the start, or after `Last-Event-ID`. Many may read.
 #[utoipa::path(get, path = paths::TASK_EVENTS, tag = "tasks",
-    params(("id" = Uuid, Path), ("Last-Event-ID" = Option<String>, Header, description = "id of the last event that was seen")),
+    params(("id" = Uuid, Path), Reading, ("Last-Event-ID" = Option<String>, Header, description = "id of the last event that was seen")),
     responses((status = 200, content_type = "text/event-stream"), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
         (status = 404, body = ErrorBody), (status = 410, body = ErrorBody)))]
 pub(crate) async fn events(
     State(state): State<AppState>,
     PathId(id): PathId<TaskId>,
+    reading: Result<Query<Reading>, QueryRejection>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
+    let Reading { verbose } = checked(reading)?;
     let last = headers.get("last-event-id").map(|value| value.to_str().unwrap_or("unreadable"));
-    stream(&state, id, last)
+    stream(&state, id, last, verbose)
 }
 
-fn stream(state: &AppState, id: TaskId, last_event_id: Option<&str>) -> Result<Response, ApiError> {
-    let body = HttpBody::from_stream(state.streams.read(id, last_event_id)?);
+fn stream(
+    state: &AppState,
+    id: TaskId,
+    last_event_id: Option<&str>,
+    verbose: bool,
+) -> Result<Response, ApiError> {
+    let gauge = Gauge::new(state.control.clone(), verbose);
+    let body = HttpBody::from_stream(state.streams.read(id, last_event_id, gauge)?);
     let kind = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
     Ok((StatusCode::OK, kind, body).into_response())
 }
@@ -91,6 +171,6 @@ pub(crate) async fn cancel(
     let task_id = id;
     match state.control.call(move |reply| Event::Cancel { reply, task_id }).await? {
         Answer::Canceled => Ok(StatusCode::NO_CONTENT),
-        other => Err(unexpected(&other)),
+        other => Err(unexpected(&other).into()),
     }
 }

@@ -14,10 +14,13 @@ use uuid::Uuid;
 use crate::app::router;
 use crate::app::state::AppState;
 use crate::config::Config;
+use crate::services::artifacts::Artifacts;
+use crate::services::catalog::{Catalog, CatalogError, ModelState};
 use crate::services::dispatch::Relays;
 use crate::services::handoff::Home;
 use crate::services::link::{HttpLink, NodeLink};
 use crate::services::placement::{self, Control};
+use crate::services::registry::ServiceRegistryHandle;
 use crate::services::streams::Streams;
 
 /// How long open connections may linger once everything has ended.
@@ -32,6 +35,8 @@ pub(crate) enum StartError {
     Listen(#[from] serve::ListenError),
     #[error("ORCHESTRATORD_RUNTIME_DIR: {0}")]
     RuntimeDir(#[from] WatchError),
+    #[error("ORCHESTRATORD_DATA_DIR: {0}")]
+    DataDir(#[from] CatalogError),
     #[error("the HTTP client cannot be made")]
     Client(#[from] reqwest::Error),
     #[error("the control loop ended by a defect, see the log")]
@@ -46,32 +51,45 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let listener = serve::bind("ORCHESTRATORD_ADDR", config.addr).await?;
     let bound = listener.local_addr().map_err(StartError::Serve)?;
     let interval = config.policy.timing.heartbeat_interval;
-    let home = if config.cloud_profile { None } else { Some(Home::new(interval)?) };
+    let catalog = Arc::new(Catalog::open(&config.data_dir)?);
+    let home = if config.cloud_profile { None } else { Some(Home::new(interval, &config.runtime_dir)?) };
     let link = match &home {
         Some(home) => NodeLink::Local(Arc::clone(&home.agent)),
         None => NodeLink::Http(Box::new(HttpLink::new(config.tokens.to_send())?)),
     };
     let streams = Arc::new(Streams::new(config.event_log_bytes));
     let relays = Arc::new(Relays { clock: Clock::default(), link, streams: Arc::clone(&streams) });
+    let strategy = config.policy.strategy.as_str();
     let core = ControlCore::new(config.policy, Uuid::new_v4().as_u64_pair().0);
     let (control, inbox) = placement::mailbox();
     let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
     let loop_stop = CancellationToken::new();
     let deciding = tokio::spawn(placement::run(
         core,
-        relays,
+        Arc::clone(&relays),
         control.clone(),
         inbox,
         tracker.clone(),
         loop_stop.clone(),
     ));
+    for entry in catalog.list().into_iter().filter(|entry| entry.state == ModelState::Retired) {
+        control.tell(Event::SetRetired { model: entry.model_id, retired: true }).await;
+    }
     let home = match home {
         Some(home) => Some(home.start(&config.runtime_dir, control.clone())?),
         None => None,
     };
     let profile = if config.cloud_profile { "cloud" } else { "home" };
-    tracing::info!(%bound, profile, "orchestratord starts");
-    let state = AppState { control: control.clone(), streams, cloud_profile: config.cloud_profile };
+    tracing::info!(%bound, profile, strategy, "orchestratord starts");
+    let state = AppState {
+        service_registry: ServiceRegistryHandle::new(control.clone()),
+        control: control.clone(),
+        streams,
+        relays,
+        catalog,
+        artifacts: Arc::new(Artifacts::new(&config.data_dir)),
+        cloud_profile: config.cloud_profile,
+    };
     let app = serve::with_layers(router::router(state), config.tokens);
     let server = tokio::spawn(serve::run(listener, app, stop.clone(), LINGER));
 

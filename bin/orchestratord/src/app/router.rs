@@ -10,32 +10,50 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use utoipa_swagger_ui::{Config, SwaggerUi};
 
-use crate::api::{catalog, meta, nodes, observe, tasks};
+use crate::api::{artifacts, catalog, meta, nodes, observe, pools, sessions, tasks};
 use crate::app::state::AppState;
 
 #[derive(OpenApi)]
 #[openapi(
     info(title = "llama-orch", description = "The control plane: tasks in, tokens out. Every error has the body ErrorBody; its code is the contract."),
-    tags((name = "tasks"), (name = "nodes"), (name = "catalog"), (name = "meta"), (name = "observe"))
+    tags((name = "tasks"), (name = "sessions"), (name = "nodes"), (name = "pools"), (name = "catalog"), (name = "artifacts"),
+        (name = "meta"), (name = "observe"))
 )]
 struct Document;
 
 fn parts() -> (Router<AppState>, utoipa::openapi::OpenApi) {
     OpenApiRouter::with_openapi(Document::openapi())
-        .routes(routes!(tasks::submit))
+        .routes(routes!(tasks::submit, tasks::list))
         .routes(routes!(tasks::get))
         .routes(routes!(tasks::events))
         .routes(routes!(tasks::cancel))
+        .routes(routes!(tasks::explain))
+        .routes(routes!(tasks::explain_request))
+        .routes(routes!(sessions::get, sessions::delete))
         .routes(routes!(nodes::list))
         .routes(routes!(nodes::register))
         .routes(routes!(nodes::heartbeat))
-        .routes(routes!(nodes::deregister))
+        .routes(routes!(nodes::get, nodes::deregister))
+        .routes(routes!(nodes::drain))
+        .routes(routes!(nodes::resume))
+        .routes(routes!(pools::list))
+        .routes(routes!(pools::health))
+        .routes(routes!(pools::drain))
+        .routes(routes!(pools::reload))
+        .routes(routes!(pools::purge))
         .routes(routes!(catalog::availability))
+        .routes(routes!(catalog::create, catalog::list))
+        .routes(routes!(catalog::get, catalog::delete))
+        .routes(routes!(catalog::verify))
+        .routes(routes!(catalog::set_state))
+        .routes(routes!(artifacts::create))
+        .routes(routes!(artifacts::get))
         .routes(routes!(meta::version))
         .routes(routes!(meta::capabilities))
         .routes(routes!(observe::live))
         .routes(routes!(observe::ready))
         .routes(routes!(observe::metrics))
+        .routes(routes!(observe::events))
         .split_for_parts()
 }
 

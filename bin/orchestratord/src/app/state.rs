@@ -2,13 +2,24 @@
 
 use std::sync::Arc;
 
+use crate::services::artifacts::Artifacts;
+use crate::services::catalog::Catalog;
+use crate::services::dispatch::Relays;
 use crate::services::placement::Control;
+use crate::services::registry::ServiceRegistryHandle;
 use crate::services::streams::Streams;
 
-/// Shared by all requests. The registry of nodes lives behind `control`, in its one owner.
+/// Shared by all requests.
 #[derive(Debug, Clone)]
 pub(crate) struct AppState {
+    /// The nodes: the registry itself lives in the control core, in its one owner.
+    pub(crate) service_registry: ServiceRegistryHandle,
+    /// Tasks and sessions.
     pub(crate) control: Control,
     pub(crate) streams: Arc<Streams>,
+    /// The way to the nodes.
+    pub(crate) relays: Arc<Relays>,
+    pub(crate) catalog: Arc<Catalog>,
+    pub(crate) artifacts: Arc<Artifacts>,
     pub(crate) cloud_profile: bool,
 }

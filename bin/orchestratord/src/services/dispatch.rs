@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use daemon_kit::Clock;
 use futures::{FutureExt, StreamExt};
-use pool_registry_types::sse::{Decoder, Frame, parse_event_id, write_frame};
+use pool_registry_types::sse::{Decoder, Frame, TOKEN_IDS, parse_event_id, write_frame};
 use pool_registry_types::task::Started;
 use pool_registry_types::{ErrorBody, Moment, ReplicaId};
 use task_scheduler::{AppendError, Dispatch, Event, HowEnded, StreamWatch, TaskLog};
@@ -68,8 +68,9 @@ impl Relays {
         stream: &TaskStream,
     ) -> (HowEnded, Option<u64>) {
         let mut watch = StreamWatch::new(self.clock.now(), dispatch.deadlines, dispatch.task_deadline);
+        let resume = dispatch.resume.map(|mode| stream.sent(mode));
         let accepting =
-            tokio::time::timeout_at(self.instant(watch.next_deadline()), self.link.infer(dispatch));
+            tokio::time::timeout_at(self.instant(watch.next_deadline()), self.link.infer(dispatch, resume));
         let taken = match accepting.await {
             Ok(Ok(taken)) => taken,
             Ok(Err(how)) => return (how, None),
@@ -90,6 +91,7 @@ impl Relays {
             started: false,
             last: None,
             closed_after: None,
+            ids: None,
         };
         let mut told_alive = self.clock.now();
         // Armed once and moved only when it fires: a token does not touch it.
@@ -184,6 +186,8 @@ struct Reading<'d> {
     last: Option<HowEnded>,
     /// The node's closing word.
     closed_after: Option<u64>,
+    /// The engine's ids of the token that comes next.
+    ids: Option<Vec<u32>>,
 }
 
 impl Reading<'_> {
@@ -212,8 +216,9 @@ impl Reading<'_> {
                     started: &mut self.started,
                     last: &mut self.last,
                     closed_after: &mut self.closed_after,
+                    ids: &mut self.ids,
                 };
-                taken = place.put(&frame, log).map(|token| news.tokens |= token);
+                taken = place.put(&frame, log, stream).map(|token| news.tokens |= token);
             }
         });
         taken.map(|()| news)
@@ -227,13 +232,16 @@ struct Place<'r> {
     started: &'r mut bool,
     last: &'r mut Option<HowEnded>,
     closed_after: &'r mut Option<u64>,
+    ids: &'r mut Option<Vec<u32>>,
 }
 
 impl Place<'_> {
     /// Returns whether the frame was a token.
-    fn put(&mut self, frame: &Frame<'_>, log: &mut TaskLog) -> Result<bool, HowEnded> {
+    fn put(&mut self, frame: &Frame<'_>, log: &mut TaskLog, stream: &TaskStream) -> Result<bool, HowEnded> {
         let Some(data) = &frame.data else {
-            if let Some(seq) = frame.comment.and_then(|text| text.strip_prefix("report-seq ")) {
+            if let Some(ids) = frame.comment.and_then(|text| text.strip_prefix(TOKEN_IDS)) {
+                *self.ids = Some(ids.split(',').filter_map(|id| id.parse().ok()).collect());
+            } else if let Some(seq) = frame.comment.and_then(|text| text.strip_prefix("report-seq ")) {
                 *self.closed_after = seq.parse().ok();
             }
             return Ok(false);
@@ -263,7 +271,13 @@ impl Place<'_> {
         };
         let attempt = self.dispatch.attempt;
         match frame.event {
-            "token" => log.append(attempt, index, bytes).map_err(append_error).map(|()| true),
+            "token" => {
+                log.append(attempt, index, bytes).map_err(append_error)?;
+                if let Some(ids) = self.ids.take() {
+                    stream.keep_ids(index, &ids);
+                }
+                Ok(true)
+            }
             "end" => {
                 log.finish(attempt, index, bytes).map_err(append_error)?;
                 *self.last = Some(HowEnded::Finished);
@@ -280,6 +294,7 @@ impl Place<'_> {
             pool_id: self.dispatch.pool.pool_id.clone(),
             replica_id: self.replica_id.clone(),
             attempt: self.dispatch.attempt_number,
+            kv_warmth: self.dispatch.warm_replica.as_ref() == Some(self.replica_id),
         };
         let mut frame = Vec::with_capacity(256);
         write_frame(&mut frame, None, "started", &serde_json::to_string(&started).unwrap_or_default());

@@ -10,9 +10,10 @@ use std::time::Duration;
 use handoff_watcher::watch::WatchError;
 use handoff_watcher::{EngineHosts, HandoffWatcher};
 use node_agent::core::Identity;
-use node_agent::{Agent, gpu};
+use node_agent::{Agent, IntentFile, gpu};
 use node_registration::{CallError, ControlPlane};
 use pool_registry_types::node::{Capabilities, Heartbeat, HeartbeatAnswer, RegisterAnswer, RegisterRequest};
+use pool_registry_types::placement::Labels;
 use pool_registry_types::{BootId, Epoch, ErrorBody, ErrorCode, MachineId, NodeId};
 use task_scheduler::{Answer, Event};
 use tokio::task::JoinHandle;
@@ -44,8 +45,9 @@ pub(crate) struct Running {
 }
 
 impl Home {
-    /// Looks at this machine. `interval` is the heartbeat's.
-    pub(crate) fn new(interval: Duration) -> Result<Self, reqwest::Error> {
+    /// Looks at this machine. `interval` is the heartbeat's; `runtime_dir` also keeps what the
+    /// operator wants of the node.
+    pub(crate) fn new(interval: Duration, runtime_dir: &Path) -> Result<Self, reqwest::Error> {
         let boot_id = BootId(Uuid::new_v4());
         let identity = Identity {
             node_id: NodeId::new(HOME_NODE).expect("a valid node id"),
@@ -53,12 +55,15 @@ impl Home {
             boot_id,
             address: IN_PROCESS.into(),
             version: env!("CARGO_PKG_VERSION").into(),
+            labels: Labels::new(),
             capabilities: daemon_kit::config::machine(),
         };
         let probe: Arc<dyn gpu::GpuProbe> = Arc::from(gpu::detect(None));
         let inventory = probe.inventory();
         let capabilities = Capabilities { gpus: inventory.clone(), ..identity.capabilities.clone() };
-        let agent = Agent::new(Identity { capabilities, ..identity }, interval, boot_id.0.as_u64_pair().0)?;
+        let intent_file = IntentFile::new(runtime_dir, &identity.node_id);
+        let identity = Identity { capabilities, ..identity };
+        let agent = Agent::new(identity, interval, boot_id.0.as_u64_pair().0, intent_file)?;
         if !inventory.is_empty() {
             agent.watch_gpus(probe);
         }

@@ -13,16 +13,19 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use node_agent::Agent;
-use pool_registry_types::node::LiveAnswer;
+use pool_registry_types::node::{Intent, IntentRequest, LiveAnswer};
+use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolReload};
 use pool_registry_types::routes::{self, headers};
-use pool_registry_types::task::InferRequest;
-use pool_registry_types::{ErrorBody, ErrorCode, ReplicaId};
+use pool_registry_types::task::{InferRequest, Resume};
+use pool_registry_types::{BootId, ErrorBody, ErrorCode, PoolId, ReplicaId};
 use task_scheduler::{Dispatch, HowEnded};
 
 /// Bound of connecting to a node. Source: .specs/01 CLOUD-1501.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Bound of a probe, connecting included.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Bound of an order to a node, connecting included.
+const ORDER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Unused connections to a node are closed after this; shorter than any server's own limit.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest error body of a node that is read, bytes.
@@ -48,7 +51,7 @@ pub(crate) enum NodeLink {
 
 impl NodeLink {
     /// Asks the node to run the attempt. The error is the attempt's end.
-    pub(crate) async fn infer(&self, dispatch: &Dispatch) -> Result<Taken, HowEnded> {
+    pub(crate) async fn infer(&self, dispatch: &Dispatch, resume: Option<Resume>) -> Result<Taken, HowEnded> {
         let request = InferRequest {
             task_id: dispatch.task,
             attempt_id: dispatch.attempt,
@@ -56,7 +59,8 @@ impl NodeLink {
             boot_id: dispatch.boot_id,
             log_id: dispatch.log,
             first_index: dispatch.first_index,
-            replica_hint: None,
+            replica_hint: dispatch.warm_replica.clone(),
+            resume,
             task: (*dispatch.request).clone(),
         };
         match self {
@@ -72,6 +76,59 @@ impl NodeLink {
         }
     }
 
+    /// Tells the node what it is to do from now on; it has written it down when this returns well.
+    pub(crate) async fn tell_intent(
+        &self,
+        address: &str,
+        boot_id: BootId,
+        intent: Intent,
+    ) -> Result<(), String> {
+        match self {
+            Self::Http(http) => {
+                let body = serde_json::to_value(IntentRequest { boot_id, intent }).unwrap_or_default();
+                match http.order(address, routes::INTENT, &body).await {
+                    Ok(response) if response.status().is_success() => Ok(()),
+                    Ok(response) => Err(format!("it answers HTTP {}", response.status().as_u16())),
+                    Err(error) => Err(error),
+                }
+            }
+            Self::Local(agent) => agent.take_intent(intent).await.map_err(|error| error.to_string()),
+        }
+    }
+
+    /// Hands an order to one of the node's pools over. Errors: the node's own, and
+    /// `NODE_UNAVAILABLE` when it does not answer.
+    pub(crate) async fn order_pool(
+        &self,
+        address: &str,
+        pool_id: &PoolId,
+        order: &PoolOrder,
+    ) -> Result<PoolOrdered, ErrorBody> {
+        let http = match self {
+            Self::Http(http) => http,
+            Self::Local(agent) => {
+                return match order {
+                    PoolOrder::Drain(drain) => agent.order_drain(pool_id, *drain),
+                    PoolOrder::Reload(reload) => agent.order_reload(pool_id, reload),
+                    PoolOrder::Purge => agent.order_purge(pool_id),
+                };
+            }
+        };
+        let (path, body) = order.call();
+        let path = path.replace("{id}", pool_id.as_str());
+        let unavailable = |reason: String| {
+            ErrorBody::new(ErrorCode::NodeUnavailable, format!("the node does not answer: {reason}"))
+        };
+        let response = http.order(address, &path, &body).await.map_err(unavailable)?;
+        let good = response.status().is_success();
+        let bytes = response.bytes().await.map_err(|error| unavailable(error.to_string()))?;
+        if good {
+            return serde_json::from_slice(&bytes).map_err(|error| unavailable(error.to_string()));
+        }
+        let refused = serde_json::from_slice(&bytes);
+        Err(refused.unwrap_or_else(|_| unavailable("something else answers there".into())))
+    }
+
     /// Dials the node on a fresh connection. The error says why nobody good answered.
     pub(crate) async fn probe(&self, address: &str) -> Result<LiveAnswer, String> {
         match self {
@@ -80,6 +137,25 @@ impl NodeLink {
                 let identity = agent.identity();
                 Ok(LiveAnswer { node_id: identity.node_id, boot_id: identity.boot_id })
             }
+        }
+    }
+}
+
+/// What an operator orders of a pool.
+#[derive(Debug, Clone)]
+pub(crate) enum PoolOrder {
+    Drain(PoolDrain),
+    Reload(PoolReload),
+    Purge,
+}
+
+impl PoolOrder {
+    fn call(&self) -> (&'static str, serde_json::Value) {
+        let json = |body: Result<_, _>| body.unwrap_or_default();
+        match self {
+            Self::Drain(drain) => (routes::POOL_DRAIN, json(serde_json::to_value(drain))),
+            Self::Reload(reload) => (routes::POOL_RELOAD, json(serde_json::to_value(reload))),
+            Self::Purge => (routes::POOL_PURGE, serde_json::json!({})),
         }
     }
 }
@@ -169,6 +245,19 @@ impl HttpLink {
             call = call.header(header::AUTHORIZATION, value);
         }
         call.body(Full::new(body)).map_err(|error| HowEnded::NeverSent(format!("unusable address: {error}")))
+    }
+
+    async fn order(
+        &self,
+        address: &str,
+        path: &str,
+        body: &serde_json::Value,
+    ) -> Result<reqwest::Response, String> {
+        let mut call = self.probes.post(format!("{address}{path}")).timeout(ORDER_TIMEOUT).json(body);
+        if let Some(value) = &self.authorization {
+            call = call.header(header::AUTHORIZATION, value);
+        }
+        call.send().await.map_err(|error| with_causes(&error.without_url()))
     }
 
     async fn probe(&self, address: &str) -> Result<LiveAnswer, String> {

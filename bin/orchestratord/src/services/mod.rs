@@ -1,7 +1,10 @@
 //! What the control plane does besides answering: deciding, dispatching, keeping streams.
 
+pub(crate) mod artifacts;
+pub(crate) mod catalog;
 pub(crate) mod dispatch;
 pub(crate) mod handoff;
 pub(crate) mod link;
 pub(crate) mod placement;
+pub(crate) mod registry;
 pub(crate) mod streams;

@@ -10,11 +10,12 @@ use std::time::Duration;
 
 use daemon_kit::Clock;
 use pool_registry_types::node::Liveness;
-use pool_registry_types::task::{Priority, TaskView};
-use pool_registry_types::view::ClusterView;
-use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, ModelRef, Moment, TaskId};
-use task_scheduler::{Answer, ControlCore, Counters, Effect, Event, HowEnded, ReplyTo};
-use tokio::sync::{mpsc, oneshot};
+use pool_registry_types::placement::Explanation;
+use pool_registry_types::task::{Metrics, Priority, SessionView, TaskPage, TaskRequest, TaskState, TaskView};
+use pool_registry_types::view::{ClusterChange, ClusterView};
+use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, ModelRef, Moment, PoolKey, SessionId, TaskId};
+use task_scheduler::{Answer, ControlCore, Counters, Effect, Event, HowEnded, ReplyTo, TaskFilter};
+use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -23,16 +24,24 @@ use crate::services::dispatch::Relays;
 /// Letters that wait for the loop; a full mailbox answers `OVERLOADED`. One letter takes some
 /// microseconds, so this is a wait of some ten milliseconds.
 const MAILBOX: usize = 8192;
+/// Changes that a follower may lag behind before it misses some.
+const CHANGES: usize = 4096;
 /// A view is copied at most this often.
 const VIEW_EVERY: Duration = Duration::from_millis(20);
 
 type Reply = Result<Answer, ErrorBody>;
+type Page = Result<TaskPage, ErrorBody>;
 
 enum Mail {
     Tell(Event),
     Call { event: Box<dyn FnOnce(ReplyTo) -> Event + Send>, reply: oneshot::Sender<Reply> },
     View(oneshot::Sender<Arc<ClusterView>>),
     Task(TaskId, oneshot::Sender<Option<TaskView>>),
+    Tasks { filter: TaskFilter, after: Option<TaskId>, at_most: usize, reply: oneshot::Sender<Page> },
+    Metrics(TaskId, oneshot::Sender<Option<(TaskState, Metrics)>>),
+    Session(SessionId, oneshot::Sender<Option<SessionView>>),
+    Explain(TaskId, oneshot::Sender<Result<Explanation, ErrorBody>>),
+    ExplainRequest(Box<TaskRequest>, oneshot::Sender<Explanation>),
     Facts(oneshot::Sender<Facts>),
 }
 
@@ -44,6 +53,9 @@ pub(crate) struct Facts {
     pub(crate) queues: Vec<(ModelRef, Priority, usize)>,
     pub(crate) running: usize,
     pub(crate) queued: usize,
+    pub(crate) sessions: usize,
+    /// Node, pool, and tokens a second of one slot there.
+    pub(crate) paces: Vec<(PoolKey, f64)>,
     pub(crate) mass_silence: bool,
     pub(crate) draining: bool,
 }
@@ -52,6 +64,7 @@ pub(crate) struct Facts {
 #[derive(Debug, Clone)]
 pub(crate) struct Control {
     mailbox: mpsc::Sender<Mail>,
+    changes: broadcast::Sender<ClusterChange>,
 }
 
 impl std::fmt::Debug for Mail {
@@ -80,6 +93,32 @@ impl Control {
 
     pub(crate) async fn task(&self, id: TaskId) -> Result<Option<TaskView>, ErrorBody> {
         self.ask(|reply| Mail::Task(id, reply)).await
+    }
+
+    /// The list of tasks, newest first.
+    pub(crate) async fn tasks(&self, filter: TaskFilter, after: Option<TaskId>, at_most: usize) -> Page {
+        self.ask(|reply| Mail::Tasks { filter, after, at_most, reply }).await?
+    }
+
+    pub(crate) async fn metrics(&self, id: TaskId) -> Result<Option<(TaskState, Metrics)>, ErrorBody> {
+        self.ask(|reply| Mail::Metrics(id, reply)).await
+    }
+
+    pub(crate) async fn session(&self, id: SessionId) -> Result<Option<SessionView>, ErrorBody> {
+        self.ask(|reply| Mail::Session(id, reply)).await
+    }
+
+    pub(crate) async fn explain(&self, id: TaskId) -> Result<Explanation, ErrorBody> {
+        self.ask(|reply| Mail::Explain(id, reply)).await?
+    }
+
+    pub(crate) async fn explain_request(&self, request: TaskRequest) -> Result<Explanation, ErrorBody> {
+        self.ask(|reply| Mail::ExplainRequest(Box::new(request), reply)).await
+    }
+
+    /// What changes in the cluster from now on.
+    pub(crate) fn follow(&self) -> broadcast::Receiver<ClusterChange> {
+        self.changes.subscribe()
     }
 
     pub(crate) async fn facts(&self) -> Result<Facts, ErrorBody> {
@@ -123,7 +162,8 @@ struct Loop {
 /// The mailbox, made before the loop because others need it first.
 pub(crate) fn mailbox() -> (Control, Inbox) {
     let (mailbox, letters) = mpsc::channel(MAILBOX);
-    (Control { mailbox }, Inbox(letters))
+    let (changes, _) = broadcast::channel(CHANGES);
+    (Control { mailbox, changes }, Inbox(letters))
 }
 
 /// The loop's end of the mailbox.
@@ -189,6 +229,13 @@ impl Loop {
             // Whoever asked may have gone.
             Mail::View(reply) => drop(reply.send(self.view())),
             Mail::Task(id, reply) => drop(reply.send(self.core.task_view(self.clock.now(), id))),
+            Mail::Tasks { filter, after, at_most, reply } => {
+                let _ = reply.send(self.core.task_page(self.clock.now(), &filter, after, at_most));
+            }
+            Mail::Metrics(id, reply) => drop(reply.send(self.core.metrics(self.clock.now(), id))),
+            Mail::Session(id, reply) => drop(reply.send(self.core.session_view(self.clock.now(), id))),
+            Mail::Explain(id, reply) => drop(reply.send(self.core.explain_task(self.clock.now(), id))),
+            Mail::ExplainRequest(request, reply) => drop(reply.send(self.core.explain_request(&request))),
             Mail::Facts(reply) => drop(reply.send(self.facts())),
         }
     }
@@ -243,6 +290,18 @@ impl Loop {
                 streams.close(task, &error);
             }
             Effect::Forget { task } => streams.forget(task),
+            Effect::TellIntent { to, node_id, boot_id, address, intent } => {
+                let (relays, control) = (Arc::clone(&self.relays), self.control.clone());
+                self.tracker.spawn(async move {
+                    let outcome = relays.link.tell_intent(&address, boot_id, intent).await;
+                    if let Err(reason) = &outcome {
+                        tracing::warn!(%node_id, ?intent, reason, "the node is told with its next call");
+                    }
+                    control.tell(Event::IntentTold { reply: to, node_id, boot_id, intent, outcome }).await;
+                });
+            }
+            // Without followers nobody is told.
+            Effect::Changed(change) => drop(self.control.changes.send(change)),
             Effect::Probe { node_id, address } => {
                 let (relays, control) = (Arc::clone(&self.relays), self.control.clone());
                 self.tracker.spawn(async move {
@@ -275,6 +334,8 @@ impl Loop {
             queues: self.core.queue_depths(),
             running: self.core.running(),
             queued: self.core.queued(),
+            sessions: self.core.session_count(),
+            paces: self.core.paces(),
             mass_silence: self.core.registry().mass_silence_since().is_some(),
             draining: self.core.is_draining(),
         }

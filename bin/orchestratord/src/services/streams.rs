@@ -3,6 +3,7 @@
 //! Each log has its own lock, held while bytes are copied. A reader keeps an index and nothing
 //! else: a slow one slows nobody, and one that goes is not missed.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -11,19 +12,38 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::{Stream, stream};
 use parking_lot::Mutex;
-use pool_registry_types::sse::{self, write_frame};
+use pool_registry_types::sse::{self, Decoder, write_frame};
+use pool_registry_types::task::{Metrics, Resume, ResumeMode, TaskState};
 use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, TaskId};
 use task_scheduler::{Fence, TaskLog};
 use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::services::placement::Control;
 
 /// Pause between two comments on a quiet stream.
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(10);
+/// A stream that is quiet for so long belongs to a task that waits.
+const FIRST_METRICS_AFTER: Duration = Duration::from_millis(200);
+const METRICS_EVERY: Duration = Duration::from_secs(1);
+/// A waiting client hears this often that nothing has changed.
+const SAME_METRICS_EVERY: Duration = Duration::from_secs(5);
 
 /// One task's log, and whoever waits for more of it.
 #[derive(Debug)]
 pub(crate) struct TaskStream {
     log: Mutex<TaskLog>,
+    /// For a task that may have to be continued from them.
+    token_ids: Mutex<TokenIds>,
     changed: Notify,
+}
+
+/// The engine's ids of the tokens in the log, from the first frame on.
+#[derive(Debug, Default)]
+struct TokenIds {
+    ids: Vec<u32>,
+    /// Frames whose ids are known, without a gap.
+    frames: u64,
 }
 
 impl TaskStream {
@@ -32,6 +52,41 @@ impl TaskStream {
         let result = change(&mut self.log.lock());
         self.changed.notify_waiters();
         result
+    }
+
+    /// Remembers the ids of the token in frame `index`.
+    pub(crate) fn keep_ids(&self, index: u64, ids: &[u32]) {
+        let mut known = self.token_ids.lock();
+        if known.frames == index && !ids.is_empty() {
+            known.frames += 1;
+            known.ids.extend_from_slice(ids);
+        }
+    }
+
+    /// What has been sent so far, for the attempt that goes on from it.
+    pub(crate) fn sent(&self, mode: ResumeMode) -> Resume {
+        #[derive(serde::Deserialize)]
+        struct Text<'t> {
+            #[serde(borrow)]
+            t: Cow<'t, str>,
+        }
+        let (mut decoder, mut text) = (Decoder::new(), String::new());
+        let frames = {
+            let log = self.log.lock();
+            decoder.push(log.read_from(0).bytes);
+            log.next_index()
+        };
+        // Every frame in the log was read before it was put there.
+        while let Ok(Some(frame)) = decoder.next_frame() {
+            let token = frame.data.as_deref().filter(|_| frame.event == "token");
+            if let Some(token) = token.and_then(|data| serde_json::from_str::<Text<'_>>(data).ok()) {
+                text.push_str(&token.t);
+            }
+        }
+        let known = self.token_ids.lock();
+        let token_ids = if known.frames == frames { known.ids.clone() } else { Vec::new() };
+        let tokens = if token_ids.is_empty() { frames } else { token_ids.len() as u64 };
+        Resume { mode, text, token_ids, tokens }
     }
 }
 
@@ -65,7 +120,11 @@ impl Streams {
     }
 
     pub(crate) fn open(&self, task: TaskId, log: LogId) {
-        let stream = TaskStream { log: Mutex::new(TaskLog::new(log)), changed: Notify::new() };
+        let stream = TaskStream {
+            log: Mutex::new(TaskLog::new(log)),
+            token_ids: Mutex::default(),
+            changed: Notify::new(),
+        };
         self.shelf.lock().tasks.insert(task, Kept::Stream(Arc::new(stream)));
     }
 
@@ -127,12 +186,14 @@ impl Streams {
         }
     }
 
-    /// The task's events from the start, or after `last_event_id`. Errors: `NOT_FOUND`, and
-    /// `EVENTS_EXPIRED` where the stream or that place in it is not kept.
+    /// The task's events from the start, or after `last_event_id`; `gauge` tells what the log does
+    /// not. Errors: `NOT_FOUND`, and `EVENTS_EXPIRED` where the stream or that place in it is not
+    /// kept.
     pub(crate) fn read(
         &self,
         task: TaskId,
         last_event_id: Option<&str>,
+        gauge: Gauge,
     ) -> Result<impl Stream<Item = Result<Bytes, Infallible>> + Send + use<>, ErrorBody> {
         let expired = |message: &str| ErrorBody::new(ErrorCode::EventsExpired, message);
         let stream = match self.shelf.lock().tasks.get(&task) {
@@ -150,38 +211,109 @@ impl Streams {
                 }
             }
         };
-        Ok(follow(stream, next))
+        let reader = Reader { stream, next, finished: false, task, gauge };
+        Ok(stream::unfold(reader, |mut reader| async move {
+            reader.more().await.map(|bytes| (Ok(bytes), reader))
+        }))
     }
 }
 
-fn follow(stream: Arc<TaskStream>, next: u64) -> impl Stream<Item = Result<Bytes, Infallible>> + Send {
-    stream::unfold((stream, next, false), |(stream, next, done)| async move {
-        if done {
-            return None;
-        }
-        let (bytes, next, finished) = more(&stream, next).await;
-        (!bytes.is_empty()).then_some((Ok(bytes), (stream, next, finished)))
-    })
+/// What a reader is told besides the log: where a waiting task stands.
+#[derive(Debug)]
+pub(crate) struct Gauge {
+    control: Option<Control>,
+    /// Also while the task runs.
+    verbose: bool,
+    said: Option<Metrics>,
+    /// When something was last sent to the reader, and when the gauge was last looked at.
+    spoke: Instant,
+    looked: Option<Instant>,
 }
 
-/// What stands in the log from `next` on, waiting for it if need be; a comment when nothing
-/// comes for a while, and no bytes when nothing will.
-async fn more(stream: &TaskStream, next: u64) -> (Bytes, u64, bool) {
-    loop {
-        let changed = stream.changed.notified();
-        tokio::pin!(changed);
-        // Before the look, or a change between the look and the wait would be missed.
-        changed.as_mut().enable();
-        {
-            let log = stream.log.lock();
-            let read = log.read_from(next);
-            if !read.bytes.is_empty() || read.finished {
-                return (Bytes::copy_from_slice(read.bytes), read.next, read.finished);
+impl Gauge {
+    pub(crate) fn new(control: Control, verbose: bool) -> Self {
+        Self { control: Some(control), verbose, said: None, spoke: Instant::now(), looked: None }
+    }
+
+    /// How long the log may be quiet before the gauge is looked at.
+    fn pause(&self) -> Duration {
+        match (&self.control, self.looked) {
+            (None, _) => KEEP_ALIVE_EVERY,
+            (Some(_), None) => FIRST_METRICS_AFTER,
+            (Some(_), Some(_)) => METRICS_EVERY,
+        }
+    }
+
+    fn is_due(&self) -> bool {
+        self.verbose && self.looked.is_none_or(|looked| looked.elapsed() >= METRICS_EVERY)
+    }
+
+    /// A `metrics` event, where there is something new to say.
+    async fn look(&mut self, task: TaskId) -> Option<Bytes> {
+        self.looked = Some(Instant::now());
+        // A full mailbox has more to do than this.
+        let (state, metrics) = self.control.as_ref()?.metrics(task).await.ok()??;
+        if state != TaskState::Queued && !self.verbose {
+            return None;
+        }
+        let moved = self.said.as_ref().is_none_or(|said| said.queue_position != metrics.queue_position);
+        if !moved && !self.verbose && self.spoke.elapsed() < SAME_METRICS_EVERY {
+            return None;
+        }
+        let mut frame = Vec::with_capacity(256);
+        write_frame(&mut frame, None, "metrics", &serde_json::to_string(&metrics).unwrap_or_default());
+        self.said = Some(metrics);
+        Some(Bytes::from(frame))
+    }
+}
+
+/// One reader of one stream.
+struct Reader {
+    stream: Arc<TaskStream>,
+    next: u64,
+    /// The terminal frame was given out.
+    finished: bool,
+    task: TaskId,
+    gauge: Gauge,
+}
+
+impl Reader {
+    /// What stands in the log from `next` on, waiting for it if need be; where the task stands,
+    /// or a comment, when nothing comes for a while; nothing at the end.
+    async fn more(&mut self) -> Option<Bytes> {
+        if self.finished {
+            return None;
+        }
+        let bytes = loop {
+            if self.gauge.is_due()
+                && let Some(metrics) = self.gauge.look(self.task).await
+            {
+                break metrics;
             }
-        }
-        if tokio::time::timeout(KEEP_ALIVE_EVERY, changed).await.is_err() {
-            return (Bytes::from_static(b": ka\n\n"), next, false);
-        }
+            let changed = self.stream.changed.notified();
+            tokio::pin!(changed);
+            // Before the look, or a change between the look and the wait would be missed.
+            changed.as_mut().enable();
+            {
+                let log = self.stream.log.lock();
+                let read = log.read_from(self.next);
+                if !read.bytes.is_empty() || read.finished {
+                    (self.next, self.finished) = (read.next, read.finished);
+                    break Bytes::copy_from_slice(read.bytes);
+                }
+            }
+            if tokio::time::timeout(self.gauge.pause(), changed).await.is_ok() {
+                continue;
+            }
+            if let Some(metrics) = self.gauge.look(self.task).await {
+                break metrics;
+            }
+            if self.gauge.spoke.elapsed() >= KEEP_ALIVE_EVERY {
+                break Bytes::from_static(b": ka\n\n");
+            }
+        };
+        self.gauge.spoke = Instant::now();
+        (!bytes.is_empty()).then_some(bytes)
     }
 }
 
@@ -205,7 +337,32 @@ mod tests {
     }
 
     fn code(streams: &Streams, task: TaskId) -> Option<ErrorCode> {
-        streams.read(task, None).err().map(|error| error.code)
+        let gauge = Gauge { control: None, verbose: false, said: None, spoke: Instant::now(), looked: None };
+        streams.read(task, None, gauge).err().map(|error| error.code)
+    }
+
+    // CLOUD-1534
+    #[test]
+    fn what_was_sent_is_read_from_the_log_with_its_ids_where_they_are_all_known() {
+        let (task, attempt) = (TaskId(Uuid::from_u128(1)), AttemptId(Uuid::from_u128(1)));
+        let streams = Streams::new(1_000);
+        streams.open(task, LogId(Uuid::from_u128(1)));
+        let stream = streams.get(task).unwrap();
+        stream.write(|log| log.open(attempt));
+        for (n, text) in ["{\"t\":\"a \\\"b\\\"\",\"i\":0}", "{\"t\":\" c\",\"i\":1}"].iter().enumerate() {
+            let mut frame = Vec::new();
+            if n == 0 {
+                write_frame(&mut frame, None, "started", "{\"t\":\"not a token\"}");
+            }
+            write_frame(&mut frame, Some((&LogId(Uuid::from_u128(1)), n as u64)), "token", text);
+            stream.write(|log| log.append(attempt, n as u64, &frame)).unwrap();
+        }
+        stream.keep_ids(0, &[7, 8]);
+        let sent = stream.sent(ResumeMode::Append);
+        assert_eq!((sent.text.as_str(), sent.token_ids.len(), sent.tokens), ("a \"b\" c", 0, 2));
+        stream.keep_ids(1, &[9]);
+        let sent = stream.sent(ResumeMode::Append);
+        assert_eq!((sent.token_ids, sent.tokens), (vec![7, 8, 9], 3));
     }
 
     // CLOUD-1609

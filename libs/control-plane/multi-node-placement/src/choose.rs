@@ -1,12 +1,19 @@
 //! The choice itself, and its explanation.
+//!
+//! What a task must have ([`fits`]) decides which pools count at all; what it wishes
+//! ([`Wish`]) orders those that count; the strategy orders the rest.
 
 use std::collections::BTreeMap;
-use std::fmt;
 
+use pool_registry_types::placement::{PlacementMode, Refusal, Wishes};
 use pool_registry_types::pool::EngineKind;
-use pool_registry_types::{ModelRef, PoolKey};
+use pool_registry_types::{LabelName, ModelRef, PoolKey};
 
-use crate::index::{Candidate, PoolIndex, Standing};
+use crate::index::{Candidate, ModelPools, PoolIndex, Standing};
+
+/// Running tasks of a session on each value of the label that it spreads by; nodes without the
+/// label are one group.
+pub type Spread = BTreeMap<Option<LabelName>, u32>;
 
 /// What a task asks of a pool.
 #[derive(Debug, Clone, Copy)]
@@ -15,10 +22,33 @@ pub struct TaskShape<'a> {
     pub engine: Option<EngineKind>,
     /// Tokens that the pool's context must hold.
     pub ctx: Option<u32>,
+    pub wishes: Option<&'a Wishes>,
+    /// The pool that holds the session's context.
+    pub warm: Option<&'a PoolKey>,
+    pub spread: Option<&'a Spread>,
     /// Pools that failed this task before.
     pub tried: &'a [PoolKey],
     /// The backoff since the last failure is over.
     pub may_repeat: bool,
+    /// Decides under the random strategy.
+    pub draw: u64,
+}
+
+impl<'a> TaskShape<'a> {
+    /// A task that only names its model.
+    pub fn plain(model: &'a ModelRef) -> Self {
+        Self {
+            model,
+            engine: None,
+            ctx: None,
+            wishes: None,
+            warm: None,
+            spread: None,
+            tried: &[],
+            may_repeat: true,
+            draw: 0,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,44 +67,54 @@ pub enum NoPlacement {
     BackingOff,
 }
 
-/// Why one pool is not eligible for a task. The order is the order of the checks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Refusal {
-    Offline,
-    Suspect,
-    Draining,
-    NotReady,
-    ModelMissing,
-    EngineDiffers,
-    ContextShort,
-    Tried,
-    SlotsFull,
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl std::fmt::Display for NoPlacement {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            Self::Offline => "on an offline node",
-            Self::Suspect => "on a suspect node",
-            Self::Draining => "draining",
-            Self::NotReady => "not ready",
-            Self::ModelMissing => "without the model",
-            Self::EngineDiffers => "with another engine",
-            Self::ContextShort => "with too short a context",
-            Self::Tried => "that failed this task before",
-            Self::SlotsFull => "full",
+            Self::NoPool => "no pool that takes tasks fits",
+            Self::Full => "every pool that fits is full",
+            Self::BackingOff => "every pool that fits has failed this task, and its pause is not over",
         })
     }
 }
 
-/// Takes the best pool for the task. Cost: one step for each free pool of the model that is
-/// better than the chosen one and does not fit.
+/// How far a pool is from what the task wishes; smaller is better, and the order of the fields
+/// is their priority.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Wish {
+    avoided: bool,
+    not_preferred: bool,
+    not_warm: bool,
+    /// Running tasks of the session on the same label's value.
+    neighbours: u32,
+}
+
+impl Wish {
+    const GRANTED: Self = Self { avoided: false, not_preferred: false, not_warm: false, neighbours: 0 };
+
+    fn of(candidate: &Candidate, shape: &TaskShape<'_>) -> Self {
+        let (key, wishes) = (&candidate.key, shape.wishes);
+        let has_preference = wishes.is_some_and(|w| {
+            !w.prefer_pools.is_empty() || (w.mode == PlacementMode::Prefer && w.node_id.is_some())
+        });
+        let group = || wishes.and_then(|w| candidate.labels.get(w.spread_by.as_ref()?)).cloned();
+        Self {
+            avoided: wishes.is_some_and(|w| w.avoids(key)),
+            not_preferred: has_preference && wishes.is_some_and(|w| !w.prefers(key)),
+            not_warm: shape.warm.is_some_and(|warm| warm != key),
+            neighbours: shape.spread.map_or(0, |spread| spread.get(&group()).copied().unwrap_or(0)),
+        }
+    }
+}
+
+/// Takes the best pool for the task. Cost: without a wish, one step for each free pool of the
+/// model that is better than the chosen one and does not fit; with one, a step for each free pool
+/// until all that is wished is found.
 pub fn choose(index: &PoolIndex, shape: &TaskShape<'_>) -> Result<Choice, NoPlacement> {
     let Some(pools) = index.of_model(shape.model) else { return Err(NoPlacement::NoPool) };
     let fits = |key: &PoolKey| index.get(key).is_some_and(|candidate| fits(candidate, shape));
     let untried = |key: &PoolKey| !shape.tried.contains(key);
-    if let Some(score) = pools.free.iter().find(|score| untried(&score.key) && fits(&score.key)) {
-        return Ok(Choice { pool: score.key.clone() });
+    if let Some(choice) = best(index, pools, shape, &|key| untried(key) && fits(key)) {
+        return Ok(choice);
     }
     if pools.placeable.iter().any(|key| untried(key) && fits(key)) {
         return Err(NoPlacement::Full);
@@ -85,24 +125,48 @@ pub fn choose(index: &PoolIndex, shape: &TaskShape<'_>) -> Result<Choice, NoPlac
     if !shape.may_repeat {
         return Err(NoPlacement::BackingOff);
     }
-    match pools.free.iter().find(|score| fits(&score.key)) {
-        Some(score) => Ok(Choice { pool: score.key.clone() }),
-        None => Err(NoPlacement::Full),
-    }
+    best(index, pools, shape, &fits).ok_or(NoPlacement::Full)
 }
 
-/// What each pool of the cluster says to the task: nothing (it is eligible), or one refusal.
-pub fn explain<'i>(
-    index: &'i PoolIndex,
+fn best(
+    index: &PoolIndex,
+    pools: &ModelPools,
     shape: &TaskShape<'_>,
-) -> impl Iterator<Item = (&'i PoolKey, Option<Refusal>)> {
-    index.all().map(move |candidate| (&candidate.key, refusal(candidate, shape)))
+    eligible: &dyn Fn(&PoolKey) -> bool,
+) -> Option<Choice> {
+    let mut best: Option<(Wish, &PoolKey)> = None;
+    for key in pools.free(shape.draw) {
+        if !eligible(key) {
+            continue;
+        }
+        let wish = Wish::of(index.get(key)?, shape);
+        if best.is_none_or(|(least, _)| wish < least) {
+            best = Some((wish, key));
+        }
+        if wish == Wish::GRANTED {
+            break;
+        }
+    }
+    best.map(|(_, key)| Choice { pool: key.clone() })
+}
+
+/// What one pool says to a task.
+#[derive(Debug, Clone, Copy)]
+pub struct Verdict<'i> {
+    pub candidate: &'i Candidate,
+    /// Nothing for a pool that is eligible.
+    pub refusal: Option<Refusal>,
+}
+
+/// What each pool of the cluster says to the task.
+pub fn explain<'i>(index: &'i PoolIndex, shape: &TaskShape<'_>) -> impl Iterator<Item = Verdict<'i>> {
+    index.all().map(move |candidate| Verdict { candidate, refusal: refusal(candidate, shape) })
 }
 
 /// How many pools refuse the task for which reason, for an error's message.
 pub fn count_refusals(index: &PoolIndex, shape: &TaskShape<'_>) -> String {
     let mut counts: BTreeMap<Refusal, u32> = BTreeMap::new();
-    for refusal in explain(index, shape).filter_map(|(_, refusal)| refusal) {
+    for refusal in explain(index, shape).filter_map(|verdict| verdict.refusal) {
         *counts.entry(refusal).or_default() += 1;
     }
     if counts.is_empty() {
@@ -119,15 +183,13 @@ fn refusal(candidate: &Candidate, shape: &TaskShape<'_>) -> Option<Refusal> {
         Standing::Suspect => return Some(Refusal::Suspect),
         Standing::Draining => return Some(Refusal::Draining),
         Standing::NotReady => return Some(Refusal::NotReady),
+        Standing::Tripped => return Some(Refusal::Tripped),
     }
     if !candidate.models.contains(shape.model) {
         return Some(Refusal::ModelMissing);
     }
-    if shape.engine.is_some_and(|engine| engine != candidate.engine) {
-        return Some(Refusal::EngineDiffers);
-    }
-    if shape.ctx.zip(candidate.ctx_max).is_some_and(|(asked, has)| asked > has) {
-        return Some(Refusal::ContextShort);
+    if let Some(misfit) = misfit(candidate, shape) {
+        return Some(misfit);
     }
     if shape.tried.contains(&candidate.key) {
         return Some(Refusal::Tried);
@@ -136,6 +198,30 @@ fn refusal(candidate: &Candidate, shape: &TaskShape<'_>) -> Option<Refusal> {
 }
 
 fn fits(candidate: &Candidate, shape: &TaskShape<'_>) -> bool {
-    shape.engine.is_none_or(|engine| engine == candidate.engine)
-        && shape.ctx.zip(candidate.ctx_max).is_none_or(|(asked, has)| asked <= has)
+    misfit(candidate, shape).is_none()
+}
+
+/// What the task must have and the pool has not, whatever its standing and its slots.
+fn misfit(candidate: &Candidate, shape: &TaskShape<'_>) -> Option<Refusal> {
+    if shape.engine.is_some_and(|engine| engine != candidate.engine) {
+        return Some(Refusal::EngineDiffers);
+    }
+    if shape.ctx.zip(candidate.ctx_max).is_some_and(|(asked, has)| asked > has) {
+        return Some(Refusal::ContextShort);
+    }
+    let wishes = shape.wishes?;
+    let mask = wishes.require_device_mask.as_ref();
+    if mask.is_some_and(|mask| candidate.device_mask.as_ref() != Some(mask)) {
+        return Some(Refusal::DeviceMask);
+    }
+    if !wishes.require_labels.iter().all(|(name, value)| candidate.labels.get(name) == Some(value)) {
+        return Some(Refusal::Labels);
+    }
+    if !wishes.pin_allows(&candidate.key) {
+        return Some(Refusal::NotPinned);
+    }
+    if wishes.only_preferred() && !wishes.prefers(&candidate.key) {
+        return Some(Refusal::NotPreferred);
+    }
+    (!wishes.allow_fallback && wishes.avoids(&candidate.key)).then_some(Refusal::Avoided)
 }

@@ -1,10 +1,39 @@
-//! The pools by model, the free ones ordered by [`Score`].
+//! The pools by model, the free ones in the order in which a strategy takes them.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
+use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{ModelRef, PoolKey};
+
+/// In which order pools that fit are taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Strategy {
+    /// The smallest share of busy slots, then the most free GPU memory.
+    #[default]
+    LeastLoaded,
+    /// The most free GPU memory, then the smallest share of busy slots.
+    MostFreeVram,
+    /// The one that was taken longest ago.
+    RoundRobin,
+    /// Any, by the draw that comes with the task.
+    Random,
+}
+
+impl Strategy {
+    pub const ALL: [(&'static str, Self); 4] = [
+        ("least-loaded", Self::LeastLoaded),
+        ("most-free-vram", Self::MostFreeVram),
+        ("round-robin", Self::RoundRobin),
+        ("random", Self::Random),
+    ];
+
+    pub fn as_str(self) -> &'static str {
+        Self::ALL.iter().find(|(_, strategy)| *strategy == self).map_or("", |(name, _)| name)
+    }
+}
 
 /// What stands between a pool and any task at all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -15,6 +44,8 @@ pub enum Standing {
     Suspect,
     Draining,
     NotReady,
+    /// Its engine failed too often lately, or one task is out to show whether it is well.
+    Tripped,
 }
 
 /// The facts about one pool that placement uses.
@@ -26,6 +57,9 @@ pub struct Candidate {
     pub models: Vec<ModelRef>,
     /// Tokens; unknown fits everything, and the engine decides.
     pub ctx_max: Option<u32>,
+    pub device_mask: Option<String>,
+    /// Of the node.
+    pub labels: Arc<Labels>,
     pub slots_total: u32,
     pub slots_busy: u32,
     /// Refused a dispatch lately: counts as full.
@@ -38,68 +72,153 @@ impl Candidate {
     pub fn has_free_slot(&self) -> bool {
         !self.held && self.slots_busy < self.slots_total
     }
-
-    fn score(&self) -> Score {
-        let share = u64::from(self.slots_busy) * 1_000_000 / u64::from(self.slots_total.max(1));
-        Score { busy_share_ppm: share, most_free_vram: Reverse(self.vram_free_bytes), key: self.key.clone() }
-    }
 }
 
-/// Smaller is better; the order of the fields is their priority. The key comes last, so ties
-/// are broken the same way every time.
+/// Smaller is better; the order of a variant's fields is their priority. An index holds one
+/// variant only, that of its strategy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rank {
+    LeastLoaded {
+        /// Busy slots of all slots, in millionths.
+        busy_share_ppm: u64,
+        most_free_vram: Reverse<Option<u64>>,
+    },
+    MostFreeVram {
+        most_free_vram: Reverse<Option<u64>>,
+        busy_share_ppm: u64,
+    },
+    RoundRobin {
+        last_taken: u64,
+    },
+    /// The draw decides, not the order.
+    Random,
+}
+
+/// The key comes last, so ties are broken the same way every time.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Score {
-    /// Busy slots of all slots, in millionths.
-    pub busy_share_ppm: u64,
-    pub most_free_vram: Reverse<Option<u64>>,
+    pub rank: Rank,
     pub key: PoolKey,
+}
+
+#[derive(Debug)]
+struct Entry {
+    candidate: Candidate,
+    /// The number of the choice that took it last; 0 for never.
+    last_taken: u64,
+}
+
+/// Pools of which any can be drawn at once: a list, and the place of each in it.
+#[derive(Debug, Default)]
+pub(crate) struct Bag {
+    list: Vec<PoolKey>,
+    places: BTreeMap<PoolKey, usize>,
+}
+
+impl Bag {
+    fn insert(&mut self, key: PoolKey) {
+        if !self.places.contains_key(&key) {
+            self.places.insert(key.clone(), self.list.len());
+            self.list.push(key);
+        }
+    }
+
+    fn remove(&mut self, key: &PoolKey) {
+        let Some(place) = self.places.remove(key) else { return };
+        self.list.swap_remove(place);
+        if let Some(moved) = self.list.get(place) {
+            self.places.insert(moved.clone(), place);
+        }
+    }
+
+    /// All of them, from a drawn one on.
+    fn from(&self, draw: u64) -> impl Iterator<Item = &PoolKey> {
+        let len = self.list.len() as u64;
+        let start = if len == 0 { 0 } else { usize::try_from(draw % len).unwrap_or(0) };
+        self.list[start..].iter().chain(&self.list[..start])
+    }
 }
 
 #[derive(Debug, Default)]
 pub(crate) struct ModelPools {
     /// Placeable pools with a free slot, best first.
-    pub(crate) free: BTreeSet<Score>,
+    free: BTreeSet<Score>,
+    /// The same ones, for the random strategy only.
+    bag: Bag,
     /// Placeable pools, full ones included.
     pub(crate) placeable: BTreeSet<PoolKey>,
+}
+
+impl ModelPools {
+    /// The placeable pools with a free slot, in the order in which the strategy takes them.
+    pub(crate) fn free(&self, draw: u64) -> impl Iterator<Item = &PoolKey> {
+        // One of the two is empty.
+        self.free.iter().map(|score| &score.key).chain(self.bag.from(draw))
+    }
 }
 
 /// All pools of the cluster, kept ordered as facts arrive.
 #[derive(Debug, Default)]
 pub struct PoolIndex {
-    pools: BTreeMap<PoolKey, Candidate>,
+    strategy: Strategy,
+    pools: BTreeMap<PoolKey, Entry>,
     by_model: BTreeMap<ModelRef, ModelPools>,
+    taken: u64,
 }
 
 impl PoolIndex {
-    pub fn new() -> Self {
-        Self::default()
+    pub fn new(strategy: Strategy) -> Self {
+        Self { strategy, ..Self::default() }
+    }
+
+    fn score(&self, candidate: &Candidate, last_taken: u64) -> Score {
+        let busy_share_ppm =
+            u64::from(candidate.slots_busy) * 1_000_000 / u64::from(candidate.slots_total.max(1));
+        let most_free_vram = Reverse(candidate.vram_free_bytes);
+        let rank = match self.strategy {
+            Strategy::LeastLoaded => Rank::LeastLoaded { busy_share_ppm, most_free_vram },
+            Strategy::MostFreeVram => Rank::MostFreeVram { most_free_vram, busy_share_ppm },
+            Strategy::RoundRobin => Rank::RoundRobin { last_taken },
+            Strategy::Random => Rank::Random,
+        };
+        Score { rank, key: candidate.key.clone() }
     }
 
     /// Takes the facts of a pool, new or changed.
     pub fn upsert(&mut self, candidate: Candidate) {
-        if self.pools.get(&candidate.key) == Some(&candidate) {
+        let before = self.pools.get(&candidate.key);
+        if before.is_some_and(|entry| entry.candidate == candidate) {
             return;
         }
+        let last_taken = before.map_or(0, |entry| entry.last_taken);
         self.remove(&candidate.key.clone());
+        self.insert(candidate, last_taken);
+    }
+
+    fn insert(&mut self, candidate: Candidate, last_taken: u64) {
         if candidate.standing == Standing::Placeable {
+            let score = candidate.has_free_slot().then(|| self.score(&candidate, last_taken));
             for model in &candidate.models {
                 let pools = self.by_model.entry(model.clone()).or_default();
                 pools.placeable.insert(candidate.key.clone());
-                if candidate.has_free_slot() {
-                    pools.free.insert(candidate.score());
+                match &score {
+                    Some(score) if score.rank == Rank::Random => pools.bag.insert(score.key.clone()),
+                    Some(score) => drop(pools.free.insert(score.clone())),
+                    None => {}
                 }
             }
         }
-        self.pools.insert(candidate.key.clone(), candidate);
+        self.pools.insert(candidate.key.clone(), Entry { candidate, last_taken });
     }
 
     pub fn remove(&mut self, key: &PoolKey) {
         let Some(old) = self.pools.remove(key) else { return };
-        let score = old.score();
-        for model in &old.models {
+        let score = self.score(&old.candidate, old.last_taken);
+        for model in &old.candidate.models {
             if let Some(pools) = self.by_model.get_mut(model) {
                 pools.placeable.remove(key);
                 pools.free.remove(&score);
+                pools.bag.remove(key);
                 if pools.placeable.is_empty() {
                     self.by_model.remove(model);
                 }
@@ -107,25 +226,35 @@ impl PoolIndex {
         }
     }
 
+    /// The pool was given a task: under round robin it goes to the end.
+    pub fn taken(&mut self, key: &PoolKey) {
+        self.taken += 1;
+        if self.strategy == Strategy::RoundRobin
+            && let Some(candidate) = self.get(key).cloned()
+        {
+            self.remove(key);
+            self.insert(candidate, self.taken);
+        }
+    }
+
     pub fn get(&self, key: &PoolKey) -> Option<&Candidate> {
-        self.pools.get(key)
+        self.pools.get(key).map(|entry| &entry.candidate)
     }
 
     /// Whether any placeable pool of the model has a free slot.
     pub fn has_free(&self, model: &ModelRef) -> bool {
-        self.by_model.get(model).is_some_and(|pools| !pools.free.is_empty())
+        self.by_model.get(model).is_some_and(|pools| pools.free(0).next().is_some())
+    }
+
+    /// The placeable pools of the model, full ones included.
+    pub fn placeable(&self, model: &ModelRef) -> impl Iterator<Item = &Candidate> {
+        let keys = self.by_model.get(model).into_iter().flat_map(|pools| &pools.placeable);
+        keys.filter_map(|key| self.get(key))
     }
 
     /// Slots of all placeable pools of the model, busy ones included.
     pub fn slots_of(&self, model: &ModelRef) -> u32 {
-        self.by_model.get(model).map_or(0, |pools| {
-            pools
-                .placeable
-                .iter()
-                .filter_map(|key| self.pools.get(key))
-                .map(|c| c.slots_total)
-                .fold(0, u32::saturating_add)
-        })
+        self.placeable(model).map(|candidate| candidate.slots_total).fold(0, u32::saturating_add)
     }
 
     pub(crate) fn of_model(&self, model: &ModelRef) -> Option<&ModelPools> {
@@ -133,6 +262,6 @@ impl PoolIndex {
     }
 
     pub(crate) fn all(&self) -> impl Iterator<Item = &Candidate> {
-        self.pools.values()
+        self.pools.values().map(|entry| &entry.candidate)
     }
 }

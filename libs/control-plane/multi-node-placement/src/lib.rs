@@ -9,8 +9,8 @@
 mod choose;
 mod index;
 
-pub use choose::{Choice, NoPlacement, Refusal, TaskShape, choose, count_refusals, explain};
-pub use index::{Candidate, PoolIndex, Score, Standing};
+pub use choose::{Choice, NoPlacement, Spread, TaskShape, Verdict, choose, count_refusals, explain};
+pub use index::{Candidate, PoolIndex, Rank, Score, Standing, Strategy};
 
 #[cfg(test)]
 mod tests;

@@ -1,7 +1,13 @@
-use pool_registry_types::pool::EngineKind;
-use pool_registry_types::{ModelRef, NodeId, PoolId, PoolKey};
-use proptest::prelude::*;
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
+use pool_registry_types::placement::{Labels, Refusal, Wishes};
+use pool_registry_types::pool::EngineKind;
+use pool_registry_types::{LabelName, ModelRef, NodeId, PoolId, PoolKey};
+use proptest::prelude::{Just, any, prop, prop_assert, proptest};
+use proptest::strategy::Strategy as _;
+
+use super::Strategy;
 use super::*;
 
 fn key(node: &str, pool: &str) -> PoolKey {
@@ -19,6 +25,8 @@ fn pool(node: &str, busy: u32, total: u32) -> Candidate {
         engine: EngineKind::LlamaCpp,
         models: vec![model("m")],
         ctx_max: Some(4096),
+        device_mask: None,
+        labels: Arc::default(),
         slots_total: total,
         slots_busy: busy,
         held: false,
@@ -27,13 +35,34 @@ fn pool(node: &str, busy: u32, total: u32) -> Candidate {
 }
 
 fn index(pools: impl IntoIterator<Item = Candidate>) -> PoolIndex {
-    let mut index = PoolIndex::new();
+    index_by(Strategy::LeastLoaded, pools)
+}
+
+fn index_by(strategy: Strategy, pools: impl IntoIterator<Item = Candidate>) -> PoolIndex {
+    let mut index = PoolIndex::new(strategy);
     pools.into_iter().for_each(|pool| index.upsert(pool));
     index
 }
 
+fn label(name: &str) -> LabelName {
+    LabelName::new(name).unwrap()
+}
+
+fn in_zone(zone: &str, pool: Candidate) -> Candidate {
+    Candidate { labels: Arc::new(Labels::from([(label("zone"), label(zone))])), ..pool }
+}
+
+fn wishes(json: &str) -> Wishes {
+    serde_json::from_str(json).unwrap()
+}
+
+/// The node that the task gets, or why it gets none.
+fn node_for(index: &PoolIndex, shape: &TaskShape<'_>) -> Result<String, NoPlacement> {
+    choose(index, shape).map(|choice| choice.pool.node_id.to_string())
+}
+
 fn shape<'a>(model: &'a ModelRef, tried: &'a [PoolKey]) -> TaskShape<'a> {
-    TaskShape { model, engine: None, ctx: None, tried, may_repeat: true }
+    TaskShape { tried, ..TaskShape::plain(model) }
 }
 
 // CLOUD-1706
@@ -109,7 +138,126 @@ fn the_refusals_are_counted_for_people() {
     );
 }
 
-fn any_candidate() -> impl Strategy<Value = Candidate> {
+// CLOUD-1715
+#[test]
+fn each_strategy_takes_pools_in_its_own_order() {
+    let with = |node, busy, vram| Candidate { vram_free_bytes: Some(vram), ..pool(node, busy, 4) };
+    let pools = || [with("a", 2, 30), with("b", 1, 10), with("c", 3, 20)];
+    let m = model("m");
+    let first = |strategy| node_for(&index_by(strategy, pools()), &shape(&m, &[])).unwrap();
+    assert_eq!(first(Strategy::LeastLoaded), "b");
+    assert_eq!(first(Strategy::MostFreeVram), "a");
+    let mut turns = index_by(Strategy::RoundRobin, pools());
+    let taken: Vec<String> = (0..6)
+        .map(|_| {
+            let choice = choose(&turns, &shape(&m, &[])).unwrap();
+            turns.taken(&choice.pool);
+            choice.pool.node_id.to_string()
+        })
+        .collect();
+    assert_eq!(taken, ["a", "b", "c", "a", "b", "c"]);
+    let any = index_by(Strategy::Random, pools());
+    let mut drawn = BTreeMap::new();
+    for draw in 0..300 {
+        *drawn.entry(node_for(&any, &TaskShape { draw, ..shape(&m, &[]) }).unwrap()).or_insert(0) += 1;
+    }
+    assert_eq!(drawn.into_values().collect::<Vec<_>>(), [100, 100, 100], "every pool is drawn as often");
+}
+
+// CLOUD-1716
+#[test]
+fn a_pin_is_never_left() {
+    let m = model("m");
+    let pin = wishes(r#"{"mode":"pin","node_id":"b"}"#);
+    let shape = TaskShape { wishes: Some(&pin), ..shape(&m, &[]) };
+    assert_eq!(node_for(&index([pool("a", 0, 4), pool("b", 3, 4)]), &shape).unwrap(), "b");
+    assert_eq!(node_for(&index([pool("a", 0, 4), pool("b", 4, 4)]), &shape), Err(NoPlacement::Full));
+    assert_eq!(node_for(&index([pool("a", 0, 4)]), &shape), Err(NoPlacement::NoPool));
+    // Also not when it has failed there: it is tried there again.
+    let tried = [key("b", "pool-0")];
+    let again = TaskShape { tried: &tried, ..shape };
+    assert_eq!(node_for(&index([pool("a", 0, 4), pool("b", 3, 4)]), &again).unwrap(), "b");
+}
+
+// CLOUD-1717
+#[test]
+fn preferred_pools_come_first_and_avoided_ones_last_and_without_fallback_only_they_count() {
+    let m = model("m");
+    let pools = || [pool("a", 0, 4), pool("b", 1, 4), pool("c", 2, 4)];
+    let of = |json: &str, index: &PoolIndex| {
+        let wishes = wishes(json);
+        node_for(index, &TaskShape { wishes: Some(&wishes), ..shape(&m, &[]) })
+    };
+    let free = index(pools());
+    assert_eq!(of(r#"{"prefer_pools":["c/pool-0"]}"#, &free).unwrap(), "c");
+    assert_eq!(of(r#"{"mode":"prefer","node_id":"b"}"#, &free).unwrap(), "b");
+    assert_eq!(of(r#"{"avoid_pools":["a/pool-0"]}"#, &free).unwrap(), "b");
+    let full = index([pool("a", 0, 4), pool("b", 4, 4), pool("c", 4, 4)]);
+    assert_eq!(of(r#"{"prefer_pools":["c/pool-0"]}"#, &full).unwrap(), "a");
+    let strict = r#"{"mode":"prefer","prefer_pools":["c/pool-0"],"allow_fallback":false}"#;
+    assert_eq!(of(strict, &full), Err(NoPlacement::Full));
+    assert_eq!(of(r#"{"avoid_pools":["pool-0"]}"#, &full).unwrap(), "a", "nothing else is left");
+    assert_eq!(of(r#"{"avoid_pools":["pool-0"],"allow_fallback":false}"#, &full), Err(NoPlacement::NoPool));
+}
+
+// CLOUD-1718
+#[test]
+fn labels_and_device_masks_are_required_exactly() {
+    let m = model("m");
+    let masked = Candidate { device_mask: Some("GPU1".into()), ..in_zone("b", pool("b", 3, 4)) };
+    let index = index([in_zone("a", pool("a", 0, 4)), masked, pool("c", 0, 4)]);
+    let of = |json: &str| {
+        let wishes = wishes(json);
+        node_for(&index, &TaskShape { wishes: Some(&wishes), ..shape(&m, &[]) })
+    };
+    assert_eq!(of(r#"{"require_labels":{"zone":"b"}}"#).unwrap(), "b");
+    assert_eq!(of(r#"{"require_device_mask":"GPU1"}"#).unwrap(), "b");
+    assert_eq!(of(r#"{"require_labels":{"zone":"b","tier":"x"}}"#), Err(NoPlacement::NoPool));
+    assert_eq!(of(r#"{"require_device_mask":"GPU0"}"#), Err(NoPlacement::NoPool));
+}
+
+// CLOUD-1719
+#[test]
+fn a_session_goes_back_to_its_warm_pool_while_that_is_free() {
+    let m = model("m");
+    let warm = key("c", "pool-0");
+    let shape = TaskShape { warm: Some(&warm), ..shape(&m, &[]) };
+    assert_eq!(node_for(&index([pool("a", 0, 4), pool("c", 3, 4)]), &shape).unwrap(), "c");
+    assert_eq!(node_for(&index([pool("a", 0, 4), pool("c", 4, 4)]), &shape).unwrap(), "a");
+}
+
+// CLOUD-1720
+#[test]
+fn tasks_of_a_session_spread_over_the_values_of_a_label() {
+    let m = model("m");
+    let index = index([
+        in_zone("x", pool("a", 0, 4)),
+        in_zone("x", pool("b", 0, 4)),
+        in_zone("y", pool("c", 2, 4)),
+        pool("d", 3, 4),
+    ]);
+    let spread_by = wishes(r#"{"spread_by":"zone"}"#);
+    let of = |counts: &[(Option<&str>, u32)]| {
+        let spread: Spread = counts.iter().map(|(zone, n)| (zone.map(label), *n)).collect();
+        node_for(&index, &TaskShape { wishes: Some(&spread_by), spread: Some(&spread), ..shape(&m, &[]) })
+    };
+    assert_eq!(of(&[]).unwrap(), "a");
+    assert_eq!(of(&[(Some("x"), 1)]).unwrap(), "c");
+    assert_eq!(of(&[(Some("x"), 1), (Some("y"), 1)]).unwrap(), "d");
+    assert_eq!(of(&[(Some("x"), 1), (Some("y"), 1), (None, 2)]).unwrap(), "a");
+}
+
+// CLOUD-1721
+#[test]
+fn a_tripped_pool_is_not_taken_and_says_so() {
+    let m = model("m");
+    let index = index([Candidate { standing: Standing::Tripped, ..pool("a", 0, 4) }]);
+    let refusals: Vec<_> = explain(&index, &shape(&m, &[])).map(|verdict| verdict.refusal).collect();
+    assert_eq!(refusals, [Some(Refusal::Tripped)]);
+    assert_eq!(choose(&index, &shape(&m, &[])), Err(NoPlacement::NoPool));
+}
+
+fn any_candidate() -> impl proptest::strategy::Strategy<Value = Candidate> {
     (
         0_u8..6,
         0_u8..2,
@@ -121,6 +269,7 @@ fn any_candidate() -> impl Strategy<Value = Candidate> {
             Standing::Suspect,
             Standing::Draining,
             Standing::NotReady,
+            Standing::Tripped,
         ]),
         any::<bool>(),
         prop::sample::subsequence(vec![model("m"), model("n")], 0..=2),
@@ -136,6 +285,12 @@ fn any_candidate() -> impl Strategy<Value = Candidate> {
                 engine: if llama { EngineKind::LlamaCpp } else { EngineKind::OpenAi },
                 models,
                 ctx_max,
+                device_mask: None,
+                labels: if llama {
+                    Arc::new(Labels::from([(label("zone"), label("x"))]))
+                } else {
+                    Arc::default()
+                },
                 slots_total: total,
                 slots_busy: busy,
                 held,
@@ -155,8 +310,17 @@ proptest! {
         engine in prop::option::of(Just(EngineKind::LlamaCpp)),
         ctx in prop::option::of(Just(1024_u32)),
         may_repeat in any::<bool>(),
+        wish in prop::option::of(prop::sample::select(vec![
+            r#"{"mode":"pin","node_id":"n1"}"#,
+            r#"{"require_labels":{"zone":"x"}}"#,
+            r#"{"mode":"prefer","prefer_pools":["p1"],"allow_fallback":false}"#,
+            r#"{"prefer_pools":["n2/p0"],"avoid_pools":["p1"]}"#,
+            r#"{"avoid_pools":["p1"],"allow_fallback":false}"#,
+        ])),
+        (strategy, draw) in (prop::sample::select(Strategy::ALL.to_vec()), any::<u64>()),
     ) {
-        let mut index = PoolIndex::new();
+        let (_, strategy) = strategy;
+        let mut index = PoolIndex::new(strategy);
         facts.into_iter().for_each(|fact| index.upsert(fact));
         for (node, pool_id) in removed {
             index.remove(&key(&format!("n{node}"), &format!("p{pool_id}")));
@@ -164,8 +328,11 @@ proptest! {
         let tried: Vec<PoolKey> =
             tried.into_iter().map(|(n, p)| key(&format!("n{n}"), &format!("p{p}"))).collect();
         let m = model("m");
-        let shape = TaskShape { model: &m, engine, ctx, tried: &tried, may_repeat };
-        let walked: Vec<_> = explain(&index, &shape).collect();
+        let wish = wish.map(wishes);
+        let wishes = wish.as_ref();
+        let shape = TaskShape { engine, ctx, wishes, tried: &tried, may_repeat, draw, ..TaskShape::plain(&m) };
+        let walked: Vec<_> =
+            explain(&index, &shape).map(|verdict| (&verdict.candidate.key, verdict.refusal)).collect();
         let eligible: Vec<&PoolKey> =
             walked.iter().filter(|(_, refusal)| refusal.is_none()).map(|(key, _)| *key).collect();
         let full = walked.iter().any(|(_, refusal)| *refusal == Some(Refusal::SlotsFull));
@@ -182,9 +349,13 @@ proptest! {
                     let c = index.get(key).unwrap();
                     f64::from(c.slots_busy) / f64::from(c.slots_total)
                 };
-                for other in eligible {
-                    prop_assert!(share(&choice.pool) <= share(other) + 1e-6);
+                if strategy == Strategy::LeastLoaded && wishes.is_none() {
+                    for other in &eligible {
+                        prop_assert!(share(&choice.pool) <= share(other) + 1e-6);
+                    }
                 }
+                let avoided = |key: &PoolKey| wishes.is_some_and(|w| w.avoids(key));
+                prop_assert!(!avoided(&choice.pool) || eligible.iter().all(|key| avoided(key)));
             }
             Ok(choice) => prop_assert!(may_repeat && !full && again.contains(&&choice.pool)),
             Err(no) => {

@@ -1,15 +1,18 @@
 //! Which nodes are alive, what their pools hold, which slots are taken.
 //!
-//! A [`Registry`] is a value that is told what happened and when; it performs nothing. It does
+//! A [`ServiceRegistry`] is a value that is told what happened and when; it performs nothing. It does
 //! not know tasks: an attempt is an id that holds a slot. The idea needed to read it: the node
 //! reports what it runs, the control plane remembers what it sent, and the truth about a slot
 //! is the union of the two, fenced by the number of the report (see [`reservations`]).
 
+mod breaker;
 pub mod liveness;
 pub mod registry;
 pub mod reservations;
 pub mod rules;
 
 pub use liveness::{Suspicion, Timing, Transition};
-pub use registry::{HeartbeatOutcome, NodeConflict, NodeNotKnown, PoolFacts, Registered, Registry, Settings};
+pub use registry::{
+    HeartbeatOutcome, NodeConflict, NodeNotKnown, PoolFacts, Registered, ServiceRegistry, Settings,
+};
 pub use rules::Rule;

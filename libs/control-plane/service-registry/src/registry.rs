@@ -1,22 +1,27 @@
 //! The registry: nodes by id, reservations by attempt.
 //!
 //! Verbs come in pairs with what the caller must do: attempts that a verb returns as ended or
-//! vanished are still reserved until [`Registry::release`] is called for each of them.
+//! vanished are still reserved until [`ServiceRegistry::release`] is called for each of them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
-use pool_registry_types::node::{Heartbeat, Intent, LiveAnswer, Liveness, RegisterRequest};
+use pool_registry_types::node::{Heartbeat, Intent, LiveAnswer, Liveness, RegisterRequest, StagedModel};
+use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::PoolReport;
 use pool_registry_types::view::{ClusterView, NodeView, PoolView};
 use pool_registry_types::{AttemptId, BootId, Epoch, ModelRef, Moment, NodeId, PoolId, PoolKey};
 
+use crate::breaker::Breaker;
 use crate::liveness::{Evidence, PROBE_EVERY, Suspicion, Timing, Transition};
 use crate::reservations::{ClosedAttempts, PoolBook, Reservation};
 use crate::rules::Rule;
 
-/// How long an offline node stays visible.
-const FORGET_OFFLINE_AFTER: Duration = Duration::from_secs(24 * 3600);
+mod evidence;
+mod reading;
+mod slots;
+
 /// Most nodes that are known at a time. Source: .specs/01 CLOUD-1009.
 pub const MAX_NODES: usize = 1024;
 
@@ -34,14 +39,37 @@ pub struct Settings {
 struct Node {
     request: RegisterRequest,
     epoch: Epoch,
+    /// As the node says itself.
     intent: Intent,
+    /// What an operator asked for and the node has not reported yet.
+    wanted: Option<Intent>,
+    labels: Arc<Labels>,
     last_seq: Option<u64>,
     evidence: Evidence,
     pools: BTreeMap<PoolId, PoolBook>,
     gpus: Vec<pool_registry_types::node::GpuReport>,
+    models: Vec<StagedModel>,
+    /// For its streams.
+    breaker: Breaker,
     /// Attempts that hold a reservation on any pool of this node.
     reserved: BTreeSet<AttemptId>,
     closed: ClosedAttempts,
+}
+
+impl Node {
+    /// The node says what it does; a wish that it fulfils is none any more.
+    fn told(&mut self, intent: Intent) {
+        self.intent = intent;
+        self.wanted = self.wanted.filter(|wanted| *wanted != intent);
+    }
+
+    /// Draining as soon as either side says so, serving when both do.
+    fn effective_intent(&self, at_once: bool) -> Intent {
+        match self.wanted {
+            Some(wanted) if at_once && self.intent == Intent::Serving => wanted,
+            _ => self.intent,
+        }
+    }
 }
 
 /// A registration was refused.
@@ -61,6 +89,8 @@ pub struct NodeNotKnown;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Registered {
     pub epoch: Epoch,
+    /// What the node is to do; as it said itself, or as an operator asked for meanwhile.
+    pub intent: Intent,
     /// Attempts of an earlier boot: they are over.
     pub ended: Vec<AttemptId>,
 }
@@ -70,6 +100,8 @@ pub enum HeartbeatOutcome {
     /// An old number: nothing was taken from it.
     Ignored,
     Taken {
+        /// What the node is to do from now on.
+        intent: Intent,
         /// The node was suspect or offline before.
         returned: bool,
         /// We thought they ran; the node does not.
@@ -83,16 +115,19 @@ pub enum HeartbeatOutcome {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolFacts<'r> {
     pub report: &'r PoolReport,
+    pub labels: &'r Arc<Labels>,
     pub liveness: Liveness,
     pub intent: Intent,
     pub slots_total: u32,
     pub slots_busy: u32,
     pub held: bool,
+    /// A breaker, its own or its node's, lets nothing through.
+    pub tripped: bool,
 }
 
 /// All nodes and all reservations.
 #[derive(Debug)]
-pub struct Registry {
+pub struct ServiceRegistry {
     settings: Settings,
     epochs_given: u64,
     nodes: BTreeMap<NodeId, Node>,
@@ -100,15 +135,17 @@ pub struct Registry {
     /// When a node last reported a pool that has or loads the model.
     models_reported: BTreeMap<ModelRef, Moment>,
     last_dial_failure: Option<Moment>,
-    /// Pools whose hold ended by time since the last [`Registry::take_lifted_holds`].
+    /// When holds and breakers of pools end.
+    pool_alarms: BTreeSet<(Moment, PoolKey)>,
+    /// Pools whose hold or breaker ended by time since the last [`ServiceRegistry::take_lifted_holds`].
     lifted_holds: Vec<PoolKey>,
-    /// Nodes that were dropped since the last [`Registry::take_forgotten`].
+    /// Nodes that were dropped since the last [`ServiceRegistry::take_forgotten`].
     forgotten: Vec<NodeId>,
     /// Most nodes fell silent at once: nobody goes offline before one more timeout.
     mass_silence_since: Option<Moment>,
 }
 
-impl Registry {
+impl ServiceRegistry {
     pub fn new(settings: Settings) -> Self {
         Self {
             settings,
@@ -117,6 +154,7 @@ impl Registry {
             reservations: BTreeMap::new(),
             models_reported: BTreeMap::new(),
             last_dial_failure: None,
+            pool_alarms: BTreeSet::new(),
             lifted_holds: Vec::new(),
             forgotten: Vec::new(),
             mass_silence_since: None,
@@ -157,23 +195,31 @@ impl Registry {
             node.evidence.heard(now);
             node.evidence.want_probe(now);
             node.epoch = epoch.clone();
-            node.intent = request.intent;
+            node.told(request.intent);
+            node.labels = Arc::new(request.labels.clone());
             node.request = request;
         } else {
+            // An operator's wish is for the node, not for one life of it.
+            let wanted = self.nodes.get(&node_id).and_then(|node| node.wanted);
             let node = Node {
                 epoch: epoch.clone(),
                 intent: request.intent,
+                wanted: wanted.filter(|wanted| *wanted != request.intent),
+                labels: Arc::new(request.labels.clone()),
                 last_seq: None,
                 evidence: Evidence::new(now),
                 pools: BTreeMap::new(),
                 gpus: Vec::new(),
+                models: Vec::new(),
+                breaker: Breaker::default(),
                 reserved: ended.iter().copied().collect(),
                 closed: ClosedAttempts::default(),
                 request,
             };
-            self.nodes.insert(node_id, node);
+            self.nodes.insert(node_id.clone(), node);
         }
-        Ok(Registered { epoch, ended })
+        let intent = self.wanted_intent(&node_id);
+        Ok(Registered { epoch, intent, ended })
     }
 
     /// Makes room: an offline node is worth less than one that wants to join.
@@ -225,8 +271,9 @@ impl Registry {
         let before = node.evidence.liveness();
         node.evidence.heard(now);
         node.last_seq = Some(beat.seq);
-        node.intent = beat.intent;
+        node.told(beat.intent);
         node.gpus = beat.gpus;
+        node.models = beat.models;
 
         let mut listed = BTreeSet::new();
         let mut orphans = Vec::new();
@@ -252,7 +299,13 @@ impl Registry {
                 }
             }
             let reserved = reserved.remove(&report.pool_id).unwrap_or_default();
-            pools.insert(report.pool_id.clone(), PoolBook { report, reserved, reported, held_until: None });
+            let before = node.pools.remove(&report.pool_id);
+            // A pool that was away may have another engine: nothing is held against that one.
+            let away = |report: &PoolReport| !report.ready && !report.draining;
+            let same = before.filter(|book| !away(&book.report) && !away(&report));
+            let breaker = same.map(|book| book.breaker).unwrap_or_default();
+            let book = PoolBook { report, reserved, reported, held_until: None, breaker };
+            pools.insert(book.report.pool_id.clone(), book);
         }
         node.pools = pools;
         node.closed.forget_before(beat.seq);
@@ -262,362 +315,41 @@ impl Registry {
             !listed.contains(*attempt) && (!fenced || accepted_after.is_some_and(|after| after < beat.seq))
         };
         let vanished = node.reserved.iter().filter(vanished).copied().collect();
+        let intent = node.wanted.unwrap_or(node.intent);
         self.review_mass_silence();
-        Ok(HeartbeatOutcome::Taken { returned: before != Liveness::Online, vanished, orphans })
+        Ok(HeartbeatOutcome::Taken { intent, returned: before != Liveness::Online, vanished, orphans })
     }
 
-    // ---- evidence ----
+    // ---- intent ----
 
-    /// A token of one of the node's attempts arrived: it lives. Never lifts a suspicion.
-    pub fn alive(&mut self, now: Moment, node_id: &NodeId) {
+    /// An operator wants the node to drain or to serve. Returns where to tell it, or nothing
+    /// for a node that is not known.
+    pub fn want(&mut self, node_id: &NodeId, intent: Intent) -> Option<(String, BootId)> {
+        let node = self.nodes.get_mut(node_id)?;
+        node.wanted = Some(intent);
+        Some((node.request.address.clone(), node.request.boot_id))
+    }
+
+    /// The node says that it has taken the intent over. The wish stands until a report says so
+    /// too: one that was made before may still be on its way.
+    pub fn intent_taken(&mut self, node_id: &NodeId, boot_id: BootId, intent: Intent) {
         if let Some(node) = self.nodes.get_mut(node_id)
-            && node.evidence.offline_since.is_none()
+            && node.request.boot_id == boot_id
+            && node.wanted == Some(intent)
         {
-            node.evidence.last_life = node.evidence.last_life.max(now);
+            node.intent = intent;
         }
     }
 
-    /// A fresh connection to the node failed: suspect at once, and probed.
-    pub fn dial_failed(&mut self, now: Moment, node_id: &NodeId, reason: String) -> Option<Transition> {
-        if !self.enforces(Rule::EvidenceBeforeLease) {
-            return None;
-        }
-        let node = self.nodes.get_mut(node_id)?;
-        self.last_dial_failure = Some(now);
-        self.mass_silence_since = None;
-        let was = node.evidence.liveness();
-        node.evidence.undialled = Some(Suspicion::DialFailed(reason));
-        // The failure itself was the probe: the next one comes after a pause.
-        let next = now + PROBE_EVERY;
-        node.evidence.next_probe = Some(node.evidence.next_probe.map_or(next, |at| at.min(next)));
-        (was == Liveness::Online).then(|| Transition { node_id: node_id.clone(), to: Liveness::Suspect })
+    /// What the node is to be told.
+    fn wanted_intent(&self, node_id: &NodeId) -> Intent {
+        self.nodes.get(node_id).map_or(Intent::Serving, |node| node.wanted.unwrap_or(node.intent))
     }
 
-    /// A stream broke, or something else that a look at the node explains: probe it now.
-    pub fn want_probe(&mut self, now: Moment, node_id: &NodeId) {
-        if let Some(node) = self.nodes.get_mut(node_id) {
-            node.evidence.want_probe(now);
-        }
-    }
-
-    /// The nodes to dial now, with their addresses. Each is marked as being dialled until
-    /// [`Registry::probed`] is told the outcome.
-    pub fn take_due_probes(&mut self, now: Moment) -> Vec<(NodeId, String)> {
-        let due = self.nodes.iter_mut().filter(|(_, node)| {
-            !node.evidence.probe_in_flight && node.evidence.next_probe.is_some_and(|at| at <= now)
-        });
-        due.map(|(id, node)| {
-            node.evidence.probe_in_flight = true;
-            node.evidence.next_probe = None;
-            (id.clone(), node.request.address.clone())
-        })
-        .collect()
-    }
-
-    /// The outcome of dialling a node at an address. Another node or boot answering there
-    /// counts as a failure. A probe's answer never lifts silence.
-    pub fn probed(
-        &mut self,
-        now: Moment,
-        node_id: &NodeId,
-        address: &str,
-        answer: Result<LiveAnswer, String>,
-    ) -> Option<Transition> {
-        let node = self.nodes.get_mut(node_id)?;
-        node.evidence.probe_in_flight = false;
-        if node.request.address != address {
-            node.evidence.want_probe(now);
-            return None;
-        }
-        let was = node.evidence.liveness();
-        let failure = match answer {
-            Ok(live) if live.node_id != *node_id => Some(format!("{} answered there", live.node_id)),
-            Ok(live) if live.boot_id != node.request.boot_id => Some("another process answered there".into()),
-            Ok(_) => None,
-            Err(reason) => Some(reason),
-        };
-        match failure {
-            None => node.evidence.undialled = None,
-            Some(reason) => {
-                node.evidence.undialled = Some(Suspicion::DialFailed(reason));
-                self.last_dial_failure = Some(now);
-                self.mass_silence_since = None;
-            }
-        }
-        let is = node.evidence.liveness();
-        if is == Liveness::Suspect {
-            node.evidence.next_probe = Some(now + PROBE_EVERY);
-        }
-        (is != was).then(|| Transition { node_id: node_id.clone(), to: is })
-    }
-
-    /// Our own loop stood still for this long: every lease is extended by as much.
-    pub fn stalled(&mut self, now: Moment, stall: Duration) {
-        for node in self.nodes.values_mut() {
-            node.evidence.extend(stall, now);
-        }
-        for reported in self.models_reported.values_mut() {
-            *reported = (*reported + stall).min(now);
-        }
-    }
-
-    /// Applies what time alone changes. Nodes that go offline keep their reservations until
-    /// they are released one by one.
-    pub fn expire(&mut self, now: Moment) -> Vec<Transition> {
-        let timing = self.settings.timing;
-        let mut transitions = Vec::new();
-        let mut fell_silent = false;
-        for (id, node) in &mut self.nodes {
-            let evidence = &mut node.evidence;
-            if evidence.offline_since.is_none()
-                && evidence.silent_since.is_none()
-                && now >= evidence.last_heartbeat + timing.silence()
-            {
-                let was = evidence.liveness();
-                evidence.silent_since = Some(now);
-                evidence.want_probe(now);
-                fell_silent = true;
-                if was == Liveness::Online {
-                    transitions.push(Transition { node_id: id.clone(), to: Liveness::Suspect });
-                }
-            }
-        }
-        if fell_silent {
-            self.notice_mass_silence(now);
-        }
-        let lease = self.lease();
-        for (id, node) in &mut self.nodes {
-            let evidence = &mut node.evidence;
-            if evidence.offline_since.is_none() && now >= evidence.last_life + lease {
-                evidence.offline_since = Some(now);
-                evidence.next_probe = None;
-                transitions.push(Transition { node_id: id.clone(), to: Liveness::Offline });
-            }
-        }
-        self.review_mass_silence();
-        self.nodes.retain(|id, node| {
-            let keep = node.evidence.offline_since.is_none_or(|since| now < since + FORGET_OFFLINE_AFTER);
-            if !keep {
-                self.forgotten.push(id.clone());
-            }
-            keep
-        });
-        self.models_reported.retain(|_, at| now < *at + timing.node_timeout);
-        for (node_id, node) in &mut self.nodes {
-            for (pool_id, book) in &mut node.pools {
-                if book.held_until.is_some_and(|until| until <= now) {
-                    book.held_until = None;
-                    self.lifted_holds.push(PoolKey::new(node_id.clone(), pool_id.clone()));
-                }
-            }
-        }
-        transitions
-    }
-
-    /// The pools whose hold ended by time.
-    pub fn take_lifted_holds(&mut self) -> Vec<PoolKey> {
-        std::mem::take(&mut self.lifted_holds)
-    }
-
-    /// The nodes that are not known any more, although they did not leave.
-    pub fn take_forgotten(&mut self) -> Vec<NodeId> {
-        std::mem::take(&mut self.forgotten)
-    }
-
-    /// How long a node may give no evidence of life: one timeout, or two while most are silent.
-    fn lease(&self) -> Duration {
-        match self.mass_silence_since {
-            Some(_) => self.settings.timing.node_timeout * 2,
-            None => self.settings.timing.node_timeout,
-        }
-    }
-
-    fn notice_mass_silence(&mut self, now: Moment) {
-        let interval = self.settings.timing.heartbeat_interval;
-        let recent = |at: Moment| now.since(at) <= interval;
-        let live = self.nodes.values().filter(|n| n.evidence.offline_since.is_none()).count();
-        let silent = self.nodes.values().filter(|n| n.evidence.silent_since.is_some_and(recent)).count();
-        let dial_failed = self.last_dial_failure.is_some_and(recent);
-        if self.enforces(Rule::MassSilence) && live >= 3 && silent * 2 > live && !dial_failed {
-            self.mass_silence_since.get_or_insert(now);
-        }
-    }
-
-    /// The guard ends when at most half of the nodes are silent.
-    fn review_mass_silence(&mut self) {
-        let live = self.nodes.values().filter(|n| n.evidence.offline_since.is_none()).count();
-        let is_silent = |n: &&Node| n.evidence.offline_since.is_none() && n.evidence.silent_since.is_some();
-        if self.nodes.values().filter(is_silent).count() * 2 <= live {
-            self.mass_silence_since = None;
-        }
-    }
-
-    /// Since when the control plane suspects itself, because most nodes fell silent at once.
-    pub fn mass_silence_since(&self) -> Option<Moment> {
-        self.mass_silence_since
-    }
-
-    /// When [`Registry::expire`] or [`Registry::take_due_probes`] has something to do next.
-    pub fn next_deadline(&self) -> Option<Moment> {
-        let timing = self.settings.timing;
-        let lease = self.lease();
-        let of_node = |node: &Node| {
-            let evidence = &node.evidence;
-            let liveness = match (evidence.offline_since, evidence.silent_since) {
-                (Some(since), _) => since + FORGET_OFFLINE_AFTER,
-                (None, Some(_)) => evidence.last_life + lease,
-                (None, None) => (evidence.last_heartbeat + timing.silence()).min(evidence.last_life + lease),
-            };
-            let probe = evidence.next_probe.filter(|_| !evidence.probe_in_flight).unwrap_or(Moment::NEVER);
-            let held = node.pools.values().filter_map(|book| book.held_until).min().unwrap_or(Moment::NEVER);
-            liveness.min(probe).min(held)
-        };
-        self.nodes.values().map(of_node).min()
-    }
-
-    // ---- slots ----
-
-    /// Claims a slot of a pool for an attempt. The caller has checked that one is free.
-    pub fn reserve(&mut self, pool: &PoolKey, attempt: AttemptId) {
-        if let Some(node) = self.nodes.get_mut(&pool.node_id) {
-            node.reserved.insert(attempt);
-            if let Some(book) = node.pools.get_mut(&pool.pool_id) {
-                book.reserved.insert(attempt);
-            }
-        }
-        let before =
-            self.reservations.insert(attempt, Reservation { pool: pool.clone(), accepted_after: None });
-        assert!(before.is_none(), "attempt {attempt} reserved twice");
-    }
-
-    /// The node took the attempt after having made the report of this number.
-    pub fn accepted(&mut self, attempt: &AttemptId, accepted_after: u64) {
-        if let Some(reservation) = self.reservations.get_mut(attempt) {
-            reservation.accepted_after = Some(accepted_after);
-        }
-    }
-
-    /// Gives a claim back. `closed_after` is the node's closing word, when it came: the number
-    /// of its last report before the attempt ended. Releasing twice has no effect.
-    pub fn release(&mut self, attempt: &AttemptId, closed_after: Option<u64>) -> Option<PoolKey> {
-        let reservation = self.reservations.remove(attempt)?;
-        let node = self.nodes.get_mut(&reservation.pool.node_id);
-        if let Some(node) = node {
-            node.reserved.remove(attempt);
-            if let Some(book) = node.pools.get_mut(&reservation.pool.pool_id) {
-                book.reserved.remove(attempt);
-                if closed_after.is_some() {
-                    book.reported.remove(attempt);
-                }
-            }
-            if let Some(closed_after) = closed_after {
-                node.closed.insert(*attempt, closed_after);
-            }
-        }
-        Some(reservation.pool)
-    }
-
-    /// The pool refused a dispatch: it counts as full until its next report or `until`.
-    pub fn hold(&mut self, pool: &PoolKey, until: Moment) {
-        let book = self.nodes.get_mut(&pool.node_id).and_then(|node| node.pools.get_mut(&pool.pool_id));
-        if let Some(book) = book {
-            book.held_until = Some(until);
-        }
-    }
-
-    // ---- reading ----
-
-    /// Attempts that are reserved on the node.
-    pub fn attempts_of(&self, node_id: &NodeId) -> Vec<AttemptId> {
-        self.reservations.iter().filter(|(_, r)| r.pool.node_id == *node_id).map(|(id, _)| *id).collect()
-    }
-
-    pub fn liveness(&self, node_id: &NodeId) -> Option<Liveness> {
-        self.nodes.get(node_id).map(|node| node.evidence.liveness())
-    }
-
-    pub fn address(&self, node_id: &NodeId) -> Option<(&str, BootId)> {
-        self.nodes.get(node_id).map(|node| (node.request.address.as_str(), node.request.boot_id))
-    }
-
-    /// The number of the last report that was taken.
-    pub fn report_seq(&self, node_id: &NodeId) -> Option<u64> {
-        self.nodes.get(node_id)?.last_seq
-    }
-
-    pub fn pool_ids(&self, node_id: &NodeId) -> impl Iterator<Item = &PoolId> {
-        self.nodes.get(node_id).into_iter().flat_map(|node| node.pools.keys())
-    }
-
-    /// The facts that placement uses, or nothing for a pool that is not there.
-    pub fn pool_facts(&self, key: &PoolKey) -> Option<PoolFacts<'_>> {
-        let node = self.nodes.get(&key.node_id)?;
-        let book = node.pools.get(&key.pool_id)?;
-        Some(PoolFacts {
-            report: &book.report,
-            liveness: node.evidence.liveness(),
-            intent: node.intent,
-            slots_total: book.slots_total(),
-            slots_busy: book.slots_busy(self.enforces(Rule::UnionOfReservations)),
-            held: book.held_until.is_some(),
-        })
-    }
-
-    /// When any node last reported a pool that has or loads the model.
-    pub fn model_reported(&self, model: &ModelRef) -> Option<Moment> {
-        self.models_reported.get(model).copied()
-    }
-
-    /// Node ids that are online now; for messages.
-    pub fn online_nodes(&self) -> Vec<&NodeId> {
-        let online = |node: &&Node| node.evidence.liveness() == Liveness::Online;
-        self.nodes.values().filter(online).map(|node| &node.request.node_id).collect()
-    }
-
-    pub fn counts(&self) -> BTreeMap<Liveness, u32> {
-        let mut counts = BTreeMap::new();
-        for node in self.nodes.values() {
-            *counts.entry(node.evidence.liveness()).or_default() += 1;
-        }
-        counts
-    }
-
-    pub fn reservation_count(&self) -> usize {
-        self.reservations.len()
-    }
-
-    /// A copy for readers.
-    pub fn view(&self, now: Moment) -> ClusterView {
-        let nodes = self.nodes.values().map(|node| {
-            let pools = node.pools.values().map(|book| {
-                let total = book.slots_total();
-                PoolView {
-                    slots_total: total,
-                    slots_free: total.saturating_sub(book.slots_busy(true)),
-                    reservations: u32::try_from(book.reserved.len()).unwrap_or(u32::MAX),
-                    report: book.report.clone(),
-                }
-            });
-            let running: BTreeSet<AttemptId> =
-                node.pools.values().flat_map(|book| book.reserved.union(&book.reported)).copied().collect();
-            NodeView {
-                node_id: node.request.node_id.clone(),
-                machine_id: node.request.machine_id.clone(),
-                boot_id: node.request.boot_id,
-                address: node.request.address.clone(),
-                version: node.request.version.clone(),
-                liveness: node.evidence.liveness(),
-                intent: node.intent,
-                reason: node.evidence.reason(),
-                last_evidence_age_ms: now.millis_since(node.evidence.last_life),
-                report_seq: node.last_seq,
-                pools: pools.collect(),
-                gpus: node.gpus.clone(),
-                capabilities: node.request.capabilities.clone(),
-                running_attempts: running.into_iter().collect(),
-            }
-        });
-        ClusterView { nodes: nodes.collect() }
+    /// Whether the node takes new work as far as anybody wants it to.
+    pub fn intent(&self, node_id: &NodeId) -> Option<Intent> {
+        let at_once = self.enforces(Rule::DrainAtOnce);
+        self.nodes.get(node_id).map(|node| node.effective_intent(at_once))
     }
 }
 

@@ -21,16 +21,16 @@ fn attempt(n: u128) -> AttemptId {
     AttemptId(Uuid::from_u128(n))
 }
 
-fn registry() -> Registry {
+fn registry() -> ServiceRegistry {
     registry_of(1, None)
 }
 
-fn registry_of(incarnation: u64, switched_off: Option<Rule>) -> Registry {
+fn registry_of(incarnation: u64, switched_off: Option<Rule>) -> ServiceRegistry {
     let timing = Timing {
         heartbeat_interval: Duration::from_millis(INTERVAL_MS),
         node_timeout: Duration::from_millis(TIMEOUT_MS),
     };
-    Registry::new(Settings { timing, incarnation, switched_off })
+    ServiceRegistry::new(Settings { timing, incarnation, switched_off })
 }
 
 fn request(name: &str, boot: u128, address: &str) -> RegisterRequest {
@@ -41,6 +41,7 @@ fn request(name: &str, boot: u128, address: &str) -> RegisterRequest {
         address: address.into(),
         version: "0".into(),
         intent: Intent::Serving,
+        labels: Labels::new(),
         pools: vec![],
         capabilities: Capabilities::default(),
     }
@@ -67,6 +68,7 @@ fn report(slots: u32, attempts: &[AttemptId]) -> PoolReport {
             attempts: attempts.to_vec(),
         }],
         last_error: None,
+        drain: None,
     }
 }
 
@@ -78,6 +80,7 @@ fn beat(epoch: &Epoch, seq: u64, attempts: &[AttemptId]) -> Heartbeat {
         intent: Intent::Serving,
         pools: vec![report(4, attempts)],
         gpus: vec![],
+        models: vec![],
     }
 }
 
@@ -86,7 +89,7 @@ fn live(name: &str, boot: u128) -> Result<LiveAnswer, String> {
 }
 
 /// A node that is online since `now`.
-fn join(registry: &mut Registry, now: Moment, name: &str) -> Epoch {
+fn join(registry: &mut ServiceRegistry, now: Moment, name: &str) -> Epoch {
     let address = format!("http://{name}");
     let epoch = registry.register(now, request(name, 1, &address)).unwrap().epoch;
     registry.take_due_probes(now);
@@ -99,7 +102,7 @@ fn pool(name: &str) -> PoolKey {
     PoolKey::new(node_id(name), PoolId::new("pool-0").unwrap())
 }
 
-fn busy(registry: &Registry, name: &str) -> u32 {
+fn busy(registry: &ServiceRegistry, name: &str) -> u32 {
     registry.pool_facts(&pool(name)).unwrap().slots_busy
 }
 
@@ -398,6 +401,90 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
         (0_u16..3_000).prop_map(Action::Tick),
     ];
     prop::collection::vec(action, 0..60)
+}
+
+// CLOUD-1320
+#[test]
+fn a_drained_node_takes_nothing_new_before_it_says_so_and_is_told_until_it_does() {
+    let mut r = registry();
+    let epoch = join(&mut r, at(0), "a");
+    r.heartbeat(at(1), &node_id("a"), beat(&epoch, 1, &[])).unwrap();
+    assert_eq!(r.want(&node_id("a"), Intent::Draining).unwrap().0, "http://a");
+    assert_eq!(r.pool_facts(&pool("a")).unwrap().intent, Intent::Draining);
+    let told = |outcome| match outcome {
+        Ok(HeartbeatOutcome::Taken { intent, .. }) => intent,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(told(r.heartbeat(at(2), &node_id("a"), beat(&epoch, 2, &[]))), Intent::Draining);
+    let drains = |seq| Heartbeat { intent: Intent::Draining, ..beat(&epoch, seq, &[]) };
+    assert_eq!(told(r.heartbeat(at(3), &node_id("a"), drains(3))), Intent::Draining);
+    // It serves again only when both sides say so.
+    r.want(&node_id("a"), Intent::Serving).unwrap();
+    assert_eq!(r.intent(&node_id("a")), Some(Intent::Draining));
+    assert_eq!(told(r.heartbeat(at(4), &node_id("a"), drains(4))), Intent::Serving);
+    r.intent_taken(&node_id("a"), BootId(Uuid::from_u128(1)), Intent::Serving);
+    assert_eq!(r.intent(&node_id("a")), Some(Intent::Serving));
+    // A report that was made before the node took the wish over does not undo it.
+    r.heartbeat(at(5), &node_id("a"), beat(&epoch, 5, &[])).unwrap();
+    r.want(&node_id("a"), Intent::Draining).unwrap();
+    r.intent_taken(&node_id("a"), BootId(Uuid::from_u128(1)), Intent::Draining);
+    r.heartbeat(at(6), &node_id("a"), beat(&epoch, 6, &[])).unwrap();
+    assert_eq!(r.intent(&node_id("a")), Some(Intent::Draining));
+    assert_eq!(r.want(&node_id("nobody"), Intent::Draining), None);
+}
+
+// CLOUD-1320
+#[test]
+fn an_intent_belongs_to_the_node_and_not_to_one_life_of_it() {
+    let mut r = registry();
+    join(&mut r, at(0), "a");
+    r.want(&node_id("a"), Intent::Draining).unwrap();
+    let again = r.register(at(10), request("a", 2, "http://a")).unwrap();
+    assert_eq!(again.intent, Intent::Draining, "the restarted node is told");
+    assert_eq!(r.intent(&node_id("a")), Some(Intent::Draining));
+    let kept = RegisterRequest { intent: Intent::Draining, ..request("a", 3, "http://a") };
+    assert_eq!(r.register(at(20), kept).unwrap().intent, Intent::Draining);
+}
+
+// CLOUD-1310
+#[test]
+fn a_pool_whose_engine_fails_again_and_again_gets_one_attempt_until_one_gets_through() {
+    let mut r = registry();
+    let epoch = join(&mut r, at(0), "a");
+    r.heartbeat(at(0), &node_id("a"), beat(&epoch, 1, &[])).unwrap();
+    for n in 1..=3_u64 {
+        let id = attempt(u128::from(n));
+        r.reserve(&pool("a"), id);
+        let tripped = r.pool_failed(at(n * 10 + 5), &pool("a"), &id, at(n * 10));
+        assert_eq!(tripped, n == 3);
+        r.release(&id, None);
+    }
+    assert!(r.pool_facts(&pool("a")).unwrap().tripped);
+    assert_eq!(r.next_deadline(), Some(at(1_035)));
+    r.expire(at(1_035));
+    assert_eq!(r.take_lifted_holds(), [pool("a")]);
+    assert!(!r.pool_facts(&pool("a")).unwrap().tripped);
+    r.reserve(&pool("a"), attempt(9));
+    assert!(r.pool_facts(&pool("a")).unwrap().tripped, "one at a time");
+    r.proven(&pool("a"));
+    assert!(!r.pool_facts(&pool("a")).unwrap().tripped);
+}
+
+// CLOUD-1312
+#[test]
+fn broken_streams_trip_the_node_with_all_its_pools_and_a_new_boot_starts_afresh() {
+    let mut r = registry();
+    let epoch = join(&mut r, at(0), "a");
+    r.heartbeat(at(0), &node_id("a"), beat(&epoch, 1, &[])).unwrap();
+    for n in 1..=3_u64 {
+        r.stream_failed(at(n * 10 + 5), &node_id("a"), &attempt(u128::from(n)), at(n * 10));
+    }
+    assert!(r.pool_facts(&pool("a")).unwrap().tripped && r.is_doubted(&node_id("a")));
+    r.expire(at(1_035));
+    assert_eq!(r.take_lifted_holds().first(), Some(&pool("a")));
+    assert!(r.is_doubted(&node_id("a")), "until an attempt has got through");
+    r.register(at(1_040), request("a", 2, "http://a")).unwrap();
+    assert!(!r.is_doubted(&node_id("a")));
 }
 
 proptest! {

@@ -10,6 +10,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use pool_registry_types::pool::{PoolReport, ReplicaReport};
 use pool_registry_types::{AttemptId, Moment, PoolKey};
 
+use crate::breaker::Breaker;
+
 /// The control plane's claim on a slot.
 #[derive(Debug, Clone)]
 pub(crate) struct Reservation {
@@ -27,6 +29,8 @@ pub(crate) struct PoolBook {
     pub(crate) reported: BTreeSet<AttemptId>,
     /// Refused a dispatch: counts as full until the next report or this moment.
     pub(crate) held_until: Option<Moment>,
+    /// For what its engine answers.
+    pub(crate) breaker: Breaker,
 }
 
 impl PoolBook {

@@ -30,10 +30,18 @@ pub enum Rule {
     FenceBeforePlace,
     /// A task that killed two engines is not given a third.
     PoisonLimit,
+    /// What fails again and again gets one attempt at a time until one gets through.
+    Breakers,
+    /// A pinned task runs on its node or not at all.
+    PinsHold,
+    /// Nothing new is sent to a node that an operator drains, also before the node says so.
+    DrainAtOnce,
+    /// A continued stream goes on where the log stands.
+    ContinueAtTheLog,
 }
 
 impl Rule {
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 16] = [
         Self::UnionOfReservations,
         Self::AttemptDeadlines,
         Self::ReportSequence,
@@ -46,5 +54,9 @@ impl Rule {
         Self::MassSilence,
         Self::FenceBeforePlace,
         Self::PoisonLimit,
+        Self::Breakers,
+        Self::PinsHold,
+        Self::DrainAtOnce,
+        Self::ContinueAtTheLog,
     ];
 }

@@ -57,6 +57,10 @@ pub(crate) struct Attempt {
     pub(crate) task: TaskId,
     pub(crate) pool: PoolKey,
     pub(crate) dispatched: Moment,
+    pub(crate) first_token: Option<Moment>,
+    /// Frames that stood in the log before.
+    pub(crate) first_index: u64,
+    pub(crate) replica: Option<ReplicaId>,
     pub(crate) closing: Option<CloseReason>,
     /// A report did not list it; its end is awaited.
     pub(crate) vanishing: bool,
@@ -82,15 +86,31 @@ pub enum Outcome {
     FreeRefusal,
     /// Back to its place in the lane, at no cost; the node is suspect.
     FreeReplace,
-    /// Tried and failed without a token.
+    /// Tried and failed without a token, or with tokens after which it may go on.
     Retry {
         engine_died: bool,
         error: ErrorBody,
     },
 }
 
+/// What is known at the end of an attempt.
+#[derive(Debug, Clone, Copy)]
+pub struct Evidence<'a> {
+    pub how: &'a HowEnded,
+    pub closing: Option<CloseReason>,
+    /// Frames in the log, of this attempt and of those before it.
+    pub tokens_written: u64,
+    /// Those before it.
+    pub first_index: u64,
+    /// The task goes on after tokens.
+    pub may_continue: bool,
+    pub pool: &'a PoolKey,
+}
+
 /// Judges the end of an attempt by its evidence.
-pub fn judge(how: &HowEnded, closing: Option<CloseReason>, tokens_written: u64, engine: &PoolKey) -> Outcome {
+pub fn judge(evidence: &Evidence<'_>) -> Outcome {
+    let Evidence { how, closing, tokens_written, pool: engine, .. } = *evidence;
+    let has_sent = tokens_written > evidence.first_index;
     if *how == HowEnded::Finished {
         return Outcome::Completed;
     }
@@ -114,7 +134,7 @@ pub fn judge(how: &HowEnded, closing: Option<CloseReason>, tokens_written: u64, 
             return Outcome::Failed(at(ErrorCode::DeadlineExceeded, message));
         }
         HowEnded::NodeError(body) => match (body.code, body.cause) {
-            (ErrorCode::PoolUnready | ErrorCode::ReplicaExhausted, _) if tokens_written == 0 => {
+            (ErrorCode::PoolUnready | ErrorCode::ReplicaExhausted, _) if !has_sent => {
                 return Outcome::FreeRefusal;
             }
             // What is wrong with the request is wrong on every node.
@@ -122,6 +142,10 @@ pub fn judge(how: &HowEnded, closing: Option<CloseReason>, tokens_written: u64, 
                 code @ (ErrorCode::InvalidParams | ErrorCode::PayloadTooLarge | ErrorCode::Unsupported),
                 None,
             ) => return Outcome::Failed(at(code, body.message.clone())),
+            (_, Some(EndCause::ReplayDiffers)) => {
+                let message = format!("{}, so the stream could not go on", body.message);
+                return Outcome::Failed(at(ErrorCode::WorkerReset, message));
+            }
             (code, Some(EndCause::Engine4xx)) => return Outcome::Failed(at(code, body.message.clone())),
             (_, cause) => {
                 let died = matches!(cause, Some(EndCause::EngineDied | EndCause::EngineTimeout));
@@ -161,7 +185,7 @@ pub fn judge(how: &HowEnded, closing: Option<CloseReason>, tokens_written: u64, 
             (reason.to_owned(), false, ErrorCode::WorkerReset)
         }
     };
-    if tokens_written > 0 {
+    if tokens_written > 0 && !evidence.may_continue {
         return Outcome::Failed(at(error, format!("{cause} after {tokens_written} tokens")));
     }
     Outcome::Retry { engine_died, error: at(error, cause) }

@@ -10,36 +10,47 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 
-use multi_node_placement::{Candidate, PoolIndex, Standing, TaskShape, choose, count_refusals};
+use multi_node_placement::{
+    Candidate, PoolIndex, Spread, Standing, Strategy, TaskShape, choose, count_refusals, explain,
+};
+use pool_registry_types::error::EndCause;
 use pool_registry_types::moment::millis;
 use pool_registry_types::node::{
-    Heartbeat, HeartbeatAnswer, Intent, Liveness, RegisterAnswer, RegisterRequest,
+    Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, Liveness, RegisterAnswer, RegisterRequest,
 };
+use pool_registry_types::placement::{Explanation, PoolName, PoolVerdict};
+use pool_registry_types::pool::PoolState;
 use pool_registry_types::task::{
-    AttemptView, Priority, TaskAccepted, TaskRequest, TaskState, TaskStreams, TaskView,
+    AttemptView, KvHint, Metrics, Priority, ResumeMode, SessionView, TaskAccepted, TaskPage, TaskRequest,
+    TaskState, TaskStreams, TaskSummary, TaskView,
 };
-use pool_registry_types::view::ClusterView;
+use pool_registry_types::view::{ClusterChange, ClusterView};
 use pool_registry_types::{
-    AttemptId, Epoch, ErrorBody, ErrorCode, LogId, ModelRef, Moment, NodeId, PoolKey, TaskId, routes,
+    AttemptId, BootId, Epoch, ErrorBody, ErrorCode, LogId, ModelRef, Moment, NodeId, PoolKey, SessionId,
+    TaskId, routes,
 };
-use service_registry::{HeartbeatOutcome, Registry, Rule, Settings, Timing, Transition};
+use service_registry::{HeartbeatOutcome, Rule, ServiceRegistry, Settings, Timing, Transition};
 use uuid::Uuid;
 
 use crate::attempts::{
-    Attempt, AttemptRecord, CloseReason, HowEnded, MAX_ENGINE_DEATHS, MAX_TRIES, Outcome, judge,
+    Attempt, AttemptRecord, CloseReason, Evidence, HowEnded, MAX_ENGINE_DEATHS, MAX_TRIES, Outcome, judge,
 };
 use crate::event::{Answer, Dispatch, Effect, Event, ReplyTo};
+use crate::pace::{Forecast, Measurement, Paces, remaining_ms};
 use crate::queue::Queue;
+use crate::sessions::{SessionPolicy, Sessions};
 use crate::watch::{AttemptDeadlines, Overdue};
 
 mod ends;
 mod nodes;
+mod pins;
 mod placing;
+mod predicting;
 mod reading;
 mod tasks;
 mod time;
 
-use placing::shape;
+pub use reading::TaskFilter;
 
 /// A pool that refused a dispatch counts as full this long, or until its next report.
 const HOLD: Duration = Duration::from_millis(250);
@@ -55,17 +66,28 @@ const STALL: Duration = Duration::from_secs(1);
 pub const MAX_RETAINED_TASKS: usize = 10_000;
 /// Attempts of a task that are kept for readers; beyond, refused ones are not.
 const MAX_RECORDS: usize = 32;
-/// Weight of the newest service time in the running mean.
-const SERVICE_TIME_WEIGHT: f64 = 0.2;
 /// What a client is told to wait when nothing was measured yet.
 const DEFAULT_BACKOFF_MS: u64 = 1_000;
+
+/// What becomes of a task that comes to a full lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum FullLane {
+    /// It is refused.
+    #[default]
+    Reject,
+    /// It is taken, and the one that waits longest is dropped for it.
+    DropLru,
+}
 
 /// What an operator decides.
 #[derive(Debug, Clone)]
 pub struct Policy {
     pub timing: Timing,
+    pub strategy: Strategy,
     /// Waiting tasks per lane and priority.
     pub admission_capacity: usize,
+    pub full_lane: FullLane,
+    pub sessions: SessionPolicy,
     pub queue_timeout: Duration,
     pub first_token_timeout: Duration,
     pub token_idle_timeout: Duration,
@@ -105,6 +127,13 @@ pub struct Counters {
     pub stalls: u64,
     pub mass_silences: u64,
     pub poisoned: u64,
+    /// Attempts that went on after tokens of an earlier one.
+    pub continued: u64,
+    pub replays_differed: u64,
+    /// Dropped from a full lane.
+    pub dropped: u64,
+    /// Times that a breaker of a pool or a node tripped.
+    pub trips: u64,
 }
 
 #[derive(Debug, Clone)]
@@ -137,6 +166,25 @@ struct Task {
     attempts: Vec<AttemptRecord>,
     dispatches: u32,
     cancel_waits: Vec<ReplyTo>,
+    session: Option<SessionId>,
+    /// How it goes on when an attempt is lost after tokens.
+    continuation: Option<ResumeMode>,
+    /// Frames in its log before a terminal one.
+    sent: u64,
+    /// How long its attempts have run, together.
+    ran: Duration,
+    /// Milliseconds after which it was predicted to start.
+    predicted_ms: Option<u64>,
+}
+
+impl Task {
+    fn is_queued(&self) -> bool {
+        matches!(self.stage, Stage::Queued)
+    }
+
+    fn pinned_node(&self) -> Option<&NodeId> {
+        self.request.as_ref()?.placement.as_ref()?.pinned_node()
+    }
 }
 
 /// The control plane's whole decision.
@@ -146,7 +194,7 @@ pub struct ControlCore {
     incarnation: u64,
     started: Option<Moment>,
     ids_given: u64,
-    registry: Registry,
+    registry: ServiceRegistry,
     index: PoolIndex,
     /// Which pools of a node the index has.
     indexed: BTreeMap<NodeId, BTreeSet<PoolKey>>,
@@ -160,7 +208,23 @@ pub struct ControlCore {
     /// Attempts that a report did not list, and when they are closed for it.
     vanishing: BTreeSet<(Moment, AttemptId)>,
     ended: VecDeque<(Moment, TaskId)>,
-    service_ms: BTreeMap<ModelRef, f64>,
+    /// Tasks in the order of their admission.
+    by_number: BTreeMap<u64, TaskId>,
+    sessions: Sessions,
+    paces: Paces,
+    forecasts: BTreeMap<ModelRef, Forecast>,
+    /// Waiting tasks that may run on one node only.
+    pinned: BTreeMap<NodeId, BTreeSet<TaskId>>,
+    /// Nodes whose pinned tasks are to be looked at.
+    unsettled_pins: BTreeSet<NodeId>,
+    /// One node timeout after our start has passed: who is not known now is not there.
+    grace_over: bool,
+    /// Models that are not placed any more.
+    retired: BTreeSet<ModelRef>,
+    /// What followers were told last.
+    shown_nodes: BTreeMap<NodeId, (Liveness, Intent)>,
+    shown_pools: BTreeMap<PoolKey, (PoolState, bool)>,
+    changes: Vec<ClusterChange>,
     draining: bool,
     armed: Option<Moment>,
     counters: Counters,
@@ -172,12 +236,13 @@ impl ControlCore {
     pub fn new(policy: Policy, incarnation: u64) -> Self {
         let settings = Settings { timing: policy.timing, incarnation, switched_off: policy.switched_off };
         Self {
+            index: PoolIndex::new(policy.strategy),
+            sessions: Sessions::new(policy.sessions),
             policy,
             incarnation,
             started: None,
             ids_given: 0,
-            registry: Registry::new(settings),
-            index: PoolIndex::new(),
+            registry: ServiceRegistry::new(settings),
             indexed: BTreeMap::new(),
             stirred: BTreeSet::new(),
             tasks: BTreeMap::new(),
@@ -186,7 +251,16 @@ impl ControlCore {
             alarms: BTreeSet::new(),
             vanishing: BTreeSet::new(),
             ended: VecDeque::new(),
-            service_ms: BTreeMap::new(),
+            by_number: BTreeMap::new(),
+            paces: Paces::default(),
+            forecasts: BTreeMap::new(),
+            pinned: BTreeMap::new(),
+            unsettled_pins: BTreeSet::new(),
+            grace_over: false,
+            retired: BTreeSet::new(),
+            shown_nodes: BTreeMap::new(),
+            shown_pools: BTreeMap::new(),
+            changes: Vec::new(),
             draining: false,
             armed: None,
             counters: Counters::default(),
@@ -208,6 +282,9 @@ impl ControlCore {
         {
             let stall = now.since(armed);
             self.registry.stalled(now, stall);
+            // The ends that were given time to come wait in our own mailbox.
+            let vanishing = std::mem::take(&mut self.vanishing);
+            self.vanishing = vanishing.into_iter().map(|(at, id)| (at + stall, id)).collect();
             self.started = self.started.map(|at| (at + stall).min(now));
             self.counters.stalls += 1;
         }
@@ -232,26 +309,42 @@ impl ControlCore {
             Event::Accepted { attempt, replica_id, report_seq } => {
                 self.registry.accepted(&attempt, report_seq);
                 if let Some(record) = self.record_mut(attempt) {
-                    record.replica = Some(replica_id);
+                    record.replica = Some(replica_id.clone());
+                }
+                if let Some(attempt) = self.attempts.get_mut(&attempt) {
+                    attempt.replica = Some(replica_id);
                 }
             }
-            Event::Started { attempt } => {
-                if let Some(node_id) = self.attempts.get(&attempt).map(|a| a.pool.node_id.clone()) {
-                    self.registry.alive(now, &node_id);
-                }
-            }
+            Event::Started { attempt } => self.started(now, attempt),
             Event::Ended { attempt, tokens_written, how, closed_after } => {
                 self.ended(now, attempt, tokens_written, &how, closed_after, &mut effects);
+            }
+            Event::Want { reply, node_id, intent } => self.want(reply, node_id, intent, &mut effects),
+            Event::IntentTold { reply, node_id, boot_id, intent, outcome } => {
+                let kept = outcome.is_ok();
+                self.intent_told(reply, node_id, boot_id, intent, kept, &mut effects);
+            }
+            Event::SetRetired { model, retired: true } => drop(self.retired.insert(model)),
+            Event::SetRetired { model, retired: false } => drop(self.retired.remove(&model)),
+            Event::DeleteSession { reply, session_id } => {
+                let answer = if self.sessions.delete(session_id) {
+                    Ok(Answer::SessionDeleted)
+                } else {
+                    Err(ErrorBody::new(ErrorCode::NotFound, format!("no session {session_id}")))
+                };
+                effects.push(Effect::Reply { to: reply, answer });
             }
             Event::Timer => {}
             Event::Drain => self.draining = true,
             Event::CutOff => self.cut_off(now, &mut effects),
         }
         self.pass_time(now, &mut effects);
+        self.settle_pins(now, &mut effects);
         self.place(now, &mut effects);
         if let Some((to, id)) = admitted {
-            effects.push(Effect::Reply { to, answer: Ok(Answer::Submitted(self.accepted_body(id))) });
+            effects.push(Effect::Reply { to, answer: Ok(Answer::Submitted(self.accepted_body(now, id))) });
         }
+        effects.extend(self.changes.drain(..).map(Effect::Changed));
         if timer || self.enforces(Rule::TimerRearmed) || self.armed.is_none() {
             // What is due already is due now: a deadline in the past would look like a stall.
             self.armed = self.compute_deadline().map(|at| at.max(now));
@@ -269,7 +362,9 @@ impl ControlCore {
         let retention = self.ended.front().map(|(at, _)| *at + self.policy.task_retention);
         let alarm = self.alarms.first().map(|(at, _)| *at);
         let vanishing = self.vanishing.first().map(|(at, _)| *at);
-        lanes.chain(retention).chain(alarm).chain(vanishing).chain(self.registry.next_deadline()).min()
+        let grace = (!self.grace_over && !self.pinned.is_empty()).then(|| self.grace_end());
+        let own = [retention, alarm, vanishing, grace, self.sessions.next_deadline()];
+        lanes.chain(own.into_iter().flatten()).chain(self.registry.next_deadline()).min()
     }
 }
 #[cfg(test)]

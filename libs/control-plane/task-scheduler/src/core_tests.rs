@@ -5,6 +5,9 @@ use pool_registry_types::{BootId, MachineId, PoolId, ReplicaId};
 
 use super::*;
 
+#[path = "core_steering_tests.rs"]
+mod steering;
+
 const TIMEOUT_MS: u64 = 30_000;
 
 fn at(millis: u64) -> Moment {
@@ -17,7 +20,15 @@ fn policy() -> Policy {
             heartbeat_interval: Duration::from_secs(10),
             node_timeout: Duration::from_millis(TIMEOUT_MS),
         },
+        strategy: Strategy::LeastLoaded,
         admission_capacity: 4,
+        full_lane: FullLane::Reject,
+        sessions: SessionPolicy {
+            ttl: Duration::from_secs(600),
+            max_turns: 8,
+            token_budget: Some(1_000),
+            time_budget: None,
+        },
         queue_timeout: Duration::from_secs(600),
         first_token_timeout: Duration::from_secs(600),
         token_idle_timeout: Duration::from_secs(60),
@@ -33,6 +44,8 @@ struct Bench {
     next: u64,
     dispatches: Vec<Dispatch>,
     closed: Vec<AttemptId>,
+    node_takes_intents: bool,
+    changes: Vec<ClusterChange>,
     terminal: BTreeMap<TaskId, ErrorCode>,
     replies: BTreeMap<ReplyTo, Result<Answer, ErrorBody>>,
 }
@@ -45,6 +58,8 @@ impl Bench {
             next: 0,
             dispatches: Vec::new(),
             closed: Vec::new(),
+            node_takes_intents: true,
+            changes: Vec::new(),
             terminal: BTreeMap::new(),
             replies: BTreeMap::new(),
         }
@@ -70,6 +85,11 @@ impl Bench {
                     let live = LiveAnswer { boot_id: boot(), node_id: node_id.clone() };
                     self.apply(Event::Probed { node_id, address, answer: Ok(live) });
                 }
+                Effect::TellIntent { to, node_id, boot_id, intent, .. } => {
+                    let outcome = self.node_takes_intents.then_some(()).ok_or_else(|| "no answer".to_owned());
+                    self.apply(Event::IntentTold { reply: to, node_id, boot_id, intent, outcome });
+                }
+                Effect::Changed(change) => self.changes.push(change),
                 Effect::OpenLog { .. } | Effect::Forget { .. } => {}
             }
         }
@@ -110,6 +130,7 @@ impl Bench {
             intent: Intent::Serving,
             pools: vec![report(slots, attempts)],
             gpus: vec![],
+            models: vec![],
         };
         let reply = self.reply();
         self.apply(Event::Heartbeat { reply, node_id: NodeId::new(name).unwrap(), beat });
@@ -152,6 +173,7 @@ fn register(name: &str) -> RegisterRequest {
         address: format!("http://{name}"),
         version: "0".into(),
         intent: Intent::Serving,
+        labels: pool_registry_types::placement::Labels::new(),
         pools: vec![],
         capabilities: Capabilities::default(),
     }
@@ -178,6 +200,7 @@ fn report(slots: u32, attempts: &[AttemptId]) -> PoolReport {
             attempts: attempts.to_vec(),
         }],
         last_error: None,
+        drain: None,
     }
 }
 

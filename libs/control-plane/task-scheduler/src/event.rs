@@ -2,10 +2,14 @@
 
 use std::sync::Arc;
 
-use pool_registry_types::node::{Heartbeat, HeartbeatAnswer, LiveAnswer, RegisterAnswer, RegisterRequest};
-use pool_registry_types::task::{TaskAccepted, TaskRequest};
+use pool_registry_types::node::{
+    Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, LiveAnswer, RegisterAnswer, RegisterRequest,
+};
+use pool_registry_types::task::{ResumeMode, TaskAccepted, TaskRequest};
+use pool_registry_types::view::ClusterChange;
 use pool_registry_types::{
-    AttemptId, BootId, Epoch, ErrorBody, LogId, Moment, NodeId, PoolKey, ReplicaId, TaskId,
+    AttemptId, BootId, Epoch, ErrorBody, LogId, ModelRef, Moment, NodeId, PoolKey, ReplicaId, SessionId,
+    TaskId,
 };
 
 use crate::attempts::{CloseReason, HowEnded};
@@ -70,6 +74,29 @@ pub enum Event {
         how: HowEnded,
         closed_after: Option<u64>,
     },
+    /// An operator wants a node to drain or to serve again.
+    Want {
+        reply: ReplyTo,
+        node_id: NodeId,
+        intent: Intent,
+    },
+    /// The outcome of [`Effect::TellIntent`]; comes exactly once for each.
+    IntentTold {
+        reply: ReplyTo,
+        node_id: NodeId,
+        boot_id: BootId,
+        intent: Intent,
+        outcome: Result<(), String>,
+    },
+    /// A model may be placed, or not any more.
+    SetRetired {
+        model: ModelRef,
+        retired: bool,
+    },
+    DeleteSession {
+        reply: ReplyTo,
+        session_id: SessionId,
+    },
     /// A deadline has come.
     Timer,
     /// The control plane shuts down: nothing new is admitted.
@@ -111,6 +138,16 @@ pub enum Effect {
         node_id: NodeId,
         address: String,
     },
+    /// Tell the node what it is to do, answer with [`Event::IntentTold`].
+    TellIntent {
+        to: ReplyTo,
+        node_id: NodeId,
+        boot_id: BootId,
+        address: String,
+        intent: Intent,
+    },
+    /// For those who follow what happens in the cluster.
+    Changed(ClusterChange),
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -120,6 +157,8 @@ pub enum Answer {
     Deregistered,
     Submitted(TaskAccepted),
     Canceled,
+    Intent(IntentAnswer),
+    SessionDeleted,
 }
 
 /// One attempt to be made.
@@ -131,7 +170,12 @@ pub struct Dispatch {
     pub pool: PoolKey,
     pub address: String,
     pub boot_id: BootId,
+    /// Frames that stand in the log already.
     pub first_index: u64,
+    /// How the attempt goes on after them; absent when there are none.
+    pub resume: Option<ResumeMode>,
+    /// Where the session's context is, if it is on this pool.
+    pub warm_replica: Option<ReplicaId>,
     /// 1 for the first attempt of the task.
     pub attempt_number: u32,
     /// Milliseconds from admission to this dispatch.

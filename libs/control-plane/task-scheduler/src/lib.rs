@@ -11,12 +11,16 @@ pub mod attempts;
 pub mod core;
 pub mod event;
 pub mod log;
+mod pace;
 pub mod queue;
+mod sessions;
 pub mod watch;
 
 pub use attempts::{CloseReason, HowEnded};
-pub use core::{ControlCore, Counters, Policy};
+pub use core::{ControlCore, Counters, FullLane, Policy, TaskFilter};
 pub use event::{Answer, Dispatch, Effect, Event, ReplyTo};
 pub use log::{AppendError, Fence, Read, TaskLog};
+pub use multi_node_placement::Strategy;
 pub use service_registry::{Rule, Timing};
+pub use sessions::SessionPolicy;
 pub use watch::{AttemptDeadlines, Overdue, StreamWatch};

@@ -46,6 +46,28 @@ impl Lane {
         self.of(priority).iter().map(|(_, id)| *id)
     }
 
+    /// How many tasks start before one that has this many older ones of its priority.
+    fn place(&self, priority: Priority, older: usize) -> usize {
+        const IN_A_ROW: usize = BATCH_EVERY as usize - 1;
+        let row = (self.interactive_starts_in_a_row as usize).min(IN_A_ROW);
+        let others = match priority {
+            Priority::Interactive => self.batch.len().min((row + older) / IN_A_ROW),
+            Priority::Batch => self.interactive.len().min(IN_A_ROW * (older + 1) - row),
+        };
+        older + others
+    }
+
+    /// The waiting tasks in the order in which they start, if each may take every slot.
+    pub(crate) fn in_order(&self) -> Vec<TaskId> {
+        let of = |priority| {
+            let tasks = self.waiting(priority).enumerate();
+            tasks.map(move |(older, id)| (self.place(priority, older), id))
+        };
+        let mut places: Vec<(usize, TaskId)> = of(Priority::Interactive).chain(of(Priority::Batch)).collect();
+        places.sort_unstable();
+        places.into_iter().map(|(_, id)| id).collect()
+    }
+
     fn is_empty(&self) -> bool {
         self.interactive.is_empty() && self.batch.is_empty()
     }
@@ -117,13 +139,49 @@ impl Queue {
     pub(crate) fn position(&self, model: &ModelRef, priority: Priority, number: u64) -> usize {
         let Some(lane) = self.lanes.get(model) else { return 0 };
         let older = lane.of(priority).iter().take_while(|(other, _)| *other < number).count();
-        match priority {
-            Priority::Interactive => older,
-            Priority::Batch => older + lane.interactive.len(),
-        }
+        lane.place(priority, older)
     }
 
     pub(crate) fn len(&self) -> usize {
         self.len
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+
+    // CLOUD-1733
+    #[test]
+    fn a_position_is_the_number_of_starts_before_it() {
+        let model = ModelRef::new("m").unwrap();
+        for started_before in 0..8 {
+            let mut queue = Queue::default();
+            let mut numbers = BTreeMap::new();
+            for n in 0..40_u64 {
+                let id = TaskId(Uuid::from_u128(u128::from(n)));
+                let priority = if n % 4 == 3 { Priority::Batch } else { Priority::Interactive };
+                numbers.insert(id, (priority, n));
+                queue.push(&model, priority, n, id);
+            }
+            let start = |queue: &mut Queue| {
+                let lane = queue.lane(&model)?;
+                let id = lane.order().into_iter().find_map(|priority| lane.waiting(priority).next())?;
+                let (priority, n) = numbers[&id];
+                queue.start(&model, priority, n, id);
+                Some(id)
+            };
+            for _ in 0..started_before {
+                start(&mut queue).unwrap();
+            }
+            let said = queue.lane(&model).unwrap().in_order();
+            let positions: Vec<usize> =
+                said.iter().map(|id| queue.position(&model, numbers[id].0, numbers[id].1)).collect();
+            assert_eq!(positions, (0..said.len()).collect::<Vec<_>>());
+            let happened: Vec<TaskId> = std::iter::from_fn(|| start(&mut queue)).collect();
+            assert_eq!(said, happened, "{started_before} started before");
+        }
     }
 }

@@ -4,13 +4,14 @@
 //! accepting an attempt and ending it are two short critical sections, without a task switch.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use handoff_watcher::{Change, HandoffName};
 use node_registration::{BeatFailure, CallError, ControlPlane};
 use parking_lot::Mutex;
-use pool_registry_types::node::GpuReport;
+use pool_registry_types::node::{GpuReport, Intent, StagedModel};
 use pool_registry_types::pool::PoolReport;
 use pool_registry_types::{AttemptId, Moment, PoolId, ReplicaId};
 use tokio::sync::Notify;
@@ -19,10 +20,14 @@ use tokio_util::task::TaskTracker;
 
 use crate::core::{BindError, Health, Identity, NodeCore, NodeEffect, Readiness, ReplicaSpec};
 use crate::gpu::GpuProbe;
+use crate::intent::IntentFile;
+use crate::models::Models;
 use crate::replica;
 
 /// Pause between two looks at the GPUs.
 const LOOK_AT_GPUS_EVERY: Duration = Duration::from_secs(5);
+/// Pause between two looks at the folder of models.
+const LOOK_AT_MODELS_EVERY: Duration = Duration::from_secs(2);
 /// Bound of connecting to an engine. Engines are near.
 const ENGINE_CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -47,6 +52,7 @@ pub struct Agent {
     pub(crate) cancels: Mutex<HashMap<AttemptId, CancellationToken>>,
     replicas: Mutex<BTreeMap<HandoffName, CancellationToken>>,
     problems: Mutex<BTreeMap<String, String>>,
+    intent_file: IntentFile,
     pub(crate) counters: Mutex<NodeCounters>,
     pub(crate) tracker: TaskTracker,
     stop: CancellationToken,
@@ -54,7 +60,12 @@ pub struct Agent {
 
 impl Agent {
     /// `session` is made with the same zero of time that this agent starts with.
-    pub fn new(identity: Identity, interval: Duration, seed: u64) -> Result<Arc<Self>, reqwest::Error> {
+    pub fn new(
+        identity: Identity,
+        interval: Duration,
+        seed: u64,
+        intent_file: IntentFile,
+    ) -> Result<Arc<Self>, reqwest::Error> {
         let session = node_registration::Session::new(Moment::ZERO, interval, seed);
         let client = reqwest::Client::builder()
             .connect_timeout(ENGINE_CONNECT_TIMEOUT)
@@ -64,7 +75,8 @@ impl Agent {
             .build()?;
         Ok(Arc::new(Self {
             start: Instant::now(),
-            core: Mutex::new(NodeCore::new(identity, session)),
+            core: Mutex::new(NodeCore::new(identity, session, intent_file.read())),
+            intent_file,
             wake: Notify::new(),
             client,
             cancels: Mutex::new(HashMap::new()),
@@ -218,7 +230,8 @@ impl Agent {
                     Err(error) => tracing::warn!(%node_id, %error, "not registered, trying again"),
                 }
                 let now = self.now();
-                self.core.lock().registered(now, answer.map_err(CallError::refusal));
+                let effects = self.core.lock().registered(now, answer.map_err(CallError::refusal));
+                self.carry_out(effects).await;
             }
             NodeEffect::Heartbeat(mut beat) => {
                 beat.timestamp = jiff::Timestamp::now().to_string();
@@ -234,11 +247,7 @@ impl Agent {
                 });
                 let now = self.now();
                 let effects = self.core.lock().heartbeat_answered(now, answer);
-                for effect in effects {
-                    if let NodeEffect::Cancel(attempt) = effect {
-                        self.cancel(&attempt);
-                    }
-                }
+                self.carry_out(effects).await;
             }
             NodeEffect::Deregister(epoch) => {
                 let node_id = self.core.lock().identity().node_id.clone();
@@ -247,14 +256,41 @@ impl Agent {
                 }
                 self.core.lock().deregistered();
             }
-            NodeEffect::Cancel(attempt) => self.cancel(&attempt),
+            other @ (NodeEffect::Cancel(_) | NodeEffect::TakeIntent(_)) => self.carry_out(vec![other]).await,
         }
     }
 
+    /// What the control plane's answers ask for.
+    async fn carry_out(self: &Arc<Self>, effects: Vec<NodeEffect>) {
+        for effect in effects {
+            match effect {
+                NodeEffect::Cancel(attempt) => self.cancel(&attempt, "the control plane does not know it"),
+                NodeEffect::TakeIntent(intent) => {
+                    if let Err(error) = self.take_intent(intent).await {
+                        tracing::error!(?intent, %error, "the intent cannot be written down, and is not taken");
+                    }
+                }
+                NodeEffect::Register(_) | NodeEffect::Heartbeat(_) | NodeEffect::Deregister(_) => {
+                    unreachable!("calls are made one at a time, when they are due")
+                }
+            }
+        }
+    }
+
+    /// Writes the operator's wish down and follows it.
+    pub async fn take_intent(self: &Arc<Self>, intent: Intent) -> std::io::Result<()> {
+        let file = self.intent_file.clone();
+        let written = tokio::task::spawn_blocking(move || file.write(intent)).await;
+        written.unwrap_or_else(|panic| Err(std::io::Error::other(panic)))?;
+        tracing::info!(?intent, "the operator's intent is taken");
+        self.change(|core, now| core.set_intent(now, intent));
+        Ok(())
+    }
+
     /// Ends an attempt at its engine.
-    pub fn cancel(&self, attempt: &AttemptId) {
+    fn cancel(&self, attempt: &AttemptId, reason: &str) {
         if let Some(cancel) = self.cancels.lock().get(attempt) {
-            tracing::info!(attempt_id = %attempt, "an attempt that the control plane does not know is ended");
+            tracing::info!(attempt_id = %attempt, reason, "an attempt is ended");
             cancel.cancel();
         }
     }
@@ -309,6 +345,66 @@ impl Agent {
         });
     }
 
+    /// No new work on the pool; what still runs after `grace` is ended. Returns whether there is
+    /// such a pool.
+    pub fn drain_pool(self: &Arc<Self>, pool_id: &PoolId, grace: Option<Duration>) -> bool {
+        let known = self.change(|core, now| core.drain_pool(now, pool_id, grace.map(|grace| now + grace)));
+        if let Some(grace) = grace.filter(|_| known) {
+            let agent = Arc::clone(self);
+            self.tracker.spawn(async move {
+                tokio::select! {
+                    () = agent.stop.cancelled() => return,
+                    // The core counts whole milliseconds.
+                    () = tokio::time::sleep(grace + Duration::from_millis(1)) => {}
+                }
+                let over = agent.core.lock().past_their_drain(agent.now());
+                for attempt in over {
+                    agent.cancel(&attempt, "its pool has drained for long enough");
+                }
+            });
+        }
+        known
+    }
+
+    /// The pool takes work again. Returns whether there is such a pool.
+    pub fn reopen_pool(&self, pool_id: &PoolId) -> bool {
+        self.change(|core, now| core.reopen_pool(now, pool_id))
+    }
+
+    /// Looks at the folder of models until the agent stops, each look on a blocking thread.
+    pub fn watch_models(self: &Arc<Self>, folder: PathBuf) {
+        let (agent, models) = (Arc::clone(self), Models::new(folder));
+        self.tracker.spawn(async move {
+            let mut problem = None;
+            loop {
+                let looking = models.clone();
+                let looked = tokio::task::spawn_blocking(move || looking.report());
+                let looked = tokio::select! {
+                    () = agent.stop.cancelled() => return,
+                    looked = looked => looked,
+                };
+                match looked {
+                    Ok(Ok(found)) => {
+                        problem = None;
+                        agent.change(|core, now| core.models_observed(now, found));
+                    }
+                    // What was seen last stands: a share that is away for a moment has not lost its models.
+                    Ok(Err(error)) => {
+                        let said = problem.replace(error.to_string());
+                        if said != problem {
+                            tracing::warn!(%error, "the folder of models cannot be read");
+                        }
+                    }
+                    Err(_) => return,
+                }
+                tokio::select! {
+                    () = agent.stop.cancelled() => return,
+                    () = tokio::time::sleep(LOOK_AT_MODELS_EVERY) => {}
+                }
+            }
+        });
+    }
+
     fn gpus_observed(&self, gpus: Vec<GpuReport>) {
         self.change(|core, now| core.gpus_observed(now, gpus));
     }
@@ -320,11 +416,19 @@ impl Agent {
     }
 
     pub fn pools(&self) -> Vec<PoolReport> {
-        self.core.lock().pool_reports()
+        self.core.lock().pool_reports(self.now())
     }
 
     pub fn gpus(&self) -> Vec<GpuReport> {
         self.core.lock().gpus().to_vec()
+    }
+
+    pub fn models(&self) -> Vec<StagedModel> {
+        self.core.lock().models().to_vec()
+    }
+
+    pub fn intent(&self) -> Intent {
+        self.core.lock().intent()
     }
 
     pub fn running(&self) -> usize {

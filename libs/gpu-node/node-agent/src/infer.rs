@@ -13,8 +13,8 @@ use bytes::Bytes;
 use futures::{FutureExt, Stream, StreamExt, stream};
 use pool_registry_types::error::EndCause;
 use pool_registry_types::pool::EngineKind;
-use pool_registry_types::sse::{Decoder, write_comment, write_frame};
-use pool_registry_types::task::{End, FinishReason, InferRequest};
+use pool_registry_types::sse::{Decoder, TOKEN_IDS, write_comment, write_frame};
+use pool_registry_types::task::{End, FinishReason, InferRequest, ResumeMode};
 use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, PoolId, ReplicaId};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 use tokio_util::sync::CancellationToken;
@@ -53,6 +53,8 @@ type EngineBody = Pin<Box<dyn Stream<Item = Result<Bytes, reqwest::Error>> + Sen
 type EngineAnswer = Pin<Box<dyn Future<Output = Result<reqwest::Response, reqwest::Error>> + Send>>;
 
 enum Phase {
+    /// Everything was sent before; only the end was lost.
+    Complete,
     Opening(EngineAnswer),
     Refused(Pin<Box<dyn Future<Output = ErrorBody> + Send>>),
     Streaming(EngineBody),
@@ -68,6 +70,10 @@ struct Generation {
     reader: Reader,
     log_id: LogId,
     index: u64,
+    /// What was sent before and has not come again; only where the stream is replayed.
+    unrepeated: Option<String>,
+    /// Tokens that earlier attempts have sent and this one does not make again.
+    tokens_before: u64,
     started: Instant,
     keep_alive: Interval,
     cancel: CancellationToken,
@@ -142,7 +148,8 @@ impl Agent {
             attempt: request.attempt_id,
             hint: request.replica_hint.as_ref(),
         };
-        let accepted = self.core.lock().accept(pool_id, &ask);
+        let now = self.now();
+        let accepted = self.core.lock().accept(now, pool_id, &ask);
         let accepted = accepted.inspect_err(|_| self.counters.lock().refused += 1)?;
         let mut slot = Slot {
             agent: Arc::clone(self),
@@ -153,7 +160,9 @@ impl Agent {
             url: accepted.url.clone(),
             open: true,
         };
-        let asked = match engines::request(accepted.engine, &request.task, self.ctx_of(pool_id)) {
+        let (ctx_max, resume) = (self.ctx_of(pool_id), request.resume);
+        let sent = resume.as_ref().filter(|resume| resume.mode == ResumeMode::Append);
+        let asked = match engines::request(accepted.engine, &request.task, ctx_max, resume.as_ref()) {
             Ok(asked) => asked,
             Err(error) => {
                 slot.end(true);
@@ -163,19 +172,27 @@ impl Agent {
         self.counters.lock().accepted += 1;
         let cancel = CancellationToken::new();
         self.cancels.lock().insert(request.attempt_id, cancel.clone());
-        let mut call = self.client().post(format!("{}{}", accepted.url, asked.path)).json(&asked.body);
-        if let Some(traceparent) = traceparent {
-            call = call.header("traceparent", traceparent);
-        }
+        let complete = sent.is_some() && engines::tokens_left(&request.task, ctx_max, sent) == Some(0);
+        let tokens_before = sent.map_or(0, |sent| sent.tokens);
+        let unrepeated = resume.filter(|resume| resume.mode == ResumeMode::Replay).map(|resume| resume.text);
+        let reader = Reader::new(asked.reply, asked.wants_ids);
+        let traceparent = traceparent.map(str::to_owned);
+        let phase = if complete {
+            Phase::Complete
+        } else {
+            Phase::Opening(Box::pin(asked.send(self.client().clone(), accepted.url, traceparent)))
+        };
         let mut keep_alive = interval_at(Instant::now() + KEEP_ALIVE_EVERY, KEEP_ALIVE_EVERY);
         keep_alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let generation = Generation {
             slot,
-            phase: Phase::Opening(Box::pin(call.send())),
+            phase,
             decoder: Decoder::new(),
-            reader: Reader::new(asked.reply),
+            reader,
             log_id: request.log_id,
             index: request.first_index,
+            unrepeated,
+            tokens_before,
             started: Instant::now(),
             keep_alive,
             cancel,
@@ -209,6 +226,11 @@ impl Generation {
         loop {
             let happened = match &mut self.phase {
                 Phase::Over => return None,
+                Phase::Complete => {
+                    let mut out = Vec::new();
+                    self.finish(&mut out, 0, FinishReason::Length);
+                    return Some(Bytes::from(out));
+                }
                 Phase::Opening(answer) => tokio::select! {
                     biased;
                     () = self.cancel.cancelled() => Happened::Canceled,
@@ -234,8 +256,7 @@ impl Generation {
                     Some(out)
                 }
                 Happened::Canceled => {
-                    let error =
-                        ErrorBody::new(ErrorCode::Canceled, "the control plane does not know this attempt");
+                    let error = ErrorBody::new(ErrorCode::Canceled, "the node was told to end this attempt");
                     Some(self.fail(error.with_cause(EndCause::Canceled), false))
                 }
                 Happened::Answered(answer) => self.answered(answer),
@@ -323,10 +344,18 @@ impl Generation {
             };
             match said {
                 Said::Nothing => {}
-                Said::Text(text) => self.token(&mut out, &text),
+                Said::Text(text) => {
+                    if !self.text(&mut out, &text) {
+                        return out;
+                    }
+                }
                 Said::End { text, tokens_out, finish_reason } => {
-                    if let Some(text) = text {
-                        self.token(&mut out, &text);
+                    if !self.text(&mut out, text.as_deref().unwrap_or_default()) {
+                        return out;
+                    }
+                    if self.unrepeated.as_ref().is_some_and(|rest| !rest.is_empty()) {
+                        self.replay_differs(&mut out);
+                        return out;
                     }
                     self.finish(&mut out, tokens_out, finish_reason);
                     return out;
@@ -341,9 +370,46 @@ impl Generation {
         }
     }
 
+    /// Takes a text of the engine: what has been sent before is compared, what is new is sent.
+    /// Returns whether the stream goes on.
+    fn text(&mut self, out: &mut Vec<u8>, text: &str) -> bool {
+        let Some(rest) = self.unrepeated.as_mut().filter(|rest| !rest.is_empty()) else {
+            if !text.is_empty() {
+                self.token(out, text);
+            }
+            return true;
+        };
+        if rest.starts_with(text) {
+            rest.drain(..text.len());
+            return true;
+        }
+        match text.strip_prefix(rest.as_str()) {
+            Some(new) => {
+                rest.clear();
+                self.token(out, new);
+                true
+            }
+            None => {
+                self.replay_differs(out);
+                false
+            }
+        }
+    }
+
+    /// Never a splice: a reader would get the end of another answer.
+    fn replay_differs(&mut self, out: &mut Vec<u8>) {
+        let message = "the engine's second run differs from what had been sent";
+        let error = ErrorBody::new(ErrorCode::WorkerReset, message).with_cause(EndCause::ReplayDiffers);
+        out.extend(self.fail(error, false));
+    }
+
     /// The final frame of a token: it is passed on, never written again.
     fn token(&mut self, out: &mut Vec<u8>, text: &str) {
         use std::io::Write;
+        if let Some(ids) = self.reader.ids() {
+            let ids: Vec<String> = ids.iter().map(u32::to_string).collect();
+            write_comment(out, &format!("{TOKEN_IDS}{}", ids.join(",")));
+        }
         // Writing to a Vec cannot fail, and a text is always JSON.
         let _ = write!(out, "id: {}:{}\nevent: token\ndata: {{\"t\":", self.log_id, self.index);
         let _ = serde_json::to_writer(&mut *out, text);
@@ -353,6 +419,7 @@ impl Generation {
 
     fn finish(&mut self, out: &mut Vec<u8>, tokens_out: u64, finish_reason: FinishReason) {
         let decode_time_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let tokens_out = tokens_out + self.tokens_before;
         let end = End { tokens_out, decode_time_ms, finish_reason };
         let data = serde_json::to_string(&end).unwrap_or_default();
         let seq = self.slot.end(true);

@@ -10,8 +10,12 @@ pub mod core;
 pub mod engines;
 pub mod gpu;
 pub mod infer;
+pub mod intent;
+pub mod models;
+mod orders;
 mod replica;
 
 pub use crate::agent::Agent;
 pub use crate::core::{NodeCore, NodeEffect};
 pub use crate::infer::Inference;
+pub use crate::intent::IntentFile;

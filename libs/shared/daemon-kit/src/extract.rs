@@ -3,6 +3,7 @@
 use std::fmt::Display;
 use std::str::FromStr;
 
+use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Path, Request};
 use axum::http::request::Parts;
 use pool_registry_types::ErrorCode;
@@ -18,6 +19,18 @@ pub struct Body<T>(pub T);
 /// The parsed body of the hop to a node, which wraps a client's.
 #[derive(Debug)]
 pub struct WrappedBody<T>(pub T);
+
+/// The bytes of a client's body, as they came.
+#[derive(Debug)]
+pub struct RawBody(pub Bytes);
+
+impl<S: Send + Sync> FromRequest<S> for RawBody {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
+        collect(request, MAX_BODY_BYTES).await.map(Self)
+    }
+}
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
     type Rejection = ApiError;
@@ -36,15 +49,18 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for WrappedBody<T> {
 }
 
 async fn read<T: DeserializeOwned>(request: Request, at_most: usize) -> Result<T, ApiError> {
-    let bytes = axum::body::to_bytes(request.into_body(), at_most).await.map_err(|error| {
+    parse(&collect(request, at_most).await?)
+}
+
+async fn collect(request: Request, at_most: usize) -> Result<Bytes, ApiError> {
+    axum::body::to_bytes(request.into_body(), at_most).await.map_err(|error| {
         let cause = std::error::Error::source(&error);
         if cause.is_some_and(|cause| cause.to_string().contains("length limit")) {
             ApiError::new(ErrorCode::PayloadTooLarge, format!("the body is longer than {at_most} bytes"))
         } else {
             ApiError::new(ErrorCode::InvalidParams, "the body was cut off")
         }
-    })?;
-    parse(&bytes)
+    })
 }
 
 /// An id in a path, or `INVALID_PARAMS` that names it.

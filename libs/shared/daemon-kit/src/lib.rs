@@ -16,4 +16,4 @@ pub mod telemetry;
 pub use answer::ApiError;
 pub use auth::Tokens;
 pub use clock::Clock;
-pub use extract::{Body, PathId, WrappedBody};
+pub use extract::{Body, PathId, RawBody, WrappedBody};

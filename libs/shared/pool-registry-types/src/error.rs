@@ -63,6 +63,14 @@ codes! {
     PayloadTooLarge = "PAYLOAD_TOO_LARGE", 413, false;
     /// The queue is full, or the deadline cannot be met.
     AdmissionReject = "ADMISSION_REJECT", 429, true;
+    /// The session's turns, tokens or time are used up.
+    BudgetExceeded = "BUDGET_EXCEEDED", 429, false;
+    /// Dropped from a full queue for a newer task.
+    QueueFullDropLru = "QUEUE_FULL_DROP_LRU", 429, true;
+    /// The pool id is on several nodes: name one.
+    PoolAmbiguous = "POOL_AMBIGUOUS", 409, false;
+    /// The one node that may do it is offline, draining or not known.
+    NodeUnavailable = "NODE_UNAVAILABLE", 503, true;
     /// No node reported a pool with this model within the last node timeout.
     ModelNotAvailable = "MODEL_NOT_AVAILABLE", 503, true;
     PoolUnready = "POOL_UNREADY", 503, true;
@@ -167,6 +175,8 @@ pub enum EndCause {
     #[serde(rename = "engine_4xx")]
     Engine4xx,
     EngineTimeout,
+    /// A replayed stream did not begin with what had been sent.
+    ReplayDiffers,
     Canceled,
 }
 

@@ -28,6 +28,8 @@ pub enum InvalidId {
     Uuid { field: &'static str },
     #[error("epoch must be 1 to 64 visible ASCII characters")]
     Epoch,
+    #[error("digest must be sha256: and 64 hexadecimal digits in lower case")]
+    Digest,
 }
 
 fn is_name(text: &str) -> bool {
@@ -40,6 +42,15 @@ fn is_name(text: &str) -> bool {
 fn is_model_ref(text: &str) -> bool {
     (1..=MAX_MODEL_REF_BYTES).contains(&text.len())
         && !text.chars().any(|c| c.is_control() || c.is_whitespace())
+}
+
+/// Length of a SHA-256 in hexadecimal digits.
+const SHA256_DIGITS: usize = 64;
+
+fn is_digest(text: &str) -> bool {
+    text.strip_prefix("sha256:").is_some_and(|hex| {
+        hex.len() == SHA256_DIGITS && hex.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+    })
 }
 
 fn is_epoch(text: &str) -> bool {
@@ -129,6 +140,14 @@ text_id!(
     /// One registration of a node. Opaque: compared for equality only.
     Epoch, is_epoch, InvalidId::Epoch
 );
+text_id!(
+    /// A label's key or value.
+    LabelName, is_name, InvalidId::Name { field: "label" }
+);
+text_id!(
+    /// The content of a file: `sha256:` and 64 hexadecimal digits.
+    Digest, is_digest, InvalidId::Digest
+);
 
 macro_rules! uuid_id {
     ($(#[$doc:meta])* $name:ident, $field:literal) => {
@@ -171,6 +190,10 @@ uuid_id!(
 uuid_id!(
     /// One life of a node's process.
     BootId, "boot_id"
+);
+uuid_id!(
+    /// Tasks that belong together: an affinity key with budgets.
+    SessionId, "session_id"
 );
 uuid_id!(
     /// The stream of one task as one life of the control plane keeps it.

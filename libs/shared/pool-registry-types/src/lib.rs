@@ -9,6 +9,7 @@ pub mod error;
 pub mod ids;
 pub mod moment;
 pub mod node;
+pub mod placement;
 pub mod pool;
 pub mod routes;
 pub mod sse;
@@ -17,6 +18,7 @@ pub mod view;
 
 pub use error::{ErrorBody, ErrorCode};
 pub use ids::{
-    AttemptId, BootId, Epoch, LogId, MachineId, ModelRef, NodeId, PoolId, PoolKey, ReplicaId, TaskId,
+    AttemptId, BootId, Digest, Epoch, LabelName, LogId, MachineId, ModelRef, NodeId, PoolId, PoolKey,
+    ReplicaId, SessionId, TaskId,
 };
 pub use moment::Moment;

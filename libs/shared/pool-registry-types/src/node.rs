@@ -6,7 +6,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::ids::{AttemptId, BootId, Epoch, MachineId, NodeId, PoolId};
+use crate::ids::{AttemptId, BootId, Digest, Epoch, MachineId, ModelRef, NodeId, PoolId};
+use crate::placement::Labels;
 use crate::pool::PoolReport;
 
 /// What the control plane observes of a node.
@@ -39,6 +40,8 @@ pub struct RegisterRequest {
     pub version: String,
     #[serde(default)]
     pub intent: Intent,
+    #[serde(default, skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
     #[serde(default)]
     pub pools: Vec<PoolId>,
     #[serde(default)]
@@ -89,6 +92,17 @@ pub struct Heartbeat {
     pub pools: Vec<PoolReport>,
     #[serde(default)]
     pub gpus: Vec<GpuReport>,
+    /// The models that lie on the node's disk.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub models: Vec<StagedModel>,
+}
+
+/// A model on a node's disk, whole and verified when it was staged.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+pub struct StagedModel {
+    pub model_id: ModelRef,
+    pub digest: Digest,
+    pub bytes: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -117,7 +131,27 @@ pub struct HeartbeatAnswer {
     /// Attempts that the control plane does not know: the node ends them.
     #[serde(default)]
     pub cancel_attempts: Vec<AttemptId>,
+    /// What the node is to do from now on, where it differs from the report.
     #[serde(default)]
+    pub intent: Intent,
+}
+
+/// `POST /v2/nodes/{id}/drain` and `…/resume`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct IntentAnswer {
+    pub node_id: NodeId,
+    pub intent: Intent,
+    /// The node has written it down. Otherwise it is told with the answer to its next call, and
+    /// a control plane that restarts before that forgets it.
+    pub kept_by_node: bool,
+    /// Attempts that still run there.
+    pub running: u32,
+}
+
+/// `POST /v2/intent` of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct IntentRequest {
+    pub boot_id: BootId,
     pub intent: Intent,
 }
 

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::ids::{AttemptId, ModelRef, PoolId, ReplicaId};
+use crate::ids::{AttemptId, ModelRef, NodeId, PoolId, ReplicaId};
 
 /// The engines whose dialects the nodes speak.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
@@ -73,6 +73,49 @@ pub struct PoolReport {
     pub replicas: Vec<ReplicaReport>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
+    /// Present while the pool itself drains, as of this report.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<DrainProgress>,
+}
+
+/// How far a drain has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DrainProgress {
+    pub tasks_left: u32,
+    /// Milliseconds since the oldest of them was accepted; absent without any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub oldest_age_ms: Option<u64>,
+    /// Milliseconds until what is left is ended; absent without a deadline.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_ms: Option<u64>,
+}
+
+/// `POST /v2/pools/{id}/drain`: no new work; what runs may finish.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PoolDrain {
+    /// Milliseconds after which what still runs is ended; absent: never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_ms: Option<u64>,
+}
+
+/// `POST /v2/pools/{id}/reload`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PoolReload {
+    /// Another model than the one it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub new_model_ref: Option<ModelRef>,
+}
+
+/// `202` of the orders to a pool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PoolOrdered {
+    pub node_id: NodeId,
+    pub pool_id: PoolId,
+    pub state: PoolState,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<DrainProgress>,
 }
 
 /// One engine process in a heartbeat.

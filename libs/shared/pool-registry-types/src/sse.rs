@@ -10,6 +10,10 @@ use std::borrow::Cow;
 /// Longest frame that is read, bytes. A stream that exceeds it is broken off.
 pub const MAX_FRAME_BYTES: usize = 1024 * 1024;
 
+/// Between the daemons only: a comment before a token's frame that names the engine's ids of it,
+/// comma-separated, where the task may have to be continued from them.
+pub const TOKEN_IDS: &str = "token-ids ";
+
 /// Appends one frame. `data` must not hold a line break (JSON text never does).
 pub fn write_frame(out: &mut Vec<u8>, id: Option<(&dyn std::fmt::Display, u64)>, event: &str, data: &str) {
     use std::io::Write;

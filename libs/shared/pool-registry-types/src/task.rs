@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::error::{ErrorBody, ErrorCode};
-use crate::ids::{AttemptId, BootId, LogId, ModelRef, NodeId, PoolId, ReplicaId, TaskId};
+use crate::ids::{AttemptId, BootId, LogId, ModelRef, NodeId, PoolId, ReplicaId, SessionId, TaskId};
+use crate::placement::Wishes;
 use crate::pool::EngineKind;
 
 /// Largest request body, bytes. Source: .specs/01 CLOUD-1201.
@@ -28,11 +29,46 @@ pub enum Priority {
     Batch,
 }
 
+impl Priority {
+    pub const BOTH: [Self; 2] = [Self::Interactive, Self::Batch];
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Workload {
     #[default]
     Completion,
+}
+
+/// How exactly a repeated run must agree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Determinism {
+    /// With a seed: the same text on every engine of the same kind and version.
+    Strict,
+    #[default]
+    BestEffort,
+}
+
+/// What becomes of a task whose node or engine is lost after tokens have been sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Recovery {
+    /// It ends with `WORKER_RESET`.
+    #[default]
+    Fail,
+    /// It goes on elsewhere, without gap or repeat.
+    Continue,
+}
+
+/// Whether the engine may use what it has cached of the prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum KvHint {
+    #[default]
+    Reuse,
+    /// Nothing cached is used, and no replica is preferred for its cache.
+    Cold,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -69,6 +105,9 @@ pub struct TaskRequest {
     /// Makes the request idempotent; drawn by the server when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub task_id: Option<TaskId>,
+    /// Tasks of one session go to the same replica while it is free, and share budgets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session_id: Option<SessionId>,
     #[serde(default)]
     pub workload: Workload,
     pub model_ref: ModelRef,
@@ -110,6 +149,21 @@ pub struct TaskRequest {
     pub deadline_ms: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeouts: Option<Timeouts>,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub determinism: Determinism,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub recovery: Recovery,
+    /// The client's own estimate, for predictions only; at most `max_tokens` counts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expected_tokens: Option<u32>,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub kv_hint: KvHint,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placement: Option<Wishes>,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl TaskRequest {
@@ -134,6 +188,12 @@ impl TaskRequest {
             grammar: None,
             deadline_ms: None,
             timeouts: None,
+            session_id: None,
+            determinism: Determinism::BestEffort,
+            recovery: Recovery::Fail,
+            expected_tokens: None,
+            kv_hint: KvHint::Reuse,
+            placement: None,
         }
     }
 
@@ -157,7 +217,9 @@ impl TaskRequest {
                 return invalid(format!("{field}: must be between 0 and {most}"));
             }
         }
-        for (field, value) in [("max_tokens", self.max_tokens), ("ctx", self.ctx)] {
+        for (field, value) in
+            [("max_tokens", self.max_tokens), ("ctx", self.ctx), ("expected_tokens", self.expected_tokens)]
+        {
             if value == Some(0) {
                 return invalid(format!("{field}: must be at least 1"));
             }
@@ -180,15 +242,45 @@ impl TaskRequest {
                 return invalid(format!("{field}: must be between 1 and {MAX_WAIT_MS} milliseconds"));
             }
         }
+        let unsupported = |message: &str| Err(ErrorBody::new(ErrorCode::Unsupported, message));
         if self.grammar.is_some() && self.engine == Some(EngineKind::OpenAi) {
-            return Err(ErrorBody::new(ErrorCode::Unsupported, "grammar: only llamacpp takes one"));
+            return unsupported("grammar: only llamacpp takes one");
         }
-        Ok(())
+        if self.recovery == Recovery::Continue && !self.replays() {
+            // What was sent would have to be parsed by the grammar's state, which no engine takes.
+            if self.grammar.is_some() {
+                return unsupported(
+                    "recovery: a grammar cannot be continued, only replayed: set determinism to strict, and a seed",
+                );
+            }
+            if self.messages.is_some() && self.engine == Some(EngineKind::OpenAi) {
+                return unsupported(
+                    "recovery: an openai engine continues no messages: set determinism to strict, and a seed",
+                );
+            }
+        }
+        match &self.placement {
+            Some(wishes) => wishes.check(self.session_id.is_some()),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a lost stream is run again from the start: same seed, same text.
+    pub fn replays(&self) -> bool {
+        self.determinism == Determinism::Strict && self.seed.is_some()
+    }
+
+    /// How a stream that was lost after tokens goes on; absent when it does not.
+    pub fn continuation(&self) -> Option<ResumeMode> {
+        let mode = if self.replays() { ResumeMode::Replay } else { ResumeMode::Append };
+        (self.recovery == Recovery::Continue).then_some(mode)
     }
 
     /// The engine that can serve the task, when only one can.
     pub fn required_engine(&self) -> Option<EngineKind> {
-        self.engine.or(self.grammar.as_ref().map(|_| EngineKind::LlamaCpp))
+        let chat_that_continues = self.messages.is_some() && self.continuation() == Some(ResumeMode::Append);
+        let only_llamacpp = self.grammar.is_some() || chat_that_continues;
+        self.engine.or(only_llamacpp.then_some(EngineKind::LlamaCpp))
     }
 }
 
@@ -209,6 +301,8 @@ pub struct TaskAccepted {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct TaskStreams {
     pub sse: String,
+    /// The same with `metrics` each second also while the task runs.
+    pub sse_verbose: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
@@ -219,6 +313,32 @@ pub enum TaskState {
     Completed,
     Failed,
     Canceled,
+}
+
+/// One task in `GET /v2/tasks`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TaskSummary {
+    pub task_id: TaskId,
+    pub model_ref: ModelRef,
+    pub priority: Priority,
+    pub state: TaskState,
+    /// Of the last attempt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node_id: Option<NodeId>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session_id: Option<SessionId>,
+    pub attempts: u32,
+    /// Milliseconds since admission.
+    pub age_ms: u64,
+}
+
+/// `GET /v2/tasks`: newest first.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub struct TaskPage {
+    pub tasks: Vec<TaskSummary>,
+    /// Where the next page begins: `?after=`; absent on the last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<TaskId>,
 }
 
 /// `GET /v2/tasks/{id}`.
@@ -261,6 +381,31 @@ pub struct Started {
     pub replica_id: ReplicaId,
     /// 1 for the first attempt of the task.
     pub attempt: u32,
+    /// The replica has served this session before, and nothing is known to have emptied its cache.
+    #[serde(default)]
+    pub kv_warmth: bool,
+}
+
+/// Event `metrics`: comes while a task waits. It is not kept: a resumed reader gets newer ones.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Metrics {
+    /// Tasks of the lane that start before this one.
+    pub queue_position: u32,
+    /// From measured paces; absent before there are any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicted_start_ms: Option<u64>,
+    /// Waiting tasks of the lane.
+    pub queue_depth: u32,
+    /// That the task starts before its deadline, 0 to 1, by how right earlier predictions were;
+    /// absent without a deadline and before there were enough of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_time_probability: Option<f64>,
+    /// The session's replica is still warm.
+    #[serde(default)]
+    pub kv_warmth: bool,
+    /// Of the session; absent where tokens are not limited.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens_budget_remaining: Option<u64>,
 }
 
 /// Event `token`: one chunk of the engine's.
@@ -302,7 +447,57 @@ pub struct InferRequest {
     pub first_index: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replica_hint: Option<ReplicaId>,
+    /// What an earlier attempt has sent, where this one goes on from it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resume: Option<Resume>,
     pub task: TaskRequest,
+}
+
+/// How a lost stream goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ResumeMode {
+    /// From the start; what had been sent is compared byte for byte and not sent again.
+    Replay,
+    /// From the prompt and what had been sent.
+    Append,
+}
+
+/// What had been sent when an attempt was lost.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Resume {
+    pub mode: ResumeMode,
+    pub text: String,
+    /// The engine's ids of the tokens of `text`; empty where they are not all known.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub token_ids: Vec<u32>,
+    /// Tokens that `text` has cost.
+    pub tokens: u64,
+}
+
+/// `GET /v2/sessions/{id}`: metadata only, never content.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SessionView {
+    pub session_id: SessionId,
+    /// Milliseconds until it is forgotten, unless it is used again.
+    pub ttl_ms: u64,
+    pub turns: u32,
+    pub turns_max: u32,
+    pub tokens_used: u64,
+    /// Absent where tokens are not limited.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens_budget_remaining: Option<u64>,
+    /// Milliseconds of running that are left; absent where time is not limited.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time_budget_remaining_ms: Option<u64>,
+    pub kv_warmth: bool,
+    /// Where its last task ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node_id: Option<NodeId>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool_id: Option<PoolId>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replica_id: Option<ReplicaId>,
 }
 
 #[cfg(test)]
@@ -355,6 +550,27 @@ mod tests {
         let error = serde_json::from_str::<TaskRequest>(r#"{"model_ref":"m","prompt":"x","max_token":3}"#)
             .unwrap_err();
         assert!(error.to_string().contains("max_token"), "{error}");
+    }
+
+    // CLOUD-1530
+    #[test]
+    fn what_cannot_be_continued_is_unsupported_before_it_starts() {
+        let continued = |task: TaskRequest| TaskRequest { recovery: Recovery::Continue, ..task };
+        let chat = || TaskRequest {
+            prompt: None,
+            messages: Some(vec![ChatMessage { role: Role::User, content: "x".into() }]),
+            ..request()
+        };
+        let grammar = || TaskRequest { grammar: Some("root ::= \"a\"".into()), ..request() };
+        let openai = TaskRequest { engine: Some(EngineKind::OpenAi), ..chat() };
+        for task in [continued(grammar()), continued(openai)] {
+            assert_eq!(task.check().unwrap_err().code, ErrorCode::Unsupported);
+            let replayed = TaskRequest { determinism: Determinism::Strict, seed: Some(1), ..task };
+            assert_eq!((replayed.check(), replayed.continuation()), (Ok(()), Some(ResumeMode::Replay)));
+        }
+        assert_eq!(continued(chat()).required_engine(), Some(EngineKind::LlamaCpp));
+        assert_eq!(continued(request()).continuation(), Some(ResumeMode::Append));
+        assert_eq!(request().continuation(), None);
     }
 
     // CLOUD-1205

@@ -5,9 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::ids::{AttemptId, BootId, MachineId, ModelRef, NodeId};
-use crate::node::{Capabilities, GpuReport, Intent, Liveness};
-use crate::pool::PoolReport;
+use crate::ids::{AttemptId, BootId, Digest, MachineId, ModelRef, NodeId, PoolId, TaskId};
+use crate::node::{Capabilities, GpuReport, Intent, Liveness, StagedModel};
+use crate::placement::Labels;
+use crate::pool::{PoolReport, PoolState};
+use crate::task::TaskState;
 
 /// `GET /v2/nodes`.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, ToSchema)]
@@ -24,7 +26,10 @@ pub struct NodeView {
     pub address: String,
     pub version: String,
     pub liveness: Liveness,
+    /// What the operator asked for, or the node itself.
     pub intent: Intent,
+    #[serde(default, skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
     /// Why the node is not online.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
@@ -35,6 +40,9 @@ pub struct NodeView {
     pub report_seq: Option<u64>,
     pub pools: Vec<PoolView>,
     pub gpus: Vec<GpuReport>,
+    /// Models on its disk.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub models: Vec<StagedModel>,
     pub capabilities: Capabilities,
     /// Attempts that hold a slot here in the control plane's books.
     pub running_attempts: Vec<AttemptId>,
@@ -48,6 +56,73 @@ pub struct PoolView {
     /// total − |reported attempts ∪ reservations| − foreign.
     pub slots_free: u32,
     pub reservations: u32,
+    /// Its engine has failed too often lately: it gets no task, or one to show that it is well.
+    #[serde(default)]
+    pub tripped: bool,
+}
+
+/// `GET /v2/pools`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub struct PoolList {
+    pub pools: Vec<PoolOfNode>,
+}
+
+/// A pool with the node it is on; also `GET /v2/pools/{id}/health`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PoolOfNode {
+    pub node_id: NodeId,
+    pub pool_id: PoolId,
+    /// The node is online.
+    pub live: bool,
+    /// Takes tasks: live, ready and not draining.
+    pub ready: bool,
+    pub draining: bool,
+    pub state: PoolState,
+    pub models: Vec<ModelRef>,
+    pub slots_total: u32,
+    pub slots_free: u32,
+    pub tripped: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
+}
+
+/// One event of `GET /v2/events`: what changed, and to what. The name of the event is `node`,
+/// `pool` or `task`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum ClusterChange {
+    /// Without a liveness, the node is not known any more.
+    Node {
+        node_id: NodeId,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        liveness: Option<Liveness>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        intent: Option<Intent>,
+    },
+    /// Without a state, the pool is not reported any more.
+    Pool {
+        node_id: NodeId,
+        pool_id: PoolId,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        state: Option<PoolState>,
+        ready: bool,
+    },
+    Task {
+        task_id: TaskId,
+        state: TaskState,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        node_id: Option<NodeId>,
+    },
+}
+
+impl ClusterChange {
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Node { .. } => "node",
+            Self::Pool { .. } => "pool",
+            Self::Task { .. } => "task",
+        }
+    }
 }
 
 /// `GET /v2/catalog/availability`.
@@ -64,32 +139,81 @@ pub struct ModelAvailability {
     pub total_nodes: u32,
     /// Slots of those pools, busy ones included.
     pub total_capacity: u32,
+    /// Live nodes that have the model on disk, whether they serve it or not.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub staged: Vec<StagedAt>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct StagedAt {
+    pub node_id: NodeId,
+    pub digest: Digest,
+    pub bytes: u64,
 }
 
 impl ClusterView {
     /// Which models can be asked for right now, and where they are.
     pub fn availability(&self) -> Availability {
-        let mut models: BTreeMap<&ModelRef, (BTreeSet<&NodeId>, u32)> = BTreeMap::new();
-        for node in
-            self.nodes.iter().filter(|n| n.liveness == Liveness::Online && n.intent == Intent::Serving)
-        {
-            for pool in node.pools.iter().filter(|p| p.report.ready && !p.report.draining) {
+        #[derive(Default)]
+        struct Found<'v> {
+            nodes: BTreeSet<&'v NodeId>,
+            capacity: u32,
+            staged: Vec<StagedAt>,
+        }
+        let mut models: BTreeMap<&ModelRef, Found<'_>> = BTreeMap::new();
+        for node in self.nodes.iter().filter(|node| node.liveness != Liveness::Offline) {
+            for staged in &node.models {
+                models.entry(&staged.model_id).or_default().staged.push(StagedAt {
+                    node_id: node.node_id.clone(),
+                    digest: staged.digest.clone(),
+                    bytes: staged.bytes,
+                });
+            }
+            for pool in node.pools.iter().filter(|pool| node.serves(pool)) {
                 for model in &pool.report.models {
-                    let entry = models.entry(model).or_default();
-                    entry.0.insert(&node.node_id);
-                    entry.1 += pool.slots_total;
+                    let found = models.entry(model).or_default();
+                    found.nodes.insert(&node.node_id);
+                    found.capacity = found.capacity.saturating_add(pool.slots_total);
                 }
             }
         }
-        let models = models
-            .into_iter()
-            .map(|(model, (nodes, total_capacity))| ModelAvailability {
-                model_id: model.clone(),
-                total_nodes: u32::try_from(nodes.len()).unwrap_or(u32::MAX),
-                nodes: nodes.into_iter().cloned().collect(),
-                total_capacity,
-            })
-            .collect();
-        Availability { models }
+        let models = models.into_iter().map(|(model, found)| ModelAvailability {
+            model_id: model.clone(),
+            total_nodes: u32::try_from(found.nodes.len()).unwrap_or(u32::MAX),
+            nodes: found.nodes.into_iter().cloned().collect(),
+            total_capacity: found.capacity,
+            staged: found.staged,
+        });
+        Availability { models: models.collect() }
+    }
+
+    /// All pools with their nodes.
+    pub fn pools(&self) -> impl Iterator<Item = PoolOfNode> + '_ {
+        self.nodes.iter().flat_map(|node| node.pools.iter().map(move |pool| node.pool(pool)))
+    }
+}
+
+impl NodeView {
+    fn serves(&self, pool: &PoolView) -> bool {
+        self.liveness == Liveness::Online
+            && self.intent == Intent::Serving
+            && pool.report.ready
+            && !pool.report.draining
+    }
+
+    fn pool(&self, pool: &PoolView) -> PoolOfNode {
+        PoolOfNode {
+            node_id: self.node_id.clone(),
+            pool_id: pool.report.pool_id.clone(),
+            live: self.liveness == Liveness::Online,
+            ready: self.serves(pool),
+            draining: pool.report.draining || self.intent == Intent::Draining,
+            state: pool.report.state,
+            models: pool.report.models.clone(),
+            slots_total: pool.slots_total,
+            slots_free: pool.slots_free,
+            tripped: pool.tripped,
+            last_error: pool.report.last_error.clone(),
+        }
     }
 }

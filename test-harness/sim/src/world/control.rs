@@ -4,15 +4,20 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pool_registry_types::node::{LiveAnswer, Liveness};
-use pool_registry_types::task::{Priority, TaskRequest};
-use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, ModelRef, Moment, NodeId, TaskId};
+use pool_registry_types::node::{Capabilities, Intent, LiveAnswer, Liveness, RegisterRequest};
+use pool_registry_types::placement::Labels;
+use pool_registry_types::task::{Determinism, Priority, Recovery, ResumeMode, TaskRequest};
+use pool_registry_types::{
+    AttemptId, BootId, ErrorBody, ErrorCode, MachineId, ModelRef, Moment, NodeId, SessionId, TaskId,
+};
 use task_scheduler::{
     Answer, CloseReason, ControlCore, Counters, Dispatch, Effect, Event, HowEnded, Policy, ReplyTo,
-    StreamWatch, TaskLog,
+    SessionPolicy, StreamWatch, TaskLog,
 };
+use uuid::Uuid;
 
 use super::{Call, CallAnswer, Caller, Conn, Piece, What, World};
+use crate::draw::{MAX_TURNS, Replays};
 use crate::witness::Life;
 
 /// One attempt as the control plane relays it.
@@ -27,10 +32,13 @@ struct Relay {
     last: Option<HowEnded>,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 enum To {
     Caller(Caller, Kind),
     Client(TaskId),
+    Operator,
+    /// A process with the name of a node that lives.
+    Twin(NodeId),
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -57,7 +65,15 @@ impl World {
         let plan = &self.plan;
         let policy = Policy {
             timing: plan.timing,
+            strategy: plan.strategy,
             admission_capacity: plan.capacity,
+            full_lane: plan.full_lane,
+            sessions: SessionPolicy {
+                ttl: Duration::from_secs(86_400),
+                max_turns: MAX_TURNS,
+                token_budget: None,
+                time_budget: None,
+            },
             queue_timeout: plan.queue_timeout,
             first_token_timeout: plan.first_token_timeout,
             token_idle_timeout: plan.token_idle_timeout,
@@ -106,6 +122,9 @@ impl World {
             ("core: worker reset", c.worker_resets),
             ("core: task rejected", c.rejected),
             ("task: killed two engines", c.poisoned),
+            ("core: replay differed", c.replays_differed),
+            ("core: breaker tripped", c.trips),
+            ("core: dropped for a newer", c.dropped),
         ] {
             self.coverage.add(name, n);
         }
@@ -241,7 +260,8 @@ impl World {
             Effect::Reply { to, answer } => self.reply(to, answer),
             Effect::OpenLog { task, log } => {
                 let plan = &self.plan.tasks[self.names[&task]];
-                self.witness.admitted(self.now, task, plan.model, plan.batch);
+                let admitted = self.witness.admitted(self.now, task, plan);
+                self.check(admitted);
                 if let Some(control) = self.control.as_mut() {
                     control.logs.insert(task, TaskLog::new(log));
                 }
@@ -253,7 +273,18 @@ impl World {
                 self.after_ms(delay, What::Fence { life, task, attempt });
             }
             Effect::CloseTask { task, error } => self.close_task(task, &error),
-            Effect::Forget { .. } => {}
+            Effect::Forget { .. } | Effect::Changed(_) => {}
+            Effect::TellIntent { to, node_id, boot_id, intent, .. } => {
+                self.witness.wants(&node_id, intent);
+                let node: usize = node_id.as_str()[1..].parse().expect("simulated ids are n<number>");
+                if self.links[node].blocked() {
+                    let outcome = Err("no answer in time".to_owned());
+                    self.answer_intent(life, node, to, boot_id, intent, 2_000, outcome);
+                } else {
+                    let delay = self.delay();
+                    self.after_ms(delay, What::IntentArrives { life, node, to, boot_id, intent });
+                }
+            }
             Effect::Probe { node_id, address } => {
                 let node: usize = node_id.as_str()[1..].parse().expect("simulated ids are n<number>");
                 if self.links[node].blocked() {
@@ -294,6 +325,7 @@ impl World {
         match call {
             Call::Register(request) => {
                 let life = Life { heartbeat: now, any: now, seq: 0 };
+                self.witness.engine_is_new(&node_id);
                 self.witness.life.insert(node_id, life);
                 let reply = self.reply_to(To::Caller(caller, Kind::Register));
                 self.apply(Event::Register { reply, request });
@@ -310,6 +342,7 @@ impl World {
                 self.apply(Event::Deregister { reply, node_id: node_id.clone(), epoch: Some(epoch) });
                 if self.control.as_ref().is_some_and(|c| c.core.registry().liveness(&node_id).is_none()) {
                     self.witness.life.remove(&node_id);
+                    self.witness.draining.remove(&node_id);
                 }
             }
         }
@@ -335,12 +368,23 @@ impl World {
                 self.send_answer(caller, CallAnswer::Heartbeat(answer));
             }
             (To::Caller(caller, Kind::Deregister), _) => self.send_answer(caller, CallAnswer::Deregistered),
+            (To::Operator, answer) => self.note(|_| format!("the operator is answered: {answer:?}")),
+            (To::Twin(_), Err(error)) if error.code == ErrorCode::NodeIdConflict => {
+                self.coverage.hit("fault: twin registered");
+                self.note(|_| "the twin is refused".into());
+            }
+            (To::Twin(node_id), answer) => {
+                self.check(Err(format!("[8] a twin of the live {node_id} was answered {answer:?}")));
+            }
             (To::Client(task), Ok(answer)) => {
                 self.note(|w| format!("t{} answered: {}", w.names[&task], brief(&answer)));
             }
             (To::Client(task), Err(error)) => {
-                if error.code == ErrorCode::ModelNotAvailable {
-                    self.coverage.hit("core: model not available");
+                match error.code {
+                    ErrorCode::ModelNotAvailable => self.coverage.hit("core: model not available"),
+                    ErrorCode::BudgetExceeded => self.coverage.hit("core: budget exceeded"),
+                    ErrorCode::NodeUnavailable => self.coverage.hit("core: node unavailable"),
+                    _ => {}
                 }
                 self.note(|w| format!("t{} refused: {}", w.names[&task], error.code));
             }
@@ -364,10 +408,76 @@ impl World {
         let request = TaskRequest {
             priority: if plan.batch { Priority::Batch } else { Priority::Interactive },
             deadline_ms: plan.deadline_ms,
+            session_id: plan.session.map(|session| SessionId(Uuid::from_u128(session))),
+            recovery: if plan.recovery.is_some() { Recovery::Continue } else { Recovery::Fail },
+            determinism: match plan.recovery {
+                Some(Replays::FromTheStart) => Determinism::Strict,
+                _ => Determinism::BestEffort,
+            },
+            seed: plan.recovery.map(|_| 1),
+            placement: plan.wishes.clone(),
             ..TaskRequest::completion(model, "x")
         };
         let reply = self.reply_to(To::Client(id));
         self.apply(Event::Submit { reply, task_id: id, request: Arc::new(request) });
+    }
+
+    // ---- operators ----
+
+    pub(crate) fn want(&mut self, node: usize, intent: Intent) {
+        if self.control.is_none() {
+            return;
+        }
+        self.coverage.hit(match intent {
+            Intent::Draining => "fault: node drained",
+            Intent::Serving => "fault: node resumed",
+        });
+        let node_id = self.node_id(node);
+        let reply = self.reply_to(To::Operator);
+        self.apply(Event::Want { reply, node_id, intent });
+    }
+
+    pub(crate) fn intent_answered(
+        &mut self,
+        life: u64,
+        node_id: NodeId,
+        reply: ReplyTo,
+        boot_id: BootId,
+        intent: Intent,
+        outcome: Result<(), String>,
+    ) {
+        if self.control.as_ref().is_some_and(|control| control.life == life) {
+            self.apply(Event::IntentTold { reply, node_id, boot_id, intent, outcome });
+        }
+    }
+
+    /// A process with the name of a node that lives comes from elsewhere: it is refused, and the
+    /// node does not notice.
+    pub(crate) fn twin(&mut self, node: usize) {
+        let node_id = self.node_id(node);
+        let liveness = self.control.as_ref().and_then(|c| c.core.registry().liveness(&node_id));
+        if liveness.is_none_or(|liveness| liveness == Liveness::Offline) {
+            return;
+        }
+        let request = RegisterRequest {
+            node_id: node_id.clone(),
+            machine_id: MachineId::new("machine").expect("a valid machine id"),
+            boot_id: BootId(Uuid::from_u128(u128::MAX)),
+            address: "http://twin".into(),
+            version: "sim".into(),
+            intent: Intent::Serving,
+            labels: Labels::new(),
+            pools: Vec::new(),
+            capabilities: Capabilities::default(),
+        };
+        // What is due by now is let pass before.
+        self.apply(Event::Timer);
+        let still = self.control.as_ref().and_then(|c| c.core.registry().liveness(&node_id));
+        if still.is_none_or(|liveness| liveness == Liveness::Offline) {
+            return;
+        }
+        let reply = self.reply_to(To::Twin(node_id));
+        self.apply(Event::Register { reply, request });
     }
 
     pub(crate) fn cancel(&mut self, task: usize) {
@@ -392,6 +502,7 @@ impl World {
             ErrorCode::DecodeTimeout => self.coverage.hit("core: decode timeout"),
             ErrorCode::PoolUnavailable => self.coverage.hit("core: tries exhausted"),
             ErrorCode::ModelNotAvailable => self.coverage.hit("core: model not available"),
+            ErrorCode::NodeUnavailable => self.coverage.hit("core: node unavailable"),
             _ => {}
         }
         let closed = self.witness.closed(task, error.code);
@@ -420,8 +531,19 @@ impl World {
         });
         self.coverage.dispatches += 1;
         let now = self.now;
+        match dispatch.resume {
+            Some(ResumeMode::Append) => self.coverage.hit("task: continued from what was sent"),
+            Some(ResumeMode::Replay) => self.coverage.hit("task: replayed"),
+            None => {}
+        }
+        if dispatch.request.placement.as_ref().is_some_and(|wishes| wishes.pinned_node().is_some()) {
+            self.coverage.hit("task: pinned");
+        }
+        if dispatch.warm_replica.is_some() {
+            self.coverage.hit("task: of a warm session");
+        }
         let Some(control) = self.control.as_mut() else { return };
-        let dispatched = self.witness.dispatched(&dispatch, &control.core.view(now));
+        let dispatched = self.witness.dispatched(now, &dispatch, &control.core.view(now));
         if dispatched.is_err() {
             return self.check(dispatched);
         }
@@ -484,6 +606,7 @@ impl World {
                 match log.append(attempt, i, format!("token {i}\n").as_bytes()) {
                     Ok(()) => {
                         self.witness.life.entry(node_id.clone()).and_modify(|l| l.any = now);
+                        self.witness.got_through(task);
                         self.read(task);
                         let event = if first { Event::Started { attempt } } else { Event::Alive { node_id } };
                         self.apply(event);

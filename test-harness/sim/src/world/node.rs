@@ -7,17 +7,26 @@ use node_agent::core::{Ask, Health, Identity, Readiness, ReplicaSpec};
 use node_agent::{NodeCore, NodeEffect};
 use node_registration::{BeatFailure, Session};
 use pool_registry_types::error::EndCause;
-use pool_registry_types::node::{Capabilities, LiveAnswer};
+use pool_registry_types::node::{Capabilities, Intent, LiveAnswer};
+use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::EngineKind;
-use pool_registry_types::{AttemptId, BootId, ErrorBody, ErrorCode, MachineId, ModelRef, PoolId, ReplicaId};
+use pool_registry_types::task::ResumeMode;
+use pool_registry_types::{
+    AttemptId, BootId, ErrorBody, ErrorCode, LabelName, MachineId, ModelRef, PoolId, ReplicaId, TaskId,
+};
+use task_scheduler::ReplyTo;
 use uuid::Uuid;
 
 use super::{Call, CallAnswer, Caller, Piece, What, World};
+use crate::draw::ZONES;
 
 /// A request that an engine works on.
 #[derive(Debug)]
 pub(crate) struct Run {
     pub(crate) conn: u64,
+    task: TaskId,
+    /// A replay that will not begin with what had been sent.
+    differs: bool,
     pub(crate) replica: ReplicaId,
     next: u64,
     tokens: u64,
@@ -36,6 +45,7 @@ pub(crate) struct SimNode {
     pub(crate) runs: BTreeMap<AttemptId, Run>,
     pub(crate) hung: u32,
     pub(crate) slow: u32,
+    pub(crate) sick: u32,
     pub(crate) foreign: u32,
     engine_down: bool,
     call_under_way: Option<u64>,
@@ -51,6 +61,7 @@ impl SimNode {
             runs: BTreeMap::new(),
             hung: 0,
             slow: 0,
+            sick: 0,
             foreign: 0,
             engine_down: false,
             call_under_way: None,
@@ -70,7 +81,10 @@ impl World {
         self.next_boot += 1;
         let boot = BootId(Uuid::from_u128(u128::from(self.next_boot)));
         let node_id = self.node_id(node);
+        let name = |text| LabelName::new(text).expect("a valid label");
+        let zone = ZONES[usize::from(self.plan.nodes[node].zone)];
         let identity = Identity {
+            labels: Labels::from([(name("zone"), name(zone))]),
             address: format!("http://{node_id}"),
             machine_id: MachineId::new("machine").expect("a valid machine id"),
             node_id,
@@ -79,9 +93,13 @@ impl World {
             capabilities: Capabilities::default(),
         };
         let session = Session::new(self.now, self.plan.timing.heartbeat_interval, self.random.u64(..));
-        let slow = self.nodes[node].slow;
-        self.nodes[node] =
-            SimNode { core: Some(NodeCore::new(identity, session)), boot, slow, ..SimNode::down() };
+        let (slow, sick) = (self.nodes[node].slow, self.nodes[node].sick);
+        let asked = self.kept_intents[node];
+        if asked == Intent::Draining {
+            self.coverage.hit("core: drain kept over a restart");
+        }
+        let core = Some(NodeCore::new(identity, session, asked));
+        self.nodes[node] = SimNode { core, boot, slow, sick, ..SimNode::down() };
         self.note(|_| format!("n{node} starts"));
         let load = self.random.u64(10..3_000);
         self.nodes[node].engine_down = true;
@@ -102,9 +120,14 @@ impl World {
             self.nodes[node].call_under_way = Some(caller.call);
             match effect {
                 NodeEffect::Register(request) => self.send_call(caller, Call::Register(request)),
-                NodeEffect::Heartbeat(beat) => self.send_call(caller, Call::Heartbeat(beat)),
+                NodeEffect::Heartbeat(mut beat) => {
+                    // Its own clock, whatever that says.
+                    let clock = i64::try_from(now.as_millis()).unwrap_or(0) + self.clocks[node];
+                    beat.timestamp = clock.to_string();
+                    self.send_call(caller, Call::Heartbeat(beat));
+                }
                 NodeEffect::Deregister(epoch) => self.send_call(caller, Call::Deregister(epoch)),
-                NodeEffect::Cancel(attempt) => self.cancel_run(node, attempt),
+                other @ (NodeEffect::Cancel(_) | NodeEffect::TakeIntent(_)) => self.obey(node, other),
             }
         }
         let next = self.nodes[node].core.as_ref().and_then(NodeCore::next_deadline);
@@ -124,7 +147,7 @@ impl World {
                     None => return,
                 }
             }
-            What::ProbeArrives { node, .. } => (*node, None),
+            What::ProbeArrives { node, .. } | What::IntentArrives { node, .. } => (*node, None),
             What::NodeTimer { node, boot, .. }
             | What::EngineStep { node, boot, .. }
             | What::Settle { node, boot, .. }
@@ -141,6 +164,10 @@ impl World {
             if let What::ProbeArrives { life, address, .. } = what {
                 return self.answer_probe(life, node, address, 2_000, Err("no answer in time".into()));
             }
+            if let What::IntentArrives { life, to, boot_id, intent, .. } = what {
+                let outcome = Err("no answer in time".to_owned());
+                return self.answer_intent(life, node, to, boot_id, intent, 5_000, outcome);
+            }
             self.nodes[node].deferred.push(what);
             return;
         }
@@ -151,6 +178,9 @@ impl World {
             What::DropArrives { conn } => self.drop_arrives(node, conn),
             What::KeepAlive { conn } => self.keep_alive(conn),
             What::ProbeArrives { life, address, .. } => self.probe_arrives(life, node, address),
+            What::IntentArrives { life, to, boot_id, intent, .. } => {
+                self.intent_arrives(life, node, to, boot_id, intent);
+            }
             What::NodeTimer { armed, .. } => {
                 if self.nodes[node].core.as_ref().and_then(NodeCore::next_deadline) == Some(armed) {
                     self.pump(node);
@@ -189,10 +219,7 @@ impl World {
         }
         let Some(core) = sim.core.as_mut() else { return };
         let effects = match answer {
-            CallAnswer::Registered(answer) => {
-                core.registered(now, answer.map_err(Some));
-                Vec::new()
-            }
+            CallAnswer::Registered(answer) => core.registered(now, answer.map_err(Some)),
             CallAnswer::Heartbeat(answer) => {
                 let unknown = |body: ErrorBody| match body.code {
                     ErrorCode::NodeUnknown => BeatFailure::Unknown,
@@ -206,12 +233,57 @@ impl World {
             }
         };
         for effect in effects {
-            if let NodeEffect::Cancel(attempt) = effect {
+            self.obey(node, effect);
+        }
+        self.pump(node);
+    }
+
+    /// What an answer of the control plane asks for.
+    fn obey(&mut self, node: usize, effect: NodeEffect) {
+        match effect {
+            NodeEffect::Cancel(attempt) => {
                 self.coverage.hit("core: orphan ended");
                 self.cancel_run(node, attempt);
             }
+            NodeEffect::TakeIntent(intent) => self.take_intent(node, intent),
+            other => unreachable!("not an order: {other:?}"),
         }
-        self.pump(node);
+    }
+
+    fn take_intent(&mut self, node: usize, intent: Intent) {
+        let now = self.now;
+        self.kept_intents[node] = intent;
+        if let Some(core) = self.nodes[node].core.as_mut() {
+            core.set_intent(now, intent);
+        }
+        self.note(|_| format!("n{node} takes {intent:?} over"));
+    }
+
+    fn intent_arrives(&mut self, life: u64, node: usize, to: ReplyTo, boot_id: BootId, intent: Intent) {
+        let there = self.nodes[node].core.is_some() && self.nodes[node].boot == boot_id;
+        if there {
+            self.take_intent(node, intent);
+            self.pump(node);
+        }
+        let outcome = there.then_some(()).ok_or_else(|| "connection refused".to_owned());
+        let delay = self.delay();
+        self.answer_intent(life, node, to, boot_id, intent, delay, outcome);
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the parts of one message")]
+    pub(crate) fn answer_intent(
+        &mut self,
+        life: u64,
+        node: usize,
+        to: ReplyTo,
+        boot_id: BootId,
+        intent: Intent,
+        ms: u64,
+        outcome: Result<(), String>,
+    ) {
+        let node_id = self.node_id(node);
+        let outcome = if self.links[node].blocked() { Err("no answer in time".into()) } else { outcome };
+        self.after_ms(ms, What::IntentAnswered { life, node_id, to, boot_id, intent, outcome });
     }
 
     fn call_times_out(&mut self, node: usize, caller: Caller) {
@@ -251,6 +323,7 @@ impl World {
             core.bind(now, &pool_id(), spec).expect("replicas of a pool agree");
         }
         self.nodes[node].engine_down = false;
+        self.witness.engine_is_new(&self.node_id(node));
         self.observe(node);
         self.pump(node);
     }
@@ -304,15 +377,27 @@ impl World {
         if run.hung {
             return;
         }
+        if self.nodes[node].sick > 0 {
+            let error = ErrorBody::new(ErrorCode::WorkerReset, "HTTP 500").with_cause(EndCause::Engine5xx);
+            return self.end_run(node, attempt, Piece::Error(error), true);
+        }
+        let Some(run) = self.nodes[node].runs.get_mut(&attempt) else { return };
         if run.poison {
             let down_ms = self.random.u64(500..4_000);
             return self.kill_engine(node, down_ms);
         }
-        let (conn, i) = (run.conn, run.next);
-        if i == run.tokens {
+        if run.differs {
+            let error = ErrorBody::new(ErrorCode::WorkerReset, "the replay differs");
+            let error = error.with_cause(EndCause::ReplayDiffers);
+            return self.end_run(node, attempt, Piece::Error(error), false);
+        }
+        let (conn, i, task) = (run.conn, run.next, run.task);
+        if i >= run.tokens {
             return self.end_run(node, attempt, Piece::End(i), true);
         }
         run.next += 1;
+        let odd = self.plan.nodes[node].odd;
+        self.voices.entry(task).or_insert(odd);
         self.send_piece(conn, Piece::Token(i));
         let wait = self.random.u64(..=pace);
         self.after_ms(wait, What::EngineStep { node, boot, attempt });
@@ -351,6 +436,10 @@ impl World {
         let (tokens, poison) = (plan.tokens, plan.poison);
         let hung = self.nodes[node].hung > 0;
         let boot = self.nodes[node].boot;
+        let now = self.now;
+        let replays = dispatch.resume == Some(ResumeMode::Replay);
+        let voice = self.voices.get(&dispatch.task).copied();
+        let differs = replays && voice.is_some_and(|odd| odd != self.plan.nodes[node].odd);
         let Some(core) = self.nodes[node].core.as_mut() else {
             return self.send_piece(conn, Piece::Reset("connection refused"));
         };
@@ -360,10 +449,19 @@ impl World {
             attempt: dispatch.attempt,
             hint: None,
         };
-        match core.accept(&dispatch.pool.pool_id, &ask) {
+        match core.accept(now, &dispatch.pool.pool_id, &ask) {
             Err(refusal) => self.send_piece(conn, Piece::Refusal(refusal)),
             Ok(accepted) => {
-                let run = Run { conn, replica: accepted.replica_id.clone(), next: 0, tokens, poison, hung };
+                let run = Run {
+                    conn,
+                    task: dispatch.task,
+                    differs,
+                    replica: accepted.replica_id.clone(),
+                    next: dispatch.first_index,
+                    tokens,
+                    poison,
+                    hung,
+                };
                 self.nodes[node].runs.insert(dispatch.attempt, run);
                 if let Some(c) = self.conns.get_mut(&conn) {
                     c.node_open = true;
@@ -371,7 +469,9 @@ impl World {
                 let report_seq = accepted.report_seq;
                 self.send_piece(conn, Piece::Headers { report_seq, replica_id: accepted.replica_id });
                 let slow = if self.nodes[node].slow > 0 { 20 } else { 1 };
-                let first = self.random.u64(..=self.plan.first_token_ms) * slow;
+                // What was sent before comes once more, and is swallowed.
+                let again = if replays { dispatch.first_index * self.plan.pace_ms / 4 } else { 0 };
+                let first = self.random.u64(..=self.plan.first_token_ms) * slow + again;
                 self.after_ms(first, What::EngineStep { node, boot, attempt: dispatch.attempt });
                 self.after_ms(1_000, What::KeepAlive { conn });
             }
@@ -435,7 +535,8 @@ impl World {
                 self.send_piece(conn, Piece::Reset("connection reset"));
             }
         }
-        self.nodes[node] = SimNode { slow: self.nodes[node].slow, ..SimNode::down() };
+        let (slow, sick) = (self.nodes[node].slow, self.nodes[node].sick);
+        self.nodes[node] = SimNode { slow, sick, ..SimNode::down() };
         self.after_ms(down_ms, What::NodeBack { node });
     }
 

@@ -49,6 +49,40 @@ impl ControlCore {
         }
     }
 
+    /// The first token of an attempt is in the log.
+    pub(super) fn started(&mut self, now: Moment, id: AttemptId) {
+        let Some(attempt) = self.attempts.get_mut(&id) else { return };
+        attempt.first_token = Some(now);
+        let (task, pool, replica) = (attempt.task, attempt.pool.clone(), attempt.replica.clone());
+        self.registry.alive(now, &pool.node_id);
+        if self.registry.proven(&pool) {
+            self.sync_node(&pool.node_id);
+        }
+        let session = self.tasks.get(&task).and_then(|task| task.session);
+        if let Some((session, replica)) = session.zip(replica) {
+            self.sessions.settled_at(session, task, pool, replica);
+        }
+    }
+
+    /// What the end of an attempt says of its pool and its node; before its slot is released.
+    fn learn_from(&mut self, now: Moment, id: AttemptId, attempt: &Attempt, how: &HowEnded) {
+        let (pool, dispatched) = (&attempt.pool, attempt.dispatched);
+        let tripped = match how {
+            HowEnded::NodeError(error) if error.cause == Some(EndCause::Engine5xx) => {
+                self.registry.pool_failed(now, pool, &id, dispatched)
+            }
+            HowEnded::Broken(_) | HowEnded::TimedOut(Overdue::Silence) => {
+                self.registry.stream_failed(now, &pool.node_id, &id, dispatched)
+            }
+            HowEnded::Finished => {
+                self.registry.proven(pool);
+                false
+            }
+            _ => false,
+        };
+        self.counters.trips += u64::from(tripped);
+    }
+
     pub(super) fn ended(
         &mut self,
         now: Moment,
@@ -59,8 +93,13 @@ impl ControlCore {
         effects: &mut Vec<Effect>,
     ) {
         let Some(attempt) = self.attempts.remove(&id) else { return };
-        self.registry.release(&id, closed_after);
         let node_id = attempt.pool.node_id.clone();
+        let doubted = self.registry.is_doubted(&node_id);
+        self.learn_from(now, id, &attempt, how);
+        self.registry.release(&id, closed_after);
+        if doubted || self.registry.is_doubted(&node_id) {
+            self.sync_node(&node_id);
+        }
         match how {
             HowEnded::NeverSent(reason) => {
                 let transition = self.registry.dial_failed(now, &node_id, reason.clone());
@@ -96,7 +135,15 @@ impl ControlCore {
         }
         self.sync_pool(&attempt.pool);
 
-        let mut outcome = judge(how, attempt.closing, tokens_written, &attempt.pool);
+        let continuation = self.tasks.get(&attempt.task).and_then(|task| task.continuation);
+        let mut outcome = judge(&Evidence {
+            how,
+            closing: attempt.closing,
+            tokens_written,
+            first_index: attempt.first_index,
+            may_continue: continuation.is_some(),
+            pool: &attempt.pool,
+        });
         if outcome == Outcome::FreeRefusal {
             self.counters.refused_dispatches += 1;
             if !self.enforces(Rule::RefusalIsFree) {
@@ -109,19 +156,36 @@ impl ControlCore {
         if let Some(record) = task.attempts.iter_mut().find(|record| record.id == id) {
             record.outcome = describe(how, &outcome);
         }
+        task.sent = tokens_written;
+        task.ran += now.since(attempt.dispatched);
+        if let Some(session) = task.session {
+            self.sessions.runs_on(session, id_of_task, None);
+        }
         match outcome {
             Outcome::Completed => {
-                let took = now.millis_since(attempt.dispatched);
-                let model = task.model.clone();
                 self.counters.completed += 1;
-                self.measure(model, took);
+                let model = task.model.clone();
+                // A resumed stream has skipped what a measurement would count.
+                if let Some(first_token) = attempt.first_token.filter(|_| attempt.first_index == 0) {
+                    let seen = Measurement {
+                        first_token_ms: first_token.millis_since(attempt.dispatched),
+                        decode_ms: now.millis_since(first_token),
+                        tokens: tokens_written,
+                    };
+                    self.paces.measure(&attempt.pool, &model, seen);
+                }
                 self.finish(now, id_of_task, TaskState::Completed, None, effects);
             }
             Outcome::Canceled => {
                 let error = ErrorBody::new(ErrorCode::Canceled, "canceled while running");
                 self.fail(now, id_of_task, error, effects);
             }
-            Outcome::Failed(error) => self.fail(now, id_of_task, error, effects),
+            Outcome::Failed(error) => {
+                let differs =
+                    matches!(how, HowEnded::NodeError(body) if body.cause == Some(EndCause::ReplayDiffers));
+                self.counters.replays_differed += u64::from(differs);
+                self.fail(now, id_of_task, error, effects);
+            }
             Outcome::FreeRefusal | Outcome::FreeReplace => {
                 self.counters.replaced += u64::from(outcome == Outcome::FreeReplace);
                 // What costs no try must not go on for ever: the wait goes on where it was.
@@ -151,12 +215,6 @@ impl ControlCore {
             }
         }
     }
-
-    pub(super) fn measure(&mut self, model: ModelRef, took_ms: u64) {
-        let took = took_ms as f64;
-        let mean = self.service_ms.entry(model).or_insert(took);
-        *mean += SERVICE_TIME_WEIGHT * (took - *mean);
-    }
 }
 
 fn exhausted(task: &Task, last: ErrorBody) -> ErrorBody {
@@ -165,7 +223,8 @@ fn exhausted(task: &Task, last: ErrorBody) -> ErrorBody {
     }
     let causes: Vec<String> = task.attempts.iter().map(|a| format!("{}: {}", a.pool, a.outcome)).collect();
     let message = format!("all {} tries failed ({})", task.tries, causes.join("; "));
-    ErrorBody { code: ErrorCode::PoolUnavailable, message, retriable: true, ..last }
+    let code = if task.sent > 0 { ErrorCode::WorkerReset } else { ErrorCode::PoolUnavailable };
+    ErrorBody { code, message, retriable: true, ..last }
 }
 
 fn describe(how: &HowEnded, outcome: &Outcome) -> String {

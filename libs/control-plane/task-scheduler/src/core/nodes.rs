@@ -10,7 +10,7 @@ impl ControlCore {
         request: RegisterRequest,
         effects: &mut Vec<Effect>,
     ) {
-        let (node_id, intent) = (request.node_id.clone(), request.intent);
+        let node_id = request.node_id.clone();
         let answer = match self.registry.register(now, request) {
             Ok(registered) => {
                 self.counters.registrations += 1;
@@ -21,7 +21,7 @@ impl ControlCore {
                     epoch: registered.epoch,
                     heartbeat_interval_ms: millis(self.policy.timing.heartbeat_interval),
                     node_timeout_ms: millis(self.policy.timing.node_timeout),
-                    intent,
+                    intent: registered.intent,
                 }))
             }
             Err(conflict) => {
@@ -43,18 +43,18 @@ impl ControlCore {
         beat: Heartbeat,
         effects: &mut Vec<Effect>,
     ) {
-        let intent = beat.intent;
-        let cancel_attempts = match self.registry.heartbeat(now, node_id, beat) {
+        let reported = beat.intent;
+        let (cancel_attempts, intent) = match self.registry.heartbeat(now, node_id, beat) {
             Ok(HeartbeatOutcome::Ignored) => {
                 self.counters.old_reports += 1;
-                Vec::new()
+                (Vec::new(), reported)
             }
-            Ok(HeartbeatOutcome::Taken { returned, vanished, orphans }) => {
+            Ok(HeartbeatOutcome::Taken { intent, returned, vanished, orphans }) => {
                 self.counters.returns += u64::from(returned);
                 self.counters.orphans += orphans.len() as u64;
                 self.await_ends(now, &vanished);
                 self.sync_node(node_id);
-                orphans
+                (orphans, intent)
             }
             Err(unknown) => {
                 self.counters.unknown_heartbeats += 1;
@@ -84,11 +84,85 @@ impl ControlCore {
         effects.push(Effect::Reply { to, answer: Ok(Answer::Deregistered) });
     }
 
+    /// An operator wants the node to drain or to serve: it counts here at once, and the node is told.
+    pub(super) fn want(&mut self, to: ReplyTo, node_id: NodeId, intent: Intent, effects: &mut Vec<Effect>) {
+        match self.registry.want(&node_id, intent) {
+            Some((address, boot_id)) => {
+                self.sync_node(&node_id);
+                effects.push(Effect::TellIntent { to, node_id, boot_id, address, intent });
+            }
+            None => {
+                let mut body = ErrorBody::new(ErrorCode::NodeUnknown, format!("no node {node_id}"));
+                body.node_id = Some(node_id);
+                effects.push(Effect::Reply { to, answer: Err(body) });
+            }
+        }
+    }
+
+    pub(super) fn intent_told(
+        &mut self,
+        to: ReplyTo,
+        node_id: NodeId,
+        boot_id: BootId,
+        intent: Intent,
+        kept_by_node: bool,
+        effects: &mut Vec<Effect>,
+    ) {
+        if kept_by_node {
+            self.registry.intent_taken(&node_id, boot_id, intent);
+            self.sync_node(&node_id);
+        }
+        let running = self.registry.attempts_of(&node_id).len();
+        let running = u32::try_from(running).unwrap_or(u32::MAX);
+        let answer = Ok(Answer::Intent(IntentAnswer { node_id, intent, kept_by_node, running }));
+        effects.push(Effect::Reply { to, answer });
+    }
+
     /// Brings the index up to what the registry knows of a node's pools.
     pub(super) fn sync_node(&mut self, node_id: &NodeId) {
+        self.unsettled_pins.insert(node_id.clone());
+        self.show_node(node_id);
         let mut keys = self.indexed.remove(node_id).unwrap_or_default();
         keys.extend(self.registry.pool_ids(node_id).map(|pool| PoolKey::new(node_id.clone(), pool.clone())));
         for key in &keys {
+            self.sync_pool(key);
+        }
+    }
+
+    fn show_node(&mut self, node_id: &NodeId) {
+        let is = self.registry.liveness(node_id).zip(self.registry.intent(node_id));
+        if self.shown_nodes.get(node_id).copied() == is {
+            return;
+        }
+        match is {
+            Some(is) => self.shown_nodes.insert(node_id.clone(), is),
+            None => self.shown_nodes.remove(node_id),
+        };
+        let (liveness, intent) = is.unzip();
+        self.changes.push(ClusterChange::Node { node_id: node_id.clone(), liveness, intent });
+    }
+
+    fn show_pool(&mut self, key: &PoolKey, is: Option<(PoolState, bool)>) {
+        if self.shown_pools.get(key).copied() == is {
+            return;
+        }
+        match is {
+            Some(is) => self.shown_pools.insert(key.clone(), is),
+            None => self.shown_pools.remove(key),
+        };
+        self.changes.push(ClusterChange::Pool {
+            node_id: key.node_id.clone(),
+            pool_id: key.pool_id.clone(),
+            state: is.map(|(state, _)| state),
+            ready: is.is_some_and(|(_, ready)| ready),
+        });
+    }
+
+    /// The same for one pool, and for its neighbours where the node itself is doubted.
+    pub(super) fn sync_pool_and_doubts(&mut self, key: &PoolKey) {
+        if self.registry.is_doubted(&key.node_id) {
+            self.sync_node(&key.node_id.clone());
+        } else {
             self.sync_pool(key);
         }
     }
@@ -99,6 +173,9 @@ impl ControlCore {
             self.stirred.extend(before.models.iter().cloned());
         }
         let Some(facts) = self.registry.pool_facts(key) else {
+            self.show_pool(key, None);
+            self.sessions.cooled(key);
+            self.paces.forget(key);
             self.index.remove(key);
             if let Some(keys) = self.indexed.get_mut(&key.node_id) {
                 keys.remove(key);
@@ -111,19 +188,28 @@ impl ControlCore {
             (Liveness::Online, Intent::Draining) => Standing::Draining,
             (Liveness::Online, Intent::Serving) if facts.report.draining => Standing::Draining,
             (Liveness::Online, Intent::Serving) if !facts.report.ready => Standing::NotReady,
+            (Liveness::Online, Intent::Serving) if facts.tripped => Standing::Tripped,
             (Liveness::Online, Intent::Serving) => Standing::Placeable,
         };
+        let shown = (facts.report.state, facts.report.ready);
+        let cold = !facts.report.ready && !facts.report.draining;
         let candidate = Candidate {
             key: key.clone(),
             standing,
             engine: facts.report.engine,
             models: facts.report.models.clone(),
             ctx_max: facts.report.ctx_max,
+            device_mask: facts.report.device_mask.clone(),
+            labels: Arc::clone(facts.labels),
             slots_total: facts.slots_total,
             slots_busy: facts.slots_busy,
             held: facts.held,
             vram_free_bytes: facts.report.vram_free_bytes,
         };
+        self.show_pool(key, Some(shown));
+        if cold && self.index.get(key).is_some_and(|before| before.standing != Standing::NotReady) {
+            self.sessions.cooled(key);
+        }
         if standing == Standing::Placeable && candidate.has_free_slot() {
             self.stirred.extend(candidate.models.iter().cloned());
         }

@@ -23,10 +23,73 @@ impl ControlCore {
         if !self.index.has_free(model) {
             return None;
         }
-        lane.order().into_iter().flat_map(|priority| lane.waiting(priority)).find_map(|id| {
-            let shape = shape(self.tasks.get(&id)?, now)?;
-            Some((id, choose(&self.index, &shape).ok()?.pool))
-        })
+        // What had no place for one has none for the next that asks for the same.
+        let mut in_vain: Vec<&TaskRequest> = Vec::new();
+        for id in lane.order().into_iter().flat_map(|priority| lane.waiting(priority)) {
+            let Some(task) = self.tasks.get(&id) else { continue };
+            let Some(request) = task.request.as_deref() else { continue };
+            if task.tried.is_empty() && in_vain.iter().any(|other| asks_for_the_same(request, other)) {
+                continue;
+            }
+            let spread = self.spread_of(task);
+            let Some(shape) = self.shape(now, task, spread.as_ref()) else { continue };
+            match choose(&self.index, &shape) {
+                Ok(choice) => return Some((id, choice.pool)),
+                Err(_) if task.tried.is_empty() && in_vain.len() < MOST_IN_VAIN => in_vain.push(request),
+                Err(_) => {}
+            }
+        }
+        None
+    }
+
+    /// What the task asks of a pool.
+    pub(super) fn shape<'a>(
+        &'a self,
+        now: Moment,
+        task: &'a Task,
+        spread: Option<&'a Spread>,
+    ) -> Option<TaskShape<'a>> {
+        let request = task.request.as_deref()?;
+        let shape = self.shape_of(request, task.session, spread);
+        Some(TaskShape { tried: &task.tried, may_repeat: task.not_before <= now, ..shape })
+    }
+
+    pub(super) fn shape_of<'a>(
+        &'a self,
+        request: &'a TaskRequest,
+        session: Option<SessionId>,
+        spread: Option<&'a Spread>,
+    ) -> TaskShape<'a> {
+        let warm = session.filter(|_| request.kv_hint == KvHint::Reuse);
+        TaskShape {
+            engine: request.required_engine(),
+            ctx: request.ctx,
+            wishes: request.placement.as_ref().filter(|_| self.enforces(Rule::PinsHold)),
+            warm: warm.and_then(|session| self.sessions.warm_place(session)).map(|place| &place.pool),
+            spread,
+            draw: self.draw(),
+            ..TaskShape::plain(&request.model_ref)
+        }
+    }
+
+    /// Where the running tasks of the task's session are, by the label that it spreads by.
+    pub(super) fn spread_of(&self, task: &Task) -> Option<Spread> {
+        let spread_by = task.request.as_ref()?.placement.as_ref()?.spread_by.as_ref()?;
+        let mut spread = Spread::new();
+        for node_id in self.sessions.running_on(task.session?) {
+            let value = self.registry.labels(node_id).and_then(|labels| labels.get(spread_by)).cloned();
+            *spread.entry(value).or_default() += 1;
+        }
+        Some(spread)
+    }
+
+    /// The next number of the random strategy: another one after each dispatch.
+    fn draw(&self) -> u64 {
+        // SplitMix64: neighbouring counts give unrelated numbers.
+        let mut z = self.incarnation ^ self.ids_given.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
     }
 
     pub(super) fn start(&mut self, now: Moment, id: TaskId, pool: PoolKey, effects: &mut Vec<Effect>) {
@@ -35,8 +98,20 @@ impl ControlCore {
         let address = address.to_owned();
         self.leave_queue_to_start(id);
         let deadlines = self.deadlines(id);
+        let at_the_log = self.enforces(Rule::ContinueAtTheLog);
         let Some(task) = self.tasks.get_mut(&id) else { return };
         let Some(request) = task.request.clone() else { return };
+        let first_index = if at_the_log { task.sent } else { 0 };
+        let resume = task.continuation.filter(|_| task.sent > 0);
+        let waited = now.millis_since(task.admitted);
+        if let Some(predicted) = task.predicted_ms.take() {
+            self.paces.came_true(predicted, waited);
+        }
+        let warm_replica = task.session.and_then(|session| {
+            self.sessions.runs_on(session, id, Some(pool.node_id.clone()));
+            let place = self.sessions.warm_place(session).filter(|place| place.pool == pool)?;
+            Some(place.replica.clone())
+        });
         task.stage = Stage::Running(attempt);
         task.last_dispatch = Some(now);
         task.dispatches += 1;
@@ -53,23 +128,39 @@ impl ControlCore {
             pool: pool.clone(),
             address,
             boot_id,
-            first_index: 0,
+            first_index,
+            resume,
+            warm_replica: warm_replica.filter(|_| request.kv_hint == KvHint::Reuse),
             attempt_number: task.dispatches,
-            queue_wait_ms: now.millis_since(task.admitted),
+            queue_wait_ms: waited,
             deadlines,
             task_deadline: task.deadline,
             request,
         })));
         self.counters.dispatched += 1;
+        self.counters.continued += u64::from(resume.is_some());
+        let node_id = Some(pool.node_id.clone());
+        self.changes.push(ClusterChange::Task { task_id: id, state: TaskState::Running, node_id });
         self.attempts.insert(
             attempt,
-            Attempt { task: id, pool: pool.clone(), dispatched: now, closing: None, vanishing: false },
+            Attempt {
+                task: id,
+                pool: pool.clone(),
+                dispatched: now,
+                first_token: None,
+                first_index,
+                replica: None,
+                closing: None,
+                vanishing: false,
+            },
         );
         self.registry.reserve(&pool, attempt);
-        self.sync_pool(&pool);
+        self.index.taken(&pool);
+        self.sync_pool_and_doubts(&pool);
     }
 
     pub(super) fn leave_queue_to_start(&mut self, id: TaskId) {
+        self.release_pin(id);
         let Some(task) = self.tasks.get(&id) else { return };
         self.queue.start(&task.model, task.priority, task.number, id);
         self.alarms.remove(&(task.wait_until, id));
@@ -99,13 +190,10 @@ impl ControlCore {
     }
 }
 
-pub(super) fn shape(task: &Task, now: Moment) -> Option<TaskShape<'_>> {
-    let request = task.request.as_ref()?;
-    Some(TaskShape {
-        model: &task.model,
-        engine: request.required_engine(),
-        ctx: request.ctx,
-        tried: &task.tried,
-        may_repeat: task.not_before <= now,
-    })
+/// Requests that were found to have no place, kept while a lane is walked.
+const MOST_IN_VAIN: usize = 8;
+
+/// Whether two tasks that failed on no pool yet have the same eligible ones.
+fn asks_for_the_same(a: &TaskRequest, b: &TaskRequest) -> bool {
+    a.required_engine() == b.required_engine() && a.ctx == b.ctx && a.placement == b.placement
 }

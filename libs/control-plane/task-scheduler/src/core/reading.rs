@@ -3,36 +3,22 @@
 use super::*;
 
 impl ControlCore {
-    pub(super) fn accepted_body(&self, id: TaskId) -> TaskAccepted {
+    pub(super) fn accepted_body(&mut self, now: Moment, id: TaskId) -> TaskAccepted {
         let task = &self.tasks[&id];
-        let position = match task.stage {
-            Stage::Queued => self.queue.position(&task.model, task.priority, task.number),
-            Stage::Running(_) | Stage::Ended { .. } => 0,
-        };
-        let queued = matches!(task.stage, Stage::Queued);
+        let (queued, model) = (task.is_queued(), task.model.clone());
+        let position = if queued { self.queue.position(&model, task.priority, task.number) } else { 0 };
+        let predicted_start_ms = if queued { self.predict_ms(now, id) } else { Some(0) };
+        if queued && let Some(task) = self.tasks.get_mut(&id) {
+            task.predicted_ms = predicted_start_ms;
+        }
+        let sse = routes::TASK_EVENTS.replace("{id}", &id.to_string());
         TaskAccepted {
             task_id: id,
             queue_position: u32::try_from(position).unwrap_or(u32::MAX),
-            predicted_start_ms: if queued { self.predict_ms(&task.model, position + 1) } else { Some(0) },
-            backoff_ms: if queued { self.backoff_ms(&task.model) } else { 0 },
-            streams: TaskStreams { sse: routes::TASK_EVENTS.replace("{id}", &id.to_string()) },
+            predicted_start_ms,
+            backoff_ms: if queued { self.backoff_ms(now, &model) } else { 0 },
+            streams: TaskStreams { sse_verbose: format!("{sse}?verbose=true"), sse },
         }
-    }
-
-    /// Milliseconds until `starts` more tasks of the model have started, by the mean service
-    /// time and the slots there are; nothing before either is known.
-    pub(super) fn predict_ms(&self, model: &ModelRef, starts: usize) -> Option<u64> {
-        let mean = *self.service_ms.get(model)?;
-        let slots = self.index.slots_of(model);
-        if slots == 0 {
-            return None;
-        }
-        let predicted = mean * starts as f64 / f64::from(slots);
-        Some(Duration::try_from_secs_f64(predicted / 1e3).map_or(u64::MAX, millis))
-    }
-
-    pub(super) fn backoff_ms(&self, model: &ModelRef) -> u64 {
-        self.predict_ms(model, 1).unwrap_or(DEFAULT_BACKOFF_MS)
     }
 
     /// The nodes as of now.
@@ -71,11 +57,113 @@ impl ControlCore {
         })
     }
 
+    /// The tasks that the filter lets through, newest first, after the one named; `at_most` of them.
+    pub fn task_page(
+        &self,
+        now: Moment,
+        filter: &TaskFilter,
+        after: Option<TaskId>,
+        at_most: usize,
+    ) -> Result<TaskPage, ErrorBody> {
+        let below = match after {
+            None => u64::MAX,
+            Some(id) => match self.tasks.get(&id) {
+                Some(task) => task.number,
+                None => {
+                    let message = format!("after: task {id} is not kept any more");
+                    return Err(ErrorBody::new(ErrorCode::InvalidParams, message));
+                }
+            },
+        };
+        let mut page = TaskPage::default();
+        for id in self.by_number.range(..below).rev().map(|(_, id)| *id) {
+            let Some(task) = self.tasks.get(&id) else { continue };
+            if !filter.lets_through(task) {
+                continue;
+            }
+            if page.tasks.len() == at_most {
+                page.next = page.tasks.last().map(|last| last.task_id);
+                break;
+            }
+            page.tasks.push(TaskSummary {
+                task_id: id,
+                model_ref: task.model.clone(),
+                priority: task.priority,
+                state: task.state(),
+                node_id: task.last_node().cloned(),
+                session_id: task.session,
+                attempts: task.dispatches,
+                age_ms: now.millis_since(task.admitted),
+            });
+        }
+        Ok(page)
+    }
+
+    /// What each pool says to a task that is known, or nothing for one that is not. Errors:
+    /// `NOT_FOUND` for one whose request is not kept any more.
+    pub fn explain_task(&self, now: Moment, id: TaskId) -> Result<Explanation, ErrorBody> {
+        let task = self.tasks.get(&id);
+        let task = task.ok_or_else(|| ErrorBody::new(ErrorCode::NotFound, format!("no task {id}")))?;
+        let spread = self.spread_of(task);
+        let shape = self.shape(now, task, spread.as_ref()).ok_or_else(|| {
+            ErrorBody::new(ErrorCode::NotFound, format!("task {id} has ended: its request is not kept"))
+        })?;
+        Ok(self.explanation(Some(id), &shape))
+    }
+
+    /// The same for a request that nobody has submitted.
+    pub fn explain_request(&self, request: &TaskRequest) -> Explanation {
+        self.explanation(None, &self.shape_of(request, request.session_id, None))
+    }
+
+    fn explanation(&self, task_id: Option<TaskId>, shape: &TaskShape<'_>) -> Explanation {
+        let choice = choose(&self.index, shape);
+        let is = |of: fn(&pool_registry_types::placement::Wishes, &PoolKey) -> bool, key: &PoolKey| {
+            shape.wishes.is_some_and(|wishes| of(wishes, key))
+        };
+        let pools = explain(&self.index, shape).map(|verdict| {
+            let candidate = verdict.candidate;
+            PoolVerdict {
+                node_id: candidate.key.node_id.clone(),
+                pool_id: candidate.key.pool_id.clone(),
+                engine: candidate.engine,
+                eligible: verdict.refusal.is_none(),
+                refusal: verdict.refusal,
+                preferred: is(|wishes, key| wishes.prefers(key), &candidate.key),
+                avoided: is(|wishes, key| wishes.avoids(key), &candidate.key),
+                warm: shape.warm == Some(&candidate.key),
+                slots_total: candidate.slots_total,
+                slots_busy: candidate.slots_busy,
+                vram_free_bytes: candidate.vram_free_bytes,
+            }
+        });
+        Explanation {
+            task_id,
+            model_ref: shape.model.clone(),
+            pools: pools.collect(),
+            reason: choice.as_ref().err().map(ToString::to_string),
+            choice: choice.ok().map(|choice| PoolName::from(&choice.pool)),
+        }
+    }
+
+    pub fn session_view(&self, now: Moment, id: SessionId) -> Option<SessionView> {
+        self.sessions.view(now, id)
+    }
+
+    pub fn session_count(&self) -> usize {
+        self.sessions.len()
+    }
+
+    /// Tokens a second of one slot of each pool that was measured.
+    pub fn paces(&self) -> Vec<(PoolKey, f64)> {
+        self.paces.tokens_per_second().map(|(pool, pace)| (pool.clone(), pace)).collect()
+    }
+
     pub fn counters(&self) -> Counters {
         self.counters
     }
 
-    pub fn registry(&self) -> &Registry {
+    pub fn registry(&self) -> &ServiceRegistry {
         &self.registry
     }
 
@@ -100,5 +188,36 @@ impl ControlCore {
 
     pub fn is_draining(&self) -> bool {
         self.draining
+    }
+}
+
+/// Which tasks a list shows.
+#[derive(Debug, Clone, Default)]
+pub struct TaskFilter {
+    pub state: Option<TaskState>,
+    /// Of the last attempt.
+    pub node_id: Option<NodeId>,
+    pub model: Option<ModelRef>,
+}
+
+impl TaskFilter {
+    fn lets_through(&self, task: &Task) -> bool {
+        self.state.is_none_or(|state| state == task.state())
+            && self.model.as_ref().is_none_or(|model| *model == task.model)
+            && self.node_id.as_ref().is_none_or(|node_id| task.last_node() == Some(node_id))
+    }
+}
+
+impl Task {
+    pub(super) fn state(&self) -> TaskState {
+        match &self.stage {
+            Stage::Queued => TaskState::Queued,
+            Stage::Running(_) => TaskState::Running,
+            Stage::Ended { state, .. } => *state,
+        }
+    }
+
+    fn last_node(&self) -> Option<&NodeId> {
+        self.attempts.last().map(|attempt| &attempt.pool.node_id)
     }
 }

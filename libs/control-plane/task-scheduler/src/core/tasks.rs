@@ -16,7 +16,7 @@ impl ControlCore {
         if let Some(task) = self.tasks.get(&id) {
             let answer = if task.fingerprint == fingerprint {
                 self.counters.attached += 1;
-                Ok(Answer::Submitted(self.accepted_body(id)))
+                Ok(Answer::Submitted(self.accepted_body(now, id)))
             } else {
                 let message = format!("task_id {id} is taken by a task with another body");
                 Err(ErrorBody::new(ErrorCode::TaskConflict, message))
@@ -24,10 +24,28 @@ impl ControlCore {
             effects.push(Effect::Reply { to, answer });
             return None;
         }
-        if let Err(error) = self.admissible(now, request) {
-            self.counters.rejected += 1;
-            effects.push(Effect::Reply { to, answer: Err(error) });
-            return None;
+        let admitted = self.admissible(now, request).and_then(|dropped| {
+            let allowed = match request.session_id {
+                Some(session) => self.sessions.admit(now, session, id, request.max_tokens)?,
+                None => None,
+            };
+            Ok((dropped, allowed))
+        });
+        let (dropped, allowed) = match admitted {
+            Ok(admitted) => admitted,
+            Err(error) => {
+                self.counters.rejected += 1;
+                effects.push(Effect::Reply { to, answer: Err(error) });
+                return None;
+            }
+        };
+        if let Some(victim) = dropped {
+            self.drop_for_a_newer(now, victim, effects);
+        }
+        let mut request = Arc::clone(request);
+        if let Some(allowed) = allowed.filter(|_| request.max_tokens.is_none()) {
+            let bound = Some(u32::try_from(allowed).unwrap_or(u32::MAX));
+            request = Arc::new(TaskRequest { max_tokens: bound, ..(*request).clone() });
         }
         self.counters.submitted += 1;
         self.ids_given += 1;
@@ -37,7 +55,12 @@ impl ControlCore {
             log,
             model: request.model_ref.clone(),
             priority: request.priority,
-            request: Some(Arc::clone(request)),
+            sent: 0,
+            ran: Duration::ZERO,
+            predicted_ms: None,
+            session: request.session_id,
+            continuation: request.continuation(),
+            request: Some(request),
             fingerprint,
             number: self.ids_given,
             admitted: now,
@@ -53,28 +76,67 @@ impl ControlCore {
             dispatches: 0,
             cancel_waits: Vec::new(),
         };
+        self.by_number.insert(task.number, id);
         self.tasks.insert(id, task);
         effects.push(Effect::OpenLog { task: id, log });
         self.enqueue(now, id, now + self.policy.queue_timeout);
         Some((to, id))
     }
 
-    pub(super) fn admissible(&self, now: Moment, request: &TaskRequest) -> Result<(), ErrorBody> {
+    /// Whether the task may be queued, and which waiting one has to go for it.
+    fn admissible(&mut self, now: Moment, request: &TaskRequest) -> Result<Option<TaskId>, ErrorBody> {
         let model = &request.model_ref;
         if self.draining {
             return Err(ErrorBody::new(ErrorCode::Draining, "the control plane is shutting down"));
         }
-        if self.model_lease(model) <= now {
+        if self.retired.contains(model) || self.model_lease(model) <= now {
             return Err(self.model_not_available(model));
         }
-        if self.queue.depth(model, request.priority) >= self.policy.admission_capacity {
-            let message = format!("the queue of {model} holds {} tasks", self.policy.admission_capacity);
-            let mut error = ErrorBody::new(ErrorCode::AdmissionReject, message);
-            error.retry_after_ms = Some(self.backoff_ms(model).max(1));
-            error.policy_label = Some("reject".into());
-            return Err(error);
+        let pinned = request.placement.as_ref().and_then(|wishes| wishes.pinned_node());
+        if let Some(refusal) = pinned.and_then(|node_id| self.pin_refusal(now, node_id)) {
+            return Err(refusal);
         }
-        Ok(())
+        let reject = |core: &mut Self, label: &str, message: String| {
+            let mut error = ErrorBody::new(ErrorCode::AdmissionReject, message);
+            error.retry_after_ms = Some(core.backoff_ms(now, model));
+            error.policy_label = Some(label.into());
+            error
+        };
+        // Where a task wishes for certain pools, the lane's forecast says little about it.
+        if let Some(deadline_ms) = request.deadline_ms.filter(|_| request.placement.is_none())
+            && let Some(start_ms) = self.next_start_ms(now, model)
+            && start_ms > deadline_ms
+        {
+            let message =
+                format!("deadline_ms: {deadline_ms} cannot be met, the task would start after {start_ms} ms");
+            return Err(reject(self, "deadline", message));
+        }
+        if self.queue.depth(model, request.priority) < self.policy.admission_capacity {
+            return Ok(None);
+        }
+        let full = format!("the queue of {model} holds {} tasks", self.policy.admission_capacity);
+        match self.policy.full_lane {
+            FullLane::Reject => Err(reject(self, "reject", full)),
+            FullLane::DropLru => match self.longest_waiting(model, request.priority) {
+                Some(victim) => Ok(Some(victim)),
+                None => Err(reject(self, "drop-lru", full)),
+            },
+        }
+    }
+
+    /// The task of the lane that waits longest and has not run yet: what has begun is not dropped.
+    fn longest_waiting(&self, model: &ModelRef, priority: Priority) -> Option<TaskId> {
+        let fresh = |id: &TaskId| self.tasks.get(id).is_some_and(|task| task.dispatches == 0);
+        self.queue.lane(model)?.waiting(priority).find(fresh)
+    }
+
+    fn drop_for_a_newer(&mut self, now: Moment, victim: TaskId, effects: &mut Vec<Effect>) {
+        self.counters.dropped += 1;
+        self.leave_queue(victim);
+        let message = "the queue was full, and a newer task came";
+        let mut error = ErrorBody::new(ErrorCode::QueueFullDropLru, message);
+        error.policy_label = Some("drop-lru".into());
+        self.fail(now, victim, error, effects);
     }
 
     /// Until when a task may wait for the model: one node timeout after it was last reported,
@@ -86,6 +148,9 @@ impl ControlCore {
     }
 
     pub(super) fn model_not_available(&self, model: &ModelRef) -> ErrorBody {
+        if self.retired.contains(model) {
+            return ErrorBody::new(ErrorCode::ModelNotAvailable, format!("model {model} is retired"));
+        }
         let online: Vec<&str> = self.registry.online_nodes().iter().map(|id| id.as_str()).collect();
         let nodes = if online.is_empty() { "none".into() } else { online.join(", ") };
         ErrorBody::new(
@@ -104,6 +169,8 @@ impl ControlCore {
         }
         self.queue.push(&task.model, task.priority, task.number, id);
         self.stirred.insert(task.model.clone());
+        self.hold_pin(id);
+        self.changes.push(ClusterChange::Task { task_id: id, state: TaskState::Queued, node_id: None });
     }
 
     pub(super) fn cancel(&mut self, now: Moment, to: ReplyTo, id: TaskId, effects: &mut Vec<Effect>) {
@@ -132,12 +199,8 @@ impl ControlCore {
     /// The daemon ends: every task that has not ended gets its terminal event.
     pub(super) fn cut_off(&mut self, now: Moment, effects: &mut Vec<Effect>) {
         self.draining = true;
-        let queued: Vec<TaskId> = self
-            .tasks
-            .iter()
-            .filter(|(_, task)| matches!(task.stage, Stage::Queued))
-            .map(|(id, _)| *id)
-            .collect();
+        let queued: Vec<TaskId> =
+            self.tasks.iter().filter(|(_, task)| task.is_queued()).map(|(id, _)| *id).collect();
         for id in queued {
             self.leave_queue(id);
             let error = ErrorBody::new(
@@ -151,6 +214,7 @@ impl ControlCore {
     }
 
     pub(super) fn leave_queue(&mut self, id: TaskId) {
+        self.release_pin(id);
         let Some(task) = self.tasks.get(&id) else { return };
         self.queue.remove(&task.model, task.priority, task.number, id);
         self.alarms.remove(&(task.wait_until, id));
@@ -182,6 +246,11 @@ impl ControlCore {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         task.stage = Stage::Ended { at: now, state, error };
         task.request = None;
+        if let Some(session) = task.session {
+            self.sessions.ended(now, session, id, task.sent, task.ran);
+        }
+        let node_id = task.attempts.last().map(|attempt| attempt.pool.node_id.clone());
+        self.changes.push(ClusterChange::Task { task_id: id, state, node_id });
         for to in std::mem::take(&mut task.cancel_waits) {
             effects.push(Effect::Reply { to, answer: Ok(Answer::Canceled) });
         }
@@ -193,7 +262,9 @@ impl ControlCore {
 
     pub(super) fn forget_oldest(&mut self, effects: &mut Vec<Effect>) {
         if let Some((_, id)) = self.ended.pop_front() {
-            self.tasks.remove(&id);
+            if let Some(task) = self.tasks.remove(&id) {
+                self.by_number.remove(&task.number);
+            }
             effects.push(Effect::Forget { task: id });
         }
     }

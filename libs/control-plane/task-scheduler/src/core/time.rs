@@ -41,11 +41,12 @@ impl ControlCore {
                 self.close(now, id, CloseReason::Vanished, effects);
             }
         }
-        let gone: Vec<ModelRef> =
-            self.queue.models().filter(|model| self.model_lease(model) <= now).cloned().collect();
+        let is_gone = |model: &&ModelRef| self.retired.contains(*model) || self.model_lease(model) <= now;
+        let gone: Vec<ModelRef> = self.queue.models().filter(is_gone).cloned().collect();
         for model in gone {
             self.end_lane(now, &model, effects);
         }
+        self.sessions.expire(now);
         while self.ended.front().is_some_and(|(at, _)| *at + self.policy.task_retention <= now) {
             self.forget_oldest(effects);
         }
@@ -54,7 +55,7 @@ impl ControlCore {
     /// A queued task's wait, or its backoff, is over.
     pub(super) fn alarm(&mut self, now: Moment, id: TaskId, effects: &mut Vec<Effect>) {
         let Some(task) = self.tasks.get(&id) else { return };
-        if !matches!(task.stage, Stage::Queued) {
+        if !task.is_queued() {
             return;
         }
         self.stirred.insert(task.model.clone());
@@ -62,13 +63,14 @@ impl ControlCore {
             return;
         }
         let waited = now.millis_since(task.admitted);
-        let shape = shape(task, now);
+        let shape = self.shape(now, task, None);
         let why = shape.map_or_else(String::new, |shape| count_refusals(&self.index, &shape));
         let message = format!("not started within {waited} ms ({why})");
         self.leave_queue(id);
         self.fail(now, id, ErrorBody::new(ErrorCode::DeadlineExceeded, message), effects);
     }
 
+    /// Ends every task that waits for the model.
     pub(super) fn end_lane(&mut self, now: Moment, model: &ModelRef, effects: &mut Vec<Effect>) {
         let Some(lane) = self.queue.lane(model) else { return };
         let waiting: Vec<TaskId> =

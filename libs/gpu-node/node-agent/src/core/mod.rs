@@ -11,15 +11,16 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use node_registration::{Action, BeatFailure, Session};
 use pool_registry_types::node::{
-    Capabilities, GpuReport, Heartbeat, HeartbeatAnswer, Intent, RegisterAnswer, RegisterRequest,
+    Capabilities, GpuReport, Heartbeat, HeartbeatAnswer, Intent, RegisterAnswer, RegisterRequest, StagedModel,
 };
+use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::{EngineKind, PoolReport};
 use pool_registry_types::{
     AttemptId, BootId, Epoch, ErrorBody, ErrorCode, MachineId, Moment, NodeId, PoolId, ReplicaId,
 };
 
 pub use pools::{BindError, Health, Readiness, ReplicaSpec};
-use pools::{Pool, Replica};
+use pools::{Circumstances, Drain, Pool, Replica};
 
 /// How many attempt ids are remembered, so that none runs twice. Source: .specs/01 CLOUD-1507.
 pub const REMEMBERED_ATTEMPTS: usize = 10_000;
@@ -33,6 +34,8 @@ pub struct Identity {
     /// Where the control plane reaches it.
     pub address: String,
     pub version: String,
+    /// What its operator says of it.
+    pub labels: Labels,
     pub capabilities: Capabilities,
 }
 
@@ -45,6 +48,8 @@ pub enum NodeEffect {
     Deregister(Epoch),
     /// End the attempt at its engine; the control plane does not know it.
     Cancel(AttemptId),
+    /// Write down what the operator wants, then call [`NodeCore::set_intent`].
+    TakeIntent(Intent),
 }
 
 /// The node took an attempt.
@@ -71,6 +76,7 @@ pub struct Ask<'a> {
 struct Place {
     pool: PoolId,
     replica: ReplicaId,
+    accepted: Moment,
 }
 
 /// The node's whole state.
@@ -78,27 +84,37 @@ struct Place {
 pub struct NodeCore {
     identity: Identity,
     session: Session,
-    intent: Intent,
+    /// What the operator wants; outlives this process.
+    asked: Intent,
+    /// The process is about to end.
+    leaving: bool,
+    /// What the call under way says of it.
+    said: Intent,
     seq: u64,
     pools: BTreeMap<PoolId, Pool>,
     running: BTreeMap<AttemptId, Place>,
     seen: BTreeSet<AttemptId>,
     seen_order: VecDeque<AttemptId>,
     gpus: Vec<GpuReport>,
+    models: Vec<StagedModel>,
 }
 
 impl NodeCore {
-    pub fn new(identity: Identity, session: Session) -> Self {
+    /// `asked` is what the operator wanted when the process before this one ended.
+    pub fn new(identity: Identity, session: Session, asked: Intent) -> Self {
         Self {
             identity,
             session,
-            intent: Intent::Serving,
+            asked,
+            leaving: false,
+            said: asked,
             seq: 0,
             pools: BTreeMap::new(),
             running: BTreeMap::new(),
             seen: BTreeSet::new(),
             seen_order: VecDeque::new(),
             gpus: Vec::new(),
+            models: Vec::new(),
         }
     }
 
@@ -115,6 +131,7 @@ impl NodeCore {
     /// What is due now; to be asked for after every change and at [`NodeCore::next_deadline`].
     pub fn due(&mut self, now: Moment) -> Option<NodeEffect> {
         let action = self.session.next_action(now)?;
+        self.said = self.intent();
         Some(match action {
             Action::Register => NodeEffect::Register(RegisterRequest {
                 node_id: self.identity.node_id.clone(),
@@ -122,11 +139,12 @@ impl NodeCore {
                 boot_id: self.identity.boot_id,
                 address: self.identity.address.clone(),
                 version: self.identity.version.clone(),
-                intent: self.intent,
+                intent: self.said,
+                labels: self.identity.labels.clone(),
                 pools: self.pools.keys().cloned().collect(),
                 capabilities: self.identity.capabilities.clone(),
             }),
-            Action::Heartbeat { epoch } => NodeEffect::Heartbeat(self.report(epoch)),
+            Action::Heartbeat { epoch } => NodeEffect::Heartbeat(self.report(now, epoch)),
             Action::Deregister { epoch } => NodeEffect::Deregister(epoch),
         })
     }
@@ -135,47 +153,70 @@ impl NodeCore {
         self.session.next_deadline()
     }
 
-    fn report(&mut self, epoch: Epoch) -> Heartbeat {
+    fn report(&mut self, now: Moment, epoch: Epoch) -> Heartbeat {
         self.seq += 1;
         Heartbeat {
             epoch,
             seq: self.seq,
             timestamp: String::new(),
-            intent: self.intent,
-            pools: self.pool_reports(),
+            intent: self.said,
+            pools: self.pool_reports(now),
             gpus: self.gpus.clone(),
+            models: self.models.clone(),
         }
     }
 
-    pub fn registered(&mut self, now: Moment, answer: Result<RegisterAnswer, Option<ErrorBody>>) {
+    /// Takes the answer in; returns what the control plane wants done.
+    pub fn registered(
+        &mut self,
+        now: Moment,
+        answer: Result<RegisterAnswer, Option<ErrorBody>>,
+    ) -> Vec<NodeEffect> {
+        let told = answer.as_ref().ok().map(|answer| answer.intent);
         self.session.registered(now, answer);
+        self.told(told).into_iter().collect()
     }
 
-    /// Takes the answer in; returns the attempts that the control plane wants ended and that run here.
+    /// An answer that differs from what the call said is an operator's wish. One that repeats it
+    /// says nothing: the operator may have changed it here since.
+    fn told(&self, intent: Option<Intent>) -> Option<NodeEffect> {
+        intent.filter(|intent| *intent != self.said).map(NodeEffect::TakeIntent)
+    }
+
+    /// Takes the answer in; returns what the control plane wants done: a change of intent, and
+    /// the end of attempts that run here and that it does not know.
     pub fn heartbeat_answered(
         &mut self,
         now: Moment,
         answer: Result<HeartbeatAnswer, BeatFailure>,
     ) -> Vec<NodeEffect> {
         self.session.heartbeat_answered(now, answer.as_ref().map_err(|failure| *failure));
+        let intent = self.told(answer.as_ref().ok().map(|answer| answer.intent));
         let canceled = answer.map(|answer| answer.cancel_attempts).unwrap_or_default();
-        canceled.into_iter().filter(|id| self.running.contains_key(id)).map(NodeEffect::Cancel).collect()
+        let running = canceled.into_iter().filter(|id| self.running.contains_key(id));
+        running.map(NodeEffect::Cancel).chain(intent).collect()
     }
 
     pub fn deregistered(&mut self) {
         self.session.deregistered();
     }
 
-    /// No new work from now on; what runs may finish.
+    /// The process is about to end: no new work from now on, and what runs may finish.
     pub fn drain(&mut self, now: Moment) {
-        if self.intent != Intent::Draining {
-            self.intent = Intent::Draining;
+        self.leaving = true;
+        self.session.poke(now);
+    }
+
+    /// The operator wants this, and it is written down.
+    pub fn set_intent(&mut self, now: Moment, intent: Intent) {
+        if self.asked != intent {
+            self.asked = intent;
             self.session.poke(now);
         }
     }
 
     pub fn intent(&self) -> Intent {
-        self.intent
+        if self.leaving { Intent::Draining } else { self.asked }
     }
 
     /// Leaves the cluster.
@@ -221,6 +262,30 @@ impl NodeCore {
         }
     }
 
+    /// No new work on this pool; what runs may finish until the deadline. Returns whether there
+    /// is such a pool.
+    pub fn drain_pool(&mut self, now: Moment, pool_id: &PoolId, deadline: Option<Moment>) -> bool {
+        let Some(pool) = self.pools.get_mut(pool_id) else { return false };
+        pool.drain = Some(Drain { deadline });
+        self.session.poke(now);
+        true
+    }
+
+    /// The pool takes work again.
+    pub fn reopen_pool(&mut self, now: Moment, pool_id: &PoolId) -> bool {
+        let Some(pool) = self.pools.get_mut(pool_id) else { return false };
+        if pool.drain.take().is_some() {
+            self.session.poke(now);
+        }
+        true
+    }
+
+    /// The attempts that a drain has given time enough.
+    pub fn past_their_drain(&self, now: Moment) -> Vec<AttemptId> {
+        let over = |pool: &&Pool| pool.drain.and_then(|drain| drain.deadline).is_some_and(|at| at <= now);
+        self.pools.values().filter(over).flat_map(Pool::running).copied().collect()
+    }
+
     /// What the engine's health call and its gauges said. Reported at once when it matters.
     pub fn observed(&mut self, now: Moment, pool_id: &PoolId, replica_id: &ReplicaId, health: Health) {
         let Some(pool) = self.pools.get_mut(pool_id) else { return };
@@ -240,11 +305,23 @@ impl NodeCore {
         }
     }
 
+    /// What lies on the disk. A change is reported at once: tasks may wait for it.
+    pub fn models_observed(&mut self, now: Moment, models: Vec<StagedModel>) {
+        if self.models != models {
+            self.models = models;
+            self.session.poke(now);
+        }
+    }
+
+    pub fn models(&self) -> &[StagedModel] {
+        &self.models
+    }
+
     // ---- slots ----
 
     /// Gives the attempt a slot, or says why not. Errors: `WRONG_NODE`, `ATTEMPT_DUPLICATE`,
     /// `POOL_UNREADY`, `REPLICA_EXHAUSTED`.
-    pub fn accept(&mut self, pool_id: &PoolId, ask: &Ask<'_>) -> Result<Accepted, ErrorBody> {
+    pub fn accept(&mut self, now: Moment, pool_id: &PoolId, ask: &Ask<'_>) -> Result<Accepted, ErrorBody> {
         let refuse =
             |code, message: String| Err(ErrorBody::new(code, message).at(&self.identity.node_id, pool_id));
         if *ask.node_id != self.identity.node_id || ask.boot_id != self.identity.boot_id {
@@ -254,13 +331,16 @@ impl NodeCore {
         if self.seen.contains(&ask.attempt) {
             return refuse(ErrorCode::AttemptDuplicate, format!("attempt {} was seen before", ask.attempt));
         }
-        if self.intent == Intent::Draining {
+        if self.intent() == Intent::Draining {
             return refuse(ErrorCode::PoolUnready, "the node is draining".into());
         }
         let Some(pool) = self.pools.get_mut(pool_id) else {
             return refuse(ErrorCode::PoolUnready, format!("no pool {pool_id} here"));
         };
-        if !pool.is_ready() {
+        if pool.drain.is_some() {
+            return refuse(ErrorCode::PoolUnready, format!("{pool_id} is draining"));
+        }
+        if !pool.takes_work() {
             return refuse(ErrorCode::PoolUnready, format!("no replica of {pool_id} is ready"));
         }
         let Some((replica_id, replica)) = pool.take_slot(ask.attempt, ask.hint) else {
@@ -272,7 +352,7 @@ impl NodeCore {
             url: replica.spec.url.clone(),
             report_seq: self.seq,
         };
-        self.running.insert(ask.attempt, Place { pool: pool_id.clone(), replica: replica_id });
+        self.running.insert(ask.attempt, Place { pool: pool_id.clone(), replica: replica_id, accepted: now });
         self.seen.insert(ask.attempt);
         self.seen_order.push_back(ask.attempt);
         if self.seen_order.len() > REMEMBERED_ATTEMPTS
@@ -337,10 +417,19 @@ impl NodeCore {
         self.running.len()
     }
 
-    pub fn pool_reports(&self) -> Vec<PoolReport> {
-        let vram_free = self.vram_free_bytes();
-        let draining = self.intent == Intent::Draining;
-        self.pools.iter().map(|(id, pool)| pool.report(id, draining, vram_free)).collect()
+    pub fn pool_reports(&self, now: Moment) -> Vec<PoolReport> {
+        let report = |(id, pool): (&PoolId, &Pool)| {
+            let accepted = |id| self.running.get(id).map(|place| place.accepted);
+            let around = Circumstances {
+                now,
+                node_drains: self.intent() == Intent::Draining,
+                vram_free_bytes: self.vram_free_bytes(),
+                // Only a drain shows it.
+                oldest: pool.drain.and_then(|_| pool.running().filter_map(accepted).min()),
+            };
+            pool.report(id, &around)
+        };
+        self.pools.iter().map(report).collect()
     }
 
     /// Free memory of all healthy GPUs, bytes; unknown without any.

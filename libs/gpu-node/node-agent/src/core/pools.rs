@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use pool_registry_types::pool::{EngineKind, PoolReport, PoolState, ReplicaReport};
-use pool_registry_types::{AttemptId, ModelRef, PoolId, ReplicaId};
+use pool_registry_types::pool::{DrainProgress, EngineKind, PoolReport, PoolState, ReplicaReport};
+use pool_registry_types::{AttemptId, ModelRef, Moment, PoolId, ReplicaId};
 
 /// A replica as its handoff and its engine describe it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,6 +111,25 @@ impl Replica {
 #[derive(Debug, Default)]
 pub(crate) struct Pool {
     pub(crate) replicas: BTreeMap<ReplicaId, Replica>,
+    pub(crate) drain: Option<Drain>,
+}
+
+/// An operator wants no new work on the pool.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Drain {
+    /// When what still runs is ended.
+    pub(crate) deadline: Option<Moment>,
+}
+
+/// What a report says of the pool besides what the pool knows itself.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Circumstances {
+    pub(crate) now: Moment,
+    /// The whole node takes no work.
+    pub(crate) node_drains: bool,
+    pub(crate) vram_free_bytes: Option<u64>,
+    /// When the oldest attempt that runs on the pool was accepted.
+    pub(crate) oldest: Option<Moment>,
 }
 
 impl Pool {
@@ -177,7 +196,26 @@ impl Pool {
         Some((chosen, replica))
     }
 
-    pub(crate) fn report(&self, id: &PoolId, draining: bool, vram_free_bytes: Option<u64>) -> PoolReport {
+    /// Whether it may be given work now.
+    pub(crate) fn takes_work(&self) -> bool {
+        self.drain.is_none() && self.is_ready()
+    }
+
+    pub(crate) fn running(&self) -> impl Iterator<Item = &AttemptId> {
+        self.replicas.values().flat_map(|replica| &replica.attempts)
+    }
+
+    fn progress(&self, around: &Circumstances) -> Option<DrainProgress> {
+        let drain = self.drain?;
+        Some(DrainProgress {
+            tasks_left: u32::try_from(self.running().count()).unwrap_or(u32::MAX),
+            oldest_age_ms: around.oldest.map(|oldest| around.now.millis_since(oldest)),
+            deadline_ms: drain.deadline.map(|deadline| deadline.millis_since(around.now)),
+        })
+    }
+
+    pub(crate) fn report(&self, id: &PoolId, around: &Circumstances) -> PoolReport {
+        let draining = around.node_drains || self.drain.is_some();
         let first = self.replicas.values().next().expect("a pool without replicas is removed");
         let last_error = self.replicas.values().find_map(|replica| replica.last_error.clone());
         let ready = self.is_ready() && !draining;
@@ -199,9 +237,10 @@ impl Pool {
             models: first.spec.models.clone(),
             device_mask: first.spec.device_mask.clone(),
             ctx_max,
-            vram_free_bytes,
+            vram_free_bytes: around.vram_free_bytes,
             replicas: self.replicas.values().map(Replica::report).collect(),
             last_error,
+            drain: self.progress(around),
         }
     }
 }

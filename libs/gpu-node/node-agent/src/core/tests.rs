@@ -47,9 +47,10 @@ fn node() -> NodeCore {
         boot_id: boot(),
         address: "http://127.0.0.1:9200".into(),
         version: "0".into(),
+        labels: pool_registry_types::placement::Labels::new(),
         capabilities: Capabilities::default(),
     };
-    NodeCore::new(identity, Session::new(at(0), Duration::from_secs(10), 1))
+    NodeCore::new(identity, Session::new(at(0), Duration::from_secs(10), 1), Intent::Serving)
 }
 
 fn healthy(busy: Option<u32>) -> Health {
@@ -68,7 +69,7 @@ fn serving(replicas: u32, slots: u32) -> NodeCore {
 fn accept(node: &mut NodeCore, n: u128) -> Result<Accepted, ErrorCode> {
     let node_id = NodeId::new("a").unwrap();
     let ask = Ask { node_id: &node_id, boot_id: boot(), attempt: attempt(n), hint: None };
-    node.accept(&pool_id(), &ask).map_err(|error| error.code)
+    node.accept(at(0), &pool_id(), &ask).map_err(|error| error.code)
 }
 
 // CLOUD-1404
@@ -91,10 +92,10 @@ fn a_hinted_replica_is_taken_while_it_has_a_slot() {
     let hint = replica_id(1);
     for n in 1..=2 {
         let ask = Ask { node_id: &node_id, boot_id: boot(), attempt: attempt(n), hint: Some(&hint) };
-        assert_eq!(node.accept(&pool_id(), &ask).unwrap().replica_id, hint);
+        assert_eq!(node.accept(at(0), &pool_id(), &ask).unwrap().replica_id, hint);
     }
     let ask = Ask { node_id: &node_id, boot_id: boot(), attempt: attempt(3), hint: Some(&hint) };
-    assert_eq!(node.accept(&pool_id(), &ask).unwrap().replica_id, replica_id(0));
+    assert_eq!(node.accept(at(0), &pool_id(), &ask).unwrap().replica_id, replica_id(0));
 }
 
 // CLOUD-1507
@@ -117,8 +118,8 @@ fn requests_for_another_node_or_boot_are_refused() {
         attempt: attempt(1),
         hint: None,
     };
-    assert_eq!(node.accept(&pool_id(), &ask(&other, 1)).unwrap_err().code, ErrorCode::WrongNode);
-    assert_eq!(node.accept(&pool_id(), &ask(&me, 2)).unwrap_err().code, ErrorCode::WrongNode);
+    assert_eq!(node.accept(at(0), &pool_id(), &ask(&other, 1)).unwrap_err().code, ErrorCode::WrongNode);
+    assert_eq!(node.accept(at(0), &pool_id(), &ask(&me, 2)).unwrap_err().code, ErrorCode::WrongNode);
 }
 
 // CLOUD-1514
@@ -128,12 +129,12 @@ fn unknown_unready_and_draining_pools_are_unready() {
     assert_eq!(accept(&mut node, 1), Err(ErrorCode::PoolUnready));
     node.bind(at(0), &pool_id(), spec(0, 1)).unwrap();
     assert_eq!(accept(&mut node, 1), Err(ErrorCode::PoolUnready));
-    assert_eq!(node.pool_reports()[0].state, PoolState::Loading);
+    assert_eq!(node.pool_reports(at(0))[0].state, PoolState::Loading);
     node.observed(at(0), &pool_id(), &replica_id(0), healthy(None));
     accept(&mut node, 1).unwrap();
     node.drain(at(0));
     assert_eq!(accept(&mut node, 2), Err(ErrorCode::PoolUnready));
-    assert_eq!(node.pool_reports()[0].state, PoolState::Draining);
+    assert_eq!(node.pool_reports(at(0))[0].state, PoolState::Draining);
     assert_eq!(node.running_count(), 1, "what runs may finish");
 }
 
@@ -144,7 +145,7 @@ fn a_canceled_slot_is_taken_until_the_engine_is_idle() {
     accept(&mut node, 1).unwrap();
     node.ended_unsettled(&attempt(1));
     assert_eq!(accept(&mut node, 2), Err(ErrorCode::ReplicaExhausted));
-    let report = &node.pool_reports()[0].replicas[0];
+    let report = &node.pool_reports(at(0))[0].replicas[0];
     assert_eq!((report.attempts.len(), report.slots_foreign, report.slots_free), (0, 1, 0));
     node.settled(at(0), &attempt(1));
     assert!(accept(&mut node, 2).is_ok());
@@ -156,9 +157,9 @@ fn foreign_load_counts_when_seen_twice() {
     let mut node = serving(1, 4);
     accept(&mut node, 1).unwrap();
     node.observed(at(0), &pool_id(), &replica_id(0), healthy(Some(3)));
-    assert_eq!(node.pool_reports()[0].replicas[0].slots_foreign, 0, "one look may have crossed an end");
+    assert_eq!(node.pool_reports(at(0))[0].replicas[0].slots_foreign, 0, "one look may have crossed an end");
     node.observed(at(0), &pool_id(), &replica_id(0), healthy(Some(4)));
-    assert_eq!(node.pool_reports()[0].replicas[0].slots_foreign, 2);
+    assert_eq!(node.pool_reports(at(0))[0].replicas[0].slots_foreign, 2);
     accept(&mut node, 2).unwrap();
     assert_eq!(accept(&mut node, 3), Err(ErrorCode::ReplicaExhausted));
 }
@@ -167,7 +168,7 @@ fn foreign_load_counts_when_seen_twice() {
 #[test]
 fn acceptance_and_end_name_the_last_report_before_them() {
     let mut node = serving(1, 4);
-    let report = |node: &mut NodeCore| node.report(Epoch::new("e").unwrap());
+    let report = |node: &mut NodeCore| node.report(at(0), Epoch::new("e").unwrap());
     assert_eq!(accept(&mut node, 1).unwrap().report_seq, 0);
     let first = report(&mut node);
     assert_eq!((first.seq, first.pools[0].replicas[0].attempts.clone()), (1, vec![attempt(1)]));
@@ -181,7 +182,7 @@ fn a_removed_handoff_lets_what_runs_finish_and_gives_its_slots_to_nobody_twice()
     let mut node = serving(1, 1);
     accept(&mut node, 1).unwrap();
     node.unbind(at(0), &pool_id(), &replica_id(0));
-    let report = &node.pool_reports()[0];
+    let report = &node.pool_reports(at(0))[0];
     assert_eq!((report.ready, report.replicas[0].attempts.clone()), (false, vec![attempt(1)]));
     assert_eq!(accept(&mut node, 2), Err(ErrorCode::PoolUnready));
     node.bind(at(0), &pool_id(), spec(0, 1)).unwrap();
@@ -190,7 +191,7 @@ fn a_removed_handoff_lets_what_runs_finish_and_gives_its_slots_to_nobody_twice()
     node.unbind(at(0), &pool_id(), &replica_id(0));
     node.ended_unsettled(&attempt(1));
     node.settled(at(0), &attempt(1));
-    assert!(node.pool_reports().is_empty());
+    assert!(node.pool_reports(at(0)).is_empty());
     assert_eq!(node.running_count(), 0);
 }
 
@@ -199,7 +200,7 @@ fn a_loading_engine_has_its_model_and_takes_nothing() {
     let mut node = serving(1, 1);
     let loading = Health { readiness: Readiness::Loading, busy: None };
     node.observed(at(0), &pool_id(), &replica_id(0), loading);
-    let report = &node.pool_reports()[0];
+    let report = &node.pool_reports(at(0))[0];
     assert_eq!((report.state, report.ready, report.last_error.clone()), (PoolState::Loading, false, None));
     assert_eq!(accept(&mut node, 1), Err(ErrorCode::PoolUnready));
 }
@@ -254,6 +255,60 @@ fn only_attempts_that_run_here_are_canceled() {
     assert_eq!(node.heartbeat_answered(at(0), Ok(answer)), vec![NodeEffect::Cancel(attempt(1))]);
 }
 
+// CLOUD-1320
+// CLOUD-1321
+#[test]
+fn an_operators_wish_comes_with_an_answer_and_counts_once_it_is_written_down() {
+    let mut node = serving(1, 4);
+    node.due(at(0));
+    let registered = |intent| RegisterAnswer {
+        node_id: NodeId::new("a").unwrap(),
+        epoch: Epoch::new("e").unwrap(),
+        heartbeat_interval_ms: 10_000,
+        node_timeout_ms: 30_000,
+        intent,
+    };
+    let effects = node.registered(at(1), Ok(registered(Intent::Draining)));
+    assert_eq!(effects, [NodeEffect::TakeIntent(Intent::Draining)]);
+    assert_eq!(node.intent(), Intent::Serving, "not before it is written down");
+    let Some(NodeEffect::Heartbeat(beat)) = node.due(at(1)) else { panic!("the first report") };
+    assert_eq!(beat.intent, Intent::Serving);
+    node.set_intent(at(2), Intent::Draining);
+    assert!(accept(&mut node, 1).is_err());
+    // The answer repeats what the report said, from before the change: it is no wish.
+    let answer = |intent| HeartbeatAnswer { heartbeat_interval_ms: 10_000, cancel_attempts: vec![], intent };
+    assert_eq!(node.heartbeat_answered(at(3), Ok(answer(Intent::Serving))), []);
+    let Some(NodeEffect::Heartbeat(beat)) = node.due(at(60)) else { panic!("a change is reported") };
+    assert_eq!(beat.intent, Intent::Draining);
+    let effects = node.heartbeat_answered(at(61), Ok(answer(Intent::Serving)));
+    assert_eq!(effects, [NodeEffect::TakeIntent(Intent::Serving)]);
+    node.set_intent(at(62), Intent::Serving);
+    assert!(accept(&mut node, 1).is_ok());
+    node.drain(at(70));
+    assert_eq!(node.intent(), Intent::Draining, "a process that ends takes nothing, whatever is wanted");
+}
+
+// CLOUD-1620
+#[test]
+fn a_drained_pool_takes_nothing_shows_what_is_left_and_reopens() {
+    let mut node = serving(1, 4);
+    accept(&mut node, 1).unwrap();
+    assert!(node.drain_pool(at(100), &pool_id(), Some(at(1_100))));
+    assert!(!node.drain_pool(at(100), &PoolId::new("other").unwrap(), None));
+    assert_eq!(accept(&mut node, 2).unwrap_err(), ErrorCode::PoolUnready);
+    let report = node.pool_reports(at(300)).remove(0);
+    let progress = report.drain.unwrap();
+    assert_eq!((report.state, report.ready, report.draining), (PoolState::Draining, false, true));
+    assert_eq!(
+        (progress.tasks_left, progress.oldest_age_ms, progress.deadline_ms),
+        (1, Some(300), Some(800))
+    );
+    assert_eq!(node.past_their_drain(at(1_099)), []);
+    assert_eq!(node.past_their_drain(at(1_100)), [attempt(1)]);
+    assert!(node.reopen_pool(at(1_200), &pool_id()));
+    assert!(accept(&mut node, 2).is_ok());
+}
+
 proptest! {
     // CLOUD-1404
     #[test]
@@ -266,7 +321,7 @@ proptest! {
                 2 => { node.ended_unsettled(&attempt(n)); }
                 _ => node.settled(at(0), &attempt(n)),
             }
-            let report = &node.pool_reports()[0];
+            let report = &node.pool_reports(at(0))[0];
             let mut listed = 0;
             for replica in &report.replicas {
                 let busy = u32::try_from(replica.attempts.len()).unwrap() + replica.slots_foreign;

@@ -11,7 +11,7 @@ use std::time::Duration;
 use pool_registry_types::error::EndCause;
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::sse::Frame;
-use pool_registry_types::task::{FinishReason, TaskRequest};
+use pool_registry_types::task::{FinishReason, Resume, ResumeMode, TaskRequest};
 use pool_registry_types::{ErrorBody, ErrorCode, ModelRef};
 use serde_json::Value;
 
@@ -26,6 +26,36 @@ pub struct EngineRequest {
     pub path: &'static str,
     pub body: Value,
     pub reply: Reply,
+    /// What must be asked of the engine before the body is whole.
+    pub(crate) preparation: Option<llamacpp::Preparation>,
+    /// The ids of the tokens are passed on, so that the stream can be continued from them.
+    pub wants_ids: bool,
+}
+
+impl EngineRequest {
+    /// A request that is whole as it is.
+    fn whole(path: &'static str, body: Value, reply: Reply) -> Self {
+        Self { path, body, reply, preparation: None, wants_ids: false }
+    }
+
+    /// Sends it, after what must be asked before. A refusal of an earlier question is the answer.
+    pub(crate) async fn send(
+        mut self,
+        client: reqwest::Client,
+        url: String,
+        traceparent: Option<String>,
+    ) -> Result<reqwest::Response, reqwest::Error> {
+        if let Some(preparation) = self.preparation.take()
+            && let Some(refused) = preparation.complete(&client, &url, &mut self.body).await?
+        {
+            return Ok(refused);
+        }
+        let mut call = client.post(format!("{url}{}", self.path)).json(&self.body);
+        if let Some(traceparent) = traceparent {
+            call = call.header("traceparent", traceparent);
+        }
+        call.send().await
+    }
 }
 
 /// The shape of the stream that answers.
@@ -78,16 +108,25 @@ impl From<String> for NotReady {
     }
 }
 
-/// The request for a task, in the engine's dialect. `ctx_max` bounds what has no bound.
+/// The request for a task, in the engine's dialect. `ctx_max` bounds what has no bound. A
+/// replay is asked like a first run; what is appended to goes on from what was sent.
 pub fn request(
     engine: EngineKind,
     task: &TaskRequest,
     ctx_max: Option<u32>,
+    resume: Option<&Resume>,
 ) -> Result<EngineRequest, ErrorBody> {
+    let sent = resume.filter(|resume| resume.mode == ResumeMode::Append);
     match engine {
-        EngineKind::LlamaCpp => Ok(llamacpp::request(task, ctx_max)),
-        EngineKind::OpenAi => openai::request(task, ctx_max),
+        EngineKind::LlamaCpp => Ok(llamacpp::request(task, ctx_max, sent)),
+        EngineKind::OpenAi => openai::request(task, ctx_max, sent),
     }
+}
+
+/// How many tokens may still come; 0 when all were sent and only the end was lost.
+pub fn tokens_left(task: &TaskRequest, ctx_max: Option<u32>, sent: Option<&Resume>) -> Option<u64> {
+    let bound = task.max_tokens.or(ctx_max).map(u64::from)?;
+    Some(bound.saturating_sub(sent.map_or(0, |sent| sent.tokens)))
 }
 
 /// Reads a stream; remembers what an end event refers back to.
@@ -97,11 +136,19 @@ pub struct Reader {
     tokens_out: u64,
     counted: Option<u64>,
     finish_reason: Option<FinishReason>,
+    /// The engine's ids of the tokens of the last event, where they are wanted.
+    ids: Option<Vec<u32>>,
 }
 
 impl Reader {
-    pub fn new(reply: Reply) -> Self {
-        Self { reply, tokens_out: 0, counted: None, finish_reason: None }
+    pub fn new(reply: Reply, wants_ids: bool) -> Self {
+        let ids = wants_ids.then(Vec::new);
+        Self { reply, tokens_out: 0, counted: None, finish_reason: None, ids }
+    }
+
+    /// The ids of the tokens of the last event; nothing where they are not wanted.
+    pub fn ids(&self) -> Option<&[u32]> {
+        self.ids.as_deref()
     }
 
     pub fn read(&mut self, frame: &Frame<'_>) -> Said {
@@ -110,7 +157,12 @@ impl Reader {
             return Said::Failed(data.chars().take(500).collect());
         }
         let said = match self.reply {
-            Reply::LlamaCompletion => llamacpp::read(data),
+            Reply::LlamaCompletion => {
+                if let Some(ids) = &mut self.ids {
+                    *ids = llamacpp::token_ids(data);
+                }
+                llamacpp::read(data)
+            }
             Reply::OpenAiCompletion | Reply::OpenAiChat => openai::read(self, data),
         };
         if matches!(said, Said::Text(_)) {

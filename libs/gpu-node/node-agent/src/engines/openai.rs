@@ -3,12 +3,12 @@
 //! The stream ends with `[DONE]`; a stream that closes without it has failed. Such servers do
 //! not say how busy they are.
 
-use pool_registry_types::task::{FinishReason, TaskRequest};
+use pool_registry_types::task::{FinishReason, Resume, TaskRequest};
 use pool_registry_types::{ErrorBody, ErrorCode};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{EngineFacts, EngineRequest, Reader, Reply, Said, get_json, model_names};
+use super::{EngineFacts, EngineRequest, Reader, Reply, Said, get_json, model_names, tokens_left};
 
 /// Sets a field that has a value.
 pub(super) fn set<T: Serialize>(body: &mut Value, name: &str, value: Option<T>) {
@@ -17,14 +17,14 @@ pub(super) fn set<T: Serialize>(body: &mut Value, name: &str, value: Option<T>) 
     }
 }
 
-fn common(task: &TaskRequest, ctx_max: Option<u32>) -> Value {
+fn common(task: &TaskRequest, ctx_max: Option<u32>, sent: Option<&Resume>) -> Value {
     let mut body = json!({
         "model": task.model_ref,
         "stream": true,
         "stream_options": { "include_usage": true },
     });
     // Some servers stop after 16 tokens when nothing is said.
-    set(&mut body, "max_tokens", task.max_tokens.or(ctx_max.filter(|_| task.prompt.is_some())));
+    set(&mut body, "max_tokens", tokens_left(task, ctx_max.filter(|_| task.prompt.is_some()), sent));
     set(&mut body, "seed", task.seed);
     set(&mut body, "temperature", task.temperature);
     set(&mut body, "top_p", task.top_p);
@@ -35,19 +35,30 @@ fn common(task: &TaskRequest, ctx_max: Option<u32>) -> Value {
 }
 
 pub(super) fn chat(task: &TaskRequest, ctx_max: Option<u32>) -> EngineRequest {
-    let mut body = common(task, ctx_max);
+    let mut body = common(task, ctx_max, None);
     body["messages"] = json!(task.messages);
-    EngineRequest { path: "/v1/chat/completions", body, reply: Reply::OpenAiChat }
+    EngineRequest::whole("/v1/chat/completions", body, Reply::OpenAiChat)
 }
 
-pub(super) fn request(task: &TaskRequest, ctx_max: Option<u32>) -> Result<EngineRequest, ErrorBody> {
+pub(super) fn request(
+    task: &TaskRequest,
+    ctx_max: Option<u32>,
+    sent: Option<&Resume>,
+) -> Result<EngineRequest, ErrorBody> {
     if task.grammar.is_some() {
         return Err(ErrorBody::new(ErrorCode::Unsupported, "grammar: this engine takes none"));
     }
-    let Some(prompt) = &task.prompt else { return Ok(chat(task, ctx_max)) };
-    let mut body = common(task, ctx_max);
-    body["prompt"] = json!(prompt);
-    Ok(EngineRequest { path: "/v1/completions", body, reply: Reply::OpenAiCompletion })
+    let Some(prompt) = &task.prompt else {
+        return match sent {
+            None => Ok(chat(task, ctx_max)),
+            Some(_) => {
+                Err(ErrorBody::new(ErrorCode::Unsupported, "recovery: this engine continues no messages"))
+            }
+        };
+    };
+    let mut body = common(task, ctx_max, sent);
+    body["prompt"] = json!(sent.map_or_else(|| prompt.clone(), |sent| format!("{prompt}{}", sent.text)));
+    Ok(EngineRequest::whole("/v1/completions", body, Reply::OpenAiCompletion))
 }
 
 #[derive(Debug, Deserialize)]
@@ -126,7 +137,7 @@ mod tests {
     use super::*;
 
     fn said(reply: Reply, stream: &str) -> Vec<Said> {
-        let (mut decoder, mut reader) = (Decoder::new(), Reader::new(reply));
+        let (mut decoder, mut reader) = (Decoder::new(), Reader::new(reply, false));
         decoder.push(stream.as_bytes());
         let mut all = Vec::new();
         while let Some(frame) = decoder.next_frame().unwrap() {

@@ -1,0 +1,45 @@
+//! Artifacts: JSON documents by the digest of their bytes.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use daemon_kit::{ApiError, PathId, RawBody};
+use pool_registry_types::{Digest, ErrorBody, routes as paths};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::on_disk;
+use crate::app::state::AppState;
+
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Kept {
+    id: Digest,
+    bytes: usize,
+}
+
+/// Keeps a JSON document. The same bytes have the same id.
+#[utoipa::path(post, path = paths::ARTIFACTS, tag = "artifacts", request_body = serde_json::Value,
+    responses((status = 201, body = Kept), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 413, body = ErrorBody)))]
+pub(crate) async fn create(
+    State(state): State<AppState>,
+    RawBody(document): RawBody,
+) -> Result<(StatusCode, Json<Kept>), ApiError> {
+    let (artifacts, bytes) = (Arc::clone(&state.artifacts), document.len());
+    let id = on_disk(move || artifacts.put(&document)).await?;
+    Ok((StatusCode::CREATED, Json(Kept { id, bytes })))
+}
+
+/// A document, byte for byte.
+#[utoipa::path(get, path = paths::ARTIFACT, tag = "artifacts", params(("id" = String, Path)),
+    responses((status = 200, body = serde_json::Value), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody)))]
+pub(crate) async fn get(
+    State(state): State<AppState>,
+    PathId(id): PathId<Digest>,
+) -> Result<Response, ApiError> {
+    let artifacts = Arc::clone(&state.artifacts);
+    let document = on_disk(move || artifacts.get(&id)).await?;
+    Ok(([(header::CONTENT_TYPE, "application/json")], document).into_response())
+}

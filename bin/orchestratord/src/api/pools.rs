@@ -1,0 +1,96 @@
+//! Pools: list, health, and the orders that are handed over to their node.
+
+use axum::Json;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, State};
+use axum::http::StatusCode;
+use daemon_kit::{ApiError, Body, PathId};
+use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolReload};
+use pool_registry_types::view::{PoolList, PoolOfNode};
+use pool_registry_types::{ErrorBody, NodeId, PoolId, routes as paths};
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use super::checked;
+use crate::app::state::AppState;
+use crate::services::link::PoolOrder;
+
+/// Which of several pools of one name.
+#[derive(Debug, Deserialize, IntoParams)]
+pub(crate) struct OnNode {
+    /// Needed where several nodes have a pool of this name.
+    #[param(value_type = Option<String>)]
+    node_id: Option<NodeId>,
+}
+
+type Place = Result<Query<OnNode>, QueryRejection>;
+type Ordered = Result<(StatusCode, Json<PoolOrdered>), ApiError>;
+
+/// All pools of all nodes.
+#[utoipa::path(get, path = paths::POOLS, tag = "pools", responses((status = 200, body = PoolList), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn list(State(state): State<AppState>) -> Result<Json<PoolList>, ApiError> {
+    let view = state.service_registry.view().await?;
+    Ok(Json(PoolList { pools: view.pools().collect() }))
+}
+
+/// Whether one pool takes tasks, and why not.
+#[utoipa::path(get, path = paths::POOL_HEALTH, tag = "pools", params(("id" = String, Path), OnNode),
+    responses((status = 200, body = PoolOfNode), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn health(
+    State(state): State<AppState>,
+    PathId(id): PathId<PoolId>,
+    place: Place,
+) -> Result<Json<PoolOfNode>, ApiError> {
+    let OnNode { node_id } = checked(place)?;
+    Ok(Json(state.service_registry.pool(&id, node_id.as_ref()).await?.0))
+}
+
+async fn order(state: &AppState, id: PoolId, place: Place, order: PoolOrder) -> Ordered {
+    let OnNode { node_id } = checked(place)?;
+    let (pool, address) = state.service_registry.pool(&id, node_id.as_ref()).await?;
+    let ordered = state.relays.link.order_pool(&address, &id, &order).await.map_err(|mut error| {
+        error.node_id.get_or_insert(pool.node_id.clone());
+        error
+    })?;
+    tracing::info!(node_id = %pool.node_id, pool_id = %id, ?order, "a pool was given an order");
+    Ok((StatusCode::ACCEPTED, Json(ordered)))
+}
+
+/// The pool takes no new work; what runs may finish until the deadline.
+#[utoipa::path(post, path = paths::POOL_DRAIN, tag = "pools", params(("id" = String, Path), OnNode), request_body = PoolDrain,
+    responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn drain(
+    State(state): State<AppState>,
+    PathId(id): PathId<PoolId>,
+    place: Place,
+    Body(drain): Body<PoolDrain>,
+) -> Ordered {
+    order(&state, id, place, PoolOrder::Drain(drain)).await
+}
+
+/// The pool is looked at anew, with another model where one is named, and takes work again.
+#[utoipa::path(post, path = paths::POOL_RELOAD, tag = "pools", params(("id" = String, Path), OnNode), request_body = PoolReload,
+    responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn reload(
+    State(state): State<AppState>,
+    PathId(id): PathId<PoolId>,
+    place: Place,
+    Body(reload): Body<PoolReload>,
+) -> Ordered {
+    order(&state, id, place, PoolOrder::Reload(reload)).await
+}
+
+/// The pool's engine is removed, where its node has started it.
+#[utoipa::path(post, path = paths::POOL_PURGE, tag = "pools", params(("id" = String, Path), OnNode),
+    responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn purge(
+    State(state): State<AppState>,
+    PathId(id): PathId<PoolId>,
+    place: Place,
+) -> Ordered {
+    order(&state, id, place, PoolOrder::Purge).await
+}

@@ -1,0 +1,36 @@
+//! Sessions: look, evict. They are made by their first task.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use daemon_kit::{ApiError, PathId};
+use pool_registry_types::task::SessionView;
+use pool_registry_types::{ErrorBody, ErrorCode, SessionId, routes as paths};
+use task_scheduler::{Answer, Event};
+
+use crate::app::state::AppState;
+use crate::services::registry::unexpected;
+
+/// What the session may still use, and where it is warm.
+#[utoipa::path(get, path = paths::SESSION, tag = "sessions", params(("id" = Uuid, Path)),
+    responses((status = 200, body = SessionView), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn get(
+    State(state): State<AppState>,
+    PathId(id): PathId<SessionId>,
+) -> Result<Json<SessionView>, ApiError> {
+    let session = state.control.session(id).await?;
+    session.map(Json).ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("no session {id}")))
+}
+
+/// Forgets the session; its tasks go on.
+#[utoipa::path(delete, path = paths::SESSION, tag = "sessions", params(("id" = Uuid, Path)),
+    responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn delete(
+    State(state): State<AppState>,
+    PathId(session_id): PathId<SessionId>,
+) -> Result<StatusCode, ApiError> {
+    match state.control.call(move |reply| Event::DeleteSession { reply, session_id }).await? {
+        Answer::SessionDeleted => Ok(StatusCode::NO_CONTENT),
+        other => Err(unexpected(&other).into()),
+    }
+}

@@ -1,0 +1,109 @@
+//! Artifacts: JSON documents by the SHA-256 of their bytes, as files.
+//!
+//! The bytes are kept as they came. A document that is there already is not written again; when
+//! all together take too much room, the ones that were written first go.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use parking_lot::Mutex;
+use pool_registry_types::{Digest, ErrorBody, ErrorCode};
+use sha2::{Digest as _, Sha256};
+
+use crate::services::catalog::write_whole;
+
+/// Room that all artifacts may take together, bytes.
+const MAX_BYTES: u64 = 1024 * 1024 * 1024;
+
+/// The folder of artifacts.
+#[derive(Debug)]
+pub(crate) struct Artifacts {
+    folder: PathBuf,
+    at_most: u64,
+    /// One writer at a time.
+    writing: Mutex<()>,
+}
+
+impl Artifacts {
+    pub(crate) fn new(folder: &Path) -> Self {
+        Self { folder: folder.join("artifacts"), at_most: MAX_BYTES, writing: Mutex::default() }
+    }
+
+    /// Keeps the document. Blocks on the disk. Errors: `INVALID_PARAMS` for what is no JSON.
+    pub(crate) fn put(&self, bytes: &[u8]) -> Result<Digest, ErrorBody> {
+        serde_json::from_slice::<serde::de::IgnoredAny>(bytes)
+            .map_err(|error| ErrorBody::new(ErrorCode::InvalidParams, format!("not JSON: {error}")))?;
+        let hex: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let digest = Digest::new(&format!("sha256:{hex}")).expect("a SHA-256 makes a digest");
+        let _one = self.writing.lock();
+        let file = self.file(&digest);
+        if !file.exists() {
+            self.make_room(bytes.len() as u64).and_then(|()| write_whole(&file, bytes)).map_err(|error| {
+                tracing::error!(file = %file.display(), %error, "an artifact cannot be written");
+                ErrorBody::new(ErrorCode::Internal, "the artifact cannot be written, see the server's log")
+            })?;
+        }
+        Ok(digest)
+    }
+
+    /// Blocks on the disk. Errors: `NOT_FOUND`.
+    pub(crate) fn get(&self, digest: &Digest) -> Result<Vec<u8>, ErrorBody> {
+        fs::read(self.file(digest))
+            .map_err(|_| ErrorBody::new(ErrorCode::NotFound, format!("no artifact {digest}")))
+    }
+
+    fn file(&self, digest: &Digest) -> PathBuf {
+        // A digest holds nothing that could lead out of the folder.
+        self.folder.join(format!("{}.json", digest.as_str().trim_start_matches("sha256:")))
+    }
+
+    fn make_room(&self, wanted: u64) -> io::Result<()> {
+        let mut known: Vec<(SystemTime, u64, PathBuf)> = Vec::new();
+        let listed = match fs::read_dir(&self.folder) {
+            Ok(listed) => listed,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        for entry in listed {
+            let entry = entry?;
+            let about = entry.metadata()?;
+            known.push((about.modified()?, about.len(), entry.path()));
+        }
+        known.sort();
+        let mut taken: u64 = known.iter().map(|(_, bytes, _)| *bytes).sum();
+        for (_, bytes, path) in known {
+            if taken + wanted <= self.at_most {
+                break;
+            }
+            fs::remove_file(path)?;
+            taken -= bytes;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // CLOUD-1623
+    #[test]
+    fn an_artifact_is_read_by_its_digest_and_the_first_ones_make_room() {
+        let folder = tempfile::tempdir().unwrap();
+        let artifacts = Artifacts { at_most: 30, ..Artifacts::new(folder.path()) };
+        let digest = artifacts.put(br#"{"a": 1}"#).unwrap();
+        assert_eq!(
+            digest.as_str(),
+            "sha256:f9d86028c6e0d64e225186f96acb69338b2c59764df79162107f5c4bb34d1310"
+        );
+        assert_eq!(artifacts.put(br#"{"a": 1}"#), Ok(digest.clone()), "the same bytes, the same name");
+        assert_eq!(artifacts.get(&digest).unwrap(), br#"{"a": 1}"#);
+        assert_eq!(artifacts.put(b"{").unwrap_err().code, ErrorCode::InvalidParams);
+        let second = artifacts.put(br#"{"second": "ten"}"#).unwrap();
+        artifacts.put(br#"{"third": "twelve"}"#).unwrap();
+        assert_eq!(artifacts.get(&digest).unwrap_err().code, ErrorCode::NotFound);
+        assert_eq!(artifacts.get(&second).unwrap_err().code, ErrorCode::NotFound);
+    }
+}

@@ -1,0 +1,109 @@
+//! The way to the `ServiceRegistry`.
+//!
+//! The registry itself is embedded in the control core, whose one owner is the control loop
+//! (`services/placement.rs`): what nodes say, what operators want of them, and the copy that
+//! readers get, all go through that loop as letters.
+
+use std::sync::Arc;
+
+use pool_registry_types::node::{
+    Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, RegisterAnswer, RegisterRequest,
+};
+use pool_registry_types::view::{ClusterView, NodeView, PoolOfNode};
+use pool_registry_types::{Epoch, ErrorBody, ErrorCode, NodeId, PoolId};
+use task_scheduler::{Answer, Event};
+
+use crate::services::placement::Control;
+
+/// The registry of nodes, as handlers use it.
+#[derive(Debug, Clone)]
+pub(crate) struct ServiceRegistryHandle {
+    control: Control,
+}
+
+/// The core answered something else than what was asked: a defect.
+pub(crate) fn unexpected(answer: &Answer) -> ErrorBody {
+    tracing::error!(?answer, "not the answer that was asked for");
+    ErrorBody::new(ErrorCode::Internal, "a defect in the server, see its log")
+}
+
+impl ServiceRegistryHandle {
+    pub(crate) fn new(control: Control) -> Self {
+        Self { control }
+    }
+
+    pub(crate) async fn register(&self, request: RegisterRequest) -> Result<RegisterAnswer, ErrorBody> {
+        match self.control.call(|reply| Event::Register { reply, request }).await? {
+            Answer::Registered(answer) => Ok(answer),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub(crate) async fn heartbeat(
+        &self,
+        node_id: NodeId,
+        beat: Heartbeat,
+    ) -> Result<HeartbeatAnswer, ErrorBody> {
+        match self.control.call(|reply| Event::Heartbeat { reply, node_id, beat }).await? {
+            Answer::Heartbeat(answer) => Ok(answer),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    pub(crate) async fn deregister(&self, node_id: NodeId, epoch: Option<Epoch>) -> Result<(), ErrorBody> {
+        match self.control.call(|reply| Event::Deregister { reply, node_id, epoch }).await? {
+            Answer::Deregistered => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// An operator's wish for a node.
+    pub(crate) async fn want(&self, node_id: NodeId, intent: Intent) -> Result<IntentAnswer, ErrorBody> {
+        match self.control.call(move |reply| Event::Want { reply, node_id, intent }).await? {
+            Answer::Intent(answer) => Ok(answer),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// All nodes, at most 20 ms old.
+    pub(crate) async fn view(&self) -> Result<Arc<ClusterView>, ErrorBody> {
+        self.control.view().await
+    }
+
+    /// Errors: `NODE_UNKNOWN`.
+    pub(crate) async fn node(&self, node_id: &NodeId) -> Result<NodeView, ErrorBody> {
+        let view = self.view().await?;
+        let node = view.nodes.iter().find(|node| node.node_id == *node_id).cloned();
+        node.ok_or_else(|| {
+            let mut error = ErrorBody::new(ErrorCode::NodeUnknown, format!("no node {node_id}"));
+            error.node_id = Some(node_id.clone());
+            error
+        })
+    }
+
+    /// The one pool of this name, on the node where one is named; with the node's address.
+    /// Errors: `NOT_FOUND`, and `POOL_AMBIGUOUS` where several nodes have one.
+    pub(crate) async fn pool(
+        &self,
+        pool_id: &PoolId,
+        node_id: Option<&NodeId>,
+    ) -> Result<(PoolOfNode, String), ErrorBody> {
+        let view = self.view().await?;
+        let of = |pool: &PoolOfNode| {
+            pool.pool_id == *pool_id && node_id.is_none_or(|node_id| pool.node_id == *node_id)
+        };
+        let mut found: Vec<PoolOfNode> = view.pools().filter(of).collect();
+        if found.len() > 1 {
+            let nodes: Vec<&str> = found.iter().map(|pool| pool.node_id.as_str()).collect();
+            let message = format!("pool {pool_id} is on {}: say which with ?node_id=", nodes.join(", "));
+            return Err(ErrorBody::new(ErrorCode::PoolAmbiguous, message));
+        }
+        let pool = found.pop().ok_or_else(|| {
+            let place = node_id.map(|node_id| format!(" on {node_id}")).unwrap_or_default();
+            ErrorBody::new(ErrorCode::NotFound, format!("no pool {pool_id}{place}"))
+        })?;
+        let node = view.nodes.iter().find(|node| node.node_id == pool.node_id);
+        let address = node.map(|node| node.address.clone()).unwrap_or_default();
+        Ok((pool, address))
+    }
+}

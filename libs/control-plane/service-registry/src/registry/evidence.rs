@@ -1,0 +1,222 @@
+//! Signs of life and of death, and what time makes of them.
+
+use super::*;
+
+/// How long an offline node stays visible.
+const FORGET_OFFLINE_AFTER: Duration = Duration::from_secs(24 * 3600);
+
+impl ServiceRegistry {
+    /// A token of one of the node's attempts arrived: it lives. Never lifts a suspicion.
+    pub fn alive(&mut self, now: Moment, node_id: &NodeId) {
+        if let Some(node) = self.nodes.get_mut(node_id)
+            && node.evidence.offline_since.is_none()
+        {
+            node.evidence.last_life = node.evidence.last_life.max(now);
+        }
+    }
+
+    /// A fresh connection to the node failed: suspect at once, and probed.
+    pub fn dial_failed(&mut self, now: Moment, node_id: &NodeId, reason: String) -> Option<Transition> {
+        if !self.enforces(Rule::EvidenceBeforeLease) {
+            return None;
+        }
+        let node = self.nodes.get_mut(node_id)?;
+        self.last_dial_failure = Some(now);
+        self.mass_silence_since = None;
+        let was = node.evidence.liveness();
+        node.evidence.undialled = Some(Suspicion::DialFailed(reason));
+        // The failure itself was the probe: the next one comes after a pause.
+        let next = now + PROBE_EVERY;
+        node.evidence.next_probe = Some(node.evidence.next_probe.map_or(next, |at| at.min(next)));
+        (was == Liveness::Online).then(|| Transition { node_id: node_id.clone(), to: Liveness::Suspect })
+    }
+
+    /// A stream broke, or something else that a look at the node explains: probe it now.
+    pub fn want_probe(&mut self, now: Moment, node_id: &NodeId) {
+        if let Some(node) = self.nodes.get_mut(node_id) {
+            node.evidence.want_probe(now);
+        }
+    }
+
+    /// The nodes to dial now, with their addresses. Each is marked as being dialled until
+    /// [`ServiceRegistry::probed`] is told the outcome.
+    pub fn take_due_probes(&mut self, now: Moment) -> Vec<(NodeId, String)> {
+        let due = self.nodes.iter_mut().filter(|(_, node)| {
+            !node.evidence.probe_in_flight && node.evidence.next_probe.is_some_and(|at| at <= now)
+        });
+        due.map(|(id, node)| {
+            node.evidence.probe_in_flight = true;
+            node.evidence.next_probe = None;
+            (id.clone(), node.request.address.clone())
+        })
+        .collect()
+    }
+
+    /// The outcome of dialling a node at an address. Another node or boot answering there
+    /// counts as a failure. A probe's answer never lifts silence.
+    pub fn probed(
+        &mut self,
+        now: Moment,
+        node_id: &NodeId,
+        address: &str,
+        answer: Result<LiveAnswer, String>,
+    ) -> Option<Transition> {
+        let node = self.nodes.get_mut(node_id)?;
+        node.evidence.probe_in_flight = false;
+        if node.request.address != address {
+            node.evidence.want_probe(now);
+            return None;
+        }
+        let was = node.evidence.liveness();
+        let failure = match answer {
+            Ok(live) if live.node_id != *node_id => Some(format!("{} answered there", live.node_id)),
+            Ok(live) if live.boot_id != node.request.boot_id => Some("another process answered there".into()),
+            Ok(_) => None,
+            Err(reason) => Some(reason),
+        };
+        match failure {
+            None => node.evidence.undialled = None,
+            Some(reason) => {
+                node.evidence.undialled = Some(Suspicion::DialFailed(reason));
+                self.last_dial_failure = Some(now);
+                self.mass_silence_since = None;
+            }
+        }
+        let is = node.evidence.liveness();
+        if is == Liveness::Suspect {
+            node.evidence.next_probe = Some(now + PROBE_EVERY);
+        }
+        (is != was).then(|| Transition { node_id: node_id.clone(), to: is })
+    }
+
+    /// Our own loop stood still for this long: every lease is extended by as much.
+    pub fn stalled(&mut self, now: Moment, stall: Duration) {
+        for node in self.nodes.values_mut() {
+            node.evidence.extend(stall, now);
+        }
+        for reported in self.models_reported.values_mut() {
+            *reported = (*reported + stall).min(now);
+        }
+    }
+
+    /// Applies what time alone changes. Nodes that go offline keep their reservations until
+    /// they are released one by one.
+    pub fn expire(&mut self, now: Moment) -> Vec<Transition> {
+        let timing = self.settings.timing;
+        let mut transitions = Vec::new();
+        let mut fell_silent = false;
+        for (id, node) in &mut self.nodes {
+            let evidence = &mut node.evidence;
+            if evidence.offline_since.is_none()
+                && evidence.silent_since.is_none()
+                && now >= evidence.last_heartbeat + timing.silence()
+            {
+                let was = evidence.liveness();
+                evidence.silent_since = Some(now);
+                evidence.want_probe(now);
+                fell_silent = true;
+                if was == Liveness::Online {
+                    transitions.push(Transition { node_id: id.clone(), to: Liveness::Suspect });
+                }
+            }
+        }
+        if fell_silent {
+            self.notice_mass_silence(now);
+        }
+        let lease = self.lease();
+        for (id, node) in &mut self.nodes {
+            let evidence = &mut node.evidence;
+            if evidence.offline_since.is_none() && now >= evidence.last_life + lease {
+                evidence.offline_since = Some(now);
+                evidence.next_probe = None;
+                transitions.push(Transition { node_id: id.clone(), to: Liveness::Offline });
+            }
+        }
+        self.review_mass_silence();
+        self.nodes.retain(|id, node| {
+            let keep = node.evidence.offline_since.is_none_or(|since| now < since + FORGET_OFFLINE_AFTER);
+            if !keep {
+                self.forgotten.push(id.clone());
+            }
+            keep
+        });
+        self.models_reported.retain(|_, at| now < *at + timing.node_timeout);
+        while let Some((at, _)) = self.pool_alarms.first()
+            && *at <= now
+            && let Some((_, key)) = self.pool_alarms.pop_first()
+        {
+            let Some(node) = self.nodes.get_mut(&key.node_id) else { continue };
+            if node.breaker.rest(now) {
+                let pools = node.pools.keys();
+                self.lifted_holds.extend(pools.map(|id| PoolKey::new(key.node_id.clone(), id.clone())));
+            }
+            if let Some(book) = node.pools.get_mut(&key.pool_id) {
+                book.held_until = book.held_until.filter(|until| *until > now);
+                book.breaker.rest(now);
+                self.lifted_holds.push(key);
+            }
+        }
+        transitions
+    }
+
+    /// The pools whose hold or breaker ended by time.
+    pub fn take_lifted_holds(&mut self) -> Vec<PoolKey> {
+        std::mem::take(&mut self.lifted_holds)
+    }
+
+    /// The nodes that are not known any more, although they did not leave.
+    pub fn take_forgotten(&mut self) -> Vec<NodeId> {
+        std::mem::take(&mut self.forgotten)
+    }
+
+    /// How long a node may give no evidence of life: one timeout, or two while most are silent.
+    fn lease(&self) -> Duration {
+        match self.mass_silence_since {
+            Some(_) => self.settings.timing.node_timeout * 2,
+            None => self.settings.timing.node_timeout,
+        }
+    }
+
+    fn notice_mass_silence(&mut self, now: Moment) {
+        let interval = self.settings.timing.heartbeat_interval;
+        let recent = |at: Moment| now.since(at) <= interval;
+        let live = self.nodes.values().filter(|n| n.evidence.offline_since.is_none()).count();
+        let silent = self.nodes.values().filter(|n| n.evidence.silent_since.is_some_and(recent)).count();
+        let dial_failed = self.last_dial_failure.is_some_and(recent);
+        if self.enforces(Rule::MassSilence) && live >= 3 && silent * 2 > live && !dial_failed {
+            self.mass_silence_since.get_or_insert(now);
+        }
+    }
+
+    /// The guard ends when at most half of the nodes are silent.
+    pub(super) fn review_mass_silence(&mut self) {
+        let live = self.nodes.values().filter(|n| n.evidence.offline_since.is_none()).count();
+        let is_silent = |n: &&Node| n.evidence.offline_since.is_none() && n.evidence.silent_since.is_some();
+        if self.nodes.values().filter(is_silent).count() * 2 <= live {
+            self.mass_silence_since = None;
+        }
+    }
+
+    /// Since when the control plane suspects itself, because most nodes fell silent at once.
+    pub fn mass_silence_since(&self) -> Option<Moment> {
+        self.mass_silence_since
+    }
+
+    /// When [`ServiceRegistry::expire`] or [`ServiceRegistry::take_due_probes`] has something to do next.
+    pub fn next_deadline(&self) -> Option<Moment> {
+        let timing = self.settings.timing;
+        let lease = self.lease();
+        let of_node = |node: &Node| {
+            let evidence = &node.evidence;
+            let liveness = match (evidence.offline_since, evidence.silent_since) {
+                (Some(since), _) => since + FORGET_OFFLINE_AFTER,
+                (None, Some(_)) => evidence.last_life + lease,
+                (None, None) => (evidence.last_heartbeat + timing.silence()).min(evidence.last_life + lease),
+            };
+            let probe = evidence.next_probe.filter(|_| !evidence.probe_in_flight).unwrap_or(Moment::NEVER);
+            liveness.min(probe)
+        };
+        let of_pool = self.pool_alarms.first().map(|(at, _)| *at);
+        self.nodes.values().map(of_node).chain(of_pool).min()
+    }
+}

@@ -1,0 +1,113 @@
+//! What placement, people and metrics see.
+
+use super::*;
+
+impl ServiceRegistry {
+    /// Attempts that are reserved on the node.
+    pub fn attempts_of(&self, node_id: &NodeId) -> Vec<AttemptId> {
+        self.reservations.iter().filter(|(_, r)| r.pool.node_id == *node_id).map(|(id, _)| *id).collect()
+    }
+
+    pub fn liveness(&self, node_id: &NodeId) -> Option<Liveness> {
+        self.nodes.get(node_id).map(|node| node.evidence.liveness())
+    }
+
+    pub fn address(&self, node_id: &NodeId) -> Option<(&str, BootId)> {
+        self.nodes.get(node_id).map(|node| (node.request.address.as_str(), node.request.boot_id))
+    }
+
+    /// The number of the last report that was taken.
+    pub fn report_seq(&self, node_id: &NodeId) -> Option<u64> {
+        self.nodes.get(node_id)?.last_seq
+    }
+
+    pub fn pool_ids(&self, node_id: &NodeId) -> impl Iterator<Item = &PoolId> {
+        self.nodes.get(node_id).into_iter().flat_map(|node| node.pools.keys())
+    }
+
+    /// Whether the node's streams failed again and again, and none has got through since.
+    pub fn is_doubted(&self, node_id: &NodeId) -> bool {
+        self.nodes.get(node_id).is_some_and(|node| !node.breaker.is_closed())
+    }
+
+    /// What the operator says of the node.
+    pub fn labels(&self, node_id: &NodeId) -> Option<&Arc<Labels>> {
+        self.nodes.get(node_id).map(|node| &node.labels)
+    }
+
+    /// The facts that placement uses, or nothing for a pool that is not there.
+    pub fn pool_facts(&self, key: &PoolKey) -> Option<PoolFacts<'_>> {
+        let node = self.nodes.get(&key.node_id)?;
+        let book = node.pools.get(&key.pool_id)?;
+        Some(PoolFacts {
+            report: &book.report,
+            labels: &node.labels,
+            liveness: node.evidence.liveness(),
+            intent: node.effective_intent(self.enforces(Rule::DrainAtOnce)),
+            slots_total: book.slots_total(),
+            slots_busy: book.slots_busy(self.enforces(Rule::UnionOfReservations)),
+            held: book.held_until.is_some(),
+            tripped: node.breaker.blocks() || book.breaker.blocks(),
+        })
+    }
+
+    /// When any node last reported a pool that has or loads the model.
+    pub fn model_reported(&self, model: &ModelRef) -> Option<Moment> {
+        self.models_reported.get(model).copied()
+    }
+
+    /// Node ids that are online now; for messages.
+    pub fn online_nodes(&self) -> Vec<&NodeId> {
+        let online = |node: &&Node| node.evidence.liveness() == Liveness::Online;
+        self.nodes.values().filter(online).map(|node| &node.request.node_id).collect()
+    }
+
+    pub fn counts(&self) -> BTreeMap<Liveness, u32> {
+        let mut counts = BTreeMap::new();
+        for node in self.nodes.values() {
+            *counts.entry(node.evidence.liveness()).or_default() += 1;
+        }
+        counts
+    }
+
+    pub fn reservation_count(&self) -> usize {
+        self.reservations.len()
+    }
+
+    /// A copy for readers.
+    pub fn view(&self, now: Moment) -> ClusterView {
+        let nodes = self.nodes.values().map(|node| {
+            let pools = node.pools.values().map(|book| {
+                let total = book.slots_total();
+                PoolView {
+                    slots_total: total,
+                    slots_free: total.saturating_sub(book.slots_busy(true)),
+                    reservations: u32::try_from(book.reserved.len()).unwrap_or(u32::MAX),
+                    tripped: node.breaker.blocks() || book.breaker.blocks(),
+                    report: book.report.clone(),
+                }
+            });
+            let running: BTreeSet<AttemptId> =
+                node.pools.values().flat_map(|book| book.reserved.union(&book.reported)).copied().collect();
+            NodeView {
+                node_id: node.request.node_id.clone(),
+                machine_id: node.request.machine_id.clone(),
+                boot_id: node.request.boot_id,
+                address: node.request.address.clone(),
+                version: node.request.version.clone(),
+                liveness: node.evidence.liveness(),
+                intent: node.effective_intent(true),
+                labels: (*node.labels).clone(),
+                reason: node.evidence.reason(),
+                last_evidence_age_ms: now.millis_since(node.evidence.last_life),
+                report_seq: node.last_seq,
+                pools: pools.collect(),
+                gpus: node.gpus.clone(),
+                models: node.models.clone(),
+                capabilities: node.request.capabilities.clone(),
+                running_attempts: running.into_iter().collect(),
+            }
+        });
+        ClusterView { nodes: nodes.collect() }
+    }
+}

@@ -1,0 +1,109 @@
+//! Claims on slots, and what keeps a pool from getting any.
+
+use super::*;
+
+impl ServiceRegistry {
+    /// Claims a slot of a pool for an attempt. The caller has checked that one is free.
+    pub fn reserve(&mut self, pool: &PoolKey, attempt: AttemptId) {
+        if let Some(node) = self.nodes.get_mut(&pool.node_id) {
+            node.reserved.insert(attempt);
+            node.breaker.sent(attempt);
+            if let Some(book) = node.pools.get_mut(&pool.pool_id) {
+                book.reserved.insert(attempt);
+                book.breaker.sent(attempt);
+            }
+        }
+        let before =
+            self.reservations.insert(attempt, Reservation { pool: pool.clone(), accepted_after: None });
+        assert!(before.is_none(), "attempt {attempt} reserved twice");
+    }
+
+    /// The node took the attempt after having made the report of this number.
+    pub fn accepted(&mut self, attempt: &AttemptId, accepted_after: u64) {
+        if let Some(reservation) = self.reservations.get_mut(attempt) {
+            reservation.accepted_after = Some(accepted_after);
+        }
+    }
+
+    /// Gives a claim back. `closed_after` is the node's closing word, when it came: the number
+    /// of its last report before the attempt ended. Releasing twice has no effect.
+    pub fn release(&mut self, attempt: &AttemptId, closed_after: Option<u64>) -> Option<PoolKey> {
+        let reservation = self.reservations.remove(attempt)?;
+        let node = self.nodes.get_mut(&reservation.pool.node_id);
+        if let Some(node) = node {
+            node.reserved.remove(attempt);
+            node.breaker.over(attempt);
+            if let Some(book) = node.pools.get_mut(&reservation.pool.pool_id) {
+                book.reserved.remove(attempt);
+                book.breaker.over(attempt);
+                if closed_after.is_some() {
+                    book.reported.remove(attempt);
+                }
+            }
+            if let Some(closed_after) = closed_after {
+                node.closed.insert(*attempt, closed_after);
+            }
+        }
+        Some(reservation.pool)
+    }
+
+    /// The pool refused a dispatch: it counts as full until its next report or `until`.
+    pub fn hold(&mut self, pool: &PoolKey, until: Moment) {
+        let book = self.nodes.get_mut(&pool.node_id).and_then(|node| node.pools.get_mut(&pool.pool_id));
+        if let Some(book) = book {
+            book.held_until = Some(until);
+            self.pool_alarms.insert((until, pool.clone()));
+        }
+    }
+
+    // ---- breakers ----
+
+    /// The attempt got through to its engine: neither its pool nor its node has anything wrong.
+    /// Returns whether either was doubted.
+    pub fn proven(&mut self, pool: &PoolKey) -> bool {
+        let Some(node) = self.nodes.get_mut(&pool.node_id) else { return false };
+        let mut doubted = node.breaker.blocks();
+        node.breaker.succeeded();
+        if let Some(book) = node.pools.get_mut(&pool.pool_id) {
+            doubted |= book.breaker.blocks();
+            book.breaker.succeeded();
+        }
+        doubted
+    }
+
+    /// The engine of the pool failed the attempt with an error of its own. To be told before
+    /// the attempt is released. Returns whether this tripped the pool.
+    pub fn pool_failed(
+        &mut self,
+        now: Moment,
+        pool: &PoolKey,
+        attempt: &AttemptId,
+        dispatched: Moment,
+    ) -> bool {
+        if !self.enforces(Rule::Breakers) {
+            return false;
+        }
+        let book = self.nodes.get_mut(&pool.node_id).and_then(|node| node.pools.get_mut(&pool.pool_id));
+        let until = book.and_then(|book| book.breaker.failed(now, attempt, dispatched));
+        until.is_some_and(|until| self.pool_alarms.insert((until, pool.clone())))
+    }
+
+    /// The stream of the attempt broke, although the node can be dialled. Returns whether this
+    /// tripped the node, which concerns all of its pools.
+    pub fn stream_failed(
+        &mut self,
+        now: Moment,
+        node_id: &NodeId,
+        attempt: &AttemptId,
+        dispatched: Moment,
+    ) -> bool {
+        if !self.enforces(Rule::Breakers) {
+            return false;
+        }
+        let Some(node) = self.nodes.get_mut(node_id) else { return false };
+        let Some(until) = node.breaker.failed(now, attempt, dispatched) else { return false };
+        let keys = node.pools.keys().map(|pool_id| PoolKey::new(node_id.clone(), pool_id.clone()));
+        self.pool_alarms.extend(keys.map(|key| (until, key)));
+        true
+    }
+}

@@ -1,0 +1,391 @@
+//! What operators and clients steer: drains, pins, sessions, continuation, deadlines, the full lane.
+
+use pool_registry_types::task::{Determinism, Recovery};
+
+use super::*;
+
+fn node(name: &str) -> NodeId {
+    NodeId::new(name).unwrap()
+}
+
+fn pinned_to(name: &str) -> TaskRequest {
+    let json = format!(r#"{{"mode":"pin","node_id":"{name}"}}"#);
+    TaskRequest { placement: Some(serde_json::from_str(&json).unwrap()), ..task() }
+}
+
+fn continued() -> TaskRequest {
+    TaskRequest { recovery: Recovery::Continue, ..task() }
+}
+
+fn of_session(n: u128) -> TaskRequest {
+    TaskRequest { session_id: Some(SessionId(Uuid::from_u128(n))), ..task() }
+}
+
+fn code(answer: Result<TaskAccepted, ErrorBody>) -> Option<ErrorCode> {
+    answer.err().map(|error| error.code)
+}
+
+impl Bench {
+    fn want(&mut self, name: &str, intent: Intent) -> Result<IntentAnswer, ErrorBody> {
+        let reply = self.reply();
+        self.apply(Event::Want { reply, node_id: node(name), intent });
+        match self.replies[&reply].clone() {
+            Ok(Answer::Intent(answer)) => Ok(answer),
+            Ok(other) => panic!("not an answer to a wish: {other:?}"),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The first token and the end of an attempt, after these milliseconds.
+    fn serve(&mut self, n: usize, first_token_ms: u64, decode_ms: u64, tokens: u64) {
+        let attempt = self.dispatches[n].attempt;
+        let replica_id = ReplicaId::new("r0").unwrap();
+        self.apply(Event::Accepted { attempt, replica_id, report_seq: 1 });
+        self.now += first_token_ms;
+        self.apply(Event::Started { attempt });
+        self.now += decode_ms;
+        self.end(attempt, tokens, HowEnded::Finished);
+    }
+}
+
+// CLOUD-1320
+#[test]
+fn a_drained_node_gets_no_task_from_that_moment_on_and_a_resumed_one_does() {
+    let mut b = Bench::new();
+    b.join("a", 4);
+    b.submit(task()).1.unwrap();
+    let answer = b.want("a", Intent::Draining).unwrap();
+    assert_eq!((answer.kept_by_node, answer.running), (true, 1), "what runs goes on");
+    b.submit(task()).1.unwrap();
+    assert_eq!(b.dispatches.len(), 1);
+    b.want("a", Intent::Serving).unwrap();
+    assert_eq!(b.dispatches.len(), 2, "the waiting task starts with the resume");
+    assert_eq!(b.want("nobody", Intent::Draining).unwrap_err().code, ErrorCode::NodeUnknown);
+    b.node_takes_intents = false;
+    assert!(!b.want("a", Intent::Draining).unwrap().kept_by_node);
+    b.submit(task()).1.unwrap();
+    assert_eq!(b.dispatches.len(), 2, "it counts here although the node does not know yet");
+}
+
+// CLOUD-1751
+#[test]
+fn a_task_pinned_to_a_drained_node_ends_and_one_to_a_suspect_node_waits() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.join("b", 1);
+    b.submit(pinned_to("a")).1.unwrap();
+    assert_eq!(b.node_of(0), "a");
+    let (waiting, answer) = b.submit(pinned_to("a"));
+    answer.unwrap();
+    assert_eq!(b.dispatches.len(), 1, "the other node is free, and is not its node");
+    b.end(b.dispatches[0].attempt, 0, HowEnded::NeverSent("refused".into()));
+    assert!(!b.terminal.contains_key(&waiting), "a suspect node is waited for");
+    b.want("a", Intent::Draining).unwrap();
+    assert_eq!(b.terminal[&waiting], ErrorCode::NodeUnavailable);
+    assert_eq!(code(b.submit(pinned_to("a")).1), Some(ErrorCode::NodeUnavailable));
+    assert_eq!(code(b.submit(pinned_to("b")).1), None);
+}
+
+// CLOUD-1752
+#[test]
+fn a_task_pinned_to_a_dead_node_ends_when_the_node_is_offline() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.join("b", 1);
+    b.submit(pinned_to("a")).1.unwrap();
+    let (waiting, _) = b.submit(pinned_to("a"));
+    // Only b goes on speaking.
+    for seq in 2..6 {
+        b.advance_to(b.now + 9_000);
+        b.beat("b", seq, 1, &[]);
+    }
+    assert_eq!(b.terminal[&waiting], ErrorCode::NodeUnavailable);
+    assert_eq!(code(b.submit(pinned_to("a")).1), Some(ErrorCode::NodeUnavailable));
+}
+
+// CLOUD-1753
+#[test]
+fn a_task_pinned_to_an_unknown_node_waits_for_one_node_timeout_after_the_start_and_no_longer() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    let (early, answer) = b.submit(pinned_to("late"));
+    answer.unwrap();
+    let (never, answer) = b.submit(pinned_to("nobody"));
+    answer.unwrap();
+    b.advance_to(5_000);
+    b.join("late", 1);
+    assert_eq!(b.last_dispatch().task, early, "the node has come");
+    b.beat("a", 2, 1, &[]);
+    b.advance_to(TIMEOUT_MS);
+    assert_eq!(b.terminal[&never], ErrorCode::NodeUnavailable);
+    b.beat("a", 3, 1, &[]);
+    assert_eq!(code(b.submit(pinned_to("nobody")).1), Some(ErrorCode::NodeUnavailable));
+}
+
+// CLOUD-1531
+#[test]
+fn a_task_that_continues_goes_on_at_the_log_on_another_node() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.join("b", 1);
+    let (id, _) = b.submit(continued());
+    b.end(b.dispatches[0].attempt, 3, HowEnded::Broken("reset".into()));
+    let second = b.last_dispatch().clone();
+    assert_eq!((second.first_index, second.resume), (3, Some(ResumeMode::Append)));
+    assert_ne!(b.node_of(1), b.node_of(0));
+    let strict = TaskRequest { determinism: Determinism::Strict, seed: Some(1), ..continued() };
+    b.end(second.attempt, 9, HowEnded::Finished);
+    assert!(!b.terminal.contains_key(&id));
+    b.submit(strict).1.unwrap();
+    b.end(b.last_dispatch().attempt, 1, HowEnded::TimedOut(Overdue::TokenIdle));
+    assert_eq!(b.last_dispatch().resume, Some(ResumeMode::Replay));
+}
+
+// CLOUD-1532
+#[test]
+fn a_continued_task_has_no_more_tries_than_another_and_ends_with_worker_reset() {
+    let mut b = Bench::new();
+    for name in ["a", "b", "c", "d"] {
+        b.join(name, 1);
+    }
+    let (id, _) = b.submit(continued());
+    for n in 0..3 {
+        assert_eq!(b.dispatches.len(), n + 1);
+        b.end(b.dispatches[n].attempt, 2, HowEnded::Broken("reset".into()));
+    }
+    assert_eq!(b.terminal[&id], ErrorCode::WorkerReset);
+}
+
+// CLOUD-1533
+#[test]
+fn a_replay_that_differs_ends_the_task_and_a_refusal_after_tokens_is_free() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.join("b", 1);
+    let (id, _) = b.submit(continued());
+    b.end(b.dispatches[0].attempt, 3, HowEnded::Broken("reset".into()));
+    let unready = ErrorBody::new(ErrorCode::PoolUnready, "not ready");
+    b.end(b.dispatches[1].attempt, 3, HowEnded::NodeError(unready));
+    assert!(!b.terminal.contains_key(&id));
+    b.advance_to(b.now + 300);
+    assert_eq!(b.dispatches.len(), 3);
+    let differs = ErrorBody::new(ErrorCode::WorkerReset, "x").with_cause(EndCause::ReplayDiffers);
+    b.end(b.dispatches[2].attempt, 3, HowEnded::NodeError(differs));
+    assert_eq!(b.terminal[&id], ErrorCode::WorkerReset);
+}
+
+// CLOUD-1721
+// CLOUD-1310
+#[test]
+fn a_pool_that_answers_with_errors_is_left_alone_until_one_task_gets_through() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    let sick = || {
+        let body = ErrorBody::new(ErrorCode::WorkerReset, "500").with_cause(EndCause::Engine5xx);
+        HowEnded::NodeError(body)
+    };
+    b.submit(task()).1.unwrap();
+    for n in 0..3 {
+        b.now += 1_000;
+        b.apply(Event::Timer);
+        assert_eq!(b.dispatches.len(), n + 1);
+        b.end(b.dispatches[n].attempt, 0, sick());
+    }
+    assert_eq!(b.core.counters().trips, 1);
+    b.submit(task()).1.unwrap();
+    b.submit(task()).1.unwrap();
+    assert_eq!(b.dispatches.len(), 3, "nothing is sent there");
+    b.advance_to(b.now + 1_000);
+    assert_eq!(b.dispatches.len(), 4, "one is let through");
+    b.apply(Event::Started { attempt: b.dispatches[3].attempt });
+    b.end(b.dispatches[3].attempt, 2, HowEnded::Finished);
+    assert_eq!(b.dispatches.len(), 5);
+}
+
+// CLOUD-1740
+// CLOUD-1741
+#[test]
+fn a_sessions_budgets_are_enforced_before_the_queue() {
+    let mut b = Bench::new();
+    b.core.policy.admission_capacity = 100;
+    b.join("a", 16);
+    for _ in 0..8 {
+        b.submit(TaskRequest { max_tokens: Some(10), ..of_session(1) }).1.unwrap();
+    }
+    assert_eq!(code(b.submit(of_session(1)).1), Some(ErrorCode::BudgetExceeded));
+    b.submit(of_session(2)).1.unwrap();
+    assert_eq!(b.last_dispatch().request.max_tokens, Some(1_000), "bounded by what is left");
+    assert_eq!(code(b.submit(of_session(2)).1), Some(ErrorCode::BudgetExceeded));
+    b.end(b.last_dispatch().attempt, 400, HowEnded::Finished);
+    b.submit(of_session(2)).1.unwrap();
+    assert_eq!(b.last_dispatch().request.max_tokens, Some(600));
+    let reply = b.reply();
+    b.apply(Event::DeleteSession { reply, session_id: SessionId(Uuid::from_u128(2)) });
+    assert_eq!(b.replies[&reply], Ok(Answer::SessionDeleted));
+    b.submit(of_session(2)).1.unwrap();
+}
+
+// CLOUD-1719
+// CLOUD-1744
+#[test]
+fn a_session_returns_to_its_replica_until_the_engine_was_away() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.join("b", 2);
+    b.submit(task()).1.unwrap();
+    b.submit(of_session(1)).1.unwrap();
+    assert_eq!(b.node_of(1), "b");
+    b.serve(1, 10, 10, 2);
+    b.end(b.dispatches[0].attempt, 1, HowEnded::Finished);
+    b.submit(of_session(1)).1.unwrap();
+    let warm = b.last_dispatch().clone();
+    assert_eq!(warm.warm_replica.as_ref().map(ReplicaId::as_str), Some("r0"));
+    assert_eq!(b.node_of(2), "b", "a is as free and comes first");
+    b.end(warm.attempt, 1, HowEnded::Finished);
+    b.submit(TaskRequest { kv_hint: KvHint::Cold, ..of_session(1) }).1.unwrap();
+    assert_eq!(b.node_of(3), "a", "who wants it cold is bound to nothing");
+    b.end(b.last_dispatch().attempt, 1, HowEnded::Finished);
+    let epoch = b
+        .replies
+        .values()
+        .filter_map(|answer| match answer {
+            Ok(Answer::Registered(answer)) if answer.node_id.as_str() == "b" => Some(answer.epoch.clone()),
+            _ => None,
+        })
+        .next_back()
+        .unwrap();
+    let away = PoolReport { ready: false, state: PoolState::Loading, ..report(2, &[]) };
+    let beat = |seq, pool| Heartbeat {
+        epoch: epoch.clone(),
+        seq,
+        timestamp: String::new(),
+        intent: Intent::Serving,
+        pools: vec![pool],
+        gpus: vec![],
+        models: vec![],
+    };
+    for (seq, pool) in [(8, away), (9, report(2, &[]))] {
+        let reply = b.reply();
+        b.apply(Event::Heartbeat { reply, node_id: node("b"), beat: beat(seq, pool) });
+    }
+    b.submit(of_session(1)).1.unwrap();
+    assert_eq!((b.last_dispatch().warm_replica.clone(), b.node_of(4)), (None, "a"));
+}
+
+// CLOUD-1734
+#[test]
+fn a_start_is_predicted_from_measured_paces_and_a_deadline_before_it_is_refused_at_once() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.submit(TaskRequest { max_tokens: Some(11), ..task() }).1.unwrap();
+    assert_eq!(b.submit(task()).1.unwrap().predicted_start_ms, None, "nothing was measured yet");
+    b.serve(0, 100, 1_000, 11);
+    // The second runs now, and was expected to take as long as the first.
+    let (id, answer) = b.submit(task());
+    assert_eq!(answer.unwrap().predicted_start_ms, Some(1_100));
+    b.now += 500;
+    let (state, metrics) = b.core.metrics(at(b.now), id).unwrap();
+    assert_eq!(state, TaskState::Queued);
+    assert_eq!((metrics.queue_position, metrics.queue_depth), (0, 1));
+    assert_eq!(metrics.predicted_start_ms, Some(600));
+    let error = b.submit(TaskRequest { deadline_ms: Some(1_000), ..task() }).1.unwrap_err();
+    assert_eq!((error.code, error.policy_label.as_deref()), (ErrorCode::AdmissionReject, Some("deadline")));
+    assert_eq!(error.retry_after_ms, Some(1_700));
+    assert_eq!(code(b.submit(TaskRequest { deadline_ms: Some(1_800), ..task() }).1), None);
+}
+
+// CLOUD-1735
+#[test]
+fn a_full_lane_may_drop_the_one_that_waits_longest_and_has_not_run() {
+    let mut b = Bench::new();
+    b.core.policy.full_lane = FullLane::DropLru;
+    b.join("a", 1);
+    b.submit(task()).1.unwrap();
+    let (second, _) = b.submit(task());
+    for _ in 0..3 {
+        b.submit(task()).1.unwrap();
+    }
+    // The first is back in the queue, and the lane holds one more than it takes.
+    let refusal = ErrorBody::new(ErrorCode::ReplicaExhausted, "full");
+    b.end(b.dispatches[0].attempt, 0, HowEnded::Refused(refusal));
+    b.submit(task()).1.unwrap();
+    assert_eq!(b.terminal, BTreeMap::from([(second, ErrorCode::QueueFullDropLru)]));
+}
+
+// CLOUD-1621
+#[test]
+fn a_retired_model_is_refused_and_its_waiting_tasks_end() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    let (running, _) = b.submit(task());
+    let (waiting, _) = b.submit(task());
+    b.apply(Event::SetRetired { model: ModelRef::new("m").unwrap(), retired: true });
+    assert_eq!(b.terminal, BTreeMap::from([(waiting, ErrorCode::ModelNotAvailable)]));
+    assert_eq!(code(b.submit(task()).1), Some(ErrorCode::ModelNotAvailable));
+    b.apply(Event::SetRetired { model: ModelRef::new("m").unwrap(), retired: false });
+    b.submit(task()).1.unwrap();
+    b.end(b.dispatches[0].attempt, 1, HowEnded::Finished);
+    assert_eq!(b.core.task_view(at(b.now), running).unwrap().state, TaskState::Completed);
+}
+
+// CLOUD-1760
+#[test]
+fn tasks_are_listed_newest_first_page_by_page_through_a_filter() {
+    let mut b = Bench::new();
+    b.core.policy.admission_capacity = 100;
+    b.join("a", 2);
+    let ids: Vec<TaskId> = (0..7).map(|_| b.submit(task()).0).collect();
+    let queued = TaskFilter { state: Some(TaskState::Queued), ..TaskFilter::default() };
+    let page = |b: &Bench, filter: &TaskFilter, after| b.core.task_page(at(b.now), filter, after, 3).unwrap();
+    let first = page(&b, &queued, None);
+    assert_eq!(first.tasks.iter().map(|t| t.task_id).collect::<Vec<_>>(), [ids[6], ids[5], ids[4]]);
+    let second = page(&b, &queued, first.next);
+    assert_eq!(second.tasks.iter().map(|t| t.task_id).collect::<Vec<_>>(), [ids[3], ids[2]]);
+    assert_eq!(second.next, None);
+    let on_a = TaskFilter { node_id: Some(node("a")), ..TaskFilter::default() };
+    assert_eq!(page(&b, &on_a, None).tasks.len(), 2);
+    assert!(b.core.task_page(at(0), &queued, Some(TaskId(Uuid::nil())), 3).is_err());
+}
+
+// CLOUD-1722
+#[test]
+fn an_explanation_has_a_verdict_for_every_pool_and_the_choice_that_would_be_made() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.join("b", 1);
+    b.want("b", Intent::Draining).unwrap();
+    let (id, _) = b.submit(task());
+    let of =
+        |explanation: &Explanation| explanation.pools.iter().map(|pool| pool.refusal).collect::<Vec<_>>();
+    use pool_registry_types::placement::Refusal;
+    let explained = b.core.explain_task(at(b.now), id).unwrap();
+    assert_eq!(of(&explained), [Some(Refusal::SlotsFull), Some(Refusal::Draining)]);
+    assert_eq!((explained.choice, explained.reason.as_deref()), (None, Some("every pool that fits is full")));
+    b.end(b.dispatches[0].attempt, 1, HowEnded::Finished);
+    assert_eq!(b.core.explain_task(at(b.now), id).unwrap_err().code, ErrorCode::NotFound);
+    let dry = b.core.explain_request(&task());
+    assert_eq!(dry.choice.map(|pool| pool.node_id), Some(node("a")));
+}
+
+// CLOUD-1761
+#[test]
+fn followers_are_told_each_change_of_a_node_a_pool_and_a_task_once() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    let told = |b: &mut Bench| std::mem::take(&mut b.changes);
+    let joined = told(&mut b);
+    assert_eq!(joined.iter().filter(|c| c.name() == "pool").count(), 1, "{joined:?}");
+    assert!(matches!(joined.last(), Some(ClusterChange::Pool { ready: true, .. })), "{joined:?}");
+    b.beat("a", 2, 1, &[]);
+    assert_eq!(told(&mut b), [], "nothing has changed");
+    b.submit(task()).1.unwrap();
+    b.end(b.dispatches[0].attempt, 1, HowEnded::Finished);
+    let states: Vec<_> = told(&mut b)
+        .into_iter()
+        .filter_map(|change| match change {
+            ClusterChange::Task { state, .. } => Some(state),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(states, [TaskState::Queued, TaskState::Running, TaskState::Completed]);
+}

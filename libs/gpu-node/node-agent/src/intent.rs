@@ -1,0 +1,71 @@
+//! What the operator wants of this node, kept in a file so that it outlives both daemons.
+//!
+//! The file is beside the handoff files, which it is none of: its name starts with a dot. No
+//! file means serving.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use pool_registry_types::NodeId;
+use pool_registry_types::node::Intent;
+
+/// Where one node's intent is kept.
+#[derive(Debug, Clone)]
+pub struct IntentFile {
+    path: PathBuf,
+}
+
+impl IntentFile {
+    /// The intent belongs to the node's name, not to the directory, which several may share.
+    pub fn new(runtime_dir: &Path, node_id: &NodeId) -> Self {
+        Self { path: runtime_dir.join(format!(".{node_id}.draining")) }
+    }
+
+    pub fn read(&self) -> Intent {
+        if self.path.exists() { Intent::Draining } else { Intent::Serving }
+    }
+
+    /// On the disk when it returns.
+    pub fn write(&self, intent: Intent) -> io::Result<()> {
+        let folder = self.path.parent().unwrap_or(Path::new("."));
+        match intent {
+            Intent::Draining => {
+                fs::create_dir_all(folder)?;
+                let mut file = File::create(&self.path)?;
+                file.write_all(b"this node takes no work until it is resumed\n")?;
+                file.sync_all()?;
+            }
+            Intent::Serving => match fs::remove_file(&self.path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            },
+        }
+        // A name is on the disk when its folder is.
+        match File::open(folder) {
+            Ok(folder) => folder.sync_all(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // CLOUD-1321
+    #[test]
+    fn an_intent_is_read_as_it_was_written_and_belongs_to_one_node() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path().join("engines");
+        let of = |name: &str| IntentFile::new(&folder, &NodeId::new(name).unwrap());
+        assert_eq!(of("a").read(), Intent::Serving);
+        of("a").write(Intent::Serving).unwrap();
+        of("a").write(Intent::Draining).unwrap();
+        assert_eq!((of("a").read(), of("b").read()), (Intent::Draining, Intent::Serving));
+        of("a").write(Intent::Serving).unwrap();
+        of("a").write(Intent::Serving).unwrap();
+        assert_eq!(of("a").read(), Intent::Serving);
+    }
+}

@@ -1,0 +1,365 @@
+//! The models on this node's disk: a folder each, with a manifest that says what is in it.
+//!
+//! A model is copied into a folder that starts with a dot, read back, and renamed into place: what
+//! has a name is whole and was verified. A copy that was interrupted goes on where it stopped.
+//! Everything here blocks on the disk.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use pool_registry_types::node::StagedModel;
+use pool_registry_types::{Digest, ModelRef};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+const MANIFEST: &str = "manifest.json";
+/// What a copy under way was begun from.
+const ORIGIN: &str = "origin.json";
+const PIECE: usize = 1024 * 1024;
+
+/// What a model's folder holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    pub model_id: ModelRef,
+    pub digest: Digest,
+    pub bytes: u64,
+    /// The file's name in the folder.
+    pub file: String,
+    /// Where it was copied from.
+    pub source: String,
+}
+
+/// Why a model was not staged, or is not what it should be.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    #[error("{}: {source}", path.display())]
+    Disk {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("{} is no file", .0.display())]
+    NoFile(PathBuf),
+    #[error("model {model} is here already, with digest {digest}")]
+    Taken { model: ModelRef, digest: Digest },
+    #[error("{}: expected {expected}, it is {is}", path.display())]
+    Digest { path: PathBuf, expected: Digest, is: Digest },
+    #[error("model {0} is not here")]
+    Unknown(ModelRef),
+}
+
+/// What staging came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Staged {
+    Copied {
+        manifest: Manifest,
+        /// Bytes that an interrupted copy had left.
+        resumed_at: u64,
+    },
+    /// It was here already, with the same content.
+    WasHere(Manifest),
+}
+
+/// The folder of models.
+#[derive(Debug, Clone)]
+pub struct Models {
+    folder: PathBuf,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Origin {
+    source: PathBuf,
+    bytes: u64,
+    modified_ns: u128,
+}
+
+fn disk<'p>(path: &'p Path) -> impl Fn(io::Error) -> ModelError + 'p {
+    move |source| ModelError::Disk { path: path.to_owned(), source }
+}
+
+/// A model's name as the name of a folder: what is not plain is written as `%` and two digits.
+fn folder_name(model: &ModelRef) -> String {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-');
+    let mut name = String::new();
+    for (n, b) in model.as_str().bytes().enumerate() {
+        if plain(b) || (b == b'.' && n > 0) {
+            name.push(char::from(b));
+        } else {
+            name.push_str(&format!("%{b:02X}"));
+        }
+    }
+    name
+}
+
+impl Models {
+    pub fn new(folder: impl Into<PathBuf>) -> Self {
+        Self { folder: folder.into() }
+    }
+
+    /// The models that are whole, by their manifests; the content is not read.
+    pub fn list(&self) -> Result<Vec<Manifest>, ModelError> {
+        let listed = match fs::read_dir(&self.folder) {
+            Ok(listed) => listed,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(disk(&self.folder)(error)),
+        };
+        let mut found = Vec::new();
+        for entry in listed {
+            let path = entry.map_err(disk(&self.folder))?.path();
+            let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+            if hidden || !path.is_dir() {
+                continue;
+            }
+            if let Some(manifest) = whole(&path) {
+                found.push(manifest);
+            }
+        }
+        found.sort_by(|a, b| a.model_id.cmp(&b.model_id));
+        Ok(found)
+    }
+
+    /// The same, as the node reports it.
+    pub fn report(&self) -> Result<Vec<StagedModel>, ModelError> {
+        let of = |m: Manifest| StagedModel { model_id: m.model_id, digest: m.digest, bytes: m.bytes };
+        Ok(self.list()?.into_iter().map(of).collect())
+    }
+
+    fn get(&self, model: &ModelRef) -> Option<Manifest> {
+        whole(&self.folder.join(folder_name(model)))
+    }
+
+    /// Reads a model and compares it with its manifest.
+    pub fn verify(&self, model: &ModelRef) -> Result<Manifest, ModelError> {
+        let manifest = self.get(model).ok_or_else(|| ModelError::Unknown(model.clone()))?;
+        let path = self.folder.join(folder_name(model)).join(&manifest.file);
+        expect(&path, &manifest.digest, digest_of(&path)?)?;
+        Ok(manifest)
+    }
+
+    /// Copies a file in as a model. `expected` is what its content must be; `progress` is told
+    /// the bytes done and the bytes to do.
+    pub fn stage(
+        &self,
+        model: &ModelRef,
+        source: &Path,
+        expected: Option<&Digest>,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Staged, ModelError> {
+        let source = source.canonicalize().map_err(disk(source))?;
+        let about = fs::metadata(&source).map_err(disk(&source))?;
+        if !about.is_file() {
+            return Err(ModelError::NoFile(source));
+        }
+        if let Some(here) = self.get(model) {
+            let is = digest_of(&source)?;
+            return if here.digest == is {
+                expected.map_or(Ok(()), |expected| expect(&source, expected, is))?;
+                Ok(Staged::WasHere(here))
+            } else {
+                Err(ModelError::Taken { model: model.clone(), digest: here.digest })
+            };
+        }
+        let modified = about.modified().ok().and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok());
+        let origin = Origin {
+            source: source.clone(),
+            bytes: about.len(),
+            modified_ns: modified.unwrap_or_default().as_nanos(),
+        };
+        let staging = self.folder.join(format!(".{}.staging", folder_name(model)));
+        let name = source.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let copy = staging.join(&name);
+        let origin_file = staging.join(ORIGIN);
+        let before = fs::read(&origin_file).ok().and_then(|text| serde_json::from_slice(&text).ok());
+        if before.as_ref() != Some(&origin) {
+            // Nothing, or the beginning of something else.
+            let _ = fs::remove_dir_all(&staging);
+            fs::create_dir_all(&staging).map_err(disk(&staging))?;
+            write(&origin_file, &origin)?;
+        }
+        let (digest, resumed_at) = copy_on(&source, &copy, about.len(), progress)?;
+        let checked = match expected {
+            Some(expected) => expect(&source, expected, digest.clone()),
+            None => Ok(()),
+        };
+        // What was written is read again: a disk that lies is found out now, not by an engine.
+        let checked = checked.and_then(|()| expect(&copy, &digest, digest_of(&copy)?));
+        if let Err(error) = checked {
+            let _ = fs::remove_dir_all(&staging);
+            return Err(error);
+        }
+        let manifest = Manifest {
+            model_id: model.clone(),
+            digest,
+            bytes: about.len(),
+            file: name,
+            source: source.display().to_string(),
+        };
+        write(&staging.join(MANIFEST), &manifest)?;
+        fs::remove_file(&origin_file).map_err(disk(&origin_file))?;
+        let place = self.folder.join(folder_name(model));
+        fs::rename(&staging, &place).map_err(disk(&place))?;
+        sync_folder(&self.folder)?;
+        Ok(Staged::Copied { manifest, resumed_at })
+    }
+}
+
+/// The manifest of a folder whose file is there in full length.
+fn whole(folder: &Path) -> Option<Manifest> {
+    let manifest: Manifest = serde_json::from_slice(&fs::read(folder.join(MANIFEST)).ok()?).ok()?;
+    // A name with a folder in it would lead elsewhere.
+    let plain = Path::new(&manifest.file).file_name().is_some_and(|name| name == manifest.file.as_str());
+    let length = fs::metadata(folder.join(&manifest.file)).ok()?.len();
+    (plain && length == manifest.bytes).then_some(manifest)
+}
+
+fn expect(path: &Path, expected: &Digest, is: Digest) -> Result<(), ModelError> {
+    if *expected == is {
+        return Ok(());
+    }
+    Err(ModelError::Digest { path: path.to_owned(), expected: expected.clone(), is })
+}
+
+fn digest(hash: Sha256) -> Digest {
+    let hex: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    Digest::new(&format!("sha256:{hex}")).expect("a SHA-256 makes a digest")
+}
+
+fn digest_of(path: &Path) -> Result<Digest, ModelError> {
+    let mut hash = Sha256::new();
+    io::copy(&mut File::open(path).map_err(disk(path))?, &mut hash).map_err(disk(path))?;
+    Ok(digest(hash))
+}
+
+/// Copies what is missing. Returns the digest of the whole source, and where the copy went on.
+fn copy_on(
+    source: &Path,
+    copy: &Path,
+    bytes: u64,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<(Digest, u64), ModelError> {
+    let mut from = File::open(source).map_err(disk(source))?;
+    let mut to = OpenOptions::new().create(true).append(true).open(copy).map_err(disk(copy))?;
+    let mut resumed_at = to.metadata().map_err(disk(copy))?.len();
+    if resumed_at > bytes {
+        to.set_len(0).map_err(disk(copy))?;
+        resumed_at = 0;
+    }
+    let mut hash = Sha256::new();
+    // The source is read whole: its digest is wanted, and only what is missing is written.
+    let mut piece = vec![0; PIECE];
+    let mut done = 0;
+    from.seek(SeekFrom::Start(0)).map_err(disk(source))?;
+    loop {
+        let read = from.read(&mut piece).map_err(disk(source))?;
+        if read == 0 {
+            break;
+        }
+        hash.update(&piece[..read]);
+        let end = done + read as u64;
+        if end > resumed_at {
+            let skip = usize::try_from(resumed_at.saturating_sub(done)).unwrap_or(read);
+            to.write_all(&piece[skip..read]).map_err(disk(copy))?;
+        }
+        done = end;
+        progress(done, bytes);
+    }
+    to.sync_all().map_err(disk(copy))?;
+    Ok((digest(hash), resumed_at))
+}
+
+fn write(path: &Path, value: &impl Serialize) -> Result<(), ModelError> {
+    let text = serde_json::to_vec_pretty(value).map_err(io::Error::from).map_err(disk(path))?;
+    let mut file = File::create(path).map_err(disk(path))?;
+    file.write_all(&text).and_then(|()| file.sync_all()).map_err(disk(path))
+}
+
+fn sync_folder(folder: &Path) -> Result<(), ModelError> {
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(disk(folder))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model(name: &str) -> ModelRef {
+        ModelRef::new(name).unwrap()
+    }
+
+    struct Bench {
+        dir: tempfile::TempDir,
+        models: Models,
+        source: PathBuf,
+    }
+
+    fn bench(content: &[u8]) -> Bench {
+        let dir = tempfile::tempdir().unwrap();
+        let source = dir.path().join("weights.gguf");
+        fs::write(&source, content).unwrap();
+        Bench { models: Models::new(dir.path().join("models")), dir, source }
+    }
+
+    fn stage(b: &Bench, name: &str) -> Result<Staged, ModelError> {
+        b.models.stage(&model(name), &b.source, None, &mut |_, _| {})
+    }
+
+    // CLOUD-1630
+    #[test]
+    fn a_staged_model_is_listed_with_its_digest_and_size_and_verified_by_its_content() {
+        let b = bench(b"weights");
+        assert_eq!(b.models.list().unwrap(), []);
+        let Staged::Copied { manifest, resumed_at: 0 } = stage(&b, "hf:org/m.gguf").unwrap() else {
+            panic!("it was not copied whole")
+        };
+        assert_eq!(b.models.list().unwrap(), [manifest.clone()]);
+        assert_eq!((manifest.bytes, manifest.file.as_str()), (7, "weights.gguf"));
+        assert_eq!(b.models.verify(&model("hf:org/m.gguf")).unwrap(), manifest);
+        assert_eq!(stage(&b, "hf:org/m.gguf").unwrap(), Staged::WasHere(manifest.clone()));
+        let copy = b.dir.path().join("models/hf%3Aorg%2Fm.gguf/weights.gguf");
+        fs::write(&copy, b"wEights").unwrap();
+        assert!(matches!(b.models.verify(&manifest.model_id), Err(ModelError::Digest { .. })));
+        fs::write(&b.source, b"others!").unwrap();
+        assert!(matches!(stage(&b, "hf:org/m.gguf"), Err(ModelError::Taken { .. })));
+        assert!(matches!(b.models.verify(&model("none")), Err(ModelError::Unknown(_))));
+    }
+
+    // CLOUD-1631
+    #[test]
+    fn an_interrupted_copy_is_never_shown_and_goes_on_where_it_stopped() {
+        let content: Vec<u8> = (0..3 * PIECE + 5).map(|n| u8::try_from(n % 251).unwrap()).collect();
+        let b = bench(&content);
+        let interrupted = std::panic::catch_unwind(|| {
+            let mut pieces = 0;
+            let mut stop = |_, _| {
+                pieces += 1;
+                assert!(pieces < 2, "the process dies here");
+            };
+            b.models.stage(&model("m"), &b.source, None, &mut stop)
+        });
+        assert!(interrupted.is_err());
+        assert_eq!(b.models.list().unwrap(), []);
+        let Staged::Copied { manifest, resumed_at } = stage(&b, "m").unwrap() else { panic!("copied") };
+        assert_eq!(resumed_at, 2 * PIECE as u64);
+        assert_eq!(b.models.verify(&model("m")).unwrap(), manifest);
+        let copy = b.dir.path().join("models/m/weights.gguf");
+        assert!(fs::read(copy).unwrap() == content);
+    }
+
+    // CLOUD-1631
+    #[test]
+    fn a_source_that_changed_is_copied_from_its_start_and_a_wrong_one_leaves_nothing() {
+        let b = bench(b"0123456789");
+        let staging = b.dir.path().join("models/.m.staging");
+        fs::create_dir_all(&staging).unwrap();
+        fs::write(staging.join("weights.gguf"), b"other").unwrap();
+        assert!(matches!(stage(&b, "m").unwrap(), Staged::Copied { resumed_at: 0, .. }));
+        let wrong = Digest::new(&format!("sha256:{}", "0".repeat(64))).unwrap();
+        let error = b.models.stage(&model("n"), &b.source, Some(&wrong), &mut |_, _| {}).unwrap_err();
+        assert!(matches!(error, ModelError::Digest { .. }), "{error}");
+        assert_eq!(fs::read_dir(b.dir.path().join("models")).unwrap().count(), 1, "only m is there");
+        assert!(matches!(
+            b.models.stage(&model("d"), b.dir.path(), None, &mut |_, _| {}),
+            Err(ModelError::NoFile(_))
+        ));
+    }
+}
