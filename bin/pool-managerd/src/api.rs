@@ -12,7 +12,7 @@ use daemon_kit::correlation::RequestIds;
 use daemon_kit::metrics::Page;
 use daemon_kit::{ApiError, Body, PathId, WrappedBody};
 use node_agent::Agent;
-use pool_registry_types::node::{GpuReport, Intent, IntentRequest, LiveAnswer, StagedModel};
+use pool_registry_types::node::{GpuReport, Intent, IntentOrder, LiveAnswer, StagedModel};
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolReload, PoolReport};
 use pool_registry_types::routes::headers;
 use pool_registry_types::task::InferRequest;
@@ -233,19 +233,12 @@ async fn purge(State(node): State<Node>, PathId(id): PathId<PoolId>) -> Ordered 
 }
 
 /// What the operator wants of this node from now on; written down when the answer comes.
-#[utoipa::path(post, path = paths::INTENT, request_body = IntentRequest,
+#[utoipa::path(post, path = paths::INTENT, request_body = IntentOrder,
     responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody)))]
-async fn intent(
-    State(node): State<Node>,
-    Body(IntentRequest { boot_id, intent }): Body<IntentRequest>,
-) -> Result<StatusCode, ApiError> {
-    let identity = node.agent.identity();
-    if boot_id != identity.boot_id {
-        let message = format!("this is {} in boot {}", identity.node_id, identity.boot_id);
-        return Err(ApiError::new(ErrorCode::WrongNode, message));
-    }
-    match node.agent.take_intent(intent).await {
-        Ok(()) => Ok(StatusCode::NO_CONTENT),
+async fn intent(State(node): State<Node>, Body(order): Body<IntentOrder>) -> Result<StatusCode, ApiError> {
+    match node.agent.take_intent(order).await {
+        Ok(true) => Ok(StatusCode::NO_CONTENT),
+        Ok(false) => Err(ApiError::new(ErrorCode::WrongNode, "epoch: not the registration that holds")),
         Err(error) => {
             tracing::error!(%error, "the intent cannot be written down, and is not taken");
             Err(ApiError::new(ErrorCode::Internal, "the intent cannot be written down, see the node's log"))

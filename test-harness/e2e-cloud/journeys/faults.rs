@@ -104,7 +104,9 @@ fn report(fault: &str, mut tally: Tally) {
 /// What is in the table, for whoever reads the output of one test.
 #[expect(clippy::print_stdout, reason = "the figures of the run are its result")]
 fn heading() {
-    println!("| fault | completed | placed again | continued | reset | lost | doubled | recovery p50 | max |");
+    println!(
+        "| fault | completed | placed again | continued | reset | lost | doubled | recovery p50 | max |"
+    );
 }
 
 async fn rounds(
@@ -316,4 +318,3 @@ async fn an_unhealthy_engine_is_not_used_until_it_is_well() {
     cluster.fault(0, json!({"kind": "none"})).await;
     cluster.wait_online(0).await;
 }
-

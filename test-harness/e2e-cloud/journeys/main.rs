@@ -1,8 +1,10 @@
 //! The journeys, each through the real daemons.
 
 mod bad_input;
+mod continuation;
 mod faults;
 mod home;
 mod membership;
 mod real_engine;
+mod steering;
 mod streams;

@@ -90,7 +90,8 @@ impl Transcript {
             .filter_map(|(.., data)| data["attempt"].as_u64())
             .collect();
         assert!(starts.is_sorted() && !starts.windows(2).any(|pair| pair[0] == pair[1]), "{starts:?}");
-        let with_id = self.events.iter().filter(|(name, ..)| !["started", "metrics"].contains(&name.as_str()));
+        let with_id =
+            self.events.iter().filter(|(name, ..)| !["started", "metrics"].contains(&name.as_str()));
         for (n, (name, id, data)) in with_id.enumerate() {
             let number = id.as_deref().and_then(|id| id.rsplit_once(':')).map(|(_, n)| n.to_owned());
             assert_eq!(number, Some(n.to_string()), "the id of frame {n}");
@@ -170,6 +171,31 @@ impl Client {
             request = request.header("last-event-id", id);
         }
         read(request.send().await.expect("an answer"), start, events).await
+    }
+
+    /// Reads a task's stream from the start until so many tokens were seen, or to its end.
+    pub async fn follow_tokens(&self, task_id: &str, tokens: usize) -> Transcript {
+        // One more event than tokens: `started`.
+        self.follow(task_id, None, tokens + 1).await
+    }
+
+    /// Reads the stream at a path to its end.
+    pub async fn follow_at(&self, path: &str) -> Transcript {
+        let response = self.request(Method::GET, path).send().await.expect("an answer");
+        read(response, Instant::now(), usize::MAX).await
+    }
+
+    /// The first changes of the cluster that a follower hears of, name and data of each.
+    pub async fn follow_changes(
+        &self,
+        path: &str,
+        at_least: usize,
+        patience: Duration,
+    ) -> Vec<(String, Value)> {
+        let response = self.request(Method::GET, path).send().await.expect("an answer");
+        let reading = read(response, Instant::now(), at_least);
+        let transcript = tokio::time::timeout(patience, reading).await.expect("changes in time");
+        transcript.events.into_iter().map(|(name, _, data)| (name, data)).collect()
     }
 
     /// Expects a refusal; returns its status and body.

@@ -31,9 +31,7 @@ impl Dialect {
         let word = format!("{letter}{n} ");
         match self {
             Self::Llama => {
-                format!(
-                    "data: {{\"index\":0,\"content\":\"{word}\",\"tokens\":[{n}],\"stop\":false}}\n\n"
-                )
+                format!("data: {{\"index\":0,\"content\":\"{word}\",\"tokens\":[{n}],\"stop\":false}}\n\n")
             }
             Self::Completion => {
                 format!("data: {{\"choices\":[{{\"text\":\"{word}\",\"finish_reason\":null}}]}}\n\n")

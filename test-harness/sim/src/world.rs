@@ -11,7 +11,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
 use pool_registry_types::node::{
-    Heartbeat, HeartbeatAnswer, Intent, LiveAnswer, RegisterAnswer, RegisterRequest,
+    Heartbeat, HeartbeatAnswer, Intent, IntentOrder, LiveAnswer, RegisterAnswer, RegisterRequest,
 };
 use pool_registry_types::{AttemptId, BootId, Epoch, ErrorBody, Moment, NodeId, ReplicaId, TaskId};
 use task_scheduler::{Dispatch, ReplyTo};
@@ -111,15 +111,13 @@ pub(crate) enum What {
         life: u64,
         node: usize,
         to: ReplyTo,
-        boot_id: BootId,
-        intent: Intent,
+        order: IntentOrder,
     },
     IntentAnswered {
         life: u64,
         node_id: NodeId,
         to: ReplyTo,
-        boot_id: BootId,
-        intent: Intent,
+        order: IntentOrder,
         outcome: Result<(), String>,
     },
     ProbeAnswered {
@@ -472,8 +470,8 @@ impl World {
             What::ProbeAnswered { life, node_id, address, answer } => {
                 self.probe_answered(life, node_id, address, answer);
             }
-            What::IntentAnswered { life, node_id, to, boot_id, intent, outcome } => {
-                self.intent_answered(life, node_id, to, boot_id, intent, outcome);
+            What::IntentAnswered { life, node_id, to, order, outcome } => {
+                self.intent_answered(life, node_id, to, order, outcome);
             }
             What::ControlBack => {
                 self.witness.next_life();

@@ -13,11 +13,11 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use node_agent::Agent;
-use pool_registry_types::node::{Intent, IntentRequest, LiveAnswer};
+use pool_registry_types::node::{IntentOrder, LiveAnswer};
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolReload};
 use pool_registry_types::routes::{self, headers};
 use pool_registry_types::task::{InferRequest, Resume};
-use pool_registry_types::{BootId, ErrorBody, ErrorCode, PoolId, ReplicaId};
+use pool_registry_types::{ErrorBody, ErrorCode, PoolId, ReplicaId};
 use task_scheduler::{Dispatch, HowEnded};
 
 /// Bound of connecting to a node. Source: .specs/01 CLOUD-1501.
@@ -77,22 +77,21 @@ impl NodeLink {
     }
 
     /// Tells the node what it is to do from now on; it has written it down when this returns well.
-    pub(crate) async fn tell_intent(
-        &self,
-        address: &str,
-        boot_id: BootId,
-        intent: Intent,
-    ) -> Result<(), String> {
+    pub(crate) async fn tell_intent(&self, address: &str, order: &IntentOrder) -> Result<(), String> {
         match self {
             Self::Http(http) => {
-                let body = serde_json::to_value(IntentRequest { boot_id, intent }).unwrap_or_default();
+                let body = serde_json::to_value(order).unwrap_or_default();
                 match http.order(address, routes::INTENT, &body).await {
                     Ok(response) if response.status().is_success() => Ok(()),
                     Ok(response) => Err(format!("it answers HTTP {}", response.status().as_u16())),
                     Err(error) => Err(error),
                 }
             }
-            Self::Local(agent) => agent.take_intent(intent).await.map_err(|error| error.to_string()),
+            Self::Local(agent) => match agent.take_intent(order.clone()).await {
+                Ok(true) => Ok(()),
+                Ok(false) => Err("it has registered anew".into()),
+                Err(error) => Err(error.to_string()),
+            },
         }
     }
 

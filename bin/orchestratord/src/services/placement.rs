@@ -244,8 +244,14 @@ impl Loop {
     fn apply(&mut self, event: Event) {
         let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
-            if let Event::Ended { attempt, .. } = &event {
-                self.running.remove(attempt);
+            match &event {
+                Event::Ended { attempt, .. } => drop(self.running.remove(attempt)),
+                // Whoever is answered looks next, and must not see the state before.
+                Event::Register { .. }
+                | Event::Deregister { .. }
+                | Event::Want { .. }
+                | Event::IntentTold { .. } => self.view = None,
+                _ => {}
             }
             for effect in self.core.apply(self.clock.now(), event) {
                 self.carry_out(effect, &mut events);
@@ -290,14 +296,14 @@ impl Loop {
                 streams.close(task, &error);
             }
             Effect::Forget { task } => streams.forget(task),
-            Effect::TellIntent { to, node_id, boot_id, address, intent } => {
+            Effect::TellIntent { to, node_id, address, order } => {
                 let (relays, control) = (Arc::clone(&self.relays), self.control.clone());
                 self.tracker.spawn(async move {
-                    let outcome = relays.link.tell_intent(&address, boot_id, intent).await;
+                    let outcome = relays.link.tell_intent(&address, &order).await;
                     if let Err(reason) = &outcome {
-                        tracing::warn!(%node_id, ?intent, reason, "the node is told with its next call");
+                        tracing::warn!(%node_id, intent = ?order.intent, reason, "the node is told with its next call");
                     }
-                    control.tell(Event::IntentTold { reply: to, node_id, boot_id, intent, outcome }).await;
+                    control.tell(Event::IntentTold { reply: to, node_id, order, outcome }).await;
                 });
             }
             // Without followers nobody is told.

@@ -7,7 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use pool_registry_types::node::{Heartbeat, Intent, LiveAnswer, Liveness, RegisterRequest, StagedModel};
+use pool_registry_types::node::{
+    Heartbeat, Intent, IntentOrder, LiveAnswer, Liveness, RegisterRequest, StagedModel,
+};
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::PoolReport;
 use pool_registry_types::view::{ClusterView, NodeView, PoolView};
@@ -42,7 +44,7 @@ struct Node {
     /// As the node says itself.
     intent: Intent,
     /// What an operator asked for and the node has not reported yet.
-    wanted: Option<Intent>,
+    wanted: Option<IntentOrder>,
     labels: Arc<Labels>,
     last_seq: Option<u64>,
     evidence: Evidence,
@@ -57,16 +59,22 @@ struct Node {
 }
 
 impl Node {
-    /// The node says what it does; a wish that it fulfils is none any more.
-    fn told(&mut self, intent: Intent) {
+    /// The node says what it does, and the number of the last order it has taken: one that it
+    /// has taken is no wish any more.
+    fn told(&mut self, intent: Intent, order: u64) {
         self.intent = intent;
-        self.wanted = self.wanted.filter(|wanted| *wanted != intent);
+        self.wanted = self.wanted.take().filter(|wanted| wanted.number > order);
+    }
+
+    /// What the node is to be told: its last order, or what it does anyway.
+    fn order(&self) -> (Intent, u64) {
+        self.wanted.as_ref().map_or((self.intent, 0), |wanted| (wanted.intent, wanted.number))
     }
 
     /// Draining as soon as either side says so, serving when both do.
     fn effective_intent(&self, at_once: bool) -> Intent {
-        match self.wanted {
-            Some(wanted) if at_once && self.intent == Intent::Serving => wanted,
+        match &self.wanted {
+            Some(wanted) if at_once && self.intent == Intent::Serving => wanted.intent,
             _ => self.intent,
         }
     }
@@ -89,8 +97,9 @@ pub struct NodeNotKnown;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Registered {
     pub epoch: Epoch,
-    /// What the node is to do; as it said itself, or as an operator asked for meanwhile.
-    pub intent: Intent,
+    /// What the node is to do, and the number of the order; as it said itself, or as an
+    /// operator asked for meanwhile.
+    pub intent: (Intent, u64),
     /// Attempts of an earlier boot: they are over.
     pub ended: Vec<AttemptId>,
 }
@@ -100,8 +109,8 @@ pub enum HeartbeatOutcome {
     /// An old number: nothing was taken from it.
     Ignored,
     Taken {
-        /// What the node is to do from now on.
-        intent: Intent,
+        /// What the node is to do from now on, and the number of the order.
+        intent: (Intent, u64),
         /// The node was suspect or offline before.
         returned: bool,
         /// We thought they ran; the node does not.
@@ -130,6 +139,7 @@ pub struct PoolFacts<'r> {
 pub struct ServiceRegistry {
     settings: Settings,
     epochs_given: u64,
+    orders_given: u64,
     nodes: BTreeMap<NodeId, Node>,
     reservations: BTreeMap<AttemptId, Reservation>,
     /// When a node last reported a pool that has or loads the model.
@@ -150,6 +160,7 @@ impl ServiceRegistry {
         Self {
             settings,
             epochs_given: 0,
+            orders_given: 0,
             nodes: BTreeMap::new(),
             reservations: BTreeMap::new(),
             models_reported: BTreeMap::new(),
@@ -195,16 +206,19 @@ impl ServiceRegistry {
             node.evidence.heard(now);
             node.evidence.want_probe(now);
             node.epoch = epoch.clone();
-            node.told(request.intent);
+            // It takes orders under the new epoch from now on: one that was not reported is sent anew.
+            node.intent = request.intent;
+            node.wanted = node.wanted.take().map(|wanted| IntentOrder { epoch: epoch.clone(), ..wanted });
             node.labels = Arc::new(request.labels.clone());
             node.request = request;
         } else {
             // An operator's wish is for the node, not for one life of it.
-            let wanted = self.nodes.get(&node_id).and_then(|node| node.wanted);
+            let before = self.nodes.get(&node_id).and_then(|node| node.wanted.clone());
+            let wanted = before.filter(|wanted| wanted.intent != request.intent);
             let node = Node {
                 epoch: epoch.clone(),
                 intent: request.intent,
-                wanted: wanted.filter(|wanted| *wanted != request.intent),
+                wanted: wanted.map(|wanted| IntentOrder { epoch: epoch.clone(), ..wanted }),
                 labels: Arc::new(request.labels.clone()),
                 last_seq: None,
                 evidence: Evidence::new(now),
@@ -218,7 +232,7 @@ impl ServiceRegistry {
             };
             self.nodes.insert(node_id.clone(), node);
         }
-        let intent = self.wanted_intent(&node_id);
+        let intent = self.nodes.get(&node_id).map_or((Intent::Serving, 0), Node::order);
         Ok(Registered { epoch, intent, ended })
     }
 
@@ -271,7 +285,7 @@ impl ServiceRegistry {
         let before = node.evidence.liveness();
         node.evidence.heard(now);
         node.last_seq = Some(beat.seq);
-        node.told(beat.intent);
+        node.told(beat.intent, beat.intent_order);
         node.gpus = beat.gpus;
         node.models = beat.models;
 
@@ -315,35 +329,31 @@ impl ServiceRegistry {
             !listed.contains(*attempt) && (!fenced || accepted_after.is_some_and(|after| after < beat.seq))
         };
         let vanished = node.reserved.iter().filter(vanished).copied().collect();
-        let intent = node.wanted.unwrap_or(node.intent);
+        let intent = node.order();
         self.review_mass_silence();
         Ok(HeartbeatOutcome::Taken { intent, returned: before != Liveness::Online, vanished, orphans })
     }
 
     // ---- intent ----
 
-    /// An operator wants the node to drain or to serve. Returns where to tell it, or nothing
-    /// for a node that is not known.
-    pub fn want(&mut self, node_id: &NodeId, intent: Intent) -> Option<(String, BootId)> {
+    /// An operator wants the node to drain or to serve. Returns where to send the order, or
+    /// nothing for a node that is not known.
+    pub fn want(&mut self, node_id: &NodeId, intent: Intent) -> Option<(String, IntentOrder)> {
         let node = self.nodes.get_mut(node_id)?;
-        node.wanted = Some(intent);
-        Some((node.request.address.clone(), node.request.boot_id))
+        self.orders_given += 1;
+        let order = IntentOrder { epoch: node.epoch.clone(), number: self.orders_given, intent };
+        node.wanted = Some(order.clone());
+        Some((node.request.address.clone(), order))
     }
 
-    /// The node says that it has taken the intent over. The wish stands until a report says so
-    /// too: one that was made before may still be on its way.
-    pub fn intent_taken(&mut self, node_id: &NodeId, boot_id: BootId, intent: Intent) {
+    /// The node says that it has taken the order. The wish stands until a report says so too:
+    /// one that was made before may still be on its way.
+    pub fn intent_taken(&mut self, node_id: &NodeId, order: &IntentOrder) {
         if let Some(node) = self.nodes.get_mut(node_id)
-            && node.request.boot_id == boot_id
-            && node.wanted == Some(intent)
+            && node.wanted.as_ref() == Some(order)
         {
-            node.intent = intent;
+            node.intent = order.intent;
         }
-    }
-
-    /// What the node is to be told.
-    fn wanted_intent(&self, node_id: &NodeId) -> Intent {
-        self.nodes.get(node_id).map_or(Intent::Serving, |node| node.wanted.unwrap_or(node.intent))
     }
 
     /// Whether the node takes new work as far as anybody wants it to.

@@ -78,6 +78,7 @@ fn beat(epoch: &Epoch, seq: u64, attempts: &[AttemptId]) -> Heartbeat {
         seq,
         timestamp: String::new(),
         intent: Intent::Serving,
+        intent_order: 0,
         pools: vec![report(4, attempts)],
         gpus: vec![],
         models: vec![],
@@ -404,31 +405,35 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
 }
 
 // CLOUD-1320
+// CLOUD-1323
 #[test]
 fn a_drained_node_takes_nothing_new_before_it_says_so_and_is_told_until_it_does() {
     let mut r = registry();
     let epoch = join(&mut r, at(0), "a");
     r.heartbeat(at(1), &node_id("a"), beat(&epoch, 1, &[])).unwrap();
-    assert_eq!(r.want(&node_id("a"), Intent::Draining).unwrap().0, "http://a");
+    let (address, drain) = r.want(&node_id("a"), Intent::Draining).unwrap();
+    assert_eq!((address.as_str(), &drain.epoch), ("http://a", &epoch));
     assert_eq!(r.pool_facts(&pool("a")).unwrap().intent, Intent::Draining);
     let told = |outcome| match outcome {
         Ok(HeartbeatOutcome::Taken { intent, .. }) => intent,
         other => panic!("{other:?}"),
     };
-    assert_eq!(told(r.heartbeat(at(2), &node_id("a"), beat(&epoch, 2, &[]))), Intent::Draining);
-    let drains = |seq| Heartbeat { intent: Intent::Draining, ..beat(&epoch, seq, &[]) };
-    assert_eq!(told(r.heartbeat(at(3), &node_id("a"), drains(3))), Intent::Draining);
+    let says = |seq, intent, intent_order| Heartbeat { intent, intent_order, ..beat(&epoch, seq, &[]) };
+    let of = |r: &mut ServiceRegistry, beat: Heartbeat| told(r.heartbeat(at(beat.seq), &node_id("a"), beat));
+    assert_eq!(of(&mut r, says(2, Intent::Serving, 0)), (Intent::Draining, drain.number));
+    assert_eq!(of(&mut r, says(3, Intent::Draining, drain.number)), (Intent::Draining, 0));
     // It serves again only when both sides say so.
-    r.want(&node_id("a"), Intent::Serving).unwrap();
+    let (_, resume) = r.want(&node_id("a"), Intent::Serving).unwrap();
+    assert!(resume.number > drain.number);
     assert_eq!(r.intent(&node_id("a")), Some(Intent::Draining));
-    assert_eq!(told(r.heartbeat(at(4), &node_id("a"), drains(4))), Intent::Serving);
-    r.intent_taken(&node_id("a"), BootId(Uuid::from_u128(1)), Intent::Serving);
+    assert_eq!(of(&mut r, says(4, Intent::Draining, drain.number)), (Intent::Serving, resume.number));
+    r.intent_taken(&node_id("a"), &resume);
     assert_eq!(r.intent(&node_id("a")), Some(Intent::Serving));
-    // A report that was made before the node took the wish over does not undo it.
-    r.heartbeat(at(5), &node_id("a"), beat(&epoch, 5, &[])).unwrap();
-    r.want(&node_id("a"), Intent::Draining).unwrap();
-    r.intent_taken(&node_id("a"), BootId(Uuid::from_u128(1)), Intent::Draining);
-    r.heartbeat(at(6), &node_id("a"), beat(&epoch, 6, &[])).unwrap();
+    // Neither a report that was made before the node took the last order, nor the word that it
+    // took an earlier one, undoes the last one.
+    let (_, last) = r.want(&node_id("a"), Intent::Draining).unwrap();
+    r.intent_taken(&node_id("a"), &resume);
+    assert_eq!(of(&mut r, says(5, Intent::Serving, resume.number)), (Intent::Draining, last.number));
     assert_eq!(r.intent(&node_id("a")), Some(Intent::Draining));
     assert_eq!(r.want(&node_id("nobody"), Intent::Draining), None);
 }
@@ -438,12 +443,12 @@ fn a_drained_node_takes_nothing_new_before_it_says_so_and_is_told_until_it_does(
 fn an_intent_belongs_to_the_node_and_not_to_one_life_of_it() {
     let mut r = registry();
     join(&mut r, at(0), "a");
-    r.want(&node_id("a"), Intent::Draining).unwrap();
+    let (_, order) = r.want(&node_id("a"), Intent::Draining).unwrap();
     let again = r.register(at(10), request("a", 2, "http://a")).unwrap();
-    assert_eq!(again.intent, Intent::Draining, "the restarted node is told");
+    assert_eq!(again.intent, (Intent::Draining, order.number), "the restarted node is told");
     assert_eq!(r.intent(&node_id("a")), Some(Intent::Draining));
     let kept = RegisterRequest { intent: Intent::Draining, ..request("a", 3, "http://a") };
-    assert_eq!(r.register(at(20), kept).unwrap().intent, Intent::Draining);
+    assert_eq!(r.register(at(20), kept).unwrap().intent, (Intent::Draining, 0), "it has it in its file");
 }
 
 // CLOUD-1310

@@ -16,7 +16,7 @@ use multi_node_placement::{
 use pool_registry_types::error::EndCause;
 use pool_registry_types::moment::millis;
 use pool_registry_types::node::{
-    Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, Liveness, RegisterAnswer, RegisterRequest,
+    Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, IntentOrder, Liveness, RegisterAnswer, RegisterRequest,
 };
 use pool_registry_types::placement::{Explanation, PoolName, PoolVerdict};
 use pool_registry_types::pool::PoolState;
@@ -26,8 +26,8 @@ use pool_registry_types::task::{
 };
 use pool_registry_types::view::{ClusterChange, ClusterView};
 use pool_registry_types::{
-    AttemptId, BootId, Epoch, ErrorBody, ErrorCode, LogId, ModelRef, Moment, NodeId, PoolKey, SessionId,
-    TaskId, routes,
+    AttemptId, Epoch, ErrorBody, ErrorCode, LogId, ModelRef, Moment, NodeId, PoolKey, SessionId, TaskId,
+    routes,
 };
 use service_registry::{HeartbeatOutcome, Rule, ServiceRegistry, Settings, Timing, Transition};
 use uuid::Uuid;
@@ -320,9 +320,8 @@ impl ControlCore {
                 self.ended(now, attempt, tokens_written, &how, closed_after, &mut effects);
             }
             Event::Want { reply, node_id, intent } => self.want(reply, node_id, intent, &mut effects),
-            Event::IntentTold { reply, node_id, boot_id, intent, outcome } => {
-                let kept = outcome.is_ok();
-                self.intent_told(reply, node_id, boot_id, intent, kept, &mut effects);
+            Event::IntentTold { reply, node_id, order, outcome } => {
+                self.intent_told(reply, node_id, &order, outcome.is_ok(), &mut effects);
             }
             Event::SetRetired { model, retired: true } => drop(self.retired.insert(model)),
             Event::SetRetired { model, retired: false } => drop(self.retired.remove(&model)),

@@ -260,6 +260,7 @@ fn a_session_returns_to_its_replica_until_the_engine_was_away() {
         seq,
         timestamp: String::new(),
         intent: Intent::Serving,
+        intent_order: 0,
         pools: vec![pool],
         gpus: vec![],
         models: vec![],

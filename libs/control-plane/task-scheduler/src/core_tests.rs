@@ -85,9 +85,9 @@ impl Bench {
                     let live = LiveAnswer { boot_id: boot(), node_id: node_id.clone() };
                     self.apply(Event::Probed { node_id, address, answer: Ok(live) });
                 }
-                Effect::TellIntent { to, node_id, boot_id, intent, .. } => {
+                Effect::TellIntent { to, node_id, order, .. } => {
                     let outcome = self.node_takes_intents.then_some(()).ok_or_else(|| "no answer".to_owned());
-                    self.apply(Event::IntentTold { reply: to, node_id, boot_id, intent, outcome });
+                    self.apply(Event::IntentTold { reply: to, node_id, order, outcome });
                 }
                 Effect::Changed(change) => self.changes.push(change),
                 Effect::OpenLog { .. } | Effect::Forget { .. } => {}
@@ -128,6 +128,7 @@ impl Bench {
             seq,
             timestamp: String::new(),
             intent: Intent::Serving,
+            intent_order: 0,
             pools: vec![report(slots, attempts)],
             gpus: vec![],
             models: vec![],

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use pool_registry_types::node::{
-    Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, LiveAnswer, RegisterAnswer, RegisterRequest,
+    Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, IntentOrder, LiveAnswer, RegisterAnswer,
+    RegisterRequest,
 };
 use pool_registry_types::task::{ResumeMode, TaskAccepted, TaskRequest};
 use pool_registry_types::view::ClusterChange;
@@ -84,8 +85,7 @@ pub enum Event {
     IntentTold {
         reply: ReplyTo,
         node_id: NodeId,
-        boot_id: BootId,
-        intent: Intent,
+        order: IntentOrder,
         outcome: Result<(), String>,
     },
     /// A model may be placed, or not any more.
@@ -142,9 +142,8 @@ pub enum Effect {
     TellIntent {
         to: ReplyTo,
         node_id: NodeId,
-        boot_id: BootId,
         address: String,
-        intent: Intent,
+        order: IntentOrder,
     },
     /// For those who follow what happens in the cluster.
     Changed(ClusterChange),

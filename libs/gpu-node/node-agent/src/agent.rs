@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use handoff_watcher::{Change, HandoffName};
 use node_registration::{BeatFailure, CallError, ControlPlane};
 use parking_lot::Mutex;
-use pool_registry_types::node::{GpuReport, Intent, StagedModel};
+use pool_registry_types::node::{GpuReport, Intent, IntentOrder, StagedModel};
 use pool_registry_types::pool::PoolReport;
 use pool_registry_types::{AttemptId, Moment, PoolId, ReplicaId};
 use tokio::sync::Notify;
@@ -53,6 +53,7 @@ pub struct Agent {
     replicas: Mutex<BTreeMap<HandoffName, CancellationToken>>,
     problems: Mutex<BTreeMap<String, String>>,
     intent_file: IntentFile,
+    taking_intent: tokio::sync::Mutex<()>,
     pub(crate) counters: Mutex<NodeCounters>,
     pub(crate) tracker: TaskTracker,
     stop: CancellationToken,
@@ -77,6 +78,7 @@ impl Agent {
             start: Instant::now(),
             core: Mutex::new(NodeCore::new(identity, session, intent_file.read())),
             intent_file,
+            taking_intent: tokio::sync::Mutex::default(),
             wake: Notify::new(),
             client,
             cancels: Mutex::new(HashMap::new()),
@@ -265,9 +267,9 @@ impl Agent {
         for effect in effects {
             match effect {
                 NodeEffect::Cancel(attempt) => self.cancel(&attempt, "the control plane does not know it"),
-                NodeEffect::TakeIntent(intent) => {
-                    if let Err(error) = self.take_intent(intent).await {
-                        tracing::error!(?intent, %error, "the intent cannot be written down, and is not taken");
+                NodeEffect::TakeIntent(order) => {
+                    if let Err(error) = self.take_intent(order).await {
+                        tracing::error!(%error, "the intent cannot be written down, and is not taken");
                     }
                 }
                 NodeEffect::Register(_) | NodeEffect::Heartbeat(_) | NodeEffect::Deregister(_) => {
@@ -277,14 +279,25 @@ impl Agent {
         }
     }
 
-    /// Writes the operator's wish down and follows it.
-    pub async fn take_intent(self: &Arc<Self>, intent: Intent) -> std::io::Result<()> {
+    /// Writes the operator's wish down and follows it. Returns whether the order is for this
+    /// registration; one that a later one has overtaken has no effect.
+    pub async fn take_intent(self: &Arc<Self>, order: IntentOrder) -> std::io::Result<bool> {
+        // One at a time: the file must say what the last order says.
+        let _one = self.taking_intent.lock().await;
+        let (of_now, counts) = {
+            let core = self.core.lock();
+            (core.session().epoch() == Some(&order.epoch), core.counts(&order))
+        };
+        if !counts {
+            return Ok(of_now);
+        }
+        let intent = order.intent;
         let file = self.intent_file.clone();
         let written = tokio::task::spawn_blocking(move || file.write(intent)).await;
         written.unwrap_or_else(|panic| Err(std::io::Error::other(panic)))?;
         tracing::info!(?intent, "the operator's intent is taken");
-        self.change(|core, now| core.set_intent(now, intent));
-        Ok(())
+        self.change(|core, now| core.set_intent(now, &order));
+        Ok(true)
     }
 
     /// Ends an attempt at its engine.

@@ -162,6 +162,14 @@ impl Session {
         matches!(self.state, State::Registered { .. })
     }
 
+    /// The registration that holds now.
+    pub fn epoch(&self) -> Option<&Epoch> {
+        match &self.state {
+            State::Registered { epoch, .. } => Some(epoch),
+            _ => None,
+        }
+    }
+
     pub fn has_left(&self) -> bool {
         self.state == State::Left
     }
@@ -214,11 +222,17 @@ mod tests {
             heartbeat_interval_ms: 2_000,
             node_timeout_ms: 6_000,
             intent: Intent::Serving,
+            intent_order: 0,
         }
     }
 
     fn beat_answer() -> HeartbeatAnswer {
-        HeartbeatAnswer { heartbeat_interval_ms: 2_000, cancel_attempts: vec![], intent: Intent::Serving }
+        HeartbeatAnswer {
+            heartbeat_interval_ms: 2_000,
+            cancel_attempts: vec![],
+            intent: Intent::Serving,
+            intent_order: 0,
+        }
     }
 
     fn registered() -> Session {

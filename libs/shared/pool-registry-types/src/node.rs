@@ -75,7 +75,15 @@ pub struct RegisterAnswer {
     pub epoch: Epoch,
     pub heartbeat_interval_ms: u64,
     pub node_timeout_ms: u64,
+    /// What the node is to do, where the order is a new one.
     pub intent: Intent,
+    /// The number of the operator's last order for the node; 0 for none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub intent_order: u64,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// `POST /v2/nodes/{id}/heartbeat`: the node's whole state, never a difference.
@@ -88,6 +96,9 @@ pub struct Heartbeat {
     pub timestamp: String,
     #[serde(default)]
     pub intent: Intent,
+    /// The number of the last order under this epoch that the node has taken; 0 for none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub intent_order: u64,
     #[serde(default)]
     pub pools: Vec<PoolReport>,
     #[serde(default)]
@@ -131,9 +142,12 @@ pub struct HeartbeatAnswer {
     /// Attempts that the control plane does not know: the node ends them.
     #[serde(default)]
     pub cancel_attempts: Vec<AttemptId>,
-    /// What the node is to do from now on, where it differs from the report.
+    /// What the node is to do from now on, where the order is a new one.
     #[serde(default)]
     pub intent: Intent,
+    /// The number of the operator's last order for the node; 0 for none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub intent_order: u64,
 }
 
 /// `POST /v2/nodes/{id}/drain` and `…/resume`.
@@ -148,10 +162,15 @@ pub struct IntentAnswer {
     pub running: u32,
 }
 
-/// `POST /v2/intent` of a node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct IntentRequest {
-    pub boot_id: BootId,
+/// `POST /v2/intent` of a node: what its operator wants from now on.
+///
+/// Orders reach a node on several ways, and overtake each other. One counts only under the
+/// registration it was given for, and when no later one has been taken.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct IntentOrder {
+    pub epoch: Epoch,
+    /// Rises with each order of one life of the control plane.
+    pub number: u64,
     pub intent: Intent,
 }
 

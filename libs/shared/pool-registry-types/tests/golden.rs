@@ -3,9 +3,11 @@
 use std::path::Path;
 
 use pool_registry_types::ErrorBody;
-use pool_registry_types::node::{Heartbeat, HeartbeatAnswer, RegisterAnswer, RegisterRequest};
-use pool_registry_types::task::{InferRequest, TaskAccepted, TaskRequest};
-use pool_registry_types::view::Availability;
+use pool_registry_types::node::{Heartbeat, HeartbeatAnswer, IntentOrder, RegisterAnswer, RegisterRequest};
+use pool_registry_types::placement::Explanation;
+use pool_registry_types::pool::PoolOrdered;
+use pool_registry_types::task::{InferRequest, Metrics, SessionView, TaskAccepted, TaskPage, TaskRequest};
+use pool_registry_types::view::{Availability, ClusterChange, ClusterView, PoolList};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -34,6 +36,17 @@ fn every_golden_body_is_read_and_written_as_it_stands() {
     stands::<InferRequest>("infer_request.json");
     stands::<ErrorBody>("error.json");
     stands::<Availability>("availability.json");
+    stands::<ClusterView>("nodes.json");
+    stands::<PoolList>("pools.json");
+    stands::<TaskPage>("tasks.json");
+    stands::<SessionView>("session.json");
+    stands::<Explanation>("explanation.json");
+    stands::<Metrics>("metrics.json");
+    stands::<IntentOrder>("intent_order.json");
+    stands::<PoolOrdered>("pool_ordered.json");
+    stands::<ClusterChange>("change_node.json");
+    stands::<ClusterChange>("change_pool.json");
+    stands::<ClusterChange>("change_task.json");
 }
 
 #[test]

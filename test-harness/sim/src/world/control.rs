@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pool_registry_types::node::{Capabilities, Intent, LiveAnswer, Liveness, RegisterRequest};
+use pool_registry_types::node::{Capabilities, Intent, IntentOrder, LiveAnswer, Liveness, RegisterRequest};
 use pool_registry_types::placement::Labels;
 use pool_registry_types::task::{Determinism, Priority, Recovery, ResumeMode, TaskRequest};
 use pool_registry_types::{
@@ -274,15 +274,15 @@ impl World {
             }
             Effect::CloseTask { task, error } => self.close_task(task, &error),
             Effect::Forget { .. } | Effect::Changed(_) => {}
-            Effect::TellIntent { to, node_id, boot_id, intent, .. } => {
-                self.witness.wants(&node_id, intent);
+            Effect::TellIntent { to, node_id, order, .. } => {
+                self.witness.wants(&node_id, order.intent);
                 let node: usize = node_id.as_str()[1..].parse().expect("simulated ids are n<number>");
                 if self.links[node].blocked() {
                     let outcome = Err("no answer in time".to_owned());
-                    self.answer_intent(life, node, to, boot_id, intent, 2_000, outcome);
+                    self.answer_intent(life, node, to, order, 2_000, outcome);
                 } else {
                     let delay = self.delay();
-                    self.after_ms(delay, What::IntentArrives { life, node, to, boot_id, intent });
+                    self.after_ms(delay, What::IntentArrives { life, node, to, order });
                 }
             }
             Effect::Probe { node_id, address } => {
@@ -442,12 +442,11 @@ impl World {
         life: u64,
         node_id: NodeId,
         reply: ReplyTo,
-        boot_id: BootId,
-        intent: Intent,
+        order: IntentOrder,
         outcome: Result<(), String>,
     ) {
         if self.control.as_ref().is_some_and(|control| control.life == life) {
-            self.apply(Event::IntentTold { reply, node_id, boot_id, intent, outcome });
+            self.apply(Event::IntentTold { reply, node_id, order, outcome });
         }
     }
 

@@ -7,7 +7,7 @@ use node_agent::core::{Ask, Health, Identity, Readiness, ReplicaSpec};
 use node_agent::{NodeCore, NodeEffect};
 use node_registration::{BeatFailure, Session};
 use pool_registry_types::error::EndCause;
-use pool_registry_types::node::{Capabilities, Intent, LiveAnswer};
+use pool_registry_types::node::{Capabilities, Intent, IntentOrder, LiveAnswer};
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::task::ResumeMode;
@@ -164,9 +164,9 @@ impl World {
             if let What::ProbeArrives { life, address, .. } = what {
                 return self.answer_probe(life, node, address, 2_000, Err("no answer in time".into()));
             }
-            if let What::IntentArrives { life, to, boot_id, intent, .. } = what {
+            if let What::IntentArrives { life, to, order, .. } = what {
                 let outcome = Err("no answer in time".to_owned());
-                return self.answer_intent(life, node, to, boot_id, intent, 5_000, outcome);
+                return self.answer_intent(life, node, to, order, 5_000, outcome);
             }
             self.nodes[node].deferred.push(what);
             return;
@@ -178,8 +178,8 @@ impl World {
             What::DropArrives { conn } => self.drop_arrives(node, conn),
             What::KeepAlive { conn } => self.keep_alive(conn),
             What::ProbeArrives { life, address, .. } => self.probe_arrives(life, node, address),
-            What::IntentArrives { life, to, boot_id, intent, .. } => {
-                self.intent_arrives(life, node, to, boot_id, intent);
+            What::IntentArrives { life, to, order, .. } => {
+                self.intent_arrives(life, node, to, order);
             }
             What::NodeTimer { armed, .. } => {
                 if self.nodes[node].core.as_ref().and_then(NodeCore::next_deadline) == Some(armed) {
@@ -245,29 +245,30 @@ impl World {
                 self.coverage.hit("core: orphan ended");
                 self.cancel_run(node, attempt);
             }
-            NodeEffect::TakeIntent(intent) => self.take_intent(node, intent),
+            NodeEffect::TakeIntent(order) => drop(self.take_intent(node, &order)),
             other => unreachable!("not an order: {other:?}"),
         }
     }
 
-    fn take_intent(&mut self, node: usize, intent: Intent) {
+    /// Returns whether the order is for the registration that holds.
+    fn take_intent(&mut self, node: usize, order: &IntentOrder) -> bool {
         let now = self.now;
-        self.kept_intents[node] = intent;
-        if let Some(core) = self.nodes[node].core.as_mut() {
-            core.set_intent(now, intent);
+        let Some(core) = self.nodes[node].core.as_mut() else { return false };
+        if !core.counts(order) {
+            return core.session().epoch() == Some(&order.epoch);
         }
-        self.note(|_| format!("n{node} takes {intent:?} over"));
+        self.kept_intents[node] = order.intent;
+        core.set_intent(now, order);
+        self.note(|_| format!("n{node} takes {:?} over", order.intent));
+        true
     }
 
-    fn intent_arrives(&mut self, life: u64, node: usize, to: ReplyTo, boot_id: BootId, intent: Intent) {
-        let there = self.nodes[node].core.is_some() && self.nodes[node].boot == boot_id;
-        if there {
-            self.take_intent(node, intent);
-            self.pump(node);
-        }
+    fn intent_arrives(&mut self, life: u64, node: usize, to: ReplyTo, order: IntentOrder) {
+        let there = self.take_intent(node, &order);
+        self.pump(node);
         let outcome = there.then_some(()).ok_or_else(|| "connection refused".to_owned());
         let delay = self.delay();
-        self.answer_intent(life, node, to, boot_id, intent, delay, outcome);
+        self.answer_intent(life, node, to, order, delay, outcome);
     }
 
     #[expect(clippy::too_many_arguments, reason = "the parts of one message")]
@@ -276,14 +277,13 @@ impl World {
         life: u64,
         node: usize,
         to: ReplyTo,
-        boot_id: BootId,
-        intent: Intent,
+        order: IntentOrder,
         ms: u64,
         outcome: Result<(), String>,
     ) {
         let node_id = self.node_id(node);
         let outcome = if self.links[node].blocked() { Err("no answer in time".into()) } else { outcome };
-        self.after_ms(ms, What::IntentAnswered { life, node_id, to, boot_id, intent, outcome });
+        self.after_ms(ms, What::IntentAnswered { life, node_id, to, order, outcome });
     }
 
     fn call_times_out(&mut self, node: usize, caller: Caller) {

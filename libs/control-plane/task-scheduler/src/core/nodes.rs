@@ -21,7 +21,8 @@ impl ControlCore {
                     epoch: registered.epoch,
                     heartbeat_interval_ms: millis(self.policy.timing.heartbeat_interval),
                     node_timeout_ms: millis(self.policy.timing.node_timeout),
-                    intent: registered.intent,
+                    intent: registered.intent.0,
+                    intent_order: registered.intent.1,
                 }))
             }
             Err(conflict) => {
@@ -47,7 +48,7 @@ impl ControlCore {
         let (cancel_attempts, intent) = match self.registry.heartbeat(now, node_id, beat) {
             Ok(HeartbeatOutcome::Ignored) => {
                 self.counters.old_reports += 1;
-                (Vec::new(), reported)
+                (Vec::new(), (reported, 0))
             }
             Ok(HeartbeatOutcome::Taken { intent, returned, vanished, orphans }) => {
                 self.counters.returns += u64::from(returned);
@@ -65,7 +66,12 @@ impl ControlCore {
             }
         };
         let heartbeat_interval_ms = millis(self.policy.timing.heartbeat_interval);
-        let answer = HeartbeatAnswer { heartbeat_interval_ms, cancel_attempts, intent };
+        let answer = HeartbeatAnswer {
+            heartbeat_interval_ms,
+            cancel_attempts,
+            intent: intent.0,
+            intent_order: intent.1,
+        };
         effects.push(Effect::Reply { to, answer: Ok(Answer::Heartbeat(answer)) });
     }
 
@@ -87,9 +93,9 @@ impl ControlCore {
     /// An operator wants the node to drain or to serve: it counts here at once, and the node is told.
     pub(super) fn want(&mut self, to: ReplyTo, node_id: NodeId, intent: Intent, effects: &mut Vec<Effect>) {
         match self.registry.want(&node_id, intent) {
-            Some((address, boot_id)) => {
+            Some((address, order)) => {
                 self.sync_node(&node_id);
-                effects.push(Effect::TellIntent { to, node_id, boot_id, address, intent });
+                effects.push(Effect::TellIntent { to, node_id, address, order });
             }
             None => {
                 let mut body = ErrorBody::new(ErrorCode::NodeUnknown, format!("no node {node_id}"));
@@ -103,17 +109,17 @@ impl ControlCore {
         &mut self,
         to: ReplyTo,
         node_id: NodeId,
-        boot_id: BootId,
-        intent: Intent,
+        order: &IntentOrder,
         kept_by_node: bool,
         effects: &mut Vec<Effect>,
     ) {
         if kept_by_node {
-            self.registry.intent_taken(&node_id, boot_id, intent);
+            self.registry.intent_taken(&node_id, order);
             self.sync_node(&node_id);
         }
         let running = self.registry.attempts_of(&node_id).len();
         let running = u32::try_from(running).unwrap_or(u32::MAX);
+        let intent = order.intent;
         let answer = Ok(Answer::Intent(IntentAnswer { node_id, intent, kept_by_node, running }));
         effects.push(Effect::Reply { to, answer });
     }

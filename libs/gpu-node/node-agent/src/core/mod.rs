@@ -11,7 +11,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use node_registration::{Action, BeatFailure, Session};
 use pool_registry_types::node::{
-    Capabilities, GpuReport, Heartbeat, HeartbeatAnswer, Intent, RegisterAnswer, RegisterRequest, StagedModel,
+    Capabilities, GpuReport, Heartbeat, HeartbeatAnswer, Intent, IntentOrder, RegisterAnswer,
+    RegisterRequest, StagedModel,
 };
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::{EngineKind, PoolReport};
@@ -49,7 +50,7 @@ pub enum NodeEffect {
     /// End the attempt at its engine; the control plane does not know it.
     Cancel(AttemptId),
     /// Write down what the operator wants, then call [`NodeCore::set_intent`].
-    TakeIntent(Intent),
+    TakeIntent(IntentOrder),
 }
 
 /// The node took an attempt.
@@ -88,8 +89,8 @@ pub struct NodeCore {
     asked: Intent,
     /// The process is about to end.
     leaving: bool,
-    /// What the call under way says of it.
-    said: Intent,
+    /// The number of the last order that was taken under the present registration.
+    order_taken: u64,
     seq: u64,
     pools: BTreeMap<PoolId, Pool>,
     running: BTreeMap<AttemptId, Place>,
@@ -107,7 +108,7 @@ impl NodeCore {
             session,
             asked,
             leaving: false,
-            said: asked,
+            order_taken: 0,
             seq: 0,
             pools: BTreeMap::new(),
             running: BTreeMap::new(),
@@ -131,7 +132,6 @@ impl NodeCore {
     /// What is due now; to be asked for after every change and at [`NodeCore::next_deadline`].
     pub fn due(&mut self, now: Moment) -> Option<NodeEffect> {
         let action = self.session.next_action(now)?;
-        self.said = self.intent();
         Some(match action {
             Action::Register => NodeEffect::Register(RegisterRequest {
                 node_id: self.identity.node_id.clone(),
@@ -139,7 +139,7 @@ impl NodeCore {
                 boot_id: self.identity.boot_id,
                 address: self.identity.address.clone(),
                 version: self.identity.version.clone(),
-                intent: self.said,
+                intent: self.intent(),
                 labels: self.identity.labels.clone(),
                 pools: self.pools.keys().cloned().collect(),
                 capabilities: self.identity.capabilities.clone(),
@@ -159,7 +159,8 @@ impl NodeCore {
             epoch,
             seq: self.seq,
             timestamp: String::new(),
-            intent: self.said,
+            intent: self.intent(),
+            intent_order: self.order_taken,
             pools: self.pool_reports(now),
             gpus: self.gpus.clone(),
             models: self.models.clone(),
@@ -172,15 +173,24 @@ impl NodeCore {
         now: Moment,
         answer: Result<RegisterAnswer, Option<ErrorBody>>,
     ) -> Vec<NodeEffect> {
-        let told = answer.as_ref().ok().map(|answer| answer.intent);
+        let told = answer.as_ref().ok().map(|answer| (answer.intent, answer.intent_order));
         self.session.registered(now, answer);
+        if told.is_some() {
+            self.order_taken = 0;
+        }
         self.told(told).into_iter().collect()
     }
 
-    /// An answer that differs from what the call said is an operator's wish. One that repeats it
-    /// says nothing: the operator may have changed it here since.
-    fn told(&self, intent: Option<Intent>) -> Option<NodeEffect> {
-        intent.filter(|intent| *intent != self.said).map(NodeEffect::TakeIntent)
+    /// What an answer says is an order where its number is a new one.
+    fn told(&self, told: Option<(Intent, u64)>) -> Option<NodeEffect> {
+        let ((intent, number), epoch) = told.zip(self.session.epoch().cloned())?;
+        let order = IntentOrder { epoch, number, intent };
+        self.counts(&order).then_some(NodeEffect::TakeIntent(order))
+    }
+
+    /// Whether the order is for this registration and no later one was taken.
+    pub fn counts(&self, order: &IntentOrder) -> bool {
+        self.session.epoch() == Some(&order.epoch) && order.number > self.order_taken
     }
 
     /// Takes the answer in; returns what the control plane wants done: a change of intent, and
@@ -191,7 +201,8 @@ impl NodeCore {
         answer: Result<HeartbeatAnswer, BeatFailure>,
     ) -> Vec<NodeEffect> {
         self.session.heartbeat_answered(now, answer.as_ref().map_err(|failure| *failure));
-        let intent = self.told(answer.as_ref().ok().map(|answer| answer.intent));
+        let told = answer.as_ref().ok().map(|answer| (answer.intent, answer.intent_order));
+        let intent = self.told(told);
         let canceled = answer.map(|answer| answer.cancel_attempts).unwrap_or_default();
         let running = canceled.into_iter().filter(|id| self.running.contains_key(id));
         running.map(NodeEffect::Cancel).chain(intent).collect()
@@ -207,10 +218,11 @@ impl NodeCore {
         self.session.poke(now);
     }
 
-    /// The operator wants this, and it is written down.
-    pub fn set_intent(&mut self, now: Moment, intent: Intent) {
-        if self.asked != intent {
-            self.asked = intent;
+    /// The operator wants this, and it is written down. What does not count has no effect.
+    pub fn set_intent(&mut self, now: Moment, order: &IntentOrder) {
+        if self.counts(order) {
+            self.order_taken = order.number;
+            self.asked = order.intent;
             self.session.poke(now);
         }
     }
