@@ -44,13 +44,16 @@ async fn round(
     tally: &mut Tally,
     seed: u64,
     allowed: &str,
+    timeouts: Option<&serde_json::Value>,
     harm: impl AsyncFnOnce(&mut Cluster),
 ) {
     let client = cluster.client.clone();
     let runs: Vec<_> = (0..TASKS)
         .map(|n| {
             let (client, mut task) = (client.clone(), cluster.task(TOKENS));
-            task["timeouts"] = json!({"first_token_ms": 4_000, "token_idle_ms": 2_000});
+            if let Some(timeouts) = timeouts {
+                task["timeouts"] = timeouts.clone();
+            }
             task["recovery"] = json!(if n % 2 == 0 { "continue" } else { "fail" });
             tokio::spawn(async move { (n % 2 == 0, client.run(task).await) })
         })
@@ -111,14 +114,14 @@ fn heading() {
 
 async fn rounds(
     cluster: &mut Cluster,
-    seeds: std::ops::Range<u64>,
     allowed: &str,
+    timeouts: Option<serde_json::Value>,
     harm: impl AsyncFn(&mut Cluster),
     mend: impl AsyncFn(&mut Cluster),
 ) -> Tally {
     let mut tally = Tally::default();
-    for seed in seeds {
-        round(cluster, &mut tally, seed, allowed, &harm).await;
+    for seed in 0..ROUNDS {
+        round(cluster, &mut tally, seed, allowed, timeouts.as_ref(), &harm).await;
         mend(cluster).await;
         for n in 0..cluster.nodes.len() {
             cluster.wait_online(n).await;
@@ -147,7 +150,7 @@ async fn a_killed_node_loses_no_task_that_may_continue_or_has_sent_no_token() {
         cluster.wait_liveness(0, Liveness::Offline, Duration::from_secs(6)).await;
         cluster.start_daemon(0);
     };
-    let tally = rounds(&mut cluster, 0..ROUNDS, "WORKER_RESET", harm, mend).await;
+    let tally = rounds(&mut cluster, "WORKER_RESET", None, harm, mend).await;
     lost_something(&tally);
     heading();
     report("kill -9 of pool-managerd", tally);
@@ -163,7 +166,7 @@ async fn a_node_that_comes_back_at_once_takes_part_again_and_nothing_is_lost() {
         cluster.start_daemon(0);
         cluster.wait_online(0).await;
     };
-    let tally = rounds(&mut cluster, 0..ROUNDS, "WORKER_RESET", harm, async |_| {}).await;
+    let tally = rounds(&mut cluster, "WORKER_RESET", None, harm, async |_| {}).await;
     lost_something(&tally);
     heading();
     report("a node that comes back at once", tally);
@@ -176,7 +179,7 @@ async fn a_killed_engine_loses_no_task_that_may_continue_or_has_sent_no_token() 
     let mut cluster = Cluster::start(fleet()).await;
     let harm = async |cluster: &mut Cluster| cluster.nodes[0].engine.as_mut().unwrap().kill();
     let mend = async |cluster: &mut Cluster| cluster.start_engine(0);
-    let tally = rounds(&mut cluster, 0..ROUNDS, "WORKER_RESET", harm, mend).await;
+    let tally = rounds(&mut cluster, "WORKER_RESET", None, harm, mend).await;
     lost_something(&tally);
     heading();
     report("SIGKILL of an engine", tally);
@@ -193,7 +196,8 @@ async fn a_hung_engine_loses_no_task_that_may_continue_or_has_sent_no_token() {
     let mend = async |cluster: &mut Cluster| {
         cluster.nodes[0].engine.as_ref().unwrap().signal(Signal::SIGCONT);
     };
-    let tally = rounds(&mut cluster, 0..ROUNDS, "DECODE_TIMEOUT", harm, mend).await;
+    let timeouts = json!({"first_token_ms": 4_000, "token_idle_ms": 2_000});
+    let tally = rounds(&mut cluster, "DECODE_TIMEOUT", Some(timeouts), harm, mend).await;
     lost_something(&tally);
     heading();
     report("a hung engine (SIGSTOP)", tally);
@@ -211,7 +215,7 @@ async fn a_stopped_node_loses_no_task_that_may_continue_or_has_sent_no_token() {
     let mend = async |cluster: &mut Cluster| {
         cluster.nodes[0].daemon.as_ref().unwrap().signal(Signal::SIGCONT);
     };
-    let tally = rounds(&mut cluster, 0..ROUNDS, "WORKER_RESET", harm, mend).await;
+    let tally = rounds(&mut cluster, "WORKER_RESET", None, harm, mend).await;
     lost_something(&tally);
     heading();
     report("SIGSTOP of pool-managerd", tally);
@@ -229,7 +233,7 @@ async fn a_restart_of_either_daemon_loses_nothing() {
         assert!(status.success(), "{status}:\n{}", daemon.log());
         cluster.start_daemon(0);
     };
-    let mut of_node = rounds(&mut cluster, 0..ROUNDS, "none", node, async |_| {}).await;
+    let mut of_node = rounds(&mut cluster, "none", None, node, async |_| {}).await;
     let control = async |cluster: &mut Cluster| {
         let daemon = cluster.control.as_mut().unwrap();
         daemon.signal(Signal::SIGTERM);
@@ -237,7 +241,7 @@ async fn a_restart_of_either_daemon_loses_nothing() {
         assert!(status.success(), "{status}:\n{}", daemon.log());
         cluster.start_control();
     };
-    let of_control = rounds(&mut cluster, 0..ROUNDS, "none", control, async |_| {}).await;
+    let of_control = rounds(&mut cluster, "none", None, control, async |_| {}).await;
     assert_eq!((of_node.reset, of_control.reset), (0, 0));
     // Whatever was placed again had been refused by the node that was leaving.
     of_node.recovered.clear();

@@ -61,6 +61,7 @@ pub const REQUIRED: &[&str] = &[
     "core: node unavailable",
     "core: dropped for a newer",
     "core: budget exceeded",
+    "core: moved from a silent node",
     "core: drain kept over a restart",
 ];
 

@@ -152,10 +152,12 @@ pub(crate) enum What {
         node: usize,
         boot: BootId,
     },
+    /// It leaves once nothing runs any more, or when its grace is over.
     LeaveNow {
         node: usize,
         boot: BootId,
         down_ms: u64,
+        grace_end: Moment,
     },
     NodeBack {
         node: usize,

@@ -102,8 +102,12 @@ impl Relays {
                 biased;
                 chunk = frames.next() => chunk,
                 () = &mut alarm => {
-                    if let Some(overdue) = watch.overdue(self.clock.now()) {
+                    let now = self.clock.now();
+                    if let Some(overdue) = watch.overdue(now) {
                         return reading.end(HowEnded::TimedOut(overdue));
+                    }
+                    if watch.grows_quiet(now) {
+                        control.tell(Event::Quiet { attempt }).await;
                     }
                     alarm.as_mut().reset(self.instant(watch.next_deadline()));
                     continue;
@@ -115,7 +119,9 @@ impl Relays {
                 None => return reading.end(HowEnded::Broken(NO_FINAL_FRAME.into())),
             };
             let now = self.clock.now();
-            watch.bytes(now);
+            if watch.bytes(now) {
+                control.tell(Event::Heard { attempt }).await;
+            }
             reading.decoder.push(&bytes);
             // What has arrived already goes into the log, and to the readers, in one piece.
             let mut after = None;

@@ -45,6 +45,8 @@ pub enum CloseReason {
     NodeLeft,
     /// The node's report does not list it.
     Vanished,
+    /// Its stream is quiet, and its node does not answer a fresh connection either.
+    NodeSilent,
     /// The control plane ends.
     CutOff,
     /// Only with [`crate::Rule::OwnLiveness`] switched off.
@@ -61,6 +63,8 @@ pub(crate) struct Attempt {
     /// Frames that stood in the log before.
     pub(crate) first_index: u64,
     pub(crate) replica: Option<ReplicaId>,
+    /// Its stream is quiet.
+    pub(crate) quiet: bool,
     pub(crate) closing: Option<CloseReason>,
     /// A report did not list it; its end is awaited.
     pub(crate) vanishing: bool,
@@ -178,6 +182,7 @@ pub fn judge(evidence: &Evidence<'_>) -> Outcome {
                 Some(CloseReason::NodeOffline) => "the node went offline",
                 Some(CloseReason::NodeRestarted) => "the node restarted",
                 Some(CloseReason::NodeLeft) => "the node left",
+                Some(CloseReason::NodeSilent) => "the node fell silent",
                 Some(CloseReason::Vanished) => "the node does not run it any more",
                 Some(CloseReason::Neighbour) => "a neighbour's stream broke",
                 Some(CloseReason::Canceled | CloseReason::CutOff) | None => "the attempt was closed",

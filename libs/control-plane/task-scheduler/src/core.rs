@@ -134,6 +134,8 @@ pub struct Counters {
     pub dropped: u64,
     /// Times that a breaker of a pool or a node tripped.
     pub trips: u64,
+    /// Attempts moved away from nodes that fell silent, before their streams ran out of time.
+    pub moved: u64,
 }
 
 #[derive(Debug, Clone)]
@@ -284,7 +286,7 @@ impl ControlCore {
             self.registry.stalled(now, stall);
             // The ends that were given time to come wait in our own mailbox.
             let vanishing = std::mem::take(&mut self.vanishing);
-            self.vanishing = vanishing.into_iter().map(|(at, id)| (at + stall, id)).collect();
+            self.vanishing = vanishing.into_iter().map(|(_, id)| (now + REPORT_PATIENCE, id)).collect();
             self.started = self.started.map(|at| (at + stall).min(now));
             self.counters.stalls += 1;
         }
@@ -300,6 +302,7 @@ impl ControlCore {
                 let transition = self.registry.probed(now, &node_id, &address, answer);
                 self.sync_node(&node_id);
                 self.note(transition.as_slice());
+                self.move_quiet(now, &node_id, &mut effects);
             }
             Event::Alive { node_id } => self.registry.alive(now, &node_id),
             Event::Submit { reply, task_id, request } => {
@@ -316,6 +319,12 @@ impl ControlCore {
                 }
             }
             Event::Started { attempt } => self.started(now, attempt),
+            Event::Quiet { attempt } => self.quiet(now, attempt, &mut effects),
+            Event::Heard { attempt } => {
+                if let Some(attempt) = self.attempts.get_mut(&attempt) {
+                    attempt.quiet = false;
+                }
+            }
             Event::Ended { attempt, tokens_written, how, closed_after } => {
                 self.ended(now, attempt, tokens_written, &how, closed_after, &mut effects);
             }

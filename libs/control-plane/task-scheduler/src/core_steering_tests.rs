@@ -390,3 +390,46 @@ fn followers_are_told_each_change_of_a_node_a_pool_and_a_task_once() {
         .collect();
     assert_eq!(states, [TaskState::Queued, TaskState::Running, TaskState::Completed]);
 }
+
+// CLOUD-1540
+#[test]
+fn a_quiet_stream_is_moved_when_its_node_cannot_be_dialled_and_loses_nothing_by_it() {
+    let mut b = Bench::new();
+    b.join("a", 3);
+    for request in [task(), continued(), task()] {
+        b.submit(request).1.unwrap();
+    }
+    let [fresh, continues, started] = [0, 1, 2].map(|n| b.dispatches[n].attempt);
+    b.apply(Event::Started { attempt: continues });
+    b.apply(Event::Started { attempt: started });
+    for attempt in [fresh, continues, started] {
+        b.apply(Event::Quiet { attempt });
+    }
+    assert!(b.closed.is_empty(), "the node was dialled, and answered");
+    let probed = |answer| Event::Probed { node_id: node("a"), address: "http://a".into(), answer };
+    b.core.registry.want_probe(at(b.now), &node("a"));
+    b.core.registry.take_due_probes(at(b.now));
+    b.apply(Event::Heard { attempt: fresh });
+    b.apply(probed(Err("no answer in time".into())));
+    assert_eq!(b.closed, [continues], "one has spoken, and the other would lose what was sent");
+    b.apply(Event::Quiet { attempt: fresh });
+    assert_eq!(b.closed, [continues, fresh]);
+}
+
+// CLOUD-1541
+#[test]
+fn a_farewell_takes_the_end_of_no_attempt_away() {
+    let mut b = Bench::new();
+    b.join("a", 2);
+    let (early, _) = b.submit(task());
+    let (lost, _) = b.submit(task());
+    let reply = b.reply();
+    b.apply(Event::Deregister { reply, node_id: node("a"), epoch: None });
+    assert!(b.closed.is_empty());
+    b.end(b.dispatches[0].attempt, 5, HowEnded::Finished);
+    assert_eq!(b.core.task_view(at(b.now), early).unwrap().state, TaskState::Completed);
+    b.advance_to(b.now + 2_000);
+    assert_eq!(b.closed, [b.dispatches[1].attempt]);
+    b.end(b.dispatches[1].attempt, 5, HowEnded::Closed);
+    assert_eq!(b.terminal[&lost], ErrorCode::WorkerReset);
+}

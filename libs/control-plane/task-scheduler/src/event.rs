@@ -67,6 +67,14 @@ pub enum Event {
     Started {
         attempt: AttemptId,
     },
+    /// Three seconds without a byte on the attempt's stream.
+    Quiet {
+        attempt: AttemptId,
+    },
+    /// A byte came on a stream that had been quiet.
+    Heard {
+        attempt: AttemptId,
+    },
     /// The attempt's log is fenced or finished, with this many frames in it before a terminal one.
     /// `closed_after` is the node's closing word: the number of its last report before the end.
     Ended {

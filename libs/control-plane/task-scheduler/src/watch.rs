@@ -20,6 +20,10 @@ pub struct AttemptDeadlines {
     pub silence: Duration,
 }
 
+/// A stream without a byte for so long is doubted: three comments are missing.
+/// Source: .specs/01 CLOUD-1540.
+pub const QUIET: Duration = Duration::from_secs(3);
+
 impl AttemptDeadlines {
     pub(crate) const UNBOUNDED: Self = {
         let never = Duration::from_secs(100 * 365 * 24 * 3600);
@@ -55,6 +59,8 @@ pub struct StreamWatch {
     dispatched: Moment,
     last_bytes: Moment,
     last_token: Moment,
+    /// That the stream is quiet has been said.
+    quiet: bool,
 }
 
 impl StreamWatch {
@@ -66,6 +72,7 @@ impl StreamWatch {
             dispatched: now,
             last_bytes: now,
             last_token: now,
+            quiet: false,
         }
     }
 
@@ -74,8 +81,17 @@ impl StreamWatch {
         self.last_bytes = now;
     }
 
-    pub fn bytes(&mut self, now: Moment) {
+    /// Returns whether the stream had been quiet before.
+    pub fn bytes(&mut self, now: Moment) -> bool {
         self.last_bytes = now;
+        std::mem::take(&mut self.quiet)
+    }
+
+    /// Whether an accepted stream has become quiet; says so once.
+    pub fn grows_quiet(&mut self, now: Moment) -> bool {
+        let grows = !self.quiet && self.phase != Phase::Opening && now >= self.last_bytes + QUIET;
+        self.quiet |= grows;
+        grows
     }
 
     /// Returns whether it was the first token.
@@ -97,6 +113,10 @@ impl StreamWatch {
                 Phase::Decoding => (self.last_token + self.deadlines.token_idle)
                     .min(self.last_bytes + self.deadlines.silence),
             };
+        let own = match self.phase {
+            Phase::Prefill | Phase::Decoding if !self.quiet => own.min(self.last_bytes + QUIET),
+            _ => own,
+        };
         self.task_deadline.map_or(own, |deadline| deadline.min(own))
     }
 
@@ -157,6 +177,23 @@ mod tests {
         w.bytes(at(118));
         assert_eq!((w.next_deadline(), w.overdue(at(119))), (at(120), None));
         assert_eq!(w.overdue(at(120)), Some(Overdue::TokenIdle));
+    }
+
+    // CLOUD-1540
+    #[test]
+    fn a_stream_grows_quiet_once_and_its_next_byte_says_that_it_was() {
+        let long = Duration::from_secs(100);
+        let deadlines =
+            AttemptDeadlines { acceptance: long, first_token: long, token_idle: long, silence: long };
+        let mut w = StreamWatch::new(at(0), deadlines, None);
+        assert!(!w.grows_quiet(at(50_000)), "nothing is expected before the acceptance");
+        w.accepted(at(1_000));
+        assert_eq!(w.next_deadline(), at(4_000));
+        assert!(!w.grows_quiet(at(3_999)));
+        assert!(w.grows_quiet(at(4_000)) && !w.grows_quiet(at(4_001)));
+        assert_eq!(w.next_deadline(), at(100_000), "said once");
+        assert!(w.bytes(at(5_000)) && !w.bytes(at(5_001)));
+        assert_eq!(w.next_deadline(), at(8_001));
     }
 
     // CLOUD-1512

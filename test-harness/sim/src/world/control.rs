@@ -125,6 +125,7 @@ impl World {
             ("core: replay differed", c.replays_differed),
             ("core: breaker tripped", c.trips),
             ("core: dropped for a newer", c.dropped),
+            ("core: moved from a silent node", c.moved),
         ] {
             self.coverage.add(name, n);
         }
@@ -210,7 +211,7 @@ impl World {
                 CloseReason::Vanished if runs => {
                     broken = Some(format!("[8] a report ended attempt {attempt}, which runs"));
                 }
-                CloseReason::Vanished if ended_well => {
+                CloseReason::Vanished | CloseReason::NodeLeft if ended_well => {
                     broken = Some(format!("[8] a report took the end of attempt {attempt} away"));
                 }
                 CloseReason::Neighbour => {
@@ -591,8 +592,13 @@ impl World {
             return;
         };
         let Some(relay) = control.relays.get_mut(&attempt) else { return };
+        let Some(_) = control.logs.get_mut(&task) else { return };
+        if relay.watch.bytes(now) {
+            self.apply(Event::Heard { attempt });
+        }
+        let Some(control) = self.control.as_mut() else { return };
+        let Some(relay) = control.relays.get_mut(&attempt) else { return };
         let Some(log) = control.logs.get_mut(&task) else { return };
-        relay.watch.bytes(now);
         match piece {
             Piece::Headers { report_seq, replica_id } => {
                 relay.watch.accepted(now);
@@ -647,8 +653,16 @@ impl World {
                 self.end_relay(attempt, how, None);
             }
             None => {
+                let control = self.control.as_mut().filter(|control| control.life == life);
+                let Some(relay) = control.and_then(|control| control.relays.get_mut(&attempt)) else {
+                    return;
+                };
+                let quiet = relay.watch.grows_quiet(now);
                 let next = relay.watch.next_deadline();
                 self.at(next, What::RelayTimer { life, attempt });
+                if quiet {
+                    self.apply(Event::Quiet { attempt });
+                }
             }
         }
     }

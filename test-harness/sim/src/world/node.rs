@@ -200,7 +200,10 @@ impl World {
                 self.after_ms(1_000, What::Observe { node, boot });
                 self.pump(node);
             }
-            What::LeaveNow { down_ms, .. } => {
+            What::LeaveNow { boot, down_ms, grace_end, .. } => {
+                if !self.nodes[node].runs.is_empty() && self.now < grace_end {
+                    return self.after_ms(20, What::LeaveNow { node, boot, down_ms, grace_end });
+                }
                 if let Some(core) = self.nodes[node].core.as_mut() {
                     core.leave();
                 }
@@ -548,8 +551,8 @@ impl World {
             self.coverage.hit("fault: node left and came back");
             core.drain(now);
             self.pump(node);
-            let grace = Duration::from_secs(10);
-            self.at(now + grace, What::LeaveNow { node, boot, down_ms });
+            let grace_end = now + Duration::from_secs(10);
+            self.after_ms(20, What::LeaveNow { node, boot, down_ms, grace_end });
         }
     }
 

@@ -25,6 +25,12 @@ impl ServiceRegistry {
         self.nodes.get(node_id).into_iter().flat_map(|node| node.pools.keys())
     }
 
+    /// Whether the last attempt to dial the node has failed.
+    pub fn dial_failing(&self, node_id: &NodeId) -> bool {
+        let undialled = self.nodes.get(node_id).and_then(|node| node.evidence.undialled.as_ref());
+        matches!(undialled, Some(Suspicion::DialFailed(_)))
+    }
+
     /// Whether the node's streams failed again and again, and none has got through since.
     pub fn is_doubted(&self, node_id: &NodeId) -> bool {
         self.nodes.get(node_id).is_some_and(|node| !node.breaker.is_closed())

@@ -64,6 +64,37 @@ impl ControlCore {
         }
     }
 
+    /// The stream of an attempt fell quiet: its node is looked at.
+    pub(super) fn quiet(&mut self, now: Moment, id: AttemptId, effects: &mut Vec<Effect>) {
+        let Some(attempt) = self.attempts.get_mut(&id) else { return };
+        attempt.quiet = true;
+        let node_id = attempt.pool.node_id.clone();
+        self.registry.want_probe(now, &node_id);
+        self.move_quiet(now, &node_id, effects);
+    }
+
+    /// Takes the quiet attempts away from a node that does not answer a fresh connection either:
+    /// two ways say the same. Only where nothing is lost by it; what has sent tokens and may not
+    /// go on elsewhere is given all the time that a stream has.
+    pub(super) fn move_quiet(&mut self, now: Moment, node_id: &NodeId, effects: &mut Vec<Effect>) {
+        if !self.registry.dial_failing(node_id) {
+            return;
+        }
+        let loses_nothing = |attempt: &Attempt| {
+            attempt.first_token.is_none()
+                || self.tasks.get(&attempt.task).is_some_and(|task| task.continuation.is_some())
+        };
+        let of_node = self.registry.attempts_of(node_id);
+        let quiet: Vec<AttemptId> = of_node
+            .into_iter()
+            .filter(|id| {
+                self.attempts.get(id).is_some_and(|a| a.quiet && a.closing.is_none() && loses_nothing(a))
+            })
+            .collect();
+        self.counters.moved += quiet.len() as u64;
+        self.close_all(now, &quiet, CloseReason::NodeSilent, effects);
+    }
+
     /// What the end of an attempt says of its pool and its node; before its slot is released.
     fn learn_from(&mut self, now: Moment, id: AttemptId, attempt: &Attempt, how: &HowEnded) {
         let (pool, dispatched) = (&attempt.pool, attempt.dispatched);

@@ -84,7 +84,8 @@ impl ControlCore {
         effects: &mut Vec<Effect>,
     ) {
         if let Some(ended) = self.registry.deregister(node_id, epoch) {
-            self.close_all(now, &ended, CloseReason::NodeLeft, effects);
+            // Its streams may still bring ends that the farewell has overtaken.
+            self.await_ends(now, &ended);
             self.sync_node(node_id);
         }
         effects.push(Effect::Reply { to, answer: Ok(Answer::Deregistered) });

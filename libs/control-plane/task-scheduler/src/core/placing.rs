@@ -150,6 +150,7 @@ impl ControlCore {
                 first_token: None,
                 first_index,
                 replica: None,
+                quiet: false,
                 closing: None,
                 vanishing: false,
             },

@@ -36,9 +36,12 @@ impl ControlCore {
             && at <= now
         {
             self.vanishing.pop_first();
-            if self.attempts.contains_key(&id) {
+            let Some(node_id) = self.attempts.get(&id).map(|attempt| &attempt.pool.node_id) else { continue };
+            if self.registry.liveness(node_id).is_some() {
                 self.counters.vanished += 1;
                 self.close(now, id, CloseReason::Vanished, effects);
+            } else {
+                self.close(now, id, CloseReason::NodeLeft, effects);
             }
         }
         let is_gone = |model: &&ModelRef| self.retired.contains(*model) || self.model_lease(model) <= now;
