@@ -141,14 +141,16 @@ fn sim(rest: &[String]) -> Result<(), Failed> {
 }
 
 fn bench(rest: &[String]) -> Result<(), Failed> {
-    if rest.first().map(String::as_str) != Some("placement") {
-        say("release build");
-        cargo(&["build", "--locked", "--release", "--workspace", "--bins"], "mend what the compiler says")?;
-        steps::run(
-            Command::new(up::target("release").join("load")).args(rest),
-            "see above what did not run",
-        )?;
+    let placement = rest.first().map(String::as_str) == Some("placement");
+    say("release build");
+    cargo(&["build", "--locked", "--release", "--workspace", "--bins"], "mend what the compiler says")?;
+    let mut load = Command::new(up::target("release").join("load"));
+    if placement {
+        load.arg("--placement").args(&rest[1..]);
+    } else {
+        load.args(rest);
     }
+    steps::run(&mut load, "see above what did not run")?;
     say("placements among 1,000 and 10,000 pools");
     cargo(
         &["bench", "--locked", "--package", "multi-node-placement", "--bench", "choose"],

@@ -235,6 +235,13 @@ async fn a_restart_of_either_daemon_loses_nothing() {
     };
     let mut of_node = rounds(&mut cluster, "none", None, node, async |_| {}).await;
     let control = async |cluster: &mut Cluster| {
+        // It takes nothing new once it is told to stop: all are to be in flight by then.
+        e2e_cloud::eventually("all tasks are admitted", Duration::from_secs(5), || async {
+            let tasks = cluster.client.get_json("/v2/tasks?limit=500").await?;
+            let open = tasks["tasks"].as_array()?.iter().filter(|task| task["state"] != "completed");
+            (open.count() >= TASKS).then_some(())
+        })
+        .await;
         let daemon = cluster.control.as_mut().unwrap();
         daemon.signal(Signal::SIGTERM);
         let status = tokio::task::block_in_place(|| daemon.wait(Duration::from_secs(35)));

@@ -9,6 +9,7 @@
 mod cpu;
 mod heartbeats;
 mod http;
+mod placement;
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -32,12 +33,19 @@ struct Arguments {
     /// Seconds of each measurement.
     #[arg(long, default_value_t = 3)]
     seconds: u64,
+    /// Only the burst of tasks over unequal nodes, strategy by strategy.
+    #[arg(long)]
+    placement: bool,
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
     println!("{}", cpu::machine());
+    if arguments.placement {
+        placement::measure(arguments.repetitions).await;
+        return ExitCode::SUCCESS;
+    }
     let engine = Engine::Fake { slots: SLOTS, first_token_ms: 0, pace_ms: 0, dialect: "llamacpp" };
     let control = vec![
         ("LLORCH_LOG", "warn".to_owned()),
