@@ -236,7 +236,14 @@ async fn every_documented_route_is_served_and_the_page_needs_no_other_host() {
         for method in methods.as_object().unwrap().keys() {
             let method = reqwest::Method::from_bytes(method.to_uppercase().as_bytes()).unwrap();
             let path = path.replace("{id}", "7f3b1c52-64a5-4c56-9e1e-0a3e0f3d2b11");
-            let response = cluster.client.request(method.clone(), &path).send().await.unwrap();
+            let request = cluster.client.request(method.clone(), &path).timeout(Duration::from_secs(5));
+            let response = request.send().await.unwrap();
+            let kind = response.headers().get("content-type").and_then(|kind| kind.to_str().ok());
+            if kind == Some("text/event-stream") {
+                // It has no end of its own.
+                assert_eq!(response.status(), 200, "{method} {path}");
+                continue;
+            }
             let text = response.text().await.unwrap();
             assert!(
                 !text.contains("no such path") && !text.contains("METHOD_NOT_ALLOWED"),

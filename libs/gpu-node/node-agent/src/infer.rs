@@ -75,6 +75,7 @@ struct Generation {
     /// Tokens that earlier attempts have sent and this one does not make again.
     tokens_before: u64,
     started: Instant,
+    first_token: Option<Instant>,
     keep_alive: Interval,
     cancel: CancellationToken,
 }
@@ -194,6 +195,7 @@ impl Agent {
             unrepeated,
             tokens_before,
             started: Instant::now(),
+            first_token: None,
             keep_alive,
             cancel,
         };
@@ -406,6 +408,7 @@ impl Generation {
     /// The final frame of a token: it is passed on, never written again.
     fn token(&mut self, out: &mut Vec<u8>, text: &str) {
         use std::io::Write;
+        self.first_token.get_or_insert_with(Instant::now);
         if let Some(ids) = self.reader.ids() {
             let ids: Vec<String> = ids.iter().map(u32::to_string).collect();
             write_comment(out, &format!("{TOKEN_IDS}{}", ids.join(",")));
@@ -418,9 +421,10 @@ impl Generation {
     }
 
     fn finish(&mut self, out: &mut Vec<u8>, tokens_out: u64, finish_reason: FinishReason) {
-        let decode_time_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let since = |at: Instant| u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let (decode_time_ms, decode_ms) = (since(self.started), self.first_token.map_or(0, since));
         let tokens_out = tokens_out + self.tokens_before;
-        let end = End { tokens_out, decode_time_ms, finish_reason };
+        let end = End { tokens_out, decode_time_ms, decode_ms, finish_reason };
         let data = serde_json::to_string(&end).unwrap_or_default();
         let seq = self.slot.end(true);
         let mut counters = self.slot.agent.counters.lock();

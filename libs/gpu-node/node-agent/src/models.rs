@@ -311,7 +311,7 @@ mod tests {
         let Staged::Copied { manifest, resumed_at: 0 } = stage(&b, "hf:org/m.gguf").unwrap() else {
             panic!("it was not copied whole")
         };
-        assert_eq!(b.models.list().unwrap(), [manifest.clone()]);
+        assert_eq!(b.models.list().unwrap(), std::slice::from_ref(&manifest));
         assert_eq!((manifest.bytes, manifest.file.as_str()), (7, "weights.gguf"));
         assert_eq!(b.models.verify(&model("hf:org/m.gguf")).unwrap(), manifest);
         assert_eq!(stage(&b, "hf:org/m.gguf").unwrap(), Staged::WasHere(manifest.clone()));

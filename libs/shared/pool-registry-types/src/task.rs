@@ -423,6 +423,9 @@ pub struct End {
     pub tokens_out: u64,
     /// Milliseconds from the acceptance of the attempt to its last token.
     pub decode_time_ms: u64,
+    /// Milliseconds from its first token to its last.
+    #[serde(default)]
+    pub decode_ms: u64,
     pub finish_reason: FinishReason,
 }
 

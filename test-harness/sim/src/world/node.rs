@@ -274,7 +274,6 @@ impl World {
         self.answer_intent(life, node, to, order, delay, outcome);
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the parts of one message")]
     pub(crate) fn answer_intent(
         &mut self,
         life: u64,

@@ -1,0 +1,134 @@
+//! Who calls from outside: clients with their tasks, operators with their wishes.
+
+use super::*;
+
+impl World {
+    pub(crate) fn submit(&mut self, task: usize, again: bool) {
+        if self.control.is_none() {
+            return;
+        }
+        let plan = self.plan.tasks[task].clone();
+        let id = Self::task_id(task);
+        self.names.insert(id, task);
+        let known = self.witness.tasks.contains_key(&id);
+        if again && known {
+            self.coverage.hit("task: submitted twice");
+        }
+        let model = ModelRef::new(&format!("m{}", plan.model)).expect("a valid model");
+        let request = TaskRequest {
+            priority: if plan.batch { Priority::Batch } else { Priority::Interactive },
+            deadline_ms: plan.deadline_ms,
+            session_id: plan.session.map(|session| SessionId(Uuid::from_u128(session))),
+            recovery: if plan.recovery.is_some() { Recovery::Continue } else { Recovery::Fail },
+            determinism: match plan.recovery {
+                Some(Replays::FromTheStart) => Determinism::Strict,
+                _ => Determinism::BestEffort,
+            },
+            seed: plan.recovery.map(|_| 1),
+            placement: plan.wishes.clone(),
+            ..TaskRequest::completion(model, "x")
+        };
+        let reply = self.reply_to(To::Client(id));
+        self.apply(Event::Submit { reply, task_id: id, request: Arc::new(request) });
+    }
+
+    // ---- operators ----
+
+    pub(crate) fn want(&mut self, node: usize, intent: Intent) {
+        if self.control.is_none() {
+            return;
+        }
+        self.coverage.hit(match intent {
+            Intent::Draining => "fault: node drained",
+            Intent::Serving => "fault: node resumed",
+        });
+        let node_id = self.node_id(node);
+        let reply = self.reply_to(To::Operator);
+        self.apply(Event::Want { reply, node_id, intent });
+    }
+
+    pub(crate) fn intent_answered(
+        &mut self,
+        life: u64,
+        node_id: NodeId,
+        reply: ReplyTo,
+        order: IntentOrder,
+        outcome: Result<(), String>,
+    ) {
+        if self.control.as_ref().is_some_and(|control| control.life == life) {
+            self.apply(Event::IntentTold { reply, node_id, order, outcome });
+        }
+    }
+
+    /// A process with the name of a node that lives comes from elsewhere: it is refused, and the
+    /// node does not notice.
+    pub(crate) fn twin(&mut self, node: usize) {
+        let node_id = self.node_id(node);
+        let liveness = self.control.as_ref().and_then(|c| c.core.registry().liveness(&node_id));
+        if liveness.is_none_or(|liveness| liveness == Liveness::Offline) {
+            return;
+        }
+        let request = RegisterRequest {
+            node_id: node_id.clone(),
+            machine_id: MachineId::new("machine").expect("a valid machine id"),
+            boot_id: BootId(Uuid::from_u128(u128::MAX)),
+            address: "http://twin".into(),
+            version: "sim".into(),
+            intent: Intent::Serving,
+            labels: Labels::new(),
+            pools: Vec::new(),
+            capabilities: Capabilities::default(),
+        };
+        // What is due by now is let pass before.
+        self.apply(Event::Timer);
+        let still = self.control.as_ref().and_then(|c| c.core.registry().liveness(&node_id));
+        if still.is_none_or(|liveness| liveness == Liveness::Offline) {
+            return;
+        }
+        let reply = self.reply_to(To::Twin(node_id));
+        self.apply(Event::Register { reply, request });
+    }
+
+    pub(crate) fn cancel(&mut self, task: usize) {
+        let id = Self::task_id(task);
+        if self.control.is_none() || !self.names.contains_key(&id) {
+            return;
+        }
+        match self.witness.tasks.get(&id) {
+            None => {}
+            Some(seen) if seen.terminal.is_some() => self.coverage.hit("task: cancel after the end"),
+            Some(seen) if seen.open.is_some() => self.coverage.hit("task: canceled while running"),
+            Some(_) => self.coverage.hit("task: canceled while queued"),
+        }
+        let reply = self.reply_to(To::Client(id));
+        self.apply(Event::Cancel { reply, task_id: id });
+    }
+
+    pub(super) fn close_task(&mut self, task: TaskId, error: &ErrorBody) {
+        self.note(|w| format!("t{} ends: {}", w.names[&task], error.code));
+        match error.code {
+            ErrorCode::DeadlineExceeded => self.coverage.hit("core: deadline exceeded"),
+            ErrorCode::DecodeTimeout => self.coverage.hit("core: decode timeout"),
+            ErrorCode::PoolUnavailable => self.coverage.hit("core: tries exhausted"),
+            ErrorCode::ModelNotAvailable => self.coverage.hit("core: model not available"),
+            ErrorCode::NodeUnavailable => self.coverage.hit("core: node unavailable"),
+            _ => {}
+        }
+        let closed = self.witness.closed(task, error.code);
+        self.check(closed);
+        let log = self.control.as_mut().and_then(|c| c.logs.get_mut(&task));
+        let Some(log) = log else { return self.check(Err(format!("{task} has no log"))) };
+        if log.is_finished() {
+            return self.check(Err(format!("[2] {task} is closed a second time")));
+        }
+        log.close(format!("error {}\n", error.code).as_bytes());
+        self.read(task);
+    }
+
+    pub(super) fn read(&mut self, task: TaskId) {
+        if let Some(log) = self.control.as_ref().and_then(|c| c.logs.get(&task)) {
+            let read = self.witness.read(task, log);
+            self.check(read);
+        }
+    }
+}
