@@ -20,8 +20,8 @@ use uuid::Uuid;
 
 use super::checked;
 use crate::app::state::AppState;
+use crate::services::readers::{self, Gauge};
 use crate::services::registry::unexpected;
-use crate::services::streams::Gauge;
 
 /// Tasks on one page, unless another number is asked for; and the most.
 const PAGE: usize = 50;
@@ -156,7 +156,8 @@ fn stream(
     verbose: bool,
 ) -> Result<Response, ApiError> {
     let gauge = Gauge::new(state.control.clone(), verbose);
-    let body = HttpBody::from_stream(state.streams.read(id, last_event_id, gauge)?);
+    let (stream, next) = state.streams.find(id, last_event_id)?;
+    let body = HttpBody::from_stream(readers::follow(stream, next, id, gauge));
     let kind = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
     Ok((StatusCode::OK, kind, body).into_response())
 }

@@ -6,5 +6,6 @@ pub(crate) mod dispatch;
 pub(crate) mod handoff;
 pub(crate) mod link;
 pub(crate) mod placement;
+pub(crate) mod readers;
 pub(crate) mod registry;
 pub(crate) mod streams;

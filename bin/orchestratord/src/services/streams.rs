@@ -1,33 +1,19 @@
-//! The tasks' logs and their readers.
+//! The tasks' logs: opened, written, kept after their end, and let go.
 //!
-//! Each log has its own lock, held while bytes are copied. A reader keeps an index and nothing
-//! else: a slow one slows nobody, and one that goes is not missed.
+//! Each log has its own lock, held while bytes are copied. Who reads them is not known here.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
-use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
-use futures::{Stream, stream};
 use parking_lot::Mutex;
 use pool_registry_types::sse::{self, Decoder, write_frame};
-use pool_registry_types::task::{Metrics, Resume, ResumeMode, TaskState};
+use pool_registry_types::task::{Resume, ResumeMode};
 use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, TaskId};
 use task_scheduler::{Fence, TaskLog};
 use tokio::sync::Notify;
-use tokio::time::Instant;
-
-use crate::services::placement::Control;
-
-/// Pause between two comments on a quiet stream.
-const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(10);
-/// A stream that is quiet for so long belongs to a task that waits.
-const FIRST_METRICS_AFTER: Duration = Duration::from_millis(200);
-const METRICS_EVERY: Duration = Duration::from_secs(1);
-/// A waiting client hears this often that nothing has changed.
-const SAME_METRICS_EVERY: Duration = Duration::from_secs(5);
+use tokio::sync::futures::Notified;
 
 /// One task's log, and whoever waits for more of it.
 #[derive(Debug)]
@@ -52,6 +38,19 @@ impl TaskStream {
         let result = change(&mut self.log.lock());
         self.changed.notify_waiters();
         result
+    }
+
+    /// The frames from `next` on, the index to read after them, and whether that was the end; or
+    /// the next change, when there are none yet.
+    pub(crate) fn read(&self, next: u64) -> Result<(Bytes, u64, bool), Notified<'_>> {
+        // Before the look: it hears of every change from its making on, so none is missed.
+        let changed = self.changed.notified();
+        let log = self.log.lock();
+        let read = log.read_from(next);
+        if read.bytes.is_empty() && !read.finished {
+            return Err(changed);
+        }
+        Ok((Bytes::copy_from_slice(read.bytes), read.next, read.finished))
     }
 
     /// Remembers the ids of the token in frame `index`.
@@ -186,15 +185,14 @@ impl Streams {
         }
     }
 
-    /// The task's events from the start, or after `last_event_id`; `gauge` tells what the log does
-    /// not. Errors: `NOT_FOUND`, and `EVENTS_EXPIRED` where the stream or that place in it is not
-    /// kept.
-    pub(crate) fn read(
+    /// The task's stream, and the frame with which a reader begins: the first, or the one after
+    /// `last_event_id`. Errors: `NOT_FOUND`, and `EVENTS_EXPIRED` where the stream or that place in
+    /// it is not kept.
+    pub(crate) fn find(
         &self,
         task: TaskId,
         last_event_id: Option<&str>,
-        gauge: Gauge,
-    ) -> Result<impl Stream<Item = Result<Bytes, Infallible>> + Send + use<>, ErrorBody> {
+    ) -> Result<(Arc<TaskStream>, u64), ErrorBody> {
         let expired = |message: &str| ErrorBody::new(ErrorCode::EventsExpired, message);
         let stream = match self.shelf.lock().tasks.get(&task) {
             None => return Err(ErrorBody::new(ErrorCode::NotFound, format!("no task {task}"))),
@@ -211,109 +209,7 @@ impl Streams {
                 }
             }
         };
-        let reader = Reader { stream, next, finished: false, task, gauge };
-        Ok(stream::unfold(reader, |mut reader| async move {
-            reader.more().await.map(|bytes| (Ok(bytes), reader))
-        }))
-    }
-}
-
-/// What a reader is told besides the log: where a waiting task stands.
-#[derive(Debug)]
-pub(crate) struct Gauge {
-    control: Option<Control>,
-    /// Also while the task runs.
-    verbose: bool,
-    said: Option<Metrics>,
-    /// When something was last sent to the reader, and when the gauge was last looked at.
-    spoke: Instant,
-    looked: Option<Instant>,
-}
-
-impl Gauge {
-    pub(crate) fn new(control: Control, verbose: bool) -> Self {
-        Self { control: Some(control), verbose, said: None, spoke: Instant::now(), looked: None }
-    }
-
-    /// How long the log may be quiet before the gauge is looked at.
-    fn pause(&self) -> Duration {
-        match (&self.control, self.looked) {
-            (None, _) => KEEP_ALIVE_EVERY,
-            (Some(_), None) => FIRST_METRICS_AFTER,
-            (Some(_), Some(_)) => METRICS_EVERY,
-        }
-    }
-
-    fn is_due(&self) -> bool {
-        self.verbose && self.looked.is_none_or(|looked| looked.elapsed() >= METRICS_EVERY)
-    }
-
-    /// A `metrics` event, where there is something new to say.
-    async fn look(&mut self, task: TaskId) -> Option<Bytes> {
-        self.looked = Some(Instant::now());
-        // A full mailbox has more to do than this.
-        let (state, metrics) = self.control.as_ref()?.metrics(task).await.ok()??;
-        if state != TaskState::Queued && !self.verbose {
-            return None;
-        }
-        let moved = self.said.as_ref().is_none_or(|said| said.queue_position != metrics.queue_position);
-        if !moved && !self.verbose && self.spoke.elapsed() < SAME_METRICS_EVERY {
-            return None;
-        }
-        let mut frame = Vec::with_capacity(256);
-        write_frame(&mut frame, None, "metrics", &serde_json::to_string(&metrics).unwrap_or_default());
-        self.said = Some(metrics);
-        Some(Bytes::from(frame))
-    }
-}
-
-/// One reader of one stream.
-struct Reader {
-    stream: Arc<TaskStream>,
-    next: u64,
-    /// The terminal frame was given out.
-    finished: bool,
-    task: TaskId,
-    gauge: Gauge,
-}
-
-impl Reader {
-    /// What stands in the log from `next` on, waiting for it if need be; where the task stands,
-    /// or a comment, when nothing comes for a while; nothing at the end.
-    async fn more(&mut self) -> Option<Bytes> {
-        if self.finished {
-            return None;
-        }
-        let bytes = loop {
-            if self.gauge.is_due()
-                && let Some(metrics) = self.gauge.look(self.task).await
-            {
-                break metrics;
-            }
-            let changed = self.stream.changed.notified();
-            tokio::pin!(changed);
-            // Before the look, or a change between the look and the wait would be missed.
-            changed.as_mut().enable();
-            {
-                let log = self.stream.log.lock();
-                let read = log.read_from(self.next);
-                if !read.bytes.is_empty() || read.finished {
-                    (self.next, self.finished) = (read.next, read.finished);
-                    break Bytes::copy_from_slice(read.bytes);
-                }
-            }
-            if tokio::time::timeout(self.gauge.pause(), changed).await.is_ok() {
-                continue;
-            }
-            if let Some(metrics) = self.gauge.look(self.task).await {
-                break metrics;
-            }
-            if self.gauge.spoke.elapsed() >= KEEP_ALIVE_EVERY {
-                break Bytes::from_static(b": ka\n\n");
-            }
-        };
-        self.gauge.spoke = Instant::now();
-        (!bytes.is_empty()).then_some(bytes)
+        Ok((stream, next))
     }
 }
 
@@ -337,8 +233,7 @@ mod tests {
     }
 
     fn code(streams: &Streams, task: TaskId) -> Option<ErrorCode> {
-        let gauge = Gauge { control: None, verbose: false, said: None, spoke: Instant::now(), looked: None };
-        streams.read(task, None, gauge).err().map(|error| error.code)
+        streams.find(task, None).err().map(|error| error.code)
     }
 
     // CLOUD-1534
