@@ -10,6 +10,7 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 
 // CLOUD-1021
+// CLOUD-1320
 // CLOUD-2330
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_daemon_serves_the_same_api_without_a_token() {
@@ -41,6 +42,19 @@ async fn one_daemon_serves_the_same_api_without_a_token() {
     assert_eq!(register.status(), 503);
     let body: serde_json::Value = register.json().await.unwrap();
     assert_eq!(body["code"], "CLOUD_PROFILE_DISABLED");
+
+    // The one node is steered like any other.
+    let drain = client.post("/v2/nodes/home/drain", &json!({})).await;
+    assert_eq!(drain.json::<serde_json::Value>().await.unwrap()["kept_by_node"], true);
+    assert!(runtime_dir.join(".home.draining").exists());
+    let mut pinned = task.clone();
+    pinned["placement"] = json!({"mode": "pin", "node_id": "home"});
+    assert_eq!(client.refused(&pinned).await.1["code"], "NODE_UNAVAILABLE");
+    assert_eq!(client.post("/v2/nodes/home/resume", &json!({})).await.status(), 202);
+    assert!(client.run(pinned).await.completed());
+    let pool = client.post("/v2/pools/pool-0/drain", &json!({})).await;
+    assert_eq!(pool.json::<serde_json::Value>().await.unwrap()["state"], "draining");
+    assert_eq!(client.post("/v2/pools/pool-0/reload", &json!({})).await.status(), 202);
 
     // A dead engine: the running task ends honestly, the next waits for the new engine.
     let mut long = task.clone();

