@@ -81,7 +81,7 @@ async fn ready(State(node): State<Node>) -> Result<StatusCode, ApiError> {
 }
 
 /// Prometheus text.
-#[utoipa::path(get, path = paths::METRICS, responses((status = 200, content_type = "text/plain")))]
+#[utoipa::path(get, path = paths::METRICS, responses((status = 200, content_type = "text/plain"), (status = 401, body = ErrorBody)))]
 async fn metrics(State(node): State<Node>) -> Response {
     let identity = node.agent.identity();
     let node_id: &[(&'static str, &str)] = &[("node_id", identity.node_id.as_str())];

@@ -11,7 +11,7 @@ use daemon_kit::Tokens;
 use daemon_kit::auth::TokenError;
 use daemon_kit::telemetry::LogFormat;
 use handoff_watcher::EngineHosts;
-use pool_registry_types::placement::Labels;
+use pool_registry_types::placement::{Labels, MAX_WISHES};
 use pool_registry_types::{LabelName, MachineId, NodeId};
 
 /// The settings as they are given.
@@ -126,6 +126,8 @@ pub(crate) enum ConfigError {
     Url { variable: &'static str, url: String },
     #[error("POOL_MANAGERD_LABELS: {0:?} is not name=value, comma-separated, of [A-Za-z0-9._-]")]
     Labels(String),
+    #[error("POOL_MANAGERD_LABELS: {0:?} names a label twice, or is one more than {MAX_WISHES}")]
+    LabelTwice(String),
     #[error("LLORCH_API_TOKEN: a node needs the cluster's token (or LLORCH_API_TOKEN_FILE)")]
     NoToken,
     #[error(transparent)]
@@ -273,7 +275,14 @@ fn labels(text: &str) -> Result<Labels, ConfigError> {
         let (name, value) = pair.trim().split_once('=')?;
         Some((LabelName::new(name).ok()?, LabelName::new(value).ok()?))
     };
-    text.split(',').map(|part| pair(part).ok_or_else(|| ConfigError::Labels(part.to_owned()))).collect()
+    let mut labels = Labels::new();
+    for part in text.split(',').filter(|part| !part.trim().is_empty()) {
+        let (name, value) = pair(part).ok_or_else(|| ConfigError::Labels(part.to_owned()))?;
+        if labels.insert(name, value).is_some() || labels.len() > MAX_WISHES {
+            return Err(ConfigError::LabelTwice(part.to_owned()));
+        }
+    }
+    Ok(labels)
 }
 
 fn machine_id(node_id: &NodeId) -> MachineId {
@@ -313,6 +322,8 @@ mod tests {
         assert!(with(&["--labels", "zone"]).contains("POOL_MANAGERD_LABELS"));
         let labels = check(&[&GOOD[..], &["--labels", "zone=a, tier=fast"]].concat()).unwrap().labels;
         assert_eq!(labels.len(), 2);
+        assert!(with(&["--labels", "zone=a,zone=b"]).contains("twice"));
+        assert!(check(&[&GOOD[..], &["--labels", ""]].concat()).unwrap().labels.is_empty());
         let remote = ["--api-token", "secret-token", "--orchestratord-url", "http://10.1.2.3:8080"];
         assert!(check(&remote).unwrap_err().contains("POOL_MANAGERD_ADVERTISE_URL"));
     }

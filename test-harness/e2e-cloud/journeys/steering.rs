@@ -231,7 +231,7 @@ async fn one_pool_id_on_two_nodes_is_two_pools_and_a_bare_name_is_ambiguous() {
 async fn labels_are_required_and_a_sessions_tasks_spread_over_them() {
     let label = |n, value: &str| (n, "POOL_MANAGERD_LABELS", format!("zone={value},tier=fast"));
     let node = vec![label(0, "east"), label(1, "east"), label(2, "west")];
-    let engine = Engine::Fake { slots: 8, first_token_ms: 400, pace_ms: 1, dialect: "llamacpp" };
+    let engine = Engine::Fake { slots: 8, first_token_ms: 1_500, pace_ms: 1, dialect: "llamacpp" };
     let cluster = Cluster::start(Options { node, ..fleet(3, engine) }).await;
     let mut task = cluster.task(2);
     task["placement"] = json!({"require_labels": {"zone": "west", "tier": "fast"}});
@@ -291,8 +291,12 @@ async fn a_session_stays_on_its_replica_and_within_its_budgets() {
         let next = cluster.client.run(turn(5)).await;
         assert_eq!((next.node(), warmth(&next)), (first.node(), true));
     }
-    let view = cluster.client.get_json(&path).await.unwrap();
-    assert_eq!((&view["turns"], &view["tokens_used"]), (&json!(3), &json!(15)), "{view}");
+    let view = eventually("the last turn is accounted for", SOON, || async {
+        let view = cluster.client.get_json(&path).await?;
+        (view["tokens_used"] == 15).then_some(view)
+    })
+    .await;
+    assert_eq!(view["turns"], 3, "{view}");
     assert_eq!((&view["tokens_budget_remaining"], &view["kv_warmth"]), (&json!(5), &json!(true)));
     let (status, body) = cluster.client.refused(&turn(6)).await;
     assert_eq!((status, &body["code"]), (429, &json!("BUDGET_EXCEEDED")), "{body}");
@@ -335,12 +339,16 @@ async fn a_waiting_client_is_told_its_place_and_a_deadline_that_cannot_be_met_is
     let metrics: Vec<&Value> =
         waited.events.iter().filter(|(name, ..)| name == "metrics").map(|(.., data)| data).collect();
     let positions: Vec<u64> = metrics.iter().filter_map(|m| m["queue_position"].as_u64()).collect();
-    assert!(positions.first() == Some(&1) && positions.contains(&0), "{positions:?}");
+    assert!(positions.first() == Some(&1) && positions.is_sorted_by(|a, b| a >= b), "{positions:?}");
     assert!(metrics.iter().all(|m| m["predicted_start_ms"].is_u64()), "{metrics:?}");
-    let id = before["task_id"].as_str().unwrap();
-    let verbose = cluster.client.follow_at(&format!("/v2/tasks/{id}/events?verbose=true")).await;
+    // A verbose reader hears how it stands also while the task runs.
+    let long: Value = cluster.client.post("/v2/tasks", &cluster.task(50)).await.json().await.unwrap();
+    let path = long["streams"]["sse_verbose"].as_str().unwrap();
+    let verbose = cluster.client.follow_at(path).await;
     verbose.check();
-    assert!(verbose.completed());
+    let names = verbose.names();
+    let first = names.iter().position(|name| *name == "token").unwrap();
+    assert!(names[first..].contains(&"metrics"), "{names:?}");
 }
 
 // CLOUD-1735
@@ -387,8 +395,9 @@ async fn tasks_are_listed_and_changes_of_the_cluster_are_followed() {
     assert!(events.iter().any(|(name, data)| name == "task" && data["state"] == "completed"), "{events:?}");
     let page = cluster.client.get_json("/v2/tasks?state=completed&limit=1").await.unwrap();
     assert_eq!(page["tasks"].as_array().unwrap().len(), 1);
-    if ran > 1 {
-        let next = page["next"].as_str().unwrap();
+    if ran > 2
+        && let Some(next) = page["next"].as_str()
+    {
         let second = cluster.client.get_json(&format!("/v2/tasks?limit=1&after={next}")).await.unwrap();
         assert_ne!(second["tasks"][0]["task_id"], page["tasks"][0]["task_id"]);
     }

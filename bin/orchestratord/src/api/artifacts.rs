@@ -22,7 +22,7 @@ pub(crate) struct Kept {
 
 /// Keeps a JSON document. The same bytes have the same id.
 #[utoipa::path(post, path = paths::ARTIFACTS, tag = "artifacts", request_body = serde_json::Value,
-    responses((status = 201, body = Kept), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 413, body = ErrorBody)))]
+    responses((status = 201, body = Kept), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody)))]
 pub(crate) async fn create(
     State(state): State<AppState>,
     RawBody(document): RawBody,
@@ -34,7 +34,7 @@ pub(crate) async fn create(
 
 /// A document, byte for byte.
 #[utoipa::path(get, path = paths::ARTIFACT, tag = "artifacts", params(("id" = String, Path)),
-    responses((status = 200, body = serde_json::Value), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody)))]
+    responses((status = 200, body = serde_json::Value), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 500, body = ErrorBody)))]
 pub(crate) async fn get(
     State(state): State<AppState>,
     PathId(id): PathId<Digest>,

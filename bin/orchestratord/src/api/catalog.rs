@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 
 use super::on_disk;
 use crate::app::state::AppState;
-use crate::services::catalog::{ModelEntry, ModelState, Verification};
+use crate::services::catalog::{Catalog, ModelEntry, ModelState, Verification};
 
 /// Longest description, bytes.
 const MAX_DESCRIPTION_BYTES: usize = 4096;
@@ -52,7 +52,7 @@ pub(crate) struct NewState {
 
 /// Says something of a model: 201 for a new entry, 200 for one that replaces another.
 #[utoipa::path(post, path = paths::CATALOG_MODELS, tag = "catalog", request_body = NewModel,
-    responses((status = 201, body = ModelEntry), (status = 200, body = ModelEntry), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
+    responses((status = 201, body = ModelEntry), (status = 200, body = ModelEntry), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody), (status = 500, body = ErrorBody)))]
 pub(crate) async fn create(
     State(state): State<AppState>,
     Body(new): Body<NewModel>,
@@ -63,16 +63,33 @@ pub(crate) async fn create(
         return Err(ApiError::new(ErrorCode::InvalidParams, message));
     }
     let entry = ModelEntry { model_id, digest, description, state: model_state };
-    let (catalog, kept) = (Arc::clone(&state.catalog), entry.clone());
-    let new = on_disk(move || catalog.put(kept)).await?;
-    tell(&state, &entry).await;
+    let kept = entry.clone();
+    let new = change(&state, move |catalog| {
+        let told = (kept.model_id.clone(), kept.state == ModelState::Retired);
+        Ok((catalog.put(kept)?, told))
+    });
+    let new = new.await?;
     Ok((if new { StatusCode::CREATED } else { StatusCode::OK }, Json(entry)))
 }
 
-/// Lets the control loop know whether the model may be placed.
-async fn tell(state: &AppState, entry: &ModelEntry) {
-    let (model, retired) = (entry.model_id.clone(), entry.state == ModelState::Retired);
-    state.control.tell(Event::SetRetired { model, retired }).await;
+/// Changes the catalog and lets the control loop know which model may be placed or not any more:
+/// one after the other, and to the end, also when whoever asked has gone.
+async fn change<T: Send + 'static>(
+    state: &AppState,
+    work: impl FnOnce(&Catalog) -> Result<(T, (ModelRef, bool)), ErrorBody> + Send + 'static,
+) -> Result<T, ApiError> {
+    let (catalog, control) = (Arc::clone(&state.catalog), state.control.clone());
+    let order = Arc::clone(&state.catalog_order);
+    let changing = tokio::spawn(async move {
+        let _one = order.lock().await;
+        let (result, (model, retired)) = on_disk(move || work(&catalog)).await?;
+        control.tell(Event::SetRetired { model, retired }).await;
+        Ok(result)
+    });
+    changing.await.unwrap_or_else(|error| {
+        tracing::error!(%error, "a change of the catalog did not end");
+        Err(ApiError::new(ErrorCode::Internal, "a defect in the server, see its log"))
+    })
 }
 
 /// All entries.
@@ -93,14 +110,12 @@ pub(crate) async fn get(
 
 /// Forgets the entry; the model itself stays where it is, and may be placed.
 #[utoipa::path(delete, path = paths::CATALOG_MODEL, tag = "catalog", params(("id" = String, Path)),
-    responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody)))]
+    responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 500, body = ErrorBody)))]
 pub(crate) async fn delete(
     State(state): State<AppState>,
     PathId(id): PathId<ModelRef>,
 ) -> Result<StatusCode, ApiError> {
-    let (catalog, model) = (Arc::clone(&state.catalog), id.clone());
-    on_disk(move || catalog.remove(&model)).await?;
-    state.control.tell(Event::SetRetired { model: id, retired: false }).await;
+    change(&state, move |catalog| Ok((catalog.remove(&id)?, (id, false)))).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -117,14 +132,13 @@ pub(crate) async fn verify(
 
 /// A retired model gets no task any more; those that wait for it end.
 #[utoipa::path(post, path = paths::CATALOG_MODEL_STATE, tag = "catalog", params(("id" = String, Path)), request_body = NewState,
-    responses((status = 200, body = ModelEntry), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody)))]
+    responses((status = 200, body = ModelEntry), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody)))]
 pub(crate) async fn set_state(
     State(state): State<AppState>,
     PathId(id): PathId<ModelRef>,
     Body(new): Body<NewState>,
 ) -> Result<Json<ModelEntry>, ApiError> {
-    let catalog = Arc::clone(&state.catalog);
-    let entry = on_disk(move || catalog.set_state(&id, new.state)).await?;
-    tell(&state, &entry).await;
-    Ok(Json(entry))
+    let retired = new.state == ModelState::Retired;
+    let entry = change(&state, move |catalog| Ok((catalog.set_state(&id, new.state)?, (id, retired))));
+    Ok(Json(entry.await?))
 }

@@ -60,7 +60,7 @@ async fn order(state: &AppState, id: PoolId, place: Place, order: PoolOrder) -> 
 /// The pool takes no new work; what runs may finish until the deadline.
 #[utoipa::path(post, path = paths::POOL_DRAIN, tag = "pools", params(("id" = String, Path), OnNode), request_body = PoolDrain,
     responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
+        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody), (status = 500, body = ErrorBody)))]
 pub(crate) async fn drain(
     State(state): State<AppState>,
     PathId(id): PathId<PoolId>,
@@ -70,10 +70,10 @@ pub(crate) async fn drain(
     order(&state, id, place, PoolOrder::Drain(drain)).await
 }
 
-/// The pool is looked at anew, with another model where one is named, and takes work again.
+/// The pool takes work again; with another model where one is named and its node can load it.
 #[utoipa::path(post, path = paths::POOL_RELOAD, tag = "pools", params(("id" = String, Path), OnNode), request_body = PoolReload,
     responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
+        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody), (status = 500, body = ErrorBody)))]
 pub(crate) async fn reload(
     State(state): State<AppState>,
     PathId(id): PathId<PoolId>,
@@ -86,7 +86,7 @@ pub(crate) async fn reload(
 /// The pool's engine is removed, where its node has started it.
 #[utoipa::path(post, path = paths::POOL_PURGE, tag = "pools", params(("id" = String, Path), OnNode),
     responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 503, body = ErrorBody)))]
+        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 503, body = ErrorBody), (status = 500, body = ErrorBody)))]
 pub(crate) async fn purge(
     State(state): State<AppState>,
     PathId(id): PathId<PoolId>,

@@ -31,7 +31,7 @@ const MAX_PAGE: usize = 500;
 #[utoipa::path(post, path = paths::TASKS, tag = "tasks", request_body = TaskRequest,
     responses((status = 202, body = TaskAccepted), (status = 200, content_type = "text/event-stream"),
         (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 409, body = ErrorBody),
-        (status = 413, body = ErrorBody), (status = 429, body = ErrorBody), (status = 503, body = ErrorBody)))]
+        (status = 413, body = ErrorBody), (status = 429, body = ErrorBody), (status = 503, body = ErrorBody), (status = 404, body = ErrorBody), (status = 410, body = ErrorBody)))]
 pub(crate) async fn submit(
     State(state): State<AppState>,
     headers: HeaderMap,
@@ -62,7 +62,7 @@ fn wants_stream(map: &HeaderMap) -> bool {
 
 /// The task's state and attempts.
 #[utoipa::path(get, path = paths::TASK, tag = "tasks", params(("id" = Uuid, Path)),
-    responses((status = 200, body = TaskView), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody)))]
+    responses((status = 200, body = TaskView), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn get(
     State(state): State<AppState>,
     PathId(id): PathId<TaskId>,

@@ -87,6 +87,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         streams,
         relays,
         catalog,
+        catalog_order: Arc::default(),
         artifacts: Arc::new(Artifacts::new(&config.data_dir)),
         cloud_profile: config.cloud_profile,
     };

@@ -20,6 +20,8 @@ pub(crate) struct AppState {
     /// The way to the nodes.
     pub(crate) relays: Arc<Relays>,
     pub(crate) catalog: Arc<Catalog>,
+    /// One change of the catalog at a time, its news to the control loop included.
+    pub(crate) catalog_order: Arc<tokio::sync::Mutex<()>>,
     pub(crate) artifacts: Arc<Artifacts>,
     pub(crate) cloud_profile: bool,
 }

@@ -16,6 +16,8 @@ use crate::services::catalog::write_whole;
 
 /// Room that all artifacts may take together, bytes.
 const MAX_BYTES: u64 = 1024 * 1024 * 1024;
+/// Most artifacts.
+const MAX_FILES: usize = 10_000;
 
 /// The folder of artifacts.
 #[derive(Debug)]
@@ -73,12 +75,14 @@ impl Artifacts {
         }
         known.sort();
         let mut taken: u64 = known.iter().map(|(_, bytes, _)| *bytes).sum();
+        let mut files = known.len();
         for (_, bytes, path) in known {
-            if taken + wanted <= self.at_most {
+            if taken + wanted <= self.at_most && files < MAX_FILES {
                 break;
             }
             fs::remove_file(path)?;
             taken -= bytes;
+            files -= 1;
         }
         Ok(())
     }

@@ -61,6 +61,8 @@ pub(crate) struct NodeDigest {
 pub(crate) struct Catalog {
     file: PathBuf,
     entries: Mutex<BTreeMap<ModelRef, ModelEntry>>,
+    /// Held while the disk is written to; readers never wait for it.
+    writing: Mutex<()>,
 }
 
 /// The file of entries cannot be used.
@@ -83,7 +85,7 @@ impl Catalog {
             Err(error) => return Err(failed(error)),
         };
         let entries = entries.into_iter().map(|entry| (entry.model_id.clone(), entry)).collect();
-        Ok(Self { file, entries: Mutex::new(entries) })
+        Ok(Self { file, entries: Mutex::new(entries), writing: Mutex::default() })
     }
 
     pub(crate) fn list(&self) -> Vec<ModelEntry> {
@@ -125,14 +127,14 @@ impl Catalog {
         &self,
         change: impl FnOnce(&mut BTreeMap<ModelRef, ModelEntry>) -> Result<T, ErrorBody>,
     ) -> Result<T, ErrorBody> {
-        let mut entries = self.entries.lock();
-        let mut changed = entries.clone();
+        let _one = self.writing.lock();
+        let mut changed = self.entries.lock().clone();
         let result = change(&mut changed)?;
         self.write(&changed).map_err(|error| {
             tracing::error!(file = %self.file.display(), %error, "the catalog cannot be written");
             ErrorBody::new(ErrorCode::Internal, "the catalog cannot be written, see the server's log")
         })?;
-        *entries = changed;
+        *self.entries.lock() = changed;
         Ok(result)
     }
 

@@ -121,6 +121,7 @@ impl Relays {
             let now = self.clock.now();
             if watch.bytes(now) {
                 control.tell(Event::Heard { attempt }).await;
+                alarm.as_mut().reset(self.instant(watch.next_deadline()));
             }
             reading.decoder.push(&bytes);
             // What has arrived already goes into the log, and to the readers, in one piece.
@@ -192,8 +193,8 @@ struct Reading<'d> {
     last: Option<HowEnded>,
     /// The node's closing word.
     closed_after: Option<u64>,
-    /// The engine's ids of the token that comes next.
-    ids: Option<Vec<u32>>,
+    /// The tokens of the task up to the frame that comes next, and the engine's ids of its own.
+    ids: Option<(u64, Vec<u32>)>,
 }
 
 impl Reading<'_> {
@@ -238,15 +239,17 @@ struct Place<'r> {
     started: &'r mut bool,
     last: &'r mut Option<HowEnded>,
     closed_after: &'r mut Option<u64>,
-    ids: &'r mut Option<Vec<u32>>,
+    ids: &'r mut Option<(u64, Vec<u32>)>,
 }
 
 impl Place<'_> {
     /// Returns whether the frame was a token.
     fn put(&mut self, frame: &Frame<'_>, log: &mut TaskLog, stream: &TaskStream) -> Result<bool, HowEnded> {
         let Some(data) = &frame.data else {
-            if let Some(ids) = frame.comment.and_then(|text| text.strip_prefix(TOKEN_IDS)) {
-                *self.ids = Some(ids.split(',').filter_map(|id| id.parse().ok()).collect());
+            if let Some(text) = frame.comment.and_then(|text| text.strip_prefix(TOKEN_IDS)) {
+                let (count, ids) = text.split_once(' ').unwrap_or((text, ""));
+                let ids = ids.split(',').filter_map(|id| id.parse().ok()).collect();
+                *self.ids = count.parse().ok().map(|count| (count, ids));
             } else if let Some(seq) = frame.comment.and_then(|text| text.strip_prefix("report-seq ")) {
                 *self.closed_after = seq.parse().ok();
             }
@@ -279,8 +282,8 @@ impl Place<'_> {
         match frame.event {
             "token" => {
                 log.append(attempt, index, bytes).map_err(append_error)?;
-                if let Some(ids) = self.ids.take() {
-                    stream.keep_ids(index, &ids);
+                if let Some((count, ids)) = self.ids.take() {
+                    stream.keep_ids(index, count, &ids);
                 }
                 Ok(true)
             }

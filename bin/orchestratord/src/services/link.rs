@@ -16,7 +16,7 @@ use node_agent::Agent;
 use pool_registry_types::node::{IntentOrder, LiveAnswer};
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolReload};
 use pool_registry_types::routes::{self, headers};
-use pool_registry_types::task::{InferRequest, Resume};
+use pool_registry_types::task::{InferRequest, Resume, TaskRequest};
 use pool_registry_types::{ErrorBody, ErrorCode, PoolId, ReplicaId};
 use task_scheduler::{Dispatch, HowEnded};
 
@@ -61,7 +61,13 @@ impl NodeLink {
             first_index: dispatch.first_index,
             replica_hint: dispatch.warm_replica.clone(),
             resume,
-            task: (*dispatch.request).clone(),
+            // What a node does not use is not sent: an older one would not know it.
+            task: TaskRequest {
+                session_id: None,
+                placement: None,
+                expected_tokens: None,
+                ..(*dispatch.request).clone()
+            },
         };
         match self {
             Self::Http(http) => http.infer(dispatch, &request).await,
@@ -119,13 +125,18 @@ impl NodeLink {
             ErrorBody::new(ErrorCode::NodeUnavailable, format!("the node does not answer: {reason}"))
         };
         let response = http.order(address, &path, &body).await.map_err(unavailable)?;
-        let good = response.status().is_success();
-        let bytes = response.bytes().await.map_err(|error| unavailable(error.to_string()))?;
-        if good {
+        let status = response.status();
+        let body = http_body_util::Limited::new(reqwest::Body::from(response), MAX_ERROR_BYTES);
+        let bytes = body.collect().await.map_err(|error| unavailable(error.to_string()))?.to_bytes();
+        if status.is_success() {
             return serde_json::from_slice(&bytes).map_err(|error| unavailable(error.to_string()));
         }
-        let refused = serde_json::from_slice(&bytes);
-        Err(refused.unwrap_or_else(|_| unavailable("something else answers there".into())))
+        match serde_json::from_slice::<ErrorBody>(&bytes) {
+            // Our own token is not the one it wants: nothing that whoever asked could mend.
+            Ok(refused) if status.as_u16() == 401 => Err(unavailable(refused.to_string())),
+            Ok(refused) => Err(refused),
+            Err(_) => Err(unavailable("something else answers there".into())),
+        }
     }
 
     /// Dials the node on a fresh connection. The error says why nobody good answered.

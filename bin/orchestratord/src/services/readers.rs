@@ -22,6 +22,8 @@ const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(10);
 /// A stream that is quiet for so long from its start belongs to a task that waits.
 const FIRST_METRICS_AFTER: Duration = Duration::from_millis(200);
 const METRICS_EVERY: Duration = Duration::from_secs(1);
+/// Longest wait for the control loop's answer.
+const PATIENCE: Duration = Duration::from_millis(100);
 /// A waiting client hears this often that nothing has changed.
 const SAME_METRICS_EVERY: Duration = Duration::from_secs(5);
 
@@ -55,7 +57,12 @@ impl Gauge {
 
     /// How long the log may be quiet before the gauge is looked at.
     fn pause(&self, started: bool) -> Duration {
-        if self.looked.is_none() && !started { FIRST_METRICS_AFTER } else { METRICS_EVERY }
+        match (started && !self.verbose, self.looked) {
+            // What runs seldom waits again.
+            (true, _) => SAME_METRICS_EVERY,
+            (false, None) => FIRST_METRICS_AFTER,
+            (false, Some(_)) => METRICS_EVERY,
+        }
     }
 
     fn is_due(&self) -> bool {
@@ -65,8 +72,9 @@ impl Gauge {
     /// A `metrics` event, where there is something new to say.
     async fn look(&mut self, task: TaskId) -> Option<Bytes> {
         self.looked = Some(Instant::now());
-        // A full mailbox has more to do than this.
-        let (state, metrics) = self.control.metrics(task).await.ok()??;
+        // A loop that is busy, or stands still, has more to do than this; tokens do not wait for it.
+        let asked = tokio::time::timeout(PATIENCE, self.control.metrics(task)).await;
+        let (state, metrics) = asked.ok()?.ok()??;
         if state != TaskState::Queued && !self.verbose {
             return None;
         }

@@ -28,8 +28,10 @@ pub(crate) struct TaskStream {
 #[derive(Debug, Default)]
 struct TokenIds {
     ids: Vec<u32>,
-    /// Frames whose ids are known, without a gap.
+    /// Frames that said how many tokens there are, without a gap.
     frames: u64,
+    /// Tokens up to the last of them; as many as there are ids where those are all known.
+    count: u64,
 }
 
 impl TaskStream {
@@ -53,11 +55,12 @@ impl TaskStream {
         Ok((Bytes::copy_from_slice(read.bytes), read.next, read.finished))
     }
 
-    /// Remembers the ids of the token in frame `index`.
-    pub(crate) fn keep_ids(&self, index: u64, ids: &[u32]) {
+    /// Remembers the ids of the tokens that frame `index` has brought, and the count of all so far.
+    pub(crate) fn keep_ids(&self, index: u64, count: u64, ids: &[u32]) {
         let mut known = self.token_ids.lock();
-        if known.frames == index && !ids.is_empty() {
+        if known.frames == index {
             known.frames += 1;
+            known.count = count;
             known.ids.extend_from_slice(ids);
         }
     }
@@ -83,8 +86,11 @@ impl TaskStream {
             }
         }
         let known = self.token_ids.lock();
-        let token_ids = if known.frames == frames { known.ids.clone() } else { Vec::new() };
-        let tokens = if token_ids.is_empty() { frames } else { token_ids.len() as u64 };
+        // An engine that does not say how many tokens a frame has sends one in each, mostly.
+        let counted = known.frames == frames;
+        let tokens = if counted { known.count } else { frames };
+        let all = counted && known.ids.len() as u64 == tokens;
+        let token_ids = if all { known.ids.clone() } else { Vec::new() };
         Resume { mode, text, token_ids, tokens }
     }
 }
@@ -252,12 +258,17 @@ mod tests {
             write_frame(&mut frame, Some((&LogId(Uuid::from_u128(1)), n as u64)), "token", text);
             stream.write(|log| log.append(attempt, n as u64, &frame)).unwrap();
         }
-        stream.keep_ids(0, &[7, 8]);
+        stream.keep_ids(0, 2, &[7, 8]);
         let sent = stream.sent(ResumeMode::Append);
         assert_eq!((sent.text.as_str(), sent.token_ids.len(), sent.tokens), ("a \"b\" c", 0, 2));
-        stream.keep_ids(1, &[9]);
+        stream.keep_ids(1, 3, &[9]);
         let sent = stream.sent(ResumeMode::Append);
         assert_eq!((sent.token_ids, sent.tokens), (vec![7, 8, 9], 3));
+        // Half a character has a token and no frame, and its id never comes.
+        stream.write(|log| log.append(attempt, 2, b"event: token\ndata: {\"t\":\"x\",\"i\":2}\n\n")).unwrap();
+        stream.keep_ids(2, 5, &[10]);
+        let sent = stream.sent(ResumeMode::Append);
+        assert_eq!((sent.token_ids.len(), sent.tokens), (0, 5));
     }
 
     // CLOUD-1609

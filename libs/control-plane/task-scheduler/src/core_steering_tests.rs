@@ -137,8 +137,12 @@ fn a_task_that_continues_goes_on_at_the_log_on_another_node() {
     b.end(second.attempt, 9, HowEnded::Finished);
     assert!(!b.terminal.contains_key(&id));
     b.submit(strict).1.unwrap();
+    let first_token = b.last_dispatch().deadlines.first_token;
+    b.now += 7_000;
     b.end(b.last_dispatch().attempt, 1, HowEnded::TimedOut(Overdue::TokenIdle));
     assert_eq!(b.last_dispatch().resume, Some(ResumeMode::Replay));
+    let more = b.last_dispatch().deadlines.first_token.checked_sub(first_token);
+    assert_eq!(more, Some(Duration::from_secs(7)), "what was sent has to be made again first");
 }
 
 // CLOUD-1532

@@ -268,9 +268,13 @@ impl Agent {
             match effect {
                 NodeEffect::Cancel(attempt) => self.cancel(&attempt, "the control plane does not know it"),
                 NodeEffect::TakeIntent(order) => {
-                    if let Err(error) = self.take_intent(order).await {
-                        tracing::error!(%error, "the intent cannot be written down, and is not taken");
-                    }
+                    // A disk that hangs must not keep the next heartbeat.
+                    let agent = Arc::clone(self);
+                    self.tracker.spawn(async move {
+                        if let Err(error) = agent.take_intent(order).await {
+                            tracing::error!(%error, "the intent cannot be written down, and is not taken");
+                        }
+                    });
                 }
                 NodeEffect::Register(_) | NodeEffect::Heartbeat(_) | NodeEffect::Deregister(_) => {
                     unreachable!("calls are made one at a time, when they are due")
@@ -282,6 +286,12 @@ impl Agent {
     /// Writes the operator's wish down and follows it. Returns whether the order is for this
     /// registration; one that a later one has overtaken has no effect.
     pub async fn take_intent(self: &Arc<Self>, order: IntentOrder) -> std::io::Result<bool> {
+        // Whoever asked may go away; what was begun is finished.
+        let taking = self.tracker.spawn(Arc::clone(self).write_intent(order));
+        taking.await.unwrap_or_else(|panic| Err(std::io::Error::other(panic)))
+    }
+
+    async fn write_intent(self: Arc<Self>, order: IntentOrder) -> std::io::Result<bool> {
         // One at a time: the file must say what the last order says.
         let _one = self.taking_intent.lock().await;
         let (of_now, counts) = {
@@ -291,13 +301,22 @@ impl Agent {
         if !counts {
             return Ok(of_now);
         }
-        let intent = order.intent;
+        self.keep_intent(order.intent).await?;
+        let taken = self.change(|core, now| core.set_intent(now, &order));
+        if !taken {
+            // The node registered anew meanwhile: the file says again what holds.
+            let asked = self.core.lock().asked();
+            self.keep_intent(asked).await?;
+            return Ok(false);
+        }
+        tracing::info!(intent = ?order.intent, "the operator's intent is taken");
+        Ok(true)
+    }
+
+    async fn keep_intent(&self, intent: Intent) -> std::io::Result<()> {
         let file = self.intent_file.clone();
         let written = tokio::task::spawn_blocking(move || file.write(intent)).await;
-        written.unwrap_or_else(|panic| Err(std::io::Error::other(panic)))?;
-        tracing::info!(?intent, "the operator's intent is taken");
-        self.change(|core, now| core.set_intent(now, &order));
-        Ok(true)
+        written.unwrap_or_else(|panic| Err(std::io::Error::other(panic)))
     }
 
     /// Ends an attempt at its engine.

@@ -409,9 +409,9 @@ impl Generation {
     fn token(&mut self, out: &mut Vec<u8>, text: &str) {
         use std::io::Write;
         self.first_token.get_or_insert_with(Instant::now);
-        if let Some(ids) = self.reader.ids() {
+        if let Some((ids, count)) = self.reader.take_ids() {
             let ids: Vec<String> = ids.iter().map(u32::to_string).collect();
-            write_comment(out, &format!("{TOKEN_IDS}{}", ids.join(",")));
+            write_comment(out, &format!("{TOKEN_IDS}{} {}", self.tokens_before + count, ids.join(",")));
         }
         // Writing to a Vec cannot fail, and a text is always JSON.
         let _ = write!(out, "id: {}:{}\nevent: token\ndata: {{\"t\":", self.log_id, self.index);
@@ -423,13 +423,14 @@ impl Generation {
     fn finish(&mut self, out: &mut Vec<u8>, tokens_out: u64, finish_reason: FinishReason) {
         let since = |at: Instant| u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX);
         let (decode_time_ms, decode_ms) = (since(self.started), self.first_token.map_or(0, since));
+        let made_here = tokens_out;
         let tokens_out = tokens_out + self.tokens_before;
         let end = End { tokens_out, decode_time_ms, decode_ms, finish_reason };
         let data = serde_json::to_string(&end).unwrap_or_default();
         let seq = self.slot.end(true);
         let mut counters = self.slot.agent.counters.lock();
         counters.finished += 1;
-        counters.tokens += tokens_out;
+        counters.tokens += made_here;
         drop(counters);
         self.last_words(out, "end", &data, seq);
     }

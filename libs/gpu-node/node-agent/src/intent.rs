@@ -23,7 +23,8 @@ impl IntentFile {
     }
 
     pub fn read(&self) -> Intent {
-        if self.path.exists() { Intent::Draining } else { Intent::Serving }
+        // What cannot be read may be a drain: a node that does nothing is the smaller harm.
+        if self.path.try_exists().unwrap_or(true) { Intent::Draining } else { Intent::Serving }
     }
 
     /// On the disk when it returns.

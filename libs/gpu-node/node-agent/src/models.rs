@@ -47,6 +47,12 @@ pub enum ModelError {
     Digest { path: PathBuf, expected: Digest, is: Digest },
     #[error("model {0} is not here")]
     Unknown(ModelRef),
+    #[error("{} changed while it was copied: {copied} bytes instead of {expected}", path.display())]
+    Changed { path: PathBuf, expected: u64, copied: u64 },
+    #[error("{}: a model's file must not be called {MANIFEST} or {ORIGIN}", .0.display())]
+    Name(PathBuf),
+    #[error("model {0} is being staged by another process")]
+    Busy(ModelRef),
 }
 
 /// What staging came to.
@@ -137,6 +143,18 @@ impl Models {
         Ok(manifest)
     }
 
+    /// One process stages a model at a time. The lock goes with the process.
+    fn lock(&self, model: &ModelRef) -> Result<File, ModelError> {
+        fs::create_dir_all(&self.folder).map_err(disk(&self.folder))?;
+        let path = self.folder.join(format!(".{}.lock", folder_name(model)));
+        let file = File::create(&path).map_err(disk(&path))?;
+        match file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(fs::TryLockError::WouldBlock) => Err(ModelError::Busy(model.clone())),
+            Err(fs::TryLockError::Error(error)) => Err(disk(&path)(error)),
+        }
+    }
+
     /// Copies a file in as a model. `expected` is what its content must be; `progress` is told
     /// the bytes done and the bytes to do.
     pub fn stage(
@@ -151,14 +169,21 @@ impl Models {
         if !about.is_file() {
             return Err(ModelError::NoFile(source));
         }
+        let name = source.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if [MANIFEST, ORIGIN].contains(&name.as_str()) {
+            return Err(ModelError::Name(source));
+        }
+        let _one = self.lock(model)?;
         if let Some(here) = self.get(model) {
             let is = digest_of(&source)?;
-            return if here.digest == is {
-                expected.map_or(Ok(()), |expected| expect(&source, expected, is))?;
-                Ok(Staged::WasHere(here))
-            } else {
-                Err(ModelError::Taken { model: model.clone(), digest: here.digest })
-            };
+            if here.digest != is {
+                return Err(ModelError::Taken { model: model.clone(), digest: here.digest });
+            }
+            expected.map_or(Ok(()), |expected| expect(&source, expected, is))?;
+            if self.verify(model).is_ok() {
+                return Ok(Staged::WasHere(here));
+            }
+            // What is here is damaged: it is copied anew.
         }
         let modified = about.modified().ok().and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok());
         let origin = Origin {
@@ -167,7 +192,6 @@ impl Models {
             modified_ns: modified.unwrap_or_default().as_nanos(),
         };
         let staging = self.folder.join(format!(".{}.staging", folder_name(model)));
-        let name = source.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let copy = staging.join(&name);
         let origin_file = staging.join(ORIGIN);
         let before = fs::read(&origin_file).ok().and_then(|text| serde_json::from_slice(&text).ok());
@@ -177,12 +201,16 @@ impl Models {
             fs::create_dir_all(&staging).map_err(disk(&staging))?;
             write(&origin_file, &origin)?;
         }
-        let (digest, resumed_at) = copy_on(&source, &copy, about.len(), progress)?;
+        let (digest, resumed_at, copied) = copy_on(&source, &copy, about.len(), progress)?;
+        if copied != about.len() {
+            let _ = fs::remove_dir_all(&staging);
+            return Err(ModelError::Changed { path: source, expected: about.len(), copied });
+        }
         let checked = match expected {
             Some(expected) => expect(&source, expected, digest.clone()),
             None => Ok(()),
         };
-        // What was written is read again: a disk that lies is found out now, not by an engine.
+        // What was written is read again, before anything is said of it.
         let checked = checked.and_then(|()| expect(&copy, &digest, digest_of(&copy)?));
         if let Err(error) = checked {
             let _ = fs::remove_dir_all(&staging);
@@ -197,7 +225,14 @@ impl Models {
         };
         write(&staging.join(MANIFEST), &manifest)?;
         fs::remove_file(&origin_file).map_err(disk(&origin_file))?;
+        sync_folder(&staging)?;
         let place = self.folder.join(folder_name(model));
+        if place.exists() {
+            // It was not whole, or damaged. Nothing is lost before its successor is there.
+            let broken = self.folder.join(format!(".{}.broken", folder_name(model)));
+            let _ = fs::remove_dir_all(&broken);
+            fs::rename(&place, &broken).map_err(disk(&broken))?;
+        }
         fs::rename(&staging, &place).map_err(disk(&place))?;
         sync_folder(&self.folder)?;
         Ok(Staged::Copied { manifest, resumed_at })
@@ -231,13 +266,14 @@ fn digest_of(path: &Path) -> Result<Digest, ModelError> {
     Ok(digest(hash))
 }
 
-/// Copies what is missing. Returns the digest of the whole source, and where the copy went on.
+/// Copies what is missing. Returns the digest of the whole source, where the copy went on, and how
+/// many bytes the source had.
 fn copy_on(
     source: &Path,
     copy: &Path,
     bytes: u64,
     progress: &mut dyn FnMut(u64, u64),
-) -> Result<(Digest, u64), ModelError> {
+) -> Result<(Digest, u64, u64), ModelError> {
     let mut from = File::open(source).map_err(disk(source))?;
     let mut to = OpenOptions::new().create(true).append(true).open(copy).map_err(disk(copy))?;
     let mut resumed_at = to.metadata().map_err(disk(copy))?.len();
@@ -265,7 +301,7 @@ fn copy_on(
         progress(done, bytes);
     }
     to.sync_all().map_err(disk(copy))?;
-    Ok((digest(hash), resumed_at))
+    Ok((digest(hash), resumed_at, done))
 }
 
 fn write(path: &Path, value: &impl Serialize) -> Result<(), ModelError> {
@@ -318,6 +354,11 @@ mod tests {
         let copy = b.dir.path().join("models/hf%3Aorg%2Fm.gguf/weights.gguf");
         fs::write(&copy, b"wEights").unwrap();
         assert!(matches!(b.models.verify(&manifest.model_id), Err(ModelError::Digest { .. })));
+        assert!(matches!(stage(&b, "hf:org/m.gguf").unwrap(), Staged::Copied { .. }), "it is mended");
+        fs::write(&copy, b"short").unwrap();
+        assert_eq!(b.models.list().unwrap(), [], "not whole");
+        assert!(matches!(stage(&b, "hf:org/m.gguf").unwrap(), Staged::Copied { .. }));
+        assert_eq!(b.models.verify(&manifest.model_id).unwrap(), manifest);
         fs::write(&b.source, b"others!").unwrap();
         assert!(matches!(stage(&b, "hf:org/m.gguf"), Err(ModelError::Taken { .. })));
         assert!(matches!(b.models.verify(&model("none")), Err(ModelError::Unknown(_))));
@@ -356,7 +397,16 @@ mod tests {
         let wrong = Digest::new(&format!("sha256:{}", "0".repeat(64))).unwrap();
         let error = b.models.stage(&model("n"), &b.source, Some(&wrong), &mut |_, _| {}).unwrap_err();
         assert!(matches!(error, ModelError::Digest { .. }), "{error}");
-        assert_eq!(fs::read_dir(b.dir.path().join("models")).unwrap().count(), 1, "only m is there");
+        let there = fs::read_dir(b.dir.path().join("models")).unwrap();
+        let folders = there.filter(|entry| entry.as_ref().unwrap().path().is_dir());
+        assert_eq!(folders.count(), 1, "only m is there");
+        let lock = b.models.lock(&model("n")).unwrap();
+        assert!(matches!(stage(&b, "n"), Err(ModelError::Busy(_))));
+        drop(lock);
+        let reserved = b.dir.path().join(MANIFEST);
+        fs::write(&reserved, b"x").unwrap();
+        let error = b.models.stage(&model("n"), &reserved, None, &mut |_, _| {}).unwrap_err();
+        assert!(matches!(error, ModelError::Name(_)));
         assert!(matches!(
             b.models.stage(&model("d"), b.dir.path(), None, &mut |_, _| {}),
             Err(ModelError::NoFile(_))

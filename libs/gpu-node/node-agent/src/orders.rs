@@ -22,7 +22,7 @@ impl Agent {
         self.ordered(pool_id, known)
     }
 
-    /// Looks at the pool's engines as they are and opens it again. Errors: `NOT_FOUND`, and
+    /// Opens the pool again. Errors: `NOT_FOUND`, and
     /// `UNSUPPORTED` for another model.
     pub fn order_reload(&self, pool_id: &PoolId, reload: &PoolReload) -> Result<PoolOrdered, ErrorBody> {
         if reload.new_model_ref.is_some() {

@@ -54,6 +54,8 @@ pub async fn run(
         }
     });
     let stopped = stop.clone();
+    // A router handed over as it is would be copied, route by route, for each connection.
+    let app = app.into_make_service();
     let server = axum::serve(listener, app).with_graceful_shutdown(async move { stopped.cancelled().await });
     let serving = async move { server.await };
     tokio::pin!(serving);

@@ -10,8 +10,9 @@ use std::borrow::Cow;
 /// Longest frame that is read, bytes. A stream that exceeds it is broken off.
 pub const MAX_FRAME_BYTES: usize = 1024 * 1024;
 
-/// Between the daemons only: a comment before a token's frame that names the engine's ids of it,
-/// comma-separated, where the task may have to be continued from them.
+/// Between the daemons only: a comment before a token's frame with the number of all tokens of the
+/// task so far and, comma-separated, the engine's ids of those since the frame before, where the
+/// task may have to be continued from them.
 pub const TOKEN_IDS: &str = "token-ids ";
 
 /// Appends one frame. `data` must not hold a line break (JSON text never does).

@@ -13,8 +13,9 @@ use crate::pool::EngineKind;
 
 /// Largest request body, bytes. Source: .specs/01 CLOUD-1201.
 pub const MAX_BODY_BYTES: usize = 4 * 1024 * 1024;
-/// What the hop to a node adds to a task at most: ids and defaults.
-pub const INFER_OVERHEAD_BYTES: usize = 64 * 1024;
+/// What the hop to a node adds to a task at most: ids, defaults, and what an earlier attempt has
+/// sent, which is a stream of at most 8 MiB and the ids of its tokens.
+pub const INFER_OVERHEAD_BYTES: usize = 10 * 1024 * 1024;
 /// Most texts in `stop`.
 pub const MAX_STOP_TEXTS: usize = 16;
 /// Longest wait a client may ask for: one day.

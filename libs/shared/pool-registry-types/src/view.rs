@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 use crate::ids::{AttemptId, BootId, Digest, MachineId, ModelRef, NodeId, PoolId, TaskId};
 use crate::node::{Capabilities, GpuReport, Intent, Liveness, StagedModel};
 use crate::placement::Labels;
-use crate::pool::{PoolReport, PoolState};
+use crate::pool::{DrainProgress, PoolReport, PoolState};
 use crate::task::TaskState;
 
 /// `GET /v2/nodes`.
@@ -84,6 +84,9 @@ pub struct PoolOfNode {
     pub tripped: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
+    /// How far its own drain had come at its node's last report.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<DrainProgress>,
 }
 
 /// One event of `GET /v2/events`: what changed, and to what. The name of the event is `node`,
@@ -214,6 +217,7 @@ impl NodeView {
             slots_free: pool.slots_free,
             tripped: pool.tripped,
             last_error: pool.report.last_error.clone(),
+            drain: pool.report.drain,
         }
     }
 }

@@ -97,12 +97,16 @@ impl ControlCore {
         let Some((address, boot_id)) = self.registry.address(&pool.node_id) else { return };
         let address = address.to_owned();
         self.leave_queue_to_start(id);
-        let deadlines = self.deadlines(id);
+        let mut deadlines = self.deadlines(id);
         let at_the_log = self.enforces(Rule::ContinueAtTheLog);
         let Some(task) = self.tasks.get_mut(&id) else { return };
         let Some(request) = task.request.clone() else { return };
         let first_index = if at_the_log { task.sent } else { 0 };
         let resume = task.continuation.filter(|_| task.sent > 0);
+        if resume == Some(ResumeMode::Replay) {
+            // What was sent has to be made again before the first new token can come.
+            deadlines.first_token += task.ran;
+        }
         let waited = now.millis_since(task.admitted);
         if let Some(predicted) = task.predicted_ms.take() {
             self.paces.came_true(predicted, waited);

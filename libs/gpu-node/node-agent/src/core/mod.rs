@@ -98,6 +98,8 @@ pub struct NodeCore {
     seen_order: VecDeque<AttemptId>,
     gpus: Vec<GpuReport>,
     models: Vec<StagedModel>,
+    /// Drains of pools whose engines are away: they hold for those that come next.
+    drains_away: BTreeMap<PoolId, Drain>,
 }
 
 impl NodeCore {
@@ -116,6 +118,7 @@ impl NodeCore {
             seen_order: VecDeque::new(),
             gpus: Vec::new(),
             models: Vec::new(),
+            drains_away: BTreeMap::new(),
         }
     }
 
@@ -219,12 +222,20 @@ impl NodeCore {
     }
 
     /// The operator wants this, and it is written down. What does not count has no effect.
-    pub fn set_intent(&mut self, now: Moment, order: &IntentOrder) {
-        if self.counts(order) {
+    /// Returns whether it was taken.
+    pub fn set_intent(&mut self, now: Moment, order: &IntentOrder) -> bool {
+        let counts = self.counts(order);
+        if counts {
             self.order_taken = order.number;
             self.asked = order.intent;
             self.session.poke(now);
         }
+        counts
+    }
+
+    /// What the operator wants, whatever the process itself is about to do.
+    pub fn asked(&self) -> Intent {
+        self.asked
     }
 
     pub fn intent(&self) -> Intent {
@@ -250,6 +261,7 @@ impl NodeCore {
             return Err(BindError::DiffersFromPool { pool_id: pool_id.clone() });
         }
         let pool = self.pools.entry(pool_id.clone()).or_default();
+        pool.drain = pool.drain.or(self.drains_away.remove(pool_id));
         pool.bind(spec);
         self.session.poke(now);
         Ok(())
@@ -268,8 +280,10 @@ impl NodeCore {
     fn sweep(&mut self, pool_id: &PoolId) {
         if let Some(pool) = self.pools.get_mut(pool_id) {
             pool.replicas.retain(|_, replica| !replica.has_left());
-            if pool.replicas.is_empty() {
-                self.pools.remove(pool_id);
+            if pool.replicas.is_empty()
+                && let Some(drain) = self.pools.remove(pool_id).and_then(|pool| pool.drain)
+            {
+                self.drains_away.insert(pool_id.clone(), drain);
             }
         }
     }

@@ -325,6 +325,14 @@ fn a_drained_pool_takes_nothing_shows_what_is_left_and_reopens() {
     );
     assert_eq!(node.past_their_drain(at(1_099)), []);
     assert_eq!(node.past_their_drain(at(1_100)), [attempt(1)]);
+    // Its engine is exchanged: the drain holds for the new one, until the pool is opened again.
+    node.ended(&attempt(1));
+    let spec = spec(0, 4);
+    node.unbind(at(1_150), &pool_id(), &spec.replica_id);
+    assert!(node.pool_reports(at(1_150)).is_empty());
+    node.bind(at(1_160), &pool_id(), spec).unwrap();
+    node.observed(at(1_170), &pool_id(), &replica_id(0), Health { readiness: Readiness::Ready, busy: None });
+    assert_eq!(accept(&mut node, 2).unwrap_err(), ErrorCode::PoolUnready);
     assert!(node.reopen_pool(at(1_200), &pool_id()));
     assert!(accept(&mut node, 2).is_ok());
 }

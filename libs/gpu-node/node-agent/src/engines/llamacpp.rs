@@ -18,6 +18,9 @@ pub(crate) struct Preparation {
     sent: Option<Resume>,
 }
 
+/// What is read of the last event; all of it would repeat the prompt and the settings.
+const READ: [&str; 6] = ["content", "stop", "stop_type", "tokens", "tokens_predicted", "error"];
+
 /// Longest wait for a question that precedes the request.
 const PREPARATION_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
 
@@ -75,7 +78,7 @@ pub(super) fn request(task: &TaskRequest, ctx_max: Option<u32>, sent: Option<&Re
         return request;
     }
     let prompt = task.prompt.clone().unwrap_or_default();
-    let mut body = json!({ "prompt": prompt, "stream": true });
+    let mut body = json!({ "prompt": prompt, "stream": true, "response_fields": READ });
     openai::set(&mut body, "n_predict", tokens_left(task, ctx_max, sent));
     openai::set(&mut body, "seed", task.seed);
     openai::set(&mut body, "temperature", task.temperature);
@@ -132,14 +135,18 @@ pub(super) fn read(data: &str) -> Said {
     text.map_or(Said::Nothing, Said::Text)
 }
 
-/// The ids of the tokens of an event; none where it does not say.
-pub(super) fn token_ids(data: &str) -> Vec<u32> {
+/// The ids of the tokens of an event, and the count of all so far; none where it does not say.
+pub(super) fn token_ids(data: &str) -> (Vec<u32>, u64) {
     #[derive(serde::Deserialize)]
     struct Tokens {
         #[serde(default)]
         tokens: Vec<u32>,
+        #[serde(default)]
+        tokens_predicted: u64,
     }
-    serde_json::from_str::<Tokens>(data).map(|event| event.tokens).unwrap_or_default()
+    serde_json::from_str::<Tokens>(data)
+        .map(|event| (event.tokens, event.tokens_predicted))
+        .unwrap_or_default()
 }
 
 pub(super) async fn probe(
@@ -204,8 +211,7 @@ mod tests {
         };
         let request = request(&task, Some(64), None);
         assert_eq!((request.path, &request.preparation), ("/completion", &None));
-        let expected =
-            json!({"prompt":"hi","stream":true,"n_predict":64,"seed":1,"temperature":0.0,"stop":["\n"]});
+        let expected = json!({"prompt":"hi","stream":true,"response_fields":READ,"n_predict":64,"seed":1,"temperature":0.0,"stop":["\n"]});
         assert_eq!(request.body, expected);
     }
 
@@ -227,7 +233,8 @@ mod tests {
         let message = ChatMessage { role: Role::User, content: "hi".into() };
         let chat = TaskRequest { prompt: None, messages: Some(vec![message]), ..task };
         assert_eq!(request(&chat, None, None).path, "/completion", "its own template, written out");
-        assert_eq!(token_ids(r#"{"content":" a","tokens":[7],"stop":false}"#), [7]);
+        let event = r#"{"content":" a","tokens":[7],"stop":false,"tokens_predicted":3}"#;
+        assert_eq!(token_ids(event), (vec![7], 3));
     }
 
     // CLOUD-1517

@@ -136,19 +136,22 @@ pub struct Reader {
     tokens_out: u64,
     counted: Option<u64>,
     finish_reason: Option<FinishReason>,
-    /// The engine's ids of the tokens of the last event, where they are wanted.
-    ids: Option<Vec<u32>>,
+    /// The engine's ids of the tokens since the last text, and its count of all, where they are
+    /// wanted. Some tokens bring no text of their own: half a character, or the beginning of a
+    /// stop text.
+    ids: Option<(Vec<u32>, u64)>,
 }
 
 impl Reader {
     pub fn new(reply: Reply, wants_ids: bool) -> Self {
-        let ids = wants_ids.then(Vec::new);
+        let ids = wants_ids.then(|| (Vec::new(), 0));
         Self { reply, tokens_out: 0, counted: None, finish_reason: None, ids }
     }
 
-    /// The ids of the tokens of the last event; nothing where they are not wanted.
-    pub fn ids(&self) -> Option<&[u32]> {
-        self.ids.as_deref()
+    /// The ids of the tokens since they were taken last, and the count of all tokens so far;
+    /// nothing where they are not wanted.
+    pub fn take_ids(&mut self) -> Option<(Vec<u32>, u64)> {
+        self.ids.as_mut().map(|(ids, count)| (std::mem::take(ids), *count))
     }
 
     pub fn read(&mut self, frame: &Frame<'_>) -> Said {
@@ -158,8 +161,10 @@ impl Reader {
         }
         let said = match self.reply {
             Reply::LlamaCompletion => {
-                if let Some(ids) = &mut self.ids {
-                    *ids = llamacpp::token_ids(data);
+                if let Some((ids, count)) = &mut self.ids {
+                    let (new, all) = llamacpp::token_ids(data);
+                    ids.extend(new);
+                    *count = all.max(*count);
                 }
                 llamacpp::read(data)
             }
