@@ -26,12 +26,14 @@ pub(crate) enum Dialect {
 }
 
 impl Dialect {
-    /// The word `n`, whose token has the id `n`.
-    fn token(self, letter: char, n: u64) -> String {
+    /// The word `n`, whose token has the id `n`; the answer has `count` tokens by now.
+    fn token(self, letter: char, n: u64, count: u64) -> String {
         let word = format!("{letter}{n} ");
         match self {
             Self::Llama => {
-                format!("data: {{\"index\":0,\"content\":\"{word}\",\"tokens\":[{n}],\"stop\":false}}\n\n")
+                format!(
+                    "data: {{\"index\":0,\"content\":\"{word}\",\"tokens\":[{n}],\"stop\":false,\"tokens_predicted\":{count}}}\n\n"
+                )
             }
             Self::Completion => {
                 format!("data: {{\"choices\":[{{\"text\":\"{word}\",\"finish_reason\":null}}]}}\n\n")
@@ -140,8 +142,9 @@ impl Answer {
             return Some(Ok(Bytes::from(self.dialect.end(self.tokens))));
         }
         let letter = if self.fault == Fault::OtherWords { 'x' } else { 'w' };
-        let token = self.dialect.token(letter, self.first + self.next);
+        let n = self.first + self.next;
         self.next += 1;
+        let token = self.dialect.token(letter, n, self.next);
         Some(Ok(Bytes::from(token)))
     }
 }

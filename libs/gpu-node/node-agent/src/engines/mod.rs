@@ -163,8 +163,8 @@ impl Reader {
             Reply::LlamaCompletion => {
                 if let Some((ids, count)) = &mut self.ids {
                     let (new, all) = llamacpp::token_ids(data);
+                    *count = all.max(*count + new.len() as u64);
                     ids.extend(new);
-                    *count = all.max(*count);
                 }
                 llamacpp::read(data)
             }
