@@ -55,6 +55,17 @@ struct Session {
 }
 
 impl Session {
+    fn new(now: Moment) -> Self {
+        Self {
+            last_used: now,
+            turns: 0,
+            tokens_used: 0,
+            time_used: Duration::ZERO,
+            open: BTreeMap::new(),
+            place: None,
+        }
+    }
+
     fn tokens_left(&self, policy: &SessionPolicy) -> Option<u64> {
         let held: u64 = self.open.values().map(|open| open.held).fold(0, u64::saturating_add);
         policy.token_budget.map(|budget| budget.saturating_sub(self.tokens_used).saturating_sub(held))
@@ -89,22 +100,14 @@ impl Sessions {
         max_tokens: Option<u32>,
     ) -> Result<Option<u64>, ErrorBody> {
         let policy = self.policy;
-        if !self.sessions.contains_key(&id) {
-            self.make_room()?;
-        }
         let exceeded = |what: String| {
             let message = format!("session {id}: {what}; delete it, or start another");
             Err(ErrorBody::new(ErrorCode::BudgetExceeded, message))
         };
         let asked = max_tokens.map(u64::from);
-        let session = self.sessions.entry(id).or_insert_with(|| Session {
-            last_used: now,
-            turns: 0,
-            tokens_used: 0,
-            time_used: Duration::ZERO,
-            open: BTreeMap::new(),
-            place: None,
-        });
+        // A session that is refused its first task is never made.
+        let fresh = Session::new(now);
+        let session = self.sessions.get(&id).unwrap_or(&fresh);
         let left = session.tokens_left(&policy);
         if session.turns >= policy.max_turns {
             return exceeded(format!("all of its {} turns are used", policy.max_turns));
@@ -117,6 +120,10 @@ impl Sessions {
         if session.time_left(&policy).is_some_and(|left| left.is_zero()) {
             return exceeded("its time of running is used up".into());
         }
+        if !self.sessions.contains_key(&id) {
+            self.make_room()?;
+        }
+        let session = self.sessions.entry(id).or_insert(fresh);
         self.idle.remove(&(session.last_used, id));
         session.last_used = now;
         session.turns += 1;
@@ -280,6 +287,8 @@ mod tests {
         }
         assert_eq!(code(s.admit(at(0), id(1), task(3), Some(1))), EXCEEDED);
         assert_eq!(code(s.admit(at(0), id(2), task(4), Some(1))), None, "another session has its own");
+        assert_eq!(code(s.admit(at(0), id(3), task(5), Some(101))), EXCEEDED);
+        assert_eq!((s.len(), s.view(at(0), id(3))), (2, None), "what was refused leaves nothing behind");
     }
 
     // CLOUD-1741
