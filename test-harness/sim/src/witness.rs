@@ -33,6 +33,8 @@ pub(crate) struct Seen {
     /// A replay of it did not begin with what had been sent.
     differed: bool,
     dispatches: u32,
+    /// Before this, no wait of it is over.
+    patient_until: Moment,
 }
 
 /// Errors of one pool's engine in a row, those side by side counted once.
@@ -83,8 +85,15 @@ impl Witness {
     }
 
     /// A session never gets more turns than it has.
-    pub(crate) fn admitted(&mut self, now: Moment, id: TaskId, plan: &TaskPlan) -> Result<(), Broken> {
+    pub(crate) fn admitted(
+        &mut self,
+        now: Moment,
+        id: TaskId,
+        plan: &TaskPlan,
+        queue_timeout: std::time::Duration,
+    ) -> Result<(), Broken> {
         self.next_number += 1;
+        let deadline = plan.deadline_ms.map(|ms| now + std::time::Duration::from_millis(ms));
         let seen = Seen {
             model: plan.model,
             batch: plan.batch,
@@ -92,6 +101,7 @@ impl Witness {
             queued_since: Some(now),
             wishes: plan.wishes.clone(),
             continues: plan.recovery.is_some(),
+            patient_until: deadline.unwrap_or(Moment::NEVER).min(now + queue_timeout),
             ..Seen::default()
         };
         self.tasks.insert(id, seen);
@@ -273,7 +283,7 @@ impl Witness {
     }
 
     /// What a terminal error must have behind it.
-    pub(crate) fn closed(&self, task: TaskId, code: ErrorCode) -> Result<(), Broken> {
+    pub(crate) fn closed(&self, now: Moment, task: TaskId, code: ErrorCode) -> Result<(), Broken> {
         let seen = self.tasks.get(&task).ok_or("a terminal error without a task")?;
         match code {
             ErrorCode::PoolUnavailable if seen.tries < 3 && seen.engine_deaths < 2 => Err(format!(
@@ -284,6 +294,9 @@ impl Witness {
                 if seen.continues && seen.tries < 3 && seen.engine_deaths < 2 && !seen.differed =>
             {
                 Err(format!("{task} continues, and was given up after {} tries", seen.tries))
+            }
+            ErrorCode::DeadlineExceeded if now < seen.patient_until => {
+                Err(format!("{task} ended for want of time before {} ms", seen.patient_until.as_millis()))
             }
             ErrorCode::QueueFullDropLru if seen.dispatches > 0 => {
                 Err(format!("{task} has run, and was dropped for a newer one"))

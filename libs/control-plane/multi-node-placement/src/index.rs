@@ -252,11 +252,6 @@ impl PoolIndex {
         keys.filter_map(|key| self.get(key))
     }
 
-    /// Slots of all placeable pools of the model, busy ones included.
-    pub fn slots_of(&self, model: &ModelRef) -> u32 {
-        self.placeable(model).map(|candidate| candidate.slots_total).fold(0, u32::saturating_add)
-    }
-
     pub(crate) fn of_model(&self, model: &ModelRef) -> Option<&ModelPools> {
         self.by_model.get(model)
     }

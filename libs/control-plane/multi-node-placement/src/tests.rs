@@ -88,7 +88,7 @@ fn equal_shares_go_to_the_most_free_vram_and_then_to_the_key() {
 fn the_same_pool_id_on_two_nodes_is_two_pools() {
     let index = index([pool("a", 4, 4), pool("b", 0, 4)]);
     assert_eq!(choose(&index, &shape(&model("m"), &[])).unwrap().pool, key("b", "pool-0"));
-    assert_eq!(index.slots_of(&model("m")), 8);
+    assert_eq!(index.placeable(&model("m")).count(), 2);
 }
 
 // CLOUD-1708

@@ -69,6 +69,14 @@ impl Breaker {
         over
     }
 
+    /// When [`Breaker::rest`] has something to do.
+    pub(crate) fn rests_until(&self) -> Option<Moment> {
+        match self.state {
+            State::Open { until } => Some(until),
+            State::Closed | State::HalfOpen { .. } => None,
+        }
+    }
+
     pub(crate) fn is_closed(&self) -> bool {
         self.state == State::Closed
     }

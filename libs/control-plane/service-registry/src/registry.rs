@@ -140,6 +140,8 @@ pub struct ServiceRegistry {
     settings: Settings,
     epochs_given: u64,
     orders_given: u64,
+    /// Orders for nodes that went before they took them; they hold when the nodes are back.
+    orders_kept: BTreeMap<NodeId, IntentOrder>,
     nodes: BTreeMap<NodeId, Node>,
     reservations: BTreeMap<AttemptId, Reservation>,
     /// When a node last reported a pool that has or loads the model.
@@ -161,6 +163,7 @@ impl ServiceRegistry {
             settings,
             epochs_given: 0,
             orders_given: 0,
+            orders_kept: BTreeMap::new(),
             nodes: BTreeMap::new(),
             reservations: BTreeMap::new(),
             models_reported: BTreeMap::new(),
@@ -214,6 +217,7 @@ impl ServiceRegistry {
         } else {
             // An operator's wish is for the node, not for one life of it.
             let before = self.nodes.get(&node_id).and_then(|node| node.wanted.clone());
+            let before = before.or_else(|| self.orders_kept.remove(&node_id));
             let wanted = before.filter(|wanted| wanted.intent != request.intent);
             let node = Node {
                 epoch: epoch.clone(),
@@ -241,7 +245,7 @@ impl ServiceRegistry {
         let offline = self.nodes.iter().filter_map(|(id, node)| Some((node.evidence.offline_since?, id)));
         let (_, oldest) = offline.min()?;
         let oldest = oldest.clone();
-        self.nodes.remove(&oldest);
+        self.remove(&oldest);
         self.forgotten.push(oldest);
         Some(())
     }
@@ -263,8 +267,18 @@ impl ServiceRegistry {
         if epoch.is_some_and(|epoch| *epoch != node.epoch) {
             return None;
         }
-        self.nodes.remove(node_id);
+        self.remove(node_id);
         Some(self.attempts_of(node_id))
+    }
+
+    /// Forgets a node, but not what is wanted of it.
+    fn remove(&mut self, node_id: &NodeId) {
+        let wanted = self.nodes.remove(node_id).and_then(|node| node.wanted);
+        if let Some(order) = wanted
+            && self.orders_kept.len() < MAX_NODES
+        {
+            self.orders_kept.insert(node_id.clone(), order);
+        }
     }
 
     /// Takes a whole report.

@@ -447,6 +447,10 @@ fn an_intent_belongs_to_the_node_and_not_to_one_life_of_it() {
     let again = r.register(at(10), request("a", 2, "http://a")).unwrap();
     assert_eq!(again.intent, (Intent::Draining, order.number), "the restarted node is told");
     assert_eq!(r.intent(&node_id("a")), Some(Intent::Draining));
+    // Not even when it leaves, or is removed, before it was told.
+    r.deregister(&node_id("a"), None).unwrap();
+    let back = r.register(at(15), request("a", 2, "http://a")).unwrap();
+    assert_eq!(back.intent, (Intent::Draining, order.number));
     let kept = RegisterRequest { intent: Intent::Draining, ..request("a", 3, "http://a") };
     assert_eq!(r.register(at(20), kept).unwrap().intent, (Intent::Draining, 0), "it has it in its file");
 }

@@ -26,8 +26,8 @@ use pool_registry_types::task::{
 };
 use pool_registry_types::view::{ClusterChange, ClusterView};
 use pool_registry_types::{
-    AttemptId, Epoch, ErrorBody, ErrorCode, LogId, ModelRef, Moment, NodeId, PoolKey, SessionId, TaskId,
-    routes,
+    AttemptId, Epoch, ErrorBody, ErrorCode, LogId, ModelRef, Moment, NodeId, PoolKey, ReplicaId, SessionId,
+    TaskId, routes,
 };
 use service_registry::{HeartbeatOutcome, Rule, ServiceRegistry, Settings, Timing, Transition};
 use uuid::Uuid;
@@ -226,6 +226,8 @@ pub struct ControlCore {
     /// What followers were told last.
     shown_nodes: BTreeMap<NodeId, (Liveness, Intent)>,
     shown_pools: BTreeMap<PoolKey, (PoolState, bool)>,
+    /// The replicas of each pool that took requests at its last report.
+    ready_replicas: BTreeMap<PoolKey, Vec<ReplicaId>>,
     changes: Vec<ClusterChange>,
     draining: bool,
     armed: Option<Moment>,
@@ -262,6 +264,7 @@ impl ControlCore {
             retired: BTreeSet::new(),
             shown_nodes: BTreeMap::new(),
             shown_pools: BTreeMap::new(),
+            ready_replicas: BTreeMap::new(),
             changes: Vec::new(),
             draining: false,
             armed: None,
@@ -350,7 +353,8 @@ impl ControlCore {
         self.settle_pins(now, &mut effects);
         self.place(now, &mut effects);
         if let Some((to, id)) = admitted {
-            effects.push(Effect::Reply { to, answer: Ok(Answer::Submitted(self.accepted_body(now, id))) });
+            effects
+                .push(Effect::Reply { to, answer: Ok(Answer::Submitted(self.accepted_body(now, id, true))) });
         }
         effects.extend(self.changes.drain(..).map(Effect::Changed));
         if timer || self.enforces(Rule::TimerRearmed) || self.armed.is_none() {

@@ -1,7 +1,7 @@
 use pool_registry_types::error::EndCause;
 use pool_registry_types::node::{Capabilities, LiveAnswer};
 use pool_registry_types::pool::{EngineKind, PoolReport, PoolState, ReplicaReport};
-use pool_registry_types::{BootId, MachineId, PoolId, ReplicaId};
+use pool_registry_types::{BootId, MachineId, PoolId};
 
 use super::*;
 

@@ -47,7 +47,7 @@ impl Lane {
     }
 
     /// How many tasks start before one that has this many older ones of its priority.
-    fn place(&self, priority: Priority, older: usize) -> usize {
+    pub(crate) fn place(&self, priority: Priority, older: usize) -> usize {
         const IN_A_ROW: usize = BATCH_EVERY as usize - 1;
         let row = (self.interactive_starts_in_a_row as usize).min(IN_A_ROW);
         let others = match priority {

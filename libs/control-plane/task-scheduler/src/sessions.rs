@@ -1,8 +1,9 @@
 //! Sessions: tasks that belong together, by what they may still use and where they are warm.
 //!
 //! A session is made by its first task and forgotten when nobody used it for its time to live.
-//! It holds numbers and a place, never content. Budgets are held for a task when it is
-//! admitted and settled when it ends, so that tasks side by side cannot overdraw them.
+//! It holds numbers and a place, never content. Turns and tokens are held for a task when it is
+//! admitted and settled when it ends, so that tasks side by side cannot overdraw them; the time
+//! of running is looked at when a task is admitted. A token event counts as one token.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -172,10 +173,10 @@ impl Sessions {
         }
     }
 
-    /// The pool's engines are not the ones they were: nothing there is warm.
-    pub(crate) fn cooled(&mut self, pool: &PoolKey) {
+    /// Only these replicas of the pool have been there all the time: nothing else there is warm.
+    pub(crate) fn cooled(&mut self, pool: &PoolKey, but: &[ReplicaId]) {
         for place in self.sessions.values_mut().filter_map(|session| session.place.as_mut()) {
-            place.warm &= place.pool != *pool;
+            place.warm &= place.pool != *pool || but.contains(&place.replica);
         }
     }
 
@@ -349,9 +350,10 @@ mod tests {
         let pool = |n: &str| PoolKey::new(NodeId::new(n).unwrap(), PoolId::new("p").unwrap());
         s.admit(at(0), id(1), task(1), Some(1)).unwrap();
         s.settled_at(id(1), task(1), pool("a"), ReplicaId::new("r0").unwrap());
-        s.cooled(&pool("b"));
+        s.cooled(&pool("b"), &[]);
+        s.cooled(&pool("a"), &[ReplicaId::new("r0").unwrap()]);
         assert_eq!(s.warm_place(id(1)).map(|place| &place.pool), Some(&pool("a")));
-        s.cooled(&pool("a"));
+        s.cooled(&pool("a"), &[ReplicaId::new("r1").unwrap()]);
         assert_eq!(s.warm_place(id(1)), None);
         assert_eq!(s.view(at(0), id(1)).unwrap().node_id, Some(NodeId::new("a").unwrap()));
     }

@@ -259,6 +259,8 @@ pub enum Refusal {
     Suspect,
     Draining,
     NotReady,
+    /// Its engine has failed too often lately.
+    Tripped,
     ModelMissing,
     EngineDiffers,
     ContextShort,
@@ -267,8 +269,6 @@ pub enum Refusal {
     NotPinned,
     NotPreferred,
     Avoided,
-    /// Its engine has failed too often lately.
-    Tripped,
     Tried,
     SlotsFull,
 }

@@ -264,7 +264,7 @@ impl World {
             Effect::Reply { to, answer } => self.reply(to, answer),
             Effect::OpenLog { task, log } => {
                 let plan = &self.plan.tasks[self.names[&task]];
-                let admitted = self.witness.admitted(self.now, task, plan);
+                let admitted = self.witness.admitted(self.now, task, plan, self.plan.queue_timeout);
                 self.check(admitted);
                 if let Some(control) = self.control.as_mut() {
                     control.logs.insert(task, TaskLog::new(log));
@@ -346,7 +346,6 @@ impl World {
                 self.apply(Event::Deregister { reply, node_id: node_id.clone(), epoch: Some(epoch) });
                 if self.control.as_ref().is_some_and(|c| c.core.registry().liveness(&node_id).is_none()) {
                     self.witness.life.remove(&node_id);
-                    self.witness.draining.remove(&node_id);
                 }
             }
         }

@@ -141,15 +141,17 @@ impl ServiceRegistry {
             keep
         });
         self.models_reported.retain(|_, at| now < *at + timing.node_timeout);
+        for (node_id, node) in &mut self.nodes {
+            if node.breaker.rest(now) {
+                let pools = node.pools.keys();
+                self.lifted_holds.extend(pools.map(|id| PoolKey::new(node_id.clone(), id.clone())));
+            }
+        }
         while let Some((at, _)) = self.pool_alarms.first()
             && *at <= now
             && let Some((_, key)) = self.pool_alarms.pop_first()
         {
             let Some(node) = self.nodes.get_mut(&key.node_id) else { continue };
-            if node.breaker.rest(now) {
-                let pools = node.pools.keys();
-                self.lifted_holds.extend(pools.map(|id| PoolKey::new(key.node_id.clone(), id.clone())));
-            }
             if let Some(book) = node.pools.get_mut(&key.pool_id) {
                 book.held_until = book.held_until.filter(|until| *until > now);
                 book.breaker.rest(now);
@@ -214,7 +216,7 @@ impl ServiceRegistry {
                 (None, None) => (evidence.last_heartbeat + timing.silence()).min(evidence.last_life + lease),
             };
             let probe = evidence.next_probe.filter(|_| !evidence.probe_in_flight).unwrap_or(Moment::NEVER);
-            liveness.min(probe)
+            liveness.min(probe).min(node.breaker.rests_until().unwrap_or(Moment::NEVER))
         };
         let of_pool = self.pool_alarms.first().map(|(at, _)| *at);
         self.nodes.values().map(of_node).chain(of_pool).min()

@@ -88,7 +88,7 @@ impl ServiceRegistry {
         until.is_some_and(|until| self.pool_alarms.insert((until, pool.clone())))
     }
 
-    /// The stream of the attempt broke, although the node can be dialled. Returns whether this
+    /// The stream of the attempt broke. Returns whether this
     /// tripped the node, which concerns all of its pools.
     pub fn stream_failed(
         &mut self,
@@ -101,9 +101,13 @@ impl ServiceRegistry {
             return false;
         }
         let Some(node) = self.nodes.get_mut(node_id) else { return false };
-        let Some(until) = node.breaker.failed(now, attempt, dispatched) else { return false };
-        let keys = node.pools.keys().map(|pool_id| PoolKey::new(node_id.clone(), pool_id.clone()));
-        self.pool_alarms.extend(keys.map(|key| (until, key)));
-        true
+        node.breaker.failed(now, attempt, dispatched).is_some()
+    }
+
+    /// A stream of the node came to a whole end, whatever that was.
+    pub fn stream_well(&mut self, node_id: &NodeId) {
+        if let Some(node) = self.nodes.get_mut(node_id) {
+            node.breaker.succeeded();
+        }
     }
 }

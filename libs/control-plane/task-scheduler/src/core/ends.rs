@@ -99,8 +99,11 @@ impl ControlCore {
     fn learn_from(&mut self, now: Moment, id: AttemptId, attempt: &Attempt, how: &HowEnded) {
         let (pool, dispatched) = (&attempt.pool, attempt.dispatched);
         let tripped = match how {
-            HowEnded::NodeError(error) if error.cause == Some(EndCause::Engine5xx) => {
-                self.registry.pool_failed(now, pool, &id, dispatched)
+            HowEnded::NodeError(error) => {
+                // It came whole, over a stream that is well.
+                self.registry.stream_well(&pool.node_id);
+                error.cause == Some(EndCause::Engine5xx)
+                    && self.registry.pool_failed(now, pool, &id, dispatched)
             }
             HowEnded::Broken(_) | HowEnded::TimedOut(Overdue::Silence) => {
                 self.registry.stream_failed(now, &pool.node_id, &id, dispatched)
@@ -197,7 +200,9 @@ impl ControlCore {
                 self.counters.completed += 1;
                 let model = task.model.clone();
                 // A resumed stream has skipped what a measurement would count.
-                if let Some(first_token) = attempt.first_token.filter(|_| attempt.first_index == 0) {
+                let is_there = self.registry.pool_facts(&attempt.pool).is_some();
+                let measured = attempt.first_token.filter(|_| attempt.first_index == 0 && is_there);
+                if let Some(first_token) = measured {
                     let seen = Measurement {
                         first_token_ms: first_token.millis_since(attempt.dispatched),
                         decode_ms: now.millis_since(first_token),

@@ -181,7 +181,8 @@ impl ControlCore {
         }
         let Some(facts) = self.registry.pool_facts(key) else {
             self.show_pool(key, None);
-            self.sessions.cooled(key);
+            self.ready_replicas.remove(key);
+            self.sessions.cooled(key, &[]);
             self.paces.forget(key);
             self.index.remove(key);
             if let Some(keys) = self.indexed.get_mut(&key.node_id) {
@@ -199,7 +200,9 @@ impl ControlCore {
             (Liveness::Online, Intent::Serving) => Standing::Placeable,
         };
         let shown = (facts.report.state, facts.report.ready);
-        let cold = !facts.report.ready && !facts.report.draining;
+        let serves = facts.report.ready || facts.report.draining;
+        let ready = facts.report.replicas.iter().filter(|replica| serves && replica.ready);
+        let ready: Vec<ReplicaId> = ready.map(|replica| replica.replica_id.clone()).collect();
         let candidate = Candidate {
             key: key.clone(),
             standing,
@@ -214,8 +217,10 @@ impl ControlCore {
             vram_free_bytes: facts.report.vram_free_bytes,
         };
         self.show_pool(key, Some(shown));
-        if cold && self.index.get(key).is_some_and(|before| before.standing != Standing::NotReady) {
-            self.sessions.cooled(key);
+        // A replica that was away may have another engine: its cache is another one.
+        if self.ready_replicas.get(key) != Some(&ready) {
+            self.sessions.cooled(key, &ready);
+            self.ready_replicas.insert(key.clone(), ready);
         }
         if standing == Standing::Placeable && candidate.has_free_slot() {
             self.stirred.extend(candidate.models.iter().cloned());

@@ -31,7 +31,10 @@ impl ControlCore {
             if task.tried.is_empty() && in_vain.iter().any(|other| asks_for_the_same(request, other)) {
                 continue;
             }
-            let spread = self.spread_of(task);
+            if task.pinned_node().is_some_and(|node_id| !self.has_free_on(node_id)) {
+                continue;
+            }
+            let spread = self.spread_of(task.session, request);
             let Some(shape) = self.shape(now, task, spread.as_ref()) else { continue };
             match choose(&self.index, &shape) {
                 Ok(choice) => return Some((id, choice.pool)),
@@ -72,11 +75,17 @@ impl ControlCore {
         }
     }
 
-    /// Where the running tasks of the task's session are, by the label that it spreads by.
-    pub(super) fn spread_of(&self, task: &Task) -> Option<Spread> {
-        let spread_by = task.request.as_ref()?.placement.as_ref()?.spread_by.as_ref()?;
+    /// Whether any pool of the node takes tasks and has a free slot.
+    fn has_free_on(&self, node_id: &NodeId) -> bool {
+        let pools = self.indexed.get(node_id).into_iter().flatten().filter_map(|key| self.index.get(key));
+        pools.into_iter().any(|pool| pool.standing == Standing::Placeable && pool.has_free_slot())
+    }
+
+    /// Where the running tasks of the session are, by the label that the request spreads by.
+    pub(super) fn spread_of(&self, session: Option<SessionId>, request: &TaskRequest) -> Option<Spread> {
+        let spread_by = request.placement.as_ref()?.spread_by.as_ref()?;
         let mut spread = Spread::new();
-        for node_id in self.sessions.running_on(task.session?) {
+        for node_id in self.sessions.running_on(session?) {
             let value = self.registry.labels(node_id).and_then(|labels| labels.get(spread_by)).cloned();
             *spread.entry(value).or_default() += 1;
         }
@@ -196,7 +205,7 @@ impl ControlCore {
 }
 
 /// Requests that were found to have no place, kept while a lane is walked.
-const MOST_IN_VAIN: usize = 8;
+const MOST_IN_VAIN: usize = 64;
 
 /// Whether two tasks that failed on no pool yet have the same eligible ones.
 fn asks_for_the_same(a: &TaskRequest, b: &TaskRequest) -> bool {

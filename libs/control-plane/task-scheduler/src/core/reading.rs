@@ -3,12 +3,16 @@
 use super::*;
 
 impl ControlCore {
-    pub(super) fn accepted_body(&mut self, now: Moment, id: TaskId) -> TaskAccepted {
+    /// `first`: the task has just come, and what it is told now is held against what becomes of it.
+    pub(super) fn accepted_body(&mut self, now: Moment, id: TaskId, first: bool) -> TaskAccepted {
         let task = &self.tasks[&id];
-        let (queued, model) = (task.is_queued(), task.model.clone());
+        let (queued, model, priority) = (task.is_queued(), task.model.clone(), task.priority);
         let position = if queued { self.queue.position(&model, task.priority, task.number) } else { 0 };
         let predicted_start_ms = if queued { self.predict_ms(now, id) } else { Some(0) };
-        if queued && let Some(task) = self.tasks.get_mut(&id) {
+        if first
+            && queued
+            && let Some(task) = self.tasks.get_mut(&id)
+        {
             task.predicted_ms = predicted_start_ms;
         }
         let sse = routes::TASK_EVENTS.replace("{id}", &id.to_string());
@@ -16,7 +20,7 @@ impl ControlCore {
             task_id: id,
             queue_position: u32::try_from(position).unwrap_or(u32::MAX),
             predicted_start_ms,
-            backoff_ms: if queued { self.backoff_ms(now, &model) } else { 0 },
+            backoff_ms: if queued { self.backoff_ms(now, &model, priority) } else { 0 },
             streams: TaskStreams { sse_verbose: format!("{sse}?verbose=true"), sse },
         }
     }
@@ -104,7 +108,7 @@ impl ControlCore {
     pub fn explain_task(&self, now: Moment, id: TaskId) -> Result<Explanation, ErrorBody> {
         let task = self.tasks.get(&id);
         let task = task.ok_or_else(|| ErrorBody::new(ErrorCode::NotFound, format!("no task {id}")))?;
-        let spread = self.spread_of(task);
+        let spread = task.request.as_ref().and_then(|request| self.spread_of(task.session, request));
         let shape = self.shape(now, task, spread.as_ref()).ok_or_else(|| {
             ErrorBody::new(ErrorCode::NotFound, format!("task {id} has ended: its request is not kept"))
         })?;
@@ -113,7 +117,8 @@ impl ControlCore {
 
     /// The same for a request that nobody has submitted.
     pub fn explain_request(&self, request: &TaskRequest) -> Explanation {
-        self.explanation(None, &self.shape_of(request, request.session_id, None))
+        let spread = self.spread_of(request.session_id, request);
+        self.explanation(None, &self.shape_of(request, request.session_id, spread.as_ref()))
     }
 
     fn explanation(&self, task_id: Option<TaskId>, shape: &TaskShape<'_>) -> Explanation {

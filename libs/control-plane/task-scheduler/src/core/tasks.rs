@@ -16,7 +16,7 @@ impl ControlCore {
         if let Some(task) = self.tasks.get(&id) {
             let answer = if task.fingerprint == fingerprint {
                 self.counters.attached += 1;
-                Ok(Answer::Submitted(self.accepted_body(now, id)))
+                Ok(Answer::Submitted(self.accepted_body(now, id, false)))
             } else {
                 let message = format!("task_id {id} is taken by a task with another body");
                 Err(ErrorBody::new(ErrorCode::TaskConflict, message))
@@ -98,13 +98,14 @@ impl ControlCore {
         }
         let reject = |core: &mut Self, label: &str, message: String| {
             let mut error = ErrorBody::new(ErrorCode::AdmissionReject, message);
-            error.retry_after_ms = Some(core.backoff_ms(now, model));
+            error.retry_after_ms = Some(core.backoff_ms(now, model, request.priority));
             error.policy_label = Some(label.into());
             error
         };
         // Where a task wishes for certain pools, the lane's forecast says little about it.
         if let Some(deadline_ms) = request.deadline_ms.filter(|_| request.placement.is_none())
-            && let Some(start_ms) = self.next_start_ms(now, model)
+            && !self.index.has_free(model)
+            && let Some(start_ms) = self.next_start_ms(now, model, request.priority)
             && start_ms > deadline_ms
         {
             let message =

@@ -114,7 +114,7 @@ impl World {
             ErrorCode::NodeUnavailable => self.coverage.hit("core: node unavailable"),
             _ => {}
         }
-        let closed = self.witness.closed(task, error.code);
+        let closed = self.witness.closed(self.now, task, error.code);
         self.check(closed);
         let log = self.control.as_mut().and_then(|c| c.logs.get_mut(&task));
         let Some(log) = log else { return self.check(Err(format!("{task} has no log"))) };
