@@ -12,8 +12,9 @@ use daemon_kit::correlation::RequestIds;
 use daemon_kit::metrics::Page;
 use daemon_kit::{ApiError, Body, PathId, WrappedBody};
 use node_agent::Agent;
+use node_agent::supervisor::Supervision;
 use pool_registry_types::node::{GpuReport, Intent, IntentOrder, LiveAnswer, StagedModel};
-use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolReload, PoolReport};
+use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload, PoolReport};
 use pool_registry_types::routes::headers;
 use pool_registry_types::task::InferRequest;
 use pool_registry_types::{ErrorBody, ErrorCode, PoolId, routes as paths};
@@ -26,6 +27,8 @@ use utoipa_axum::routes;
 #[derive(Debug, Clone)]
 pub(crate) struct Node {
     pub(crate) agent: Arc<Agent>,
+    /// Absent: this node runs no engines of its own.
+    pub(crate) supervision: Option<Arc<Supervision>>,
     /// This node joins no cluster.
     pub(crate) alone: bool,
 }
@@ -57,6 +60,8 @@ fn parts() -> (Router<Node>, utoipa::openapi::OpenApi) {
         .routes(routes!(drain))
         .routes(routes!(reload))
         .routes(routes!(purge))
+        .routes(routes!(load))
+        .routes(routes!(crate::logs::logs))
         .routes(routes!(intent))
         .routes(routes!(models))
         .split_for_parts()
@@ -181,6 +186,9 @@ pub(crate) struct NodePools {
     intent: Intent,
     /// Handoff files that bind nothing, and why.
     handoff_problems: BTreeMap<String, String>,
+    /// Why the file of pools is not taken as it stands; what it said before holds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pools_file_problem: Option<String>,
 }
 
 #[utoipa::path(get, path = paths::POOLS, responses((status = 200, body = NodePools), (status = 401, body = ErrorBody)))]
@@ -190,6 +198,7 @@ async fn pools(State(node): State<Node>) -> Json<NodePools> {
         gpus: node.agent.gpus(),
         intent: node.agent.intent(),
         handoff_problems: node.agent.problems(),
+        pools_file_problem: node.supervision.as_ref().and_then(|own| own.file_problem()),
     })
 }
 
@@ -225,11 +234,22 @@ async fn reload(
     Ok((StatusCode::ACCEPTED, Json(node.agent.order_reload(&id, &reload)?)))
 }
 
-/// Removes an engine that this node has started.
-#[utoipa::path(post, path = paths::POOL_PURGE, params(("id" = String, Path)),
-    responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody)))]
-async fn purge(State(node): State<Node>, PathId(id): PathId<PoolId>) -> Ordered {
-    Ok((StatusCode::ACCEPTED, Json(node.agent.order_purge(&id)?)))
+/// Ends the engines that this node has started, and removes what is named.
+#[utoipa::path(post, path = paths::POOL_PURGE, params(("id" = String, Path)), request_body = PoolPurge,
+    responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
+async fn purge(
+    State(node): State<Node>,
+    PathId(id): PathId<PoolId>,
+    Body(purge): Body<PoolPurge>,
+) -> Ordered {
+    Ok((StatusCode::ACCEPTED, Json(node.agent.order_purge(&id, purge)?)))
+}
+
+/// A task waits for a pool that is `loadable`: its engines are started, and others make room.
+#[utoipa::path(post, path = paths::POOL_LOAD, params(("id" = String, Path)),
+    responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
+async fn load(State(node): State<Node>, PathId(id): PathId<PoolId>) -> Ordered {
+    Ok((StatusCode::ACCEPTED, Json(node.agent.order_load(&id)?)))
 }
 
 /// What the operator wants of this node from now on; written down when the answer comes.

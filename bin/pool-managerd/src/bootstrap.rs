@@ -62,6 +62,8 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let watcher =
         HandoffWatcher::new(&config.runtime_dir, config.engine_hosts.clone(), config.watch_interval)?;
     let (changes, watching) = watcher.start(stop.clone());
+    let supervision = config.supervision.as_ref();
+    let supervision = supervision.map(|own| registry::supervise(&agent, &config, own, seed)).transpose()?;
     let following = tokio::spawn(registry::follow(Arc::clone(&agent), changes));
     if !probe.inventory().is_empty() {
         agent.watch_gpus(probe);
@@ -75,14 +77,21 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         None => None,
     };
     let app = serve::with_layers(
-        api::router(api::Node { agent: Arc::clone(&agent), alone: session.is_none() }),
-        config.tokens,
+        api::router(api::Node {
+            agent: Arc::clone(&agent),
+            supervision: supervision.clone(),
+            alone: session.is_none(),
+        }),
+        config.tokens.clone(),
     );
     let server = tokio::spawn(serve::run(listener, app, stop.clone(), LINGER));
 
     serve::stop_signal().await;
     tracing::info!("stopping: no new work");
     agent.drain_and_leave(config.shutdown_grace).await;
+    if let Some(supervision) = &supervision {
+        supervision.stop().await;
+    }
     if let Some(session) = session
         && tokio::time::timeout(LEAVE_TIMEOUT, session).await.is_err()
     {

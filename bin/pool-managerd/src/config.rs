@@ -11,6 +11,7 @@ use daemon_kit::Tokens;
 use daemon_kit::auth::TokenError;
 use daemon_kit::telemetry::LogFormat;
 use handoff_watcher::EngineHosts;
+use node_agent::pools_file::{PoolsFile, PoolsFileError};
 use pool_registry_types::placement::{Labels, MAX_WISHES};
 use pool_registry_types::{LabelName, MachineId, NodeId};
 
@@ -63,6 +64,24 @@ pub(crate) struct Settings {
     /// Seconds that running attempts get to finish at SIGTERM.
     #[arg(long, env = "POOL_MANAGERD_SHUTDOWN_GRACE_SECS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     shutdown_grace_secs: u64,
+    /// A TOML file of the pools whose engines this node runs itself [default: none, engines are only found].
+    #[arg(long, env = "POOL_MANAGERD_POOLS")]
+    pools: Option<PathBuf>,
+    /// Where engines from the package index are installed.
+    #[arg(long, env = "POOL_MANAGERD_PACKAGES_DIR", default_value = ".runtime/packages")]
+    packages_dir: PathBuf,
+    /// Where the engines' output goes.
+    #[arg(long, env = "POOL_MANAGERD_LOGS_DIR", default_value = ".runtime/logs")]
+    logs_dir: PathBuf,
+    /// Download and install nothing, whatever the file of pools allows.
+    #[arg(long, env = "POOL_MANAGERD_FORBID_PROVISIONING", default_value_t = false, action = clap::ArgAction::Set)]
+    forbid_provisioning: bool,
+    /// The hub that hf: sources of models name.
+    #[arg(long, env = "HF_ENDPOINT", default_value = "https://huggingface.co", global = true)]
+    hf_endpoint: String,
+    /// A token for the hub.
+    #[arg(long, env = "HF_TOKEN", hide_env_values = true, global = true)]
+    hf_token: Option<String>,
     /// NVIDIA's management library [default: where the system keeps it].
     #[arg(long, env = "POOL_MANAGERD_NVML_LIB")]
     nvml_lib: Option<PathBuf>,
@@ -83,6 +102,9 @@ pub(crate) struct Settings {
     /// Print the OpenAPI document and exit.
     #[arg(long)]
     print_openapi: bool,
+    /// Print the JSON schema of the file of pools and exit.
+    #[arg(long)]
+    print_pools_schema: bool,
 }
 
 /// Chores beside the daemon itself.
@@ -91,6 +113,9 @@ enum Order {
     /// The models on this node's disk: stage, list, verify.
     #[command(subcommand)]
     Models(models::Order),
+    /// Guard one engine. For pool-managerd itself, which speaks to it through its standard input.
+    #[command(hide = true)]
+    Guard,
 }
 
 /// The settings as they hold together.
@@ -110,9 +135,22 @@ pub(crate) struct Config {
     pub(crate) heartbeat_interval: Duration,
     pub(crate) shutdown_grace: Duration,
     pub(crate) nvml_lib: Option<PathBuf>,
+    /// Absent: this node runs no engines of its own.
+    pub(crate) supervision: Option<Supervised>,
     pub(crate) tokens: Tokens,
     pub(crate) log: String,
     pub(crate) log_format: LogFormat,
+}
+
+/// Where the engines of this node's own are, and what may be fetched for them.
+#[derive(Debug)]
+pub(crate) struct Supervised {
+    pub(crate) pools: PathBuf,
+    pub(crate) packages_dir: PathBuf,
+    pub(crate) logs_dir: PathBuf,
+    pub(crate) forbid_provisioning: bool,
+    pub(crate) hub: String,
+    pub(crate) hub_token: Option<String>,
 }
 
 /// Why the settings do not hold together. Each names the variable.
@@ -128,6 +166,8 @@ pub(crate) enum ConfigError {
     Labels(String),
     #[error("POOL_MANAGERD_LABELS: {0:?} names a label twice, or is one more than {MAX_WISHES}")]
     LabelTwice(String),
+    #[error("POOL_MANAGERD_POOLS: {0}")]
+    Pools(PoolsFileError),
     #[error("LLORCH_API_TOKEN: a node needs the cluster's token (or LLORCH_API_TOKEN_FILE)")]
     NoToken,
     #[error(transparent)]
@@ -151,8 +191,17 @@ pub(crate) fn read() -> Read {
         Ok(parsed) => parsed,
         Err(code) => return Read::Exit(code),
     };
-    if let Some(Order::Models(order)) = &settings.order {
-        return Read::Exit(models::run(order, &settings.models_dir));
+    match &settings.order {
+        Some(Order::Guard) => return Read::Exit(node_agent::guard::inside::run()),
+        Some(Order::Models(order)) => {
+            let hub = models::Hub { endpoint: &settings.hf_endpoint, token: settings.hf_token.as_deref() };
+            return Read::Exit(models::run(order, &settings.models_dir, &hub));
+        }
+        None => {}
+    }
+    if settings.print_pools_schema {
+        daemon_kit::config::print(&PoolsFile::schema());
+        return Read::Exit(ExitCode::SUCCESS);
     }
     if settings.print_openapi {
         daemon_kit::config::print(&crate::api::document());
@@ -196,6 +245,26 @@ impl Settings {
             // The node itself serves plain HTTP.
             return Err(ConfigError::Url { variable: "POOL_MANAGERD_ADVERTISE_URL", url });
         }
+        let supervision = match self.pools {
+            None => None,
+            Some(pools) => {
+                // A file that is wrong from the start stops it; one that is made wrong later does not.
+                let read = std::fs::read_to_string(&pools);
+                let text = read.map_err(|error| PoolsFileError::Unreadable {
+                    path: pools.clone(),
+                    reason: error.to_string(),
+                });
+                text.and_then(|text| PoolsFile::parse(&text)).map_err(ConfigError::Pools)?;
+                Some(Supervised {
+                    pools,
+                    packages_dir: self.packages_dir,
+                    logs_dir: self.logs_dir,
+                    forbid_provisioning: self.forbid_provisioning,
+                    hub: check_url("HF_ENDPOINT", self.hf_endpoint)?,
+                    hub_token: self.hf_token,
+                })
+            }
+        };
         let config = Config {
             addr: self.addr,
             node_id,
@@ -212,6 +281,7 @@ impl Settings {
             heartbeat_interval: Duration::from_secs(self.heartbeat_interval_secs),
             shutdown_grace: Duration::from_secs(self.shutdown_grace_secs),
             nvml_lib: self.nvml_lib,
+            supervision,
             tokens,
             log: self.log,
             log_format: self.log_format,

@@ -2,22 +2,26 @@
 
 #![expect(clippy::print_stdout, reason = "a command says what it did")]
 
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Subcommand;
+pub(crate) use node_agent::download::Hub;
 use node_agent::models::{ModelError, Models, Staged};
+use node_agent::source::{BadSource, ModelSource};
 use pool_registry_types::{Digest, ModelRef};
 
 /// What is done with the models on this node's disk.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Order {
-    /// Copy a file in, verify it, and show it to the cluster. An interrupted copy goes on.
+    /// Copy a file in, or download it, verify it, and show it to the cluster. What was
+    /// interrupted goes on.
     Stage {
         /// The name by which tasks ask for it.
         model: ModelRef,
-        /// The file, also on a mounted share.
-        source: PathBuf,
+        /// A file, also on a mounted share; https://…, hf:org/repo or hf:org/repo/file.gguf.
+        source: String,
         /// What its content must be: sha256:…
         #[arg(long)]
         digest: Option<Digest>,
@@ -31,10 +35,10 @@ pub(crate) enum Order {
     },
 }
 
-pub(crate) fn run(order: &Order, folder: &Path) -> ExitCode {
+pub(crate) fn run(order: &Order, folder: &Path, hub: &Hub<'_>) -> ExitCode {
     let models = Models::new(folder);
     let done = match order {
-        Order::Stage { model, source, digest } => stage(&models, model, source, digest.as_ref()),
+        Order::Stage { model, source, digest } => stage(&models, model, source, digest.as_ref(), hub),
         Order::List => list(&models),
         Order::Verify { model } => verify(&models, model.as_ref()),
     };
@@ -48,12 +52,24 @@ pub(crate) fn run(order: &Order, folder: &Path) -> ExitCode {
     }
 }
 
+/// Why a chore was not done.
+#[derive(Debug, thiserror::Error)]
+enum ChoreError {
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Source(#[from] BadSource),
+    #[error("the HTTP client cannot be made")]
+    Client(#[source] io::Error),
+}
+
 fn stage(
     models: &Models,
     model: &ModelRef,
-    source: &Path,
+    source: &str,
     digest: Option<&Digest>,
-) -> Result<bool, ModelError> {
+    hub: &Hub<'_>,
+) -> Result<bool, ChoreError> {
     let mut said = 0;
     let mut progress = |done: u64, all: u64| {
         let tenths = done * 10 / all.max(1);
@@ -62,7 +78,20 @@ fn stage(
             println!("{done} of {all} bytes");
         }
     };
-    let manifest = match models.stage(model, source, digest, &mut progress)? {
+    let staged = match ModelSource::parse(source)? {
+        ModelSource::File(path) => models.stage(model, &path, digest, &mut progress)?,
+        remote => {
+            // Only the first installation in a process can fail, and this is the first.
+            let _ = rustls::crypto::ring::default_provider().install_default();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            let runtime = runtime.map_err(ChoreError::Client)?;
+            let client = node_agent::download::client().map_err(io::Error::other);
+            let client = client.map_err(ChoreError::Client)?;
+            let mut told = |done: u64, all: Option<u64>| progress(done, all.unwrap_or(u64::MAX));
+            runtime.block_on(models.fetch(model, &remote, digest, &client, hub, &mut told))?
+        }
+    };
+    let manifest = match staged {
         Staged::Copied { manifest, resumed_at } => {
             if resumed_at > 0 {
                 println!("went on at byte {resumed_at}");
@@ -78,14 +107,14 @@ fn stage(
     Ok(true)
 }
 
-fn list(models: &Models) -> Result<bool, ModelError> {
+fn list(models: &Models) -> Result<bool, ChoreError> {
     for manifest in models.list()? {
         println!("{} {} {} bytes", manifest.model_id, manifest.digest, manifest.bytes);
     }
     Ok(true)
 }
 
-fn verify(models: &Models, model: Option<&ModelRef>) -> Result<bool, ModelError> {
+fn verify(models: &Models, model: Option<&ModelRef>) -> Result<bool, ChoreError> {
     let wanted = match model {
         Some(model) => vec![model.clone()],
         None => models.list()?.into_iter().map(|manifest| manifest.model_id).collect(),

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod continuation;
+mod engines;
 mod faults;
 mod home;
 mod membership;

@@ -58,6 +58,8 @@ pub struct Options {
     pub control: Vec<(&'static str, String)>,
     /// More variables for single nodes.
     pub node: Vec<(usize, &'static str, String)>,
+    /// Files of pools of single nodes, which then run their engines themselves.
+    pub pools: Vec<(usize, String)>,
 }
 
 impl Default for Options {
@@ -68,6 +70,7 @@ impl Default for Options {
             other_engines: Vec::new(),
             control: Vec::new(),
             node: Vec::new(),
+            pools: Vec::new(),
         }
     }
 }
@@ -139,8 +142,17 @@ impl Cluster {
         let runtime_dir = self.dir.path().join(&id);
         std::fs::create_dir_all(&runtime_dir).expect("a writable folder");
         self.nodes.push(Node { id, port: free_port(), runtime_dir, daemon: None, engine: None });
-        self.start_engine(n);
+        if let Some((_, text)) = self.options.pools.iter().find(|(of, _)| *of == n) {
+            std::fs::write(self.pools_file(n), text).expect("a writable folder");
+        } else {
+            self.start_engine(n);
+        }
         self.start_daemon(n);
+    }
+
+    /// Where the file of pools of node `n` is, if it has one.
+    pub fn pools_file(&self, n: usize) -> PathBuf {
+        self.dir.path().join(format!("{}-pools.toml", self.nodes[n].id))
     }
 
     pub fn start_daemon(&mut self, n: usize) {
@@ -154,6 +166,12 @@ impl Cluster {
             .env("POOL_MANAGERD_SHUTDOWN_GRACE_SECS", "10")
             .env("ORCHESTRATORD_URL", &self.client.base)
             .env("LLORCH_API_TOKEN", TOKEN);
+        if self.pools_file(n).exists() {
+            command
+                .env("POOL_MANAGERD_POOLS", self.pools_file(n))
+                .env("POOL_MANAGERD_LOGS_DIR", self.dir.path().join(format!("{}-logs", node.id)))
+                .env("POOL_MANAGERD_PACKAGES_DIR", self.dir.path().join(format!("{}-packages", node.id)));
+        }
         let own = self.options.node.iter().filter(|(of, ..)| *of == n);
         command.envs(own.map(|(_, name, value)| (*name, value.as_str())));
         let log = self.log(&node.id);

@@ -37,6 +37,31 @@ pub fn tiny_model() -> PathBuf {
     MODEL.get_or_init(write).clone()
 }
 
+/// An entry of a file of pools that runs the engine on the tiny model; `more` are further fields.
+pub fn pool(pool_id: &str, model: &str, more: &str) -> String {
+    let launcher = root().join("deploy/engines/llama_server.py");
+    format!(
+        r#"
+[models.{model}]
+source = "{}"
+
+[pools.{pool_id}]
+engine = "llamacpp"
+model = "{model}"
+slots = 2
+ctx = 1024
+{more}
+[pools.{pool_id}.provision]
+mode = "binary"
+program = "{}"
+args = ["{}", "--model", "{{model_path}}", "--alias", "{{model}}", "--port", "{{port}}", "--slots", "{{slots}}", "--ctx", "{{ctx}}", "--keep"]
+"#,
+        tiny_model().display(),
+        python().display(),
+        launcher.display(),
+    )
+}
+
 /// The command that serves a model as `pool-0`, replica `r0`.
 pub fn command(model: &Path, alias: &str, slots: u32, runtime_dir: &Path) -> Command {
     let mut command = Command::new(python());

@@ -5,7 +5,7 @@ use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use daemon_kit::{ApiError, Body, PathId};
-use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolReload};
+use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
 use pool_registry_types::view::{PoolList, PoolOfNode};
 use pool_registry_types::{ErrorBody, NodeId, PoolId, routes as paths};
 use serde::Deserialize;
@@ -83,14 +83,15 @@ pub(crate) async fn reload(
     order(&state, id, place, PoolOrder::Reload(reload)).await
 }
 
-/// The pool's engine is removed, where its node has started it.
-#[utoipa::path(post, path = paths::POOL_PURGE, tag = "pools", params(("id" = String, Path), OnNode),
+/// The pool's engines end, where their node has started them, and what is named is removed.
+#[utoipa::path(post, path = paths::POOL_PURGE, tag = "pools", params(("id" = String, Path), OnNode), request_body = PoolPurge,
     responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 503, body = ErrorBody), (status = 500, body = ErrorBody)))]
+        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody), (status = 500, body = ErrorBody)))]
 pub(crate) async fn purge(
     State(state): State<AppState>,
     PathId(id): PathId<PoolId>,
     place: Place,
+    Body(purge): Body<PoolPurge>,
 ) -> Ordered {
-    order(&state, id, place, PoolOrder::Purge).await
+    order(&state, id, place, PoolOrder::Purge(purge)).await
 }

@@ -14,7 +14,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use node_agent::Agent;
 use pool_registry_types::node::{IntentOrder, LiveAnswer};
-use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolReload};
+use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
 use pool_registry_types::routes::{self, headers};
 use pool_registry_types::task::{InferRequest, Resume, TaskRequest};
 use pool_registry_types::{ErrorBody, ErrorCode, PoolId, ReplicaId};
@@ -115,7 +115,8 @@ impl NodeLink {
                 return match order {
                     PoolOrder::Drain(drain) => agent.order_drain(pool_id, *drain),
                     PoolOrder::Reload(reload) => agent.order_reload(pool_id, reload),
-                    PoolOrder::Purge => agent.order_purge(pool_id),
+                    PoolOrder::Purge(purge) => agent.order_purge(pool_id, *purge),
+                    PoolOrder::Load => agent.order_load(pool_id),
                 };
             }
         };
@@ -156,7 +157,9 @@ impl NodeLink {
 pub(crate) enum PoolOrder {
     Drain(PoolDrain),
     Reload(PoolReload),
-    Purge,
+    Purge(PoolPurge),
+    /// A task waits for the pool.
+    Load,
 }
 
 impl PoolOrder {
@@ -165,7 +168,8 @@ impl PoolOrder {
         match self {
             Self::Drain(drain) => (routes::POOL_DRAIN, json(serde_json::to_value(drain))),
             Self::Reload(reload) => (routes::POOL_RELOAD, json(serde_json::to_value(reload))),
-            Self::Purge => (routes::POOL_PURGE, serde_json::json!({})),
+            Self::Purge(purge) => (routes::POOL_PURGE, json(serde_json::to_value(purge))),
+            Self::Load => (routes::POOL_LOAD, serde_json::json!({})),
         }
     }
 }

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::services::dispatch::Relays;
+use crate::services::link::PoolOrder;
 
 /// Letters that wait for the loop; a full mailbox answers `OVERLOADED`. One letter takes some
 /// microseconds, so this is a wait of some ten milliseconds.
@@ -296,6 +297,16 @@ impl Loop {
                 streams.close(task, &error);
             }
             Effect::Forget { task } => streams.forget(task),
+            Effect::Load { pool, address } => {
+                let relays = Arc::clone(&self.relays);
+                tracing::info!(node_id = %pool.node_id, pool_id = %pool.pool_id, "a pool is asked for");
+                self.tracker.spawn(async move {
+                    let ordered = relays.link.order_pool(&address, &pool.pool_id, &PoolOrder::Load).await;
+                    if let Err(error) = ordered {
+                        tracing::warn!(node_id = %pool.node_id, pool_id = %pool.pool_id, %error, "a pool is asked for again later");
+                    }
+                });
+            }
             Effect::TellIntent { to, node_id, address, order } => {
                 let (relays, control) = (Arc::clone(&self.relays), self.control.clone());
                 self.tracker.spawn(async move {

@@ -26,6 +26,8 @@ fn fleet(pools: u32) -> (PoolIndex, ModelRef) {
             slots_busy: n % 8,
             held: false,
             vram_free_bytes: Some(u64::from(n) << 20),
+            load_estimate_ms: None,
+            fits_now: true,
         });
     }
     (index, model)

@@ -150,6 +150,32 @@ fn best(
     best.map(|(_, key)| Choice { pool: key.clone() })
 }
 
+/// Which pool is best loaded for a task that no pool takes now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ToLoad<'i> {
+    Load(&'i PoolKey),
+    /// One that fits the task is about to be ready.
+    UnderWay,
+    NoPool,
+}
+
+/// Chooses among the pools that could be loaded: where nobody must make room first, then where
+/// it is fastest. A pool that loads already is waited for.
+pub fn choose_to_load<'i>(index: &'i PoolIndex, shape: &TaskShape<'_>) -> ToLoad<'i> {
+    let pools = index.of_model(shape.model).into_iter().flat_map(|pools| &pools.unloaded);
+    let fitting =
+        || pools.clone().filter_map(|key| index.get(key)).filter(|candidate| fits(candidate, shape));
+    if fitting().any(|candidate| candidate.standing == Standing::Loading) {
+        return ToLoad::UnderWay;
+    }
+    let order = |candidate: &&Candidate| {
+        let tried = shape.tried.contains(&candidate.key);
+        let slow = candidate.load_estimate_ms.unwrap_or(u64::MAX);
+        (tried, Wish::of(candidate, shape), !candidate.fits_now, slow, candidate.key.clone())
+    };
+    fitting().min_by_key(order).map_or(ToLoad::NoPool, |candidate| ToLoad::Load(&candidate.key))
+}
+
 /// What one pool says to a task.
 #[derive(Debug, Clone, Copy)]
 pub struct Verdict<'i> {
@@ -182,7 +208,13 @@ fn refusal(candidate: &Candidate, shape: &TaskShape<'_>) -> Option<Refusal> {
         Standing::Offline => return Some(Refusal::Offline),
         Standing::Suspect => return Some(Refusal::Suspect),
         Standing::Draining => return Some(Refusal::Draining),
-        Standing::NotReady => return Some(Refusal::NotReady),
+        Standing::Loadable => {
+            let model = candidate.models.contains(shape.model);
+            let missing = (!model).then_some(Refusal::ModelMissing);
+            return missing.or_else(|| misfit(candidate, shape)).or(Some(Refusal::NotLoaded));
+        }
+        Standing::NoMemory => return Some(Refusal::VramShort),
+        Standing::NotReady | Standing::Loading => return Some(Refusal::NotReady),
         Standing::Tripped => return Some(Refusal::Tripped),
     }
     if !candidate.models.contains(shape.model) {

@@ -44,6 +44,12 @@ pub enum Standing {
     Suspect,
     Draining,
     NotReady,
+    /// Its engine is about to be ready.
+    Loading,
+    /// No engine of it runs, and one can be started.
+    Loadable,
+    /// No engine of it runs, and its node has no memory for one.
+    NoMemory,
     /// Its engine failed too often lately, or one task is out to show whether it is well.
     Tripped,
 }
@@ -66,6 +72,10 @@ pub struct Candidate {
     pub held: bool,
     /// Unknown is not zero: it only ranks behind every known amount.
     pub vram_free_bytes: Option<u64>,
+    /// Milliseconds that starting an engine of it took last; unknown before.
+    pub load_estimate_ms: Option<u64>,
+    /// Bytes that an engine of it takes and that are free already.
+    pub fits_now: bool,
 }
 
 impl Candidate {
@@ -147,6 +157,8 @@ pub(crate) struct ModelPools {
     bag: Bag,
     /// Placeable pools, full ones included.
     pub(crate) placeable: BTreeSet<PoolKey>,
+    /// Pools that load, or could be loaded.
+    pub(crate) unloaded: BTreeSet<PoolKey>,
 }
 
 impl ModelPools {
@@ -208,6 +220,11 @@ impl PoolIndex {
                 }
             }
         }
+        if matches!(candidate.standing, Standing::Loading | Standing::Loadable) {
+            for model in &candidate.models {
+                self.by_model.entry(model.clone()).or_default().unloaded.insert(candidate.key.clone());
+            }
+        }
         self.pools.insert(candidate.key.clone(), Entry { candidate, last_taken });
     }
 
@@ -219,7 +236,8 @@ impl PoolIndex {
                 pools.placeable.remove(key);
                 pools.free.remove(&score);
                 pools.bag.remove(key);
-                if pools.placeable.is_empty() {
+                pools.unloaded.remove(key);
+                if pools.placeable.is_empty() && pools.unloaded.is_empty() {
                     self.by_model.remove(model);
                 }
             }
@@ -250,6 +268,12 @@ impl PoolIndex {
     pub fn placeable(&self, model: &ModelRef) -> impl Iterator<Item = &Candidate> {
         let keys = self.by_model.get(model).into_iter().flat_map(|pools| &pools.placeable);
         keys.filter_map(|key| self.get(key))
+    }
+
+    /// Whether any pool of the model could be loaded.
+    pub fn has_loadable(&self, model: &ModelRef) -> bool {
+        let unloaded = self.by_model.get(model).into_iter().flat_map(|pools| &pools.unloaded);
+        unloaded.filter_map(|key| self.get(key)).any(|pool| pool.standing == Standing::Loadable)
     }
 
     pub(crate) fn of_model(&self, model: &ModelRef) -> Option<&ModelPools> {

@@ -9,7 +9,9 @@
 mod choose;
 mod index;
 
-pub use choose::{Choice, NoPlacement, Spread, TaskShape, Verdict, choose, count_refusals, explain};
+pub use choose::{
+    Choice, NoPlacement, Spread, TaskShape, ToLoad, Verdict, choose, choose_to_load, count_refusals, explain,
+};
 pub use index::{Candidate, PoolIndex, Rank, Score, Standing, Strategy};
 
 #[cfg(test)]

@@ -31,6 +31,8 @@ fn pool(node: &str, busy: u32, total: u32) -> Candidate {
         slots_busy: busy,
         held: false,
         vram_free_bytes: None,
+        load_estimate_ms: None,
+        fits_now: true,
     }
 }
 
@@ -295,6 +297,8 @@ fn any_candidate() -> impl proptest::strategy::Strategy<Value = Candidate> {
                 slots_busy: busy,
                 held,
                 vram_free_bytes: vram,
+                load_estimate_ms: None,
+                fits_now: true,
             }
         })
 }

@@ -69,6 +69,7 @@ fn report(slots: u32, attempts: &[AttemptId]) -> PoolReport {
         }],
         last_error: None,
         drain: None,
+        supervised: None,
     }
 }
 

@@ -11,7 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use multi_node_placement::{
-    Candidate, PoolIndex, Spread, Standing, Strategy, TaskShape, choose, count_refusals, explain,
+    Candidate, NoPlacement, PoolIndex, Spread, Standing, Strategy, TaskShape, ToLoad, choose, choose_to_load,
+    count_refusals, explain,
 };
 use pool_registry_types::error::EndCause;
 use pool_registry_types::moment::millis;
@@ -19,7 +20,7 @@ use pool_registry_types::node::{
     Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, IntentOrder, Liveness, RegisterAnswer, RegisterRequest,
 };
 use pool_registry_types::placement::{Explanation, PoolName, PoolVerdict};
-use pool_registry_types::pool::PoolState;
+use pool_registry_types::pool::{PoolReport, PoolState};
 use pool_registry_types::task::{
     AttemptView, KvHint, Metrics, Priority, ResumeMode, SessionView, TaskAccepted, TaskPage, TaskRequest,
     TaskState, TaskStreams, TaskSummary, TaskView,
@@ -42,6 +43,7 @@ use crate::sessions::{SessionPolicy, Sessions};
 use crate::watch::{AttemptDeadlines, Overdue};
 
 mod ends;
+mod loading;
 mod nodes;
 mod pins;
 mod placing;
@@ -136,6 +138,8 @@ pub struct Counters {
     pub trips: u64,
     /// Attempts moved away from nodes that fell silent, before their streams ran out of time.
     pub moved: u64,
+    /// Times that a node was asked to start the engines of a pool.
+    pub loads: u64,
 }
 
 #[derive(Debug, Clone)]
@@ -217,6 +221,10 @@ pub struct ControlCore {
     forecasts: BTreeMap<ModelRef, Forecast>,
     /// Waiting tasks that may run on one node only.
     pinned: BTreeMap<NodeId, BTreeSet<TaskId>>,
+    /// When each pool was last asked for.
+    loads_asked: BTreeMap<PoolKey, Moment>,
+    /// When to look again at the lanes whose pools are not loaded.
+    load_alarms: BTreeSet<(Moment, ModelRef)>,
     /// Nodes whose pinned tasks are to be looked at.
     unsettled_pins: BTreeSet<NodeId>,
     /// One node timeout after our start has passed: who is not known now is not there.
@@ -259,6 +267,8 @@ impl ControlCore {
             paces: Paces::default(),
             forecasts: BTreeMap::new(),
             pinned: BTreeMap::new(),
+            loads_asked: BTreeMap::new(),
+            load_alarms: BTreeSet::new(),
             unsettled_pins: BTreeSet::new(),
             grace_over: false,
             retired: BTreeSet::new(),
@@ -375,7 +385,8 @@ impl ControlCore {
         let alarm = self.alarms.first().map(|(at, _)| *at);
         let vanishing = self.vanishing.first().map(|(at, _)| *at);
         let grace = (!self.grace_over && !self.pinned.is_empty()).then(|| self.grace_end());
-        let own = [retention, alarm, vanishing, grace, self.sessions.next_deadline()];
+        let loads = self.load_alarms.first().map(|(at, _)| *at);
+        let own = [retention, alarm, vanishing, grace, loads, self.sessions.next_deadline()];
         lanes.chain(own.into_iter().flatten()).chain(self.registry.next_deadline()).min()
     }
 }

@@ -5,6 +5,8 @@ use pool_registry_types::{BootId, MachineId, PoolId};
 
 use super::*;
 
+#[path = "core_loading_tests.rs"]
+mod loading;
 #[path = "core_steering_tests.rs"]
 mod steering;
 
@@ -46,6 +48,8 @@ struct Bench {
     closed: Vec<AttemptId>,
     node_takes_intents: bool,
     changes: Vec<ClusterChange>,
+    /// When each node was asked to load its pool.
+    loads: Vec<(u64, String)>,
     terminal: BTreeMap<TaskId, ErrorCode>,
     replies: BTreeMap<ReplyTo, Result<Answer, ErrorBody>>,
 }
@@ -60,6 +64,7 @@ impl Bench {
             closed: Vec::new(),
             node_takes_intents: true,
             changes: Vec::new(),
+            loads: Vec::new(),
             terminal: BTreeMap::new(),
             replies: BTreeMap::new(),
         }
@@ -90,6 +95,7 @@ impl Bench {
                     self.apply(Event::IntentTold { reply: to, node_id, order, outcome });
                 }
                 Effect::Changed(change) => self.changes.push(change),
+                Effect::Load { pool, .. } => self.loads.push((self.now, pool.node_id.to_string())),
                 Effect::OpenLog { .. } | Effect::Forget { .. } => {}
             }
         }
@@ -202,6 +208,7 @@ fn report(slots: u32, attempts: &[AttemptId]) -> PoolReport {
         }],
         last_error: None,
         drain: None,
+        supervised: None,
     }
 }
 

@@ -146,6 +146,12 @@ pub enum Effect {
         node_id: NodeId,
         address: String,
     },
+    /// A task waits for a pool that is not loaded: tell its node. An order that is lost is given
+    /// again.
+    Load {
+        pool: PoolKey,
+        address: String,
+    },
     /// Tell the node what it is to do, answer with [`Event::IntentTold`].
     TellIntent {
         to: ReplyTo,

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use handoff_watcher::{Change, HandoffName};
@@ -18,11 +18,12 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::core::{BindError, Health, Identity, NodeCore, NodeEffect, Readiness, ReplicaSpec};
+use crate::core::{BindError, Declared, Health, Identity, NodeCore, NodeEffect, Readiness, ReplicaSpec};
 use crate::gpu::GpuProbe;
 use crate::intent::IntentFile;
 use crate::models::Models;
 use crate::replica;
+use crate::supervisor::Supervision;
 
 /// Pause between two looks at the GPUs.
 const LOOK_AT_GPUS_EVERY: Duration = Duration::from_secs(5);
@@ -57,6 +58,11 @@ pub struct Agent {
     pub(crate) counters: Mutex<NodeCounters>,
     pub(crate) tracker: TaskTracker,
     stop: CancellationToken,
+    /// An attempt has ended: a pool may be idle now.
+    work_ended: Notify,
+    /// Somebody wants the GPUs looked at before it is time.
+    look_at_gpus: Notify,
+    supervision: OnceLock<Weak<Supervision>>,
 }
 
 impl Agent {
@@ -87,6 +93,9 @@ impl Agent {
             counters: Mutex::new(NodeCounters::default()),
             tracker: TaskTracker::new(),
             stop: CancellationToken::new(),
+            work_ended: Notify::new(),
+            look_at_gpus: Notify::new(),
+            supervision: OnceLock::new(),
         }))
     }
 
@@ -180,8 +189,55 @@ impl Agent {
         self.change(|core, now| core.unbind(now, pool_id, replica_id));
     }
 
+    /// The replica takes nothing new from now on, whatever its handoff file says.
+    pub(crate) fn withdraw(&self, pool_id: &PoolId, replica_id: &ReplicaId) {
+        let name = HandoffName { pool_id: pool_id.clone(), replica_id: replica_id.clone() };
+        {
+            let mut replicas = self.replicas.lock();
+            if let Some(stop) = replicas.remove(&name) {
+                stop.cancel();
+            }
+        }
+        self.set_binding_problem(&name, None);
+        self.unbind(pool_id, replica_id);
+    }
+
+    // ---- engines that this node runs itself ----
+
+    pub(crate) fn set_supervision(&self, supervision: &Arc<Supervision>) {
+        // There is one for the life of an agent.
+        let _ = self.supervision.set(Arc::downgrade(supervision));
+    }
+
+    pub(crate) fn supervision(&self) -> Option<Arc<Supervision>> {
+        self.supervision.get()?.upgrade()
+    }
+
+    pub(crate) fn declare(&self, declared: BTreeMap<PoolId, Declared>) {
+        self.change(|core, now| core.declare(now, declared));
+    }
+
+    pub(crate) fn work(&self) -> BTreeMap<(PoolId, ReplicaId), (u32, u64)> {
+        self.core.lock().work()
+    }
+
+    /// Waits until an attempt has ended since the last call.
+    pub(crate) async fn work_ended(&self) {
+        self.work_ended.notified().await;
+    }
+
+    pub(crate) fn tell_work_ended(&self) {
+        self.work_ended.notify_one();
+    }
+
+    /// The GPUs are looked at now, not at the next tick.
+    pub(crate) fn look_at_gpus(&self) {
+        self.look_at_gpus.notify_one();
+    }
+
     pub(crate) fn settled(&self, attempt: &AttemptId) {
         self.change(|core, now| core.settled(now, attempt));
+        self.tell_work_ended();
     }
 
     pub(crate) fn observed(&self, pool_id: &PoolId, replica_id: &ReplicaId, health: Health) {
@@ -371,6 +427,7 @@ impl Agent {
                 }
                 tokio::select! {
                     () = agent.stop.cancelled() => return,
+                    () = agent.look_at_gpus.notified() => {}
                     () = tokio::time::sleep(LOOK_AT_GPUS_EVERY) => {}
                 }
             }

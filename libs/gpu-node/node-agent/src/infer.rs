@@ -97,7 +97,9 @@ impl Slot {
         self.open = false;
         self.agent.cancels.lock().remove(&self.attempt);
         if engine_idle {
-            return self.agent.core.lock().ended(&self.attempt);
+            let seq = self.agent.core.lock().ended(&self.attempt);
+            self.agent.tell_work_ended();
+            return seq;
         }
         let seq = self.agent.core.lock().ended_unsettled(&self.attempt);
         let settling = settle(Arc::clone(&self.agent), self.attempt, self.engine, self.url.clone());

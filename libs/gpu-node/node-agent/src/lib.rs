@@ -7,13 +7,19 @@
 
 pub mod agent;
 pub mod core;
+pub mod download;
 pub mod engines;
+pub mod gguf;
 pub mod gpu;
+pub mod guard;
 pub mod infer;
 pub mod intent;
 pub mod models;
 mod orders;
+pub mod pools_file;
 mod replica;
+pub mod source;
+pub mod supervisor;
 
 pub use crate::agent::Agent;
 pub use crate::core::{NodeCore, NodeEffect};

@@ -13,6 +13,9 @@ use pool_registry_types::{Digest, ModelRef};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use crate::download::{self, DownloadError, Hub, check_space};
+use crate::source::ModelSource;
+
 const MANIFEST: &str = "manifest.json";
 /// What a copy under way was begun from.
 const ORIGIN: &str = "origin.json";
@@ -53,6 +56,20 @@ pub enum ModelError {
     Name(PathBuf),
     #[error("model {0} is being staged by another process")]
     Busy(ModelRef),
+    #[error(transparent)]
+    Download(#[from] DownloadError),
+}
+
+impl ModelError {
+    fn is_no_space(&self) -> bool {
+        match self {
+            Self::Disk { source, .. } | Self::Download(DownloadError::Disk { source, .. }) => {
+                matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+            }
+            Self::Download(DownloadError::NoSpace { .. }) => true,
+            _ => false,
+        }
+    }
 }
 
 /// What staging came to.
@@ -135,6 +152,25 @@ impl Models {
         whole(&self.folder.join(folder_name(model)))
     }
 
+    /// Where the model's file lies, if it is here whole.
+    pub fn path_of(&self, model: &ModelRef) -> Option<PathBuf> {
+        Some(self.folder.join(folder_name(model)).join(self.get(model)?.file))
+    }
+
+    /// Removes a model and whatever an interrupted copy of it has left.
+    pub fn remove(&self, model: &ModelRef) -> Result<(), ModelError> {
+        let _one = self.lock(model)?;
+        let name = folder_name(model);
+        for folder in [name.clone(), format!(".{name}.staging"), format!(".{name}.broken")] {
+            let folder = self.folder.join(folder);
+            match fs::remove_dir_all(&folder) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(disk(&folder)(error)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// Reads a model and compares it with its manifest.
     pub fn verify(&self, model: &ModelRef) -> Result<Manifest, ModelError> {
         let manifest = self.get(model).ok_or_else(|| ModelError::Unknown(model.clone()))?;
@@ -201,7 +237,17 @@ impl Models {
             fs::create_dir_all(&staging).map_err(disk(&staging))?;
             write(&origin_file, &origin)?;
         }
-        let (digest, resumed_at, copied) = copy_on(&source, &copy, about.len(), progress)?;
+        let missing = about.len().saturating_sub(fs::metadata(&copy).map_or(0, |copy| copy.len()));
+        let copied = check_space(&staging, missing)
+            .map_err(ModelError::from)
+            .and_then(|()| copy_on(&source, &copy, about.len(), progress));
+        let (digest, resumed_at, copied) = match copied {
+            Ok(copied) => copied,
+            Err(error) => {
+                self.give_up(&staging, &error);
+                return Err(error);
+            }
+        };
         if copied != about.len() {
             let _ = fs::remove_dir_all(&staging);
             return Err(ModelError::Changed { path: source, expected: about.len(), copied });
@@ -210,12 +256,6 @@ impl Models {
             Some(expected) => expect(&source, expected, digest.clone()),
             None => Ok(()),
         };
-        // What was written is read again, before anything is said of it.
-        let checked = checked.and_then(|()| expect(&copy, &digest, digest_of(&copy)?));
-        if let Err(error) = checked {
-            let _ = fs::remove_dir_all(&staging);
-            return Err(error);
-        }
         let manifest = Manifest {
             model_id: model.clone(),
             digest,
@@ -223,19 +263,113 @@ impl Models {
             file: name,
             source: source.display().to_string(),
         };
-        write(&staging.join(MANIFEST), &manifest)?;
-        fs::remove_file(&origin_file).map_err(disk(&origin_file))?;
-        sync_folder(&staging)?;
-        let place = self.folder.join(folder_name(model));
+        // What was written is read again, before anything is said of it.
+        if let Err(error) = checked.and_then(|()| expect(&copy, &manifest.digest, digest_of(&copy)?)) {
+            let _ = fs::remove_dir_all(&staging);
+            return Err(error);
+        }
+        self.show(&staging, &manifest)?;
+        Ok(Staged::Copied { manifest, resumed_at })
+    }
+
+    /// Downloads a model and stages it. What is here under the name already stays, whatever the
+    /// source says by now. `progress` is told the bytes done and, where they are known, all.
+    pub async fn fetch(
+        &self,
+        model: &ModelRef,
+        source: &ModelSource,
+        expected: Option<&Digest>,
+        client: &reqwest::Client,
+        hub: &Hub<'_>,
+        progress: &mut (dyn FnMut(u64, Option<u64>) + Send),
+    ) -> Result<Staged, ModelError> {
+        let _one = self.lock(model)?;
+        if let Some(here) = self.get(model) {
+            if let Some(expected) = expected.filter(|expected| **expected != here.digest) {
+                return Err(ModelError::Taken { model: model.clone(), digest: expected.clone() });
+            }
+            return Ok(Staged::WasHere(here));
+        }
+        let remote = download::resolve(client, hub, source).await?;
+        let remote = remote.expect("files on this machine are staged, not fetched");
+        let plain = Path::new(&remote.file).file_name().is_some_and(|name| name == remote.file.as_str());
+        if !plain || [MANIFEST, ORIGIN].contains(&remote.file.as_str()) {
+            return Err(ModelError::Name(remote.file.into()));
+        }
+        let staging = self.folder.join(format!(".{}.staging", folder_name(model)));
+        fs::create_dir_all(&staging).map_err(disk(&staging))?;
+        let path = staging.join(&remote.file);
+        let fetched = download::download(client, hub, &remote, &path, progress).await;
+        let resumed_at = match fetched.map_err(ModelError::from) {
+            Ok(resumed_at) => resumed_at,
+            Err(error) => {
+                self.give_up(&staging, &error);
+                return Err(error);
+            }
+        };
+        let (own, manifest) = (
+            self.clone(),
+            Manifest {
+                model_id: model.clone(),
+                digest: Digest::new(&format!("sha256:{}", "0".repeat(64))).expect("a digest of zeros"),
+                bytes: 0,
+                file: remote.file,
+                source: remote.url,
+            },
+        );
+        let expected = expected.cloned().or(remote.digest);
+        let done = tokio::task::spawn_blocking(move || own.take_in(&staging, manifest, expected.as_ref()));
+        let manifest = done.await.unwrap_or_else(|panic| Err(disk(&path)(io::Error::other(panic))))?;
+        Ok(Staged::Copied { manifest, resumed_at })
+    }
+
+    /// Verifies a whole download and shows it.
+    fn take_in(
+        &self,
+        staging: &Path,
+        mut manifest: Manifest,
+        expected: Option<&Digest>,
+    ) -> Result<Manifest, ModelError> {
+        let path = staging.join(&manifest.file);
+        manifest.digest = digest_of(&path)?;
+        manifest.bytes = fs::metadata(&path).map_err(disk(&path))?.len();
+        if let Some(expected) = expected
+            && let Err(error) = expect(&path, expected, manifest.digest.clone())
+        {
+            let _ = fs::remove_dir_all(staging);
+            return Err(error);
+        }
+        self.show(staging, &manifest)?;
+        Ok(manifest)
+    }
+
+    /// Where no space is left, a beginning is in the way; elsewhere it is gone on from.
+    fn give_up(&self, staging: &Path, error: &ModelError) {
+        if error.is_no_space() {
+            // What cannot be removed is begun anew at the next try.
+            let _ = fs::remove_dir_all(staging);
+        }
+    }
+
+    /// Gives what was staged its name.
+    fn show(&self, staging: &Path, manifest: &Manifest) -> Result<(), ModelError> {
+        write(&staging.join(MANIFEST), manifest)?;
+        let origin = staging.join(ORIGIN);
+        match fs::remove_file(&origin) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(disk(&origin)(error)),
+            _ => {}
+        }
+        sync_folder(staging)?;
+        let name = folder_name(&manifest.model_id);
+        let place = self.folder.join(&name);
         if place.exists() {
             // It was not whole, or damaged. Nothing is lost before its successor is there.
-            let broken = self.folder.join(format!(".{}.broken", folder_name(model)));
+            let broken = self.folder.join(format!(".{name}.broken"));
             let _ = fs::remove_dir_all(&broken);
             fs::rename(&place, &broken).map_err(disk(&broken))?;
         }
-        fs::rename(&staging, &place).map_err(disk(&place))?;
-        sync_folder(&self.folder)?;
-        Ok(Staged::Copied { manifest, resumed_at })
+        fs::rename(staging, &place).map_err(disk(&place))?;
+        sync_folder(&self.folder)
     }
 }
 
@@ -246,6 +380,11 @@ fn whole(folder: &Path) -> Option<Manifest> {
     let plain = Path::new(&manifest.file).file_name().is_some_and(|name| name == manifest.file.as_str());
     let length = fs::metadata(folder.join(&manifest.file)).ok()?.len();
     (plain && length == manifest.bytes).then_some(manifest)
+}
+
+/// Reads a file and compares it with its digest.
+pub fn check_digest(path: &Path, expected: &Digest) -> Result<(), ModelError> {
+    expect(path, expected, digest_of(path)?)
 }
 
 fn expect(path: &Path, expected: &Digest, is: Digest) -> Result<(), ModelError> {

@@ -1,15 +1,17 @@
 //! What an operator orders of one pool: drain, reload, purge.
 //!
 //! An engine that was found through a handoff file was started by somebody else: the node lets
-//! its pool drain and opens it again, and says that it cannot change or remove it.
+//! its pool drain and opens it again, and says that it cannot change or remove it. What the node
+//! has started itself is its supervisor's to change.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolReload};
+use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
 use pool_registry_types::{ErrorBody, ErrorCode, PoolId};
 
 use crate::agent::Agent;
+use crate::supervisor::Supervision;
 
 impl Agent {
     /// Errors: `NOT_FOUND`.
@@ -25,6 +27,12 @@ impl Agent {
     /// Opens the pool again. Errors: `NOT_FOUND`, and
     /// `UNSUPPORTED` for another model.
     pub fn order_reload(&self, pool_id: &PoolId, reload: &PoolReload) -> Result<PoolOrdered, ErrorBody> {
+        if let Some(supervision) = self.supervising(pool_id) {
+            supervision.reload(pool_id, reload)?;
+            // It takes work again, as soon as something of it does.
+            self.reopen_pool(pool_id);
+            return self.ordered(pool_id, true);
+        }
         if reload.new_model_ref.is_some() {
             return Err(self.not_ours(pool_id, "new_model_ref: another model is loaded"));
         }
@@ -33,9 +41,25 @@ impl Agent {
     }
 
     /// Errors: `NOT_FOUND` and `UNSUPPORTED`.
-    pub fn order_purge(&self, pool_id: &PoolId) -> Result<PoolOrdered, ErrorBody> {
+    pub fn order_purge(&self, pool_id: &PoolId, purge: PoolPurge) -> Result<PoolOrdered, ErrorBody> {
+        if let Some(supervision) = self.supervising(pool_id) {
+            supervision.purge(pool_id, purge)?;
+            return self.ordered(pool_id, true);
+        }
         self.ordered(pool_id, true)?;
         Err(self.not_ours(pool_id, "an engine is removed"))
+    }
+
+    /// A task waits for a pool that is `loadable`. Errors: `NOT_FOUND`.
+    pub fn order_load(&self, pool_id: &PoolId) -> Result<PoolOrdered, ErrorBody> {
+        if let Some(supervision) = self.supervising(pool_id) {
+            supervision.load(pool_id)?;
+        }
+        self.ordered(pool_id, true)
+    }
+
+    fn supervising(&self, pool_id: &PoolId) -> Option<Arc<Supervision>> {
+        self.supervision().filter(|supervision| supervision.supervises(pool_id))
     }
 
     fn not_ours(&self, pool_id: &PoolId, what: &str) -> ErrorBody {

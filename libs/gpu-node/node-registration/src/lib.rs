@@ -4,7 +4,9 @@
 //! answers. [`client`] carries the calls over HTTP. Neither knows what is in a report.
 
 pub mod client;
+pub mod jitter;
 pub mod session;
 
 pub use client::{CallError, ControlPlane, HttpControlPlane};
+pub use jitter::Jitter;
 pub use session::{Action, BeatFailure, Session};

@@ -9,6 +9,8 @@ use std::time::Duration;
 use pool_registry_types::node::{HeartbeatAnswer, RegisterAnswer};
 use pool_registry_types::{Epoch, ErrorBody, ErrorCode, Moment};
 
+use crate::jitter::Jitter;
+
 /// First pause after a failed call; doubles up to the heartbeat interval.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Changes within this span go into one report. Source: .specs/01 CLOUD-1011.
@@ -48,14 +50,14 @@ pub struct Session {
     failures: u32,
     /// Why the last registration was refused.
     problem: Option<String>,
-    random: u64,
+    jitter: Jitter,
 }
 
 impl Session {
     /// `interval` is the node's own; the control plane's answer replaces it. `seed` decides the jitter.
     pub fn new(now: Moment, interval: Duration, seed: u64) -> Self {
-        let random = seed | 1;
-        Self { state: State::Unregistered { next_try: now }, interval, failures: 0, problem: None, random }
+        let jitter = Jitter::new(seed);
+        Self { state: State::Unregistered { next_try: now }, interval, failures: 0, problem: None, jitter }
     }
 
     /// What is due now. The caller performs it and tells the outcome.
@@ -182,21 +184,11 @@ impl Session {
     fn pause(&mut self) -> Duration {
         let doubled = FIRST_PAUSE * 2_u32.pow(self.failures.min(10));
         self.failures += 1;
-        self.jitter(doubled.min(self.interval))
+        self.jitter.spread(doubled.min(self.interval))
     }
 
     fn jittered_interval(&mut self) -> Duration {
-        self.jitter(self.interval)
-    }
-
-    /// Between nine tenths of the span and the whole of it: early, never late.
-    fn jitter(&mut self, span: Duration) -> Duration {
-        // xorshift64: even enough to keep a fleet from marching in step.
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        let permille = 900 + u32::try_from(self.random % 101).unwrap_or(100);
-        span * permille / 1000
+        self.jitter.spread(self.interval)
     }
 }
 

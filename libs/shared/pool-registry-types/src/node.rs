@@ -132,8 +132,22 @@ pub struct GpuReport {
 #[serde(rename_all = "snake_case")]
 pub enum GpuHealth {
     Ok,
-    /// The driver answered, but not for this device.
+    /// It works, and reports errors that a person should look at.
+    Degraded,
+    /// The device, or its driver, is gone.
     Lost,
+    /// The driver did not answer in time.
+    Unresponsive,
+    /// Something that a newer node says.
+    #[serde(other)]
+    Unknown,
+}
+
+impl GpuHealth {
+    /// Whether engines may be started on it.
+    pub const fn takes_work(self) -> bool {
+        matches!(self, Self::Ok | Self::Degraded | Self::Unknown)
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

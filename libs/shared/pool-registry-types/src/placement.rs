@@ -259,6 +259,10 @@ pub enum Refusal {
     Suspect,
     Draining,
     NotReady,
+    /// No engine of it runs; one is started when a task waits that has no other pool.
+    NotLoaded,
+    /// No engine of it runs, and its node has no memory for one.
+    VramShort,
     /// Its engine has failed too often lately.
     Tripped,
     ModelMissing,
@@ -280,6 +284,8 @@ impl fmt::Display for Refusal {
             Self::Suspect => "on a suspect node",
             Self::Draining => "draining",
             Self::NotReady => "not ready",
+            Self::NotLoaded => "not loaded",
+            Self::VramShort => "without memory for its engine",
             Self::ModelMissing => "without the model",
             Self::EngineDiffers => "with another engine",
             Self::ContextShort => "with too short a context",

@@ -10,14 +10,24 @@ use crate::ids::{AttemptId, ModelRef, NodeId, PoolId, ReplicaId};
 #[serde(rename_all = "lowercase")]
 pub enum EngineKind {
     LlamaCpp,
+    Vllm,
+    /// Hugging Face's text-generation-inference.
+    Tgi,
+    /// Triton's generate extension.
+    Triton,
     /// Any server with OpenAI's API.
     OpenAi,
 }
 
 impl EngineKind {
+    pub const ALL: [Self; 5] = [Self::LlamaCpp, Self::Vllm, Self::Tgi, Self::Triton, Self::OpenAi];
+
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::LlamaCpp => "llamacpp",
+            Self::Vllm => "vllm",
+            Self::Tgi => "tgi",
+            Self::Triton => "triton",
             Self::OpenAi => "openai",
         }
     }
@@ -34,8 +44,10 @@ impl std::fmt::Display for EngineKind {
 pub enum PoolState {
     /// At least one replica takes requests.
     Ready,
-    /// Engines are there and none has answered its health call yet.
+    /// Engines are there or about to be, and none has answered its health call yet.
     Loading,
+    /// No engine runs; one is started when a task waits for it.
+    Loadable,
     Draining,
     Failed,
 }
@@ -43,7 +55,7 @@ pub enum PoolState {
 impl PoolState {
     /// Whether a pool in this state counts as having its model.
     pub const fn has_model(self) -> bool {
-        matches!(self, Self::Ready | Self::Loading)
+        matches!(self, Self::Ready | Self::Loading | Self::Loadable)
     }
 }
 
@@ -76,6 +88,53 @@ pub struct PoolReport {
     /// Present while the pool itself drains, as of this report.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain: Option<DrainProgress>,
+    /// What the node that runs the pool's engines says of them; absent for engines that it only
+    /// found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub supervised: Option<Supervised>,
+}
+
+/// A pool whose engines its node starts, watches and stops.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub struct Supervised {
+    /// Milliseconds from a start to the first good health call, as measured last; absent before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub load_estimate_ms: Option<u64>,
+    /// Bytes of memory that its engines take together; absent before the model was looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_required_bytes: Option<u64>,
+    /// Whether its engines could be started: there is memory for them, or there is when others
+    /// make room.
+    #[serde(default)]
+    pub fits: bool,
+    /// Engines that ended without being told to.
+    #[serde(default)]
+    pub restarts: u64,
+    /// Times that it was unloaded to make room, or because nothing needed it.
+    #[serde(default)]
+    pub unloads: u64,
+    /// The last lines of the engine that ended last; empty once one is ready again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub log_tail: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reload: Option<PoolReloading>,
+    /// What is done before a start: an installation or a download, and how far it has come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preparation: Option<String>,
+}
+
+/// A reload that is under way, or that failed last.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub struct PoolReloading {
+    /// The models that it loads; empty when none is under way.
+    #[serde(default)]
+    pub to: Vec<ModelRef>,
+    /// The new engines load beside the old ones, which serve until they are ready.
+    #[serde(default)]
+    pub beside: bool,
+    /// Why the last one was given up and the engines before it were kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 /// How far a drain has come.
@@ -106,6 +165,18 @@ pub struct PoolReload {
     /// Another model than the one it has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub new_model_ref: Option<ModelRef>,
+}
+
+/// `POST /v2/pools/{id}/purge`: the pool's engines end, and what is named goes with them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PoolPurge {
+    /// The engine's own environment, where the node has installed one.
+    #[serde(default)]
+    pub engine_files: bool,
+    /// The model's files, where the node has staged them.
+    #[serde(default)]
+    pub model_files: bool,
 }
 
 /// `202` of the orders to a pool.

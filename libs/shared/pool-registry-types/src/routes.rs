@@ -36,6 +36,10 @@ pub const POOL_HEALTH: &str = "/v2/pools/{id}/health";
 pub const POOL_DRAIN: &str = "/v2/pools/{id}/drain";
 pub const POOL_RELOAD: &str = "/v2/pools/{id}/reload";
 pub const POOL_PURGE: &str = "/v2/pools/{id}/purge";
+/// Of a node: start the engines of a pool that is `loadable`, a task waits for it.
+pub const POOL_LOAD: &str = "/v2/pools/{id}/load";
+/// Of a node: what the engines of a pool have written.
+pub const POOL_LOGS: &str = "/v2/pools/{id}/logs";
 /// Of a node: whether it takes work.
 pub const INTENT: &str = "/v2/intent";
 /// Of a node: the models on its disk.

@@ -277,7 +277,7 @@ impl World {
                 self.after_ms(delay, What::Fence { life, task, attempt });
             }
             Effect::CloseTask { task, error } => self.close_task(task, &error),
-            Effect::Forget { .. } | Effect::Changed(_) => {}
+            Effect::Forget { .. } | Effect::Changed(_) | Effect::Load { .. } => {}
             Effect::TellIntent { to, node_id, order, .. } => {
                 self.witness.wants(&node_id, order.intent);
                 let node: usize = node_id.as_str()[1..].parse().expect("simulated ids are n<number>");

@@ -184,6 +184,7 @@ impl ControlCore {
             self.ready_replicas.remove(key);
             self.sessions.cooled(key, &[]);
             self.paces.forget(key);
+            self.loads_asked.remove(key);
             self.index.remove(key);
             if let Some(keys) = self.indexed.get_mut(&key.node_id) {
                 keys.remove(key);
@@ -195,7 +196,7 @@ impl ControlCore {
             (Liveness::Suspect, _) => Standing::Suspect,
             (Liveness::Online, Intent::Draining) => Standing::Draining,
             (Liveness::Online, Intent::Serving) if facts.report.draining => Standing::Draining,
-            (Liveness::Online, Intent::Serving) if !facts.report.ready => Standing::NotReady,
+            (Liveness::Online, Intent::Serving) if !facts.report.ready => unready(facts.report),
             (Liveness::Online, Intent::Serving) if facts.tripped => Standing::Tripped,
             (Liveness::Online, Intent::Serving) => Standing::Placeable,
         };
@@ -203,6 +204,7 @@ impl ControlCore {
         let serves = facts.report.ready || facts.report.draining;
         let ready = facts.report.replicas.iter().filter(|replica| serves && replica.ready);
         let ready: Vec<ReplicaId> = ready.map(|replica| replica.replica_id.clone()).collect();
+        let supervised = facts.report.supervised.as_ref();
         let candidate = Candidate {
             key: key.clone(),
             standing,
@@ -215,6 +217,10 @@ impl ControlCore {
             slots_busy: facts.slots_busy,
             held: facts.held,
             vram_free_bytes: facts.report.vram_free_bytes,
+            load_estimate_ms: supervised.and_then(|own| own.load_estimate_ms),
+            fits_now: supervised
+                .and_then(|own| own.memory_required_bytes)
+                .is_none_or(|needed| facts.report.vram_free_bytes.is_none_or(|free| needed <= free)),
         };
         self.show_pool(key, Some(shown));
         // A replica that was away may have another engine: its cache is another one.
@@ -222,7 +228,7 @@ impl ControlCore {
             self.sessions.cooled(key, &ready);
             self.ready_replicas.insert(key.clone(), ready);
         }
-        if standing == Standing::Placeable && candidate.has_free_slot() {
+        if (standing == Standing::Placeable && candidate.has_free_slot()) || standing == Standing::Loadable {
             self.stirred.extend(candidate.models.iter().cloned());
         }
         self.index.upsert(candidate);
@@ -237,5 +243,15 @@ impl ControlCore {
                 Liveness::Offline => self.counters.offlines += 1,
             }
         }
+    }
+}
+
+/// How a pool stands that takes no requests at the moment.
+fn unready(report: &PoolReport) -> Standing {
+    match report.state {
+        PoolState::Loading => Standing::Loading,
+        PoolState::Loadable if report.supervised.as_ref().is_some_and(|own| own.fits) => Standing::Loadable,
+        PoolState::Loadable => Standing::NoMemory,
+        PoolState::Ready | PoolState::Draining | PoolState::Failed => Standing::NotReady,
     }
 }

@@ -12,6 +12,9 @@ impl ControlCore {
             while let Some((id, pool)) = self.next_start(now, &model) {
                 self.start(now, id, pool, effects);
             }
+            if self.queue.lane(&model).is_some() {
+                self.ask_to_load(now, &model, effects);
+            }
         }
         // Starting tasks changes pools, which stirs lanes that were just served.
         self.stirred.clear();

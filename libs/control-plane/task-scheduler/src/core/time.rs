@@ -26,6 +26,7 @@ impl ControlCore {
         for (node_id, address) in self.registry.take_due_probes(now) {
             effects.push(Effect::Probe { node_id, address });
         }
+        self.stir_loads(now);
         while let Some((at, id)) = self.alarms.first().copied()
             && at <= now
         {

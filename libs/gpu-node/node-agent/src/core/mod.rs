@@ -20,7 +20,7 @@ use pool_registry_types::{
     AttemptId, BootId, Epoch, ErrorBody, ErrorCode, MachineId, Moment, NodeId, PoolId, ReplicaId,
 };
 
-pub use pools::{BindError, Health, Readiness, ReplicaSpec};
+pub use pools::{BindError, Declared, Health, Readiness, ReplicaSpec};
 use pools::{Circumstances, Drain, Pool, Replica};
 
 /// How many attempt ids are remembered, so that none runs twice. Source: .specs/01 CLOUD-1507.
@@ -100,6 +100,8 @@ pub struct NodeCore {
     models: Vec<StagedModel>,
     /// Drains of pools whose engines are away: they hold for those that come next.
     drains_away: BTreeMap<PoolId, Drain>,
+    /// The pools whose engines this node runs itself.
+    declared: BTreeMap<PoolId, Declared>,
 }
 
 impl NodeCore {
@@ -119,6 +121,7 @@ impl NodeCore {
             gpus: Vec::new(),
             models: Vec::new(),
             drains_away: BTreeMap::new(),
+            declared: BTreeMap::new(),
         }
     }
 
@@ -144,7 +147,7 @@ impl NodeCore {
                 version: self.identity.version.clone(),
                 intent: self.intent(),
                 labels: self.identity.labels.clone(),
-                pools: self.pools.keys().cloned().collect(),
+                pools: self.pool_ids().into_iter().cloned().collect(),
                 capabilities: self.identity.capabilities.clone(),
             }),
             Action::Heartbeat { epoch } => NodeEffect::Heartbeat(self.report(now, epoch)),
@@ -288,19 +291,60 @@ impl NodeCore {
         }
     }
 
+    /// Which pools this node runs itself, and how each of them stands. A change is reported at
+    /// once: tasks may wait for it.
+    pub fn declare(&mut self, now: Moment, declared: BTreeMap<PoolId, Declared>) {
+        // What changes with every look at the memory goes with the next report.
+        let essence = |all: &BTreeMap<PoolId, Declared>| -> Vec<(PoolId, Declared)> {
+            let plain = |d: &Declared| Declared { vram_free_bytes: None, ..d.clone() };
+            all.iter().map(|(id, declared)| (id.clone(), plain(declared))).collect()
+        };
+        let changed = essence(&self.declared) != essence(&declared);
+        self.declared = declared;
+        if changed {
+            self.session.poke(now);
+        }
+    }
+
+    fn pool_ids(&self) -> BTreeSet<&PoolId> {
+        self.pools.keys().chain(self.declared.keys()).collect()
+    }
+
+    /// What each bound replica runs, and how many attempts it was given since it was bound.
+    pub fn work(&self) -> BTreeMap<(PoolId, ReplicaId), (u32, u64)> {
+        let of = |(id, pool): (&PoolId, &Pool)| {
+            let id = id.clone();
+            let each =
+                |(replica, r): (&ReplicaId, &Replica)| ((id.clone(), replica.clone()), (r.ours(), r.served));
+            pool.replicas.iter().map(each).collect::<Vec<_>>()
+        };
+        self.pools.iter().flat_map(of).collect()
+    }
+
     /// No new work on this pool; what runs may finish until the deadline. Returns whether there
     /// is such a pool.
     pub fn drain_pool(&mut self, now: Moment, pool_id: &PoolId, deadline: Option<Moment>) -> bool {
-        let Some(pool) = self.pools.get_mut(pool_id) else { return false };
-        pool.drain = Some(Drain { deadline });
+        let drain = Drain { deadline };
+        match self.pools.get_mut(pool_id) {
+            Some(pool) => pool.drain = Some(drain),
+            // It holds for the engine that comes.
+            None if self.declared.contains_key(pool_id) => {
+                self.drains_away.insert(pool_id.clone(), drain);
+            }
+            None => return false,
+        }
         self.session.poke(now);
         true
     }
 
     /// The pool takes work again.
     pub fn reopen_pool(&mut self, now: Moment, pool_id: &PoolId) -> bool {
-        let Some(pool) = self.pools.get_mut(pool_id) else { return false };
-        if pool.drain.take().is_some() {
+        let drained = match self.pools.get_mut(pool_id) {
+            Some(pool) => pool.drain.take(),
+            None if self.declared.contains_key(pool_id) => self.drains_away.remove(pool_id),
+            None => return false,
+        };
+        if drained.is_some() {
             self.session.poke(now);
         }
         true
@@ -444,18 +488,27 @@ impl NodeCore {
     }
 
     pub fn pool_reports(&self, now: Moment) -> Vec<PoolReport> {
-        let report = |(id, pool): (&PoolId, &Pool)| {
+        let report = |id: &PoolId| {
+            let (pool, declared) = (self.pools.get(id), self.declared.get(id));
             let accepted = |id| self.running.get(id).map(|place| place.accepted);
+            let drains = pool.filter(|pool| pool.drain.is_some());
             let around = Circumstances {
                 now,
                 node_drains: self.intent() == Intent::Draining,
                 vram_free_bytes: self.vram_free_bytes(),
                 // Only a drain shows it.
-                oldest: pool.drain.and_then(|_| pool.running().filter_map(accepted).min()),
+                oldest: drains.and_then(|pool| pool.running().filter_map(accepted).min()),
             };
-            pool.report(id, &around)
+            let drained = self.drains_away.contains_key(id);
+            let around =
+                Circumstances { node_drains: around.node_drains || (pool.is_none() && drained), ..around };
+            match (pool, declared) {
+                (Some(pool), declared) => Some(pool.report(id, &around, declared)),
+                (None, Some(declared)) => Some(declared.report(id, &around)),
+                (None, None) => None,
+            }
         };
-        self.pools.iter().map(report).collect()
+        self.pool_ids().into_iter().filter_map(report).collect()
     }
 
     /// Free memory of all healthy GPUs, bytes; unknown without any.

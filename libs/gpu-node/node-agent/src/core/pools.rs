@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use pool_registry_types::pool::{DrainProgress, EngineKind, PoolReport, PoolState, ReplicaReport};
+use pool_registry_types::pool::{
+    DrainProgress, EngineKind, PoolReport, PoolState, ReplicaReport, Supervised,
+};
 use pool_registry_types::{AttemptId, ModelRef, Moment, PoolId, ReplicaId};
 
 /// A replica as its handoff and its engine describe it.
@@ -38,6 +40,44 @@ pub enum Readiness {
     Failed(String),
 }
 
+/// A pool whose engines this node runs, bound or not, as its supervisor sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Declared {
+    pub engine: EngineKind,
+    pub models: Vec<ModelRef>,
+    pub device_mask: Option<String>,
+    pub ctx_max: Option<u32>,
+    /// What the pool is while no replica of it is bound.
+    pub state: PoolState,
+    pub last_error: Option<String>,
+    /// Bytes free on its devices; absent where nobody knows.
+    pub vram_free_bytes: Option<u64>,
+    pub supervised: Supervised,
+}
+
+impl Declared {
+    /// The report of the pool while nothing is bound.
+    pub(crate) fn report(&self, id: &PoolId, around: &Circumstances) -> PoolReport {
+        let draining = around.node_drains;
+        PoolReport {
+            pool_id: id.clone(),
+            state: if draining { PoolState::Draining } else { self.state },
+            ready: false,
+            draining,
+            engine: self.engine,
+            engine_version: None,
+            models: self.models.clone(),
+            device_mask: self.device_mask.clone(),
+            ctx_max: self.ctx_max,
+            vram_free_bytes: self.vram_free_bytes.or(around.vram_free_bytes),
+            replicas: Vec::new(),
+            last_error: self.last_error.clone(),
+            drain: None,
+            supervised: Some(self.supervised.clone()),
+        }
+    }
+}
+
 /// A replica was not bound.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BindError {
@@ -59,6 +99,8 @@ pub(crate) struct Replica {
     foreign: u32,
     foreign_seen_once: u32,
     pub(crate) attempts: BTreeSet<AttemptId>,
+    /// Attempts that it was given since it was bound.
+    pub(crate) served: u64,
     /// Ended, and the engine has not been seen idle yet.
     pub(crate) settling: BTreeSet<AttemptId>,
 }
@@ -74,6 +116,7 @@ impl Replica {
             foreign: 0,
             foreign_seen_once: 0,
             attempts: BTreeSet::new(),
+            served: 0,
             settling: BTreeSet::new(),
         }
     }
@@ -82,7 +125,7 @@ impl Replica {
         self.leaving && self.attempts.is_empty() && self.settling.is_empty()
     }
 
-    fn ours(&self) -> u32 {
+    pub(crate) fn ours(&self) -> u32 {
         u32::try_from(self.attempts.len() + self.settling.len()).unwrap_or(u32::MAX)
     }
 
@@ -193,6 +236,7 @@ impl Pool {
         };
         let replica = self.replicas.get_mut(&chosen)?;
         replica.attempts.insert(attempt);
+        replica.served += 1;
         Some((chosen, replica))
     }
 
@@ -214,9 +258,26 @@ impl Pool {
         })
     }
 
-    pub(crate) fn report(&self, id: &PoolId, around: &Circumstances) -> PoolReport {
+    pub(crate) fn report(
+        &self,
+        id: &PoolId,
+        around: &Circumstances,
+        declared: Option<&Declared>,
+    ) -> PoolReport {
         let draining = around.node_drains || self.drain.is_some();
-        let first = self.replicas.values().next().expect("a pool without replicas is removed");
+        if let Some(declared) = declared.filter(|_| self.replicas.values().all(|replica| replica.leaving)) {
+            // What runs on engines that leave is still told; what may come is its supervisor's to say.
+            let report = declared.report(id, around);
+            return PoolReport {
+                state: if draining { PoolState::Draining } else { report.state },
+                draining,
+                replicas: self.replicas.values().map(Replica::report).collect(),
+                drain: self.progress(around),
+                ..report
+            };
+        }
+        let staying = self.replicas.values().find(|replica| !replica.leaving);
+        let first = staying.or(self.replicas.values().next()).expect("a pool without replicas is removed");
         let last_error = self.replicas.values().find_map(|replica| replica.last_error.clone());
         let ready = self.is_ready() && !draining;
         let loading = self.replicas.values().any(|replica| replica.loading && !replica.leaving);
@@ -237,10 +298,13 @@ impl Pool {
             models: first.spec.models.clone(),
             device_mask: first.spec.device_mask.clone(),
             ctx_max,
-            vram_free_bytes: around.vram_free_bytes,
+            vram_free_bytes: declared
+                .and_then(|declared| declared.vram_free_bytes)
+                .or(around.vram_free_bytes),
             replicas: self.replicas.values().map(Replica::report).collect(),
             last_error,
             drain: self.progress(around),
+            supervised: declared.map(|declared| declared.supervised.clone()),
         }
     }
 }

@@ -108,6 +108,8 @@ impl From<String> for NotReady {
     }
 }
 
+pub(crate) use openai::set;
+
 /// The request for a task, in the engine's dialect. `ctx_max` bounds what has no bound. A
 /// replay is asked like a first run; what is appended to goes on from what was sent.
 pub fn request(
@@ -119,7 +121,10 @@ pub fn request(
     let sent = resume.filter(|resume| resume.mode == ResumeMode::Append);
     match engine {
         EngineKind::LlamaCpp => Ok(llamacpp::request(task, ctx_max, sent)),
-        EngineKind::OpenAi => openai::request(task, ctx_max, sent),
+        EngineKind::OpenAi | EngineKind::Vllm => openai::request(task, ctx_max, sent),
+        EngineKind::Tgi | EngineKind::Triton => {
+            Err(ErrorBody::new(ErrorCode::Unsupported, format!("engine: {engine} is not spoken here yet")))
+        }
     }
 }
 
@@ -186,7 +191,7 @@ pub async fn probe(
     let look = async {
         match engine {
             EngineKind::LlamaCpp => llamacpp::probe(client, url).await,
-            EngineKind::OpenAi => Ok(openai::probe(client, url).await?),
+            _ => Ok(openai::probe(client, url).await?),
         }
     };
     let late =
@@ -198,7 +203,7 @@ pub async fn probe(
 pub async fn busy(client: &reqwest::Client, engine: EngineKind, url: &str) -> Option<u32> {
     match engine {
         EngineKind::LlamaCpp => llamacpp::busy(client, url).await,
-        EngineKind::OpenAi => None,
+        _ => None,
     }
 }
 

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::{EngineFacts, EngineRequest, Reader, Reply, Said, get_json, model_names, tokens_left};
 
 /// Sets a field that has a value.
-pub(super) fn set<T: Serialize>(body: &mut Value, name: &str, value: Option<T>) {
+pub(crate) fn set<T: Serialize>(body: &mut Value, name: &str, value: Option<T>) {
     if let Some(value) = value {
         body[name] = json!(value);
     }

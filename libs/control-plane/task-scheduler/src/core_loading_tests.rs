@@ -1,0 +1,105 @@
+//! Tasks that wait for pools whose engines do not run.
+
+use pool_registry_types::pool::Supervised;
+
+use super::*;
+
+fn unloaded(state: PoolState, fits: bool) -> PoolReport {
+    let supervised = Supervised { fits, ..Supervised::default() };
+    let report = report(0, &[]);
+    PoolReport { state, ready: false, replicas: vec![], supervised: Some(supervised), ..report }
+}
+
+impl Bench {
+    fn tell(&mut self, name: &str, seq: u64, pool: PoolReport) {
+        let registered = self.replies.values().find_map(|answer| match answer {
+            Ok(Answer::Registered(registered)) if registered.node_id.as_str() == name => Some(registered),
+            _ => None,
+        });
+        let beat = Heartbeat {
+            epoch: registered.expect("it has registered").epoch.clone(),
+            seq,
+            timestamp: String::new(),
+            intent: Intent::Serving,
+            intent_order: 0,
+            pools: vec![pool],
+            gpus: vec![],
+            models: vec![],
+        };
+        let reply = self.reply();
+        self.apply(Event::Heartbeat { reply, node_id: NodeId::new(name).unwrap(), beat });
+    }
+
+    fn join_unloaded(&mut self, name: &str, fits: bool) {
+        let reply = self.reply();
+        self.apply(Event::Register { reply, request: register(name) });
+        self.tell(name, 1, unloaded(PoolState::Loadable, fits));
+    }
+
+    fn asked(&self) -> Vec<&str> {
+        self.loads.iter().map(|(_, name)| name.as_str()).collect()
+    }
+}
+
+// CLOUD-2426
+#[test]
+fn a_waiting_task_has_its_pool_loaded_and_asks_again_until_it_is() {
+    let mut b = Bench::new();
+    b.join_unloaded("a", true);
+    assert_eq!(b.asked(), [""; 0], "nobody waits");
+    b.submit(task()).1.unwrap();
+    b.submit(task()).1.unwrap();
+    assert_eq!(b.asked(), ["a"], "once for both");
+    b.advance_to(11_000);
+    assert_eq!(b.asked(), ["a"; 3], "an order may be lost");
+    b.tell("a", 2, unloaded(PoolState::Loading, true));
+    b.advance_to(21_000);
+    assert_eq!(b.asked(), ["a"; 3], "it loads");
+    b.tell("a", 3, report(2, &[]));
+    assert_eq!(b.dispatches.len(), 2);
+    b.advance_to(29_000);
+    assert_eq!(b.asked(), ["a"; 3]);
+}
+
+// CLOUD-2427
+#[test]
+fn a_pool_without_memory_is_not_asked_for_and_one_that_fits_at_once_is_preferred() {
+    let mut b = Bench::new();
+    b.join_unloaded("a", false);
+    b.submit(task()).1.unwrap();
+    assert_eq!(b.asked(), [""; 0]);
+    let explained = b.core.explain_request(&task());
+    assert_eq!(explained.pools[0].refusal, Some(pool_registry_types::placement::Refusal::VramShort));
+    b.join_unloaded("b", true);
+    assert_eq!(b.asked(), ["b"]);
+}
+
+// CLOUD-2428
+#[test]
+fn a_second_pool_is_loaded_when_a_task_has_waited_long_for_a_full_one() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.join_unloaded("b", true);
+    b.submit(task()).1.unwrap();
+    b.submit(task()).1.unwrap();
+    assert_eq!((b.dispatches.len(), b.asked().len()), (1, 0), "a slot may be free soon");
+    b.advance_to(9_900);
+    assert_eq!(b.asked(), [""; 0]);
+    b.advance_to(10_100);
+    assert_eq!(b.asked(), ["b"]);
+}
+
+// CLOUD-2429
+#[test]
+fn a_loadable_pool_counts_as_having_its_model() {
+    let mut b = Bench::new();
+    b.join_unloaded("a", true);
+    let mut seq = 1;
+    for second in (5..60).step_by(5) {
+        b.advance_to(second * 1_000);
+        seq += 1;
+        b.tell("a", seq, unloaded(PoolState::Loadable, true));
+    }
+    assert!(b.submit(task()).1.is_ok());
+    assert_eq!(b.asked(), ["a"]);
+}

@@ -1,0 +1,236 @@
+//! The guard's own process: one engine, its descendants, and whoever owns them.
+//!
+//! A few threads and one mailbox; no runtime. Its end is the proof that nothing of the engine
+//! is left: it ends when the kernel says that it has no children, and everything that descends
+//! from an engine is, at the latest when its own parent has died, a child of the guard.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::prctl;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::wait::{WaitStatus, waitpid};
+
+use super::{Charge, MARK, Order, Said, output, processes};
+
+/// How long what is left may take when its engine or its daemon has gone.
+const SHORT_GRACE: Duration = Duration::from_secs(1);
+/// Pause between two rounds of SIGKILL: what forks meanwhile is met in the next one.
+const KILL_EVERY: Duration = Duration::from_millis(50);
+/// A daemon that does not read must not stop its guards.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(1);
+
+enum Heard {
+    Stop,
+    /// The daemon's end of the socket is closed.
+    DaemonGone,
+    /// A daemon has come to a guard whose own has gone.
+    Adopted(UnixStream),
+    EngineEnded(String),
+    /// No children are left.
+    Alone,
+}
+
+type Owner = Arc<Mutex<Option<UnixStream>>>;
+
+fn say(owner: &Owner, said: &Said) {
+    let mut owner = owner.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut line = serde_json::to_vec(said).unwrap_or_default();
+    line.push(b'\n');
+    if owner.as_mut().is_some_and(|stream| stream.write_all(&line).is_err()) {
+        *owner = None;
+    }
+}
+
+/// What the program does when it is started as a guard, with the socket as its standard input.
+pub fn run() -> ExitCode {
+    match guard() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nobody reads it but a person who starts a guard by hand.
+            let _ = writeln!(std::io::stderr(), "guard: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn guard() -> std::io::Result<()> {
+    let stream = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
+    stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut line = String::new();
+    reader.read_line(&mut line)?;
+    let charge: Charge = serde_json::from_str(&line)?;
+    prctl::set_child_subreaper(true)?;
+    let owner: Owner = Arc::new(Mutex::new(Some(stream)));
+    let (mailbox, heard) = mpsc::channel();
+
+    let engine = match start(&charge, &owner) {
+        Ok(engine) => engine,
+        Err(error) => {
+            let how = format!("{} does not start: {error}", charge.program.display());
+            say(&owner, &Said::Ended { how });
+            return Ok(());
+        }
+    };
+    // Signals of the terminal or of the service manager stop the engine as the daemon would. They
+    // are blocked only now: the engine would inherit that and never hear SIGTERM.
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        signals.add(signal);
+    }
+    signals.thread_block()?;
+    let started = Said::Started { pid: engine, mark: charge.mark.clone(), about: charge.about.clone() };
+    say(&owner, &started);
+    listen(reader, mailbox.clone());
+    wait_for_signals(signals, mailbox.clone());
+    reap(engine, mailbox.clone());
+    if let Some(path) = &charge.keep_at {
+        // The next daemon has nothing else to find us by: without it the engine cannot be kept.
+        let _ = std::fs::remove_file(path);
+        await_daemons(UnixListener::bind(path)?, mailbox.clone());
+    }
+
+    let grace = Duration::from_millis(charge.grace_ms);
+    let own = std::process::id();
+    let mut how: Option<String> = None;
+    // When what still lives is killed.
+    let mut kill_at: Option<Instant> = None;
+    loop {
+        let patience =
+            kill_at.map_or(Duration::from_secs(3600), |at| at.saturating_duration_since(Instant::now()));
+        let ask_to_end = match heard.recv_timeout(patience) {
+            Ok(Heard::Stop) => Some(grace),
+            Ok(Heard::DaemonGone) => {
+                *owner.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                charge.keep_at.is_none().then_some(grace.min(SHORT_GRACE))
+            }
+            Ok(Heard::Adopted(stream)) => {
+                adopt(stream, &owner, &started, mailbox.clone());
+                None
+            }
+            Ok(Heard::EngineEnded(text)) => {
+                how.get_or_insert(text);
+                Some(SHORT_GRACE)
+            }
+            Ok(Heard::Alone) | Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) => {
+                if kill_at.is_some() {
+                    processes::signal_all(&processes::descendants(own), Signal::SIGKILL);
+                    kill_at = Some(Instant::now() + KILL_EVERY);
+                }
+                None
+            }
+        };
+        if let Some(grace) = ask_to_end {
+            processes::signal_all(&processes::descendants(own), Signal::SIGTERM);
+            let at = Instant::now() + grace;
+            kill_at = Some(kill_at.map_or(at, |before| before.min(at)));
+        }
+    }
+    if let Some(path) = &charge.keep_at {
+        let _ = std::fs::remove_file(path);
+    }
+    say(&owner, &Said::Ended { how: how.unwrap_or_else(|| "it ended".into()) });
+    Ok(())
+}
+
+fn start(charge: &Charge, owner: &Owner) -> std::io::Result<u32> {
+    output::write_heading(&charge.log, &charge.program.display().to_string());
+    let (reader, writer) = std::io::pipe()?;
+    let mut command = Command::new(&charge.program);
+    command
+        .args(&charge.args)
+        .envs(charge.env.iter().map(|(name, value)| (name, value)))
+        .env(MARK, &charge.mark)
+        .stdin(Stdio::null())
+        .stdout(writer.try_clone()?)
+        .stderr(writer)
+        .process_group(0);
+    let engine = command.spawn()?;
+    // It holds the writing ends, and the output would never end.
+    drop(command);
+    let (log, limit, owner) = (charge.log.clone(), charge.log_bytes, Arc::clone(owner));
+    thread::spawn(move || output::copy(reader, &log, limit, |line| say(&owner, &Said::Alarm { line })));
+    Ok(engine.id())
+}
+
+fn listen(reader: BufReader<UnixStream>, mailbox: Sender<Heard>) {
+    thread::spawn(move || {
+        for line in reader.lines() {
+            let Ok(line) = line else { break };
+            if let Ok(Order::Stop) = serde_json::from_str(&line)
+                && mailbox.send(Heard::Stop).is_err()
+            {
+                return;
+            }
+        }
+        // The mailbox outlives all threads but at the very end.
+        let _ = mailbox.send(Heard::DaemonGone);
+    });
+}
+
+fn adopt(stream: UnixStream, owner: &Owner, started: &Said, mailbox: Sender<Heard>) {
+    let mut held = owner.lock().unwrap_or_else(PoisonError::into_inner);
+    // One owner at a time: who comes while another one is there is turned away.
+    if held.is_some() {
+        return;
+    }
+    let Ok(reading) = stream.try_clone() else { return };
+    *held = Some(stream);
+    drop(held);
+    say(owner, started);
+    listen(BufReader::new(reading), mailbox);
+}
+
+fn await_daemons(listener: UnixListener, mailbox: Sender<Heard>) {
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let _ = stream.set_write_timeout(Some(WRITE_TIMEOUT));
+            if mailbox.send(Heard::Adopted(stream)).is_err() {
+                return;
+            }
+        }
+    });
+}
+
+fn wait_for_signals(signals: SigSet, mailbox: Sender<Heard>) {
+    thread::spawn(move || {
+        while signals.wait().is_ok() {
+            if mailbox.send(Heard::Stop).is_err() {
+                return;
+            }
+        }
+    });
+}
+
+/// Reaps everything, and tells of the engine's end and of the last one's.
+fn reap(engine: u32, mailbox: Sender<Heard>) {
+    thread::spawn(move || {
+        loop {
+            let is_engine = |pid: nix::unistd::Pid| u32::try_from(pid.as_raw()) == Ok(engine);
+            let ended = match waitpid(None, None) {
+                Ok(WaitStatus::Exited(pid, status)) if is_engine(pid) => {
+                    format!("it ended with status {status}")
+                }
+                Ok(WaitStatus::Signaled(pid, signal, _)) if is_engine(pid) => {
+                    format!("it was killed by {}", signal.as_str())
+                }
+                Ok(_) | Err(Errno::EINTR) => continue,
+                Err(_) => break,
+            };
+            if mailbox.send(Heard::EngineEnded(ended)).is_err() {
+                return;
+            }
+        }
+        let _ = mailbox.send(Heard::Alone);
+    });
+}

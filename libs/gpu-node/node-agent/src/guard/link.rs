@@ -1,0 +1,125 @@
+//! The daemon's end: starting a guard, hearing it, stopping its engine, taking one over.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream as StdStream;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::process::{Child, Command};
+
+use super::{COMMAND, Charge, Order, Said, processes};
+
+/// How long a kept guard may take to say what it guards.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A guard that this daemon owns.
+#[derive(Debug)]
+pub struct Guarded {
+    said: Lines<BufReader<OwnedReadHalf>>,
+    orders: OwnedWriteHalf,
+    /// Absent where an earlier daemon has started it.
+    child: Option<Child>,
+    mark: Option<String>,
+}
+
+impl Guarded {
+    /// Starts a guard with its charge. `program` is this program itself.
+    pub async fn start(program: &Path, charge: &Charge) -> io::Result<Self> {
+        let (ours, theirs) = StdStream::pair()?;
+        ours.set_nonblocking(true)?;
+        let mut command = Command::new(program);
+        command
+            .arg(COMMAND)
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            // A signal of the terminal is for the daemon, which decides about its engines.
+            .process_group(0);
+        for (name, _) in std::env::vars_os() {
+            let text = name.to_string_lossy();
+            if ["LLORCH_", "POOL_MANAGERD_", "ORCHESTRATORD_"].iter().any(|ours| text.starts_with(ours)) {
+                command.env_remove(&name);
+            }
+        }
+        let child = command.spawn()?;
+        drop(command);
+        let (reading, mut orders) = UnixStream::from_std(ours)?.into_split();
+        let mut line = serde_json::to_vec(charge)?;
+        line.push(b'\n');
+        orders.write_all(&line).await?;
+        let said = BufReader::new(reading).lines();
+        Ok(Self { said, orders, child: Some(child), mark: Some(charge.mark.clone()) })
+    }
+
+    /// Takes over a guard that waits for the next daemon. Returns what it was told about its engine.
+    pub async fn take_over(socket: &Path) -> io::Result<(Self, u32, String)> {
+        let (reading, orders) = UnixStream::connect(socket).await?.into_split();
+        let mut guarded = Self { said: BufReader::new(reading).lines(), orders, child: None, mark: None };
+        let greeting = tokio::time::timeout(GREETING_TIMEOUT, guarded.heard()).await;
+        match greeting {
+            Ok(Said::Started { pid, mark, about }) => {
+                guarded.mark = Some(mark);
+                Ok((guarded, pid, about))
+            }
+            Ok(_) => Err(io::Error::other("it belongs to another daemon, or is about to end")),
+            Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "it does not answer")),
+        }
+    }
+
+    /// What the guard says next. The last word is always [`Said::Ended`].
+    pub async fn heard(&mut self) -> Said {
+        loop {
+            let line = self.said.next_line().await;
+            match line {
+                Ok(Some(line)) => {
+                    // What a newer guard says besides is not for us.
+                    if let Ok(said) = serde_json::from_str(&line) {
+                        return said;
+                    }
+                }
+                Ok(None) | Err(_) => {
+                    self.clean_up_after_guard().await;
+                    return Said::Ended { how: "its guard ended without a word".into() };
+                }
+            }
+        }
+    }
+
+    /// Asks for the engine's end; [`Said::Ended`] follows.
+    pub async fn stop(&mut self) {
+        let mut line = serde_json::to_vec(&Order::Stop).unwrap_or_default();
+        line.push(b'\n');
+        // A guard that does not read any more has ended, and says so or is found out.
+        let _ = self.orders.write_all(&line).await;
+    }
+
+    /// Somebody has killed the guard: what it guarded is known by its mark.
+    async fn clean_up_after_guard(&mut self) {
+        let Some(mark) = self.mark.clone() else { return };
+        let killing = tokio::task::spawn_blocking(move || {
+            loop {
+                let left = processes::marked(&mark);
+                if left.is_empty() {
+                    return;
+                }
+                processes::signal_all(&left, Signal::SIGKILL);
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        });
+        // Killed processes always end; a kernel that keeps one for longer is not ours to wait for.
+        let _ = tokio::time::timeout(Duration::from_secs(5), killing).await;
+    }
+
+    /// Waits for the guard's own end, after its last word.
+    pub async fn reap(mut self) {
+        if let Some(child) = &mut self.child {
+            let _ = tokio::time::timeout(Duration::from_secs(5), child.wait()).await;
+        }
+    }
+}

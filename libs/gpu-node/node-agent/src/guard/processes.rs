@@ -1,0 +1,89 @@
+//! Who descends from whom, and who belongs to a run. Source of the fields: proc(5).
+
+use std::collections::BTreeMap;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::{COMMAND, MARK};
+
+/// The ids of all processes.
+fn all() -> impl Iterator<Item = u32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
+fn parent(pid: u32) -> Option<u32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command's name may hold spaces and brackets: the fields after it start at the last bracket.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
+/// Everything that descends from the process, itself not included.
+pub fn descendants(of: u32) -> Vec<u32> {
+    let mut children: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+    for pid in all() {
+        if let Some(parent) = parent(pid) {
+            children.entry(parent).or_default().push(pid);
+        }
+    }
+    let mut found = Vec::new();
+    let mut next = vec![of];
+    while let Some(pid) = next.pop() {
+        for child in children.remove(&pid).unwrap_or_default() {
+            found.push(child);
+            next.push(child);
+        }
+    }
+    found
+}
+
+/// The processes that carry the mark, or one that begins so, whoever their parent is.
+pub fn marked(mark: &str) -> Vec<u32> {
+    let wanted = format!("{MARK}={mark}");
+    let carries = |pid: &u32| {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|byte| *byte == 0).any(|entry| entry.starts_with(wanted.as_bytes()))
+    };
+    all().filter(carries).collect()
+}
+
+/// Whether the process descends from a living guard.
+pub fn is_guarded(pid: u32) -> bool {
+    let is_guard = |pid: u32| {
+        let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        words.split(|byte| *byte == 0).nth(1) == Some(COMMAND.as_bytes())
+    };
+    std::iter::successors(parent(pid), |pid| parent(*pid)).take_while(|pid| *pid > 1).any(is_guard)
+}
+
+/// Sends the signal to each; one that is gone already is as good.
+pub fn signal_all(pids: &[u32], signal: Signal) {
+    for pid in pids.iter().filter_map(|pid| i32::try_from(*pid).ok()) {
+        let _ = kill(Pid::from_raw(pid), signal);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // CLOUD-2403
+    #[test]
+    fn a_child_is_a_descendant_and_carries_its_mark() {
+        let mark = format!("test-{}", std::process::id());
+        let mut child =
+            std::process::Command::new("sleep").arg("60").env(MARK, &mark).spawn().expect("sleep runs");
+        let own = std::process::id();
+        // The environment of a process is its own once it runs its program.
+        let start = std::time::Instant::now();
+        while marked(&mark) != [child.id()] && start.elapsed().as_secs() < 5 {
+            std::thread::yield_now();
+        }
+        let (found, marked) = (descendants(own), marked(&mark));
+        signal_all(&[child.id()], Signal::SIGKILL);
+        child.wait().expect("it was killed");
+        assert!(found.contains(&child.id()));
+        assert_eq!(marked, [child.id()]);
+    }
+}

@@ -1,0 +1,454 @@
+//! [`Supervisor`]: which engines run, which wait, which make room. A value that is told the time.
+//!
+//! Every event is taken in, then everything is settled: what was prepared, what is idle, what
+//! leaves, what may start again, and last, in the order of their waiting, who gets memory. A
+//! reload is a second generation of the pool beside the first one, or after it where the memory
+//! does not allow both.
+//!
+//! It knows no process, no file and no network. The shell carries out [`Ordered`] and tells
+//! what [`Happened`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use node_registration::Jitter;
+use pool_registry_types::{Moment, PoolId};
+
+use crate::supervisor::ledger::{DeviceReading, Ledger};
+use crate::supervisor::plan::{Device, PoolPlan, Prepared, RunId, Seat};
+use crate::supervisor::pool::{Generation, Pool, Preparation, Reload, Slot, Stage, Way};
+
+/// Exits are counted over this span. Source: .specs/01 CLOUD-2412.
+const STORM_WINDOW: Duration = Duration::from_secs(60);
+/// First pause before a restart; doubles with each exit of the last minute.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+/// Longest pause before the restart of an engine that had been ready.
+const LONGEST_PAUSE_PROVEN: Duration = Duration::from_secs(5);
+/// Longest pause before the restart of an engine that has never been ready.
+const LONGEST_PAUSE_UNPROVEN: Duration = Duration::from_secs(60);
+/// How long a wish to load holds without being repeated. Source: .specs/01 CLOUD-2422.
+pub const DEMAND_LIFE: Duration = Duration::from_secs(15);
+/// Pause before a preparation that failed is tried again.
+const PREPARE_AGAIN: Duration = Duration::from_secs(30);
+
+/// Something happened.
+#[derive(Debug, Clone)]
+pub enum Happened {
+    /// The file of pools was read. What is not in it any more goes.
+    Configured(BTreeMap<PoolId, PoolPlan>),
+    Devices(BTreeMap<Device, DeviceReading>),
+    /// The outcome of [`Ordered::Prepare`].
+    Prepared {
+        pool_id: PoolId,
+        fingerprint: u64,
+        outcome: Result<Prepared, String>,
+    },
+    /// The engine answered its health call for the first time.
+    Ready {
+        run: RunId,
+    },
+    /// The engine and all of its descendants are gone.
+    Exited {
+        run: RunId,
+        how: String,
+        tail: Vec<String>,
+    },
+    /// The engine says that its driver or its GPU has a problem.
+    Alarmed {
+        run: RunId,
+        line: String,
+    },
+    /// What runs on each seat, and whether anything ever did in this life of it.
+    Used(BTreeMap<Seat, Work>),
+    /// A task waits for the pool.
+    Load {
+        pool_id: PoolId,
+    },
+    /// Another plan for the pool.
+    Reload {
+        pool_id: PoolId,
+        plan: Box<PoolPlan>,
+    },
+    /// Start it again after it was given up.
+    Revive {
+        pool_id: PoolId,
+    },
+    /// Stop it and remove what belongs to it.
+    Purge {
+        pool_id: PoolId,
+    },
+    /// The daemon ends.
+    Shutdown,
+    Timer,
+}
+
+/// What a seat does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Work {
+    pub running: u32,
+    /// Attempts accepted since the seat was bound.
+    pub served: u64,
+}
+
+/// Something is to be done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ordered {
+    /// Find programs and files, install and download what is allowed, and say what it takes.
+    Prepare {
+        pool_id: PoolId,
+        plan: Box<PoolPlan>,
+    },
+    /// Start an engine and tell when it is ready and when it is gone.
+    Start {
+        run: RunId,
+        seat: Seat,
+        fingerprint: u64,
+    },
+    /// Give it to the node's core: it takes attempts from now on.
+    Publish {
+        run: RunId,
+        seat: Seat,
+    },
+    /// Take it from there: what runs may finish.
+    Withdraw {
+        run: RunId,
+        seat: Seat,
+    },
+    Stop {
+        run: RunId,
+    },
+    /// The engines of a purged pool are gone.
+    Purged {
+        pool_id: PoolId,
+    },
+    /// Memory was or will be released: look now, not at the next tick.
+    LookAtDevices,
+}
+
+/// The engines of one node.
+#[derive(Debug)]
+pub struct Supervisor {
+    pub(super) ledger: Ledger,
+    pub(super) pools: BTreeMap<PoolId, Pool>,
+    runs_given: u64,
+    jitter: Jitter,
+    pub(super) stopping: bool,
+}
+
+impl Supervisor {
+    /// `seed` decides the jitter of pauses.
+    pub fn new(reserve_bytes: u64, seed: u64) -> Self {
+        Self {
+            ledger: Ledger::new(reserve_bytes),
+            pools: BTreeMap::new(),
+            runs_given: 0,
+            jitter: Jitter::new(seed),
+            stopping: false,
+        }
+    }
+
+    pub fn set_reserve(&mut self, reserve_bytes: u64) {
+        self.ledger.set_reserve(reserve_bytes);
+    }
+
+    /// Takes an event in and says what is to be done.
+    pub fn apply(&mut self, now: Moment, happened: Happened) -> Vec<Ordered> {
+        let mut out = Vec::new();
+        match happened {
+            Happened::Configured(plans) => self.configured(now, plans),
+            Happened::Devices(readings) => self.devices(now, &readings, &mut out),
+            Happened::Prepared { pool_id, fingerprint, outcome } => {
+                self.prepared(now, &pool_id, fingerprint, outcome);
+            }
+            Happened::Ready { run } => self.ready(now, run, &mut out),
+            Happened::Exited { run, how, tail } => self.exited(now, run, &how, tail, &mut out),
+            Happened::Alarmed { run, line } => self.alarmed(now, run, &line, &mut out),
+            Happened::Used(work) => self.used(now, &work),
+            Happened::Load { pool_id } => self.load(now, &pool_id),
+            Happened::Reload { pool_id, plan } => self.reload(now, &pool_id, *plan),
+            Happened::Revive { pool_id } => {
+                if let Some(pool) = self.pools.get_mut(&pool_id).filter(|pool| !pool.purging) {
+                    pool.failed = None;
+                    pool.exits.clear();
+                    if let Preparation::Failed { again, .. } = &mut pool.serving.preparation {
+                        *again = now;
+                    }
+                }
+            }
+            Happened::Purge { pool_id } => {
+                if let Some(pool) = self.pools.get_mut(&pool_id) {
+                    pool.purging = true;
+                    pool.failed = Some("its operator has purged it; a reload starts it again".into());
+                }
+            }
+            Happened::Shutdown => self.stopping = true,
+            Happened::Timer => {}
+        }
+        self.settle(now, &mut out);
+        out
+    }
+
+    // ---- what is said ----
+
+    fn configured(&mut self, now: Moment, plans: BTreeMap<PoolId, PoolPlan>) {
+        for (id, pool) in &mut self.pools {
+            pool.removed = !plans.contains_key(id);
+        }
+        for (id, plan) in plans {
+            match self.pools.get(&id).map(|pool| pool.serving.plan == plan) {
+                None => drop(self.pools.insert(id, Pool::new(plan))),
+                Some(true) => {}
+                Some(false) => self.reload(now, &id, plan),
+            }
+        }
+    }
+
+    fn devices(&mut self, now: Moment, readings: &BTreeMap<Device, DeviceReading>, out: &mut Vec<Ordered>) {
+        self.ledger.observe(readings);
+        let lost: BTreeSet<Device> =
+            readings.iter().filter(|(_, reading)| !reading.healthy).map(|(device, _)| *device).collect();
+        if lost.is_empty() {
+            return;
+        }
+        let mut hit = Vec::new();
+        for pool in self.pools.values() {
+            let claim = pool.serving.prepared().map(|prepared| &prepared.claim);
+            let Some(device) =
+                claim.into_iter().flatten().map(|(device, _)| *device).find(|d| lost.contains(d))
+            else {
+                continue;
+            };
+            let ready = pool.serving.slots.iter().filter(|slot| slot.stage.is_ready());
+            hit.extend(ready.filter_map(|slot| Some((slot.stage.run()?, device))));
+        }
+        for (run, device) in hit {
+            self.alarmed(now, run, &format!("{device} is lost or does not answer"), out);
+        }
+    }
+
+    fn prepared(
+        &mut self,
+        now: Moment,
+        pool_id: &PoolId,
+        fingerprint: u64,
+        outcome: Result<Prepared, String>,
+    ) {
+        let Some(pool) = self.pools.get_mut(pool_id) else { return };
+        let next = pool.reload.as_mut().and_then(|reload| reload.next.as_mut());
+        if let Some(next) = next.filter(|next| next.plan.fingerprint == fingerprint) {
+            match outcome {
+                Ok(prepared) => next.preparation = Preparation::Done(prepared),
+                Err(why) => {
+                    pool.reload_error = Some(why);
+                    pool.reload = None;
+                }
+            }
+            return;
+        }
+        if pool.serving.plan.fingerprint != fingerprint {
+            return;
+        }
+        pool.serving.preparation = match outcome {
+            Ok(prepared) => {
+                // Engines that an earlier daemon has left are running already.
+                for slot in &mut pool.serving.slots {
+                    if let Some(run) = slot.stage.run() {
+                        slot.claim.clone_from(&prepared.claim);
+                        self.ledger.hold(run, &prepared.claim, &format!("{pool_id}-{}", slot.replica_id));
+                        if slot.stage.is_ready() {
+                            self.ledger.settle(run);
+                        }
+                    }
+                }
+                Preparation::Done(prepared)
+            }
+            Err(why) => Preparation::Failed { why, again: now + PREPARE_AGAIN },
+        };
+    }
+
+    /// An engine of an earlier daemon lives on: it takes the seat, if the plan is still the same
+    /// one. It is published when it answers.
+    pub fn adopt(&mut self, now: Moment, seat: &Seat, fingerprint: u64) -> Option<RunId> {
+        let run = self.next_run();
+        let pool = self.pools.get_mut(&seat.pool_id)?;
+        let fits = pool.serving.plan.fingerprint == fingerprint
+            && pool.serving.slots.len() < usize::try_from(pool.serving.plan.replicas).unwrap_or(usize::MAX)
+            && pool.slots().all(|slot| slot.replica_id != seat.replica_id);
+        fits.then(|| {
+            let stage = Stage::Starting { run, since: now };
+            pool.serving.slots.push(Slot { stage, ..Slot::new(seat.replica_id.clone()) });
+            run
+        })
+    }
+
+    pub(super) fn next_run(&mut self) -> RunId {
+        self.runs_given += 1;
+        RunId(self.runs_given)
+    }
+
+    fn ready(&mut self, now: Moment, run: RunId, out: &mut Vec<Ordered>) {
+        self.ledger.settle(run);
+        let Some((pool_id, pool)) = find(&mut self.pools, run) else { return };
+        let is_new = pool.reload.as_ref().and_then(|reload| reload.next.as_ref());
+        let is_new = is_new.is_some_and(|next| next.slots.iter().any(|slot| slot.stage.run() == Some(run)));
+        let Some(slot) = pool.slots_mut().find(|slot| slot.stage.run() == Some(run)) else { return };
+        let Stage::Starting { since, .. } = slot.stage else { return };
+        slot.stage = Stage::Ready { run, since: now, published: !is_new };
+        slot.work = Work::default();
+        slot.idle_since = now;
+        let seat = Seat { pool_id, replica_id: slot.replica_id.clone() };
+        pool.load_ms = Some(now.millis_since(since));
+        if is_new {
+            return;
+        }
+        pool.proven = true;
+        pool.last_error = None;
+        pool.tail.clear();
+        out.push(Ordered::Publish { run, seat });
+        if pool.serving.is_ready() {
+            pool.demand = None;
+            if matches!(pool.reload, Some(Reload { way: Way::After { .. }, .. })) {
+                pool.reload = None;
+                pool.reload_error = None;
+            }
+        }
+    }
+
+    fn exited(&mut self, now: Moment, run: RunId, how: &str, tail: Vec<String>, out: &mut Vec<Ordered>) {
+        self.ledger.release(now, run);
+        out.push(Ordered::LookAtDevices);
+        let Some((pool_id, pool)) = find(&mut self.pools, run) else { return };
+        let is_it = |slot: &Slot| slot.stage.run() == Some(run);
+        if let Some(at) = pool.retired.iter().position(is_it) {
+            pool.retired.remove(at);
+            return;
+        }
+        let beside = pool.reload.as_ref().and_then(|reload| reload.next.as_ref());
+        if beside.is_some_and(|next| next.slots.iter().any(is_it)) {
+            pool.reload_error = Some(with_tail(how, &tail));
+            give_up_beside(now, pool, run);
+            return;
+        }
+        let Some(slot) = pool.serving.slots.iter_mut().find(|slot| is_it(slot)) else { return };
+        let stage = std::mem::replace(&mut slot.stage, Stage::Down);
+        let (crashed, why) = match stage {
+            // Why it was stopped says more than how it ended.
+            Stage::Leaving { crashed, .. } | Stage::Stopping { crashed, .. } => {
+                (crashed, pool.last_error.clone().unwrap_or_else(|| how.to_owned()))
+            }
+            Stage::Ready { published: true, .. } => {
+                let seat = Seat { pool_id: pool_id.clone(), replica_id: slot.replica_id.clone() };
+                out.push(Ordered::Withdraw { run, seat });
+                (true, how.to_owned())
+            }
+            _ => (true, how.to_owned()),
+        };
+        if !crashed {
+            return;
+        }
+        if matches!(pool.reload, Some(Reload { way: Way::After { .. }, .. })) {
+            pool.reload_error = Some(with_tail(&why, &tail));
+            pool.go_back(now);
+            return;
+        }
+        pool.last_error = Some(why);
+        pool.tail = tail;
+        pool.restarts += 1;
+        let exits = pool.count_exit(now, STORM_WINDOW);
+        if exits >= pool.serving.plan.exit_limit {
+            let (window, limit) = (STORM_WINDOW.as_secs(), pool.serving.plan.exit_limit);
+            let why = pool.last_error.clone().unwrap_or_default();
+            pool.failed =
+                Some(format!("it ended {exits} times within {window} s, the limit is {limit}: {why}"));
+            return;
+        }
+        let longest = if pool.proven { LONGEST_PAUSE_PROVEN } else { LONGEST_PAUSE_UNPROVEN };
+        let pause = FIRST_PAUSE.saturating_mul(1 << exits.saturating_sub(1).min(16)).min(longest);
+        let until = now + self.jitter.spread(pause);
+        if let Some(slot) = pool.serving.slots.iter_mut().find(|slot| slot.stage == Stage::Down) {
+            slot.stage = Stage::Backoff { until };
+        }
+    }
+
+    /// What works with a sick driver or GPU is not trusted: it takes nothing new, may finish,
+    /// and is started again.
+    fn alarmed(&mut self, now: Moment, run: RunId, line: &str, out: &mut Vec<Ordered>) {
+        let Some((pool_id, pool)) = find(&mut self.pools, run) else { return };
+        let patience = pool.serving.plan.drain_timeout;
+        let Some(slot) = pool.serving.slots.iter_mut().find(|slot| slot.stage.run() == Some(run)) else {
+            return;
+        };
+        if !slot.stage.is_ready() {
+            return;
+        }
+        let seat = Seat { pool_id, replica_id: slot.replica_id.clone() };
+        let withdrawn = slot.leave(now, patience, true);
+        out.extend(withdrawn.map(|run| Ordered::Withdraw { run, seat }));
+        pool.last_error = Some(line.to_owned());
+    }
+
+    fn used(&mut self, now: Moment, work: &BTreeMap<Seat, Work>) {
+        for (pool_id, pool) in &mut self.pools {
+            for slot in pool.slots_mut() {
+                let seat = Seat { pool_id: pool_id.clone(), replica_id: slot.replica_id.clone() };
+                let is = work.get(&seat).copied().unwrap_or_default();
+                if is.running > 0 || is.served != slot.work.served {
+                    slot.idle_since = now;
+                }
+                slot.work = is;
+                if let Stage::Leaving { told, .. } = &mut slot.stage {
+                    *told = true;
+                }
+            }
+        }
+    }
+
+    fn load(&mut self, now: Moment, pool_id: &PoolId) {
+        let Some(pool) = self.pools.get_mut(pool_id) else { return };
+        if pool.serving.plan.on_demand && !pool.serving.is_ready() && pool.failed.is_none() {
+            if pool.demand.is_none() {
+                pool.demand_since = now;
+            }
+            pool.demand = Some(now + DEMAND_LIFE);
+        }
+    }
+
+    fn reload(&mut self, now: Moment, pool_id: &PoolId, plan: PoolPlan) {
+        let Some(pool) = self.pools.get_mut(pool_id) else { return };
+        pool.reload_error = None;
+        (pool.purging, pool.purged) = (false, false);
+        if let Some(next) = pool.reload.take().and_then(|reload| reload.next) {
+            // The newest order counts.
+            pool.retire(now, next.slots);
+        }
+        pool.failed = None;
+        pool.exits.clear();
+        if pool.serving.plan == plan {
+            return;
+        }
+        if pool.serving.slots.iter().any(|slot| slot.stage.is_ready()) {
+            pool.reload = Some(Reload { next: Some(Generation::new(plan)), way: Way::NotChosen });
+        } else {
+            // Nothing serves, so there is nothing to go back to.
+            let before = std::mem::replace(&mut pool.serving, Generation::new(plan));
+            pool.retire(now, before.slots);
+        }
+    }
+}
+
+fn find(pools: &mut BTreeMap<PoolId, Pool>, run: RunId) -> Option<(PoolId, &mut Pool)> {
+    let has = |pool: &Pool| pool.slots().any(|slot| slot.stage.run() == Some(run));
+    pools.iter_mut().find(|(_, pool)| has(pool)).map(|(id, pool)| (id.clone(), pool))
+}
+
+/// The new replicas of a reload go; the old ones have served all the time.
+fn give_up_beside(now: Moment, pool: &mut Pool, gone: RunId) {
+    if let Some(next) = pool.reload.take().and_then(|reload| reload.next) {
+        let rest = next.slots.into_iter().filter(|slot| slot.stage.run() != Some(gone)).collect();
+        pool.retire(now, rest);
+    }
+}
+
+fn with_tail(how: &str, tail: &[String]) -> String {
+    tail.iter().fold(how.to_owned(), |text, line| format!("{text}\n{line}"))
+}

@@ -1,0 +1,405 @@
+//! From a pool of the file to a command line: which program, which model, which memory.
+//!
+//! What is missing is named together with the line that brings it. Nothing is fetched here
+//! unless the file allows it and the daemon does not forbid it.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use pool_registry_types::pool::EngineKind;
+use pool_registry_types::{ModelRef, PoolId};
+
+use crate::download::Hub;
+use crate::gguf::{self, GgufHeader};
+use crate::models::Models;
+use crate::pools_file::{ModelSpec, PoolSpec, Provision, Provisioning};
+use crate::source::ModelSource;
+use crate::supervisor::plan::{Claim, Device, Prepared, Seat};
+use crate::supervisor::provision;
+
+/// Context of one slot where the file says nothing and the model could do more: models say what
+/// they were trained for, which would fill a GPU with cache.
+const DEFAULT_CTX: u32 = 8192;
+
+/// A pool of the file with what the file says of its model.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Spec {
+    pub(crate) pool: PoolSpec,
+    pub(crate) model: Option<ModelSpec>,
+}
+
+impl Spec {
+    pub(crate) fn fingerprint(&self) -> u64 {
+        self.pool.fingerprint(self.model.as_ref())
+    }
+}
+
+/// How the engines of a pool are started.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Launch {
+    /// They run already; the URL, where the file names it.
+    External {
+        url: Option<String>,
+    },
+    Program(Box<Program>),
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Program {
+    program: PathBuf,
+    /// With `{port}` and other places to fill in.
+    args: Vec<String>,
+    pub(crate) env: Vec<(String, String)>,
+    model_path: Option<PathBuf>,
+    /// Tokens of one slot.
+    ctx: Option<u32>,
+}
+
+/// Where things lie, and what may be fetched.
+#[derive(Debug, Clone)]
+pub(crate) struct Places<'a> {
+    pub(crate) models_dir: &'a Path,
+    pub(crate) packages_dir: &'a Path,
+    pub(crate) allowed: Provisioning,
+    pub(crate) hub: Hub<'a>,
+    pub(crate) client: &'a reqwest::Client,
+}
+
+/// Finds everything that a start needs. `progress` is told what takes its time.
+pub(crate) async fn prepare(
+    spec: &Spec,
+    places: &Places<'_>,
+    progress: &(dyn Fn(String) + Send + Sync),
+) -> Result<(Prepared, Launch), String> {
+    let pool = &spec.pool;
+    let found = match &pool.provision {
+        Provision::External { url } => {
+            return Ok((Prepared::default(), Launch::External { url: url.clone() }));
+        }
+        Provision::Binary { program, args } => {
+            let program = find_program(program, std::env::var_os("PATH").as_deref())?;
+            (program, args.clone().unwrap_or_else(|| arguments(pool)), Vec::new())
+        }
+        Provision::Package { version } => {
+            provision::package(pool, version.as_deref(), places, progress).await?
+        }
+    };
+    let (program, mut args, mut env) = found;
+    args.extend(pool.flags.iter().cloned());
+    let wants_file = args.iter().any(|arg| arg.contains("{model_path}"));
+    let model = if wants_file { Some(model_file(spec, places, progress).await?) } else { None };
+    let model_path = match &model {
+        Some((path, _)) => Some(path.clone()),
+        None => Some(PathBuf::from(model_name(spec))),
+    };
+    let said = model.as_ref().and_then(|(_, about)| about.as_ref()?.context());
+    let ctx = pool.ctx.or(said.map(|ctx| ctx.min(DEFAULT_CTX)));
+    let memory = pool.memory_bytes.or_else(|| {
+        let (path, about) = model.as_ref()?;
+        let bytes = std::fs::metadata(path).ok()?.len();
+        let slots = u64::from(pool.slots);
+        Some(gguf::estimate_bytes(bytes, about.as_ref()?, u64::from(ctx.unwrap_or(0)) * slots))
+    });
+    env.extend(devices_env(pool));
+    env.extend(pool.env.iter().map(|(name, value)| (name.clone(), value.clone())));
+    let program = Program { program, args, env, model_path, ctx };
+    Ok((Prepared { claim: claim(pool, memory), ctx_max: ctx }, Launch::Program(Box::new(program))))
+}
+
+/// The devices by the numbers that the file gives them, which are the driver's own.
+fn devices_env(pool: &PoolSpec) -> Vec<(String, String)> {
+    if pool.devices.is_empty() {
+        return Vec::new();
+    }
+    let list = pool.devices.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+    vec![("CUDA_DEVICE_ORDER".into(), "PCI_BUS_ID".into()), ("CUDA_VISIBLE_DEVICES".into(), list)]
+}
+
+/// What one replica takes, by the shares of its devices.
+fn claim(pool: &PoolSpec, memory: Option<u64>) -> Claim {
+    let Some(bytes) = memory else { return Claim::new() };
+    if pool.devices.is_empty() {
+        return Claim::from([(Device::Host, bytes)]);
+    }
+    // Shares in thousandths: exact enough for gigabytes, and whole numbers.
+    let thousandths = |share: f64| format!("{:.0}", share * 1_000.0).parse::<u64>().unwrap_or(0);
+    let shares: Vec<u64> = match pool.tensor_split.is_empty() {
+        true => vec![1_000; pool.devices.len()],
+        false => pool.tensor_split.iter().map(|share| thousandths(*share)).collect(),
+    };
+    let whole = shares.iter().sum::<u64>().max(1);
+    let part = |share: u64| {
+        u64::try_from(u128::from(bytes) * u128::from(share) / u128::from(whole)).unwrap_or(bytes)
+    };
+    pool.devices.iter().zip(&shares).map(|(n, share)| (Device::Gpu(*n), part(*share))).collect()
+}
+
+/// A program by its path, or by its name on the PATH.
+pub(crate) fn find_program(name: &str, path: Option<&OsStr>) -> Result<PathBuf, String> {
+    let runs = |path: &Path| {
+        std::fs::metadata(path).is_ok_and(|about| about.is_file() && about.permissions().mode() & 0o111 != 0)
+    };
+    if name.contains('/') {
+        let path = PathBuf::from(name);
+        return match std::fs::metadata(&path) {
+            Ok(_) if runs(&path) => Ok(path),
+            Ok(_) => Err(format!("provision.program: {name} is no executable file; run: chmod +x {name}")),
+            Err(error) => Err(format!("provision.program: {name}: {error}")),
+        };
+    }
+    let folders = path.map(std::env::split_paths).into_iter().flatten();
+    let found = folders.map(|folder| folder.join(name)).find(|path| runs(path));
+    found.ok_or_else(|| format!("provision.program: {name} is not on the PATH; {}", how_to_get(name)))
+}
+
+fn how_to_get(name: &str) -> String {
+    match name {
+        "llama-server" => {
+            "build llama.cpp, or use provision = { mode = \"package\" } with installs = true".into()
+        }
+        "vllm" => "run: python3 -m pip install vllm".into(),
+        "python3" => "run: apt-get install python3 python3-pip".into(),
+        _ => "install it, or give its path".into(),
+    }
+}
+
+/// The command line of engines that are known.
+fn arguments(pool: &PoolSpec) -> Vec<String> {
+    let mut args: Vec<&str> = Vec::new();
+    match pool.engine {
+        EngineKind::LlamaCpp => {
+            args.extend([
+                "--model",
+                "{model_path}",
+                "--alias",
+                "{model}",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                "{port}",
+            ]);
+            args.extend(["--parallel", "{slots}", "--ctx-size", "{ctx_total}", "--metrics", "--slots"]);
+            if !pool.devices.is_empty() {
+                args.extend(["--n-gpu-layers", "999"]);
+            }
+        }
+        EngineKind::Vllm => {
+            args.extend(["serve", "{model_id}", "--served-model-name", "{model}", "--host", "127.0.0.1"]);
+            args.extend(["--port", "{port}", "--max-num-seqs", "{slots}"]);
+        }
+        EngineKind::Tgi => {
+            args.extend(["--model-id", "{model_id}", "--hostname", "127.0.0.1", "--port", "{port}"]);
+            args.extend(["--max-concurrent-requests", "{slots}"]);
+        }
+        EngineKind::Triton => {
+            args.extend(["--model-repository", "{model_path}", "--http-address", "127.0.0.1"]);
+            args.extend(["--http-port", "{port}", "--allow-grpc", "false", "--allow-metrics", "false"]);
+        }
+        // The file must give its command line.
+        EngineKind::OpenAi => {}
+    }
+    let mut args: Vec<String> = args.into_iter().map(str::to_owned).collect();
+    let split = || pool.tensor_split.iter().map(f64::to_string).collect::<Vec<_>>().join(",");
+    match pool.engine {
+        EngineKind::LlamaCpp if !pool.tensor_split.is_empty() => {
+            args.extend(["--tensor-split".into(), split()])
+        }
+        EngineKind::Vllm => {
+            if pool.devices.len() > 1 {
+                args.extend(["--tensor-parallel-size".into(), pool.devices.len().to_string()]);
+            }
+            if let Some(ctx) = pool.ctx {
+                args.extend(["--max-model-len".into(), ctx.to_string()]);
+            }
+            for alias in &pool.aliases {
+                // Its names come in one list, after the first.
+                if let Some(at) = args.iter().position(|arg| arg == "{model}") {
+                    args.insert(at + 1, alias.to_string());
+                }
+            }
+        }
+        EngineKind::Tgi if pool.devices.len() > 1 => {
+            args.extend(["--num-shard".into(), pool.devices.len().to_string()]);
+        }
+        _ => {}
+    }
+    args
+}
+
+impl Program {
+    /// Tokens of one slot, where they are known.
+    pub(crate) fn ctx(&self) -> Option<u32> {
+        self.ctx
+    }
+
+    /// The command line of one replica.
+    pub(crate) fn command(&self, spec: &Spec, seat: &Seat, port: u16) -> (PathBuf, Vec<String>) {
+        let ctx = self.ctx.map_or_else(|| "0".to_owned(), |ctx| ctx.to_string());
+        let total = self.ctx.map_or(0, |ctx| u64::from(ctx) * u64::from(spec.pool.slots));
+        let path = self.model_path.as_ref().map(|path| path.display().to_string()).unwrap_or_default();
+        let places = BTreeMap::from([
+            ("{port}", port.to_string()),
+            ("{model}", spec.pool.model.to_string()),
+            ("{model_path}", path),
+            ("{model_id}", model_name(spec)),
+            ("{slots}", spec.pool.slots.to_string()),
+            ("{ctx}", ctx),
+            ("{ctx_total}", total.to_string()),
+            ("{pool_id}", seat.pool_id.to_string()),
+            ("{replica_id}", seat.replica_id.to_string()),
+        ]);
+        let fill =
+            |arg: &String| places.iter().fold(arg.clone(), |text, (place, value)| text.replace(place, value));
+        (self.program.clone(), self.args.iter().map(fill).collect())
+    }
+}
+
+/// The model as engines that fetch it themselves call it.
+fn model_name(spec: &Spec) -> String {
+    match &spec.model {
+        Some(model) => {
+            let text = model.source.as_str();
+            text.strip_prefix("hf:").or_else(|| text.strip_prefix("file:")).unwrap_or(text).to_owned()
+        }
+        None => spec.pool.model.to_string(),
+    }
+}
+
+/// The model's file on this machine, and its header where it has one.
+async fn model_file(
+    spec: &Spec,
+    places: &Places<'_>,
+    progress: &(dyn Fn(String) + Send + Sync),
+) -> Result<(PathBuf, Option<GgufHeader>), String> {
+    let name = &spec.pool.model;
+    let path = match &spec.model {
+        None => staged(places, name)?.ok_or_else(|| {
+            format!(
+                "model: {name} has no entry in [models] and is not staged; run: pool-managerd models stage {name} FILE"
+            )
+        })?,
+        Some(model) => match ModelSource::parse(&model.source).map_err(|error| error.to_string())? {
+            ModelSource::File(path) => {
+                if let Some(expected) = &model.digest {
+                    verify_in_place(&path, expected).await?;
+                }
+                path
+            }
+            remote => match staged(places, name)? {
+                Some(path) => path,
+                None if !places.allowed.downloads => {
+                    return Err(format!(
+                        "model: {name} is not staged and provisioning.downloads is off; run: pool-managerd models stage {name} {}",
+                        model.source
+                    ));
+                }
+                None => {
+                    let models = Models::new(places.models_dir);
+                    let mut told = |done: u64, all: Option<u64>| {
+                        let all = all.map_or_else(|| "?".into(), |all| (all / 1_048_576).to_string());
+                        progress(format!("downloads {name}: {} of {all} MiB", done / 1_048_576));
+                    };
+                    let fetched = models
+                        .fetch(name, &remote, model.digest.as_ref(), places.client, &places.hub, &mut told)
+                        .await;
+                    fetched.map_err(|error| format!("model: {error}"))?;
+                    staged(places, name)?.ok_or_else(|| format!("model: {name} was staged and is gone again"))?
+                }
+            },
+        },
+    };
+    let header = match spec.pool.engine {
+        EngineKind::LlamaCpp => Some(read_header(&path).await?),
+        _ => None,
+    };
+    Ok((path, header))
+}
+
+fn staged(places: &Places<'_>, name: &ModelRef) -> Result<Option<PathBuf>, String> {
+    Ok(Models::new(places.models_dir).path_of(name))
+}
+
+async fn verify_in_place(path: &Path, expected: &pool_registry_types::Digest) -> Result<(), String> {
+    let (path, expected) = (path.to_owned(), expected.clone());
+    let checked = tokio::task::spawn_blocking(move || crate::models::check_digest(&path, &expected)).await;
+    match checked {
+        Ok(result) => result.map_err(|error| format!("model: {error}")),
+        Err(_) => Err("model: its digest could not be reckoned".into()),
+    }
+}
+
+async fn read_header(path: &Path) -> Result<GgufHeader, String> {
+    let path = path.to_owned();
+    let read = move || {
+        let file =
+            std::fs::File::open(&path).map_err(|error| format!("model: {}: {error}", path.display()))?;
+        let header = GgufHeader::read(std::io::BufReader::new(file));
+        header.map_err(|error| format!("model: {}: {error}", path.display()))
+    };
+    tokio::task::spawn_blocking(read)
+        .await
+        .unwrap_or_else(|_| Err("model: its header could not be read".into()))
+}
+
+/// For messages: where a pool's replica writes.
+pub(crate) fn log_path(logs_dir: &Path, pool_id: &PoolId, replica_id: &str) -> PathBuf {
+    logs_dir.join(format!("{pool_id}-{replica_id}.log"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pool(text: &str) -> PoolSpec {
+        let head = "[pools.p]\nengine = \"llamacpp\"\nmodel = \"m\"\nslots = 2\n";
+        let file = crate::pools_file::PoolsFile::parse(&format!("{head}{text}")).unwrap();
+        file.pools.into_values().next().unwrap()
+    }
+
+    // CLOUD-2443
+    #[test]
+    fn devices_and_shares_reach_the_command_line_the_environment_and_the_claim() {
+        let pool = pool(
+            "devices = [1, 3]\ntensor_split = [3, 1]\nprovision = { mode = \"binary\", program = \"x\" }",
+        );
+        let args = arguments(&pool);
+        assert!(args.join(" ").ends_with("--n-gpu-layers 999 --tensor-split 3,1"), "{args:?}");
+        assert_eq!(devices_env(&pool)[1], ("CUDA_VISIBLE_DEVICES".into(), "1,3".into()));
+        assert_eq!(claim(&pool, Some(400)), Claim::from([(Device::Gpu(1), 300), (Device::Gpu(3), 100)]));
+        assert_eq!(claim(&pool, None), Claim::new());
+    }
+
+    // CLOUD-2443
+    #[test]
+    fn places_of_a_command_line_are_filled_in() {
+        let pool = pool("provision = { mode = \"binary\", program = \"x\" }");
+        let program = Program {
+            program: "x".into(),
+            args: arguments(&pool),
+            env: Vec::new(),
+            model_path: Some("/m.gguf".into()),
+            ctx: Some(512),
+        };
+        let seat = Seat {
+            pool_id: PoolId::new("p").unwrap(),
+            replica_id: pool_registry_types::ReplicaId::new("r0").unwrap(),
+        };
+        let (_, args) = program.command(&Spec { pool, model: None }, &seat, 81);
+        assert_eq!(
+            args.join(" "),
+            "--model /m.gguf --alias m --host 127.0.0.1 --port 81 --parallel 2 --ctx-size 1024 --metrics --slots"
+        );
+    }
+
+    // CLOUD-2444
+    #[test]
+    fn a_missing_program_is_named_with_what_brings_it() {
+        let none = |name: &str| find_program(name, Some(OsStr::new("/nowhere"))).unwrap_err();
+        assert!(none("llama-server").contains("mode = \"package\""));
+        assert!(none("/no/such").contains("No such file"));
+        assert!(none("/etc/hostname").contains("chmod +x"));
+        assert_eq!(find_program("sh", Some(OsStr::new("/nowhere:/bin"))).unwrap(), PathBuf::from("/bin/sh"));
+    }
+}

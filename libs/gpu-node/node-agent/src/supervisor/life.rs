@@ -1,0 +1,383 @@
+//! One life of one engine: its guard, its first good health call, its handoff file, its end.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use pool_registry_types::{PoolId, ReplicaId};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use crate::engines::{self, EngineFacts};
+use crate::guard::link::Guarded;
+use crate::guard::{Charge, Said, output, processes};
+use crate::supervisor::core::Happened;
+use crate::supervisor::launch::{self, Launch, Spec};
+use crate::supervisor::plan::{RunId, Seat};
+use crate::supervisor::shell::Supervision;
+
+/// Pause between two looks at an engine that loads.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Bytes of output after which a log is turned over.
+const LOG_BYTES: u64 = 10 * 1024 * 1024;
+/// Lines of an engine that has ended which its pool shows.
+const TAIL_LINES: usize = 20;
+/// Longest path of a Unix socket, bytes. Source: unix(7).
+const LONGEST_SOCKET: usize = 107;
+
+/// What the loop knows of a life that is under way.
+#[derive(Debug)]
+pub(crate) struct Life {
+    pub(crate) stop: CancellationToken,
+    /// The daemon ends and the engine does not.
+    pub(crate) let_go: CancellationToken,
+    pub(crate) keep: bool,
+    fingerprint: u64,
+    url: String,
+    pid: Option<u32>,
+    facts: EngineFacts,
+}
+
+/// What a kept engine's guard tells the next daemon.
+#[derive(Debug, Serialize, Deserialize)]
+struct About {
+    pool_id: PoolId,
+    replica_id: ReplicaId,
+    fingerprint: u64,
+    url: String,
+}
+
+impl Supervision {
+    /// Where guards of kept engines are found.
+    fn guards(&self) -> PathBuf {
+        self.settings.runtime_dir.join(format!(".guards-{}", self.agent.identity().node_id))
+    }
+
+    /// All marks of this node's engines begin with this.
+    fn mark_prefix(&self) -> String {
+        let folder = self.settings.runtime_dir.canonicalize().unwrap_or(self.settings.runtime_dir.clone());
+        format!("{}@{}#", self.agent.identity().node_id, folder.display())
+    }
+
+    pub(crate) fn begin(self: &Arc<Self>, run: RunId, seat: Seat, fingerprint: u64) {
+        let (spec, launch) = {
+            let state = self.state.lock();
+            (state.specs.get(&fingerprint).cloned(), state.launches.get(&fingerprint).cloned())
+        };
+        let (Some(spec), Some(launch)) = (spec, launch) else {
+            unreachable!("only plans that were prepared are started")
+        };
+        let life = Life {
+            stop: CancellationToken::new(),
+            let_go: CancellationToken::new(),
+            keep: spec.pool.keep_on_exit,
+            fingerprint,
+            url: String::new(),
+            pid: None,
+            facts: EngineFacts::default(),
+        };
+        let (stop, let_go) = (life.stop.clone(), life.let_go.clone());
+        self.state.lock().lives.insert(run, life);
+        let supervision = Arc::clone(self);
+        self.agent.tracker.spawn(async move {
+            let ended = match supervision.open(run, &seat, &spec, &launch).await {
+                Ok(Opened::Guard(guarded)) => supervision.live(run, &seat, &spec, *guarded, stop, let_go).await,
+                Ok(Opened::Elsewhere) => supervision.live_elsewhere(run, stop, let_go).await,
+                Err(how) => Some((how, Vec::new())),
+            };
+            let Some((how, tail)) = ended else { return };
+            tracing::warn!(pool_id = %seat.pool_id, replica_id = %seat.replica_id, run = run.0, how, "an engine is gone");
+            supervision.state.lock().lives.remove(&run);
+            supervision.tell(Happened::Exited { run, how, tail }).await;
+        });
+    }
+
+    async fn open(&self, run: RunId, seat: &Seat, spec: &Spec, launch: &Launch) -> Result<Opened, String> {
+        let program = match launch {
+            Launch::External { url } => {
+                let url = url.as_deref().unwrap_or_default().trim_end_matches('/').to_owned();
+                self.with_life(run, |life| life.url = url);
+                return Ok(Opened::Elsewhere);
+            }
+            Launch::Program(program) => program,
+        };
+        let port = port(spec, &seat.replica_id)?;
+        let url = format!("http://127.0.0.1:{port}");
+        self.with_life(run, |life| life.url.clone_from(&url));
+        let (path, args) = program.command(spec, seat, port);
+        let about = About {
+            pool_id: seat.pool_id.clone(),
+            replica_id: seat.replica_id.clone(),
+            fingerprint: spec.fingerprint(),
+            url,
+        };
+        let keep_at = match spec.pool.keep_on_exit {
+            true => Some(self.socket(seat)?),
+            false => None,
+        };
+        let charge = Charge {
+            program: path,
+            args,
+            env: program.env.clone(),
+            log: launch::log_path(&self.settings.logs_dir, &seat.pool_id, seat.replica_id.as_str()),
+            log_bytes: LOG_BYTES,
+            grace_ms: spec.pool.stop_grace_secs.saturating_mul(1_000),
+            keep_at,
+            about: serde_json::to_string(&about).unwrap_or_default(),
+            mark: format!("{}{}", self.mark_prefix(), uuid::Uuid::new_v4()),
+        };
+        let guarded = Guarded::start(&self.settings.program, &charge).await;
+        guarded
+            .map(|guarded| Opened::Guard(Box::new(guarded)))
+            .map_err(|error| format!("its guard does not start: {error}"))
+    }
+
+    fn socket(&self, seat: &Seat) -> Result<PathBuf, String> {
+        let folder = self.guards();
+        let folder = folder.canonicalize().or_else(|_| {
+            std::fs::create_dir_all(&folder)?;
+            folder.canonicalize()
+        });
+        let path = folder.map_err(|error| format!("keep_on_exit: {error}"))?.join(format!("{seat}.sock"));
+        if path.as_os_str().len() > LONGEST_SOCKET {
+            return Err(format!(
+                "keep_on_exit: {} is longer than {LONGEST_SOCKET} bytes, which is the most for a socket: choose a shorter POOL_MANAGERD_RUNTIME_DIR",
+                path.display()
+            ));
+        }
+        Ok(path)
+    }
+
+    fn with_life(&self, run: RunId, change: impl FnOnce(&mut Life)) {
+        if let Some(life) = self.state.lock().lives.get_mut(&run) {
+            change(life);
+        }
+    }
+
+    /// Follows an engine until it is gone, or let go. Returns how it ended.
+    async fn live(
+        &self,
+        run: RunId,
+        seat: &Seat,
+        spec: &Spec,
+        mut guarded: Guarded,
+        stop: CancellationToken,
+        let_go: CancellationToken,
+    ) -> Option<(String, Vec<String>)> {
+        let mut ready = false;
+        let mut stopped = false;
+        let looking = self.until_ready(run, spec);
+        tokio::pin!(looking);
+        loop {
+            tokio::select! {
+                () = let_go.cancelled() => return None,
+                said = guarded.heard() => match said {
+                    Said::Started { pid, .. } => self.with_life(run, |life| life.pid = Some(pid)),
+                    Said::Alarm { line } => {
+                        tracing::warn!(pool_id = %seat.pool_id, replica_id = %seat.replica_id, line, "an engine cries for help");
+                        self.tell(Happened::Alarmed { run, line }).await;
+                    }
+                    Said::Ended { how } => {
+                        let log = launch::log_path(&self.settings.logs_dir, &seat.pool_id, seat.replica_id.as_str());
+                        let tail = tokio::task::spawn_blocking(move || output::tail(&log, TAIL_LINES)).await;
+                        guarded.reap().await;
+                        return Some((how, tail.unwrap_or_default()));
+                    }
+                },
+                () = stop.cancelled(), if !stopped => {
+                    stopped = true;
+                    guarded.stop().await;
+                }
+                facts = &mut looking, if !ready && !stopped => {
+                    ready = true;
+                    self.with_life(run, |life| life.facts = facts);
+                    self.tell(Happened::Ready { run }).await;
+                }
+            }
+        }
+    }
+
+    /// An engine that somebody else runs: it is there as long as it is wanted. Whether it answers
+    /// is watched as for every handoff.
+    async fn live_elsewhere(
+        &self,
+        run: RunId,
+        stop: CancellationToken,
+        let_go: CancellationToken,
+    ) -> Option<(String, Vec<String>)> {
+        self.tell(Happened::Ready { run }).await;
+        tokio::select! {
+            () = let_go.cancelled() => None,
+            () = stop.cancelled() => Some(("it is not wanted any more".into(), Vec::new())),
+        }
+    }
+
+    async fn until_ready(&self, run: RunId, spec: &Spec) -> EngineFacts {
+        loop {
+            tokio::time::sleep(LOOK_EVERY).await;
+            let url = self.state.lock().lives.get(&run).map(|life| life.url.clone()).unwrap_or_default();
+            if let Ok((facts, _)) = engines::probe(self.agent.client(), spec.pool.engine, &url).await {
+                return facts;
+            }
+        }
+    }
+
+    // ---- handoff files ----
+
+    fn handoff_path(&self, seat: &Seat) -> PathBuf {
+        self.settings.runtime_dir.join(format!("{seat}.json"))
+    }
+
+    pub(crate) async fn publish(&self, run: RunId, seat: &Seat) {
+        let text = {
+            let state = self.state.lock();
+            let Some(life) = state.lives.get(&run) else { return };
+            let Some(spec) = state.specs.get(&life.fingerprint) else { return };
+            if life.url.is_empty() {
+                // An external engine that announces itself.
+                return;
+            }
+            let ctx = match state.launches.get(&life.fingerprint) {
+                Some(Launch::Program(program)) => program.ctx(),
+                _ => spec.pool.ctx,
+            };
+            let mut handoff = json!({
+                "pool_id": seat.pool_id, "replica_id": seat.replica_id, "engine": spec.pool.engine,
+                "url": life.url, "models": spec.pool.models(),
+                "slots": life.facts.slots.unwrap_or(spec.pool.slots),
+            });
+            engines::set(&mut handoff, "engine_version", life.facts.version.clone());
+            engines::set(&mut handoff, "device_mask", spec.pool.mask());
+            engines::set(&mut handoff, "ctx_max", life.facts.ctx_max.or(ctx));
+            engines::set(&mut handoff, "pid", life.pid);
+            handoff.to_string()
+        };
+        let path = self.handoff_path(seat);
+        let written = tokio::task::spawn_blocking(move || write_whole(&path, &text)).await;
+        if let Ok(Err(error)) = written {
+            tracing::error!(pool_id = %seat.pool_id, replica_id = %seat.replica_id, %error, "the handoff file is not written: the engine serves nobody");
+        }
+    }
+
+    pub(crate) async fn withdraw(&self, run: RunId, seat: &Seat) {
+        // The core first: nothing new is accepted from here on.
+        self.agent.withdraw(&seat.pool_id, &seat.replica_id);
+        let announced = self.state.lock().lives.get(&run).is_some_and(|life| life.url.is_empty());
+        if !announced {
+            let path = self.handoff_path(seat);
+            // One that is gone already is as good.
+            let _ = tokio::fs::remove_file(path).await;
+        }
+    }
+
+    // ---- what an earlier daemon has left ----
+
+    /// Takes kept engines over where they are still wanted, and ends everything else that is
+    /// left of this node's engines.
+    pub(crate) async fn take_over_kept(self: &Arc<Self>) {
+        let mut adopted = Vec::new();
+        let entries = std::fs::read_dir(self.guards()).into_iter().flatten().flatten();
+        let sockets: Vec<PathBuf> = entries
+            .map(|entry| entry.path())
+            .filter(|path| path.extension().is_some_and(|e| e == "sock"))
+            .collect();
+        for socket in sockets {
+            match Guarded::take_over(&socket).await {
+                Ok((guarded, pid, about)) => {
+                    if let Some(seat) = self.take_over(guarded, pid, &about).await {
+                        adopted.push(seat);
+                    }
+                }
+                Err(error) => {
+                    tracing::info!(socket = %socket.display(), %error, "no guard answers there");
+                    let _ = std::fs::remove_file(&socket);
+                }
+            }
+        }
+        let prefix = self.mark_prefix();
+        let kept = adopted.len();
+        let left = tokio::task::spawn_blocking(move || {
+            // A guard that lives sees to its own.
+            let unguarded = |pid: &u32| !processes::is_guarded(*pid);
+            let left: Vec<u32> = processes::marked(&prefix).into_iter().filter(unguarded).collect();
+            processes::signal_all(&left, nix::sys::signal::Signal::SIGKILL);
+            left.len()
+        })
+        .await;
+        if kept > 0 || left.as_ref().is_ok_and(|left| *left > 0) {
+            tracing::info!(
+                kept,
+                killed = left.unwrap_or(0),
+                "engines of an earlier daemon are taken over or ended"
+            );
+        }
+    }
+
+    async fn take_over(self: &Arc<Self>, mut guarded: Guarded, pid: u32, about: &str) -> Option<Seat> {
+        let about: About = serde_json::from_str(about).ok()?;
+        let seat = Seat { pool_id: about.pool_id, replica_id: about.replica_id };
+        let spec = self.state.lock().specs.get(&about.fingerprint).cloned();
+        let run = self.core_adopt(&seat, about.fingerprint);
+        let (Some(spec), Some(run)) = (spec, run) else {
+            tracing::info!(pool_id = %seat.pool_id, replica_id = %seat.replica_id, "a kept engine is not wanted any more");
+            let _ = tokio::fs::remove_file(self.handoff_path(&seat)).await;
+            self.agent.tracker.spawn(async move {
+                guarded.stop().await;
+                while !matches!(guarded.heard().await, Said::Ended { .. }) {}
+            });
+            return None;
+        };
+        let life = Life {
+            stop: CancellationToken::new(),
+            let_go: CancellationToken::new(),
+            keep: true,
+            fingerprint: about.fingerprint,
+            url: about.url,
+            pid: Some(pid),
+            facts: EngineFacts::default(),
+        };
+        let (stop, let_go) = (life.stop.clone(), life.let_go.clone());
+        self.state.lock().lives.insert(run, life);
+        let supervision = Arc::clone(self);
+        let own = seat.clone();
+        self.agent.tracker.spawn(async move {
+            let ended = supervision.live(run, &own, &spec, guarded, stop, let_go).await;
+            let Some((how, tail)) = ended else { return };
+            supervision.state.lock().lives.remove(&run);
+            supervision.tell(Happened::Exited { run, how, tail }).await;
+        });
+        Some(seat)
+    }
+}
+
+enum Opened {
+    Guard(Box<Guarded>),
+    /// Nothing was started.
+    Elsewhere,
+}
+
+/// The replica's own port, or any that is free.
+fn port(spec: &Spec, replica_id: &ReplicaId) -> Result<u16, String> {
+    let n = replica_id.as_str().strip_prefix('r').and_then(|n| n.parse::<usize>().ok());
+    // Beside the replica that it replaces it cannot have the same one.
+    let wanted = n.and_then(|n| spec.pool.ports.get(n)).copied();
+    let listener = std::net::TcpListener::bind(("127.0.0.1", wanted.unwrap_or(0)));
+    let port = listener.and_then(|listener| listener.local_addr()).map(|at| at.port());
+    port.map_err(|error| match wanted {
+        Some(port) if error.kind() == io::ErrorKind::AddrInUse => {
+            format!("ports: {port} is in use by another program; find it with: ss -ltnp sport = :{port}")
+        }
+        Some(port) => format!("ports: {port}: {error}"),
+        None => format!("no free port: {error}"),
+    })
+}
+
+fn write_whole(path: &Path, text: &str) -> io::Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    // Readers pass over names with a dot.
+    let draft = path.with_file_name(format!(".{name}.{}", std::process::id()));
+    std::fs::write(&draft, text)?;
+    std::fs::rename(&draft, path)
+}

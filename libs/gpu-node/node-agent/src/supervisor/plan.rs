@@ -1,0 +1,83 @@
+//! What is to run: the pools of a node as the supervisor decides about them.
+//!
+//! A plan says nothing of programs, files and flags: those are the shell's, which knows a plan
+//! by its fingerprint.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use pool_registry_types::pool::EngineKind;
+use pool_registry_types::{ModelRef, PoolId, ReplicaId};
+
+/// Where an engine's memory is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Device {
+    /// The machine's own memory: engines without a GPU.
+    Host,
+    /// The GPU of this number.
+    Gpu(u32),
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host => f.write_str("host memory"),
+            Self::Gpu(n) => write!(f, "GPU{n}"),
+        }
+    }
+}
+
+/// Bytes that one replica takes, by device.
+pub type Claim = BTreeMap<Device, u64>;
+
+/// One pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolPlan {
+    pub engine: EngineKind,
+    /// The names by which tasks ask for it.
+    pub models: Vec<ModelRef>,
+    pub device_mask: Option<String>,
+    pub ctx_max: Option<u32>,
+    /// At least 1.
+    pub replicas: u32,
+    /// Started when a task waits for it, not before.
+    pub on_demand: bool,
+    /// An on-demand pool without work for this long is unloaded; absent: only to make room.
+    pub ttl: Option<Duration>,
+    /// What others must wait at most before a pool that is never idle makes room for them.
+    pub min_resident: Duration,
+    /// From the start of the process to its first good health call.
+    pub load_timeout: Duration,
+    /// How long attempts may still run when the pool is unloaded or replaced.
+    pub drain_timeout: Duration,
+    /// Exits within a minute after which the pool is given up.
+    pub exit_limit: u32,
+    /// Everything that makes two engines different ones.
+    pub fingerprint: u64,
+}
+
+/// What the shell found out about a plan before the first start.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Prepared {
+    pub claim: Claim,
+    /// From the model's own header, where the plan says nothing.
+    pub ctx_max: Option<u32>,
+}
+
+/// One life of one engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RunId(pub u64);
+
+/// A replica's place, whatever runs there.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Seat {
+    pub pool_id: PoolId,
+    pub replica_id: ReplicaId,
+}
+
+impl fmt::Display for Seat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.pool_id, self.replica_id)
+    }
+}

@@ -1,0 +1,315 @@
+//! One pool and its replicas, as far as they have come.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use pool_registry_types::{Moment, ReplicaId};
+
+use crate::supervisor::core::Work;
+use crate::supervisor::plan::{Claim, PoolPlan, Prepared, RunId};
+
+/// A pool that was loaded for somebody may wait this long for its first attempt before it
+/// counts as idle.
+pub(super) const FIRST_WORK_PATIENCE: Duration = Duration::from_secs(5);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    Down,
+    /// It is to run, and has no memory yet.
+    Waiting {
+        since: Moment,
+    },
+    Backoff {
+        until: Moment,
+    },
+    Starting {
+        run: RunId,
+        since: Moment,
+    },
+    /// `published`: it takes attempts.
+    Ready {
+        run: RunId,
+        since: Moment,
+        published: bool,
+    },
+    /// Withdrawn: what runs may finish.
+    /// `told`: what runs was read since nothing new comes, so that idle means idle.
+    Leaving {
+        run: RunId,
+        until: Moment,
+        crashed: bool,
+        told: bool,
+    },
+    Stopping {
+        run: RunId,
+        crashed: bool,
+    },
+}
+
+impl Stage {
+    pub(super) fn run(self) -> Option<RunId> {
+        match self {
+            Self::Down | Self::Waiting { .. } | Self::Backoff { .. } => None,
+            Self::Starting { run, .. }
+            | Self::Ready { run, .. }
+            | Self::Leaving { run, .. }
+            | Self::Stopping { run, .. } => Some(run),
+        }
+    }
+
+    pub(super) fn is_ready(self) -> bool {
+        matches!(self, Self::Ready { .. })
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub(super) replica_id: ReplicaId,
+    pub(super) stage: Stage,
+    pub(super) work: Work,
+    /// What its engine takes; empty while it has none.
+    pub(super) claim: Claim,
+    /// When it last became idle, or ready.
+    pub(super) idle_since: Moment,
+}
+
+impl Slot {
+    pub(super) fn new(replica_id: ReplicaId) -> Self {
+        Self {
+            replica_id,
+            stage: Stage::Down,
+            work: Work::default(),
+            claim: Claim::new(),
+            idle_since: Moment::ZERO,
+        }
+    }
+
+    /// No new attempts; what runs may finish until the time. Returns what is to be withdrawn.
+    pub(super) fn leave(&mut self, now: Moment, patience: Duration, crashed: bool) -> Option<RunId> {
+        match self.stage {
+            Stage::Ready { run, published, .. } => {
+                self.stage = Stage::Leaving { run, until: now + patience, crashed, told: false };
+                published.then_some(run)
+            }
+            Stage::Starting { run, .. } => {
+                self.stage = Stage::Leaving { run, until: now, crashed, told: false };
+                None
+            }
+            Stage::Down | Stage::Waiting { .. } | Stage::Backoff { .. } => {
+                self.stage = Stage::Down;
+                None
+            }
+            Stage::Leaving { .. } | Stage::Stopping { .. } => None,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) enum Preparation {
+    Wanted,
+    UnderWay,
+    Done(Prepared),
+    Failed { why: String, again: Moment },
+}
+
+#[derive(Debug)]
+pub(super) struct Generation {
+    pub(super) plan: PoolPlan,
+    pub(super) preparation: Preparation,
+    pub(super) slots: Vec<Slot>,
+}
+
+impl Generation {
+    pub(super) fn new(plan: PoolPlan) -> Self {
+        Self { plan, preparation: Preparation::Wanted, slots: Vec::new() }
+    }
+
+    pub(super) fn prepared(&self) -> Option<&Prepared> {
+        match &self.preparation {
+            Preparation::Done(prepared) => Some(prepared),
+            _ => None,
+        }
+    }
+
+    /// What all replicas take together.
+    pub(super) fn whole_claim(&self) -> Claim {
+        let mut whole = Claim::new();
+        for (device, bytes) in self.prepared().into_iter().flat_map(|prepared| &prepared.claim) {
+            whole.insert(*device, bytes.saturating_mul(u64::from(self.plan.replicas)));
+        }
+        whole
+    }
+
+    pub(super) fn is_ready(&self) -> bool {
+        !self.slots.is_empty() && self.slots.iter().all(|slot| slot.stage.is_ready())
+    }
+}
+
+/// How a reload goes on once its plan is prepared.
+#[derive(Debug)]
+pub(super) enum Way {
+    NotChosen,
+    /// The new replicas start beside the old ones.
+    Beside,
+    /// The old ones go first; their plan is kept for the way back.
+    After {
+        before: Box<Generation>,
+        since: Moment,
+    },
+}
+
+#[derive(Debug)]
+pub(super) struct Reload {
+    /// While the way is not [`Way::After`], the new generation.
+    pub(super) next: Option<Generation>,
+    pub(super) way: Way,
+}
+
+#[derive(Debug)]
+pub(super) struct Pool {
+    pub(super) serving: Generation,
+    pub(super) reload: Option<Reload>,
+    /// Of earlier generations, on their way out.
+    pub(super) retired: Vec<Slot>,
+    /// Somebody waits for it, until this.
+    pub(super) demand: Option<Moment>,
+    pub(super) demand_since: Moment,
+    pub(super) exits: VecDeque<Moment>,
+    pub(super) proven: bool,
+    /// Given up, and why.
+    pub(super) failed: Option<String>,
+    pub(super) last_error: Option<String>,
+    pub(super) tail: Vec<String>,
+    pub(super) load_ms: Option<u64>,
+    pub(super) restarts: u64,
+    pub(super) reload_error: Option<String>,
+    /// Not in the file any more.
+    pub(super) removed: bool,
+    pub(super) purging: bool,
+    pub(super) purged: bool,
+    /// What a start lacks, in numbers.
+    pub(super) waits_for: Option<String>,
+    /// Times that it was unloaded.
+    pub(super) unloads: u64,
+}
+
+impl Pool {
+    pub(super) fn new(plan: PoolPlan) -> Self {
+        Self {
+            serving: Generation::new(plan),
+            reload: None,
+            retired: Vec::new(),
+            demand: None,
+            demand_since: Moment::ZERO,
+            exits: VecDeque::new(),
+            proven: false,
+            failed: None,
+            last_error: None,
+            tail: Vec::new(),
+            load_ms: None,
+            restarts: 0,
+            reload_error: None,
+            removed: false,
+            purging: false,
+            purged: false,
+            waits_for: None,
+            unloads: 0,
+        }
+    }
+
+    pub(super) fn slots(&self) -> impl Iterator<Item = &Slot> {
+        let next = self.reload.iter().filter_map(|reload| reload.next.as_ref());
+        self.serving.slots.iter().chain(next.flat_map(|next| &next.slots)).chain(&self.retired)
+    }
+
+    pub(super) fn slots_mut(&mut self) -> impl Iterator<Item = &mut Slot> {
+        let next = self.reload.iter_mut().filter_map(|reload| reload.next.as_mut());
+        self.serving.slots.iter_mut().chain(next.flat_map(|next| &mut next.slots)).chain(&mut self.retired)
+    }
+
+    pub(super) fn is_wanted(&self) -> bool {
+        let asked = !self.serving.plan.on_demand || self.demand.is_some();
+        // While the old generation leaves for the new one, nothing of it starts.
+        asked && self.failed.is_none() && !self.removed && !self.purging
+    }
+
+    /// A replica id that no living replica of the pool has.
+    pub(super) fn free_replica_id(&self, n: u32) -> ReplicaId {
+        let plain = format!("r{n}");
+        let names = std::iter::once(plain.clone()).chain((1..).map(|k| format!("{plain}.{k}")));
+        let mut ids = names.filter_map(|name| ReplicaId::new(&name).ok());
+        let taken = |id: &ReplicaId| self.slots().any(|slot| slot.replica_id == *id);
+        ids.find(|id| !taken(id)).expect("there are more names than replicas")
+    }
+
+    /// Whether it may be unloaded for others at once.
+    pub(super) fn is_idle(&self, now: Moment) -> bool {
+        let idle = |slot: &Slot| match slot.stage {
+            Stage::Ready { since, .. } => {
+                slot.work.running == 0 && (slot.work.served > 0 || now >= since + FIRST_WORK_PATIENCE)
+            }
+            Stage::Down => true,
+            _ => false,
+        };
+        self.serving.plan.on_demand
+            && self.reload.is_none()
+            && self.serving.slots.iter().any(|slot| slot.stage.is_ready())
+            && self.serving.slots.iter().all(idle)
+    }
+
+    /// Since when all of its replicas have been ready.
+    pub(super) fn resident_since(&self) -> Option<Moment> {
+        let since = |slot: &Slot| match slot.stage {
+            Stage::Ready { since, .. } => Some(since),
+            _ => None,
+        };
+        let movable = self.serving.plan.on_demand && self.reload.is_none();
+        let all: Option<Vec<Moment>> = self.serving.slots.iter().map(since).collect();
+        all?.into_iter().max().filter(|_| movable)
+    }
+
+    pub(super) fn idle_since(&self) -> Moment {
+        self.serving.slots.iter().map(|slot| slot.idle_since).max().unwrap_or_default()
+    }
+
+    /// Slots of a generation that is not wanted any more: what runs may finish.
+    pub(super) fn retire(&mut self, now: Moment, slots: Vec<Slot>) {
+        for mut slot in slots {
+            slot.leave(now, Duration::ZERO, false);
+            if slot.stage.run().is_some() {
+                self.retired.push(slot);
+            }
+        }
+    }
+
+    /// The plan that a reload has taken the place of starts again.
+    pub(super) fn go_back(&mut self, now: Moment) {
+        let Some(Reload { way: Way::After { before, .. }, .. }) = self.reload.take() else { return };
+        let broken = std::mem::replace(&mut self.serving, *before);
+        self.retire(now, broken.slots);
+    }
+
+    /// Returns how many exits fall into the window, this one included.
+    pub(super) fn count_exit(&mut self, now: Moment, window: Duration) -> u32 {
+        self.exits.push_back(now);
+        while self.exits.front().is_some_and(|at| *at + window <= now) {
+            self.exits.pop_front();
+        }
+        u32::try_from(self.exits.len()).unwrap_or(u32::MAX)
+    }
+
+    /// What of the pool's memory comes free when what leaves has left.
+    pub(super) fn coming_free(&self, sum: &mut Claim) {
+        let leaving = |slot: &&Slot| matches!(slot.stage, Stage::Leaving { .. } | Stage::Stopping { .. });
+        for slot in self.slots().filter(leaving) {
+            add(sum, &slot.claim);
+        }
+    }
+}
+
+pub(super) fn add(sum: &mut Claim, claim: &Claim) {
+    for (device, bytes) in claim {
+        let entry = sum.entry(*device).or_default();
+        *entry = entry.saturating_add(*bytes);
+    }
+}

@@ -1,0 +1,150 @@
+//! Engines from the package index: each in a folder of its own, pinned, nothing system-wide.
+//!
+//! llama.cpp's server comes as one wheel, checked by its hash, with our own launcher beside it;
+//! vLLM by the version that the pool names.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use pool_registry_types::pool::EngineKind;
+use tokio::process::Command;
+
+use crate::pools_file::PoolSpec;
+use crate::supervisor::launch::{Places, find_program};
+
+/// What is installed for llama.cpp, with its hash.
+const LLAMACPP_LOCK: &str = include_str!("../../../../../deploy/engines/requirements.lock");
+const LLAMACPP_LAUNCHER: &str = include_str!("../../../../../deploy/engines/llama_server.py");
+/// Says that an installation is whole, and what of.
+const STAMP: &str = "installed.lock";
+/// Longest installation. vLLM's is several gigabytes.
+const INSTALL_TIMEOUT: Duration = Duration::from_secs(3600);
+/// Longest look at a Python.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Program, arguments and environment of a packaged engine; it is installed where it is missing
+/// and that is allowed.
+pub(crate) async fn package(
+    pool: &PoolSpec,
+    version: Option<&str>,
+    places: &Places<'_>,
+    progress: &(dyn Fn(String) + Send + Sync),
+) -> Result<(PathBuf, Vec<String>, Vec<(String, String)>), String> {
+    let python = find_program("python3", std::env::var_os("PATH").as_deref())?;
+    let wanted = match (pool.engine, version) {
+        (EngineKind::LlamaCpp, None) => LLAMACPP_LOCK.to_owned(),
+        (EngineKind::LlamaCpp, Some(version)) => format!("xllamacpp=={version}\n"),
+        (_, version) => format!("vllm=={}\n", version.unwrap_or_default()),
+    };
+    let folder = places.packages_dir.join(folder_name(pool.engine, version));
+    let current = std::fs::read_to_string(folder.join(STAMP)).is_ok_and(|have| have == wanted);
+    if !current {
+        if !places.allowed.installs {
+            let line = wanted.lines().find(|line| !line.starts_with('#')).unwrap_or_default();
+            let what = line.split_whitespace().next().unwrap_or_default();
+            return Err(format!(
+                "provision: {what} is not installed in {} and provisioning.installs is off; set it to true",
+                folder.display()
+            ));
+        }
+        install(&python, &folder, &wanted, progress).await?;
+    }
+    let site = folder.join("site");
+    let launcher = folder.join("llama_server.py");
+    let env = vec![("PYTHONPATH".to_owned(), site.display().to_string())];
+    let mut args: Vec<String> = match pool.engine {
+        EngineKind::LlamaCpp => {
+            // Written anew each time: it belongs to this program, not to the package.
+            std::fs::write(&launcher, LLAMACPP_LAUNCHER)
+                .map_err(|error| format!("provision: {}: {error}", launcher.display()))?;
+            let words =
+                "--model {model_path} --alias {model} --port {port} --slots {slots} --ctx {ctx} --keep";
+            std::iter::once(launcher.display().to_string())
+                .chain(words.split(' ').map(str::to_owned))
+                .collect()
+        }
+        _ => {
+            let words = "-m vllm.entrypoints.openai.api_server --model {model_id} --served-model-name {model} \
+                         --host 127.0.0.1 --port {port} --max-num-seqs {slots}";
+            words.split_whitespace().map(str::to_owned).collect()
+        }
+    };
+    if pool.engine == EngineKind::Vllm {
+        if pool.devices.len() > 1 {
+            args.extend(["--tensor-parallel-size".into(), pool.devices.len().to_string()]);
+        }
+        if let Some(ctx) = pool.ctx {
+            args.extend(["--max-model-len".into(), ctx.to_string()]);
+        }
+    }
+    Ok((python, args, env))
+}
+
+/// The folder of an engine's environment below the folder of packages.
+pub(crate) fn folder_name(engine: EngineKind, version: Option<&str>) -> String {
+    format!("{engine}-{}", version.unwrap_or("pinned"))
+}
+
+async fn install(
+    python: &Path,
+    folder: &Path,
+    wanted: &str,
+    progress: &(dyn Fn(String) + Send + Sync),
+) -> Result<(), String> {
+    look(python, "import sys; sys.exit(sys.version_info < (3, 10))").await.map_err(|_| {
+        format!("provision: {} is older than Python 3.10; run: apt-get install python3", python.display())
+    })?;
+    look(python, "import pip")
+        .await
+        .map_err(|_| "provision: Python has no pip; run: apt-get install python3-pip".to_owned())?;
+    progress("installs the engine from the package index".into());
+    let failed = |error: std::io::Error| format!("provision: {}: {error}", folder.display());
+    // One installation of a folder at a time, whatever pools and daemons there are.
+    let parent = folder.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(parent).map_err(failed)?;
+    let lock = std::fs::File::create(folder.with_extension("lock")).map_err(failed)?;
+    let lock = tokio::task::spawn_blocking(move || lock.lock().map(|()| lock)).await;
+    let _lock = lock.map_err(|error| format!("provision: {error}"))?.map_err(failed)?;
+    if std::fs::read_to_string(folder.join(STAMP)).is_ok_and(|have| have == wanted) {
+        return Ok(());
+    }
+    // What an interrupted installation has left is no use.
+    let _ = std::fs::remove_dir_all(folder);
+    std::fs::create_dir_all(folder).map_err(failed)?;
+    let list = folder.join("requirements.txt");
+    std::fs::write(&list, wanted).map_err(failed)?;
+    let mut pip = Command::new(python);
+    pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]);
+    if wanted.contains("--hash") {
+        pip.args(["--require-hashes", "--only-binary", ":all:", "--no-deps"]);
+    }
+    pip.args(["--root-user-action", "ignore", "--target"]).arg(folder.join("site"));
+    pip.arg("--requirement").arg(&list).stdin(Stdio::null()).kill_on_drop(true);
+    let ended = tokio::time::timeout(INSTALL_TIMEOUT, pip.output()).await;
+    let output = match ended {
+        Ok(Ok(output)) => output,
+        Ok(Err(error)) => return Err(failed(error)),
+        Err(_) => return Err("provision: the installation did not end within an hour".into()),
+    };
+    if !output.status.success() {
+        let text = String::from_utf8_lossy(&output.stderr);
+        let last: String = text.trim().lines().last().unwrap_or("no message").chars().take(400).collect();
+        return Err(format!("provision: pip failed: {last}"));
+    }
+    std::fs::write(folder.join(STAMP), wanted).map_err(failed)
+}
+
+async fn look(python: &Path, code: &str) -> Result<(), ()> {
+    let mut command = Command::new(python);
+    command
+        .args(["-c", code])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true);
+    match tokio::time::timeout(LOOK_TIMEOUT, command.status()).await {
+        Ok(Ok(status)) if status.success() => Ok(()),
+        _ => Err(()),
+    }
+}

@@ -1,0 +1,523 @@
+//! [`Supervision`]: the supervisor in the world. It reads the file of pools, looks at memory,
+//! owns the guards, writes and removes handoff files, and tells the node's core how each pool
+//! stands.
+//!
+//! One loop owns all decisions. What takes time (preparing, living) is a task that reports to
+//! the loop's mailbox; the loop itself only waits for small files.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use pool_registry_types::pool::{PoolPurge, PoolReload};
+use pool_registry_types::{ErrorBody, ErrorCode, PoolId};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::agent::Agent;
+use crate::download::Hub;
+use crate::pools_file::{LoadWhen, MAX_BYTES, ModelSpec, PoolsFile, PoolsFileError, Provisioning};
+use crate::source::ModelSource;
+use crate::supervisor::core::{Happened, Ordered, Supervisor, Work};
+use crate::supervisor::launch::{self, Launch, Places, Spec};
+use crate::supervisor::ledger::DeviceReading;
+use crate::supervisor::life::Life;
+use crate::supervisor::plan::{Device, PoolPlan, RunId, Seat};
+use crate::supervisor::provision;
+
+/// Pause between two looks at the file of pools and at memory.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Reports of lives and wishes that may wait for the loop.
+const MAILBOX: usize = 1024;
+
+/// Where things lie and what is allowed.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The file of pools.
+    pub pools: PathBuf,
+    pub runtime_dir: PathBuf,
+    pub models_dir: PathBuf,
+    /// Engines from the package index.
+    pub packages_dir: PathBuf,
+    /// What engines write.
+    pub logs_dir: PathBuf,
+    /// This program, which is started again as a guard.
+    pub program: PathBuf,
+    /// Whatever the file says, nothing is downloaded or installed.
+    pub forbid_provisioning: bool,
+    /// The hub of `hf:` sources.
+    pub hub: String,
+    pub hub_token: Option<String>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct State {
+    /// The file as it was taken last.
+    file: PoolsFile,
+    text: Option<String>,
+    pub(crate) problem: Option<String>,
+    /// What a reload has put in place of the file's, and what the file said then.
+    replaced: BTreeMap<PoolId, (Spec, Spec)>,
+    /// All plans that the supervisor may still ask for, by fingerprint.
+    pub(crate) specs: BTreeMap<u64, Spec>,
+    pub(crate) launches: BTreeMap<u64, Launch>,
+    pub(crate) lives: BTreeMap<RunId, Life>,
+    under_way: BTreeMap<PoolId, String>,
+    purges: BTreeMap<PoolId, PoolPurge>,
+}
+
+/// The engines of a node at work.
+#[derive(Debug)]
+pub struct Supervision {
+    pub(crate) agent: Arc<Agent>,
+    pub(crate) settings: Settings,
+    core: Mutex<Supervisor>,
+    pub(crate) state: Mutex<State>,
+    pub(crate) mailbox: mpsc::Sender<Happened>,
+    downloads: reqwest::Client,
+    stopped: CancellationToken,
+}
+
+impl Supervision {
+    /// Starts the loop; the agent answers for its pools from now on.
+    pub fn start(agent: &Arc<Agent>, settings: Settings, seed: u64) -> reqwest::Result<Arc<Self>> {
+        let (mailbox, heard) = mpsc::channel(MAILBOX);
+        let supervision = Arc::new(Self {
+            agent: Arc::clone(agent),
+            settings,
+            core: Mutex::new(Supervisor::new(0, seed)),
+            state: Mutex::default(),
+            mailbox,
+            downloads: crate::download::client()?,
+            stopped: CancellationToken::new(),
+        });
+        agent.set_supervision(&supervision);
+        agent.tracker.spawn(Arc::clone(&supervision).run(heard));
+        Ok(supervision)
+    }
+
+    async fn run(self: Arc<Self>, mut heard: mpsc::Receiver<Happened>) {
+        if let Some(plans) = self.read_file().await {
+            self.settle(Happened::Configured(plans)).await;
+        }
+        self.take_over_kept().await;
+        let mut stopping = false;
+        let mut next_look = tokio::time::Instant::now();
+        loop {
+            let now = self.agent.now();
+            let timer = self.core.lock().next_deadline(now);
+            let timer = timer.map_or(Duration::from_secs(3600), |at| at.since(now));
+            let happened = tokio::select! {
+                biased;
+                () = self.stopped.cancelled(), if !stopping => {
+                    stopping = true;
+                    self.let_kept_go();
+                    Happened::Shutdown
+                }
+                happened = heard.recv() => happened.unwrap_or(Happened::Timer),
+                () = self.agent.work_ended() => Happened::Timer,
+                () = tokio::time::sleep_until(next_look) => {
+                    next_look = tokio::time::Instant::now() + LOOK_EVERY;
+                    let plans = if stopping { None } else { self.read_file().await };
+                    plans.map_or(Happened::Timer, Happened::Configured)
+                }
+                () = tokio::time::sleep(timer) => Happened::Timer,
+            };
+            self.settle(happened).await;
+            if stopping && self.state.lock().lives.is_empty() {
+                return;
+            }
+        }
+    }
+
+    /// Tells the core what is and what happened, and does what it asks for.
+    async fn settle(self: &Arc<Self>, happened: Happened) {
+        let mut next = Some(happened);
+        while let Some(happened) = next.take() {
+            let now = self.agent.now();
+            let (devices, work) = (self.devices(), self.work());
+            let mut orders = Vec::new();
+            {
+                let mut core = self.core.lock();
+                orders.extend(core.apply(now, Happened::Devices(devices)));
+                orders.extend(core.apply(now, Happened::Used(work)));
+                orders.extend(core.apply(now, happened));
+            }
+            for order in orders {
+                // What a withdrawn engine still runs is read anew before anything is stopped.
+                if matches!(order, Ordered::Withdraw { .. }) {
+                    next = Some(Happened::Timer);
+                }
+                self.carry_out(order).await;
+            }
+        }
+        let declared = self.core.lock().declared(&self.state.lock().under_way);
+        self.agent.declare(declared);
+    }
+
+    async fn carry_out(self: &Arc<Self>, order: Ordered) {
+        match order {
+            Ordered::Prepare { pool_id, plan } => self.prepare(pool_id, &plan),
+            Ordered::Start { run, seat, fingerprint } => {
+                tracing::info!(pool_id = %seat.pool_id, replica_id = %seat.replica_id, run = run.0, "an engine starts");
+                self.begin(run, seat, fingerprint);
+            }
+            Ordered::Publish { run, seat } => self.publish(run, &seat).await,
+            Ordered::Withdraw { run, seat } => self.withdraw(run, &seat).await,
+            Ordered::Stop { run } => {
+                if let Some(life) = self.state.lock().lives.get(&run) {
+                    life.stop.cancel();
+                }
+            }
+            Ordered::Purged { pool_id } => self.remove_purged(pool_id),
+            Ordered::LookAtDevices => self.agent.look_at_gpus(),
+        }
+    }
+
+    // ---- what is there ----
+
+    fn devices(&self) -> BTreeMap<Device, DeviceReading> {
+        let host_bytes = self.state.lock().file.memory.host_bytes;
+        let mut devices = BTreeMap::new();
+        devices.extend(host(host_bytes).map(|reading| (Device::Host, reading)));
+        for gpu in self.agent.gpus() {
+            let reading = DeviceReading {
+                total_bytes: gpu.vram_total_bytes,
+                free_bytes: Some(gpu.vram_total_bytes.saturating_sub(gpu.vram_used_bytes)),
+                healthy: gpu.health.takes_work(),
+            };
+            devices.insert(Device::Gpu(gpu.device_id), reading);
+        }
+        devices
+    }
+
+    fn work(&self) -> BTreeMap<Seat, Work> {
+        let seat = |((pool_id, replica_id), (running, served))| {
+            (Seat { pool_id, replica_id }, Work { running, served })
+        };
+        self.agent.work().into_iter().map(seat).collect()
+    }
+
+    // ---- the file ----
+
+    /// The plans of the file, where it says something new that can be taken.
+    async fn read_file(&self) -> Option<BTreeMap<PoolId, PoolPlan>> {
+        let path = self.settings.pools.clone();
+        let read = tokio::task::spawn_blocking(move || read_bounded(&path)).await;
+        let text = read.unwrap_or_else(|panic| Err(panic.to_string()));
+        let outcome = match text {
+            Ok(text) if self.state.lock().text.as_ref() == Some(&text) => return None,
+            Ok(text) => {
+                let parsed = PoolsFile::parse(&text);
+                self.state.lock().text = Some(text);
+                parsed
+            }
+            Err(reason) => {
+                // Read again when it can be.
+                self.state.lock().text = None;
+                Err(PoolsFileError::Unreadable { path: self.settings.pools.clone(), reason })
+            }
+        };
+        match outcome {
+            Ok(file) => {
+                tracing::info!(pools = file.pools.len(), "the file of pools is taken");
+                Some(self.take_file(file))
+            }
+            Err(error) => {
+                let mut state = self.state.lock();
+                if state.problem.as_ref() != Some(&error.to_string()) {
+                    tracing::error!(%error, "the file of pools is not taken, what was there before stands");
+                }
+                state.problem = Some(error.to_string());
+                None
+            }
+        }
+    }
+
+    fn take_file(&self, file: PoolsFile) -> BTreeMap<PoolId, PoolPlan> {
+        self.core.lock().set_reserve(file.memory.reserve_bytes);
+        let mut state = self.state.lock();
+        state.problem = None;
+        let spec = |id: &PoolId| {
+            let pool = file.pools.get(id)?.clone();
+            Some(Spec { model: file.models.get(&pool.model).cloned(), pool })
+        };
+        // A reload holds until the file says something else of its pool.
+        state.replaced.retain(|id, (was, _)| spec(id).as_ref() == Some(was));
+        let mut plans = BTreeMap::new();
+        for id in file.pools.keys() {
+            let Some(own) = spec(id) else { continue };
+            let own = state.replaced.get(id).map_or(own, |(_, instead)| instead.clone());
+            plans.insert(id.clone(), plan(&own));
+            state.specs.insert(own.fingerprint(), own);
+        }
+        state.file = file;
+        plans
+    }
+
+    /// Why the file is not taken, if it is not.
+    pub fn file_problem(&self) -> Option<String> {
+        self.state.lock().problem.clone()
+    }
+
+    // ---- preparing ----
+
+    fn prepare(self: &Arc<Self>, pool_id: PoolId, plan: &PoolPlan) {
+        let fingerprint = plan.fingerprint;
+        let Some(spec) = self.state.lock().specs.get(&fingerprint).cloned() else { return };
+        let supervision = Arc::clone(self);
+        self.agent.tracker.spawn(async move {
+            let outcome = tokio::select! {
+                () = supervision.stopped.cancelled() => return,
+                outcome = supervision.find_everything(&pool_id, &spec) => outcome,
+            };
+            supervision.state.lock().under_way.remove(&pool_id);
+            let outcome = outcome.map(|(prepared, launch)| {
+                supervision.state.lock().launches.insert(fingerprint, launch);
+                prepared
+            });
+            if let Err(reason) = &outcome {
+                tracing::warn!(%pool_id, reason, "the pool cannot be started");
+            }
+            supervision.tell(Happened::Prepared { pool_id, fingerprint, outcome }).await;
+        });
+    }
+
+    async fn find_everything(
+        &self,
+        pool_id: &PoolId,
+        spec: &Spec,
+    ) -> Result<(crate::supervisor::plan::Prepared, Launch), String> {
+        let mut allowed = self.state.lock().file.provisioning;
+        if self.settings.forbid_provisioning {
+            allowed = Provisioning::default();
+        }
+        let places = Places {
+            models_dir: &self.settings.models_dir,
+            packages_dir: &self.settings.packages_dir,
+            allowed,
+            hub: Hub { endpoint: &self.settings.hub, token: self.settings.hub_token.as_deref() },
+            client: &self.downloads,
+        };
+        let progress = |what: String| {
+            let before = self.state.lock().under_way.insert(pool_id.clone(), what.clone());
+            if before.is_none() {
+                tracing::info!(%pool_id, what, "the pool is prepared");
+            }
+        };
+        launch::prepare(spec, &places, &progress).await
+    }
+
+    pub(crate) async fn tell(&self, happened: Happened) {
+        // The loop ends after all that speak to it.
+        let _ = self.mailbox.send(happened).await;
+    }
+
+    // ---- orders ----
+
+    /// A task waits for the pool. Errors: `NOT_FOUND`, `OVERLOADED`.
+    pub(crate) fn load(&self, pool_id: &PoolId) -> Result<(), ErrorBody> {
+        self.known(pool_id)?;
+        self.post(Happened::Load { pool_id: pool_id.clone() })
+    }
+
+    fn known(&self, pool_id: &PoolId) -> Result<Spec, ErrorBody> {
+        let state = self.state.lock();
+        let pool = state.file.pools.get(pool_id).cloned();
+        let pool = pool
+            .ok_or_else(|| ErrorBody::new(ErrorCode::NotFound, format!("no pool {pool_id} in the file")))?;
+        let own = Spec { model: state.file.models.get(&pool.model).cloned(), pool };
+        Ok(state.replaced.get(pool_id).map_or(own, |(_, instead)| instead.clone()))
+    }
+
+    fn post(&self, happened: Happened) -> Result<(), ErrorBody> {
+        let full = |_| ErrorBody::new(ErrorCode::Overloaded, "the node's supervisor has too much to do");
+        self.mailbox.try_send(happened).map_err(full)
+    }
+
+    /// Whether the pool's engines are this node's own.
+    pub(crate) fn supervises(&self, pool_id: &PoolId) -> bool {
+        self.state.lock().file.pools.contains_key(pool_id)
+    }
+
+    /// Another model for the pool, or another chance for the one that it has.
+    /// Errors: `NOT_FOUND`, `UNSUPPORTED`, `OVERLOADED`.
+    pub(crate) fn reload(&self, pool_id: &PoolId, order: &PoolReload) -> Result<(), ErrorBody> {
+        let now = self.known(pool_id)?;
+        if let crate::pools_file::Provision::External { .. } = now.pool.provision {
+            return match order.new_model_ref {
+                Some(_) => Err(ErrorBody::new(
+                    ErrorCode::Unsupported,
+                    "new_model_ref: the pool's engine is an external one, which is changed where it was started",
+                )),
+                None => Ok(()),
+            };
+        }
+        let Some(model) = &order.new_model_ref else {
+            self.post(Happened::Revive { pool_id: pool_id.clone() })?;
+            return self.post(Happened::Reload { pool_id: pool_id.clone(), plan: Box::new(plan(&now)) });
+        };
+        let mut next = now.clone();
+        next.pool.model = model.clone();
+        let mut state = self.state.lock();
+        next.model = match state.file.models.get(model) {
+            Some(known) => Some(known.clone()),
+            // A name is looked for among the staged models, anything else is a source itself.
+            None => match ModelSource::parse(model.as_str()) {
+                Ok(_) if model.as_str().contains([':', '/']) => {
+                    Some(ModelSpec { source: model.to_string(), digest: None })
+                }
+                _ => None,
+            },
+        };
+        let fingerprint = next.fingerprint();
+        state.specs.insert(fingerprint, next.clone());
+        let own = state.file.pools.get(pool_id).cloned();
+        if let Some(pool) = own {
+            let own = Spec { model: state.file.models.get(&pool.model).cloned(), pool };
+            if own == next {
+                state.replaced.remove(pool_id);
+            } else {
+                state.replaced.insert(pool_id.clone(), (own, next.clone()));
+            }
+        }
+        drop(state);
+        self.post(Happened::Reload { pool_id: pool_id.clone(), plan: Box::new(plan(&next)) })
+    }
+
+    /// Errors: `NOT_FOUND`, `OVERLOADED`.
+    pub(crate) fn purge(&self, pool_id: &PoolId, order: PoolPurge) -> Result<(), ErrorBody> {
+        self.known(pool_id)?;
+        self.state.lock().purges.insert(pool_id.clone(), order);
+        self.post(Happened::Purge { pool_id: pool_id.clone() })
+    }
+
+    /// The engines are gone: what belongs to them alone goes too.
+    fn remove_purged(self: &Arc<Self>, pool_id: PoolId) {
+        let Ok(spec) = self.known(&pool_id) else { return };
+        let (order, in_use) = {
+            let mut state = self.state.lock();
+            let order = state.purges.remove(&pool_id).unwrap_or_default();
+            let others = state.file.pools.iter().filter(|(id, _)| **id != pool_id);
+            let in_use: Vec<_> = others.map(|(_, pool)| pool.clone()).collect();
+            (order, in_use)
+        };
+        let version = match &spec.pool.provision {
+            crate::pools_file::Provision::Package { version } => Some(version.clone()),
+            _ => None,
+        };
+        let shared = in_use
+            .iter()
+            .any(|other| other.provision == spec.pool.provision && other.engine == spec.pool.engine);
+        let package = version.filter(|_| order.engine_files && !shared).map(|version| {
+            self.settings.packages_dir.join(provision::folder_name(spec.pool.engine, version.as_deref()))
+        });
+        let model = (order.model_files && !in_use.iter().any(|other| other.model == spec.pool.model))
+            .then(|| spec.pool.model.clone());
+        let models = crate::models::Models::new(&self.settings.models_dir);
+        self.agent.tracker.spawn_blocking(move || {
+            if let Some(folder) = package {
+                match std::fs::remove_dir_all(&folder) {
+                    Ok(()) => tracing::info!(%pool_id, folder = %folder.display(), "an engine's environment is removed"),
+                    Err(error) => tracing::warn!(%pool_id, %error, "an engine's environment is not removed"),
+                }
+            }
+            if let Some(model) = model {
+                match models.remove(&model) {
+                    Ok(()) => tracing::info!(%pool_id, %model, "a model's files are removed"),
+                    Err(error) => tracing::warn!(%pool_id, %error, "a model's files are not removed"),
+                }
+            }
+        });
+    }
+
+    /// Where the replicas of a pool write, by their ids.
+    pub fn logs(&self, pool_id: &PoolId) -> BTreeMap<String, PathBuf> {
+        let prefix = format!("{pool_id}-");
+        let entries = std::fs::read_dir(&self.settings.logs_dir).into_iter().flatten().flatten();
+        let name = |entry: std::fs::DirEntry| {
+            let name = entry.file_name().into_string().ok()?;
+            let replica = name.strip_prefix(&prefix)?.strip_suffix(".log")?;
+            // Of pool `a` and not of pool `a-b`: replicas have no dash in their ids.
+            (!replica.contains('-')).then(|| (replica.to_owned(), entry.path()))
+        };
+        entries.filter_map(name).collect()
+    }
+
+    // ---- the end ----
+
+    /// Ends every engine that is not to be kept. What runs on them was given its time before.
+    pub async fn stop(&self) {
+        self.stopped.cancel();
+        let longest =
+            self.state.lock().file.pools.values().map(|pool| pool.stop_grace_secs).max().unwrap_or(0);
+        let patience = Duration::from_secs(longest + 3);
+        let all_gone = async {
+            while !self.state.lock().lives.is_empty() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        if tokio::time::timeout(patience, all_gone).await.is_err() {
+            tracing::warn!("some engines did not end in time; their guards see to them");
+        }
+    }
+
+    /// Engines that are kept lose their owner and live on.
+    fn let_kept_go(&self) {
+        let mut state = self.state.lock();
+        state.lives.retain(|_, life| {
+            if life.keep {
+                life.let_go.cancel();
+            }
+            !life.keep
+        });
+    }
+
+    pub(crate) fn core_adopt(&self, seat: &Seat, fingerprint: u64) -> Option<RunId> {
+        self.core.lock().adopt(self.agent.now(), seat, fingerprint)
+    }
+}
+
+fn read_bounded(path: &std::path::Path) -> Result<String, String> {
+    use std::io::Read;
+    let file = std::fs::File::open(path).map_err(|error| error.to_string())?;
+    let mut text = String::new();
+    file.take(MAX_BYTES + 1).read_to_string(&mut text).map_err(|error| error.to_string())?;
+    if text.len() as u64 > MAX_BYTES {
+        return Err(format!("larger than {MAX_BYTES} bytes"));
+    }
+    Ok(text)
+}
+
+/// The machine's own memory. Source: proc(5).
+fn host(limit: Option<u64>) -> Option<DeviceReading> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let bytes = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+    };
+    let (total, free) = (bytes("MemTotal:")?, bytes("MemAvailable:"));
+    let total_bytes = limit.map_or(total, |limit| limit.min(total));
+    Some(DeviceReading { total_bytes, free_bytes: free, healthy: true })
+}
+
+/// What the supervisor needs to know of a pool.
+fn plan(spec: &Spec) -> PoolPlan {
+    let pool = &spec.pool;
+    PoolPlan {
+        engine: pool.engine,
+        models: pool.models(),
+        device_mask: pool.mask(),
+        ctx_max: pool.ctx,
+        replicas: pool.replicas,
+        on_demand: pool.load == LoadWhen::OnDemand,
+        ttl: pool.ttl_secs.map(Duration::from_secs),
+        min_resident: Duration::from_secs(pool.min_resident_secs),
+        load_timeout: Duration::from_secs(pool.load_timeout_secs),
+        drain_timeout: Duration::from_secs(pool.drain_timeout_secs),
+        exit_limit: pool.exit_limit,
+        fingerprint: spec.fingerprint(),
+    }
+}

@@ -1,0 +1,494 @@
+//! Engines that a node runs itself: killed, given up, orphaned, kept, replaced, loaded on demand.
+
+#![expect(clippy::print_stdout, reason = "the figures of a run are part of its result")]
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use e2e_cloud::process::program;
+use e2e_cloud::{Client, Cluster, Engine, Options, eventually, real_engine};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+/// A cluster of one node that runs these pools.
+async fn node_with(pools: String) -> Cluster {
+    let options = Options { nodes: 1, engine: Engine::None, pools: vec![(0, pools)], ..Options::default() };
+    let mut cluster = Cluster::without_nodes(options);
+    cluster.start_control();
+    cluster.add_node(0);
+    cluster
+}
+
+/// An entry of a file of pools that runs the fake engine.
+fn fake(pool_id: &str, model: &str, more: &str) -> String {
+    format!(
+        r#"
+[pools.{pool_id}]
+engine = "llamacpp"
+model = "{model}"
+slots = 4
+{more}
+[pools.{pool_id}.provision]
+mode = "binary"
+program = "{}"
+args = ["--addr", "127.0.0.1:{{port}}", "--model", "{{model}}", "--slots", "{{slots}}"]
+"#,
+        program("fake-engine").display()
+    )
+}
+
+async fn pool(cluster: &Cluster, pool_id: &str) -> Option<Value> {
+    cluster.node_client(0).get_json(&format!("/v2/pools/{pool_id}/status")).await
+}
+
+async fn wait_state(cluster: &Cluster, pool_id: &str, state: &str, patience: Duration) -> Value {
+    eventually(&format!("{pool_id} is {state}"), patience, || async {
+        pool(cluster, pool_id).await.filter(|pool| pool["state"] == state)
+    })
+    .await
+}
+
+fn handoff(cluster: &Cluster, pool_id: &str) -> Option<Value> {
+    let file = cluster.nodes[0].runtime_dir.join(format!("{pool_id}-r0.json"));
+    serde_json::from_str(&std::fs::read_to_string(file).ok()?).ok()
+}
+
+fn engine_pid(cluster: &Cluster, pool_id: &str) -> i32 {
+    let pid = handoff(cluster, pool_id).and_then(|handoff| handoff["pid"].as_i64()).expect("its handoff");
+    i32::try_from(pid).expect("process ids are small")
+}
+
+fn send(pid: i32, signal: Signal) {
+    kill(Pid::from_raw(pid), signal).expect("the process lives");
+}
+
+/// The processes with this variable in their environment.
+fn marked(variable: &str) -> BTreeSet<i32> {
+    let pids = std::fs::read_dir("/proc").expect("/proc").flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let has = |pid: &i32| {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|byte| *byte == 0).any(|entry| entry == variable.as_bytes())
+    };
+    pids.filter(has).collect()
+}
+
+async fn run(cluster: &Cluster, model: &str, tokens: u32) -> e2e_cloud::Transcript {
+    let task = json!({"model_ref": model, "prompt": "once upon a time", "max_tokens": tokens});
+    let transcript = cluster.client.run(task).await;
+    transcript.check();
+    transcript
+}
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+// CLOUD-2401
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_engine_is_started_again_while_its_neighbour_serves() {
+    let pools = real_engine::pool("pool-a", "tiny-a", "") + &real_engine::pool("pool-b", "tiny-b", "");
+    let cluster = node_with(pools).await;
+    for pool in ["pool-a", "pool-b"] {
+        wait_state(&cluster, pool, "ready", MINUTE).await;
+    }
+    cluster.wait_online(0).await;
+    assert!(run(&cluster, "tiny-a", 16).await.completed());
+    let (before, neighbour) = (engine_pid(&cluster, "pool-a"), engine_pid(&cluster, "pool-b"));
+    send(before, Signal::SIGKILL);
+    let killed = Instant::now();
+    assert!(run(&cluster, "tiny-a", 16).await.completed(), "a task that comes meanwhile waits");
+    let recovered = killed.elapsed();
+    assert_ne!(engine_pid(&cluster, "pool-a"), before);
+    assert_eq!(engine_pid(&cluster, "pool-b"), neighbour);
+    assert!(run(&cluster, "tiny-b", 16).await.completed());
+    let status = pool(&cluster, "pool-a").await.unwrap();
+    assert_eq!(status["supervised"]["restarts"], 1);
+    println!("kill -9 of an engine to the end of the next task: {} ms", recovered.as_millis());
+    let logs = cluster.node_client(0).get("/v2/pools/pool-a/logs").await.unwrap();
+    assert_eq!(logs.status(), 200);
+    assert!(logs.text().await.unwrap().contains("listening http://127.0.0.1:"));
+}
+
+// CLOUD-2412
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_kills_in_a_minute_end_in_a_failed_pool_until_it_is_reloaded() {
+    let cluster = node_with(real_engine::pool("pool-a", "tiny-a", "")).await;
+    let start = Instant::now();
+    for _ in 0..10 {
+        wait_state(&cluster, "pool-a", "ready", MINUTE).await;
+        send(engine_pid(&cluster, "pool-a"), Signal::SIGKILL);
+        eventually("the kill is seen", Duration::from_secs(5), || async {
+            pool(&cluster, "pool-a").await.filter(|pool| pool["ready"] == false)
+        })
+        .await;
+    }
+    let failed = wait_state(&cluster, "pool-a", "failed", Duration::from_secs(10)).await;
+    let took = start.elapsed();
+    assert!(took < MINUTE, "{took:?}");
+    let error = failed["last_error"].as_str().unwrap();
+    assert!(error.contains("10 times within 60 s") && error.contains("SIGKILL"), "{error}");
+    let tail = failed["supervised"]["log_tail"].as_array().unwrap();
+    assert!(!tail.is_empty() && tail.len() <= 20, "{tail:?}");
+    println!("ten kills within {} s", took.as_secs());
+    let answer = cluster.node_client(0).post("/v2/pools/pool-a/reload", &json!({})).await;
+    assert_eq!(answer.status(), 202);
+    wait_state(&cluster, "pool-a", "ready", MINUTE).await;
+}
+
+/// A script that starts helpers in sessions of their own, then becomes the fake engine.
+fn forking(folder: &Path) -> String {
+    let script = folder.join("forking-engine");
+    let text = format!(
+        "#!/bin/sh\nsetsid sleep 600 &\nsetsid sh -c 'trap \"\" TERM; sleep 600; sleep 600' &\n(setsid sleep 600 &)\nexec {} \"$@\"\n",
+        program("fake-engine").display()
+    );
+    std::fs::write(&script, text).unwrap();
+    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    script.display().to_string()
+}
+
+fn forking_pool(folder: &Path, mark: &str, more: &str) -> String {
+    fake("pool-a", "fork", &format!("env = {{ E2E_MARK = \"{mark}\" }}\n{more}"))
+        .replace(&program("fake-engine").display().to_string(), &forking(folder))
+}
+
+// CLOUD-2404
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_process_of_an_engine_outlives_its_daemon_or_its_guard() {
+    let folder = tempfile::tempdir().unwrap();
+    let mark = uuid::Uuid::new_v4().to_string();
+    let variable = format!("E2E_MARK={mark}");
+    let mut cluster = node_with(forking_pool(folder.path(), &mark, "")).await;
+    wait_state(&cluster, "pool-a", "ready", MINUTE).await;
+    assert!(marked(&variable).len() >= 4, "the engine and its helpers: {:?}", marked(&variable));
+    // The daemon dies without a word.
+    cluster.nodes[0].daemon.as_mut().unwrap().kill();
+    let killed = Instant::now();
+    eventually("nothing of the engine is left", Duration::from_secs(3), || async {
+        marked(&variable).is_empty().then_some(())
+    })
+    .await;
+    println!(
+        "kill -9 of the daemon to the end of its engine's last process: {} ms",
+        killed.elapsed().as_millis()
+    );
+    // The guard is killed: the daemon sees to what it guarded, and starts anew.
+    cluster.start_daemon(0);
+    wait_state(&cluster, "pool-a", "ready", MINUTE).await;
+    let before = marked(&variable);
+    let engine = engine_pid(&cluster, "pool-a");
+    send(parent(engine), Signal::SIGKILL);
+    eventually("the engine runs anew", MINUTE, || async {
+        let now = marked(&variable);
+        (handoff(&cluster, "pool-a").is_some() && now.len() >= 4 && now.is_disjoint(&before)).then_some(())
+    })
+    .await;
+    // SIGTERM ends the daemon and everything else.
+    let daemon = cluster.nodes[0].daemon.as_mut().unwrap();
+    daemon.signal(Signal::SIGTERM);
+    assert!(daemon.wait(Duration::from_secs(20)).success());
+    assert_eq!(marked(&variable), BTreeSet::new());
+    assert_eq!(handoff(&cluster, "pool-a"), None);
+}
+
+fn parent(pid: i32) -> i32 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process lives");
+    let after = stat.rsplit_once(')').expect("a command").1;
+    after.split_whitespace().nth(1).and_then(|parent| parent.parse().ok()).expect("a parent")
+}
+
+// CLOUD-2407
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kept_engine_is_taken_over_by_the_next_daemon() {
+    let folder = tempfile::tempdir().unwrap();
+    let mark = uuid::Uuid::new_v4().to_string();
+    let variable = format!("E2E_MARK={mark}");
+    let mut cluster = node_with(forking_pool(folder.path(), &mark, "keep_on_exit = true")).await;
+    wait_state(&cluster, "pool-a", "ready", MINUTE).await;
+    cluster.wait_online(0).await;
+    let (engine, all) = (engine_pid(&cluster, "pool-a"), marked(&variable));
+    let engine_url = handoff(&cluster, "pool-a").unwrap()["url"].as_str().unwrap().to_owned();
+    let slow = json!({"kind": "slow", "pace_ms": 50});
+    assert_eq!(Client::new(&engine_url, None).post("/fake/fault", &slow).await.status(), 204);
+    let client = cluster.client.clone();
+    let task = json!({"model_ref": "fork", "prompt": "hi", "max_tokens": 2_000, "deadline_ms": 60_000});
+    let running = tokio::spawn(async move { client.run(task).await });
+    eventually("the task runs", Duration::from_secs(10), || async {
+        pool(&cluster, "pool-a")
+            .await
+            .filter(|pool| !pool["replicas"][0]["attempts"].as_array().unwrap().is_empty())
+    })
+    .await;
+    // Once by a crash, once by an orderly end.
+    cluster.nodes[0].daemon.as_mut().unwrap().kill();
+    let lost = running.await.unwrap();
+    lost.check();
+    assert_eq!(lost.error(), Some("WORKER_RESET"), "its stream has ended");
+    cluster.start_daemon(0);
+    wait_state(&cluster, "pool-a", "ready", MINUTE).await;
+    assert_eq!((engine_pid(&cluster, "pool-a"), &marked(&variable)), (engine, &all), "the same engine");
+    eventually("its slots are free again", Duration::from_secs(5), || async {
+        pool(&cluster, "pool-a").await.filter(|pool| pool["replicas"][0]["slots_free"] == 4)
+    })
+    .await;
+    cluster.wait_online(0).await;
+    assert!(run(&cluster, "fork", 4).await.completed());
+    let daemon = cluster.nodes[0].daemon.as_mut().unwrap();
+    daemon.signal(Signal::SIGTERM);
+    assert!(daemon.wait(Duration::from_secs(20)).success());
+    assert_eq!(marked(&variable), all, "it is kept over an orderly end too");
+    // A daemon whose file says something else of the pool ends it and starts what it says.
+    let changed = forking_pool(folder.path(), &mark, "");
+    std::fs::write(cluster.pools_file(0), changed).unwrap();
+    cluster.start_daemon(0);
+    eventually("another engine runs", MINUTE, || async {
+        let now = marked(&variable);
+        (handoff(&cluster, "pool-a").is_some() && now.len() >= 4 && now.is_disjoint(&all)).then_some(())
+    })
+    .await;
+    let daemon = cluster.nodes[0].daemon.as_mut().unwrap();
+    daemon.signal(Signal::SIGTERM);
+    assert!(daemon.wait(Duration::from_secs(20)).success());
+    assert_eq!(marked(&variable), BTreeSet::new());
+}
+
+async fn submit_many(
+    cluster: &Cluster,
+    models: &[&str],
+    tokens: u32,
+) -> Vec<tokio::task::JoinHandle<e2e_cloud::Transcript>> {
+    let mut running = Vec::new();
+    for model in models {
+        let client = cluster.client.clone();
+        let task = json!({"model_ref": model, "prompt": "once upon a time", "max_tokens": tokens});
+        running.push(tokio::spawn(async move { client.run(task).await }));
+    }
+    running
+}
+
+async fn all_complete(running: Vec<tokio::task::JoinHandle<e2e_cloud::Transcript>>) {
+    for task in running {
+        let transcript = task.await.unwrap();
+        transcript.check();
+        assert!(transcript.completed(), "{:?} {}", transcript.events.last(), transcript.refusal);
+    }
+}
+
+fn supervised(pool: &Value, count: &str) -> u64 {
+    pool["supervised"][count].as_u64().unwrap_or(0)
+}
+
+// CLOUD-2421
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_models_where_two_fit_are_loaded_as_tasks_ask_and_none_is_lost() {
+    let more = "load = \"on_demand\"\nmemory_bytes = 400000000\nmin_resident_secs = 2\n";
+    let pools: String = ["a", "b", "c"]
+        .map(|name| real_engine::pool(&format!("pool-{name}"), &format!("tiny-{name}"), more))
+        .concat();
+    let memory = "[memory]\nreserve_bytes = 0\nhost_bytes = 1000000000\n";
+    let cluster = node_with(format!("{memory}{pools}")).await;
+    for pool in ["pool-a", "pool-b", "pool-c"] {
+        wait_state(&cluster, pool, "loadable", MINUTE).await;
+    }
+    eventually("the node is known", MINUTE, || async { cluster.client.node("gpu-node-1").await }).await;
+    let unloads = || async {
+        let mut counts = Vec::new();
+        for name in ["pool-a", "pool-b", "pool-c"] {
+            counts.push(supervised(&pool(&cluster, name).await.unwrap(), "unloads"));
+        }
+        counts
+    };
+    // One after the other, in turns: both are loaded once and stay.
+    let start = Instant::now();
+    for n in 0..40 {
+        let model = if n % 2 == 0 { "tiny-a" } else { "tiny-b" };
+        assert!(run(&cluster, model, 8).await.completed());
+    }
+    let alternating = start.elapsed();
+    assert_eq!(unloads().await, [0, 0, 0]);
+    wait_state(&cluster, "pool-c", "loadable", Duration::from_secs(5)).await;
+    // The third makes the least recently used go.
+    assert!(run(&cluster, "tiny-c", 8).await.completed());
+    assert_eq!(unloads().await, [1, 0, 0]);
+    // All three at once, more than there are slots: nobody starves, nothing is lost.
+    let start = Instant::now();
+    let models: Vec<&str> = (0..60).map(|n| ["tiny-a", "tiny-b", "tiny-c"][n % 3]).collect();
+    all_complete(submit_many(&cluster, &models, 200).await).await;
+    let burst = start.elapsed();
+    let counts = unloads().await;
+    let total: u64 = counts.iter().sum();
+    assert!(total <= 12, "it thrashes: {counts:?}");
+    println!(
+        "40 tasks in turns of two models: {} ms, no unload; 60 tasks of three models where two fit: {} ms, unloads {counts:?}",
+        alternating.as_millis(),
+        burst.as_millis()
+    );
+}
+
+// CLOUD-2435
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reload_under_load_fails_no_task_and_a_failing_one_changes_nothing() {
+    let pools = real_engine::pool("pool-a", "tiny-a", "aliases = [\"chat\"]\ndrain_timeout_secs = 30\n");
+    let other = format!("[models.tiny-b]\nsource = \"{}\"\n", real_engine::tiny_model().display());
+    let folder = tempfile::tempdir().unwrap();
+    let broken = folder.path().join("broken.gguf");
+    std::fs::write(&broken, b"GGUF\x03\0\0\0cut off").unwrap();
+    let broken_model = format!("[models.broken]\nsource = \"{}\"\n", broken.display());
+    let cluster = node_with(format!("{other}{broken_model}{pools}")).await;
+    wait_state(&cluster, "pool-a", "ready", MINUTE).await;
+    cluster.wait_online(0).await;
+    let reload = |model: &'static str| {
+        let client = cluster.client.clone();
+        async move { client.post("/v2/pools/pool-a/reload", &json!({"new_model_ref": model})).await.status() }
+    };
+    // Load that goes on until the new model serves.
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let mut clients = Vec::new();
+    for _ in 0..4 {
+        let (client, stopped) = (cluster.client.clone(), stopped.clone());
+        clients.push(tokio::spawn(async move {
+            let mut done = 0;
+            while !*stopped.borrow() {
+                let task = json!({"model_ref": "chat", "prompt": "once upon a time", "max_tokens": 100});
+                let transcript = client.run(task).await;
+                transcript.check();
+                assert!(transcript.completed(), "{:?} {}", transcript.events.last(), transcript.refusal);
+                done += 1;
+            }
+            done
+        }));
+    }
+    let before = engine_pid(&cluster, "pool-a");
+    assert_eq!(reload("tiny-b").await, 202);
+    let status = eventually("the new model serves", MINUTE, || async {
+        pool(&cluster, "pool-a").await.filter(|pool| pool["ready"] == true && pool["models"][0] == "tiny-b")
+    })
+    .await;
+    assert_eq!(status["models"], json!(["tiny-b", "chat"]));
+    assert!(run(&cluster, "tiny-b", 8).await.completed());
+    let after = std::fs::read_dir(&cluster.nodes[0].runtime_dir).unwrap().flatten();
+    let handoffs: Vec<String> =
+        after.filter_map(|f| f.file_name().into_string().ok()).filter(|f| f.ends_with(".json")).collect();
+    assert_eq!(handoffs, ["pool-a-r0.1.json"], "beside the one that it replaces it has another name");
+    eventually("the old engine is gone", Duration::from_secs(40), || async {
+        (!Path::new(&format!("/proc/{before}")).exists()).then_some(())
+    })
+    .await;
+    // A model that cannot be loaded, and one that is not there, leave the present one serving.
+    for (model, reason) in [("broken", "truncated"), ("nowhere", "not staged")] {
+        assert_eq!(reload(model).await, 202);
+        let status = eventually("the reload is given up", MINUTE, || async {
+            pool(&cluster, "pool-a").await.filter(|pool| {
+                pool["supervised"]["reload"]["error"].as_str().is_some_and(|error| error.contains(reason))
+            })
+        })
+        .await;
+        assert_eq!((&status["models"][0], &status["ready"]), (&json!("tiny-b"), &json!(true)));
+    }
+    stop.send(true).unwrap();
+    let mut done = 0;
+    for client in clients {
+        done += client.await.unwrap();
+    }
+    println!("{done} tasks through one reload and two that failed, none with an error");
+}
+
+// CLOUD-2445
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_changed_file_is_taken_without_a_restart_and_a_bad_one_says_why_and_changes_nothing() {
+    let first = fake("pool-a", "m-a", "");
+    let cluster = node_with(first.clone()).await;
+    wait_state(&cluster, "pool-a", "ready", MINUTE).await;
+    let before = engine_pid(&cluster, "pool-a");
+    let write = |text: &str| std::fs::write(cluster.pools_file(0), text).unwrap();
+    let problem = || async {
+        let pools = cluster.node_client(0).get_json("/v2/pools").await?;
+        Some(pools["pools_file_problem"].as_str().unwrap_or_default().to_owned())
+    };
+    write(&format!("{first}slotz = 3\n"));
+    let said = eventually("the mistake is named", Duration::from_secs(5), || async {
+        problem().await.filter(|text| text.contains("slotz"))
+    })
+    .await;
+    assert!(said.contains("line") && said.contains("column"), "{said}");
+    assert_eq!(engine_pid(&cluster, "pool-a"), before);
+    write(&(first.clone() + &fake("pool-b", "m-b", "")));
+    wait_state(&cluster, "pool-b", "ready", MINUTE).await;
+    assert_eq!((problem().await.unwrap(), engine_pid(&cluster, "pool-a")), (String::new(), before));
+    write(&fake("pool-b", "m-b", ""));
+    eventually("the pool that is not in the file goes", Duration::from_secs(10), || async {
+        (pool(&cluster, "pool-a").await.is_none_or(|pool| pool["pool_id"] != "pool-a")).then_some(())
+    })
+    .await;
+    assert_eq!(handoff(&cluster, "pool-a"), None);
+}
+
+// CLOUD-2446
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_missing_thing_is_named_with_what_brings_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let truncated = folder.path().join("truncated.gguf");
+    let whole = std::fs::read(real_engine::tiny_model()).unwrap();
+    std::fs::write(&truncated, &whole[..200]).unwrap();
+    let page = folder.path().join("page.gguf");
+    std::fs::write(&page, b"<html>not found</html>").unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let llama = |id: &str, source: &str, more: &str| {
+        let entry = real_engine::pool(id, &format!("m-{id}"), more);
+        entry.replace(&real_engine::tiny_model().display().to_string(), source)
+    };
+    let tiny = real_engine::tiny_model().display().to_string();
+    let package =
+        "[pools.package]\nengine = \"llamacpp\"\nmodel = \"x\"\nprovision = { mode = \"package\" }\n";
+    let big = "memory_bytes = 900000000000000\n";
+    let pools = [
+        package.to_owned(),
+        fake("program", "p", "").replace(&program("fake-engine").display().to_string(), "no-such-program"),
+        llama("absent", "/no/such/model.gguf", ""),
+        llama("truncated", &truncated.display().to_string(), ""),
+        llama("page", &page.display().to_string(), ""),
+        llama("remote", "https://host.invalid/m.gguf", ""),
+        llama("big", &tiny, big),
+        fake("taken", "t", &format!("ports = [{port}]\nexit_limit = 3\n")),
+        fake("digest", "d", "")
+            + &llama("wrong", &tiny, "").replace(
+                &format!("source = \"{tiny}\""),
+                &format!("source = \"{tiny}\"\ndigest = \"sha256:{}\"", "0".repeat(64)),
+            ),
+    ];
+    let cluster = node_with(pools.concat()).await;
+    let expected = [
+        ("package", "installs is off"),
+        ("program", "no-such-program is not on the PATH"),
+        ("absent", "No such file"),
+        ("truncated", "truncated"),
+        ("page", "not a GGUF file"),
+        ("remote", "downloads is off; run: pool-managerd models stage"),
+        ("big", "needs 858306884 MiB on host memory"),
+        ("taken", "is in use by another program"),
+        ("wrong", "expected sha256:0000"),
+    ];
+    for (id, part) in expected {
+        let status = wait_state(&cluster, id, "failed", Duration::from_secs(20)).await;
+        let error = status["last_error"].as_str().unwrap_or_default();
+        assert!(error.contains(part), "{id}: {error}");
+    }
+    assert_eq!(
+        wait_state(&cluster, "digest", "ready", MINUTE).await["ready"],
+        true,
+        "the others' faults do not touch it"
+    );
+    // A file that is wrong from the start stops the start.
+    let mut command = std::process::Command::new(program("pool-managerd"));
+    std::fs::write(folder.path().join("bad.toml"), "[pools.a]\nengine = \"llama\"\n").unwrap();
+    command
+        .env("LLORCH_API_TOKEN", e2e_cloud::cluster::TOKEN)
+        .env("ORCHESTRATORD_REGISTER_ON_STARTUP", "false")
+        .env("POOL_MANAGERD_POOLS", folder.path().join("bad.toml"));
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(said.contains("POOL_MANAGERD_POOLS") && said.contains("line 2"), "{said}");
+}
