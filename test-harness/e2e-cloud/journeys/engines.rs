@@ -492,3 +492,55 @@ async fn each_missing_thing_is_named_with_what_brings_it() {
     assert_eq!(output.status.code(), Some(2));
     assert!(said.contains("POOL_MANAGERD_POOLS") && said.contains("line 2"), "{said}");
 }
+
+/// A server that sends bytes without saying how many they will be.
+async fn endless() -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/endless.gguf", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut head = [0; 4096];
+            let _ = stream.read(&mut head).await;
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\netag: \"a\"\r\nconnection: close\r\n\r\n").await;
+            let piece = vec![7; 1024 * 1024];
+            for _ in 0..400 {
+                if stream.write_all(&piece).await.is_err() {
+                    break;
+                }
+            }
+        }
+    });
+    url
+}
+
+// CLOUD-2466
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_leaves_nothing_half_done() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = folder.path().join("disk");
+    std::fs::create_dir(&disk).unwrap();
+    let big = folder.path().join("big.gguf");
+    std::fs::File::create(&big).unwrap().set_len(40 * 1024 * 1024).unwrap();
+    // A disk of 90 MiB in a mount namespace of its own, which goes with the process.
+    let stage = |source: &str| {
+        let script = format!(
+            "mount -t tmpfs -o size=90m none '{disk}' || exit 99; '{daemon}' models stage m '{source}' --models-dir '{disk}'; code=$?; find '{disk}' -type f -not -name '.*.lock'; exit $code",
+            disk = disk.display(),
+            daemon = program("pool-managerd").display(),
+        );
+        let mut command = tokio::process::Command::new("unshare");
+        command.args(["--mount", "sh", "-c", &script]).kill_on_drop(true);
+        async move { command.output().await.unwrap() }
+    };
+    for (source, said) in
+        [(big.display().to_string(), "bytes are needed and"), (endless().await, "No space left on device")]
+    {
+        let output = stage(&source).await;
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        assert!(error.contains(said), "{error}");
+        let left = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(!left.contains(&disk.display().to_string()), "{left}");
+    }
+}

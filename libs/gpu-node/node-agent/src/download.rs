@@ -367,3 +367,7 @@ fn validator(headers: &HeaderMap) -> Option<String> {
     let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
     text(header::ETAG).filter(|tag| !tag.starts_with("W/")).or_else(|| text(header::LAST_MODIFIED))
 }
+
+#[cfg(test)]
+#[path = "download_tests.rs"]
+mod tests;

@@ -459,7 +459,7 @@ provision = { mode = "binary", program = "serve", args = ["--port", "{port}"] }
         let schema: serde_json::Value = serde_json::from_str(&PoolsFile::schema()).unwrap();
         let pool = &schema["components"]["schemas"]["PoolSpec"];
         assert_eq!(pool["additionalProperties"], false);
-        let whole = serde_json::to_value(&PoolsFile::parse(GOOD).unwrap()).unwrap();
+        let whole = serde_json::to_value(PoolsFile::parse(GOOD).unwrap()).unwrap();
         for field in whole["pools"]["pool-0"].as_object().unwrap().keys() {
             assert!(pool["properties"].get(field).is_some(), "{field}");
         }

@@ -399,7 +399,8 @@ mod tests {
         let none = |name: &str| find_program(name, Some(OsStr::new("/nowhere"))).unwrap_err();
         assert!(none("llama-server").contains("mode = \"package\""));
         assert!(none("/no/such").contains("No such file"));
-        assert!(none("/etc/hostname").contains("chmod +x"));
+        let plain = tempfile::NamedTempFile::new().unwrap();
+        assert!(none(&plain.path().display().to_string()).contains("chmod +x"));
         assert_eq!(find_program("sh", Some(OsStr::new("/nowhere:/bin"))).unwrap(), PathBuf::from("/bin/sh"));
     }
 }

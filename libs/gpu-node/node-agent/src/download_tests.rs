@@ -1,0 +1,242 @@
+//! Downloads from a server that breaks off where it is told to.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use pool_registry_types::ModelRef;
+use sha2::{Digest as _, Sha256};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::*;
+use crate::models::{ModelError, Models, Staged};
+
+/// How a server behaves, and what it was asked.
+#[derive(Debug, Default)]
+struct Server {
+    content: Vec<u8>,
+    etag: String,
+    /// Bytes of the file before which each answer in turn breaks off; whole answers after them.
+    cuts: VecDeque<usize>,
+    no_ranges: bool,
+    /// Answers with this status and nothing else.
+    status: Option<u16>,
+    requests: Vec<String>,
+    list: String,
+}
+
+type Shared = Arc<Mutex<Server>>;
+
+async fn serve(content: Vec<u8>) -> (String, Shared) {
+    let server = Server { content, etag: "\"one\"".into(), ..Server::default() };
+    let shared = Arc::new(Mutex::new(server));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let own = Arc::clone(&shared);
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            // A client that goes away is as good.
+            let _ = answer(stream, &own).await;
+        }
+    });
+    (url, shared)
+}
+
+async fn answer(mut stream: TcpStream, shared: &Shared) -> io::Result<()> {
+    let mut head = Vec::new();
+    let mut byte = [0; 1];
+    while !head.ends_with(b"\r\n\r\n") && stream.read(&mut byte).await? == 1 {
+        head.push(byte[0]);
+    }
+    let head = String::from_utf8_lossy(&head).to_lowercase();
+    let field =
+        |name: &str| head.lines().find_map(|line| line.strip_prefix(name)).map(|v| v.trim().to_owned());
+    let (reply, body) = {
+        let mut server = shared.lock();
+        server.requests.push(head.clone());
+        if head.starts_with("get /api/") {
+            let list = server.list.clone().into_bytes();
+            (format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", list.len()), list)
+        } else if let Some(status) = server.status {
+            (format!("HTTP/1.1 {status} No\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"), Vec::new())
+        } else {
+            let unchanged = field("if-range:").is_some_and(|tag| tag == server.etag);
+            let from = field("range:").filter(|_| unchanged && !server.no_ranges);
+            let from =
+                from.and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<usize>().ok());
+            let all = server.content.len();
+            let start = from.unwrap_or(0);
+            let status = match from {
+                Some(from) => format!("206 Partial Content\r\ncontent-range: bytes {from}-{}/{all}", all - 1),
+                None => "200 OK".to_owned(),
+            };
+            let end = server.cuts.pop_front().unwrap_or(all).clamp(start, all);
+            let head = format!(
+                "HTTP/1.1 {status}\r\netag: {}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+                server.etag,
+                all - start
+            );
+            (head, server.content[start..end].to_vec())
+        }
+    };
+    stream.write_all(reply.as_bytes()).await?;
+    stream.write_all(&body).await?;
+    stream.shutdown().await
+}
+
+fn content(bytes: usize) -> Vec<u8> {
+    // Uneven, so that a piece in a wrong place is noticed.
+    (0..bytes).map(|n| u8::try_from((n * n / 7 + n) % 251).unwrap()).collect()
+}
+
+fn digest(content: &[u8]) -> Digest {
+    let hex: String = Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect();
+    Digest::new(&format!("sha256:{hex}")).unwrap()
+}
+
+struct Bench {
+    folder: tempfile::TempDir,
+    client: Client,
+    endpoint: String,
+}
+
+impl Bench {
+    fn new(endpoint: &str) -> Self {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let client = Client::builder().no_proxy().read_timeout(Duration::from_secs(5)).build().unwrap();
+        Self { folder: tempfile::tempdir().unwrap(), client, endpoint: endpoint.to_owned() }
+    }
+
+    fn models(&self) -> Models {
+        Models::new(self.folder.path().join("models"))
+    }
+
+    async fn fetch(&self, source: &str, expected: Option<&Digest>) -> Result<Staged, ModelError> {
+        let source = ModelSource::parse(source).unwrap();
+        let hub = Hub { endpoint: &self.endpoint, token: Some("hub-token") };
+        let model = ModelRef::new("m").unwrap();
+        self.models().fetch(&model, &source, expected, &self.client, &hub, &mut |_, _| {}).await
+    }
+
+    fn leftovers(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.folder.path().join("models")).into_iter().flatten().flatten();
+        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        names.filter(|name| !name.ends_with(".lock")).collect()
+    }
+}
+
+// CLOUD-2463
+#[tokio::test]
+#[expect(clippy::print_stdout, reason = "what was drawn is shown when the test fails")]
+async fn a_download_broken_at_twenty_random_bytes_is_resumed_and_verified() {
+    let whole = content(200_000);
+    let (url, server) = serve(whole.clone()).await;
+    // Other places in every run: a failure shows them.
+    let random = |n: u64| std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), n);
+    let place = |n| usize::try_from(random(n) % whole.len() as u64).unwrap();
+    let mut cuts: Vec<usize> = (0..20).map(place).collect();
+    cuts.sort_unstable();
+    println!("broken at {cuts:?}");
+    server.lock().cuts = cuts.into();
+    let bench = Bench::new(&url);
+    let staged = bench.fetch(&format!("{url}/a.gguf"), Some(&digest(&whole))).await.unwrap();
+    let Staged::Copied { manifest, resumed_at: 0 } = staged else { panic!("{staged:?}") };
+    assert_eq!((manifest.bytes, manifest.file.as_str()), (200_000, "a.gguf"));
+    let server = server.lock();
+    assert_eq!(server.requests.len(), 21);
+    let ranged = server.requests.iter().filter(|request| request.contains("\r\nrange: bytes=")).count();
+    assert!(ranged >= 19, "{ranged} of 20 went on");
+    let path = bench.models().path_of(&manifest.model_id).unwrap();
+    assert_eq!(std::fs::read(path).unwrap(), whole);
+}
+
+// CLOUD-2463
+#[tokio::test]
+async fn a_download_goes_on_in_the_next_process_and_starts_over_when_the_file_has_changed() {
+    let whole = content(50_000);
+    for changed in [false, true] {
+        let (url, server) = serve(whole.clone()).await;
+        let bench = Bench::new(&url);
+        let path = bench.folder.path().join("part");
+        let remote =
+            Remote { url: format!("{url}/a.gguf"), file: "a.gguf".into(), digest: None, of_hub: false };
+        let hub = Hub { endpoint: &url, token: None };
+        // The first process is killed after 20,000 bytes.
+        server.lock().cuts = [20_000].into();
+        let mut quiet = |_, _| {};
+        let first = download(&bench.client, &hub, &remote, &path, &mut quiet);
+        let first = tokio::time::timeout(Duration::from_millis(150), first).await;
+        assert!(first.is_err(), "it pauses before its second try");
+        let next = content(60_000);
+        if changed {
+            let mut server = server.lock();
+            (server.etag, server.content) = ("\"two\"".into(), next.clone());
+        }
+        let resumed_at = download(&bench.client, &hub, &remote, &path, &mut |_, _| {}).await.unwrap();
+        assert_eq!(resumed_at, 20_000);
+        assert_eq!(std::fs::read(&path).unwrap(), if changed { next } else { whole.clone() });
+    }
+}
+
+// CLOUD-2463
+#[tokio::test]
+async fn a_server_without_ranges_is_read_from_the_start() {
+    let whole = content(50_000);
+    let (url, server) = serve(whole.clone()).await;
+    server.lock().no_ranges = true;
+    server.lock().cuts = [30_000].into();
+    let bench = Bench::new(&url);
+    let staged = bench.fetch(&format!("{url}/a.gguf"), None).await.unwrap();
+    let Staged::Copied { manifest, .. } = staged else { panic!("{staged:?}") };
+    assert_eq!(manifest.digest, digest(&whole));
+}
+
+// CLOUD-2464
+#[tokio::test]
+async fn a_wrong_digest_is_refused_and_leaves_nothing() {
+    let (url, _server) = serve(content(1_000)).await;
+    let bench = Bench::new(&url);
+    let error = bench.fetch(&format!("{url}/a.gguf"), Some(&digest(b"other"))).await.unwrap_err();
+    assert!(matches!(&error, ModelError::Digest { .. }), "{error}");
+    assert_eq!(bench.leftovers(), [""; 0]);
+}
+
+// CLOUD-2464
+#[tokio::test]
+async fn what_a_server_refuses_is_said_with_its_status() {
+    let (url, server) = serve(content(1_000)).await;
+    let bench = Bench::new(&url);
+    server.lock().status = Some(404);
+    let error = bench.fetch(&format!("{url}/a.gguf"), None).await.unwrap_err().to_string();
+    assert!(error.contains("HTTP 404, there is no such file"), "{error}");
+    assert_eq!(server.lock().requests.len(), 1, "nothing to try again");
+}
+
+// CLOUD-2465
+#[tokio::test]
+async fn a_repository_of_the_hub_is_resolved_with_its_digest_and_its_token() {
+    let whole = content(3_000);
+    let (url, server) = serve(whole.clone()).await;
+    let oid = digest(&whole).as_str().trim_start_matches("sha256:").to_owned();
+    let one = format!(
+        r#"[{{"path":"README.md","size":5}},{{"path":"q/a.gguf","size":3000,"lfs":{{"oid":"{oid}"}}}}]"#
+    );
+    server.lock().list = one;
+    let bench = Bench::new(&url);
+    let staged = bench.fetch("hf:org/repo@v2", None).await.unwrap();
+    let Staged::Copied { manifest, .. } = staged else { panic!("{staged:?}") };
+    assert_eq!((manifest.file.as_str(), manifest.digest), ("a.gguf", digest(&whole)));
+    let asked = server.lock().requests.clone();
+    assert!(asked[0].starts_with("get /api/models/org/repo/tree/v2?recursive=true "), "{}", asked[0]);
+    assert!(asked[1].starts_with("get /org/repo/resolve/v2/q/a.gguf "), "{}", asked[1]);
+    assert!(asked.iter().all(|request| request.contains("authorization: bearer hub-token")));
+    // Several files: which one is for a person to say. A wrong content is found by the hub's digest.
+    let bench = Bench::new(&url);
+    server.lock().list = r#"[{"path":"a.gguf"},{"path":"b.gguf"}]"#.into();
+    let error = bench.fetch("hf:org/repo", None).await.unwrap_err().to_string();
+    assert!(error.contains("2 files") && error.contains("a.gguf, b.gguf"), "{error}");
+    server.lock().list = format!(r#"[{{"path":"a.gguf","lfs":{{"oid":"{}"}}}}]"#, "0".repeat(64));
+    assert!(matches!(bench.fetch("hf:org/repo/a.gguf", None).await, Err(ModelError::Digest { .. })));
+    assert_eq!(bench.leftovers(), [""; 0]);
+}
