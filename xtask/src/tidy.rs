@@ -38,6 +38,8 @@ const ARROWS: &[(&str, &[&str])] = &[
         &["pool-registry-types", "handoff-watcher", "node-registration", "node-agent", "daemon-kit"],
     ),
     ("fake-engine", &[]),
+    ("fake-nvml", &[]),
+    ("fake-nvml-bare", &[]),
     (
         "sim",
         &["pool-registry-types", "service-registry", "task-scheduler", "node-registration", "node-agent"],

@@ -40,7 +40,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let listener = serve::bind("POOL_MANAGERD_ADDR", config.addr).await?;
     let bound = listener.local_addr().map_err(StartError::Serve)?;
-    let probe: Arc<dyn gpu::GpuProbe> = Arc::from(gpu::detect(config.nvml_lib.clone()));
+    let gpus = gpu::GpuWatch::start(config.nvml_lib.clone());
     let boot_id = BootId(Uuid::new_v4());
     let identity = Identity {
         node_id: config.node_id.clone(),
@@ -49,7 +49,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         address: config.address(bound),
         version: env!("CARGO_PKG_VERSION").into(),
         labels: config.labels.clone(),
-        capabilities: Capabilities { gpus: probe.inventory(), ..daemon_kit::config::machine() },
+        capabilities: Capabilities { gpus: gpus.inventory().to_vec(), ..daemon_kit::config::machine() },
     };
     tracing::info!(node_id = %identity.node_id, %boot_id, address = identity.address, %bound, "pool-managerd starts");
     let seed = boot_id.0.as_u64_pair().0;
@@ -65,9 +65,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let supervision = config.supervision.as_ref();
     let supervision = supervision.map(|own| registry::supervise(&agent, &config, own, seed)).transpose()?;
     let following = tokio::spawn(registry::follow(Arc::clone(&agent), changes));
-    if !probe.inventory().is_empty() {
-        agent.watch_gpus(probe);
-    }
+    agent.watch_gpus(gpus);
     let session = match &config.control_plane {
         Some(url) => {
             let token = config.tokens.to_send().map(str::to_owned);

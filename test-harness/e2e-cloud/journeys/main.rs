@@ -4,6 +4,7 @@ mod bad_input;
 mod continuation;
 mod engines;
 mod faults;
+mod gpus;
 mod home;
 mod membership;
 mod real_engine;

@@ -58,15 +58,12 @@ impl Home {
             labels: Labels::new(),
             capabilities: daemon_kit::config::machine(),
         };
-        let probe: Arc<dyn gpu::GpuProbe> = Arc::from(gpu::detect(None));
-        let inventory = probe.inventory();
-        let capabilities = Capabilities { gpus: inventory.clone(), ..identity.capabilities.clone() };
+        let gpus = gpu::GpuWatch::start(None);
+        let capabilities = Capabilities { gpus: gpus.inventory().to_vec(), ..identity.capabilities.clone() };
         let intent_file = IntentFile::new(runtime_dir, &identity.node_id);
         let identity = Identity { capabilities, ..identity };
         let agent = Agent::new(identity, interval, boot_id.0.as_u64_pair().0, intent_file)?;
-        if !inventory.is_empty() {
-            agent.watch_gpus(probe);
-        }
+        agent.watch_gpus(gpus);
         Ok(Self { agent })
     }
 

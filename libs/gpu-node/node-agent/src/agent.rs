@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use handoff_watcher::{Change, HandoffName};
 use node_registration::{BeatFailure, CallError, ControlPlane};
 use parking_lot::Mutex;
-use pool_registry_types::node::{GpuReport, Intent, IntentOrder, StagedModel};
+use pool_registry_types::node::{GpuHealth, GpuReport, Intent, IntentOrder, StagedModel};
 use pool_registry_types::pool::PoolReport;
 use pool_registry_types::{AttemptId, Moment, PoolId, ReplicaId};
 use tokio::sync::Notify;
@@ -19,7 +19,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::core::{BindError, Declared, Health, Identity, NodeCore, NodeEffect, Readiness, ReplicaSpec};
-use crate::gpu::GpuProbe;
+use crate::gpu::{self, GpuWatch};
+use crate::guard::processes;
 use crate::intent::IntentFile;
 use crate::models::Models;
 use crate::replica;
@@ -27,6 +28,8 @@ use crate::supervisor::Supervision;
 
 /// Pause between two looks at the GPUs.
 const LOOK_AT_GPUS_EVERY: Duration = Duration::from_secs(5);
+/// How long one of them may take.
+const GPU_PATIENCE: Duration = Duration::from_secs(3);
 /// Pause between two looks at the folder of models.
 const LOOK_AT_MODELS_EVERY: Duration = Duration::from_secs(2);
 /// Bound of connecting to an engine. Engines are near.
@@ -43,6 +46,13 @@ pub struct NodeCounters {
     pub tokens: u64,
 }
 
+/// A handoff that is watched.
+#[derive(Debug)]
+struct Watched {
+    stop: CancellationToken,
+    pid: Option<u32>,
+}
+
 /// One node at work.
 #[derive(Debug)]
 pub struct Agent {
@@ -51,14 +61,14 @@ pub struct Agent {
     wake: Notify,
     client: reqwest::Client,
     pub(crate) cancels: Mutex<HashMap<AttemptId, CancellationToken>>,
-    replicas: Mutex<BTreeMap<HandoffName, CancellationToken>>,
+    replicas: Mutex<BTreeMap<HandoffName, Watched>>,
     problems: Mutex<BTreeMap<String, String>>,
     intent_file: IntentFile,
     taking_intent: tokio::sync::Mutex<()>,
     pub(crate) counters: Mutex<NodeCounters>,
     pub(crate) tracker: TaskTracker,
     stop: CancellationToken,
-    /// An attempt has ended: a pool may be idle now.
+    /// An attempt has ended, or memory was looked at: somebody may be idle, or fit, now.
     work_ended: Notify,
     /// Somebody wants the GPUs looked at before it is time.
     look_at_gpus: Notify,
@@ -118,8 +128,9 @@ impl Agent {
                 let stop = self.stop.child_token();
                 {
                     let mut replicas = self.replicas.lock();
-                    if let Some(before) = replicas.insert(handoff.name(), stop.clone()) {
-                        before.cancel();
+                    let watched = Watched { stop: stop.clone(), pid: handoff.pid };
+                    if let Some(before) = replicas.insert(handoff.name(), watched) {
+                        before.stop.cancel();
                         // What the old words bound serves nothing until the new ones are proven.
                         let readiness = Readiness::Failed("its handoff was rewritten".into());
                         let health = Health { readiness, busy: None };
@@ -132,8 +143,8 @@ impl Agent {
                 tracing::info!(file, pool_id = %handoff.pool_id, replica_id = %handoff.replica_id, "handoff gone");
                 {
                     let mut replicas = self.replicas.lock();
-                    if let Some(stop) = replicas.remove(&handoff.name()) {
-                        stop.cancel();
+                    if let Some(watched) = replicas.remove(&handoff.name()) {
+                        watched.stop.cancel();
                     }
                 }
                 self.set_binding_problem(&handoff.name(), None);
@@ -194,8 +205,8 @@ impl Agent {
         let name = HandoffName { pool_id: pool_id.clone(), replica_id: replica_id.clone() };
         {
             let mut replicas = self.replicas.lock();
-            if let Some(stop) = replicas.remove(&name) {
-                stop.cancel();
+            if let Some(watched) = replicas.remove(&name) {
+                watched.stop.cancel();
             }
         }
         self.set_binding_problem(&name, None);
@@ -414,17 +425,32 @@ impl Agent {
         }
     }
 
-    /// Looks at the GPUs until the agent stops, each look on a blocking thread.
-    pub fn watch_gpus(self: &Arc<Self>, probe: Arc<dyn GpuProbe>) {
+    /// Looks at the GPUs until the agent stops.
+    pub fn watch_gpus(self: &Arc<Self>, mut watch: GpuWatch) {
+        if watch.inventory().is_empty() {
+            return;
+        }
         let agent = Arc::clone(self);
         self.tracker.spawn(async move {
+            let mut healths = BTreeMap::new();
             loop {
-                let looking = Arc::clone(&probe);
-                let looked = tokio::task::spawn_blocking(move || looking.look());
-                tokio::select! {
+                let readings = tokio::select! {
                     () = agent.stop.cancelled() => return,
-                    looked = looked => if let Ok(gpus) = looked { agent.gpus_observed(gpus) },
+                    readings = watch.look(GPU_PATIENCE) => readings,
+                };
+                let engines: Vec<u32> =
+                    agent.replicas.lock().values().filter_map(|watched| watched.pid).collect();
+                let is_ours = |pid: u32| processes::belongs_to(pid, &engines);
+                let gpus: Vec<GpuReport> = readings.iter().map(|reading| gpu::report(reading, &is_ours)).collect();
+                for gpu in &gpus {
+                    let before = healths.insert(gpu.device_id, gpu.health);
+                    if before.unwrap_or(GpuHealth::Ok) != gpu.health {
+                        let problem = gpu.problem.as_deref().unwrap_or("none");
+                        tracing::warn!(device_id = gpu.device_id, health = ?gpu.health, problem, "the health of a GPU has changed");
+                    }
                 }
+                agent.gpus_observed(gpus);
+                agent.tell_work_ended();
                 tokio::select! {
                     () = agent.stop.cancelled() => return,
                     () = agent.look_at_gpus.notified() => {}

@@ -1,58 +1,86 @@
-//! What GPUs there are and how full they are, through NVML when there is a driver.
+//! What GPUs there are and how they are, through NVML when there is a driver.
 //!
-//! A missing driver is a value, not a crash: the node then has no GPU to show. Looks run on a
-//! thread of their own, one at a time, so a driver that hangs stalls nothing else.
+//! A missing driver is a value, not a crash: the node then has no GPU to show. All calls into
+//! the driver are made by one thread that nobody joins, so a driver that hangs stalls nothing,
+//! not even the end of the daemon; its devices are shown as unresponsive until it answers.
 
 use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::time::Duration;
 
-use nvml_wrapper::Nvml;
-use nvml_wrapper::enum_wrappers::device::TemperatureSensor;
+use nvml_wrapper::enum_wrappers::device::{EccCounter, MemoryError, TemperatureSensor};
+use nvml_wrapper::enums::device::UsedGpuMemory;
+use nvml_wrapper::error::NvmlError;
+use nvml_wrapper::{Device, Nvml};
 use pool_registry_types::node::{GpuCapability, GpuHealth, GpuReport};
+use tokio::sync::mpsc;
+
+/// How long the driver may take to say what devices there are. Drivers without persistence mode
+/// take some seconds.
+const INVENTORY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// One look at one device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GpuReading {
+    pub device_id: u32,
+    pub vram_used_bytes: u64,
+    pub vram_total_bytes: u64,
+    pub utilization_pct: Option<u32>,
+    pub temperature_c: Option<u32>,
+    /// Since the driver was loaded; absent where the device does not count.
+    pub ecc_uncorrected: Option<u64>,
+    /// Who holds memory, and how many bytes where the driver says so; absent where it does not list.
+    pub processes: Option<Vec<(u32, Option<u64>)>>,
+    pub health: GpuHealth,
+    pub problem: Option<String>,
+}
 
 /// What is asked about GPUs.
-pub trait GpuProbe: Send + Sync + 'static {
+pub trait GpuProbe: Send {
     /// What the devices are; asked once.
     fn inventory(&self) -> Vec<GpuCapability>;
 
     /// How they are now.
-    fn look(&self) -> Vec<GpuReport>;
+    fn look(&mut self) -> Vec<GpuReading>;
 }
 
-/// A fixed answer: a machine without GPUs, or a test's.
+/// A machine without GPUs.
 #[derive(Debug, Default, Clone)]
-pub struct FixedGpus {
-    pub inventory: Vec<GpuCapability>,
-    pub reports: Vec<GpuReport>,
-}
+pub struct NoGpus;
 
-impl GpuProbe for FixedGpus {
+impl GpuProbe for NoGpus {
     fn inventory(&self) -> Vec<GpuCapability> {
-        self.inventory.clone()
+        Vec::new()
     }
 
-    fn look(&self) -> Vec<GpuReport> {
-        self.reports.clone()
+    fn look(&mut self) -> Vec<GpuReading> {
+        Vec::new()
     }
 }
 
 /// NVIDIA's driver.
 #[derive(Debug)]
 pub struct NvmlGpus {
-    nvml: Nvml,
+    lib: Option<PathBuf>,
+    /// Absent while the driver is gone.
+    nvml: Option<Nvml>,
     inventory: Vec<GpuCapability>,
+}
+
+fn open(lib: Option<&PathBuf>) -> Result<Nvml, NvmlError> {
+    match lib {
+        Some(path) => Nvml::builder().lib_path(path.as_os_str()).init(),
+        None => Nvml::init(),
+    }
 }
 
 impl NvmlGpus {
     /// Loads the driver's library, from `lib` or from where the system keeps it.
     pub fn load(lib: Option<PathBuf>) -> Result<Self, String> {
-        let nvml = match &lib {
-            Some(path) => Nvml::builder().lib_path(path.as_os_str()).init(),
-            None => Nvml::init(),
-        };
-        let nvml = nvml.map_err(|error| error.to_string())?;
+        let nvml = open(lib.as_ref()).map_err(|error| error.to_string())?;
         let count = nvml.device_count().map_err(|error| error.to_string())?;
         let inventory = (0..count).filter_map(|n| capability(&nvml, n)).collect();
-        Ok(Self { nvml, inventory })
+        Ok(Self { lib, nvml: Some(nvml), inventory })
     }
 }
 
@@ -65,7 +93,68 @@ fn capability(nvml: &Nvml, n: u32) -> Option<GpuCapability> {
         name: device.name().unwrap_or_default(),
         vram_total_bytes: device.memory_info().map(|m| m.total).unwrap_or_default(),
         compute_capability: compute.map(|c| format!("{}.{}", c.major, c.minor)).unwrap_or_default(),
+        mig: device.mig_mode().ok().map(|mode| mode.current == 1),
     })
+}
+
+/// Whether the driver itself is gone, whatever device was asked for.
+fn is_driver_gone(error: &NvmlError) -> bool {
+    matches!(error, NvmlError::DriverNotLoaded | NvmlError::Uninitialized | NvmlError::LibRmVersionMismatch)
+}
+
+fn read(device: &Device<'_>, known: &GpuCapability) -> Result<GpuReading, NvmlError> {
+    // Without its memory nothing can be decided about a device; all else may be missing. A
+    // symbol that this driver lacks is no fault of the device.
+    let (used, total, unknown) = match device.memory_info() {
+        Ok(memory) => (memory.used, memory.total, None),
+        Err(NvmlError::FailedToLoadSymbol(_) | NvmlError::NotSupported) => {
+            (0, known.vram_total_bytes, Some("the driver does not tell the device's memory".to_owned()))
+        }
+        Err(error) => return Err(error),
+    };
+    let processes = device.running_compute_processes().ok().map(|all| {
+        let bytes = |used| match used {
+            UsedGpuMemory::Used(bytes) => Some(bytes),
+            UsedGpuMemory::Unavailable => None,
+        };
+        all.into_iter().map(|process| (process.pid, bytes(process.used_gpu_memory))).collect()
+    });
+    let ecc_uncorrected = device.total_ecc_errors(MemoryError::Uncorrected, EccCounter::Volatile).ok();
+    let pending = device.are_pages_pending_retired().unwrap_or(false);
+    let problem = match ecc_uncorrected {
+        Some(errors) if errors > 0 => {
+            Some(format!("{errors} uncorrected ECC errors since the driver was loaded"))
+        }
+        _ if pending => Some("pages of its memory wait to be retired: reset the device".to_owned()),
+        _ => None,
+    };
+    Ok(GpuReading {
+        device_id: known.device_id,
+        vram_used_bytes: used,
+        vram_total_bytes: total,
+        utilization_pct: device.utilization_rates().ok().map(|rates| rates.gpu),
+        temperature_c: device.temperature(TemperatureSensor::Gpu).ok(),
+        ecc_uncorrected,
+        processes,
+        health: if problem.is_some() { GpuHealth::Degraded } else { GpuHealth::Ok },
+        problem: problem.or(unknown),
+    })
+}
+
+/// A device that nothing is known of at the moment.
+fn absent(known: &GpuCapability, health: GpuHealth, problem: String) -> GpuReading {
+    GpuReading {
+        device_id: known.device_id,
+        // Nothing is free on it.
+        vram_used_bytes: known.vram_total_bytes,
+        vram_total_bytes: known.vram_total_bytes,
+        utilization_pct: None,
+        temperature_c: None,
+        ecc_uncorrected: None,
+        processes: None,
+        health,
+        problem: Some(problem),
+    }
 }
 
 impl GpuProbe for NvmlGpus {
@@ -73,33 +162,212 @@ impl GpuProbe for NvmlGpus {
         self.inventory.clone()
     }
 
-    fn look(&self) -> Vec<GpuReport> {
-        let look = |known: &GpuCapability| {
-            let device = self.nvml.device_by_index(known.device_id).ok();
-            let memory = device.as_ref().and_then(|d| d.memory_info().ok());
-            GpuReport {
-                device_id: known.device_id,
-                vram_used_bytes: memory.as_ref().map_or(known.vram_total_bytes, |m| m.used),
-                vram_total_bytes: known.vram_total_bytes,
-                utilization_pct: device.as_ref().and_then(|d| d.utilization_rates().ok()).map(|u| u.gpu),
-                temperature_c: device.as_ref().and_then(|d| d.temperature(TemperatureSensor::Gpu).ok()),
-                health: if memory.is_some() { GpuHealth::Ok } else { GpuHealth::Lost },
-            }
+    fn look(&mut self) -> Vec<GpuReading> {
+        if self.nvml.is_none() {
+            // A driver that was reloaded is seen again.
+            self.nvml = open(self.lib.as_ref()).ok();
+        }
+        let Some(nvml) = &self.nvml else {
+            let lost = |known| absent(known, GpuHealth::Lost, "the driver is not loaded".into());
+            return self.inventory.iter().map(lost).collect();
         };
-        self.inventory.iter().map(look).collect()
+        let mut gone = false;
+        let mut look = |known: &GpuCapability| {
+            let read = nvml.device_by_index(known.device_id).and_then(|device| read(&device, known));
+            read.unwrap_or_else(|error| {
+                gone |= is_driver_gone(&error);
+                absent(known, GpuHealth::Lost, error.to_string())
+            })
+        };
+        let readings = self.inventory.iter().map(&mut look).collect();
+        if gone {
+            self.nvml = None;
+        }
+        readings
     }
 }
 
-/// The machine's GPUs; without a driver, none, and the log says so once.
-pub fn detect(lib: Option<PathBuf>) -> Box<dyn GpuProbe> {
-    match NvmlGpus::load(lib) {
-        Ok(gpus) => {
-            tracing::info!(gpus = gpus.inventory.len(), "GPUs seen through NVML");
-            Box::new(gpus)
+/// A reading as the node reports it. `is_ours` says whether a process is one of our engines';
+/// what others hold is unaccounted.
+pub fn report(reading: &GpuReading, is_ours: &dyn Fn(u32) -> bool) -> GpuReport {
+    let strangers = reading.processes.as_ref().map(|all| {
+        let theirs = all.iter().filter(|(pid, _)| !is_ours(*pid)).filter_map(|(_, bytes)| *bytes);
+        theirs.fold(0_u64, u64::saturating_add)
+    });
+    GpuReport {
+        device_id: reading.device_id,
+        vram_used_bytes: reading.vram_used_bytes,
+        vram_total_bytes: reading.vram_total_bytes,
+        utilization_pct: reading.utilization_pct,
+        temperature_c: reading.temperature_c,
+        ecc_uncorrected: reading.ecc_uncorrected,
+        unaccounted_vram_bytes: strangers,
+        health: reading.health,
+        problem: reading.problem.clone(),
+    }
+}
+
+/// The thread that speaks to the driver, as the rest of the node sees it.
+#[derive(Debug)]
+pub struct GpuWatch {
+    asks: SyncSender<()>,
+    answers: mpsc::Receiver<Vec<GpuReading>>,
+    inventory: Vec<GpuCapability>,
+    last: Vec<GpuReading>,
+    /// A look that has not come back.
+    under_way: bool,
+}
+
+impl GpuWatch {
+    /// Starts the thread and waits for what devices there are; a driver that does not say it in
+    /// time is none, and the log says so.
+    pub fn start(lib: Option<PathBuf>) -> Self {
+        Self::over(move || match NvmlGpus::load(lib) {
+            Ok(gpus) => Box::new(gpus),
+            Err(reason) => {
+                tracing::info!(reason, "no GPU seen");
+                Box::new(NoGpus)
+            }
+        })
+    }
+
+    fn over(open: impl FnOnce() -> Box<dyn GpuProbe> + Send + 'static) -> Self {
+        let (asks, asked) = sync_channel(1);
+        let (answer, answers) = mpsc::channel(1);
+        let (tell, inventory) = sync_channel(1);
+        let thread = std::thread::Builder::new().name("gpu-watch".into());
+        // Nobody joins it: it may never come back from the driver.
+        let spawned = thread.spawn(move || serve(open, &tell, &asked, &answer));
+        let inventory: Vec<GpuCapability> = match spawned {
+            Ok(_) => inventory.recv_timeout(INVENTORY_TIMEOUT).unwrap_or_else(|_| {
+                tracing::error!(
+                    seconds = INVENTORY_TIMEOUT.as_secs(),
+                    "the GPU driver does not answer: this node has no GPU"
+                );
+                Vec::new()
+            }),
+            Err(error) => {
+                tracing::error!(%error, "no thread for the GPU driver: this node has no GPU");
+                Vec::new()
+            }
+        };
+        if !inventory.is_empty() {
+            tracing::info!(gpus = inventory.len(), "GPUs seen through NVML");
         }
-        Err(reason) => {
-            tracing::info!(reason, "no GPU seen");
-            Box::new(FixedGpus::default())
+        Self { asks, answers, inventory, last: Vec::new(), under_way: false }
+    }
+
+    pub fn inventory(&self) -> &[GpuCapability] {
+        &self.inventory
+    }
+
+    /// One look. Where the driver does not answer in time its devices are unresponsive, with the
+    /// memory that was seen last, and it is not asked again before it has answered.
+    pub async fn look(&mut self, patience: Duration) -> Vec<GpuReading> {
+        if !self.under_way {
+            self.under_way = !matches!(self.asks.try_send(()), Err(TrySendError::Disconnected(())));
         }
+        match tokio::time::timeout(patience, self.answers.recv()).await {
+            Ok(Some(readings)) => {
+                self.under_way = false;
+                self.last.clone_from(&readings);
+                readings
+            }
+            Ok(None) | Err(_) => self.inventory.iter().map(|known| self.unresponsive(known)).collect(),
+        }
+    }
+
+    fn unresponsive(&self, known: &GpuCapability) -> GpuReading {
+        let seen = self.last.iter().find(|reading| reading.device_id == known.device_id);
+        let absent = absent(known, GpuHealth::Unresponsive, "the driver does not answer".into());
+        match seen {
+            Some(seen) => GpuReading { vram_used_bytes: seen.vram_used_bytes, ..absent },
+            None => absent,
+        }
+    }
+}
+
+fn serve(
+    open: impl FnOnce() -> Box<dyn GpuProbe>,
+    tell: &SyncSender<Vec<GpuCapability>>,
+    asked: &Receiver<()>,
+    answer: &mpsc::Sender<Vec<GpuReading>>,
+) {
+    let mut probe = open();
+    // Whoever waited may have given up.
+    let _ = tell.send(probe.inventory());
+    while asked.recv().is_ok() {
+        if answer.blocking_send(probe.look()).is_err() {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reading(processes: Option<Vec<(u32, Option<u64>)>>) -> GpuReading {
+        let known = GpuCapability {
+            device_id: 0,
+            uuid: "GPU-1".into(),
+            name: "fake".into(),
+            vram_total_bytes: 1_000,
+            compute_capability: "8.6".into(),
+            mig: None,
+        };
+        GpuReading { processes, ..absent(&known, GpuHealth::Ok, String::new()) }
+    }
+
+    // CLOUD-2472
+    #[test]
+    fn memory_of_processes_that_are_not_ours_is_unaccounted() {
+        let is_ours = |pid: u32| pid == 1;
+        let all = vec![(1, Some(600)), (2, Some(100)), (3, Some(50)), (4, None)];
+        assert_eq!(report(&reading(Some(all)), &is_ours).unaccounted_vram_bytes, Some(150));
+        assert_eq!(report(&reading(Some(vec![])), &is_ours).unaccounted_vram_bytes, Some(0));
+        assert_eq!(report(&reading(None), &is_ours).unaccounted_vram_bytes, None, "unknown is not zero");
+    }
+
+    struct Hanging(Receiver<()>);
+
+    impl GpuProbe for Hanging {
+        fn inventory(&self) -> Vec<GpuCapability> {
+            let of = |reading: GpuReading| GpuCapability {
+                device_id: reading.device_id,
+                uuid: String::new(),
+                name: String::new(),
+                vram_total_bytes: 1_000,
+                compute_capability: String::new(),
+                mig: None,
+            };
+            vec![of(reading(None))]
+        }
+
+        fn look(&mut self) -> Vec<GpuReading> {
+            let _ = self.0.recv();
+            vec![GpuReading { vram_used_bytes: 7, ..reading(None) }]
+        }
+    }
+
+    // CLOUD-2474
+    #[tokio::test]
+    async fn a_driver_that_hangs_is_unresponsive_until_it_answers() {
+        let (release, held) = sync_channel(4);
+        let mut watch = GpuWatch::over(move || Box::new(Hanging(held)));
+        let soon = Duration::from_millis(50);
+        release.send(()).unwrap();
+        assert_eq!(watch.look(Duration::from_secs(5)).await[0].health, GpuHealth::Ok);
+        for _ in 0..3 {
+            let hung = watch.look(soon).await;
+            assert_eq!((hung[0].health, hung[0].vram_used_bytes), (GpuHealth::Unresponsive, 7));
+        }
+        release.send(()).unwrap();
+        assert_eq!(
+            watch.look(Duration::from_secs(5)).await[0].health,
+            GpuHealth::Ok,
+            "one look was under way, not four"
+        );
+        assert_eq!(watch.look(soon).await[0].health, GpuHealth::Unresponsive);
     }
 }

@@ -67,6 +67,9 @@ pub struct GpuCapability {
     pub vram_total_bytes: u64,
     /// CUDA compute capability, `8.6`.
     pub compute_capability: String,
+    /// Whether it is split into instances; absent where it cannot be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mig: Option<bool>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -125,7 +128,17 @@ pub struct GpuReport {
     pub utilization_pct: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub temperature_c: Option<u32>,
+    /// Uncorrected memory errors since the driver was loaded; absent where they are not counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ecc_uncorrected: Option<u64>,
+    /// Memory of processes that are none of the node's engines; absent where the driver does not
+    /// list processes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unaccounted_vram_bytes: Option<u64>,
     pub health: GpuHealth,
+    /// What a person should know of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

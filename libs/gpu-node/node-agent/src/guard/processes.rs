@@ -48,6 +48,16 @@ pub fn marked(mark: &str) -> Vec<u32> {
     all().filter(carries).collect()
 }
 
+/// Whether the process is, or descends from, one of the engines, or carries a mark of ours.
+pub fn belongs_to(pid: u32, engines: &[u32]) -> bool {
+    let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    let wanted = format!("{MARK}=");
+    environment.split(|byte| *byte == 0).any(|entry| entry.starts_with(wanted.as_bytes()))
+        || std::iter::successors(Some(pid), |pid| parent(*pid))
+            .take_while(|pid| *pid > 1)
+            .any(|pid| engines.contains(&pid))
+}
+
 /// Whether the process descends from a living guard.
 pub fn is_guarded(pid: u32) -> bool {
     let is_guard = |pid: u32| {

@@ -1,0 +1,187 @@
+//! What a node tells of its GPUs, through the fake management library: the node's own path, and
+//! everything that a driver can do to it.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use e2e_cloud::process::program;
+use e2e_cloud::{Cluster, Engine, Options, eventually};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+const GIB: u64 = 1024 * 1024 * 1024;
+/// The node looks each five seconds, and waits three for an answer.
+const LOOK: Duration = Duration::from_secs(15);
+
+fn library(name: &str) -> PathBuf {
+    let path = program("pool-managerd").with_file_name(format!("lib{name}.so"));
+    assert!(path.is_file(), "{} is not built: run `cargo build --workspace` first", path.display());
+    path
+}
+
+struct Gpus {
+    cluster: Cluster,
+    script: PathBuf,
+    _folder: tempfile::TempDir,
+}
+
+impl Gpus {
+    /// A node with a fake engine of its own and this driver.
+    async fn start(lib: &str, script: Value, pools: Option<String>) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("script.json");
+        let node = vec![
+            (0, "POOL_MANAGERD_NVML_LIB", library(lib).display().to_string()),
+            (0, "FAKE_NVML_SCRIPT", path.display().to_string()),
+        ];
+        let pools = pools.map(|text| (0, text)).into_iter().collect();
+        let mut cluster = Cluster::without_nodes(Options {
+            nodes: 1,
+            engine: Engine::steady(),
+            node,
+            pools,
+            ..Options::default()
+        });
+        std::fs::write(&path, script.to_string()).unwrap();
+        cluster.start_control();
+        cluster.add_node(0);
+        let gpus = Self { cluster, script: path, _folder: folder };
+        gpus.cluster.wait_online(0).await;
+        gpus
+    }
+
+    fn set(&self, script: Value) {
+        let draft = self.script.with_extension("new");
+        std::fs::write(&draft, script.to_string()).unwrap();
+        std::fs::rename(&draft, &self.script).unwrap();
+    }
+
+    async fn wait(&self, what: &str, test: impl Fn(&Value) -> bool) -> Value {
+        eventually(what, LOOK, || async {
+            let pools = self.cluster.node_client(0).get_json("/v2/pools").await?;
+            Some(pools["gpus"].clone()).filter(&test)
+        })
+        .await
+    }
+
+    async fn serves(&self) {
+        let transcript = self.cluster.client.run(self.cluster.task(4)).await;
+        transcript.check();
+        assert!(transcript.completed());
+    }
+}
+
+// CLOUD-2470
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_gpus_are_told_with_their_memory_their_errors_and_their_strangers() {
+    let stranger = std::process::id();
+    let script = json!({"gpus": [{"used": 2 * GIB}, {"name": "Other", "total": 8 * GIB, "used": GIB, "ecc_uncorrected": 0, "mig": true}]});
+    let gpus = Gpus::start("fake_nvml", script, None).await;
+    let seen = gpus.wait("both are seen", |gpus| gpus.as_array().is_some_and(|all| all.len() == 2)).await;
+    assert_eq!(seen[0]["vram_used_bytes"], 2 * GIB);
+    assert_eq!((&seen[0]["utilization_pct"], &seen[0]["temperature_c"]), (&json!(37), &json!(61)));
+    assert_eq!((&seen[0]["health"], &seen[1]["health"]), (&json!("ok"), &json!("ok")));
+    assert_eq!((seen[0].get("ecc_uncorrected"), &seen[1]["ecc_uncorrected"]), (None, &json!(0)));
+    let node = gpus.cluster.client.get_json("/v2/nodes/gpu-node-1").await.unwrap();
+    let capabilities = &node["capabilities"]["gpus"];
+    assert_eq!((&capabilities[1]["name"], &capabilities[1]["uuid"]), (&json!("Other"), &json!("GPU-fake-1")));
+    assert_eq!(
+        (&capabilities[0]["compute_capability"], &capabilities[1]["mig"]),
+        (&json!("8.6"), &json!(true))
+    );
+    // A stranger takes memory, and a device reports errors; its neighbour is not touched.
+    let engine = gpus.cluster.nodes[0].engine.as_ref().unwrap().pid();
+    gpus.set(json!({"gpus": [
+        {"used": 20 * GIB, "processes": [[stranger, 18 * GIB], [engine, GIB]]},
+        {"total": 8 * GIB, "used": GIB, "ecc_uncorrected": 3},
+    ]}));
+    let seen = gpus.wait("the errors are seen", |gpus| gpus[1]["health"] == "degraded").await;
+    assert_eq!(seen[0]["unaccounted_vram_bytes"], 18 * GIB, "our own engine is accounted for");
+    assert!(seen[1]["problem"].as_str().unwrap().contains("3 uncorrected ECC errors"));
+    assert_eq!(seen[0]["health"], "ok");
+}
+
+// CLOUD-2473
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_gpu_a_lost_driver_and_one_that_hangs_stall_nothing_and_come_back() {
+    let mut gpus = Gpus::start("fake_nvml", json!({}), None).await;
+    gpus.wait("both are well", |gpus| gpus[0]["health"] == "ok" && gpus[1]["health"] == "ok").await;
+    gpus.set(json!({"gpus": [{"state": "lost"}, {}]}));
+    gpus.wait("one is lost", |gpus| gpus[0]["health"] == "lost" && gpus[1]["health"] == "ok").await;
+    gpus.serves().await;
+    gpus.set(json!({"driver": "lost"}));
+    gpus.wait("all are lost", |gpus| gpus[0]["health"] == "lost" && gpus[1]["health"] == "lost").await;
+    gpus.serves().await;
+    gpus.set(json!({}));
+    gpus.wait("the driver is back", |gpus| gpus[0]["health"] == "ok" && gpus[1]["health"] == "ok").await;
+    gpus.set(json!({"driver": "hang"}));
+    gpus.wait("it hangs", |gpus| gpus[0]["health"] == "unresponsive" && gpus[1]["health"] == "unresponsive")
+        .await;
+    gpus.serves().await;
+    gpus.set(json!({}));
+    gpus.wait("it answers again", |gpus| gpus[0]["health"] == "ok").await;
+    gpus.set(json!({"driver": "hang"}));
+    gpus.wait("it hangs again", |gpus| gpus[0]["health"] == "unresponsive").await;
+    let daemon = gpus.cluster.nodes[0].daemon.as_mut().unwrap();
+    daemon.signal(Signal::SIGTERM);
+    assert!(daemon.wait(Duration::from_secs(20)).success(), "it does not wait for the driver");
+}
+
+// CLOUD-2475
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_driver_without_symbols_and_one_that_hangs_from_the_start_leave_the_node_working() {
+    let gpus = Gpus::start("fake_nvml_bare", json!({}), None).await;
+    let seen = gpus.wait("it is seen", |gpus| gpus[0].is_object()).await;
+    assert_eq!(seen[0]["health"], "ok", "what is missing is no fault of the device");
+    assert!(seen[0]["problem"].as_str().unwrap().contains("does not tell"));
+    gpus.serves().await;
+    let start = Instant::now();
+    let gpus = Gpus::start("fake_nvml", json!({"driver": "hang"}), None).await;
+    assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
+    gpus.serves().await;
+}
+
+// CLOUD-2471
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_engine_waits_for_memory_that_a_stranger_holds_and_says_so_in_numbers() {
+    let pools = format!(
+        "[pools.pool-0]\nengine = \"llamacpp\"\nmodel = \"fake-model\"\nslots = 4\ndevices = [1]\nmemory_bytes = {}\n\
+         [pools.pool-0.provision]\nmode = \"binary\"\nprogram = \"{}\"\n\
+         args = [\"--addr\", \"127.0.0.1:{{port}}\", \"--model\", \"{{model}}\"]\n\
+         [pools.pool-1]\nengine = \"llamacpp\"\nmodel = \"other\"\ndevices = [0]\nmemory_bytes = {}\n\
+         [pools.pool-1.provision]\nmode = \"binary\"\nprogram = \"{}\"\n\
+         args = [\"--addr\", \"127.0.0.1:{{port}}\", \"--model\", \"{{model}}\"]\n",
+        10 * GIB,
+        program("fake-engine").display(),
+        GIB,
+        program("fake-engine").display(),
+    );
+    let gpus = Gpus::start("fake_nvml", json!({"gpus": [{}, {"used": 20 * GIB}]}), Some(pools)).await;
+    let status = || async { gpus.cluster.node_client(0).get_json("/v2/pools/pool-0/status").await };
+    let waiting = eventually("it waits", LOOK, || async {
+        status()
+            .await
+            .filter(|pool| pool["last_error"].as_str().is_some_and(|text| text.contains("waits for memory")))
+    })
+    .await;
+    let error = waiting["last_error"].as_str().unwrap();
+    for part in ["needs 10240 MiB on GPU1", "3584 MiB can be had", "24576 MiB in all", "4096 MiB free"] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
+    gpus.set(json!({"gpus": [{}, {"used": GIB}]}));
+    eventually("it starts", LOOK, || async { status().await.filter(|pool| pool["ready"] == true) }).await;
+    // Its GPU is lost: it takes nothing more, and starts again when the GPU is back.
+    gpus.set(json!({"gpus": [{}, {"state": "lost"}]}));
+    let lost = eventually("it is taken out", LOOK, || async {
+        status().await.filter(|pool| pool["ready"] == false)
+    })
+    .await;
+    assert!(lost["last_error"].as_str().unwrap().contains("GPU1 is lost"), "{lost}");
+    let other = gpus.cluster.node_client(0).get_json("/v2/pools/pool-1/status").await.unwrap();
+    assert_eq!(other["ready"], true, "the neighbour's GPU is well");
+    gpus.set(json!({"gpus": [{}, {}]}));
+    eventually("it is back", Duration::from_secs(30), || async {
+        status().await.filter(|pool| pool["ready"] == true)
+    })
+    .await;
+}

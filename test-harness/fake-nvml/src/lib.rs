@@ -1,0 +1,310 @@
+//! A fake of NVIDIA's management library: two GPUs, or what a script says, through the calls
+//! that the node makes. It is loaded as the real one is, so the node's own path runs.
+//!
+//! The script is a JSON file, named in `FAKE_NVML_SCRIPT` and read at every call. It stands
+//! beside the real library, never instead of it. Source of names, numbers and layouts: nvml.h.
+
+use std::ffi::{c_char, c_int, c_uint, c_ulonglong, c_void};
+
+use serde::Deserialize;
+
+const SUCCESS: c_uint = 0;
+const INVALID_ARGUMENT: c_uint = 2;
+const NOT_SUPPORTED: c_uint = 3;
+const INSUFFICIENT_SIZE: c_uint = 7;
+const DRIVER_NOT_LOADED: c_uint = 9;
+const GPU_IS_LOST: c_uint = 15;
+
+const GIB: u64 = 1024 * 1024 * 1024;
+
+#[derive(Deserialize, Clone, Copy, PartialEq, Default)]
+#[serde(rename_all = "snake_case")]
+enum State {
+    #[default]
+    Ok,
+    Lost,
+    /// Calls do not come back while it is set.
+    Hang,
+}
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Script {
+    driver: State,
+    gpus: Vec<Gpu>,
+}
+
+#[derive(Deserialize, Clone)]
+#[serde(default, deny_unknown_fields)]
+struct Gpu {
+    name: String,
+    total: u64,
+    used: u64,
+    utilization: u32,
+    temperature: u32,
+    compute: (i32, i32),
+    /// Absent: the device does not count.
+    ecc_uncorrected: Option<u64>,
+    processes: Vec<(u32, u64)>,
+    state: State,
+    mig: bool,
+}
+
+impl Default for Gpu {
+    fn default() -> Self {
+        Self {
+            name: "Fake RTX 3090".into(),
+            total: 24 * GIB,
+            used: GIB,
+            utilization: 37,
+            temperature: 61,
+            compute: (8, 6),
+            ecc_uncorrected: None,
+            processes: Vec::new(),
+            state: State::Ok,
+            mig: false,
+        }
+    }
+}
+
+impl Default for Script {
+    fn default() -> Self {
+        Self { driver: State::Ok, gpus: vec![Gpu::default(), Gpu::default()] }
+    }
+}
+
+/// The script as it stands. A test writes it whole, by a rename; without one there are two GPUs.
+fn script() -> Script {
+    let Some(path) = std::env::var_os("FAKE_NVML_SCRIPT") else { return Script::default() };
+    let Ok(text) = std::fs::read(&path) else { return Script::default() };
+    serde_json::from_slice(&text).expect("the script of the fake library is JSON that it knows")
+}
+
+/// The script while the driver answers.
+fn driver() -> Result<Script, c_uint> {
+    loop {
+        let script = script();
+        match script.driver {
+            State::Ok => return Ok(script),
+            State::Lost => return Err(DRIVER_NOT_LOADED),
+            State::Hang => std::thread::sleep(std::time::Duration::from_millis(50)),
+        }
+    }
+}
+
+/// A handle is the device's number and one, so that none is null.
+fn gpu(device: *mut c_void) -> Result<Gpu, c_uint> {
+    let script = driver()?;
+    let gpu = (device as usize).checked_sub(1).and_then(|n| script.gpus.get(n)).ok_or(INVALID_ARGUMENT)?;
+    match gpu.state {
+        State::Lost => Err(GPU_IS_LOST),
+        _ => Ok(gpu.clone()),
+    }
+}
+
+fn answer(result: Result<(), c_uint>) -> c_uint {
+    result.err().unwrap_or(SUCCESS)
+}
+
+/// Writes a text with its final zero, as much of it as there is room for.
+///
+/// # Safety
+/// `into` must have room for `length` bytes.
+unsafe fn write_text(text: &str, into: *mut c_char, length: c_uint) {
+    let room = (length as usize).saturating_sub(1);
+    let bytes = &text.as_bytes()[..text.len().min(room)];
+    // SAFETY: the caller has promised the room, and one byte of it is left for the zero.
+    unsafe {
+        std::ptr::copy_nonoverlapping(bytes.as_ptr().cast(), into, bytes.len());
+        into.add(bytes.len()).write(0);
+    }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn nvmlInit_v2() -> c_uint {
+    answer(driver().map(|_| ()))
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn nvmlShutdown() -> c_uint {
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn nvmlErrorString(_error: c_uint) -> *const c_char {
+    c"a fake error".as_ptr()
+}
+
+/// # Safety
+/// As nvml.h says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlSystemGetDriverVersion(into: *mut c_char, length: c_uint) -> c_uint {
+    // SAFETY: the caller gives a buffer and its length.
+    answer(driver().map(|_| unsafe { write_text("580.00", into, length) }))
+}
+
+/// # Safety
+/// As nvml.h says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetCount_v2(count: *mut c_uint) -> c_uint {
+    // SAFETY: the caller gives a place for the number.
+    answer(driver().map(|script| unsafe { count.write(script.gpus.len() as c_uint) }))
+}
+
+/// # Safety
+/// As nvml.h says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetHandleByIndex_v2(index: c_uint, device: *mut *mut c_void) -> c_uint {
+    let handle = (index as usize + 1) as *mut c_void;
+    // SAFETY: the caller gives a place for the handle.
+    answer(gpu(handle).map(|_| unsafe { device.write(handle) }))
+}
+
+/// # Safety
+/// As nvml.h says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetName(device: *mut c_void, into: *mut c_char, length: c_uint) -> c_uint {
+    // SAFETY: the caller gives a buffer and its length.
+    answer(gpu(device).map(|gpu| unsafe { write_text(&gpu.name, into, length) }))
+}
+
+/// # Safety
+/// As nvml.h says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetUUID(device: *mut c_void, into: *mut c_char, length: c_uint) -> c_uint {
+    let uuid = format!("GPU-fake-{}", device as usize - 1);
+    // SAFETY: the caller gives a buffer and its length.
+    answer(gpu(device).map(|_| unsafe { write_text(&uuid, into, length) }))
+}
+
+#[repr(C)]
+#[derive(Debug)]
+pub struct Memory {
+    version: c_uint,
+    total: c_ulonglong,
+    reserved: c_ulonglong,
+    free: c_ulonglong,
+    used: c_ulonglong,
+}
+
+/// # Safety
+/// As nvml.h says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetMemoryInfo_v2(device: *mut c_void, memory: *mut Memory) -> c_uint {
+    answer(gpu(device).map(|gpu| {
+        // SAFETY: the caller gives a structure of this layout.
+        let memory = unsafe { &mut *memory };
+        (memory.total, memory.reserved) = (gpu.total, 0);
+        (memory.used, memory.free) = (gpu.used, gpu.total.saturating_sub(gpu.used));
+    }))
+}
+
+#[repr(C)]
+#[derive(Debug)]
+pub struct Utilization {
+    gpu: c_uint,
+    memory: c_uint,
+}
+
+/// # Safety
+/// As nvml.h says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetUtilizationRates(
+    device: *mut c_void,
+    rates: *mut Utilization,
+) -> c_uint {
+    // SAFETY: the caller gives a structure of this layout.
+    answer(gpu(device).map(|gpu| unsafe { rates.write(Utilization { gpu: gpu.utilization, memory: 0 }) }))
+}
+
+/// # Safety
+/// As nvml.h says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetTemperature(
+    device: *mut c_void,
+    _sensor: c_uint,
+    into: *mut c_uint,
+) -> c_uint {
+    // SAFETY: the caller gives a place for the number.
+    answer(gpu(device).map(|gpu| unsafe { into.write(gpu.temperature) }))
+}
+
+/// # Safety
+/// As nvml.h says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetTotalEccErrors(
+    device: *mut c_void,
+    _error: c_uint,
+    _counter: c_uint,
+    into: *mut c_ulonglong,
+) -> c_uint {
+    answer(gpu(device).and_then(|gpu| {
+        let errors = gpu.ecc_uncorrected.ok_or(NOT_SUPPORTED)?;
+        // SAFETY: the caller gives a place for the number.
+        unsafe { into.write(errors) };
+        Ok(())
+    }))
+}
+
+/// # Safety
+/// As nvml.h says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetCudaComputeCapability(
+    device: *mut c_void,
+    major: *mut c_int,
+    minor: *mut c_int,
+) -> c_uint {
+    answer(gpu(device).map(|gpu| {
+        // SAFETY: the caller gives places for both numbers.
+        unsafe { (major.write(gpu.compute.0), minor.write(gpu.compute.1)) };
+    }))
+}
+
+/// # Safety
+/// As nvml.h says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetMigMode(
+    device: *mut c_void,
+    current: *mut c_uint,
+    pending: *mut c_uint,
+) -> c_uint {
+    answer(gpu(device).map(|gpu| {
+        // SAFETY: the caller gives places for both numbers.
+        unsafe { (current.write(c_uint::from(gpu.mig)), pending.write(c_uint::from(gpu.mig))) };
+    }))
+}
+
+#[repr(C)]
+#[derive(Debug)]
+pub struct Process {
+    pid: c_uint,
+    used: c_ulonglong,
+    gpu_instance: c_uint,
+    compute_instance: c_uint,
+}
+
+/// # Safety
+/// As nvml.h says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetComputeRunningProcesses_v3(
+    device: *mut c_void,
+    count: *mut c_uint,
+    into: *mut Process,
+) -> c_uint {
+    answer(gpu(device).and_then(|gpu| {
+        // SAFETY: the caller gives a place for the number, with the room of its list in it.
+        let room = unsafe { count.read() } as usize;
+        // SAFETY: as above.
+        unsafe { count.write(gpu.processes.len() as c_uint) };
+        if room < gpu.processes.len() {
+            return Err(INSUFFICIENT_SIZE);
+        }
+        for (n, (pid, used)) in gpu.processes.iter().enumerate() {
+            let process =
+                Process { pid: *pid, used: *used, gpu_instance: u32::MAX, compute_instance: u32::MAX };
+            // SAFETY: the list has room for all of them.
+            unsafe { into.add(n).write(process) };
+        }
+        Ok(())
+    }))
+}
