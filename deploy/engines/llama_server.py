@@ -70,6 +70,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     flag("--slots", type=whole(1, 256), default=2, help="requests decoded in parallel (default %(default)s)")
     flag("--ctx", type=whole(1, 1 << 24), default=2048, help="context tokens per slot (default %(default)s)")
     flag("--threads", type=whole(1, 1024), default=1, help="threads for decoding (default %(default)s)")
+    flag("--embeddings", action="store_true", help="answer /v1/embeddings too, pooled by their mean")
     flag("--handoff", type=Path, metavar="FILE", help="announce the engine in FILE while it serves")
     flag("--pool-id", type=identifier, metavar="ID", help="required with --handoff")
     flag("--replica-id", type=identifier, metavar="ID", help="required with --handoff")
@@ -132,6 +133,9 @@ def parameters(package, options: argparse.Namespace):
     wanted.n_threads_http = options.slots + HTTP_SPARE
     wanted.endpoint_metrics = wanted.endpoint_slots = wanted.endpoint_props = True
     wanted.ui = False
+    if options.embeddings:
+        wanted.embedding = True
+        wanted.pooling_type = package.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     wanted.verbosity = 1  # errors only, on stderr
     return wanted
 

@@ -31,7 +31,7 @@ async fn lose_the_node(cluster: &mut Cluster, task: Value, after: usize) -> Tran
 // CLOUD-1534
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_stream_goes_on_elsewhere_in_each_way_there_is() {
-    for dialect in ["llamacpp", "openai"] {
+    for dialect in ["llamacpp", "vllm", "tgi", "triton", "openai"] {
         let mut cluster = Cluster::start(Options { engine: steady(dialect), ..Options::default() }).await;
         let mut task = cluster.task(30);
         task["recovery"] = json!("continue");

@@ -544,3 +544,37 @@ async fn a_full_disk_leaves_nothing_half_done() {
         assert!(!left.contains(&disk.display().to_string()), "{left}");
     }
 }
+
+// CLOUD-2487
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_engine_installed_from_the_package_index_serves_and_one_started_for_it_embeds() {
+    let tiny = real_engine::tiny_model();
+    let packaged = format!(
+        "[provisioning]\ninstalls = true\n[models.packaged]\nsource = \"{}\"\n[pools.packaged]\nengine = \"llamacpp\"\nmodel = \"packaged\"\nslots = 2\nctx = 512\nprovision = {{ mode = \"package\" }}\n",
+        tiny.display()
+    );
+    let cluster =
+        node_with(packaged + &real_engine::pool("embeds", "embeds", "flags = [\"--embeddings\"]\n")).await;
+    wait_state(&cluster, "embeds", "ready", MINUTE).await;
+    cluster.wait_online(0).await;
+    let task = json!({"workload": "embedding", "model_ref": "embeds", "inputs": {"embedding": ["once upon", "a time"]}});
+    let embedded = cluster.client.run(task).await;
+    embedded.check();
+    assert!(embedded.completed(), "{:?} {}", embedded.events.last(), embedded.refusal);
+    let lengths: Vec<usize> =
+        embedded.results().iter().map(|result| result["embedding"].as_array().unwrap().len()).collect();
+    assert!(lengths.len() == 2 && lengths[0] == lengths[1] && lengths[0] > 0, "{lengths:?}");
+    assert_ne!(embedded.results()[0]["embedding"], embedded.results()[1]["embedding"]);
+    wait_state(&cluster, "packaged", "ready", 3 * MINUTE).await;
+    assert!(run(&cluster, "packaged", 8).await.completed());
+    let status = pool(&cluster, "packaged").await.unwrap();
+    assert_eq!((&status["ctx_max"], &status["replicas"][0]["slots_total"]), (&json!(512), &json!(2)));
+    // Purged, its environment and its engine are gone; the model is not the node's to remove.
+    let purge = json!({"engine_files": true, "model_files": true});
+    assert_eq!(cluster.client.post("/v2/pools/packaged/purge", &purge).await.status(), 202);
+    let packages = cluster.dir.path().join("gpu-node-1-packages/llamacpp-pinned");
+    eventually("the environment is removed", MINUTE, || async { (!packages.exists()).then_some(()) }).await;
+    let purged = wait_state(&cluster, "packaged", "failed", MINUTE).await;
+    assert!(purged["last_error"].as_str().unwrap().contains("purged"));
+    assert!(tiny.exists());
+}

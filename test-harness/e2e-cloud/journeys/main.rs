@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod continuation;
+mod dialects;
 mod engines;
 mod faults;
 mod gpus;

@@ -29,7 +29,7 @@ async fn a_task_goes_in_and_its_tokens_come_out() {
 // CLOUD-2302
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_dialect_and_both_kinds_of_prompt_are_spoken() {
-    for dialect in ["llamacpp", "openai"] {
+    for dialect in ["llamacpp", "vllm", "tgi", "openai"] {
         let engine = Engine::Fake { slots: 2, first_token_ms: 5, pace_ms: 1, dialect };
         let cluster = Cluster::start(Options { nodes: 1, engine, ..Options::default() }).await;
         let prompt = cluster.client.run(cluster.task(3)).await;

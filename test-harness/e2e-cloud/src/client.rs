@@ -45,6 +45,11 @@ impl Transcript {
             .collect()
     }
 
+    /// The data of each `result`.
+    pub fn results(&self) -> Vec<&Value> {
+        self.events.iter().filter(|(name, ..)| name == "result").map(|(.., data)| data).collect()
+    }
+
     pub fn text(&self) -> String {
         self.tokens().concat()
     }
@@ -95,11 +100,11 @@ impl Transcript {
         for (n, (name, id, data)) in with_id.enumerate() {
             let number = id.as_deref().and_then(|id| id.rsplit_once(':')).map(|(_, n)| n.to_owned());
             assert_eq!(number, Some(n.to_string()), "the id of frame {n}");
-            if name == "token" {
-                assert_eq!(data["i"], n, "the index of token {n}");
+            if ["token", "result"].contains(&name.as_str()) {
+                assert_eq!(data["i"], n, "the index of {name} {n}");
             }
         }
-        if names.contains(&"token") {
+        if names.contains(&"token") || names.contains(&"result") {
             let first = names.iter().find(|name| **name != "metrics");
             assert_eq!(first, Some(&"started"), "{names:?}");
         }

@@ -1,10 +1,14 @@
-//! A fake engine: speaks like llama.cpp and like OpenAI's API, computes nothing, fails on demand.
+//! A fake engine: speaks like llama.cpp, vLLM, TGI, Triton or any server with OpenAI's API,
+//! computes nothing, fails on demand.
 //!
 //! It stands beside the real engine in tests of failure and of speed, never instead of it.
 //! Faults are set at run time with `POST /fake/fault`. Each answer is the words `w0 w1 w2 …`,
 //! so that a reader sees at once whether one is missing or doubled.
 
+mod answers;
 mod fault;
+mod generation;
+mod kind;
 mod slots;
 mod stream;
 
@@ -17,7 +21,6 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::{Json, State};
 use axum::http::StatusCode;
-use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::serve::ListenerExt;
 use clap::Parser;
@@ -25,11 +28,8 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use crate::fault::Fault;
+use crate::kind::Kind;
 use crate::slots::Slots;
-use crate::stream::Dialect;
-
-/// Tokens of an answer whose request sets no number.
-const DEFAULT_TOKENS: u64 = 16;
 
 /// A fake engine for tests and benchmarks.
 #[derive(Debug, Parser)]
@@ -56,13 +56,14 @@ struct Arguments {
     pool_id: Option<String>,
     #[arg(long)]
     replica_id: Option<String>,
-    /// The dialect that the handoff names: llamacpp or openai.
-    #[arg(long, default_value = "llamacpp")]
-    engine: String,
+    /// The engine that it is, which the handoff names.
+    #[arg(long, value_enum, default_value_t = Kind::Llamacpp)]
+    engine: Kind,
 }
 
 #[derive(Debug)]
 pub(crate) struct Engine {
+    pub(crate) kind: Kind,
     pub(crate) model: String,
     pub(crate) slots: Arc<Slots>,
     pub(crate) first_token: Duration,
@@ -85,25 +86,16 @@ async fn run(arguments: Arguments) -> std::io::Result<()> {
     let listener = tokio::net::TcpListener::bind(arguments.addr).await?;
     let url = format!("http://{}", listener.local_addr()?);
     let engine = Arc::new(Engine {
+        kind: arguments.engine,
         model: arguments.model.clone(),
         slots: Arc::new(Slots::new(arguments.slots)),
         first_token: Duration::from_millis(arguments.first_token_ms),
         pace: Duration::from_millis(arguments.pace_ms),
         fault: Mutex::new(Fault::None),
     });
-    let app = Router::new()
-        .route("/health", get(health))
-        .route("/props", get(props))
-        .route("/slots", get(slots))
-        .route("/metrics", get(metrics))
-        .route("/v1/models", get(models))
-        .route("/completion", post(completion))
-        .route("/v1/completions", post(openai_completion))
-        .route("/v1/chat/completions", post(openai_chat))
-        .route("/detokenize", post(detokenize))
-        .route("/apply-template", post(apply_template))
-        .route("/fake/fault", post(set_fault))
-        .with_state(engine);
+    let own: Router<Arc<Engine>> =
+        Router::new().route("/fake/fault", post(set_fault)).route("/fake/busy", get(busy));
+    let app = own.merge(arguments.engine.routes()).with_state(engine);
     if let Some(dir) = &arguments.handoff_dir {
         write_handoff(&arguments, dir, &url)?;
     }
@@ -126,11 +118,13 @@ fn write_handoff(arguments: &Arguments, dir: &std::path::Path, url: &str) -> std
     let handoff = json!({
         "pool_id": pool,
         "replica_id": replica,
-        "engine": arguments.engine,
+        "engine": arguments.engine.as_str(),
         "url": url,
         "pid": std::process::id(),
         "slots": arguments.slots,
         "model_ref": arguments.model,
+        // The others are asked.
+        "ctx_max": (arguments.engine == Kind::Triton).then_some(kind::CONTEXT),
     });
     std::fs::create_dir_all(dir)?;
     let temporary = dir.join(format!(".{pool}-{replica}.tmp"));
@@ -138,63 +132,12 @@ fn write_handoff(arguments: &Arguments, dir: &std::path::Path, url: &str) -> std
     std::fs::rename(&temporary, dir.join(format!("{pool}-{replica}.json")))
 }
 
-async fn health(State(engine): State<Arc<Engine>>) -> Response {
-    if matches!(*engine.fault.lock(), Fault::Unhealthy) {
-        return (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"error": {"message": "Loading model"}})))
-            .into_response();
-    }
-    Json(json!({"status": "ok"})).into_response()
-}
-
-async fn props(State(engine): State<Arc<Engine>>) -> Json<Value> {
-    Json(json!({
-        "total_slots": engine.slots.total(),
-        "default_generation_settings": { "n_ctx": 8192 },
-        "build_info": "fake",
-    }))
-}
-
-async fn slots(State(engine): State<Arc<Engine>>) -> Json<Value> {
-    let busy = engine.slots.busy();
-    Json((0..engine.slots.total()).map(|n| json!({"id": n, "is_processing": n < busy})).collect())
-}
-
-async fn metrics(State(engine): State<Arc<Engine>>) -> String {
-    let (busy, waiting) = (engine.slots.busy(), engine.slots.waiting());
-    format!("llamacpp:requests_processing {busy}\nllamacpp:requests_deferred {waiting}\n")
-}
-
-async fn models(State(engine): State<Arc<Engine>>) -> Json<Value> {
-    Json(json!({"object": "list", "data": [{"id": engine.model, "object": "model"}]}))
-}
-
-async fn detokenize(Json(body): Json<Value>) -> Json<Value> {
-    let words = body["tokens"].as_array().into_iter().flatten().filter_map(Value::as_u64);
-    Json(json!({"content": words.map(|n| format!("w{n} ")).collect::<String>()}))
-}
-
-async fn apply_template(Json(body): Json<Value>) -> Json<Value> {
-    let texts = body["messages"].as_array().into_iter().flatten();
-    let texts = texts.filter_map(|message| message["content"].as_str());
-    Json(json!({"prompt": texts.map(|text| format!("<{text}>")).collect::<String>()}))
-}
-
 async fn set_fault(State(engine): State<Arc<Engine>>, Json(fault): Json<Fault>) -> StatusCode {
     *engine.fault.lock() = fault;
     StatusCode::NO_CONTENT
 }
 
-async fn completion(State(engine): State<Arc<Engine>>, Json(body): Json<Value>) -> Response {
-    let tokens = body["n_predict"].as_u64().unwrap_or(DEFAULT_TOKENS);
-    stream::answer(engine, Dialect::Llama, tokens, stream::first_word(&body["prompt"])).await
-}
-
-async fn openai_completion(State(engine): State<Arc<Engine>>, Json(body): Json<Value>) -> Response {
-    let tokens = body["max_tokens"].as_u64().unwrap_or(DEFAULT_TOKENS);
-    stream::answer(engine, Dialect::Completion, tokens, stream::first_word(&body["prompt"])).await
-}
-
-async fn openai_chat(State(engine): State<Arc<Engine>>, Json(body): Json<Value>) -> Response {
-    let tokens = body["max_tokens"].as_u64().unwrap_or(DEFAULT_TOKENS);
-    stream::answer(engine, Dialect::Chat, tokens, 0).await
+/// For tests: what the engine's own word for it should agree with, where it has one.
+async fn busy(State(engine): State<Arc<Engine>>) -> Json<Value> {
+    Json(json!({"busy": engine.slots.busy(), "waiting": engine.slots.waiting()}))
 }

@@ -14,6 +14,7 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use crate::Engine;
 use crate::fault::Fault;
+use crate::kind::Kind;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Dialect {
@@ -23,11 +24,16 @@ pub(crate) enum Dialect {
     Completion,
     /// `/v1/chat/completions`.
     Chat,
+    /// TGI's `/generate_stream`: the last token brings the end.
+    Tgi,
+    /// Triton's `/generate_stream`: the end is that of the message.
+    Triton,
 }
 
 impl Dialect {
-    /// The word `n`, whose token has the id `n`; the answer has `count` tokens by now.
-    fn token(self, letter: char, n: u64, count: u64) -> String {
+    /// The word `n`, whose token has the id `n`; the answer has `count` tokens by now, and no more
+    /// after the last.
+    fn token(self, letter: char, n: u64, count: u64, last: bool) -> String {
         let word = format!("{letter}{n} ");
         match self {
             Self::Llama => {
@@ -43,11 +49,30 @@ impl Dialect {
                     "data: {{\"choices\":[{{\"delta\":{{\"content\":\"{word}\"}},\"finish_reason\":null}}]}}\n\n"
                 )
             }
+            Self::Tgi => {
+                let end = if last {
+                    format!(
+                        "\"generated_text\":\"…\",\"details\":{{\"finish_reason\":\"length\",\"generated_tokens\":{count},\"seed\":null}}"
+                    )
+                } else {
+                    "\"generated_text\":null,\"details\":null".to_owned()
+                };
+                format!(
+                    "data:{{\"index\":{count},\"token\":{{\"id\":{n},\"text\":\"{word}\",\"logprob\":-0.5,\"special\":false}},{end}}}\n\n"
+                )
+            }
+            Self::Triton => {
+                format!(
+                    "data: {{\"model_name\":\"fake\",\"model_version\":\"1\",\"text_output\":\"{word}\"}}\n\n"
+                )
+            }
         }
     }
 
-    fn end(self, tokens: u64) -> String {
-        match self {
+    /// What follows the last token, where anything does.
+    fn end(self, tokens: u64) -> Option<String> {
+        Some(match self {
+            Self::Tgi | Self::Triton => return None,
             Self::Llama => {
                 format!(
                     "data: {{\"content\":\"\",\"stop\":true,\"stop_type\":\"limit\",\"tokens_predicted\":{tokens}}}\n\n"
@@ -56,7 +81,7 @@ impl Dialect {
             Self::Completion | Self::Chat => format!(
                 "data: {{\"choices\":[{{\"text\":\"\",\"delta\":{{}},\"finish_reason\":\"length\"}}],\"usage\":{{\"completion_tokens\":{tokens}}}}}\n\ndata: [DONE]\n\n"
             ),
-        }
+        })
     }
 }
 
@@ -87,24 +112,8 @@ pub(crate) fn first_word(prompt: &Value) -> u64 {
 /// Answers a request with `tokens` tokens from word `first` on, or with the fault that is set.
 pub(crate) async fn answer(engine: Arc<Engine>, dialect: Dialect, tokens: u64, first: u64) -> Response {
     let fault = *engine.fault.lock();
-    match fault {
-        Fault::Error500 => {
-            let body = json!({"error": {"code": 500, "message": "a fake failure", "type": "server_error"}});
-            return (StatusCode::INTERNAL_SERVER_ERROR, Json(body)).into_response();
-        }
-        Fault::ContextTooLong => {
-            let body = json!({"error": {"code": 400, "message": "request (9000 tokens) exceeds the available context size (8192 tokens)", "type": "exceed_context_size_error"}});
-            return (StatusCode::BAD_REQUEST, Json(body)).into_response();
-        }
-        Fault::WrongContentType => {
-            return ([(header::CONTENT_TYPE, "text/html")], "<html>no stream</html>").into_response();
-        }
-        Fault::Refuse => {
-            // A body that fails at once closes the connection before its end.
-            let broken = stream::once(async { Err::<Bytes, _>(std::io::Error::other("refused on demand")) });
-            return (StatusCode::OK, Body::from_stream(broken)).into_response();
-        }
-        _ => {}
+    if let Some(refusal) = refusal(&engine, dialect, fault) {
+        return refusal;
     }
     let pace = match fault {
         Fault::Slow { pace_ms } => Duration::from_millis(pace_ms),
@@ -114,6 +123,52 @@ pub(crate) async fn answer(engine: Arc<Engine>, dialect: Dialect, tokens: u64, f
     let body =
         stream::unfold(answer, |mut answer| async move { answer.step().await.map(|piece| (piece, answer)) });
     ([(header::CONTENT_TYPE, "text/event-stream")], Body::from_stream(body)).into_response()
+}
+
+/// What a fault answers instead of anything else; nothing for faults of later.
+pub(crate) fn refusal(engine: &Engine, dialect: Dialect, fault: Fault) -> Option<Response> {
+    match fault {
+        Fault::Error500 => {
+            let body = json!({"error": {"code": 500, "message": "a fake failure", "type": "server_error"}});
+            Some((StatusCode::INTERNAL_SERVER_ERROR, Json(body)).into_response())
+        }
+        Fault::ContextTooLong => Some(refuse_as_too_long(engine, dialect)),
+        Fault::WrongContentType => {
+            Some(([(header::CONTENT_TYPE, "text/html")], "<html>no stream</html>").into_response())
+        }
+        Fault::Refuse => {
+            // A body that fails at once closes the connection before its end.
+            let broken = stream::once(async { Err::<Bytes, _>(std::io::Error::other("refused on demand")) });
+            Some((StatusCode::OK, Body::from_stream(broken)).into_response())
+        }
+        _ => None,
+    }
+}
+
+/// Each engine's own words for a prompt that does not fit.
+pub(crate) fn refuse_as_too_long(engine: &Engine, dialect: Dialect) -> Response {
+    let tgi = "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 8192. Given: 9000 `inputs` tokens and 16 `max_new_tokens`";
+    let body = match (engine.kind, dialect) {
+        (Kind::Tgi, Dialect::Tgi) => {
+            return refused_in_a_stream(&json!({"error": tgi, "error_type": "validation"}));
+        }
+        (Kind::Tgi, _) => {
+            return refused_in_a_stream(&json!({"error": {"message": tgi, "http_status_code": 422}}));
+        }
+        (Kind::Triton, _) => json!({"error": "Prompt length (9000) exceeds maximum input length (8192)."}),
+        (Kind::Vllm | Kind::Openai, _) => {
+            json!({"error": {"message": "This model's maximum context length is 8192 tokens. However, you requested 9016 tokens (9000 in the messages, 16 in the completion).", "type": "BadRequestError", "param": null, "code": 400}})
+        }
+        (Kind::Llamacpp, _) => {
+            json!({"error": {"code": 400, "message": "request (9000 tokens) exceeds the available context size (8192 tokens)", "type": "exceed_context_size_error"}})
+        }
+    };
+    (StatusCode::BAD_REQUEST, Json(body)).into_response()
+}
+
+/// A refusal whose status says that all is well.
+pub(crate) fn refused_in_a_stream(error: &Value) -> Response {
+    ([(header::CONTENT_TYPE, "text/event-stream")], format!("data:{error}\n\n")).into_response()
 }
 
 impl Answer {
@@ -139,12 +194,18 @@ impl Answer {
         if self.next == self.tokens {
             self.over = true;
             self.slot = None;
-            return Some(Ok(Bytes::from(self.dialect.end(self.tokens))));
+            return self.dialect.end(self.tokens).map(|end| Ok(Bytes::from(end)));
         }
         let letter = if self.fault == Fault::OtherWords { 'x' } else { 'w' };
         let n = self.first + self.next;
         self.next += 1;
-        let token = self.dialect.token(letter, n, self.next);
+        let last = self.next == self.tokens;
+        let token = self.dialect.token(letter, n, self.next, last);
+        if last && self.dialect == Dialect::Tgi {
+            // The end was written: the slot is free.
+            self.over = true;
+            self.slot = None;
+        }
         Some(Ok(Bytes::from(token)))
     }
 }

@@ -2,6 +2,7 @@
 
 use axum::Json;
 use axum::extract::State;
+use pool_registry_types::engines::{self, EngineCapabilities};
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::task::{MAX_BODY_BYTES, Workload};
 use pool_registry_types::{ErrorBody, routes as paths};
@@ -27,6 +28,8 @@ pub(crate) async fn version() -> Json<Version> {
 pub(crate) struct Capabilities {
     profile: &'static str,
     engines: Vec<EngineKind>,
+    /// What each of them can do.
+    engine_capabilities: Vec<EngineCapabilities>,
     workloads: Vec<Workload>,
     max_body_bytes: usize,
 }
@@ -36,8 +39,9 @@ pub(crate) struct Capabilities {
 pub(crate) async fn capabilities(State(state): State<AppState>) -> Json<Capabilities> {
     Json(Capabilities {
         profile: if state.cloud_profile { "cloud" } else { "home" },
-        engines: vec![EngineKind::LlamaCpp, EngineKind::OpenAi],
-        workloads: vec![Workload::Completion],
+        engines: EngineKind::ALL.to_vec(),
+        engine_capabilities: EngineKind::ALL.map(engines::capabilities).to_vec(),
+        workloads: Workload::ALL.to_vec(),
         max_body_bytes: MAX_BODY_BYTES,
     })
 }

@@ -243,7 +243,7 @@ struct Place<'r> {
 }
 
 impl Place<'_> {
-    /// Returns whether the frame was a token.
+    /// Returns whether the frame was a token or a result.
     fn put(&mut self, frame: &Frame<'_>, log: &mut TaskLog, stream: &TaskStream) -> Result<bool, HowEnded> {
         let Some(data) = &frame.data else {
             if let Some(text) = frame.comment.and_then(|text| text.strip_prefix(TOKEN_IDS)) {
@@ -280,7 +280,7 @@ impl Place<'_> {
         };
         let attempt = self.dispatch.attempt;
         match frame.event {
-            "token" => {
+            "token" | "result" => {
                 log.append(attempt, index, bytes).map_err(append_error)?;
                 if let Some((count, ids)) = self.ids.take() {
                     stream.keep_ids(index, count, &ids);

@@ -5,8 +5,8 @@
 
 use std::collections::BTreeMap;
 
+use pool_registry_types::engines::EngineSet;
 use pool_registry_types::placement::{PlacementMode, Refusal, Wishes};
-use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{LabelName, ModelRef, PoolKey};
 
 use crate::index::{Candidate, ModelPools, PoolIndex, Standing};
@@ -19,7 +19,8 @@ pub type Spread = BTreeMap<Option<LabelName>, u32>;
 #[derive(Debug, Clone, Copy)]
 pub struct TaskShape<'a> {
     pub model: &'a ModelRef,
-    pub engine: Option<EngineKind>,
+    /// The engines that can do what it asks.
+    pub engines: EngineSet,
     /// Tokens that the pool's context must hold.
     pub ctx: Option<u32>,
     pub wishes: Option<&'a Wishes>,
@@ -39,7 +40,7 @@ impl<'a> TaskShape<'a> {
     pub fn plain(model: &'a ModelRef) -> Self {
         Self {
             model,
-            engine: None,
+            engines: EngineSet::ALL,
             ctx: None,
             wishes: None,
             warm: None,
@@ -235,7 +236,7 @@ fn fits(candidate: &Candidate, shape: &TaskShape<'_>) -> bool {
 
 /// What the task must have and the pool has not, whatever its standing and its slots.
 fn misfit(candidate: &Candidate, shape: &TaskShape<'_>) -> Option<Refusal> {
-    if shape.engine.is_some_and(|engine| engine != candidate.engine) {
+    if !shape.engines.contains(candidate.engine) {
         return Some(Refusal::EngineDiffers);
     }
     if shape.ctx.zip(candidate.ctx_max).is_some_and(|(asked, has)| asked > has) {

@@ -276,6 +276,11 @@ impl PoolIndex {
         unloaded.filter_map(|key| self.get(key)).any(|pool| pool.standing == Standing::Loadable)
     }
 
+    /// The kinds of engines that have the model, whether or not they take tasks at the moment.
+    pub fn engines_of(&self, model: &ModelRef) -> impl Iterator<Item = EngineKind> {
+        self.all().filter(|pool| pool.models.contains(model)).map(|pool| pool.engine)
+    }
+
     pub(crate) fn of_model(&self, model: &ModelRef) -> Option<&ModelPools> {
         self.by_model.get(model)
     }

@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use pool_registry_types::engines::EngineSet;
 use pool_registry_types::placement::{Labels, Refusal, Wishes};
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{LabelName, ModelRef, NodeId, PoolId, PoolKey};
@@ -109,7 +110,8 @@ fn a_tried_pool_is_taken_again_after_the_backoff_when_nothing_else_fits() {
     let tried = [key("a", "pool-0")];
     let other_engine = Candidate { engine: EngineKind::OpenAi, ..pool("b", 0, 4) };
     let index = index([pool("a", 0, 4), other_engine]);
-    let waiting = TaskShape { engine: Some(EngineKind::LlamaCpp), may_repeat: false, ..shape(&m, &tried) };
+    let engines = EngineSet::from_iter([EngineKind::LlamaCpp]);
+    let waiting = TaskShape { engines, may_repeat: false, ..shape(&m, &tried) };
     assert_eq!(choose(&index, &waiting), Err(NoPlacement::BackingOff));
     let over = TaskShape { may_repeat: true, ..waiting };
     assert_eq!(choose(&index, &over).unwrap().pool, key("a", "pool-0"));
@@ -311,7 +313,7 @@ proptest! {
         facts in prop::collection::vec(any_candidate(), 0..30),
         removed in prop::collection::vec((0_u8..6, 0_u8..2), 0..4),
         tried in prop::collection::vec((0_u8..6, 0_u8..2), 0..4),
-        engine in prop::option::of(Just(EngineKind::LlamaCpp)),
+        engines in prop::sample::select(vec![EngineSet::ALL, EngineSet::from_iter([EngineKind::LlamaCpp])]),
         ctx in prop::option::of(Just(1024_u32)),
         may_repeat in any::<bool>(),
         wish in prop::option::of(prop::sample::select(vec![
@@ -334,7 +336,7 @@ proptest! {
         let m = model("m");
         let wish = wish.map(wishes);
         let wishes = wish.as_ref();
-        let shape = TaskShape { engine, ctx, wishes, tried: &tried, may_repeat, draw, ..TaskShape::plain(&m) };
+        let shape = TaskShape { engines, ctx, wishes, tried: &tried, may_repeat, draw, ..TaskShape::plain(&m) };
         let walked: Vec<_> =
             explain(&index, &shape).map(|verdict| (&verdict.candidate.key, verdict.refusal)).collect();
         let eligible: Vec<&PoolKey> =

@@ -14,16 +14,17 @@ use multi_node_placement::{
     Candidate, NoPlacement, PoolIndex, Spread, Standing, Strategy, TaskShape, ToLoad, choose, choose_to_load,
     count_refusals, explain,
 };
+use pool_registry_types::engines::EngineSet;
 use pool_registry_types::error::EndCause;
 use pool_registry_types::moment::millis;
 use pool_registry_types::node::{
     Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, IntentOrder, Liveness, RegisterAnswer, RegisterRequest,
 };
 use pool_registry_types::placement::{Explanation, PoolName, PoolVerdict};
-use pool_registry_types::pool::{PoolReport, PoolState};
+use pool_registry_types::pool::{EngineKind, PoolReport, PoolState};
 use pool_registry_types::task::{
     AttemptView, KvHint, Metrics, Priority, ResumeMode, SessionView, TaskAccepted, TaskPage, TaskRequest,
-    TaskState, TaskStreams, TaskSummary, TaskView,
+    TaskState, TaskStreams, TaskSummary, TaskView, unsupported,
 };
 use pool_registry_types::view::{ClusterChange, ClusterView};
 use pool_registry_types::{

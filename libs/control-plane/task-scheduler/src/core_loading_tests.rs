@@ -103,3 +103,19 @@ fn a_loadable_pool_counts_as_having_its_model() {
     assert!(b.submit(task()).1.is_ok());
     assert_eq!(b.asked(), ["a"]);
 }
+
+// CLOUD-2481
+#[test]
+fn what_no_engine_of_the_model_can_do_is_refused_at_once() {
+    let mut b = Bench::new();
+    let reply = b.reply();
+    b.apply(Event::Register { reply, request: register("a") });
+    b.tell("a", 1, PoolReport { engine: EngineKind::OpenAi, ..report(2, &[]) });
+    let guided = TaskRequest { grammar: Some("root ::= \"a\"".into()), ..task() };
+    let error = b.submit(guided.clone()).1.unwrap_err();
+    assert_eq!((error.code, error.engine), (ErrorCode::Unsupported, Some(EngineKind::OpenAi)));
+    assert!(error.message.starts_with("grammar"), "{error}");
+    b.join("b", 1);
+    assert!(b.submit(guided).1.is_ok());
+    assert_eq!(b.node_of(0), "b");
+}

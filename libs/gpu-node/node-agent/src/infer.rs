@@ -14,14 +14,15 @@ use futures::{FutureExt, Stream, StreamExt, stream};
 use pool_registry_types::error::EndCause;
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::sse::{Decoder, TOKEN_IDS, write_comment, write_frame};
-use pool_registry_types::task::{End, FinishReason, InferRequest, ResumeMode};
+use pool_registry_types::task::{End, FinishReason, InferRequest, MAX_RESULT_BYTES, ResumeMode};
 use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, PoolId, ReplicaId};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::Agent;
 use crate::core::{Ask, Health, Readiness};
-use crate::engines::{self, Reader, Said};
+use crate::engines::documents::{self, Document, DocumentError};
+use crate::engines::{self, Reader, Reply, Said};
 
 /// Pieces of an engine's stream that are taken together when they have arrived already.
 const MOST_PIECES_AT_ONCE: usize = 64;
@@ -58,6 +59,8 @@ enum Phase {
     Opening(EngineAnswer),
     Refused(Pin<Box<dyn Future<Output = ErrorBody> + Send>>),
     Streaming(EngineBody),
+    /// The answer is one document, of which nothing is given out before it is whole.
+    Reading(Pin<Box<dyn Future<Output = Result<Document, DocumentError>> + Send>>),
     /// The last bytes were given out.
     Over,
 }
@@ -68,6 +71,9 @@ struct Generation {
     phase: Phase,
     decoder: Decoder,
     reader: Reader,
+    reply: Reply,
+    /// Results that a document must have.
+    asked: usize,
     log_id: LogId,
     index: u64,
     /// What was sent before and has not come again; only where the stream is replayed.
@@ -175,10 +181,13 @@ impl Agent {
         self.counters.lock().accepted += 1;
         let cancel = CancellationToken::new();
         self.cancels.lock().insert(request.attempt_id, cancel.clone());
-        let complete = sent.is_some() && engines::tokens_left(&request.task, ctx_max, sent) == Some(0);
+        let left = engines::tokens_left(&request.task, ctx_max, sent);
+        let complete = sent.is_some() && left == Some(0);
         let tokens_before = sent.map_or(0, |sent| sent.tokens);
         let unrepeated = resume.filter(|resume| resume.mode == ResumeMode::Replay).map(|resume| resume.text);
-        let reader = Reader::new(asked.reply, asked.wants_ids);
+        let reply = asked.reply;
+        let reader = Reader::new(reply, asked.wants_ids).bounded_by(left);
+        let inputs = request.task.inputs.as_ref().map_or(0, |inputs| inputs.texts().len());
         let traceparent = traceparent.map(str::to_owned);
         let phase = if complete {
             Phase::Complete
@@ -192,6 +201,8 @@ impl Agent {
             phase,
             decoder: Decoder::new(),
             reader,
+            reply,
+            asked: inputs,
             log_id: request.log_id,
             index: request.first_index,
             unrepeated,
@@ -220,6 +231,7 @@ enum Happened {
     Answered(Result<reqwest::Response, reqwest::Error>),
     Refused(ErrorBody),
     Chunk(Option<Result<Bytes, reqwest::Error>>),
+    Document(Result<Document, DocumentError>),
     Tick,
     Canceled,
 }
@@ -232,7 +244,7 @@ impl Generation {
                 Phase::Over => return None,
                 Phase::Complete => {
                     let mut out = Vec::new();
-                    self.finish(&mut out, 0, FinishReason::Length);
+                    self.finish(&mut out, 0, None, FinishReason::Length);
                     return Some(Bytes::from(out));
                 }
                 Phase::Opening(answer) => tokio::select! {
@@ -252,6 +264,12 @@ impl Generation {
                     chunk = body.next() => Happened::Chunk(chunk),
                     _ = self.keep_alive.tick() => Happened::Tick,
                 },
+                Phase::Reading(document) => tokio::select! {
+                    biased;
+                    () = self.cancel.cancelled() => Happened::Canceled,
+                    document = document => Happened::Document(document),
+                    _ = self.keep_alive.tick() => Happened::Tick,
+                },
             };
             let out = match happened {
                 Happened::Tick => {
@@ -266,6 +284,7 @@ impl Generation {
                 Happened::Answered(answer) => self.answered(answer),
                 Happened::Refused(error) => Some(self.fail(error, true)),
                 Happened::Chunk(chunk) => Some(self.chunks(chunk).await),
+                Happened::Document(document) => Some(self.document(document)),
             };
             if let Some(out) = out.filter(|out| !out.is_empty()) {
                 return Some(Bytes::from(out));
@@ -294,13 +313,23 @@ impl Generation {
             return None;
         }
         let kind = response.headers().get("content-type").and_then(|value| value.to_str().ok());
-        if !kind.is_some_and(|kind| kind.starts_with("text/event-stream")) {
-            let message =
-                format!("the engine answered {} instead of an event stream", kind.unwrap_or("nothing"));
+        let due = self.reply.media_type();
+        if !kind.is_some_and(|kind| kind.starts_with(due)) {
+            let message = format!("the engine answered {} instead of {due}", kind.unwrap_or("nothing"));
             let error = ErrorBody::new(ErrorCode::WorkerReset, message).with_cause(EndCause::Engine5xx);
             return Some(self.fail(error, false));
         }
-        self.phase = Phase::Streaming(Box::pin(response.bytes_stream()));
+        if self.reply.ends_by_closing() && !response.headers().contains_key("transfer-encoding") {
+            // A message without a length ends where its connection does, by death too.
+            let message = "the engine's stream has neither an end marker nor an end of its own";
+            let error = ErrorBody::new(ErrorCode::WorkerReset, message).with_cause(EndCause::Engine5xx);
+            return Some(self.fail(error, false));
+        }
+        self.phase = if self.reply.is_document() {
+            Phase::Reading(Box::pin(documents::read(response, self.reply, self.asked)))
+        } else {
+            Phase::Streaming(Box::pin(response.bytes_stream()))
+        };
         None
     }
 
@@ -327,6 +356,12 @@ impl Generation {
     }
 
     fn chunk(&mut self, chunk: Option<Result<Bytes, reqwest::Error>>) -> Vec<u8> {
+        let in_order = chunk.is_none() && !self.decoder.has_partial_frame();
+        if in_order && let Some(end) = self.reader.closed() {
+            let mut out = Vec::new();
+            self.said(&mut out, end);
+            return out;
+        }
         let bytes = match chunk {
             Some(Ok(bytes)) => bytes,
             lost => {
@@ -346,32 +381,72 @@ impl Generation {
                 Ok(None) => return out,
                 Err(error) => Said::Failed(error.to_string()),
             };
-            match said {
-                Said::Nothing => {}
-                Said::Text(text) => {
-                    if !self.text(&mut out, &text) {
-                        return out;
-                    }
-                }
-                Said::End { text, tokens_out, finish_reason } => {
-                    if !self.text(&mut out, text.as_deref().unwrap_or_default()) {
-                        return out;
-                    }
-                    if self.unrepeated.as_ref().is_some_and(|rest| !rest.is_empty()) {
-                        self.replay_differs(&mut out);
-                        return out;
-                    }
-                    self.finish(&mut out, tokens_out, finish_reason);
-                    return out;
-                }
-                Said::Failed(reason) => {
-                    let error =
-                        ErrorBody::new(ErrorCode::WorkerReset, format!("the engine failed: {reason}"));
-                    out.extend(self.fail(error.with_cause(EndCause::Engine5xx), false));
-                    return out;
-                }
+            if !self.said(&mut out, said) {
+                return out;
             }
         }
+    }
+
+    /// Takes what an event of the engine says. Returns whether the stream goes on.
+    fn said(&mut self, out: &mut Vec<u8>, said: Said) -> bool {
+        match said {
+            Said::Nothing => true,
+            Said::Text(text) => self.text(out, &text),
+            Said::End { text, tokens_out, finish_reason } => {
+                if !self.text(out, text.as_deref().unwrap_or_default()) {
+                    return false;
+                }
+                if self.unrepeated.as_ref().is_some_and(|rest| !rest.is_empty()) {
+                    self.replay_differs(out);
+                } else {
+                    self.finish(out, tokens_out, None, finish_reason);
+                }
+                false
+            }
+            Said::Failed(reason) => {
+                let error = ErrorBody::new(ErrorCode::WorkerReset, format!("the engine failed: {reason}"));
+                out.extend(self.fail(error.with_cause(EndCause::Engine5xx), false));
+                false
+            }
+            Said::Refused(error) => {
+                out.extend(self.fail(*error, true));
+                false
+            }
+        }
+    }
+
+    /// Gives out the whole answer, or none of it.
+    fn document(&mut self, document: Result<Document, DocumentError>) -> Vec<u8> {
+        let document = match document {
+            Ok(document) => document,
+            Err(error) => {
+                let (cause, idle) = match &error {
+                    DocumentError::Lost(_) => (EndCause::EngineDied, true),
+                    DocumentError::TooLong => (EndCause::Engine5xx, false),
+                    DocumentError::Unreadable(_) => (EndCause::Engine5xx, true),
+                };
+                let error = ErrorBody::new(ErrorCode::WorkerReset, format!("the engine failed: {error}"));
+                return self.fail(error.with_cause(cause), idle);
+            }
+        };
+        self.first_token.get_or_insert_with(Instant::now);
+        let mut out = Vec::new();
+        let first = self.index;
+        for data in &document.results {
+            write_frame(&mut out, Some((&self.log_id, self.index)), "result", data);
+            self.index += 1;
+        }
+        if out.len() > MAX_RESULT_BYTES {
+            self.index = first;
+            let message = format!(
+                "inputs: {} results take {} bytes, and a task keeps at most {MAX_RESULT_BYTES}: send fewer",
+                document.results.len(),
+                out.len()
+            );
+            return self.fail(ErrorBody::new(ErrorCode::PayloadTooLarge, message), true);
+        }
+        self.finish(&mut out, 0, document.tokens_in, FinishReason::Stop);
+        out
     }
 
     /// Takes a text of the engine: what has been sent before is compared, what is new is sent.
@@ -422,12 +497,18 @@ impl Generation {
         self.index += 1;
     }
 
-    fn finish(&mut self, out: &mut Vec<u8>, tokens_out: u64, finish_reason: FinishReason) {
+    fn finish(
+        &mut self,
+        out: &mut Vec<u8>,
+        tokens_out: u64,
+        tokens_in: Option<u64>,
+        finish_reason: FinishReason,
+    ) {
         let since = |at: Instant| u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX);
         let (decode_time_ms, decode_ms) = (since(self.started), self.first_token.map_or(0, since));
         let made_here = tokens_out;
         let tokens_out = tokens_out + self.tokens_before;
-        let end = End { tokens_out, decode_time_ms, decode_ms, finish_reason };
+        let end = End { tokens_out, tokens_in, decode_time_ms, decode_ms, finish_reason };
         let data = serde_json::to_string(&end).unwrap_or_default();
         let seq = self.slot.end(true);
         let mut counters = self.slot.agent.counters.lock();

@@ -20,16 +20,19 @@ pub(crate) async fn watch(agent: Arc<Agent>, handoff: Handoff, stop: Cancellatio
     let (pool_id, replica_id) = (handoff.pool_id.clone(), handoff.replica_id.clone());
     // A handoff that says everything binds before its engine answers: the pool is loading then.
     let mut bound = bind(&agent, &handoff, EngineFacts::default(), &stop).is_ok();
+    // What it leaves open the engine says once it answers.
+    let mut known = handoff.engine_version.is_some() && handoff.ctx_max.is_some();
+    let models = handoff.model_names();
     let mut last = None;
     loop {
         let looked = tokio::select! {
             () = stop.cancelled() => break,
-            looked = engines::probe(agent.client(), handoff.engine, &handoff.url) => looked,
+            looked = engines::probe(agent.client(), handoff.engine, &handoff.url, &models) => looked,
         };
         let (readiness, busy) = match looked {
-            Ok((facts, busy)) if !bound => match bind(&agent, &handoff, facts, &stop) {
+            Ok((facts, busy)) if !bound || !known => match bind(&agent, &handoff, facts, &stop) {
                 Ok(()) => {
-                    bound = true;
+                    (bound, known) = (true, true);
                     (Readiness::Ready, busy)
                 }
                 Err(why) => (Readiness::Failed(why), None),

@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::engines::{EngineSet, GrammarForm, capabilities};
 use crate::error::{ErrorBody, ErrorCode};
 use crate::ids::{AttemptId, BootId, LogId, ModelRef, NodeId, PoolId, ReplicaId, SessionId, TaskId};
 use crate::placement::Wishes;
@@ -18,6 +19,10 @@ pub const MAX_BODY_BYTES: usize = 4 * 1024 * 1024;
 pub const INFER_OVERHEAD_BYTES: usize = 10 * 1024 * 1024;
 /// Most texts in `stop`.
 pub const MAX_STOP_TEXTS: usize = 16;
+/// Most texts that one task embeds, and most documents that it ranks.
+pub const MAX_INPUTS: usize = 2048;
+/// Most bytes of results that a node sends: a task's log keeps 8 MiB, and its end must fit too.
+pub const MAX_RESULT_BYTES: usize = 8 * 1024 * 1024 - 64 * 1024;
 /// Longest wait a client may ask for: one day.
 pub const MAX_WAIT_MS: u64 = 24 * 3600 * 1000;
 
@@ -37,8 +42,66 @@ impl Priority {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Workload {
+    /// Of a prompt or of messages: a stream of tokens.
     #[default]
     Completion,
+    /// One vector for each text.
+    Embedding,
+    /// Documents in the order in which they answer a query.
+    Rerank,
+}
+
+impl Workload {
+    pub const ALL: [Self; 3] = [Self::Completion, Self::Embedding, Self::Rerank];
+}
+
+/// What is embedded or ranked. Each form belongs to the workload of its name:
+/// `{"embedding": ["…", "…"]}` or `{"rerank": {"query": "…", "documents": ["…"]}}`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Inputs {
+    /// 1 to [`MAX_INPUTS`] texts.
+    Embedding(Vec<String>),
+    Rerank(RerankInputs),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RerankInputs {
+    pub query: String,
+    /// 1 to [`MAX_INPUTS`] texts.
+    pub documents: Vec<String>,
+}
+
+impl Inputs {
+    /// The texts that are embedded or ranked: there is one result for each.
+    pub fn texts(&self) -> &[String] {
+        match self {
+            Self::Embedding(texts) => texts,
+            Self::Rerank(rerank) => &rerank.documents,
+        }
+    }
+
+    fn check(&self, workload: Workload) -> Result<(), String> {
+        let name = match (self, workload) {
+            (Self::Embedding(_), Workload::Embedding) => "inputs.embedding",
+            (Self::Rerank(rerank), Workload::Rerank) => {
+                if rerank.query.is_empty() {
+                    return Err("inputs.rerank.query: an empty text ranks nothing".into());
+                }
+                "inputs.rerank.documents"
+            }
+            _ => return Err("inputs: must be those of the workload".into()),
+        };
+        let texts = self.texts();
+        if !(1..=MAX_INPUTS).contains(&texts.len()) {
+            return Err(format!("{name}: must be 1 to {MAX_INPUTS} texts"));
+        }
+        match texts.iter().position(String::is_empty) {
+            Some(n) => Err(format!("{name}[{n}]: must not be empty")),
+            None => Ok(()),
+        }
+    }
 }
 
 /// How exactly a repeated run must agree.
@@ -120,11 +183,13 @@ pub struct TaskRequest {
     pub ctx: Option<u32>,
     #[serde(default)]
     pub priority: Priority,
-    /// Exactly one of `prompt` and `messages`.
+    /// Exactly one of `prompt`, `messages` and, for the other workloads, `inputs`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prompt: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub messages: Option<Vec<ChatMessage>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inputs: Option<Inputs>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_tokens: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -142,7 +207,7 @@ pub struct TaskRequest {
     pub min_p: Option<f64>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stop: Vec<String>,
-    /// GBNF; llama.cpp only.
+    /// GBNF, for llama.cpp; with `"engine": "vllm"` what its guide takes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grammar: Option<String>,
     /// Milliseconds from admission to the end of the stream.
@@ -179,6 +244,7 @@ impl TaskRequest {
             priority: Priority::Interactive,
             prompt: Some(prompt.into()),
             messages: None,
+            inputs: None,
             max_tokens: None,
             seed: None,
             temperature: None,
@@ -201,13 +267,8 @@ impl TaskRequest {
     /// Finds what the types cannot. The error is `INVALID_PARAMS` or `UNSUPPORTED` and names the field.
     pub fn check(&self) -> Result<(), ErrorBody> {
         let invalid = |message: String| Err(ErrorBody::new(ErrorCode::InvalidParams, message));
-        match (&self.prompt, &self.messages) {
-            (Some(_), Some(_)) => return invalid("prompt and messages: give exactly one of them".into()),
-            (None, None) => return invalid("prompt or messages: one of them is required".into()),
-            (None, Some(messages)) if messages.is_empty() => {
-                return invalid("messages: at least one message is required".into());
-            }
-            _ => {}
+        if let Err(message) = self.check_input() {
+            return invalid(message);
         }
         for (field, value, most) in
             [("temperature", self.temperature, 5.0), ("top_p", self.top_p, 1.0), ("min_p", self.min_p, 1.0)]
@@ -243,22 +304,11 @@ impl TaskRequest {
                 return invalid(format!("{field}: must be between 1 and {MAX_WAIT_MS} milliseconds"));
             }
         }
-        let unsupported = |message: &str| Err(ErrorBody::new(ErrorCode::Unsupported, message));
-        if self.grammar.is_some() && self.engine == Some(EngineKind::OpenAi) {
-            return unsupported("grammar: only llamacpp takes one");
-        }
-        if self.recovery == Recovery::Continue && !self.replays() {
-            // What was sent would have to be parsed by the grammar's state, which no engine takes.
-            if self.grammar.is_some() {
-                return unsupported(
-                    "recovery: a grammar cannot be continued, only replayed: set determinism to strict, and a seed",
-                );
-            }
-            if self.messages.is_some() && self.engine == Some(EngineKind::OpenAi) {
-                return unsupported(
-                    "recovery: an openai engine continues no messages: set determinism to strict, and a seed",
-                );
-            }
+        if self.engines().is_empty() {
+            // Without a named engine the one that can do most says what is too much.
+            let engine = self.engine.unwrap_or(EngineKind::LlamaCpp);
+            let field = self.lacks(engine).unwrap_or("engine");
+            return Err(unsupported(field, engine));
         }
         match &self.placement {
             Some(wishes) => wishes.check(self.session_id.is_some()),
@@ -277,12 +327,88 @@ impl TaskRequest {
         (self.recovery == Recovery::Continue).then_some(mode)
     }
 
-    /// The engine that can serve the task, when only one can.
-    pub fn required_engine(&self) -> Option<EngineKind> {
-        let chat_that_continues = self.messages.is_some() && self.continuation() == Some(ResumeMode::Append);
-        let only_llamacpp = self.grammar.is_some() || chat_that_continues;
-        self.engine.or(only_llamacpp.then_some(EngineKind::LlamaCpp))
+    /// The kinds of engines that can do what the task asks.
+    pub fn engines(&self) -> EngineSet {
+        let named = |engine: &EngineKind| self.engine.is_none_or(|named| named == *engine);
+        let able = EngineKind::ALL.into_iter().filter(|engine| self.lacks(*engine).is_none());
+        able.filter(named).collect()
     }
+
+    /// The first field that engines of the kind cannot honour; nothing when they can do it all.
+    pub fn lacks(&self, engine: EngineKind) -> Option<&'static str> {
+        let can = capabilities(engine);
+        let grammar = match can.grammar {
+            GrammarForm::Gbnf => true,
+            GrammarForm::Ebnf => self.engine == Some(engine),
+            GrammarForm::None => false,
+        };
+        let workload = match self.workload {
+            Workload::Completion => true,
+            Workload::Embedding => can.embedding,
+            Workload::Rerank => can.rerank,
+        };
+        // What was sent would have to be parsed by the grammar's state, which no engine takes.
+        let continues = self.grammar.is_none()
+            && if self.messages.is_some() { can.continues_messages } else { can.continues_prompt };
+        let appends = self.continuation() == Some(ResumeMode::Append);
+        // Only of a prompt: TGI's chat knows no top_k.
+        let top_k = can.top_k && !(engine == EngineKind::Tgi && self.messages.is_some());
+        let asked_and_lacking = [
+            ("workload", !workload),
+            ("prompt", self.prompt.is_some() && !can.completion),
+            ("messages", self.messages.is_some() && !can.chat),
+            ("grammar", self.grammar.is_some() && !grammar),
+            ("seed", self.seed.is_some() && !can.seed),
+            ("top_k", self.top_k.is_some() && !top_k),
+            ("min_p", self.min_p.is_some() && !can.min_p),
+            ("recovery", appends && !continues),
+        ];
+        asked_and_lacking.into_iter().find_map(|(field, lacking)| lacking.then_some(field))
+    }
+
+    /// What the task works on, and that the options are those of its workload.
+    fn check_input(&self) -> Result<(), String> {
+        let completes = self.workload == Workload::Completion;
+        match (completes, &self.prompt, &self.messages, &self.inputs) {
+            (true, Some(_), Some(_), _) => {
+                return Err("prompt and messages: give exactly one of them".into());
+            }
+            (true, .., Some(_)) => return Err("inputs: a completion has a prompt or messages".into()),
+            (true, None, None, None) => {
+                return Err("prompt or messages: one of them is required".into());
+            }
+            (true, None, Some(messages), None) if messages.is_empty() => {
+                return Err("messages: at least one message is required".into());
+            }
+            (true, ..) => return Ok(()),
+            (false, None, None, Some(inputs)) => inputs.check(self.workload)?,
+            (false, .., None) => return Err("inputs: required by this workload".into()),
+            (false, ..) => return Err("prompt and messages: this workload has inputs".into()),
+        }
+        let options = [
+            ("max_tokens", self.max_tokens.is_some()),
+            ("seed", self.seed.is_some()),
+            ("temperature", self.temperature.is_some()),
+            ("top_p", self.top_p.is_some()),
+            ("top_k", self.top_k.is_some()),
+            ("min_p", self.min_p.is_some()),
+            ("stop", !self.stop.is_empty()),
+            ("grammar", self.grammar.is_some()),
+            ("recovery", self.recovery == Recovery::Continue),
+        ];
+        match options.into_iter().find(|(_, given)| *given) {
+            Some((field, _)) => Err(format!("{field}: only of a completion")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The refusal of a task whose `field` an engine cannot honour.
+pub fn unsupported(field: &str, engine: EngineKind) -> ErrorBody {
+    let message = format!("{field}: {engine} cannot do that with the rest of the task");
+    let mut error = ErrorBody::new(ErrorCode::Unsupported, message);
+    error.engine = Some(engine);
+    error
 }
 
 /// `202` of `POST /v2/tasks`.
@@ -417,11 +543,33 @@ pub struct Token {
     pub i: u64,
 }
 
+/// Event `result` of an embedding: one for each text, in their order.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct EmbeddingResult {
+    /// The number of the text in `inputs`.
+    pub i: u64,
+    pub embedding: Vec<f32>,
+}
+
+/// Event `result` of a rerank: one for each document, the best first.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct RerankResult {
+    /// 0 for the best.
+    pub i: u64,
+    /// The number of the document in `inputs`.
+    pub document: u64,
+    /// The engine's own; comparable within one answer only.
+    pub score: f64,
+}
+
 /// Event `end`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct End {
-    /// The engine's own count.
+    /// The engine's own count; 0 where nothing is generated.
     pub tokens_out: u64,
+    /// Tokens of the inputs, where the engine says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens_in: Option<u64>,
     /// Milliseconds from the acceptance of the attempt to its last token.
     pub decode_time_ms: u64,
     /// Milliseconds from its first token to its last.
@@ -572,7 +720,7 @@ mod tests {
             let replayed = TaskRequest { determinism: Determinism::Strict, seed: Some(1), ..task };
             assert_eq!((replayed.check(), replayed.continuation()), (Ok(()), Some(ResumeMode::Replay)));
         }
-        assert_eq!(continued(chat()).required_engine(), Some(EngineKind::LlamaCpp));
+        assert_eq!(continued(chat()).engines(), [EngineKind::LlamaCpp].into_iter().collect());
         assert_eq!(continued(request()).continuation(), Some(ResumeMode::Append));
         assert_eq!(request().continuation(), None);
     }
@@ -581,8 +729,70 @@ mod tests {
     #[test]
     fn a_grammar_asks_for_llamacpp() {
         let task = TaskRequest { grammar: Some("root ::= \"a\"".into()), ..request() };
-        assert_eq!(task.required_engine(), Some(EngineKind::LlamaCpp));
+        assert_eq!(task.engines(), [EngineKind::LlamaCpp].into_iter().collect());
+        let guided = TaskRequest { engine: Some(EngineKind::Vllm), ..task.clone() };
+        assert_eq!(guided.check(), Ok(()), "who names vllm knows its language");
         let contradiction = TaskRequest { engine: Some(EngineKind::OpenAi), ..task };
         assert_eq!(contradiction.check().unwrap_err().code, ErrorCode::Unsupported);
+    }
+
+    fn embedding(texts: &[&str]) -> TaskRequest {
+        let inputs = Inputs::Embedding(texts.iter().map(|text| (*text).to_owned()).collect());
+        TaskRequest { workload: Workload::Embedding, prompt: None, inputs: Some(inputs), ..request() }
+    }
+
+    fn rerank(query: &str, documents: &[&str]) -> TaskRequest {
+        let documents = documents.iter().map(|text| (*text).to_owned()).collect();
+        let inputs = Inputs::Rerank(RerankInputs { query: query.into(), documents });
+        TaskRequest { workload: Workload::Rerank, prompt: None, inputs: Some(inputs), ..request() }
+    }
+
+    // CLOUD-2486
+    #[test]
+    fn inputs_belong_to_their_workload_and_are_bounded() {
+        assert_eq!(embedding(&["a", "b"]).check(), Ok(()));
+        assert_eq!(rerank("q", &["a"]).check(), Ok(()));
+        let many = vec!["x"; MAX_INPUTS + 1];
+        let crossed = TaskRequest { workload: Workload::Rerank, ..embedding(&["a"]) };
+        let completion = TaskRequest { inputs: embedding(&["a"]).inputs, ..request() };
+        let cases = [
+            ("inputs.embedding", embedding(&[])),
+            ("inputs.embedding", embedding(&many)),
+            ("inputs.embedding[1]", embedding(&["a", ""])),
+            ("inputs.rerank.query", rerank("", &["a"])),
+            ("inputs.rerank.documents", rerank("q", &[])),
+            ("inputs", crossed),
+            ("inputs", completion),
+            ("inputs", TaskRequest { inputs: None, ..embedding(&["a"]) }),
+            ("prompt", TaskRequest { prompt: Some("x".into()), ..embedding(&["a"]) }),
+            ("max_tokens", TaskRequest { max_tokens: Some(1), ..embedding(&["a"]) }),
+            ("recovery", TaskRequest { recovery: Recovery::Continue, ..rerank("q", &["a"]) }),
+        ];
+        for (field, case) in cases {
+            let error = case.check().expect_err(field);
+            assert_eq!(error.code, ErrorCode::InvalidParams, "{error}");
+            assert!(error.message.contains(field), "{field}: {}", error.message);
+        }
+    }
+
+    // CLOUD-2481
+    #[test]
+    fn a_named_engine_that_cannot_is_refused_by_the_field() {
+        let named = |engine, task: TaskRequest| TaskRequest { engine: Some(engine), ..task };
+        let message = ChatMessage { role: Role::User, content: "x".into() };
+        let chat = TaskRequest { prompt: None, messages: Some(vec![message]), ..request() };
+        let cases = [
+            ("messages", named(EngineKind::Triton, chat.clone())),
+            ("workload", named(EngineKind::Tgi, embedding(&["a"]))),
+            ("workload", named(EngineKind::Triton, rerank("q", &["a"]))),
+            ("top_k", named(EngineKind::Tgi, TaskRequest { top_k: Some(1), ..chat.clone() })),
+            ("min_p", named(EngineKind::OpenAi, TaskRequest { min_p: Some(0.1), ..request() })),
+            ("recovery", named(EngineKind::Vllm, TaskRequest { recovery: Recovery::Continue, ..chat })),
+        ];
+        for (field, task) in cases {
+            let error = task.check().expect_err(field);
+            assert_eq!(error.code, ErrorCode::Unsupported, "{error}");
+            assert!(error.message.starts_with(field), "{field}: {}", error.message);
+        }
     }
 }

@@ -5,8 +5,10 @@ use std::path::Path;
 use pool_registry_types::ErrorBody;
 use pool_registry_types::node::{Heartbeat, HeartbeatAnswer, IntentOrder, RegisterAnswer, RegisterRequest};
 use pool_registry_types::placement::Explanation;
-use pool_registry_types::pool::PoolOrdered;
-use pool_registry_types::task::{InferRequest, Metrics, SessionView, TaskAccepted, TaskPage, TaskRequest};
+use pool_registry_types::pool::{PoolOrdered, PoolReport};
+use pool_registry_types::task::{
+    EmbeddingResult, InferRequest, Metrics, RerankResult, SessionView, TaskAccepted, TaskPage, TaskRequest,
+};
 use pool_registry_types::view::{Availability, ClusterChange, ClusterView, PoolList};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -28,6 +30,11 @@ fn stands<T: DeserializeOwned + Serialize>(name: &str) {
 #[test]
 fn every_golden_body_is_read_and_written_as_it_stands() {
     stands::<TaskRequest>("task_request.json");
+    stands::<TaskRequest>("task_request_embedding.json");
+    stands::<TaskRequest>("task_request_rerank.json");
+    stands::<EmbeddingResult>("result_embedding.json");
+    stands::<RerankResult>("result_rerank.json");
+    stands::<PoolReport>("pool_loadable.json");
     stands::<TaskAccepted>("task_accepted.json");
     stands::<RegisterRequest>("register_request.json");
     stands::<RegisterAnswer>("register_answer.json");

@@ -68,7 +68,7 @@ impl ControlCore {
     ) -> TaskShape<'a> {
         let warm = session.filter(|_| request.kv_hint == KvHint::Reuse);
         TaskShape {
-            engine: request.required_engine(),
+            engines: request.engines(),
             ctx: request.ctx,
             wishes: request.placement.as_ref().filter(|_| self.enforces(Rule::PinsHold)),
             warm: warm.and_then(|session| self.sessions.warm_place(session)).map(|place| &place.pool),
@@ -212,5 +212,5 @@ const MOST_IN_VAIN: usize = 64;
 
 /// Whether two tasks that failed on no pool yet have the same eligible ones.
 fn asks_for_the_same(a: &TaskRequest, b: &TaskRequest) -> bool {
-    a.required_engine() == b.required_engine() && a.ctx == b.ctx && a.placement == b.placement
+    a.engines() == b.engines() && a.ctx == b.ctx && a.placement == b.placement
 }

@@ -92,6 +92,9 @@ impl ControlCore {
         if self.retired.contains(model) || self.model_lease(model) <= now {
             return Err(self.model_not_available(model));
         }
+        if let Some(refusal) = self.engine_refusal(request) {
+            return Err(refusal);
+        }
         let pinned = request.placement.as_ref().and_then(|wishes| wishes.pinned_node());
         if let Some(refusal) = pinned.and_then(|node_id| self.pin_refusal(now, node_id)) {
             return Err(refusal);
@@ -123,6 +126,24 @@ impl ControlCore {
                 None => Err(reject(self, "drop-lru", full)),
             },
         }
+    }
+
+    /// What every engine of the model lacks for the task: it would wait in vain.
+    fn engine_refusal(&self, request: &TaskRequest) -> Option<ErrorBody> {
+        let able = request.engines();
+        if able == EngineSet::ALL || EngineKind::ALL.iter().all(|engine| able.contains(*engine)) {
+            // What asks for nothing special costs no look at the pools.
+            return None;
+        }
+        let mut lacking = None;
+        for engine in self.index.engines_of(&request.model_ref) {
+            if able.contains(engine) {
+                return None;
+            }
+            lacking = Some(engine);
+        }
+        let engine = lacking?;
+        Some(unsupported(request.lacks(engine).unwrap_or("engine"), engine))
     }
 
     /// The task of the lane that waits longest and has not run yet: what has begun is not dropped.

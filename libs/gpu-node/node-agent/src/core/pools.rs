@@ -181,6 +181,7 @@ impl Pool {
         let mut replica = Replica::new(spec);
         if let Some(before) = self.replicas.remove(&replica.spec.replica_id) {
             replica.attempts = before.attempts;
+            replica.served = before.served;
             replica.settling = before.settling;
         }
         self.replicas.insert(replica.spec.replica_id.clone(), replica);

@@ -7,7 +7,10 @@
 use pool_registry_types::task::{FinishReason, KvHint, Resume, ResumeMode, TaskRequest};
 use serde_json::{Value, json};
 
-use super::{EngineFacts, EngineRequest, NotReady, Reply, Said, get_json, model_names, openai, tokens_left};
+use super::{
+    EngineFacts, EngineRequest, NotReady, Reply, Said, gauges, get_json, model_names, openai, said_error,
+    tokens_left,
+};
 
 /// What `/completion` cannot take as it is: messages, and what was sent before.
 #[derive(Debug, Clone, PartialEq)]
@@ -70,7 +73,7 @@ pub(super) fn request(task: &TaskRequest, ctx_max: Option<u32>, sent: Option<&Re
     let continues = task.continuation() == Some(ResumeMode::Append);
     let cold = (task.kv_hint == KvHint::Cold).then_some(false);
     if task.prompt.is_none() && !continues {
-        let mut request = openai::chat(task, ctx_max);
+        let mut request = openai::chat(task);
         openai::set(&mut request.body, "top_k", task.top_k);
         openai::set(&mut request.body, "min_p", task.min_p);
         openai::set(&mut request.body, "grammar", task.grammar.clone());
@@ -95,7 +98,7 @@ pub(super) fn request(task: &TaskRequest, ctx_max: Option<u32>, sent: Option<&Re
     let incomplete = messages.is_some() || sent.is_some();
     let preparation = incomplete.then(|| Preparation { messages, prompt, sent: sent.cloned() });
     EngineRequest {
-        path: "/completion",
+        path: "/completion".into(),
         body,
         reply: Reply::LlamaCompletion,
         preparation,
@@ -124,7 +127,7 @@ pub(super) fn read(data: &str) -> Said {
         Err(error) => return Said::Failed(format!("unreadable event: {error}")),
     };
     if let Some(error) = event.error {
-        return Said::Failed(error["message"].as_str().unwrap_or("an error without a message").to_owned());
+        return said_error(None, &json!({ "error": error }));
     }
     let text = event.content.filter(|text| !text.is_empty()).map(std::borrow::Cow::into_owned);
     if event.stop {
@@ -174,20 +177,9 @@ pub(super) async fn probe(
 
 /// From the gauges; from the slots where the gauges are off.
 pub(super) async fn busy(client: &reqwest::Client, url: &str) -> Option<u32> {
-    let metrics = async {
-        let response = client.get(format!("{url}/metrics")).send().await.ok()?;
-        response.status().is_success().then_some(())?;
-        let text = response.text().await.ok()?;
-        let gauge = |name: &str| {
-            let line = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok());
-            // A gauge of requests is a small whole number.
-            line.and_then(|value| format!("{value:.0}").parse::<u32>().ok())
-        };
-        let deferred = gauge("llamacpp:requests_deferred").unwrap_or(0);
-        Some(gauge("llamacpp:requests_processing")? + deferred)
-    };
-    if let Some(busy) = metrics.await {
-        return Some(busy);
+    let metrics = gauges::read(client, url).await.unwrap_or_default();
+    if let Some(processing) = gauges::sum(&metrics, "llamacpp:requests_processing") {
+        return Some(processing + gauges::sum(&metrics, "llamacpp:requests_deferred").unwrap_or(0));
     }
     let slots = get_json(client, format!("{url}/slots")).await.ok()?;
     let busy = slots.as_array()?.iter().filter(|slot| slot["is_processing"] == true).count();
@@ -210,7 +202,7 @@ mod tests {
             ..TaskRequest::completion(ModelRef::new("m").unwrap(), "hi")
         };
         let request = request(&task, Some(64), None);
-        assert_eq!((request.path, &request.preparation), ("/completion", &None));
+        assert_eq!((&*request.path, &request.preparation), ("/completion", &None));
         let expected = json!({"prompt":"hi","stream":true,"response_fields":READ,"n_predict":64,"seed":1,"temperature":0.0,"stop":["\n"]});
         assert_eq!(request.body, expected);
     }

@@ -4,11 +4,12 @@
 //! not say how busy they are.
 
 use pool_registry_types::task::{FinishReason, Resume, TaskRequest};
-use pool_registry_types::{ErrorBody, ErrorCode};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{EngineFacts, EngineRequest, Reader, Reply, Said, get_json, model_names, tokens_left};
+use super::{
+    EngineFacts, EngineRequest, Reader, Reply, Said, get_json, model_names, said_error, tokens_left,
+};
 
 /// Sets a field that has a value.
 pub(crate) fn set<T: Serialize>(body: &mut Value, name: &str, value: Option<T>) {
@@ -17,14 +18,13 @@ pub(crate) fn set<T: Serialize>(body: &mut Value, name: &str, value: Option<T>) 
     }
 }
 
-fn common(task: &TaskRequest, ctx_max: Option<u32>, sent: Option<&Resume>) -> Value {
+fn common(task: &TaskRequest, bound: Option<u64>) -> Value {
     let mut body = json!({
         "model": task.model_ref,
         "stream": true,
         "stream_options": { "include_usage": true },
     });
-    // Some servers stop after 16 tokens when nothing is said.
-    set(&mut body, "max_tokens", tokens_left(task, ctx_max.filter(|_| task.prompt.is_some()), sent));
+    set(&mut body, "max_tokens", bound);
     set(&mut body, "seed", task.seed);
     set(&mut body, "temperature", task.temperature);
     set(&mut body, "top_p", task.top_p);
@@ -34,31 +34,30 @@ fn common(task: &TaskRequest, ctx_max: Option<u32>, sent: Option<&Resume>) -> Va
     body
 }
 
-pub(super) fn chat(task: &TaskRequest, ctx_max: Option<u32>) -> EngineRequest {
-    let mut body = common(task, ctx_max, None);
+pub(super) fn chat(task: &TaskRequest) -> EngineRequest {
+    let mut body = common(task, tokens_left(task, None, None));
     body["messages"] = json!(task.messages);
     EngineRequest::whole("/v1/chat/completions", body, Reply::OpenAiChat)
 }
 
-pub(super) fn request(
+/// Goes on from the prompt, and from what was sent.
+pub(super) fn text(
     task: &TaskRequest,
-    ctx_max: Option<u32>,
+    prompt: &str,
+    bound: Option<u64>,
     sent: Option<&Resume>,
-) -> Result<EngineRequest, ErrorBody> {
-    if task.grammar.is_some() {
-        return Err(ErrorBody::new(ErrorCode::Unsupported, "grammar: this engine takes none"));
+) -> EngineRequest {
+    let mut body = common(task, bound);
+    body["prompt"] = json!(sent.map_or_else(|| prompt.to_owned(), |sent| format!("{prompt}{}", sent.text)));
+    EngineRequest::whole("/v1/completions", body, Reply::OpenAiCompletion)
+}
+
+pub(super) fn request(task: &TaskRequest, ctx_max: Option<u32>, sent: Option<&Resume>) -> EngineRequest {
+    match &task.prompt {
+        // Some servers stop after 16 tokens when nothing is said.
+        Some(prompt) => text(task, prompt, tokens_left(task, ctx_max, sent), sent),
+        None => chat(task),
     }
-    let Some(prompt) = &task.prompt else {
-        return match sent {
-            None => Ok(chat(task, ctx_max)),
-            Some(_) => {
-                Err(ErrorBody::new(ErrorCode::Unsupported, "recovery: this engine continues no messages"))
-            }
-        };
-    };
-    let mut body = common(task, ctx_max, sent);
-    body["prompt"] = json!(sent.map_or_else(|| prompt.clone(), |sent| format!("{prompt}{}", sent.text)));
-    Ok(EngineRequest::whole("/v1/completions", body, Reply::OpenAiCompletion))
 }
 
 #[derive(Debug, Deserialize)]
@@ -108,7 +107,7 @@ pub(super) fn read(reader: &mut Reader, data: &str) -> Said {
         Err(error) => return Said::Failed(format!("unreadable event: {error}")),
     };
     if let Some(error) = chunk.error {
-        return Said::Failed(error["message"].as_str().unwrap_or("an error without a message").to_owned());
+        return said_error(None, &json!({ "error": error }));
     }
     if let Some(usage) = chunk.usage {
         reader.counted = Some(usage.completion_tokens);

@@ -218,7 +218,7 @@ impl Supervision {
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
             let url = self.state.lock().lives.get(&run).map(|life| life.url.clone()).unwrap_or_default();
-            if let Ok((facts, _)) = engines::probe(self.agent.client(), spec.pool.engine, &url).await {
+            if let Ok((facts, _)) = engines::probe(self.agent.client(), spec.pool.engine, &url, &[]).await {
                 return facts;
             }
         }

@@ -1,0 +1,203 @@
+//! Answers that are one JSON document: embeddings and ranks, the same with every engine that has
+//! them.
+//!
+//! A document is read whole, within a bound, and must answer all that was asked, once: what is
+//! missing cannot be asked again for a part.
+
+use futures::StreamExt;
+use pool_registry_types::task::{EmbeddingResult, Inputs, RerankResult, TaskRequest};
+use serde::Deserialize;
+use serde_json::json;
+
+use super::{EngineRequest, Reply, describe};
+
+/// Longest document that is read, bytes: the most texts that a task may have, with vectors of a
+/// thousand numbers written in full, take about as much.
+const MAX_DOCUMENT_BYTES: usize = 64 * 1024 * 1024;
+
+/// What a document says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Document {
+    /// The data of one `result` event each.
+    pub results: Vec<String>,
+    /// Tokens of the inputs, where the engine says.
+    pub tokens_in: Option<u64>,
+}
+
+/// Why there is no document.
+#[derive(Debug, thiserror::Error)]
+pub enum DocumentError {
+    #[error("{0}")]
+    Lost(String),
+    #[error("its answer is longer than {MAX_DOCUMENT_BYTES} bytes")]
+    TooLong,
+    #[error("its answer is unreadable: {0}")]
+    Unreadable(String),
+}
+
+pub(super) fn request(task: &TaskRequest, inputs: &Inputs) -> EngineRequest {
+    match inputs {
+        Inputs::Embedding(texts) => {
+            let body = json!({ "model": task.model_ref, "input": texts, "encoding_format": "float" });
+            EngineRequest::whole("/v1/embeddings", body, Reply::Embedding)
+        }
+        Inputs::Rerank(rerank) => {
+            let body =
+                json!({ "model": task.model_ref, "query": rerank.query, "documents": rerank.documents });
+            EngineRequest::whole("/v1/rerank", body, Reply::Rerank)
+        }
+    }
+}
+
+/// Reads the answer to a request for `asked` results.
+pub async fn read(
+    response: reqwest::Response,
+    reply: Reply,
+    asked: usize,
+) -> Result<Document, DocumentError> {
+    let (mut body, mut pieces) = (Vec::new(), response.bytes_stream());
+    while let Some(piece) = pieces.next().await {
+        let piece = piece.map_err(|error| DocumentError::Lost(describe(error)))?;
+        if body.len() + piece.len() > MAX_DOCUMENT_BYTES {
+            return Err(DocumentError::TooLong);
+        }
+        body.extend_from_slice(&piece);
+    }
+    // A document of this length takes a good part of a second.
+    let parsing = tokio::task::spawn_blocking(move || parse(reply, asked, &body));
+    let parsed = parsing.await.map_err(|error| DocumentError::Unreadable(error.to_string()))?;
+    parsed.map_err(DocumentError::Unreadable)
+}
+
+#[derive(Debug, Deserialize)]
+struct Embeddings {
+    data: Vec<Embedding>,
+    #[serde(default)]
+    usage: Option<Usage>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Embedding {
+    index: usize,
+    embedding: Vec<f32>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Ranks {
+    results: Vec<Rank>,
+    #[serde(default)]
+    usage: Option<Usage>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Rank {
+    index: usize,
+    relevance_score: f64,
+}
+
+#[derive(Debug, Deserialize)]
+struct Usage {
+    #[serde(default)]
+    prompt_tokens: Option<u64>,
+    #[serde(default)]
+    total_tokens: Option<u64>,
+}
+
+impl Usage {
+    fn tokens_in(usage: Option<Self>) -> Option<u64> {
+        let usage = usage?;
+        usage.prompt_tokens.filter(|tokens| *tokens > 0).or(usage.total_tokens)
+    }
+}
+
+fn parse(reply: Reply, asked: usize, body: &[u8]) -> Result<Document, String> {
+    let unreadable = |error: serde_json::Error| error.to_string();
+    let (results, tokens_in) = if reply == Reply::Embedding {
+        let answer: Embeddings = serde_json::from_slice(body).map_err(unreadable)?;
+        (embeddings(answer.data, asked)?, Usage::tokens_in(answer.usage))
+    } else {
+        let answer: Ranks = serde_json::from_slice(body).map_err(unreadable)?;
+        (ranks(answer.results, asked)?, Usage::tokens_in(answer.usage))
+    };
+    Ok(Document { results, tokens_in })
+}
+
+fn embeddings(mut data: Vec<Embedding>, asked: usize) -> Result<Vec<String>, String> {
+    data.sort_by_key(|embedding| embedding.index);
+    each_once(data.iter().map(|embedding| embedding.index), asked)?;
+    let length = data.first().map_or(0, |first| first.embedding.len());
+    let whole = |vector: &Vec<f32>| vector.len() == length && vector.iter().all(|x| x.is_finite());
+    if length == 0 || !data.iter().all(|embedding| whole(&embedding.embedding)) {
+        return Err("its vectors are empty, of different lengths, or no numbers".into());
+    }
+    let results = data
+        .into_iter()
+        .zip(0..)
+        .map(|(embedding, i)| serde_json::to_string(&EmbeddingResult { i, embedding: embedding.embedding }));
+    results.collect::<Result<_, _>>().map_err(|error| error.to_string())
+}
+
+fn ranks(mut results: Vec<Rank>, asked: usize) -> Result<Vec<String>, String> {
+    results.sort_by_key(|rank| rank.index);
+    each_once(results.iter().map(|rank| rank.index), asked)?;
+    // Equal ones stay in the order in which they were given.
+    results.sort_by(|a, b| b.relevance_score.total_cmp(&a.relevance_score));
+    let results = results.into_iter().zip(0..).map(|(rank, i)| {
+        let document = rank.index as u64;
+        serde_json::to_string(&RerankResult { i, document, score: rank.relevance_score })
+    });
+    results.collect::<Result<_, _>>().map_err(|error| error.to_string())
+}
+
+/// Sorted indices that are 0, 1, 2 … `asked` − 1.
+fn each_once(indices: impl ExactSizeIterator<Item = usize>, asked: usize) -> Result<(), String> {
+    let count = indices.len();
+    if count != asked || !indices.eq(0..asked) {
+        return Err(format!("{count} results for {asked} inputs, or one of them twice"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(reply: Reply, asked: usize, body: &str) -> Result<Document, String> {
+        parse(reply, asked, body.as_bytes())
+    }
+
+    // CLOUD-2482
+    #[test]
+    fn embeddings_come_in_the_order_of_their_texts() {
+        let body = r#"{"object":"list","model":"m","data":[
+            {"object":"embedding","index":1,"embedding":[0.5,-1.0]},
+            {"object":"embedding","index":0,"embedding":[0.1,2.0]}],
+            "usage":{"prompt_tokens":7,"total_tokens":7}}"#;
+        let results =
+            vec![r#"{"i":0,"embedding":[0.1,2.0]}"#.into(), r#"{"i":1,"embedding":[0.5,-1.0]}"#.into()];
+        assert_eq!(said(Reply::Embedding, 2, body), Ok(Document { results, tokens_in: Some(7) }));
+    }
+
+    // CLOUD-2482
+    #[test]
+    fn ranks_come_best_first_and_name_their_documents() {
+        let body = r#"{"results":[{"index":0,"relevance_score":0.1},
+            {"index":1,"document":{"text":"b"},"relevance_score":0.9}],"usage":{"total_tokens":5}}"#;
+        let results =
+            vec![r#"{"i":0,"document":1,"score":0.9}"#.into(), r#"{"i":1,"document":0,"score":0.1}"#.into()];
+        assert_eq!(said(Reply::Rerank, 2, body), Ok(Document { results, tokens_in: Some(5) }));
+    }
+
+    // CLOUD-2482
+    #[test]
+    fn an_answer_that_is_not_to_all_that_was_asked_is_none() {
+        let one = r#"{"data":[{"index":0,"embedding":[1.0]}]}"#;
+        let twice = r#"{"data":[{"index":0,"embedding":[1.0]},{"index":0,"embedding":[1.0]}]}"#;
+        let uneven = r#"{"data":[{"index":0,"embedding":[1.0]},{"index":1,"embedding":[1.0,2.0]}]}"#;
+        let of_tokens = r#"{"data":[{"index":0,"embedding":[[1.0],[2.0]]}]}"#;
+        for (asked, body) in [(2, one), (2, twice), (2, uneven), (1, of_tokens), (1, "{"), (1, "{}")] {
+            assert!(said(Reply::Embedding, asked, body).is_err(), "{body}");
+        }
+        assert!(said(Reply::Rerank, 1, r#"{"results":[]}"#).is_err());
+    }
+}
