@@ -33,6 +33,6 @@ pub unsafe extern "C" fn nvmlDeviceGetHandleByIndex_v2(index: c_uint, device: *m
         return INVALID_ARGUMENT;
     }
     // SAFETY: the caller gives a place for the handle.
-    unsafe { device.write(1 as *mut c_void) };
+    unsafe { device.write(std::ptr::dangling_mut()) };
     SUCCESS
 }

@@ -13,7 +13,7 @@ pub mod triton;
 pub mod vllm;
 
 #[cfg(test)]
-mod conformance;
+mod conformance_tests;
 
 use std::borrow::Cow;
 use std::time::Duration;
