@@ -5,7 +5,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use notify::{RecursiveMode, Watcher};
+use notify::event::{AccessKind, AccessMode};
+use notify::{EventKind, RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -56,7 +57,10 @@ impl HandoffWatcher {
 
     async fn run(self, send: mpsc::Sender<Change>, stop: CancellationToken) {
         let (stirred, mut stirs) = mpsc::channel::<()>(1);
-        let on_event = move |_: notify::Result<notify::Event>| {
+        let on_event = move |event: notify::Result<notify::Event>| {
+            if event.is_ok_and(|event| !may_change(&event.kind)) {
+                return;
+            }
             // One waiting stir is enough: a look sees everything.
             let _ = stirred.try_send(());
         };
@@ -91,6 +95,12 @@ impl HandoffWatcher {
             }
         }
     }
+}
+
+/// Whether the event may be of a change. A look opens the directory and its files, which is an
+/// event too: it must not cause the next look.
+fn may_change(kind: &EventKind) -> bool {
+    !matches!(kind, EventKind::Access(access) if *access != AccessKind::Close(AccessMode::Write))
 }
 
 /// The part that touches the disk.
@@ -192,6 +202,31 @@ mod tests {
     use super::*;
 
     const PATIENCE: Duration = Duration::from_secs(10);
+
+    // CLOUD-2010
+    #[test]
+    fn a_look_does_not_cause_the_next_one() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("p-r0.json"), "{}").unwrap();
+        let (send, events) = std::sync::mpsc::channel();
+        let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // The test may be over.
+            let _ = send.send(event.unwrap().kind);
+        })
+        .unwrap();
+        watcher.watch(folder.path(), RecursiveMode::NonRecursive).unwrap();
+        let started = BTreeMap::new();
+        let dir = folder.path().canonicalize().unwrap();
+        let mut looker = Looker { dir, hosts: EngineHosts::default(), folder: Folder::default(), started };
+        looker.look();
+        // A change comes after all events of the look.
+        std::fs::write(folder.path().join("last"), "").unwrap();
+        let mut seen = Vec::new();
+        while !seen.iter().any(may_change) {
+            seen.push(events.recv_timeout(PATIENCE).unwrap());
+        }
+        assert!(seen.len() > 1, "the look was an event: {seen:?}");
+    }
 
     fn content(port: u16, more: &str) -> String {
         format!(
