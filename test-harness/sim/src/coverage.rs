@@ -63,6 +63,9 @@ pub const REQUIRED: &[&str] = &[
     "core: budget exceeded",
     "core: moved from a silent node",
     "core: drain kept over a restart",
+    "core: pool loaded for a task",
+    "core: pool unloaded",
+    "message: load order lost",
 ];
 
 /// Counts by name.

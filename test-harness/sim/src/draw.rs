@@ -142,6 +142,10 @@ pub struct NodePlan {
     pub zone: u8,
     /// Its engine is of another version: the same seed gives another text.
     pub odd: bool,
+    /// The node starts its engine itself, when a task waits for it.
+    pub on_demand: bool,
+    /// Milliseconds without work after which it is stopped again.
+    pub ttl_ms: Option<u64>,
 }
 
 /// The zones of the simulated cluster.
@@ -161,15 +165,25 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
     let interval = Duration::from_secs(r.u64(1..=10));
     let node_timeout = interval * r.u32(3..=4);
     let horizon_ms = r.u64(300_000..420_000);
-    let nodes: Vec<NodePlan> = (0..node_count)
+    let mut nodes: Vec<NodePlan> = (0..node_count)
         .map(|_| NodePlan {
             slots: r.u32(1..=8),
             replicas: r.u32(1..=2),
             model: r.usize(..models),
             zone: r.u8(..2),
             odd: r.u8(..6) == 0,
+            on_demand: false,
+            ttl_ms: None,
         })
         .collect();
+    // Drawn beside the rest, so that a seed's other draws are what they always were.
+    let mut own = fastrand::Rng::with_seed(seed ^ 0x6c6f_6164);
+    for node in &mut nodes {
+        if own.u8(..4) == 0 {
+            (node.on_demand, node.replicas) = (true, 1);
+            node.ttl_ms = own.bool().then(|| own.u64(2_000..60_000));
+        }
+    }
     let busy = r.u8(..3) == 0;
     let task_count = if busy { r.usize(100..160) } else { r.usize(40..80) };
     let tasks = (0..task_count)

@@ -102,6 +102,8 @@ fn parse_line(plan: &mut Plan, line: &str) -> Option<()> {
             model: 0,
             zone: 0,
             odd: flags.contains(&"odd"),
+            on_demand: flags.contains(&"on_demand"),
+            ttl_ms: flags.iter().find_map(|flag| flag.strip_prefix("ttl_ms=")?.parse().ok()),
         }),
         ["task", "tokens", tokens, flags @ ..] => plan.tasks.push(TaskPlan {
             model: 0,

@@ -386,6 +386,12 @@ impl Witness {
         Ok(())
     }
 
+    /// Whether the task has waited for as long without ever having been dispatched.
+    pub(crate) fn waited_since(&self, task: TaskId, now: Moment, span: std::time::Duration) -> bool {
+        let seen = self.tasks.get(&task);
+        seen.is_some_and(|seen| seen.dispatches == 0 && seen.queued_since.is_some_and(|at| at + span <= now))
+    }
+
     /// [1] at rest, every admitted task has its terminal event.
     pub(crate) fn at_rest(&self) -> Result<(), Broken> {
         match self.tasks.iter().find(|(_, seen)| seen.terminal.is_none()) {

@@ -6,6 +6,7 @@
 
 mod control;
 mod node;
+mod supervised;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -22,6 +23,7 @@ use crate::draw::{Plan, Step};
 use crate::witness::{Broken, Witness};
 use control::Control;
 use node::SimNode;
+use node_agent::supervisor::RunId;
 
 /// A call of a node to the control plane.
 #[derive(Debug, Clone)]
@@ -61,6 +63,21 @@ pub(crate) enum Piece {
     KeepAlive,
     /// The connection is gone.
     Reset(&'static str),
+}
+
+/// Longest that a loadable pool may be left alone while a task waits for it.
+const LOAD_PATIENCE: std::time::Duration = std::time::Duration::from_secs(12);
+
+/// What the control plane believes of pools that are not loaded, and which it asked for.
+#[derive(Debug, Default)]
+pub(crate) struct Loads {
+    /// Nodes that are online with a loadable pool, and since when.
+    pub(crate) loadable: BTreeMap<usize, Moment>,
+    /// Whether each node is online and serves, and whether its pool is loadable.
+    pub(crate) shown: BTreeMap<usize, (bool, bool)>,
+    pub(crate) asked: BTreeMap<usize, Moment>,
+    /// When the control plane last stood still or was new.
+    pub(crate) disturbed: Option<Moment>,
 }
 
 #[derive(Debug)]
@@ -143,6 +160,20 @@ pub(crate) enum What {
     },
     KeepAlive {
         conn: u64,
+    },
+    /// A task waits for the node's pool.
+    LoadArrives {
+        node: usize,
+    },
+    EngineLoaded {
+        node: usize,
+        boot: BootId,
+        run: RunId,
+    },
+    EngineGone {
+        node: usize,
+        boot: BootId,
+        run: RunId,
     },
     EngineBack {
         node: usize,
@@ -265,6 +296,7 @@ pub struct World {
     /// Whether an odd engine sent the first tokens of a task's stream.
     pub(crate) voices: BTreeMap<TaskId, bool>,
     /// What operators want of nodes, on the nodes' disks.
+    pub(crate) loads: Loads,
     pub(crate) kept_intents: Vec<Intent>,
     /// What the nodes' wall clocks are off, milliseconds.
     pub(crate) clocks: Vec<i64>,
@@ -301,6 +333,7 @@ impl World {
             liveness_noted: BTreeMap::new(),
             names: BTreeMap::new(),
             voices: BTreeMap::new(),
+            loads: Loads::default(),
             kept_intents: vec![Intent::Serving; plan.nodes.len()],
             clocks: vec![0; plan.nodes.len()],
             plan,
@@ -339,6 +372,30 @@ impl World {
     /// The horizon has passed, and every task has its end.
     fn is_at_rest(&self) -> bool {
         self.now.as_millis() > self.plan.horizon_ms && self.witness.at_rest().is_ok()
+    }
+
+    /// A task that never started ends for want of time: no pool that could be loaded for it was
+    /// left alone.
+    pub(crate) fn was_asked_for(&self, task: TaskId) -> Result<(), String> {
+        let plan = &self.plan.tasks[self.names[&task]];
+        if plan.wishes.is_some() || !self.witness.waited_since(task, self.now, LOAD_PATIENCE) {
+            return Ok(());
+        }
+        let long_ago = |at: &Moment| *at + LOAD_PATIENCE <= self.now;
+        if self.loads.disturbed.is_some_and(|at| !long_ago(&at)) {
+            return Ok(());
+        }
+        let left_alone = |(node, since): (&usize, &Moment)| {
+            let asked = self.loads.asked.get(node);
+            self.plan.nodes[*node].model == plan.model && long_ago(since) && asked.is_none_or(long_ago)
+        };
+        match self.loads.loadable.iter().find(|entry| left_alone(*entry)) {
+            Some((node, since)) => Err(format!(
+                "{task} ended for want of time, and n{node}, loadable since {} ms, was not asked",
+                since.as_millis()
+            )),
+            None => Ok(()),
+        }
     }
 
     pub(crate) fn at(&mut self, at: Moment, what: What) {
@@ -556,6 +613,7 @@ impl World {
                 }
             }
             Step::StallControl { for_ms } => {
+                self.loads.disturbed = Some(self.now + std::time::Duration::from_millis(for_ms));
                 if self.control.is_some() && self.stall_until.is_none() {
                     self.coverage.hit("fault: control plane stalled");
                     let until = self.now + std::time::Duration::from_millis(for_ms);

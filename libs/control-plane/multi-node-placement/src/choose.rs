@@ -151,30 +151,36 @@ fn best(
     best.map(|(_, key)| Choice { pool: key.clone() })
 }
 
-/// Which pool is best loaded for a task that no pool takes now.
+/// What could be loaded for a task that no pool takes now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ToLoad<'i> {
-    Load(&'i PoolKey),
-    /// One that fits the task is about to be ready.
-    UnderWay,
-    NoPool,
+pub struct ToLoad<'i> {
+    /// The best pool that could be loaded.
+    pub best: Option<&'i PoolKey>,
+    /// One that fits the task loads already, as its node says.
+    pub under_way: bool,
 }
 
-/// Chooses among the pools that could be loaded: where nobody must make room first, then where
-/// it is fastest. A pool that loads already is waited for.
-pub fn choose_to_load<'i>(index: &'i PoolIndex, shape: &TaskShape<'_>) -> ToLoad<'i> {
+/// Chooses among the pools that could be loaded: those `in_vain` last, which were asked again and
+/// again; where nobody must make room before others; then where it is fastest.
+pub fn choose_to_load<'i>(
+    index: &'i PoolIndex,
+    shape: &TaskShape<'_>,
+    in_vain: &dyn Fn(&PoolKey) -> bool,
+) -> ToLoad<'i> {
     let pools = index.of_model(shape.model).into_iter().flat_map(|pools| &pools.unloaded);
     let fitting =
         || pools.clone().filter_map(|key| index.get(key)).filter(|candidate| fits(candidate, shape));
-    if fitting().any(|candidate| candidate.standing == Standing::Loading) {
-        return ToLoad::UnderWay;
-    }
     let order = |candidate: &&Candidate| {
-        let tried = shape.tried.contains(&candidate.key);
+        let key = &candidate.key;
         let slow = candidate.load_estimate_ms.unwrap_or(u64::MAX);
-        (tried, Wish::of(candidate, shape), !candidate.fits_now, slow, candidate.key.clone())
+        let wish = Wish::of(candidate, shape);
+        (shape.tried.contains(key), in_vain(key), wish, !candidate.fits_now, slow, key.clone())
     };
-    fitting().min_by_key(order).map_or(ToLoad::NoPool, |candidate| ToLoad::Load(&candidate.key))
+    let loadable = fitting().filter(|candidate| candidate.standing == Standing::Loadable);
+    ToLoad {
+        best: loadable.min_by_key(order).map(|candidate| &candidate.key),
+        under_way: fitting().any(|candidate| candidate.standing == Standing::Loading),
+    }
 }
 
 /// What one pool says to a task.

@@ -276,9 +276,11 @@ impl PoolIndex {
         unloaded.filter_map(|key| self.get(key)).any(|pool| pool.standing == Standing::Loadable)
     }
 
-    /// The kinds of engines that have the model, whether or not they take tasks at the moment.
-    pub fn engines_of(&self, model: &ModelRef) -> impl Iterator<Item = EngineKind> {
-        self.all().filter(|pool| pool.models.contains(model)).map(|pool| pool.engine)
+    /// Milliseconds that the fastest pool of the model took to load; nothing where no pool is
+    /// loadable or none says.
+    pub fn load_estimate_ms(&self, model: &ModelRef) -> Option<u64> {
+        let unloaded = self.by_model.get(model).into_iter().flat_map(|pools| &pools.unloaded);
+        unloaded.filter_map(|key| self.get(key)?.load_estimate_ms).min()
     }
 
     pub(crate) fn of_model(&self, model: &ModelRef) -> Option<&ModelPools> {

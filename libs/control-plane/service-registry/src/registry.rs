@@ -11,7 +11,7 @@ use pool_registry_types::node::{
     Heartbeat, Intent, IntentOrder, LiveAnswer, Liveness, RegisterRequest, StagedModel,
 };
 use pool_registry_types::placement::Labels;
-use pool_registry_types::pool::PoolReport;
+use pool_registry_types::pool::{EngineKind, PoolReport};
 use pool_registry_types::view::{ClusterView, NodeView, PoolView};
 use pool_registry_types::{AttemptId, BootId, Epoch, ModelRef, Moment, NodeId, PoolId, PoolKey};
 
@@ -146,6 +146,8 @@ pub struct ServiceRegistry {
     reservations: BTreeMap<AttemptId, Reservation>,
     /// When a node last reported a pool that has or loads the model.
     models_reported: BTreeMap<ModelRef, Moment>,
+    /// The kinds of its engines, and when each was last reported.
+    engines_reported: BTreeMap<ModelRef, BTreeMap<EngineKind, Moment>>,
     last_dial_failure: Option<Moment>,
     /// When holds and breakers of pools end.
     pool_alarms: BTreeSet<(Moment, PoolKey)>,
@@ -167,6 +169,7 @@ impl ServiceRegistry {
             nodes: BTreeMap::new(),
             reservations: BTreeMap::new(),
             models_reported: BTreeMap::new(),
+            engines_reported: BTreeMap::new(),
             last_dial_failure: None,
             pool_alarms: BTreeSet::new(),
             lifted_holds: Vec::new(),
@@ -314,6 +317,10 @@ impl ServiceRegistry {
         for report in beat.pools {
             for model in report.models.iter().filter(|_| report.state.has_model()) {
                 self.models_reported.insert(model.clone(), now);
+            }
+            for model in &report.models {
+                // Kept by its reports, whether or not it takes tasks at the moment.
+                self.engines_reported.entry(model.clone()).or_default().insert(report.engine, now);
             }
             let mut reported = BTreeSet::new();
             for attempt in report.replicas.iter().flat_map(|r| &r.attempts) {

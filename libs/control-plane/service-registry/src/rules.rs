@@ -38,10 +38,12 @@ pub enum Rule {
     DrainAtOnce,
     /// A continued stream goes on where the log stands.
     ContinueAtTheLog,
+    /// A pool that is not loaded is asked for again as long as a task waits for it.
+    LoadRepeated,
 }
 
 impl Rule {
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::UnionOfReservations,
         Self::AttemptDeadlines,
         Self::ReportSequence,
@@ -58,5 +60,6 @@ impl Rule {
         Self::PinsHold,
         Self::DrainAtOnce,
         Self::ContinueAtTheLog,
+        Self::LoadRepeated,
     ];
 }

@@ -14,7 +14,6 @@ use multi_node_placement::{
     Candidate, NoPlacement, PoolIndex, Spread, Standing, Strategy, TaskShape, ToLoad, choose, choose_to_load,
     count_refusals, explain,
 };
-use pool_registry_types::engines::EngineSet;
 use pool_registry_types::error::EndCause;
 use pool_registry_types::moment::millis;
 use pool_registry_types::node::{
@@ -222,10 +221,11 @@ pub struct ControlCore {
     forecasts: BTreeMap<ModelRef, Forecast>,
     /// Waiting tasks that may run on one node only.
     pinned: BTreeMap<NodeId, BTreeSet<TaskId>>,
-    /// When each pool was last asked for.
-    loads_asked: BTreeMap<PoolKey, Moment>,
-    /// When to look again at the lanes whose pools are not loaded.
+    /// The loadable pools that were asked for.
+    loads_asked: BTreeMap<PoolKey, loading::LoadAsked>,
+    /// When to look again at the lanes whose pools are not loaded; one time for each.
     load_alarms: BTreeSet<(Moment, ModelRef)>,
+    load_alarm_of: BTreeMap<ModelRef, Moment>,
     /// Nodes whose pinned tasks are to be looked at.
     unsettled_pins: BTreeSet<NodeId>,
     /// One node timeout after our start has passed: who is not known now is not there.
@@ -270,6 +270,7 @@ impl ControlCore {
             pinned: BTreeMap::new(),
             loads_asked: BTreeMap::new(),
             load_alarms: BTreeSet::new(),
+            load_alarm_of: BTreeMap::new(),
             unsettled_pins: BTreeSet::new(),
             grace_over: false,
             retired: BTreeSet::new(),

@@ -422,7 +422,11 @@ impl Generation {
             Err(error) => {
                 let (cause, idle) = match &error {
                     DocumentError::Lost(_) => (EndCause::EngineDied, true),
-                    DocumentError::TooLong => (EndCause::Engine5xx, false),
+                    DocumentError::TooLong => {
+                        // Every engine would say as much.
+                        let message = format!("inputs: {error}: send fewer");
+                        return self.fail(ErrorBody::new(ErrorCode::PayloadTooLarge, message), false);
+                    }
                     DocumentError::Unreadable(_) => (EndCause::Engine5xx, true),
                 };
                 let error = ErrorBody::new(ErrorCode::WorkerReset, format!("the engine failed: {error}"));

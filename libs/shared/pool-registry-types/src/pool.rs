@@ -50,6 +50,9 @@ pub enum PoolState {
     Loadable,
     Draining,
     Failed,
+    /// Something that a newer node says: it takes no tasks.
+    #[serde(other)]
+    Unknown,
 }
 
 impl PoolState {

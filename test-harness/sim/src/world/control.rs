@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use pool_registry_types::node::{Capabilities, Intent, IntentOrder, LiveAnswer, Liveness, RegisterRequest};
 use pool_registry_types::placement::Labels;
+use pool_registry_types::pool::PoolState;
 use pool_registry_types::task::{Determinism, Priority, Recovery, ResumeMode, TaskRequest};
+use pool_registry_types::view::ClusterChange;
 use pool_registry_types::{
     AttemptId, BootId, ErrorBody, ErrorCode, MachineId, ModelRef, Moment, NodeId, SessionId, TaskId,
 };
@@ -16,7 +18,7 @@ use task_scheduler::{
 };
 use uuid::Uuid;
 
-use super::{Call, CallAnswer, Caller, Conn, Piece, What, World};
+use super::{Call, CallAnswer, Caller, Conn, Loads, Piece, What, World};
 use crate::draw::{MAX_TURNS, Replays};
 use crate::witness::Life;
 
@@ -64,6 +66,7 @@ pub(crate) struct Control {
 
 impl World {
     pub(crate) fn start_control(&mut self) {
+        self.loads = Loads { disturbed: Some(self.now), ..Loads::default() };
         self.lives += 1;
         let plan = &self.plan;
         let policy = Policy {
@@ -277,7 +280,18 @@ impl World {
                 self.after_ms(delay, What::Fence { life, task, attempt });
             }
             Effect::CloseTask { task, error } => self.close_task(task, &error),
-            Effect::Forget { .. } | Effect::Changed(_) | Effect::Load { .. } => {}
+            Effect::Forget { .. } => {}
+            Effect::Changed(change) => self.follow(&change),
+            Effect::Load { pool, .. } => {
+                let node: usize = pool.node_id.as_str()[1..].parse().expect("simulated ids are n<number>");
+                self.loads.asked.insert(node, self.now);
+                if self.links[node].blocked() || self.random.u8(..6) == 0 {
+                    self.coverage.hit("message: load order lost");
+                } else {
+                    let delay = self.delay();
+                    self.after_ms(delay, What::LoadArrives { node });
+                }
+            }
             Effect::TellIntent { to, node_id, order, .. } => {
                 self.witness.wants(&node_id, order.intent);
                 let node: usize = node_id.as_str()[1..].parse().expect("simulated ids are n<number>");
@@ -299,6 +313,30 @@ impl World {
                     self.after_ms(delay, What::ProbeArrives { life, node, address });
                 }
             }
+        }
+    }
+
+    /// What the control plane shows of pools that could be loaded.
+    fn follow(&mut self, change: &ClusterChange) {
+        let number = |node_id: &NodeId| node_id.as_str()[1..].parse::<usize>().ok();
+        let node = match change {
+            ClusterChange::Pool { node_id, state, .. } => {
+                let Some(node) = number(node_id) else { return };
+                self.loads.shown.entry(node).or_default().1 = *state == Some(PoolState::Loadable);
+                node
+            }
+            ClusterChange::Node { node_id, liveness, intent } => {
+                let Some(node) = number(node_id) else { return };
+                let serves = (*liveness, *intent) == (Some(Liveness::Online), Some(Intent::Serving));
+                self.loads.shown.entry(node).or_default().0 = serves;
+                node
+            }
+            ClusterChange::Task { .. } => return,
+        };
+        if self.loads.shown.get(&node) == Some(&(true, true)) {
+            self.loads.loadable.entry(node).or_insert(self.now);
+        } else {
+            self.loads.loadable.remove(&node);
         }
     }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use node_agent::core::{Ask, Health, Identity, Readiness, ReplicaSpec};
+use node_agent::supervisor::Happened;
 use node_agent::{NodeCore, NodeEffect};
 use node_registration::{BeatFailure, Session};
 use pool_registry_types::error::EndCause;
@@ -17,6 +18,7 @@ use pool_registry_types::{
 use task_scheduler::ReplyTo;
 use uuid::Uuid;
 
+use super::supervised::Supervision;
 use super::{Call, CallAnswer, Caller, Piece, What, World};
 use crate::draw::ZONES;
 
@@ -49,6 +51,8 @@ pub(crate) struct SimNode {
     pub(crate) foreign: u32,
     engine_down: bool,
     call_under_way: Option<u64>,
+    /// Where the node starts its engine itself.
+    pub(crate) supervision: Option<Supervision>,
 }
 
 impl SimNode {
@@ -65,6 +69,7 @@ impl SimNode {
             foreign: 0,
             engine_down: false,
             call_under_way: None,
+            supervision: None,
         }
     }
 }
@@ -103,7 +108,11 @@ impl World {
         self.note(|_| format!("n{node} starts"));
         let load = self.random.u64(10..3_000);
         self.nodes[node].engine_down = true;
-        self.after_ms(load, What::EngineBack { node, boot });
+        if self.plan.nodes[node].on_demand {
+            self.start_supervision(node);
+        } else {
+            self.after_ms(load, What::EngineBack { node, boot });
+        }
         self.after_ms(1_000, What::Observe { node, boot });
         self.pump(node);
     }
@@ -147,11 +156,15 @@ impl World {
                     None => return,
                 }
             }
-            What::ProbeArrives { node, .. } | What::IntentArrives { node, .. } => (*node, None),
+            What::ProbeArrives { node, .. }
+            | What::IntentArrives { node, .. }
+            | What::LoadArrives { node } => (*node, None),
             What::NodeTimer { node, boot, .. }
             | What::EngineStep { node, boot, .. }
             | What::Settle { node, boot, .. }
             | What::EngineBack { node, boot }
+            | What::EngineLoaded { node, boot, .. }
+            | What::EngineGone { node, boot, .. }
             | What::Observe { node, boot }
             | What::LeaveNow { node, boot, .. } => (*node, Some(*boot)),
             other => unreachable!("not an event of a node: {other:?}"),
@@ -195,8 +208,15 @@ impl World {
                 self.pump(node);
             }
             What::EngineBack { .. } => self.engine_back(node),
+            What::EngineLoaded { run, .. } => self.engine_loaded(node, run),
+            What::EngineGone { run, .. } => self.engine_gone(node, run),
+            What::LoadArrives { .. } => {
+                self.supervise(node, Happened::Load { pool_id: pool_id() });
+                self.pump(node);
+            }
             What::Observe { boot, .. } => {
                 self.observe(node);
+                self.supervise(node, Happened::Timer);
                 self.after_ms(1_000, What::Observe { node, boot });
                 self.pump(node);
             }
@@ -306,7 +326,7 @@ impl World {
 
     // ---- engines ----
 
-    fn engine_back(&mut self, node: usize) {
+    pub(super) fn engine_back(&mut self, node: usize) {
         let plan = self.plan.nodes[node].clone();
         let now = self.now;
         let Some(core) = self.nodes[node].core.as_mut() else { return };
@@ -351,8 +371,18 @@ impl World {
         if self.nodes[node].core.is_none() || self.nodes[node].engine_down {
             return;
         }
-        self.nodes[node].engine_down = true;
         self.note(|_| format!("n{node}: the engine dies"));
+        if let Some(run) = self.supervised_engine(node) {
+            return self.engine_gone(node, run);
+        }
+        self.fail_runs(node);
+        self.after_ms(down_ms, What::EngineBack { node, boot });
+        self.pump(node);
+    }
+
+    /// The engine is down: what runs on it dies.
+    pub(super) fn fail_runs(&mut self, node: usize) {
+        self.nodes[node].engine_down = true;
         self.observe(node);
         let runs: Vec<AttemptId> = self.nodes[node].runs.keys().copied().collect();
         for attempt in runs {
@@ -360,8 +390,6 @@ impl World {
                 ErrorBody::new(ErrorCode::WorkerReset, "the engine died").with_cause(EndCause::EngineDied);
             self.end_run(node, attempt, Piece::Error(error), true);
         }
-        self.after_ms(down_ms, What::EngineBack { node, boot });
-        self.pump(node);
     }
 
     /// What runs now never moves again; what comes while the engine hangs neither.

@@ -62,6 +62,12 @@ impl ServiceRegistry {
         self.models_reported.get(model).copied()
     }
 
+    /// The kinds of engines that had the model in a report since then.
+    pub fn engines_since(&self, model: &ModelRef, since: Moment) -> impl Iterator<Item = EngineKind> {
+        let reported = self.engines_reported.get(model).into_iter().flatten();
+        reported.filter(move |(_, at)| **at >= since).map(|(engine, _)| *engine)
+    }
+
     /// Node ids that are online now; for messages.
     pub fn online_nodes(&self) -> Vec<&NodeId> {
         let online = |node: &&Node| node.evidence.liveness() == Liveness::Online;

@@ -4,13 +4,26 @@
 //! long while all are full. The order may be lost, and its node forgets it after a while: as
 //! long as the task waits, it is given again. What makes room for what is the node's to decide.
 
+use super::placing::asks_for_the_same;
 use super::*;
 
 /// Pause before the same pool is asked for again. Source: .specs/01 CLOUD-2426.
 const LOAD_AGAIN: Duration = Duration::from_secs(5);
-/// How long a task waits for a slot of full pools before another one is loaded, unless loading
-/// is known to take longer.
-const FULL_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a task waits for a slot of full pools, or for one that loads, before another one is
+/// loaded, unless loading is known to take longer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Orders after which a pool that is still not loading comes after others.
+const IN_VAIN: u32 = 3;
+/// Tasks of a lane that are asked what they need, and different ones among them.
+const MOST_WALKED: usize = 256;
+const MOST_DIFFERENT: usize = 16;
+
+/// What was asked of a pool since it became loadable.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LoadAsked {
+    last: Moment,
+    times: u32,
+}
 
 impl ControlCore {
     /// Asks for the pools that the waiting tasks of the model need.
@@ -18,52 +31,76 @@ impl ControlCore {
         if !self.index.has_loadable(model) {
             return;
         }
-        let Some(wanted) = self.pool_to_load(now, model) else { return };
-        let again = match wanted {
-            Wanted::Now(pool) => {
-                let asked = self.loads_asked.get(&pool).copied();
-                match asked.filter(|at| *at + LOAD_AGAIN > now) {
-                    Some(at) => at + LOAD_AGAIN,
-                    None => {
-                        self.loads_asked.insert(pool.clone(), now);
-                        if let Some((address, _)) = self.registry.address(&pool.node_id) {
-                            let address = address.to_owned();
-                            self.counters.loads += 1;
-                            effects.push(Effect::Load { pool, address });
-                        }
-                        now + LOAD_AGAIN
-                    }
-                }
+        let (wanted, mut again) = self.pools_to_load(now, model);
+        for pool in wanted {
+            let asked = self.loads_asked.get(&pool).copied();
+            if asked.is_some() && !self.enforces(Rule::LoadRepeated) {
+                continue;
             }
-            Wanted::At(at) => at,
-        };
-        self.load_alarms.insert((again, model.clone()));
-    }
-
-    /// The pool that the oldest task needs which has none.
-    fn pool_to_load(&self, now: Moment, model: &ModelRef) -> Option<Wanted> {
-        let lane = self.queue.lane(model)?;
-        let mut soonest: Option<Moment> = None;
-        // Few shapes of tasks are in a lane; the first ones speak for all.
-        for id in lane.order().into_iter().flat_map(|priority| lane.waiting(priority)).take(MOST_LOOKED_AT) {
-            let Some(task) = self.tasks.get(&id) else { continue };
-            let Some(shape) = self.shape(now, task, None) else { continue };
-            let ToLoad::Load(pool) = choose_to_load(&self.index, &shape) else { continue };
-            match choose(&self.index, &shape) {
-                Err(NoPlacement::NoPool) => return Some(Wanted::Now(pool.clone())),
-                Err(NoPlacement::Full) => {
-                    let estimate = self.index.get(pool).and_then(|pool| pool.load_estimate_ms);
-                    let patience = estimate.map_or(FULL_PATIENCE, Duration::from_millis).max(FULL_PATIENCE);
-                    let at = task.admitted + patience;
-                    if at <= now {
-                        return Some(Wanted::Now(pool.clone()));
-                    }
-                    soonest = Some(soonest.map_or(at, |before| before.min(at)));
-                }
-                Ok(_) | Err(NoPlacement::BackingOff) => {}
+            again = again.min(now + LOAD_AGAIN);
+            let times = asked.map_or(1, |asked| asked.times.saturating_add(1));
+            self.loads_asked.insert(pool.clone(), LoadAsked { last: now, times });
+            if let Some((address, _)) = self.registry.address(&pool.node_id) {
+                let address = address.to_owned();
+                self.counters.loads += 1;
+                effects.push(Effect::Load { pool, address });
             }
         }
-        soonest.map(Wanted::At)
+        if again != Moment::NEVER
+            && let Some(before) = self.load_alarm_of.insert(model.clone(), again)
+        {
+            self.load_alarms.remove(&(before, model.clone()));
+        }
+        if again != Moment::NEVER {
+            self.load_alarms.insert((again, model.clone()));
+        }
+    }
+
+    /// The pools that waiting tasks need and that were not asked for just now, and when to look
+    /// again if nothing happens.
+    fn pools_to_load(&self, now: Moment, model: &ModelRef) -> (BTreeSet<PoolKey>, Moment) {
+        let (mut wanted, mut again) = (BTreeSet::new(), Moment::NEVER);
+        let Some(lane) = self.queue.lane(model) else { return (wanted, again) };
+        let in_vain = |pool: &PoolKey| self.loads_asked.get(pool).is_some_and(|asked| asked.times >= IN_VAIN);
+        for priority in lane.order() {
+            // What was looked at for one task is so for the next that asks for the same.
+            let mut looked_at: Vec<&TaskRequest> = Vec::new();
+            for id in lane.waiting(priority).take(MOST_WALKED) {
+                let Some(task) = self.tasks.get(&id) else { continue };
+                let Some(request) = task.request.as_deref() else { continue };
+                if task.tried.is_empty() {
+                    if looked_at.iter().any(|other| asks_for_the_same(request, other)) {
+                        continue;
+                    }
+                    if looked_at.len() >= MOST_DIFFERENT {
+                        break;
+                    }
+                    looked_at.push(request);
+                }
+                let Some(shape) = self.shape(now, task, None) else { continue };
+                let ToLoad { best: Some(pool), under_way } = choose_to_load(&self.index, &shape, &in_vain)
+                else {
+                    continue;
+                };
+                let at = match choose(&self.index, &shape) {
+                    Err(NoPlacement::NoPool) if !under_way => now,
+                    Err(NoPlacement::NoPool | NoPlacement::Full) => {
+                        let estimate = self.index.get(pool).and_then(|pool| pool.load_estimate_ms);
+                        let patience = estimate.map_or(PATIENCE, Duration::from_millis).max(PATIENCE);
+                        task.admitted + patience
+                    }
+                    Ok(_) | Err(NoPlacement::BackingOff) => continue,
+                };
+                let after_the_last = self.loads_asked.get(pool).map(|asked| asked.last + LOAD_AGAIN);
+                let at = after_the_last.map_or(at, |last| at.max(last));
+                if at <= now {
+                    wanted.insert(pool.clone());
+                } else {
+                    again = again.min(at);
+                }
+            }
+        }
+        (wanted, again)
     }
 
     /// Lanes whose pools may have to be asked for again.
@@ -72,17 +109,9 @@ impl ControlCore {
             && *at <= now
         {
             if let Some((_, model)) = self.load_alarms.pop_first() {
+                self.load_alarm_of.remove(&model);
                 self.stirred.insert(model);
             }
         }
     }
-}
-
-/// Tasks of a lane that are asked what they need.
-const MOST_LOOKED_AT: usize = 64;
-
-enum Wanted {
-    Now(PoolKey),
-    /// Nothing before this.
-    At(Moment),
 }

@@ -231,6 +231,9 @@ impl ControlCore {
         if (standing == Standing::Placeable && candidate.has_free_slot()) || standing == Standing::Loadable {
             self.stirred.extend(candidate.models.iter().cloned());
         }
+        if standing != Standing::Loadable {
+            self.loads_asked.remove(key);
+        }
         self.index.upsert(candidate);
         self.indexed.entry(key.node_id.clone()).or_default().insert(key.clone());
     }
@@ -252,6 +255,6 @@ fn unready(report: &PoolReport) -> Standing {
         PoolState::Loading => Standing::Loading,
         PoolState::Loadable if report.supervised.as_ref().is_some_and(|own| own.fits) => Standing::Loadable,
         PoolState::Loadable => Standing::NoMemory,
-        PoolState::Ready | PoolState::Draining | PoolState::Failed => Standing::NotReady,
+        PoolState::Ready | PoolState::Draining | PoolState::Failed | PoolState::Unknown => Standing::NotReady,
     }
 }

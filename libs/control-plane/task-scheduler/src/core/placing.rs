@@ -211,6 +211,6 @@ impl ControlCore {
 const MOST_IN_VAIN: usize = 64;
 
 /// Whether two tasks that failed on no pool yet have the same eligible ones.
-fn asks_for_the_same(a: &TaskRequest, b: &TaskRequest) -> bool {
-    a.engines() == b.engines() && a.ctx == b.ctx && a.placement == b.placement
+pub(super) fn asks_for_the_same(a: &TaskRequest, b: &TaskRequest) -> bool {
+    a.asks_for_the_same_engines(b) && a.ctx == b.ctx && a.placement == b.placement
 }

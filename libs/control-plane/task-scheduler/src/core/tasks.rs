@@ -92,7 +92,7 @@ impl ControlCore {
         if self.retired.contains(model) || self.model_lease(model) <= now {
             return Err(self.model_not_available(model));
         }
-        if let Some(refusal) = self.engine_refusal(request) {
+        if let Some(refusal) = self.engine_refusal(now, request) {
             return Err(refusal);
         }
         let pinned = request.placement.as_ref().and_then(|wishes| wishes.pinned_node());
@@ -108,11 +108,22 @@ impl ControlCore {
         // Where a task wishes for certain pools, the lane's forecast says little about it.
         if let Some(deadline_ms) = request.deadline_ms.filter(|_| request.placement.is_none())
             && !self.index.has_free(model)
+            // What could be loaded may be faster than the forecast, which knows nothing of it.
+            && !self.index.has_loadable(model)
             && let Some(start_ms) = self.next_start_ms(now, model, request.priority)
             && start_ms > deadline_ms
         {
             let message =
                 format!("deadline_ms: {deadline_ms} cannot be met, the task would start after {start_ms} ms");
+            return Err(reject(self, "deadline", message));
+        }
+        if let Some(deadline_ms) = request.deadline_ms
+            && self.index.placeable(model).next().is_none()
+            && let Some(estimate) = self.index.load_estimate_ms(model)
+            && estimate > deadline_ms
+        {
+            let message =
+                format!("deadline_ms: {deadline_ms} cannot be met, the model loads in {estimate} ms");
             return Err(reject(self, "deadline", message));
         }
         if self.queue.depth(model, request.priority) < self.policy.admission_capacity {
@@ -128,15 +139,16 @@ impl ControlCore {
         }
     }
 
-    /// What every engine of the model lacks for the task: it would wait in vain.
-    fn engine_refusal(&self, request: &TaskRequest) -> Option<ErrorBody> {
-        let able = request.engines();
-        if able == EngineSet::ALL || EngineKind::ALL.iter().all(|engine| able.contains(*engine)) {
-            // What asks for nothing special costs no look at the pools.
+    /// What every engine of the model lacks for the task: it would wait in vain. While nodes may
+    /// still come back, nothing is known of what they lack.
+    fn engine_refusal(&self, now: Moment, request: &TaskRequest) -> Option<ErrorBody> {
+        if now < self.grace_end() || EngineKind::ALL.iter().all(|engine| request.lacks(*engine).is_none()) {
             return None;
         }
+        let able = request.engines();
+        let since = now.before(self.policy.timing.node_timeout);
         let mut lacking = None;
-        for engine in self.index.engines_of(&request.model_ref) {
+        for engine in self.registry.engines_since(&request.model_ref, since) {
             if able.contains(engine) {
                 return None;
             }

@@ -114,6 +114,9 @@ pub(super) fn read(reader: &mut Reader, data: &str) -> Said {
     }
     let Some(choice) = chunk.choices.into_iter().next() else { return Said::Nothing };
     if let Some(reason) = choice.finish_reason {
+        if matches!(reason.as_str(), "abort" | "error") {
+            return Said::Failed(format!("it gave the request up: finish_reason {reason}"));
+        }
         let finish = if reason == "length" { FinishReason::Length } else { FinishReason::Stop };
         reader.finish_reason = Some(finish);
     }

@@ -26,14 +26,12 @@ impl Supervisor {
             _ => None,
         };
         let any = |test: fn(&Stage) -> bool| serving.slots.iter().any(|slot| test(&slot.stage));
-        let idle = serving
-            .slots
-            .iter()
-            .all(|slot| matches!(slot.stage, Stage::Down | Stage::Leaving { .. } | Stage::Stopping { .. }));
+        // Who waits for memory, or for its next try, is still to be asked for.
+        let idle = !any(|stage| matches!(stage, Stage::Starting { .. } | Stage::Ready { .. }));
         let fits = self.could_fit(id, &claim);
         let state = if pool.failed.is_some() || unprepared.is_some() {
             PoolState::Failed
-        } else if prepared.is_none() || any(|stage| stage.is_ready()) || !idle || !serving.plan.on_demand {
+        } else if prepared.is_none() || !idle || !serving.plan.on_demand {
             PoolState::Loading
         } else {
             PoolState::Loadable

@@ -116,6 +116,10 @@ impl World {
         }
         let closed = self.witness.closed(self.now, task, error.code);
         self.check(closed);
+        if error.code == ErrorCode::DeadlineExceeded {
+            let asked = self.was_asked_for(task);
+            self.check(asked);
+        }
         let log = self.control.as_mut().and_then(|c| c.logs.get_mut(&task));
         let Some(log) = log else { return self.check(Err(format!("{task} has no log"))) };
         if log.is_finished() {
