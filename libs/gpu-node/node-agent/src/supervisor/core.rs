@@ -147,6 +147,16 @@ impl Supervisor {
         }
     }
 
+    /// The fingerprint of the plan that a pool has, or will have when its reload is done.
+    pub fn target(&self, pool_id: &PoolId) -> Option<u64> {
+        self.pools.get(pool_id).map(|pool| pool.target().fingerprint)
+    }
+
+    /// The plans that may still be started: also those that a reload may have to go back to.
+    pub fn plans(&self) -> BTreeSet<u64> {
+        self.pools.values().flat_map(Pool::plans).map(|plan| plan.fingerprint).collect()
+    }
+
     pub fn set_reserve(&mut self, reserve_bytes: u64) {
         self.ledger.set_reserve(reserve_bytes);
     }
@@ -195,7 +205,7 @@ impl Supervisor {
             pool.removed = !plans.contains_key(id);
         }
         for (id, plan) in plans {
-            match self.pools.get(&id).map(|pool| pool.serving.plan == plan) {
+            match self.pools.get(&id).map(|pool| *pool.target() == plan) {
                 None => drop(self.pools.insert(id, Pool::new(plan))),
                 Some(true) => {}
                 Some(false) => self.reload(now, &id, plan),

@@ -34,7 +34,7 @@ pub(crate) struct Life {
     /// The daemon ends and the engine does not.
     pub(crate) let_go: CancellationToken,
     pub(crate) keep: bool,
-    fingerprint: u64,
+    pub(crate) fingerprint: u64,
     url: String,
     pid: Option<u32>,
     facts: EngineFacts,
@@ -67,7 +67,13 @@ impl Supervision {
             (state.specs.get(&fingerprint).cloned(), state.launches.get(&fingerprint).cloned())
         };
         let (Some(spec), Some(launch)) = (spec, launch) else {
-            unreachable!("only plans that were prepared are started")
+            // Plans that are started were prepared, and kept; a pool must not wait for ever if not.
+            let supervision = Arc::clone(self);
+            self.agent.tracker.spawn(async move {
+                let how = "its plan is not known any more".into();
+                supervision.tell(Happened::Exited { run, how, tail: Vec::new() }).await;
+            });
+            return;
         };
         let life = Life {
             stop: CancellationToken::new(),

@@ -227,6 +227,21 @@ impl Pool {
         self.serving.slots.iter_mut().chain(next.flat_map(|next| &mut next.slots)).chain(&mut self.retired)
     }
 
+    /// Its present plan, the one of its reload, and the one that this may have to go back to.
+    pub(super) fn plans(&self) -> impl Iterator<Item = &PoolPlan> {
+        let before = self.reload.as_ref().and_then(|reload| match &reload.way {
+            Way::After { before, .. } => Some(&before.plan),
+            Way::NotChosen | Way::Beside => None,
+        });
+        [Some(&self.serving.plan), Some(self.target()), before].into_iter().flatten()
+    }
+
+    /// The plan that the pool has, or will have when its reload is done.
+    pub(super) fn target(&self) -> &PoolPlan {
+        let next = self.reload.as_ref().and_then(|reload| reload.next.as_ref());
+        &next.unwrap_or(&self.serving).plan
+    }
+
     pub(super) fn is_wanted(&self) -> bool {
         let asked = !self.serving.plan.on_demand || self.demand.is_some();
         // While the old generation leaves for the new one, nothing of it starts.

@@ -17,7 +17,9 @@ impl Supervisor {
                 pool.demand = None;
             }
             if self.stopping || pool.removed || pool.purging {
-                pool.leave_altogether(now, id, out);
+                // What still runs when the daemon ends was given its time before.
+                let patience = if self.stopping { Duration::ZERO } else { pool.serving.plan.drain_timeout };
+                pool.leave_altogether(now, id, patience, out);
             } else {
                 prepare(now, id, pool, out);
                 pool.unload_when_idle(now, id, out);
@@ -205,7 +207,8 @@ impl Supervisor {
         for victim in chosen {
             if let Some(pool) = self.pools.get_mut(&victim) {
                 pool.unloads += 1;
-                pool.withdraw_all(now, &victim, out);
+                let patience = pool.serving.plan.drain_timeout;
+                pool.withdraw_all(now, &victim, patience, out);
             }
         }
     }
@@ -277,8 +280,7 @@ impl Pool {
         self.last_error = None;
     }
 
-    fn withdraw_all(&mut self, now: Moment, id: &PoolId, out: &mut Vec<Ordered>) {
-        let patience = self.serving.plan.drain_timeout;
+    fn withdraw_all(&mut self, now: Moment, id: &PoolId, patience: Duration, out: &mut Vec<Ordered>) {
         for slot in &mut self.serving.slots {
             let seat = Seat { pool_id: id.clone(), replica_id: slot.replica_id.clone() };
             let withdrawn = slot.leave(now, patience, false);
@@ -286,18 +288,18 @@ impl Pool {
         }
     }
 
-    fn leave_altogether(&mut self, now: Moment, id: &PoolId, out: &mut Vec<Ordered>) {
+    fn leave_altogether(&mut self, now: Moment, id: &PoolId, patience: Duration, out: &mut Vec<Ordered>) {
         if let Some(next) = self.reload.take().and_then(|reload| reload.next) {
             self.retire(now, next.slots);
         }
-        self.withdraw_all(now, id, out);
+        self.withdraw_all(now, id, patience, out);
     }
 
     fn unload_when_idle(&mut self, now: Moment, id: &PoolId, out: &mut Vec<Ordered>) {
         let Some(ttl) = self.serving.plan.ttl.filter(|_| self.is_idle(now)) else { return };
         if now >= self.idle_since() + ttl {
             self.unloads += 1;
-            self.withdraw_all(now, id, out);
+            self.withdraw_all(now, id, self.serving.plan.drain_timeout, out);
         }
     }
 

@@ -58,8 +58,6 @@ pub(crate) struct State {
     file: PoolsFile,
     text: Option<String>,
     pub(crate) problem: Option<String>,
-    /// What a reload has put in place of the file's, and what the file said then.
-    replaced: BTreeMap<PoolId, (Spec, Spec)>,
     /// All plans that the supervisor may still ask for, by fingerprint.
     pub(crate) specs: BTreeMap<u64, Spec>,
     pub(crate) launches: BTreeMap<u64, Launch>,
@@ -237,23 +235,28 @@ impl Supervision {
     }
 
     fn take_file(&self, file: PoolsFile) -> BTreeMap<PoolId, PoolPlan> {
-        self.core.lock().set_reserve(file.memory.reserve_bytes);
+        let mut core = self.core.lock();
+        core.set_reserve(file.memory.reserve_bytes);
         let mut state = self.state.lock();
         state.problem = None;
-        let spec = |id: &PoolId| {
-            let pool = file.pools.get(id)?.clone();
-            Some(Spec { model: file.models.get(&pool.model).cloned(), pool })
-        };
-        // A reload holds until the file says something else of its pool.
-        state.replaced.retain(|id, (was, _)| spec(id).as_ref() == Some(was));
         let mut plans = BTreeMap::new();
         for id in file.pools.keys() {
-            let Some(own) = spec(id) else { continue };
-            let own = state.replaced.get(id).map_or(own, |(_, instead)| instead.clone());
-            plans.insert(id.clone(), plan(&own));
-            state.specs.insert(own.fingerprint(), own);
+            let Some(own) = spec_of(&file, id) else { continue };
+            // A reload holds until the file says something else of its pool.
+            let same = spec_of(&state.file, id).as_ref() == Some(&own);
+            let reloaded =
+                core.target(id).filter(|_| same).and_then(|target| state.specs.get(&target).cloned());
+            let spec = reloaded.unwrap_or(own);
+            plans.insert(id.clone(), plan(&spec));
+            state.specs.insert(spec.fingerprint(), spec);
         }
         state.file = file;
+        // What neither the file nor a reload names any more, and nothing lives by, is forgotten.
+        let mut kept = core.plans();
+        kept.extend(plans.values().map(|plan| plan.fingerprint));
+        kept.extend(state.lives.values().map(|life| life.fingerprint));
+        state.specs.retain(|fingerprint, _| kept.contains(fingerprint));
+        state.launches.retain(|fingerprint, _| kept.contains(fingerprint));
         plans
     }
 
@@ -323,13 +326,13 @@ impl Supervision {
         self.post(Happened::Load { pool_id: pool_id.clone() })
     }
 
+    /// The pool as it is, or will be when its reload is done.
     fn known(&self, pool_id: &PoolId) -> Result<Spec, ErrorBody> {
+        let target = self.core.lock().target(pool_id);
         let state = self.state.lock();
-        let pool = state.file.pools.get(pool_id).cloned();
-        let pool = pool
+        let own = spec_of(&state.file, pool_id)
             .ok_or_else(|| ErrorBody::new(ErrorCode::NotFound, format!("no pool {pool_id} in the file")))?;
-        let own = Spec { model: state.file.models.get(&pool.model).cloned(), pool };
-        Ok(state.replaced.get(pool_id).map_or(own, |(_, instead)| instead.clone()))
+        Ok(target.and_then(|target| state.specs.get(&target).cloned()).unwrap_or(own))
     }
 
     fn post(&self, happened: Happened) -> Result<(), ErrorBody> {
@@ -372,17 +375,7 @@ impl Supervision {
                 _ => None,
             },
         };
-        let fingerprint = next.fingerprint();
-        state.specs.insert(fingerprint, next.clone());
-        let own = state.file.pools.get(pool_id).cloned();
-        if let Some(pool) = own {
-            let own = Spec { model: state.file.models.get(&pool.model).cloned(), pool };
-            if own == next {
-                state.replaced.remove(pool_id);
-            } else {
-                state.replaced.insert(pool_id.clone(), (own, next.clone()));
-            }
-        }
+        state.specs.insert(next.fingerprint(), next.clone());
         drop(state);
         self.post(Happened::Reload { pool_id: pool_id.clone(), plan: Box::new(plan(&next)) })
     }
@@ -478,6 +471,12 @@ impl Supervision {
     pub(crate) fn core_adopt(&self, seat: &Seat, fingerprint: u64) -> Option<RunId> {
         self.core.lock().adopt(self.agent.now(), seat, fingerprint)
     }
+}
+
+/// A pool of the file with what the file says of its model.
+fn spec_of(file: &PoolsFile, id: &PoolId) -> Option<Spec> {
+    let pool = file.pools.get(id)?.clone();
+    Some(Spec { model: file.models.get(&pool.model).cloned(), pool })
 }
 
 fn read_bounded(path: &std::path::Path) -> Result<String, String> {
