@@ -11,25 +11,6 @@ fn unloaded(state: PoolState, fits: bool) -> PoolReport {
 }
 
 impl Bench {
-    fn tell(&mut self, name: &str, seq: u64, pool: PoolReport) {
-        let registered = self.replies.values().find_map(|answer| match answer {
-            Ok(Answer::Registered(registered)) if registered.node_id.as_str() == name => Some(registered),
-            _ => None,
-        });
-        let beat = Heartbeat {
-            epoch: registered.expect("it has registered").epoch.clone(),
-            seq,
-            timestamp: String::new(),
-            intent: Intent::Serving,
-            intent_order: 0,
-            pools: vec![pool],
-            gpus: vec![],
-            models: vec![],
-        };
-        let reply = self.reply();
-        self.apply(Event::Heartbeat { reply, node_id: NodeId::new(name).unwrap(), beat });
-    }
-
     fn join_unloaded(&mut self, name: &str, fits: bool) {
         let reply = self.reply();
         self.apply(Event::Register { reply, request: register(name) });

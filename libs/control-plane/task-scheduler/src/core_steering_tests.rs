@@ -249,30 +249,9 @@ fn a_session_returns_to_its_replica_until_the_engine_was_away() {
     b.submit(TaskRequest { kv_hint: KvHint::Cold, ..of_session(1) }).1.unwrap();
     assert_eq!(b.node_of(3), "a", "who wants it cold is bound to nothing");
     b.end(b.last_dispatch().attempt, 1, HowEnded::Finished);
-    let epoch = b
-        .replies
-        .values()
-        .filter_map(|answer| match answer {
-            Ok(Answer::Registered(answer)) if answer.node_id.as_str() == "b" => Some(answer.epoch.clone()),
-            _ => None,
-        })
-        .next_back()
-        .unwrap();
     let away = PoolReport { ready: false, state: PoolState::Loading, ..report(2, &[]) };
-    let beat = |seq, pool| Heartbeat {
-        epoch: epoch.clone(),
-        seq,
-        timestamp: String::new(),
-        intent: Intent::Serving,
-        intent_order: 0,
-        pools: vec![pool],
-        gpus: vec![],
-        models: vec![],
-    };
-    for (seq, pool) in [(8, away), (9, report(2, &[]))] {
-        let reply = b.reply();
-        b.apply(Event::Heartbeat { reply, node_id: node("b"), beat: beat(seq, pool) });
-    }
+    b.tell("b", 8, away);
+    b.tell("b", 9, report(2, &[]));
     b.submit(of_session(1)).1.unwrap();
     assert_eq!((b.last_dispatch().warm_replica.clone(), b.node_of(4)), (None, "a"));
 }

@@ -120,6 +120,11 @@ impl Bench {
     }
 
     fn beat(&mut self, name: &str, seq: u64, slots: u32, attempts: &[AttemptId]) {
+        self.tell(name, seq, report(slots, attempts));
+    }
+
+    /// The node reports this one pool.
+    fn tell(&mut self, name: &str, seq: u64, pool: PoolReport) {
         let epoch = match self.replies.values().rev().find_map(|answer| match answer {
             Ok(Answer::Registered(registered)) if registered.node_id.as_str() == name => {
                 Some(&registered.epoch)
@@ -135,7 +140,7 @@ impl Bench {
             timestamp: String::new(),
             intent: Intent::Serving,
             intent_order: 0,
-            pools: vec![report(slots, attempts)],
+            pools: vec![pool],
             gpus: vec![],
             models: vec![],
         };

@@ -23,9 +23,20 @@ pub fn start_ticks(pid: u32) -> std::io::Result<Option<u64>> {
     }
 }
 
-fn parse_start(stat: &str) -> Option<u64> {
+/// The parent of a process; nothing when there is none, or it ends meanwhile.
+pub fn parent(pid: u32) -> Option<u32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    fields(&stat)?.nth(1)?.parse().ok()
+}
+
+/// The fields from the third on, which is the state.
+fn fields(stat: &str) -> Option<std::str::SplitWhitespace<'_>> {
     // The command's name may hold spaces and brackets: the fields after it start at the last bracket.
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    Some(stat.rsplit_once(')')?.1.split_whitespace())
+}
+
+fn parse_start(stat: &str) -> Option<u64> {
+    let mut fields = fields(stat)?;
     if fields.next()? == "Z" {
         return None;
     }

@@ -19,10 +19,17 @@ pub(super) fn sum(metrics: &str, name: &str) -> Option<u32> {
 }
 
 /// An engine's metrics, where it has any.
-pub(super) async fn read(client: &reqwest::Client, url: &str) -> Option<String> {
+async fn read(client: &reqwest::Client, url: &str) -> Option<String> {
     let response = client.get(format!("{url}/metrics")).send().await.ok()?;
     response.status().is_success().then_some(())?;
     response.text().await.ok()
+}
+
+/// Requests that the engine works on and those that wait for it, by two of its gauges; the first
+/// one must be there.
+pub(super) async fn busy(client: &reqwest::Client, url: &str, running: &str, waiting: &str) -> Option<u32> {
+    let metrics = read(client, url).await?;
+    Some(sum(&metrics, running)? + sum(&metrics, waiting).unwrap_or(0))
 }
 
 #[cfg(test)]

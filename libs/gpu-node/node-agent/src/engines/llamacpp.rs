@@ -8,8 +8,8 @@ use pool_registry_types::task::{FinishReason, KvHint, Resume, ResumeMode, TaskRe
 use serde_json::{Value, json};
 
 use super::{
-    EngineFacts, EngineRequest, NotReady, Reply, Said, gauges, get_json, model_names, openai, said_error,
-    tokens_left,
+    EngineFacts, EngineRequest, NotReady, Reply, Said, gauges, get_json, health, model_names, openai,
+    said_error, tokens_left,
 };
 
 /// What `/completion` cannot take as it is: messages, and what was sent before.
@@ -156,12 +156,7 @@ pub(super) async fn probe(
     client: &reqwest::Client,
     url: &str,
 ) -> Result<(EngineFacts, Option<u32>), NotReady> {
-    let health = client.get(format!("{url}/health")).send().await.map_err(super::describe)?;
-    match health.status().as_u16() {
-        200..=299 => {}
-        503 => return Err(NotReady::Loading),
-        other => return Err(NotReady::Failed(format!("its health call answers HTTP {other}"))),
-    }
+    health(client, url, Some(503)).await?;
     let props = get_json(client, format!("{url}/props")).await.map_err(|e| format!("/props: {e}"))?;
     let models =
         get_json(client, format!("{url}/v1/models")).await.map_err(|e| format!("/v1/models: {e}"))?;
@@ -177,9 +172,9 @@ pub(super) async fn probe(
 
 /// From the gauges; from the slots where the gauges are off.
 pub(super) async fn busy(client: &reqwest::Client, url: &str) -> Option<u32> {
-    let metrics = gauges::read(client, url).await.unwrap_or_default();
-    if let Some(processing) = gauges::sum(&metrics, "llamacpp:requests_processing") {
-        return Some(processing + gauges::sum(&metrics, "llamacpp:requests_deferred").unwrap_or(0));
+    let told = gauges::busy(client, url, "llamacpp:requests_processing", "llamacpp:requests_deferred").await;
+    if told.is_some() {
+        return told;
     }
     let slots = get_json(client, format!("{url}/slots")).await.ok()?;
     let busy = slots.as_array()?.iter().filter(|slot| slot["is_processing"] == true).count();

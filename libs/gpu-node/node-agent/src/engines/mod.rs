@@ -283,6 +283,17 @@ pub async fn busy(client: &reqwest::Client, engine: EngineKind, url: &str) -> Op
     }
 }
 
+/// The engine's health call. `loading` is the status by which it says that its model is not in
+/// memory yet, if it has one.
+async fn health(client: &reqwest::Client, url: &str, loading: Option<u16>) -> Result<(), NotReady> {
+    let answer = client.get(format!("{url}/health")).send().await.map_err(describe)?;
+    match answer.status().as_u16() {
+        200..=299 => Ok(()),
+        status if Some(status) == loading => Err(NotReady::Loading),
+        status => Err(NotReady::Failed(format!("its health call answers HTTP {status}"))),
+    }
+}
+
 pub(crate) async fn get_json(client: &reqwest::Client, url: String) -> Result<Value, String> {
     let response = client.get(url).send().await.map_err(describe)?;
     let status = response.status();

@@ -14,8 +14,8 @@ use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
 use super::{
-    EngineFacts, EngineRequest, NotReady, Reader, Reply, Said, describe, gauges, get_json, openai,
-    said_error, tokens_left,
+    EngineFacts, EngineRequest, NotReady, Reader, Reply, Said, gauges, get_json, health, openai, said_error,
+    tokens_left,
 };
 
 /// The name under which its chat takes every request: any other is an adapter's.
@@ -118,11 +118,7 @@ pub(super) async fn probe(
     url: &str,
 ) -> Result<(EngineFacts, Option<u32>), NotReady> {
     // It listens once its model is in memory; from then on a bad answer is a dead engine.
-    let health = client.get(format!("{url}/health")).send().await.map_err(describe)?;
-    if !health.status().is_success() {
-        let status = health.status().as_u16();
-        return Err(NotReady::Failed(format!("its health call answers HTTP {status}")));
-    }
+    health(client, url, None).await?;
     let info = get_json(client, format!("{url}/info")).await.map_err(|e| format!("/info: {e}"))?;
     Ok((facts(&info), busy(client, url).await))
 }
@@ -140,9 +136,7 @@ fn facts(info: &Value) -> EngineFacts {
 
 /// Neither gauge is there before the first request.
 pub(super) async fn busy(client: &reqwest::Client, url: &str) -> Option<u32> {
-    let metrics = gauges::read(client, url).await?;
-    let running = gauges::sum(&metrics, "tgi_batch_current_size")?;
-    Some(running + gauges::sum(&metrics, "tgi_queue_size").unwrap_or(0))
+    gauges::busy(client, url, "tgi_batch_current_size", "tgi_queue_size").await
 }
 
 #[cfg(test)]

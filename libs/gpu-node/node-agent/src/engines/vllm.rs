@@ -11,7 +11,7 @@ use pool_registry_types::task::{Resume, TaskRequest};
 use serde_json::{Value, json};
 
 use super::{
-    EngineFacts, EngineRequest, NotReady, describe, gauges, get_json, model_names, openai, tokens_left,
+    EngineFacts, EngineRequest, NotReady, gauges, get_json, health, model_names, openai, tokens_left,
 };
 
 pub(super) fn request(task: &TaskRequest, sent: Option<&Resume>) -> EngineRequest {
@@ -42,11 +42,7 @@ pub(super) async fn probe(
 ) -> Result<(EngineFacts, Option<u32>), NotReady> {
     // It listens once its model is in memory: until then nothing answers, and a bad answer means
     // that the engine behind the server is dead.
-    let health = client.get(format!("{url}/health")).send().await.map_err(describe)?;
-    if !health.status().is_success() {
-        let status = health.status().as_u16();
-        return Err(NotReady::Failed(format!("its health call answers HTTP {status}")));
-    }
+    health(client, url, None).await?;
     let models =
         get_json(client, format!("{url}/v1/models")).await.map_err(|e| format!("/v1/models: {e}"))?;
     // Builds of others may lack it, and no task needs it.
@@ -67,9 +63,7 @@ fn context(models: &Value) -> Option<u32> {
 }
 
 pub(super) async fn busy(client: &reqwest::Client, url: &str) -> Option<u32> {
-    let metrics = gauges::read(client, url).await?;
-    let running = gauges::sum(&metrics, "vllm:num_requests_running")?;
-    Some(running + gauges::sum(&metrics, "vllm:num_requests_waiting").unwrap_or(0))
+    gauges::busy(client, url, "vllm:num_requests_running", "vllm:num_requests_waiting").await
 }
 
 #[cfg(test)]

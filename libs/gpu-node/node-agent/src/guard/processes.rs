@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use handoff_watcher::process::parent;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -13,10 +14,15 @@ fn all() -> impl Iterator<Item = u32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-fn parent(pid: u32) -> Option<u32> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command's name may hold spaces and brackets: the fields after it start at the last bracket.
-    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+/// Whether the process was started with this in its environment, or with what begins so.
+fn carries(pid: u32, wanted: &str) -> bool {
+    let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    environment.split(|byte| *byte == 0).any(|entry| entry.starts_with(wanted.as_bytes()))
+}
+
+/// The process and those that it descends from, the first one of the system left out.
+fn lineage(pid: u32) -> impl Iterator<Item = u32> {
+    std::iter::successors(Some(pid), |pid| parent(*pid)).take_while(|pid| *pid > 1)
 }
 
 /// Everything that descends from the process, itself not included.
@@ -41,21 +47,12 @@ pub fn descendants(of: u32) -> Vec<u32> {
 /// The processes that carry the mark, or one that begins so, whoever their parent is.
 pub fn marked(mark: &str) -> Vec<u32> {
     let wanted = format!("{MARK}={mark}");
-    let carries = |pid: &u32| {
-        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        environment.split(|byte| *byte == 0).any(|entry| entry.starts_with(wanted.as_bytes()))
-    };
-    all().filter(carries).collect()
+    all().filter(|pid| carries(*pid, &wanted)).collect()
 }
 
 /// Whether the process is, or descends from, one of the engines, or carries a mark of ours.
 pub fn belongs_to(pid: u32, engines: &[u32]) -> bool {
-    let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-    let wanted = format!("{MARK}=");
-    environment.split(|byte| *byte == 0).any(|entry| entry.starts_with(wanted.as_bytes()))
-        || std::iter::successors(Some(pid), |pid| parent(*pid))
-            .take_while(|pid| *pid > 1)
-            .any(|pid| engines.contains(&pid))
+    carries(pid, &format!("{MARK}=")) || lineage(pid).any(|pid| engines.contains(&pid))
 }
 
 /// Whether the process descends from a living guard.
@@ -64,7 +61,7 @@ pub fn is_guarded(pid: u32) -> bool {
         let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         words.split(|byte| *byte == 0).nth(1) == Some(COMMAND.as_bytes())
     };
-    std::iter::successors(parent(pid), |pid| parent(*pid)).take_while(|pid| *pid > 1).any(is_guard)
+    lineage(pid).skip(1).any(is_guard)
 }
 
 /// Sends the signal to each; one that is gone already is as good.

@@ -27,7 +27,7 @@ const LONGEST_PAUSE_PROVEN: Duration = Duration::from_secs(5);
 /// Longest pause before the restart of an engine that has never been ready.
 const LONGEST_PAUSE_UNPROVEN: Duration = Duration::from_secs(60);
 /// How long a wish to load holds without being repeated. Source: .specs/01 CLOUD-2422.
-pub const DEMAND_LIFE: Duration = Duration::from_secs(15);
+const DEMAND_LIFE: Duration = Duration::from_secs(15);
 /// Pause before a preparation that failed is tried again.
 const PREPARE_AGAIN: Duration = Duration::from_secs(30);
 

@@ -52,7 +52,8 @@ pub(crate) struct Program {
     /// With `{port}` and other places to fill in.
     args: Vec<String>,
     pub(crate) env: Vec<(String, String)>,
-    model_path: Option<PathBuf>,
+    /// The model's file, or the name by which the engine finds it itself.
+    model_path: PathBuf,
     /// Tokens of one slot.
     ctx: Option<u32>,
 }
@@ -91,8 +92,8 @@ pub(crate) async fn prepare(
     let wants_file = args.iter().any(|arg| arg.contains("{model_path}"));
     let model = if wants_file { Some(model_file(spec, places, progress).await?) } else { None };
     let model_path = match &model {
-        Some((path, _)) => Some(path.clone()),
-        None => Some(PathBuf::from(model_name(spec))),
+        Some((path, _)) => path.clone(),
+        None => PathBuf::from(model_name(spec)),
     };
     let said = model.as_ref().and_then(|(_, about)| about.as_ref()?.context());
     let ctx = pool.ctx.or(said.map(|ctx| ctx.min(DEFAULT_CTX)));
@@ -185,10 +186,7 @@ fn arguments(pool: &PoolSpec) -> Vec<String> {
                 args.extend(["--n-gpu-layers", "999"]);
             }
         }
-        EngineKind::Vllm => {
-            args.extend(["serve", "{model_id}", "--served-model-name", "{model}", "--host", "127.0.0.1"]);
-            args.extend(["--port", "{port}", "--max-num-seqs", "{slots}"]);
-        }
+        EngineKind::Vllm => args.extend(["serve", "{model_id}"]),
         EngineKind::Tgi => {
             args.extend(["--model-id", "{model_id}", "--hostname", "127.0.0.1", "--port", "{port}"]);
             args.extend(["--max-concurrent-requests", "{slots}"]);
@@ -206,26 +204,28 @@ fn arguments(pool: &PoolSpec) -> Vec<String> {
         EngineKind::LlamaCpp if !pool.tensor_split.is_empty() => {
             args.extend(["--tensor-split".into(), split()])
         }
-        EngineKind::Vllm => {
-            if pool.devices.len() > 1 {
-                args.extend(["--tensor-parallel-size".into(), pool.devices.len().to_string()]);
-            }
-            if let Some(ctx) = pool.ctx {
-                args.extend(["--max-model-len".into(), ctx.to_string()]);
-            }
-            for alias in &pool.aliases {
-                // Its names come in one list, after the first.
-                if let Some(at) = args.iter().position(|arg| arg == "{model}") {
-                    args.insert(at + 1, alias.to_string());
-                }
-            }
-        }
+        EngineKind::Vllm => args.extend(vllm_options(pool)),
         EngineKind::Tgi if pool.devices.len() > 1 => {
             args.extend(["--num-shard".into(), pool.devices.len().to_string()]);
         }
         _ => {}
     }
     args
+}
+
+/// The options of vLLM's server, however it was started.
+pub(crate) fn vllm_options(pool: &PoolSpec) -> Vec<String> {
+    let mut options = vec!["--served-model-name".to_owned(), "{model}".to_owned()];
+    options.extend(pool.aliases.iter().map(ToString::to_string));
+    options
+        .extend(["--host", "127.0.0.1", "--port", "{port}", "--max-num-seqs", "{slots}"].map(str::to_owned));
+    if pool.devices.len() > 1 {
+        options.extend(["--tensor-parallel-size".into(), pool.devices.len().to_string()]);
+    }
+    if let Some(ctx) = pool.ctx {
+        options.extend(["--max-model-len".into(), ctx.to_string()]);
+    }
+    options
 }
 
 impl Program {
@@ -238,11 +238,10 @@ impl Program {
     pub(crate) fn command(&self, spec: &Spec, seat: &Seat, port: u16) -> (PathBuf, Vec<String>) {
         let ctx = self.ctx.map_or_else(|| "0".to_owned(), |ctx| ctx.to_string());
         let total = self.ctx.map_or(0, |ctx| u64::from(ctx) * u64::from(spec.pool.slots));
-        let path = self.model_path.as_ref().map(|path| path.display().to_string()).unwrap_or_default();
         let places = BTreeMap::from([
             ("{port}", port.to_string()),
             ("{model}", spec.pool.model.to_string()),
-            ("{model_path}", path),
+            ("{model_path}", self.model_path.display().to_string()),
             ("{model_id}", model_name(spec)),
             ("{slots}", spec.pool.slots.to_string()),
             ("{ctx}", ctx),
@@ -379,7 +378,7 @@ mod tests {
             program: "x".into(),
             args: arguments(&pool),
             env: Vec::new(),
-            model_path: Some("/m.gguf".into()),
+            model_path: "/m.gguf".into(),
             ctx: Some(512),
         };
         let seat = Seat {

@@ -46,9 +46,6 @@ const RELEASE_PATIENCE: Duration = Duration::from_secs(10);
 /// Why a start does not fit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shortage {
-    pub device: Device,
-    pub needed_bytes: u64,
-    pub available_bytes: u64,
     /// Never, whoever makes room.
     pub for_ever: bool,
     /// For people.
@@ -153,9 +150,6 @@ impl Ledger {
                     continue;
                 }
                 return Err(Shortage {
-                    device: *device,
-                    needed_bytes: *needed,
-                    available_bytes: 0,
                     for_ever: false,
                     text: format!("needs {device}, and no such GPU is seen"),
                 });
@@ -166,13 +160,7 @@ impl Ledger {
                 continue;
             }
             let for_ever = *needed > self.claimable(&reading);
-            return Err(Shortage {
-                device: *device,
-                needed_bytes: *needed,
-                available_bytes: available,
-                for_ever,
-                text: self.describe(*device, *needed, available, &reading),
-            });
+            return Err(Shortage { for_ever, text: self.describe(*device, *needed, available, &reading) });
         }
         Ok(())
     }
@@ -195,7 +183,8 @@ impl Ledger {
     }
 
     /// For the invariant that no device is promised twice.
-    pub fn claimed(&self, device: Device) -> u64 {
+    #[cfg(test)]
+    pub(super) fn claimed(&self, device: Device) -> u64 {
         self.accounts.get(&device).map_or(0, |account| account.held.values().map(|held| held.bytes).sum())
     }
 }

@@ -40,6 +40,20 @@ pub(crate) struct Life {
     facts: EngineFacts,
 }
 
+impl Life {
+    fn new(keep: bool, fingerprint: u64) -> Self {
+        Self {
+            stop: CancellationToken::new(),
+            let_go: CancellationToken::new(),
+            keep,
+            fingerprint,
+            url: String::new(),
+            pid: None,
+            facts: EngineFacts::default(),
+        }
+    }
+}
+
 /// What a kept engine's guard tells the next daemon.
 #[derive(Debug, Serialize, Deserialize)]
 struct About {
@@ -75,29 +89,33 @@ impl Supervision {
             });
             return;
         };
-        let life = Life {
-            stop: CancellationToken::new(),
-            let_go: CancellationToken::new(),
-            keep: spec.pool.keep_on_exit,
-            fingerprint,
-            url: String::new(),
-            pid: None,
-            facts: EngineFacts::default(),
-        };
-        let (stop, let_go) = (life.stop.clone(), life.let_go.clone());
-        self.state.lock().lives.insert(run, life);
+        let (stop, let_go) = self.enlist(run, Life::new(spec.pool.keep_on_exit, fingerprint));
         let supervision = Arc::clone(self);
         self.agent.tracker.spawn(async move {
             let ended = match supervision.open(run, &seat, &spec, &launch).await {
-                Ok(Opened::Guard(guarded)) => supervision.live(run, &seat, &spec, *guarded, stop, let_go).await,
+                Ok(Opened::Guard(guarded)) => {
+                    supervision.live(run, &seat, &spec, *guarded, stop, let_go).await
+                }
                 Ok(Opened::Elsewhere) => supervision.live_elsewhere(run, stop, let_go).await,
                 Err(how) => Some((how, Vec::new())),
             };
-            let Some((how, tail)) = ended else { return };
-            tracing::warn!(pool_id = %seat.pool_id, replica_id = %seat.replica_id, run = run.0, how, "an engine is gone");
-            supervision.state.lock().lives.remove(&run);
-            supervision.tell(Happened::Exited { run, how, tail }).await;
+            supervision.over(run, &seat, ended).await;
         });
+    }
+
+    /// Returns what the loop stops the life by, and what it lets it go by.
+    fn enlist(&self, run: RunId, life: Life) -> (CancellationToken, CancellationToken) {
+        let tokens = (life.stop.clone(), life.let_go.clone());
+        self.state.lock().lives.insert(run, life);
+        tokens
+    }
+
+    /// The engine is gone, unless it was let go.
+    async fn over(&self, run: RunId, seat: &Seat, ended: Option<(String, Vec<String>)>) {
+        let Some((how, tail)) = ended else { return };
+        tracing::warn!(pool_id = %seat.pool_id, replica_id = %seat.replica_id, run = run.0, how, "an engine is gone");
+        self.state.lock().lives.remove(&run);
+        self.tell(Happened::Exited { run, how, tail }).await;
     }
 
     async fn open(&self, run: RunId, seat: &Seat, spec: &Spec, launch: &Launch) -> Result<Opened, String> {
@@ -335,24 +353,13 @@ impl Supervision {
             });
             return None;
         };
-        let life = Life {
-            stop: CancellationToken::new(),
-            let_go: CancellationToken::new(),
-            keep: true,
-            fingerprint: about.fingerprint,
-            url: about.url,
-            pid: Some(pid),
-            facts: EngineFacts::default(),
-        };
-        let (stop, let_go) = (life.stop.clone(), life.let_go.clone());
-        self.state.lock().lives.insert(run, life);
+        let life = Life { url: about.url, pid: Some(pid), ..Life::new(true, about.fingerprint) };
+        let (stop, let_go) = self.enlist(run, life);
         let supervision = Arc::clone(self);
         let own = seat.clone();
         self.agent.tracker.spawn(async move {
             let ended = supervision.live(run, &own, &spec, guarded, stop, let_go).await;
-            let Some((how, tail)) = ended else { return };
-            supervision.state.lock().lives.remove(&run);
-            supervision.tell(Happened::Exited { run, how, tail }).await;
+            supervision.over(run, &own, ended).await;
         });
         Some(seat)
     }

@@ -11,7 +11,7 @@ use pool_registry_types::pool::EngineKind;
 use tokio::process::Command;
 
 use crate::pools_file::PoolSpec;
-use crate::supervisor::launch::{Places, find_program};
+use crate::supervisor::launch::{Places, find_program, vllm_options};
 
 /// What is installed for llama.cpp, with its hash.
 const LLAMACPP_LOCK: &str = include_str!("../../../../../deploy/engines/requirements.lock");
@@ -53,7 +53,7 @@ pub(crate) async fn package(
     let site = folder.join("site");
     let launcher = folder.join("llama_server.py");
     let env = vec![("PYTHONPATH".to_owned(), site.display().to_string())];
-    let mut args: Vec<String> = match pool.engine {
+    let args: Vec<String> = match pool.engine {
         EngineKind::LlamaCpp => {
             // Written anew each time: it belongs to this program, not to the package.
             std::fs::write(&launcher, LLAMACPP_LAUNCHER)
@@ -65,19 +65,10 @@ pub(crate) async fn package(
                 .collect()
         }
         _ => {
-            let words = "-m vllm.entrypoints.openai.api_server --model {model_id} --served-model-name {model} \
-                         --host 127.0.0.1 --port {port} --max-num-seqs {slots}";
-            words.split_whitespace().map(str::to_owned).collect()
+            let words = ["-m", "vllm.entrypoints.openai.api_server", "--model", "{model_id}"];
+            words.into_iter().map(str::to_owned).chain(vllm_options(pool)).collect()
         }
     };
-    if pool.engine == EngineKind::Vllm {
-        if pool.devices.len() > 1 {
-            args.extend(["--tensor-parallel-size".into(), pool.devices.len().to_string()]);
-        }
-        if let Some(ctx) = pool.ctx {
-            args.extend(["--max-model-len".into(), ctx.to_string()]);
-        }
-    }
     Ok((python, args, env))
 }
 

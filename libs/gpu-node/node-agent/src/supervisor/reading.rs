@@ -7,7 +7,7 @@ use pool_registry_types::pool::{PoolReloading, PoolState, Supervised};
 
 use crate::core::Declared;
 use crate::supervisor::core::Supervisor;
-use crate::supervisor::plan::{Claim, RunId};
+use crate::supervisor::plan::Claim;
 use crate::supervisor::pool::{Pool, Preparation, Stage, Way, add};
 
 impl Supervisor {
@@ -80,13 +80,9 @@ impl Supervisor {
         self.ledger.fits(claim, &freed).is_ok()
     }
 
-    /// The lives that are under way.
-    pub fn runs(&self) -> Vec<RunId> {
-        self.pools.values().flat_map(Pool::slots).filter_map(|slot| slot.stage.run()).collect()
-    }
-
-    /// For the invariants: how each slot of a pool stands, in a word.
-    pub fn stages(&self, id: &PoolId) -> Vec<&'static str> {
+    /// For the tests: how each slot of a pool stands, in a word.
+    #[cfg(test)]
+    pub(super) fn stages(&self, id: &PoolId) -> Vec<&'static str> {
         let word = |stage: Stage| match stage {
             Stage::Down => "down",
             Stage::Waiting { .. } => "waiting",
