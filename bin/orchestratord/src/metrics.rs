@@ -52,6 +52,11 @@ pub(crate) fn page(facts: &Facts, view: &ClusterView) -> Page {
             "Times that a pool or a node was left alone for its failures.",
             c.trips,
         ),
+        (
+            "llorch_pool_loads_asked_total",
+            "Times that a node was asked to start the engines of a pool.",
+            c.loads,
+        ),
         ("llorch_control_stalls_total", "Times that the control loop stood still.", c.stalls),
         ("llorch_mass_silences_total", "Times that most nodes fell silent at once.", c.mass_silences),
     ] {

@@ -262,6 +262,24 @@ async fn a_kept_engine_is_taken_over_by_the_next_daemon() {
     assert_eq!(marked(&variable), BTreeSet::new());
 }
 
+// CLOUD-2408
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_signal_to_a_guard_without_a_daemon_ends_its_engine_in_order() {
+    let folder = tempfile::tempdir().unwrap();
+    let mark = uuid::Uuid::new_v4().to_string();
+    let variable = format!("E2E_MARK={mark}");
+    let mut cluster = node_with(forking_pool(folder.path(), &mark, "keep_on_exit = true")).await;
+    wait_state(&cluster, "pool-a", "ready", MINUTE).await;
+    let guard = parent(engine_pid(&cluster, "pool-a"));
+    cluster.nodes[0].daemon.as_mut().unwrap().kill();
+    assert!(marked(&variable).len() >= 4, "it is kept");
+    send(guard, Signal::SIGTERM);
+    eventually("nothing of the engine is left", Duration::from_secs(5), || async {
+        marked(&variable).is_empty().then_some(())
+    })
+    .await;
+}
+
 async fn submit_many(
     cluster: &Cluster,
     models: &[&str],
@@ -531,6 +549,7 @@ async fn a_full_disk_leaves_nothing_half_done() {
     std::fs::create_dir(&disk).unwrap();
     let big = folder.path().join("big.gguf");
     std::fs::File::create(&big).unwrap().set_len(40 * 1024 * 1024).unwrap();
+    let is_root = std::os::unix::fs::MetadataExt::uid(&std::fs::metadata("/proc/self").unwrap()) == 0;
     // A disk of 90 MiB in a mount namespace of its own, which goes with the process.
     let stage = |source: &str| {
         let script = format!(
@@ -539,6 +558,9 @@ async fn a_full_disk_leaves_nothing_half_done() {
             daemon = program("pool-managerd").display(),
         );
         let mut command = tokio::process::Command::new("unshare");
+        if !is_root {
+            command.arg("--map-root-user");
+        }
         command.args(["--mount", "sh", "-c", &script]).kill_on_drop(true);
         async move { command.output().await.unwrap() }
     };

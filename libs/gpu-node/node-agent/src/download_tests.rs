@@ -147,7 +147,7 @@ async fn a_download_broken_at_twenty_random_bytes_is_resumed_and_verified() {
     assert_eq!(server.requests.len(), 21);
     let ranged = server.requests.iter().filter(|request| request.contains("\r\nrange: bytes=")).count();
     assert!(ranged >= 19, "{ranged} of 20 went on");
-    let path = bench.models().path_of(&manifest.model_id).unwrap();
+    let (path, _) = bench.models().find(&manifest.model_id).unwrap();
     assert_eq!(std::fs::read(path).unwrap(), whole);
 }
 

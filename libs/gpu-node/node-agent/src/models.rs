@@ -152,9 +152,10 @@ impl Models {
         whole(&self.folder.join(folder_name(model)))
     }
 
-    /// Where the model's file lies, if it is here whole.
-    pub fn path_of(&self, model: &ModelRef) -> Option<PathBuf> {
-        Some(self.folder.join(folder_name(model)).join(self.get(model)?.file))
+    /// Where the model's file lies and what its manifest says, if it is here whole.
+    pub fn find(&self, model: &ModelRef) -> Option<(PathBuf, Manifest)> {
+        let manifest = self.get(model)?;
+        Some((self.folder.join(folder_name(model)).join(&manifest.file), manifest))
     }
 
     /// Removes a model and whatever an interrupted copy of it has left.
@@ -285,8 +286,8 @@ impl Models {
     ) -> Result<Staged, ModelError> {
         let _one = self.lock(model)?;
         if let Some(here) = self.get(model) {
-            if let Some(expected) = expected.filter(|expected| **expected != here.digest) {
-                return Err(ModelError::Taken { model: model.clone(), digest: expected.clone() });
+            if expected.is_some_and(|expected| *expected != here.digest) {
+                return Err(ModelError::Taken { model: model.clone(), digest: here.digest });
             }
             return Ok(Staged::WasHere(here));
         }

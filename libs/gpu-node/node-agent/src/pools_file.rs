@@ -312,6 +312,9 @@ impl PoolSpec {
                 "replicas",
                 "an external engine is one: give it a pool of its own, or handoff files",
             ),
+            Provision::External { .. } if self.keep_on_exit => {
+                wrong(id, "keep_on_exit", "an external engine is not started, so it is not kept either")
+            }
             Provision::External { url: Some(url) }
                 if !url.starts_with("http://") && !url.starts_with("https://") =>
             {
@@ -445,6 +448,11 @@ provision = { mode = "binary", program = "serve", args = ["--port", "{port}"] }
                 "mode = \"binary\", program = \"serve\", args = [\"--port\", \"{port}\"]",
                 "mode = \"external\"",
                 "pools.pool-1.load",
+            ),
+            (
+                "mode = \"binary\", program = \"llama-server\" }",
+                "mode = \"external\" }\nkeep_on_exit = true",
+                "pools.pool-0.keep_on_exit",
             ),
         ] {
             assert!(GOOD.contains(old), "{old}");

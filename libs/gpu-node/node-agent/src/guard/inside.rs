@@ -4,7 +4,7 @@
 //! is left: it ends when the kernel says that it has no children, and everything that descends
 //! from an engine is, at the latest when its own parent has died, a child of the guard.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, PipeReader, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
@@ -73,8 +73,8 @@ fn guard() -> std::io::Result<()> {
     let owner: Owner = Arc::new(Mutex::new(Some(stream)));
     let (mailbox, heard) = mpsc::channel();
 
-    let engine = match start(&charge, &owner) {
-        Ok(engine) => engine,
+    let (engine, engine_output) = match start(&charge) {
+        Ok(started) => started,
         Err(error) => {
             let how = format!("{} does not start: {error}", charge.program.display());
             say(&owner, &Said::Ended { how });
@@ -82,7 +82,8 @@ fn guard() -> std::io::Result<()> {
         }
     };
     // Signals of the terminal or of the service manager stop the engine as the daemon would. They
-    // are blocked only now: the engine would inherit that and never hear SIGTERM.
+    // are blocked after the engine has started, which would inherit that and never hear SIGTERM,
+    // and before any thread has: one that had them open would die of them, and all with it.
     let mut signals = SigSet::empty();
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
         signals.add(signal);
@@ -90,6 +91,7 @@ fn guard() -> std::io::Result<()> {
     signals.thread_block()?;
     let started = Said::Started { pid: engine, mark: charge.mark.clone(), about: charge.about.clone() };
     say(&owner, &started);
+    keep_output(engine_output, &charge, &owner);
     listen(reader, mailbox.clone());
     wait_for_signals(signals, mailbox.clone());
     reap(engine, mailbox.clone());
@@ -143,7 +145,8 @@ fn guard() -> std::io::Result<()> {
     Ok(())
 }
 
-fn start(charge: &Charge, owner: &Owner) -> std::io::Result<u32> {
+/// Returns the engine's process id, and its output.
+fn start(charge: &Charge) -> std::io::Result<(u32, PipeReader)> {
     output::write_heading(&charge.log, &charge.program.display().to_string());
     let (reader, writer) = std::io::pipe()?;
     let mut command = Command::new(&charge.program);
@@ -158,9 +161,14 @@ fn start(charge: &Charge, owner: &Owner) -> std::io::Result<u32> {
     let engine = command.spawn()?;
     // It holds the writing ends, and the output would never end.
     drop(command);
+    Ok((engine.id(), reader))
+}
+
+fn keep_output(engine_output: PipeReader, charge: &Charge, owner: &Owner) {
     let (log, limit, owner) = (charge.log.clone(), charge.log_bytes, Arc::clone(owner));
-    thread::spawn(move || output::copy(reader, &log, limit, |line| say(&owner, &Said::Alarm { line })));
-    Ok(engine.id())
+    thread::spawn(move || {
+        output::copy(engine_output, &log, limit, |line| say(&owner, &Said::Alarm { line }))
+    });
 }
 
 fn listen(reader: BufReader<UnixStream>, mailbox: Sender<Heard>) {

@@ -18,6 +18,11 @@ use super::{COMMAND, Charge, Order, Said, processes};
 /// How long a kept guard may take to say what it guards.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Rounds of SIGKILL, and the pause between them, for what a killed guard has left. Killed
+/// processes always end; a kernel that keeps one for longer is not ours to wait for.
+const KILL_ROUNDS: u32 = 100;
+const KILL_EVERY: Duration = Duration::from_millis(50);
+
 /// A guard that this daemon owns.
 #[derive(Debug)]
 pub struct Guarded {
@@ -102,18 +107,20 @@ impl Guarded {
     /// Somebody has killed the guard: what it guarded is known by its mark.
     async fn clean_up_after_guard(&mut self) {
         let Some(mark) = self.mark.clone() else { return };
-        let killing = tokio::task::spawn_blocking(move || {
-            loop {
+        for _ in 0..KILL_ROUNDS {
+            let mark = mark.clone();
+            let killing = tokio::task::spawn_blocking(move || {
                 let left = processes::marked(&mark);
-                if left.is_empty() {
-                    return;
-                }
                 processes::signal_all(&left, Signal::SIGKILL);
-                std::thread::sleep(Duration::from_millis(50));
+                left.is_empty()
+            });
+            // What forks meanwhile is met in the next round.
+            if killing.await.unwrap_or(true) {
+                return;
             }
-        });
-        // Killed processes always end; a kernel that keeps one for longer is not ours to wait for.
-        let _ = tokio::time::timeout(Duration::from_secs(5), killing).await;
+            tokio::time::sleep(KILL_EVERY).await;
+        }
+        tracing::warn!(mark, "processes of an engine do not end although they were killed");
     }
 
     /// Waits for the guard's own end, after its last word.

@@ -165,7 +165,7 @@ impl Supervisor {
     pub fn apply(&mut self, now: Moment, happened: Happened) -> Vec<Ordered> {
         let mut out = Vec::new();
         match happened {
-            Happened::Configured(plans) => self.configured(now, plans),
+            Happened::Configured(plans) => self.configured(now, plans, &mut out),
             Happened::Devices(readings) => self.devices(now, &readings, &mut out),
             Happened::Prepared { pool_id, fingerprint, outcome } => {
                 self.prepared(now, &pool_id, fingerprint, outcome);
@@ -175,7 +175,7 @@ impl Supervisor {
             Happened::Alarmed { run, line } => self.alarmed(now, run, &line, &mut out),
             Happened::Used(work) => self.used(now, &work),
             Happened::Load { pool_id } => self.load(now, &pool_id),
-            Happened::Reload { pool_id, plan } => self.reload(now, &pool_id, *plan),
+            Happened::Reload { pool_id, plan } => self.reload(now, &pool_id, *plan, &mut out),
             Happened::Revive { pool_id } => {
                 if let Some(pool) = self.pools.get_mut(&pool_id).filter(|pool| !pool.purging) {
                     pool.failed = None;
@@ -187,7 +187,8 @@ impl Supervisor {
             }
             Happened::Purge { pool_id } => {
                 if let Some(pool) = self.pools.get_mut(&pool_id) {
-                    pool.purging = true;
+                    // A second purge may name more than the first.
+                    (pool.purging, pool.purged) = (true, false);
                     pool.failed = Some("its operator has purged it; a reload starts it again".into());
                 }
             }
@@ -200,7 +201,7 @@ impl Supervisor {
 
     // ---- what is said ----
 
-    fn configured(&mut self, now: Moment, plans: BTreeMap<PoolId, PoolPlan>) {
+    fn configured(&mut self, now: Moment, plans: BTreeMap<PoolId, PoolPlan>, out: &mut Vec<Ordered>) {
         for (id, pool) in &mut self.pools {
             pool.removed = !plans.contains_key(id);
         }
@@ -208,7 +209,7 @@ impl Supervisor {
             match self.pools.get(&id).map(|pool| *pool.target() == plan) {
                 None => drop(self.pools.insert(id, Pool::new(plan))),
                 Some(true) => {}
-                Some(false) => self.reload(now, &id, plan),
+                Some(false) => self.reload(now, &id, plan, out),
             }
         }
     }
@@ -336,7 +337,11 @@ impl Supervisor {
         let beside = pool.reload.as_ref().and_then(|reload| reload.next.as_ref());
         if beside.is_some_and(|next| next.slots.iter().any(is_it)) {
             pool.reload_error = Some(with_tail(how, &tail));
-            give_up_beside(now, pool, run);
+            // Its own slot has nothing left that could leave.
+            for slot in pool.slots_mut().filter(|slot| slot.stage.run() == Some(run)) {
+                slot.stage = Stage::Down;
+            }
+            pool.give_up_beside(now, &pool_id, out);
             return;
         }
         let Some(slot) = pool.serving.slots.iter_mut().find(|slot| is_it(slot)) else { return };
@@ -358,7 +363,7 @@ impl Supervisor {
         }
         if matches!(pool.reload, Some(Reload { way: Way::After { .. }, .. })) {
             pool.reload_error = Some(with_tail(&why, &tail));
-            pool.go_back(now);
+            pool.go_back(now, &pool_id, out);
             return;
         }
         pool.last_error = Some(why);
@@ -423,14 +428,12 @@ impl Supervisor {
         }
     }
 
-    fn reload(&mut self, now: Moment, pool_id: &PoolId, plan: PoolPlan) {
+    fn reload(&mut self, now: Moment, pool_id: &PoolId, plan: PoolPlan, out: &mut Vec<Ordered>) {
         let Some(pool) = self.pools.get_mut(pool_id) else { return };
         pool.reload_error = None;
         (pool.purging, pool.purged) = (false, false);
-        if let Some(next) = pool.reload.take().and_then(|reload| reload.next) {
-            // The newest order counts.
-            pool.retire(now, next.slots);
-        }
+        // The newest order counts.
+        pool.give_up_beside(now, pool_id, out);
         pool.failed = None;
         pool.exits.clear();
         if pool.serving.plan == plan {
@@ -441,7 +444,7 @@ impl Supervisor {
         } else {
             // Nothing serves, so there is nothing to go back to.
             let before = std::mem::replace(&mut pool.serving, Generation::new(plan));
-            pool.retire(now, before.slots);
+            pool.retire(now, pool_id, before.slots, Duration::ZERO, out);
         }
     }
 }
@@ -449,14 +452,6 @@ impl Supervisor {
 fn find(pools: &mut BTreeMap<PoolId, Pool>, run: RunId) -> Option<(PoolId, &mut Pool)> {
     let has = |pool: &Pool| pool.slots().any(|slot| slot.stage.run() == Some(run));
     pools.iter_mut().find(|(_, pool)| has(pool)).map(|(id, pool)| (id.clone(), pool))
-}
-
-/// The new replicas of a reload go; the old ones have served all the time.
-fn give_up_beside(now: Moment, pool: &mut Pool, gone: RunId) {
-    if let Some(next) = pool.reload.take().and_then(|reload| reload.next) {
-        let rest = next.slots.into_iter().filter(|slot| slot.stage.run() != Some(gone)).collect();
-        pool.retire(now, rest);
-    }
 }
 
 fn with_tail(how: &str, tail: &[String]) -> String {

@@ -13,7 +13,7 @@ use pool_registry_types::{ModelRef, PoolId};
 
 use crate::download::Hub;
 use crate::gguf::{self, GgufHeader};
-use crate::models::Models;
+use crate::models::{ModelError, Models};
 use crate::pools_file::{ModelSpec, PoolSpec, Provision, Provisioning};
 use crate::source::ModelSource;
 use crate::supervisor::plan::{Claim, Device, Prepared, Seat};
@@ -22,6 +22,9 @@ use crate::supervisor::provision;
 /// Context of one slot where the file says nothing and the model could do more: models say what
 /// they were trained for, which would fill a GPU with cache.
 const DEFAULT_CTX: u32 = 8192;
+
+/// Pause between two looks at a model that another pool or process downloads.
+const BUSY_PAUSE: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// A pool of the file with what the file says of its model.
 #[derive(Debug, Clone, PartialEq)]
@@ -274,11 +277,14 @@ async fn model_file(
 ) -> Result<(PathBuf, Option<GgufHeader>), String> {
     let name = &spec.pool.model;
     let path = match &spec.model {
-        None => staged(places, name)?.ok_or_else(|| {
-            format!(
-                "model: {name} has no entry in [models] and is not staged; run: pool-managerd models stage {name} FILE"
-            )
-        })?,
+        None => match Models::new(places.models_dir).find(name) {
+            Some((path, _)) => path,
+            None => {
+                return Err(format!(
+                    "model: {name} has no entry in [models] and is not staged; run: pool-managerd models stage {name} FILE"
+                ));
+            }
+        },
         Some(model) => match ModelSource::parse(&model.source).map_err(|error| error.to_string())? {
             ModelSource::File(path) => {
                 if let Some(expected) = &model.digest {
@@ -286,27 +292,7 @@ async fn model_file(
                 }
                 path
             }
-            remote => match staged(places, name)? {
-                Some(path) => path,
-                None if !places.allowed.downloads => {
-                    return Err(format!(
-                        "model: {name} is not staged and provisioning.downloads is off; run: pool-managerd models stage {name} {}",
-                        model.source
-                    ));
-                }
-                None => {
-                    let models = Models::new(places.models_dir);
-                    let mut told = |done: u64, all: Option<u64>| {
-                        let all = all.map_or_else(|| "?".into(), |all| (all / 1_048_576).to_string());
-                        progress(format!("downloads {name}: {} of {all} MiB", done / 1_048_576));
-                    };
-                    let fetched = models
-                        .fetch(name, &remote, model.digest.as_ref(), places.client, &places.hub, &mut told)
-                        .await;
-                    fetched.map_err(|error| format!("model: {error}"))?;
-                    staged(places, name)?.ok_or_else(|| format!("model: {name} was staged and is gone again"))?
-                }
-            },
+            remote => downloaded(name, model, &remote, places, progress).await?,
         },
     };
     let header = match spec.pool.engine {
@@ -316,8 +302,45 @@ async fn model_file(
     Ok((path, header))
 }
 
-fn staged(places: &Places<'_>, name: &ModelRef) -> Result<Option<PathBuf>, String> {
-    Ok(Models::new(places.models_dir).path_of(name))
+/// The model of a server: as it is staged, or downloaded where that is allowed.
+async fn downloaded(
+    name: &ModelRef,
+    model: &ModelSpec,
+    remote: &ModelSource,
+    places: &Places<'_>,
+    progress: &(dyn Fn(String) + Send + Sync),
+) -> Result<PathBuf, String> {
+    let models = Models::new(places.models_dir);
+    loop {
+        if let Some((path, manifest)) = models.find(name) {
+            return match model.digest.as_ref().filter(|expected| **expected != manifest.digest) {
+                None => Ok(path),
+                Some(expected) => Err(format!(
+                    "model: {name} is staged with {}, expected {expected}: purge it, or give the new one another name",
+                    manifest.digest
+                )),
+            };
+        }
+        if !places.allowed.downloads {
+            return Err(format!(
+                "model: {name} is not staged and provisioning.downloads is off; run: pool-managerd models stage {name} {}",
+                model.source
+            ));
+        }
+        let mut told = |done: u64, all: Option<u64>| {
+            let all = all.map_or_else(|| "?".into(), |all| (all / 1_048_576).to_string());
+            progress(format!("downloads {name}: {} of {all} MiB", done / 1_048_576));
+        };
+        let expected = model.digest.as_ref();
+        match models.fetch(name, remote, expected, places.client, &places.hub, &mut told).await {
+            Ok(_) => {}
+            Err(ModelError::Busy(_)) => {
+                progress(format!("waits for another download of {name}"));
+                tokio::time::sleep(BUSY_PAUSE).await;
+            }
+            Err(error) => return Err(format!("model: {error}")),
+        }
+    }
 }
 
 async fn verify_in_place(path: &Path, expected: &pool_registry_types::Digest) -> Result<(), String> {

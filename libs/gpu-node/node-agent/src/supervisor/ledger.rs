@@ -159,7 +159,8 @@ impl Ledger {
             if *needed <= with && reading.healthy {
                 continue;
             }
-            let for_ever = *needed > self.claimable(&reading);
+            // A device that is sick says nothing of how much it has.
+            let for_ever = reading.healthy && reading.total_bytes > 0 && *needed > self.claimable(&reading);
             return Err(Shortage { for_ever, text: self.describe(*device, *needed, available, &reading) });
         }
         Ok(())
@@ -257,6 +258,9 @@ mod tests {
         }
         assert!(ledger.fits(&claim(600), &claim(100)).is_ok(), "with what would be freed");
         assert!(ledger.fits(&claim(901), &Claim::new()).unwrap_err().for_ever);
+        let silent = DeviceReading { total_bytes: 0, free_bytes: None, healthy: false };
+        ledger.observe(&BTreeMap::from([(Device::Gpu(0), silent)]));
+        assert!(!ledger.fits(&claim(1), &Claim::new()).unwrap_err().for_ever, "it may come back");
         let elsewhere = Claim::from([(Device::Gpu(7), 1)]);
         assert!(ledger.fits(&elsewhere, &Claim::new()).unwrap_err().to_string().contains("no such GPU"));
     }

@@ -137,8 +137,9 @@ impl Supervision {
             fingerprint: spec.fingerprint(),
             url,
         };
+        let life_id = uuid::Uuid::new_v4();
         let keep_at = match spec.pool.keep_on_exit {
-            true => Some(self.socket(seat)?),
+            true => Some(self.socket(seat, life_id)?),
             false => None,
         };
         let charge = Charge {
@@ -150,7 +151,7 @@ impl Supervision {
             grace_ms: spec.pool.stop_grace_secs.saturating_mul(1_000),
             keep_at,
             about: serde_json::to_string(&about).unwrap_or_default(),
-            mark: format!("{}{}", self.mark_prefix(), uuid::Uuid::new_v4()),
+            mark: format!("{}{life_id}", self.mark_prefix()),
         };
         let guarded = Guarded::start(&self.settings.program, &charge).await;
         guarded
@@ -158,13 +159,16 @@ impl Supervision {
             .map_err(|error| format!("its guard does not start: {error}"))
     }
 
-    fn socket(&self, seat: &Seat) -> Result<PathBuf, String> {
+    /// Of this one life: the guard of another one that ends meanwhile takes only its own away.
+    fn socket(&self, seat: &Seat, life_id: uuid::Uuid) -> Result<PathBuf, String> {
         let folder = self.guards();
         let folder = folder.canonicalize().or_else(|_| {
             std::fs::create_dir_all(&folder)?;
             folder.canonicalize()
         });
-        let path = folder.map_err(|error| format!("keep_on_exit: {error}"))?.join(format!("{seat}.sock"));
+        let (short, ..) = life_id.as_fields();
+        let path = folder.map_err(|error| format!("keep_on_exit: {error}"))?;
+        let path = path.join(format!("{seat}.{short:08x}.sock"));
         if path.as_os_str().len() > LONGEST_SOCKET {
             return Err(format!(
                 "keep_on_exit: {} is longer than {LONGEST_SOCKET} bytes, which is the most for a socket: choose a shorter POOL_MANAGERD_RUNTIME_DIR",
@@ -242,7 +246,14 @@ impl Supervision {
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
             let url = self.state.lock().lives.get(&run).map(|life| life.url.clone()).unwrap_or_default();
-            if let Ok((facts, _)) = engines::probe(self.agent.client(), spec.pool.engine, &url, &[]).await {
+            if let Ok((facts, _)) = engines::probe(
+                self.agent.client(),
+                spec.pool.engine,
+                &url,
+                std::slice::from_ref(&spec.pool.model),
+            )
+            .await
+            {
                 return facts;
             }
         }
@@ -314,9 +325,16 @@ impl Supervision {
                         adopted.push(seat);
                     }
                 }
-                Err(error) => {
-                    tracing::info!(socket = %socket.display(), %error, "no guard answers there");
+                Err(error)
+                    if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) =>
+                {
+                    tracing::info!(socket = %socket.display(), %error, "no guard answers there any more");
+                    // One that is gone already is as good.
                     let _ = std::fs::remove_file(&socket);
+                }
+                // A guard that is slow, or another daemon's, is there: the next daemon finds it.
+                Err(error) => {
+                    tracing::warn!(socket = %socket.display(), %error, "a guard was not taken over");
                 }
             }
         }

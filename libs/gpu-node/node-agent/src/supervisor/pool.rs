@@ -3,10 +3,10 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use pool_registry_types::{Moment, ReplicaId};
+use pool_registry_types::{Moment, PoolId, ReplicaId};
 
-use crate::supervisor::core::Work;
-use crate::supervisor::plan::{Claim, PoolPlan, Prepared, RunId};
+use crate::supervisor::core::{Ordered, Work};
+use crate::supervisor::plan::{Claim, PoolPlan, Prepared, RunId, Seat};
 
 /// A pool that was loaded for somebody may wait this long for its first attempt before it
 /// counts as idle.
@@ -263,8 +263,8 @@ impl Pool {
             Stage::Ready { since, .. } => {
                 slot.work.running == 0 && (slot.work.served > 0 || now >= since + FIRST_WORK_PATIENCE)
             }
-            Stage::Down => true,
-            _ => false,
+            Stage::Down | Stage::Waiting { .. } | Stage::Backoff { .. } => true,
+            Stage::Starting { .. } | Stage::Leaving { .. } | Stage::Stopping { .. } => false,
         };
         self.serving.plan.on_demand
             && self.reload.is_none()
@@ -272,36 +272,50 @@ impl Pool {
             && self.serving.slots.iter().all(idle)
     }
 
-    /// Since when all of its replicas have been ready.
+    /// Since when all of its replicas that run have been ready; nothing while one starts or goes.
     pub(super) fn resident_since(&self) -> Option<Moment> {
-        let since = |slot: &Slot| match slot.stage {
-            Stage::Ready { since, .. } => Some(since),
-            _ => None,
-        };
         let movable = self.serving.plan.on_demand && self.reload.is_none();
-        let all: Option<Vec<Moment>> = self.serving.slots.iter().map(since).collect();
-        all?.into_iter().max().filter(|_| movable)
+        let mut since = None;
+        for slot in &self.serving.slots {
+            match slot.stage {
+                Stage::Ready { since: ready, .. } => since = since.max(Some(ready)),
+                Stage::Down | Stage::Waiting { .. } | Stage::Backoff { .. } => {}
+                Stage::Starting { .. } | Stage::Leaving { .. } | Stage::Stopping { .. } => return None,
+            }
+        }
+        since.filter(|_| movable)
     }
 
     pub(super) fn idle_since(&self) -> Moment {
         self.serving.slots.iter().map(|slot| slot.idle_since).max().unwrap_or_default()
     }
 
-    /// Slots of a generation that is not wanted any more: what runs may finish.
-    pub(super) fn retire(&mut self, now: Moment, slots: Vec<Slot>) {
-        for mut slot in slots {
-            slot.leave(now, Duration::ZERO, false);
-            if slot.stage.run().is_some() {
-                self.retired.push(slot);
-            }
-        }
+    /// Slots of a generation that is not wanted any more: they leave, and are followed until their
+    /// engines are gone.
+    pub(super) fn retire(
+        &mut self,
+        now: Moment,
+        id: &PoolId,
+        mut slots: Vec<Slot>,
+        patience: Duration,
+        out: &mut Vec<Ordered>,
+    ) {
+        leave_all(now, id, &mut slots, patience, out);
+        self.retired.extend(slots.into_iter().filter(|slot| slot.stage.run().is_some()));
     }
 
     /// The plan that a reload has taken the place of starts again.
-    pub(super) fn go_back(&mut self, now: Moment) {
+    pub(super) fn go_back(&mut self, now: Moment, id: &PoolId, out: &mut Vec<Ordered>) {
         let Some(Reload { way: Way::After { before, .. }, .. }) = self.reload.take() else { return };
         let broken = std::mem::replace(&mut self.serving, *before);
-        self.retire(now, broken.slots);
+        self.retire(now, id, broken.slots, broken.plan.drain_timeout, out);
+    }
+
+    /// The new replicas of a reload go; the old ones have served all the time.
+    pub(super) fn give_up_beside(&mut self, now: Moment, id: &PoolId, out: &mut Vec<Ordered>) {
+        if let Some(next) = self.reload.take().and_then(|reload| reload.next) {
+            self.retire(now, id, next.slots, Duration::ZERO, out);
+        }
     }
 
     /// Returns how many exits fall into the window, this one included.
@@ -319,6 +333,21 @@ impl Pool {
         for slot in self.slots().filter(leaving) {
             add(sum, &slot.claim);
         }
+    }
+}
+
+/// No new attempts on any of the slots; what runs may finish within the patience.
+pub(super) fn leave_all(
+    now: Moment,
+    id: &PoolId,
+    slots: &mut [Slot],
+    patience: Duration,
+    out: &mut Vec<Ordered>,
+) {
+    for slot in slots {
+        let withdrawn = slot.leave(now, patience, false);
+        let seat = |slot: &Slot| Seat { pool_id: id.clone(), replica_id: slot.replica_id.clone() };
+        out.extend(withdrawn.map(|run| Ordered::Withdraw { run, seat: seat(slot) }));
     }
 }
 

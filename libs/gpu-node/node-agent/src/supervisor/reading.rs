@@ -65,19 +65,31 @@ impl Supervisor {
         }
     }
 
-    /// Whether the claim fits now, or would if every pool that may be unloaded made room.
+    /// Whether the claim of a pool fits now, or would if its own engines and every pool that may be
+    /// unloaded made room.
     pub(super) fn could_fit(&self, id: &PoolId, claim: &Claim) -> bool {
-        let mut freed = Claim::new();
-        for (other, pool) in &self.pools {
-            if other == id || pool.serving.plan.on_demand {
-                pool.coming_free(&mut freed);
-                let lives = |stage| matches!(stage, Stage::Ready { .. } | Stage::Starting { .. });
-                for slot in pool.serving.slots.iter().filter(|slot| lives(slot.stage)) {
-                    add(&mut freed, &slot.claim);
-                }
+        self.fits_without(claim, |other, pool| other == id || pool.serving.plan.on_demand)
+    }
+
+    /// Whether the claim fits once everything is gone that leaves, or that these pools have.
+    pub(super) fn fits_without(&self, claim: &Claim, goes: impl Fn(&PoolId, &Pool) -> bool) -> bool {
+        let mut freed = self.coming_free();
+        let lives = |stage| matches!(stage, Stage::Ready { .. } | Stage::Starting { .. });
+        for (_, pool) in self.pools.iter().filter(|(id, pool)| goes(id, pool)) {
+            for slot in pool.serving.slots.iter().filter(|slot| lives(slot.stage)) {
+                add(&mut freed, &slot.claim);
             }
         }
         self.ledger.fits(claim, &freed).is_ok()
+    }
+
+    /// What comes free when everything that leaves has left.
+    pub(super) fn coming_free(&self) -> Claim {
+        let mut sum = Claim::new();
+        for pool in self.pools.values() {
+            pool.coming_free(&mut sum);
+        }
+        sum
     }
 
     /// For the tests: how each slot of a pool stands, in a word.

@@ -8,7 +8,7 @@ use pool_registry_types::{Moment, PoolId};
 use crate::supervisor::core::{Ordered, Supervisor};
 use crate::supervisor::ledger::{Ledger, Shortage};
 use crate::supervisor::plan::{Claim, Device, Seat};
-use crate::supervisor::pool::{Generation, Pool, Preparation, Reload, Slot, Stage, Way, add};
+use crate::supervisor::pool::{Generation, Pool, Preparation, Reload, Slot, Stage, Way, add, leave_all};
 
 impl Supervisor {
     pub(super) fn settle(&mut self, now: Moment, out: &mut Vec<Ordered>) {
@@ -25,7 +25,7 @@ impl Supervisor {
                 pool.unload_when_idle(now, id, out);
             }
             pool.stop_what_has_left(now, out);
-            pool.stop_what_never_loads(now);
+            pool.stop_what_never_loads(now, id, out);
         }
         if !self.stopping {
             self.advance_reloads(now, out);
@@ -88,6 +88,10 @@ impl Supervisor {
             }
             return;
         }
+        if self.ledger.will_fit(now, &next.whole_claim(), &self.coming_free()) {
+            // Room for both is on its way.
+            return;
+        }
         if !self.could_fit(id, &next.whole_claim()) {
             let why = beside.err().map(|short| short.to_string());
             let Some(pool) = self.pools.get_mut(id) else { return };
@@ -99,14 +103,7 @@ impl Supervisor {
         let mut before = std::mem::replace(&mut pool.serving, next);
         let patience = before.plan.drain_timeout;
         let slots = std::mem::take(&mut before.slots);
-        for mut slot in slots {
-            let seat = Seat { pool_id: id.clone(), replica_id: slot.replica_id.clone() };
-            let withdrawn = slot.leave(now, patience, false);
-            out.extend(withdrawn.map(|run| Ordered::Withdraw { run, seat }));
-            if slot.stage.run().is_some() {
-                pool.retired.push(slot);
-            }
-        }
+        pool.retire(now, id, slots, patience, out);
         pool.reload = Some(Reload { next: None, way: Way::After { before: Box::new(before), since: now } });
         pool.demand = Some(Moment::NEVER).filter(|_| pool.serving.plan.on_demand);
         pool.demand_since = now;
@@ -143,7 +140,8 @@ impl Supervisor {
                 }
                 Err(short) => {
                     // Who can have no room at all keeps nobody else from it.
-                    if self.could_fit(&id, &claim) {
+                    let others = |other: &PoolId, pool: &Pool| *other != id && pool.serving.plan.on_demand;
+                    if self.fits_without(&claim, others) {
                         promised.extend(claim.keys());
                         self.make_room(now, &id, since, &claim, out);
                     }
@@ -170,10 +168,7 @@ impl Supervisor {
     /// Unloads others for the claim: idle ones at once, the least recently used first; busy ones
     /// when they have been there long enough and somebody has waited long enough.
     fn make_room(&mut self, now: Moment, id: &PoolId, since: Moment, claim: &Claim, out: &mut Vec<Ordered>) {
-        let mut freed = Claim::new();
-        for pool in self.pools.values() {
-            pool.coming_free(&mut freed);
-        }
+        let mut freed = self.coming_free();
         if self.ledger.will_fit(now, claim, &freed) {
             return;
         }
@@ -207,6 +202,8 @@ impl Supervisor {
         for victim in chosen {
             if let Some(pool) = self.pools.get_mut(&victim) {
                 pool.unloads += 1;
+                // Who still wants it asks again, behind who waits now.
+                pool.demand = None;
                 let patience = pool.serving.plan.drain_timeout;
                 pool.withdraw_all(now, &victim, patience, out);
             }
@@ -260,14 +257,7 @@ impl Pool {
         let Some(next) = self.reload.take().and_then(|reload| reload.next) else { return };
         let patience = self.serving.plan.drain_timeout;
         let before = std::mem::replace(&mut self.serving, next);
-        for mut slot in before.slots {
-            let seat = Seat { pool_id: id.clone(), replica_id: slot.replica_id.clone() };
-            let withdrawn = slot.leave(now, patience, false);
-            out.extend(withdrawn.map(|run| Ordered::Withdraw { run, seat }));
-            if slot.stage.run().is_some() {
-                self.retired.push(slot);
-            }
-        }
+        self.retire(now, id, before.slots, patience, out);
         for slot in &mut self.serving.slots {
             if let Stage::Ready { run, published, .. } = &mut slot.stage {
                 *published = true;
@@ -278,20 +268,17 @@ impl Pool {
         self.reload_error = None;
         self.proven = true;
         self.last_error = None;
+        // What the old engines did is not held against the new ones.
+        self.failed = None;
+        self.exits.clear();
     }
 
     fn withdraw_all(&mut self, now: Moment, id: &PoolId, patience: Duration, out: &mut Vec<Ordered>) {
-        for slot in &mut self.serving.slots {
-            let seat = Seat { pool_id: id.clone(), replica_id: slot.replica_id.clone() };
-            let withdrawn = slot.leave(now, patience, false);
-            out.extend(withdrawn.map(|run| Ordered::Withdraw { run, seat }));
-        }
+        leave_all(now, id, &mut self.serving.slots, patience, out);
     }
 
     fn leave_altogether(&mut self, now: Moment, id: &PoolId, patience: Duration, out: &mut Vec<Ordered>) {
-        if let Some(next) = self.reload.take().and_then(|reload| reload.next) {
-            self.retire(now, next.slots);
-        }
+        self.give_up_beside(now, id, out);
         self.withdraw_all(now, id, patience, out);
     }
 
@@ -315,7 +302,7 @@ impl Pool {
         }
     }
 
-    fn stop_what_never_loads(&mut self, now: Moment) {
+    fn stop_what_never_loads(&mut self, now: Moment, id: &PoolId, out: &mut Vec<Ordered>) {
         let patience = self.serving.plan.load_timeout;
         let mut late = false;
         for slot in &mut self.serving.slots {
@@ -335,7 +322,7 @@ impl Pool {
             && !self.serving.is_ready()
         {
             self.reload_error = self.waits_for.clone().or_else(|| Some(said(patience)));
-            self.go_back(now);
+            self.go_back(now, id, out);
             return;
         }
         let Some(next) = self.reload.as_mut().and_then(|reload| reload.next.as_mut()) else { return };
@@ -344,9 +331,7 @@ impl Pool {
             |slot: &Slot| matches!(slot.stage, Stage::Starting { since, .. } if now >= since + patience);
         if next.slots.iter().any(overdue) {
             self.reload_error = Some(said(patience));
-            if let Some(next) = self.reload.take().and_then(|reload| reload.next) {
-                self.retire(now, next.slots);
-            }
+            self.give_up_beside(now, id, out);
         }
     }
 

@@ -18,7 +18,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent::Agent;
 use crate::download::Hub;
-use crate::pools_file::{LoadWhen, MAX_BYTES, ModelSpec, PoolsFile, PoolsFileError, Provisioning};
+use crate::pools_file::{
+    LoadWhen, MAX_BYTES, ModelSpec, PoolSpec, PoolsFile, PoolsFileError, Provision, Provisioning,
+};
 use crate::source::ModelSource;
 use crate::supervisor::core::{Happened, Ordered, Supervisor, Work};
 use crate::supervisor::launch::{self, Launch, Places, Spec};
@@ -139,8 +141,10 @@ impl Supervision {
             let mut orders = Vec::new();
             {
                 let mut core = self.core.lock();
-                orders.extend(core.apply(now, Happened::Devices(devices)));
+                // The work first: idle is decided by it, and what is withdrawn in this round was
+                // not yet withdrawn when it was read.
                 orders.extend(core.apply(now, Happened::Used(work)));
+                orders.extend(core.apply(now, Happened::Devices(devices)));
                 orders.extend(core.apply(now, happened));
             }
             for order in orders {
@@ -269,12 +273,17 @@ impl Supervision {
 
     fn prepare(self: &Arc<Self>, pool_id: PoolId, plan: &PoolPlan) {
         let fingerprint = plan.fingerprint;
-        let Some(spec) = self.state.lock().specs.get(&fingerprint).cloned() else { return };
+        let spec = self.state.lock().specs.get(&fingerprint).cloned();
         let supervision = Arc::clone(self);
         self.agent.tracker.spawn(async move {
+            let find = async {
+                // An order may have crossed a change of the file.
+                let spec = spec.ok_or("its plan is not known any more: give the order again")?;
+                supervision.find_everything(&pool_id, &spec).await
+            };
             let outcome = tokio::select! {
                 () = supervision.stopped.cancelled() => return,
-                outcome = supervision.find_everything(&pool_id, &spec) => outcome,
+                outcome = find => outcome,
             };
             supervision.state.lock().under_way.remove(&pool_id);
             let outcome = outcome.map(|(prepared, launch)| {
@@ -349,7 +358,7 @@ impl Supervision {
     /// Errors: `NOT_FOUND`, `UNSUPPORTED`, `OVERLOADED`.
     pub(crate) fn reload(&self, pool_id: &PoolId, order: &PoolReload) -> Result<(), ErrorBody> {
         let now = self.known(pool_id)?;
-        if let crate::pools_file::Provision::External { .. } = now.pool.provision {
+        if let Provision::External { .. } = now.pool.provision {
             return match order.new_model_ref {
                 Some(_) => Err(ErrorBody::new(
                     ErrorCode::Unsupported,
@@ -380,9 +389,12 @@ impl Supervision {
         self.post(Happened::Reload { pool_id: pool_id.clone(), plan: Box::new(plan(&next)) })
     }
 
-    /// Errors: `NOT_FOUND`, `OVERLOADED`.
+    /// Errors: `NOT_FOUND`, `UNSUPPORTED`, `OVERLOADED`.
     pub(crate) fn purge(&self, pool_id: &PoolId, order: PoolPurge) -> Result<(), ErrorBody> {
-        self.known(pool_id)?;
+        if let Provision::External { .. } = self.known(pool_id)?.pool.provision {
+            let message = "the pool's engine is an external one, which is removed where it was started";
+            return Err(ErrorBody::new(ErrorCode::Unsupported, message));
+        }
         self.state.lock().purges.insert(pool_id.clone(), order);
         self.post(Happened::Purge { pool_id: pool_id.clone() })
     }
@@ -390,15 +402,16 @@ impl Supervision {
     /// The engines are gone: what belongs to them alone goes too.
     fn remove_purged(self: &Arc<Self>, pool_id: PoolId) {
         let Ok(spec) = self.known(&pool_id) else { return };
-        let (order, in_use) = {
+        let (order, others) = {
             let mut state = self.state.lock();
             let order = state.purges.remove(&pool_id).unwrap_or_default();
-            let others = state.file.pools.iter().filter(|(id, _)| **id != pool_id);
-            let in_use: Vec<_> = others.map(|(_, pool)| pool.clone()).collect();
-            (order, in_use)
+            let others = state.file.pools.keys().filter(|id| **id != pool_id);
+            (order, others.cloned().collect::<Vec<PoolId>>())
         };
+        // As they are by now, whatever the file says.
+        let in_use: Vec<PoolSpec> = others.iter().filter_map(|id| Some(self.known(id).ok()?.pool)).collect();
         let version = match &spec.pool.provision {
-            crate::pools_file::Provision::Package { version } => Some(version.clone()),
+            Provision::Package { version } => Some(version.clone()),
             _ => None,
         };
         let shared = in_use

@@ -467,6 +467,81 @@ fn a_purge_ends_the_engines_and_a_reload_brings_them_back() {
     assert!(machine.is_up("a"));
 }
 
+// CLOUD-2423
+#[test]
+fn a_pool_short_of_its_second_replica_keeps_nobody_from_memory_that_is_there() {
+    let pair = PoolPlan { replicas: 2, ..plan("b", 400, false) };
+    let mut machine = Machine::new(&[("a", plan("a", 300, false)), ("b", pair), ("c", plan("c", 200, true))]);
+    machine.pass(2_000);
+    assert_eq!(machine.core.stages(&id("b")), ["ready", "waiting"], "300 are left, it needs 400");
+    machine.run_task("c", 100);
+}
+
+// CLOUD-2424
+#[test]
+fn a_pool_of_which_only_a_part_is_loaded_makes_room_as_well() {
+    let pair = PoolPlan { replicas: 2, ..plan("b", 600, true) };
+    let mut machine = Machine::new(&[("b", pair), ("c", plan("c", 500, true))]);
+    machine.run_task("b", 100);
+    let busy = machine.serving("b").unwrap();
+    machine.engines.get_mut(&busy).unwrap().running = 1;
+    machine.tell_use();
+    let asked = machine.now;
+    while machine.starts("c") == 0 {
+        if machine.now.is_multiple_of(5_000) {
+            machine.tell(Happened::Load { pool_id: id("c") });
+        }
+        machine.pass(50);
+        if let Some(engine) = machine.engines.get_mut(&busy).filter(|engine| !engine.published) {
+            engine.running = 0;
+        }
+        assert!(machine.now < asked + 60_000, "it starves");
+    }
+}
+
+// CLOUD-2432
+#[test]
+fn going_back_takes_what_the_new_plan_had_published_out_of_service_first() {
+    let pair = |mib| PoolPlan { replicas: 2, ..plan("a", mib, false) };
+    let mut machine = Machine::new(&[("a", pair(300))]);
+    machine.pass(1_500);
+    machine.tell(Happened::Reload { pool_id: id("a"), plan: Box::new(pair(450)) });
+    while machine.engines.values().filter(|engine| engine.bytes == 450 * MIB).count() < 2 {
+        machine.pass(50);
+    }
+    let new: Vec<RunId> = machine.engines.keys().copied().collect();
+    machine.engines.get_mut(&new[1]).unwrap().ready_at += 5_000;
+    while !machine.engines[&new[0]].published {
+        machine.pass(50);
+    }
+    machine.engines.get_mut(&new[0]).unwrap().running = 1;
+    machine.tell_use();
+    machine.end(new[1], "exit status 1");
+    assert!(!machine.engines[&new[0]].published, "it is withdrawn before it is stopped");
+    machine.pass(300);
+    assert!(machine.engines.contains_key(&new[0]), "what runs on it finishes");
+    machine.engines.get_mut(&new[0]).unwrap().running = 0;
+    machine.pass(3_000);
+    assert!(machine.engines.values().all(|engine| engine.bytes == 300 * MIB && engine.published));
+    assert_eq!(machine.engines.len(), 2);
+}
+
+// CLOUD-2430
+#[test]
+fn what_the_old_engines_did_is_not_held_against_those_that_replace_them() {
+    let mut machine = Machine::new(&[("a", PoolPlan { exit_limit: 1, ..plan("a", 300, false) })]);
+    machine.pass(1_500);
+    machine.tell(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("new", 400, false)) });
+    machine.pass(500);
+    machine.kill("a");
+    assert_eq!(machine.state("a").0, PoolState::Failed);
+    machine.pass(1_500);
+    assert!(machine.is_up("a"));
+    machine.kill("a");
+    machine.pass(2_000);
+    assert!(machine.is_up("a"), "the first end of the new one is no storm");
+}
+
 // CLOUD-2414
 #[test]
 fn an_engine_whose_gpu_is_sick_takes_nothing_new_before_it_is_started_again() {
