@@ -451,6 +451,50 @@ async fn a_changed_file_is_taken_without_a_restart_and_a_bad_one_says_why_and_ch
     assert_eq!(handoff(&cluster, "pool-a"), None);
 }
 
+// CLOUD-2437
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_engine_that_announces_itself_outlives_a_change_of_its_entry() {
+    let entry = |more: &str| {
+        format!(
+            "[pools.pool-0]\nengine = \"llamacpp\"\nmodel = \"fake-model\"\n{more}provision = {{ mode = \"external\" }}\n"
+        )
+    };
+    let mut cluster = node_with(entry("")).await;
+    cluster.options.engine = Engine::steady();
+    cluster.start_engine(0);
+    cluster.wait_online(0).await;
+    std::fs::write(cluster.pools_file(0), entry("drain_timeout_secs = 3\n")).unwrap();
+    let log = || std::fs::read_to_string(cluster.log("gpu-node-1")).unwrap_or_default();
+    eventually("the change is taken", MINUTE, || async {
+        (log().matches("the file of pools is taken").count() == 2).then_some(())
+    })
+    .await;
+    wait_state(&cluster, "pool-0", "ready", Duration::from_secs(10)).await;
+    assert!(run(&cluster, "fake-model", 8).await.completed());
+}
+
+// CLOUD-2438
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handoff_file_that_cannot_be_written_is_written_when_it_can() {
+    let cluster = Cluster::without_nodes(Options {
+        nodes: 1,
+        engine: Engine::None,
+        pools: vec![(0, fake("pool-a", "m-a", ""))],
+        ..Options::default()
+    });
+    let in_its_place = cluster.dir.path().join("gpu-node-1/pool-a-r0.json");
+    std::fs::create_dir_all(in_its_place.join("something")).unwrap();
+    let mut cluster = cluster;
+    cluster.start_control();
+    cluster.add_node(0);
+    let log = || std::fs::read_to_string(cluster.log("gpu-node-1")).unwrap_or_default();
+    eventually("it says so", MINUTE, || async { log().contains("is not written").then_some(()) }).await;
+    std::fs::remove_dir_all(&in_its_place).unwrap();
+    wait_state(&cluster, "pool-a", "ready", Duration::from_secs(15)).await;
+    assert!(run(&cluster, "m-a", 8).await.completed());
+    assert_eq!(log().matches("is not written").count(), 1, "it is said once");
+}
+
 // CLOUD-2446
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_missing_thing_is_named_with_what_brings_it() {

@@ -9,6 +9,8 @@ use std::ffi::{c_char, c_int, c_uint, c_ulonglong, c_void};
 use serde::Deserialize;
 
 const SUCCESS: c_uint = 0;
+const TIMEOUT: c_uint = 10;
+const XID_CRITICAL_ERROR: c_ulonglong = 8;
 const INVALID_ARGUMENT: c_uint = 2;
 const NOT_SUPPORTED: c_uint = 3;
 const INSUFFICIENT_SIZE: c_uint = 7;
@@ -48,6 +50,8 @@ struct Gpu {
     processes: Vec<(u32, u64)>,
     state: State,
     mig: bool,
+    /// Errors that are told once each, in this order.
+    xids: Vec<u64>,
 }
 
 impl Default for Gpu {
@@ -63,6 +67,7 @@ impl Default for Gpu {
             processes: Vec::new(),
             state: State::Ok,
             mig: false,
+            xids: Vec::new(),
         }
     }
 }
@@ -307,4 +312,77 @@ pub unsafe extern "C" fn nvmlDeviceGetComputeRunningProcesses_v3(
         }
         Ok(())
     }))
+}
+
+/// What a set listens to, and how many errors of it were told.
+#[derive(Debug, Default)]
+struct EventSet {
+    device: usize,
+    told: usize,
+}
+
+/// # Safety
+/// As nvml.h says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlEventSetCreate(set: *mut *mut c_void) -> c_uint {
+    // SAFETY: the caller gives a place for the handle.
+    answer(driver().map(|_| unsafe { set.write(Box::into_raw(Box::<EventSet>::default()).cast()) }))
+}
+
+/// # Safety
+/// As nvml.h says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceRegisterEvents(
+    device: *mut c_void,
+    _events: c_ulonglong,
+    set: *mut c_void,
+) -> c_uint {
+    // SAFETY: the set is one of ours.
+    answer(gpu(device).map(|_| unsafe { (*set.cast::<EventSet>()).device = device as usize }))
+}
+
+#[repr(C)]
+#[derive(Debug)]
+pub struct EventData {
+    device: *mut c_void,
+    kind: c_ulonglong,
+    data: c_ulonglong,
+    gpu_instance: c_uint,
+    compute_instance: c_uint,
+}
+
+/// # Safety
+/// As nvml.h says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlEventSetWait_v2(
+    set: *mut c_void,
+    into: *mut EventData,
+    _timeout_ms: c_uint,
+) -> c_uint {
+    // SAFETY: the set is one of ours, and nobody else uses it meanwhile.
+    let set = unsafe { &mut *set.cast::<EventSet>() };
+    let device = set.device as *mut c_void;
+    answer(gpu(device).and_then(|gpu| {
+        let xid = *gpu.xids.get(set.told).ok_or(TIMEOUT)?;
+        set.told += 1;
+        let data = EventData {
+            device,
+            kind: XID_CRITICAL_ERROR,
+            data: xid,
+            gpu_instance: u32::MAX,
+            compute_instance: u32::MAX,
+        };
+        // SAFETY: the caller gives a structure of this layout.
+        unsafe { into.write(data) };
+        Ok(())
+    }))
+}
+
+/// # Safety
+/// As nvml.h says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlEventSetFree(set: *mut c_void) -> c_uint {
+    // SAFETY: it was made by nvmlEventSetCreate and is freed once.
+    drop(unsafe { Box::from_raw(set.cast::<EventSet>()) });
+    SUCCESS
 }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
-use handoff_watcher::{Change, HandoffName};
+use handoff_watcher::{Change, Handoff, HandoffName};
 use node_registration::{BeatFailure, CallError, ControlPlane};
 use parking_lot::Mutex;
 use pool_registry_types::node::{GpuHealth, GpuReport, Intent, IntentOrder, StagedModel};
@@ -62,6 +62,8 @@ pub struct Agent {
     client: reqwest::Client,
     pub(crate) cancels: Mutex<HashMap<AttemptId, CancellationToken>>,
     replicas: Mutex<BTreeMap<HandoffName, Watched>>,
+    /// What the handoff files say that are there.
+    announced: Mutex<BTreeMap<HandoffName, Handoff>>,
     problems: Mutex<BTreeMap<String, String>>,
     intent_file: IntentFile,
     taking_intent: tokio::sync::Mutex<()>,
@@ -99,6 +101,7 @@ impl Agent {
             client,
             cancels: Mutex::new(HashMap::new()),
             replicas: Mutex::new(BTreeMap::new()),
+            announced: Mutex::new(BTreeMap::new()),
             problems: Mutex::new(BTreeMap::new()),
             counters: Mutex::new(NodeCounters::default()),
             tracker: TaskTracker::new(),
@@ -125,22 +128,12 @@ impl Agent {
             Change::Bound { file, handoff } => {
                 tracing::info!(file, pool_id = %handoff.pool_id, replica_id = %handoff.replica_id, "handoff seen");
                 self.problems.lock().remove(&file);
-                let stop = self.stop.child_token();
-                {
-                    let mut replicas = self.replicas.lock();
-                    let watched = Watched { stop: stop.clone(), pid: handoff.pid };
-                    if let Some(before) = replicas.insert(handoff.name(), watched) {
-                        before.stop.cancel();
-                        // What the old words bound serves nothing until the new ones are proven.
-                        let readiness = Readiness::Failed("its handoff was rewritten".into());
-                        let health = Health { readiness, busy: None };
-                        self.observed(&handoff.pool_id, &handoff.replica_id, health);
-                    }
-                }
-                self.tracker.spawn(replica::watch(Arc::clone(self), handoff, stop));
+                self.announced.lock().insert(handoff.name(), handoff.clone());
+                self.watch_replica(handoff);
             }
             Change::Unbound { file, handoff } => {
                 tracing::info!(file, pool_id = %handoff.pool_id, replica_id = %handoff.replica_id, "handoff gone");
+                self.announced.lock().remove(&handoff.name());
                 {
                     let mut replicas = self.replicas.lock();
                     if let Some(watched) = replicas.remove(&handoff.name()) {
@@ -156,6 +149,35 @@ impl Agent {
             }
             Change::Cleared { file } => {
                 self.problems.lock().remove(&file);
+            }
+        }
+    }
+
+    fn watch_replica(self: &Arc<Self>, handoff: Handoff) {
+        let stop = self.stop.child_token();
+        {
+            let mut replicas = self.replicas.lock();
+            let watched = Watched { stop: stop.clone(), pid: handoff.pid };
+            if let Some(before) = replicas.insert(handoff.name(), watched) {
+                before.stop.cancel();
+                // What the old words bound serves nothing until the new ones are proven.
+                let readiness = Readiness::Failed("its handoff was rewritten".into());
+                let health = Health { readiness, busy: None };
+                self.observed(&handoff.pool_id, &handoff.replica_id, health);
+            }
+        }
+        self.tracker.spawn(replica::watch(Arc::clone(self), handoff, stop));
+    }
+
+    /// Binds replicas of the pool again that were withdrawn while their handoff files stayed what
+    /// they were.
+    pub(crate) fn bind_announced(self: &Arc<Self>, pool_id: &PoolId) {
+        let announced: Vec<Handoff> =
+            self.announced.lock().values().filter(|handoff| handoff.pool_id == *pool_id).cloned().collect();
+        for handoff in announced {
+            let watched = self.replicas.lock().contains_key(&handoff.name());
+            if !watched {
+                self.watch_replica(handoff);
             }
         }
     }

@@ -4,13 +4,17 @@
 //! the driver are made by one thread that nobody joins, so a driver that hangs stalls nothing,
 //! not even the end of the daemon; its devices are shown as unresponsive until it answers.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::Duration;
 
+use nvml_wrapper::bitmasks::event::EventTypes;
 use nvml_wrapper::enum_wrappers::device::{EccCounter, MemoryError, TemperatureSensor};
 use nvml_wrapper::enums::device::UsedGpuMemory;
+use nvml_wrapper::enums::event::XidError;
 use nvml_wrapper::error::NvmlError;
+use nvml_wrapper::event::EventSet;
 use nvml_wrapper::{Device, Nvml};
 use pool_registry_types::node::{GpuCapability, GpuHealth, GpuReport};
 use tokio::sync::mpsc;
@@ -40,8 +44,27 @@ pub trait GpuProbe: Send {
     /// What the devices are; asked once.
     fn inventory(&self) -> Vec<GpuCapability>;
 
-    /// How they are now.
-    fn look(&mut self) -> Vec<GpuReading>;
+    /// Answers each question with how they are then, until nobody asks any more.
+    fn serve(&mut self, questions: &Questions);
+}
+
+/// Who wants to know how the GPUs are.
+#[derive(Debug)]
+pub struct Questions {
+    asked: Receiver<()>,
+    answers: mpsc::Sender<Vec<GpuReading>>,
+}
+
+impl Questions {
+    /// Waits for a question; false when there will be none.
+    fn next(&self) -> bool {
+        self.asked.recv().is_ok()
+    }
+
+    /// Whether anybody still listens.
+    fn answer(&self, readings: Vec<GpuReading>) -> bool {
+        self.answers.blocking_send(readings).is_ok()
+    }
 }
 
 /// A machine without GPUs.
@@ -53,8 +76,8 @@ impl GpuProbe for NoGpus {
         Vec::new()
     }
 
-    fn look(&mut self) -> Vec<GpuReading> {
-        Vec::new()
+    fn serve(&mut self, questions: &Questions) {
+        while questions.next() && questions.answer(Vec::new()) {}
     }
 }
 
@@ -162,28 +185,87 @@ impl GpuProbe for NvmlGpus {
         self.inventory.clone()
     }
 
-    fn look(&mut self) -> Vec<GpuReading> {
-        if self.nvml.is_none() {
+    fn serve(&mut self, questions: &Questions) {
+        let mut waiting = questions.next();
+        while waiting {
             // A driver that was reloaded is seen again.
-            self.nvml = open(self.lib.as_ref()).ok();
+            let Some(nvml) = self.nvml.take().or_else(|| open(self.lib.as_ref()).ok()) else {
+                let lost = |known| absent(known, GpuHealth::Lost, "the driver is not loaded".into());
+                waiting = questions.answer(self.inventory.iter().map(lost).collect()) && questions.next();
+                continue;
+            };
+            let mut faults = Faults::of(&nvml, &self.inventory);
+            let mut gone = false;
+            while waiting && !gone {
+                let look = |known: &GpuCapability| {
+                    let read = nvml.device_by_index(known.device_id).and_then(|device| read(&device, known));
+                    let reading = read.unwrap_or_else(|error| {
+                        gone |= is_driver_gone(&error);
+                        absent(known, GpuHealth::Lost, error.to_string())
+                    });
+                    faults.add_to(reading)
+                };
+                let readings = self.inventory.iter().map(look).collect();
+                waiting = questions.answer(readings) && questions.next();
+            }
         }
-        let Some(nvml) = &self.nvml else {
-            let lost = |known| absent(known, GpuHealth::Lost, "the driver is not loaded".into());
-            return self.inventory.iter().map(lost).collect();
+    }
+}
+
+/// Errors that programs cause and that say nothing of the device. Source: NVIDIA's catalog of
+/// Xid errors.
+const XIDS_OF_PROGRAMS: [u64; 6] = [13, 31, 43, 45, 68, 109];
+
+/// Events of one device that are taken at one look; what is left comes at the next.
+const MOST_EVENTS: usize = 64;
+
+/// The critical errors (Xid) that the driver has told of the devices since it was opened.
+struct Faults<'n> {
+    /// One set a device, so that an error is known to be its own.
+    sets: BTreeMap<u32, EventSet<'n>>,
+    last: BTreeMap<u32, u64>,
+}
+
+impl<'n> Faults<'n> {
+    /// Devices and drivers that tell no events are not listened to.
+    fn of(nvml: &'n Nvml, inventory: &[GpuCapability]) -> Self {
+        let set = |known: &GpuCapability| {
+            let device = nvml.device_by_index(known.device_id).ok()?;
+            let set = nvml.create_event_set().ok()?;
+            let set = device.register_events(EventTypes::CRITICAL_XID_ERROR, set).ok()?;
+            Some((known.device_id, set))
         };
-        let mut gone = false;
-        let mut look = |known: &GpuCapability| {
-            let read = nvml.device_by_index(known.device_id).and_then(|device| read(&device, known));
-            read.unwrap_or_else(|error| {
-                gone |= is_driver_gone(&error);
-                absent(known, GpuHealth::Lost, error.to_string())
-            })
-        };
-        let readings = self.inventory.iter().map(&mut look).collect();
-        if gone {
-            self.nvml = None;
+        Self { sets: inventory.iter().filter_map(set).collect(), last: BTreeMap::new() }
+    }
+
+    /// A device with such an error works on, and is shown as degraded until its driver is reloaded.
+    fn add_to(&mut self, mut reading: GpuReading) -> GpuReading {
+        let id = reading.device_id;
+        if let Some(set) = self.sets.get(&id) {
+            // Each wait brings one event, and none is waited for.
+            for _ in 0..MOST_EVENTS {
+                let Ok(event) = set.wait(0) else { break };
+                let Some(xid) = event.event_data.map(number) else { continue };
+                tracing::warn!(device_id = id, xid, "the driver tells an error of a GPU");
+                if !XIDS_OF_PROGRAMS.contains(&xid) {
+                    self.last.insert(id, xid);
+                }
+            }
         }
-        readings
+        if let Some(xid) = self.last.get(&id)
+            && reading.health == GpuHealth::Ok
+        {
+            reading.health = GpuHealth::Degraded;
+            reading.problem = Some(format!("the driver has told the error Xid {xid} of it"));
+        }
+        reading
+    }
+}
+
+fn number(xid: XidError) -> u64 {
+    match xid {
+        XidError::Value(xid) => xid,
+        XidError::Unknown => 0,
     }
 }
 
@@ -237,7 +319,8 @@ impl GpuWatch {
         let (tell, inventory) = sync_channel(1);
         let thread = std::thread::Builder::new().name("gpu-watch".into());
         // Nobody joins it: it may never come back from the driver.
-        let spawned = thread.spawn(move || serve(open, &tell, &asked, &answer));
+        let questions = Questions { asked, answers: answer };
+        let spawned = thread.spawn(move || serve(open, &tell, &questions));
         let inventory: Vec<GpuCapability> = match spawned {
             Ok(_) => inventory.recv_timeout(INVENTORY_TIMEOUT).unwrap_or_else(|_| {
                 tracing::error!(
@@ -290,17 +373,12 @@ impl GpuWatch {
 fn serve(
     open: impl FnOnce() -> Box<dyn GpuProbe>,
     tell: &SyncSender<Vec<GpuCapability>>,
-    asked: &Receiver<()>,
-    answer: &mpsc::Sender<Vec<GpuReading>>,
+    questions: &Questions,
 ) {
     let mut probe = open();
     // Whoever waited may have given up.
     let _ = tell.send(probe.inventory());
-    while asked.recv().is_ok() {
-        if answer.blocking_send(probe.look()).is_err() {
-            return;
-        }
-    }
+    probe.serve(questions);
 }
 
 #[cfg(test)]
@@ -344,9 +422,11 @@ mod tests {
             vec![of(reading(None))]
         }
 
-        fn look(&mut self) -> Vec<GpuReading> {
-            let _ = self.0.recv();
-            vec![GpuReading { vram_used_bytes: 7, ..reading(None) }]
+        fn serve(&mut self, questions: &Questions) {
+            while questions.next() {
+                let _ = self.0.recv();
+                questions.answer(vec![GpuReading { vram_used_bytes: 7, ..reading(None) }]);
+            }
         }
     }
 

@@ -168,7 +168,7 @@ impl Supervisor {
             Happened::Configured(plans) => self.configured(now, plans, &mut out),
             Happened::Devices(readings) => self.devices(now, &readings, &mut out),
             Happened::Prepared { pool_id, fingerprint, outcome } => {
-                self.prepared(now, &pool_id, fingerprint, outcome);
+                self.prepared(now, &pool_id, fingerprint, outcome, &mut out);
             }
             Happened::Ready { run } => self.ready(now, run, &mut out),
             Happened::Exited { run, how, tail } => self.exited(now, run, &how, tail, &mut out),
@@ -243,6 +243,7 @@ impl Supervisor {
         pool_id: &PoolId,
         fingerprint: u64,
         outcome: Result<Prepared, String>,
+        out: &mut Vec<Ordered>,
     ) {
         let Some(pool) = self.pools.get_mut(pool_id) else { return };
         let next = pool.reload.as_mut().and_then(|reload| reload.next.as_mut());
@@ -258,6 +259,17 @@ impl Supervisor {
         }
         if pool.serving.plan.fingerprint != fingerprint {
             return;
+        }
+        if let Some(Reload { way: Way::After { since, .. }, .. }) = &mut pool.reload {
+            match outcome {
+                // Its time runs from when it could start.
+                Ok(_) => *since = now,
+                Err(why) => {
+                    pool.reload_error = Some(why);
+                    pool.go_back(now, pool_id, out);
+                    return;
+                }
+            }
         }
         pool.serving.preparation = match outcome {
             Ok(prepared) => {
@@ -428,23 +440,42 @@ impl Supervisor {
         }
     }
 
+    /// The newest order counts; the same one again changes nothing that is under way.
     fn reload(&mut self, now: Moment, pool_id: &PoolId, plan: PoolPlan, out: &mut Vec<Ordered>) {
         let Some(pool) = self.pools.get_mut(pool_id) else { return };
+        let given_up = pool.failed.is_some() || pool.purging;
         pool.reload_error = None;
         (pool.purging, pool.purged) = (false, false);
-        // The newest order counts.
-        pool.give_up_beside(now, pool_id, out);
         pool.failed = None;
         pool.exits.clear();
+        if *pool.target() == plan {
+            return;
+        }
+        pool.give_up_beside(now, pool_id, out);
         if pool.serving.plan == plan {
             return;
         }
-        if pool.serving.slots.iter().any(|slot| slot.stage.is_ready()) {
-            pool.reload = Some(Reload { next: Some(Generation::new(plan)), way: Way::NotChosen });
-        } else {
-            // Nothing serves, so there is nothing to go back to.
-            let before = std::mem::replace(&mut pool.serving, Generation::new(plan));
-            pool.retire(now, pool_id, before.slots, Duration::ZERO, out);
+        match &mut pool.reload {
+            Some(Reload { way: Way::After { before, .. }, .. }) if before.plan == plan => {
+                pool.go_back(now, pool_id, out);
+            }
+            Some(Reload { way: Way::After { since, .. }, .. }) => {
+                // What it replaces has proven nothing: the way back is still to the first one.
+                *since = now;
+                pool.replace_serving(now, pool_id, plan, out);
+            }
+            _ if pool.serving.prepared().is_some() && !given_up => {
+                pool.reload = Some(Reload { next: Some(Generation::new(plan)), way: Way::NotChosen });
+            }
+            // There is nothing to go back to.
+            _ => pool.replace_serving(now, pool_id, plan, out),
+        }
+    }
+
+    /// The limits of memory are others now: who was given up for want of it gets another chance.
+    pub fn reconsider_memory(&mut self) {
+        for pool in self.pools.values_mut().filter(|pool| pool.never_fits && !pool.purging) {
+            (pool.failed, pool.never_fits) = (None, false);
         }
     }
 }

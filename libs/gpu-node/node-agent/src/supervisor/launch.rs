@@ -13,7 +13,7 @@ use pool_registry_types::{ModelRef, PoolId};
 
 use crate::download::Hub;
 use crate::gguf::{self, GgufHeader};
-use crate::models::{ModelError, Models};
+use crate::models::{Manifest, ModelError, Models};
 use crate::pools_file::{ModelSpec, PoolSpec, Provision, Provisioning};
 use crate::source::ModelSource;
 use crate::supervisor::plan::{Claim, Device, Prepared, Seat};
@@ -83,8 +83,7 @@ pub(crate) async fn prepare(
             return Ok((Prepared::default(), Launch::External { url: url.clone() }));
         }
         Provision::Binary { program, args } => {
-            let program = find_program(program, std::env::var_os("PATH").as_deref())?;
-            (program, args.clone().unwrap_or_else(|| arguments(pool)), Vec::new())
+            (on_path(program).await?, args.clone().unwrap_or_else(|| arguments(pool)), Vec::new())
         }
         Provision::Package { version } => {
             provision::package(pool, version.as_deref(), places, progress).await?
@@ -100,9 +99,12 @@ pub(crate) async fn prepare(
     };
     let said = model.as_ref().and_then(|(_, about)| about.as_ref()?.context());
     let ctx = pool.ctx.or(said.map(|ctx| ctx.min(DEFAULT_CTX)));
+    let bytes = match &model {
+        Some((path, _)) => tokio::fs::metadata(path).await.ok().map(|about| about.len()),
+        None => None,
+    };
     let memory = pool.memory_bytes.or_else(|| {
-        let (path, about) = model.as_ref()?;
-        let bytes = std::fs::metadata(path).ok()?.len();
+        let ((_, about), bytes) = model.as_ref().zip(bytes)?;
         let slots = u64::from(pool.slots);
         Some(gguf::estimate_bytes(bytes, about.as_ref()?, u64::from(ctx.unwrap_or(0)) * slots))
     });
@@ -138,6 +140,19 @@ fn claim(pool: &PoolSpec, memory: Option<u64>) -> Claim {
         u64::try_from(u128::from(bytes) * u128::from(share) / u128::from(whole)).unwrap_or(bytes)
     };
     pool.devices.iter().zip(&shares).map(|(n, share)| (Device::Gpu(*n), part(*share))).collect()
+}
+
+/// [`find_program`] on a thread that may wait for a disk.
+pub(crate) async fn on_path(name: &str) -> Result<PathBuf, String> {
+    let (name, path) = (name.to_owned(), std::env::var_os("PATH"));
+    let found = tokio::task::spawn_blocking(move || find_program(&name, path.as_deref())).await;
+    found.unwrap_or_else(|_| Err("provision.program: the PATH could not be searched".into()))
+}
+
+/// The model as it is staged, looked for on a thread that may wait for a disk.
+async fn staged(models_dir: &Path, name: &ModelRef) -> Option<(PathBuf, Manifest)> {
+    let (models, name) = (Models::new(models_dir), name.clone());
+    tokio::task::spawn_blocking(move || models.find(&name)).await.ok().flatten()
 }
 
 /// A program by its path, or by its name on the PATH.
@@ -277,7 +292,7 @@ async fn model_file(
 ) -> Result<(PathBuf, Option<GgufHeader>), String> {
     let name = &spec.pool.model;
     let path = match &spec.model {
-        None => match Models::new(places.models_dir).find(name) {
+        None => match staged(places.models_dir, name).await {
             Some((path, _)) => path,
             None => {
                 return Err(format!(
@@ -312,7 +327,7 @@ async fn downloaded(
 ) -> Result<PathBuf, String> {
     let models = Models::new(places.models_dir);
     loop {
-        if let Some((path, manifest)) = models.find(name) {
+        if let Some((path, manifest)) = staged(places.models_dir, name).await {
             return match model.digest.as_ref().filter(|expected| **expected != manifest.digest) {
                 None => Ok(path),
                 Some(expected) => Err(format!(

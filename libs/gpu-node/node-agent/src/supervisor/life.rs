@@ -271,7 +271,9 @@ impl Supervision {
             let Some(life) = state.lives.get(&run) else { return };
             let Some(spec) = state.specs.get(&life.fingerprint) else { return };
             if life.url.is_empty() {
-                // An external engine that announces itself.
+                // An external engine that announces itself, and may have done so before.
+                drop(state);
+                self.agent.bind_announced(&seat.pool_id);
                 return;
             }
             let ctx = match state.launches.get(&life.fingerprint) {
@@ -291,12 +293,25 @@ impl Supervision {
         };
         let path = self.handoff_path(seat);
         let written = tokio::task::spawn_blocking(move || write_whole(&path, &text)).await;
+        let was_missing = self.state.lock().unwritten.remove(&run).is_some();
         if let Ok(Err(error)) = written {
-            tracing::error!(pool_id = %seat.pool_id, replica_id = %seat.replica_id, %error, "the handoff file is not written: the engine serves nobody");
+            if !was_missing {
+                tracing::error!(pool_id = %seat.pool_id, replica_id = %seat.replica_id, %error, "the handoff file is not written, and is tried again: the engine serves nobody");
+            }
+            self.state.lock().unwritten.insert(run, seat.clone());
+        }
+    }
+
+    /// Handoff files that could not be written before.
+    pub(crate) async fn write_again(&self) {
+        let missing = self.state.lock().unwritten.clone();
+        for (run, seat) in missing {
+            self.publish(run, &seat).await;
         }
     }
 
     pub(crate) async fn withdraw(&self, run: RunId, seat: &Seat) {
+        self.state.lock().unwritten.remove(&run);
         // The core first: nothing new is accepted from here on.
         self.agent.withdraw(&seat.pool_id, &seat.replica_id);
         let announced = self.state.lock().lives.get(&run).is_some_and(|life| life.url.is_empty());

@@ -178,6 +178,8 @@ pub(super) struct Pool {
     pub(super) proven: bool,
     /// Given up, and why.
     pub(super) failed: Option<String>,
+    /// It was given up because it is larger than the device.
+    pub(super) never_fits: bool,
     pub(super) last_error: Option<String>,
     pub(super) tail: Vec<String>,
     pub(super) load_ms: Option<u64>,
@@ -204,6 +206,7 @@ impl Pool {
             exits: VecDeque::new(),
             proven: false,
             failed: None,
+            never_fits: false,
             last_error: None,
             tail: Vec::new(),
             load_ms: None,
@@ -304,6 +307,18 @@ impl Pool {
         self.retired.extend(slots.into_iter().filter(|slot| slot.stage.run().is_some()));
     }
 
+    /// Another plan in the place of one that nobody will want back.
+    pub(super) fn replace_serving(
+        &mut self,
+        now: Moment,
+        id: &PoolId,
+        plan: PoolPlan,
+        out: &mut Vec<Ordered>,
+    ) {
+        let before = std::mem::replace(&mut self.serving, Generation::new(plan));
+        self.retire(now, id, before.slots, Duration::ZERO, out);
+    }
+
     /// The plan that a reload has taken the place of starts again.
     pub(super) fn go_back(&mut self, now: Moment, id: &PoolId, out: &mut Vec<Ordered>) {
         let Some(Reload { way: Way::After { before, .. }, .. }) = self.reload.take() else { return };
@@ -313,7 +328,8 @@ impl Pool {
 
     /// The new replicas of a reload go; the old ones have served all the time.
     pub(super) fn give_up_beside(&mut self, now: Moment, id: &PoolId, out: &mut Vec<Ordered>) {
-        if let Some(next) = self.reload.take().and_then(|reload| reload.next) {
+        if let Some(next) = self.reload.as_mut().and_then(|reload| reload.next.take()) {
+            self.reload = None;
             self.retire(now, id, next.slots, Duration::ZERO, out);
         }
     }

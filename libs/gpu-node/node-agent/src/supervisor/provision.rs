@@ -11,7 +11,7 @@ use pool_registry_types::pool::EngineKind;
 use tokio::process::Command;
 
 use crate::pools_file::PoolSpec;
-use crate::supervisor::launch::{Places, find_program, vllm_options};
+use crate::supervisor::launch::{Places, on_path, vllm_options};
 
 /// What is installed for llama.cpp, with its hash.
 const LLAMACPP_LOCK: &str = include_str!("../../../../../deploy/engines/requirements.lock");
@@ -31,15 +31,15 @@ pub(crate) async fn package(
     places: &Places<'_>,
     progress: &(dyn Fn(String) + Send + Sync),
 ) -> Result<(PathBuf, Vec<String>, Vec<(String, String)>), String> {
-    let python = find_program("python3", std::env::var_os("PATH").as_deref())?;
+    let python = on_path("python3").await?;
     let wanted = match (pool.engine, version) {
         (EngineKind::LlamaCpp, None) => LLAMACPP_LOCK.to_owned(),
         (EngineKind::LlamaCpp, Some(version)) => format!("xllamacpp=={version}\n"),
         (_, version) => format!("vllm=={}\n", version.unwrap_or_default()),
     };
     let folder = places.packages_dir.join(folder_name(pool.engine, version));
-    let current = std::fs::read_to_string(folder.join(STAMP)).is_ok_and(|have| have == wanted);
-    if !current {
+    let current = tokio::fs::read_to_string(folder.join(STAMP)).await;
+    if current.as_ref().ok() != Some(&wanted) {
         if !places.allowed.installs {
             let line = wanted.lines().find(|line| !line.starts_with('#')).unwrap_or_default();
             let what = line.split_whitespace().next().unwrap_or_default();
@@ -56,7 +56,8 @@ pub(crate) async fn package(
     let args: Vec<String> = match pool.engine {
         EngineKind::LlamaCpp => {
             // Written anew each time: it belongs to this program, not to the package.
-            std::fs::write(&launcher, LLAMACPP_LAUNCHER)
+            tokio::fs::write(&launcher, LLAMACPP_LAUNCHER)
+                .await
                 .map_err(|error| format!("provision: {}: {error}", launcher.display()))?;
             let words =
                 "--model {model_path} --alias {model} --port {port} --slots {slots} --ctx {ctx} --keep";
@@ -93,18 +94,22 @@ async fn install(
     let failed = |error: std::io::Error| format!("provision: {}: {error}", folder.display());
     // One installation of a folder at a time, whatever pools and daemons there are.
     let parent = folder.parent().unwrap_or(Path::new("."));
-    std::fs::create_dir_all(parent).map_err(failed)?;
-    let lock = std::fs::File::create(folder.with_extension("lock")).map_err(failed)?;
-    let lock = tokio::task::spawn_blocking(move || lock.lock().map(|()| lock)).await;
+    tokio::fs::create_dir_all(parent).await.map_err(failed)?;
+    let lock_path = folder.with_extension("lock");
+    let lock = tokio::task::spawn_blocking(move || {
+        let lock = std::fs::File::create(lock_path)?;
+        lock.lock().map(|()| lock)
+    })
+    .await;
     let _lock = lock.map_err(|error| format!("provision: {error}"))?.map_err(failed)?;
-    if std::fs::read_to_string(folder.join(STAMP)).is_ok_and(|have| have == wanted) {
+    if tokio::fs::read_to_string(folder.join(STAMP)).await.is_ok_and(|have| have == wanted) {
         return Ok(());
     }
     // What an interrupted installation has left is no use.
-    let _ = std::fs::remove_dir_all(folder);
-    std::fs::create_dir_all(folder).map_err(failed)?;
+    let _ = tokio::fs::remove_dir_all(folder).await;
+    tokio::fs::create_dir_all(folder).await.map_err(failed)?;
     let list = folder.join("requirements.txt");
-    std::fs::write(&list, wanted).map_err(failed)?;
+    tokio::fs::write(&list, wanted).await.map_err(failed)?;
     let mut pip = Command::new(python);
     pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]);
     if wanted.contains("--hash") {
@@ -123,7 +128,7 @@ async fn install(
         let last: String = text.trim().lines().last().unwrap_or("no message").chars().take(400).collect();
         return Err(format!("provision: pip failed: {last}"));
     }
-    std::fs::write(folder.join(STAMP), wanted).map_err(failed)
+    tokio::fs::write(folder.join(STAMP), wanted).await.map_err(failed)
 }
 
 async fn look(python: &Path, code: &str) -> Result<(), ()> {

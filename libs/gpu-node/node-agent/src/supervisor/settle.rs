@@ -74,6 +74,14 @@ impl Supervisor {
             pool.reload = None;
             return;
         }
+        if !pool.serving.slots.iter().any(|slot| slot.stage.is_ready()) {
+            // Nothing serves that could go on serving meanwhile.
+            let Some(pool) = self.pools.get_mut(id) else { return };
+            let Some(next) = pool.reload.take().and_then(|reload| reload.next) else { return };
+            let before = std::mem::replace(&mut pool.serving, next);
+            pool.retire(now, id, before.slots, Duration::ZERO, out);
+            return;
+        }
         let replicas = next.plan.replicas;
         if beside.is_ok() {
             for n in 0..replicas {
@@ -155,6 +163,7 @@ impl Supervisor {
         let Some(pool) = self.pools.get_mut(id) else { return };
         if short.for_ever {
             pool.failed = Some(short.to_string());
+            pool.never_fits = true;
             for slot in &mut pool.serving.slots {
                 if matches!(slot.stage, Stage::Waiting { .. }) {
                     slot.stage = Stage::Down;

@@ -66,6 +66,8 @@ pub(crate) struct State {
     pub(crate) lives: BTreeMap<RunId, Life>,
     under_way: BTreeMap<PoolId, String>,
     purges: BTreeMap<PoolId, PoolPurge>,
+    /// Engines whose handoff file could not be written yet.
+    pub(crate) unwritten: BTreeMap<RunId, Seat>,
 }
 
 /// The engines of a node at work.
@@ -120,6 +122,7 @@ impl Supervision {
                 () = self.agent.work_ended() => Happened::Timer,
                 () = tokio::time::sleep_until(next_look) => {
                     next_look = tokio::time::Instant::now() + LOOK_EVERY;
+                    self.write_again().await;
                     let plans = if stopping { None } else { self.read_file().await };
                     plans.map_or(Happened::Timer, Happened::Configured)
                 }
@@ -243,6 +246,9 @@ impl Supervision {
         core.set_reserve(file.memory.reserve_bytes);
         let mut state = self.state.lock();
         state.problem = None;
+        if state.file.memory != file.memory {
+            core.reconsider_memory();
+        }
         let mut plans = BTreeMap::new();
         for id in file.pools.keys() {
             let Some(own) = spec_of(&file, id) else { continue };

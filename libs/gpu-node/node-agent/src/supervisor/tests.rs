@@ -63,6 +63,10 @@ struct Machine {
     stopping: Vec<(u64, RunId)>,
     purged: Vec<PoolId>,
     healthy: bool,
+    /// Plans whose files are not there.
+    missing: BTreeSet<u64>,
+    preparations: u32,
+    total: u64,
 }
 
 impl Machine {
@@ -77,6 +81,9 @@ impl Machine {
             stopping: Vec::new(),
             purged: Vec::new(),
             healthy: true,
+            missing: BTreeSet::new(),
+            preparations: 0,
+            total: TOTAL,
         };
         machine.look();
         machine.configure(plans);
@@ -94,9 +101,12 @@ impl Machine {
         // An engine has its memory once it has loaded.
         let loaded = self.engines.values().filter(|engine| engine.ready_at <= now).map(|engine| engine.bytes);
         let used: u64 = loaded.sum::<u64>() + self.releasing.iter().map(|(_, bytes)| bytes).sum::<u64>();
-        assert!(used <= TOTAL, "the GPU is out of memory");
-        let reading =
-            DeviceReading { total_bytes: TOTAL, free_bytes: Some(TOTAL - used), healthy: self.healthy };
+        assert!(used <= self.total, "the GPU is out of memory");
+        let reading = DeviceReading {
+            total_bytes: self.total,
+            free_bytes: Some(self.total - used),
+            healthy: self.healthy,
+        };
         self.tell(Happened::Devices(BTreeMap::from([(Device::Gpu(0), reading)])));
     }
 
@@ -106,7 +116,11 @@ impl Machine {
             match order {
                 Ordered::Prepare { pool_id, plan } => {
                     let claim = Claim::from([(Device::Gpu(0), plan.fingerprint * MIB)]);
-                    let outcome = Ok(Prepared { claim, ctx_max: Some(512) });
+                    self.preparations += 1;
+                    let outcome = match self.missing.contains(&plan.fingerprint) {
+                        true => Err("there is no such model".to_owned()),
+                        false => Ok(Prepared { claim, ctx_max: Some(512) }),
+                    };
                     self.tell(Happened::Prepared { pool_id, fingerprint: plan.fingerprint, outcome });
                 }
                 Ordered::Start { run, seat, fingerprint } => {
@@ -140,7 +154,7 @@ impl Machine {
             }
         }
         let claimed = self.core.ledger.claimed(Device::Gpu(0));
-        assert!(claimed <= TOTAL, "{claimed} bytes are promised");
+        assert!(claimed <= self.total, "{claimed} bytes are promised");
     }
 
     fn end(&mut self, run: RunId, how: &str) {
@@ -431,6 +445,74 @@ fn a_reload_without_room_stops_first_and_goes_back_when_it_fails() {
         let error = declared.supervised.reload.as_ref().and_then(|reload| reload.error.as_ref());
         assert_eq!(error.is_some(), broken);
     }
+}
+
+// CLOUD-2432
+#[test]
+fn a_reload_during_one_that_came_after_keeps_the_way_back() {
+    for missing in [false, true] {
+        let mut machine = Machine::new(&[("a", plan("a", 600, false))]);
+        machine.pass(1_500);
+        machine.broken.extend([700, 800]);
+        machine.tell(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("new", 700, false)) });
+        machine.pass(200);
+        if missing {
+            machine.missing.insert(800);
+        }
+        machine.tell(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("newer", 800, false)) });
+        machine.pass(10_000);
+        let declared = machine.core.declared(&BTreeMap::new());
+        assert_eq!(declared[&id("a")].models[0].as_str(), "model-a", "missing: {missing}");
+        assert!(machine.is_up("a"));
+    }
+}
+
+// CLOUD-2430
+#[test]
+fn the_same_reload_again_changes_nothing_that_is_under_way() {
+    let mut machine = Machine::new(&[("a", plan("a", 400, false))]);
+    machine.pass(1_500);
+    let reload = || Happened::Reload { pool_id: id("a"), plan: Box::new(plan("new", 500, false)) };
+    machine.tell(reload());
+    machine.pass(500);
+    machine.tell(reload());
+    machine.pass(600);
+    assert_eq!((machine.preparations, machine.starts[&id("a")]), (2, 2), "one for each plan");
+    assert_eq!(machine.core.declared(&BTreeMap::new())[&id("a")].models[0].as_str(), "model-new");
+}
+
+// CLOUD-2431
+#[test]
+fn a_reload_of_an_unloaded_pool_to_a_model_that_is_not_there_changes_nothing() {
+    let mut machine = Machine::new(&[("a", plan("a", 400, true))]);
+    machine.missing.insert(500);
+    machine.tell(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("new", 500, true)) });
+    machine.pass(100);
+    let declared = machine.core.declared(&BTreeMap::new());
+    assert_eq!(declared[&id("a")].models[0].as_str(), "model-a");
+    assert!(declared[&id("a")].supervised.reload.as_ref().unwrap().error.is_some());
+    machine.tell(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("newer", 300, true)) });
+    machine.pass(3_000);
+    assert!(machine.engines.is_empty(), "nobody has asked for it");
+    machine.tell(Happened::Load { pool_id: id("a") });
+    machine.pass(2_000);
+    assert!(machine.is_up("a"));
+    assert_eq!(machine.core.declared(&BTreeMap::new())[&id("a")].models[0].as_str(), "model-newer");
+}
+
+// CLOUD-2436
+#[test]
+fn other_limits_of_memory_give_another_chance_to_who_did_not_fit() {
+    let mut machine = Machine::new(&[("a", plan("a", 1_200, false))]);
+    machine.pass(1_500);
+    assert_eq!(machine.core.declared(&BTreeMap::new())[&id("a")].state, PoolState::Failed);
+    machine.total = 2 * TOTAL;
+    machine.look();
+    machine.pass(1_500);
+    assert!(!machine.is_up("a"), "it was given up");
+    machine.core.reconsider_memory();
+    machine.pass(1_500);
+    assert!(machine.is_up("a"));
 }
 
 // CLOUD-2433
