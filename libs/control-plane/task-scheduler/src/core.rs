@@ -234,7 +234,7 @@ pub struct ControlCore {
     retired: BTreeSet<ModelRef>,
     /// What followers were told last.
     shown_nodes: BTreeMap<NodeId, (Liveness, Intent)>,
-    shown_pools: BTreeMap<PoolKey, (PoolState, bool)>,
+    shown_pools: BTreeMap<PoolKey, (PoolState, bool, Option<String>)>,
     /// The replicas of each pool that took requests at its last report.
     ready_replicas: BTreeMap<PoolKey, Vec<ReplicaId>>,
     changes: Vec<ClusterChange>,

@@ -103,3 +103,25 @@ fn what_no_engine_of_the_model_can_do_is_refused_at_once() {
     assert!(b.submit(guided).1.is_ok());
     assert_eq!((b.dispatches.len(), b.node_of(0)), (1, "b"));
 }
+
+// CLOUD-2439
+#[test]
+fn followers_are_told_how_far_the_preparation_of_a_pool_has_come() {
+    let mut b = Bench::new();
+    b.join_unloaded("a", true);
+    let at = |text: &str| {
+        let preparation = Some(text.to_owned());
+        let supervised = Supervised { fits: true, preparation, ..Supervised::default() };
+        PoolReport { supervised: Some(supervised), ..unloaded(PoolState::Loading, true) }
+    };
+    b.changes.clear();
+    for (seq, text) in [(2, "1 of 9 MiB"), (3, "1 of 9 MiB"), (4, "8 of 9 MiB")] {
+        b.tell("a", seq, at(text));
+    }
+    b.tell("a", 5, report(2, &[]));
+    let told = b.changes.iter().filter_map(|change| match change {
+        ClusterChange::Pool { preparation, .. } => Some(preparation.as_deref()),
+        _ => None,
+    });
+    assert_eq!(told.collect::<Vec<_>>(), [Some("1 of 9 MiB"), Some("8 of 9 MiB"), None]);
+}

@@ -375,6 +375,27 @@ fn a_tried_pool_is_taken_again_when_the_untried_one_goes() {
     assert_eq!(b.last_dispatch().pool, first.pool);
 }
 
+// CLOUD-2488
+#[test]
+fn what_one_engine_was_not_started_for_is_asked_of_another_pool_before_it_is_refused() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.join("b", 1);
+    let cannot = || {
+        let body = ErrorBody::new(ErrorCode::Unsupported, "the engine answered 501: no embeddings");
+        HowEnded::NodeError(body.with_cause(EndCause::Engine4xx))
+    };
+    let (id, _) = b.submit(task());
+    b.end(b.dispatches[0].attempt, 0, cannot());
+    b.advance_to(1_000);
+    assert_eq!(b.dispatches.len(), 2);
+    assert_ne!(b.node_of(0), b.node_of(1));
+    assert!(!b.terminal.contains_key(&id));
+    b.end(b.dispatches[1].attempt, 0, cannot());
+    assert_eq!(b.terminal[&id], ErrorCode::Unsupported, "none is left, and none is asked twice");
+    assert_eq!(b.dispatches.len(), 2);
+}
+
 #[test]
 fn a_control_plane_that_ends_gives_every_task_its_terminal_event() {
     let mut b = Bench::new();

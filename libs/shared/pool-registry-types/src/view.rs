@@ -109,6 +109,9 @@ pub enum ClusterChange {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         state: Option<PoolState>,
         ready: bool,
+        /// What is done before a start: an installation or a download, and how far it has come.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        preparation: Option<String>,
     },
     Task {
         task_id: TaskId,

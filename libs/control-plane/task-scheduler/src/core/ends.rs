@@ -1,5 +1,7 @@
 //! Attempts: asking for their end, and what the end means for the task.
 
+use pool_registry_types::placement::Refusal;
+
 use super::*;
 
 impl ControlCore {
@@ -117,6 +119,17 @@ impl ControlCore {
         self.counters.trips += u64::from(tripped);
     }
 
+    /// Whether an untried pool takes the task, now or when it has a slot: an engine may have been
+    /// started without what another one of the same kind has.
+    fn another_may(&self, now: Moment, id: TaskId, failed: &PoolKey) -> bool {
+        let Some(task) = self.tasks.get(&id) else { return false };
+        let Some(shape) = self.shape(now, task, None) else { return false };
+        let mut verdicts = multi_node_placement::explain(&self.index, &shape);
+        verdicts.any(|verdict| {
+            verdict.candidate.key != *failed && matches!(verdict.refusal, None | Some(Refusal::SlotsFull))
+        })
+    }
+
     pub(super) fn ended(
         &mut self,
         now: Moment,
@@ -186,6 +199,13 @@ impl ControlCore {
             }
         }
         let id_of_task = attempt.task;
+        if let Outcome::Failed(error) = &outcome
+            && error.code == ErrorCode::Unsupported
+            && tokens_written == 0
+            && self.another_may(now, id_of_task, &attempt.pool)
+        {
+            outcome = Outcome::Retry { engine_died: false, error: error.clone() };
+        }
         let Some(task) = self.tasks.get_mut(&id_of_task) else { return };
         if let Some(record) = task.attempts.iter_mut().find(|record| record.id == id) {
             record.outcome = describe(how, &outcome);
@@ -254,7 +274,7 @@ impl ControlCore {
 }
 
 fn exhausted(task: &Task, last: ErrorBody) -> ErrorBody {
-    if last.code == ErrorCode::DecodeTimeout {
+    if matches!(last.code, ErrorCode::DecodeTimeout | ErrorCode::Unsupported) {
         return last;
     }
     let causes: Vec<String> = task.attempts.iter().map(|a| format!("{}: {}", a.pool, a.outcome)).collect();

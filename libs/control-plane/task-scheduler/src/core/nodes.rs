@@ -149,20 +149,20 @@ impl ControlCore {
         self.changes.push(ClusterChange::Node { node_id: node_id.clone(), liveness, intent });
     }
 
-    fn show_pool(&mut self, key: &PoolKey, is: Option<(PoolState, bool)>) {
-        if self.shown_pools.get(key).copied() == is {
+    fn show_pool(&mut self, key: &PoolKey, is: Option<(PoolState, bool, Option<String>)>) {
+        if self.shown_pools.get(key) == is.as_ref() {
             return;
         }
+        let (state, ready, preparation) = match is.clone() {
+            Some((state, ready, preparation)) => (Some(state), ready, preparation),
+            None => (None, false, None),
+        };
         match is {
             Some(is) => self.shown_pools.insert(key.clone(), is),
             None => self.shown_pools.remove(key),
         };
-        self.changes.push(ClusterChange::Pool {
-            node_id: key.node_id.clone(),
-            pool_id: key.pool_id.clone(),
-            state: is.map(|(state, _)| state),
-            ready: is.is_some_and(|(_, ready)| ready),
-        });
+        let (node_id, pool_id) = (key.node_id.clone(), key.pool_id.clone());
+        self.changes.push(ClusterChange::Pool { node_id, pool_id, state, ready, preparation });
     }
 
     /// The same for one pool, and for its neighbours where the node itself is doubted.
@@ -200,7 +200,8 @@ impl ControlCore {
             (Liveness::Online, Intent::Serving) if facts.tripped => Standing::Tripped,
             (Liveness::Online, Intent::Serving) => Standing::Placeable,
         };
-        let shown = (facts.report.state, facts.report.ready);
+        let preparation = facts.report.supervised.as_ref().and_then(|own| own.preparation.clone());
+        let shown = (facts.report.state, facts.report.ready, preparation);
         let serves = facts.report.ready || facts.report.draining;
         let ready = facts.report.replicas.iter().filter(|replica| serves && replica.ready);
         let ready: Vec<ReplicaId> = ready.map(|replica| replica.replica_id.clone()).collect();
