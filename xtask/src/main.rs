@@ -2,8 +2,10 @@
 
 #![expect(clippy::print_stdout, reason = "a command-line program says what it does")]
 
+mod certs;
 mod contracts;
 mod engine;
+mod schema;
 mod steps;
 mod tidy;
 mod up;
@@ -36,6 +38,8 @@ enum Chore {
         #[arg(long)]
         check: bool,
     },
+    /// Drive both daemons by their OpenAPI documents: what the documents allow, and what they forbid.
+    Schema(schema::Options),
     /// Hold crates, documents and requirements against the rules of the house.
     Tidy,
     /// Run the simulator: --seeds N, --seed S, --mutants, --scenarios, --bless.
@@ -48,6 +52,8 @@ enum Chore {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
+    /// Make certificates for trying TLS out: a CA, the control plane's and each node's.
+    Certs(certs::Options),
     /// Fetch the real engine into the cache.
     Engine,
 }
@@ -57,9 +63,11 @@ fn main() -> ExitCode {
         Chore::Up(options) => up::run(&options),
         Chore::Test | Chore::DevLoop => test(),
         Chore::Contracts { check } => contracts::run(check),
+        Chore::Schema(options) => schema::run(&options),
         Chore::Tidy => tidy::run(),
         Chore::Sim { rest } => sim(&rest),
         Chore::Bench { rest } => bench(&rest),
+        Chore::Certs(options) => certs::run(&options),
         Chore::Engine => engine::python().map(|_| ()),
     };
     match outcome {
@@ -84,6 +92,8 @@ fn test() -> Result<(), Failed> {
     contracts::run(true)?;
     say("tests, end-to-end ones with the real engine included");
     cargo(&["test", "--locked", "--workspace", "--no-fail-fast"], "see the failing test above")?;
+    say("documents: both daemons do what they say");
+    schema::run(&schema::Options::default())?;
     say("simulator: 10,000 schedules");
     sim(&["--seeds".into(), "10000".into()])?;
     say("simulator: each rule switched off must be noticed");

@@ -21,7 +21,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("handoff-watcher", &["pool-registry-types"]),
     ("node-registration", &["pool-registry-types"]),
     ("node-agent", &["pool-registry-types", "handoff-watcher", "node-registration"]),
-    ("daemon-kit", &["pool-registry-types"]),
+    ("daemon-kit", &["pool-registry-types", "test-certs"]),
+    ("test-certs", &[]),
     (
         "orchestratord",
         &[
@@ -44,9 +45,9 @@ const ARROWS: &[(&str, &[&str])] = &[
         "sim",
         &["pool-registry-types", "service-registry", "task-scheduler", "node-registration", "node-agent"],
     ),
-    ("e2e-cloud", &["pool-registry-types"]),
+    ("e2e-cloud", &["pool-registry-types", "test-certs"]),
     ("load", &["pool-registry-types", "e2e-cloud"]),
-    ("xtask", &["pool-registry-types"]),
+    ("xtask", &["pool-registry-types", "test-certs"]),
 ];
 
 /// Crates without clock, environment and disorder, and what they may use from outside.

@@ -60,14 +60,14 @@ enum Serving {
 }
 
 /// A started process, ended when dropped.
-struct Started {
+pub(crate) struct Started {
     name: String,
     child: Child,
     log: PathBuf,
 }
 
 impl Started {
-    fn spawn(name: &str, mut command: Command, logs: &Path) -> Result<Self, Failed> {
+    pub(crate) fn spawn(name: &str, mut command: Command, logs: &Path) -> Result<Self, Failed> {
         let log = logs.join(format!("{name}.log"));
         let file =
             std::fs::File::create(&log).map_err(|error| Failed(format!("{}: {error}", log.display())))?;
@@ -78,7 +78,12 @@ impl Started {
         Ok(Self { name: name.to_owned(), child, log })
     }
 
-    fn check(&mut self) -> Result<(), Failed> {
+    /// Its status, once it has ended.
+    pub(crate) fn ended(&mut self) -> Option<std::process::ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
+    pub(crate) fn check(&mut self) -> Result<(), Failed> {
         match self.child.try_wait() {
             Ok(None) => Ok(()),
             _ => {
@@ -184,7 +189,7 @@ fn serving(options: &Options) -> Result<Serving, Failed> {
 }
 
 /// The wanted port, or a free one where somebody has it.
-fn port(wanted: u16) -> Result<u16, Failed> {
+pub(crate) fn port(wanted: u16) -> Result<u16, Failed> {
     let bound = TcpListener::bind(("127.0.0.1", wanted)).or_else(|_| TcpListener::bind(("127.0.0.1", 0)));
     let address = bound.and_then(|listener| listener.local_addr());
     address

@@ -2,15 +2,22 @@
 //! a whole before anything binds.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use axum::http::HeaderValue;
 use clap::Parser;
 use daemon_kit::Tokens;
-use daemon_kit::auth::TokenError;
+use daemon_kit::config::Common;
 use daemon_kit::telemetry::LogFormat;
+use daemon_kit::tls::TlsPaths;
+use daemon_kit::tokens::TokenError;
 use task_scheduler::{FullLane, Policy, SessionPolicy, Strategy, Timing};
+
+use crate::services::addresses::NodeAddresses;
+use crate::token;
 
 /// The settings as they are given.
 #[derive(Debug, Parser)]
@@ -20,6 +27,8 @@ use task_scheduler::{FullLane, Policy, SessionPolicy, Strategy, Timing};
     about = "Queues tasks for language models and places them on the nodes that have them."
 )]
 pub(crate) struct Settings {
+    #[command(subcommand)]
+    order: Option<Order>,
     /// Where this daemon listens.
     #[arg(long, env = "ORCHESTRATORD_ADDR", default_value = "127.0.0.1:8080")]
     addr: SocketAddr,
@@ -78,23 +87,52 @@ pub(crate) struct Settings {
     /// Seconds that running tasks get to finish at SIGTERM.
     #[arg(long, env = "ORCHESTRATORD_SHUTDOWN_GRACE_SECS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400))]
     shutdown_grace_secs: u64,
-    /// Bearer tokens, comma-separated; all are accepted, the first is sent.
-    #[arg(long, env = "LLORCH_API_TOKEN", hide_env_values = true)]
-    api_token: Option<String>,
-    /// A file of tokens, one a line.
-    #[arg(long, env = "LLORCH_API_TOKEN_FILE")]
-    api_token_file: Option<PathBuf>,
-    /// Log level, or a list of target=level.
-    #[arg(long, env = "LLORCH_LOG", default_value = "info")]
-    log: String,
-    #[arg(long, env = "LLORCH_LOG_FORMAT", default_value = "text")]
-    log_format: LogFormat,
+    /// This daemon's certificate, PEM, the leaf first; with its key it serves HTTPS. Read again when it changes.
+    #[arg(long, env = "ORCHESTRATORD_TLS_CERT")]
+    tls_cert: Option<PathBuf>,
+    /// The certificate's private key, PEM.
+    #[arg(long, env = "ORCHESTRATORD_TLS_KEY")]
+    tls_key: Option<PathBuf>,
+    /// Who signs the certificates of nodes, PEM. With it a node must show one that is for its node id.
+    #[arg(long, env = "ORCHESTRATORD_TLS_CLIENT_CA")]
+    tls_client_ca: Option<PathBuf>,
+    /// Who signs the certificates of the nodes as servers, PEM [default: the system's authorities].
+    #[arg(long, env = "ORCHESTRATORD_TLS_CA")]
+    tls_ca: Option<PathBuf>,
+    /// Refuse to serve, and to call nodes, without TLS.
+    #[arg(long, env = "ORCHESTRATORD_REQUIRE_TLS", default_value_t = false, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    require_tls: bool,
+    /// A second listener for the metrics and the probes, which asks for no token [default: none].
+    #[arg(long, env = "ORCHESTRATORD_METRICS_ADDR")]
+    metrics_addr: Option<SocketAddr>,
+    /// Origins whose pages may call, comma-separated [default: none].
+    #[arg(long, env = "ORCHESTRATORD_CORS_ORIGINS")]
+    cors_origins: Option<String>,
+    /// Requests a second of one client token at most [default: no limit].
+    #[arg(long, env = "ORCHESTRATORD_REQUESTS_PER_SECOND")]
+    requests_per_second: Option<NonZeroU32>,
+    /// Tasks of one token that wait or run at most [default: no limit].
+    #[arg(long, env = "ORCHESTRATORD_TASKS_PER_TOKEN", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    tasks_per_token: Option<u32>,
+    /// Where nodes may be: networks (10.0.0.0/8), addresses, names or *.suffixes, comma-separated [default: anywhere].
+    #[arg(long, env = "ORCHESTRATORD_NODE_ADDRESSES")]
+    node_addresses: Option<String>,
+    #[command(flatten)]
+    common: Common,
     /// Print what is in force and exit.
     #[arg(long)]
     print_config: bool,
     /// Print the OpenAPI document and exit.
     #[arg(long)]
     print_openapi: bool,
+}
+
+/// Chores beside the daemon itself.
+#[derive(Debug, clap::Subcommand)]
+enum Order {
+    /// The bearer tokens: make one, name one, check a file of them.
+    #[command(subcommand)]
+    Token(token::Order),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -123,6 +161,13 @@ pub(crate) struct Config {
     pub(crate) runtime_dir: PathBuf,
     pub(crate) shutdown_grace: Duration,
     pub(crate) tokens: Tokens,
+    pub(crate) tls: TlsPaths,
+    pub(crate) metrics_addr: Option<SocketAddr>,
+    pub(crate) origins: Vec<HeaderValue>,
+    pub(crate) requests_per_second: Option<NonZeroU32>,
+    pub(crate) tasks_per_token: Option<usize>,
+    pub(crate) node_addresses: NodeAddresses,
+    pub(crate) audit_log: Option<PathBuf>,
     pub(crate) log: String,
     pub(crate) log_format: LogFormat,
 }
@@ -142,6 +187,14 @@ pub(crate) enum ConfigError {
     OpenToNetwork(SocketAddr),
     #[error(transparent)]
     Token(#[from] TokenError),
+    #[error(
+        "ORCHESTRATORD_REQUIRE_TLS: without ORCHESTRATORD_TLS_CERT and ORCHESTRATORD_TLS_KEY plain HTTP would be served"
+    )]
+    NoTls,
+    #[error("ORCHESTRATORD_CORS_ORIGINS: {0:?} is no origin, as https://host:port")]
+    Origin(String),
+    #[error("ORCHESTRATORD_NODE_ADDRESSES: {0}")]
+    NodeAddresses(String),
 }
 
 /// Variables with our prefix that are the node daemon's.
@@ -160,6 +213,9 @@ pub(crate) fn read() -> Read {
             Ok(parsed) => parsed,
             Err(code) => return Read::Exit(code),
         };
+    if let Some(Order::Token(order)) = &settings.order {
+        return Read::Exit(token::run(order));
+    }
     if settings.print_openapi {
         daemon_kit::config::print(&crate::app::router::document());
         return Read::Exit(ExitCode::SUCCESS);
@@ -183,13 +239,20 @@ impl Settings {
         if timeout < interval * 3 {
             return Err(ConfigError::TimeoutShort { timeout, interval });
         }
-        let tokens = Tokens::load(self.api_token.as_deref(), self.api_token_file.as_deref())?;
+        let tokens = Tokens::load(self.common.api_token, self.common.api_token_file)?;
         if tokens.is_empty() && self.cloud_profile {
             return Err(ConfigError::CloudNeedsToken);
         }
         if tokens.is_empty() && !daemon_kit::config::is_loopback(self.addr) {
             return Err(ConfigError::OpenToNetwork(self.addr));
         }
+        if self.require_tls && self.tls_cert.is_none() {
+            return Err(ConfigError::NoTls);
+        }
+        let origins = self.cors_origins.as_deref().map(origins).transpose()?.unwrap_or_default();
+        let node_addresses = self.node_addresses.as_deref().unwrap_or_default();
+        let node_addresses =
+            NodeAddresses::parse(node_addresses, self.require_tls).map_err(ConfigError::NodeAddresses)?;
         let policy = Policy {
             timing: Timing {
                 heartbeat_interval: Duration::from_secs(interval),
@@ -222,10 +285,33 @@ impl Settings {
             runtime_dir: self.runtime_dir,
             shutdown_grace: Duration::from_secs(self.shutdown_grace_secs),
             tokens,
-            log: self.log,
-            log_format: self.log_format,
+            tls: TlsPaths {
+                cert: self.tls_cert,
+                key: self.tls_key,
+                client_ca: self.tls_client_ca,
+                ca: self.tls_ca,
+            },
+            metrics_addr: self.metrics_addr,
+            origins,
+            requests_per_second: self.requests_per_second,
+            tasks_per_token: self.tasks_per_token.map(|tasks| tasks as usize),
+            node_addresses,
+            audit_log: self.common.audit_log,
+            log: self.common.log,
+            log_format: self.common.log_format,
         })
     }
+}
+
+fn origins(list: &str) -> Result<Vec<HeaderValue>, ConfigError> {
+    let origin = |text: &str| {
+        let wrong = || ConfigError::Origin(text.to_owned());
+        let host = text.split_once("://").filter(|(scheme, _)| ["http", "https"].contains(scheme));
+        host.filter(|(_, host)| !host.is_empty() && !host.contains(['/', '*', '@', '?', '#']))
+            .ok_or_else(wrong)?;
+        HeaderValue::from_str(text).map_err(|_| wrong())
+    };
+    list.split(',').map(str::trim).filter(|text| !text.is_empty()).map(origin).collect()
 }
 
 #[cfg(test)]
@@ -258,6 +344,9 @@ mod tests {
         assert!(error(&["--addr", "nonsense"]).contains("addr"));
         assert!(error(&["--placement-strategy", "best"]).contains("most-free-vram"));
         assert!(error(&["--admission-policy", "maybe"]).contains("drop-lru"));
+        assert!(error(&["--require-tls"]).contains("ORCHESTRATORD_REQUIRE_TLS"));
+        assert!(error(&["--cors-origins", "*"]).contains("ORCHESTRATORD_CORS_ORIGINS"));
+        assert!(error(&["--node-addresses", "10.0.0.0/99"]).contains("ORCHESTRATORD_NODE_ADDRESSES"));
         assert!(error(&["--session-max-turns", "0"]).contains("session-max-turns"));
         assert_eq!(
             check(&["--placement-strategy", "round-robin"]).unwrap().policy.strategy,

@@ -5,6 +5,7 @@ mod app;
 mod config;
 mod metrics;
 mod services;
+mod token;
 
 use std::process::ExitCode;
 

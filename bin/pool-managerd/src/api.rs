@@ -5,12 +5,16 @@ use std::sync::Arc;
 
 use axum::body::Body as HttpBody;
 use axum::extract::{Extension, State};
-use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use axum::routing::get;
 use axum::{Json, Router};
+use daemon_kit::auth::Need;
+use daemon_kit::connections::Counts;
 use daemon_kit::correlation::RequestIds;
 use daemon_kit::metrics::Page;
-use daemon_kit::{ApiError, Body, PathId, WrappedBody};
+use daemon_kit::tokens::Scope;
+use daemon_kit::{ApiError, Body, PathId, Tokens, WrappedBody};
 use node_agent::Agent;
 use node_agent::supervisor::Supervision;
 use pool_registry_types::node::{GpuReport, Intent, IntentOrder, LiveAnswer, StagedModel};
@@ -31,6 +35,25 @@ pub(crate) struct Node {
     pub(crate) supervision: Option<Arc<Supervision>>,
     /// This node joins no cluster.
     pub(crate) alone: bool,
+    pub(crate) tokens: Tokens,
+    pub(crate) connections: Arc<Counts>,
+}
+
+/// What each route needs. Only the control plane and operators call a node.
+pub(crate) fn needs(_: &Method, path: &str) -> Need {
+    match path {
+        paths::METRICS => Need::Any,
+        _ => Need::Scope(Scope::Admin),
+    }
+}
+
+/// The second listener: the metrics and the probes.
+pub(crate) fn open_router(node: Node) -> Router {
+    Router::new()
+        .route(paths::METRICS, get(metrics))
+        .route(paths::HEALTH_LIVE, get(live))
+        .route(paths::HEALTH_READY, get(ready))
+        .with_state(node)
 }
 
 #[derive(OpenApi)]
@@ -46,7 +69,8 @@ pub(crate) fn router(node: Node) -> Router {
 
 /// The OpenAPI document of what is served, as JSON.
 pub(crate) fn document() -> String {
-    parts().1.to_pretty_json().expect("the document is always JSON")
+    let document = serde_json::to_value(parts().1).expect("the document is always JSON");
+    format!("{:#}", daemon_kit::document::finish(document, needs))
 }
 
 fn parts() -> (Router<Node>, utoipa::openapi::OpenApi) {
@@ -174,6 +198,7 @@ async fn metrics(State(node): State<Node>) -> Response {
         );
         page.gauge("llorch_gpu_vram_total_bytes", "Memory of the GPU.", labels, gpu.vram_total_bytes as f64);
     }
+    page.edge(node.tokens.refusals(), &node.connections, node_id);
     page.render()
 }
 
@@ -203,7 +228,7 @@ async fn pools(State(node): State<Node>) -> Json<NodePools> {
 }
 
 /// One pool.
-#[utoipa::path(get, path = paths::POOL_STATUS, params(("id" = String, Path)),
+#[utoipa::path(get, path = paths::POOL_STATUS, params(("pool_id" = PoolId, Path)),
     responses((status = 200, body = PoolReport), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody)))]
 async fn status(State(node): State<Node>, PathId(id): PathId<PoolId>) -> Result<Json<PoolReport>, ApiError> {
     let pool = node.agent.pools().into_iter().find(|pool| pool.pool_id == id);
@@ -213,18 +238,19 @@ async fn status(State(node): State<Node>, PathId(id): PathId<PoolId>) -> Result<
 type Ordered = Result<(StatusCode, Json<PoolOrdered>), ApiError>;
 
 /// No new work on the pool; what runs may finish until the deadline.
-#[utoipa::path(post, path = paths::POOL_DRAIN, params(("id" = String, Path)), request_body = PoolDrain,
+#[utoipa::path(post, path = paths::POOL_DRAIN, params(("pool_id" = PoolId, Path)), request_body = PoolDrain,
     responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody)))]
 async fn drain(
     State(node): State<Node>,
     PathId(id): PathId<PoolId>,
     Body(drain): Body<PoolDrain>,
 ) -> Ordered {
+    drain.check()?;
     Ok((StatusCode::ACCEPTED, Json(node.agent.order_drain(&id, drain)?)))
 }
 
 /// The pool takes work again.
-#[utoipa::path(post, path = paths::POOL_RELOAD, params(("id" = String, Path)), request_body = PoolReload,
+#[utoipa::path(post, path = paths::POOL_RELOAD, params(("pool_id" = PoolId, Path)), request_body = PoolReload,
     responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody)))]
 async fn reload(
     State(node): State<Node>,
@@ -235,7 +261,7 @@ async fn reload(
 }
 
 /// Ends the engines that this node has started, and removes what is named.
-#[utoipa::path(post, path = paths::POOL_PURGE, params(("id" = String, Path)), request_body = PoolPurge,
+#[utoipa::path(post, path = paths::POOL_PURGE, params(("pool_id" = PoolId, Path)), request_body = PoolPurge,
     responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
 async fn purge(
     State(node): State<Node>,
@@ -246,7 +272,7 @@ async fn purge(
 }
 
 /// A task waits for a pool that is `loadable`: its engines are started, and others make room.
-#[utoipa::path(post, path = paths::POOL_LOAD, params(("id" = String, Path)),
+#[utoipa::path(post, path = paths::POOL_LOAD, params(("pool_id" = PoolId, Path)),
     responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 async fn load(State(node): State<Node>, PathId(id): PathId<PoolId>) -> Ordered {
     Ok((StatusCode::ACCEPTED, Json(node.agent.order_load(&id)?)))
@@ -278,7 +304,7 @@ async fn models(State(node): State<Node>) -> Json<NodeModels> {
 }
 
 /// Runs an attempt: 200 when its slot is taken, then its frames.
-#[utoipa::path(post, path = paths::POOL_INFER, params(("id" = String, Path)), request_body = InferRequest,
+#[utoipa::path(post, path = paths::POOL_INFER, params(("pool_id" = PoolId, Path)), request_body = InferRequest,
     responses((status = 200, content_type = "text/event-stream"), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
               (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
 async fn infer(

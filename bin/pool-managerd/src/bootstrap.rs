@@ -4,7 +4,11 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use daemon_kit::serve;
+use daemon_kit::audit::{Audit, AuditError};
+use daemon_kit::auth::Gate;
+use daemon_kit::connections::{self, Counts, ServeOptions};
+use daemon_kit::serve::{self, Edge};
+use daemon_kit::tls::{Tls, TlsError};
 use handoff_watcher::{HandoffWatcher, watch::WatchError};
 use node_agent::core::Identity;
 use node_agent::{Agent, IntentFile, gpu};
@@ -12,6 +16,7 @@ use node_registration::HttpControlPlane;
 use pool_registry_types::BootId;
 use pool_registry_types::node::Capabilities;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::config::Config;
@@ -29,6 +34,10 @@ pub(crate) enum StartError {
     Listen(#[from] serve::ListenError),
     #[error("POOL_MANAGERD_RUNTIME_DIR: {0}")]
     RuntimeDir(#[from] WatchError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error(transparent)]
+    Audit(#[from] AuditError),
     #[error("the HTTP client cannot be made")]
     Client,
     #[error("serving failed")]
@@ -40,6 +49,12 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let listener = serve::bind("POOL_MANAGERD_ADDR", config.addr).await?;
     let bound = listener.local_addr().map_err(StartError::Serve)?;
+    let metrics_listener = match config.metrics_addr {
+        Some(addr) => Some(serve::bind("POOL_MANAGERD_METRICS_ADDR", addr).await?),
+        None => None,
+    };
+    let tls = Tls::load("POOL_MANAGERD", &config.tls)?;
+    let audit = config.audit_log.as_deref().map(Audit::open).transpose()?.unwrap_or_default();
     let gpus = gpu::GpuWatch::start(config.nvml_lib.clone());
     let boot_id = BootId(Uuid::new_v4());
     let identity = Identity {
@@ -68,21 +83,49 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     agent.watch_gpus(gpus);
     let session = match &config.control_plane {
         Some(url) => {
-            let token = config.tokens.to_send().map(str::to_owned);
-            let control = HttpControlPlane::new(url, token).map_err(|_| StartError::Client)?;
+            let client = tls.client.reqwest(HttpControlPlane::client()).build();
+            let client = client.map_err(|_| StartError::Client)?;
+            let tokens = config.tokens.clone();
+            let credentials = Arc::new(move || tokens.authorization());
+            let control = HttpControlPlane::new(url, client, credentials, daemon_kit::tls::explain);
             Some(tokio::spawn(Arc::clone(&agent).keep_session(control)))
         }
         None => None,
     };
-    let app = serve::with_layers(
-        api::router(api::Node {
-            agent: Arc::clone(&agent),
-            supervision: supervision.clone(),
-            alone: session.is_none(),
-        }),
-        config.tokens.clone(),
-    );
-    let server = tokio::spawn(serve::run(listener, app, stop.clone(), LINGER));
+    let counts = Arc::new(Counts::default());
+    let node = api::Node {
+        agent: Arc::clone(&agent),
+        supervision: supervision.clone(),
+        alone: session.is_none(),
+        tokens: config.tokens.clone(),
+        connections: Arc::clone(&counts),
+    };
+    if tls.server.is_none() && !daemon_kit::config::is_loopback(config.addr) {
+        tracing::warn!(
+            "plain HTTP on a network: whoever listens there reads tokens and prompts; set POOL_MANAGERD_TLS_CERT and POOL_MANAGERD_TLS_KEY"
+        );
+    }
+    let gate = Gate {
+        tokens: config.tokens.clone(),
+        needs: api::needs,
+        certificate: config.tls.client_ca.as_ref().map(|_| config.control_name.clone()),
+        nodes_show_certificates: false,
+        quota: None,
+        origins: Vec::new(),
+    };
+    let app = serve::with_layers(api::router(node.clone()), Edge { gate, audit });
+    let options = ServeOptions { tls: tls.server, counts, ..ServeOptions::default() };
+    let server = tokio::spawn(connections::run(listener, app, options, stop.clone(), LINGER));
+    let beside = TaskTracker::new();
+    if let Some(listener) = metrics_listener {
+        let app =
+            serve::with_layers(api::open_router(node), Edge { gate: Gate::open(), audit: Audit::default() });
+        beside.spawn(connections::run(listener, app, ServeOptions::default(), stop.clone(), LINGER));
+    }
+    beside.spawn(config.tokens.clone().follow(stop.clone()));
+    if let Some(own) = tls.own {
+        beside.spawn(own.follow(stop.clone()));
+    }
 
     serve::stop_signal().await;
     tracing::info!("stopping: no new work");
@@ -97,9 +140,10 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     }
     stop.cancel();
     agent.stop().await;
+    beside.close();
     let ended = server.await;
     // The follower ends with the watcher's channel; a look at a dead mount may never end.
-    let _ = tokio::time::timeout(LINGER, async { tokio::join!(watching, following) }).await;
+    let _ = tokio::time::timeout(LINGER, async { tokio::join!(watching, following, beside.wait()) }).await;
     match ended {
         Ok(result) => result.map_err(StartError::Serve),
         Err(_) => Ok(()),

@@ -8,12 +8,15 @@ use std::time::Duration;
 use crate::models;
 use clap::Parser;
 use daemon_kit::Tokens;
-use daemon_kit::auth::TokenError;
+use daemon_kit::config::Common;
 use daemon_kit::telemetry::LogFormat;
+use daemon_kit::tls::TlsPaths;
+use daemon_kit::tokens::TokenError;
 use handoff_watcher::EngineHosts;
 use node_agent::pools_file::{PoolsFile, PoolsFileError};
 use pool_registry_types::placement::{Labels, MAX_WISHES};
 use pool_registry_types::{LabelName, MachineId, NodeId};
+use secrecy::SecretString;
 
 /// The settings as they are given.
 #[derive(Debug, Parser)]
@@ -80,22 +83,34 @@ pub(crate) struct Settings {
     #[arg(long, env = "HF_ENDPOINT", default_value = "https://huggingface.co", global = true)]
     hf_endpoint: String,
     /// A token for the hub.
-    #[arg(long, env = "HF_TOKEN", hide_env_values = true, global = true)]
-    hf_token: Option<String>,
+    #[arg(long, env = "HF_TOKEN", hide_env_values = true, value_parser = daemon_kit::config::secret, global = true)]
+    hf_token: Option<SecretString>,
     /// NVIDIA's management library [default: where the system keeps it].
     #[arg(long, env = "POOL_MANAGERD_NVML_LIB")]
     nvml_lib: Option<PathBuf>,
-    /// Bearer tokens, comma-separated; all are accepted, the first is sent.
-    #[arg(long, env = "LLORCH_API_TOKEN", hide_env_values = true)]
-    api_token: Option<String>,
-    /// A file of tokens, one a line.
-    #[arg(long, env = "LLORCH_API_TOKEN_FILE")]
-    api_token_file: Option<PathBuf>,
-    /// Log level, or a list of target=level.
-    #[arg(long, env = "LLORCH_LOG", default_value = "info")]
-    log: String,
-    #[arg(long, env = "LLORCH_LOG_FORMAT", default_value = "text")]
-    log_format: LogFormat,
+    /// This daemon's certificate, PEM, the leaf first; with its key it serves HTTPS. Read again when it changes.
+    #[arg(long, env = "POOL_MANAGERD_TLS_CERT")]
+    tls_cert: Option<PathBuf>,
+    /// The certificate's private key, PEM.
+    #[arg(long, env = "POOL_MANAGERD_TLS_KEY")]
+    tls_key: Option<PathBuf>,
+    /// Who signs the control plane's certificate as a client, PEM. With it the control plane must show one.
+    #[arg(long, env = "POOL_MANAGERD_TLS_CLIENT_CA")]
+    tls_client_ca: Option<PathBuf>,
+    /// The name that the control plane's certificate must be for, where one is asked for.
+    #[arg(long, env = "POOL_MANAGERD_TLS_CONTROL_NAME", default_value = "orchestratord")]
+    tls_control_name: String,
+    /// Who signs the control plane's certificate as a server, PEM [default: the system's authorities].
+    #[arg(long, env = "POOL_MANAGERD_TLS_CA")]
+    tls_ca: Option<PathBuf>,
+    /// Refuse to serve, and to call the control plane, without TLS.
+    #[arg(long, env = "POOL_MANAGERD_REQUIRE_TLS", default_value_t = false, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    require_tls: bool,
+    /// A second listener for the metrics and the probes, which asks for no token [default: none].
+    #[arg(long, env = "POOL_MANAGERD_METRICS_ADDR")]
+    metrics_addr: Option<SocketAddr>,
+    #[command(flatten)]
+    common: Common,
     /// Print what is in force and exit.
     #[arg(long)]
     print_config: bool,
@@ -138,6 +153,10 @@ pub(crate) struct Config {
     /// Absent: this node runs no engines of its own.
     pub(crate) supervision: Option<Supervised>,
     pub(crate) tokens: Tokens,
+    pub(crate) tls: TlsPaths,
+    pub(crate) control_name: String,
+    pub(crate) metrics_addr: Option<SocketAddr>,
+    pub(crate) audit_log: Option<PathBuf>,
     pub(crate) log: String,
     pub(crate) log_format: LogFormat,
 }
@@ -150,7 +169,7 @@ pub(crate) struct Supervised {
     pub(crate) logs_dir: PathBuf,
     pub(crate) forbid_provisioning: bool,
     pub(crate) hub: String,
-    pub(crate) hub_token: Option<String>,
+    pub(crate) hub_token: Option<SecretString>,
 }
 
 /// Why the settings do not hold together. Each names the variable.
@@ -172,6 +191,16 @@ pub(crate) enum ConfigError {
     NoToken,
     #[error(transparent)]
     Token(#[from] TokenError),
+    #[error("POOL_MANAGERD_ADVERTISE_URL: {url} is not what is served here, which is {served}")]
+    Scheme { url: String, served: &'static str },
+    #[error(
+        "POOL_MANAGERD_REQUIRE_TLS: without POOL_MANAGERD_TLS_CERT and POOL_MANAGERD_TLS_KEY plain HTTP would be served"
+    )]
+    NoTls,
+    #[error("POOL_MANAGERD_REQUIRE_TLS: ORCHESTRATORD_URL {0} is plain HTTP")]
+    PlainControlPlane(String),
+    #[error("POOL_MANAGERD_NODE_ID: {0} cannot stand in a certificate, it is no DNS name")]
+    NoCertificateName(NodeId),
     #[error(
         "POOL_MANAGERD_ADVERTISE_URL: {advertised} is reached from this machine only, and the control plane {control_plane} is elsewhere"
     )]
@@ -194,7 +223,7 @@ pub(crate) fn read() -> Read {
     match &settings.order {
         Some(Order::Guard) => return Read::Exit(node_agent::guard::inside::run()),
         Some(Order::Models(order)) => {
-            let hub = models::Hub { endpoint: &settings.hf_endpoint, token: settings.hf_token.as_deref() };
+            let hub = models::Hub { endpoint: &settings.hf_endpoint, token: settings.hf_token.as_ref() };
             return Read::Exit(models::run(order, &settings.models_dir, &hub));
         }
         None => {}
@@ -222,7 +251,7 @@ pub(crate) fn read() -> Read {
 
 impl Settings {
     fn check(self) -> Result<Config, ConfigError> {
-        let tokens = Tokens::load(self.api_token.as_deref(), self.api_token_file.as_deref())?;
+        let tokens = Tokens::load(self.common.api_token, self.common.api_token_file)?;
         if tokens.is_empty() {
             return Err(ConfigError::NoToken);
         }
@@ -241,9 +270,21 @@ impl Settings {
         };
         let advertise_url =
             self.advertise_url.map(|url| check_url("POOL_MANAGERD_ADVERTISE_URL", url)).transpose()?;
-        if let Some(url) = advertise_url.clone().filter(|url| url.starts_with("https://")) {
-            // The node itself serves plain HTTP.
-            return Err(ConfigError::Url { variable: "POOL_MANAGERD_ADVERTISE_URL", url });
+        let serves_tls = self.tls_cert.is_some();
+        if let Some(url) = advertise_url.clone().filter(|url| url.starts_with("https://") != serves_tls) {
+            let served = if serves_tls { "https" } else { "http" };
+            return Err(ConfigError::Scheme { url, served });
+        }
+        if self.require_tls {
+            if !serves_tls {
+                return Err(ConfigError::NoTls);
+            }
+            if let Some(url) = control_plane.clone().filter(|url| url.starts_with("http://")) {
+                return Err(ConfigError::PlainControlPlane(url));
+            }
+        }
+        if serves_tls && !daemon_kit::tls::is_name(node_id.as_str()) {
+            return Err(ConfigError::NoCertificateName(node_id));
         }
         let supervision = match self.pools {
             None => None,
@@ -283,8 +324,17 @@ impl Settings {
             nvml_lib: self.nvml_lib,
             supervision,
             tokens,
-            log: self.log,
-            log_format: self.log_format,
+            tls: TlsPaths {
+                cert: self.tls_cert,
+                key: self.tls_key,
+                client_ca: self.tls_client_ca,
+                ca: self.tls_ca,
+            },
+            control_name: self.tls_control_name,
+            metrics_addr: self.metrics_addr,
+            audit_log: self.common.audit_log,
+            log: self.common.log,
+            log_format: self.common.log_format,
         };
         config.check_reachable()?;
         Ok(config)
@@ -302,7 +352,8 @@ impl Config {
             Some(ip) if bound.ip().is_unspecified() => ip,
             _ => bound.ip(),
         };
-        format!("http://{}", SocketAddr::new(ip, bound.port()))
+        let scheme = if self.tls.cert.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", SocketAddr::new(ip, bound.port()))
     }
 
     fn check_reachable(&self) -> Result<(), ConfigError> {
@@ -394,6 +445,11 @@ mod tests {
         assert_eq!(labels.len(), 2);
         assert!(with(&["--labels", "zone=a,zone=b"]).contains("twice"));
         assert!(check(&[&GOOD[..], &["--labels", ""]].concat()).unwrap().labels.is_empty());
+        assert!(with(&["--require-tls"]).contains("POOL_MANAGERD_REQUIRE_TLS"));
+        assert!(with(&["--require-tls", "--tls-cert", "x"]).contains("ORCHESTRATORD_URL"));
+        assert!(with(&["--tls-cert", "x", "--node-id", "10.0.0.1"]).contains("POOL_MANAGERD_NODE_ID"));
+        assert!(with(&["--tls-cert", "x", "--advertise-url", "http://a:1"]).contains("which is https"));
+        assert!(with(&["--advertise-url", "https://a:1"]).contains("which is http"));
         let remote = ["--api-token", "secret-token", "--orchestratord-url", "http://10.1.2.3:8080"];
         assert!(check(&remote).unwrap_err().contains("POOL_MANAGERD_ADVERTISE_URL"));
     }

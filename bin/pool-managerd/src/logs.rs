@@ -26,9 +26,10 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 const PIECE: usize = 32 * 1024;
 
 #[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(crate) struct Which {
     /// Needed where the pool has several replicas.
-    #[param(value_type = Option<String>)]
+    #[param(value_type = ReplicaId, required = false)]
     replica_id: Option<ReplicaId>,
     /// Goes on until the client goes away.
     #[serde(default)]
@@ -36,7 +37,7 @@ pub(crate) struct Which {
 }
 
 /// What an engine of the pool has written last.
-#[utoipa::path(get, path = paths::POOL_LOGS, params(("id" = String, Path), Which),
+#[utoipa::path(get, path = paths::POOL_LOGS, params(("pool_id" = PoolId, Path), Which),
     responses((status = 200, content_type = "text/plain"), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody)))]
 pub(crate) async fn logs(
     State(node): State<Node>,

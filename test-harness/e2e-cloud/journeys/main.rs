@@ -1,5 +1,6 @@
 //! The journeys, each through the real daemons.
 
+mod attacks;
 mod bad_input;
 mod continuation;
 mod dialects;
@@ -9,5 +10,6 @@ mod gpus;
 mod home;
 mod membership;
 mod real_engine;
+mod security;
 mod steering;
 mod streams;

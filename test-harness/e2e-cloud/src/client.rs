@@ -8,6 +8,8 @@ use pool_registry_types::view::{ClusterView, NodeView};
 use reqwest::{Method, RequestBuilder, Response};
 use serde_json::Value;
 
+use crate::cluster::holds_secret;
+
 /// Longest that a stream is read.
 const STREAM_PATIENCE: Duration = Duration::from_secs(90);
 
@@ -120,6 +122,18 @@ impl Client {
         Self { base: base.to_owned(), token: token.map(str::to_owned), http }
     }
 
+    /// The same, trusting this CA (PEM) and no other.
+    pub fn with_ca(base: &str, token: Option<&str>, ca: &str) -> Self {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let ca = reqwest::Certificate::from_pem(ca.as_bytes()).expect("a certificate");
+        let http = reqwest::Client::builder()
+            .no_proxy()
+            .connect_timeout(Duration::from_secs(2))
+            .tls_certs_only([ca]);
+        let http = http.build().expect("a client that trusts one CA");
+        Self { base: base.to_owned(), token: token.map(str::to_owned), http }
+    }
+
     pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
         let request = self.http.request(method, format!("{}{path}", self.base));
         match &self.token {
@@ -133,7 +147,9 @@ impl Client {
     }
 
     pub async fn get_json(&self, path: &str) -> Option<Value> {
-        self.get(path).await.ok()?.json().await.ok()
+        let body = self.get(path).await.ok()?.bytes().await.ok()?;
+        assert!(!holds_secret(&body), "an answer holds a token");
+        serde_json::from_slice(&body).ok()
     }
 
     pub async fn post(&self, path: &str, body: &Value) -> Response {
@@ -206,7 +222,9 @@ impl Client {
     /// Expects a refusal; returns its status and body.
     pub async fn refused(&self, task: &Value) -> (u16, Value) {
         let response = self.post("/v2/tasks", task).await;
-        (response.status().as_u16(), response.json().await.unwrap_or_default())
+        let (status, body) = (response.status().as_u16(), response.bytes().await.unwrap_or_default());
+        assert!(!holds_secret(&body), "an answer holds a token");
+        (status, serde_json::from_slice(&body).unwrap_or_default())
     }
 }
 
@@ -218,7 +236,9 @@ async fn read(response: Response, start: Instant, at_most: usize) -> Transcript 
         ..Transcript::default()
     };
     if transcript.status != 200 {
-        transcript.refusal = response.json().await.unwrap_or_default();
+        let body = response.bytes().await.unwrap_or_default();
+        assert!(!holds_secret(&body), "an answer holds a token");
+        transcript.refusal = serde_json::from_slice(&body).unwrap_or_default();
         return transcript;
     }
     let (mut decoder, mut body) = (Decoder::new(), response.bytes_stream());
@@ -244,6 +264,7 @@ async fn read(response: Response, start: Instant, at_most: usize) -> Transcript 
         }
     };
     assert!(tokio::time::timeout(STREAM_PATIENCE, reading).await.is_ok(), "the stream has no end");
+    assert!(!holds_secret(&transcript.bytes), "a stream holds a token");
     transcript.took = start.elapsed();
     transcript
 }

@@ -14,6 +14,8 @@ use crate::real_engine;
 
 /// The token of test clusters.
 pub const TOKEN: &str = "test-token-of-the-cluster";
+/// How every token of the tests begins.
+pub const SECRET_PREFIX: &str = "test-token-";
 /// How long a cluster may take to be whole.
 const START_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -131,8 +133,8 @@ impl Cluster {
             .env("ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS", "1")
             .env("ORCHESTRATORD_NODE_TIMEOUT_SECS", "3")
             .env("ORCHESTRATORD_DATA_DIR", self.dir.path().join("orchestratord"))
-            .env("LLORCH_API_TOKEN", TOKEN)
             .envs(self.options.control.iter().map(|(name, value)| (*name, value.as_str())));
+        with_token(&mut command);
         self.control = Some(Process::start(command, &self.log("orchestratord")));
     }
 
@@ -164,8 +166,7 @@ impl Cluster {
             .env("POOL_MANAGERD_RUNTIME_DIR", &node.runtime_dir)
             .env("POOL_MANAGERD_MODELS_DIR", self.models_dir(n))
             .env("POOL_MANAGERD_SHUTDOWN_GRACE_SECS", "10")
-            .env("ORCHESTRATORD_URL", &self.client.base)
-            .env("LLORCH_API_TOKEN", TOKEN);
+            .env("ORCHESTRATORD_URL", &self.client.base);
         if self.pools_file(n).exists() {
             command
                 .env("POOL_MANAGERD_POOLS", self.pools_file(n))
@@ -174,6 +175,7 @@ impl Cluster {
         }
         let own = self.options.node.iter().filter(|(of, ..)| *of == n);
         command.envs(own.map(|(_, name, value)| (*name, value.as_str())));
+        with_token(&mut command);
         let log = self.log(&node.id);
         self.nodes[n].daemon = Some(Process::start(command, &log));
     }
@@ -242,6 +244,39 @@ impl Cluster {
     pub fn task(&self, tokens: u32) -> serde_json::Value {
         serde_json::json!({ "model_ref": self.options.engine.model(), "prompt": "once upon a time", "max_tokens": tokens })
     }
+}
+
+/// The clusters' own token, unless the command has a file of tokens.
+fn with_token(command: &mut Command) {
+    let has_file = command.get_envs().any(|(name, _)| name == "LLORCH_API_TOKEN_FILE");
+    if !has_file {
+        command.env("LLORCH_API_TOKEN", TOKEN);
+    }
+}
+
+/// No token in any log of the whole run: looked at when a cluster ends, whatever it was for.
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        let daemons = self.control.iter().chain(self.nodes.iter().filter_map(|node| node.daemon.as_ref()));
+        for daemon in daemons {
+            let arguments = std::fs::read(format!("/proc/{}/cmdline", daemon.pid())).unwrap_or_default();
+            assert!(!holds_secret(&arguments), "a token stands on a command line");
+        }
+        for entry in std::fs::read_dir(self.dir.path()).into_iter().flatten().flatten() {
+            if entry.path().extension().is_some_and(|ext| ext == "log" || ext == "jsonl") {
+                let text = std::fs::read(entry.path()).unwrap_or_default();
+                assert!(!holds_secret(&text), "{} holds a token", entry.path().display());
+            }
+        }
+    }
+}
+
+/// Whether a token of the tests stands in the bytes: all of them begin alike.
+pub fn holds_secret(bytes: &[u8]) -> bool {
+    bytes.windows(SECRET_PREFIX.len()).any(|window| window == SECRET_PREFIX.as_bytes())
 }
 
 /// Starts an engine that leaves its handoff in `runtime_dir`.

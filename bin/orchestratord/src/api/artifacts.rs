@@ -33,7 +33,7 @@ pub(crate) async fn create(
 }
 
 /// A document, byte for byte.
-#[utoipa::path(get, path = paths::ARTIFACT, tag = "artifacts", params(("id" = String, Path)),
+#[utoipa::path(get, path = paths::ARTIFACT, tag = "artifacts", params(("digest" = Digest, Path)),
     responses((status = 200, body = serde_json::Value), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 500, body = ErrorBody)))]
 pub(crate) async fn get(
     State(state): State<AppState>,

@@ -16,8 +16,8 @@ use super::on_disk;
 use crate::app::state::AppState;
 use crate::services::catalog::{Catalog, ModelEntry, ModelState, Verification};
 
-/// Longest description, bytes.
-const MAX_DESCRIPTION_BYTES: usize = 4096;
+/// Longest description, characters.
+const MAX_DESCRIPTION_CHARS: usize = 4096;
 
 /// The models of all ready pools on online nodes, and those that lie on disks.
 #[utoipa::path(get, path = paths::CATALOG_AVAILABILITY, tag = "catalog", responses((status = 200, body = Availability), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
@@ -58,8 +58,8 @@ pub(crate) async fn create(
     Body(new): Body<NewModel>,
 ) -> Result<(StatusCode, Json<ModelEntry>), ApiError> {
     let NewModel { model_id, digest, description, state: model_state } = new;
-    if description.as_ref().is_some_and(|text| text.len() > MAX_DESCRIPTION_BYTES) {
-        let message = format!("description: at most {MAX_DESCRIPTION_BYTES} bytes");
+    if description.as_ref().is_some_and(|text| text.chars().count() > MAX_DESCRIPTION_CHARS) {
+        let message = format!("description: at most {MAX_DESCRIPTION_CHARS} characters");
         return Err(ApiError::new(ErrorCode::InvalidParams, message));
     }
     let entry = ModelEntry { model_id, digest, description, state: model_state };
@@ -99,7 +99,7 @@ pub(crate) async fn list(State(state): State<AppState>) -> Json<ModelList> {
 }
 
 /// One entry.
-#[utoipa::path(get, path = paths::CATALOG_MODEL, tag = "catalog", params(("id" = String, Path)),
+#[utoipa::path(get, path = paths::CATALOG_MODEL, tag = "catalog", params(("model_id" = ModelRef, Path)),
     responses((status = 200, body = ModelEntry), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody)))]
 pub(crate) async fn get(
     State(state): State<AppState>,
@@ -109,7 +109,7 @@ pub(crate) async fn get(
 }
 
 /// Forgets the entry; the model itself stays where it is, and may be placed.
-#[utoipa::path(delete, path = paths::CATALOG_MODEL, tag = "catalog", params(("id" = String, Path)),
+#[utoipa::path(delete, path = paths::CATALOG_MODEL, tag = "catalog", params(("model_id" = ModelRef, Path)),
     responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 500, body = ErrorBody)))]
 pub(crate) async fn delete(
     State(state): State<AppState>,
@@ -120,7 +120,7 @@ pub(crate) async fn delete(
 }
 
 /// Compares the entry's digest with what each node has on disk.
-#[utoipa::path(post, path = paths::CATALOG_MODEL_VERIFY, tag = "catalog", params(("id" = String, Path)),
+#[utoipa::path(post, path = paths::CATALOG_MODEL_VERIFY, tag = "catalog", params(("model_id" = ModelRef, Path)),
     responses((status = 200, body = Verification), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn verify(
     State(state): State<AppState>,
@@ -131,7 +131,7 @@ pub(crate) async fn verify(
 }
 
 /// A retired model gets no task any more; those that wait for it end.
-#[utoipa::path(post, path = paths::CATALOG_MODEL_STATE, tag = "catalog", params(("id" = String, Path)), request_body = NewState,
+#[utoipa::path(post, path = paths::CATALOG_MODEL_STATE, tag = "catalog", params(("model_id" = ModelRef, Path)), request_body = NewState,
     responses((status = 200, body = ModelEntry), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody)))]
 pub(crate) async fn set_state(
     State(state): State<AppState>,

@@ -25,7 +25,7 @@ pub(crate) async fn version() -> Json<Version> {
 }
 
 #[derive(Debug, Serialize, ToSchema)]
-pub(crate) struct Capabilities {
+pub(crate) struct ServerCapabilities {
     profile: &'static str,
     engines: Vec<EngineKind>,
     /// What each of them can do.
@@ -35,9 +35,9 @@ pub(crate) struct Capabilities {
 }
 
 /// What can be asked of this server.
-#[utoipa::path(get, path = paths::META_CAPABILITIES, tag = "meta", responses((status = 200, body = Capabilities), (status = 401, body = ErrorBody)))]
-pub(crate) async fn capabilities(State(state): State<AppState>) -> Json<Capabilities> {
-    Json(Capabilities {
+#[utoipa::path(get, path = paths::META_CAPABILITIES, tag = "meta", responses((status = 200, body = ServerCapabilities), (status = 401, body = ErrorBody)))]
+pub(crate) async fn capabilities(State(state): State<AppState>) -> Json<ServerCapabilities> {
+    Json(ServerCapabilities {
         profile: if state.cloud_profile { "cloud" } else { "home" },
         engines: EngineKind::ALL.to_vec(),
         engine_capabilities: EngineKind::ALL.map(engines::capabilities).to_vec(),

@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
-use daemon_kit::{ApiError, Body, PathId};
+use daemon_kit::{ApiError, Body, Caller, OwnNode, PathId};
 use pool_registry_types::node::{
     Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, RegisterAnswer, RegisterRequest,
 };
@@ -37,10 +37,15 @@ pub(crate) async fn list(State(state): State<AppState>) -> Result<Json<ClusterVi
         (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn register(
     State(state): State<AppState>,
+    caller: Caller,
     Body(request): Body<RegisterRequest>,
 ) -> Result<Json<RegisterAnswer>, ApiError> {
     require_cloud(&state)?;
-    check_address(&request.address)?;
+    caller.may_speak_for(&request.node_id)?;
+    state
+        .node_addresses
+        .check(&request.address)
+        .map_err(|why| ApiError::new(ErrorCode::InvalidParams, format!("address: {why}")))?;
     if request.labels.len() > MAX_WISHES {
         return Err(ApiError::new(ErrorCode::InvalidParams, format!("labels: at most {MAX_WISHES}")));
     }
@@ -52,28 +57,13 @@ pub(crate) async fn register(
     Ok(Json(answer))
 }
 
-/// Where a node may be: a plain `http://host:port`.
-fn check_address(address: &str) -> Result<(), ApiError> {
-    let rest = address.strip_prefix("http://");
-    let good = rest.is_some_and(|rest| {
-        !rest.is_empty()
-            && rest.len() <= 255
-            && rest.bytes().all(|b| b.is_ascii_graphic() && !b"/@?#\\".contains(&b))
-    });
-    if good {
-        Ok(())
-    } else {
-        Err(ApiError::new(ErrorCode::InvalidParams, "address: must be http://host:port"))
-    }
-}
-
 /// A node's whole report.
-#[utoipa::path(post, path = paths::NODE_HEARTBEAT, tag = "nodes", params(("id" = String, Path)), request_body = Heartbeat,
+#[utoipa::path(post, path = paths::NODE_HEARTBEAT, tag = "nodes", params(("node_id" = NodeId, Path)), request_body = Heartbeat,
     responses((status = 200, body = HeartbeatAnswer), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
         (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn heartbeat(
     State(state): State<AppState>,
-    PathId(id): PathId<NodeId>,
+    OwnNode(id): OwnNode,
     Body(beat): Body<Heartbeat>,
 ) -> Result<Json<HeartbeatAnswer>, ApiError> {
     require_cloud(&state)?;
@@ -81,21 +71,24 @@ pub(crate) async fn heartbeat(
 }
 
 #[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(crate) struct Deregistration {
     /// The node's own registration; without it, whichever there is.
-    #[param(value_type = Option<String>)]
+    #[param(value_type = Epoch, required = false)]
     epoch: Option<Epoch>,
 }
 
 /// A node leaves. With an old epoch nothing happens.
-#[utoipa::path(delete, path = paths::NODE, tag = "nodes", params(("id" = String, Path), Deregistration),
+#[utoipa::path(delete, path = paths::NODE, tag = "nodes", params(("node_id" = NodeId, Path), Deregistration),
     responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn deregister(
     State(state): State<AppState>,
     PathId(id): PathId<NodeId>,
+    caller: Caller,
     query: Result<Query<Deregistration>, axum::extract::rejection::QueryRejection>,
 ) -> Result<StatusCode, ApiError> {
     require_cloud(&state)?;
+    caller.may_send_away(&id)?;
     let Deregistration { epoch } = checked(query)?;
     tracing::info!(node_id = %id, "a node is deregistered");
     state.service_registry.deregister(id, epoch).await?;
@@ -103,7 +96,7 @@ pub(crate) async fn deregister(
 }
 
 /// One node.
-#[utoipa::path(get, path = paths::NODE, tag = "nodes", params(("id" = String, Path)),
+#[utoipa::path(get, path = paths::NODE, tag = "nodes", params(("node_id" = NodeId, Path)),
     responses((status = 200, body = NodeView), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn get(
     State(state): State<AppState>,
@@ -113,7 +106,7 @@ pub(crate) async fn get(
 }
 
 /// The node takes no new work from now on, until it is resumed; what runs there may finish.
-#[utoipa::path(post, path = paths::NODE_DRAIN, tag = "nodes", params(("id" = String, Path)),
+#[utoipa::path(post, path = paths::NODE_DRAIN, tag = "nodes", params(("node_id" = NodeId, Path)),
     responses((status = 202, body = IntentAnswer), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn drain(
     State(state): State<AppState>,
@@ -124,7 +117,7 @@ pub(crate) async fn drain(
 }
 
 /// The node takes work again.
-#[utoipa::path(post, path = paths::NODE_RESUME, tag = "nodes", params(("id" = String, Path)),
+#[utoipa::path(post, path = paths::NODE_RESUME, tag = "nodes", params(("node_id" = NodeId, Path)),
     responses((status = 202, body = IntentAnswer), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn resume(
     State(state): State<AppState>,

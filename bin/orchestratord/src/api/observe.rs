@@ -40,7 +40,8 @@ pub(crate) async fn ready(State(state): State<AppState>) -> Result<StatusCode, A
 #[utoipa::path(get, path = paths::METRICS, tag = "observe", responses((status = 200, content_type = "text/plain"), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn metrics(State(state): State<AppState>) -> Result<Response, ApiError> {
     let (facts, view) = (state.control.facts().await?, state.service_registry.view().await?);
-    Ok(metrics::page(&facts, &view).render())
+    let mut page = metrics::page(&facts, &view);
+    Ok(page.edge(state.tokens.refusals(), &state.connections, &[]).render())
 }
 
 /// Pause between two comments on a quiet stream.

@@ -17,9 +17,10 @@ use crate::services::link::PoolOrder;
 
 /// Which of several pools of one name.
 #[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(crate) struct OnNode {
     /// Needed where several nodes have a pool of this name.
-    #[param(value_type = Option<String>)]
+    #[param(value_type = NodeId, required = false)]
     node_id: Option<NodeId>,
 }
 
@@ -34,7 +35,7 @@ pub(crate) async fn list(State(state): State<AppState>) -> Result<Json<PoolList>
 }
 
 /// Whether one pool takes tasks, and why not.
-#[utoipa::path(get, path = paths::POOL_HEALTH, tag = "pools", params(("id" = String, Path), OnNode),
+#[utoipa::path(get, path = paths::POOL_HEALTH, tag = "pools", params(("pool_id" = PoolId, Path), OnNode),
     responses((status = 200, body = PoolOfNode), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
         (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn health(
@@ -58,7 +59,7 @@ async fn order(state: &AppState, id: PoolId, place: Place, order: PoolOrder) -> 
 }
 
 /// The pool takes no new work; what runs may finish until the deadline.
-#[utoipa::path(post, path = paths::POOL_DRAIN, tag = "pools", params(("id" = String, Path), OnNode), request_body = PoolDrain,
+#[utoipa::path(post, path = paths::POOL_DRAIN, tag = "pools", params(("pool_id" = PoolId, Path), OnNode), request_body = PoolDrain,
     responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
         (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody), (status = 500, body = ErrorBody)))]
 pub(crate) async fn drain(
@@ -67,11 +68,12 @@ pub(crate) async fn drain(
     place: Place,
     Body(drain): Body<PoolDrain>,
 ) -> Ordered {
+    drain.check()?;
     order(&state, id, place, PoolOrder::Drain(drain)).await
 }
 
 /// The pool takes work again; with another model where one is named and its node can load it.
-#[utoipa::path(post, path = paths::POOL_RELOAD, tag = "pools", params(("id" = String, Path), OnNode), request_body = PoolReload,
+#[utoipa::path(post, path = paths::POOL_RELOAD, tag = "pools", params(("pool_id" = PoolId, Path), OnNode), request_body = PoolReload,
     responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
         (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody), (status = 500, body = ErrorBody)))]
 pub(crate) async fn reload(
@@ -84,7 +86,7 @@ pub(crate) async fn reload(
 }
 
 /// The pool's engines end, where their node has started them, and what is named is removed.
-#[utoipa::path(post, path = paths::POOL_PURGE, tag = "pools", params(("id" = String, Path), OnNode), request_body = PoolPurge,
+#[utoipa::path(post, path = paths::POOL_PURGE, tag = "pools", params(("pool_id" = PoolId, Path), OnNode), request_body = PoolPurge,
     responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
         (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody), (status = 500, body = ErrorBody)))]
 pub(crate) async fn purge(

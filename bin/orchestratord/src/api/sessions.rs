@@ -12,7 +12,7 @@ use crate::app::state::AppState;
 use crate::services::registry::unexpected;
 
 /// What the session may still use, and where it is warm.
-#[utoipa::path(get, path = paths::SESSION, tag = "sessions", params(("id" = Uuid, Path)),
+#[utoipa::path(get, path = paths::SESSION, tag = "sessions", params(("session_id" = Uuid, Path)),
     responses((status = 200, body = SessionView), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn get(
     State(state): State<AppState>,
@@ -23,7 +23,7 @@ pub(crate) async fn get(
 }
 
 /// Forgets the session; its tasks go on.
-#[utoipa::path(delete, path = paths::SESSION, tag = "sessions", params(("id" = Uuid, Path)),
+#[utoipa::path(delete, path = paths::SESSION, tag = "sessions", params(("session_id" = Uuid, Path)),
     responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn delete(
     State(state): State<AppState>,

@@ -8,7 +8,7 @@ use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use daemon_kit::{ApiError, Body, PathId};
+use daemon_kit::{ApiError, Body, Caller, PathId};
 use pool_registry_types::placement::Explanation;
 use pool_registry_types::routes::headers;
 use pool_registry_types::task::{TaskAccepted, TaskPage, TaskRequest, TaskState, TaskView};
@@ -35,15 +35,22 @@ const MAX_PAGE: usize = 500;
 pub(crate) async fn submit(
     State(state): State<AppState>,
     headers: HeaderMap,
+    caller: Caller,
     Body(request): Body<TaskRequest>,
 ) -> Result<Response, ApiError> {
     request.check()?;
     let task_id = request.task_id.unwrap_or_else(|| TaskId(Uuid::new_v4()));
+    // Whoever attaches to a task that is there has no other one.
+    let known = state.streams.get(task_id).is_some();
+    let place = if known { None } else { state.quota.task(&caller)? };
     let request = Arc::new(request);
     let accepted = match state.control.call(move |reply| Event::Submit { reply, task_id, request }).await? {
         Answer::Submitted(accepted) => accepted,
         other => return Err(unexpected(&other).into()),
     };
+    if let Some(place) = place {
+        state.streams.hold_place(task_id, place);
+    }
     let mut response = if wants_stream(&headers) {
         stream(&state, task_id, None, false)?
     } else {
@@ -61,7 +68,7 @@ fn wants_stream(map: &HeaderMap) -> bool {
 }
 
 /// The task's state and attempts.
-#[utoipa::path(get, path = paths::TASK, tag = "tasks", params(("id" = Uuid, Path)),
+#[utoipa::path(get, path = paths::TASK, tag = "tasks", params(("task_id" = Uuid, Path)),
     responses((status = 200, body = TaskView), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn get(
     State(state): State<AppState>,
@@ -73,23 +80,26 @@ pub(crate) async fn get(
 
 /// What a list of tasks shows.
 #[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(crate) struct Listing {
+    #[param(value_type = TaskState, required = false)]
     state: Option<TaskState>,
     /// Of the last attempt.
-    #[param(value_type = Option<String>)]
+    #[param(value_type = NodeId, required = false)]
     node_id: Option<NodeId>,
-    #[param(value_type = Option<String>)]
+    #[param(value_type = ModelRef, required = false)]
     model: Option<ModelRef>,
     /// The `next` of the page before.
-    #[param(value_type = Option<Uuid>)]
+    #[param(value_type = Uuid, required = false)]
     after: Option<TaskId>,
     /// 1 to 500; 50 when absent.
+    #[param(value_type = u32, required = false, minimum = 1, maximum = 500)]
     limit: Option<usize>,
 }
 
 /// Tasks that wait, run or are still kept: newest first, page by page.
 #[utoipa::path(get, path = paths::TASKS, tag = "tasks", params(Listing),
-    responses((status = 200, body = TaskPage), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
+    responses((status = 200, body = TaskPage), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,
     listing: Result<Query<Listing>, QueryRejection>,
@@ -105,7 +115,7 @@ pub(crate) async fn list(
 }
 
 /// What every pool says to a task that has not ended.
-#[utoipa::path(get, path = paths::TASK_EXPLAIN, tag = "tasks", params(("id" = Uuid, Path)),
+#[utoipa::path(get, path = paths::TASK_EXPLAIN, tag = "tasks", params(("task_id" = Uuid, Path)),
     responses((status = 200, body = Explanation), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn explain(
     State(state): State<AppState>,
@@ -127,6 +137,7 @@ pub(crate) async fn explain_request(
 
 /// How a stream is read.
 #[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(crate) struct Reading {
     /// With `metrics` each second also while the task runs.
     #[serde(default)]
@@ -135,7 +146,7 @@ pub(crate) struct Reading {
 
 /// The task's events from the start, or after `Last-Event-ID`. Many may read.
 #[utoipa::path(get, path = paths::TASK_EVENTS, tag = "tasks",
-    params(("id" = Uuid, Path), Reading, ("Last-Event-ID" = Option<String>, Header, description = "id of the last event that was seen")),
+    params(("task_id" = Uuid, Path), Reading, ("Last-Event-ID" = Option<String>, Header, description = "id of the last event that was seen")),
     responses((status = 200, content_type = "text/event-stream"), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
         (status = 404, body = ErrorBody), (status = 410, body = ErrorBody)))]
 pub(crate) async fn events(
@@ -157,13 +168,14 @@ fn stream(
 ) -> Result<Response, ApiError> {
     let gauge = Gauge::new(state.control.clone(), verbose);
     let (stream, next) = state.streams.find(id, last_event_id)?;
-    let body = HttpBody::from_stream(readers::follow(stream, next, id, gauge));
+    let place = stream.reader()?;
+    let body = HttpBody::from_stream(readers::follow(stream, place, next, id, gauge));
     let kind = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
     Ok((StatusCode::OK, kind, body).into_response())
 }
 
 /// Ends the task. Nothing but its terminal `error CANCELED` follows the answer.
-#[utoipa::path(post, path = paths::TASK_CANCEL, tag = "tasks", params(("id" = Uuid, Path)),
+#[utoipa::path(post, path = paths::TASK_CANCEL, tag = "tasks", params(("task_id" = Uuid, Path)),
     responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn cancel(
     State(state): State<AppState>,

@@ -1,9 +1,11 @@
 //! All routes with their document, made from the same handlers.
 
 use axum::Router;
-use axum::http::header;
+use axum::http::{Method, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
+use daemon_kit::auth::Need;
+use daemon_kit::tokens::Scope;
 use pool_registry_types::routes as paths;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
@@ -59,12 +61,17 @@ fn parts() -> (Router<AppState>, utoipa::openapi::OpenApi) {
 
 /// The OpenAPI document, as JSON.
 pub(crate) fn document() -> String {
-    parts().1.to_pretty_json().expect("the document is always JSON")
+    complete(&parts().1)
+}
+
+fn complete(document: &utoipa::openapi::OpenApi) -> String {
+    let document = serde_json::to_value(document).expect("the document is always JSON");
+    format!("{:#}", daemon_kit::document::finish(document, needs))
 }
 
 pub(crate) fn router(state: AppState) -> Router {
     let (routes, document) = parts();
-    let json = document.to_json().expect("the document is always JSON");
+    let json = complete(&document);
     let page = SwaggerUi::new(paths::API_PAGE).config(Config::new([paths::OPENAPI]));
     let page: Router<AppState> = page.into();
     routes
@@ -74,6 +81,48 @@ pub(crate) fn router(state: AppState) -> Router {
         )
         .merge(page)
         .route(&format!("{}/swagger-initializer.js", paths::API_PAGE), get(initializer))
+        .with_state(state)
+}
+
+/// What each route needs. What is not named needs everything.
+pub(crate) fn needs(method: &Method, path: &str) -> Need {
+    let reads = method == Method::GET || method == Method::HEAD;
+    match path {
+        paths::METRICS | paths::OPENAPI | paths::META_VERSION | paths::META_CAPABILITIES => Need::Any,
+        paths::NODE_REGISTER | paths::NODE_HEARTBEAT => Need::Scope(Scope::Node),
+        // A node leaves by itself; an operator may send it away.
+        paths::NODE if *method == Method::DELETE => Need::Scope(Scope::Node),
+        paths::TASKS
+        | paths::TASK
+        | paths::TASK_EVENTS
+        | paths::TASK_CANCEL
+        | paths::TASK_EXPLAIN
+        | paths::PLACEMENT_EXPLAIN
+        | paths::SESSION
+        | paths::ARTIFACTS
+        | paths::ARTIFACT => Need::Scope(Scope::Client),
+        paths::NODES
+        | paths::NODE
+        | paths::POOLS
+        | paths::POOL_HEALTH
+        | paths::CATALOG_AVAILABILITY
+        | paths::CATALOG_MODELS
+        | paths::CATALOG_MODEL
+        | paths::EVENTS
+            if reads =>
+        {
+            Need::Scope(Scope::Client)
+        }
+        _ => Need::Scope(Scope::Admin),
+    }
+}
+
+/// The second listener: the metrics and the probes.
+pub(crate) fn metrics(state: AppState) -> Router {
+    Router::new()
+        .route(paths::METRICS, get(observe::metrics))
+        .route(paths::HEALTH_LIVE, get(observe::live))
+        .route(paths::HEALTH_READY, get(observe::ready))
         .with_state(state)
 }
 

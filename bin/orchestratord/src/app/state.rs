@@ -2,6 +2,11 @@
 
 use std::sync::Arc;
 
+use daemon_kit::Tokens;
+use daemon_kit::connections::Counts;
+use daemon_kit::quota::Quota;
+
+use crate::services::addresses::NodeAddresses;
 use crate::services::artifacts::Artifacts;
 use crate::services::catalog::Catalog;
 use crate::services::dispatch::Relays;
@@ -24,4 +29,9 @@ pub(crate) struct AppState {
     pub(crate) catalog_order: Arc<tokio::sync::Mutex<()>>,
     pub(crate) artifacts: Arc<Artifacts>,
     pub(crate) cloud_profile: bool,
+    pub(crate) node_addresses: Arc<NodeAddresses>,
+    /// What one token may have at once.
+    pub(crate) quota: Arc<Quota>,
+    pub(crate) tokens: Tokens,
+    pub(crate) connections: Arc<Counts>,
 }

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use daemon_kit::Tokens;
+use daemon_kit::tls::{self, ClientTls, Connector};
 use futures::{Stream, StreamExt};
 use http_body_util::{BodyExt, BodyStream, Full};
 use hyper::{Request, header};
@@ -121,7 +123,7 @@ impl NodeLink {
             }
         };
         let (path, body) = order.call();
-        let path = path.replace("{id}", pool_id.as_str());
+        let path = routes::of_pool(path, pool_id);
         let unavailable = |reason: String| {
             ErrorBody::new(ErrorCode::NodeUnavailable, format!("the node does not answer: {reason}"))
         };
@@ -177,19 +179,20 @@ impl PoolOrder {
 /// Nodes behind HTTP.
 #[derive(Debug)]
 pub(crate) struct HttpLink {
-    streams: Client<HttpConnector, Full<Bytes>>,
+    streams: Client<Connector, Full<Bytes>>,
     /// Keeps no connections.
-    fresh: Client<HttpConnector, Full<Bytes>>,
+    fresh: Client<Connector, Full<Bytes>>,
     probes: reqwest::Client,
-    authorization: Option<header::HeaderValue>,
+    tokens: Tokens,
 }
 
 impl HttpLink {
-    /// `token` is sent as a bearer token.
-    pub(crate) fn new(token: Option<&str>) -> Result<Self, reqwest::Error> {
+    /// The first of the tokens is sent.
+    pub(crate) fn new(tls: &ClientTls, tokens: Tokens) -> Result<Self, reqwest::Error> {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
+        let connector = tls.connector(connector, CONNECT_TIMEOUT);
         let streams = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE_TIMEOUT)
@@ -201,26 +204,20 @@ impl HttpLink {
             .pool_max_idle_per_host(0)
             .timeout(PROBE_TIMEOUT)
             .no_proxy()
-            .redirect(reqwest::redirect::Policy::none())
-            .build()?;
-        let authorization = token.and_then(|token| {
-            let mut value = header::HeaderValue::from_str(&format!("Bearer {token}")).ok()?;
-            value.set_sensitive(true);
-            Some(value)
-        });
-        Ok(Self { streams, fresh, probes, authorization })
+            .redirect(reqwest::redirect::Policy::none());
+        Ok(Self { streams, fresh, probes: tls.reqwest(probes).build()?, tokens })
     }
 
     async fn infer(&self, dispatch: &Dispatch, request: &InferRequest) -> Result<Taken, HowEnded> {
         let body = Bytes::from(serde_json::to_vec(request).expect("an infer request is always JSON"));
         let response = match self.streams.request(self.call(dispatch, body.clone())?).await {
             Ok(response) => response,
-            Err(error) if error.is_connect() => return Err(HowEnded::NeverSent(with_causes(&error))),
+            Err(error) if was_not_sent(&error) => return Err(HowEnded::NeverSent(tls::explain(&error))),
             // A kept connection may have died unseen: only a fresh one says something of the node.
             // Should the node have taken the attempt after all, it refuses it now, at no cost.
             Err(_) => self.fresh.request(self.call(dispatch, body)?).await.map_err(|error| {
-                let reason = with_causes(&error);
-                if error.is_connect() { HowEnded::NeverSent(reason) } else { HowEnded::NoAnswer(reason) }
+                let reason = tls::explain(&error);
+                if was_not_sent(&error) { HowEnded::NeverSent(reason) } else { HowEnded::NoAnswer(reason) }
             })?,
         };
         let status = response.status();
@@ -244,7 +241,7 @@ impl HttpLink {
         let frames = BodyStream::new(response.into_body()).filter_map(|piece| async move {
             match piece {
                 Ok(frame) => frame.into_data().ok().map(Ok),
-                Err(error) => Some(Err(with_causes(&error))),
+                Err(error) => Some(Err(tls::explain(&error))),
             }
         });
         Ok(Taken { replica_id, report_seq, frames: Box::pin(frames) })
@@ -255,7 +252,7 @@ impl HttpLink {
         let mut call = Request::post(url)
             .header(header::CONTENT_TYPE, "application/json")
             .header(headers::CORRELATION_ID, dispatch.task.to_string());
-        if let Some(value) = &self.authorization {
+        if let Some(value) = self.tokens.authorization() {
             call = call.header(header::AUTHORIZATION, value);
         }
         call.body(Full::new(body)).map_err(|error| HowEnded::NeverSent(format!("unusable address: {error}")))
@@ -268,16 +265,16 @@ impl HttpLink {
         body: &serde_json::Value,
     ) -> Result<reqwest::Response, String> {
         let mut call = self.probes.post(format!("{address}{path}")).timeout(ORDER_TIMEOUT).json(body);
-        if let Some(value) = &self.authorization {
+        if let Some(value) = self.tokens.authorization() {
             call = call.header(header::AUTHORIZATION, value);
         }
-        call.send().await.map_err(|error| with_causes(&error.without_url()))
+        call.send().await.map_err(|error| tls::explain(&error.without_url()))
     }
 
     async fn probe(&self, address: &str) -> Result<LiveAnswer, String> {
         let url = format!("{address}{}", routes::HEALTH_LIVE);
         let response =
-            self.probes.get(url).send().await.map_err(|error| with_causes(&error.without_url()))?;
+            self.probes.get(url).send().await.map_err(|error| tls::explain(&error.without_url()))?;
         if !response.status().is_success() {
             return Err(format!("its health call answers HTTP {}", response.status().as_u16()));
         }
@@ -297,7 +294,7 @@ fn refusal(error: ErrorBody) -> HowEnded {
     }
 }
 
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+/// No node has read the request.
+fn was_not_sent(error: &hyper_util::client::legacy::Error) -> bool {
+    error.is_connect() || tls::is_refused(error)
 }

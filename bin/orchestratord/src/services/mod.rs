@@ -1,5 +1,6 @@
 //! What the control plane does besides answering: deciding, dispatching, keeping streams.
 
+pub(crate) mod addresses;
 pub(crate) mod artifacts;
 pub(crate) mod catalog;
 pub(crate) mod dispatch;

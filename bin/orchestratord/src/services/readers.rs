@@ -12,6 +12,7 @@ use futures::{Stream, stream};
 use pool_registry_types::TaskId;
 use pool_registry_types::sse::write_frame;
 use pool_registry_types::task::{Metrics, TaskState};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 use crate::services::placement::Control;
@@ -30,11 +31,12 @@ const SAME_METRICS_EVERY: Duration = Duration::from_secs(5);
 /// The task's events from frame `next` on; `gauge` tells what the log does not.
 pub(crate) fn follow(
     stream: Arc<TaskStream>,
+    place: OwnedSemaphorePermit,
     next: u64,
     task: TaskId,
     gauge: Gauge,
 ) -> impl Stream<Item = Result<Bytes, Infallible>> + Send + use<> {
-    let reader = Reader { stream, next, finished: false, task, gauge };
+    let reader = Reader { stream, _place: place, next, finished: false, task, gauge };
     stream::unfold(reader, |mut reader| async move { reader.more().await.map(|bytes| (Ok(bytes), reader)) })
 }
 
@@ -92,6 +94,7 @@ impl Gauge {
 /// One reader of one stream.
 struct Reader {
     stream: Arc<TaskStream>,
+    _place: OwnedSemaphorePermit,
     next: u64,
     /// The terminal frame was given out.
     finished: bool,

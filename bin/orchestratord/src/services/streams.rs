@@ -12,8 +12,11 @@ use pool_registry_types::sse::{self, Decoder, write_frame};
 use pool_registry_types::task::{Resume, ResumeMode};
 use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, TaskId};
 use task_scheduler::{Fence, TaskLog};
-use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+
+/// Readers of one stream at once.
+const MOST_READERS: usize = 64;
 
 /// One task's log, and whoever waits for more of it.
 #[derive(Debug)]
@@ -22,6 +25,9 @@ pub(crate) struct TaskStream {
     /// For a task that may have to be continued from them.
     token_ids: Mutex<TokenIds>,
     changed: Notify,
+    /// Among the tasks of its token; free when the task has ended.
+    place: Mutex<Option<OwnedSemaphorePermit>>,
+    readers: Arc<Semaphore>,
 }
 
 /// The engine's ids of the tokens in the log, from the first frame on.
@@ -36,6 +42,17 @@ struct TokenIds {
 
 impl TaskStream {
     /// Changes the log and wakes its readers.
+    /// # Errors
+    /// `RATE_LIMITED` when so many read it that one more would be too many.
+    pub(crate) fn reader(&self) -> Result<OwnedSemaphorePermit, ErrorBody> {
+        Arc::clone(&self.readers).try_acquire_owned().map_err(|_| {
+            ErrorBody::new(
+                ErrorCode::RateLimited,
+                format!("{MOST_READERS} read this stream, which is the most"),
+            )
+        })
+    }
+
     pub(crate) fn write<T>(&self, change: impl FnOnce(&mut TaskLog) -> T) -> T {
         let result = change(&mut self.log.lock());
         self.changed.notify_waiters();
@@ -129,8 +146,17 @@ impl Streams {
             log: Mutex::new(TaskLog::new(log)),
             token_ids: Mutex::default(),
             changed: Notify::new(),
+            place: Mutex::default(),
+            readers: Arc::new(Semaphore::new(MOST_READERS)),
         };
         self.shelf.lock().tasks.insert(task, Kept::Stream(Arc::new(stream)));
+    }
+
+    /// The task has the place until it ends; at once no more if it has ended already.
+    pub(crate) fn hold_place(&self, task: TaskId, place: OwnedSemaphorePermit) {
+        if let Some(Kept::Stream(stream)) = self.shelf.lock().tasks.get(&task) {
+            stream.place.lock().get_or_insert(place);
+        }
     }
 
     pub(crate) fn get(&self, task: TaskId) -> Option<Arc<TaskStream>> {
@@ -164,6 +190,7 @@ impl Streams {
         // A cancel that crosses an end says so twice.
         let Some(Kept::Stream(stream)) = shelf.tasks.get(&task) else { return };
         let stream = Arc::clone(stream);
+        drop(stream.place.lock().take());
         let size = stream.log.lock().len_bytes();
         shelf.tasks.insert(task, Kept::Ended(stream));
         shelf.ended.push_back((task, size));

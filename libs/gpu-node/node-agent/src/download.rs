@@ -12,6 +12,7 @@ use futures::StreamExt;
 use pool_registry_types::Digest;
 use reqwest::header::{self, HeaderMap};
 use reqwest::{Client, Response, StatusCode};
+use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::io::AsyncWriteExt;
@@ -35,7 +36,7 @@ const SPARE_BYTES: u64 = 64 * 1024 * 1024;
 pub struct Hub<'a> {
     /// `https://huggingface.co`, or one's own.
     pub endpoint: &'a str,
-    pub token: Option<&'a str>,
+    pub token: Option<&'a SecretString>,
 }
 
 /// A file on a server.
@@ -160,7 +161,7 @@ async fn list(client: &Client, hub: &Hub<'_>, url: &str) -> Result<Value, Downlo
     let broken = |reason: String| DownloadError::Broken { url: url.to_owned(), reason };
     let mut call = client.get(url).timeout(IDLE_TIMEOUT);
     if let Some(token) = hub.token {
-        call = call.bearer_auth(token);
+        call = call.bearer_auth(token.expose_secret());
     }
     let response = call.send().await.map_err(|error| broken(crate::engines::describe(error)))?;
     let status = response.status().as_u16();
@@ -275,7 +276,7 @@ async fn attempt(
     }
     let mut call = client.get(&remote.url).header(header::ACCEPT_ENCODING, "identity");
     if let Some(token) = hub.token.filter(|_| remote.of_hub) {
-        call = call.bearer_auth(token);
+        call = call.bearer_auth(token.expose_secret());
     }
     if let Some(validator) =
         part.begun.as_ref().and_then(|begun| begun.validator.clone()).filter(|_| part.done > 0)

@@ -114,7 +114,7 @@ impl Bench {
 
     async fn fetch(&self, source: &str, expected: Option<&Digest>) -> Result<Staged, ModelError> {
         let source = ModelSource::parse(source).unwrap();
-        let hub = Hub { endpoint: &self.endpoint, token: Some("hub-token") };
+        let hub = Hub { endpoint: &self.endpoint, token: Some(&"hub-token".into()) };
         let model = ModelRef::new("m").unwrap();
         self.models().fetch(&model, &source, expected, &self.client, &hub, &mut |_, _| {}).await
     }

@@ -151,6 +151,7 @@ impl Agent {
         request: InferRequest,
         traceparent: Option<&str>,
     ) -> Result<Inference, ErrorBody> {
+        request.check()?;
         let ask = Ask {
             node_id: &request.node_id,
             boot_id: request.boot_id,

@@ -1,10 +1,12 @@
 //! The calls of a node to the control plane, over HTTP or in process.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use pool_registry_types::node::{Heartbeat, HeartbeatAnswer, RegisterAnswer, RegisterRequest};
 use pool_registry_types::{Epoch, ErrorBody, ErrorCode, NodeId, routes};
+use reqwest::header::{AUTHORIZATION, HeaderValue};
 use serde::{Serialize, de::DeserializeOwned};
 
 /// Bound of one call, connecting included.
@@ -55,23 +57,41 @@ pub trait ControlPlane: Send + Sync + 'static {
     ) -> impl Future<Output = Result<(), CallError>> + Send;
 }
 
+/// The header by which a node shows itself, as of now.
+pub type Credentials = Arc<dyn Fn() -> Option<HeaderValue> + Send + Sync>;
+
+/// An error with its causes in words.
+pub type Explain = fn(&(dyn std::error::Error + 'static)) -> String;
+
 /// The control plane at a URL.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct HttpControlPlane {
     base: String,
-    token: Option<String>,
     client: reqwest::Client,
+    credentials: Credentials,
+    explain: Explain,
+}
+
+impl std::fmt::Debug for HttpControlPlane {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HttpControlPlane({})", self.base)
+    }
 }
 
 impl HttpControlPlane {
-    /// `base` is `http://host:port`, without a path. `token` is sent as a bearer token.
-    pub fn new(base: &str, token: Option<String>) -> Result<Self, reqwest::Error> {
-        let client = reqwest::Client::builder()
+    /// The client that [`Self::new`] wants, without the TLS that is the daemon's own.
+    pub fn client() -> reqwest::ClientBuilder {
+        reqwest::Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
             .timeout(CALL_TIMEOUT)
             .no_proxy()
-            .build()?;
-        Ok(Self { base: base.trim_end_matches('/').to_owned(), token, client })
+            // A token goes where it was meant to go.
+            .redirect(reqwest::redirect::Policy::none())
+    }
+
+    /// `base` is `http://host:port` or `https://host:port`, without a path.
+    pub fn new(base: &str, client: reqwest::Client, credentials: Credentials, explain: Explain) -> Self {
+        Self { base: base.trim_end_matches('/').to_owned(), client, credentials, explain }
     }
 
     async fn call<A: DeserializeOwned>(
@@ -81,12 +101,14 @@ impl HttpControlPlane {
         body: Option<&impl Serialize>,
     ) -> Result<Option<A>, CallError> {
         let mut request = self.client.request(method, format!("{}{path}", self.base));
-        if let Some(token) = &self.token {
-            request = request.bearer_auth(token);
+        if let Some(value) = (self.credentials)() {
+            request = request.header(AUTHORIZATION, value);
         }
         if let Some(body) = body {
             request = request.json(body);
         }
+        let unreachable =
+            |error: reqwest::Error| CallError::Unreachable((self.explain)(&error.without_url()));
         let response = request.send().await.map_err(unreachable)?;
         let status = response.status();
         if status == reqwest::StatusCode::NO_CONTENT {
@@ -102,14 +124,6 @@ impl HttpControlPlane {
             Err(_) => Err(CallError::Unreachable(format!("HTTP {status} without an error body"))),
         }
     }
-}
-
-/// The error with its causes, without the URL.
-fn unreachable(error: reqwest::Error) -> CallError {
-    let error = error.without_url();
-    let causes = std::iter::successors(std::error::Error::source(&error), |cause| cause.source());
-    let text = causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"));
-    CallError::Unreachable(text)
 }
 
 const NO_BODY: Option<&()> = None;

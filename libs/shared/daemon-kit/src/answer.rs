@@ -1,10 +1,14 @@
 //! An error as an HTTP answer: the one conversion, at the edge.
 
 use axum::Json;
+use axum::extract::Request;
 use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use pool_registry_types::routes::headers;
 use pool_registry_types::{ErrorBody, ErrorCode};
+
+use crate::auth;
 
 /// The error of every handler.
 #[derive(Debug)]
@@ -57,4 +61,16 @@ pub async fn method_not_allowed() -> ApiError {
 pub fn panicked(_panic: Box<dyn std::any::Any + Send>) -> Response {
     tracing::error!("a request handler panicked");
     ApiError::new(ErrorCode::Internal, "a defect in the server, see its log").into_response()
+}
+
+/// The headers of every answer. What a handler has said of caching stands.
+pub async fn headers(request: Request, next: Next) -> Response {
+    let is_page = auth::is_page(request.uri().path());
+    let mut response = next.run(request).await;
+    let out = response.headers_mut();
+    out.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    if !is_page {
+        out.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    }
+    response
 }

@@ -1,90 +1,167 @@
-//! The bearer token: one layer for both daemons.
+//! Who may call: one layer for both daemons.
 //!
-//! Tokens are compared as SHA-256 digests in constant time, so neither content nor length of
-//! a token can be measured. The first of several is sent, all are accepted. Open without a
-//! token: the liveness and readiness probes and the static API page, which asks for the token
-//! itself.
+//! Each route needs something ([`Need`]) that the daemon's own table says; what the table does not
+//! know needs everything. Open without a token are the liveness and readiness probes and the
+//! static API page, which asks for the token itself.
 
 use std::fmt;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
-use axum::extract::{Request, State};
-use axum::http::{HeaderMap, header};
+use axum::extract::{FromRequestParts, MatchedPath, Request, State};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use pool_registry_types::{ErrorCode, routes};
-use sha2::{Digest, Sha256};
-use subtle::ConstantTimeEq;
+use jiff::Timestamp;
+use parking_lot::RwLock;
+use pool_registry_types::{ErrorCode, NodeId, routes};
+use secrecy::{ExposeSecret, SecretString};
+use tokio_util::sync::CancellationToken;
 
 use crate::answer::ApiError;
+use crate::connections::Peer;
+use crate::quota::Quota;
+use crate::tokens::{Holder, Scope, TokenError, TokenSet, Verdict};
 
-/// Shortest token that is taken, bytes.
-pub const MIN_TOKEN_BYTES: usize = 8;
+/// A refused token is answered so much later: guessing is slow, and nobody else waits for it.
+const REFUSAL_PAUSE: Duration = Duration::from_millis(250);
+/// Pause between two looks at the file of tokens.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// Why the configured tokens are no tokens.
-#[derive(Debug, thiserror::Error)]
-pub enum TokenError {
-    #[error("{origin}: a token must be at least {MIN_TOKEN_BYTES} visible ASCII characters without a comma")]
-    Malformed { origin: &'static str },
-    #[error("LLORCH_API_TOKEN_FILE: {path} cannot be read")]
-    Unreadable {
-        path: String,
-        #[source]
-        source: std::io::Error,
-    },
-    #[error("{origin} holds no token")]
-    Empty { origin: &'static str },
+/// What a route needs of its caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// Nothing.
+    Open,
+    /// A token that is known, whatever it may do.
+    Any,
+    Scope(Scope),
 }
 
-/// The tokens of a daemon. Never printed.
-#[derive(Clone, Default)]
-pub struct Tokens {
-    first: Option<Arc<str>>,
-    digests: Arc<[[u8; 32]]>,
+/// What each route needs: its method and its path as it is routed.
+pub type Needs = fn(&Method, &str) -> Need;
+
+/// Refused calls since the start, by why.
+#[derive(Debug, Default)]
+pub struct Refusals {
+    pub missing: AtomicU64,
+    pub bad: AtomicU64,
+    pub forbidden: AtomicU64,
+    pub limited: AtomicU64,
+}
+
+impl Refusals {
+    /// The numbers with the codes of the answers.
+    pub fn all(&self) -> [(&'static str, u64); 4] {
+        let count = |of: &AtomicU64| of.load(Ordering::Relaxed);
+        [
+            ("MISSING_TOKEN", count(&self.missing)),
+            ("BAD_TOKEN", count(&self.bad)),
+            ("FORBIDDEN", count(&self.forbidden)),
+            ("RATE_LIMITED", count(&self.limited)),
+        ]
+    }
+}
+
+struct Shared {
+    set: RwLock<Arc<TokenSet>>,
+    list: Option<SecretString>,
+    file: Option<PathBuf>,
+    refusals: Refusals,
+}
+
+/// The tokens of a daemon, as they are by now. Never printed.
+#[derive(Clone)]
+pub struct Tokens(Arc<Shared>);
+
+impl Default for Tokens {
+    /// None: everything is open.
+    fn default() -> Self {
+        Self::of(TokenSet::default(), None, None)
+    }
 }
 
 impl fmt::Debug for Tokens {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Tokens({})", self.digests.len())
+        write!(f, "Tokens({})", self.0.set.read().holders().count())
     }
 }
 
 impl Tokens {
-    /// From `LLORCH_API_TOKEN` (comma-separated) and `LLORCH_API_TOKEN_FILE` (one a line, `#`
-    /// comments). Neither given: none.
-    pub fn load(list: Option<&str>, file: Option<&Path>) -> Result<Self, TokenError> {
-        let mut tokens: Vec<String> = Vec::new();
-        if let Some(list) = list {
-            let found = list.split(',').map(str::trim).filter(|token| !token.is_empty());
-            gather(&mut tokens, found, "LLORCH_API_TOKEN")?;
-        }
-        if let Some(path) = file {
-            let text = std::fs::read_to_string(path)
-                .map_err(|source| TokenError::Unreadable { path: path.display().to_string(), source })?;
-            let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
-            gather(&mut tokens, lines, "LLORCH_API_TOKEN_FILE")?;
-        }
-        let digests = tokens.iter().map(|token| digest(token)).collect();
-        Ok(Self { first: tokens.first().map(|token| Arc::from(token.as_str())), digests })
+    fn of(set: TokenSet, list: Option<SecretString>, file: Option<PathBuf>) -> Self {
+        let refusals = Refusals::default();
+        Self(Arc::new(Shared { set: RwLock::new(Arc::new(set)), list, file, refusals }))
+    }
+
+    /// From `LLORCH_API_TOKEN` and `LLORCH_API_TOKEN_FILE`. Neither given: none. Blocks on the file.
+    pub fn load(list: Option<SecretString>, file: Option<PathBuf>) -> Result<Self, TokenError> {
+        let text = file.as_deref().map(TokenSet::read_file).transpose()?;
+        let set = TokenSet::parse(list.as_ref().map(|list| list.expose_secret()), text.as_deref())?;
+        Ok(Self::of(set, list, file))
     }
 
     pub fn is_empty(&self) -> bool {
-        self.digests.is_empty()
+        self.0.set.read().is_empty()
     }
 
-    /// The token to send to the other daemon.
-    pub fn to_send(&self) -> Option<&str> {
-        self.first.as_deref()
+    pub fn refusals(&self) -> &Refusals {
+        &self.0.refusals
     }
 
-    fn accept(&self, token: &str) -> bool {
-        let given = digest(token);
-        // Every digest is compared, whichever matches.
-        self.digests.iter().fold(false, |found, known| found | bool::from(known.ct_eq(&given)))
+    /// The header by which this daemon shows itself to the other one, as of now.
+    pub fn authorization(&self) -> Option<HeaderValue> {
+        let set = Arc::clone(&self.0.set.read());
+        let mut value = HeaderValue::from_str(&format!("Bearer {}", set.to_send()?.expose_secret())).ok()?;
+        value.set_sensitive(true);
+        Some(value)
     }
 
-    fn check(&self, headers: &HeaderMap) -> Result<(), ApiError> {
+    /// Follows the file until `stop`. Tokens change all at once; a file that is wrong or gone
+    /// changes nothing, and the log says why. Running requests are not touched.
+    pub async fn follow(self, stop: CancellationToken) {
+        let Some(path) = self.0.file.clone() else { return };
+        let mut before: Option<Result<String, TokenError>> = None;
+        loop {
+            let file = path.clone();
+            let read = tokio::task::spawn_blocking(move || TokenSet::read_file(&file)).await;
+            if let Ok(read) = read
+                && before.as_ref() != Some(&read)
+            {
+                let is_first = before.is_none();
+                self.take(&read, is_first);
+                before = Some(read);
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(LOOK_EVERY) => {}
+            }
+        }
+    }
+
+    fn take(&self, text: &Result<String, TokenError>, is_first: bool) {
+        let list = self.0.list.as_ref().map(|list| list.expose_secret());
+        let parsed = text.clone().and_then(|text| TokenSet::parse(list, Some(&text)));
+        match parsed {
+            Ok(set) => {
+                if !is_first {
+                    tracing::info!(tokens = set.holders().count(), "the file of tokens is read again");
+                }
+                *self.0.set.write() = Arc::new(set);
+            }
+            Err(error) => {
+                tracing::error!(%error, "the file of tokens is not taken, the tokens before stand");
+            }
+        }
+    }
+
+    /// Who shows these headers.
+    ///
+    /// # Errors
+    /// `MISSING_TOKEN` without the header; `BAD_TOKEN` for anything but one known token.
+    pub fn authenticate(&self, headers: &HeaderMap, now: Timestamp) -> Result<Arc<Holder>, ApiError> {
         let missing =
             || ApiError::new(ErrorCode::MissingToken, "send the header Authorization: Bearer <token>");
         let bad = || ApiError::new(ErrorCode::BadToken, "this token is not known");
@@ -95,56 +172,221 @@ impl Tokens {
         }
         let value = value.to_str().map_err(|_| bad())?;
         let (scheme, token) = value.split_once(' ').ok_or_else(bad)?;
-        if !scheme.eq_ignore_ascii_case("bearer") || !self.accept(token.trim()) {
+        if !scheme.eq_ignore_ascii_case("bearer") {
             return Err(bad());
+        }
+        let set = Arc::clone(&self.0.set.read());
+        match set.look_up(token.trim(), now) {
+            Verdict::Known(holder) => Ok(holder),
+            Verdict::Expired(holder) => {
+                tracing::warn!(
+                    name = holder.name,
+                    fingerprint = holder.fingerprint,
+                    "an expired token was shown"
+                );
+                Err(ApiError::new(ErrorCode::BadToken, "this token has expired"))
+            }
+            Verdict::Unknown => Err(bad()),
+        }
+    }
+}
+
+/// Who makes a request, for handlers that care.
+#[derive(Debug, Clone, Default)]
+pub struct Caller {
+    /// Absent where no tokens are configured.
+    pub holder: Option<Arc<Holder>>,
+    pub peer: Option<Arc<Peer>>,
+    /// Nodes must show a certificate of their name.
+    pub(crate) nodes_show_certificates: bool,
+}
+
+impl Caller {
+    /// # Errors
+    /// `FORBIDDEN` when the token is bound to another node, or the certificate is for another name.
+    pub fn may_speak_for(&self, node_id: &NodeId) -> Result<(), ApiError> {
+        let forbidden = |message: String| {
+            tracing::warn!(%node_id, reason = message, "somebody may not speak for this node");
+            Err(ApiError::new(ErrorCode::Forbidden, message))
+        };
+        if let Some(bound) = self.holder.as_ref().and_then(|holder| holder.node_id.as_ref())
+            && bound != node_id
+        {
+            return forbidden(format!("this token is bound to the node {bound}"));
+        }
+        if !self.nodes_show_certificates {
+            return Ok(());
+        }
+        match self.peer.as_ref().and_then(|peer| peer.certificate.as_ref()) {
+            None => forbidden("a node must show its TLS certificate here".into()),
+            Some(certificate) if certificate.is_for(node_id.as_str()) => Ok(()),
+            Some(certificate) => forbidden(format!(
+                "this certificate is for {}, not for {node_id}",
+                certificate.names.join(", ")
+            )),
+        }
+    }
+}
+
+impl Caller {
+    /// An operator may, whatever certificate is shown; a node only itself.
+    ///
+    /// # Errors
+    /// As [`Self::may_speak_for`].
+    pub fn may_send_away(&self, node_id: &NodeId) -> Result<(), ApiError> {
+        match &self.holder {
+            Some(holder) if !holder.has(Scope::Admin) => self.may_speak_for(node_id),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Caller {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
+        Ok(parts.extensions.get::<Self>().cloned().unwrap_or_default())
+    }
+}
+
+/// What the layer decides by.
+#[derive(Debug, Clone)]
+pub struct Gate {
+    pub tokens: Tokens,
+    pub needs: Needs,
+    /// The certificate of a client must verify, and be for this name, on everything but open routes.
+    pub certificate: Option<String>,
+    /// A node must show a certificate of its own name.
+    pub nodes_show_certificates: bool,
+    /// Bounds of what clients ask; nodes have none.
+    pub quota: Option<Arc<Quota>>,
+    /// Origins whose pages may call.
+    pub origins: Vec<HeaderValue>,
+}
+
+fn is_this_machine(authority: &str) -> bool {
+    let Ok(authority) = authority.parse::<axum::http::uri::Authority>() else { return false };
+    let host = authority.host();
+    host.eq_ignore_ascii_case("localhost")
+        || host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+pub(crate) fn is_page(path: &str) -> bool {
+    path == routes::API_PAGE || path.strip_prefix(routes::API_PAGE).is_some_and(|rest| rest.starts_with('/'))
+}
+
+/// What is open in every daemon.
+pub fn is_open(path: &str) -> bool {
+    path == routes::HEALTH_LIVE || path == routes::HEALTH_READY || is_page(path)
+}
+
+impl Gate {
+    /// Lets everything through: for listeners that only show what everybody may see.
+    pub fn open() -> Self {
+        Self {
+            tokens: Tokens::default(),
+            needs: |_, _| Need::Open,
+            certificate: None,
+            nodes_show_certificates: false,
+            quota: None,
+            origins: Vec::new(),
+        }
+    }
+
+    fn need(&self, request: &Request) -> Need {
+        if is_open(request.uri().path()) {
+            return Need::Open;
+        }
+        match request.extensions().get::<MatchedPath>() {
+            Some(path) => (self.needs)(request.method(), path.as_str()),
+            // Nothing is routed there: whoever is known may hear so.
+            None => Need::Any,
+        }
+    }
+
+    /// Without tokens, a page of some site in a browser of this machine could call: its origin, or
+    /// the name by which it believes to call its own host, gives it away.
+    fn check_local(&self, headers: &HeaderMap) -> Result<(), ApiError> {
+        let origin = headers.get(header::ORIGIN);
+        let foreign_page = origin.is_some_and(|origin| {
+            let host = origin.to_str().ok().and_then(|text| text.split_once("://")).map(|(_, host)| host);
+            !self.origins.contains(origin) && !host.is_some_and(is_this_machine)
+        });
+        let host = headers.get(header::HOST);
+        let foreign_host = host.is_some_and(|host| !host.to_str().is_ok_and(is_this_machine));
+        if foreign_page || foreign_host {
+            let message = "without tokens only this machine may call, by its own name: set LLORCH_API_TOKEN";
+            return Err(ApiError::new(ErrorCode::Forbidden, message));
         }
         Ok(())
     }
-}
 
-fn gather<'a>(
-    tokens: &mut Vec<String>,
-    found: impl Iterator<Item = &'a str>,
-    origin: &'static str,
-) -> Result<(), TokenError> {
-    let before = tokens.len();
-    for token in found {
-        let good = token.len() >= MIN_TOKEN_BYTES && token.bytes().all(|b| b.is_ascii_graphic() && b != b',');
-        if !good {
-            return Err(TokenError::Malformed { origin });
+    fn check(&self, need: Need, request: &Request) -> Result<Caller, ApiError> {
+        let peer = request.extensions().get::<Arc<Peer>>().cloned();
+        let nodes_show_certificates = self.nodes_show_certificates;
+        let mut caller = Caller { holder: None, peer, nodes_show_certificates };
+        if need == Need::Open {
+            return Ok(caller);
         }
-        tokens.push(token.to_owned());
+        if let Some(wanted) = &self.certificate {
+            let certificate = caller.peer.as_ref().and_then(|peer| peer.certificate.as_ref());
+            if !certificate.is_some_and(|certificate| certificate.is_for(wanted)) {
+                let has = certificate.map_or_else(|| "none".into(), |has| has.names.join(", "));
+                let message = format!("a TLS certificate for {wanted} is needed here, shown was: {has}");
+                return Err(ApiError::new(ErrorCode::Forbidden, message));
+            }
+        }
+        // That this is allowed is decided at the start: only this machine reaches the listener.
+        if self.tokens.is_empty() {
+            return self.check_local(request.headers()).map(|()| caller);
+        }
+        let holder = self.tokens.authenticate(request.headers(), Timestamp::now())?;
+        if let Need::Scope(scope) = need
+            && !holder.has(scope)
+        {
+            let scope = format!("{scope:?}").to_ascii_lowercase();
+            let message = format!("this token is without the scope \"{scope}\"");
+            return Err(ApiError::new(ErrorCode::Forbidden, message));
+        }
+        if let (Some(quota), Need::Scope(Scope::Client)) = (&self.quota, need) {
+            quota.request(&holder.fingerprint)?;
+        }
+        caller.holder = Some(holder);
+        Ok(caller)
     }
-    if tokens.len() == before { Err(TokenError::Empty { origin }) } else { Ok(()) }
 }
 
-fn digest(token: &str) -> [u8; 32] {
-    Sha256::digest(token.as_bytes()).into()
-}
-
-fn is_open(path: &str) -> bool {
-    path == routes::HEALTH_LIVE
-        || path == routes::HEALTH_READY
-        || path == routes::API_PAGE
-        || path.strip_prefix(routes::API_PAGE).is_some_and(|rest| rest.starts_with('/'))
-}
-
-/// Refuses requests without a known token. Without configured tokens everything is open; that
-/// this is allowed is decided at the start.
-pub async fn layer(State(tokens): State<Tokens>, request: Request, next: Next) -> Response {
-    if tokens.is_empty() || is_open(request.uri().path()) {
-        return next.run(request).await;
-    }
-    match tokens.check(request.headers()) {
-        Ok(()) => next.run(request).await,
-        Err(error) => error.into_response(),
+/// Refuses requests that the gate does not let through, and tells handlers who calls.
+pub async fn layer(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
+    let need = gate.need(&request);
+    match gate.check(need, &request) {
+        Ok(caller) => {
+            let shown = caller.clone();
+            request.extensions_mut().insert(caller);
+            let mut response = next.run(request).await;
+            // For the layers outside, which write down who did what.
+            response.extensions_mut().insert(shown);
+            response
+        }
+        Err(error) => {
+            let refusals = gate.tokens.refusals();
+            let (count, pause) = match error.0.code {
+                ErrorCode::MissingToken => (&refusals.missing, REFUSAL_PAUSE),
+                ErrorCode::BadToken => (&refusals.bad, REFUSAL_PAUSE),
+                ErrorCode::RateLimited => (&refusals.limited, Duration::ZERO),
+                _ => (&refusals.forbidden, Duration::ZERO),
+            };
+            count.fetch_add(1, Ordering::Relaxed);
+            if !pause.is_zero() {
+                tokio::time::sleep(pause).await;
+            }
+            error.into_response()
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use axum::http::HeaderValue;
-
     use super::*;
 
     fn code(tokens: &Tokens, values: &[&str]) -> Option<ErrorCode> {
@@ -152,43 +394,107 @@ mod tests {
         for value in values {
             headers.append(header::AUTHORIZATION, HeaderValue::from_str(value).unwrap());
         }
-        tokens.check(&headers).err().map(|error| error.0.code)
+        tokens.authenticate(&headers, Timestamp::now()).err().map(|error| error.0.code)
     }
 
     // CLOUD-1110
     #[test]
-    fn any_configured_token_is_accepted_and_nothing_else() {
-        let tokens = Tokens::load(Some("first-token, second-token"), None).unwrap();
-        assert_eq!(tokens.to_send(), Some("first-token"));
+    fn the_header_must_be_one_and_a_bearer_token() {
+        let tokens = Tokens::load(Some("first-token, second-token".into()), None).unwrap();
+        assert_eq!(tokens.authorization().unwrap(), "Bearer first-token");
         assert_eq!(code(&tokens, &["Bearer first-token"]), None);
         assert_eq!(code(&tokens, &["bearer second-token"]), None);
         assert_eq!(code(&tokens, &[]), Some(ErrorCode::MissingToken));
-        for bad in [
-            "Bearer",
-            "Bearer ",
-            "first-token",
-            "Basic first-token",
-            "Bearer first-toke",
-            "Bearer first-token2",
-        ] {
+        for bad in
+            ["Bearer", "Bearer ", "first-token", "Basic first-token", "Bearer first-token, second-token"]
+        {
             assert_eq!(code(&tokens, &[bad]), Some(ErrorCode::BadToken), "{bad}");
         }
         assert_eq!(code(&tokens, &["Bearer first-token", "Bearer first-token"]), Some(ErrorCode::BadToken));
     }
 
-    // CLOUD-1111
-    #[test]
-    fn a_short_or_empty_token_stops_the_start() {
-        for bad in ["short", "", " , ", "with space", "tökenxxxxx"] {
-            assert!(Tokens::load(Some(bad), None).is_err(), "{bad:?}");
+    // CLOUD-1115
+    #[tokio::test(start_paused = true)]
+    async fn a_file_that_changes_is_taken_whole_and_a_bad_one_not_at_all() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&file, "old-token-of-ours\n").unwrap();
+        let tokens = Tokens::load(None, Some(file.path().to_owned())).unwrap();
+        let stop = CancellationToken::new();
+        let following = tokio::spawn(tokens.clone().follow(stop.clone()));
+        let pass = || tokio::time::sleep(LOOK_EVERY * 3);
+        let old = || code(&tokens, &["Bearer old-token-of-ours"]);
+        let new = || code(&tokens, &["Bearer new-token-of-ours"]);
+        assert_eq!((old(), new()), (None, Some(ErrorCode::BadToken)));
+        std::fs::write(&file, "new-token-of-ours\nold-token-of-ours\n").unwrap();
+        while new().is_some() {
+            pass().await;
         }
-        assert!(Tokens::load(None, None).unwrap().is_empty());
+        assert_eq!(old(), None);
+        assert_eq!(tokens.authorization().unwrap(), "Bearer new-token-of-ours");
+        std::fs::write(&file, "new-token-of-ours\nshort\n").unwrap();
+        for _ in 0..5 {
+            pass().await;
+        }
+        assert_eq!((old(), new()), (None, None), "a bad file changes nothing");
+        std::fs::write(&file, "new-token-of-ours\n").unwrap();
+        while old().is_none() {
+            pass().await;
+        }
+        assert_eq!(new(), None);
+        stop.cancel();
+        following.await.unwrap();
     }
 
-    // CLOUD-1112
+    // CLOUD-1118
     #[test]
-    fn tokens_are_not_printed() {
-        let tokens = Tokens::load(Some("very-secret"), None).unwrap();
-        assert!(!format!("{tokens:?}").contains("secret"));
+    fn without_tokens_a_page_of_another_site_may_not_call() {
+        let gate = Gate {
+            tokens: Tokens::default(),
+            needs: |_, _| Need::Any,
+            certificate: None,
+            nodes_show_certificates: false,
+            quota: None,
+            origins: vec![HeaderValue::from_static("https://pages.example")],
+        };
+        let may = |host: &str, origin: Option<&str>| {
+            let mut request = Request::builder().uri("/v2/tasks").header("host", host);
+            if let Some(origin) = origin {
+                request = request.header("origin", origin);
+            }
+            gate.check(Need::Any, &request.body(axum::body::Body::empty()).unwrap()).is_ok()
+        };
+        for host in ["localhost:8080", "127.0.0.1:8080", "[::1]:8080", "localhost"] {
+            assert!(may(host, None), "{host}");
+        }
+        assert!(may("localhost:8080", Some("http://127.0.0.1:3000")));
+        assert!(may("localhost:8080", Some("https://pages.example")));
+        for origin in ["https://evil.example", "null", "http://localhost.evil.example"] {
+            assert!(!may("localhost:8080", Some(origin)), "{origin}");
+        }
+        assert!(!may("evil.example:8080", None), "a name that was made to point here");
+    }
+
+    // CLOUD-1116
+    #[test]
+    fn a_bound_token_and_a_certificate_speak_for_their_node_only() {
+        let node = |id: &str| NodeId::new(id).unwrap();
+        let text = "[[token]]\nname = \"n\"\ntoken = \"token-of-node\"\nscopes = [\"node\"]\nnode_id = \"a\"";
+        let set = TokenSet::parse(None, Some(text)).unwrap();
+        let Verdict::Known(holder) = set.look_up("token-of-node", Timestamp::now()) else { panic!() };
+        let bound = Caller { holder: Some(holder), ..Caller::default() };
+        assert!(bound.may_speak_for(&node("a")).is_ok());
+        assert_eq!(bound.may_speak_for(&node("b")).unwrap_err().0.code, ErrorCode::Forbidden);
+        let with = |certificate| Caller {
+            peer: Some(Arc::new(Peer { addr: "127.0.0.1:1".parse().unwrap(), certificate })),
+            nodes_show_certificates: true,
+            ..Caller::default()
+        };
+        let shown =
+            || Some(crate::connections::PeerCertificate { names: vec!["a".into(), "localhost".into()] });
+        assert!(with(shown()).may_speak_for(&node("a")).is_ok());
+        let error = with(shown()).may_speak_for(&node("b")).unwrap_err().0;
+        assert!(error.message.contains("is for a, localhost, not for b"), "{}", error.message);
+        assert!(with(None).may_speak_for(&node("a")).is_err());
+        assert!(Caller::default().may_speak_for(&node("b")).is_ok());
     }
 }

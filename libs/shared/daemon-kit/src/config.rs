@@ -1,9 +1,13 @@
 //! Checks on configuration that both daemons share.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use pool_registry_types::node::Capabilities;
+use secrecy::SecretString;
+
+use crate::telemetry::LogFormat;
 
 /// Warns of variables with one of our prefixes that no setting has, naming the nearest one.
 pub fn misspelt<'a>(
@@ -42,12 +46,43 @@ fn distance(a: &str, b: &str) -> usize {
     row[b.len()]
 }
 
+/// The settings that both daemons have.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Common {
+    /// Bearer tokens, comma-separated; all are accepted, the first is sent. Only as a variable: every
+    /// user of the machine can read a command line.
+    #[arg(long, env = "LLORCH_API_TOKEN", hide_env_values = true, value_parser = secret)]
+    pub api_token: Option<SecretString>,
+    /// A file of tokens, one a line or TOML; read again when it changes.
+    #[arg(long, env = "LLORCH_API_TOKEN_FILE")]
+    pub api_token_file: Option<PathBuf>,
+    /// A file to which a line is appended for each call that changes something or is refused [default: none].
+    #[arg(long, env = "LLORCH_AUDIT_LOG")]
+    pub audit_log: Option<PathBuf>,
+    /// Log level, or a list of target=level.
+    #[arg(long, env = "LLORCH_LOG", default_value = "info")]
+    pub log: String,
+    #[arg(long, env = "LLORCH_LOG_FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+/// A value that is never printed.
+#[expect(clippy::unnecessary_wraps, reason = "clap wants a result")]
+pub fn secret(text: &str) -> Result<SecretString, std::convert::Infallible> {
+    Ok(text.into())
+}
+
 /// Reads a daemon's settings from flags and environment. Returns them with the text of what is
 /// in force; warns of misspelt variables with one of the prefixes, other than the `foreign`. `Err`: what was wrong, or the
 /// help that was asked for, is printed, and this is the status to exit with.
 pub fn parse<S: clap::Parser>(prefixes: &[&str], foreign: &[&str]) -> Result<(S, String), ExitCode> {
     let command = S::command();
     let parsed = command.clone().try_get_matches().and_then(|matches| {
+        if let Some(name) = secret_on_command_line(&command, &matches) {
+            let message =
+                format!("{name}: every user of the machine can read a command line: set the variable\n");
+            return Err(clap::Error::raw(clap::error::ErrorKind::ArgumentConflict, message));
+        }
         let settings = S::from_arg_matches(&matches)?;
         Ok((settings, describe(&command, &matches)))
     });
@@ -62,6 +97,16 @@ pub fn parse<S: clap::Parser>(prefixes: &[&str], foreign: &[&str]) -> Result<(S,
         let _ = error.print();
         if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS }
     })
+}
+
+/// The variable of a secret that was given as a flag.
+fn secret_on_command_line(command: &clap::Command, matches: &clap::ArgMatches) -> Option<String> {
+    let given = |arg: &&clap::Arg| {
+        let source = matches.value_source(arg.get_id().as_str());
+        arg.is_hide_env_values_set() && source == Some(clap::parser::ValueSource::CommandLine)
+    };
+    let arg = command.get_arguments().find(given)?;
+    Some(arg.get_env()?.to_string_lossy().into_owned())
 }
 
 /// Prints the text of what is in force.

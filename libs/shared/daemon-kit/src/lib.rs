@@ -1,19 +1,27 @@
 //! What both daemons do identically at their edges.
 //!
-//! Logs, the bearer token, correlation ids, errors as answers, bodies as values, listening and
-//! stopping. Nothing here knows what a node or a task is.
+//! Logs, tokens and who may call, TLS, connections and their bounds, the audit log, correlation
+//! ids, errors as answers, bodies as values, listening and stopping. Nothing here knows what a task
+//! is.
 
+mod activity;
 pub mod answer;
+pub mod audit;
 pub mod auth;
 pub mod clock;
 pub mod config;
+pub mod connections;
 pub mod correlation;
+pub mod document;
 pub mod extract;
 pub mod metrics;
+pub mod quota;
 pub mod serve;
 pub mod telemetry;
+pub mod tls;
+pub mod tokens;
 
 pub use answer::ApiError;
-pub use auth::Tokens;
+pub use auth::{Caller, Tokens};
 pub use clock::Clock;
-pub use extract::{Body, PathId, RawBody, WrappedBody};
+pub use extract::{Body, OwnNode, PathId, RawBody, WrappedBody};

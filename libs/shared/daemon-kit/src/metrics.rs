@@ -4,7 +4,10 @@
 //! number can be stale.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::auth::Refusals;
+use crate::connections::Counts;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use prometheus::{Encoder, GaugeVec, IntCounterVec, Opts, Registry, TextEncoder};
@@ -48,6 +51,31 @@ impl Page {
             vec
         });
         vec.with_label_values(&values(labels)).set(value);
+        self
+    }
+
+    /// What the daemon's edge has turned away. `labels` are those of the daemon.
+    pub fn edge(&mut self, refusals: &Refusals, connections: &Counts, labels: &Labels<'_>) -> &mut Self {
+        let load = |of: &AtomicU64| of.load(Ordering::Relaxed);
+        for (code, count) in refusals.all() {
+            let labels = [labels, &[("code", code)]].concat();
+            self.counter("llorch_refused_calls_total", "Calls that were not let through.", &labels, count);
+        }
+        let closed = [
+            ("over_limit", &connections.over_limit),
+            ("failed_handshake", &connections.failed_handshakes),
+            ("slow", &connections.slow),
+            ("idle", &connections.idle),
+        ];
+        for (why, count) in closed {
+            let labels = [labels, &[("why", why)]].concat();
+            self.counter(
+                "llorch_closed_connections_total",
+                "Connections that were closed.",
+                &labels,
+                load(count),
+            );
+        }
         self
     }
 

@@ -2,16 +2,19 @@
 
 use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::http::Method;
 use axum::middleware;
-use axum::serve::ListenerExt;
 use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
+use tower::util::option_layer;
 use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::cors::{AllowHeaders, CorsLayer};
 
-use crate::auth::{self, Tokens};
+use crate::audit::{self, Audit};
+use crate::auth::{self, Gate};
 use crate::{answer, correlation, telemetry};
 
 /// Why the daemon does not listen.
@@ -29,44 +32,32 @@ pub async fn bind(variable: &'static str, addr: SocketAddr) -> Result<TcpListene
     TcpListener::bind(addr).await.map_err(|source| ListenError { variable, addr, source })
 }
 
-/// Puts the common layers around the routes: outermost the correlation id, then panics, then
-/// the token.
-pub fn with_layers(routes: Router, tokens: Tokens) -> Router {
+/// What a daemon puts around its routes.
+#[derive(Debug, Clone)]
+pub struct Edge {
+    pub gate: Gate,
+    pub audit: Audit,
+}
+
+/// Puts the common layers around the routes: outermost the headers of every answer, then CORS
+/// (off unless the gate knows origins), the correlation id, the audit log, panics, and the gate.
+pub fn with_layers(routes: Router, edge: Edge) -> Router {
+    let cors = (!edge.gate.origins.is_empty()).then(|| {
+        CorsLayer::new()
+            .allow_origin(edge.gate.origins.clone())
+            .allow_methods([Method::GET, Method::POST, Method::DELETE])
+            .allow_headers(AllowHeaders::mirror_request())
+            .max_age(Duration::from_secs(3600))
+    });
     routes
         .fallback(answer::not_found)
         .method_not_allowed_fallback(answer::method_not_allowed)
-        .layer(middleware::from_fn_with_state(tokens, auth::layer))
+        .layer(middleware::from_fn_with_state(Arc::new(edge.gate), auth::layer))
         .layer(CatchPanicLayer::custom(answer::panicked))
+        .layer(middleware::from_fn_with_state(edge.audit, audit::layer))
         .layer(middleware::from_fn(correlation::layer))
-}
-
-/// Serves until `stop`, then lets running requests finish for `grace`.
-pub async fn run(
-    listener: TcpListener,
-    app: Router,
-    stop: CancellationToken,
-    grace: Duration,
-) -> std::io::Result<()> {
-    // Without it a small answer waits up to 40 ms for the peer's acknowledgement.
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "a connection without TCP_NODELAY");
-        }
-    });
-    let stopped = stop.clone();
-    // A router handed over as it is would be copied, route by route, for each connection.
-    let app = app.into_make_service();
-    let server = axum::serve(listener, app).with_graceful_shutdown(async move { stopped.cancelled().await });
-    let serving = async move { server.await };
-    tokio::pin!(serving);
-    tokio::select! {
-        done = &mut serving => return done,
-        () = stop.cancelled() => {}
-    }
-    match tokio::time::timeout(grace, &mut serving).await {
-        Ok(done) => done,
-        Err(_) => Ok(()),
-    }
+        .layer(option_layer(cors))
+        .layer(middleware::from_fn(answer::headers))
 }
 
 /// How long blocking calls that hang (a dead mount, a dead driver) may delay the exit.
@@ -74,6 +65,7 @@ const BLOCKING_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Runs a daemon on a runtime of its own, says why it failed if it did, and ends in bounded time.
 pub fn block_on<E: std::error::Error>(daemon: impl Future<Output = Result<(), E>>) -> ExitCode {
+    raise_file_limit();
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -89,6 +81,16 @@ pub fn block_on<E: std::error::Error>(daemon: impl Future<Output = Result<(), E>
             telemetry::say_fatal(&error);
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Every connection is a file: as many as this process may have, not as many as a shell gives.
+fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(error) = raised {
+        tracing::debug!(%error, "the limit of open files stays as it is");
     }
 }
 
@@ -111,11 +113,25 @@ pub async fn stop_signal() {
 #[cfg(test)]
 mod tests {
     use axum::body::{Body, to_bytes};
-    use axum::http::Request;
+    use axum::http::{HeaderValue, Request};
     use axum::routing::get;
     use tower::ServiceExt;
 
     use super::*;
+    use crate::auth::{Need, Tokens};
+    use crate::tokens::Scope;
+
+    fn open_edge() -> Edge {
+        let gate = Gate {
+            tokens: Tokens::default(),
+            needs: |_, _| Need::Scope(Scope::Admin),
+            certificate: None,
+            nodes_show_certificates: false,
+            quota: None,
+            origins: vec![HeaderValue::from_static("http://pages.example")],
+        };
+        Edge { gate, audit: Audit::default() }
+    }
 
     async fn ask(path: &str, method: &str, headers: &[(&str, &str)]) -> (u16, axum::http::HeaderMap, String) {
         let routes = Router::new()
@@ -126,7 +142,7 @@ mod tests {
             request = request.header(*name, *value);
         }
         let request = request.body(Body::empty()).unwrap();
-        let response = with_layers(routes, Tokens::default()).oneshot(request).await.unwrap();
+        let response = with_layers(routes, open_edge()).oneshot(request).await.unwrap();
         let (parts, body) = response.into_parts();
         let text = to_bytes(body, 4096).await.unwrap();
         (parts.status.as_u16(), parts.headers, String::from_utf8(text.to_vec()).unwrap())
@@ -146,6 +162,23 @@ mod tests {
             let id = headers["x-correlation-id"].to_str().unwrap();
             assert!(text.contains(id), "{text}");
         }
+    }
+
+    // CLOUD-1117
+    #[tokio::test]
+    async fn every_answer_has_its_headers_and_only_configured_origins_may_call() {
+        let origin = |origin| [("origin", origin), ("access-control-request-method", "GET")];
+        let (_, headers, _) = ask("/fine", "GET", &[]).await;
+        assert_eq!(headers["x-content-type-options"], "nosniff");
+        assert_eq!(headers["cache-control"], "no-store");
+        assert!(!headers.contains_key("access-control-allow-origin"));
+        let (status, headers, _) = ask("/fine", "OPTIONS", &origin("http://pages.example")).await;
+        assert_eq!(
+            (status, &headers["access-control-allow-origin"]),
+            (200, &"http://pages.example".parse().unwrap())
+        );
+        let (_, headers, _) = ask("/fine", "GET", &origin("http://other.example")).await;
+        assert!(!headers.contains_key("access-control-allow-origin"));
     }
 
     // CLOUD-1102

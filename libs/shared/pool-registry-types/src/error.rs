@@ -12,8 +12,10 @@ macro_rules! codes {
     ($($(#[$doc:meta])* $variant:ident = $text:literal, $status:literal, $retriable:literal;)*) => {
         /// Every error that either daemon says. Source: .specs/01 CLOUD-1100.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
+        // The document has these names too; a test holds them against the table.
+        #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
         pub enum ErrorCode {
-            $($(#[$doc])* #[serde(rename = $text)] $variant,)*
+            $($(#[$doc])* $variant,)*
         }
 
         impl ErrorCode {
@@ -46,6 +48,8 @@ codes! {
     ContextTooLong = "CONTEXT_TOO_LONG", 400, false;
     MissingToken = "MISSING_TOKEN", 401, false;
     BadToken = "BAD_TOKEN", 401, false;
+    /// The token is known and may not do this.
+    Forbidden = "FORBIDDEN", 403, false;
     NotFound = "NOT_FOUND", 404, false;
     /// Unknown node or an old epoch: the node registers again.
     NodeUnknown = "NODE_UNKNOWN", 404, true;
@@ -63,6 +67,8 @@ codes! {
     PayloadTooLarge = "PAYLOAD_TOO_LARGE", 413, false;
     /// The queue is full, or the deadline cannot be met.
     AdmissionReject = "ADMISSION_REJECT", 429, true;
+    /// The token makes more requests, or has more tasks, than it may.
+    RateLimited = "RATE_LIMITED", 429, true;
     /// The session's turns, tokens or time are used up.
     BudgetExceeded = "BUDGET_EXCEEDED", 429, false;
     /// Dropped from a full queue for a newer task.

@@ -14,15 +14,17 @@ use uuid::Uuid;
 
 /// Longest node, machine, pool or replica id, in bytes. Source: .specs/01 CLOUD-1001.
 pub const MAX_NAME_BYTES: usize = 63;
-/// Longest model reference, in bytes.
-pub const MAX_MODEL_REF_BYTES: usize = 255;
+/// Longest model reference, in characters.
+pub const MAX_MODEL_REF_CHARS: usize = 255;
 
 /// Why a text is not an identifier.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidId {
     #[error("{field} must be 1 to {MAX_NAME_BYTES} characters of [A-Za-z0-9._-], the first alphanumeric")]
     Name { field: &'static str },
-    #[error("model_ref must be 1 to {MAX_MODEL_REF_BYTES} bytes without white space or control characters")]
+    #[error(
+        "model_ref must be 1 to {MAX_MODEL_REF_CHARS} characters without white space or control characters"
+    )]
     Model,
     #[error("{field} must be a UUID")]
     Uuid { field: &'static str },
@@ -40,7 +42,7 @@ fn is_name(text: &str) -> bool {
 }
 
 fn is_model_ref(text: &str) -> bool {
-    (1..=MAX_MODEL_REF_BYTES).contains(&text.len())
+    (1..=MAX_MODEL_REF_CHARS).contains(&text.chars().count())
         && !text.chars().any(|c| c.is_control() || c.is_whitespace())
 }
 
@@ -58,10 +60,12 @@ fn is_epoch(text: &str) -> bool {
 }
 
 macro_rules! text_id {
-    ($(#[$doc:meta])* $name:ident, $valid:expr, $error:expr) => {
+    // The pattern and the length are the document's, and say what `valid` says. As token trees:
+    // the derive would not see through a literal.
+    ($(#[$doc:meta])* $name:ident, $valid:expr, $error:expr, $pattern:tt, $longest:tt) => {
         $(#[$doc])*
         #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, ToSchema)]
-        #[schema(value_type = String)]
+        #[schema(value_type = String, pattern = $pattern, min_length = 1, max_length = $longest)]
         pub struct $name(Arc<str>);
 
         impl $name {
@@ -118,35 +122,36 @@ macro_rules! text_id {
 
 text_id!(
     /// One running `pool-managerd`, named by its operator.
-    NodeId, is_name, InvalidId::Name { field: "node_id" }
+    NodeId, is_name, InvalidId::Name { field: "node_id" }, "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", 63
 );
 text_id!(
     /// The host that a node runs on.
-    MachineId, is_name, InvalidId::Name { field: "machine_id" }
+    MachineId, is_name, InvalidId::Name { field: "machine_id" }, "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", 63
 );
 text_id!(
     /// One engine with one model on one device mask of a node; unique on its node only.
-    PoolId, is_name, InvalidId::Name { field: "pool_id" }
+    PoolId, is_name, InvalidId::Name { field: "pool_id" }, "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", 63
 );
 text_id!(
     /// One engine process of a pool.
-    ReplicaId, is_name, InvalidId::Name { field: "replica_id" }
+    ReplicaId, is_name, InvalidId::Name { field: "replica_id" }, "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", 63
 );
 text_id!(
     /// The name by which clients ask for a model and engines report it.
-    ModelRef, is_model_ref, InvalidId::Model
+    ModelRef, is_model_ref, InvalidId::Model,
+    r"^[^\u0000-\u0020\u007f-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+$", 255
 );
 text_id!(
     /// One registration of a node. Opaque: compared for equality only.
-    Epoch, is_epoch, InvalidId::Epoch
+    Epoch, is_epoch, InvalidId::Epoch, "^[!-~]{1,64}$", 64
 );
 text_id!(
     /// A label's key or value.
-    LabelName, is_name, InvalidId::Name { field: "label" }
+    LabelName, is_name, InvalidId::Name { field: "label" }, "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", 63
 );
 text_id!(
     /// The content of a file: `sha256:` and 64 hexadecimal digits.
-    Digest, is_digest, InvalidId::Digest
+    Digest, is_digest, InvalidId::Digest, "^sha256:[0-9a-f]{64}$", 71
 );
 
 macro_rules! uuid_id {

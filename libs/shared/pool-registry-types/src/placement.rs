@@ -78,6 +78,11 @@ pub enum PlacementMode {
     Pin,
 }
 
+/// For the documents only: how a [`PoolSelector`] is written.
+#[derive(Debug, ToSchema)]
+#[schema(value_type = String, pattern = "^([A-Za-z0-9][A-Za-z0-9._-]{0,62}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+pub struct PoolSelectorText(#[expect(dead_code, reason = "it is never made")] String);
+
 /// `placement` of a task.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -87,18 +92,19 @@ pub struct Wishes {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node_id: Option<NodeId>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<String>)]
+    #[schema(value_type = Option<PoolSelectorText>)]
     pub pin_pool_id: Option<PoolSelector>,
     /// Taken before all others while they fit and have a free slot.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schema(value_type = Vec<String>)]
+    #[schema(value_type = Vec<PoolSelectorText>, max_items = 64)]
     pub prefer_pools: Vec<PoolSelector>,
     /// Taken only when nothing else fits, and never without `allow_fallback`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schema(value_type = Vec<String>)]
+    #[schema(value_type = Vec<PoolSelectorText>, max_items = 64)]
     pub avoid_pools: Vec<PoolSelector>,
     /// Only pools with exactly this device mask.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 255)]
     pub require_device_mask: Option<String>,
     /// Only nodes with all of these labels.
     #[serde(default, skip_serializing_if = "Labels::is_empty")]

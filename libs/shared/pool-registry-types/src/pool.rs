@@ -3,7 +3,9 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::error::{ErrorBody, ErrorCode};
 use crate::ids::{AttemptId, ModelRef, NodeId, PoolId, ReplicaId};
+use crate::task::MAX_WAIT_MS;
 
 /// The engines whose dialects the nodes speak.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
@@ -158,7 +160,19 @@ pub struct DrainProgress {
 pub struct PoolDrain {
     /// Milliseconds after which what still runs is ended; absent: never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(maximum = 86_400_000)]
     pub deadline_ms: Option<u64>,
+}
+
+impl PoolDrain {
+    /// Errors: `INVALID_PARAMS` for a deadline that is further away than a day.
+    pub fn check(&self) -> Result<(), ErrorBody> {
+        if self.deadline_ms.is_some_and(|deadline| deadline > MAX_WAIT_MS) {
+            let message = format!("deadline_ms: must be at most {MAX_WAIT_MS} milliseconds");
+            return Err(ErrorBody::new(ErrorCode::InvalidParams, message));
+        }
+        Ok(())
+    }
 }
 
 /// `POST /v2/pools/{id}/reload`.

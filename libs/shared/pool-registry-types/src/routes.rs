@@ -1,28 +1,28 @@
 //! Each path once, for the routers and for the clients.
 
-use crate::ids::{Epoch, NodeId, PoolId};
+use crate::ids::{Epoch, NodeId, PoolId, TaskId};
 
 pub const TASKS: &str = "/v2/tasks";
-pub const TASK: &str = "/v2/tasks/{id}";
-pub const TASK_EVENTS: &str = "/v2/tasks/{id}/events";
-pub const TASK_CANCEL: &str = "/v2/tasks/{id}/cancel";
-pub const TASK_EXPLAIN: &str = "/v2/tasks/{id}/explain";
+pub const TASK: &str = "/v2/tasks/{task_id}";
+pub const TASK_EVENTS: &str = "/v2/tasks/{task_id}/events";
+pub const TASK_CANCEL: &str = "/v2/tasks/{task_id}/cancel";
+pub const TASK_EXPLAIN: &str = "/v2/tasks/{task_id}/explain";
 pub const PLACEMENT_EXPLAIN: &str = "/v2/placement/explain";
-pub const SESSION: &str = "/v2/sessions/{id}";
+pub const SESSION: &str = "/v2/sessions/{session_id}";
 pub const EVENTS: &str = "/v2/events";
 pub const NODES: &str = "/v2/nodes";
-pub const NODE: &str = "/v2/nodes/{id}";
+pub const NODE: &str = "/v2/nodes/{node_id}";
 pub const NODE_REGISTER: &str = "/v2/nodes/register";
-pub const NODE_DRAIN: &str = "/v2/nodes/{id}/drain";
-pub const NODE_RESUME: &str = "/v2/nodes/{id}/resume";
-pub const NODE_HEARTBEAT: &str = "/v2/nodes/{id}/heartbeat";
+pub const NODE_DRAIN: &str = "/v2/nodes/{node_id}/drain";
+pub const NODE_RESUME: &str = "/v2/nodes/{node_id}/resume";
+pub const NODE_HEARTBEAT: &str = "/v2/nodes/{node_id}/heartbeat";
 pub const CATALOG_AVAILABILITY: &str = "/v2/catalog/availability";
 pub const CATALOG_MODELS: &str = "/v2/catalog/models";
-pub const CATALOG_MODEL: &str = "/v2/catalog/models/{id}";
-pub const CATALOG_MODEL_VERIFY: &str = "/v2/catalog/models/{id}/verify";
-pub const CATALOG_MODEL_STATE: &str = "/v2/catalog/models/{id}/state";
+pub const CATALOG_MODEL: &str = "/v2/catalog/models/{model_id}";
+pub const CATALOG_MODEL_VERIFY: &str = "/v2/catalog/models/{model_id}/verify";
+pub const CATALOG_MODEL_STATE: &str = "/v2/catalog/models/{model_id}/state";
 pub const ARTIFACTS: &str = "/v2/artifacts";
-pub const ARTIFACT: &str = "/v2/artifacts/{id}";
+pub const ARTIFACT: &str = "/v2/artifacts/{digest}";
 pub const META_VERSION: &str = "/v2/meta/version";
 pub const META_CAPABILITIES: &str = "/v2/meta/capabilities";
 pub const OPENAPI: &str = "/openapi.json";
@@ -31,20 +31,20 @@ pub const METRICS: &str = "/metrics";
 pub const HEALTH_LIVE: &str = "/health/live";
 pub const HEALTH_READY: &str = "/health/ready";
 pub const POOLS: &str = "/v2/pools";
-pub const POOL_STATUS: &str = "/v2/pools/{id}/status";
-pub const POOL_HEALTH: &str = "/v2/pools/{id}/health";
-pub const POOL_DRAIN: &str = "/v2/pools/{id}/drain";
-pub const POOL_RELOAD: &str = "/v2/pools/{id}/reload";
-pub const POOL_PURGE: &str = "/v2/pools/{id}/purge";
+pub const POOL_STATUS: &str = "/v2/pools/{pool_id}/status";
+pub const POOL_HEALTH: &str = "/v2/pools/{pool_id}/health";
+pub const POOL_DRAIN: &str = "/v2/pools/{pool_id}/drain";
+pub const POOL_RELOAD: &str = "/v2/pools/{pool_id}/reload";
+pub const POOL_PURGE: &str = "/v2/pools/{pool_id}/purge";
 /// Of a node: start the engines of a pool that is `loadable`, a task waits for it.
-pub const POOL_LOAD: &str = "/v2/pools/{id}/load";
+pub const POOL_LOAD: &str = "/v2/pools/{pool_id}/load";
 /// Of a node: what the engines of a pool have written.
-pub const POOL_LOGS: &str = "/v2/pools/{id}/logs";
+pub const POOL_LOGS: &str = "/v2/pools/{pool_id}/logs";
 /// Of a node: whether it takes work.
 pub const INTENT: &str = "/v2/intent";
 /// Of a node: the models on its disk.
 pub const MODELS: &str = "/v2/models";
-pub const POOL_INFER: &str = "/v2/pools/{id}/infer";
+pub const POOL_INFER: &str = "/v2/pools/{pool_id}/infer";
 
 pub fn node(node_id: &NodeId, epoch: &Epoch) -> String {
     format!("{NODES}/{node_id}?epoch={epoch}")
@@ -52,6 +52,15 @@ pub fn node(node_id: &NodeId, epoch: &Epoch) -> String {
 
 pub fn node_heartbeat(node_id: &NodeId) -> String {
     format!("{NODES}/{node_id}/heartbeat")
+}
+
+/// The path of one pool's route.
+pub fn of_pool(route: &str, pool_id: &PoolId) -> String {
+    route.replace("{pool_id}", pool_id.as_str())
+}
+
+pub fn task_events(task_id: TaskId) -> String {
+    TASK_EVENTS.replace("{task_id}", &task_id.to_string())
 }
 
 pub fn pool_infer(pool_id: &PoolId) -> String {

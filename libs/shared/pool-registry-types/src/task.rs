@@ -55,6 +55,11 @@ impl Workload {
     pub const ALL: [Self; 3] = [Self::Completion, Self::Embedding, Self::Rerank];
 }
 
+/// For the documents only: their way of saying that a text is not empty.
+#[derive(Debug, ToSchema)]
+#[schema(value_type = String, min_length = 1)]
+pub struct NonEmptyText(#[expect(dead_code, reason = "it is never made")] String);
+
 /// What is embedded or ranked. Each form belongs to the workload of its name:
 /// `{"embedding": ["…", "…"]}` or `{"rerank": {"query": "…", "documents": ["…"]}}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -68,8 +73,10 @@ pub enum Inputs {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RerankInputs {
+    #[schema(min_length = 1)]
     pub query: String,
     /// 1 to [`MAX_INPUTS`] texts.
+    #[schema(value_type = Vec<NonEmptyText>, min_items = 1, max_items = 2048)]
     pub documents: Vec<String>,
 }
 
@@ -156,9 +163,11 @@ pub struct ChatMessage {
 pub struct Timeouts {
     /// From the dispatch to the first token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 86_400_000)]
     pub first_token_ms: Option<u64>,
     /// Between two tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 86_400_000)]
     pub token_idle_ms: Option<u64>,
 }
 
@@ -180,6 +189,7 @@ pub struct TaskRequest {
     pub engine: Option<EngineKind>,
     /// Only pools whose context holds at least this many tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
     pub ctx: Option<u32>,
     #[serde(default)]
     pub priority: Priority,
@@ -187,31 +197,38 @@ pub struct TaskRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prompt: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(min_items = 1)]
     pub messages: Option<Vec<ChatMessage>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub inputs: Option<Inputs>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
     pub max_tokens: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u32>,
     /// 0 to 5.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 0, maximum = 5)]
     pub temperature: Option<f64>,
     /// 0 to 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 0, maximum = 1)]
     pub top_p: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top_k: Option<u32>,
     /// 0 to 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 0, maximum = 1)]
     pub min_p: Option<f64>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(value_type = Vec<NonEmptyText>, max_items = 16)]
     pub stop: Vec<String>,
     /// GBNF, for llama.cpp; with `"engine": "vllm"` what its guide takes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grammar: Option<String>,
     /// Milliseconds from admission to the end of the stream.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 86_400_000)]
     pub deadline_ms: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeouts: Option<Timeouts>,
@@ -221,6 +238,7 @@ pub struct TaskRequest {
     pub recovery: Recovery,
     /// The client's own estimate, for predictions only; at most `max_tokens` counts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
     pub expected_tokens: Option<u32>,
     #[serde(default, skip_serializing_if = "is_default")]
     pub kv_hint: KvHint,
@@ -607,6 +625,7 @@ pub struct InferRequest {
     pub boot_id: BootId,
     pub log_id: LogId,
     /// The index of the first frame that this attempt writes.
+    #[schema(maximum = 4_294_967_295_u64)]
     pub first_index: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replica_hint: Option<ReplicaId>,
@@ -614,6 +633,25 @@ pub struct InferRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resume: Option<Resume>,
     pub task: TaskRequest,
+}
+
+/// More frames than any log holds.
+const MAX_INDEX: u64 = u32::MAX as u64;
+
+impl InferRequest {
+    /// Checks what the types cannot hold, the task's own rules included. Errors: `INVALID_PARAMS`,
+    /// naming the field.
+    pub fn check(&self) -> Result<(), ErrorBody> {
+        let counts = [
+            ("first_index", self.first_index),
+            ("resume.tokens", self.resume.as_ref().map_or(0, |resume| resume.tokens)),
+        ];
+        if let Some((field, _)) = counts.into_iter().find(|(_, count)| *count > MAX_INDEX) {
+            let message = format!("{field}: must be at most {MAX_INDEX}");
+            return Err(ErrorBody::new(ErrorCode::InvalidParams, message));
+        }
+        self.task.check()
+    }
 }
 
 /// How a lost stream goes on.
@@ -635,6 +673,7 @@ pub struct Resume {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub token_ids: Vec<u32>,
     /// Tokens that `text` has cost.
+    #[schema(maximum = 4_294_967_295_u64)]
     pub tokens: u64,
 }
 

@@ -15,7 +15,7 @@ impl ControlCore {
         {
             task.predicted_ms = predicted_start_ms;
         }
-        let sse = routes::TASK_EVENTS.replace("{id}", &id.to_string());
+        let sse = routes::task_events(id);
         TaskAccepted {
             task_id: id,
             queue_position: u32::try_from(position).unwrap_or(u32::MAX),
@@ -75,7 +75,7 @@ impl ControlCore {
                 Some(task) => task.number,
                 None => {
                     let message = format!("after: task {id} is not kept any more");
-                    return Err(ErrorBody::new(ErrorCode::InvalidParams, message));
+                    return Err(ErrorBody::new(ErrorCode::NotFound, message));
                 }
             },
         };

@@ -154,6 +154,9 @@ fn start(charge: &Charge) -> std::io::Result<(u32, PipeReader)> {
         .args(&charge.args)
         .envs(charge.env.iter().map(|(name, value)| (name, value)))
         .env(MARK, &charge.mark)
+        // The daemon's own, which no engine needs.
+        .env_remove("LLORCH_API_TOKEN")
+        .env_remove("LLORCH_API_TOKEN_FILE")
         .stdin(Stdio::null())
         .stdout(writer.try_clone()?)
         .stderr(writer)

@@ -13,6 +13,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use pool_registry_types::pool::{PoolPurge, PoolReload};
 use pool_registry_types::{ErrorBody, ErrorCode, PoolId};
+use secrecy::SecretString;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -51,7 +52,7 @@ pub struct Settings {
     pub forbid_provisioning: bool,
     /// The hub of `hf:` sources.
     pub hub: String,
-    pub hub_token: Option<String>,
+    pub hub_token: Option<SecretString>,
 }
 
 #[derive(Debug, Default)]
@@ -316,7 +317,7 @@ impl Supervision {
             models_dir: &self.settings.models_dir,
             packages_dir: &self.settings.packages_dir,
             allowed,
-            hub: Hub { endpoint: &self.settings.hub, token: self.settings.hub_token.as_deref() },
+            hub: Hub { endpoint: &self.settings.hub, token: self.settings.hub_token.as_ref() },
             client: &self.downloads,
         };
         let progress = |what: String| {

@@ -1,0 +1,81 @@
+//! `orchestratord token`: bearer tokens are made, named and checked here. None is ever an argument.
+
+use std::io::Read;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use daemon_kit::config;
+use daemon_kit::telemetry::say_fatal;
+use daemon_kit::tokens::{self, TokenSet};
+use jiff::Timestamp;
+use secrecy::ExposeSecret;
+
+/// Longest token that is read, bytes.
+const LONGEST: u64 = 4096;
+
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Order {
+    /// Print a new token: 32 bytes of the system's randomness.
+    New,
+    /// Read a token from standard input, and print its fingerprint and its SHA-256.
+    Fingerprint,
+    /// Check a file of tokens, and print what it lets whom do.
+    Check { file: PathBuf },
+}
+
+pub(crate) fn run(order: &Order) -> ExitCode {
+    let done = match order {
+        Order::New => make(),
+        Order::Fingerprint => fingerprint(),
+        Order::Check { file } => {
+            TokenSet::read_file(file).and_then(|text| TokenSet::parse(None, Some(&text))).map_or_else(
+                |error| Err(Box::from(error)),
+                |set| {
+                    print_all(&set);
+                    Ok(())
+                },
+            )
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say_fatal(error.as_ref());
+            ExitCode::from(2)
+        }
+    }
+}
+
+type Done = Result<(), Box<dyn std::error::Error>>;
+
+fn make() -> Done {
+    let token = tokens::generate()?;
+    config::print(token.expose_secret());
+    Ok(())
+}
+
+fn fingerprint() -> Done {
+    let mut text = String::new();
+    std::io::stdin().take(LONGEST).read_to_string(&mut text)?;
+    let token = text.trim();
+    if token.is_empty() {
+        return Err("standard input holds no token".into());
+    }
+    config::print(&format!("fingerprint {}\nsha256 {}", tokens::fingerprint(token), tokens::sha256(token)));
+    Ok(())
+}
+
+fn print_all(set: &TokenSet) {
+    let now = Timestamp::now();
+    for holder in set.holders() {
+        let scopes: Vec<String> =
+            holder.scopes().iter().map(|scope| format!("{scope:?}").to_ascii_lowercase()).collect();
+        let node = holder.node_id.as_ref().map_or_else(String::new, |id| format!(" only as node {id}"));
+        let end = match holder.expires {
+            None => String::new(),
+            Some(at) if at <= now => format!(" EXPIRED {at}"),
+            Some(at) => format!(" until {at}"),
+        };
+        config::print(&format!("{} {} {}{node}{end}", holder.fingerprint, holder.name, scopes.join(",")));
+    }
+}

@@ -1,0 +1,181 @@
+//! What a connection does at the moment, and since when: the clock of one that is slow or idle.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::Body;
+use bytes::Bytes;
+use hyper::body::{Frame, SizeHint};
+use parking_lot::Mutex;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::Instant;
+
+/// What an idle connection gets to be closed in good order.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// What a connection is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// The head of a request is awaited or arriving.
+    Head,
+    /// Requests run, this many.
+    Busy(usize),
+    /// Nothing arrives.
+    Idle,
+    /// It was idle for too long and is being closed.
+    Leaving,
+}
+
+pub(crate) struct Activity {
+    head: Duration,
+    idle: Duration,
+    now: Mutex<Doing>,
+}
+
+struct Doing {
+    phase: Phase,
+    /// When the phase has lasted too long; without meaning while busy.
+    until: Instant,
+    http2: bool,
+}
+
+pub(crate) enum Look {
+    Again(Instant),
+    Idle(Instant),
+    Over,
+    Slow,
+}
+
+impl Activity {
+    pub(crate) fn new(head: Duration, idle: Duration) -> Self {
+        let doing = Doing { phase: Phase::Head, until: Instant::now() + head, http2: false };
+        Self { head, idle, now: Mutex::new(doing) }
+    }
+
+    pub(crate) fn begin(self: &Arc<Self>, http2: bool) -> Running {
+        let mut doing = self.now.lock();
+        doing.http2 = http2;
+        doing.phase = match doing.phase {
+            Phase::Busy(running) => Phase::Busy(running + 1),
+            _ => Phase::Busy(1),
+        };
+        Running(Arc::clone(self))
+    }
+
+    fn bytes_arrived(&self) {
+        let mut doing = self.now.lock();
+        // On HTTP/2 they may be the answer to a ping.
+        if doing.phase == Phase::Idle && !doing.http2 {
+            (doing.phase, doing.until) = (Phase::Head, Instant::now() + self.head);
+        }
+    }
+
+    /// When the phase has lasted too long.
+    pub(crate) fn until(&self) -> Option<Instant> {
+        let doing = self.now.lock();
+        (!matches!(doing.phase, Phase::Busy(_))).then_some(doing.until)
+    }
+
+    pub(crate) fn look(&self, now: Instant) -> Look {
+        let mut doing = self.now.lock();
+        match doing.phase {
+            // The end of an HTTP/2 request does not wake the connection: look again.
+            Phase::Busy(_) => Look::Again(now + self.idle),
+            _ if now < doing.until => Look::Again(doing.until),
+            Phase::Head => Look::Slow,
+            Phase::Leaving => Look::Over,
+            Phase::Idle => {
+                (doing.phase, doing.until) = (Phase::Leaving, now + FAREWELL);
+                Look::Idle(doing.until)
+            }
+        }
+    }
+}
+
+/// A request, until the last byte of its answer was taken or nobody wants it any more.
+pub(crate) struct Running(Arc<Activity>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let mut doing = self.0.now.lock();
+        match doing.phase {
+            Phase::Busy(running) if running > 1 => doing.phase = Phase::Busy(running - 1),
+            _ => (doing.phase, doing.until) = (Phase::Idle, Instant::now() + self.0.idle),
+        }
+    }
+}
+
+pub(crate) struct Answer {
+    pub(crate) body: Body,
+    pub(crate) _running: Running,
+}
+
+impl hyper::body::Body for Answer {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// A stream that tells when bytes arrive.
+pub(crate) struct Noted<T> {
+    pub(crate) io: T,
+    pub(crate) activity: Arc<Activity>,
+}
+
+impl<T: AsyncRead + Unpin> AsyncRead for Noted<T> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut self.io).poll_read(cx, buf);
+        if buf.filled().len() > before {
+            self.activity.bytes_arrived();
+        }
+        polled
+    }
+}
+
+impl<T: AsyncWrite + Unpin> AsyncWrite for Noted<T> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+}

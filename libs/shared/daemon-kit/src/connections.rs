@@ -1,0 +1,378 @@
+//! Serves the routes on a listener, over TCP or TLS, with every connection bounded.
+//!
+//! Each connection is one task with one clock. A peer that was accepted, or has begun the head of
+//! a request, has to finish that head in time; a connection without requests is closed after a
+//! while; a running request has no bound here, because a stream may last. hyper's own limit for
+//! heads is off: it does not run before a connection's first bytes, it would also close idle
+//! connections as fast as slow ones, and HTTP/2 has none.
+
+use std::convert::Infallible;
+use std::future::poll_fn;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Poll;
+use std::time::Duration;
+
+use axum::Router;
+use hyper::body::Incoming;
+use hyper::{Request, Version};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use parking_lot::{Mutex, MutexGuard};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tower::Service;
+
+use crate::activity::{Activity, Answer, Look, Noted};
+use crate::tls::{self, ServerTls};
+
+/// Pause after an accept that failed for want of files or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// At most one line of a kind is logged in this time.
+const LOG_EVERY: Duration = Duration::from_secs(1);
+
+/// The bounds of connections.
+#[derive(Debug, Clone)]
+pub struct ConnLimits {
+    /// Connections at once; one more is closed at once.
+    pub connections: usize,
+    /// From accepting to the end of the TLS handshake.
+    pub handshake: Duration,
+    /// From accepting, or from the first byte of a later head, to the head's end.
+    pub head: Duration,
+    /// Without any request. Longer than our clients keep connections (60 s), so that they close first.
+    pub idle: Duration,
+    /// A request's line and headers, bytes; at least 8192.
+    pub head_bytes: u32,
+    /// Requests at once on one HTTP/2 connection.
+    pub streams: u32,
+    /// Between two pings of an HTTP/2 connection, and the longest wait for their answer.
+    pub ping: Duration,
+}
+
+impl Default for ConnLimits {
+    fn default() -> Self {
+        Self {
+            connections: 4096,
+            handshake: Duration::from_secs(5),
+            head: Duration::from_secs(10),
+            idle: Duration::from_secs(75),
+            head_bytes: 64 * 1024,
+            streams: 256,
+            ping: Duration::from_secs(20),
+        }
+    }
+}
+
+/// What became of connections that were not served to their end.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Closed because of too many.
+    pub over_limit: AtomicU64,
+    pub failed_handshakes: AtomicU64,
+    /// Closed because a head did not arrive in time.
+    pub slow: AtomicU64,
+    /// Closed after a while without requests.
+    pub idle: AtomicU64,
+}
+
+/// How to serve.
+#[derive(Debug, Clone, Default)]
+pub struct ServeOptions {
+    pub tls: Option<Arc<ServerTls>>,
+    pub limits: ConnLimits,
+    pub counts: Arc<Counts>,
+}
+
+/// Who sent a request. In the extensions of each, as `Arc<Peer>`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peer {
+    pub addr: SocketAddr,
+    pub certificate: Option<PeerCertificate>,
+}
+
+/// A client certificate that was verified.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerCertificate {
+    /// The DNS names it was issued for, as written, without those that have a wildcard.
+    pub names: Vec<String>,
+}
+
+impl PeerCertificate {
+    pub fn is_for(&self, name: &str) -> bool {
+        self.names.iter().any(|own| own.eq_ignore_ascii_case(name))
+    }
+}
+
+/// Serves until `stop`. Then nothing new is accepted, idle connections close, running requests
+/// get `grace`, and what is left is cut off.
+pub async fn run(
+    listener: TcpListener,
+    app: Router,
+    options: ServeOptions,
+    stop: CancellationToken,
+    grace: Duration,
+) -> io::Result<()> {
+    let tasks = Tasks::default();
+    // Also when this future is dropped.
+    let _cut_off = CutOff(tasks.clone());
+    let ServeOptions { tls, limits, counts } = options;
+    let room = Arc::new(Semaphore::new(limits.connections));
+    let server = Arc::new(Server {
+        // Turns handlers into routes once; from here on a clone is one reference more.
+        app: app.with_state(()),
+        http: protocols(&limits, tasks.clone()),
+        tls,
+        limits,
+        counts,
+        handshakes: Seldom::default(),
+    });
+    let (crowded, unaccepted) = (Seldom::default(), Seldom::default());
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = stop.cancelled() => break,
+        };
+        match accepted {
+            Ok((stream, addr)) => match Arc::clone(&room).try_acquire_owned() {
+                Ok(place) => {
+                    let server = Arc::clone(&server);
+                    tasks.spawn(server.connection(stream, addr, stop.child_token(), place));
+                }
+                Err(_) => {
+                    server.counts.over_limit.fetch_add(1, Ordering::Relaxed);
+                    if let Some(unsaid) = crowded.turn() {
+                        let limit = server.limits.connections;
+                        tracing::warn!(peer = %addr, limit, unsaid, "too many connections: the newest is closed");
+                    }
+                }
+            },
+            Err(error) if of_one_connection(&error) => {}
+            Err(error) => {
+                if let Some(unsaid) = unaccepted.turn() {
+                    tracing::error!(%error, unsaid, "connections cannot be accepted");
+                }
+                tokio::select! { () = sleep(ACCEPT_PAUSE) => {}, () = stop.cancelled() => break }
+            }
+        }
+    }
+    drop(listener);
+    if timeout(grace, tasks.ended()).await.is_err() {
+        tasks.abort();
+        tasks.ended().await;
+    }
+    Ok(())
+}
+
+/// The peer went away between its arrival and our accept.
+fn of_one_connection(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
+}
+
+fn protocols(limits: &ConnLimits, tasks: Tasks) -> auto::Builder<Tasks> {
+    let mut http = auto::Builder::new(tasks);
+    http.http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(None)
+        .max_buf_size(usize::try_from(limits.head_bytes).unwrap_or(usize::MAX));
+    http.http2()
+        .timer(TokioTimer::new())
+        .max_header_list_size(limits.head_bytes)
+        .max_concurrent_streams(limits.streams)
+        .keep_alive_interval(limits.ping)
+        .keep_alive_timeout(limits.ping);
+    http
+}
+
+struct Server {
+    app: Router,
+    http: auto::Builder<Tasks>,
+    tls: Option<Arc<ServerTls>>,
+    limits: ConnLimits,
+    counts: Arc<Counts>,
+    handshakes: Seldom,
+}
+
+/// How a connection ended.
+enum End {
+    Closed,
+    Slow,
+    Failed(Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl Server {
+    async fn connection(
+        self: Arc<Self>,
+        stream: TcpStream,
+        addr: SocketAddr,
+        stop: CancellationToken,
+        _place: OwnedSemaphorePermit,
+    ) {
+        // Without it a small answer waits up to 40 ms for the peer's acknowledgement.
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "a connection without TCP_NODELAY");
+        }
+        let end = match &self.tls {
+            None => self.requests(stream, Peer { addr, certificate: None }, &stop).await,
+            Some(tls) => {
+                let handshake = timeout(self.limits.handshake, tls.accept(stream));
+                let Some(outcome) = stop.run_until_cancelled(handshake).await else { return };
+                match outcome {
+                    Ok(Ok((stream, certificate))) => {
+                        self.requests(stream, Peer { addr, certificate }, &stop).await
+                    }
+                    Ok(Err(error)) => return self.no_handshake(addr, &tls::explain(&error)),
+                    Err(_) => return self.no_handshake(addr, "it did not finish in time"),
+                }
+            }
+        };
+        match end {
+            End::Closed => {}
+            End::Slow => {
+                self.counts.slow.fetch_add(1, Ordering::Relaxed);
+                tracing::debug!(peer = %addr, "a request's head did not arrive in time");
+            }
+            End::Failed(error) => tracing::debug!(peer = %addr, error, "a connection broke"),
+        }
+    }
+
+    fn no_handshake(&self, addr: SocketAddr, reason: &str) {
+        self.counts.failed_handshakes.fetch_add(1, Ordering::Relaxed);
+        if let Some(unsaid) = self.handshakes.turn() {
+            tracing::warn!(peer = %addr, reason, unsaid, "a TLS handshake failed");
+        }
+    }
+
+    async fn requests<T>(&self, io: T, peer: Peer, stop: &CancellationToken) -> End
+    where
+        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let peer = Arc::new(peer);
+        let activity = Arc::new(Activity::new(self.limits.head, self.limits.idle));
+        let io = TokioIo::new(Noted { io, activity: Arc::clone(&activity) });
+        let service = hyper::service::service_fn({
+            let activity = Arc::clone(&activity);
+            move |mut request: Request<Incoming>| {
+                let running = Activity::begin(&activity, request.version() == Version::HTTP_2);
+                request.extensions_mut().insert(Arc::clone(&peer));
+                let answer = self.app.clone().call(request);
+                async move {
+                    let response = answer.await?;
+                    Ok::<_, Infallible>(response.map(|body| Answer { body, _running: running }))
+                }
+            }
+        });
+        let mut connection = pin!(self.http.serve_connection(io, service));
+        let mut clock = pin!(sleep_until(Instant::now() + self.limits.head));
+        let mut stopped = pin!(stop.cancelled());
+        let mut stopping = false;
+        poll_fn(|cx| {
+            loop {
+                if !stopping && stopped.as_mut().poll(cx).is_ready() {
+                    stopping = true;
+                    connection.as_mut().graceful_shutdown();
+                }
+                if let Poll::Ready(outcome) = connection.as_mut().poll(cx) {
+                    return Poll::Ready(outcome.map_or_else(End::Failed, |()| End::Closed));
+                }
+                // Only brought forward here, so that requests set no timers.
+                if let Some(until) = activity.until().filter(|until| *until < clock.deadline()) {
+                    clock.as_mut().reset(until);
+                }
+                if clock.as_mut().poll(cx).is_pending() {
+                    return Poll::Pending;
+                }
+                match activity.look(Instant::now()) {
+                    Look::Again(at) => clock.as_mut().reset(at),
+                    Look::Idle(at) => {
+                        self.counts.idle.fetch_add(1, Ordering::Relaxed);
+                        connection.as_mut().graceful_shutdown();
+                        clock.as_mut().reset(at);
+                    }
+                    Look::Over => return Poll::Ready(End::Closed),
+                    Look::Slow => return Poll::Ready(End::Slow),
+                }
+            }
+        })
+        .await
+    }
+}
+
+/// The tasks of connections, and of the requests that hyper runs apart on HTTP/2.
+#[derive(Clone, Default)]
+struct Tasks(Arc<Mutex<JoinSet<()>>>);
+
+impl Tasks {
+    fn set(&self) -> MutexGuard<'_, JoinSet<()>> {
+        self.0.lock()
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut set = self.set();
+        while let Some(ended) = set.try_join_next() {
+            report(ended);
+        }
+        set.spawn(task);
+    }
+
+    async fn ended(&self) {
+        while let Some(ended) = poll_fn(|cx| self.set().poll_join_next(cx)).await {
+            report(ended);
+        }
+    }
+
+    fn abort(&self) {
+        self.set().abort_all();
+    }
+}
+
+fn report(ended: Result<(), JoinError>) {
+    if let Err(error) = ended
+        && error.is_panic()
+    {
+        tracing::error!(%error, "a connection ended by a defect");
+    }
+}
+
+impl<F> hyper::rt::Executor<F> for Tasks
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    fn execute(&self, task: F) {
+        self.spawn(task);
+    }
+}
+
+struct CutOff(Tasks);
+
+impl Drop for CutOff {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Keeps a log line that others can provoke from filling the log.
+#[derive(Default)]
+struct Seldom(Mutex<(Option<Instant>, u64)>);
+
+impl Seldom {
+    /// `Some`: say it, and that this many were not said since the last.
+    fn turn(&self) -> Option<u64> {
+        let mut state = self.0.lock();
+        let (said, unsaid) = &mut *state;
+        if said.is_some_and(|said| said.elapsed() < LOG_EVERY) {
+            *unsaid += 1;
+            return None;
+        }
+        *said = Some(Instant::now());
+        Some(std::mem::take(unsaid))
+    }
+}

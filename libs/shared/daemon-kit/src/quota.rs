@@ -1,0 +1,107 @@
+//! How much the holder of one token may ask: requests a second, and tasks at once.
+
+use std::collections::HashMap;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+
+use governor::clock::{Clock, DefaultClock};
+use governor::{DefaultKeyedRateLimiter, Quota as Rate, RateLimiter};
+use parking_lot::Mutex;
+use pool_registry_types::{ErrorBody, ErrorCode};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::answer::ApiError;
+use crate::auth::Caller;
+
+/// Holders that are remembered before those that have been quiet are forgotten.
+const MANY: usize = 1024;
+
+/// The bounds of one token. What is absent is not bounded.
+#[derive(Debug)]
+pub struct Quota {
+    rate: Option<DefaultKeyedRateLimiter<String>>,
+    tasks: Option<usize>,
+    places: Mutex<HashMap<String, Arc<Semaphore>>>,
+}
+
+impl Quota {
+    /// `rate`: requests a second, as many at once at most. `tasks`: tasks that wait or run.
+    pub fn new(rate: Option<NonZeroU32>, tasks: Option<usize>) -> Self {
+        let rate = rate.map(|rate| RateLimiter::keyed(Rate::per_second(rate)));
+        Self { rate, tasks, places: Mutex::default() }
+    }
+
+    /// # Errors
+    /// `RATE_LIMITED` with the time until the next request is taken.
+    pub fn request(&self, fingerprint: &str) -> Result<(), ApiError> {
+        let Some(rate) = &self.rate else { return Ok(()) };
+        if rate.len() > MANY {
+            rate.retain_recent();
+        }
+        rate.check_key(&fingerprint.to_owned()).map_err(|until| {
+            let wait = until.wait_time_from(DefaultClock::default().now());
+            let millis = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX).max(1);
+            let mut body = ErrorBody::new(ErrorCode::RateLimited, "this token makes too many requests");
+            body.retry_after_ms = Some(millis);
+            ApiError(body)
+        })
+    }
+
+    /// A place for one more task of the caller; it is free again when what is returned is dropped.
+    /// Callers without a token are not bounded.
+    ///
+    /// # Errors
+    /// `RATE_LIMITED`.
+    pub fn task(&self, caller: &Caller) -> Result<Option<OwnedSemaphorePermit>, ApiError> {
+        let (Some(most), Some(holder)) = (self.tasks, &caller.holder) else { return Ok(None) };
+        let places = {
+            let mut all = self.places.lock();
+            if all.len() > MANY {
+                all.retain(|_, places| places.available_permits() < most);
+            }
+            Arc::clone(
+                all.entry(holder.fingerprint.clone()).or_insert_with(|| Arc::new(Semaphore::new(most))),
+            )
+        };
+        places.try_acquire_owned().map(Some).map_err(|_| {
+            let message = format!("this token has {most} tasks already, which is the most");
+            ApiError::new(ErrorCode::RateLimited, message)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // CLOUD-1120
+    #[test]
+    fn one_token_cannot_take_the_requests_of_another() {
+        let quota = Quota::new(NonZeroU32::new(2), None);
+        assert!(quota.request("a").is_ok() && quota.request("a").is_ok());
+        let refused = quota.request("a").unwrap_err().0;
+        assert_eq!(refused.code, ErrorCode::RateLimited);
+        assert!((1..=1000).contains(&refused.retry_after_ms.unwrap()), "{refused:?}");
+        assert!(quota.request("b").is_ok());
+        let unbounded = Quota::new(None, None);
+        assert!((0..100).all(|_| unbounded.request("a").is_ok()));
+    }
+
+    // CLOUD-1121
+    #[test]
+    fn a_task_that_ends_makes_place_for_the_next_of_its_token() {
+        let set = crate::tokens::TokenSet::parse(Some("token-of-a, token-of-b"), None).unwrap();
+        let caller = |token| match set.look_up(token, jiff::Timestamp::now()) {
+            crate::tokens::Verdict::Known(holder) => Caller { holder: Some(holder), ..Caller::default() },
+            other => panic!("{other:?}"),
+        };
+        let quota = Quota::new(None, Some(1));
+        let running = quota.task(&caller("token-of-a")).unwrap();
+        assert!(running.is_some());
+        assert_eq!(quota.task(&caller("token-of-a")).unwrap_err().0.code, ErrorCode::RateLimited);
+        assert!(quota.task(&caller("token-of-b")).unwrap().is_some());
+        drop(running);
+        assert!(quota.task(&caller("token-of-a")).unwrap().is_some());
+        assert!(quota.task(&Caller::default()).unwrap().is_none(), "without tokens nobody is told apart");
+    }
+}

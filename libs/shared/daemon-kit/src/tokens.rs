@@ -1,0 +1,446 @@
+//! The bearer tokens of a daemon: what they are, how they are read, whom one belongs to.
+//!
+//! A token is known by its SHA-256 digest and compared in constant time, so neither its content
+//! nor its length can be measured. A list has one of two forms: plain (a token may do everything),
+//! or TOML, where each has a name, scopes, an expiry and a node.
+
+use std::path::Path;
+
+use jiff::Timestamp;
+use pool_registry_types::NodeId;
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
+
+/// Shortest token that is taken, bytes.
+pub const MIN_TOKEN_BYTES: usize = 8;
+/// Longest file of tokens that is read, bytes.
+const MAX_FILE_BYTES: u64 = 1024 * 1024;
+const BY_LIST: &str = "LLORCH_API_TOKEN";
+const BY_FILE: &str = "LLORCH_API_TOKEN_FILE";
+
+/// Why the configured tokens are no tokens. No message holds one.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TokenError {
+    #[error(
+        "{origin}: {place}: a token must be at least {MIN_TOKEN_BYTES} visible ASCII characters without a comma"
+    )]
+    Malformed { origin: &'static str, place: String },
+    #[error("LLORCH_API_TOKEN_FILE: {path} cannot be read: {reason}")]
+    Unreadable { path: String, reason: String },
+    #[error("LLORCH_API_TOKEN_FILE: {0}")]
+    Toml(String),
+    #[error("{origin} holds no token")]
+    Empty { origin: &'static str },
+    #[error("{origin}: {place}: the same token as {other}")]
+    Twice { origin: &'static str, place: String, other: String },
+}
+
+/// What a token lets its holder do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scope {
+    /// Tasks, sessions, artifacts, and looking at the cluster.
+    Client,
+    /// Registering as a node and reporting.
+    Node,
+    /// Everything, the control plane's own calls to its nodes included.
+    Admin,
+}
+
+/// Who holds a token.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holder {
+    pub name: String,
+    /// The first six hexadecimal digits of the token's SHA-256: names it and tells nothing of it.
+    pub fingerprint: String,
+    scopes: Vec<Scope>,
+    /// The only node for which it may speak; absent: any.
+    pub node_id: Option<NodeId>,
+    pub expires: Option<Timestamp>,
+}
+
+impl Holder {
+    pub fn has(&self, scope: Scope) -> bool {
+        self.scopes.iter().any(|has| *has == scope || *has == Scope::Admin)
+    }
+
+    pub fn scopes(&self) -> &[Scope] {
+        &self.scopes
+    }
+}
+
+#[derive(Debug)]
+struct Known {
+    digest: [u8; 32],
+    holder: std::sync::Arc<Holder>,
+}
+
+/// The tokens that are in force together.
+#[derive(Debug, Default)]
+pub struct TokenSet {
+    known: Vec<Known>,
+    /// The first that is there in full.
+    first: Option<SecretString>,
+}
+
+/// Whether a token is known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    Known(std::sync::Arc<Holder>),
+    Expired(std::sync::Arc<Holder>),
+    Unknown,
+}
+
+impl TokenSet {
+    /// From `LLORCH_API_TOKEN` (comma-separated) and the text of `LLORCH_API_TOKEN_FILE`.
+    pub fn parse(list: Option<&str>, file: Option<&str>) -> Result<Self, TokenError> {
+        let mut set = Self::default();
+        if let Some(list) = list {
+            let found = list.split(',').map(str::trim).filter(|token| !token.is_empty());
+            set.add_plain(found, BY_LIST, "token")?;
+        }
+        match file {
+            None => {}
+            Some(text) if is_toml(text) => set.add_toml(text)?,
+            Some(text) => {
+                let lines = text.lines().map(str::trim);
+                set.add_plain(
+                    lines.filter(|line| !line.is_empty() && !line.starts_with('#')),
+                    BY_FILE,
+                    "line",
+                )?;
+            }
+        }
+        Ok(set)
+    }
+
+    /// The text of the file of tokens; blocks.
+    pub fn read_file(path: &Path) -> Result<String, TokenError> {
+        use std::io::Read;
+        let failed = |error: std::io::Error| TokenError::Unreadable {
+            path: path.display().to_string(),
+            reason: error.to_string(),
+        };
+        let mut text = String::new();
+        let file = std::fs::File::open(path).map_err(failed)?;
+        file.take(MAX_FILE_BYTES).read_to_string(&mut text).map_err(failed)?;
+        Ok(text)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.known.is_empty()
+    }
+
+    pub fn holders(&self) -> impl Iterator<Item = &Holder> {
+        self.known.iter().map(|known| known.holder.as_ref())
+    }
+
+    /// The token to send to the other daemon.
+    pub fn to_send(&self) -> Option<&SecretString> {
+        self.first.as_ref()
+    }
+
+    /// Every digest is compared, whichever matches.
+    pub fn look_up(&self, token: &str, now: Timestamp) -> Verdict {
+        let given = digest(token);
+        let mut found = None;
+        for known in &self.known {
+            if bool::from(known.digest.ct_eq(&given)) {
+                found = Some(&known.holder);
+            }
+        }
+        match found {
+            None => Verdict::Unknown,
+            Some(holder) if holder.expires.is_some_and(|at| at <= now) => Verdict::Expired(holder.clone()),
+            Some(holder) => Verdict::Known(holder.clone()),
+        }
+    }
+
+    fn add_plain<'a>(
+        &mut self,
+        tokens: impl Iterator<Item = &'a str>,
+        origin: &'static str,
+        word: &str,
+    ) -> Result<(), TokenError> {
+        let before = self.known.len();
+        for (n, token) in tokens.enumerate() {
+            let place = format!("{word} {}", n + 1);
+            if !is_token(token) {
+                return Err(TokenError::Malformed { origin, place });
+            }
+            let holder = Holder {
+                name: place,
+                fingerprint: fingerprint(token),
+                scopes: vec![Scope::Admin],
+                node_id: None,
+                expires: None,
+            };
+            // One that stands in the list and in the file is one.
+            if self.find(&digest(token)).is_none() {
+                self.add(digest(token), holder);
+            }
+            self.first.get_or_insert_with(|| token.into());
+        }
+        if self.known.len() == before { Err(TokenError::Empty { origin }) } else { Ok(()) }
+    }
+
+    fn add_toml(&mut self, text: &str) -> Result<(), TokenError> {
+        let file: TokenFile = toml::from_str(text).map_err(|error| {
+            // Its excerpt of the text could hold a token.
+            let line = error.span().map(|span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+            let place = line.map_or_else(String::new, |line| format!("line {line}: "));
+            TokenError::Toml(format!("{place}{}", without_values(error.message())))
+        })?;
+        if file.token.is_empty() {
+            return Err(TokenError::Empty { origin: BY_FILE });
+        }
+        for entry in file.token {
+            let place = entry.name.clone();
+            let wrong = |what: &str| Err(TokenError::Toml(format!("token {place:?}: {what}")));
+            let digest = match (&entry.token, &entry.sha256) {
+                (Some(token), None) if is_token(token.expose_secret()) => digest(token.expose_secret()),
+                (Some(_), None) => return Err(TokenError::Malformed { origin: BY_FILE, place }),
+                (None, Some(hex)) => match from_hex(hex) {
+                    Some(digest) => digest,
+                    None => return wrong("sha256 must be 64 hexadecimal digits"),
+                },
+                _ => return wrong("give either token or sha256"),
+            };
+            if entry.scopes.is_empty() {
+                return wrong("scopes must name at least one of \"client\", \"node\", \"admin\"");
+            }
+            if entry.node_id.is_some() && entry.scopes != [Scope::Node] {
+                return wrong("node_id binds a token whose only scope is \"node\"");
+            }
+            let expires = match entry.expires.as_ref().map(|at| at.to_string().parse::<Timestamp>()) {
+                None => None,
+                Some(Ok(at)) => Some(at),
+                Some(Err(_)) => {
+                    return wrong("expires must be a time with its zone, as 2027-01-31T00:00:00Z");
+                }
+            };
+            if let Some(other) = self.find(&digest) {
+                let other = other.name.clone();
+                return Err(TokenError::Twice { origin: BY_FILE, place, other });
+            }
+            let fingerprint = hex(&digest)[..6].to_owned();
+            let holder = Holder {
+                name: entry.name,
+                fingerprint,
+                scopes: entry.scopes,
+                node_id: entry.node_id,
+                expires,
+            };
+            self.add(digest, holder);
+            if self.first.is_none() {
+                self.first = entry.token;
+            }
+        }
+        Ok(())
+    }
+
+    fn find(&self, digest: &[u8; 32]) -> Option<&Holder> {
+        self.known.iter().find(|known| known.digest == *digest).map(|known| known.holder.as_ref())
+    }
+
+    fn add(&mut self, digest: [u8; 32], holder: Holder) {
+        self.known.push(Known { digest, holder: holder.into() });
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TokenFile {
+    #[serde(default)]
+    token: Vec<TokenEntry>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TokenEntry {
+    name: String,
+    token: Option<SecretString>,
+    /// In the place of the token: it is accepted, and never sent.
+    sha256: Option<String>,
+    #[serde(default)]
+    scopes: Vec<Scope>,
+    node_id: Option<NodeId>,
+    expires: Option<toml::value::Datetime>,
+}
+
+/// TOML begins with a table; a plain token does not begin with a bracket.
+fn is_toml(text: &str) -> bool {
+    let mut lines = text.lines().map(str::trim);
+    lines.find(|line| !line.is_empty() && !line.starts_with('#')).is_some_and(|line| line.starts_with('['))
+}
+
+fn is_token(token: &str) -> bool {
+    let good = |b: u8| b.is_ascii_graphic() && b != b',';
+    token.len() >= MIN_TOKEN_BYTES && token.bytes().all(good) && !token.starts_with(['#', '['])
+}
+
+/// A message without the quoted values that it may repeat.
+fn without_values(message: &str) -> &str {
+    message.split(['"', '`']).next().unwrap_or_default().trim_end()
+}
+
+/// The SHA-256 of a token in hexadecimal digits, as `sha256` in the file wants it.
+pub fn sha256(token: &str) -> String {
+    hex(&digest(token))
+}
+
+/// Names a token without telling anything of it.
+pub fn fingerprint(token: &str) -> String {
+    sha256(token)[..6].to_owned()
+}
+
+/// A new token: 32 bytes of the system's randomness, as 64 hexadecimal digits.
+pub fn generate() -> Result<SecretString, getrandom::Error> {
+    let mut bytes = [0_u8; 32];
+    getrandom::fill(&mut bytes)?;
+    Ok(hex(&bytes).into())
+}
+
+fn digest(token: &str) -> [u8; 32] {
+    Sha256::digest(token.as_bytes()).into()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn from_hex(text: &str) -> Option<[u8; 32]> {
+    let digits = text.as_bytes();
+    if digits.len() != 64 || !digits.iter().all(u8::is_ascii_hexdigit) {
+        return None;
+    }
+    let mut bytes = [0; 32];
+    for (n, byte) in bytes.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(&text[2 * n..2 * n + 2], 16).ok()?;
+    }
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(text: &str) -> Timestamp {
+        text.parse().unwrap()
+    }
+
+    fn known(set: &TokenSet, token: &str) -> Option<String> {
+        match set.look_up(token, at("2026-06-01T00:00:00Z")) {
+            Verdict::Known(holder) => Some(holder.name.clone()),
+            Verdict::Expired(_) | Verdict::Unknown => None,
+        }
+    }
+
+    // CLOUD-1110
+    #[test]
+    fn every_token_of_both_places_is_known_and_the_first_is_sent() {
+        let set =
+            TokenSet::parse(Some("first-token, second-token"), Some("# old\nthird-token\nfirst-token\n"))
+                .unwrap();
+        assert_eq!(set.to_send().unwrap().expose_secret(), "first-token");
+        assert_eq!(known(&set, "first-token").as_deref(), Some("token 1"));
+        assert_eq!(known(&set, "third-token").as_deref(), Some("line 1"));
+        assert_eq!(set.holders().count(), 3);
+        for bad in ["first-toke", "first-token2", "", "FIRST-TOKEN"] {
+            assert_eq!(known(&set, bad), None, "{bad}");
+        }
+    }
+
+    // CLOUD-1111
+    #[test]
+    fn a_short_or_empty_token_stops_the_start() {
+        for bad in ["short", "", " , ", "with space", "tökenxxxxx", "[brackets]"] {
+            assert!(TokenSet::parse(Some(bad), None).is_err(), "{bad:?}");
+            assert!(TokenSet::parse(None, Some(&bad.replace('[', "#"))).is_err(), "{bad:?}");
+        }
+        assert!(TokenSet::parse(None, None).unwrap().is_empty());
+    }
+
+    const FILE: &str = r#"
+        # The control plane's own comes first.
+        [[token]]
+        name = "control"
+        token = "token-of-the-control-plane"
+        scopes = ["admin"]
+        [[token]]
+        name = "node one"
+        sha256 = "DIGEST"
+        scopes = ["node"]
+        node_id = "gpu-node-1"
+        [[token]]
+        name = "ci"
+        token = "token-of-ci"
+        scopes = ["client"]
+        expires = 2026-06-02T00:00:00Z
+    "#;
+
+    // CLOUD-1119
+    #[test]
+    fn a_file_of_toml_gives_names_scopes_nodes_and_ends() {
+        let text = FILE.replace("DIGEST", &sha256("token-of-node-1"));
+        let set = TokenSet::parse(None, Some(&text)).unwrap();
+        assert_eq!(set.to_send().unwrap().expose_secret(), "token-of-the-control-plane");
+        let Verdict::Known(node) = set.look_up("token-of-node-1", at("2026-06-01T00:00:00Z")) else {
+            panic!("it is known by its digest")
+        };
+        assert_eq!(
+            (node.name.as_str(), node.fingerprint.as_str()),
+            ("node one", fingerprint("token-of-node-1").as_str())
+        );
+        assert_eq!(node.node_id, Some(NodeId::new("gpu-node-1").unwrap()));
+        assert!(node.has(Scope::Node) && !node.has(Scope::Client) && !node.has(Scope::Admin));
+        assert_eq!(known(&set, "token-of-ci").as_deref(), Some("ci"));
+        let late = set.look_up("token-of-ci", at("2026-06-02T00:00:00Z"));
+        assert!(matches!(late, Verdict::Expired(_)));
+        let Verdict::Known(control) = set.look_up("token-of-the-control-plane", at("2026-06-01T00:00:00Z"))
+        else {
+            panic!("it is known")
+        };
+        assert!([Scope::Client, Scope::Node, Scope::Admin].iter().all(|scope| control.has(*scope)));
+    }
+
+    // CLOUD-1114
+    #[test]
+    fn what_is_wrong_in_a_file_is_named_and_no_token_shown() {
+        let entry = |more: &str| format!("[[token]]\nname = \"x\"\ntoken = \"secret-of-x\"\n{more}");
+        let scopes = "scopes = [\"client\"]\n";
+        let cases = [
+            (entry(""), "scopes must name"),
+            (entry("scopes = [\"god\"]"), "line 4: unknown variant"),
+            (entry(&format!("{scopes}colour = 1")), "line 5: unknown field"),
+            (entry(&format!("{scopes}node_id = \"a\"")), "node_id binds"),
+            (entry(&format!("{scopes}sha256 = \"00\"")), "either token or sha256"),
+            (entry(&format!("{scopes}expires = 2027-01-01")), "with its zone"),
+            (entry(scopes) + &entry(scopes), "the same token as x"),
+            ("[[token]]\nname = \"x\"\ntoken = \"secret\nscopes = [\"client\"]".into(), "line 3"),
+            (
+                "[[token]]\nname = \"x\"\nsha256 = \"secret-of-x\"\nscopes = [\"client\"]".into(),
+                "64 hexadecimal",
+            ),
+            ("[[token]]\nname = \"x\"\ntoken = \"secret\"\nscopes = [\"client\"]".into(), "at least 8"),
+            ("[other]".into(), "line 1: unknown field"),
+        ];
+        for (text, part) in cases {
+            let error = TokenSet::parse(None, Some(&text)).unwrap_err().to_string();
+            assert!(error.contains(part) && !error.contains("secret"), "{part}: {error}");
+        }
+    }
+
+    // CLOUD-1112
+    #[test]
+    fn tokens_are_not_printed_and_new_ones_differ() {
+        let set = TokenSet::parse(Some("very-secret"), None).unwrap();
+        assert!(!format!("{set:?}").contains("secret"));
+        let (one, other) = (generate().unwrap(), generate().unwrap());
+        assert_eq!(one.expose_secret().len(), 64);
+        assert_ne!(one.expose_secret(), other.expose_secret());
+        assert!(TokenSet::parse(Some(one.expose_secret()), None).is_ok());
+    }
+}

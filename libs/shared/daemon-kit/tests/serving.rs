@@ -1,0 +1,582 @@
+//! Serving and calling, over sockets of this machine.
+
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use axum::body::Body;
+use axum::routing::get;
+use axum::{Extension, Router};
+use bytes::Bytes;
+use daemon_kit::connections::{self as serve, ConnLimits, Counts, Peer, ServeOptions};
+use daemon_kit::tls::{ClientTls, OwnCertificate, ServerTls, Tls, TlsPaths, explain, is_refused};
+use futures::stream;
+use http_body_util::{BodyExt, Empty, Full};
+use hyper_util::client::legacy::{Client, connect::HttpConnector};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use test_certs::{TestCa, Validity};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+const SOON: Duration = Duration::from_secs(5);
+
+struct Rig {
+    addr: SocketAddr,
+    stop: CancellationToken,
+    counts: Arc<Counts>,
+    open_streams: Arc<AtomicUsize>,
+    server: JoinHandle<io::Result<()>>,
+}
+
+struct Open(Arc<AtomicUsize>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+async fn rig(limits: ConnLimits, tls: Option<Arc<ServerTls>>, grace: Duration) -> Rig {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let (stop, counts, open_streams) = (CancellationToken::new(), Arc::default(), Arc::default());
+    let open: Arc<AtomicUsize> = Arc::clone(&open_streams);
+    let app = Router::new()
+        .route("/fine", get(|| async { "fine" }))
+        .route("/peer", get(|Extension(peer): Extension<Arc<Peer>>| async move { format!("{peer:?}") }))
+        .route(
+            "/lines/{n}",
+            get(move |axum::extract::Path(n): axum::extract::Path<usize>| async move {
+                open.fetch_add(1, Ordering::SeqCst);
+                let lines = stream::unfold((n, Open(open)), |(left, open)| async move {
+                    if left == 0 {
+                        return None;
+                    }
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    Some((Ok::<_, Infallible>("line\n"), (left - 1, open)))
+                });
+                Body::from_stream(lines)
+            }),
+        );
+    let options = ServeOptions { tls, limits, counts: Arc::clone(&counts) };
+    let server = tokio::spawn(serve::run(listener, app, options, stop.clone(), grace));
+    Rig { addr, stop, counts, open_streams, server }
+}
+
+/// Certificates in a directory.
+struct Pki {
+    dir: tempfile::TempDir,
+}
+
+impl Pki {
+    fn new() -> Self {
+        Self { dir: tempfile::tempdir().unwrap() }
+    }
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+    fn write(&self, name: &str, pem: &test_certs::Pem) {
+        test_certs::write(self.dir.path(), name, pem).unwrap();
+    }
+    fn identity(&self, name: &str) -> Arc<OwnCertificate> {
+        let (cert, key) = (self.path(&format!("{name}.pem")), self.path(&format!("{name}-key.pem")));
+        Arc::new(OwnCertificate::load("ORCHESTRATORD", &cert, &key).unwrap())
+    }
+    fn server(&self, name: &str, client_ca: Option<&str>) -> Arc<ServerTls> {
+        let ca = client_ca.map(|ca| self.path(ca));
+        Arc::new(ServerTls::new("ORCHESTRATORD", self.identity(name), ca.as_deref()).unwrap())
+    }
+    fn client(&self, ca: &str, name: Option<&str>) -> ClientTls {
+        let identity = name.map(|name| self.identity(name));
+        ClientTls::new("POOL_MANAGERD", Some(&self.path(ca)), identity).unwrap()
+    }
+}
+
+fn reqwest_with(tls: &ClientTls) -> reqwest::Client {
+    tls.reqwest(reqwest::Client::builder().no_proxy().timeout(SOON)).build().unwrap()
+}
+
+async fn text(client: &reqwest::Client, url: String) -> Result<String, String> {
+    let ask = async { client.get(url).send().await?.text().await };
+    ask.await.map_err(|error: reqwest::Error| explain(&error.without_url()))
+}
+
+/// What the socket says until it is closed.
+async fn rest(socket: &mut TcpStream) -> String {
+    let mut all = Vec::new();
+    let mut piece = [0; 4096];
+    loop {
+        match timeout(SOON, socket.read(&mut piece)).await.expect("the socket stays open") {
+            Ok(0) | Err(_) => return String::from_utf8_lossy(&all).into_owned(),
+            Ok(n) => all.extend_from_slice(&piece[..n]),
+        }
+    }
+}
+
+async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < SOON, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+// CLOUD-1133
+#[tokio::test]
+async fn requests_over_tcp_and_tls_know_their_peer() {
+    let pki = Pki::new();
+    let hosts = ["127.0.0.1".to_owned()];
+    test_certs::write_cluster(pki.dir.path(), &["gpu-node-1".to_owned(), "GPU_node-2".to_owned()], &hosts)
+        .unwrap();
+    let plain = rig(ConnLimits::default(), None, SOON).await;
+    let anyone = pki.client("ca.pem", None);
+    let answer = text(&reqwest_with(&anyone), format!("http://{}/peer", plain.addr)).await.unwrap();
+    assert!(
+        answer.starts_with("Peer { addr: 127.0.0.1:") && answer.contains("certificate: None"),
+        "{answer}"
+    );
+
+    let tls = pki.server("orchestratord", Some("ca.pem"));
+    let server = rig(ConnLimits::default(), Some(tls), SOON).await;
+    let url = format!("https://{}/peer", server.addr);
+    let answer = text(&reqwest_with(&anyone), url.clone()).await.unwrap();
+    assert!(answer.contains("certificate: None"), "{answer}");
+    for node in ["gpu-node-1", "GPU_node-2"] {
+        let client = pki.client("ca.pem", Some(node));
+        let answer = text(&reqwest_with(&client), url.clone()).await.unwrap();
+        assert!(answer.contains(&format!("names: [\"{node}\"]")), "{answer}");
+        let hyper = Client::builder(TokioExecutor::new())
+            .build::<_, Full<Bytes>>(client.connector(HttpConnector::new(), SOON));
+        let response = hyper.get(url.parse().unwrap()).await.unwrap();
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        assert!(String::from_utf8_lossy(&body).contains(node));
+        let response = hyper.get(format!("http://{}/fine", plain.addr).parse().unwrap()).await.unwrap();
+        assert_eq!(response.status(), 200);
+    }
+}
+
+#[tokio::test]
+async fn http2_is_chosen_in_the_handshake_and_its_limits_hold() {
+    let pki = Pki::new();
+    test_certs::write_cluster(pki.dir.path(), &[], &["localhost".to_owned()]).unwrap();
+    let limits = ConnLimits { idle: Duration::from_millis(300), ..ConnLimits::default() };
+    let server = rig(limits, Some(pki.server("orchestratord", None)), SOON).await;
+    let mut config = pki.client("ca.pem", None).config().clone();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let socket = TcpStream::connect(server.addr).await.unwrap();
+    let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+    let socket = connector.connect("localhost".try_into().unwrap(), socket).await.unwrap();
+    assert_eq!(socket.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
+    let (mut send, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(socket)).await.unwrap();
+    let connection = tokio::spawn(connection);
+    let request = |path: &str, header: usize| {
+        hyper::Request::get(format!("https://localhost{path}"))
+            .header("x-long", "x".repeat(header))
+            .body(Empty::<Bytes>::new())
+            .unwrap()
+    };
+    let response = send.send_request(request("/fine", 10)).await.unwrap();
+    assert_eq!((response.status().as_u16(), response.version()), (200, hyper::Version::HTTP_2));
+    let response = send.send_request(request("/fine", 70_000)).await;
+    assert!(response.map_or(true, |response| response.status() == 431));
+    // Longer than the idle limit: a running request keeps the connection.
+    let response = send.send_request(request("/lines/40", 1)).await.unwrap();
+    assert_eq!(response.into_body().collect().await.unwrap().to_bytes().len(), 200);
+    // Idle: closed in good order.
+    timeout(SOON, connection).await.expect("it stays open").unwrap().unwrap();
+    assert_eq!(server.counts.idle.load(Ordering::Relaxed), 1);
+}
+
+// CLOUD-1133
+#[tokio::test]
+async fn a_new_certificate_serves_the_next_handshake_and_open_streams_go_on() {
+    let pki = Pki::new();
+    let (old, new) = (TestCa::new("old").unwrap(), TestCa::new("new").unwrap());
+    pki.write("old-ca", old.pem());
+    pki.write("new-ca", new.pem());
+    pki.write("own", &old.leaf(&["127.0.0.1"], Validity::Now).unwrap());
+    let identity = pki.identity("own");
+    let tls = Arc::new(ServerTls::new("ORCHESTRATORD", Arc::clone(&identity), None).unwrap());
+    let server = rig(ConnLimits::default(), Some(tls), SOON).await;
+    let stop = CancellationToken::new();
+    let following = tokio::spawn(identity.follow(stop.clone()));
+    let url = |path: &str| format!("https://{}{path}", server.addr);
+    // The clients keep no connections that would outlive the change.
+    let knows_old = pki.client("old-ca.pem", None);
+    let knows_new = pki.client("new-ca.pem", None);
+    let mut stream = reqwest_with(&knows_old).get(url("/lines/200")).send().await.unwrap();
+    assert_eq!(stream.chunk().await.unwrap().unwrap(), "line\n");
+
+    // Half of a pair changes nothing.
+    let renewed = new.leaf(&["127.0.0.1"], Validity::Now).unwrap();
+    std::fs::write(pki.path("own.pem"), &renewed.cert).unwrap();
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    assert_eq!(text(&reqwest_with(&knows_old), url("/fine")).await.unwrap(), "fine");
+    pki.write("own", &renewed);
+    let start = Instant::now();
+    while text(&reqwest_with(&knows_new), url("/fine")).await.is_err() {
+        assert!(start.elapsed() < SOON, "the new certificate is not taken");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let reason = text(&reqwest_with(&knows_old), url("/fine")).await.unwrap_err();
+    assert!(reason.contains("a CA that is not trusted here"), "{reason}");
+    let mut lines = 1;
+    while stream.chunk().await.unwrap().is_some() {
+        lines += 1;
+    }
+    assert_eq!(lines, 200);
+    stop.cancel();
+    following.await.unwrap();
+}
+
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+// CLOUD-1133
+#[tokio::test]
+async fn each_failed_handshake_says_why_on_both_sides() {
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+    let _logs = tracing::subscriber::set_default(subscriber);
+    let pki = Pki::new();
+    let (ca, other) = (TestCa::new("ours").unwrap(), TestCa::new("another").unwrap());
+    pki.write("ca", ca.pem());
+    pki.write("other-ca", other.pem());
+    pki.write("good", &ca.leaf(&["orchestratord", "127.0.0.1"], Validity::Now).unwrap());
+    pki.write("expired", &ca.leaf(&["orchestratord", "127.0.0.1"], Validity::Expired).unwrap());
+    pki.write("early", &ca.leaf(&["orchestratord", "127.0.0.1"], Validity::NotYet).unwrap());
+    pki.write("named", &ca.leaf(&["orchestratord", "10.9.9.9"], Validity::Now).unwrap());
+    pki.write("strange", &other.leaf(&["orchestratord", "127.0.0.1"], Validity::Now).unwrap());
+    // Server's certificate, client's certificate, what the client says, what the server says.
+    let cases = [
+        ("expired", None, "its certificate has expired", "our certificate has expired or is not valid yet"),
+        (
+            "early",
+            None,
+            "its certificate is not valid yet",
+            "our certificate has expired or is not valid yet",
+        ),
+        ("named", None, "its certificate is for another name", "most likely because of its names"),
+        ("strange", None, "from a CA that is not trusted here", "does not trust the CA of our certificate"),
+        ("good", Some("expired"), "our certificate has expired or is not valid yet", "has expired"),
+        (
+            "good",
+            Some("strange"),
+            "does not trust the CA of our certificate",
+            "a CA that is not trusted here",
+        ),
+    ];
+    for (shown, shown_by_client, client_says, server_says) in cases {
+        let server = rig(ConnLimits::default(), Some(pki.server(shown, Some("ca.pem"))), SOON).await;
+        let client = pki.client("ca.pem", shown_by_client);
+        let url = format!("https://{}/fine", server.addr);
+        let http = client.reqwest(reqwest::Client::builder().no_proxy()).build().unwrap();
+        let error = http.get(&url).send().await.unwrap_err();
+        assert!(explain(&error).contains(client_says), "{}", explain(&error));
+        assert_eq!(is_refused(&error), shown_by_client.is_some());
+        let hyper = Client::builder(TokioExecutor::new())
+            .build::<_, Full<Bytes>>(client.connector(HttpConnector::new(), SOON));
+        let error = hyper.get(url.parse().unwrap()).await.unwrap_err();
+        assert_eq!(
+            (is_refused(&error), error.is_connect()),
+            (shown_by_client.is_some(), shown_by_client.is_none())
+        );
+        until("both failures are counted", || server.counts.failed_handshakes.load(Ordering::Relaxed) == 2)
+            .await;
+        let said = String::from_utf8(std::mem::take(&mut *log.0.lock().unwrap())).unwrap();
+        assert_eq!(said.lines().count(), 1, "one line a second: {said}");
+        assert!(
+            said.contains(server_says) && said.contains("WARN") && said.contains("peer=127.0.0.1:"),
+            "{said}"
+        );
+    }
+    // HTTP where TLS is spoken, and the other way round.
+    let server = rig(ConnLimits::default(), Some(pki.server("good", None)), SOON).await;
+    let plain = pki.client("ca.pem", None);
+    let _ = text(&reqwest_with(&plain), format!("http://{}/fine", server.addr)).await;
+    until("it is counted", || server.counts.failed_handshakes.load(Ordering::Relaxed) == 1).await;
+    let said = String::from_utf8(std::mem::take(&mut *log.0.lock().unwrap())).unwrap();
+    assert!(said.contains("it does not speak TLS"), "{said}");
+    let server = rig(ConnLimits::default(), None, SOON).await;
+    let reason = text(&reqwest_with(&plain), format!("https://{}/fine", server.addr)).await.unwrap_err();
+    assert!(reason.contains("it does not speak TLS"), "{reason}");
+}
+
+#[tokio::test]
+async fn a_refused_client_hears_why_even_when_it_has_sent_a_long_request() {
+    let pki = Pki::new();
+    test_certs::write_cluster(pki.dir.path(), &[], &["127.0.0.1".to_owned()]).unwrap();
+    pki.write("strange", &TestCa::new("another").unwrap().leaf(&["gpu-node-1"], Validity::Now).unwrap());
+    let server = rig(ConnLimits::default(), Some(pki.server("orchestratord", Some("ca.pem"))), SOON).await;
+    let client = reqwest_with(&pki.client("ca.pem", Some("strange")));
+    for _ in 0..40 {
+        let call = client.post(format!("https://{}/fine", server.addr)).body(vec![b'x'; 1 << 20]);
+        let error = call.send().await.unwrap_err();
+        assert!(is_refused(&error), "{}", explain(&error));
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_never_shakes_hands_is_given_up_in_time() {
+    let pki = Pki::new();
+    test_certs::write_cluster(pki.dir.path(), &[], &["127.0.0.1".to_owned()]).unwrap();
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let client = pki.client("ca.pem", None);
+    let hyper = Client::builder(TokioExecutor::new())
+        .build::<_, Full<Bytes>>(client.connector(HttpConnector::new(), Duration::from_millis(200)));
+    let url = format!("https://{}/", silent.local_addr().unwrap()).parse().unwrap();
+    let error = timeout(SOON, hyper.get(url)).await.unwrap().unwrap_err();
+    assert!(error.is_connect() && explain(&error).contains("did not finish in time"), "{}", explain(&error));
+
+    let limits = ConnLimits { handshake: Duration::from_millis(200), ..ConnLimits::default() };
+    let server = rig(limits, Some(pki.server("orchestratord", None)), SOON).await;
+    let mut socket = TcpStream::connect(server.addr).await.unwrap();
+    assert_eq!(rest(&mut socket).await, "");
+    assert_eq!(server.counts.failed_handshakes.load(Ordering::Relaxed), 1);
+}
+
+// CLOUD-1130
+#[tokio::test]
+async fn slow_heads_are_closed_in_time_while_others_are_served() {
+    let limits = ConnLimits { head: Duration::from_millis(600), ..ConnLimits::default() };
+    let server = rig(limits, None, SOON).await;
+    let start = Instant::now();
+    let mut slow = Vec::new();
+    for number in 0..200 {
+        let addr = server.addr;
+        slow.push(tokio::spawn(async move {
+            let mut socket = TcpStream::connect(addr).await.unwrap();
+            let begin: &[u8] = match number % 4 {
+                0 => b"",
+                1 => b"GET /fine HTTP/1.1\r\nHost: x\r\nx-a: ",
+                2 => b"PRI * HTTP/2.0\r\n",
+                _ => b"GET /fine HTTP/1.1\r\nHost: x\r\n\r\nGET /fi",
+            };
+            socket.write_all(begin).await.unwrap();
+            let (mut reading, mut writing) = socket.into_split();
+            let trickle = async {
+                // Never enough, until the peer has had enough.
+                while number % 4 != 0 && writing.write_all(b"a").await.is_ok() {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+                std::future::pending::<()>().await;
+            };
+            let gone = async {
+                let mut piece = [0; 1024];
+                while reading.read(&mut piece).await.is_ok_and(|n| n > 0) {}
+            };
+            tokio::select! { () = gone => {}, () = trickle => {} }
+        }));
+    }
+    let client = reqwest::Client::builder().no_proxy();
+    let pki = Pki::new();
+    test_certs::write_cluster(pki.dir.path(), &[], &[]).unwrap();
+    let client = pki.client("ca.pem", None).reqwest(client).build().unwrap();
+    let mut served = 0;
+    while slow.iter().any(|task| !task.is_finished()) {
+        assert_eq!(text(&client, format!("http://{}/fine", server.addr)).await.unwrap(), "fine");
+        served += 1;
+        assert!(
+            start.elapsed() < SOON,
+            "{} are still open",
+            slow.iter().filter(|t| !t.is_finished()).count()
+        );
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    // A wrong HTTP/2 preface is a broken connection before it is slow.
+    assert!(start.elapsed() >= Duration::from_millis(600) && served > 10);
+}
+
+// CLOUD-1130
+#[tokio::test]
+async fn an_idle_connection_outlives_the_limit_of_heads_and_not_its_own() {
+    let limits = ConnLimits {
+        head: Duration::from_millis(300),
+        idle: Duration::from_millis(900),
+        ..ConnLimits::default()
+    };
+    let server = rig(limits, None, SOON).await;
+    let mut socket = TcpStream::connect(server.addr).await.unwrap();
+    let ask = b"GET /fine HTTP/1.1\r\nHost: x\r\n\r\n";
+    let mut piece = [0; 4096];
+    for _ in 0..3 {
+        socket.write_all(ask).await.unwrap();
+        assert!(socket.read(&mut piece).await.unwrap() > 0);
+        tokio::time::sleep(Duration::from_millis(600)).await;
+    }
+    let start = Instant::now();
+    assert_eq!(rest(&mut socket).await, "");
+    assert!(start.elapsed() < Duration::from_millis(800), "{:?}", start.elapsed());
+    assert_eq!(server.counts.idle.load(Ordering::Relaxed), 1);
+}
+
+// CLOUD-1130
+#[tokio::test]
+async fn too_long_a_head_is_answered_with_431() {
+    let server = rig(ConnLimits::default(), None, SOON).await;
+    for head in [
+        format!("GET /fine HTTP/1.1\r\nHost: x\r\nx-long: {}\r\n\r\n", "x".repeat(66_000)),
+        format!("GET /fine HTTP/1.1\r\nHost: x\r\n{}\r\n", "x-many: 1\r\n".repeat(120)),
+        format!("GET /{} HTTP/1.1\r\nHost: x\r\n\r\n", "x".repeat(65_535)),
+    ] {
+        let mut socket = TcpStream::connect(server.addr).await.unwrap();
+        // It may be refused before all is written.
+        let _ = socket.write_all(head.as_bytes()).await;
+        let answer = rest(&mut socket).await;
+        assert!(answer.starts_with("HTTP/1.1 431"), "{answer}");
+    }
+    let mut socket = TcpStream::connect(server.addr).await.unwrap();
+    let head =
+        format!("GET /fine HTTP/1.1\r\nConnection: close\r\nHost: x\r\nx: {}\r\n\r\n", "x".repeat(60_000));
+    socket.write_all(head.as_bytes()).await.unwrap();
+    assert!(rest(&mut socket).await.starts_with("HTTP/1.1 200"));
+}
+
+// CLOUD-1131
+#[tokio::test]
+async fn one_connection_too_many_is_closed_and_counted() {
+    let server = rig(ConnLimits { connections: 3, ..ConnLimits::default() }, None, SOON).await;
+    let ask = b"GET /fine HTTP/1.1\r\nHost: x\r\n\r\n";
+    let mut held = Vec::new();
+    let mut piece = [0; 4096];
+    for _ in 0..3 {
+        let mut socket = TcpStream::connect(server.addr).await.unwrap();
+        socket.write_all(ask).await.unwrap();
+        assert!(socket.read(&mut piece).await.unwrap() > 0);
+        held.push(socket);
+    }
+    let mut fourth = TcpStream::connect(server.addr).await.unwrap();
+    assert_eq!(rest(&mut fourth).await, "");
+    assert_eq!(server.counts.over_limit.load(Ordering::Relaxed), 1);
+    drop(held.pop());
+    let start = Instant::now();
+    loop {
+        let mut socket = TcpStream::connect(server.addr).await.unwrap();
+        let _ = socket.write_all(ask).await;
+        if matches!(socket.read(&mut piece).await, Ok(n) if n > 0) {
+            break;
+        }
+        assert!(start.elapsed() < SOON);
+    }
+}
+
+// CLOUD-1132
+#[tokio::test]
+async fn at_the_stop_idle_connections_close_and_streams_finish() {
+    let server = rig(ConnLimits::default(), None, SOON).await;
+    let mut idle = TcpStream::connect(server.addr).await.unwrap();
+    idle.write_all(b"GET /fine HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    let mut piece = [0; 4096];
+    assert!(idle.read(&mut piece).await.unwrap() > 0);
+    let mut fresh = TcpStream::connect(server.addr).await.unwrap();
+    let mut streaming = TcpStream::connect(server.addr).await.unwrap();
+    streaming.write_all(b"GET /lines/50 HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    assert!(streaming.read(&mut piece).await.unwrap() > 0);
+    let start = Instant::now();
+    server.stop.cancel();
+    assert_eq!((rest(&mut idle).await, rest(&mut fresh).await), (String::new(), String::new()));
+    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
+    assert!(rest(&mut streaming).await.ends_with("0\r\n\r\n"));
+    timeout(SOON, server.server).await.unwrap().unwrap().unwrap();
+    assert!(TcpStream::connect(server.addr).await.is_err());
+}
+
+// CLOUD-1132
+#[tokio::test]
+async fn when_the_grace_is_over_every_request_is_cut_off_and_awaited() {
+    let grace = Duration::from_millis(300);
+    let server = rig(ConnLimits::default(), None, grace).await;
+    let mut first = TcpStream::connect(server.addr).await.unwrap();
+    first.write_all(b"GET /lines/100000 HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    // On HTTP/2 hyper runs a request apart from its connection.
+    let socket = TcpStream::connect(server.addr).await.unwrap();
+    let (mut send, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(socket)).await.unwrap();
+    let connection = tokio::spawn(connection);
+    let request = hyper::Request::get("http://x/lines/100000").body(Empty::<Bytes>::new()).unwrap();
+    let response = send.send_request(request).await.unwrap();
+    until("both streams run", || server.open_streams.load(Ordering::SeqCst) == 2).await;
+    let start = Instant::now();
+    server.stop.cancel();
+    timeout(SOON, server.server).await.unwrap().unwrap().unwrap();
+    assert!(start.elapsed() >= grace && start.elapsed() < grace * 4, "{:?}", start.elapsed());
+    assert_eq!(server.open_streams.load(Ordering::SeqCst), 0);
+    assert!(!rest(&mut first).await.ends_with("0\r\n\r\n"));
+    assert!(response.into_body().collect().await.is_err());
+    let _ = connection.await;
+}
+
+fn load(paths: &TlsPaths) -> String {
+    let error = Tls::load("ORCHESTRATORD", paths).unwrap_err();
+    let causes = std::iter::successors(std::error::Error::source(&error), |cause| (*cause).source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
+// CLOUD-1134
+#[test]
+fn each_wrong_file_names_its_variable_and_itself() {
+    let pki = Pki::new();
+    let ca = TestCa::new("ours").unwrap();
+    pki.write("ca", ca.pem());
+    pki.write("a", &ca.leaf(&["a"], Validity::Now).unwrap());
+    pki.write("b", &ca.leaf(&["b"], Validity::Now).unwrap());
+    std::fs::write(pki.path("empty"), "").unwrap();
+    std::fs::write(pki.path("cut"), "-----BEGIN CERTIFICATE-----\nMIIB\n").unwrap();
+    std::fs::write(pki.path("noise"), "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n")
+        .unwrap();
+    let paths = |cert: &str, key: &str| TlsPaths {
+        cert: Some(pki.path(cert)),
+        key: Some(pki.path(key)),
+        ..TlsPaths::default()
+    };
+    for (cert, key, says) in [
+        ("none", "a-key.pem", "ORCHESTRATORD_TLS_CERT: {}/none cannot be read: No such file"),
+        ("empty", "a-key.pem", "ORCHESTRATORD_TLS_CERT: {}/empty holds no certificate"),
+        ("a-key.pem", "a-key.pem", "ORCHESTRATORD_TLS_CERT: {}/a-key.pem holds no certificate"),
+        ("cut", "a-key.pem", "ORCHESTRATORD_TLS_CERT: {}/cut is no PEM file"),
+        ("noise", "a-key.pem", "ORCHESTRATORD_TLS_CERT: {}/noise holds a certificate that cannot be used"),
+        ("a.pem", "a.pem", "ORCHESTRATORD_TLS_KEY: {}/a.pem holds no private key"),
+        ("a.pem", "b-key.pem", "ORCHESTRATORD_TLS_KEY: {}/b-key.pem holds the key of another certificate"),
+    ] {
+        let says = says.replace("{}", &pki.dir.path().display().to_string());
+        let said = load(&paths(cert, key));
+        assert!(said.starts_with(&says), "{said}");
+    }
+    let good = paths("a.pem", "a-key.pem");
+    assert!(load(&TlsPaths { key: None, ..good.clone() }).starts_with("ORCHESTRATORD_TLS_KEY: required"));
+    assert!(
+        load(&TlsPaths { ca: Some(pki.path("empty")), ..good.clone() }).starts_with("ORCHESTRATORD_TLS_CA: ")
+    );
+    let client_ca = TlsPaths { client_ca: Some(pki.path("ca.pem")), ..TlsPaths::default() };
+    assert!(load(&client_ca).starts_with("ORCHESTRATORD_TLS_CERT: required"));
+    let all = TlsPaths { ca: Some(pki.path("ca.pem")), client_ca: Some(pki.path("ca.pem")), ..good };
+    let tls = Tls::load("ORCHESTRATORD", &all).unwrap();
+    let refused = test_certs::write_cluster(pki.dir.path(), &["node.2".to_owned()], &[]).unwrap_err();
+    assert!(refused.to_string().contains("node.2"));
+    assert!(tls.server.is_some() && !format!("{tls:?}").contains("PRIVATE"));
+    assert_eq!(mode(&pki.path("a-key.pem")), 0o600);
+}
+
+fn mode(path: &Path) -> u32 {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::metadata(path).unwrap().permissions().mode() & 0o777
+}

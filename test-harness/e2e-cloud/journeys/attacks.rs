@@ -1,0 +1,203 @@
+//! What strangers can do to a daemon's listener, and what right requests feel of it.
+
+#![expect(clippy::print_stdout, reason = "the figures of a run are part of its result")]
+
+use std::time::{Duration, Instant};
+
+use e2e_cloud::{Client, Cluster, Options};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+/// Resident memory that a daemon may have under attack, MiB.
+const MOST_MIB: u64 = 150;
+
+fn resident_mib(pid: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process lives");
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("proc(5)");
+    line.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).expect("a number") / 1024
+}
+
+/// Right requests all the while: how many, how slow, and how large the daemon became.
+struct Watch {
+    took: Vec<Duration>,
+    most_mib: u64,
+}
+
+impl Watch {
+    fn p99(&self) -> Duration {
+        self.took[self.took.len() * 99 / 100]
+    }
+}
+
+/// Asks `path` while the attack runs; each answer must be a good one.
+async fn right_requests_during<A>(
+    client: &Client,
+    path: &str,
+    pid: u32,
+    attack: impl Future<Output = A>,
+) -> (A, Watch) {
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let (client, path) = (client.clone(), path.to_owned());
+    let asking = tokio::spawn(async move {
+        let mut watch = Watch { took: Vec::new(), most_mib: 0 };
+        tokio::pin!(stopped);
+        loop {
+            let start = Instant::now();
+            let answer = client.get(&path).await.expect("a right request is answered");
+            assert_eq!(answer.status(), 200);
+            watch.took.push(start.elapsed());
+            watch.most_mib = watch.most_mib.max(resident_mib(pid));
+            tokio::select! {
+                _ = &mut stopped => break,
+                () = tokio::time::sleep(Duration::from_millis(20)) => {}
+            }
+        }
+        watch.took.sort_unstable();
+        watch
+    });
+    let outcome = attack.await;
+    // It may have ended by an assertion, which its handle says.
+    let _ = stop.send(());
+    (outcome, asking.await.expect("right requests are answered"))
+}
+
+/// 2,000 connections that send a byte now and then. Returns how many were closed by the daemon.
+async fn slow_loris(port: u16) -> usize {
+    let mut running = tokio::task::JoinSet::new();
+    for n in 0..2_000_u64 {
+        running.spawn(async move {
+            let Ok(mut socket) = TcpStream::connect(("127.0.0.1", port)).await else { return true };
+            let start = b"GET /v2/nodes HTTP/1.1\r\nHost: localhost\r\nX-Slow: ";
+            if socket.write_all(start).await.is_err() {
+                return true;
+            }
+            for _ in 0..28 {
+                tokio::time::sleep(Duration::from_millis(500 + n % 100)).await;
+                if socket.write_all(b"a").await.is_err() {
+                    return true;
+                }
+                let mut byte = [0];
+                let read = tokio::time::timeout(Duration::from_millis(1), socket.read(&mut byte)).await;
+                if matches!(read, Ok(Ok(0) | Err(_))) {
+                    return true;
+                }
+            }
+            false
+        });
+    }
+    running.join_all().await.into_iter().filter(|closed| *closed).count()
+}
+
+/// Requests whose headers have 10 MB each. Returns the statuses; 0 where the connection was cut.
+async fn huge_headers(port: u16) -> Vec<u16> {
+    let mut running = tokio::task::JoinSet::new();
+    for _ in 0..50 {
+        running.spawn(async move {
+            let mut socket = TcpStream::connect(("127.0.0.1", port)).await.expect("it listens");
+            // The daemon stops reading and closes: both are fine for the rest.
+            let _ = socket.write_all(b"GET /v2/nodes HTTP/1.1\r\nHost: localhost\r\nX-Large: ").await;
+            let piece = vec![b'a'; 64 * 1024];
+            for _ in 0..160 {
+                if socket.write_all(&piece).await.is_err() {
+                    break;
+                }
+            }
+            status(&mut socket).await
+        });
+    }
+    running.join_all().await
+}
+
+/// Bodies that announce 1 GB and send until they are refused. Returns the statuses and the most
+/// bytes that one of them could send.
+async fn huge_bodies(port: u16, token: &str) -> (Vec<u16>, usize) {
+    let mut running = tokio::task::JoinSet::new();
+    for _ in 0..8 {
+        let head = format!(
+            "POST /v2/tasks HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\nContent-Length: 1073741824\r\n\r\n"
+        );
+        running.spawn(async move {
+            let mut socket = TcpStream::connect(("127.0.0.1", port)).await.expect("it listens");
+            socket.write_all(head.as_bytes()).await.expect("the head is read");
+            let (piece, mut sent) = (vec![b'a'; 64 * 1024], 0);
+            while sent < 1024 * 1024 * 1024 && socket.write_all(&piece).await.is_ok() {
+                sent += piece.len();
+            }
+            (status(&mut socket).await, sent)
+        });
+    }
+    let (statuses, sent): (Vec<u16>, Vec<usize>) = running.join_all().await.into_iter().unzip();
+    (statuses, sent.into_iter().max().unwrap_or(0))
+}
+
+async fn status(socket: &mut TcpStream) -> u16 {
+    let mut head = [0; 12];
+    let read = tokio::time::timeout(Duration::from_secs(20), socket.read_exact(&mut head)).await;
+    match read {
+        Ok(Ok(_)) => std::str::from_utf8(&head[9..]).ok().and_then(|text| text.parse().ok()).unwrap_or(0),
+        Ok(Err(_)) => 0,
+        Err(_) => panic!("the daemon neither answers nor closes"),
+    }
+}
+
+/// 10,000 wrong tokens, 200 at a time. Returns how long it took.
+async fn wrong_tokens(base: &str) -> Duration {
+    let start = Instant::now();
+    let mut running = tokio::task::JoinSet::new();
+    for guesser in 0..200 {
+        let client = Client::new(base, Some(&format!("test-token-guess-{guesser}")));
+        running.spawn(async move {
+            for _ in 0..50 {
+                let answer = client.get("/v2/nodes").await.expect("a wrong token is answered");
+                assert_eq!(answer.status(), 401);
+            }
+        });
+    }
+    running.join_all().await;
+    start.elapsed()
+}
+
+// CLOUD-2510
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_do_not_keep_a_daemon_from_answering_nor_fill_its_memory() {
+    // Both ends of all connections are files, those of this process among them.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    let cluster = Cluster::start(Options { nodes: 1, ..Options::default() }).await;
+    let control =
+        (cluster.client.clone(), cluster.port, cluster.control.as_ref().unwrap().pid(), "/v2/nodes");
+    let daemon = cluster.nodes[0].daemon.as_ref().unwrap().pid();
+    let node = (cluster.node_client(0), cluster.nodes[0].port, daemon, "/v2/pools");
+    for (name, (client, port, pid, path)) in [("orchestratord", control), ("pool-managerd", node)] {
+        let say = |what: &str, watch: &Watch| {
+            println!(
+                "{name}, {what}: {} right requests, p99 {} ms, at most {} MiB resident",
+                watch.took.len(),
+                watch.p99().as_millis(),
+                watch.most_mib
+            );
+            assert!(watch.most_mib < MOST_MIB, "{name}, {what}: {} MiB", watch.most_mib);
+        };
+        let (closed, watch) = right_requests_during(&client, path, pid, slow_loris(port)).await;
+        say("2,000 slow connections", &watch);
+        assert_eq!(closed, 2_000, "each was closed in its time");
+        let (statuses, watch) = right_requests_during(&client, path, pid, huge_headers(port)).await;
+        say("50 headers of 10 MB", &watch);
+        assert!(statuses.iter().all(|status| [0, 431].contains(status)), "{statuses:?}");
+        let token = client.token.clone().unwrap();
+        let (outcome, watch) = right_requests_during(&client, path, pid, huge_bodies(port, &token)).await;
+        say("8 bodies of 1 GB", &watch);
+        let (statuses, most) = outcome;
+        assert!(statuses.iter().all(|status| [0, 404, 413].contains(status)), "{statuses:?}");
+        assert!(most < 64 * 1024 * 1024, "{most} bytes were taken of one body");
+        let (took, watch) = right_requests_during(&client, path, pid, wrong_tokens(&client.base)).await;
+        say(&format!("10,000 wrong tokens in {} s", took.as_secs()), &watch);
+    }
+    let metrics = cluster.client.get("/metrics").await.unwrap().text().await.unwrap();
+    assert!(metrics.contains("llorch_refused_calls_total{code=\"BAD_TOKEN\"} 10000"), "{metrics}");
+    assert!(metrics.contains("llorch_closed_connections_total{why=\"slow\"} 2000"), "{metrics}");
+    let transcript = cluster.client.run(cluster.task(4)).await;
+    transcript.check();
+    assert!(transcript.completed());
+}
