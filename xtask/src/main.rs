@@ -5,6 +5,7 @@
 mod certs;
 mod contracts;
 mod engine;
+mod fuzz;
 mod schema;
 mod steps;
 mod tidy;
@@ -54,6 +55,8 @@ enum Chore {
     },
     /// Make certificates for trying TLS out: a CA, the control plane's and each node's.
     Certs(certs::Options),
+    /// Feed the parsers hostile inputs: needs a C++ compiler.
+    Fuzz(fuzz::Options),
     /// Fetch the real engine into the cache.
     Engine,
 }
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
         Chore::Tidy => tidy::run(),
         Chore::Sim { rest } => sim(&rest),
         Chore::Bench { rest } => bench(&rest),
+        Chore::Fuzz(options) => fuzz::run(&options),
         Chore::Certs(options) => certs::run(&options),
         Chore::Engine => engine::python().map(|_| ()),
     };

@@ -61,7 +61,7 @@ pub(crate) fn output(command: &mut Command, remedy: &str) -> Result<String, Fail
 
 /// `cargo run` tells us about this package in variables that some build scripts watch: passed on,
 /// they would build the same crates anew at every change between cargo and `cargo xtask`.
-fn forget_outer_cargo(command: &mut Command) {
+pub(crate) fn forget_outer_cargo(command: &mut Command) {
     for (name, _) in std::env::vars_os() {
         let text = name.to_string_lossy();
         if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {

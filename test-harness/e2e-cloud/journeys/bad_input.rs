@@ -39,6 +39,13 @@ async fn each_bad_request_is_refused_by_code_and_name() {
         (submit("{"), 400, "INVALID_PARAMS", "EOF"),
         (submit(""), 400, "INVALID_PARAMS", "EOF"),
         (submit("[]"), 400, "INVALID_PARAMS", "expected"),
+        (submit(r#"["m"]"#), 400, "INVALID_PARAMS", "expected an object"),
+        (
+            (Method::POST, "/v2/artifacts".into(), "[".repeat(200) + &"]".repeat(200)),
+            400,
+            "INVALID_PARAMS",
+            "recursion limit",
+        ),
         (submit("{} {}"), 400, "INVALID_PARAMS", "model_ref"),
         (submit(r#"{"model_ref":"m","prompt":"x"} x"#), 400, "INVALID_PARAMS", "follows"),
         (submit(r#"{"model_ref":"m","prompt":"x","max_token":1}"#), 400, "INVALID_PARAMS", "max_token"),

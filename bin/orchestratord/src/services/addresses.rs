@@ -70,6 +70,9 @@ impl NodeAddresses {
         }
         let host = authority.host().trim_matches(['[', ']']).to_ascii_lowercase();
         let ip = host.parse::<IpAddr>().ok().map(|ip| ip.to_canonical());
+        if authority.host().starts_with('[') && ip.is_none() {
+            return Err(form());
+        }
         if ip.is_some_and(is_never_a_node) || (ip.is_none() && host.contains("metadata")) {
             return Err(format!("{host} is no address of a node"));
         }
@@ -139,6 +142,7 @@ mod tests {
             "http://100.100.100.200",
             "http://[fd00:ec2::254]",
             "http://gpu 1",
+            "http://[gpu-1]:9200",
         ] {
             assert!(any.check(bad).is_err(), "{bad}");
         }

@@ -55,11 +55,10 @@ impl Handoff {
         HandoffName { pool_id: self.pool_id.clone(), replica_id: self.replica_id.clone() }
     }
 
-    /// The model names that the file gives, if it gives any.
+    /// The model names that the file gives, each once, if it gives any.
     pub fn model_names(&self) -> Vec<ModelRef> {
-        let mut names: Vec<ModelRef> = self.model_ref.iter().chain(&self.models).cloned().collect();
-        names.dedup();
-        names
+        let mut seen = BTreeSet::new();
+        self.model_ref.iter().chain(&self.models).filter(|name| seen.insert(*name)).cloned().collect()
     }
 }
 
@@ -108,6 +107,10 @@ impl EngineHosts {
 
 /// Reads a file's content. `stem` is its name without `.json`.
 pub fn parse(stem: &str, content: &[u8], hosts: &EngineHosts) -> Result<Handoff, Fault> {
+    // A struct may also be read from an array, by the order of its fields: that is no contract.
+    if !content.trim_ascii_start().starts_with(b"{") {
+        return Err(Fault::Malformed("must be a JSON object".into()));
+    }
     let mut handoff: Handoff =
         serde_json::from_slice(content).map_err(|error| Fault::Malformed(error.to_string()))?;
     let expected = handoff.name().to_string();
@@ -143,7 +146,9 @@ fn check_url(url: &str, hosts: &EngineHosts) -> Result<(), Fault> {
         Some((host, port)) if !port.contains(']') => (host, Some(port)),
         _ => (authority, None),
     };
-    if port.is_some_and(|port| !port.parse::<u16>().is_ok_and(|p| p > 0)) {
+    let is_port =
+        |text: &str| text.bytes().all(|b| b.is_ascii_digit()) && text.parse::<u16>().is_ok_and(|p| p > 0);
+    if port.is_some_and(|port| !is_port(port)) {
         return fault("its port must be between 1 and 65535");
     }
     if !hosts.allows(host) {
@@ -172,6 +177,9 @@ mod tests {
         let handoff = read("pool-0-r0", &file("http://127.0.0.1:8081/", r#","started_by":"me""#)).unwrap();
         assert_eq!(handoff.url, "http://127.0.0.1:8081");
         assert_eq!((handoff.slots, handoff.model_names().len()), (None, 0));
+        let more = r#","model_ref":"a","models":["b","a"]"#;
+        let handoff = read("pool-0-r0", &file("http://127.0.0.1:8081", more)).unwrap();
+        assert_eq!(format!("{:?}", handoff.model_names()), "[a, b]");
     }
 
     // CLOUD-2002
@@ -180,6 +188,8 @@ mod tests {
         let url = "http://127.0.0.1:8081";
         assert!(matches!(read("pool-0-r0", "{\"pool_id\":"), Err(Fault::Malformed(_))));
         assert!(matches!(read("pool-0-r0", "[]"), Err(Fault::Malformed(_))));
+        let by_order = r#"["pool-0","r0","vllm",null,"http://localhost",null,1,2,null,[],3]"#;
+        assert!(matches!(read("pool-0-r0", by_order), Err(Fault::Malformed(_))));
         assert!(matches!(read("pool-0-r1", &file(url, "")), Err(Fault::WronglyNamed { .. })));
         assert_eq!(read("pool-0-r0", &file(url, r#","slots":0"#)), Err(Fault::Slots));
         assert!(matches!(read("pool-0-r0", &file(url, r#","slots":-1"#)), Err(Fault::Malformed(_))));
@@ -190,6 +200,7 @@ mod tests {
             "http://10.0.0.1:80",
             "http://me:pw@127.0.0.1:80",
             "http://127.0.0.1:0",
+            "http://127.0.0.1:+80",
             "http://127.0.0.1:99999",
             "http://127.0.0.1:80/?x=1",
             "http://127.0.0.1.evil.example:80",

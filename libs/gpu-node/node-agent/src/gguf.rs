@@ -269,15 +269,15 @@ impl GgufHeader {
     }
 
     /// Bytes of the cache for so many tokens, keys and values in 16 bits:
-    /// layers × tokens × heads of keys and values × (length of a key + of a value) × 2.
+    /// layers × tokens × heads of keys and values × (length of a key + of a value) × 2. Absent where
+    /// the header does not say; what is more than a number holds is the largest number, not nothing.
     pub fn kv_cache_bytes(&self, tokens: u64) -> Option<u64> {
         let heads = self.head_count_kv.or(self.head_count)?;
         let of_head = || self.embedding_length?.checked_div(self.head_count?);
         let key = self.key_length.or_else(of_head)?;
         let value = self.value_length.or_else(of_head)?;
-        let of_token =
-            self.block_count?.checked_mul(heads)?.checked_mul(key.checked_add(value)?)?.checked_mul(2)?;
-        of_token.checked_mul(tokens)
+        let of_layer = heads.saturating_mul(key.saturating_add(value)).saturating_mul(2);
+        Some(self.block_count?.saturating_mul(of_layer).saturating_mul(tokens))
     }
 }
 
@@ -343,6 +343,8 @@ mod tests {
         // 4 layers × 2 heads × (8 + 8) × 2 bytes, for each of 10 tokens.
         assert_eq!(header.kv_cache_bytes(10), Some(4 * 2 * 16 * 2 * 10));
         assert_eq!(estimate_bytes(1_000, &header, 0), 1_000 + OVERHEAD_LEAST);
+        let absurd = GgufHeader { block_count: Some(u64::MAX), ..header };
+        assert_eq!(estimate_bytes(1_000, &absurd, 10), u64::MAX);
     }
 
     // CLOUD-2461

@@ -86,11 +86,11 @@ fn add_headers(status: &str, all: &mut Map<String, Value>) {
 
 /// A parameter that is absent is absent; the word `null` is a text.
 fn not_null(parameter: &mut Value) {
-    if let Some(kinds) = parameter["schema"]["type"].as_array_mut() {
-        kinds.retain(|kind| kind != "null");
-        if let [only] = kinds.as_slice() {
-            parameter["schema"]["type"] = only.clone();
-        }
+    let Some(kind) = parameter.pointer_mut("/schema/type") else { return };
+    let Some(kinds) = kind.as_array_mut() else { return };
+    kinds.retain(|kind| kind != "null");
+    if let [only] = kinds.as_slice() {
+        *kind = only.clone();
     }
 }
 

@@ -114,7 +114,7 @@ impl<S: Send + Sync> FromRequestParts<S> for OwnNode {
     }
 }
 
-/// Parses JSON; the error names the place in it.
+/// Parses a JSON object; the error names the place in it.
 pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     // A list would be taken for the fields in the order in which we happen to write them.
     if bytes.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[') {

@@ -35,7 +35,11 @@ pub struct RegisterRequest {
     pub node_id: NodeId,
     pub machine_id: MachineId,
     pub boot_id: BootId,
-    /// Where the control plane reaches the node: `http://host:port`.
+    /// Where the control plane reaches the node: `http://host:port` or `https://host:port`. The
+    /// pattern leaves addresses of IPv6, in brackets, to the check.
+    #[schema(
+        pattern = "^https?://[A-Za-z0-9]([A-Za-z0-9_-]{0,30}[A-Za-z0-9])?([.][A-Za-z0-9]([A-Za-z0-9_-]{0,30}[A-Za-z0-9])?){0,3}(:[1-9][0-9]{0,3})?$"
+    )]
     pub address: String,
     pub version: String,
     #[serde(default)]

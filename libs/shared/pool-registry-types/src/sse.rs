@@ -91,12 +91,12 @@ impl Decoder {
 
     /// The next whole frame, if there is one.
     pub fn next_frame(&mut self) -> Result<Option<Frame<'_>>, SseError> {
-        let Some(end) = self.find_end() else {
-            if self.buffer.len() - self.start > MAX_FRAME_BYTES {
-                return Err(SseError::TooLong);
-            }
-            return Ok(None);
-        };
+        let end = self.find_end();
+        // Whether its end has come or not: how the bytes were cut decides nothing.
+        if end.unwrap_or(self.buffer.len()) - self.start > MAX_FRAME_BYTES {
+            return Err(SseError::TooLong);
+        }
+        let Some(end) = end else { return Ok(None) };
         let raw = &self.buffer[self.start..end];
         self.start = end;
         self.searched = end;
@@ -138,12 +138,14 @@ fn parse(raw: &[u8]) -> Result<Frame<'_>, SseError> {
             "" => frame.comment = Some(value),
             "id" => frame.id = Some(value),
             "event" => frame.event = value,
-            "data" => {
-                frame.data = Some(match frame.data.take() {
-                    None => Cow::Borrowed(value),
-                    Some(before) => Cow::Owned(format!("{before}\n{value}")),
-                });
-            }
+            "data" => match &mut frame.data {
+                None => frame.data = Some(Cow::Borrowed(value)),
+                Some(before) => {
+                    let text = before.to_mut();
+                    text.push('\n');
+                    text.push_str(value);
+                }
+            },
             _ => {}
         }
     }
@@ -203,6 +205,20 @@ mod tests {
     fn a_frame_without_end_is_bounded() {
         let mut decoder = Decoder::new();
         decoder.push(&vec![b'x'; MAX_FRAME_BYTES + 1]);
+        assert_eq!(decoder.next_frame(), Err(SseError::TooLong));
+    }
+
+    // CLOUD-1608
+    #[test]
+    fn a_frame_that_arrives_whole_is_bounded_too() {
+        let mut decoder = Decoder::new();
+        decoder.push(&vec![b'x'; MAX_FRAME_BYTES - 2]);
+        decoder.push(b"\n\n: next\n\n");
+        assert_eq!(decoder.next_frame().map(|frame| frame.is_some()), Ok(true));
+        assert_eq!(decoder.next_frame().map(|frame| frame.is_some()), Ok(true));
+        decoder.push(&vec![b'x'; MAX_FRAME_BYTES - 1]);
+        decoder.push(b"\n\n");
+        assert_eq!(decoder.next_frame(), Err(SseError::TooLong));
         assert_eq!(decoder.next_frame(), Err(SseError::TooLong));
     }
 
