@@ -44,7 +44,7 @@ async fn each_bad_request_is_refused_by_code_and_name() {
             (Method::POST, "/v2/artifacts".into(), "[".repeat(200) + &"]".repeat(200)),
             400,
             "INVALID_PARAMS",
-            "recursion limit",
+            "nested deeper than 127",
         ),
         (submit("{} {}"), 400, "INVALID_PARAMS", "model_ref"),
         (submit(r#"{"model_ref":"m","prompt":"x"} x"#), 400, "INVALID_PARAMS", "follows"),

@@ -16,6 +16,8 @@ use crate::services::catalog::write_whole;
 
 /// Room that all artifacts may take together, bytes.
 const MAX_BYTES: u64 = 1024 * 1024 * 1024;
+/// Lists and objects within each other: more of them JSON readers refuse, ours among them.
+const MAX_DEPTH: usize = 127;
 /// Most artifacts.
 const MAX_FILES: usize = 10_000;
 
@@ -37,6 +39,10 @@ impl Artifacts {
     pub(crate) fn put(&self, bytes: &[u8]) -> Result<Digest, ErrorBody> {
         serde_json::from_slice::<serde::de::IgnoredAny>(bytes)
             .map_err(|error| ErrorBody::new(ErrorCode::InvalidParams, format!("not JSON: {error}")))?;
+        if depth(bytes) > MAX_DEPTH {
+            let message = format!("nested deeper than {MAX_DEPTH}, which readers refuse");
+            return Err(ErrorBody::new(ErrorCode::InvalidParams, message));
+        }
         let hex: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
         let digest = Digest::new(&format!("sha256:{hex}")).expect("a SHA-256 makes a digest");
         let _one = self.writing.lock();
@@ -88,11 +94,31 @@ impl Artifacts {
     }
 }
 
+/// How deep lists and objects of a JSON text are nested.
+fn depth(json: &[u8]) -> usize {
+    let (mut depth, mut most, mut in_string, mut escaped) = (0_usize, 0, false, false);
+    for byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = in_string,
+            b'"' => in_string = !in_string,
+            b'[' | b'{' if !in_string => {
+                depth += 1;
+                most = most.max(depth);
+            }
+            b']' | b'}' if !in_string => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    most
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     // CLOUD-1623
+    // CLOUD-1108
     #[test]
     fn an_artifact_is_read_by_its_digest_and_the_first_ones_make_room() {
         let folder = tempfile::tempdir().unwrap();
@@ -105,6 +131,10 @@ mod tests {
         assert_eq!(artifacts.put(br#"{"a": 1}"#), Ok(digest.clone()), "the same bytes, the same name");
         assert_eq!(artifacts.get(&digest).unwrap(), br#"{"a": 1}"#);
         assert_eq!(artifacts.put(b"{").unwrap_err().code, ErrorCode::InvalidParams);
+        let nested = |depth: usize| "[".repeat(depth) + r#""]\"[""# + &"]".repeat(depth);
+        assert_eq!(depth(nested(MAX_DEPTH).as_bytes()), MAX_DEPTH);
+        let refused = artifacts.put(nested(MAX_DEPTH + 1).as_bytes()).unwrap_err();
+        assert!(refused.message.contains("127"), "{refused}");
         let second = artifacts.put(br#"{"second": "ten"}"#).unwrap();
         artifacts.put(br#"{"third": "twelve"}"#).unwrap();
         assert_eq!(artifacts.get(&digest).unwrap_err().code, ErrorCode::NotFound);
