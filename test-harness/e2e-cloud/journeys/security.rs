@@ -496,7 +496,7 @@ async fn the_audit_log_says_who_did_what_and_metrics_have_a_door_of_their_own() 
     let wanted: [(&str, &str, u64, Option<&str>); 4] = [
         ("POST", "/v2/tasks", 202, Some("client")),
         ("POST", cancel.as_str(), 204, Some("client")),
-        ("POST", "/v2/nodes/gpu-node-1/drain", 403, None),
+        ("POST", "/v2/nodes/gpu-node-1/drain", 403, Some("client")),
         ("POST", "/v2/nodes/register", 200, Some("control")),
     ];
     let lines = eventually("all of it is written", Duration::from_secs(5), || async {

@@ -321,12 +321,15 @@ impl Gate {
         Ok(())
     }
 
-    fn check(&self, need: Need, request: &Request) -> Result<Caller, ApiError> {
+    fn caller(&self, request: &Request) -> Caller {
         let peer = request.extensions().get::<Arc<Peer>>().cloned();
-        let nodes_show_certificates = self.nodes_show_certificates;
-        let mut caller = Caller { holder: None, peer, nodes_show_certificates };
+        Caller { holder: None, peer, nodes_show_certificates: self.nodes_show_certificates }
+    }
+
+    /// Learns who calls on the way, as far as it comes.
+    fn check(&self, need: Need, request: &Request, caller: &mut Caller) -> Result<(), ApiError> {
         if need == Need::Open {
-            return Ok(caller);
+            return Ok(());
         }
         if let Some(wanted) = &self.certificate {
             let certificate = caller.peer.as_ref().and_then(|peer| peer.certificate.as_ref());
@@ -338,9 +341,10 @@ impl Gate {
         }
         // That this is allowed is decided at the start: only this machine reaches the listener.
         if self.tokens.is_empty() {
-            return self.check_local(request.headers()).map(|()| caller);
+            return self.check_local(request.headers());
         }
         let holder = self.tokens.authenticate(request.headers(), Timestamp::now())?;
+        caller.holder = Some(Arc::clone(&holder));
         if let Need::Scope(scope) = need
             && !holder.has(scope)
         {
@@ -351,22 +355,18 @@ impl Gate {
         if let (Some(quota), Need::Scope(Scope::Client)) = (&self.quota, need) {
             quota.request(&holder.fingerprint)?;
         }
-        caller.holder = Some(holder);
-        Ok(caller)
+        Ok(())
     }
 }
 
 /// Refuses requests that the gate does not let through, and tells handlers who calls.
 pub async fn layer(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
     let need = gate.need(&request);
-    match gate.check(need, &request) {
-        Ok(caller) => {
-            let shown = caller.clone();
-            request.extensions_mut().insert(caller);
-            let mut response = next.run(request).await;
-            // For the layers outside, which write down who did what.
-            response.extensions_mut().insert(shown);
-            response
+    let mut caller = gate.caller(&request);
+    let mut response = match gate.check(need, &request, &mut caller) {
+        Ok(()) => {
+            request.extensions_mut().insert(caller.clone());
+            next.run(request).await
         }
         Err(error) => {
             let refusals = gate.tokens.refusals();
@@ -382,7 +382,10 @@ pub async fn layer(State(gate): State<Arc<Gate>>, mut request: Request, next: Ne
             }
             error.into_response()
         }
-    }
+    };
+    // For the layers outside, which write down who did what.
+    response.extensions_mut().insert(caller);
+    response
 }
 
 #[cfg(test)]
@@ -461,7 +464,8 @@ mod tests {
             if let Some(origin) = origin {
                 request = request.header("origin", origin);
             }
-            gate.check(Need::Any, &request.body(axum::body::Body::empty()).unwrap()).is_ok()
+            let request = request.body(axum::body::Body::empty()).unwrap();
+            gate.check(Need::Any, &request, &mut Caller::default()).is_ok()
         };
         for host in ["localhost:8080", "127.0.0.1:8080", "[::1]:8080", "localhost"] {
             assert!(may(host, None), "{host}");
