@@ -17,6 +17,7 @@ use axum::http::{Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
 use jiff::Timestamp;
+use parking_lot::Mutex;
 use pool_registry_types::{ErrorBody, routes};
 use serde::Serialize;
 
@@ -26,6 +27,8 @@ use crate::correlation::RequestIds;
 
 /// Lines that may wait for the disk.
 const WAITING: usize = 4096;
+/// How long the end of a daemon waits for what is to be written.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// The file is looked for at its path again after this: something may have rotated it.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -44,8 +47,19 @@ pub struct Audit(Option<Arc<Sink>>);
 
 #[derive(Debug)]
 struct Sink {
-    lines: SyncSender<Vec<u8>>,
-    lost: AtomicU64,
+    /// Absent at the end only.
+    lines: Option<SyncSender<Vec<u8>>>,
+    lost: Arc<AtomicU64>,
+    /// Closed when everything is written.
+    written: Mutex<Receiver<()>>,
+}
+
+impl Drop for Sink {
+    fn drop(&mut self) {
+        self.lines = None;
+        // A disk that is dead does not keep the daemon.
+        let _ = self.written.lock().recv_timeout(LAST_WORDS);
+    }
 }
 
 #[derive(Serialize)]
@@ -75,20 +89,24 @@ impl Audit {
         let failed = |source| AuditError { path: path.display().to_string(), source };
         let file = append(path).map_err(failed)?;
         let (lines, waiting) = sync_channel(WAITING);
-        let sink = Arc::new(Sink { lines, lost: AtomicU64::new(0) });
-        let (path, counting) = (path.to_owned(), Arc::downgrade(&sink));
-        let lost = move || counting.upgrade().map_or(0, |sink| sink.lost.swap(0, Ordering::Relaxed));
+        let (done, written) = sync_channel(0);
+        let lost = Arc::new(AtomicU64::new(0));
+        let (path, counting) = (path.to_owned(), Arc::clone(&lost));
         let thread = std::thread::Builder::new().name("audit".into());
         // It ends when nobody can write any more.
-        thread.spawn(move || write_all(file, &path, &waiting, lost)).map_err(failed)?;
-        Ok(Self(Some(sink)))
+        let writing = move || {
+            write_all(file, &path, &waiting, &counting);
+            drop(done);
+        };
+        thread.spawn(writing).map_err(failed)?;
+        Ok(Self(Some(Arc::new(Sink { lines: Some(lines), lost, written: Mutex::new(written) }))))
     }
 
     fn write(&self, line: &Line<'_>) {
         let Some(sink) = &self.0 else { return };
         let mut text = serde_json::to_vec(line).unwrap_or_default();
         text.push(b'\n');
-        if sink.lines.try_send(text).is_err() {
+        if !sink.lines.as_ref().is_some_and(|lines| lines.try_send(text).is_ok()) {
             sink.lost.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -98,7 +116,7 @@ fn append(path: &Path) -> std::io::Result<std::fs::File> {
     std::fs::OpenOptions::new().create(true).append(true).mode(0o600).open(path)
 }
 
-fn write_all(mut file: std::fs::File, path: &PathBuf, waiting: &Receiver<Vec<u8>>, lost: impl Fn() -> u64) {
+fn write_all(mut file: std::fs::File, path: &PathBuf, waiting: &Receiver<Vec<u8>>, lost: &AtomicU64) {
     let mut complained = false;
     loop {
         let next = waiting.recv_timeout(LOOK_EVERY);
@@ -119,7 +137,7 @@ fn write_all(mut file: std::fs::File, path: &PathBuf, waiting: &Receiver<Vec<u8>
         while let Ok(line) = waiting.try_recv() {
             text.extend_from_slice(&line);
         }
-        let missing = lost();
+        let missing = lost.swap(0, Ordering::Relaxed);
         if missing > 0 {
             text.extend_from_slice(
                 format!("{{\"at\":\"{}\",\"lost_lines\":{missing}}}\n", Timestamp::now()).as_bytes(),
@@ -178,4 +196,43 @@ pub async fn layer(State(audit): State<Audit>, request: Request, next: Next) -> 
         correlation_id: ids.as_ref().map(|ids| ids.correlation_id.as_str()),
     });
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // CLOUD-2505
+    #[test]
+    fn every_line_is_written_before_the_end_and_a_renamed_file_is_made_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, old) = (folder.path().join("audit"), folder.path().join("audit.1"));
+        let audit = Audit::open(&path).unwrap();
+        let write = |path: &str| {
+            audit.write(&Line {
+                at: Timestamp::UNIX_EPOCH,
+                method: "POST",
+                path,
+                status: 202,
+                code: None,
+                caller: None,
+                fingerprint: None,
+                certificate: &[],
+                peer: None,
+                correlation_id: None,
+            });
+        };
+        let lines = |path: &Path| std::fs::read_to_string(path).unwrap_or_default().lines().count();
+        write("/one");
+        while lines(&path) < 1 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        std::fs::rename(&path, &old).unwrap();
+        for _ in 0..1_000 {
+            write("/more");
+        }
+        drop(audit);
+        assert_eq!((lines(&old), lines(&path)), (1, 1_000));
+        assert!(Audit::open(&folder.path().join("no/such/folder")).is_err());
+    }
 }
