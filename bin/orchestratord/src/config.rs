@@ -252,7 +252,8 @@ impl Settings {
         let origins = self.cors_origins.as_deref().map(origins).transpose()?.unwrap_or_default();
         let node_addresses = self.node_addresses.as_deref().unwrap_or_default();
         let node_addresses =
-            NodeAddresses::parse(node_addresses, self.require_tls).map_err(ConfigError::NodeAddresses)?;
+            NodeAddresses::parse(node_addresses, self.require_tls || self.tls_client_ca.is_some())
+                .map_err(ConfigError::NodeAddresses)?;
         let policy = Policy {
             timing: Timing {
                 heartbeat_interval: Duration::from_secs(interval),

@@ -68,8 +68,7 @@ fn fingerprint() -> Done {
 fn print_all(set: &TokenSet) {
     let now = Timestamp::now();
     for holder in set.holders() {
-        let scopes: Vec<String> =
-            holder.scopes().iter().map(|scope| format!("{scope:?}").to_ascii_lowercase()).collect();
+        let scopes: Vec<&str> = holder.scopes().iter().map(|scope| scope.as_str()).collect();
         let node = holder.node_id.as_ref().map_or_else(String::new, |id| format!(" only as node {id}"));
         let end = match holder.expires {
             None => String::new(),

@@ -43,7 +43,7 @@ pub(crate) struct Node {
 pub(crate) fn needs(_: &Method, path: &str) -> Need {
     match path {
         paths::METRICS => Need::Any,
-        _ => Need::Scope(Scope::Admin),
+        _ => Need::Scope(Scope::Control),
     }
 }
 

@@ -19,6 +19,8 @@ enum Need {
     Any,
     Client,
     Node,
+    /// What the control plane asks of its nodes.
+    Control,
     Admin,
 }
 
@@ -68,16 +70,16 @@ const NODE: &[(&str, Need)] = &[
     ("GET /health/live", Need::Open),
     ("GET /health/ready", Need::Open),
     ("GET /metrics", Need::Any),
-    ("GET /v2/models", Need::Admin),
-    ("GET /v2/pools", Need::Admin),
-    ("GET /v2/pools/{pool_id}/logs", Need::Admin),
-    ("GET /v2/pools/{pool_id}/status", Need::Admin),
-    ("POST /v2/intent", Need::Admin),
-    ("POST /v2/pools/{pool_id}/drain", Need::Admin),
-    ("POST /v2/pools/{pool_id}/infer", Need::Admin),
-    ("POST /v2/pools/{pool_id}/load", Need::Admin),
-    ("POST /v2/pools/{pool_id}/purge", Need::Admin),
-    ("POST /v2/pools/{pool_id}/reload", Need::Admin),
+    ("GET /v2/models", Need::Control),
+    ("GET /v2/pools", Need::Control),
+    ("GET /v2/pools/{pool_id}/logs", Need::Control),
+    ("GET /v2/pools/{pool_id}/status", Need::Control),
+    ("POST /v2/intent", Need::Control),
+    ("POST /v2/pools/{pool_id}/drain", Need::Control),
+    ("POST /v2/pools/{pool_id}/infer", Need::Control),
+    ("POST /v2/pools/{pool_id}/load", Need::Control),
+    ("POST /v2/pools/{pool_id}/purge", Need::Control),
+    ("POST /v2/pools/{pool_id}/reload", Need::Control),
 ];
 
 /// Routes that stand in no document.
@@ -86,13 +88,15 @@ const UNDOCUMENTED: [&str; 3] = ["GET /docs", "GET /nowhere", "GET /openapi.json
 const CLIENT_TOKEN: &str = "test-token-of-a-client";
 const NODE_TOKEN: &str = "test-token-of-node-7";
 const OTHER_NODE_TOKEN: &str = "test-token-of-node-8";
+const CONTROL_TOKEN: &str = "test-token-of-the-control-plane";
 const EXPIRED_TOKEN: &str = "test-token-expired";
 
 fn token_file() -> String {
     let entry = |name: &str, token: &str, rest: &str| {
         format!("[[token]]\nname = \"{name}\"\ntoken = \"{token}\"\n{rest}\n")
     };
-    entry("control", TOKEN, "scopes = [\"admin\"]")
+    entry("operator", TOKEN, "scopes = [\"admin\"]")
+        + &entry("control", CONTROL_TOKEN, "scopes = [\"control\"]")
         + &entry("client", CLIENT_TOKEN, "scopes = [\"client\"]")
         + &entry("seven", NODE_TOKEN, "scopes = [\"node\"]\nnode_id = \"gpu-node-7\"")
         + &entry("eight", OTHER_NODE_TOKEN, "scopes = [\"node\"]\nnode_id = \"gpu-node-8\"")
@@ -149,6 +153,7 @@ async fn check(base: &str, operation: &str, need: Need) {
         ("expired", Some(EXPIRED_TOKEN)),
         ("client", Some(CLIENT_TOKEN)),
         ("node", Some(NODE_TOKEN)),
+        ("control", Some(CONTROL_TOKEN)),
         ("admin", Some(TOKEN)),
         ("wrong node", Some(OTHER_NODE_TOKEN)),
     ];
@@ -160,7 +165,7 @@ async fn check(base: &str, operation: &str, need: Need) {
             (_, "none") => Some((401, "MISSING_TOKEN")),
             (_, "bad" | "expired") => Some((401, "BAD_TOKEN")),
             (Need::Any, _) | (_, "admin") => None,
-            (Need::Client, "client") | (Need::Node, "node") => None,
+            (Need::Client, "client") | (Need::Node, "node") | (Need::Control, "control") => None,
             _ => Some((403, "FORBIDDEN")),
         };
         match expected {
@@ -497,7 +502,7 @@ async fn the_audit_log_says_who_did_what_and_metrics_have_a_door_of_their_own() 
         ("POST", "/v2/tasks", 202, Some("client")),
         ("POST", cancel.as_str(), 204, Some("client")),
         ("POST", "/v2/nodes/gpu-node-1/drain", 403, Some("client")),
-        ("POST", "/v2/nodes/register", 200, Some("control")),
+        ("POST", "/v2/nodes/register", 200, Some("operator")),
     ];
     let lines = eventually("all of it is written", Duration::from_secs(5), || async {
         let text = std::fs::read_to_string(&audit).unwrap_or_default();

@@ -32,6 +32,8 @@ pub enum CertsError {
     },
     #[error("{0:?} cannot be the name of a node in a certificate: it is no DNS name")]
     Node(String),
+    #[error("{0:?} is a host and the name of a daemon: each certificate would be good for it")]
+    HostIsDaemon(String),
     #[error("{path} cannot be written")]
     Write {
         path: String,
@@ -124,6 +126,10 @@ fn common_name(name: &str) -> DistinguishedName {
 pub fn write_cluster(out: &Path, nodes: &[String], hosts: &[String]) -> Result<(), CertsError> {
     if let Some(wrong) = nodes.iter().find(|node| DnsName::try_from(node.as_str()).is_err()) {
         return Err(CertsError::Node(wrong.clone()));
+    }
+    let is_daemon = |host: &&String| host.as_str() == "orchestratord" || nodes.contains(host);
+    if let Some(host) = hosts.iter().find(is_daemon) {
+        return Err(CertsError::HostIsDaemon(host.clone()));
     }
     fs::create_dir_all(out)
         .map_err(|source| CertsError::Write { path: out.display().to_string(), source })?;

@@ -44,13 +44,23 @@ pub(crate) async fn submit(
     let known = state.streams.get(task_id).is_some();
     let place = if known { None } else { state.quota.task(&caller)? };
     let request = Arc::new(request);
-    let accepted = match state.control.call(move |reply| Event::Submit { reply, task_id, request }).await? {
+    // Whoever hangs up now may have been admitted: the task has its place all the same.
+    let (control, streams) = (state.control.clone(), Arc::clone(&state.streams));
+    let admission = tokio::spawn(async move {
+        let answer = control.call(move |reply| Event::Submit { reply, task_id, request }).await?;
+        if let Some(place) = place {
+            streams.hold_place(task_id, place);
+        }
+        Ok::<_, ErrorBody>(answer)
+    });
+    let answered = admission.await.map_err(|error| {
+        tracing::error!(%error, "an admission did not end");
+        ApiError::new(ErrorCode::Internal, "a defect in the server, see its log")
+    })?;
+    let accepted = match answered? {
         Answer::Submitted(accepted) => accepted,
         other => return Err(unexpected(&other).into()),
     };
-    if let Some(place) = place {
-        state.streams.hold_place(task_id, place);
-    }
     let mut response = if wants_stream(&headers) {
         stream(&state, task_id, None, false)?
     } else {

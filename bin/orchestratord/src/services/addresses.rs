@@ -66,11 +66,17 @@ impl NodeAddresses {
             return Err(form());
         }
         if self.tls_only && scheme == "http" {
-            return Err("must be https://: this control plane requires TLS".into());
+            return Err("must be https://: this control plane calls nodes by TLS only".into());
         }
         let host = authority.host().trim_matches(['[', ']']).to_ascii_lowercase();
         let ip = host.parse::<IpAddr>().ok().map(|ip| ip.to_canonical());
         if authority.host().starts_with('[') && ip.is_none() {
+            return Err(form());
+        }
+        // Resolvers take 2852039166, 0xa9fea9fe and 169.254.43518 for addresses too.
+        let last = host.rsplit('.').next().unwrap_or_default();
+        let is_number = last.bytes().all(|b| b.is_ascii_digit()) || last.starts_with("0x");
+        if ip.is_none() && is_number {
             return Err(form());
         }
         if ip.is_some_and(is_never_a_node) || (ip.is_none() && host.contains("metadata")) {
@@ -143,6 +149,11 @@ mod tests {
             "http://[fd00:ec2::254]",
             "http://gpu 1",
             "http://[gpu-1]:9200",
+            "http://2852039166",
+            "http://0xa9fea9fe",
+            "http://169.254.43518",
+            "http://0251.0376.0251.0376",
+            "http://169.254.169.254.",
         ] {
             assert!(any.check(bad).is_err(), "{bad}");
         }

@@ -128,12 +128,14 @@ impl Agent {
             Change::Bound { file, handoff } => {
                 tracing::info!(file, pool_id = %handoff.pool_id, replica_id = %handoff.replica_id, "handoff seen");
                 self.problems.lock().remove(&file);
-                self.announced.lock().insert(handoff.name(), handoff.clone());
+                let mut announced = self.announced.lock();
+                announced.insert(handoff.name(), handoff.clone());
                 self.watch_replica(handoff);
             }
             Change::Unbound { file, handoff } => {
                 tracing::info!(file, pool_id = %handoff.pool_id, replica_id = %handoff.replica_id, "handoff gone");
-                self.announced.lock().remove(&handoff.name());
+                let mut announced = self.announced.lock();
+                announced.remove(&handoff.name());
                 {
                     let mut replicas = self.replicas.lock();
                     if let Some(watched) = replicas.remove(&handoff.name()) {
@@ -172,12 +174,12 @@ impl Agent {
     /// Binds replicas of the pool again that were withdrawn while their handoff files stayed what
     /// they were.
     pub(crate) fn bind_announced(self: &Arc<Self>, pool_id: &PoolId) {
-        let announced: Vec<Handoff> =
-            self.announced.lock().values().filter(|handoff| handoff.pool_id == *pool_id).cloned().collect();
-        for handoff in announced {
+        // Held all the while: no file comes or goes between the look and the watch.
+        let announced = self.announced.lock();
+        for handoff in announced.values().filter(|handoff| handoff.pool_id == *pool_id) {
             let watched = self.replicas.lock().contains_key(&handoff.name());
             if !watched {
-                self.watch_replica(handoff);
+                self.watch_replica(handoff.clone());
             }
         }
     }

@@ -110,7 +110,8 @@ impl Drop for Running {
 
 pub(crate) struct Answer {
     pub(crate) body: Body,
-    pub(crate) _running: Running,
+    /// Absent where the size is known.
+    pub(crate) _running: Option<Running>,
 }
 
 impl hyper::body::Body for Answer {

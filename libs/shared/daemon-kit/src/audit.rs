@@ -8,7 +8,7 @@ use std::io::Write;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::Duration;
 
@@ -18,13 +18,17 @@ use axum::middleware::Next;
 use axum::response::Response;
 use jiff::Timestamp;
 use parking_lot::Mutex;
-use pool_registry_types::{ErrorBody, routes};
+use pool_registry_types::{ErrorBody, ErrorCode, routes};
 use serde::Serialize;
 
-use crate::auth::Caller;
 use crate::connections::Peer;
 use crate::correlation::RequestIds;
+use crate::tokens::Holder;
 
+/// The status of a call whose client did not wait for the answer.
+const CLIENT_GONE: u16 = 499;
+/// Longest path that is written, characters.
+const LONGEST_PATH: usize = 300;
 /// Lines that may wait for the disk.
 const WAITING: usize = 4096;
 /// How long the end of a daemon waits for what is to be written.
@@ -50,6 +54,7 @@ struct Sink {
     /// Absent at the end only.
     lines: Option<SyncSender<Vec<u8>>>,
     lost: Arc<AtomicU64>,
+    waiting: Arc<AtomicUsize>,
     /// Closed when everything is written.
     written: Mutex<Receiver<()>>,
 }
@@ -91,22 +96,33 @@ impl Audit {
         let (lines, waiting) = sync_channel(WAITING);
         let (done, written) = sync_channel(0);
         let lost = Arc::new(AtomicU64::new(0));
-        let (path, counting) = (path.to_owned(), Arc::clone(&lost));
+        let waiting_lines = Arc::new(AtomicUsize::new(0));
+        let writer = Writer { waiting, queued: Arc::clone(&waiting_lines), lost: Arc::clone(&lost) };
+        let path = path.to_owned();
         let thread = std::thread::Builder::new().name("audit".into());
         // It ends when nobody can write any more.
         let writing = move || {
-            write_all(file, &path, &waiting, &counting);
+            writer.run(file, &path);
             drop(done);
         };
         thread.spawn(writing).map_err(failed)?;
-        Ok(Self(Some(Arc::new(Sink { lines: Some(lines), lost, written: Mutex::new(written) }))))
+        Ok(Self(Some(Arc::new(Sink {
+            lines: Some(lines),
+            lost,
+            waiting: waiting_lines,
+            written: Mutex::new(written),
+        }))))
     }
 
-    fn write(&self, line: &Line<'_>) {
+    /// Refusals have half of the room only: a flood of them displaces nothing else.
+    fn write(&self, line: &Line<'_>, refused: bool) {
         let Some(sink) = &self.0 else { return };
         let mut text = serde_json::to_vec(line).unwrap_or_default();
         text.push(b'\n');
-        if !sink.lines.as_ref().is_some_and(|lines| lines.try_send(text).is_ok()) {
+        let room = !refused || sink.waiting.load(Ordering::Relaxed) < WAITING / 2;
+        sink.waiting.fetch_add(1, Ordering::Relaxed);
+        if !(room && sink.lines.as_ref().is_some_and(|lines| lines.try_send(text).is_ok())) {
+            sink.waiting.fetch_sub(1, Ordering::Relaxed);
             sink.lost.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -116,43 +132,57 @@ fn append(path: &Path) -> std::io::Result<std::fs::File> {
     std::fs::OpenOptions::new().create(true).append(true).mode(0o600).open(path)
 }
 
-fn write_all(mut file: std::fs::File, path: &PathBuf, waiting: &Receiver<Vec<u8>>, lost: &AtomicU64) {
-    let mut complained = false;
-    loop {
-        let next = waiting.recv_timeout(LOOK_EVERY);
-        let same = |file: &std::fs::File| {
-            let here = std::fs::metadata(path).map(|about| (about.dev(), about.ino())).ok();
-            here.is_some() && here == file.metadata().map(|about| (about.dev(), about.ino())).ok()
-        };
-        if !same(&file)
-            && let Ok(new) = append(path)
-        {
-            file = new;
-        }
-        let mut text = match next {
-            Ok(line) => line,
-            Err(RecvTimeoutError::Timeout) => Vec::new(),
-            Err(RecvTimeoutError::Disconnected) => return,
-        };
-        while let Ok(line) = waiting.try_recv() {
-            text.extend_from_slice(&line);
-        }
-        let missing = lost.swap(0, Ordering::Relaxed);
-        if missing > 0 {
-            text.extend_from_slice(
-                format!("{{\"at\":\"{}\",\"lost_lines\":{missing}}}\n", Timestamp::now()).as_bytes(),
-            );
-        }
-        if text.is_empty() {
-            continue;
-        }
-        match file.write_all(&text) {
-            Ok(()) => complained = false,
-            Err(error) if !complained => {
-                complained = true;
-                tracing::error!(%error, path = %path.display(), "the audit log cannot be written");
+struct Writer {
+    waiting: Receiver<Vec<u8>>,
+    /// How many lines wait there.
+    queued: Arc<AtomicUsize>,
+    lost: Arc<AtomicU64>,
+}
+
+impl Writer {
+    fn run(&self, mut file: std::fs::File, path: &PathBuf) {
+        let mut complained = false;
+        loop {
+            let next = self.waiting.recv_timeout(LOOK_EVERY);
+            let same = |file: &std::fs::File| {
+                let here = std::fs::metadata(path).map(|about| (about.dev(), about.ino())).ok();
+                here.is_some() && here == file.metadata().map(|about| (about.dev(), about.ino())).ok()
+            };
+            if !same(&file)
+                && let Ok(new) = append(path)
+            {
+                file = new;
             }
-            Err(_) => {}
+            let mut text = match next {
+                Ok(line) => line,
+                Err(RecvTimeoutError::Timeout) => Vec::new(),
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            let mut lines = u64::from(!text.is_empty());
+            while let Ok(line) = self.waiting.try_recv() {
+                text.extend_from_slice(&line);
+                lines += 1;
+            }
+            self.queued.fetch_sub(usize::try_from(lines).unwrap_or(0), Ordering::Relaxed);
+            let missing = self.lost.swap(0, Ordering::Relaxed);
+            if missing > 0 {
+                // After a write that failed half-way, a line of its own.
+                let about = format!("{{\"at\":\"{}\",\"lost_lines\":{missing}}}\n", Timestamp::now());
+                let start: &[u8] = if complained { b"\n" } else { b"" };
+                text.splice(..0, [start, about.as_bytes()].concat());
+            }
+            if text.is_empty() {
+                continue;
+            }
+            match file.write_all(&text) {
+                Ok(()) => complained = false,
+                Err(error) => {
+                    self.lost.fetch_add(lines + missing, Ordering::Relaxed);
+                    if !std::mem::replace(&mut complained, true) {
+                        tracing::error!(%error, path = %path.display(), "the audit log cannot be written");
+                    }
+                }
+            }
         }
     }
 }
@@ -161,40 +191,89 @@ fn is_chatter(path: &str) -> bool {
     matches!(path, routes::NODE_HEARTBEAT | routes::POOL_INFER)
 }
 
+/// What the gate finds out about a call, for its line. In the extensions of each request.
+#[derive(Debug, Clone, Default)]
+pub struct Record(Arc<Mutex<Found>>);
+
+#[derive(Debug, Clone, Default)]
+struct Found {
+    holder: Option<Arc<Holder>>,
+    refused: Option<ErrorCode>,
+}
+
+impl Record {
+    pub(crate) fn tell(&self, holder: Option<Arc<Holder>>, refused: Option<ErrorCode>) {
+        *self.0.lock() = Found { holder, refused };
+    }
+}
+
+/// A call that has no answer yet. Dropped without one, its client has gone: what it asked for may
+/// have been done, so its line is written too.
+struct Call {
+    audit: Audit,
+    method: Method,
+    path: String,
+    /// Only looks, or one of very many: written when it was refused only.
+    is_quiet: bool,
+    peer: Option<Arc<Peer>>,
+    ids: Option<RequestIds>,
+    record: Record,
+    answered: Option<(StatusCode, Option<&'static str>)>,
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        let Found { holder, refused } = self.record.0.lock().clone();
+        let (status, code) = match self.answered {
+            Some((status, code)) => (status.as_u16(), code),
+            None => (CLIENT_GONE, refused.map(ErrorCode::as_str)),
+        };
+        let was_refused = refused.is_some() || [403, 429].contains(&status);
+        if self.is_quiet && !was_refused {
+            return;
+        }
+        let holder = holder.as_ref();
+        let certificate = self.peer.as_ref().and_then(|peer| peer.certificate.as_ref());
+        let line = Line {
+            at: Timestamp::now(),
+            method: self.method.as_str(),
+            path: &self.path,
+            status,
+            code,
+            caller: holder.map(|holder| holder.name.as_str()),
+            fingerprint: holder.map(|holder| holder.fingerprint.as_str()),
+            certificate: certificate.map_or(&[], |certificate| &certificate.names),
+            peer: self.peer.as_ref().map(|peer| peer.addr.to_string()),
+            correlation_id: self.ids.as_ref().map(|ids| ids.correlation_id.as_str()),
+        };
+        self.audit.write(&line, was_refused);
+    }
+}
+
 /// Writes a line for each call that changes something or is refused.
-pub async fn layer(State(audit): State<Audit>, request: Request, next: Next) -> Response {
+pub async fn layer(State(audit): State<Audit>, mut request: Request, next: Next) -> Response {
     if audit.0.is_none() {
         return next.run(request).await;
     }
     let method = request.method().clone();
-    let path = request.uri().path().to_owned();
-    let routed = request.extensions().get::<MatchedPath>().cloned();
-    let peer = request.extensions().get::<Arc<Peer>>().cloned();
-    let ids = request.extensions().get::<RequestIds>().cloned();
-    let response = next.run(request).await;
-    let status = response.status();
-    let refused =
-        [StatusCode::UNAUTHORIZED, StatusCode::FORBIDDEN, StatusCode::TOO_MANY_REQUESTS].contains(&status);
     let reads = matches!(method, Method::GET | Method::HEAD | Method::OPTIONS);
-    let chatter = routed.as_ref().is_some_and(|path| is_chatter(path.as_str()));
-    if !refused && (reads || chatter) {
-        return response;
-    }
-    let caller = response.extensions().get::<Caller>();
-    let holder = caller.and_then(|caller| caller.holder.as_ref());
-    let certificate = peer.as_ref().and_then(|peer| peer.certificate.as_ref());
-    audit.write(&Line {
-        at: Timestamp::now(),
-        method: method.as_str(),
-        path: &path,
-        status: status.as_u16(),
-        code: response.extensions().get::<ErrorBody>().map(|body| body.code.as_str()),
-        caller: holder.map(|holder| holder.name.as_str()),
-        fingerprint: holder.map(|holder| holder.fingerprint.as_str()),
-        certificate: certificate.map_or(&[], |certificate| &certificate.names),
-        peer: peer.as_ref().map(|peer| peer.addr.to_string()),
-        correlation_id: ids.as_ref().map(|ids| ids.correlation_id.as_str()),
-    });
+    let routed = request.extensions().get::<MatchedPath>();
+    let is_quiet = reads || routed.is_some_and(|path| is_chatter(path.as_str()));
+    let record = Record::default();
+    let mut call = Call {
+        audit,
+        method,
+        path: request.uri().path().chars().take(LONGEST_PATH).collect(),
+        is_quiet,
+        peer: request.extensions().get::<Arc<Peer>>().cloned(),
+        ids: request.extensions().get::<RequestIds>().cloned(),
+        record: record.clone(),
+        answered: None,
+    };
+    request.extensions_mut().insert(record);
+    let response = next.run(request).await;
+    let code = response.extensions().get::<ErrorBody>().map(|body| body.code.as_str());
+    call.answered = Some((response.status(), code));
     response
 }
 
@@ -203,13 +282,34 @@ mod tests {
     use super::*;
 
     // CLOUD-2505
+    #[tokio::test]
+    async fn who_hangs_up_before_the_answer_has_a_line_too() {
+        use tower::ServiceExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("audit");
+        let audit = Audit::open(&path).unwrap();
+        let routes = axum::Router::new()
+            .route("/slow", axum::routing::post(std::future::pending::<&str>))
+            .layer(axum::middleware::from_fn_with_state(audit.clone(), layer));
+        let request = |method: &str| {
+            Request::builder().method(method).uri("/slow").body(axum::body::Body::empty()).unwrap()
+        };
+        let soon = Duration::from_millis(20);
+        assert!(tokio::time::timeout(soon, routes.clone().oneshot(request("POST"))).await.is_err());
+        routes.clone().oneshot(request("GET")).await.unwrap();
+        drop((routes, audit));
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains("\"status\":499") && text.lines().count() == 1, "{text}");
+    }
+
+    // CLOUD-2505
     #[test]
     fn every_line_is_written_before_the_end_and_a_renamed_file_is_made_anew() {
         let folder = tempfile::tempdir().unwrap();
         let (path, old) = (folder.path().join("audit"), folder.path().join("audit.1"));
         let audit = Audit::open(&path).unwrap();
         let write = |path: &str| {
-            audit.write(&Line {
+            let line = Line {
                 at: Timestamp::UNIX_EPOCH,
                 method: "POST",
                 path,
@@ -220,7 +320,8 @@ mod tests {
                 certificate: &[],
                 peer: None,
                 correlation_id: None,
-            });
+            };
+            audit.write(&line, false);
         };
         let lines = |path: &Path| std::fs::read_to_string(path).unwrap_or_default().lines().count();
         write("/one");

@@ -22,6 +22,7 @@ use secrecy::{ExposeSecret, SecretString};
 use tokio_util::sync::CancellationToken;
 
 use crate::answer::ApiError;
+use crate::audit::Record;
 use crate::connections::Peer;
 use crate::quota::Quota;
 use crate::tokens::{Holder, Scope, TokenError, TokenSet, Verdict};
@@ -114,7 +115,9 @@ impl Tokens {
     /// The header by which this daemon shows itself to the other one, as of now.
     pub fn authorization(&self) -> Option<HeaderValue> {
         let set = Arc::clone(&self.0.set.read());
-        let mut value = HeaderValue::from_str(&format!("Bearer {}", set.to_send()?.expose_secret())).ok()?;
+        let mut value =
+            HeaderValue::from_str(&format!("Bearer {}", set.to_send(Timestamp::now())?.expose_secret()))
+                .ok()?;
         value.set_sensitive(true);
         Some(value)
     }
@@ -124,16 +127,19 @@ impl Tokens {
     pub async fn follow(self, stop: CancellationToken) {
         let Some(path) = self.0.file.clone() else { return };
         let mut before: Option<Result<String, TokenError>> = None;
+        let mut seen = None;
         loop {
             let file = path.clone();
-            let read = tokio::task::spawn_blocking(move || TokenSet::read_file(&file)).await;
-            if let Ok(read) = read
-                && before.as_ref() != Some(&read)
+            let read = tokio::task::spawn_blocking(move || TokenSet::read_file(&file)).await.ok();
+            // A file that is being written is not what it will be: it is taken when it stands still.
+            if read == seen
+                && before != read
+                && let Some(read) = &read
             {
-                let is_first = before.is_none();
-                self.take(&read, is_first);
-                before = Some(read);
+                self.take(read, before.is_none());
+                before = Some(read.clone());
             }
+            seen = read;
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(LOOK_EVERY) => {}
@@ -348,8 +354,7 @@ impl Gate {
         if let Need::Scope(scope) = need
             && !holder.has(scope)
         {
-            let scope = format!("{scope:?}").to_ascii_lowercase();
-            let message = format!("this token is without the scope \"{scope}\"");
+            let message = format!("this token is without the scope \"{}\"", scope.as_str());
             return Err(ApiError::new(ErrorCode::Forbidden, message));
         }
         if let (Some(quota), Need::Scope(Scope::Client)) = (&self.quota, need) {
@@ -363,9 +368,14 @@ impl Gate {
 pub async fn layer(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
     let need = gate.need(&request);
     let mut caller = gate.caller(&request);
-    let mut response = match gate.check(need, &request, &mut caller) {
+    let checked = gate.check(need, &request, &mut caller);
+    // For the audit log, which also writes of those who do not wait for their answer.
+    if let Some(record) = request.extensions().get::<Record>() {
+        record.tell(caller.holder.clone(), checked.as_ref().err().map(|error| error.0.code));
+    }
+    match checked {
         Ok(()) => {
-            request.extensions_mut().insert(caller.clone());
+            request.extensions_mut().insert(caller);
             next.run(request).await
         }
         Err(error) => {
@@ -382,10 +392,7 @@ pub async fn layer(State(gate): State<Arc<Gate>>, mut request: Request, next: Ne
             }
             error.into_response()
         }
-    };
-    // For the layers outside, which write down who did what.
-    response.extensions_mut().insert(caller);
-    response
+    }
 }
 
 #[cfg(test)]

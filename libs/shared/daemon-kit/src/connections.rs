@@ -6,10 +6,11 @@
 //! heads is off: it does not run before a connection's first bytes, it would also close idle
 //! connections as fast as slow ones, and HTTP/2 has none.
 
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,7 +18,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use axum::Router;
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 use hyper::{Request, Version};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
@@ -41,7 +42,7 @@ const LOG_EVERY: Duration = Duration::from_secs(1);
 /// The bounds of connections.
 #[derive(Debug, Clone)]
 pub struct ConnLimits {
-    /// Connections at once; one more is closed at once.
+    /// Connections at once, of one host half as many; one more is closed at once.
     pub connections: usize,
     /// From accepting to the end of the TLS handshake.
     pub handshake: Duration,
@@ -125,6 +126,7 @@ pub async fn run(
     let _cut_off = CutOff(tasks.clone());
     let ServeOptions { tls, limits, counts } = options;
     let room = Arc::new(Semaphore::new(limits.connections));
+    let hosts = Arc::new(Hosts { share: limits.connections.div_ceil(2), open: Mutex::default() });
     let server = Arc::new(Server {
         // Turns handlers into routes once; from here on a clone is one reference more.
         app: app.with_state(()),
@@ -133,6 +135,7 @@ pub async fn run(
         limits,
         counts,
         handshakes: Seldom::default(),
+        hosts,
     });
     let (crowded, unaccepted) = (Seldom::default(), Seldom::default());
     loop {
@@ -141,12 +144,12 @@ pub async fn run(
             () = stop.cancelled() => break,
         };
         match accepted {
-            Ok((stream, addr)) => match Arc::clone(&room).try_acquire_owned() {
-                Ok(place) => {
+            Ok((stream, addr)) => match server.hosts.place(&room, addr.ip()) {
+                Some(place) => {
                     let server = Arc::clone(&server);
                     tasks.spawn(server.connection(stream, addr, stop.child_token(), place));
                 }
-                Err(_) => {
+                None => {
                     server.counts.over_limit.fetch_add(1, Ordering::Relaxed);
                     if let Some(unsaid) = crowded.turn() {
                         let limit = server.limits.connections;
@@ -199,6 +202,43 @@ struct Server {
     limits: ConnLimits,
     counts: Arc<Counts>,
     handshakes: Seldom,
+    hosts: Arc<Hosts>,
+}
+
+/// How many connections each host has: none takes all of them.
+struct Hosts {
+    share: usize,
+    open: Mutex<HashMap<IpAddr, usize>>,
+}
+
+/// One connection among all, and among those of its host.
+struct Place {
+    _room: OwnedSemaphorePermit,
+    hosts: Arc<Hosts>,
+    host: IpAddr,
+}
+
+impl Hosts {
+    fn place(self: &Arc<Self>, room: &Arc<Semaphore>, host: IpAddr) -> Option<Place> {
+        let mut open = self.open.lock();
+        let own = open.get(&host).copied().unwrap_or(0);
+        if own >= self.share {
+            return None;
+        }
+        let room = Arc::clone(room).try_acquire_owned().ok()?;
+        open.insert(host, own + 1);
+        Some(Place { _room: room, hosts: Arc::clone(self), host })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut open = self.hosts.open.lock();
+        match open.get_mut(&self.host) {
+            Some(own) if *own > 1 => *own -= 1,
+            _ => drop(open.remove(&self.host)),
+        }
+    }
 }
 
 /// How a connection ended.
@@ -214,7 +254,7 @@ impl Server {
         stream: TcpStream,
         addr: SocketAddr,
         stop: CancellationToken,
-        _place: OwnedSemaphorePermit,
+        _place: Place,
     ) {
         // Without it a small answer waits up to 40 ms for the peer's acknowledgement.
         if let Err(error) = stream.set_nodelay(true) {
@@ -266,6 +306,10 @@ impl Server {
                 let answer = self.app.clone().call(request);
                 async move {
                     let response = answer.await?;
+                    // An answer of known size has the time of an idle connection to be fetched; a
+                    // stream has all the time, as long as it is written.
+                    let is_stream = response.body().size_hint().exact().is_none();
+                    let running = is_stream.then_some(running);
                     Ok::<_, Infallible>(response.map(|body| Answer { body, _running: running }))
                 }
             }

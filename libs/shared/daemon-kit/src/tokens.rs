@@ -45,8 +45,23 @@ pub enum Scope {
     Client,
     /// Registering as a node and reporting.
     Node,
-    /// Everything, the control plane's own calls to its nodes included.
+    /// What a control plane asks of its nodes. Worth nothing at a control plane, since every node
+    /// hears the token that is sent to it.
+    Control,
+    /// Everything.
     Admin,
+}
+
+impl Scope {
+    /// As it stands in the file.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Client => "client",
+            Self::Node => "node",
+            Self::Control => "control",
+            Self::Admin => "admin",
+        }
+    }
 }
 
 /// Who holds a token.
@@ -81,8 +96,8 @@ struct Known {
 #[derive(Debug, Default)]
 pub struct TokenSet {
     known: Vec<Known>,
-    /// The first that is there in full.
-    first: Option<SecretString>,
+    /// Those that are there in full, with their ends.
+    sendable: Vec<(SecretString, Option<Timestamp>)>,
 }
 
 /// Whether a token is known.
@@ -125,7 +140,10 @@ impl TokenSet {
         };
         let mut text = String::new();
         let file = std::fs::File::open(path).map_err(failed)?;
-        file.take(MAX_FILE_BYTES).read_to_string(&mut text).map_err(failed)?;
+        file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(failed)?;
+        if text.len() as u64 > MAX_FILE_BYTES {
+            return Err(failed(std::io::Error::other("it is longer than 1 MiB")));
+        }
         Ok(text)
     }
 
@@ -137,9 +155,10 @@ impl TokenSet {
         self.known.iter().map(|known| known.holder.as_ref())
     }
 
-    /// The token to send to the other daemon.
-    pub fn to_send(&self) -> Option<&SecretString> {
-        self.first.as_ref()
+    /// The token to send to the other daemon: the first that is there in full and has not expired.
+    pub fn to_send(&self, now: Timestamp) -> Option<&SecretString> {
+        let valid = |(_, expires): &&(SecretString, Option<Timestamp>)| expires.is_none_or(|at| at > now);
+        self.sendable.iter().find(valid).map(|(token, _)| token)
     }
 
     /// Every digest is compared, whichever matches.
@@ -181,7 +200,7 @@ impl TokenSet {
             if self.find(&digest(token)).is_none() {
                 self.add(digest(token), holder);
             }
-            self.first.get_or_insert_with(|| token.into());
+            self.sendable.push((token.into(), None));
         }
         if self.known.len() == before { Err(TokenError::Empty { origin }) } else { Ok(()) }
     }
@@ -209,7 +228,9 @@ impl TokenSet {
                 _ => return wrong("give either token or sha256"),
             };
             if entry.scopes.is_empty() {
-                return wrong("scopes must name at least one of \"client\", \"node\", \"admin\"");
+                return wrong(
+                    "scopes must name at least one of \"client\", \"node\", \"control\", \"admin\"",
+                );
             }
             if entry.node_id.is_some() && entry.scopes != [Scope::Node] {
                 return wrong("node_id binds a token whose only scope is \"node\"");
@@ -234,9 +255,7 @@ impl TokenSet {
                 expires,
             };
             self.add(digest, holder);
-            if self.first.is_none() {
-                self.first = entry.token;
-            }
+            self.sendable.extend(entry.token.map(|token| (token, expires)));
         }
         Ok(())
     }
@@ -344,7 +363,7 @@ mod tests {
         let set =
             TokenSet::parse(Some("first-token, second-token"), Some("# old\nthird-token\nfirst-token\n"))
                 .unwrap();
-        assert_eq!(set.to_send().unwrap().expose_secret(), "first-token");
+        assert_eq!(set.to_send(Timestamp::now()).unwrap().expose_secret(), "first-token");
         assert_eq!(known(&set, "first-token").as_deref(), Some("token 1"));
         assert_eq!(known(&set, "third-token").as_deref(), Some("line 1"));
         assert_eq!(set.holders().count(), 3);
@@ -386,7 +405,10 @@ mod tests {
     fn a_file_of_toml_gives_names_scopes_nodes_and_ends() {
         let text = FILE.replace("DIGEST", &sha256("token-of-node-1"));
         let set = TokenSet::parse(None, Some(&text)).unwrap();
-        assert_eq!(set.to_send().unwrap().expose_secret(), "token-of-the-control-plane");
+        assert_eq!(
+            set.to_send(at("2026-06-01T00:00:00Z")).unwrap().expose_secret(),
+            "token-of-the-control-plane"
+        );
         let Verdict::Known(node) = set.look_up("token-of-node-1", at("2026-06-01T00:00:00Z")) else {
             panic!("it is known by its digest")
         };
@@ -397,6 +419,10 @@ mod tests {
         assert_eq!(node.node_id, Some(NodeId::new("gpu-node-1").unwrap()));
         assert!(node.has(Scope::Node) && !node.has(Scope::Client) && !node.has(Scope::Admin));
         assert_eq!(known(&set, "token-of-ci").as_deref(), Some("ci"));
+        let ends =
+            text.replacen("scopes = [\"admin\"]", "scopes = [\"admin\"]\nexpires = 2026-05-01T00:00:00Z", 1);
+        let next = TokenSet::parse(None, Some(&ends)).unwrap();
+        assert_eq!(next.to_send(at("2026-06-01T00:00:00Z")).unwrap().expose_secret(), "token-of-ci");
         let late = set.look_up("token-of-ci", at("2026-06-02T00:00:00Z"));
         assert!(matches!(late, Verdict::Expired(_)));
         let Verdict::Known(control) = set.look_up("token-of-the-control-plane", at("2026-06-01T00:00:00Z"))

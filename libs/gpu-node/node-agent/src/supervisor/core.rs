@@ -178,7 +178,7 @@ impl Supervisor {
             Happened::Reload { pool_id, plan } => self.reload(now, &pool_id, *plan, &mut out),
             Happened::Revive { pool_id } => {
                 if let Some(pool) = self.pools.get_mut(&pool_id).filter(|pool| !pool.purging) {
-                    pool.failed = None;
+                    (pool.failed, pool.never_fits) = (None, false);
                     pool.exits.clear();
                     if let Preparation::Failed { again, .. } = &mut pool.serving.preparation {
                         *again = now;
@@ -385,6 +385,7 @@ impl Supervisor {
         if exits >= pool.serving.plan.exit_limit {
             let (window, limit) = (STORM_WINDOW.as_secs(), pool.serving.plan.exit_limit);
             let why = pool.last_error.clone().unwrap_or_default();
+            pool.never_fits = false;
             pool.failed =
                 Some(format!("it ended {exits} times within {window} s, the limit is {limit}: {why}"));
             return;
@@ -446,7 +447,7 @@ impl Supervisor {
         let given_up = pool.failed.is_some() || pool.purging;
         pool.reload_error = None;
         (pool.purging, pool.purged) = (false, false);
-        pool.failed = None;
+        (pool.failed, pool.never_fits) = (None, false);
         pool.exits.clear();
         if *pool.target() == plan {
             return;

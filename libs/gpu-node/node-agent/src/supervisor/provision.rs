@@ -116,6 +116,7 @@ async fn install(
         pip.args(["--require-hashes", "--only-binary", ":all:", "--no-deps"]);
     }
     pip.args(["--root-user-action", "ignore", "--target"]).arg(folder.join("site"));
+    without_secrets(&mut pip);
     pip.arg("--requirement").arg(&list).stdin(Stdio::null()).kill_on_drop(true);
     let ended = tokio::time::timeout(INSTALL_TIMEOUT, pip.output()).await;
     let output = match ended {
@@ -131,8 +132,14 @@ async fn install(
     tokio::fs::write(folder.join(STAMP), wanted).await.map_err(failed)
 }
 
+/// What is installed is others' code, and needs none of the daemon's tokens.
+fn without_secrets(command: &mut Command) {
+    command.env_remove("LLORCH_API_TOKEN").env_remove("LLORCH_API_TOKEN_FILE").env_remove("HF_TOKEN");
+}
+
 async fn look(python: &Path, code: &str) -> Result<(), ()> {
     let mut command = Command::new(python);
+    without_secrets(&mut command);
     command
         .args(["-c", code])
         .stdin(Stdio::null())

@@ -278,7 +278,7 @@ impl Pool {
         self.proven = true;
         self.last_error = None;
         // What the old engines did is not held against the new ones.
-        self.failed = None;
+        (self.failed, self.never_fits) = (None, false);
         self.exits.clear();
     }
 
@@ -328,6 +328,7 @@ impl Pool {
         }
         if let Some(Reload { way: Way::After { since, .. }, .. }) = &self.reload
             && now >= *since + patience + self.serving.plan.drain_timeout
+            && self.serving.prepared().is_some()
             && !self.serving.is_ready()
         {
             self.reload_error = self.waits_for.clone().or_else(|| Some(said(patience)));
@@ -371,7 +372,9 @@ impl Pool {
 
     fn deadlines(&self) -> Vec<Moment> {
         let mut all = Vec::new();
-        if let Some(Reload { way: Way::After { since, .. }, .. }) = &self.reload {
+        if let Some(Reload { way: Way::After { since, .. }, .. }) = &self.reload
+            && self.serving.prepared().is_some()
+        {
             all.push(*since + self.serving.plan.load_timeout + self.serving.plan.drain_timeout);
         }
         all.extend(self.demand.filter(|at| *at != Moment::NEVER));
