@@ -8,7 +8,7 @@ use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
-use daemon_kit::{ApiError, PathId};
+use daemon_kit::{ApiError, Caller, PathId, Tokens};
 use futures::stream;
 use pool_registry_types::{ErrorBody, ErrorCode, PoolId, ReplicaId, routes as paths};
 use serde::Deserialize;
@@ -42,6 +42,7 @@ pub(crate) struct Which {
 pub(crate) async fn logs(
     State(node): State<Node>,
     PathId(id): PathId<PoolId>,
+    caller: Caller,
     which: Result<Query<Which>, QueryRejection>,
 ) -> Result<Response, ApiError> {
     let Query(which) = which.map_err(|bad| ApiError::new(ErrorCode::InvalidParams, bad.body_text()))?;
@@ -57,7 +58,8 @@ pub(crate) async fn logs(
             Err(ApiError::new(ErrorCode::InvalidParams, format!("replica_id: name one of {all}")))
         }
     }?;
-    let reading = Reading { path, file: None, at: 0, follow: which.follow, started: false };
+    let admitted = (node.tokens, caller);
+    let reading = Reading { path, file: None, at: 0, follow: which.follow, started: false, admitted };
     let pieces = stream::unfold(reading, |mut reading| async move {
         reading.next().await.map(|piece| (Ok::<_, std::io::Error>(piece), reading))
     });
@@ -74,6 +76,7 @@ struct Reading {
     at: u64,
     follow: bool,
     started: bool,
+    admitted: (Tokens, Caller),
 }
 
 async fn length(path: &Path) -> u64 {
@@ -86,7 +89,8 @@ impl Reading {
             if let Some(piece) = self.read().await {
                 return Some(piece);
             }
-            if !self.follow {
+            let (tokens, caller) = &self.admitted;
+            if !self.follow || !tokens.still_admit(caller) {
                 return None;
             }
             tokio::time::sleep(LOOK_EVERY).await;

@@ -8,7 +8,7 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use daemon_kit::ApiError;
+use daemon_kit::{ApiError, Caller};
 use pool_registry_types::sse::{write_comment, write_frame};
 use pool_registry_types::{ErrorBody, ErrorCode, routes as paths};
 use tokio::sync::broadcast::error::RecvError;
@@ -48,11 +48,14 @@ pub(crate) async fn metrics(State(state): State<AppState>) -> Result<Response, A
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(10);
 
 /// Changes of nodes, pools and tasks as they happen from now on. Whoever reads too slowly is told
-/// with an event `missed` how many were lost, and looks at the lists again.
+/// with an event `missed` how many were lost, and looks at the lists again. Ends with the token.
 #[utoipa::path(get, path = paths::EVENTS, tag = "observe", responses((status = 200, content_type = "text/event-stream"), (status = 401, body = ErrorBody)))]
-pub(crate) async fn events(State(state): State<AppState>) -> Response {
-    let changes = state.control.follow();
-    let stream = futures::stream::unfold(changes, |mut changes| async move {
+pub(crate) async fn events(State(state): State<AppState>, caller: Caller) -> Response {
+    let following = (state.control.follow(), state.tokens, caller);
+    let stream = futures::stream::unfold(following, |(mut changes, tokens, caller)| async move {
+        if !tokens.still_admit(&caller) {
+            return None;
+        }
         let mut out = Vec::with_capacity(256);
         match tokio::time::timeout(KEEP_ALIVE_EVERY, changes.recv()).await {
             Ok(Ok(change)) => {
@@ -65,7 +68,7 @@ pub(crate) async fn events(State(state): State<AppState>) -> Response {
             Ok(Err(RecvError::Closed)) => return None,
             Err(_) => write_comment(&mut out, "ka"),
         }
-        Some((Ok::<_, Infallible>(Bytes::from(out)), changes))
+        Some((Ok::<_, Infallible>(Bytes::from(out)), (changes, tokens, caller)))
     });
     let kind = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
     (StatusCode::OK, kind, HttpBody::from_stream(stream)).into_response()

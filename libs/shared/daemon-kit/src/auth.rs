@@ -163,6 +163,15 @@ impl Tokens {
         }
     }
 
+    /// Whether the caller's token is one still. For answers that have no end; whoever was let in
+    /// without a token stays.
+    pub fn still_admit(&self, caller: &Caller) -> bool {
+        let Some(holder) = &caller.holder else { return true };
+        let is_over = holder.expires.is_some_and(|at| at <= Timestamp::now());
+        let set = Arc::clone(&self.0.set.read());
+        !is_over && set.holders().any(|known| known.fingerprint == holder.fingerprint)
+    }
+
     /// Who shows these headers.
     ///
     /// # Errors
@@ -432,6 +441,11 @@ mod tests {
         let stop = CancellationToken::new();
         let following = tokio::spawn(tokens.clone().follow(stop.clone()));
         let pass = || tokio::time::sleep(LOOK_EVERY * 3);
+        let mut headers = HeaderMap::new();
+        headers.insert(header::AUTHORIZATION, HeaderValue::from_static("Bearer old-token-of-ours"));
+        let holder = tokens.authenticate(&headers, Timestamp::now()).ok();
+        let caller = Caller { holder, ..Caller::default() };
+        assert!(tokens.still_admit(&caller));
         let old = || code(&tokens, &["Bearer old-token-of-ours"]);
         let new = || code(&tokens, &["Bearer new-token-of-ours"]);
         assert_eq!((old(), new()), (None, Some(ErrorCode::BadToken)));
@@ -441,6 +455,7 @@ mod tests {
         }
         assert_eq!(old(), None);
         assert_eq!(tokens.authorization().unwrap(), "Bearer new-token-of-ours");
+        assert!(tokens.still_admit(&caller), "it stands in another line, and still stands");
         std::fs::write(&file, "new-token-of-ours\nshort\n").unwrap();
         for _ in 0..5 {
             pass().await;
@@ -451,6 +466,7 @@ mod tests {
             pass().await;
         }
         assert_eq!(new(), None);
+        assert!(!tokens.still_admit(&caller) && tokens.still_admit(&Caller::default()));
         stop.cancel();
         following.await.unwrap();
     }
