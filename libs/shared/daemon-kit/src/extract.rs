@@ -7,6 +7,8 @@ use std::time::Duration;
 use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Path, Request};
 use axum::http::request::Parts;
+use http_body_util::BodyExt;
+use hyper::body::Body as _;
 use pool_registry_types::task::{INFER_OVERHEAD_BYTES, MAX_BODY_BYTES};
 use pool_registry_types::{ErrorCode, NodeId};
 use serde::de::DeserializeOwned;
@@ -16,6 +18,9 @@ use crate::auth::Caller;
 
 /// How long a whole body may take to arrive.
 const BODY_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Bytes of a body that is too long that are read for nothing.
+const MOST_DROPPED: usize = 16 * 1024 * 1024;
 
 /// The parsed body of a request of a client.
 #[derive(Debug)]
@@ -58,26 +63,38 @@ async fn read<T: DeserializeOwned>(request: Request, at_most: usize) -> Result<T
 }
 
 async fn collect(request: Request, at_most: usize) -> Result<Bytes, ApiError> {
-    let too_large =
-        || ApiError::new(ErrorCode::PayloadTooLarge, format!("the body is longer than {at_most} bytes"));
-    let body = request.into_body();
-    // What announces itself as too long is not read at all.
-    if hyper::body::Body::size_hint(&body).lower() > at_most as u64 {
-        return Err(too_large());
-    }
-    let reading = axum::body::to_bytes(body, at_most);
-    let Ok(read) = tokio::time::timeout(BODY_PATIENCE, reading).await else {
+    let reading = read_whole(request.into_body(), at_most);
+    tokio::time::timeout(BODY_PATIENCE, reading).await.unwrap_or_else(|_| {
         let message = format!("the body did not arrive within {} s", BODY_PATIENCE.as_secs());
-        return Err(ApiError::new(ErrorCode::InvalidParams, message));
-    };
-    read.map_err(|error| {
-        let cause = std::error::Error::source(&error);
-        if cause.is_some_and(|cause| cause.to_string().contains("length limit")) {
-            too_large()
-        } else {
-            ApiError::new(ErrorCode::InvalidParams, "the body was cut off")
-        }
+        Err(ApiError::new(ErrorCode::InvalidParams, message))
     })
+}
+
+/// Of a body that is too long the rest is read and dropped, as far as that is reasonable: who is
+/// still sending when the connection is closed hears of no answer.
+async fn read_whole(mut body: axum::body::Body, at_most: usize) -> Result<Bytes, ApiError> {
+    let announced = body.size_hint().lower();
+    let mut too_long = announced > at_most as u64;
+    let room = if too_long { 0 } else { usize::try_from(announced).unwrap_or(0) };
+    let (mut bytes, mut seen) = (Vec::with_capacity(room), 0_usize);
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_| ApiError::new(ErrorCode::InvalidParams, "the body was cut off"))?;
+        let Ok(data) = frame.into_data() else { continue };
+        seen = seen.saturating_add(data.len());
+        too_long |= seen > at_most;
+        if !too_long {
+            bytes.extend_from_slice(&data);
+        } else if seen > at_most.saturating_add(MOST_DROPPED) {
+            break;
+        }
+    }
+    if too_long {
+        return Err(ApiError::new(
+            ErrorCode::PayloadTooLarge,
+            format!("the body is longer than {at_most} bytes"),
+        ));
+    }
+    Ok(bytes.into())
 }
 
 /// An id in a path, or `INVALID_PARAMS` that names it.
