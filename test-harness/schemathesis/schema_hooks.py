@@ -50,6 +50,15 @@ def map_body(context, body):
     return body
 
 
+@schemathesis.hook
+def map_headers(context, headers):
+    """The framing of a request is HTTP's own: what is wrong there is answered below our documents."""
+    framing = ("transfer-encoding", "content-length", "connection", "upgrade", "expect", "te", "host")
+    if not headers:
+        return headers
+    return {name: value for name, value in headers.items() if name.lower() not in framing}
+
+
 def whole(value):
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
         return int(value)

@@ -38,7 +38,7 @@ pub struct RegisterRequest {
     /// Where the control plane reaches the node: `http://host:port` or `https://host:port`. The
     /// pattern leaves addresses of IPv6, in brackets, to the check.
     #[schema(
-        pattern = "^https?://[A-Za-z0-9]([A-Za-z0-9_-]{0,30}[A-Za-z0-9])?([.][A-Za-z0-9]([A-Za-z0-9_-]{0,30}[A-Za-z0-9])?){0,3}(:[1-9][0-9]{0,3})?$"
+        pattern = "^https?://(([A-Za-z0-9]([A-Za-z0-9_-]{0,30}[A-Za-z0-9])?[.]){0,3}[A-Za-z]([A-Za-z0-9_-]{0,30}[A-Za-z0-9])?|((25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])[.]){3}(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9]))(:[1-9][0-9]{0,3})?$"
     )]
     pub address: String,
     pub version: String,
