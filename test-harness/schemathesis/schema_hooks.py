@@ -29,6 +29,7 @@ ENDINGS = (
     ": only of a completion",
     # Link-local, metadata: what an address means, not how it is written.
     " is no address of a node",
+    " is not among ORCHESTRATORD_NODE_ADDRESSES",
 )
 
 

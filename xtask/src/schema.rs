@@ -205,7 +205,9 @@ impl Cluster {
             .env("ORCHESTRATORD_CLOUD_PROFILE", "true")
             .env("ORCHESTRATORD_ADDR", format!("127.0.0.1:{control_port}"))
             .env("ORCHESTRATORD_DATA_DIR", folder.join("orchestratord"))
-            // Nodes that requests made up are found out, and the real one comes back, within the run.
+            // Nodes that requests make up are dialled: nothing leaves this machine.
+            .env("ORCHESTRATORD_NODE_ADDRESSES", "127.0.0.0/8")
+            // They are found out, and the real one comes back, within the run.
             .env("ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS", "1")
             .env("ORCHESTRATORD_NODE_TIMEOUT_SECS", "3")
             // Tasks for models that nobody has end soon, and so do their streams; they are kept
