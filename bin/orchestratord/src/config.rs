@@ -307,9 +307,9 @@ impl Settings {
 fn origins(list: &str) -> Result<Vec<HeaderValue>, ConfigError> {
     let origin = |text: &str| {
         let wrong = || ConfigError::Origin(text.to_owned());
-        let host = text.split_once("://").filter(|(scheme, _)| ["http", "https"].contains(scheme));
-        host.filter(|(_, host)| !host.is_empty() && !host.contains(['/', '*', '@', '?', '#']))
-            .ok_or_else(wrong)?;
+        if !daemon_kit::config::is_base_url(text) || text.contains('*') {
+            return Err(wrong());
+        }
         HeaderValue::from_str(text).map_err(|_| wrong())
     };
     list.split(',').map(str::trim).filter(|text| !text.is_empty()).map(origin).collect()

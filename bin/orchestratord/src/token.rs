@@ -72,7 +72,7 @@ fn print_all(set: &TokenSet) {
         let node = holder.node_id.as_ref().map_or_else(String::new, |id| format!(" only as node {id}"));
         let end = match holder.expires {
             None => String::new(),
-            Some(at) if at <= now => format!(" EXPIRED {at}"),
+            Some(at) if holder.has_expired(now) => format!(" EXPIRED {at}"),
             Some(at) => format!(" until {at}"),
         };
         config::print(&format!("{} {} {}{node}{end}", holder.fingerprint, holder.name, scopes.join(",")));

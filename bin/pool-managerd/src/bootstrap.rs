@@ -4,11 +4,10 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use daemon_kit::audit::{Audit, AuditError};
 use daemon_kit::auth::Gate;
-use daemon_kit::connections::{self, Counts, ServeOptions};
-use daemon_kit::serve::{self, Edge};
-use daemon_kit::tls::{Tls, TlsError};
+use daemon_kit::connections::Counts;
+use daemon_kit::front::{Front, FrontError, FrontSettings, Shown};
+use daemon_kit::serve;
 use handoff_watcher::{HandoffWatcher, watch::WatchError};
 use node_agent::core::Identity;
 use node_agent::{Agent, IntentFile, gpu};
@@ -24,20 +23,16 @@ use crate::{api, registry};
 
 /// How long leaving the cluster may take, once attempts have finished.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(6);
-/// How long open connections may linger once everything has ended.
+/// How long watchers of files may take to end.
 const LINGER: Duration = Duration::from_secs(1);
 
 /// Why the node does not start.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StartError {
     #[error(transparent)]
-    Listen(#[from] serve::ListenError),
+    Front(#[from] FrontError),
     #[error("POOL_MANAGERD_RUNTIME_DIR: {0}")]
     RuntimeDir(#[from] WatchError),
-    #[error(transparent)]
-    Tls(#[from] TlsError),
-    #[error(transparent)]
-    Audit(#[from] AuditError),
     #[error("the HTTP client cannot be made")]
     Client,
     #[error("serving failed")]
@@ -47,14 +42,15 @@ pub(crate) enum StartError {
 pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     // Only the first installation in a process can fail, and this is the first.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let listener = serve::bind("POOL_MANAGERD_ADDR", config.addr).await?;
-    let bound = listener.local_addr().map_err(StartError::Serve)?;
-    let metrics_listener = match config.metrics_addr {
-        Some(addr) => Some(serve::bind("POOL_MANAGERD_METRICS_ADDR", addr).await?),
-        None => None,
-    };
-    let tls = Tls::load("POOL_MANAGERD", &config.tls)?;
-    let audit = config.audit_log.as_deref().map(Audit::open).transpose()?.unwrap_or_default();
+    let front = Front::open(FrontSettings {
+        prefix: "POOL_MANAGERD",
+        addr: config.addr,
+        metrics_addr: config.metrics_addr,
+        tls: &config.tls,
+        audit_log: config.audit_log.as_deref(),
+    })
+    .await?;
+    let bound = front.bound;
     let gpus = gpu::GpuWatch::start(config.nvml_lib.clone());
     let boot_id = BootId(Uuid::new_v4());
     let identity = Identity {
@@ -83,7 +79,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     agent.watch_gpus(gpus);
     let session = match &config.control_plane {
         Some(url) => {
-            let client = tls.client.reqwest(HttpControlPlane::client()).build();
+            let client = front.tls.client.reqwest(HttpControlPlane::client()).build();
             let client = client.map_err(|_| StartError::Client)?;
             let tokens = config.tokens.clone();
             let credentials = Arc::new(move || tokens.authorization());
@@ -100,11 +96,6 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         tokens: config.tokens.clone(),
         connections: Arc::clone(&counts),
     };
-    if tls.server.is_none() && !daemon_kit::config::is_loopback(config.addr) {
-        tracing::warn!(
-            "plain HTTP on a network: whoever listens there reads tokens and prompts; set POOL_MANAGERD_TLS_CERT and POOL_MANAGERD_TLS_KEY"
-        );
-    }
     let gate = Gate {
         tokens: config.tokens.clone(),
         needs: api::needs,
@@ -113,19 +104,10 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         quota: None,
         origins: Vec::new(),
     };
-    let app = serve::with_layers(api::router(node.clone()), Edge { gate, audit });
-    let options = ServeOptions { tls: tls.server, counts, ..ServeOptions::default() };
-    let server = tokio::spawn(connections::run(listener, app, options, stop.clone(), LINGER));
     let beside = TaskTracker::new();
-    if let Some(listener) = metrics_listener {
-        let app =
-            serve::with_layers(api::open_router(node), Edge { gate: Gate::open(), audit: Audit::default() });
-        beside.spawn(connections::run(listener, app, ServeOptions::default(), stop.clone(), LINGER));
-    }
-    beside.spawn(config.tokens.clone().follow(stop.clone()));
-    if let Some(own) = tls.own {
-        beside.spawn(own.follow(stop.clone()));
-    }
+    let open_routes = api::open_router(node.clone());
+    let shown = Shown { routes: api::router(node), gate, counts, open_routes };
+    let server = front.serve(shown, &beside, &stop);
 
     serve::stop_signal().await;
     tracing::info!("stopping: no new work");

@@ -359,11 +359,7 @@ impl Config {
     fn check_reachable(&self) -> Result<(), ConfigError> {
         let Some(control_plane) = &self.control_plane else { return Ok(()) };
         let advertised = self.address(self.addr);
-        let is_local = |url: &str| {
-            let host = authority(url).rsplit_once(':').map_or(authority(url), |(host, _)| host);
-            host == "localhost"
-                || host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
-        };
+        let is_local = |url: &str| daemon_kit::config::is_this_machine(authority(url));
         if is_local(&advertised) && !is_local(control_plane) {
             return Err(ConfigError::LoopbackAdvertised { advertised, control_plane: control_plane.clone() });
         }
@@ -386,8 +382,7 @@ fn route_to(url: &str) -> Option<std::net::IpAddr> {
 
 fn check_url(variable: &'static str, url: String) -> Result<String, ConfigError> {
     let trimmed = url.trim_end_matches('/');
-    let rest = trimmed.strip_prefix("http://").or_else(|| trimmed.strip_prefix("https://"));
-    let good = rest.is_some_and(|rest| !rest.is_empty() && !rest.contains(['/', '@', '?', '#', ' ']));
+    let good = daemon_kit::config::is_base_url(trimmed);
     if good { Ok(trimmed.to_owned()) } else { Err(ConfigError::Url { variable, url }) }
 }
 

@@ -236,6 +236,7 @@ async fn tokens_are_rotated_without_a_failed_request_and_without_a_restart() {
     };
     let before = pids(&cluster);
     let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let done = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
     let token = std::sync::Arc::new(std::sync::Mutex::new(old));
     // A stream that lives through all of it, and short tasks all the time.
     let long = {
@@ -245,15 +246,14 @@ async fn tokens_are_rotated_without_a_failed_request_and_without_a_restart() {
     let short = {
         let (mut client, task) = (cluster.client.clone(), cluster.task(2));
         let (stop, token) = (std::sync::Arc::clone(&stop), std::sync::Arc::clone(&token));
+        let done = std::sync::Arc::clone(&done);
         tokio::spawn(async move {
-            let mut done = 0;
             while !stop.load(std::sync::atomic::Ordering::Relaxed) {
                 client.token = Some((*token.lock().unwrap()).to_owned());
                 let transcript = client.run(task.clone()).await;
                 assert!(transcript.completed(), "{} {:?}", transcript.status, transcript.refusal);
-                done += 1;
+                done.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             }
-            done
         })
     };
     let knows = async |base: &str, token: &str, yes: bool| {
@@ -274,15 +274,26 @@ async fn tokens_are_rotated_without_a_failed_request_and_without_a_restart() {
         set(path, &[new, old]);
     }
     *token.lock().unwrap() = new;
-    // Everybody has sent it: a heartbeat interval, and the look at the files.
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    let taken = |log: &str| {
+        let text = std::fs::read_to_string(cluster.log(log)).unwrap_or_default();
+        text.matches("the file of tokens is read again").count()
+    };
+    eventually("both send the new one", Duration::from_secs(10), || async {
+        ["orchestratord", "gpu-node-1"].iter().all(|log| taken(log) == 2).then_some(())
+    })
+    .await;
     for (path, url) in [(&control, &control_url), (&node, &node_url)] {
         set(path, &[new]);
         knows(url, old, false).await;
     }
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    let with_new_only = done.load(std::sync::atomic::Ordering::Relaxed);
+    eventually("tasks go on with the new one alone", Duration::from_secs(20), || async {
+        (done.load(std::sync::atomic::Ordering::Relaxed) > with_new_only + 10).then_some(())
+    })
+    .await;
     stop.store(true, std::sync::atomic::Ordering::Relaxed);
-    assert!(short.await.unwrap() > 20);
+    short.await.unwrap();
+    assert!(done.load(std::sync::atomic::Ordering::Relaxed) > 20);
     let long = long.await.unwrap();
     long.check();
     assert!(long.completed(), "{:?}", long.error());

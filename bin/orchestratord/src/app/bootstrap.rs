@@ -4,12 +4,10 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use daemon_kit::audit::{Audit, AuditError};
 use daemon_kit::auth::Gate;
-use daemon_kit::connections::{self, Counts, ServeOptions};
+use daemon_kit::connections::Counts;
+use daemon_kit::front::{Front, FrontError, FrontSettings, Shown};
 use daemon_kit::quota::Quota;
-use daemon_kit::serve::Edge;
-use daemon_kit::tls::{Tls, TlsError};
 use daemon_kit::{Clock, serve};
 use handoff_watcher::watch::WatchError;
 use task_scheduler::{ControlCore, Event};
@@ -29,8 +27,6 @@ use crate::services::placement::{self, Control};
 use crate::services::registry::ServiceRegistryHandle;
 use crate::services::streams::Streams;
 
-/// How long open connections may linger once everything has ended.
-const LINGER: Duration = Duration::from_secs(1);
 /// How often a stopping daemon looks whether its tasks have ended.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
@@ -38,15 +34,11 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StartError {
     #[error(transparent)]
-    Listen(#[from] serve::ListenError),
+    Front(#[from] FrontError),
     #[error("ORCHESTRATORD_RUNTIME_DIR: {0}")]
     RuntimeDir(#[from] WatchError),
     #[error("ORCHESTRATORD_DATA_DIR: {0}")]
     DataDir(#[from] CatalogError),
-    #[error(transparent)]
-    Tls(#[from] TlsError),
-    #[error(transparent)]
-    Audit(#[from] AuditError),
     #[error("the HTTP client cannot be made")]
     Client(#[from] reqwest::Error),
     #[error("the control loop ended by a defect, see the log")]
@@ -58,20 +50,20 @@ pub(crate) enum StartError {
 pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     // Only the first installation in a process can fail, and this is the first.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let listener = serve::bind("ORCHESTRATORD_ADDR", config.addr).await?;
-    let metrics_listener = match config.metrics_addr {
-        Some(addr) => Some(serve::bind("ORCHESTRATORD_METRICS_ADDR", addr).await?),
-        None => None,
-    };
-    let tls = Tls::load("ORCHESTRATORD", &config.tls)?;
-    let audit = config.audit_log.as_deref().map(Audit::open).transpose()?.unwrap_or_default();
-    let bound = listener.local_addr().map_err(StartError::Serve)?;
+    let front = Front::open(FrontSettings {
+        prefix: "ORCHESTRATORD",
+        addr: config.addr,
+        metrics_addr: config.metrics_addr,
+        tls: &config.tls,
+        audit_log: config.audit_log.as_deref(),
+    })
+    .await?;
     let interval = config.policy.timing.heartbeat_interval;
     let catalog = Arc::new(Catalog::open(&config.data_dir)?);
     let home = if config.cloud_profile { None } else { Some(Home::new(interval, &config.runtime_dir)?) };
     let link = match &home {
         Some(home) => NodeLink::Local(Arc::clone(&home.agent)),
-        None => NodeLink::Http(Box::new(HttpLink::new(&tls.client, config.tokens.clone())?)),
+        None => NodeLink::Http(Box::new(HttpLink::new(&front.tls.client, config.tokens.clone())?)),
     };
     let streams = Arc::new(Streams::new(config.event_log_bytes));
     let relays = Arc::new(Relays { clock: Clock::default(), link, streams: Arc::clone(&streams) });
@@ -95,13 +87,8 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         Some(home) => Some(home.start(&config.runtime_dir, control.clone())?),
         None => None,
     };
-    if tls.server.is_none() && !daemon_kit::config::is_loopback(config.addr) {
-        tracing::warn!(
-            "plain HTTP on a network: whoever listens there reads tokens and prompts; set ORCHESTRATORD_TLS_CERT and ORCHESTRATORD_TLS_KEY"
-        );
-    }
     let profile = if config.cloud_profile { "cloud" } else { "home" };
-    tracing::info!(%bound, profile, strategy, "orchestratord starts");
+    tracing::info!(bound = %front.bound, profile, strategy, "orchestratord starts");
     let quota = Arc::new(Quota::new(config.requests_per_second, config.tasks_per_token));
     let counts = Arc::new(Counts::default());
     let state = AppState {
@@ -119,25 +106,16 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         connections: Arc::clone(&counts),
     };
     let gate = Gate {
-        tokens: config.tokens.clone(),
+        tokens: config.tokens,
         needs: router::needs,
         certificate: None,
         nodes_show_certificates: config.tls.client_ca.is_some(),
         quota: Some(quota),
         origins: config.origins,
     };
-    let app = serve::with_layers(router::router(state.clone()), Edge { gate, audit });
-    let options = ServeOptions { tls: tls.server.clone(), counts, ..ServeOptions::default() };
-    let server = tokio::spawn(connections::run(listener, app, options, stop.clone(), LINGER));
-    if let Some(listener) = metrics_listener {
-        let app =
-            serve::with_layers(router::metrics(state), Edge { gate: Gate::open(), audit: Audit::default() });
-        tracker.spawn(connections::run(listener, app, ServeOptions::default(), stop.clone(), LINGER));
-    }
-    tracker.spawn(config.tokens.follow(stop.clone()));
-    if let Some(own) = tls.own {
-        tracker.spawn(own.follow(stop.clone()));
-    }
+    let open_routes = router::metrics(state.clone());
+    let shown = Shown { routes: router::router(state), gate, counts, open_routes };
+    let server = front.serve(shown, &tracker, &stop);
 
     tokio::pin!(deciding);
     tokio::select! {

@@ -248,7 +248,8 @@ impl HttpLink {
     }
 
     fn call(&self, dispatch: &Dispatch, body: Bytes) -> Result<Request<Full<Bytes>>, HowEnded> {
-        let url = format!("{}{}", dispatch.address, routes::pool_infer(&dispatch.pool.pool_id));
+        let url =
+            format!("{}{}", dispatch.address, routes::of_pool(routes::POOL_INFER, &dispatch.pool.pool_id));
         let mut call = Request::post(url)
             .header(header::CONTENT_TYPE, "application/json")
             .header(headers::CORRELATION_ID, dispatch.task.to_string());

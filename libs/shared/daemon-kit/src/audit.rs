@@ -53,10 +53,16 @@ pub struct Audit(Option<Arc<Sink>>);
 struct Sink {
     /// Absent at the end only.
     lines: Option<SyncSender<Vec<u8>>>,
-    lost: Arc<AtomicU64>,
-    waiting: Arc<AtomicUsize>,
+    tally: Arc<Tally>,
     /// Closed when everything is written.
     written: Mutex<Receiver<()>>,
+}
+
+/// What the threads count for each other.
+#[derive(Debug, Default)]
+struct Tally {
+    queued: AtomicUsize,
+    lost: AtomicU64,
 }
 
 impl Drop for Sink {
@@ -93,25 +99,17 @@ impl Audit {
     pub fn open(path: &Path) -> Result<Self, AuditError> {
         let failed = |source| AuditError { path: path.display().to_string(), source };
         let file = append(path).map_err(failed)?;
-        let (lines, waiting) = sync_channel(WAITING);
+        let (lines, queue) = sync_channel(WAITING);
         let (done, written) = sync_channel(0);
-        let lost = Arc::new(AtomicU64::new(0));
-        let waiting_lines = Arc::new(AtomicUsize::new(0));
-        let writer = Writer { waiting, queued: Arc::clone(&waiting_lines), lost: Arc::clone(&lost) };
-        let path = path.to_owned();
-        let thread = std::thread::Builder::new().name("audit".into());
-        // It ends when nobody can write any more.
+        let tally = Arc::new(Tally::default());
+        let writer = Writer { queue, tally: Arc::clone(&tally), path: path.to_owned() };
         let writing = move || {
-            writer.run(file, &path);
+            // It ends when nobody can write any more.
+            writer.run(file);
             drop(done);
         };
-        thread.spawn(writing).map_err(failed)?;
-        Ok(Self(Some(Arc::new(Sink {
-            lines: Some(lines),
-            lost,
-            waiting: waiting_lines,
-            written: Mutex::new(written),
-        }))))
+        std::thread::Builder::new().name("audit".into()).spawn(writing).map_err(failed)?;
+        Ok(Self(Some(Arc::new(Sink { lines: Some(lines), tally, written: Mutex::new(written) }))))
     }
 
     /// Refusals have half of the room only: a flood of them displaces nothing else.
@@ -119,11 +117,11 @@ impl Audit {
         let Some(sink) = &self.0 else { return };
         let mut text = serde_json::to_vec(line).unwrap_or_default();
         text.push(b'\n');
-        let room = !refused || sink.waiting.load(Ordering::Relaxed) < WAITING / 2;
-        sink.waiting.fetch_add(1, Ordering::Relaxed);
-        if !(room && sink.lines.as_ref().is_some_and(|lines| lines.try_send(text).is_ok())) {
-            sink.waiting.fetch_sub(1, Ordering::Relaxed);
-            sink.lost.fetch_add(1, Ordering::Relaxed);
+        let has_room = !refused || sink.tally.queued.load(Ordering::Relaxed) < WAITING / 2;
+        sink.tally.queued.fetch_add(1, Ordering::Relaxed);
+        if !(has_room && sink.lines.as_ref().is_some_and(|lines| lines.try_send(text).is_ok())) {
+            sink.tally.queued.fetch_sub(1, Ordering::Relaxed);
+            sink.tally.lost.fetch_add(1, Ordering::Relaxed);
         }
     }
 }
@@ -133,57 +131,56 @@ fn append(path: &Path) -> std::io::Result<std::fs::File> {
 }
 
 struct Writer {
-    waiting: Receiver<Vec<u8>>,
-    /// How many lines wait there.
-    queued: Arc<AtomicUsize>,
-    lost: Arc<AtomicU64>,
+    queue: Receiver<Vec<u8>>,
+    tally: Arc<Tally>,
+    path: PathBuf,
 }
 
 impl Writer {
-    fn run(&self, mut file: std::fs::File, path: &PathBuf) {
+    fn run(&self, mut file: std::fs::File) {
         let mut complained = false;
         loop {
-            let next = self.waiting.recv_timeout(LOOK_EVERY);
-            let same = |file: &std::fs::File| {
-                let here = std::fs::metadata(path).map(|about| (about.dev(), about.ino())).ok();
-                here.is_some() && here == file.metadata().map(|about| (about.dev(), about.ino())).ok()
+            let first = match self.queue.recv_timeout(LOOK_EVERY) {
+                Ok(line) => Some(line),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => return,
             };
-            if !same(&file)
-                && let Ok(new) = append(path)
+            if !self.is_in_place(&file)
+                && let Ok(new) = append(&self.path)
             {
                 file = new;
             }
-            let mut text = match next {
-                Ok(line) => line,
-                Err(RecvTimeoutError::Timeout) => Vec::new(),
-                Err(RecvTimeoutError::Disconnected) => return,
-            };
-            let mut lines = u64::from(!text.is_empty());
-            while let Ok(line) = self.waiting.try_recv() {
-                text.extend_from_slice(&line);
-                lines += 1;
-            }
-            self.queued.fetch_sub(usize::try_from(lines).unwrap_or(0), Ordering::Relaxed);
-            let missing = self.lost.swap(0, Ordering::Relaxed);
-            if missing > 0 {
-                // After a write that failed half-way, a line of its own.
-                let about = format!("{{\"at\":\"{}\",\"lost_lines\":{missing}}}\n", Timestamp::now());
-                let start: &[u8] = if complained { b"\n" } else { b"" };
-                text.splice(..0, [start, about.as_bytes()].concat());
-            }
-            if text.is_empty() {
+            let lines: Vec<Vec<u8>> = first.into_iter().chain(self.queue.try_iter()).collect();
+            self.tally.queued.fetch_sub(lines.len(), Ordering::Relaxed);
+            let missing = self.tally.lost.swap(0, Ordering::Relaxed);
+            if lines.is_empty() && missing == 0 {
                 continue;
             }
+            let mut text = Vec::new();
+            if missing > 0 {
+                // After a write that failed half-way, a line of its own.
+                let start = if complained { "\n" } else { "" };
+                let at = Timestamp::now();
+                text.extend(format!("{start}{{\"at\":\"{at}\",\"lost_lines\":{missing}}}\n").bytes());
+            }
+            text.extend(lines.concat());
             match file.write_all(&text) {
                 Ok(()) => complained = false,
                 Err(error) => {
-                    self.lost.fetch_add(lines + missing, Ordering::Relaxed);
+                    self.tally.lost.fetch_add(lines.len() as u64 + missing, Ordering::Relaxed);
                     if !std::mem::replace(&mut complained, true) {
-                        tracing::error!(%error, path = %path.display(), "the audit log cannot be written");
+                        tracing::error!(%error, path = %self.path.display(), "the audit log cannot be written");
                     }
                 }
             }
         }
+    }
+
+    /// Whether the file is the one at the path.
+    fn is_in_place(&self, file: &std::fs::File) -> bool {
+        let which = |about: std::fs::Metadata| (about.dev(), about.ino());
+        let here = std::fs::metadata(&self.path).map(which).ok();
+        here.is_some() && here == file.metadata().map(which).ok()
     }
 }
 
@@ -325,7 +322,9 @@ mod tests {
         };
         let lines = |path: &Path| std::fs::read_to_string(path).unwrap_or_default().lines().count();
         write("/one");
+        let start = std::time::Instant::now();
         while lines(&path) < 1 {
+            assert!(start.elapsed() < Duration::from_secs(5), "it is not written");
             std::thread::sleep(Duration::from_millis(5));
         }
         std::fs::rename(&path, &old).unwrap();

@@ -23,14 +23,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::answer::ApiError;
 use crate::audit::Record;
+use crate::config;
 use crate::connections::Peer;
+use crate::follow::follow;
 use crate::quota::Quota;
 use crate::tokens::{Holder, Scope, TokenError, TokenSet, Verdict};
 
 /// A refused token is answered so much later: guessing is slow, and nobody else waits for it.
 const REFUSAL_PAUSE: Duration = Duration::from_millis(250);
-/// Pause between two looks at the file of tokens.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// What a route needs of its caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,32 +45,32 @@ pub enum Need {
 /// What each route needs: its method and its path as it is routed.
 pub type Needs = fn(&Method, &str) -> Need;
 
+/// Why calls are refused here.
+const REFUSALS: [ErrorCode; 4] =
+    [ErrorCode::MissingToken, ErrorCode::BadToken, ErrorCode::Forbidden, ErrorCode::RateLimited];
+
 /// Refused calls since the start, by why.
 #[derive(Debug, Default)]
-pub struct Refusals {
-    pub missing: AtomicU64,
-    pub bad: AtomicU64,
-    pub forbidden: AtomicU64,
-    pub limited: AtomicU64,
-}
+pub struct Refusals([AtomicU64; REFUSALS.len()]);
 
 impl Refusals {
     /// The numbers with the codes of the answers.
-    pub fn all(&self) -> [(&'static str, u64); 4] {
-        let count = |of: &AtomicU64| of.load(Ordering::Relaxed);
-        [
-            ("MISSING_TOKEN", count(&self.missing)),
-            ("BAD_TOKEN", count(&self.bad)),
-            ("FORBIDDEN", count(&self.forbidden)),
-            ("RATE_LIMITED", count(&self.limited)),
-        ]
+    pub fn all(&self) -> impl Iterator<Item = (ErrorCode, u64)> {
+        REFUSALS.into_iter().zip(self.0.iter().map(|count| count.load(Ordering::Relaxed)))
+    }
+
+    fn count(&self, code: ErrorCode) {
+        for (known, count) in REFUSALS.iter().zip(&self.0) {
+            count.fetch_add(u64::from(*known == code), Ordering::Relaxed);
+        }
     }
 }
 
 struct Shared {
     set: RwLock<Arc<TokenSet>>,
     list: Option<SecretString>,
-    file: Option<PathBuf>,
+    /// With the text that the set was made of at the start.
+    file: Option<(PathBuf, String)>,
     refusals: Refusals,
 }
 
@@ -92,7 +92,7 @@ impl fmt::Debug for Tokens {
 }
 
 impl Tokens {
-    fn of(set: TokenSet, list: Option<SecretString>, file: Option<PathBuf>) -> Self {
+    fn of(set: TokenSet, list: Option<SecretString>, file: Option<(PathBuf, String)>) -> Self {
         let refusals = Refusals::default();
         Self(Arc::new(Shared { set: RwLock::new(Arc::new(set)), list, file, refusals }))
     }
@@ -101,7 +101,7 @@ impl Tokens {
     pub fn load(list: Option<SecretString>, file: Option<PathBuf>) -> Result<Self, TokenError> {
         let text = file.as_deref().map(TokenSet::read_file).transpose()?;
         let set = TokenSet::parse(list.as_ref().map(|list| list.expose_secret()), text.as_deref())?;
-        Ok(Self::of(set, list, file))
+        Ok(Self::of(set, list, file.zip(text)))
     }
 
     pub fn is_empty(&self) -> bool {
@@ -125,36 +125,23 @@ impl Tokens {
     /// Follows the file until `stop`. Tokens change all at once; a file that is wrong or gone
     /// changes nothing, and the log says why. Running requests are not touched.
     pub async fn follow(self, stop: CancellationToken) {
-        let Some(path) = self.0.file.clone() else { return };
-        let mut before: Option<Result<String, TokenError>> = None;
-        let mut seen = None;
-        loop {
-            let file = path.clone();
-            let read = tokio::task::spawn_blocking(move || TokenSet::read_file(&file)).await.ok();
-            // A file that is being written is not what it will be: it is taken when it stands still.
-            if read == seen
-                && before != read
-                && let Some(read) = &read
-            {
-                self.take(read, before.is_none());
-                before = Some(read.clone());
+        let Some((path, text)) = self.0.file.clone() else { return };
+        let read = || {
+            let path = path.clone();
+            async move {
+                let read = tokio::task::spawn_blocking(move || TokenSet::read_file(&path)).await;
+                read.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
             }
-            seen = read;
-            tokio::select! {
-                () = stop.cancelled() => return,
-                () = tokio::time::sleep(LOOK_EVERY) => {}
-            }
-        }
+        };
+        follow(Ok(text), stop, read, |text| self.take(text)).await;
     }
 
-    fn take(&self, text: &Result<String, TokenError>, is_first: bool) {
+    fn take(&self, text: &Result<String, TokenError>) {
         let list = self.0.list.as_ref().map(|list| list.expose_secret());
-        let parsed = text.clone().and_then(|text| TokenSet::parse(list, Some(&text)));
-        match parsed {
+        let text = text.as_ref().map_err(TokenError::clone);
+        match text.and_then(|text| TokenSet::parse(list, Some(text))) {
             Ok(set) => {
-                if !is_first {
-                    tracing::info!(tokens = set.holders().count(), "the file of tokens is read again");
-                }
+                tracing::info!(tokens = set.holders().count(), "the file of tokens is read again");
                 *self.0.set.write() = Arc::new(set);
             }
             Err(error) => {
@@ -167,9 +154,9 @@ impl Tokens {
     /// without a token stays.
     pub fn still_admit(&self, caller: &Caller) -> bool {
         let Some(holder) = &caller.holder else { return true };
-        let is_over = holder.expires.is_some_and(|at| at <= Timestamp::now());
-        let set = Arc::clone(&self.0.set.read());
-        !is_over && set.holders().any(|known| known.fingerprint == holder.fingerprint)
+        let (set, now) = (Arc::clone(&self.0.set.read()), Timestamp::now());
+        let is_same = |known: &Holder| known.fingerprint == holder.fingerprint;
+        set.holders().any(|known| is_same(known) && !known.has_expired(now))
     }
 
     /// Who shows these headers.
@@ -241,9 +228,7 @@ impl Caller {
             )),
         }
     }
-}
 
-impl Caller {
     /// An operator may, whatever certificate is shown; a node only itself.
     ///
     /// # Errors
@@ -277,13 +262,6 @@ pub struct Gate {
     pub quota: Option<Arc<Quota>>,
     /// Origins whose pages may call.
     pub origins: Vec<HeaderValue>,
-}
-
-fn is_this_machine(authority: &str) -> bool {
-    let Ok(authority) = authority.parse::<axum::http::uri::Authority>() else { return false };
-    let host = authority.host();
-    host.eq_ignore_ascii_case("localhost")
-        || host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 pub(crate) fn is_page(path: &str) -> bool {
@@ -325,10 +303,10 @@ impl Gate {
         let origin = headers.get(header::ORIGIN);
         let foreign_page = origin.is_some_and(|origin| {
             let host = origin.to_str().ok().and_then(|text| text.split_once("://")).map(|(_, host)| host);
-            !self.origins.contains(origin) && !host.is_some_and(is_this_machine)
+            !self.origins.contains(origin) && !host.is_some_and(config::is_this_machine)
         });
         let host = headers.get(header::HOST);
-        let foreign_host = host.is_some_and(|host| !host.to_str().is_ok_and(is_this_machine));
+        let foreign_host = host.is_some_and(|host| !host.to_str().is_ok_and(config::is_this_machine));
         if foreign_page || foreign_host {
             let message = "without tokens only this machine may call, by its own name: set LLORCH_API_TOKEN";
             return Err(ApiError::new(ErrorCode::Forbidden, message));
@@ -388,16 +366,9 @@ pub async fn layer(State(gate): State<Arc<Gate>>, mut request: Request, next: Ne
             next.run(request).await
         }
         Err(error) => {
-            let refusals = gate.tokens.refusals();
-            let (count, pause) = match error.0.code {
-                ErrorCode::MissingToken => (&refusals.missing, REFUSAL_PAUSE),
-                ErrorCode::BadToken => (&refusals.bad, REFUSAL_PAUSE),
-                ErrorCode::RateLimited => (&refusals.limited, Duration::ZERO),
-                _ => (&refusals.forbidden, Duration::ZERO),
-            };
-            count.fetch_add(1, Ordering::Relaxed);
-            if !pause.is_zero() {
-                tokio::time::sleep(pause).await;
+            gate.tokens.refusals().count(error.0.code);
+            if matches!(error.0.code, ErrorCode::MissingToken | ErrorCode::BadToken) {
+                tokio::time::sleep(REFUSAL_PAUSE).await;
             }
             error.into_response()
         }
@@ -440,7 +411,7 @@ mod tests {
         let tokens = Tokens::load(None, Some(file.path().to_owned())).unwrap();
         let stop = CancellationToken::new();
         let following = tokio::spawn(tokens.clone().follow(stop.clone()));
-        let pass = || tokio::time::sleep(LOOK_EVERY * 3);
+        let pass = || tokio::time::sleep(Duration::from_secs(3));
         let mut headers = HeaderMap::new();
         headers.insert(header::AUTHORIZATION, HeaderValue::from_static("Bearer old-token-of-ours"));
         let holder = tokens.authenticate(&headers, Timestamp::now()).ok();
@@ -450,22 +421,17 @@ mod tests {
         let new = || code(&tokens, &["Bearer new-token-of-ours"]);
         assert_eq!((old(), new()), (None, Some(ErrorCode::BadToken)));
         std::fs::write(&file, "new-token-of-ours\nold-token-of-ours\n").unwrap();
-        while new().is_some() {
-            pass().await;
-        }
+        pass().await;
+        assert_eq!(new(), None);
         assert_eq!(old(), None);
         assert_eq!(tokens.authorization().unwrap(), "Bearer new-token-of-ours");
         assert!(tokens.still_admit(&caller), "it stands in another line, and still stands");
         std::fs::write(&file, "new-token-of-ours\nshort\n").unwrap();
-        for _ in 0..5 {
-            pass().await;
-        }
+        pass().await;
         assert_eq!((old(), new()), (None, None), "a bad file changes nothing");
         std::fs::write(&file, "new-token-of-ours\n").unwrap();
-        while old().is_none() {
-            pass().await;
-        }
-        assert_eq!(new(), None);
+        pass().await;
+        assert_eq!((old(), new()), (Some(ErrorCode::BadToken), None));
         assert!(!tokens.still_admit(&caller) && tokens.still_admit(&Caller::default()));
         stop.cancel();
         following.await.unwrap();

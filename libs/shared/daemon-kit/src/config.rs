@@ -150,6 +150,20 @@ pub fn describe(command: &clap::Command, matches: &clap::ArgMatches) -> String {
     lines.join("\n")
 }
 
+/// Whether a URL's host, with or without a port, is this machine by a name or address of its own.
+pub fn is_this_machine(authority: &str) -> bool {
+    let Ok(authority) = authority.parse::<axum::http::uri::Authority>() else { return false };
+    let host = authority.host();
+    host.eq_ignore_ascii_case("localhost")
+        || host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+/// Whether it is `http://` or `https://` with a host, and nothing after it.
+pub fn is_base_url(text: &str) -> bool {
+    let host = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
+    host.is_some_and(|host| !host.is_empty() && !host.contains(['/', '@', '?', '#', ' ']))
+}
+
 /// Whether only this machine reaches the address.
 pub fn is_loopback(addr: SocketAddr) -> bool {
     addr.ip().is_loopback()

@@ -147,7 +147,7 @@ pub async fn run(
             Ok((stream, addr)) => match server.hosts.place(&room, addr.ip()) {
                 Some(place) => {
                     let server = Arc::clone(&server);
-                    tasks.spawn(server.connection(stream, addr, stop.child_token(), place));
+                    tasks.spawn(server.connection(stream, addr, stop.clone(), place));
                 }
                 None => {
                     server.counts.over_limit.fetch_add(1, Ordering::Relaxed);

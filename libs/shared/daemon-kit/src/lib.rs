@@ -14,6 +14,8 @@ pub mod connections;
 pub mod correlation;
 pub mod document;
 pub mod extract;
+mod follow;
+pub mod front;
 pub mod metrics;
 pub mod quota;
 pub mod serve;

@@ -58,7 +58,7 @@ impl Page {
     pub fn edge(&mut self, refusals: &Refusals, connections: &Counts, labels: &Labels<'_>) -> &mut Self {
         let load = |of: &AtomicU64| of.load(Ordering::Relaxed);
         for (code, count) in refusals.all() {
-            let labels = [labels, &[("code", code)]].concat();
+            let labels = [labels, &[("code", code.as_str())]].concat();
             self.counter("llorch_refused_calls_total", "Calls that were not let through.", &labels, count);
         }
         let closed = [

@@ -1,6 +1,5 @@
-//! Listening, the layers every request passes, and stopping.
+//! The layers every request passes, running, and stopping.
 
-use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +7,6 @@ use std::time::Duration;
 use axum::Router;
 use axum::http::Method;
 use axum::middleware;
-use tokio::net::TcpListener;
 use tower::util::option_layer;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowHeaders, CorsLayer};
@@ -16,21 +14,6 @@ use tower_http::cors::{AllowHeaders, CorsLayer};
 use crate::audit::{self, Audit};
 use crate::auth::{self, Gate};
 use crate::{answer, correlation, telemetry};
-
-/// Why the daemon does not listen.
-#[derive(Debug, thiserror::Error)]
-#[error("{variable}: cannot listen on {addr}: {source}")]
-pub struct ListenError {
-    pub variable: &'static str,
-    pub addr: SocketAddr,
-    #[source]
-    pub source: std::io::Error,
-}
-
-/// Binds the address that the variable names.
-pub async fn bind(variable: &'static str, addr: SocketAddr) -> Result<TcpListener, ListenError> {
-    TcpListener::bind(addr).await.map_err(|source| ListenError { variable, addr, source })
-}
 
 /// What a daemon puts around its routes.
 #[derive(Debug, Clone)]

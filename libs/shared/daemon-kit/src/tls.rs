@@ -36,9 +36,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::connections::PeerCertificate;
-
-/// How often the files of a certificate are read.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+use crate::follow::follow;
 
 /// How long a peer may take to hear why its handshake failed.
 const LAST_WORD: Duration = Duration::from_secs(1);
@@ -216,37 +214,24 @@ impl OwnCertificate {
         Ok(Self { cert, key, now, started_with: pair })
     }
 
-    /// Takes new contents of the files over, until `stop`. What cannot be used is said once, and
-    /// not at its first look: two files are not replaced in one step.
+    /// Takes new contents of the files over, until `stop`. What cannot be used changes nothing, and
+    /// the log says why.
     pub async fn follow(self: Arc<Self>, stop: CancellationToken) {
-        let mut taken = self.started_with.clone();
-        let mut wrong: Option<(String, bool)> = None;
-        loop {
-            tokio::select! { () = tokio::time::sleep(LOOK_EVERY) => {}, () = stop.cancelled() => return }
-            let found = self.read().await;
-            if found.as_ref().is_ok_and(|pair| *pair == taken) {
-                wrong = None;
-                continue;
+        let read = || async { self.read().await.map_err(|error| with_causes(&error)) };
+        follow(Ok(self.started_with.clone()), stop, read, |found| self.take(found)).await;
+    }
+
+    fn take(&self, found: &Result<Pair, String>) {
+        let usable = found
+            .as_ref()
+            .map_err(String::clone)
+            .and_then(|pair| certified(&self.cert, &self.key, pair).map_err(|error| with_causes(&error)));
+        match usable {
+            Ok(new) => {
+                *self.now.write() = Arc::new(new);
+                tracing::info!(path = self.cert.path(), "a new certificate is in use");
             }
-            let usable = found.and_then(|pair| Ok((certified(&self.cert, &self.key, &pair)?, pair)));
-            match usable {
-                Ok((new, pair)) => {
-                    *self.now.write() = Arc::new(new);
-                    tracing::info!(path = self.cert.path(), "a new certificate is in use");
-                    (taken, wrong) = (pair, None);
-                }
-                Err(error) => {
-                    let error = with_causes(&error);
-                    match &mut wrong {
-                        Some((seen, said)) if *seen == error => {
-                            if !std::mem::replace(said, true) {
-                                tracing::error!(error, "the certificate is not renewed: the old one stays");
-                            }
-                        }
-                        _ => wrong = Some((error, false)),
-                    }
-                }
-            }
+            Err(error) => tracing::error!(error, "the certificate is not renewed: the old one stays"),
         }
     }
 

@@ -81,6 +81,10 @@ impl Holder {
         self.scopes.iter().any(|has| *has == scope || *has == Scope::Admin)
     }
 
+    pub fn has_expired(&self, now: Timestamp) -> bool {
+        has_expired(self.expires, now)
+    }
+
     pub fn scopes(&self) -> &[Scope] {
         &self.scopes
     }
@@ -157,8 +161,7 @@ impl TokenSet {
 
     /// The token to send to the other daemon: the first that is there in full and has not expired.
     pub fn to_send(&self, now: Timestamp) -> Option<&SecretString> {
-        let valid = |(_, expires): &&(SecretString, Option<Timestamp>)| expires.is_none_or(|at| at > now);
-        self.sendable.iter().find(valid).map(|(token, _)| token)
+        self.sendable.iter().find(|(_, end)| !has_expired(*end, now)).map(|(token, _)| token)
     }
 
     /// Every digest is compared, whichever matches.
@@ -172,7 +175,7 @@ impl TokenSet {
         }
         match found {
             None => Verdict::Unknown,
-            Some(holder) if holder.expires.is_some_and(|at| at <= now) => Verdict::Expired(holder.clone()),
+            Some(holder) if holder.has_expired(now) => Verdict::Expired(holder.clone()),
             Some(holder) => Verdict::Known(holder.clone()),
         }
     }
@@ -287,6 +290,10 @@ struct TokenEntry {
     scopes: Vec<Scope>,
     node_id: Option<NodeId>,
     expires: Option<toml::value::Datetime>,
+}
+
+fn has_expired(end: Option<Timestamp>, now: Timestamp) -> bool {
+    end.is_some_and(|at| at <= now)
 }
 
 /// TOML begins with a table; a plain token does not begin with a bracket.

@@ -8,6 +8,7 @@
 pub mod engines;
 pub mod error;
 pub mod ids;
+mod inputs;
 pub mod moment;
 pub mod node;
 pub mod placement;

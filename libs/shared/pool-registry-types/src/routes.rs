@@ -51,7 +51,7 @@ pub fn node(node_id: &NodeId, epoch: &Epoch) -> String {
 }
 
 pub fn node_heartbeat(node_id: &NodeId) -> String {
-    format!("{NODES}/{node_id}/heartbeat")
+    NODE_HEARTBEAT.replace("{node_id}", node_id.as_str())
 }
 
 /// The path of one pool's route.
@@ -61,10 +61,6 @@ pub fn of_pool(route: &str, pool_id: &PoolId) -> String {
 
 pub fn task_events(task_id: TaskId) -> String {
     TASK_EVENTS.replace("{task_id}", &task_id.to_string())
-}
-
-pub fn pool_infer(pool_id: &PoolId) -> String {
-    format!("{POOLS}/{pool_id}/infer")
 }
 
 /// Headers of our own.

@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 use crate::engines::{EngineSet, GrammarForm, capabilities};
 use crate::error::{ErrorBody, ErrorCode};
 use crate::ids::{AttemptId, BootId, LogId, ModelRef, NodeId, PoolId, ReplicaId, SessionId, TaskId};
+pub use crate::inputs::{EmbeddingResult, Inputs, MAX_INPUTS, NonEmptyText, RerankInputs, RerankResult};
 use crate::placement::Wishes;
 use crate::pool::EngineKind;
 
@@ -19,8 +20,6 @@ pub const MAX_BODY_BYTES: usize = 4 * 1024 * 1024;
 pub const INFER_OVERHEAD_BYTES: usize = 10 * 1024 * 1024;
 /// Most texts in `stop`.
 pub const MAX_STOP_TEXTS: usize = 16;
-/// Most texts that one task embeds, and most documents that it ranks.
-pub const MAX_INPUTS: usize = 2048;
 /// Most bytes of results that a node sends: a task's log keeps 8 MiB, and its end must fit too.
 pub const MAX_RESULT_BYTES: usize = 8 * 1024 * 1024 - 64 * 1024;
 /// Longest wait a client may ask for: one day.
@@ -53,62 +52,6 @@ pub enum Workload {
 
 impl Workload {
     pub const ALL: [Self; 3] = [Self::Completion, Self::Embedding, Self::Rerank];
-}
-
-/// For the documents only: their way of saying that a text is not empty.
-#[derive(Debug, ToSchema)]
-#[schema(value_type = String, min_length = 1)]
-pub struct NonEmptyText(#[expect(dead_code, reason = "it is never made")] String);
-
-/// What is embedded or ranked. Each form belongs to the workload of its name:
-/// `{"embedding": ["…", "…"]}` or `{"rerank": {"query": "…", "documents": ["…"]}}`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Inputs {
-    /// 1 to [`MAX_INPUTS`] texts.
-    Embedding(Vec<String>),
-    Rerank(RerankInputs),
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct RerankInputs {
-    #[schema(min_length = 1)]
-    pub query: String,
-    /// 1 to [`MAX_INPUTS`] texts.
-    #[schema(value_type = Vec<NonEmptyText>, min_items = 1, max_items = 2048)]
-    pub documents: Vec<String>,
-}
-
-impl Inputs {
-    /// The texts that are embedded or ranked: there is one result for each.
-    pub fn texts(&self) -> &[String] {
-        match self {
-            Self::Embedding(texts) => texts,
-            Self::Rerank(rerank) => &rerank.documents,
-        }
-    }
-
-    fn check(&self, workload: Workload) -> Result<(), String> {
-        let name = match (self, workload) {
-            (Self::Embedding(_), Workload::Embedding) => "inputs.embedding",
-            (Self::Rerank(rerank), Workload::Rerank) => {
-                if rerank.query.is_empty() {
-                    return Err("inputs.rerank.query: an empty text ranks nothing".into());
-                }
-                "inputs.rerank.documents"
-            }
-            _ => return Err("inputs: must be those of the workload".into()),
-        };
-        let texts = self.texts();
-        if !(1..=MAX_INPUTS).contains(&texts.len()) {
-            return Err(format!("{name}: must be 1 to {MAX_INPUTS} texts"));
-        }
-        match texts.iter().position(String::is_empty) {
-            Some(n) => Err(format!("{name}[{n}]: must not be empty")),
-            None => Ok(()),
-        }
-    }
 }
 
 /// How exactly a repeated run must agree.
@@ -570,25 +513,6 @@ pub struct Token {
     pub t: String,
     /// 0, 1, 2, … over the whole task.
     pub i: u64,
-}
-
-/// Event `result` of an embedding: one for each text, in their order.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct EmbeddingResult {
-    /// The number of the text in `inputs`.
-    pub i: u64,
-    pub embedding: Vec<f32>,
-}
-
-/// Event `result` of a rerank: one for each document, the best first.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct RerankResult {
-    /// 0 for the best.
-    pub i: u64,
-    /// The number of the document in `inputs`.
-    pub document: u64,
-    /// The engine's own; comparable within one answer only.
-    pub score: f64,
 }
 
 /// Event `end`.

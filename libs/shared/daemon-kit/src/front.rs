@@ -1,0 +1,122 @@
+//! What a daemon shows to the outside: its listeners, its certificate, its audit log, and the
+//! files that these follow.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::audit::{Audit, AuditError};
+use crate::auth::Gate;
+use crate::connections::{self, Counts, ServeOptions};
+use crate::serve::{self, Edge};
+use crate::tls::{Tls, TlsError, TlsPaths};
+
+/// How long open connections may linger once everything has ended.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// Why nothing is shown. Each names the variable.
+#[derive(Debug, thiserror::Error)]
+pub enum FrontError {
+    #[error("{variable}: cannot listen on {addr}: {source}")]
+    Listen {
+        variable: String,
+        addr: SocketAddr,
+        #[source]
+        source: io::Error,
+    },
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error(transparent)]
+    Audit(#[from] AuditError),
+}
+
+/// The settings of it.
+#[derive(Debug, Clone, Copy)]
+pub struct FrontSettings<'s> {
+    /// Of the daemon's variables, without an underscore at its end.
+    pub prefix: &'static str,
+    pub addr: SocketAddr,
+    /// A second listener, which asks for no token.
+    pub metrics_addr: Option<SocketAddr>,
+    pub tls: &'s TlsPaths,
+    pub audit_log: Option<&'s Path>,
+}
+
+/// Everything that can fail is done; nothing is served yet.
+#[derive(Debug)]
+pub struct Front {
+    pub tls: Tls,
+    pub bound: SocketAddr,
+    prefix: &'static str,
+    listener: TcpListener,
+    metrics: Option<TcpListener>,
+    audit: Audit,
+}
+
+/// What is served where.
+#[derive(Debug)]
+pub struct Shown {
+    pub routes: Router,
+    pub gate: Gate,
+    pub counts: Arc<Counts>,
+    /// The routes of the second listener.
+    pub open_routes: Router,
+}
+
+impl Front {
+    pub async fn open(settings: FrontSettings<'_>) -> Result<Self, FrontError> {
+        let FrontSettings { prefix, addr, metrics_addr, tls, audit_log } = settings;
+        let (listener, bound) = listen(format!("{prefix}_ADDR"), addr).await?;
+        let metrics = match metrics_addr {
+            Some(addr) => Some(listen(format!("{prefix}_METRICS_ADDR"), addr).await?.0),
+            None => None,
+        };
+        let tls = Tls::load(prefix, tls)?;
+        let audit = audit_log.map(Audit::open).transpose()?.unwrap_or_default();
+        Ok(Self { tls, bound, prefix, listener, metrics, audit })
+    }
+
+    /// Serves until `stop`. Returns the main listener; what runs beside it is the tracker's.
+    pub fn serve(
+        self,
+        shown: Shown,
+        tracker: &TaskTracker,
+        stop: &CancellationToken,
+    ) -> JoinHandle<io::Result<()>> {
+        let prefix = self.prefix;
+        if self.tls.server.is_none() && !self.bound.ip().is_loopback() {
+            tracing::warn!(
+                "plain HTTP on a network: whoever listens there reads tokens and prompts; set {prefix}_TLS_CERT and {prefix}_TLS_KEY"
+            );
+        }
+        tracker.spawn(shown.gate.tokens.clone().follow(stop.clone()));
+        if let Some(own) = self.tls.own {
+            tracker.spawn(own.follow(stop.clone()));
+        }
+        if let Some(listener) = self.metrics {
+            let edge = Edge { gate: Gate::open(), audit: Audit::default() };
+            let app = serve::with_layers(shown.open_routes, edge);
+            let options = ServeOptions::default();
+            tracker.spawn(connections::run(listener, app, options, stop.clone(), LINGER));
+        }
+        let app = serve::with_layers(shown.routes, Edge { gate: shown.gate, audit: self.audit });
+        let options = ServeOptions { tls: self.tls.server, counts: shown.counts, ..ServeOptions::default() };
+        tokio::spawn(connections::run(self.listener, app, options, stop.clone(), LINGER))
+    }
+}
+
+async fn listen(variable: String, addr: SocketAddr) -> Result<(TcpListener, SocketAddr), FrontError> {
+    let bound = TcpListener::bind(addr).await.and_then(|listener| {
+        let bound = listener.local_addr()?;
+        Ok((listener, bound))
+    });
+    bound.map_err(|source| FrontError::Listen { variable, addr, source })
+}
