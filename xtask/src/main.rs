@@ -12,6 +12,7 @@ mod tidy;
 mod up;
 
 use std::process::{Command, ExitCode};
+use std::time::Instant;
 
 use clap::{Parser, Subcommand};
 
@@ -30,7 +31,11 @@ enum Chore {
     /// Build both daemons, start a small cluster with a real model, and let it answer.
     Up(up::Options),
     /// Everything that CI runs: format, lints, all tests, contracts, structure, simulator.
-    Test,
+    Test {
+        /// Only the tests that are too long for each run, and no other step.
+        #[arg(long)]
+        long: bool,
+    },
     /// The same as `test`: the loop before a commit.
     #[command(name = "dev:loop")]
     DevLoop,
@@ -64,7 +69,8 @@ enum Chore {
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().chore {
         Chore::Up(options) => up::run(&options),
-        Chore::Test | Chore::DevLoop => test(),
+        Chore::Test { long: true } => all(&LONG_STEPS),
+        Chore::Test { long: false } | Chore::DevLoop => all(&STEPS),
         Chore::Contracts { check } => contracts::run(check),
         Chore::Schema(options) => schema::run(&options),
         Chore::Tidy => tidy::run(),
@@ -83,33 +89,55 @@ fn main() -> ExitCode {
     }
 }
 
-fn test() -> Result<(), Failed> {
-    say("structure: crates, arrows, documents, requirements");
-    tidy::run()?;
-    say("format");
-    cargo(&["fmt", "--all", "--check"], "run `cargo fmt --all`")?;
-    say("the real engine, for the end-to-end tests");
-    engine::python()?;
-    say("build");
-    cargo(&["build", "--locked", "--workspace", "--all-targets"], "mend what the compiler says")?;
-    say("contracts");
-    contracts::run(true)?;
-    say("tests, end-to-end ones with the real engine included");
-    cargo(&["test", "--locked", "--workspace", "--no-fail-fast"], "see the failing test above")?;
-    say("documents: both daemons do what they say");
-    schema::run(&schema::Options::default())?;
-    say("simulator: 10,000 schedules");
-    sim(&["--seeds".into(), "10000".into()])?;
-    say("simulator: each rule switched off must be noticed");
-    sim(&["--mutants".into()])?;
-    say("licences, bans and sources of the dependencies");
-    deny()?;
-    say("lints");
-    cargo(
-        &["clippy", "--locked", "--workspace", "--all-targets", "--", "--deny", "warnings"],
-        "mend what clippy says",
-    )?;
-    println!("\neverything passed");
+/// What a step proves, and how.
+type Step = (&'static str, fn() -> Result<(), Failed>);
+
+/// What needs no build comes first, then what needs the compiler, then what runs for long. Each
+/// step gets what it needs by itself: any of them passes alone, with empty caches.
+const STEPS: [Step; 11] = [
+    ("structure: crates, arrows, documents, requirements", tidy::run),
+    ("format", || cargo(&["fmt", "--all", "--check"], "run `cargo fmt --all`")),
+    ("licences, bans and sources of the dependencies", deny),
+    ("lints", || {
+        cargo(
+            &["clippy", "--locked", "--workspace", "--all-targets", "--", "--deny", "warnings"],
+            "mend what clippy says",
+        )
+    }),
+    ("contracts", || contracts::run(true)),
+    ("build", || {
+        cargo(&["build", "--locked", "--workspace", "--all-targets"], "mend what the compiler says")
+    }),
+    ("the real engine, for the end-to-end tests", || engine::python().map(drop)),
+    ("tests, end-to-end ones with the real engine included", || {
+        cargo(&["test", "--locked", "--workspace", "--no-fail-fast"], "see the failing test above")
+    }),
+    ("documents: both daemons do what they say", || schema::run(&schema::Options::default())),
+    ("simulator: 10,000 schedules", || sim(&["--seeds".into(), "10000".into()])),
+    ("simulator: each rule switched off must be noticed", || sim(&["--mutants".into()])),
+];
+
+/// The tests that take too long for each run: those with `#[ignore = "long"]`.
+const LONG_STEPS: [Step; 2] = [
+    ("the real engine, for the end-to-end tests", || engine::python().map(drop)),
+    ("long tests", || {
+        cargo(
+            &["test", "--locked", "--workspace", "--no-fail-fast", "--", "--ignored", "--nocapture"],
+            "see the failing test above",
+        )
+    }),
+];
+
+/// Runs steps in their order up to the first that fails, which the last line names.
+fn all(steps: &[Step]) -> Result<(), Failed> {
+    let begun = Instant::now();
+    for (n, (name, step)) in steps.iter().enumerate() {
+        say(&format!("[{}/{}] {name}", n + 1, steps.len()));
+        let start = Instant::now();
+        step().map_err(|Failed(why)| Failed(format!("{why}\nfailed at step {} ({name})", n + 1)))?;
+        say(&format!("[{}/{}] passed in {} s", n + 1, steps.len(), start.elapsed().as_secs()));
+    }
+    println!("\neverything passed in {} s", begun.elapsed().as_secs());
     Ok(())
 }
 
@@ -142,6 +170,8 @@ fn deny() -> Result<(), Failed> {
         // The program is all that is used; what it was built from takes half a gigabyte.
         let _ = std::fs::remove_dir_all(tools.join("target"));
     }
+    // No build fetches the crates that only other platforms use, and the check reads them all.
+    cargo(&["fetch", "--locked", "--quiet"], "the crate registry must be reached once")?;
     // Advisories lie on a host that not every machine reaches.
     steps::run(
         Command::new(program).args(["--offline", "check", "licenses", "bans", "sources"]),
