@@ -2,8 +2,10 @@
 //!
 //! The decoder is fed bytes as they arrive, split anywhere, and yields frames that borrow
 //! from its buffer, with the raw bytes beside the parsed fields: a relay passes the raw bytes
-//! on and looks only at what it needs. It does not know what events mean. Lines end with LF
-//! or CRLF (a lone CR, which the standard also allows, is written by none of the engines).
+//! on and looks only at what it needs. It does not know what events mean. Lines end with LF,
+//! CRLF or CR, and a byte order mark before the first one is skipped, as the standard says.
+//! Between the daemons an event must be valid UTF-8; of engines, whose tokens may be half a
+//! character, a [`Decoder::lossy`] one takes what browsers would.
 
 use std::borrow::Cow;
 
@@ -14,6 +16,13 @@ pub const MAX_FRAME_BYTES: usize = 1024 * 1024;
 /// task so far and, comma-separated, the engine's ids of those since the frame before, where the
 /// task may have to be continued from them.
 pub const TOKEN_IDS: &str = "token-ids ";
+
+/// Between the daemons only: a comment for a thought that is left out of the log. It is a token as
+/// far as time and budgets go.
+pub const UNLOGGED_THOUGHT: &str = "thought";
+
+/// Between the daemons only: a comment for an event of the engine that brings nothing to read.
+pub const ENGINE_WORKS: &str = "works";
 
 /// Appends one frame. `data` must not hold a line break (JSON text never does).
 pub fn write_frame(out: &mut Vec<u8>, id: Option<(&dyn std::fmt::Display, u64)>, event: &str, data: &str) {
@@ -49,6 +58,8 @@ pub struct Frame<'a> {
     pub data: Option<Cow<'a, str>>,
     /// The text of the last comment line.
     pub comment: Option<&'a str>,
+    /// The last line whose field the standard does not know: readers of events pass it over.
+    pub unknown: Option<&'a str>,
 }
 
 /// Why a byte stream is not an event stream.
@@ -68,11 +79,23 @@ pub struct Decoder {
     start: usize,
     /// Bytes before this were searched for an empty line.
     searched: usize,
+    /// What is not valid UTF-8 becomes U+FFFD.
+    lossy: bool,
+    /// The stream's first bytes were looked at.
+    begun: bool,
 }
+
+/// What may stand before the first line.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 impl Decoder {
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// One that reads text that is not valid Unicode as browsers do.
+    pub fn lossy() -> Self {
+        Self { lossy: true, ..Self::default() }
     }
 
     pub fn push(&mut self, bytes: &[u8]) {
@@ -91,44 +114,80 @@ impl Decoder {
 
     /// The next whole frame, if there is one.
     pub fn next_frame(&mut self) -> Result<Option<Frame<'_>>, SseError> {
+        if !self.begun {
+            let held = &self.buffer[self.start..];
+            if held.len() < BYTE_ORDER_MARK.len() && BYTE_ORDER_MARK.starts_with(held) {
+                return Ok(None);
+            }
+            self.begun = true;
+            if held.starts_with(BYTE_ORDER_MARK) {
+                self.start += BYTE_ORDER_MARK.len();
+                self.searched = self.start;
+            }
+        }
         let end = self.find_end();
         // Whether its end has come or not: how the bytes were cut decides nothing.
         if end.unwrap_or(self.buffer.len()) - self.start > MAX_FRAME_BYTES {
             return Err(SseError::TooLong);
         }
         let Some(end) = end else { return Ok(None) };
-        let raw = &self.buffer[self.start..end];
-        self.start = end;
-        self.searched = end;
-        parse(raw).map(Some)
+        Ok(Some(self.take(end)?))
+    }
+
+    /// What stands after the last whole frame when the stream has ended in order: a frame whose
+    /// empty line was left out.
+    pub fn last_frame(&mut self) -> Result<Option<Frame<'_>>, SseError> {
+        if !self.has_partial_frame() {
+            return Ok(None);
+        }
+        Ok(Some(self.take(self.buffer.len())?))
+    }
+
+    fn take(&mut self, mut end: usize) -> Result<Frame<'_>, SseError> {
+        let start = self.start;
+        if self.lossy
+            && let Cow::Owned(text) = String::from_utf8_lossy(&self.buffer[start..end])
+        {
+            self.buffer.splice(start..end, text.bytes());
+            end = start + text.len();
+        }
+        (self.start, self.searched) = (end, end);
+        let raw = &self.buffer[start..end];
+        std::str::from_utf8(raw).map(|text| parse(raw, text)).map_err(|_| SseError::NotUtf8)
     }
 
     /// The end of the first empty line at or after `start`.
     fn find_end(&mut self) -> Option<usize> {
         let bytes = &self.buffer;
         let mut at = self.searched;
-        while let Some(offset) = bytes[at..].iter().position(|b| *b == b'\n') {
-            let newline = at + offset;
-            let line = &bytes[self.start..newline];
-            let empty = match line {
-                [] | [b'\r'] => true,
-                _ => line.ends_with(b"\n") || line.ends_with(b"\n\r"),
-            };
-            at = newline + 1;
+        while let Some(offset) = bytes[at..].iter().position(|b| matches!(b, b'\n' | b'\r')) {
+            let mark = at + offset;
+            let empty = bytes[self.start..mark].last().is_none_or(|before| matches!(before, b'\n' | b'\r'));
+            at = mark + 1;
+            if bytes[mark] == b'\r' {
+                match bytes.get(at) {
+                    Some(b'\n') => at += 1,
+                    Some(_) => {}
+                    // The other half of a line end may come.
+                    None => {
+                        self.searched = mark;
+                        return None;
+                    }
+                }
+            }
             if empty {
                 return Some(at);
             }
         }
-        self.searched = at;
+        self.searched = bytes.len();
         None
     }
 }
 
-fn parse(raw: &[u8]) -> Result<Frame<'_>, SseError> {
-    let text = std::str::from_utf8(raw).map_err(|_| SseError::NotUtf8)?;
-    let mut frame = Frame { raw, id: None, event: "message", data: None, comment: None };
-    for line in text.split('\n') {
-        let line = line.strip_suffix('\r').unwrap_or(line);
+fn parse<'a>(raw: &'a [u8], text: &'a str) -> Frame<'a> {
+    let mut frame = Frame { raw, id: None, event: "message", data: None, comment: None, unknown: None };
+    // The two halves of a CRLF are an empty line between them, which says nothing inside a frame.
+    for line in text.split(['\n', '\r']) {
         if line.is_empty() {
             continue;
         }
@@ -138,6 +197,7 @@ fn parse(raw: &[u8]) -> Result<Frame<'_>, SseError> {
             "" => frame.comment = Some(value),
             "id" => frame.id = Some(value),
             "event" => frame.event = value,
+            "retry" => {}
             "data" => match &mut frame.data {
                 None => frame.data = Some(Cow::Borrowed(value)),
                 Some(before) => {
@@ -146,10 +206,10 @@ fn parse(raw: &[u8]) -> Result<Frame<'_>, SseError> {
                     text.push_str(value);
                 }
             },
-            _ => {}
+            _ => frame.unknown = Some(line),
         }
     }
-    Ok(frame)
+    frame
 }
 
 /// Splits `<log id>:<n>` as it stands in the `id` of a frame and in `Last-Event-ID`.
@@ -220,6 +280,64 @@ mod tests {
         decoder.push(b"\n\n");
         assert_eq!(decoder.next_frame(), Err(SseError::TooLong));
         assert_eq!(decoder.next_frame(), Err(SseError::TooLong));
+    }
+
+    // CLOUD-1607
+    #[test]
+    fn a_byte_order_mark_is_skipped_once_wherever_it_is_split() {
+        let bytes = b"\xef\xbb\xbfdata: a\n\n\xef\xbb\xbfdata: b\n\n";
+        for split in 0..bytes.len() {
+            let (frames, _) = decode(&[&bytes[..split], &bytes[split..]]);
+            assert_eq!(frames[0].data.as_deref(), Some("a"), "{split}");
+            assert_eq!(frames[1].data, None, "{split}: anywhere else it is a part of the line");
+        }
+    }
+
+    // CLOUD-1607
+    #[test]
+    fn a_lone_carriage_return_ends_a_line() {
+        let bytes = b"event: x\rdata: a\r\rdata: b\r\n\rdata: c\n\r\n";
+        for split in 0..bytes.len() {
+            let (frames, raw) = decode(&[&bytes[..split], &bytes[split..]]);
+            let data: Vec<_> = frames.iter().filter_map(|frame| frame.data.as_deref()).collect();
+            assert_eq!((data, frames[0].event.as_str()), (vec!["a", "b", "c"], "x"), "{split}");
+            assert_eq!(raw, bytes, "{split}");
+        }
+    }
+
+    // CLOUD-1607
+    #[test]
+    fn a_last_event_without_its_empty_line_is_there_at_an_orderly_end() {
+        for end in ["data: b", "data: b\n", "data: b\r\n", "data: b\r"] {
+            let mut decoder = Decoder::new();
+            decoder.push(format!("data: a\n\n{end}").as_bytes());
+            assert!(decoder.next_frame().unwrap().is_some());
+            assert_eq!(decoder.next_frame().unwrap(), None, "{end:?}");
+            let last = decoder.last_frame().unwrap().expect("a frame");
+            assert_eq!(last.data.as_deref(), Some("b"), "{end:?}");
+            assert_eq!(decoder.last_frame().unwrap(), None, "{end:?}");
+        }
+    }
+
+    // CLOUD-1607
+    #[test]
+    fn a_line_of_no_known_field_is_shown_and_changes_nothing() {
+        let mut decoder = Decoder::new();
+        decoder.push(b"retry: 5\nerror: {}\ndata: a\n\n");
+        let frame = decoder.next_frame().unwrap().unwrap();
+        assert_eq!((frame.unknown, frame.data.as_deref()), (Some("error: {}"), Some("a")));
+    }
+
+    // CLOUD-1607
+    #[test]
+    fn a_lossy_reader_replaces_what_is_no_text_and_keeps_the_rest() {
+        let mut decoder = Decoder::lossy();
+        decoder.push(b"data: a\xf0\x9f\n\ndata: \x98\x80b\n\ndata: \xc3\xa4\n\n");
+        let mut texts = Vec::new();
+        while let Some(frame) = decoder.next_frame().unwrap() {
+            texts.push(frame.data.unwrap().into_owned());
+        }
+        assert_eq!(texts, ["a\u{fffd}", "\u{fffd}\u{fffd}b", "\u{e4}"]);
     }
 
     // CLOUD-1608
