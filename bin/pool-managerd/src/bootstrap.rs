@@ -65,8 +65,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     tracing::info!(node_id = %identity.node_id, %boot_id, address = identity.address, %bound, "pool-managerd starts");
     let seed = boot_id.0.as_u64_pair().0;
     let intent_file = IntentFile::new(&config.runtime_dir, &config.node_id);
-    let agent =
-        Agent::new(identity, config.heartbeat_interval, seed, intent_file).map_err(|_| StartError::Client)?;
+    let agent = Agent::new(identity, config.heartbeat_interval, seed, intent_file);
     agent.watch_models(config.models_dir.clone());
     let stop = CancellationToken::new();
 

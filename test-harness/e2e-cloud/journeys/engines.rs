@@ -308,6 +308,39 @@ fn supervised(pool: &Value, count: &str) -> u64 {
 
 // CLOUD-2421
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_tasks_at_once_for_two_models_that_share_a_place_load_each_at_most_twice() {
+    for (slots, resident) in [(1, 5), (4, 60)] {
+        let more =
+            format!("load = \"on_demand\"\nmemory_bytes = 600000000\nmin_resident_secs = {resident}\n");
+        let pools: String = ["a", "b"]
+            .map(|name| {
+                let pool = fake(&format!("pool-{name}"), &format!("model-{name}"), &more);
+                pool.replace("slots = 4", &format!("slots = {slots}"))
+            })
+            .concat();
+        let memory = "[memory]\nreserve_bytes = 0\nhost_bytes = 1000000000\n";
+        let cluster = node_with(format!("{memory}{pools}")).await;
+        for pool in ["pool-a", "pool-b"] {
+            wait_state(&cluster, pool, "loadable", MINUTE).await;
+        }
+        eventually("the node is known", MINUTE, || async { cluster.client.node("gpu-node-1").await }).await;
+        let start = Instant::now();
+        let models: Vec<&str> = (0..10).map(|n| ["model-a", "model-b"][n % 2]).collect();
+        all_complete(submit_many(&cluster, &models, 8).await).await;
+        let mut unloads = Vec::new();
+        for name in ["pool-a", "pool-b"] {
+            unloads.push(supervised(&pool(&cluster, name).await.unwrap(), "unloads"));
+        }
+        println!(
+            "10 tasks in turns of two models, {slots} slots, resident {resident} s: {} ms, unloads {unloads:?}",
+            start.elapsed().as_millis()
+        );
+        assert!(unloads.iter().all(|count| *count <= 1), "loaded more than twice: {unloads:?}");
+    }
+}
+
+// CLOUD-2421
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_models_where_two_fit_are_loaded_as_tasks_ask_and_none_is_lost() {
     let more = "load = \"on_demand\"\nmemory_bytes = 400000000\nmin_resident_secs = 2\n";
     let pools: String = ["a", "b", "c"]

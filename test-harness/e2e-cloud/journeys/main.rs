@@ -6,6 +6,7 @@ mod continuation;
 mod dialects;
 mod engines;
 mod faults;
+mod field;
 mod gpus;
 mod home;
 mod membership;

@@ -47,6 +47,12 @@ impl Transcript {
             .collect()
     }
 
+    /// What the model thought.
+    pub fn reasoning(&self) -> String {
+        let thoughts = self.events.iter().filter(|(name, ..)| name == "reasoning");
+        thoughts.filter_map(|(.., data)| data["t"].as_str()).collect()
+    }
+
     /// The data of each `result`.
     pub fn results(&self) -> Vec<&Value> {
         self.events.iter().filter(|(name, ..)| name == "result").map(|(.., data)| data).collect()
@@ -102,11 +108,11 @@ impl Transcript {
         for (n, (name, id, data)) in with_id.enumerate() {
             let number = id.as_deref().and_then(|id| id.rsplit_once(':')).map(|(_, n)| n.to_owned());
             assert_eq!(number, Some(n.to_string()), "the id of frame {n}");
-            if ["token", "result"].contains(&name.as_str()) {
+            if ["token", "reasoning", "result"].contains(&name.as_str()) {
                 assert_eq!(data["i"], n, "the index of {name} {n}");
             }
         }
-        if names.contains(&"token") || names.contains(&"result") {
+        if ["token", "reasoning", "result"].iter().any(|name| names.contains(name)) {
             let first = names.iter().find(|name| **name != "metrics");
             assert_eq!(first, Some(&"started"), "{names:?}");
         }

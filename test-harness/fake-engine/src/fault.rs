@@ -35,4 +35,22 @@ pub(crate) enum Fault {
     WrongContentType,
     /// The health call answers 503.
     Unhealthy,
+    /// How busy it is is not answered, and whether it is up after a while; requests go on.
+    Busy {
+        health_ms: u64,
+    },
+    /// What is broken off keeps its slot for a while.
+    Lingers {
+        ms: u64,
+    },
+    /// One event of more than 1 MiB.
+    Huge,
+    /// Refuses with this status, in the words of vLLM.
+    Status {
+        status: u16,
+    },
+    /// Thinks for as many tokens before it answers.
+    Thinks {
+        tokens: u64,
+    },
 }

@@ -21,6 +21,9 @@ fn tokens_of(bound: &Value) -> u64 {
 }
 
 pub(crate) async fn completion(State(engine): State<Arc<Engine>>, Json(body): Json<Value>) -> Response {
+    if let Some(refusal) = poisoned(&body["prompt"]) {
+        return refusal;
+    }
     let tokens = tokens_of(&body["n_predict"]);
     stream::answer(engine, Dialect::Llama, tokens, stream::first_word(&body["prompt"])).await
 }
@@ -85,6 +88,13 @@ pub(crate) async fn triton(
     }
     let tokens = tokens_of(&body["max_tokens"]);
     stream::answer(engine, Dialect::Triton, tokens, stream::first_word(&body["text_input"])).await
+}
+
+/// A prompt that this engine cannot do, whoever asks.
+fn poisoned(prompt: &Value) -> Option<Response> {
+    let body = json!({"error": {"code": 500, "message": "division by zero", "type": "server_error"}});
+    let refusal = (StatusCode::INTERNAL_SERVER_ERROR, Json(body)).into_response();
+    prompt.as_str().is_some_and(|text| text.contains("poison")).then_some(refusal)
 }
 
 #[cfg(test)]

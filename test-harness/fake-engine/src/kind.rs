@@ -10,7 +10,7 @@ use axum::routing::{get, post};
 use serde_json::{Value, json};
 
 use crate::fault::Fault;
-use crate::{Engine, answers, generation};
+use crate::{Engine, answers, generation, stream};
 
 /// Tokens of prompt and answer together.
 pub(crate) const CONTEXT: u64 = 8192;
@@ -75,7 +75,24 @@ fn unhealthy(engine: &Engine) -> bool {
     *engine.fault.lock() == Fault::Unhealthy
 }
 
+/// Waits as long as a busy engine does.
+async fn wait_health(engine: &Engine) {
+    let fault = *engine.fault.lock();
+    if let Fault::Busy { health_ms } = fault {
+        tokio::time::sleep(std::time::Duration::from_millis(health_ms)).await;
+    }
+}
+
+/// How busy it is an engine says between two batches, which a busy one never comes to.
+async fn wait_batch(engine: &Engine) {
+    let fault = *engine.fault.lock();
+    if matches!(fault, Fault::Busy { .. }) {
+        std::future::pending::<()>().await;
+    }
+}
+
 async fn health(State(engine): State<Arc<Engine>>) -> Response {
+    wait_health(&engine).await;
     match engine.kind {
         Kind::Llamacpp if unhealthy(&engine) => {
             let body = json!({"error": {"message": "Loading model"}});
@@ -92,6 +109,7 @@ async fn health(State(engine): State<Arc<Engine>>) -> Response {
 }
 
 async fn metrics(State(engine): State<Arc<Engine>>) -> String {
+    wait_batch(&engine).await;
     let (busy, waiting) = (engine.slots.busy(), engine.slots.waiting());
     let model = &engine.model;
     match engine.kind {
@@ -109,6 +127,7 @@ async fn metrics(State(engine): State<Arc<Engine>>) -> String {
 }
 
 async fn models(State(engine): State<Arc<Engine>>) -> Json<Value> {
+    wait_health(&engine).await;
     let mut model = json!({"id": engine.model, "object": "model"});
     if engine.kind == Kind::Vllm {
         model["max_model_len"] = json!(CONTEXT);
@@ -116,28 +135,35 @@ async fn models(State(engine): State<Arc<Engine>>) -> Json<Value> {
     Json(json!({"object": "list", "data": [model]}))
 }
 
+fn thinks(engine: &Engine) -> bool {
+    matches!(*engine.fault.lock(), Fault::Thinks { .. })
+}
+
 async fn props(State(engine): State<Arc<Engine>>) -> Json<Value> {
     Json(json!({
         "total_slots": engine.slots.total(),
         "default_generation_settings": { "n_ctx": CONTEXT },
         "build_info": "fake",
+        "chat_template": if thinks(&engine) { "{{ messages }}<think>\n{# until </think> #}" } else { "{{ messages }}" },
     }))
 }
 
 async fn slots(State(engine): State<Arc<Engine>>) -> Json<Value> {
+    wait_batch(&engine).await;
     let busy = engine.slots.busy();
     Json((0..engine.slots.total()).map(|n| json!({"id": n, "is_processing": n < busy})).collect())
 }
 
 async fn detokenize(Json(body): Json<Value>) -> Json<Value> {
     let words = body["tokens"].as_array().into_iter().flatten().filter_map(Value::as_u64);
-    Json(json!({"content": words.map(|n| format!("w{n} ")).collect::<String>()}))
+    Json(json!({"content": words.map(stream::text_of).collect::<String>()}))
 }
 
-async fn apply_template(Json(body): Json<Value>) -> Json<Value> {
+async fn apply_template(State(engine): State<Arc<Engine>>, Json(body): Json<Value>) -> Json<Value> {
     let texts = body["messages"].as_array().into_iter().flatten();
     let texts = texts.filter_map(|message| message["content"].as_str());
-    Json(json!({"prompt": texts.map(|text| format!("<{text}>")).collect::<String>()}))
+    let open = if thinks(&engine) { "<think>\n" } else { "" };
+    Json(json!({"prompt": texts.map(|text| format!("<{text}>")).collect::<String>() + open}))
 }
 
 async fn version() -> Json<Value> {

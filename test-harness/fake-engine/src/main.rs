@@ -16,11 +16,14 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::{Json, State};
+use axum::extract::{Json, Request, State};
 use axum::http::StatusCode;
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::serve::ListenerExt;
 use clap::Parser;
@@ -56,6 +59,15 @@ struct Arguments {
     pool_id: Option<String>,
     #[arg(long)]
     replica_id: Option<String>,
+    /// Leave out of the handoff what can be asked of the engine: models, slots, and the process.
+    #[arg(long)]
+    bare: bool,
+    /// Asks for this key.
+    #[arg(long)]
+    api_key: Option<String>,
+    /// The file with the key that the handoff names.
+    #[arg(long)]
+    api_key_file: Option<PathBuf>,
     /// The engine that it is, which the handoff names.
     #[arg(long, value_enum, default_value_t = Kind::Llamacpp)]
     engine: Kind,
@@ -69,6 +81,9 @@ pub(crate) struct Engine {
     pub(crate) first_token: Duration,
     pub(crate) pace: Duration,
     pub(crate) fault: Mutex<Fault>,
+    pub(crate) key: Option<String>,
+    /// Connections that were made to it.
+    pub(crate) connections: AtomicU64,
 }
 
 #[tokio::main]
@@ -92,15 +107,19 @@ async fn run(arguments: Arguments) -> std::io::Result<()> {
         first_token: Duration::from_millis(arguments.first_token_ms),
         pace: Duration::from_millis(arguments.pace_ms),
         fault: Mutex::new(Fault::None),
+        key: arguments.api_key.clone(),
+        connections: AtomicU64::new(0),
     });
     let own: Router<Arc<Engine>> =
         Router::new().route("/fake/fault", post(set_fault)).route("/fake/busy", get(busy));
-    let app = own.merge(arguments.engine.routes()).with_state(engine);
+    let guarded = arguments.engine.routes().layer(from_fn_with_state(Arc::clone(&engine), guard));
+    let app = own.merge(guarded).with_state(Arc::clone(&engine));
     if let Some(dir) = &arguments.handoff_dir {
         write_handoff(&arguments, dir, &url)?;
     }
     say(&url);
-    let listener = listener.tap_io(|stream| {
+    let listener = listener.tap_io(move |stream| {
+        engine.connections.fetch_add(1, Ordering::Relaxed);
         // A test's stream works without it, only slower.
         let _ = stream.set_nodelay(true);
     });
@@ -115,17 +134,20 @@ fn say(url: &str) {
 fn write_handoff(arguments: &Arguments, dir: &std::path::Path, url: &str) -> std::io::Result<()> {
     let (pool, replica) = (arguments.pool_id.as_deref(), arguments.replica_id.as_deref());
     let (pool, replica) = (pool.unwrap_or_default(), replica.unwrap_or_default());
-    let handoff = json!({
+    let mut handoff = json!({
         "pool_id": pool,
         "replica_id": replica,
         "engine": arguments.engine.as_str(),
         "url": url,
-        "pid": std::process::id(),
-        "slots": arguments.slots,
-        "model_ref": arguments.model,
-        // The others are asked.
-        "ctx_max": (arguments.engine == Kind::Triton).then_some(kind::CONTEXT),
+        "api_key_file": arguments.api_key_file,
     });
+    if !arguments.bare {
+        handoff["pid"] = json!(std::process::id());
+        handoff["slots"] = json!(arguments.slots);
+        handoff["model_ref"] = json!(arguments.model);
+        // The others are asked.
+        handoff["ctx_max"] = json!((arguments.engine == Kind::Triton).then_some(kind::CONTEXT));
+    }
     std::fs::create_dir_all(dir)?;
     let temporary = dir.join(format!(".{pool}-{replica}.tmp"));
     std::fs::write(&temporary, handoff.to_string())?;
@@ -139,5 +161,17 @@ async fn set_fault(State(engine): State<Arc<Engine>>, Json(fault): Json<Fault>) 
 
 /// For tests: what the engine's own word for it should agree with, where it has one.
 async fn busy(State(engine): State<Arc<Engine>>) -> Json<Value> {
-    Json(json!({"busy": engine.slots.busy(), "waiting": engine.slots.waiting()}))
+    let connections = engine.connections.load(Ordering::Relaxed);
+    Json(json!({"busy": engine.slots.busy(), "waiting": engine.slots.waiting(), "connections": connections}))
+}
+
+/// Lets nobody in without the key, where there is one.
+async fn guard(State(engine): State<Arc<Engine>>, request: Request, next: Next) -> Response {
+    let given = request.headers().get("authorization").and_then(|value| value.to_str().ok());
+    let wanted = engine.key.as_ref().map(|key| format!("Bearer {key}"));
+    // As vLLM has it: whether it is up is open to everybody.
+    if wanted.is_none() || given == wanted.as_deref() || request.uri().path() == "/health" {
+        return next.run(request).await;
+    }
+    (StatusCode::UNAUTHORIZED, Json(json!({"error": "Unauthorized"}))).into_response()
 }

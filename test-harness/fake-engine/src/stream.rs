@@ -85,6 +85,14 @@ impl Dialect {
     }
 }
 
+/// The token that ends the thoughts.
+const END_OF_THOUGHTS: u64 = 100_000;
+
+/// What a token is written as.
+pub(crate) fn text_of(id: u64) -> String {
+    if id == END_OF_THOUGHTS { "</think>\n\n".to_owned() } else { format!("w{id} ") }
+}
+
 struct Answer {
     engine: Arc<Engine>,
     dialect: Dialect,
@@ -92,17 +100,39 @@ struct Answer {
     tokens: u64,
     /// The number of the first word.
     first: u64,
+    /// Words so far.
     next: u64,
+    /// Tokens so far: the end of thoughts is one too.
+    made: u64,
     pace: Duration,
     slot: Option<OwnedSemaphorePermit>,
     over: bool,
+    /// Tokens that it still thinks.
+    thoughts: u64,
+    /// The mark that ends them is still to come.
+    marks: bool,
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        // Broken off, it works on until it notices.
+        if let Fault::Lingers { ms } = self.fault
+            && let Some(slot) = self.slot.take()
+        {
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(ms)).await;
+                drop(slot);
+            });
+        }
+    }
 }
 
 /// What a prompt of ours ends with: the number of the word that comes next. A list of a text and
 /// ids is read by its last id, a text by the last of the words that it ends with.
 pub(crate) fn first_word(prompt: &Value) -> u64 {
     if let Some(parts) = prompt.as_array() {
-        return parts.last().and_then(Value::as_u64).map_or(0, |id| id + 1);
+        let ids = parts.iter().filter_map(Value::as_u64).filter(|id| *id != END_OF_THOUGHTS);
+        return ids.max().map_or(0, |id| id + 1);
     }
     let text = prompt.as_str().unwrap_or_default();
     let last = text.strip_suffix(' ').and_then(|text| text.rsplit(['w', ' ']).next());
@@ -119,7 +149,26 @@ pub(crate) async fn answer(engine: Arc<Engine>, dialect: Dialect, tokens: u64, f
         Fault::Slow { pace_ms } => Duration::from_millis(pace_ms),
         _ => engine.pace,
     };
-    let answer = Answer { engine, dialect, fault, tokens, first, next: 0, pace, slot: None, over: false };
+    let thoughts = match fault {
+        Fault::Thinks { tokens } => tokens.saturating_sub(first),
+        _ => 0,
+    };
+    // A mark ends the thoughts; whoever goes on after them has had it.
+    let marks = matches!(fault, Fault::Thinks { tokens } if first <= tokens);
+    let answer = Answer {
+        engine,
+        dialect,
+        fault,
+        tokens,
+        first,
+        next: 0,
+        made: 0,
+        pace,
+        slot: None,
+        over: false,
+        thoughts,
+        marks,
+    };
     let body =
         stream::unfold(answer, |mut answer| async move { answer.step().await.map(|piece| (piece, answer)) });
     ([(header::CONTENT_TYPE, "text/event-stream")], Body::from_stream(body)).into_response()
@@ -133,6 +182,16 @@ pub(crate) fn refusal(engine: &Engine, dialect: Dialect, fault: Fault) -> Option
             Some((StatusCode::INTERNAL_SERVER_ERROR, Json(body)).into_response())
         }
         Fault::ContextTooLong => Some(refuse_as_too_long(engine, dialect)),
+        Fault::Status { status } => {
+            let words = match status {
+                404 => "The model `x` does not exist.",
+                405 => "Method Not Allowed",
+                _ => "refused on demand",
+            };
+            let body = json!({"error": {"message": words, "type": "Refusal", "code": status}});
+            let status = StatusCode::from_u16(status).unwrap_or(StatusCode::IM_A_TEAPOT);
+            Some((status, Json(body)).into_response())
+        }
         Fault::WrongContentType => {
             Some(([(header::CONTENT_TYPE, "text/html")], "<html>no stream</html>").into_response())
         }
@@ -189,18 +248,43 @@ impl Answer {
                 return Some(Err(std::io::Error::other("cut on demand")));
             }
             Fault::CleanClose { after } if self.next >= after => return None,
+            Fault::Huge => {
+                self.over = true;
+                return Some(Ok(Bytes::from(format!("data: {{\"x\":\"{}\"}}\n\n", "y".repeat(3 << 19)))));
+            }
             _ => {}
         }
-        if self.next == self.tokens {
+        if self.made == self.tokens {
             self.over = true;
             self.slot = None;
             return self.dialect.end(self.tokens).map(|end| Ok(Bytes::from(end)));
         }
         let letter = if self.fault == Fault::OtherWords { 'x' } else { 'w' };
+        if self.marks && self.thoughts == 0 {
+            self.marks = false;
+            self.made += 1;
+            let count = self.made;
+            let mark = match self.dialect {
+                Dialect::Llama => format!(
+                    "data: {{\"content\":\"</think>\\n\\n\",\"tokens\":[{END_OF_THOUGHTS}],\"stop\":false,\"tokens_predicted\":{count}}}\n\n"
+                ),
+                // The server has taken it out.
+                _ => "data: {\"choices\":[{\"delta\":{\"content\":\"\"}}]}\n\n".to_owned(),
+            };
+            return Some(Ok(Bytes::from(mark)));
+        }
         let n = self.first + self.next;
         self.next += 1;
-        let last = self.next == self.tokens;
-        let token = self.dialect.token(letter, n, self.next, last);
+        self.made += 1;
+        let thinks = self.thoughts > 0;
+        self.thoughts = self.thoughts.saturating_sub(1);
+        if thinks && self.dialect == Dialect::Chat {
+            return Some(Ok(Bytes::from(format!(
+                "data: {{\"choices\":[{{\"delta\":{{\"content\":null,\"reasoning_content\":\"w{n} \"}}}}]}}\n\n"
+            ))));
+        }
+        let last = self.made == self.tokens;
+        let token = self.dialect.token(letter, n, self.made, last);
         if last && self.dialect == Dialect::Tgi {
             // The end was written: the slot is free.
             self.over = true;

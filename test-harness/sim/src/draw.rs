@@ -60,6 +60,11 @@ pub enum Step {
         node: usize,
         for_ms: u64,
     },
+    /// Its engine answers no look while it works: not whether it is up, nor how busy it is.
+    BusyEngine {
+        node: usize,
+        for_ms: u64,
+    },
     /// An operator drains the node, or lets it serve again.
     Drain {
         node: usize,
@@ -93,6 +98,8 @@ pub struct TaskPlan {
     pub deadline_ms: Option<u64>,
     /// Kills every engine that works on it, at its first token.
     pub poison: bool,
+    /// Every engine answers it with an error of its own.
+    pub bad: bool,
     /// Goes on after tokens: from the start with a seed, or from what was sent.
     pub recovery: Option<Replays>,
     pub wishes: Option<Wishes>,
@@ -193,6 +200,7 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
             tokens: r.u64(1..=20),
             deadline_ms: (r.u8(..8) == 0).then(|| r.u64(500..60_000)),
             poison: r.u8(..60) == 0,
+            bad: own.u8(..30) == 0,
             recovery: match r.u8(..6) {
                 0 => Some(Replays::FromTheStart),
                 1 => Some(Replays::FromTheEnd),
@@ -243,6 +251,11 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
             _ => Step::StallControl { for_ms: r.u64(1_200..50_000) },
         };
         steps.push((at, step));
+    }
+    for _ in 0..own.usize(0..4) {
+        let node = own.usize(..node_count);
+        let step = Step::BusyEngine { node, for_ms: own.u64(1_000..90_000) };
+        steps.push((own.u64(..horizon_ms), step));
     }
     let noisy = r.u8(..3) == 0;
     Plan {

@@ -61,7 +61,7 @@ fn run_file(file: &Path, bless: bool) -> Result<(), String> {
 }
 
 /// Reads a scenario. Lines: `node slots N [odd]`,
-/// `task tokens N [batch] [poison] [continue] [replay] [pin=nI] [session=N]`, `set <name> <value>`, `at <ms> <step> …`; `#` starts a comment.
+/// `task tokens N [batch] [poison] [bad] [continue] [replay] [pin=nI] [session=N]`, `set <name> <value>`, `at <ms> <step> …`; `#` starts a comment.
 pub fn parse(text: &str) -> Result<Plan, String> {
     let mut plan = Plan {
         seed: 1,
@@ -111,6 +111,7 @@ fn parse_line(plan: &mut Plan, line: &str) -> Option<()> {
             tokens: tokens.parse().ok()?,
             deadline_ms: None,
             poison: flags.contains(&"poison"),
+            bad: flags.contains(&"bad"),
             recovery: if flags.contains(&"replay") {
                 Some(Replays::FromTheStart)
             } else {
@@ -147,6 +148,7 @@ fn parse_step(words: &[&str]) -> Option<Step> {
         ["kill-engine", i, "down", ms] => Step::KillEngine { node: node(i)?, down_ms: n(ms)? },
         ["hang-engine", i, "for", ms] => Step::HangEngine { node: node(i)?, for_ms: n(ms)? },
         ["sick-engine", i, "for", ms] => Step::SickEngine { node: node(i)?, for_ms: n(ms)? },
+        ["busy-engine", i, "for", ms] => Step::BusyEngine { node: node(i)?, for_ms: n(ms)? },
         ["drain", i] => Step::Drain { node: node(i)? },
         ["resume", i] => Step::Resume { node: node(i)? },
         ["twin", i] => Step::Twin { node: node(i)? },

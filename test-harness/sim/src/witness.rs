@@ -32,15 +32,19 @@ pub(crate) struct Seen {
     continues: bool,
     /// A replay of it did not begin with what had been sent.
     differed: bool,
+    /// The pools whose engines failed with it, when, and how.
+    engine_failures: Vec<(PoolKey, Moment, String)>,
+    /// A pool failed it and served another since the last time that it was failed so.
+    own_fault: bool,
     dispatches: u32,
     /// Before this, no wait of it is over.
     patient_until: Moment,
 }
 
-/// Errors of one pool's engine in a row, those side by side counted once.
-#[derive(Debug, Default, Clone, Copy)]
+/// Errors of one pool's engine in a row, those side by side and those of one task counted once.
+#[derive(Debug, Default, Clone)]
 struct Sick {
-    failures: u32,
+    tasks: BTreeSet<TaskId>,
     last: Moment,
 }
 
@@ -67,6 +71,12 @@ pub(crate) struct Witness {
     /// Nodes that an operator has drained and not resumed.
     pub(crate) draining: BTreeSet<NodeId>,
     sick: BTreeMap<PoolKey, Sick>,
+    /// The tasks that each pool's engines failed since one got through, whichever engines they were.
+    failed: BTreeMap<PoolKey, BTreeSet<TaskId>>,
+    /// Streams of a node that broke since one came whole.
+    broken: BTreeMap<NodeId, u32>,
+    /// When each pool last brought a task a token or an end, and which task.
+    served: BTreeMap<PoolKey, Vec<(Moment, TaskId)>>,
     /// When each open attempt was dispatched.
     dispatched: BTreeMap<AttemptId, Moment>,
     /// Tasks admitted of each session.
@@ -127,11 +137,35 @@ impl Witness {
         self.sick.retain(|pool, _| pool.node_id != *node_id);
     }
 
-    /// A token of the task has come: its pool is well.
-    pub(crate) fn got_through(&mut self, task: TaskId) {
+    /// A token of the task has come: its pool is well. The first one, and the end, are a success.
+    pub(crate) fn got_through(&mut self, now: Moment, task: TaskId, success: bool) {
         if let Some((_, pool)) = self.tasks.get(&task).and_then(|seen| seen.open.as_ref()) {
             self.sick.remove(pool);
+            if !success {
+                return;
+            }
+            self.failed.remove(pool);
+            self.broken.remove(&pool.node_id);
+            let served = self.served.entry(pool.clone()).or_default();
+            served.retain(|(_, other)| *other != task);
+            served.push((now, task));
         }
+    }
+
+    /// Whether the pool has served another task than this one since then.
+    fn served_another(&self, pool: &PoolKey, task: TaskId, since: Moment) -> bool {
+        let served = self.served.get(pool);
+        served.is_some_and(|served| served.iter().any(|(at, other)| *other != task && *at > since))
+    }
+
+    /// Three different tasks trip a pool, and not three tries of one.
+    pub(crate) fn tripped_early(&self, pool: &PoolKey, tripped: bool) -> Result<(), Broken> {
+        let tasks = self.failed.get(pool).map_or(0, BTreeSet::len);
+        let streams = self.broken.get(&pool.node_id).copied().unwrap_or(0);
+        if tripped && tasks < 3 && streams < 3 {
+            return Err(format!("{pool} is tripped by {tasks} tasks"));
+        }
+        Ok(())
     }
 
     /// What the task asked for, of the place that it is given.
@@ -181,7 +215,7 @@ impl Witness {
         if self.draining.contains(&dispatch.pool.node_id) {
             return Err(format!("[5] {} was sent to {}, which is drained", dispatch.task, dispatch.pool));
         }
-        if let Some(sick) = self.sick.get(&dispatch.pool).filter(|sick| sick.failures >= 3) {
+        if let Some(sick) = self.sick.get(&dispatch.pool).filter(|sick| sick.tasks.len() >= 3) {
             let rest = std::time::Duration::from_secs(1);
             let since = self.tasks.values().filter_map(|task| task.open.as_ref()).any(|(attempt, pool)| {
                 *pool == dispatch.pool && self.dispatched.get(attempt).is_some_and(|at| *at > sick.last)
@@ -218,7 +252,7 @@ impl Witness {
         Ok(())
     }
 
-    /// The relay tells the core the end of an attempt.
+    /// The relay tells the core the end of an attempt. Returns the pool whose engine failed with it.
     pub(crate) fn ended(
         &mut self,
         now: Moment,
@@ -226,21 +260,47 @@ impl Witness {
         attempt: AttemptId,
         how: &HowEnded,
         tokens: u64,
-    ) {
-        let Some(seen) = self.tasks.get_mut(&task) else { return };
-        let Some((_, pool)) = seen.open.take_if(|(open, _)| *open == attempt) else { return };
+    ) -> Option<PoolKey> {
+        if *how == HowEnded::Finished {
+            self.got_through(now, task, true);
+        }
+        let seen = self.tasks.get_mut(&task)?;
+        let (_, pool) = seen.open.take_if(|(open, _)| *open == attempt)?;
+        let mut failed = None;
+        match how {
+            HowEnded::NodeError(_) => drop(self.broken.remove(&pool.node_id)),
+            HowEnded::Broken(_) | HowEnded::TimedOut(Overdue::Silence) => {
+                *self.broken.entry(pool.node_id.clone()).or_default() += 1;
+            }
+            _ => {}
+        }
         let dispatched = self.dispatched.remove(&attempt).unwrap_or_default();
         match how {
             HowEnded::NodeError(body) if body.cause == Some(EndCause::Engine5xx) => {
+                failed = Some(pool.clone());
                 let sick = self.sick.entry(pool.clone()).or_default();
-                if sick.failures == 0 || dispatched > sick.last {
-                    *sick = Sick { failures: sick.failures + 1, last: now };
+                if (sick.tasks.is_empty() || dispatched > sick.last) && sick.tasks.insert(task) {
+                    sick.last = now;
+                }
+                self.failed.entry(pool.clone()).or_default().insert(task);
+                let answer = body.message.clone();
+                seen.engine_failures.push((pool.clone(), now, answer.clone()));
+                let goes_on = tokens == 0 || seen.continues;
+                let before = seen.engine_failures.clone();
+                let own = before.iter().any(|(other, at, said)| {
+                    (*other == pool || *said == answer) && self.served_another(&pool, task, *at)
+                });
+                if own && goes_on {
+                    for sick in self.sick.values_mut() {
+                        sick.tasks.remove(&task);
+                    }
+                    self.tasks.entry(task).and_modify(|seen| seen.own_fault = true);
                 }
             }
             HowEnded::NodeError(body) if body.cause == Some(EndCause::ReplayDiffers) => seen.differed = true,
-            HowEnded::Finished => drop(self.sick.remove(&pool)),
             _ => {}
         }
+        let seen = self.tasks.get_mut(&task)?;
         let (free, died) = match how {
             HowEnded::Refused(_) | HowEnded::NeverSent(_) => (true, false),
             HowEnded::NodeError(body) if body.code == ErrorCode::PoolUnready => (true, false),
@@ -258,6 +318,7 @@ impl Witness {
         if *how != HowEnded::Finished && (tokens == 0 || seen.continues) && seen.terminal.is_none() {
             seen.queued_since = Some(now);
         }
+        failed
     }
 
     /// [1] [2] [3]: every frame once, in order, one terminal, nothing after it.
@@ -286,10 +347,12 @@ impl Witness {
     pub(crate) fn closed(&self, now: Moment, task: TaskId, code: ErrorCode) -> Result<(), Broken> {
         let seen = self.tasks.get(&task).ok_or("a terminal error without a task")?;
         match code {
-            ErrorCode::PoolUnavailable if seen.tries < 3 && seen.engine_deaths < 2 => Err(format!(
-                "{task} ended as tried out after {} tries and {} dead engines",
-                seen.tries, seen.engine_deaths
-            )),
+            ErrorCode::PoolUnavailable if seen.tries < 3 && seen.engine_deaths < 2 && !seen.own_fault => {
+                Err(format!(
+                    "{task} ended as tried out after {} tries and {} dead engines",
+                    seen.tries, seen.engine_deaths
+                ))
+            }
             ErrorCode::WorkerReset
                 if seen.continues && seen.tries < 3 && seen.engine_deaths < 2 && !seen.differed =>
             {

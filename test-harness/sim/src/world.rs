@@ -205,6 +205,7 @@ pub(crate) enum Heal {
     SlowEngine { node: usize },
     SickEngine { node: usize },
     ForeignLoad { node: usize },
+    BusyEngine { node: usize },
     Stall,
 }
 
@@ -374,8 +375,8 @@ impl World {
         self.now.as_millis() > self.plan.horizon_ms && self.witness.at_rest().is_ok()
     }
 
-    /// A task that never started ends for want of time: no pool that could be loaded for it was
-    /// left alone.
+    /// A task that never started ends for want of time: where pools could be loaded for it, one of
+    /// them was asked for.
     pub(crate) fn was_asked_for(&self, task: TaskId) -> Result<(), String> {
         let plan = &self.plan.tasks[self.names[&task]];
         if plan.wishes.is_some() || !self.witness.waited_since(task, self.now, LOAD_PATIENCE) {
@@ -385,10 +386,11 @@ impl World {
         if self.loads.disturbed.is_some_and(|at| !long_ago(&at)) {
             return Ok(());
         }
-        let left_alone = |(node, since): (&usize, &Moment)| {
-            let asked = self.loads.asked.get(node);
-            self.plan.nodes[*node].model == plan.model && long_ago(since) && asked.is_none_or(long_ago)
-        };
+        let has_model = |node: &usize| self.plan.nodes[*node].model == plan.model;
+        if self.loads.asked.iter().any(|(node, at)| has_model(node) && !long_ago(at)) {
+            return Ok(());
+        }
+        let left_alone = |(node, since): (&usize, &Moment)| has_model(node) && long_ago(since);
         match self.loads.loadable.iter().find(|entry| left_alone(*entry)) {
             Some((node, since)) => Err(format!(
                 "{task} ended for want of time, and n{node}, loadable since {} ms, was not asked",
@@ -598,6 +600,11 @@ impl World {
                 self.nodes[node].sick += 1;
                 self.after_ms(for_ms, What::Heal(Heal::SickEngine { node }));
             }
+            Step::BusyEngine { node, for_ms } => {
+                self.coverage.hit("fault: engine busy");
+                self.nodes[node].busy += 1;
+                self.after_ms(for_ms, What::Heal(Heal::BusyEngine { node }));
+            }
             Step::Drain { node } => self.want(node, Intent::Draining),
             Step::Resume { node } => self.want(node, Intent::Serving),
             Step::ClockStep { node, by_ms } => {
@@ -640,6 +647,7 @@ impl World {
             Heal::SlowEngine { node } => self.nodes[node].slow -= 1,
             Heal::SickEngine { node } => self.nodes[node].sick -= 1,
             Heal::ForeignLoad { node } => self.nodes[node].foreign = 0,
+            Heal::BusyEngine { node } => self.nodes[node].busy -= 1,
             Heal::Stall => {
                 self.stall_until = None;
                 // The mailbox is read before the timer.

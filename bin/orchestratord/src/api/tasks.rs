@@ -154,7 +154,8 @@ pub(crate) struct Reading {
     verbose: bool,
 }
 
-/// The task's events from the start, or after `Last-Event-ID`. Many may read.
+/// The task's events from the start, or after `Last-Event-ID`. Many may read. `token` and `reasoning`
+/// (thoughts, which a client that does not know them may pass over) are counted together.
 #[utoipa::path(get, path = paths::TASK_EVENTS, tag = "tasks",
     params(("task_id" = Uuid, Path), Reading, ("Last-Event-ID" = Option<String>, Header, description = "id of the last event that was seen")),
     responses((status = 200, content_type = "text/event-stream"), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),

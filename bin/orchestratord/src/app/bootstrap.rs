@@ -60,7 +60,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     .await?;
     let interval = config.policy.timing.heartbeat_interval;
     let catalog = Arc::new(Catalog::open(&config.data_dir)?);
-    let home = if config.cloud_profile { None } else { Some(Home::new(interval, &config.runtime_dir)?) };
+    let home = (!config.cloud_profile).then(|| Home::new(interval, &config.runtime_dir));
     let link = match &home {
         Some(home) => NodeLink::Local(Arc::clone(&home.agent)),
         None => NodeLink::Http(Box::new(HttpLink::new(&front.tls.client, config.tokens.clone())?)),

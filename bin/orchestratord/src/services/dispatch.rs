@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use daemon_kit::Clock;
 use futures::{FutureExt, StreamExt};
-use pool_registry_types::sse::{Decoder, Frame, TOKEN_IDS, parse_event_id, write_frame};
+use pool_registry_types::sse::{
+    Decoder, ENGINE_WORKS, Frame, TOKEN_IDS, UNLOGGED_THOUGHT, parse_event_id, write_frame,
+};
 use pool_registry_types::task::Started;
 use pool_registry_types::{ErrorBody, Moment, ReplicaId};
 use task_scheduler::{AppendError, Dispatch, Event, HowEnded, StreamWatch, TaskLog};
@@ -58,7 +60,8 @@ impl Relays {
             self.streams.ended(dispatch.task);
         }
         let (attempt, tokens_written) = (dispatch.attempt, fence.tokens_written);
-        control.tell(Event::Ended { attempt, tokens_written, how, closed_after }).await;
+        let unlogged = stream.unlogged();
+        control.tell(Event::Ended { attempt, tokens_written, unlogged, how, closed_after }).await;
     }
 
     async fn relay(
@@ -149,8 +152,13 @@ impl Relays {
                 Ok(news) => news,
                 Err(how) => return reading.end(how),
             };
-            if news.tokens {
-                if watch.token(now) {
+            if news.unlogged {
+                watch.unlogged(now);
+            } else if news.works {
+                watch.works(now);
+            }
+            if news.tokens || news.unlogged {
+                if news.tokens && watch.token(now) {
                     control.tell(Event::Started { attempt }).await;
                     alarm.as_mut().reset(self.instant(watch.next_deadline()));
                 } else if now.since(told_alive) >= ALIVE_EVERY {
@@ -179,8 +187,14 @@ impl Relays {
 }
 
 /// What a chunk brought.
+#[derive(Debug, Clone, Copy, Default)]
 struct News {
+    /// Tokens, thoughts or results that are in the log now.
     tokens: bool,
+    /// Thoughts that are left out of it.
+    unlogged: bool,
+    /// Events of the engine that bring nothing.
+    works: bool,
 }
 
 /// The node's stream as far as it was read.
@@ -205,7 +219,7 @@ impl Reading<'_> {
 
     /// Moves all whole frames into the log, under one lock.
     fn take(&mut self, stream: &TaskStream) -> Result<News, HowEnded> {
-        let mut news = News { tokens: false };
+        let mut news = News::default();
         let mut taken = Ok(());
         stream.write(|log| {
             while taken.is_ok() {
@@ -225,7 +239,7 @@ impl Reading<'_> {
                     closed_after: &mut self.closed_after,
                     ids: &mut self.ids,
                 };
-                taken = place.put(&frame, log, stream).map(|token| news.tokens |= token);
+                taken = place.put(&frame, log, stream, &mut news);
             }
         });
         taken.map(|()| news)
@@ -243,8 +257,13 @@ struct Place<'r> {
 }
 
 impl Place<'_> {
-    /// Returns whether the frame was a token or a result.
-    fn put(&mut self, frame: &Frame<'_>, log: &mut TaskLog, stream: &TaskStream) -> Result<bool, HowEnded> {
+    fn put(
+        &mut self,
+        frame: &Frame<'_>,
+        log: &mut TaskLog,
+        stream: &TaskStream,
+        news: &mut News,
+    ) -> Result<(), HowEnded> {
         let Some(data) = &frame.data else {
             if let Some(text) = frame.comment.and_then(|text| text.strip_prefix(TOKEN_IDS)) {
                 let (count, ids) = text.split_once(' ').unwrap_or((text, ""));
@@ -252,8 +271,13 @@ impl Place<'_> {
                 *self.ids = count.parse().ok().map(|count| (count, ids));
             } else if let Some(seq) = frame.comment.and_then(|text| text.strip_prefix("report-seq ")) {
                 *self.closed_after = seq.parse().ok();
+            } else if frame.comment == Some(UNLOGGED_THOUGHT) {
+                stream.count_unlogged();
+                news.unlogged = true;
+            } else if frame.comment == Some(ENGINE_WORKS) {
+                news.works = true;
             }
-            return Ok(false);
+            return Ok(());
         };
         if self.last.is_some() {
             return Err(HowEnded::Broken("something followed the final frame".into()));
@@ -263,7 +287,7 @@ impl Place<'_> {
             let error: ErrorBody = serde_json::from_str(data)
                 .map_err(|error| HowEnded::Broken(format!("an unreadable error frame: {error}")))?;
             *self.last = Some(HowEnded::NodeError(error));
-            return Ok(false);
+            return Ok(());
         }
         let index = match frame.id.and_then(parse_event_id) {
             Some((log_id, n)) if log_id == self.dispatch.log => n,
@@ -280,17 +304,18 @@ impl Place<'_> {
         };
         let attempt = self.dispatch.attempt;
         match frame.event {
-            "token" | "result" => {
+            "token" | "reasoning" | "result" => {
                 log.append(attempt, index, bytes).map_err(append_error)?;
                 if let Some((count, ids)) = self.ids.take() {
                     stream.keep_ids(index, count, &ids);
                 }
-                Ok(true)
+                news.tokens = true;
+                Ok(())
             }
             "end" => {
                 log.finish(attempt, index, bytes).map_err(append_error)?;
                 *self.last = Some(HowEnded::Finished);
-                Ok(false)
+                Ok(())
             }
             other => Err(HowEnded::Broken(format!("an unknown event {other:?}"))),
         }

@@ -47,7 +47,7 @@ pub(crate) struct Running {
 impl Home {
     /// Looks at this machine. `interval` is the heartbeat's; `runtime_dir` also keeps what the
     /// operator wants of the node.
-    pub(crate) fn new(interval: Duration, runtime_dir: &Path) -> Result<Self, reqwest::Error> {
+    pub(crate) fn new(interval: Duration, runtime_dir: &Path) -> Self {
         let boot_id = BootId(Uuid::new_v4());
         let identity = Identity {
             node_id: NodeId::new(HOME_NODE).expect("a valid node id"),
@@ -62,9 +62,9 @@ impl Home {
         let capabilities = Capabilities { gpus: gpus.inventory().to_vec(), ..identity.capabilities.clone() };
         let intent_file = IntentFile::new(runtime_dir, &identity.node_id);
         let identity = Identity { capabilities, ..identity };
-        let agent = Agent::new(identity, interval, boot_id.0.as_u64_pair().0, intent_file)?;
+        let agent = Agent::new(identity, interval, boot_id.0.as_u64_pair().0, intent_file);
         agent.watch_gpus(gpus);
-        Ok(Self { agent })
+        Self { agent }
     }
 
     /// Watches the runtime directory and joins the control loop.

@@ -18,7 +18,7 @@ use node_agent::Agent;
 use pool_registry_types::node::{IntentOrder, LiveAnswer};
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
 use pool_registry_types::routes::{self, headers};
-use pool_registry_types::task::{InferRequest, Resume, TaskRequest};
+use pool_registry_types::task::{InferRequest, Reasoning, Resume, TaskRequest};
 use pool_registry_types::{ErrorBody, ErrorCode, PoolId, ReplicaId};
 use task_scheduler::{Dispatch, HowEnded};
 
@@ -63,11 +63,13 @@ impl NodeLink {
             first_index: dispatch.first_index,
             replica_hint: dispatch.warm_replica.clone(),
             resume,
+            thoughts: dispatch.request.reasoning == Reasoning::Keep,
             // What a node does not use is not sent: an older one would not know it.
             task: TaskRequest {
                 session_id: None,
                 placement: None,
                 expected_tokens: None,
+                reasoning: Reasoning::Keep,
                 ..(*dispatch.request).clone()
             },
         };

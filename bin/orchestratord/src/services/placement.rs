@@ -290,7 +290,9 @@ impl Loop {
                 }
                 let how = if fence.finished { HowEnded::Finished } else { HowEnded::Closed };
                 let tokens_written = fence.tokens_written;
-                events.push_back(Event::Ended { attempt, tokens_written, how, closed_after: None });
+                let unlogged = streams.get(task).map_or(0, |stream| stream.unlogged());
+                let ended = Event::Ended { attempt, tokens_written, unlogged, how, closed_after: None };
+                events.push_back(ended);
             }
             Effect::CloseTask { task, error } => {
                 tracing::info!(task_id = %task, code = %error.code, reason = error.message, "a task ends with an error");

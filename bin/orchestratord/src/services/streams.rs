@@ -5,6 +5,7 @@
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -24,6 +25,8 @@ pub(crate) struct TaskStream {
     log: Mutex<TaskLog>,
     /// For a task that may have to be continued from them.
     token_ids: Mutex<TokenIds>,
+    /// Tokens so far that are left out of the log.
+    unlogged: AtomicU64,
     changed: Notify,
     /// Among the tasks of its token; free when the task has ended.
     place: Mutex<Option<OwnedSemaphorePermit>>,
@@ -89,7 +92,7 @@ impl TaskStream {
             #[serde(borrow)]
             t: Cow<'t, str>,
         }
-        let (mut decoder, mut text) = (Decoder::new(), String::new());
+        let (mut decoder, mut text, mut reasoning) = (Decoder::new(), String::new(), String::new());
         let frames = {
             let log = self.log.lock();
             decoder.push(log.read_from(0).bytes);
@@ -97,18 +100,28 @@ impl TaskStream {
         };
         // Every frame in the log was read before it was put there.
         while let Ok(Some(frame)) = decoder.next_frame() {
-            let token = frame.data.as_deref().filter(|_| frame.event == "token");
-            if let Some(token) = token.and_then(|data| serde_json::from_str::<Text<'_>>(data).ok()) {
-                text.push_str(&token.t);
+            let piece = frame.data.as_deref().and_then(|data| serde_json::from_str::<Text<'_>>(data).ok());
+            match (frame.event, piece) {
+                ("token", Some(piece)) => text.push_str(&piece.t),
+                ("reasoning", Some(piece)) => reasoning.push_str(&piece.t),
+                _ => {}
             }
         }
         let known = self.token_ids.lock();
         // An engine that does not say how many tokens a frame has sends one in each, mostly.
         let counted = known.frames == frames;
-        let tokens = if counted { known.count } else { frames };
+        let tokens = if counted { known.count } else { frames.saturating_add(self.unlogged()) };
         let all = counted && known.ids.len() as u64 == tokens;
         let token_ids = if all { known.ids.clone() } else { Vec::new() };
-        Resume { mode, text, token_ids, tokens }
+        Resume { mode, text, reasoning, token_ids, tokens }
+    }
+
+    pub(crate) fn count_unlogged(&self) {
+        self.unlogged.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn unlogged(&self) -> u64 {
+        self.unlogged.load(Ordering::Relaxed)
     }
 }
 
@@ -145,6 +158,7 @@ impl Streams {
         let stream = TaskStream {
             log: Mutex::new(TaskLog::new(log)),
             token_ids: Mutex::default(),
+            unlogged: AtomicU64::new(0),
             changed: Notify::new(),
             place: Mutex::default(),
             readers: Arc::new(Semaphore::new(MOST_READERS)),

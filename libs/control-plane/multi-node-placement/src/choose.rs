@@ -196,6 +196,11 @@ pub fn explain<'i>(index: &'i PoolIndex, shape: &TaskShape<'_>) -> impl Iterator
     index.all().map(move |candidate| Verdict { candidate, refusal: refusal(candidate, shape) })
 }
 
+/// What one pool says to the task; nothing where there is no such pool.
+pub fn explain_one<'i>(index: &'i PoolIndex, key: &PoolKey, shape: &TaskShape<'_>) -> Option<Verdict<'i>> {
+    index.get(key).map(|candidate| Verdict { candidate, refusal: refusal(candidate, shape) })
+}
+
 /// How many pools refuse the task for which reason, for an error's message.
 pub fn count_refusals(index: &PoolIndex, shape: &TaskShape<'_>) -> String {
     let mut counts: BTreeMap<Refusal, u32> = BTreeMap::new();

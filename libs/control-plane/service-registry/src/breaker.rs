@@ -2,14 +2,15 @@
 //! it is well again.
 //!
 //! A pool has one for answers of its engine (5xx), a node one for its streams. Failures of
-//! attempts that ran side by side count once: one death must not trip what has come back.
+//! attempts that ran side by side count once: one death must not trip what has come back. So do
+//! all failures of one task at a pool: what comes from one request proves nothing of others.
 
 use std::time::Duration;
 
-use pool_registry_types::{AttemptId, Moment};
+use pool_registry_types::{AttemptId, Moment, TaskId};
 
 /// Failures in a row that trip it. Source: .specs/01 CLOUD-1310.
-pub(crate) const FAILURES_TO_TRIP: u32 = 3;
+const FAILURES_TO_TRIP: usize = 3;
 /// First pause; doubles with each trial that fails, up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
@@ -30,29 +31,55 @@ enum State {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Breaker {
     state: State,
-    failures: u32,
+    /// Failures that count since the last success, each with its task where one is known.
+    failures: Vec<Option<TaskId>>,
     last_failure: Option<Moment>,
     /// Trips since the last success.
     trips: u32,
 }
 
 impl Breaker {
-    /// An attempt failed. Returns until when nothing is sent, if this tripped it.
-    pub(crate) fn failed(&mut self, now: Moment, attempt: &AttemptId, dispatched: Moment) -> Option<Moment> {
+    /// An attempt failed; those of one task count once. Returns until when nothing is sent, if this
+    /// tripped it.
+    pub(crate) fn failed(
+        &mut self,
+        now: Moment,
+        attempt: &AttemptId,
+        task: Option<TaskId>,
+        dispatched: Moment,
+    ) -> Option<Moment> {
         let side_by_side = self.last_failure.is_some_and(|last| dispatched <= last);
+        let again = task.is_some() && self.failures.contains(&task);
         let is_trial = matches!(self.state, State::HalfOpen { trial: Some(trial) } if trial == *attempt);
-        if side_by_side && !is_trial {
+        if (side_by_side || again) && !is_trial {
             return None;
         }
         self.last_failure = Some(now);
-        self.failures += 1;
-        if !is_trial && (self.state != State::Closed || self.failures < FAILURES_TO_TRIP) {
+        if self.failures.len() < FAILURES_TO_TRIP {
+            self.failures.push(task);
+        }
+        if !is_trial && (self.state != State::Closed || self.failures.len() < FAILURES_TO_TRIP) {
             return None;
         }
         let until = now + (FIRST_PAUSE * 2_u32.pow(self.trips.min(8))).min(LONGEST_PAUSE);
         self.trips += 1;
         self.state = State::Open { until };
         Some(until)
+    }
+
+    /// What the task had counted was its own fault. Returns whether this closed it again.
+    pub(crate) fn withdraw(&mut self, task: TaskId) -> bool {
+        self.failures.retain(|failed| *failed != Some(task));
+        if self.failures.is_empty() {
+            self.last_failure = None;
+        }
+        let reopens = matches!(self.state, State::Open { .. })
+            && self.trips == 1
+            && self.failures.len() < FAILURES_TO_TRIP;
+        if reopens {
+            (self.state, self.trips) = (State::Closed, 0);
+        }
+        reopens
     }
 
     /// An attempt got through.
@@ -119,9 +146,9 @@ mod tests {
 
     fn tripped() -> (Breaker, Moment) {
         let mut breaker = Breaker::default();
-        assert_eq!(breaker.failed(at(10), &attempt(1), at(0)), None);
-        assert_eq!(breaker.failed(at(20), &attempt(2), at(11)), None);
-        let until = breaker.failed(at(30), &attempt(3), at(21)).unwrap();
+        assert_eq!(breaker.failed(at(10), &attempt(1), None, at(0)), None);
+        assert_eq!(breaker.failed(at(20), &attempt(2), None, at(11)), None);
+        let until = breaker.failed(at(30), &attempt(3), None, at(21)).unwrap();
         (breaker, until)
     }
 
@@ -136,7 +163,7 @@ mod tests {
         assert!(!breaker.blocks());
         breaker.sent(attempt(4));
         assert!(breaker.blocks(), "one is out");
-        assert_eq!(breaker.failed(at(1_100), &attempt(4), until), Some(at(3_100)), "twice as long");
+        assert_eq!(breaker.failed(at(1_100), &attempt(4), None, until), Some(at(3_100)), "twice as long");
         breaker.rest(at(3_100));
         breaker.sent(attempt(5));
         breaker.succeeded();
@@ -153,16 +180,47 @@ mod tests {
         assert!(!breaker.blocks());
     }
 
+    // CLOUD-1310
+    #[test]
+    fn the_tries_of_one_task_count_once_and_three_different_tasks_trip_it() {
+        let task = |n: u128| Some(TaskId(Uuid::from_u128(n)));
+        let mut breaker = Breaker::default();
+        for n in 0..9 {
+            assert_eq!(breaker.failed(at(10 * n + 5), &attempt(u128::from(n)), task(1), at(10 * n)), None);
+        }
+        assert!(breaker.failed(at(205), &attempt(21), task(2), at(200)).is_none());
+        assert!(breaker.failed(at(305), &attempt(31), task(3), at(300)).is_some());
+    }
+
+    // CLOUD-1312
+    #[test]
+    fn what_was_the_requests_own_fault_is_taken_back() {
+        let task = |n: u128| TaskId(Uuid::from_u128(n));
+        let mut breaker = Breaker::default();
+        for n in 1..=3 {
+            let id = attempt(u128::from(n));
+            let tripped = breaker.failed(at(10 * n + 5), &id, Some(task(u128::from(n))), at(10 * n));
+            assert_eq!(tripped.is_some(), n == 3);
+        }
+        assert!(breaker.withdraw(task(3)) && !breaker.blocks());
+        assert!(!breaker.withdraw(task(2)));
+        assert_eq!(
+            breaker.failed(at(105), &attempt(9), Some(task(4)), at(100)),
+            None,
+            "the second that counts"
+        );
+    }
+
     // CLOUD-1311
     #[test]
     fn failures_side_by_side_count_once_and_a_success_forgets_them() {
         let mut breaker = Breaker::default();
         for n in 0..10 {
-            assert_eq!(breaker.failed(at(100 + n), &attempt(u128::from(n)), at(n)), None);
+            assert_eq!(breaker.failed(at(100 + n), &attempt(u128::from(n)), None, at(n)), None);
         }
-        assert_eq!(breaker.failed(at(200), &attempt(20), at(150)), None);
+        assert_eq!(breaker.failed(at(200), &attempt(20), None, at(150)), None);
         breaker.succeeded();
-        assert_eq!(breaker.failed(at(300), &attempt(21), at(250)), None);
+        assert_eq!(breaker.failed(at(300), &attempt(21), None, at(250)), None);
         assert!(!breaker.blocks());
     }
 }

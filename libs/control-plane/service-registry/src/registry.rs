@@ -13,7 +13,7 @@ use pool_registry_types::node::{
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::{EngineKind, PoolReport};
 use pool_registry_types::view::{ClusterView, NodeView, PoolView};
-use pool_registry_types::{AttemptId, BootId, Epoch, ModelRef, Moment, NodeId, PoolId, PoolKey};
+use pool_registry_types::{AttemptId, BootId, Epoch, ModelRef, Moment, NodeId, PoolId, PoolKey, TaskId};
 
 use crate::breaker::Breaker;
 use crate::liveness::{Evidence, PROBE_EVERY, Suspicion, Timing, Transition};

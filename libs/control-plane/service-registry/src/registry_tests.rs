@@ -68,6 +68,7 @@ fn report(slots: u32, attempts: &[AttemptId]) -> PoolReport {
             attempts: attempts.to_vec(),
         }],
         last_error: None,
+        warning: None,
         drain: None,
         supervised: None,
     }
@@ -465,7 +466,8 @@ fn a_pool_whose_engine_fails_again_and_again_gets_one_attempt_until_one_gets_thr
     for n in 1..=3_u64 {
         let id = attempt(u128::from(n));
         r.reserve(&pool("a"), id);
-        let tripped = r.pool_failed(at(n * 10 + 5), &pool("a"), &id, at(n * 10));
+        let tripped =
+            r.pool_failed(at(n * 10 + 5), &pool("a"), &id, TaskId(Uuid::from_u128(n.into())), at(n * 10));
         assert_eq!(tripped, n == 3);
         r.release(&id, None);
     }

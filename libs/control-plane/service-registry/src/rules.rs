@@ -40,10 +40,12 @@ pub enum Rule {
     ContinueAtTheLog,
     /// A pool that is not loaded is asked for again as long as a task waits for it.
     LoadRepeated,
+    /// The tries of one task count once against a pool.
+    TaskCountsOnce,
 }
 
 impl Rule {
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::UnionOfReservations,
         Self::AttemptDeadlines,
         Self::ReportSequence,
@@ -61,5 +63,6 @@ impl Rule {
         Self::DrainAtOnce,
         Self::ContinueAtTheLog,
         Self::LoadRepeated,
+        Self::TaskCountsOnce,
     ];
 }

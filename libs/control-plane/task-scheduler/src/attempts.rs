@@ -90,6 +90,8 @@ pub enum Outcome {
     FreeRefusal,
     /// Back to its place in the lane, at no cost; the node is suspect.
     FreeReplace,
+    /// The engine does not have what the task needs, which another one may: asked for free.
+    AskAnother(ErrorBody),
     /// Tried and failed without a token, or with tokens after which it may go on.
     Retry {
         engine_died: bool,

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use multi_node_placement::{
     Candidate, NoPlacement, PoolIndex, Spread, Standing, Strategy, TaskShape, ToLoad, choose, choose_to_load,
-    count_refusals, explain,
+    count_refusals, explain, explain_one,
 };
 use pool_registry_types::error::EndCause;
 use pool_registry_types::moment::millis;
@@ -177,10 +177,30 @@ struct Task {
     continuation: Option<ResumeMode>,
     /// Frames in its log before a terminal one.
     sent: u64,
+    /// Tokens that are left out of its log.
+    unlogged: u64,
+    /// What engines of pools have answered to it (5xx).
+    engine_failures: Vec<EngineFailure>,
     /// How long its attempts have run, together.
     ran: Duration,
     /// Milliseconds after which it was predicted to start.
     predicted_ms: Option<u64>,
+}
+
+/// An engine's failure with one task.
+#[derive(Debug)]
+struct EngineFailure {
+    pool: PoolKey,
+    at: Moment,
+    answer: String,
+}
+
+/// When a pool last served a task, and when another task than that one.
+#[derive(Debug, Clone, Copy)]
+struct Served {
+    task: TaskId,
+    at: Moment,
+    another_at: Option<Moment>,
 }
 
 impl Task {
@@ -226,6 +246,8 @@ pub struct ControlCore {
     /// When to look again at the lanes whose pools are not loaded; one time for each.
     load_alarms: BTreeSet<(Moment, ModelRef)>,
     load_alarm_of: BTreeMap<ModelRef, Moment>,
+    /// The pools that have served a task lately.
+    served: BTreeMap<PoolKey, Served>,
     /// Nodes whose pinned tasks are to be looked at.
     unsettled_pins: BTreeSet<NodeId>,
     /// One node timeout after our start has passed: who is not known now is not there.
@@ -271,6 +293,7 @@ impl ControlCore {
             loads_asked: BTreeMap::new(),
             load_alarms: BTreeSet::new(),
             load_alarm_of: BTreeMap::new(),
+            served: BTreeMap::new(),
             unsettled_pins: BTreeSet::new(),
             grace_over: false,
             retired: BTreeSet::new(),
@@ -340,7 +363,12 @@ impl ControlCore {
                     attempt.quiet = false;
                 }
             }
-            Event::Ended { attempt, tokens_written, how, closed_after } => {
+            Event::Ended { attempt, tokens_written, unlogged, how, closed_after } => {
+                if let Some(attempt) = self.attempts.get(&attempt)
+                    && let Some(task) = self.tasks.get_mut(&attempt.task)
+                {
+                    task.unlogged = unlogged;
+                }
                 self.ended(now, attempt, tokens_written, &how, closed_after, &mut effects);
             }
             Event::Want { reply, node_id, intent } => self.want(reply, node_id, intent, &mut effects),

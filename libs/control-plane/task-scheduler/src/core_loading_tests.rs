@@ -4,6 +4,32 @@ use pool_registry_types::pool::Supervised;
 
 use super::*;
 
+// CLOUD-2424
+#[test]
+fn a_node_is_told_for_which_of_its_loaded_pools_tasks_wait() {
+    let mut b = Bench::new();
+    let loaded = || {
+        let supervised = Supervised { load_estimate_ms: Some(500), ..Supervised::default() };
+        PoolReport { supervised: Some(supervised), ..report(1, &[]) }
+    };
+    let waiting = |b: &mut Bench, seq| {
+        b.tell("a", seq, loaded());
+        let answer = b.replies.values().rev().find_map(|answer| match answer {
+            Ok(Answer::Heartbeat(answer)) => Some(answer.waiting.clone()),
+            _ => None,
+        });
+        answer.unwrap()
+    };
+    b.join("a", 1);
+    assert!(waiting(&mut b, 2).is_empty());
+    b.submit(task()).1.unwrap();
+    assert!(waiting(&mut b, 3).is_empty(), "it runs, and nobody waits");
+    b.submit(task()).1.unwrap();
+    assert_eq!(waiting(&mut b, 4), [pool_registry_types::PoolId::new("pool-0").unwrap()]);
+    b.end(b.dispatches[0].attempt, 1, HowEnded::Finished);
+    assert!(waiting(&mut b, 5).is_empty());
+}
+
 fn unloaded(state: PoolState, fits: bool) -> PoolReport {
     let supervised = Supervised { fits, ..Supervised::default() };
     let report = report(0, &[]);

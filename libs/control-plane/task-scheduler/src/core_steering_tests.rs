@@ -184,19 +184,14 @@ fn a_replay_that_differs_ends_the_task_and_a_refusal_after_tokens_is_free() {
 fn a_pool_that_answers_with_errors_is_left_alone_until_one_task_gets_through() {
     let mut b = Bench::new();
     b.join("a", 1);
-    let sick = || {
-        let body = ErrorBody::new(ErrorCode::WorkerReset, "500").with_cause(EndCause::Engine5xx);
-        HowEnded::NodeError(body)
-    };
-    b.submit(task()).1.unwrap();
     for n in 0..3 {
-        b.now += 1_000;
-        b.apply(Event::Timer);
+        b.now += 10;
+        b.submit(task()).1.unwrap();
         assert_eq!(b.dispatches.len(), n + 1);
-        b.end(b.dispatches[n].attempt, 0, sick());
+        b.now += 10;
+        b.end(b.dispatches[n].attempt, 0, engine_failure("500"));
     }
     assert_eq!(b.core.counters().trips, 1);
-    b.submit(task()).1.unwrap();
     b.submit(task()).1.unwrap();
     assert_eq!(b.dispatches.len(), 3, "nothing is sent there");
     b.advance_to(b.now + 1_000);
@@ -204,6 +199,111 @@ fn a_pool_that_answers_with_errors_is_left_alone_until_one_task_gets_through() {
     b.apply(Event::Started { attempt: b.dispatches[3].attempt });
     b.end(b.dispatches[3].attempt, 2, HowEnded::Finished);
     assert_eq!(b.dispatches.len(), 5);
+}
+
+fn engine_failure(answer: &str) -> HowEnded {
+    HowEnded::NodeError(ErrorBody::new(ErrorCode::WorkerReset, answer).with_cause(EndCause::Engine5xx))
+}
+
+// CLOUD-1310
+#[test]
+fn the_tries_of_one_task_trip_nothing_and_others_are_served_beside_it() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    let (id, _) = b.submit(task());
+    for n in 0..3 {
+        b.advance_to(b.now + 2_000);
+        assert_eq!(b.dispatches.len(), n + 1);
+        b.now += 10;
+        b.end(b.dispatches[n].attempt, 0, engine_failure("500"));
+    }
+    assert_eq!(b.terminal[&id], ErrorCode::PoolUnavailable);
+    assert_eq!(b.core.counters().trips, 0);
+    b.submit(task()).1.unwrap();
+    assert_eq!(b.dispatches.len(), 4, "the pool takes the next at once");
+}
+
+// CLOUD-1313
+#[test]
+fn what_only_one_request_is_failed_for_is_its_own_fault_and_counts_against_nobody() {
+    for pools in [vec!["a"], vec!["a", "b"]] {
+        let mut b = Bench::new();
+        for name in &pools {
+            b.join(name, 2);
+        }
+        let retriable = |b: &Bench, id: TaskId| {
+            let reading = b.core.task_view(at(b.now), id).expect("it is kept");
+            reading.error.map(|error| (error.code, error.retriable))
+        };
+        let (bad, _) = b.submit(task());
+        let first = b.last_dispatch().attempt;
+        b.now += 10;
+        b.end(first, 0, engine_failure("the prompt divides by zero"));
+        // Meanwhile others are served, wherever the bad one goes next.
+        b.advance_to(b.now + 300);
+        for _ in 0..2 * pools.len() {
+            b.submit(task()).1.unwrap();
+        }
+        let others: Vec<AttemptId> =
+            b.dispatches.iter().filter(|d| d.task != bad).map(|d| d.attempt).collect();
+        b.now += 10;
+        for attempt in others {
+            b.apply(Event::Started { attempt });
+        }
+        let again = b.dispatches.iter().rev().find(|d| d.task == bad).unwrap().attempt;
+        assert_ne!(again, first, "{pools:?}: it was tried again");
+        b.end(again, 0, engine_failure("the prompt divides by zero"));
+        assert_eq!(retriable(&b, bad), Some((ErrorCode::PoolUnavailable, false)), "{pools:?}");
+        assert_eq!(b.core.counters().trips, 0);
+    }
+}
+
+// CLOUD-1313
+#[test]
+fn an_engine_that_fails_everybody_is_tripped_by_three_tasks_which_are_served_elsewhere() {
+    let mut b = Bench::new();
+    b.join("b", 1);
+    b.submit(task()).1.unwrap();
+    b.join("a", 4);
+    let mut failed = 0;
+    while b.core.counters().trips == 0 {
+        b.now += 10;
+        let (id, _) = b.submit(task());
+        let dispatch = b.dispatches.iter().find(|d| d.task == id).unwrap();
+        assert_eq!(dispatch.pool.node_id.as_str(), "a", "b is full");
+        b.now += 10;
+        b.end(dispatch.attempt, 0, engine_failure("EngineCore died"));
+        failed += 1;
+        assert!(!b.terminal.contains_key(&id));
+    }
+    assert_eq!(failed, 3);
+    // The one that b had is over: it takes the others, one after the other.
+    for _ in 0..4 {
+        let on_b = b.dispatches.iter().rev().find(|d| d.pool.node_id.as_str() == "b").unwrap().attempt;
+        b.apply(Event::Started { attempt: on_b });
+        b.end(on_b, 2, HowEnded::Finished);
+    }
+    assert_eq!(b.core.counters().completed, 4);
+    assert!(b.terminal.is_empty(), "{:?}", b.terminal);
+}
+
+// CLOUD-2488
+#[test]
+fn every_pool_is_asked_for_what_some_do_not_have_and_it_costs_no_try() {
+    let mut b = Bench::new();
+    for name in ["a", "b", "c", "d", "e"] {
+        b.join(name, 1);
+    }
+    let (id, _) = b.submit(task());
+    for n in 0..4 {
+        let body = ErrorBody::new(ErrorCode::Unsupported, "404").with_cause(EndCause::Engine4xx);
+        b.end(b.dispatches[n].attempt, 0, HowEnded::NodeError(body));
+        assert_eq!(b.dispatches.len(), n + 2, "at once, and elsewhere");
+    }
+    b.apply(Event::Started { attempt: b.dispatches[4].attempt });
+    b.end(b.dispatches[4].attempt, 1, HowEnded::Finished);
+    assert!(!b.terminal.contains_key(&id));
+    assert_eq!((b.core.counters().completed, b.core.counters().trips), (1, 0));
 }
 
 // CLOUD-1740

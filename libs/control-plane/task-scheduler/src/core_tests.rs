@@ -161,7 +161,7 @@ impl Bench {
     }
 
     fn end(&mut self, attempt: AttemptId, tokens_written: u64, how: HowEnded) {
-        self.apply(Event::Ended { attempt, tokens_written, how, closed_after: None });
+        self.apply(Event::Ended { attempt, tokens_written, unlogged: 0, how, closed_after: None });
     }
 
     fn last_dispatch(&self) -> &Dispatch {
@@ -212,6 +212,7 @@ fn report(slots: u32, attempts: &[AttemptId]) -> PoolReport {
             attempts: attempts.to_vec(),
         }],
         last_error: None,
+        warning: None,
         drain: None,
         supervised: None,
     }
@@ -624,7 +625,7 @@ fn a_broken_stream_asks_for_a_probe_and_makes_nobody_suspect() {
         b.join("a", 1);
         b.submit(task()).1.unwrap();
         let attempt = b.dispatches[0].attempt;
-        let ended = Event::Ended { attempt, tokens_written: 3, how, closed_after: None };
+        let ended = Event::Ended { attempt, tokens_written: 3, unlogged: 0, how, closed_after: None };
         let effects = b.core.apply(at(0), ended);
         assert!(effects.iter().any(|effect| matches!(effect, Effect::Probe { .. })));
         assert_eq!(b.core.registry().liveness(&NodeId::new("a").unwrap()), Some(Liveness::Online));

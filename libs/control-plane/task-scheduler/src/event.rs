@@ -80,6 +80,8 @@ pub enum Event {
     Ended {
         attempt: AttemptId,
         tokens_written: u64,
+        /// Tokens of the task so far that are left out of its log.
+        unlogged: u64,
         how: HowEnded,
         closed_after: Option<u64>,
     },

@@ -61,6 +61,8 @@ pub struct StreamWatch {
     last_token: Moment,
     /// That the stream is quiet has been said.
     quiet: bool,
+    /// A token has come that a reader sees.
+    shown: bool,
 }
 
 impl StreamWatch {
@@ -73,6 +75,7 @@ impl StreamWatch {
             last_bytes: now,
             last_token: now,
             quiet: false,
+            shown: false,
         }
     }
 
@@ -94,13 +97,25 @@ impl StreamWatch {
         grows
     }
 
-    /// Returns whether it was the first token.
+    /// Returns whether it was the first token that a reader sees.
     pub fn token(&mut self, now: Moment) -> bool {
-        let first = self.phase != Phase::Decoding;
+        self.unlogged(now);
+        !std::mem::replace(&mut self.shown, true)
+    }
+
+    /// A token that is left out of the log: the engine decodes.
+    pub fn unlogged(&mut self, now: Moment) {
         self.phase = Phase::Decoding;
         self.last_bytes = now;
         self.last_token = now;
-        first
+    }
+
+    /// The engine says something that is no token. Before the first one it proves nothing: some
+    /// write an empty beginning before they look at the prompt.
+    pub fn works(&mut self, now: Moment) {
+        if self.phase == Phase::Decoding {
+            self.last_token = now;
+        }
     }
 
     /// The next moment at which [`StreamWatch::overdue`] may say something.
@@ -177,6 +192,24 @@ mod tests {
         w.bytes(at(118));
         assert_eq!((w.next_deadline(), w.overdue(at(119))), (at(120), None));
         assert_eq!(w.overdue(at(120)), Some(Overdue::TokenIdle));
+    }
+
+    // CLOUD-1520
+    #[test]
+    fn thoughts_that_are_left_out_and_empty_events_are_signs_of_life_between_tokens() {
+        let mut w = watch(None);
+        w.accepted(at(1));
+        w.works(at(9));
+        assert_eq!(w.overdue(at(11)), Some(Overdue::Silence), "no byte of the node");
+        w.bytes(at(95));
+        w.works(at(95));
+        assert_eq!(w.overdue(at(100)), Some(Overdue::FirstToken), "an empty beginning is no token");
+        w.unlogged(at(99));
+        w.bytes(at(118));
+        w.works(at(118));
+        assert_eq!(w.overdue(at(127)), None);
+        assert!(w.token(at(120)), "the first that a reader sees");
+        assert!(!w.token(at(121)));
     }
 
     // CLOUD-1540

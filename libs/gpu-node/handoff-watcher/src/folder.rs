@@ -136,6 +136,7 @@ mod tests {
             model_ref: None,
             models: vec![],
             ctx_max: None,
+            api_key_file: None,
         }
     }
 

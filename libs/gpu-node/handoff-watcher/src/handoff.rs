@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::path::PathBuf;
 
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{ModelRef, PoolId, ReplicaId};
@@ -48,6 +49,9 @@ pub struct Handoff {
     pub models: Vec<ModelRef>,
     #[serde(default)]
     pub ctx_max: Option<u32>,
+    /// A file with the key that the engine asks for; an absolute path.
+    #[serde(default)]
+    pub api_key_file: Option<PathBuf>,
 }
 
 impl Handoff {
@@ -123,6 +127,9 @@ pub fn parse(stem: &str, content: &[u8], hosts: &EngineHosts) -> Result<Handoff,
     if handoff.ctx_max == Some(0) {
         return Err(Fault::Malformed("ctx_max: must be at least 1".into()));
     }
+    if handoff.api_key_file.as_ref().is_some_and(|path| !path.is_absolute()) {
+        return Err(Fault::Malformed("api_key_file: must be an absolute path".into()));
+    }
     check_url(&handoff.url, hosts)?;
     while handoff.url.ends_with('/') {
         handoff.url.pop();
@@ -191,6 +198,10 @@ mod tests {
         let by_order = r#"["pool-0","r0","vllm",null,"http://localhost",null,1,2,null,[],3]"#;
         assert!(matches!(read("pool-0-r0", by_order), Err(Fault::Malformed(_))));
         assert!(matches!(read("pool-0-r1", &file(url, "")), Err(Fault::WronglyNamed { .. })));
+        let relative = file(url, r#","api_key_file":"key""#);
+        assert!(
+            matches!(read("pool-0-r0", &relative), Err(Fault::Malformed(why)) if why.contains("api_key_file"))
+        );
         assert_eq!(read("pool-0-r0", &file(url, r#","slots":0"#)), Err(Fault::Slots));
         assert!(matches!(read("pool-0-r0", &file(url, r#","slots":-1"#)), Err(Fault::Malformed(_))));
         let bad_pool = file(url, "").replace("pool-0", "../etc");

@@ -12,5 +12,5 @@ pub mod process;
 pub mod watch;
 
 pub use folder::{Change, Folder};
-pub use handoff::{EngineHosts, Fault, Handoff, HandoffName};
+pub use handoff::{EngineHosts, Fault, Handoff, HandoffName, MAX_SLOTS};
 pub use watch::HandoffWatcher;

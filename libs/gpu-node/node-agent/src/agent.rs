@@ -12,13 +12,14 @@ use handoff_watcher::{Change, Handoff, HandoffName};
 use node_registration::{BeatFailure, CallError, ControlPlane};
 use parking_lot::Mutex;
 use pool_registry_types::node::{GpuHealth, GpuReport, Intent, IntentOrder, StagedModel};
-use pool_registry_types::pool::PoolReport;
+use pool_registry_types::pool::{EngineKind, PoolReport};
 use pool_registry_types::{AttemptId, Moment, PoolId, ReplicaId};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::core::{BindError, Declared, Health, Identity, NodeCore, NodeEffect, Readiness, ReplicaSpec};
+use crate::core::{BindError, Busy, Declared, Identity, NodeCore, NodeEffect, Readiness, ReplicaSpec};
+use crate::engines::{ApiKey, Endpoint, EngineClient};
 use crate::gpu::{self, GpuWatch};
 use crate::guard::processes;
 use crate::intent::IntentFile;
@@ -32,9 +33,6 @@ const LOOK_AT_GPUS_EVERY: Duration = Duration::from_secs(5);
 const GPU_PATIENCE: Duration = Duration::from_secs(3);
 /// Pause between two looks at the folder of models.
 const LOOK_AT_MODELS_EVERY: Duration = Duration::from_secs(2);
-/// Bound of connecting to an engine. Engines are near.
-const ENGINE_CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-
 /// Counts of what happened on the node; only ever rise.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct NodeCounters {
@@ -51,6 +49,10 @@ pub struct NodeCounters {
 struct Watched {
     stop: CancellationToken,
     pid: Option<u32>,
+    /// Told when the engine is to be looked at now.
+    look: Arc<Notify>,
+    /// What its engine asks for.
+    key: Option<ApiKey>,
 }
 
 /// One node at work.
@@ -59,7 +61,9 @@ pub struct Agent {
     start: Instant,
     pub(crate) core: Mutex<NodeCore>,
     wake: Notify,
-    client: reqwest::Client,
+    client: EngineClient,
+    /// Who follows the slots of a replica that settle, and is told of more.
+    settlers: Mutex<BTreeMap<HandoffName, Arc<Notify>>>,
     pub(crate) cancels: Mutex<HashMap<AttemptId, CancellationToken>>,
     replicas: Mutex<BTreeMap<HandoffName, Watched>>,
     /// What the handoff files say that are there.
@@ -78,27 +82,17 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// `session` is made with the same zero of time that this agent starts with.
-    pub fn new(
-        identity: Identity,
-        interval: Duration,
-        seed: u64,
-        intent_file: IntentFile,
-    ) -> Result<Arc<Self>, reqwest::Error> {
+    /// The session is made with the same zero of time that this agent starts with.
+    pub fn new(identity: Identity, interval: Duration, seed: u64, intent_file: IntentFile) -> Arc<Self> {
         let session = node_registration::Session::new(Moment::ZERO, interval, seed);
-        let client = reqwest::Client::builder()
-            .connect_timeout(ENGINE_CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
-            .no_proxy()
-            .redirect(reqwest::redirect::Policy::none())
-            .build()?;
-        Ok(Arc::new(Self {
+        Arc::new(Self {
             start: Instant::now(),
             core: Mutex::new(NodeCore::new(identity, session, intent_file.read())),
             intent_file,
             taking_intent: tokio::sync::Mutex::default(),
             wake: Notify::new(),
-            client,
+            client: EngineClient::new(),
+            settlers: Mutex::new(BTreeMap::new()),
             cancels: Mutex::new(HashMap::new()),
             replicas: Mutex::new(BTreeMap::new()),
             announced: Mutex::new(BTreeMap::new()),
@@ -109,14 +103,14 @@ impl Agent {
             work_ended: Notify::new(),
             look_at_gpus: Notify::new(),
             supervision: OnceLock::new(),
-        }))
+        })
     }
 
     pub fn now(&self) -> Moment {
         Moment::from_millis(u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX))
     }
 
-    pub(crate) fn client(&self) -> &reqwest::Client {
+    pub(crate) fn client(&self) -> &EngineClient {
         &self.client
     }
 
@@ -156,19 +150,39 @@ impl Agent {
     }
 
     fn watch_replica(self: &Arc<Self>, handoff: Handoff) {
-        let stop = self.stop.child_token();
+        let (stop, look) = (self.stop.child_token(), Arc::new(Notify::new()));
         {
             let mut replicas = self.replicas.lock();
-            let watched = Watched { stop: stop.clone(), pid: handoff.pid };
+            let watched =
+                Watched { stop: stop.clone(), pid: handoff.pid, look: Arc::clone(&look), key: None };
             if let Some(before) = replicas.insert(handoff.name(), watched) {
                 before.stop.cancel();
                 // What the old words bound serves nothing until the new ones are proven.
                 let readiness = Readiness::Failed("its handoff was rewritten".into());
-                let health = Health { readiness, busy: None };
-                self.observed(&handoff.pool_id, &handoff.replica_id, health);
+                self.observed(&handoff.pool_id, &handoff.replica_id, readiness);
             }
         }
-        self.tracker.spawn(replica::watch(Arc::clone(self), handoff, stop));
+        self.tracker.spawn(replica::watch(Arc::clone(self), handoff, stop, look));
+    }
+
+    /// The engine's key, as it was read at the last look.
+    pub(crate) fn set_key(&self, name: &HandoffName, key: Option<ApiKey>) {
+        if let Some(watched) = self.replicas.lock().get_mut(name) {
+            watched.key = key;
+        }
+    }
+
+    /// Where a replica is and what it is asked with.
+    pub(crate) fn endpoint(&self, name: &HandoffName, url: &str) -> Endpoint {
+        let key = self.replicas.lock().get(name).and_then(|watched| watched.key.clone());
+        Endpoint { url: url.to_owned(), key }
+    }
+
+    /// The replica's engine is looked at now, not at the next tick.
+    pub(crate) fn look_now(&self, name: &HandoffName) {
+        if let Some(watched) = self.replicas.lock().get(name) {
+            watched.look.notify_one();
+        }
     }
 
     /// Binds replicas of the pool again that were withdrawn while their handoff files stayed what
@@ -192,19 +206,28 @@ impl Agent {
         };
     }
 
-    /// Binds unless the watch was stopped: watches are stopped under the same lock, so a
-    /// handoff that is gone or was rewritten never binds late.
-    pub(crate) fn bind(
+    /// Binds unless the watch was stopped: watches are stopped under the same lock, so a handoff
+    /// that is gone or was rewritten never binds late. What the same look says of its readiness
+    /// counts in the same step, so that a change takes nothing out of service.
+    pub(crate) fn bind_unless(
         &self,
+        stop: &CancellationToken,
         pool_id: &PoolId,
         spec: ReplicaSpec,
-        stop: &CancellationToken,
+        readiness: Option<Readiness>,
     ) -> Result<(), BindError> {
         let _watches = self.replicas.lock();
         if stop.is_cancelled() {
             return Ok(());
         }
-        self.change(|core, now| core.bind(now, pool_id, spec))
+        let replica_id = spec.replica_id.clone();
+        self.change(|core, now| {
+            core.bind(now, pool_id, spec)?;
+            if let Some(readiness) = readiness {
+                core.observed(now, pool_id, &replica_id, readiness);
+            }
+            Ok(())
+        })
     }
 
     pub(crate) fn observed_unless(
@@ -212,12 +235,71 @@ impl Agent {
         stop: &CancellationToken,
         pool_id: &PoolId,
         replica_id: &ReplicaId,
-        health: Health,
+        readiness: Readiness,
     ) {
         let _watches = self.replicas.lock();
         if !stop.is_cancelled() {
-            self.observed(pool_id, replica_id, health);
+            self.observed(pool_id, replica_id, readiness);
         }
+    }
+
+    pub(crate) fn is_ready(&self, pool_id: &PoolId, replica_id: &ReplicaId) -> bool {
+        self.core.lock().is_ready(pool_id, replica_id)
+    }
+
+    pub(crate) fn counted(&self, pool_id: &PoolId, replica_id: &ReplicaId, began: Moment, busy: Busy) {
+        self.change(|core, now| core.counted(now, began, pool_id, replica_id, busy));
+    }
+
+    // ---- slots that settle ----
+
+    /// An attempt was broken off: its slot is followed until it is free.
+    pub(crate) fn settle(self: &Arc<Self>, name: HandoffName, engine: EngineKind, at: Endpoint) {
+        let mut settlers = self.settlers.lock();
+        if let Some(again) = settlers.get(&name) {
+            again.notify_one();
+            return;
+        }
+        let again = Arc::new(Notify::new());
+        settlers.insert(name.clone(), Arc::clone(&again));
+        drop(settlers);
+        let agent = Arc::clone(self);
+        self.tracker.spawn(async move {
+            loop {
+                let (pool_id, replica_id) = (name.pool_id.clone(), name.replica_id.clone());
+                let settling = replica::settle(
+                    Arc::clone(&agent),
+                    engine,
+                    at.clone(),
+                    pool_id,
+                    replica_id,
+                    Arc::clone(&again),
+                );
+                tokio::select! {
+                    () = agent.stop.cancelled() => {}
+                    () = settling => {}
+                }
+                // Under the lock: whoever comes now starts another one.
+                let mut settlers = agent.settlers.lock();
+                let more = agent.settles_at(&name.pool_id, &name.replica_id).is_some();
+                if !more || agent.stop.is_cancelled() {
+                    settlers.remove(&name);
+                    return;
+                }
+            }
+        });
+    }
+
+    pub(crate) fn is_settling(&self, name: &HandoffName) -> bool {
+        self.settlers.lock().contains_key(name)
+    }
+
+    pub(crate) fn settles_at(&self, pool_id: &PoolId, replica_id: &ReplicaId) -> Option<Moment> {
+        self.core.lock().settles_at(pool_id, replica_id)
+    }
+
+    pub(crate) fn expire_settling(&self) {
+        self.change(NodeCore::expire_settling);
     }
 
     pub(crate) fn unbind(&self, pool_id: &PoolId, replica_id: &ReplicaId) {
@@ -265,22 +347,28 @@ impl Agent {
         self.work_ended.notify_one();
     }
 
+    /// A report goes out now; its answer says for which pools tasks wait.
+    pub(crate) fn report_now(&self) {
+        self.change(NodeCore::report_now);
+    }
+
     /// The GPUs are looked at now, not at the next tick.
     pub(crate) fn look_at_gpus(&self) {
         self.look_at_gpus.notify_one();
     }
 
-    pub(crate) fn settled(&self, attempt: &AttemptId) {
-        self.change(|core, now| core.settled(now, attempt));
-        self.tell_work_ended();
+    pub(crate) fn observed(&self, pool_id: &PoolId, replica_id: &ReplicaId, readiness: Readiness) {
+        self.change(|core, now| core.observed(now, pool_id, replica_id, readiness));
     }
 
-    pub(crate) fn observed(&self, pool_id: &PoolId, replica_id: &ReplicaId, health: Health) {
-        self.change(|core, now| core.observed(now, pool_id, replica_id, health));
+    /// Changes the core where nothing of it is reported by itself.
+    pub(crate) fn with_core<T>(&self, change: impl FnOnce(&mut NodeCore, Moment) -> T) -> T {
+        let now = self.now();
+        change(&mut self.core.lock(), now)
     }
 
     /// Changes the core, and wakes the session, which may have something to say about it.
-    fn change<T>(&self, change: impl FnOnce(&mut NodeCore, Moment) -> T) -> T {
+    pub(crate) fn change<T>(&self, change: impl FnOnce(&mut NodeCore, Moment) -> T) -> T {
         let now = self.now();
         let result = change(&mut self.core.lock(), now);
         self.wake.notify_one();
@@ -349,7 +437,7 @@ impl Agent {
                 }
                 self.core.lock().deregistered();
             }
-            other @ (NodeEffect::Cancel(_) | NodeEffect::TakeIntent(_)) => self.carry_out(vec![other]).await,
+            other => self.carry_out(vec![other]).await,
         }
     }
 
@@ -366,6 +454,11 @@ impl Agent {
                             tracing::error!(%error, "the intent cannot be written down, and is not taken");
                         }
                     });
+                }
+                NodeEffect::Waiting(pools) => {
+                    if let Some(supervision) = self.supervision() {
+                        supervision.waiting(pools).await;
+                    }
                 }
                 NodeEffect::Register(_) | NodeEffect::Heartbeat(_) | NodeEffect::Deregister(_) => {
                     unreachable!("calls are made one at a time, when they are due")

@@ -11,27 +11,39 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{FutureExt, Stream, StreamExt, stream};
+use handoff_watcher::HandoffName;
+use http_body_util::BodyStream;
+use hyper::body::Incoming;
 use pool_registry_types::error::EndCause;
 use pool_registry_types::pool::EngineKind;
-use pool_registry_types::sse::{Decoder, TOKEN_IDS, write_comment, write_frame};
-use pool_registry_types::task::{End, FinishReason, InferRequest, MAX_RESULT_BYTES, ResumeMode};
-use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, PoolId, ReplicaId};
+use pool_registry_types::sse::{
+    Decoder, ENGINE_WORKS, MAX_FRAME_BYTES, SseError, TOKEN_IDS, UNLOGGED_THOUGHT, write_comment, write_frame,
+};
+use pool_registry_types::task::{
+    End, FinishReason, InferRequest, MAX_RESULT_BYTES, Reasoning, ResumeMode, TaskRequest,
+};
+use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, ModelRef, PoolId, ReplicaId};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::Agent;
-use crate::core::{Ask, Health, Readiness};
+use crate::core::{Accepted, Ask, Readiness};
+use crate::engines::client::with_causes;
 use crate::engines::documents::{self, Document, DocumentError};
-use crate::engines::{self, Reader, Reply, Said};
+use crate::engines::{
+    self, Answer, CallError, Delta, Endpoint, EngineClient, EngineRequest, Look, NotReady, Reader, Refusal,
+    Reply, Said, Sent, Unsent, Whose,
+};
 
 /// Pieces of an engine's stream that are taken together when they have arrived already.
 const MOST_PIECES_AT_ONCE: usize = 64;
 /// Pause between two comments.
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(1);
-/// How long the slot of a dropped attempt is kept at most: an engine that is busy with others
-/// cannot tell that it is done with this one.
-const SETTLE_AT_MOST: Duration = Duration::from_millis(500);
-const SETTLE_LOOK_EVERY: Duration = Duration::from_millis(25);
+/// Bytes prove that an engine lives; saying so once in this span is enough.
+const HEARD_EVERY: Duration = Duration::from_millis(500);
+/// What may follow the end of an answer before its connection is given up, bytes and time.
+const MOST_LEFT_BYTES: usize = 64 * 1024;
+const LEFT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The stream of an attempt: frames and comments, in as many pieces as they came.
 pub type Frames = Pin<Box<dyn Stream<Item = Result<Bytes, Infallible>> + Send>>;
@@ -50,50 +62,85 @@ impl std::fmt::Debug for Inference {
     }
 }
 
-type EngineBody = Pin<Box<dyn Stream<Item = Result<Bytes, reqwest::Error>> + Send>>;
-type EngineAnswer = Pin<Box<dyn Future<Output = Result<reqwest::Response, reqwest::Error>> + Send>>;
+type Pieces = Pin<Box<dyn Stream<Item = Result<Bytes, String>> + Send>>;
+type Opening = Pin<Box<dyn Future<Output = Result<Sent, NotSent>> + Send>>;
+
+/// Why the engine has not answered the attempt.
+enum NotSent {
+    Unsent(Unsent),
+    /// Another engine answers at its place than the one that was bound.
+    Changed(String),
+}
 
 enum Phase {
     /// Everything was sent before; only the end was lost.
     Complete,
-    Opening(EngineAnswer),
-    Refused(Pin<Box<dyn Future<Output = ErrorBody> + Send>>),
-    Streaming(EngineBody),
+    Opening(Opening),
+    Refused(Pin<Box<dyn Future<Output = Refusal> + Send>>),
+    Streaming(Pieces),
     /// The answer is one document, of which nothing is given out before it is whole.
     Reading(Pin<Box<dyn Future<Output = Result<Document, DocumentError>> + Send>>),
     /// The last bytes were given out.
     Over,
 }
 
+/// How the bytes of an answer are cut into events.
+enum Framing {
+    /// Its first byte will show it.
+    Open,
+    Events,
+    /// One JSON object, whose end is that of the message.
+    Whole(Vec<u8>),
+}
+
+/// What was sent before and has not come again.
+#[derive(Debug, Default)]
+struct Unrepeated {
+    thought: String,
+    text: String,
+}
+
+/// Which event a piece becomes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Token,
+    Reasoning,
+}
+
 /// Everything that one attempt needs while it runs.
 struct Generation {
     slot: Slot,
     phase: Phase,
+    framing: Framing,
     decoder: Decoder,
     reader: Reader,
-    reply: Reply,
+    reply: &'static Reply,
+    /// For an engine that turns out not to have it.
+    path: String,
     /// Results that a document must have.
     asked: usize,
     log_id: LogId,
     index: u64,
-    /// What was sent before and has not come again; only where the stream is replayed.
-    unrepeated: Option<String>,
+    /// Only where the stream is replayed.
+    unrepeated: Unrepeated,
+    /// Thoughts are written into the log.
+    keeps_thoughts: bool,
     /// Tokens that earlier attempts have sent and this one does not make again.
     tokens_before: u64,
     started: Instant,
     first_token: Option<Instant>,
+    told_heard: Option<Instant>,
     keep_alive: Interval,
     cancel: CancellationToken,
 }
 
-/// The slot of an attempt. Dropped without an end, it is given back once the engine is idle.
+/// The slot of an attempt. Dropped without an end, it is given back once the engine is done with it.
 struct Slot {
     agent: Arc<Agent>,
     attempt: AttemptId,
-    pool_id: PoolId,
-    replica_id: ReplicaId,
+    name: HandoffName,
     engine: EngineKind,
-    url: String,
+    at: Endpoint,
     open: bool,
 }
 
@@ -107,16 +154,20 @@ impl Slot {
             self.agent.tell_work_ended();
             return seq;
         }
-        let seq = self.agent.core.lock().ended_unsettled(&self.attempt);
-        let settling = settle(Arc::clone(&self.agent), self.attempt, self.engine, self.url.clone());
-        self.agent.tracker.spawn(settling);
+        let seq = self.agent.with_core(|core, now| core.ended_unsettled(now, &self.attempt));
+        self.agent.settle(self.name.clone(), self.engine, self.at.clone());
         seq
     }
 
     /// The engine cannot be reached: said before the attempt's end, so that nothing is sent there.
-    fn engine_gone(&self, reason: String) {
-        let health = Health { readiness: Readiness::Failed(reason), busy: None };
-        self.agent.observed(&self.pool_id, &self.replica_id, health);
+    fn engine_gone(&self, readiness: Readiness) {
+        self.agent.observed(&self.name.pool_id, &self.name.replica_id, readiness);
+        self.agent.look_now(&self.name);
+    }
+
+    /// Its connection was lost: whether it lives is looked at now.
+    fn engine_doubted(&self) {
+        self.agent.look_now(&self.name);
     }
 }
 
@@ -129,17 +180,29 @@ impl Drop for Slot {
     }
 }
 
-async fn settle(agent: Arc<Agent>, attempt: AttemptId, engine: EngineKind, url: String) {
-    let deadline = Instant::now() + SETTLE_AT_MOST;
-    while Instant::now() < deadline {
-        tokio::time::sleep(SETTLE_LOOK_EVERY).await;
-        let look = tokio::time::timeout_at(deadline, engines::busy(agent.client(), engine, &url)).await;
-        // Idle altogether is the only thing that a count of requests can prove of one of them.
-        if look == Ok(Some(0)) {
-            break;
+/// Sends the request. A name that came from the engine holds for the process that gave it: over a
+/// connection that is new, whoever answers is asked whether it still has it.
+async fn open(
+    request: EngineRequest,
+    client: EngineClient,
+    at: Endpoint,
+    traceparent: Option<String>,
+    named: Option<(EngineKind, ModelRef, String)>,
+) -> Result<Sent, NotSent> {
+    let sent = request.send(client.clone(), at.clone(), traceparent).await.map_err(NotSent::Unsent)?;
+    if let Some((engine, model, own)) = named.filter(|_| sent.answer.fresh) {
+        let looked = engines::probe(engine, &Look { client: &client, at: &at, models: &[] }).await;
+        let changed = match looked {
+            Ok(facts) => facts.models.get(&model) != Some(&own),
+            // A busy one is not another one.
+            Err(NotReady::Silent(_) | NotReady::Unasked(_)) => false,
+            Err(NotReady::Loading | NotReady::Failed(_)) => true,
+        };
+        if changed {
+            return Err(NotSent::Changed(format!("the engine does not have {model} any more")));
         }
     }
-    agent.settled(&attempt);
+    Ok(sent)
 }
 
 impl Agent {
@@ -156,88 +219,114 @@ impl Agent {
             node_id: &request.node_id,
             boot_id: request.boot_id,
             attempt: request.attempt_id,
+            model: Some(&request.task.model_ref),
             hint: request.replica_hint.as_ref(),
         };
         let now = self.now();
         let accepted = self.core.lock().accept(now, pool_id, &ask);
         let accepted = accepted.inspect_err(|_| self.counters.lock().refused += 1)?;
-        let mut slot = Slot {
+        let name = HandoffName { pool_id: pool_id.clone(), replica_id: accepted.replica_id.clone() };
+        let at = self.endpoint(&name, &accepted.url);
+        let slot = Slot {
             agent: Arc::clone(self),
             attempt: request.attempt_id,
-            pool_id: pool_id.clone(),
-            replica_id: accepted.replica_id.clone(),
+            name,
             engine: accepted.engine,
-            url: accepted.url.clone(),
+            at,
             open: true,
         };
-        let (ctx_max, resume) = (self.ctx_of(pool_id), request.resume);
-        let sent = resume.as_ref().filter(|resume| resume.mode == ResumeMode::Append);
-        let asked = match engines::request(accepted.engine, &request.task, ctx_max, resume.as_ref()) {
-            Ok(asked) => asked,
-            Err(error) => {
-                slot.end(true);
-                return Err(error);
-            }
-        };
-        self.counters.lock().accepted += 1;
-        let cancel = CancellationToken::new();
-        self.cancels.lock().insert(request.attempt_id, cancel.clone());
-        let left = engines::tokens_left(&request.task, ctx_max, sent);
-        let complete = sent.is_some() && left == Some(0);
-        let tokens_before = sent.map_or(0, |sent| sent.tokens);
-        let unrepeated = resume.filter(|resume| resume.mode == ResumeMode::Replay).map(|resume| resume.text);
-        let reply = asked.reply;
-        let reader = Reader::new(reply, asked.wants_ids).bounded_by(left);
-        let inputs = request.task.inputs.as_ref().map_or(0, |inputs| inputs.texts().len());
-        let traceparent = traceparent.map(str::to_owned);
-        let phase = if complete {
-            Phase::Complete
-        } else {
-            Phase::Opening(Box::pin(asked.send(self.client().clone(), accepted.url, traceparent)))
-        };
-        let mut keep_alive = interval_at(Instant::now() + KEEP_ALIVE_EVERY, KEEP_ALIVE_EVERY);
-        keep_alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let generation = Generation {
-            slot,
-            phase,
-            decoder: Decoder::new(),
-            reader,
-            reply,
-            asked: inputs,
-            log_id: request.log_id,
-            index: request.first_index,
-            unrepeated,
-            tokens_before,
-            started: Instant::now(),
-            first_token: None,
-            keep_alive,
-            cancel,
-        };
+        let (replica_id, report_seq) = (accepted.replica_id.clone(), accepted.report_seq);
+        let generation = Generation::begin(slot, accepted, request, traceparent)?;
         let frames = stream::unfold(generation, |mut generation| async move {
             generation.next().await.map(|bytes| (Ok(bytes), generation))
         });
-        Ok(Inference {
-            replica_id: accepted.replica_id,
-            report_seq: accepted.report_seq,
-            frames: Box::pin(frames),
-        })
-    }
-
-    fn ctx_of(&self, pool_id: &PoolId) -> Option<u32> {
-        self.core.lock().ctx_max(pool_id)
+        Ok(Inference { replica_id, report_seq, frames: Box::pin(frames) })
     }
 }
 
 enum Happened {
-    Answered(Result<reqwest::Response, reqwest::Error>),
-    Refused(ErrorBody),
-    Chunk(Option<Result<Bytes, reqwest::Error>>),
+    Answered(Result<Sent, NotSent>),
+    Refused(Refusal),
+    Chunk(Option<Result<Bytes, String>>),
     Document(Result<Document, DocumentError>),
     Tick,
     Canceled,
 }
 
 impl Generation {
+    /// Asks the engine, or says why not: then the slot is free again.
+    fn begin(
+        mut slot: Slot,
+        accepted: Accepted,
+        request: InferRequest,
+        traceparent: Option<&str>,
+    ) -> Result<Self, ErrorBody> {
+        let InferRequest { task, resume, log_id, first_index, thoughts, .. } = request;
+        // An older control plane does not read them.
+        let reasoning = if thoughts { Reasoning::Keep } else { Reasoning::Drop };
+        let task = TaskRequest { reasoning, ..task };
+        let asked =
+            engines::request(accepted.engine, &task, &accepted.model, accepted.ctx_max, resume.as_ref());
+        let asked = asked.and_then(|asked| {
+            if slot.agent.core.lock().is_lacking(&slot.attempt, &asked.path) {
+                let message = format!("the engine has no {}", asked.path);
+                return Err(ErrorBody::new(ErrorCode::Unsupported, message));
+            }
+            Ok(asked)
+        });
+        let asked = match asked {
+            Ok(asked) => asked,
+            Err(error) => {
+                slot.end(true);
+                return Err(error);
+            }
+        };
+        slot.agent.counters.lock().accepted += 1;
+        let cancel = CancellationToken::new();
+        slot.agent.cancels.lock().insert(slot.attempt, cancel.clone());
+        let sent = resume.as_ref().filter(|resume| resume.mode == ResumeMode::Append);
+        let left = engines::tokens_left(&task, accepted.ctx_max, sent);
+        let complete = sent.is_some() && left == Some(0);
+        let tokens_before = sent.map_or(0, |sent| sent.tokens);
+        let replayed = resume.filter(|resume| resume.mode == ResumeMode::Replay);
+        let unrepeated = replayed.map(|resume| Unrepeated { thought: resume.reasoning, text: resume.text });
+        let (reply, path) = (asked.reply, asked.path.clone().into_owned());
+        let reader = Reader::new(reply, asked.wants_ids).bounded_by(left);
+        let inputs = task.inputs.as_ref().map_or(0, |inputs| inputs.texts().len());
+        let named = accepted
+            .names_from_engine
+            .then(|| (accepted.engine, task.model_ref.clone(), accepted.model.clone()));
+        let traceparent = traceparent.map(str::to_owned);
+        let phase = if complete {
+            Phase::Complete
+        } else {
+            let client = slot.agent.client().clone();
+            Phase::Opening(Box::pin(open(asked, client, slot.at.clone(), traceparent, named)))
+        };
+        let mut keep_alive = interval_at(Instant::now() + KEEP_ALIVE_EVERY, KEEP_ALIVE_EVERY);
+        keep_alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Ok(Self {
+            slot,
+            phase,
+            framing: Framing::Events,
+            decoder: Decoder::lossy(),
+            reader,
+            reply,
+            path,
+            asked: inputs,
+            log_id,
+            index: first_index,
+            unrepeated: unrepeated.unwrap_or_default(),
+            keeps_thoughts: thoughts,
+            tokens_before,
+            started: Instant::now(),
+            first_token: None,
+            told_heard: None,
+            keep_alive,
+            cancel,
+        })
+    }
+
     /// The next bytes of the stream; nothing after the last.
     async fn next(&mut self) -> Option<Bytes> {
         loop {
@@ -259,10 +348,10 @@ impl Generation {
                     body = reading => Happened::Refused(body),
                     _ = self.keep_alive.tick() => Happened::Tick,
                 },
-                Phase::Streaming(body) => tokio::select! {
+                Phase::Streaming(pieces) => tokio::select! {
                     biased;
                     () = self.cancel.cancelled() => Happened::Canceled,
-                    chunk = body.next() => Happened::Chunk(chunk),
+                    chunk = pieces.next() => Happened::Chunk(chunk),
                     _ = self.keep_alive.tick() => Happened::Tick,
                 },
                 Phase::Reading(document) => tokio::select! {
@@ -283,7 +372,7 @@ impl Generation {
                     Some(self.fail(error.with_cause(EndCause::Canceled), false))
                 }
                 Happened::Answered(answer) => self.answered(answer),
-                Happened::Refused(error) => Some(self.fail(error, true)),
+                Happened::Refused(refusal) => Some(self.refused(refusal)),
                 Happened::Chunk(chunk) => Some(self.chunks(chunk).await),
                 Happened::Document(document) => Some(self.document(document)),
             };
@@ -293,54 +382,107 @@ impl Generation {
         }
     }
 
-    fn answered(&mut self, answer: Result<reqwest::Response, reqwest::Error>) -> Option<Vec<u8>> {
-        let response = match answer {
-            Ok(response) => response,
-            Err(error) => {
-                let connecting = error.is_connect();
-                let reason = engines::describe(error);
-                self.slot.engine_gone(reason.clone());
-                let error = if connecting {
-                    ErrorBody::new(ErrorCode::PoolUnready, format!("the engine cannot be reached: {reason}"))
-                } else {
-                    let message = format!("the engine's connection was lost: {reason}");
-                    ErrorBody::new(ErrorCode::WorkerReset, message).with_cause(EndCause::EngineDied)
-                };
-                return Some(self.fail(error, true));
+    fn answered(&mut self, sent: Result<Sent, NotSent>) -> Option<Vec<u8>> {
+        let Sent { answer, splitter } = match sent {
+            Ok(sent) => sent,
+            Err(NotSent::Unsent(Unsent::Refused(refusal))) => return Some(self.refused(refusal)),
+            Err(NotSent::Unsent(Unsent::Call(error))) => return Some(self.not_sent(error)),
+            Err(NotSent::Changed(why)) => {
+                self.slot.engine_doubted();
+                return Some(self.fail(ErrorBody::new(ErrorCode::PoolUnready, why), false));
             }
         };
-        if !response.status().is_success() {
-            self.phase = Phase::Refused(Box::pin(engines::refusal(response)));
+        self.heard();
+        self.reader.split_by(splitter);
+        if !(200..300).contains(&answer.status()) {
+            self.phase = Phase::Refused(Box::pin(engines::refused(answer)));
             return None;
         }
-        let kind = response.headers().get("content-type").and_then(|value| value.to_str().ok());
-        let due = self.reply.media_type();
-        if !kind.is_some_and(|kind| kind.starts_with(due)) {
-            let message = format!("the engine answered {} instead of {due}", kind.unwrap_or("nothing"));
-            let error = ErrorBody::new(ErrorCode::WorkerReset, message).with_cause(EndCause::Engine5xx);
+        let headers = answer.response.headers();
+        let kind = headers.get("content-type").and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let kind = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+        let bad = |message: String| {
+            Some(ErrorBody::new(ErrorCode::WorkerReset, message).with_cause(EndCause::Engine5xx))
+        };
+        let problem = match kind.as_str() {
+            "application/json" | "" => None,
+            "text/event-stream" | "text/plain" | "application/octet-stream" if !self.reply.is_document => {
+                None
+            }
+            _ => bad(format!("the engine answered {kind}, which is not {}", self.reply.name)),
+        };
+        // A message without a length ends where its connection does, by death too.
+        let ends_by_itself =
+            ["transfer-encoding", "content-length"].into_iter().any(|name| headers.contains_key(name));
+        let problem = problem.or_else(|| match self.reply.ends_by_closing && !ends_by_itself {
+            true => bad("the engine's stream has neither an end marker nor an end of its own".to_owned()),
+            false => None,
+        });
+        if let Some(error) = problem {
             return Some(self.fail(error, false));
         }
-        if self.reply.ends_by_closing() && !response.headers().contains_key("transfer-encoding") {
-            // A message without a length ends where its connection does, by death too.
-            let message = "the engine's stream has neither an end marker nor an end of its own";
-            let error = ErrorBody::new(ErrorCode::WorkerReset, message).with_cause(EndCause::Engine5xx);
-            return Some(self.fail(error, false));
-        }
-        self.phase = if self.reply.is_document() {
-            Phase::Reading(Box::pin(documents::read(response, self.reply, self.asked)))
+        self.framing = if kind == "text/event-stream" { Framing::Events } else { Framing::Open };
+        self.phase = if self.reply.is_document {
+            Phase::Reading(Box::pin(documents::read(answer, self.reply, self.asked)))
         } else {
-            Phase::Streaming(Box::pin(response.bytes_stream()))
+            Phase::Streaming(pieces(answer))
         };
         None
     }
 
+    /// The engine could not be asked.
+    fn not_sent(&mut self, error: CallError) -> Vec<u8> {
+        let unready = |why: String| ErrorBody::new(ErrorCode::PoolUnready, why);
+        let (error, idle) = match error {
+            CallError::Refused(why) => {
+                self.slot.engine_gone(Readiness::Failed(why.clone()));
+                (unready(format!("the engine cannot be reached: {why}")), true)
+            }
+            CallError::Silent(why) => {
+                self.slot.engine_gone(Readiness::Silent(why.clone()));
+                (unready(format!("the engine does not answer: {why}")), false)
+            }
+            CallError::Ours(why) => (unready(format!("the node cannot reach its engine: {why}")), true),
+            CallError::Lost(why) => {
+                self.slot.engine_gone(Readiness::Failed(why.clone()));
+                let message = format!("the engine's connection was lost: {why}");
+                let error = ErrorBody::new(ErrorCode::WorkerReset, message);
+                (error.with_cause(EndCause::EngineDied), true)
+            }
+        };
+        self.fail(error, idle)
+    }
+
+    /// The engine does not do what was asked of it.
+    fn refused(&mut self, refusal: Refusal) -> Vec<u8> {
+        let Refusal { whose, error } = refusal;
+        let attempt = self.slot.attempt;
+        match whose {
+            Whose::Operator => {
+                self.slot.agent.change(|core, now| core.refused_operator(now, &attempt, &error.message));
+            }
+            Whose::Missing => self.slot.agent.with_core(|core, _| core.lacks(&attempt, &self.path)),
+            Whose::Client | Whose::Engine | Whose::Busy | Whose::Nobody => {}
+        }
+        self.fail(error, true)
+    }
+
+    /// The engine lives, whatever looks at it say.
+    fn heard(&mut self) {
+        if self.told_heard.is_none_or(|told| told.elapsed() >= HEARD_EVERY) {
+            self.told_heard = Some(Instant::now());
+            let attempt = self.slot.attempt;
+            self.slot.agent.with_core(|core, now| core.heard(now, &attempt));
+        }
+    }
+
     /// Takes a piece of the engine's stream, and with it what has arrived already.
-    async fn chunks(&mut self, first: Option<Result<Bytes, reqwest::Error>>) -> Vec<u8> {
+    async fn chunks(&mut self, first: Option<Result<Bytes, String>>) -> Vec<u8> {
         let mut out = self.chunk(first);
         let mut patient = true;
         for _ in 0..MOST_PIECES_AT_ONCE {
-            let Phase::Streaming(body) = &mut self.phase else { break };
-            match body.next().now_or_never() {
+            let Phase::Streaming(pieces) = &mut self.phase else { break };
+            match pieces.next().now_or_never() {
                 Some(next) => {
                     patient = true;
                     out.extend(self.chunk(next));
@@ -356,51 +498,126 @@ impl Generation {
         out
     }
 
-    fn chunk(&mut self, chunk: Option<Result<Bytes, reqwest::Error>>) -> Vec<u8> {
-        let in_order = chunk.is_none() && !self.decoder.has_partial_frame();
-        if in_order && let Some(end) = self.reader.closed() {
-            let mut out = Vec::new();
-            self.said(&mut out, end);
-            return out;
-        }
+    fn chunk(&mut self, chunk: Option<Result<Bytes, String>>) -> Vec<u8> {
+        let mut out = Vec::new();
         let bytes = match chunk {
             Some(Ok(bytes)) => bytes,
-            lost => {
-                let reason = match lost {
-                    Some(Err(error)) => engines::describe(error),
-                    _ => "it closed the stream without its end marker".to_owned(),
-                };
-                let error = ErrorBody::new(ErrorCode::WorkerReset, format!("the engine died: {reason}"));
-                return self.fail(error.with_cause(EndCause::EngineDied), true);
+            Some(Err(why)) => {
+                self.ended(&mut out, Some(why));
+                return out;
+            }
+            None => {
+                if self.last_events(&mut out) {
+                    self.ended(&mut out, None);
+                }
+                return out;
             }
         };
-        self.decoder.push(&bytes);
-        let mut out = Vec::with_capacity(bytes.len() + 128);
+        self.heard();
+        out.reserve(bytes.len() + 128);
+        if matches!(self.framing, Framing::Open)
+            && let Some(first) = bytes.iter().find(|byte| !byte.is_ascii_whitespace())
+        {
+            self.framing = if *first == b'{' { Framing::Whole(Vec::new()) } else { Framing::Events };
+        }
+        match &mut self.framing {
+            Framing::Whole(held) => {
+                held.extend_from_slice(&bytes);
+                if held.len() > MAX_FRAME_BYTES {
+                    return self.fail(engines::too_long(), false);
+                }
+            }
+            Framing::Open | Framing::Events => {
+                self.decoder.push(&bytes);
+                self.events(&mut out);
+            }
+        }
+        out
+    }
+
+    /// Takes the whole events that are there. Returns whether the stream goes on.
+    fn events(&mut self, out: &mut Vec<u8>) -> bool {
         loop {
             let said = match self.decoder.next_frame() {
                 Ok(Some(frame)) => self.reader.read(&frame),
-                Ok(None) => return out,
-                Err(error) => Said::Failed(error.to_string()),
+                Ok(None) => return true,
+                Err(error) => {
+                    out.extend(self.unreadable(error));
+                    return false;
+                }
             };
-            if !self.said(&mut out, said) {
-                return out;
+            if !self.said(out, said) {
+                return false;
             }
         }
+    }
+
+    /// The message has ended in order: what stands at its end without an empty line counts. Returns
+    /// whether no end was in it.
+    fn last_events(&mut self, out: &mut Vec<u8>) -> bool {
+        if let Framing::Whole(held) = &mut self.framing {
+            let mut event = b"data: ".to_vec();
+            // Line breaks between the parts of an object are white space.
+            event.extend(held.iter().map(|byte| if matches!(byte, b'\n' | b'\r') { b' ' } else { *byte }));
+            event.extend_from_slice(b"\n\n");
+            self.decoder.push(&event);
+        }
+        if !self.events(out) {
+            return false;
+        }
+        let said = match self.decoder.last_frame() {
+            Ok(Some(frame)) => self.reader.read(&frame),
+            Ok(None) => return true,
+            Err(error) => {
+                out.extend(self.unreadable(error));
+                return false;
+            }
+        };
+        // Half an event is none: the end says what is missing.
+        if matches!(said, Said::Failed(_)) { true } else { self.said(out, said) }
+    }
+
+    fn unreadable(&mut self, error: SseError) -> Vec<u8> {
+        match error {
+            SseError::TooLong => self.fail(engines::too_long(), false),
+            SseError::NotUtf8 => {
+                let error = ErrorBody::new(ErrorCode::WorkerReset, format!("the engine failed: {error}"));
+                self.fail(error.with_cause(EndCause::Engine5xx), false)
+            }
+        }
+    }
+
+    /// Nothing follows: in order, or because the connection was lost.
+    fn ended(&mut self, out: &mut Vec<u8>, lost: Option<String>) {
+        let end = if lost.is_some() { self.reader.lost() } else { self.reader.closed() };
+        if let Some(end) = end {
+            self.said(out, end);
+            return;
+        }
+        self.slot.engine_doubted();
+        let reason = lost.unwrap_or_else(|| "it closed the stream without its end marker".to_owned());
+        let error = ErrorBody::new(ErrorCode::WorkerReset, format!("the engine died: {reason}"));
+        out.extend(self.fail(error.with_cause(EndCause::EngineDied), true));
     }
 
     /// Takes what an event of the engine says. Returns whether the stream goes on.
     fn said(&mut self, out: &mut Vec<u8>, said: Said) -> bool {
         match said {
             Said::Nothing => true,
-            Said::Text(text) => self.text(out, &text),
-            Said::End { text, tokens_out, finish_reason } => {
-                if !self.text(out, text.as_deref().unwrap_or_default()) {
+            Said::Delta(delta) => {
+                if delta.is_empty() {
+                    write_comment(out, ENGINE_WORKS);
+                }
+                self.delta(out, &delta)
+            }
+            Said::End { delta, tokens_out, finish_reason } => {
+                if !self.delta(out, &delta) {
                     return false;
                 }
-                if self.unrepeated.as_ref().is_some_and(|rest| !rest.is_empty()) {
-                    self.replay_differs(out);
-                } else {
+                if self.unrepeated.thought.is_empty() && self.unrepeated.text.is_empty() {
                     self.finish(out, tokens_out, None, finish_reason);
+                } else {
+                    self.replay_differs(out);
                 }
                 false
             }
@@ -409,11 +626,16 @@ impl Generation {
                 out.extend(self.fail(error.with_cause(EndCause::Engine5xx), false));
                 false
             }
-            Said::Refused(error) => {
-                out.extend(self.fail(*error, true));
+            Said::Refused(refusal) => {
+                out.extend(self.refused(*refusal));
                 false
             }
         }
+    }
+
+    /// Takes thoughts and text. Returns whether the stream goes on.
+    fn delta(&mut self, out: &mut Vec<u8>, delta: &Delta) -> bool {
+        self.piece(out, Kind::Reasoning, &delta.thought) && self.piece(out, Kind::Token, &delta.text)
     }
 
     /// Gives out the whole answer, or none of it.
@@ -454,26 +676,33 @@ impl Generation {
         out
     }
 
-    /// Takes a text of the engine: what has been sent before is compared, what is new is sent.
+    /// Takes what the engine wrote: what has been sent before is compared, what is new is sent.
     /// Returns whether the stream goes on.
-    fn text(&mut self, out: &mut Vec<u8>, text: &str) -> bool {
-        let Some(rest) = self.unrepeated.as_mut().filter(|rest| !rest.is_empty()) else {
-            if !text.is_empty() {
-                self.token(out, text);
-            }
+    fn piece(&mut self, out: &mut Vec<u8>, kind: Kind, text: &str) -> bool {
+        if text.is_empty() {
             return true;
+        }
+        if kind == Kind::Reasoning && !self.keeps_thoughts {
+            self.first_token.get_or_insert_with(Instant::now);
+            write_comment(out, UNLOGGED_THOUGHT);
+            return true;
+        }
+        let Unrepeated { thought, text: sent } = &mut self.unrepeated;
+        let (rest, other) = match kind {
+            Kind::Reasoning => (thought, &*sent),
+            Kind::Token => (sent, &*thought),
         };
         if rest.starts_with(text) {
             rest.drain(..text.len());
             return true;
         }
         match text.strip_prefix(rest.as_str()) {
-            Some(new) => {
+            // Nothing new comes before all that was sent has come again.
+            Some(new) if other.is_empty() => {
                 rest.clear();
-                self.token(out, new);
-                true
+                self.token(out, kind, new)
             }
-            None => {
+            _ => {
                 self.replay_differs(out);
                 false
             }
@@ -487,19 +716,34 @@ impl Generation {
         out.extend(self.fail(error, false));
     }
 
-    /// The final frame of a token: it is passed on, never written again.
-    fn token(&mut self, out: &mut Vec<u8>, text: &str) {
+    /// The final frame of a token: it is passed on, never written again. Returns whether the stream
+    /// goes on.
+    fn token(&mut self, out: &mut Vec<u8>, kind: Kind, text: &str) -> bool {
         use std::io::Write;
-        self.first_token.get_or_insert_with(Instant::now);
+        if self.first_token.is_none() {
+            self.first_token = Some(Instant::now());
+            let attempt = self.slot.attempt;
+            self.slot.agent.with_core(|core, _| core.succeeded(&attempt));
+        }
         if let Some((ids, count)) = self.reader.take_ids() {
             let ids: Vec<String> = ids.iter().map(u32::to_string).collect();
-            write_comment(out, &format!("{TOKEN_IDS}{} {}", self.tokens_before + count, ids.join(",")));
+            let count = self.tokens_before.saturating_add(count);
+            write_comment(out, &format!("{TOKEN_IDS}{count} {}", ids.join(",")));
         }
+        let begins = out.len();
+        let event = if kind == Kind::Token { "token" } else { "reasoning" };
         // Writing to a Vec cannot fail, and a text is always JSON.
-        let _ = write!(out, "id: {}:{}\nevent: token\ndata: {{\"t\":", self.log_id, self.index);
+        let _ = write!(out, "id: {}:{}\nevent: {event}\ndata: {{\"t\":", self.log_id, self.index);
         let _ = serde_json::to_writer(&mut *out, text);
         let _ = write!(out, ",\"i\":{}}}\n\n", self.index);
+        if out.len() - begins > MAX_FRAME_BYTES {
+            // Written out it is longer than it came.
+            out.truncate(begins);
+            out.extend(self.fail(engines::too_long(), false));
+            return false;
+        }
         self.index += 1;
+        true
     }
 
     fn finish(
@@ -512,13 +756,15 @@ impl Generation {
         let since = |at: Instant| u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX);
         let (decode_time_ms, decode_ms) = (since(self.started), self.first_token.map_or(0, since));
         let made_here = tokens_out;
-        let tokens_out = tokens_out + self.tokens_before;
+        let tokens_out = tokens_out.saturating_add(self.tokens_before);
         let end = End { tokens_out, tokens_in, decode_time_ms, decode_ms, finish_reason };
         let data = serde_json::to_string(&end).unwrap_or_default();
+        let attempt = self.slot.attempt;
+        self.slot.agent.with_core(|core, _| core.succeeded(&attempt));
         let seq = self.slot.end(true);
         let mut counters = self.slot.agent.counters.lock();
         counters.finished += 1;
-        counters.tokens += made_here;
+        counters.tokens = counters.tokens.saturating_add(made_here);
         drop(counters);
         self.last_words(out, "end", &data, seq);
     }
@@ -526,7 +772,7 @@ impl Generation {
     fn fail(&mut self, mut error: ErrorBody, engine_idle: bool) -> Vec<u8> {
         error.engine = Some(self.slot.engine);
         let identity = self.slot.agent.identity();
-        error = error.at(&identity.node_id, &self.slot.pool_id);
+        error = error.at(&identity.node_id, &self.slot.name.pool_id);
         let data = serde_json::to_string(&error).unwrap_or_default();
         let seq = self.slot.end(engine_idle);
         self.slot.agent.counters.lock().failed += 1;
@@ -538,7 +784,40 @@ impl Generation {
     fn last_words(&mut self, out: &mut Vec<u8>, event: &str, data: &str, seq: u64) {
         write_frame(out, Some((&self.log_id, self.index)), event, data);
         write_comment(out, &format!("report-seq {seq}"));
-        // The engine's connection is dropped here, not when the reader is done.
-        self.phase = Phase::Over;
+        // Its connection is let go here, not when the reader is done.
+        let phase = std::mem::replace(&mut self.phase, Phase::Over);
+        if let Phase::Streaming(pieces) = phase
+            && event == "end"
+        {
+            self.slot.agent.tracker.spawn(read_out(pieces));
+        }
     }
+}
+
+/// The body of an answer, piece by piece.
+fn pieces(answer: Answer) -> Pieces {
+    let frames = BodyStream::new(answer.response.into_body());
+    Box::pin(frames.filter_map(
+        |frame: Result<hyper::body::Frame<Bytes>, <Incoming as hyper::body::Body>::Error>| {
+            std::future::ready(match frame {
+                Ok(frame) => frame.into_data().ok().map(Ok),
+                Err(error) => Some(Err(with_causes(&error))),
+            })
+        },
+    ))
+}
+
+/// Reads what may stand behind the end of an answer, so that its connection can be used again.
+async fn read_out(mut pieces: Pieces) {
+    let reading = async {
+        let mut left = MOST_LEFT_BYTES;
+        while let Some(Ok(piece)) = pieces.next().await {
+            left = left.saturating_sub(piece.len());
+            if left == 0 {
+                return;
+            }
+        }
+    };
+    // Whatever it is that does not end, its connection is given up.
+    let _ = tokio::time::timeout(LEFT_TIMEOUT, reading).await;
 }

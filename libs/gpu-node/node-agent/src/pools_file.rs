@@ -154,6 +154,11 @@ pub struct PoolSpec {
     pub ports: Vec<u16>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
+    /// A file with the key that the engine asks for; an absolute path. An engine that is started
+    /// here is told of it where it has a flag for that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub api_key_file: Option<PathBuf>,
     /// Added to the engine's command line.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub flags: Vec<String>,
@@ -295,6 +300,12 @@ impl PoolSpec {
         }
         if self.exit_limit == 0 || self.load_timeout_secs == 0 {
             return wrong(id, "exit_limit, load_timeout_secs", "must be at least 1");
+        }
+        if self.api_key_file.as_ref().is_some_and(|path| !path.is_absolute()) {
+            return wrong(id, "api_key_file", "must be an absolute path");
+        }
+        if self.api_key_file.is_some() && matches!(self.provision, Provision::Package { .. }) {
+            return wrong(id, "api_key_file", "an engine from the package index asks for no key");
         }
         if self.env.keys().any(|name| name.is_empty() || name.contains(['=', '\0'])) {
             return wrong(id, "env", "a name must not be empty or hold =");

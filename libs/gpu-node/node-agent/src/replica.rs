@@ -1,100 +1,310 @@
 //! Watching one replica: from its handoff to its health, until the handoff goes.
+//!
+//! What a handoff leaves open is asked of the engine at each look and holds for the process that
+//! was asked: what changed is bound before the next task. Whether the engine is up and how busy it
+//! is are two questions, because busy engines answer the second one late.
 
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use handoff_watcher::Handoff;
+use handoff_watcher::{Handoff, MAX_SLOTS};
+use pool_registry_types::pool::EngineKind;
+use pool_registry_types::{PoolId, ReplicaId};
+use tokio::sync::Notify;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::Agent;
-use crate::core::{Health, Readiness, ReplicaSpec};
-use crate::engines::{self, EngineFacts, NotReady};
+use crate::core::{Busy, Readiness, ReplicaSpec};
+use crate::engines::{self, ApiKey, Endpoint, EngineFacts, Look, NotReady};
 
 /// Pause between two looks at an engine that is not ready.
 const LOOK_EVERY_UNREADY: Duration = Duration::from_millis(250);
 /// Pause between two looks at a ready one. A stream that cannot reach it says so earlier.
 const LOOK_EVERY_READY: Duration = Duration::from_secs(1);
+/// Pause between two questions how busy it is. llama.cpp notices that the caller of a whole answer
+/// has left only after a second in which it delivers no other result, this one's included.
+const COUNT_EVERY: Duration = Duration::from_millis(1_500);
+/// First pause between two questions while a slot settles; doubles up to [`COUNT_EVERY`].
+const SETTLE_LOOK_EVERY: Duration = Duration::from_millis(25);
 
-/// Looks at the engine until `stop`. Whoever stops it unbinds the replica.
-pub(crate) async fn watch(agent: Arc<Agent>, handoff: Handoff, stop: CancellationToken) {
-    let (pool_id, replica_id) = (handoff.pool_id.clone(), handoff.replica_id.clone());
+/// Looks at the engine until `stop`, and at once when told to. Whoever stops it unbinds the replica.
+pub(crate) async fn watch(agent: Arc<Agent>, handoff: Handoff, stop: CancellationToken, look: Arc<Notify>) {
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = async { tokio::join!(watch_health(&agent, &handoff, &stop, &look), watch_load(&agent, &handoff)); } => {}
+    }
+}
+
+async fn watch_health(agent: &Agent, handoff: &Handoff, stop: &CancellationToken, look: &Notify) {
+    let (pool_id, replica_id) = (&handoff.pool_id, &handoff.replica_id);
     // A handoff that says everything binds before its engine answers: the pool is loading then.
-    let mut bound = bind(&agent, &handoff, EngineFacts::default(), &stop).is_ok();
-    // What it leaves open the engine says once it answers.
-    let mut known = handoff.engine_version.is_some() && handoff.ctx_max.is_some();
+    if let Ok(spec) = spec(handoff, None) {
+        let _ = agent.bind_unless(stop, pool_id, spec, None);
+    }
     let models = handoff.model_names();
     let mut last = None;
     loop {
-        let looked = tokio::select! {
-            () = stop.cancelled() => break,
-            looked = engines::probe(agent.client(), handoff.engine, &handoff.url, &models) => looked,
-        };
-        let (readiness, busy) = match looked {
-            Ok((facts, busy)) if !bound || !known => match bind(&agent, &handoff, facts, &stop) {
-                Ok(()) => {
-                    (bound, known) = (true, true);
-                    (Readiness::Ready, busy)
-                }
-                Err(why) => (Readiness::Failed(why), None),
-            },
-            Ok((_, busy)) => (Readiness::Ready, busy),
-            Err(NotReady::Loading) => (Readiness::Loading, None),
-            Err(NotReady::Failed(why)) => (Readiness::Failed(why), None),
-        };
-        let ready = readiness == Readiness::Ready;
-        if last.as_ref() != Some(&readiness) {
-            match &readiness {
-                Readiness::Failed(reason) => {
-                    tracing::warn!(%pool_id, %replica_id, reason, "the replica is not ready")
-                }
-                Readiness::Loading => tracing::info!(%pool_id, %replica_id, "the engine is loading"),
-                Readiness::Ready => {
-                    tracing::info!(%pool_id, %replica_id, url = handoff.url, "the replica is ready")
-                }
+        let readiness = match endpoint(&handoff.url, handoff.api_key_file.as_deref()).await {
+            Ok(at) => {
+                agent.set_key(&handoff.name(), at.key.clone());
+                let look = Look { client: agent.client(), at: &at, models: &models };
+                readiness(agent, handoff, stop, engines::probe(handoff.engine, &look).await)
             }
-            let problem = match &readiness {
-                Readiness::Failed(reason) => Some(reason.clone()),
-                Readiness::Ready | Readiness::Loading => None,
-            };
-            agent.set_binding_problem(&handoff.name(), problem);
-            last = Some(readiness.clone());
+            Err(why) => Some(Readiness::Failed(why)),
+        };
+        if let Some(readiness) = readiness {
+            agent.observed_unless(stop, pool_id, replica_id, readiness.clone());
+            let ready = agent.is_ready(pool_id, replica_id);
+            let seen = (ready, readiness);
+            if last.as_ref() != Some(&seen) {
+                say(handoff, ready, &seen.1);
+                let problem = match &seen.1 {
+                    Readiness::Failed(why) | Readiness::Silent(why) if !ready => Some(why.clone()),
+                    _ => None,
+                };
+                agent.set_binding_problem(&handoff.name(), problem);
+                last = Some(seen);
+            }
         }
-        if bound {
-            agent.observed_unless(&stop, &pool_id, &replica_id, Health { readiness, busy });
-        }
+        let ready = last.as_ref().is_some_and(|(ready, _)| *ready);
         let pause = if ready { LOOK_EVERY_READY } else { LOOK_EVERY_UNREADY };
         tokio::select! {
-            () = stop.cancelled() => break,
+            () = look.notified() => {}
             () = tokio::time::sleep(pause) => {}
         }
     }
 }
 
-/// Puts handoff and engine together: the handoff's word counts, the engine fills the gaps.
-fn bind(
+fn say(handoff: &Handoff, ready: bool, readiness: &Readiness) {
+    let Handoff { pool_id, replica_id, url, .. } = handoff;
+    match readiness {
+        Readiness::Silent(reason) if ready => {
+            tracing::debug!(%pool_id, %replica_id, reason, "a look at the engine was not answered");
+        }
+        Readiness::Failed(reason) | Readiness::Silent(reason) => {
+            tracing::warn!(%pool_id, %replica_id, reason, "the replica is not ready");
+        }
+        Readiness::Loading => tracing::info!(%pool_id, %replica_id, "the engine is loading"),
+        Readiness::Ready if ready => tracing::info!(%pool_id, %replica_id, url, "the replica is ready"),
+        Readiness::Ready => {
+            tracing::warn!(%pool_id, %replica_id, url, "the engine is up and refuses requests")
+        }
+    }
+}
+
+/// What a look says. What the engine says of itself is bound with it.
+fn readiness(
     agent: &Agent,
     handoff: &Handoff,
-    facts: EngineFacts,
     stop: &CancellationToken,
-) -> Result<(), String> {
+    looked: Result<EngineFacts, NotReady>,
+) -> Option<Readiness> {
+    Some(match looked {
+        Ok(facts) => {
+            let bound = spec(handoff, Some(facts)).and_then(|spec| {
+                agent
+                    .bind_unless(stop, &handoff.pool_id, spec, Some(Readiness::Ready))
+                    .map_err(|error| error.to_string())
+            });
+            bound.map_or_else(Readiness::Failed, |()| Readiness::Ready)
+        }
+        Err(NotReady::Loading) => Readiness::Loading,
+        Err(NotReady::Failed(why)) => Readiness::Failed(why),
+        Err(NotReady::Silent(why)) => Readiness::Silent(why),
+        Err(NotReady::Unasked(why)) => {
+            tracing::warn!(pool_id = %handoff.pool_id, reason = why, "an engine cannot be looked at");
+            return None;
+        }
+    })
+}
+
+/// Asks how busy the engine is, for as long as it is watched. While a slot settles somebody else
+/// does: [`settle`].
+async fn watch_load(agent: &Agent, handoff: &Handoff) {
+    loop {
+        tokio::time::sleep(COUNT_EVERY).await;
+        if !agent.is_settling(&handoff.name()) {
+            count(agent, handoff).await;
+        }
+    }
+}
+
+async fn count(agent: &Agent, handoff: &Handoff) {
+    let at = agent.endpoint(&handoff.name(), &handoff.url);
+    let look = Look { client: agent.client(), at: &at, models: &[] };
+    let began = agent.now();
+    let busy = engines::busy(handoff.engine, &look).await;
+    agent.counted(&handoff.pool_id, &handoff.replica_id, began, busy);
+}
+
+/// Follows the slots of attempts that were broken off until the last one of the replica is given
+/// back: by the engine's word, or by time. One task for each replica; `again` tells it of more.
+pub(crate) async fn settle(
+    agent: Arc<Agent>,
+    engine: EngineKind,
+    at: Endpoint,
+    pool_id: PoolId,
+    replica_id: ReplicaId,
+    again: Arc<Notify>,
+) {
+    let tells = engines::dialect(engine).capabilities.tells_busy;
+    if !tells {
+        agent.counted(&pool_id, &replica_id, agent.now(), Busy::CannotTell);
+    }
+    let mut pause = SETTLE_LOOK_EVERY;
+    while let Some(until) = agent.settles_at(&pool_id, &replica_id) {
+        let until = Instant::now() + until.since(agent.now());
+        let next = if tells { until.min(Instant::now() + pause) } else { until };
+        tokio::select! {
+            () = again.notified() => pause = SETTLE_LOOK_EVERY,
+            () = tokio::time::sleep_until(next) => {}
+        }
+        if tells {
+            let look = Look { client: agent.client(), at: &at, models: &[] };
+            let began = agent.now();
+            let busy = tokio::time::timeout_at(until, engines::busy(engine, &look)).await;
+            agent.counted(&pool_id, &replica_id, began, busy.unwrap_or(Busy::NoAnswer));
+            pause = (pause * 2).min(COUNT_EVERY);
+        }
+        agent.expire_settling();
+    }
+    agent.tell_work_ended();
+}
+
+/// Where an engine is, with its key as the file has it now.
+pub(crate) async fn endpoint(url: &str, key_file: Option<&Path>) -> Result<Endpoint, String> {
+    let key = match key_file {
+        None => None,
+        Some(path) => {
+            let path = path.to_owned();
+            let read = tokio::task::spawn_blocking(move || ApiKey::read(&path)).await;
+            Some(read.unwrap_or_else(|panic| Err(panic.to_string()))?)
+        }
+    };
+    Ok(Endpoint { url: url.to_owned(), key })
+}
+
+/// Puts handoff and engine together. Without facts only what the handoff says by itself.
+fn spec(handoff: &Handoff, facts: Option<EngineFacts>) -> Result<ReplicaSpec, String> {
     let named = handoff.model_names();
-    let models = if named.is_empty() { facts.models } else { named };
+    let asked = facts.is_some();
+    let facts = facts.unwrap_or_default();
+    let names_from_engine = named.is_empty();
+    let mut warning = None;
+    let (models, engine_names) = if names_from_engine {
+        let others = facts.models.iter().filter(|(name, own)| name.as_str() != own.as_str());
+        (
+            facts.models.keys().cloned().collect(),
+            others.map(|(name, own)| (name.clone(), own.clone())).collect(),
+        )
+    } else {
+        let mut engine_names = BTreeMap::new();
+        for name in &named {
+            let own = match (facts.models.get(name), &facts.own_model) {
+                (Some(own), _) => own,
+                (None, Some(own)) => {
+                    let listed: Vec<&str> = facts.models.keys().take(8).map(|name| name.as_str()).collect();
+                    warning = Some(format!(
+                        "the handoff names {name}, the engine lists {}: it is asked for {own}",
+                        listed.join(", ")
+                    ));
+                    own
+                }
+                (None, None) => continue,
+            };
+            if own != name.as_str() {
+                engine_names.insert(name.clone(), own.clone());
+            }
+        }
+        (named, engine_names)
+    };
     if models.is_empty() {
         return Err("neither the handoff nor the engine names a model".into());
     }
-    let slots = handoff.slots.or(facts.slots).filter(|slots| *slots > 0);
-    let Some(slots) = slots else {
-        return Err("neither the handoff nor the engine says how many slots there are".into());
+    let smaller = |file: Option<u32>, engine: Option<u32>| match (file, engine) {
+        (Some(file), Some(engine)) => Some(file.min(engine)),
+        (file, engine) => file.or(engine),
     };
-    let spec = ReplicaSpec {
+    let Some(slots) = smaller(handoff.slots, facts.slots) else {
+        let who = if asked { "neither the handoff nor the engine says" } else { "the handoff does not say" };
+        return Err(format!("{who} how many slots there are"));
+    };
+    Ok(ReplicaSpec {
         replica_id: handoff.replica_id.clone(),
         engine: handoff.engine,
-        engine_version: handoff.engine_version.clone().or(facts.version),
+        engine_version: facts.version.or(handoff.engine_version.clone()),
         url: handoff.url.clone(),
         models,
-        slots,
-        ctx_max: handoff.ctx_max.or(facts.ctx_max),
+        engine_names,
+        names_from_engine,
+        slots: slots.clamp(1, MAX_SLOTS),
+        ctx_max: smaller(handoff.ctx_max, facts.ctx_max),
         device_mask: handoff.device_mask.clone(),
-    };
-    agent.bind(&handoff.pool_id, spec, stop).map_err(|error| error.to_string())
+        warning,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use pool_registry_types::ModelRef;
+
+    use super::*;
+
+    fn handoff(more: &str) -> Handoff {
+        let text = format!(
+            r#"{{"pool_id":"p","replica_id":"r0","engine":"vllm","url":"http://127.0.0.1:1"{more}}}"#
+        );
+        serde_json::from_str(&text).unwrap()
+    }
+
+    fn model(name: &str) -> ModelRef {
+        ModelRef::new(name).unwrap()
+    }
+
+    fn facts(names: &[(&str, &str)]) -> EngineFacts {
+        EngineFacts {
+            models: names.iter().map(|(name, own)| (model(name), (*own).to_owned())).collect(),
+            own_model: names.first().map(|(_, own)| (*own).to_owned()),
+            slots: Some(4),
+            ctx_max: Some(8192),
+            version: Some("2".into()),
+        }
+    }
+
+    // CLOUD-2485
+    #[test]
+    fn what_the_handoff_leaves_out_is_the_engines_and_an_alias_is_asked_for_by_its_model() {
+        let spec = spec(&handoff(""), Some(facts(&[("alpha", "alpha"), ("a", "alpha")]))).unwrap();
+        assert_eq!(spec.models, [model("a"), model("alpha")]);
+        assert_eq!(spec.engine_names, BTreeMap::from([(model("a"), "alpha".to_owned())]));
+        assert!(spec.names_from_engine && spec.warning.is_none());
+        assert_eq!((spec.slots, spec.ctx_max, spec.engine_version.as_deref()), (4, Some(8192), Some("2")));
+    }
+
+    // CLOUD-2485
+    #[test]
+    fn a_name_of_the_handoff_is_served_with_a_warning_where_the_engine_lists_others() {
+        let named = handoff(r#","models":["mine"],"slots":2,"ctx_max":9000,"engine_version":"1""#);
+        let seen = spec(&named, Some(facts(&[("org/Alpha", "org/Alpha")]))).unwrap();
+        assert_eq!(seen.models, [model("mine")]);
+        assert_eq!(seen.engine_names, BTreeMap::from([(model("mine"), "org/Alpha".to_owned())]));
+        assert!(seen.warning.as_ref().is_some_and(|why| why.contains("mine") && why.contains("org/Alpha")));
+        assert_eq!((seen.slots, seen.ctx_max), (2, Some(8192)), "the smaller of both");
+        assert_eq!(seen.engine_version.as_deref(), Some("2"), "of the process that runs");
+        let silent = spec(&named, None).unwrap();
+        assert_eq!((silent.slots, silent.ctx_max, silent.warning), (2, Some(9000), None));
+    }
+
+    // CLOUD-2485
+    #[test]
+    fn what_neither_says_is_unknown_and_what_is_needed_is_named() {
+        let none = EngineFacts { slots: None, ..facts(&[("m", "m")]) };
+        assert!(spec(&handoff(""), Some(none)).unwrap_err().contains("slots"));
+        assert!(spec(&handoff(r#","slots":1"#), Some(EngineFacts::default())).unwrap_err().contains("model"));
+        let huge = EngineFacts { slots: Some(u32::MAX), ..facts(&[("m", "m")]) };
+        assert_eq!(spec(&handoff(""), Some(huge)).unwrap().slots, MAX_SLOTS);
+    }
 }

@@ -220,6 +220,7 @@ mod tests {
 
     fn beat_answer() -> HeartbeatAnswer {
         HeartbeatAnswer {
+            waiting: Vec::new(),
             heartbeat_interval_ms: 2_000,
             cancel_attempts: vec![],
             intent: Intent::Serving,

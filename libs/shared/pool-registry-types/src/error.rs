@@ -184,6 +184,9 @@ pub enum EndCause {
     /// A replayed stream did not begin with what had been sent.
     ReplayDiffers,
     Canceled,
+    /// Something that a newer node says.
+    #[serde(other)]
+    Unknown,
 }
 
 #[cfg(test)]

@@ -173,6 +173,9 @@ pub struct HeartbeatAnswer {
     /// Attempts that the control plane does not know: the node ends them.
     #[serde(default)]
     pub cancel_attempts: Vec<AttemptId>,
+    /// The node's pools for which a task waits.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub waiting: Vec<PoolId>,
     /// What the node is to do from now on, where the order is a new one.
     #[serde(default)]
     pub intent: Intent,

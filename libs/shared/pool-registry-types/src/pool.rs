@@ -90,6 +90,9 @@ pub struct PoolReport {
     pub replicas: Vec<ReplicaReport>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
+    /// What its operator should look at although it serves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
     /// Present while the pool itself drains, as of this report.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain: Option<DrainProgress>,

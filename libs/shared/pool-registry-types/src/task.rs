@@ -85,6 +85,17 @@ pub enum KvHint {
     Cold,
 }
 
+/// What becomes of what a model thinks before it answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Reasoning {
+    /// It is streamed as `reasoning` events.
+    #[default]
+    Keep,
+    /// It is left out of the stream; its tokens count all the same.
+    Drop,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
@@ -179,6 +190,8 @@ pub struct TaskRequest {
     pub determinism: Determinism,
     #[serde(default, skip_serializing_if = "is_default")]
     pub recovery: Recovery,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub reasoning: Reasoning,
     /// The client's own estimate, for predictions only; at most `max_tokens` counts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1)]
@@ -219,6 +232,7 @@ impl TaskRequest {
             session_id: None,
             determinism: Determinism::BestEffort,
             recovery: Recovery::Fail,
+            reasoning: Reasoning::Keep,
             expected_tokens: None,
             kv_hint: KvHint::Reuse,
             placement: None,
@@ -367,6 +381,7 @@ impl TaskRequest {
             ("stop", !self.stop.is_empty()),
             ("grammar", self.grammar.is_some()),
             ("recovery", self.recovery == Recovery::Continue),
+            ("reasoning", self.reasoning == Reasoning::Drop),
         ];
         match options.into_iter().find(|(_, given)| *given) {
             Some((field, _)) => Err(format!("{field}: only of a completion")),
@@ -507,11 +522,11 @@ pub struct Metrics {
     pub tokens_budget_remaining: Option<u64>,
 }
 
-/// Event `token`: one chunk of the engine's.
+/// Events `token` and `reasoning`: the text, or the thoughts, of one chunk of the engine's.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Token {
     pub t: String,
-    /// 0, 1, 2, … over the whole task.
+    /// 0, 1, 2, … over the whole task, tokens and thoughts together.
     pub i: u64,
 }
 
@@ -556,6 +571,9 @@ pub struct InferRequest {
     /// What an earlier attempt has sent, where this one goes on from it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resume: Option<Resume>,
+    /// `reasoning` events are read and wanted; else thoughts are left out.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub thoughts: bool,
     pub task: TaskRequest,
 }
 
@@ -593,10 +611,13 @@ pub enum ResumeMode {
 pub struct Resume {
     pub mode: ResumeMode,
     pub text: String,
-    /// The engine's ids of the tokens of `text`; empty where they are not all known.
+    /// The thoughts that had been sent.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reasoning: String,
+    /// The engine's ids of all tokens so far; empty where they are not all known.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub token_ids: Vec<u32>,
-    /// Tokens that `text` has cost.
+    /// Tokens that this has cost, thoughts that were left out included.
     #[schema(maximum = 4_294_967_295_u64)]
     pub tokens: u64,
 }

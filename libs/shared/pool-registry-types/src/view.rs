@@ -84,6 +84,9 @@ pub struct PoolOfNode {
     pub tripped: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
+    /// What its operator should change, though it serves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
     /// How far its own drain had come at its node's last report.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain: Option<DrainProgress>,
@@ -220,6 +223,7 @@ impl NodeView {
             slots_free: pool.slots_free,
             tripped: pool.tripped,
             last_error: pool.report.last_error.clone(),
+            warning: pool.report.warning.clone(),
             drain: pool.report.drain,
         }
     }

@@ -3,11 +3,13 @@
 use std::path::Path;
 
 use pool_registry_types::ErrorBody;
+use pool_registry_types::error::EndCause;
 use pool_registry_types::node::{Heartbeat, HeartbeatAnswer, IntentOrder, RegisterAnswer, RegisterRequest};
 use pool_registry_types::placement::Explanation;
 use pool_registry_types::pool::{PoolOrdered, PoolReport};
 use pool_registry_types::task::{
     EmbeddingResult, InferRequest, Metrics, RerankResult, SessionView, TaskAccepted, TaskPage, TaskRequest,
+    Token,
 };
 use pool_registry_types::view::{Availability, ClusterChange, ClusterView, PoolList};
 use serde::Serialize;
@@ -34,6 +36,7 @@ fn every_golden_body_is_read_and_written_as_it_stands() {
     stands::<TaskRequest>("task_request_rerank.json");
     stands::<EmbeddingResult>("result_embedding.json");
     stands::<RerankResult>("result_rerank.json");
+    stands::<Token>("reasoning.json");
     stands::<PoolReport>("pool_loadable.json");
     stands::<TaskAccepted>("task_accepted.json");
     stands::<RegisterRequest>("register_request.json");
@@ -63,6 +66,10 @@ fn an_old_reader_meets_a_new_writer_between_the_daemons() {
     newer["pools"][0]["something_new"] = Value::Bool(true);
     let beat: Heartbeat = serde_json::from_value(newer).unwrap();
     assert_eq!(beat.seq, 42);
+    let cause: ErrorBody =
+        serde_json::from_str(r#"{"code":"WORKER_RESET","message":"","retriable":true,"cause":"bored"}"#)
+            .unwrap();
+    assert_eq!(cause.cause, Some(EndCause::Unknown), "a newer writer says why in words of its own");
     let task = example("task_request.json").replacen('{', "{\"something_new\":1,", 1);
     assert!(serde_json::from_str::<TaskRequest>(&task).is_err(), "a client's misspelt option is not ignored");
 }

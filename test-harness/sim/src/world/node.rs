@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use node_agent::core::{Ask, Health, Identity, Readiness, ReplicaSpec};
+use node_agent::core::{Ask, Busy, Identity, Readiness, ReplicaSpec};
 use node_agent::supervisor::Happened;
 use node_agent::{NodeCore, NodeEffect};
 use node_registration::{BeatFailure, Session};
 use pool_registry_types::error::EndCause;
 use pool_registry_types::node::{Capabilities, Intent, IntentOrder, LiveAnswer};
 use pool_registry_types::placement::Labels;
-use pool_registry_types::pool::EngineKind;
+use pool_registry_types::pool::{EngineKind, PoolState};
 use pool_registry_types::task::ResumeMode;
 use pool_registry_types::{
     AttemptId, BootId, ErrorBody, ErrorCode, LabelName, MachineId, ModelRef, PoolId, ReplicaId, TaskId,
@@ -49,6 +49,11 @@ pub(crate) struct SimNode {
     pub(crate) slow: u32,
     pub(crate) sick: u32,
     pub(crate) foreign: u32,
+    /// Its engine answers no look.
+    pub(crate) busy: u32,
+    looks: u32,
+    /// Requests that were broken off and that the engine still works on.
+    ghosts: BTreeMap<AttemptId, ReplicaId>,
     engine_down: bool,
     call_under_way: Option<u64>,
     /// Where the node starts its engine itself.
@@ -67,6 +72,9 @@ impl SimNode {
             slow: 0,
             sick: 0,
             foreign: 0,
+            busy: 0,
+            looks: 0,
+            ghosts: BTreeMap::new(),
             engine_down: false,
             call_under_way: None,
             supervision: None,
@@ -98,13 +106,13 @@ impl World {
             capabilities: Capabilities::default(),
         };
         let session = Session::new(self.now, self.plan.timing.heartbeat_interval, self.random.u64(..));
-        let (slow, sick) = (self.nodes[node].slow, self.nodes[node].sick);
+        let (slow, sick, busy) = (self.nodes[node].slow, self.nodes[node].sick, self.nodes[node].busy);
         let asked = self.kept_intents[node];
         if asked == Intent::Draining {
             self.coverage.hit("core: drain kept over a restart");
         }
         let core = Some(NodeCore::new(identity, session, asked));
-        self.nodes[node] = SimNode { core, boot, slow, sick, ..SimNode::down() };
+        self.nodes[node] = SimNode { core, boot, slow, sick, busy, ..SimNode::down() };
         self.note(|_| format!("n{node} starts"));
         let load = self.random.u64(10..3_000);
         self.nodes[node].engine_down = true;
@@ -136,7 +144,7 @@ impl World {
                     self.send_call(caller, Call::Heartbeat(beat));
                 }
                 NodeEffect::Deregister(epoch) => self.send_call(caller, Call::Deregister(epoch)),
-                other @ (NodeEffect::Cancel(_) | NodeEffect::TakeIntent(_)) => self.obey(node, other),
+                other => self.obey(node, other),
             }
         }
         let next = self.nodes[node].core.as_ref().and_then(NodeCore::next_deadline);
@@ -201,9 +209,9 @@ impl World {
             }
             What::EngineStep { attempt, .. } => self.engine_step(node, attempt),
             What::Settle { attempt, .. } => {
-                let now = self.now;
-                if let Some(core) = self.nodes[node].core.as_mut() {
-                    core.settled(now, &attempt);
+                // The engine has noticed; the node hears of it at its next look.
+                if let Some(replica) = self.nodes[node].ghosts.remove(&attempt) {
+                    self.count(node, &replica);
                 }
                 self.pump(node);
             }
@@ -269,6 +277,9 @@ impl World {
                 self.cancel_run(node, attempt);
             }
             NodeEffect::TakeIntent(order) => drop(self.take_intent(node, &order)),
+            NodeEffect::Waiting(pools) => {
+                self.supervise(node, Happened::Waiting(pools.into_iter().collect()));
+            }
             other => unreachable!("not an order: {other:?}"),
         }
     }
@@ -338,9 +349,12 @@ impl World {
                 engine_version: None,
                 url: "http://engine".into(),
                 models: vec![ModelRef::new(&format!("m{}", plan.model)).expect("a valid model")],
+                engine_names: BTreeMap::new(),
+                names_from_engine: false,
                 slots: plan.slots,
                 ctx_max: None,
                 device_mask: None,
+                warning: None,
             };
             core.bind(now, &pool_id(), spec).expect("replicas of a pool agree");
         }
@@ -354,15 +368,84 @@ impl World {
     fn observe(&mut self, node: usize) {
         let (now, replicas) = (self.now, self.plan.nodes[node].replicas);
         let sim = &mut self.nodes[node];
-        let Some(core) = sim.core.as_mut() else { return };
+        sim.looks += 1;
+        let (down, silent) = (sim.engine_down, sim.busy > 0);
+        // A look that is not answered takes three seconds, and one more passes until the next.
+        let late = silent && !sim.looks.is_multiple_of(4);
         for n in 0..replicas {
             let replica = ReplicaId::new(&format!("r{n}")).expect("a valid replica id");
-            let ours = core.slots_in_use(&pool_id(), &replica).unwrap_or(0);
-            let running = sim.runs.values().filter(|run| run.replica == replica).count();
-            let busy = u32::try_from(running).unwrap_or(u32::MAX).max(ours) + sim.foreign;
-            let down = || Readiness::Failed("connection refused".into());
-            let readiness = if sim.engine_down { down() } else { Readiness::Ready };
-            core.observed(now, &pool_id(), &replica, Health { readiness, busy: Some(busy) });
+            let Some(core) = self.nodes[node].core.as_mut() else { return };
+            let readiness = match (down, silent) {
+                (true, _) => Readiness::Failed("connection refused".into()),
+                (false, true) => Readiness::Silent("no answer in time".into()),
+                (false, false) => Readiness::Ready,
+            };
+            let was_ready = core.is_ready(&pool_id(), &replica);
+            if down || !late {
+                core.observed(now, &pool_id(), &replica, readiness);
+            }
+            let is_back = !was_ready && core.is_ready(&pool_id(), &replica);
+            core.expire_settling(now);
+            if is_back {
+                // Whoever comes back after it was away may be another engine.
+                self.witness.engine_is_new(&self.node_id(node));
+            }
+            self.count(node, &replica);
+        }
+        self.check_busy(node);
+    }
+
+    /// The node asks how busy an engine is.
+    fn count(&mut self, node: usize, replica: &ReplicaId) {
+        let now = self.now;
+        let sim = &mut self.nodes[node];
+        let running = sim.runs.values().filter(|run| run.replica == *replica).count();
+        let ghosts = sim.ghosts.values().filter(|ghost| *ghost == replica).count();
+        let Some(core) = sim.core.as_mut() else { return };
+        let count = u32::try_from(running + ghosts).unwrap_or(u32::MAX) + sim.foreign;
+        let busy = if sim.busy > 0 || sim.engine_down { Busy::NoAnswer } else { Busy::Told(count) };
+        core.counted(now, now, &pool_id(), replica, busy);
+    }
+
+    /// An engine that brings bytes is never taken for dead, and one that works has its model.
+    fn check_busy(&mut self, node: usize) {
+        let (now, sim) = (self.now, &self.nodes[node]);
+        let Some(core) = sim.core.as_ref().filter(|_| sim.busy > 0 && !sim.engine_down) else { return };
+        if sim.stopped > 0 || sim.runs.is_empty() {
+            return;
+        }
+        let reports = core.pool_reports(now);
+        let Some(report) = reports.iter().find(|report| report.pool_id == pool_id()) else { return };
+        let was_ready = report.state != PoolState::Loadable && !report.replicas.is_empty();
+        let mut broken = Ok(());
+        if was_ready && !report.draining && !report.state.has_model() {
+            broken = Err(format!("n{node} works, and its pool is {:?}", report.state));
+        }
+        self.coverage.hit("core: busy engine kept its model");
+        self.check(broken);
+    }
+
+    /// The engine goes on for a while with what was broken off.
+    fn haunt(&mut self, node: usize, attempt: AttemptId, replica: ReplicaId) {
+        let boot = self.nodes[node].boot;
+        self.nodes[node].ghosts.insert(attempt, replica);
+        let drawn = self.random.u64(10..=500);
+        // Now and then it takes long to notice.
+        let after = if drawn.is_multiple_of(8) { drawn * 16 } else { drawn };
+        if after > 500 {
+            self.coverage.hit("core: slot kept by the engine's word");
+        }
+        self.after_ms(after, What::Settle { node, boot, attempt });
+    }
+
+    /// [4] An engine never works on more requests than it has slots, those broken off included.
+    fn check_slots(&mut self, node: usize, replica: &ReplicaId) {
+        let sim = &self.nodes[node];
+        let running = sim.runs.values().filter(|run| run.replica == *replica).count();
+        let ghosts = sim.ghosts.values().filter(|ghost| *ghost == replica).count();
+        let slots = self.plan.nodes[node].slots as usize;
+        if running + ghosts > slots {
+            self.check(Err(format!("[4] the engine of n{node} works on {running} and {ghosts} of {slots}")));
         }
     }
 
@@ -383,6 +466,7 @@ impl World {
     /// The engine is down: what runs on it dies.
     pub(super) fn fail_runs(&mut self, node: usize) {
         self.nodes[node].engine_down = true;
+        self.nodes[node].ghosts.clear();
         self.observe(node);
         let runs: Vec<AttemptId> = self.nodes[node].runs.keys().copied().collect();
         for attempt in runs {
@@ -422,10 +506,21 @@ impl World {
             return self.end_run(node, attempt, Piece::Error(error), false);
         }
         let (conn, i, task) = (run.conn, run.next, run.task);
+        if self.plan.tasks[self.names[&task]].bad {
+            self.coverage.hit("task: bad for every engine");
+            let error =
+                ErrorBody::new(ErrorCode::WorkerReset, "a bad request").with_cause(EndCause::Engine5xx);
+            return self.end_run(node, attempt, Piece::Error(error), true);
+        }
+        let Some(run) = self.nodes[node].runs.get_mut(&attempt) else { return };
         if i >= run.tokens {
             return self.end_run(node, attempt, Piece::End(i), true);
         }
         run.next += 1;
+        let now = self.now;
+        if let Some(core) = self.nodes[node].core.as_mut() {
+            core.heard(now, &attempt);
+        }
         let odd = self.plan.nodes[node].odd;
         self.voices.entry(task).or_insert(odd);
         self.send_piece(conn, Piece::Token(i));
@@ -436,12 +531,11 @@ impl World {
     /// The last words of an attempt: the final frame and the closing comment.
     fn end_run(&mut self, node: usize, attempt: AttemptId, last: Piece, idle: bool) {
         let Some(run) = self.nodes[node].runs.remove(&attempt) else { return };
-        let boot = self.nodes[node].boot;
+        let now = self.now;
         let Some(core) = self.nodes[node].core.as_mut() else { return };
-        let seq = if idle { core.ended(&attempt) } else { core.ended_unsettled(&attempt) };
+        let seq = if idle { core.ended(&attempt) } else { core.ended_unsettled(now, &attempt) };
         if !idle {
-            let settle = self.random.u64(10..=500);
-            self.after_ms(settle, What::Settle { node, boot, attempt });
+            self.haunt(node, attempt, run.replica.clone());
         }
         let ended_well = matches!(last, Piece::End(_));
         self.send_piece(run.conn, last);
@@ -477,6 +571,7 @@ impl World {
             node_id: &dispatch.pool.node_id,
             boot_id: dispatch.boot_id,
             attempt: dispatch.attempt,
+            model: Some(&dispatch.request.model_ref),
             hint: None,
         };
         match core.accept(now, &dispatch.pool.pool_id, &ask) {
@@ -493,6 +588,7 @@ impl World {
                     hung,
                 };
                 self.nodes[node].runs.insert(dispatch.attempt, run);
+                self.check_slots(node, &accepted.replica_id);
                 if let Some(c) = self.conns.get_mut(&conn) {
                     c.node_open = true;
                 }
@@ -518,14 +614,14 @@ impl World {
     /// The control plane has dropped the connection: the engine's request is dropped too.
     fn drop_arrives(&mut self, node: usize, conn: u64) {
         let Some(c) = self.conns.remove(&conn) else { return };
-        let boot = self.nodes[node].boot;
-        let attempt = c.dispatch.attempt;
-        if c.node_open && self.nodes[node].runs.remove(&attempt).is_some() {
+        let (attempt, now) = (c.dispatch.attempt, self.now);
+        if c.node_open
+            && let Some(run) = self.nodes[node].runs.remove(&attempt)
+        {
             if let Some(core) = self.nodes[node].core.as_mut() {
-                core.ended_unsettled(&attempt);
+                core.ended_unsettled(now, &attempt);
             }
-            let settle = self.random.u64(10..=500);
-            self.after_ms(settle, What::Settle { node, boot, attempt });
+            self.haunt(node, attempt, run.replica);
         }
     }
 
@@ -565,8 +661,8 @@ impl World {
                 self.send_piece(conn, Piece::Reset("connection reset"));
             }
         }
-        let (slow, sick) = (self.nodes[node].slow, self.nodes[node].sick);
-        self.nodes[node] = SimNode { slow, sick, ..SimNode::down() };
+        let (slow, sick, busy) = (self.nodes[node].slow, self.nodes[node].sick, self.nodes[node].busy);
+        self.nodes[node] = SimNode { slow, sick, busy, ..SimNode::down() };
         self.after_ms(down_ms, What::NodeBack { node });
     }
 

@@ -113,7 +113,8 @@ impl World {
             Ordered::Prepare { .. }
             | Ordered::Withdraw { .. }
             | Ordered::Purged { .. }
-            | Ordered::LookAtDevices => {}
+            | Ordered::LookAtDevices
+            | Ordered::AskWaiting => {}
         }
     }
 

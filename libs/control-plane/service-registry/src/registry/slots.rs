@@ -78,14 +78,23 @@ impl ServiceRegistry {
         now: Moment,
         pool: &PoolKey,
         attempt: &AttemptId,
+        task: TaskId,
         dispatched: Moment,
     ) -> bool {
         if !self.enforces(Rule::Breakers) {
             return false;
         }
+        let task = Some(task).filter(|_| self.enforces(Rule::TaskCountsOnce));
         let book = self.nodes.get_mut(&pool.node_id).and_then(|node| node.pools.get_mut(&pool.pool_id));
-        let until = book.and_then(|book| book.breaker.failed(now, attempt, dispatched));
+        let until = book.and_then(|book| book.breaker.failed(now, attempt, task, dispatched));
         until.is_some_and(|until| self.pool_alarms.insert((until, pool.clone())))
+    }
+
+    /// What the task had counted against the pool was the request's own fault. Returns whether the
+    /// pool takes tasks again by that.
+    pub fn pool_absolved(&mut self, pool: &PoolKey, task: TaskId) -> bool {
+        let book = self.nodes.get_mut(&pool.node_id).and_then(|node| node.pools.get_mut(&pool.pool_id));
+        book.is_some_and(|book| book.breaker.withdraw(task))
     }
 
     /// The stream of the attempt broke. Returns whether this
@@ -101,7 +110,7 @@ impl ServiceRegistry {
             return false;
         }
         let Some(node) = self.nodes.get_mut(node_id) else { return false };
-        node.breaker.failed(now, attempt, dispatched).is_some()
+        node.breaker.failed(now, attempt, None, dispatched).is_some()
     }
 
     /// A stream of the node came to a whole end, whatever that was.

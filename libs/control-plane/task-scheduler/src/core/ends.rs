@@ -56,6 +56,7 @@ impl ControlCore {
         let Some(attempt) = self.attempts.get_mut(&id) else { return };
         attempt.first_token = Some(now);
         let (task, pool, replica) = (attempt.task, attempt.pool.clone(), attempt.replica.clone());
+        self.served(now, pool.clone(), task);
         self.registry.alive(now, &pool.node_id);
         if self.registry.proven(&pool) {
             self.sync_node(&pool.node_id);
@@ -105,18 +106,58 @@ impl ControlCore {
                 // It came whole, over a stream that is well.
                 self.registry.stream_well(&pool.node_id);
                 error.cause == Some(EndCause::Engine5xx)
-                    && self.registry.pool_failed(now, pool, &id, dispatched)
+                    && self.registry.pool_failed(now, pool, &id, attempt.task, dispatched)
             }
             HowEnded::Broken(_) | HowEnded::TimedOut(Overdue::Silence) => {
                 self.registry.stream_failed(now, &pool.node_id, &id, dispatched)
             }
             HowEnded::Finished => {
+                self.served(now, pool.clone(), attempt.task);
                 self.registry.proven(pool);
                 false
             }
             _ => false,
         };
         self.counters.trips += u64::from(tripped);
+    }
+
+    /// The pool's engine did what a task asked.
+    fn served(&mut self, now: Moment, pool: PoolKey, task: TaskId) {
+        let before = self.served.get(&pool).copied();
+        let another_at =
+            before.and_then(|last| if last.task == task { last.another_at } else { Some(last.at) });
+        self.served.insert(pool, Served { task, at: now, another_at });
+    }
+
+    /// Whether the pool has served another task than this one since then.
+    fn served_another(&self, pool: &PoolKey, task: TaskId, since: Moment) -> bool {
+        self.served.get(pool).is_some_and(|served| {
+            let at = if served.task == task { served.another_at } else { Some(served.at) };
+            at.is_some_and(|at| at > since)
+        })
+    }
+
+    /// Whether an engine's failure is the request's own: the pool served another task since one of
+    /// its own failures with this one, or since another pool's with the same answer. Remembers it,
+    /// and takes back what was counted where it is.
+    fn is_the_requests(&mut self, now: Moment, id: TaskId, pool: &PoolKey, answer: &str) -> bool {
+        let Some(task) = self.tasks.get(&id) else { return false };
+        let own = task.engine_failures.iter().any(|before| {
+            let same = before.pool == *pool || before.answer == answer;
+            same && self.served_another(pool, id, before.at)
+        });
+        let Some(task) = self.tasks.get_mut(&id) else { return false };
+        task.engine_failures.push(EngineFailure { pool: pool.clone(), at: now, answer: answer.to_owned() });
+        if !own {
+            return false;
+        }
+        let pools: BTreeSet<PoolKey> = task.engine_failures.drain(..).map(|failure| failure.pool).collect();
+        for pool in pools {
+            if self.registry.pool_absolved(&pool, id) {
+                self.sync_pool(&pool);
+            }
+        }
+        true
     }
 
     /// Whether an untried pool takes the task, now or when it has a slot: an engine may have been
@@ -204,7 +245,17 @@ impl ControlCore {
             && tokens_written == 0
             && self.another_may(now, id_of_task, &attempt.pool)
         {
-            outcome = Outcome::Retry { engine_died: false, error: error.clone() };
+            outcome = Outcome::AskAnother(error.clone());
+        }
+        if let HowEnded::NodeError(body) = how
+            && body.cause == Some(EndCause::Engine5xx)
+            && let Outcome::Retry { error, .. } = &outcome
+            && self.is_the_requests(now, id_of_task, &attempt.pool, &body.message)
+        {
+            let message = format!("the engines serve others and fail this request: {}", error.message);
+            let error =
+                ErrorBody { code: ErrorCode::PoolUnavailable, message, retriable: false, ..error.clone() };
+            outcome = Outcome::Failed(error);
         }
         let Some(task) = self.tasks.get_mut(&id_of_task) else { return };
         if let Some(record) = task.attempts.iter_mut().find(|record| record.id == id) {
@@ -251,6 +302,15 @@ impl ControlCore {
                 }
                 self.enqueue(now, id_of_task, wait_until);
             }
+            Outcome::AskAnother(_) => {
+                // As often as there are pools.
+                if !task.tried.contains(&attempt.pool) {
+                    task.tried.push(attempt.pool.clone());
+                }
+                self.counters.replaced += 1;
+                let wait_until = task.wait_until;
+                self.enqueue(now, id_of_task, wait_until);
+            }
             Outcome::Retry { engine_died, error } => {
                 task.tries += 1;
                 task.engine_deaths += u32::from(engine_died);
@@ -274,7 +334,7 @@ impl ControlCore {
 }
 
 fn exhausted(task: &Task, last: ErrorBody) -> ErrorBody {
-    if matches!(last.code, ErrorCode::DecodeTimeout | ErrorCode::Unsupported) {
+    if last.code == ErrorCode::DecodeTimeout {
         return last;
     }
     let causes: Vec<String> = task.attempts.iter().map(|a| format!("{}: {}", a.pool, a.outcome)).collect();
@@ -291,6 +351,8 @@ fn describe(how: &HowEnded, outcome: &Outcome) -> String {
         (HowEnded::NeverSent(reason), _) => format!("not connected: {reason}"),
         (_, Outcome::FreeRefusal) => "refused: POOL_UNREADY".into(),
         (_, Outcome::FreeReplace) => "not connected".into(),
-        (_, Outcome::Failed(error) | Outcome::Retry { error, .. }) => error.message.clone(),
+        (_, Outcome::Failed(error) | Outcome::AskAnother(error) | Outcome::Retry { error, .. }) => {
+            error.message.clone()
+        }
     }
 }

@@ -4,6 +4,9 @@
 //! long while all are full. The order may be lost, and its node forgets it after a while: as
 //! long as the task waits, it is given again. What makes room for what is the node's to decide.
 
+use pool_registry_types::PoolId;
+use pool_registry_types::placement::Refusal;
+
 use super::placing::asks_for_the_same;
 use super::*;
 
@@ -101,6 +104,30 @@ impl ControlCore {
             }
         }
         (wanted, again)
+    }
+
+    /// The pools of the node that it loads on demand and for which a task waits: one that it could
+    /// run now, or when a slot is free.
+    pub(super) fn waited_for(&self, now: Moment, node_id: &NodeId) -> Vec<PoolId> {
+        let waits = |key: &&PoolKey| {
+            let Some(pool) = self.index.get(key) else { return false };
+            pool.load_estimate_ms.is_some()
+                && pool.models.iter().any(|model| self.is_waited_for(now, model, key))
+        };
+        let pools = self.indexed.get(node_id).into_iter().flatten();
+        pools.filter(waits).map(|key| key.pool_id.clone()).collect()
+    }
+
+    fn is_waited_for(&self, now: Moment, model: &ModelRef, key: &PoolKey) -> bool {
+        let Some(lane) = self.queue.lane(model) else { return false };
+        let waiting = lane.order().into_iter().flat_map(|priority| lane.waiting(priority));
+        waiting.take(MOST_DIFFERENT).any(|id| {
+            let shape = self.tasks.get(&id).and_then(|task| self.shape(now, task, None));
+            let verdict = shape.and_then(|shape| explain_one(&self.index, key, &shape));
+            verdict.is_some_and(|verdict| {
+                matches!(verdict.refusal, None | Some(Refusal::SlotsFull | Refusal::NotLoaded))
+            })
+        })
     }
 
     /// Lanes whose pools may have to be asked for again.

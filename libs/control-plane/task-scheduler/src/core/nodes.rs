@@ -68,6 +68,7 @@ impl ControlCore {
         let heartbeat_interval_ms = millis(self.policy.timing.heartbeat_interval);
         let answer = HeartbeatAnswer {
             heartbeat_interval_ms,
+            waiting: self.waited_for(now, node_id),
             cancel_attempts,
             intent: intent.0,
             intent_order: intent.1,
@@ -186,6 +187,7 @@ impl ControlCore {
             self.paces.forget(key);
             self.loads_asked.remove(key);
             self.index.remove(key);
+            self.served.remove(key);
             if let Some(keys) = self.indexed.get_mut(&key.node_id) {
                 keys.remove(key);
             }

@@ -56,6 +56,8 @@ impl ControlCore {
             model: request.model_ref.clone(),
             priority: request.priority,
             sent: 0,
+            unlogged: 0,
+            engine_failures: Vec::new(),
             ran: Duration::ZERO,
             predicted_ms: None,
             session: request.session_id,
@@ -281,7 +283,7 @@ impl ControlCore {
         task.stage = Stage::Ended { at: now, state, error };
         task.request = None;
         if let Some(session) = task.session {
-            self.sessions.ended(now, session, id, task.sent, task.ran);
+            self.sessions.ended(now, session, id, task.sent.saturating_add(task.unlogged), task.ran);
         }
         let node_id = task.attempts.last().map(|attempt| attempt.pool.node_id.clone());
         self.changes.push(ClusterChange::Task { task_id: id, state, node_id });

@@ -8,6 +8,7 @@
 mod pools;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
 
 use node_registration::{Action, BeatFailure, Session};
 use pool_registry_types::node::{
@@ -17,14 +18,16 @@ use pool_registry_types::node::{
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::{EngineKind, PoolReport};
 use pool_registry_types::{
-    AttemptId, BootId, Epoch, ErrorBody, ErrorCode, MachineId, Moment, NodeId, PoolId, ReplicaId,
+    AttemptId, BootId, Epoch, ErrorBody, ErrorCode, MachineId, ModelRef, Moment, NodeId, PoolId, ReplicaId,
 };
 
-pub use pools::{BindError, Declared, Health, Readiness, ReplicaSpec};
+pub use pools::{BindError, Busy, Declared, Readiness, ReplicaSpec};
 use pools::{Circumstances, Drain, Pool, Replica};
 
 /// How many attempt ids are remembered, so that none runs twice. Source: .specs/01 CLOUD-1507.
 pub const REMEMBERED_ATTEMPTS: usize = 10_000;
+/// How long an accepted attempt may take to reach its engine.
+const REACHES_ENGINE: Duration = Duration::from_millis(100);
 
 /// Who this node is.
 #[derive(Debug, Clone)]
@@ -51,6 +54,8 @@ pub enum NodeEffect {
     Cancel(AttemptId),
     /// Write down what the operator wants, then call [`NodeCore::set_intent`].
     TakeIntent(IntentOrder),
+    /// The pools for which tasks wait at the control plane; all of them.
+    Waiting(Vec<PoolId>),
 }
 
 /// The node took an attempt.
@@ -59,6 +64,11 @@ pub struct Accepted {
     pub replica_id: ReplicaId,
     pub engine: EngineKind,
     pub url: String,
+    /// The engine's own name for the task's model; empty where none was asked for.
+    pub model: String,
+    /// The names are the engine's own: whoever answers at its URL must still have them.
+    pub names_from_engine: bool,
+    pub ctx_max: Option<u32>,
     /// The number of the last report made before.
     pub report_seq: u64,
 }
@@ -69,6 +79,8 @@ pub struct Ask<'a> {
     pub node_id: &'a NodeId,
     pub boot_id: BootId,
     pub attempt: AttemptId,
+    /// What the task asks for.
+    pub model: Option<&'a ModelRef>,
     pub hint: Option<&'a ReplicaId>,
 }
 
@@ -78,6 +90,8 @@ struct Place {
     pool: PoolId,
     replica: ReplicaId,
     accepted: Moment,
+    /// It has ended here, and its engine may still work on it.
+    over: bool,
 }
 
 /// The node's whole state.
@@ -102,6 +116,8 @@ pub struct NodeCore {
     drains_away: BTreeMap<PoolId, Drain>,
     /// The pools whose engines this node runs itself.
     declared: BTreeMap<PoolId, Declared>,
+    /// The last answer named pools for which tasks wait.
+    waited_for: bool,
 }
 
 impl NodeCore {
@@ -122,6 +138,7 @@ impl NodeCore {
             models: Vec::new(),
             drains_away: BTreeMap::new(),
             declared: BTreeMap::new(),
+            waited_for: false,
         }
     }
 
@@ -199,8 +216,8 @@ impl NodeCore {
         self.session.epoch() == Some(&order.epoch) && order.number > self.order_taken
     }
 
-    /// Takes the answer in; returns what the control plane wants done: a change of intent, and
-    /// the end of attempts that run here and that it does not know.
+    /// Takes the answer in; returns what the control plane wants done: a change of intent, the end
+    /// of attempts that run here and that it does not know, and for which pools tasks wait.
     pub fn heartbeat_answered(
         &mut self,
         now: Moment,
@@ -209,9 +226,13 @@ impl NodeCore {
         self.session.heartbeat_answered(now, answer.as_ref().map_err(|failure| *failure));
         let told = answer.as_ref().ok().map(|answer| (answer.intent, answer.intent_order));
         let intent = self.told(told);
+        let waiting = answer.as_ref().ok().map(|answer| answer.waiting.clone()).unwrap_or_default();
+        // Said again as long as it holds, and once when it does no more.
+        let was_waited_for = std::mem::replace(&mut self.waited_for, !waiting.is_empty());
+        let waiting = (was_waited_for || self.waited_for).then_some(NodeEffect::Waiting(waiting));
         let canceled = answer.map(|answer| answer.cancel_attempts).unwrap_or_default();
         let running = canceled.into_iter().filter(|id| self.running.contains_key(id));
-        running.map(NodeEffect::Cancel).chain(intent).collect()
+        running.map(NodeEffect::Cancel).chain(intent).chain(waiting).collect()
     }
 
     pub fn deregistered(&mut self) {
@@ -221,6 +242,11 @@ impl NodeCore {
     /// The process is about to end: no new work from now on, and what runs may finish.
     pub fn drain(&mut self, now: Moment) {
         self.leaving = true;
+        self.session.poke(now);
+    }
+
+    /// The control plane is to be heard before the next tick.
+    pub fn report_now(&mut self, now: Moment) {
         self.session.poke(now);
     }
 
@@ -252,7 +278,8 @@ impl NodeCore {
 
     // ---- replicas ----
 
-    /// Takes a replica in, or anew after a change of its handoff. It is not ready until told so.
+    /// Takes a replica in, or anew after a change of its handoff or of what its engine says. It is
+    /// not ready until told so.
     pub fn bind(&mut self, now: Moment, pool_id: &PoolId, spec: ReplicaSpec) -> Result<(), BindError> {
         let others_agree = |pool: &Pool| {
             let stays = |id: &ReplicaId, other: &Replica| *id != spec.replica_id && !other.leaving;
@@ -265,8 +292,10 @@ impl NodeCore {
         }
         let pool = self.pools.entry(pool_id.clone()).or_default();
         pool.drain = pool.drain.or(self.drains_away.remove(pool_id));
-        pool.bind(spec);
-        self.session.poke(now);
+        // It is asked at each look, and mostly says the same.
+        if pool.bind(spec) {
+            self.session.poke(now);
+        }
         Ok(())
     }
 
@@ -356,12 +385,105 @@ impl NodeCore {
         self.pools.values().filter(over).flat_map(Pool::running).copied().collect()
     }
 
-    /// What the engine's health call and its gauges said. Reported at once when it matters.
-    pub fn observed(&mut self, now: Moment, pool_id: &PoolId, replica_id: &ReplicaId, health: Health) {
+    /// What a look at the engine said. Reported at once when it matters.
+    pub fn observed(&mut self, now: Moment, pool_id: &PoolId, replica_id: &ReplicaId, readiness: Readiness) {
         let Some(pool) = self.pools.get_mut(pool_id) else { return };
-        if pool.observed(replica_id, health) {
+        if pool.observed(now, replica_id, readiness) {
             self.session.poke(now);
         }
+    }
+
+    /// How busy the engine says it is, asked at `began`. Slots that settle are given back by it, and
+    /// a change of foreign load is reported at once.
+    pub fn counted(
+        &mut self,
+        now: Moment,
+        began: Moment,
+        pool_id: &PoolId,
+        replica_id: &ReplicaId,
+        busy: Busy,
+    ) {
+        // What was accepted since may not have reached the engine when it counted.
+        let known = self.running.values().filter(|place| {
+            let there = place.accepted + REACHES_ENGINE <= began && !place.over;
+            there && place.pool == *pool_id && place.replica == *replica_id
+        });
+        let known = u32::try_from(known.count()).unwrap_or(u32::MAX);
+        let Some(pool) = self.pools.get_mut(pool_id) else { return };
+        if pool.counted(now, began, replica_id, known, busy) {
+            self.forget_settled();
+            self.sweep(pool_id);
+            self.session.poke(now);
+        }
+    }
+
+    /// Gives back the slots of attempts that were broken off long enough ago.
+    pub fn expire_settling(&mut self, now: Moment) {
+        let mut any = false;
+        for pool in self.pools.values_mut() {
+            any |= pool.expire_settling(now);
+        }
+        if any {
+            self.forget_settled();
+            let ids: Vec<PoolId> = self.pools.keys().cloned().collect();
+            ids.iter().for_each(|id| self.sweep(id));
+            self.session.poke(now);
+        }
+    }
+
+    /// When a slot of the replica that settles is given back whatever its engine says; nothing where
+    /// none settles.
+    pub fn settles_at(&self, pool_id: &PoolId, replica_id: &ReplicaId) -> Option<Moment> {
+        self.pools.get(pool_id)?.settles_at(replica_id)
+    }
+
+    fn forget_settled(&mut self) {
+        let pools = &self.pools;
+        self.running.retain(|id, place| {
+            let replica = pools.get(&place.pool).and_then(|pool| pool.replicas.get(&place.replica));
+            !place.over || replica.is_some_and(|replica| replica.settling.contains_key(id))
+        });
+    }
+
+    /// A byte of the attempt came from its engine: it lives, whatever looks at it say.
+    pub fn heard(&mut self, now: Moment, attempt: &AttemptId) {
+        if let Some(replica) = self.replica_of(attempt) {
+            replica.heard(now);
+        }
+    }
+
+    /// The engine did what the attempt asked.
+    pub fn succeeded(&mut self, attempt: &AttemptId) {
+        if let Some(replica) = self.replica_of(attempt) {
+            replica.succeeded();
+        }
+    }
+
+    /// The engine has refused what is its operator's: a key, or a model that it should have.
+    pub fn refused_operator(&mut self, now: Moment, attempt: &AttemptId, reason: &str) {
+        if let Some(replica) = self.replica_of(attempt) {
+            replica.refuses(now, reason.to_owned());
+            self.session.poke(now);
+        }
+    }
+
+    /// The engine has no such route.
+    pub fn lacks(&mut self, attempt: &AttemptId, path: &str) {
+        if let Some(replica) = self.replica_of(attempt) {
+            replica.lacks(path);
+        }
+    }
+
+    /// Whether the attempt's engine is known to have no such route.
+    pub fn is_lacking(&self, attempt: &AttemptId, path: &str) -> bool {
+        let place = self.running.get(attempt);
+        let replica = place.and_then(|place| self.pools.get(&place.pool)?.replicas.get(&place.replica));
+        replica.is_some_and(|replica| replica.lacks.contains(path))
+    }
+
+    fn replica_of(&mut self, attempt: &AttemptId) -> Option<&mut Replica> {
+        let place = self.running.get(attempt)?;
+        self.pools.get_mut(&place.pool)?.replicas.get_mut(&place.replica)
     }
 
     /// What the GPU probe said. Only a change of health or presence is reported at once.
@@ -413,6 +535,10 @@ impl NodeCore {
         if !pool.takes_work() {
             return refuse(ErrorCode::PoolUnready, format!("no replica of {pool_id} is ready"));
         }
+        // The caller may not have heard yet that the engine is another one.
+        if let Some(model) = ask.model.filter(|model| !pool.serves(model)) {
+            return refuse(ErrorCode::PoolUnready, format!("{pool_id} does not serve {model}"));
+        }
         let Some((replica_id, replica)) = pool.take_slot(ask.attempt, ask.hint) else {
             return refuse(ErrorCode::ReplicaExhausted, format!("every slot of {pool_id} is taken"));
         };
@@ -420,9 +546,13 @@ impl NodeCore {
             replica_id: replica_id.clone(),
             engine: replica.spec.engine,
             url: replica.spec.url.clone(),
+            model: ask.model.map(|model| replica.engine_name(model)).unwrap_or_default(),
+            names_from_engine: replica.spec.names_from_engine,
+            ctx_max: replica.spec.ctx_max,
             report_seq: self.seq,
         };
-        self.running.insert(ask.attempt, Place { pool: pool_id.clone(), replica: replica_id, accepted: now });
+        let place = Place { pool: pool_id.clone(), replica: replica_id, accepted: now, over: false };
+        self.running.insert(ask.attempt, place);
         self.seen.insert(ask.attempt);
         self.seen_order.push_back(ask.attempt);
         if self.seen_order.len() > REMEMBERED_ATTEMPTS
@@ -446,31 +576,20 @@ impl NodeCore {
         self.seq
     }
 
-    /// The attempt has ended, and its engine may still be busy with it: the slot stays taken
-    /// until [`NodeCore::settled`]. Returns the closing word.
-    pub fn ended_unsettled(&mut self, attempt: &AttemptId) -> u64 {
+    /// The attempt has ended, and its engine may still be busy with it: the slot stays taken until
+    /// the engine's word ([`NodeCore::counted`]) or time ([`NodeCore::expire_settling`]) gives it
+    /// back. Returns the closing word.
+    pub fn ended_unsettled(&mut self, now: Moment, attempt: &AttemptId) -> u64 {
         if let Some(place) = self.running.get(attempt).cloned()
             && let Some(replica) = self.replica_mut(&place)
             && replica.attempts.remove(attempt)
         {
-            replica.settling.insert(*attempt);
+            replica.settling.insert(*attempt, now);
+            if let Some(place) = self.running.get_mut(attempt) {
+                place.over = true;
+            }
         }
         self.seq
-    }
-
-    /// The engine shows the slot of an ended attempt idle. That is reported at once: unlike a
-    /// normal end, no closing word has said it. Says nothing about an attempt that runs.
-    pub fn settled(&mut self, now: Moment, attempt: &AttemptId) {
-        let Some(place) = self.running.get(attempt).cloned() else { return };
-        let runs = self.replica_mut(&place).is_some_and(|replica| {
-            replica.settling.remove(attempt);
-            replica.attempts.contains(attempt)
-        });
-        if !runs {
-            self.running.remove(attempt);
-            self.sweep(&place.pool);
-            self.session.poke(now);
-        }
     }
 
     fn replica_mut(&mut self, place: &Place) -> Option<&mut Replica> {
@@ -484,7 +603,7 @@ impl NodeCore {
     }
 
     pub fn running_count(&self) -> usize {
-        self.running.len()
+        self.running.values().filter(|place| !place.over).count()
     }
 
     pub fn pool_reports(&self, now: Moment) -> Vec<PoolReport> {
@@ -521,9 +640,10 @@ impl NodeCore {
         &self.gpus
     }
 
-    /// Tokens that a request to the pool may hold, where it is known.
-    pub fn ctx_max(&self, pool_id: &PoolId) -> Option<u32> {
-        self.pools.get(pool_id)?.replicas.values().find_map(|replica| replica.spec.ctx_max)
+    /// Whether the replica takes attempts.
+    pub fn is_ready(&self, pool_id: &PoolId, replica_id: &ReplicaId) -> bool {
+        let replica = self.pools.get(pool_id).and_then(|pool| pool.replicas.get(replica_id));
+        replica.is_some_and(Replica::is_ready)
     }
 
     /// Requests of one replica at the moment: running here, settling, foreign.

@@ -1,11 +1,26 @@
 //! Pools and replicas of one node: who is ready, and who holds a slot.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use pool_registry_types::pool::{
     DrainProgress, EngineKind, PoolReport, PoolState, ReplicaReport, Supervised,
 };
 use pool_registry_types::{AttemptId, ModelRef, Moment, PoolId, ReplicaId};
+
+/// Looks in a row without an answer, and the time without a byte of ours, after which an engine is
+/// not busy but away. Source: .specs/01 CLOUD-2495.
+const UNANSWERED_LOOKS: u32 = 3;
+const UNANSWERED_FOR: Duration = Duration::from_secs(10);
+/// How long the slot of an attempt that was broken off is kept where the engine cannot tell, and
+/// without its word where it can. Source: .specs/01 CLOUD-1405.
+const SETTLES_UNTOLD: Duration = Duration::from_millis(500);
+const SETTLES_WITHOUT_WORD: Duration = Duration::from_secs(30);
+/// Refusals in a row after which it counts no more that requests succeeded before.
+const REFUSALS_IN_A_ROW: u32 = 3;
+/// How long a replica that refuses its operator is not tried; doubles each time.
+const FIRST_REFUSED: Duration = Duration::from_secs(10);
+const LONGEST_REFUSED: Duration = Duration::from_secs(300);
 
 /// A replica as its handoff and its engine describe it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,29 +30,40 @@ pub struct ReplicaSpec {
     pub engine_version: Option<String>,
     /// `http://host:port`, without a trailing slash.
     pub url: String,
+    /// The names by which tasks ask for it.
     pub models: Vec<ModelRef>,
+    /// Those of them that the engine has another name for.
+    pub engine_names: BTreeMap<ModelRef, String>,
+    /// The names are the engine's own, and hold for the process that gave them.
+    pub names_from_engine: bool,
     /// Requests that the engine serves at a time; at least 1.
     pub slots: u32,
     pub ctx_max: Option<u32>,
     pub device_mask: Option<String>,
+    /// What its operator should look at although it serves.
+    pub warning: Option<String>,
 }
 
-/// One look at an engine.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Health {
-    pub readiness: Readiness,
-    /// Requests that it works on, ours included; unknown where it does not tell.
-    pub busy: Option<u32>,
-}
-
-/// Whether an engine takes requests.
+/// One look at whether an engine takes requests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Readiness {
     Ready,
     /// Up, with the model not in memory yet: the pool counts as having it.
     Loading,
-    /// Not up, and why.
+    /// Not up, and why: it says so, or nothing listens there.
     Failed(String),
+    /// No answer in time, as of one that is busy: no verdict by itself.
+    Silent(String),
+}
+
+/// One look at how many requests are in an engine, ours included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Busy {
+    Told(u32),
+    /// It does not say so.
+    CannotTell,
+    /// It would, and did not in time.
+    NoAnswer,
 }
 
 /// A pool whose engines this node runs, bound or not, as its supervisor sees it.
@@ -72,6 +98,7 @@ impl Declared {
             vram_free_bytes: self.vram_free_bytes.or(around.vram_free_bytes),
             replicas: Vec::new(),
             last_error: self.last_error.clone(),
+            warning: None,
             drain: None,
             supervised: Some(self.supervised.clone()),
         }
@@ -101,9 +128,38 @@ pub(crate) struct Replica {
     pub(crate) attempts: BTreeSet<AttemptId>,
     /// Attempts that it was given since it was bound.
     pub(crate) served: u64,
-    /// Ended, and the engine has not been seen idle yet.
-    pub(crate) settling: BTreeSet<AttemptId>,
+    /// Ended, the engine may still work on it, and since when.
+    pub(crate) settling: BTreeMap<AttemptId, Moment>,
+    /// When the engine last said how busy it is.
+    told: Moment,
+    cannot_tell: bool,
+    /// Looks in a row that were not answered.
+    unanswered: u32,
+    /// The last sign of life: an answer to a look, or a byte of an attempt.
+    heard: Moment,
+    /// It is not ready because it does not answer.
+    silent: bool,
+    /// A request has succeeded since it was bound.
+    proven: bool,
+    refused: Option<Refused>,
+    /// What requests have shown that it does not have, by their paths.
+    pub(crate) lacks: BTreeSet<String>,
 }
+
+/// It does not let its operator in, or does not have what its operator says.
+#[derive(Debug)]
+struct Refused {
+    reason: String,
+    /// Not tried before; nothing while others get through.
+    until: Option<Moment>,
+    /// Refusals since the last success.
+    in_a_row: u32,
+    /// Times that it was not tried for a while since then.
+    times: u32,
+}
+
+/// Paths that a replica is remembered not to have.
+const MOST_LACKING: usize = 32;
 
 impl Replica {
     fn new(spec: ReplicaSpec) -> Self {
@@ -117,8 +173,117 @@ impl Replica {
             foreign_seen_once: 0,
             attempts: BTreeSet::new(),
             served: 0,
-            settling: BTreeSet::new(),
+            settling: BTreeMap::new(),
+            told: Moment::ZERO,
+            cannot_tell: false,
+            unanswered: 0,
+            heard: Moment::ZERO,
+            silent: false,
+            proven: false,
+            refused: None,
+            lacks: BTreeSet::new(),
         }
+    }
+
+    /// Takes a look in.
+    fn observed(&mut self, now: Moment, readiness: Readiness) {
+        if let Readiness::Silent(reason) = readiness {
+            self.unanswered += 1;
+            let away = self.unanswered >= UNANSWERED_LOOKS && now >= self.heard + UNANSWERED_FOR;
+            if away || !self.ready {
+                (self.ready, self.loading, self.silent) = (false, false, true);
+                self.last_error = Some(reason);
+            }
+            return;
+        }
+        (self.unanswered, self.heard, self.silent) = (0, now, false);
+        self.ready = readiness == Readiness::Ready;
+        self.loading = readiness == Readiness::Loading;
+        self.last_error = match readiness {
+            Readiness::Failed(reason) => Some(reason),
+            _ => None,
+        };
+        if let Some(refused) = &self.refused {
+            self.last_error.get_or_insert_with(|| refused.reason.clone());
+            self.ready &= refused.until.is_none_or(|until| until <= now);
+        }
+    }
+
+    /// Takes the engine's word for how busy it is in, asked for at `began`. `known` attempts of
+    /// ours were at the engine by then.
+    fn counted(&mut self, now: Moment, began: Moment, known: u32, busy: Busy) {
+        match busy {
+            Busy::Told(count) => {
+                (self.told, self.cannot_tell) = (now, false);
+                let foreign = count.saturating_sub(self.ours());
+                self.foreign = foreign.min(self.foreign_seen_once);
+                self.foreign_seen_once = foreign;
+                // Each request beyond our other attempts may be one that was broken off.
+                let busy_with = usize::try_from(count.saturating_sub(known)).unwrap_or(usize::MAX);
+                let mut oldest: Vec<(Moment, AttemptId)> =
+                    self.settling.iter().map(|(id, since)| (*since, *id)).collect();
+                oldest.sort();
+                let over = oldest.len().saturating_sub(busy_with);
+                for (_, id) in oldest.into_iter().filter(|(since, _)| *since <= began).take(over) {
+                    self.settling.remove(&id);
+                }
+            }
+            Busy::CannotTell => {
+                self.cannot_tell = true;
+                (self.foreign, self.foreign_seen_once) = (0, 0);
+            }
+            Busy::NoAnswer => {}
+        }
+    }
+
+    /// When the slot of an attempt that was broken off at `since` is free whatever the engine says.
+    fn settles_at(&self, since: Moment) -> Moment {
+        if self.cannot_tell { since + SETTLES_UNTOLD } else { since.max(self.told) + SETTLES_WITHOUT_WORD }
+    }
+
+    /// The engine's own name for a model.
+    pub(crate) fn engine_name(&self, model: &ModelRef) -> String {
+        self.spec.engine_names.get(model).map_or_else(|| model.to_string(), Clone::clone)
+    }
+
+    pub(crate) fn heard(&mut self, now: Moment) {
+        self.heard = self.heard.max(now);
+    }
+
+    pub(crate) fn succeeded(&mut self) {
+        self.proven = true;
+        if self.refused.take().is_some() && self.ready {
+            self.last_error = None;
+        }
+    }
+
+    /// It has refused what is its operator's. Where nothing else gets through it is not tried for a
+    /// while.
+    pub(crate) fn refuses(&mut self, now: Moment, reason: String) {
+        let before = self.refused.take();
+        if before.as_ref().and_then(|before| before.until).is_some_and(|until| until > now) {
+            // Of an attempt that was under way when the last one was refused.
+            self.refused = before;
+            return;
+        }
+        let (times, in_a_row) = before.map_or((0, 1), |before| (before.times, before.in_a_row + 1));
+        let others = self.proven && in_a_row < REFUSALS_IN_A_ROW;
+        let pause = (FIRST_REFUSED * 2_u32.pow(times.min(8))).min(LONGEST_REFUSED);
+        self.last_error = Some(reason.clone());
+        self.ready &= others;
+        let (until, times) = if others { (None, 0) } else { (Some(now + pause), times + 1) };
+        self.refused = Some(Refused { reason, until, in_a_row, times });
+    }
+
+    pub(crate) fn lacks(&mut self, path: &str) {
+        if self.lacks.len() < MOST_LACKING {
+            self.lacks.insert(path.to_owned());
+        }
+    }
+
+    /// It has its model although it answers nobody: attempts run on it inside their deadlines.
+    fn works(&self) -> bool {
+        self.silent && !self.attempts.is_empty() && !self.leaving
     }
 
     pub(crate) fn has_left(&self) -> bool {
@@ -131,6 +296,10 @@ impl Replica {
 
     pub(crate) fn busy(&self) -> u32 {
         self.ours().saturating_add(self.foreign)
+    }
+
+    pub(crate) fn is_ready(&self) -> bool {
+        self.ready
     }
 
     fn has_free_slot(&self) -> bool {
@@ -176,33 +345,71 @@ pub(crate) struct Circumstances {
 }
 
 impl Pool {
-    /// A replica that is bound anew keeps the attempts that still run on it.
-    pub(crate) fn bind(&mut self, spec: ReplicaSpec) {
+    /// A replica that is bound anew keeps the attempts that still run on it. Where it says the same
+    /// as before, nothing changes. Returns whether anything did.
+    pub(crate) fn bind(&mut self, spec: ReplicaSpec) -> bool {
         let mut replica = Replica::new(spec);
         if let Some(before) = self.replicas.remove(&replica.spec.replica_id) {
+            if before.spec == replica.spec && !before.leaving {
+                self.replicas.insert(replica.spec.replica_id.clone(), before);
+                return false;
+            }
             replica.attempts = before.attempts;
             replica.served = before.served;
             replica.settling = before.settling;
+            (replica.told, replica.cannot_tell, replica.heard) =
+                (before.told, before.cannot_tell, before.heard);
         }
         self.replicas.insert(replica.spec.replica_id.clone(), replica);
+        true
     }
 
     /// Returns whether the change is worth a report at once.
-    pub(crate) fn observed(&mut self, replica_id: &ReplicaId, health: Health) -> bool {
+    pub(crate) fn observed(&mut self, now: Moment, replica_id: &ReplicaId, readiness: Readiness) -> bool {
         let Some(replica) = self.replicas.get_mut(replica_id).filter(|replica| !replica.leaving) else {
             return false;
         };
-        let was = (replica.ready, replica.loading, replica.foreign);
-        replica.ready = health.readiness == Readiness::Ready;
-        replica.loading = health.readiness == Readiness::Loading;
-        replica.last_error = match health.readiness {
-            Readiness::Failed(reason) => Some(reason),
-            Readiness::Ready | Readiness::Loading => None,
-        };
-        let foreign = health.busy.unwrap_or(0).saturating_sub(replica.ours());
-        replica.foreign = foreign.min(replica.foreign_seen_once);
-        replica.foreign_seen_once = foreign;
-        was != (replica.ready, replica.loading, replica.foreign)
+        let was = (replica.ready, replica.loading);
+        replica.observed(now, readiness);
+        was != (replica.ready, replica.loading)
+    }
+
+    /// Returns whether the change is worth a report at once.
+    pub(crate) fn counted(
+        &mut self,
+        now: Moment,
+        began: Moment,
+        replica_id: &ReplicaId,
+        known: u32,
+        busy: Busy,
+    ) -> bool {
+        let Some(replica) = self.replicas.get_mut(replica_id) else { return false };
+        let was = (replica.foreign, replica.settling.len());
+        replica.counted(now, began, known, busy);
+        was != (replica.foreign, replica.settling.len())
+    }
+
+    /// Frees the slots of attempts that were broken off long enough ago. Returns whether there were
+    /// any.
+    pub(crate) fn expire_settling(&mut self, now: Moment) -> bool {
+        let mut any = false;
+        for replica in self.replicas.values_mut() {
+            let over = |since: Moment| replica.settles_at(since) <= now;
+            let gone: Vec<AttemptId> =
+                replica.settling.iter().filter(|(_, since)| over(**since)).map(|(id, _)| *id).collect();
+            any |= !gone.is_empty();
+            for id in gone {
+                replica.settling.remove(&id);
+            }
+        }
+        any
+    }
+
+    /// When [`Pool::expire_settling`] has something to do for the replica; nothing while no slot of
+    /// it settles.
+    pub(crate) fn settles_at(&self, replica_id: &ReplicaId) -> Option<Moment> {
+        let replica = self.replicas.get(replica_id)?;
+        replica.settling.values().map(|since| replica.settles_at(*since)).min()
     }
 
     /// Takes a replica out of service. Returns whether there was one.
@@ -239,6 +446,11 @@ impl Pool {
         replica.attempts.insert(attempt);
         replica.served += 1;
         Some((chosen, replica))
+    }
+
+    /// Whether tasks may ask for the model here.
+    pub(crate) fn serves(&self, model: &ModelRef) -> bool {
+        self.replicas.values().any(|replica| !replica.leaving && replica.spec.models.contains(model))
     }
 
     /// Whether it may be given work now.
@@ -281,7 +493,8 @@ impl Pool {
         let first = staying.or(self.replicas.values().next()).expect("a pool without replicas is removed");
         let last_error = self.replicas.values().find_map(|replica| replica.last_error.clone());
         let ready = self.is_ready() && !draining;
-        let loading = self.replicas.values().any(|replica| replica.loading && !replica.leaving);
+        let loading =
+            self.replicas.values().any(|replica| (replica.loading && !replica.leaving) || replica.works());
         let state = match (draining, self.is_ready(), loading) {
             (true, ..) => PoolState::Draining,
             (false, true, _) => PoolState::Ready,
@@ -304,6 +517,7 @@ impl Pool {
                 .or(around.vram_free_bytes),
             replicas: self.replicas.values().map(Replica::report).collect(),
             last_error,
+            warning: self.replicas.values().find_map(|replica| replica.spec.warning.clone()),
             drain: self.progress(around),
             supervised: declared.map(|declared| declared.supervised.clone()),
         }

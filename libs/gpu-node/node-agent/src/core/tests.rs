@@ -34,9 +34,12 @@ fn spec(n: u32, slots: u32) -> ReplicaSpec {
         engine_version: None,
         url: format!("http://127.0.0.1:{}", 9000 + n),
         models: vec![ModelRef::new("m").unwrap()],
+        engine_names: BTreeMap::new(),
+        names_from_engine: false,
         slots,
         ctx_max: Some(2048),
         device_mask: None,
+        warning: None,
     }
 }
 
@@ -53,22 +56,18 @@ fn node() -> NodeCore {
     NodeCore::new(identity, Session::new(at(0), Duration::from_secs(10), 1), Intent::Serving)
 }
 
-fn healthy(busy: Option<u32>) -> Health {
-    Health { readiness: Readiness::Ready, busy }
-}
-
 fn serving(replicas: u32, slots: u32) -> NodeCore {
     let mut node = node();
     for n in 0..replicas {
         node.bind(at(0), &pool_id(), spec(n, slots)).unwrap();
-        node.observed(at(0), &pool_id(), &replica_id(n), healthy(Some(0)));
+        node.observed(at(0), &pool_id(), &replica_id(n), Readiness::Ready);
     }
     node
 }
 
 fn accept(node: &mut NodeCore, n: u128) -> Result<Accepted, ErrorCode> {
     let node_id = NodeId::new("a").unwrap();
-    let ask = Ask { node_id: &node_id, boot_id: boot(), attempt: attempt(n), hint: None };
+    let ask = Ask { node_id: &node_id, boot_id: boot(), attempt: attempt(n), model: None, hint: None };
     node.accept(at(0), &pool_id(), &ask).map_err(|error| error.code)
 }
 
@@ -91,10 +90,11 @@ fn a_hinted_replica_is_taken_while_it_has_a_slot() {
     let node_id = NodeId::new("a").unwrap();
     let hint = replica_id(1);
     for n in 1..=2 {
-        let ask = Ask { node_id: &node_id, boot_id: boot(), attempt: attempt(n), hint: Some(&hint) };
+        let ask =
+            Ask { node_id: &node_id, boot_id: boot(), attempt: attempt(n), model: None, hint: Some(&hint) };
         assert_eq!(node.accept(at(0), &pool_id(), &ask).unwrap().replica_id, hint);
     }
-    let ask = Ask { node_id: &node_id, boot_id: boot(), attempt: attempt(3), hint: Some(&hint) };
+    let ask = Ask { node_id: &node_id, boot_id: boot(), attempt: attempt(3), model: None, hint: Some(&hint) };
     assert_eq!(node.accept(at(0), &pool_id(), &ask).unwrap().replica_id, replica_id(0));
 }
 
@@ -116,6 +116,7 @@ fn requests_for_another_node_or_boot_are_refused() {
         node_id,
         boot_id: BootId(Uuid::from_u128(boot)),
         attempt: attempt(1),
+        model: None,
         hint: None,
     };
     assert_eq!(node.accept(at(0), &pool_id(), &ask(&other, 1)).unwrap_err().code, ErrorCode::WrongNode);
@@ -130,7 +131,7 @@ fn unknown_unready_and_draining_pools_are_unready() {
     node.bind(at(0), &pool_id(), spec(0, 1)).unwrap();
     assert_eq!(accept(&mut node, 1), Err(ErrorCode::PoolUnready));
     assert_eq!(node.pool_reports(at(0))[0].state, PoolState::Loading);
-    node.observed(at(0), &pool_id(), &replica_id(0), healthy(None));
+    node.observed(at(0), &pool_id(), &replica_id(0), Readiness::Ready);
     accept(&mut node, 1).unwrap();
     node.drain(at(0));
     assert_eq!(accept(&mut node, 2), Err(ErrorCode::PoolUnready));
@@ -138,17 +139,174 @@ fn unknown_unready_and_draining_pools_are_unready() {
     assert_eq!(node.running_count(), 1, "what runs may finish");
 }
 
+fn counted(node: &mut NodeCore, now: u64, busy: Busy) {
+    node.counted(at(now), at(now), &pool_id(), &replica_id(0), busy);
+}
+
 // CLOUD-1405
 #[test]
 fn a_canceled_slot_is_taken_until_the_engine_is_idle() {
     let mut node = serving(1, 1);
     accept(&mut node, 1).unwrap();
-    node.ended_unsettled(&attempt(1));
+    node.ended_unsettled(at(1_000), &attempt(1));
     assert_eq!(accept(&mut node, 2), Err(ErrorCode::ReplicaExhausted));
     let report = &node.pool_reports(at(0))[0].replicas[0];
     assert_eq!((report.attempts.len(), report.slots_foreign, report.slots_free), (0, 1, 0));
-    node.settled(at(0), &attempt(1));
+    for now in [1_100, 5_000, 60_000] {
+        counted(&mut node, now, Busy::Told(1));
+        node.expire_settling(at(now));
+        assert_eq!(accept(&mut node, 2), Err(ErrorCode::ReplicaExhausted), "it says that it works: {now}");
+    }
+    counted(&mut node, 60_100, Busy::Told(0));
     assert!(accept(&mut node, 2).is_ok());
+}
+
+// CLOUD-1405
+#[test]
+fn a_canceled_slot_is_given_back_by_time_where_the_engine_does_not_say() {
+    for (busy, after) in [(Busy::CannotTell, 500), (Busy::NoAnswer, 30_000)] {
+        let mut node = serving(1, 1);
+        accept(&mut node, 1).unwrap();
+        counted(&mut node, 900, Busy::Told(1));
+        node.ended_unsettled(at(1_000), &attempt(1));
+        counted(&mut node, 1_001, busy);
+        assert_eq!(node.settles_at(&pool_id(), &replica_id(0)), Some(at(1_000 + after)), "{busy:?}");
+        node.expire_settling(at(999 + after));
+        assert_eq!(accept(&mut node, 2), Err(ErrorCode::ReplicaExhausted), "{busy:?}");
+        node.expire_settling(at(1_000 + after));
+        assert!(accept(&mut node, 2).is_ok(), "{busy:?}");
+        assert_eq!(node.settles_at(&pool_id(), &replica_id(0)), None);
+    }
+}
+
+// CLOUD-1405
+#[test]
+fn more_requests_than_our_other_attempts_are_those_that_were_broken_off() {
+    let mut node = serving(1, 4);
+    for n in 1..=3 {
+        accept(&mut node, n).unwrap();
+    }
+    node.ended_unsettled(at(1_000), &attempt(1));
+    node.ended_unsettled(at(1_010), &attempt(2));
+    let foreign = |node: &NodeCore| node.pool_reports(at(0))[0].replicas[0].slots_foreign;
+    counted(&mut node, 1_100, Busy::Told(3));
+    assert_eq!(foreign(&node), 2, "both may still run");
+    counted(&mut node, 1_200, Busy::Told(2));
+    assert_eq!(foreign(&node), 1, "one of them does");
+    // One that has just been accepted may not have been counted.
+    node.counted(at(1_300), at(50), &pool_id(), &replica_id(0), Busy::Told(1));
+    assert_eq!(foreign(&node), 1);
+    counted(&mut node, 1_400, Busy::Told(1));
+    assert_eq!((foreign(&node), node.running_count()), (0, 1));
+}
+
+// CLOUD-2495
+#[test]
+fn looks_that_are_not_answered_are_no_verdict_while_attempts_bring_bytes() {
+    let silent = || Readiness::Silent("no answer".into());
+    let state = |node: &NodeCore| node.pool_reports(at(0))[0].state;
+    let mut node = serving(1, 2);
+    accept(&mut node, 1).unwrap();
+    for now in (4_000..=60_000).step_by(4_000) {
+        node.heard(at(now - 1), &attempt(1));
+        node.observed(at(now), &pool_id(), &replica_id(0), silent());
+        assert_eq!(state(&node), PoolState::Ready, "{now}");
+    }
+    // No byte any more: it takes nothing new, and still has its model, for a prefill is no death.
+    for now in [64_000, 68_000, 72_000] {
+        node.observed(at(now), &pool_id(), &replica_id(0), silent());
+    }
+    assert_eq!(state(&node), PoolState::Loading);
+    assert!(accept(&mut node, 2).is_err());
+    node.ended(&attempt(1));
+    assert_eq!(state(&node), PoolState::Failed);
+    node.observed(at(73_000), &pool_id(), &replica_id(0), Readiness::Ready);
+    assert_eq!(state(&node), PoolState::Ready);
+}
+
+// CLOUD-2495
+#[test]
+fn an_idle_engine_that_does_not_answer_is_not_ready_after_three_looks_and_ten_seconds() {
+    let mut node = serving(1, 1);
+    let mut ready = |now: u64| {
+        node.observed(at(now), &pool_id(), &replica_id(0), Readiness::Silent("no answer".into()));
+        node.pool_reports(at(now))[0].ready
+    };
+    assert!(ready(3_000) && ready(7_000) && ready(9_999));
+    assert!(!ready(10_000));
+    let mut node = serving(1, 1);
+    let mut ready = |now: u64| {
+        node.observed(at(now), &pool_id(), &replica_id(0), Readiness::Silent("no answer".into()));
+        node.pool_reports(at(now))[0].ready
+    };
+    assert!(ready(20_000) && ready(24_000) && !ready(28_000), "three looks, however late they are");
+    let mut node = serving(1, 1);
+    node.observed(at(1), &pool_id(), &replica_id(0), Readiness::Failed("connection refused".into()));
+    assert!(!node.pool_reports(at(1))[0].ready, "who refuses is not ready at once");
+}
+
+// CLOUD-2485
+#[test]
+fn a_change_of_what_the_engine_says_takes_nothing_out_of_service_and_counts_for_the_next_task() {
+    let model = |name: &str| ModelRef::new(name).unwrap();
+    let mut node = serving(1, 4);
+    accept(&mut node, 1).unwrap();
+    let beta = ReplicaSpec { models: vec![model("beta")], slots: 1, ctx_max: Some(64), ..spec(0, 4) };
+    node.bind(at(10), &pool_id(), beta.clone()).unwrap();
+    node.observed(at(10), &pool_id(), &replica_id(0), Readiness::Ready);
+    let report = &node.pool_reports(at(10))[0];
+    assert_eq!((&report.models, report.ready, report.ctx_max), (&vec![model("beta")], true, Some(64)));
+    let node_id = NodeId::new("a").unwrap();
+    let (old, new) = (model("m"), model("beta"));
+    let ask = |n, model| Ask { node_id: &node_id, boot_id: boot(), attempt: attempt(n), model, hint: None };
+    let refused = node.accept(at(11), &pool_id(), &ask(2, Some(&old))).unwrap_err();
+    assert_eq!(refused.code, ErrorCode::PoolUnready, "asked for by a report of before");
+    node.ended(&attempt(1));
+    assert_eq!(node.accept(at(12), &pool_id(), &ask(3, Some(&new))).unwrap().model, "beta");
+    let refused = node.accept(at(13), &pool_id(), &ask(4, Some(&new))).unwrap_err();
+    assert_eq!(refused.code, ErrorCode::ReplicaExhausted, "one slot, not four");
+    // The same words again change nothing.
+    node.bind(at(20), &pool_id(), beta).unwrap();
+    assert!(node.pool_reports(at(20))[0].ready);
+}
+
+// CLOUD-2492
+#[test]
+fn a_replica_that_refuses_its_operator_and_serves_nobody_is_failed_and_tried_again_later() {
+    let state = |node: &NodeCore, now| {
+        let report = &node.pool_reports(at(now))[0];
+        (report.state, report.last_error.clone())
+    };
+    let why = || Some("HTTP 401".to_owned());
+    let look =
+        |node: &mut NodeCore, now| node.observed(at(now), &pool_id(), &replica_id(0), Readiness::Ready);
+    let mut node = serving(1, 2);
+    accept(&mut node, 1).unwrap();
+    node.refused_operator(at(100), &attempt(1), "HTTP 401");
+    node.ended(&attempt(1));
+    look(&mut node, 1_000);
+    assert_eq!(state(&node, 1_000), (PoolState::Failed, why()), "its health call is well all the same");
+    look(&mut node, 10_100);
+    assert_eq!(state(&node, 10_100), (PoolState::Ready, why()), "one may try");
+    accept(&mut node, 2).unwrap();
+    node.refused_operator(at(10_200), &attempt(2), "HTTP 401");
+    look(&mut node, 30_199);
+    assert_eq!(state(&node, 30_199).0, PoolState::Failed, "twice as long");
+    look(&mut node, 30_200);
+    node.ended(&attempt(2));
+    accept(&mut node, 3).unwrap();
+    node.succeeded(&attempt(3));
+    assert_eq!(state(&node, 30_300), (PoolState::Ready, None));
+    // While others get through it is one request's bad luck.
+    accept(&mut node, 4).unwrap();
+    node.refused_operator(at(30_400), &attempt(4), "HTTP 404");
+    look(&mut node, 31_000);
+    assert_eq!(state(&node, 31_000), (PoolState::Ready, Some("HTTP 404".into())));
+    for now in [32_000, 33_000] {
+        node.refused_operator(at(now), &attempt(4), "HTTP 404");
+    }
+    look(&mut node, 34_000);
+    assert_eq!(state(&node, 34_000).0, PoolState::Failed, "three in a row, and nothing got through");
 }
 
 // CLOUD-1406
@@ -156,9 +314,9 @@ fn a_canceled_slot_is_taken_until_the_engine_is_idle() {
 fn foreign_load_counts_when_seen_twice() {
     let mut node = serving(1, 4);
     accept(&mut node, 1).unwrap();
-    node.observed(at(0), &pool_id(), &replica_id(0), healthy(Some(3)));
+    counted(&mut node, 0, Busy::Told(3));
     assert_eq!(node.pool_reports(at(0))[0].replicas[0].slots_foreign, 0, "one look may have crossed an end");
-    node.observed(at(0), &pool_id(), &replica_id(0), healthy(Some(4)));
+    counted(&mut node, 0, Busy::Told(4));
     assert_eq!(node.pool_reports(at(0))[0].replicas[0].slots_foreign, 2);
     accept(&mut node, 2).unwrap();
     assert_eq!(accept(&mut node, 3), Err(ErrorCode::ReplicaExhausted));
@@ -186,11 +344,11 @@ fn a_removed_handoff_lets_what_runs_finish_and_gives_its_slots_to_nobody_twice()
     assert_eq!((report.ready, report.replicas[0].attempts.clone()), (false, vec![attempt(1)]));
     assert_eq!(accept(&mut node, 2), Err(ErrorCode::PoolUnready));
     node.bind(at(0), &pool_id(), spec(0, 1)).unwrap();
-    node.observed(at(0), &pool_id(), &replica_id(0), healthy(None));
+    node.observed(at(0), &pool_id(), &replica_id(0), Readiness::Ready);
     assert_eq!(accept(&mut node, 3), Err(ErrorCode::ReplicaExhausted), "the slot is still taken");
     node.unbind(at(0), &pool_id(), &replica_id(0));
-    node.ended_unsettled(&attempt(1));
-    node.settled(at(0), &attempt(1));
+    node.ended_unsettled(at(0), &attempt(1));
+    counted(&mut node, 0, Busy::Told(0));
     assert!(node.pool_reports(at(0)).is_empty());
     assert_eq!(node.running_count(), 0);
 }
@@ -198,7 +356,7 @@ fn a_removed_handoff_lets_what_runs_finish_and_gives_its_slots_to_nobody_twice()
 #[test]
 fn a_loading_engine_has_its_model_and_takes_nothing() {
     let mut node = serving(1, 1);
-    let loading = Health { readiness: Readiness::Loading, busy: None };
+    let loading = Readiness::Loading;
     node.observed(at(0), &pool_id(), &replica_id(0), loading);
     let report = &node.pool_reports(at(0))[0];
     assert_eq!((report.state, report.ready, report.last_error.clone()), (PoolState::Loading, false, None));
@@ -232,6 +390,7 @@ fn a_change_of_readiness_is_reported_within_50_ms_and_an_attempt_is_not() {
     assert!(matches!(node.due(at(1)), Some(NodeEffect::Heartbeat(_))));
     let taken = HeartbeatAnswer {
         heartbeat_interval_ms: 10_000,
+        waiting: Vec::new(),
         cancel_attempts: vec![],
         intent: Intent::Serving,
         intent_order: 0,
@@ -239,7 +398,7 @@ fn a_change_of_readiness_is_reported_within_50_ms_and_an_attempt_is_not() {
     node.heartbeat_answered(at(2), Ok(taken));
     accept(&mut node, 1).unwrap();
     assert!(node.next_deadline().unwrap() > at(9_000));
-    let gone = Health { readiness: Readiness::Failed("connection refused".into()), busy: None };
+    let gone = Readiness::Failed("connection refused".into());
     node.observed(at(100), &pool_id(), &replica_id(0), gone);
     assert_eq!(node.next_deadline(), Some(at(150)));
     let Some(NodeEffect::Heartbeat(beat)) = node.due(at(150)) else { panic!("no report was due") };
@@ -254,6 +413,7 @@ fn only_attempts_that_run_here_are_canceled() {
     accept(&mut node, 1).unwrap();
     let answer = HeartbeatAnswer {
         heartbeat_interval_ms: 1,
+        waiting: Vec::new(),
         cancel_attempts: vec![attempt(1), attempt(2)],
         intent: Intent::Serving,
         intent_order: 0,
@@ -289,6 +449,7 @@ fn an_operators_order_counts_once_it_is_written_down_and_when_no_later_one_was_t
     node.set_intent(at(3), &order(7, Intent::Serving));
     let answer = |intent, intent_order| HeartbeatAnswer {
         heartbeat_interval_ms: 10_000,
+        waiting: Vec::new(),
         cancel_attempts: vec![],
         intent,
         intent_order,
@@ -331,7 +492,7 @@ fn a_drained_pool_takes_nothing_shows_what_is_left_and_reopens() {
     node.unbind(at(1_150), &pool_id(), &spec.replica_id);
     assert!(node.pool_reports(at(1_150)).is_empty());
     node.bind(at(1_160), &pool_id(), spec).unwrap();
-    node.observed(at(1_170), &pool_id(), &replica_id(0), Health { readiness: Readiness::Ready, busy: None });
+    node.observed(at(1_170), &pool_id(), &replica_id(0), Readiness::Ready);
     assert_eq!(accept(&mut node, 2).unwrap_err(), ErrorCode::PoolUnready);
     assert!(node.reopen_pool(at(1_200), &pool_id()));
     assert!(accept(&mut node, 2).is_ok());
@@ -346,8 +507,8 @@ proptest! {
             match action {
                 0 => { let _ = accept(&mut node, n); }
                 1 => { node.ended(&attempt(n)); }
-                2 => { node.ended_unsettled(&attempt(n)); }
-                _ => node.settled(at(0), &attempt(n)),
+                2 => { node.ended_unsettled(at(0), &attempt(n)); }
+                _ => node.expire_settling(at(u64::try_from(n).unwrap() * 100_000)),
             }
             let report = &node.pool_reports(at(0))[0];
             let mut listed = 0;
@@ -357,7 +518,7 @@ proptest! {
                 prop_assert_eq!(busy + replica.slots_free, slots);
                 listed += busy as usize;
             }
-            prop_assert_eq!(listed, node.running_count());
+            prop_assert_eq!(listed, node.running.len());
         }
     }
 }

@@ -11,7 +11,8 @@ use pool_registry_types::task::{ChatMessage, FinishReason, Role, TaskRequest, Wo
 use pool_registry_types::{ErrorCode, ModelRef};
 use serde_json::json;
 
-use super::{Reader, Reply, Said, refused, request};
+use super::answer::{Delta, Reader, Reply, Said};
+use super::{documents, llamacpp, openai, refusal, request, tgi, triton};
 
 /// What a whole stream says, and how it is taken when it then ends in order.
 #[derive(Debug, PartialEq)]
@@ -20,8 +21,8 @@ struct Heard {
     closed: Option<Said>,
 }
 
-fn hear(reply: Reply, bound: Option<u64>, stream: &str, piece: usize) -> Heard {
-    let (mut decoder, mut reader) = (Decoder::new(), Reader::new(reply, false).bounded_by(bound));
+fn hear(reply: &'static Reply, bound: Option<u64>, stream: &str, piece: usize) -> Heard {
+    let (mut decoder, mut reader) = (Decoder::lossy(), Reader::new(reply, false).bounded_by(bound));
     let mut said = Vec::new();
     for piece in stream.as_bytes().chunks(piece) {
         decoder.push(piece);
@@ -30,25 +31,25 @@ fn hear(reply: Reply, bound: Option<u64>, stream: &str, piece: usize) -> Heard {
         }
     }
     assert!(!decoder.has_partial_frame(), "{stream}");
-    said.retain(|said| *said != Said::Nothing);
+    said.retain(|said| *said != Said::Nothing && *said != Said::Delta(Delta::default()));
     Heard { said, closed: reader.closed() }
 }
 
 fn text(text: &str) -> Said {
-    Said::Text(text.into())
+    Said::Delta(Delta::text(text))
 }
 
 fn end(last: Option<&str>, tokens_out: u64, finish_reason: FinishReason) -> Said {
-    Said::End { text: last.map(str::to_owned), tokens_out, finish_reason }
+    Said::End { delta: Delta::text(last.unwrap_or_default()), tokens_out, finish_reason }
 }
 
 /// The answers " a b" of each dialect: cut at the bound, and ended by the model.
-fn answers() -> Vec<(&'static str, Reply, &'static str, Vec<Said>)> {
+fn answers() -> Vec<(&'static str, &'static Reply, &'static str, Vec<Said>)> {
     use FinishReason::{Length, Stop};
     vec![
         (
             "llama.cpp, cut",
-            Reply::LlamaCompletion,
+            &llamacpp::COMPLETION,
             concat!(
                 "data: {\"index\":0,\"content\":\" a\",\"tokens\":[5],\"stop\":false,\"tokens_predicted\":1}\n\n",
                 "data: {\"content\":\" b\",\"stop\":false}\n\n",
@@ -58,7 +59,7 @@ fn answers() -> Vec<(&'static str, Reply, &'static str, Vec<Said>)> {
         ),
         (
             "vLLM, a prompt, cut",
-            Reply::OpenAiCompletion,
+            &openai::COMPLETION,
             concat!(
                 "data: {\"id\":\"cmpl-1\",\"object\":\"text_completion\",\"choices\":[{\"index\":0,\"text\":\" a\",\"logprobs\":null,\"finish_reason\":null,\"stop_reason\":null}],\"usage\":null}\n\n",
                 "data: {\"id\":\"cmpl-1\",\"choices\":[{\"index\":0,\"text\":\" b\",\"finish_reason\":\"length\"}],\"usage\":null}\n\n",
@@ -69,7 +70,7 @@ fn answers() -> Vec<(&'static str, Reply, &'static str, Vec<Said>)> {
         ),
         (
             "vLLM, messages, ended",
-            Reply::OpenAiChat,
+            &openai::CHAT,
             concat!(
                 "data: {\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"finish_reason\":null}]}\n\n",
                 "data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\" a b\"},\"finish_reason\":null}]}\n\n",
@@ -81,7 +82,7 @@ fn answers() -> Vec<(&'static str, Reply, &'static str, Vec<Said>)> {
         ),
         (
             "TGI, a prompt, cut",
-            Reply::Tgi,
+            &tgi::GENERATE,
             concat!(
                 "data:{\"index\":1,\"token\":{\"id\":5,\"text\":\" a\",\"logprob\":-0.5,\"special\":false},\"generated_text\":null,\"details\":null}\n\n",
                 ":\n\n",
@@ -91,7 +92,7 @@ fn answers() -> Vec<(&'static str, Reply, &'static str, Vec<Said>)> {
         ),
         (
             "TGI, a prompt, ended by a mark that is no part of the answer",
-            Reply::Tgi,
+            &tgi::GENERATE,
             concat!(
                 "data: {\"index\":1,\"token\":{\"id\":5,\"text\":\" a\",\"logprob\":-0.5,\"special\":false},\"generated_text\":null,\"details\":null}\r\n\r\n",
                 "data: {\"index\":2,\"token\":{\"id\":2,\"text\":\"</s>\",\"logprob\":-0.1,\"special\":true},\"generated_text\":\" a\",\"details\":{\"finish_reason\":\"eos_token\",\"generated_tokens\":2,\"seed\":7}}\r\n\r\n",
@@ -100,7 +101,7 @@ fn answers() -> Vec<(&'static str, Reply, &'static str, Vec<Said>)> {
         ),
         (
             "TGI, messages, ended",
-            Reply::OpenAiChat,
+            &openai::CHAT,
             concat!(
                 "data: {\"object\":\"chat.completion.chunk\",\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\" a\"},\"logprobs\":null,\"finish_reason\":null}],\"usage\":null}\n\n",
                 "data: {\"object\":\"chat.completion.chunk\",\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"logprobs\":null,\"finish_reason\":\"stop\"}],\"usage\":null}\n\n",
@@ -118,7 +119,7 @@ fn each_dialect_is_read_wherever_the_network_splits_it() {
     for (name, reply, stream, said) in answers() {
         for piece in [1, 2, 7, 64, stream.len()] {
             let heard = hear(reply, Some(2), stream, piece);
-            assert_eq!(heard, Heard { said: said.clone(), closed: None }, "{name}, by {piece}");
+            assert_eq!(heard.said, said, "{name}, by {piece}");
         }
     }
 }
@@ -135,7 +136,7 @@ fn a_stream_of_triton_is_whole_when_its_message_is() {
         [(Some(2), FinishReason::Length), (Some(9), FinishReason::Stop), (None, FinishReason::Stop)]
     {
         for piece in [1, 7, stream.len()] {
-            let heard = hear(Reply::Triton, bound, stream, piece);
+            let heard = hear(&triton::GENERATE, bound, stream, piece);
             let closed = Some(end(None, 2, reason));
             assert_eq!(heard, Heard { said: vec![text(" a"), text(" b")], closed });
         }
@@ -150,9 +151,9 @@ fn no_other_stream_is_whole_without_its_marker_and_none_without_an_event() {
         let first = stream.split_inclusive("\n\n").next().unwrap();
         let heard = hear(reply, Some(1), first, 16);
         assert_eq!(heard.closed, None, "{name}");
-        assert!(heard.said.iter().all(|said| matches!(said, Said::Text(_))), "{name}: {heard:?}");
+        assert!(heard.said.iter().all(|said| matches!(said, Said::Delta(_))), "{name}: {heard:?}");
     }
-    for reply in [Reply::LlamaCompletion, Reply::OpenAiChat, Reply::Tgi, Reply::Triton] {
+    for reply in [&llamacpp::COMPLETION, &openai::CHAT, &tgi::GENERATE, &triton::GENERATE] {
         assert_eq!(hear(reply, Some(1), ": ka\n\n", 3).closed, None, "{reply:?}");
     }
 }
@@ -162,48 +163,48 @@ fn no_other_stream_is_whole_without_its_marker_and_none_without_an_event() {
 fn an_error_in_a_stream_is_a_refusal_where_it_says_so_and_else_a_failure() {
     let refusals = [
         (
-            Reply::Tgi,
+            &tgi::GENERATE,
             r#"{"error":"Input validation error: `inputs` must have less than 4096 tokens. Given: 9000","error_type":"validation"}"#,
             ErrorCode::ContextTooLong,
         ),
         (
-            Reply::Tgi,
+            &tgi::GENERATE,
             r#"{"error":"Input validation error: `temperature` must be strictly positive","error_type":"validation"}"#,
             ErrorCode::InvalidParams,
         ),
         (
-            Reply::Tgi,
+            &tgi::GENERATE,
             r#"{"error":"Model is overloaded","error_type":"overloaded"}"#,
             ErrorCode::ReplicaExhausted,
         ),
         (
-            Reply::OpenAiChat,
+            &openai::CHAT,
             r#"{"error":{"message":"Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096. Given: 9000 `inputs` tokens and 8 `max_new_tokens`","http_status_code":422}}"#,
             ErrorCode::ContextTooLong,
         ),
         (
-            Reply::OpenAiCompletion,
+            &openai::COMPLETION,
             r#"{"error":{"message":"bad grammar","type":"BadRequestError","param":null,"code":400}}"#,
             ErrorCode::InvalidParams,
         ),
     ];
     for (reply, data, code) in refusals {
         match &hear(reply, None, &format!("data: {data}\n\n"), 32).said[..] {
-            [Said::Refused(error)] => assert_eq!(error.code, code, "{data}"),
+            [Said::Refused(refusal)] => assert_eq!(refusal.error.code, code, "{data}"),
             other => panic!("{data}: {other:?}"),
         }
     }
     let failures = [
-        (Reply::Tgi, r#"{"error":"Request failed during generation: CUDA error","error_type":"generation"}"#),
-        (Reply::Triton, r#"{"error":"Executor failed"}"#),
         (
-            Reply::OpenAiChat,
-            r#"{"error":{"message":"EngineCore died","type":"InternalServerError","code":500}}"#,
+            &tgi::GENERATE,
+            r#"{"error":"Request failed during generation: CUDA error","error_type":"generation"}"#,
         ),
-        (Reply::LlamaCompletion, r#"{"error":{"code":500,"message":"out of memory","type":"server_error"}}"#),
-        (Reply::Tgi, "{"),
-        (Reply::Triton, "null"),
-        (Reply::OpenAiCompletion, "[DONE]"),
+        (&triton::GENERATE, r#"{"error":"Executor failed"}"#),
+        (&openai::CHAT, r#"{"error":{"message":"EngineCore died","type":"InternalServerError","code":500}}"#),
+        (&llamacpp::COMPLETION, r#"{"error":{"code":500,"message":"out of memory","type":"server_error"}}"#),
+        (&tgi::GENERATE, "{"),
+        (&triton::GENERATE, "null"),
+        (&openai::COMPLETION, "[DONE]"),
     ];
     for (reply, data) in failures {
         let heard = hear(reply, None, &format!("data: {data}\n\n"), 32);
@@ -243,12 +244,12 @@ fn a_refused_request_is_the_clients_or_the_engines_fault() {
             json!({"error": {"code": 501, "message": "no --reranking", "type": "not_supported_error"}}),
             ErrorCode::Unsupported,
         ),
-        (404, json!({"detail": "Not Found"}), ErrorCode::InvalidParams),
+        (404, json!({"detail": "Not Found"}), ErrorCode::Unsupported),
         (503, json!({"error": {"message": "Loading model"}}), ErrorCode::PoolUnready),
         (500, json!(null), ErrorCode::WorkerReset),
     ];
     for (status, answer, code) in cases {
-        let error = refused(status, &answer);
+        let error = refusal::refusal(status, &answer.to_string()).error;
         assert_eq!(error.code, code, "{status} {answer}");
         let final_for_the_client = error.cause == Some(EndCause::Engine4xx);
         let clients =
@@ -296,10 +297,12 @@ fn each_engine_is_asked_at_its_own_place_and_for_nothing_that_it_lacks() {
     for (engine, paths) in PATHS {
         for (task, path) in tasks.iter().zip(paths) {
             assert_eq!(task.lacks(engine).is_none(), path.is_some(), "{engine}: {task:?}");
-            match (request(engine, task, Some(64), None), path) {
+            match (request(engine, task, "m", Some(64), None), path) {
                 (Ok(request), Some(path)) => {
                     assert_eq!(request.path, path, "{engine}");
-                    assert_eq!(request.reply.is_document(), task.inputs.is_some(), "{engine}");
+                    assert_eq!(request.reply.is_document, task.inputs.is_some(), "{engine}");
+                    let document = [&documents::EMBEDDING, &documents::RERANK].contains(&request.reply);
+                    assert_eq!(document, task.inputs.is_some(), "{engine}");
                 }
                 (Err(error), None) => assert_eq!(error.code, ErrorCode::Unsupported, "{engine}"),
                 (answer, path) => panic!("{engine}: {answer:?} for {path:?}"),

@@ -4,12 +4,25 @@
 //! A document is read whole, within a bound, and must answer all that was asked, once: what is
 //! missing cannot be asked again for a part.
 
-use futures::StreamExt;
-use pool_registry_types::task::{EmbeddingResult, Inputs, RerankResult, TaskRequest};
+use pool_registry_types::task::{EmbeddingResult, Inputs, RerankResult};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::{EngineRequest, Reply, describe};
+use super::EngineRequest;
+use super::answer::{Reader, Reply, Said};
+use super::client::{Answer, BodyError};
+use super::json::Json;
+
+/// `/v1/embeddings`.
+pub static EMBEDDING: Reply =
+    Reply { name: "an embedding", is_document: true, ends_by_closing: false, read: no_stream };
+/// `/v1/rerank`.
+pub static RERANK: Reply =
+    Reply { name: "a ranking", is_document: true, ends_by_closing: false, read: no_stream };
+
+fn no_stream(_: &mut Reader, _: Json<'_>) -> Said {
+    Said::Failed("it streams what is one document".into())
+}
 
 /// Longest document that is read, bytes: the most texts that a task may have, with vectors of a
 /// thousand numbers written in full, take about as much.
@@ -35,34 +48,25 @@ pub enum DocumentError {
     Unreadable(String),
 }
 
-pub(super) fn request(task: &TaskRequest, inputs: &Inputs) -> EngineRequest {
+pub(super) fn request(model: &str, inputs: &Inputs) -> EngineRequest {
     match inputs {
         Inputs::Embedding(texts) => {
-            let body = json!({ "model": task.model_ref, "input": texts, "encoding_format": "float" });
-            EngineRequest::whole("/v1/embeddings", body, Reply::Embedding)
+            let body = json!({ "model": model, "input": texts, "encoding_format": "float" });
+            EngineRequest::whole("/v1/embeddings", body, &EMBEDDING)
         }
         Inputs::Rerank(rerank) => {
-            let body =
-                json!({ "model": task.model_ref, "query": rerank.query, "documents": rerank.documents });
-            EngineRequest::whole("/v1/rerank", body, Reply::Rerank)
+            let body = json!({ "model": model, "query": rerank.query, "documents": rerank.documents });
+            EngineRequest::whole("/v1/rerank", body, &RERANK)
         }
     }
 }
 
 /// Reads the answer to a request for `asked` results.
-pub async fn read(
-    response: reqwest::Response,
-    reply: Reply,
-    asked: usize,
-) -> Result<Document, DocumentError> {
-    let (mut body, mut pieces) = (Vec::new(), response.bytes_stream());
-    while let Some(piece) = pieces.next().await {
-        let piece = piece.map_err(|error| DocumentError::Lost(describe(error)))?;
-        if body.len() + piece.len() > MAX_DOCUMENT_BYTES {
-            return Err(DocumentError::TooLong);
-        }
-        body.extend_from_slice(&piece);
-    }
+pub async fn read(answer: Answer, reply: &'static Reply, asked: usize) -> Result<Document, DocumentError> {
+    let body = answer.bytes(MAX_DOCUMENT_BYTES).await.map_err(|error| match error {
+        BodyError::TooLong { .. } => DocumentError::TooLong,
+        BodyError::Lost(_) => DocumentError::Lost(error.to_string()),
+    })?;
     // A document of this length takes a good part of a second.
     let parsing = tokio::task::spawn_blocking(move || parse(reply, asked, &body));
     let parsed = parsing.await.map_err(|error| DocumentError::Unreadable(error.to_string()))?;
@@ -110,9 +114,9 @@ impl Usage {
     }
 }
 
-fn parse(reply: Reply, asked: usize, body: &[u8]) -> Result<Document, String> {
+fn parse(reply: &Reply, asked: usize, body: &[u8]) -> Result<Document, String> {
     let unreadable = |error: serde_json::Error| error.to_string();
-    let (results, tokens_in) = if reply == Reply::Embedding {
+    let (results, tokens_in) = if *reply == EMBEDDING {
         let answer: Embeddings = serde_json::from_slice(body).map_err(unreadable)?;
         (embeddings(answer.data, asked)?, Usage::tokens_in(answer.usage))
     } else {
@@ -162,7 +166,7 @@ fn each_once(indices: impl ExactSizeIterator<Item = usize>, asked: usize) -> Res
 mod tests {
     use super::*;
 
-    fn said(reply: Reply, asked: usize, body: &str) -> Result<Document, String> {
+    fn said(reply: &Reply, asked: usize, body: &str) -> Result<Document, String> {
         parse(reply, asked, body.as_bytes())
     }
 
@@ -175,7 +179,7 @@ mod tests {
             "usage":{"prompt_tokens":7,"total_tokens":7}}"#;
         let results =
             vec![r#"{"i":0,"embedding":[0.1,2.0]}"#.into(), r#"{"i":1,"embedding":[0.5,-1.0]}"#.into()];
-        assert_eq!(said(Reply::Embedding, 2, body), Ok(Document { results, tokens_in: Some(7) }));
+        assert_eq!(said(&EMBEDDING, 2, body), Ok(Document { results, tokens_in: Some(7) }));
     }
 
     // CLOUD-2482
@@ -185,7 +189,7 @@ mod tests {
             {"index":1,"document":{"text":"b"},"relevance_score":0.9}],"usage":{"total_tokens":5}}"#;
         let results =
             vec![r#"{"i":0,"document":1,"score":0.9}"#.into(), r#"{"i":1,"document":0,"score":0.1}"#.into()];
-        assert_eq!(said(Reply::Rerank, 2, body), Ok(Document { results, tokens_in: Some(5) }));
+        assert_eq!(said(&RERANK, 2, body), Ok(Document { results, tokens_in: Some(5) }));
     }
 
     // CLOUD-2482
@@ -196,8 +200,8 @@ mod tests {
         let uneven = r#"{"data":[{"index":0,"embedding":[1.0]},{"index":1,"embedding":[1.0,2.0]}]}"#;
         let of_tokens = r#"{"data":[{"index":0,"embedding":[[1.0],[2.0]]}]}"#;
         for (asked, body) in [(2, one), (2, twice), (2, uneven), (1, of_tokens), (1, "{"), (1, "{}")] {
-            assert!(said(Reply::Embedding, asked, body).is_err(), "{body}");
+            assert!(said(&EMBEDDING, asked, body).is_err(), "{body}");
         }
-        assert!(said(Reply::Rerank, 1, r#"{"results":[]}"#).is_err());
+        assert!(said(&RERANK, 1, r#"{"results":[]}"#).is_err());
     }
 }

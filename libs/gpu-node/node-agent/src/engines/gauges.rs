@@ -1,7 +1,9 @@
 //! Gauges in an engine's metrics, as Prometheus writes them.
 
-/// The sum of a gauge's series, as a count of requests; nothing where it has none. An engine that
-/// runs in several processes has one series for each.
+use super::{Busy, Look, Question};
+
+/// The sum of a gauge's series, as a count of requests, at most `u32::MAX`; nothing where it has
+/// none. An engine that runs in several processes has one series for each.
 pub(super) fn sum(metrics: &str, name: &str) -> Option<u32> {
     let values = metrics.lines().filter_map(|line| {
         let rest = line.strip_prefix(name)?;
@@ -14,22 +16,38 @@ pub(super) fn sum(metrics: &str, name: &str) -> Option<u32> {
         (value.is_finite() && value >= 0.0).then_some(value)
     });
     let total = values.fold(None, |sum: Option<f64>, value| Some(sum.unwrap_or(0.0) + value))?;
-    // Requests are a small whole number.
-    format!("{total:.0}").parse().ok()
-}
-
-/// An engine's metrics, where it has any.
-async fn read(client: &reqwest::Client, url: &str) -> Option<String> {
-    let response = client.get(format!("{url}/metrics")).send().await.ok()?;
-    response.status().is_success().then_some(())?;
-    response.text().await.ok()
+    // Requests are whole numbers.
+    format!("{:.0}", total.min(f64::from(u32::MAX))).parse().ok()
 }
 
 /// Requests that the engine works on and those that wait for it, by two of its gauges; the first
 /// one must be there.
-pub(super) async fn busy(client: &reqwest::Client, url: &str, running: &str, waiting: &str) -> Option<u32> {
-    let metrics = read(client, url).await?;
-    Some(sum(&metrics, running)? + sum(&metrics, waiting).unwrap_or(0))
+pub(super) async fn busy(look: &Look<'_>, running: &str, waiting: &str) -> Busy {
+    let answer = match look.client.get(look.at, "/metrics").await {
+        Ok(answer) if answer.status() == 200 => answer,
+        Ok(answer) => {
+            drop(answer.bytes(super::MAX_ERROR_BYTES).await);
+            return Busy::CannotTell;
+        }
+        Err(_) => return Busy::NoAnswer,
+    };
+    let Ok(metrics) = answer.bytes(MAX_METRICS_BYTES).await else { return Busy::NoAnswer };
+    let metrics = String::from_utf8_lossy(&metrics);
+    match sum(&metrics, running) {
+        Some(count) => Busy::Told(count.saturating_add(sum(&metrics, waiting).unwrap_or(0))),
+        None => Busy::CannotTell,
+    }
+}
+
+/// Longest text of metrics that is read, bytes.
+const MAX_METRICS_BYTES: usize = 4 * 1024 * 1024;
+
+/// What a question about how busy an engine is says where it has no answer.
+pub(super) fn unanswered(error: &Question) -> Busy {
+    match error {
+        Question::Unanswered(_) => Busy::NoAnswer,
+        Question::Status(_) | Question::Bad(_) => Busy::CannotTell,
+    }
 }
 
 #[cfg(test)]
@@ -49,5 +67,13 @@ mod tests {
         assert_eq!(sum(metrics, "tgi_queue_size"), Some(4));
         assert_eq!(sum(metrics, "tgi_batch_current_size"), None);
         assert_eq!(sum(metrics, "broken"), None);
+    }
+
+    // CLOUD-1523
+    #[test]
+    fn a_gauge_without_measure_is_a_large_one() {
+        for absurd in ["4294967295", "4294967296", "18446744073709551615", "1e300"] {
+            assert_eq!(sum(&format!("g {absurd}\ng{{x=\"1\"}} 7\n"), "g"), Some(u32::MAX), "{absurd}");
+        }
     }
 }

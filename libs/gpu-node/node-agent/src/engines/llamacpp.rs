@@ -4,13 +4,36 @@
 //! the model's name, queues beyond its slots without a word, and says how busy it is in its
 //! metrics and its slots.
 
-use pool_registry_types::task::{FinishReason, KvHint, Resume, ResumeMode, TaskRequest};
+use futures::FutureExt;
+use pool_registry_types::engines::capabilities;
+use pool_registry_types::pool::EngineKind;
+use pool_registry_types::task::{FinishReason, KvHint, Resume, ResumeMode};
+use pool_registry_types::{ErrorBody, ErrorCode};
 use serde_json::{Value, json};
 
+use super::answer::{Delta, Reader, Reply, Said, text_of};
+use super::client::{Endpoint, EngineClient};
+use super::json::Json;
+use super::refusal::{Refusal, Whose};
+use super::thoughts::{Splitter, Template};
 use super::{
-    EngineFacts, EngineRequest, NotReady, Reply, Said, gauges, get_json, health, model_names, openai,
-    said_error, tokens_left,
+    Asked, Busy, CallError, Dialect, EngineFacts, EngineRequest, Look, NotReady, Unsent, gauges, health,
+    listed, openai, positive, refused, set,
 };
+use crate::pools_file::PoolSpec;
+
+pub(super) static DIALECT: Dialect = Dialect {
+    capabilities: capabilities(EngineKind::LlamaCpp),
+    request,
+    probe: |look| probe(look).boxed(),
+    busy: Some(|look| busy(look).boxed()),
+    command_line,
+    key_flag: Some("--api-key-file"),
+};
+
+/// `/completion`: ends with `"stop": true`, without a marker.
+pub(super) static COMPLETION: Reply =
+    Reply { name: "llama.cpp's completion", is_document: false, ends_by_closing: false, read };
 
 /// What `/completion` cannot take as it is: messages, and what was sent before.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,6 +42,10 @@ pub(crate) struct Preparation {
     messages: Option<Value>,
     prompt: String,
     sent: Option<Resume>,
+    /// Thoughts were left out of what was sent.
+    drops_thoughts: bool,
+    /// For the questions: an engine with several models asks which.
+    model: String,
 }
 
 /// What is read of the last event; all of it would repeat the prompt and the settings.
@@ -26,166 +53,245 @@ const READ: [&str; 6] = ["content", "stop", "stop_type", "tokens", "tokens_predi
 
 /// Longest wait for a question that precedes the request.
 const PREPARATION_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
+/// Longest answer to one, bytes: a prompt that is written out.
+const MAX_PREPARATION_BYTES: usize = 16 * 1024 * 1024;
 
 impl Preparation {
-    /// Fills in the body's prompt. Returns an answer of the engine that is a refusal.
+    /// Fills in the body's prompt. Returns how thoughts are told from the text that comes.
     pub(super) async fn complete(
         self,
-        client: &reqwest::Client,
-        url: &str,
+        client: &EngineClient,
+        at: &Endpoint,
         body: &mut Value,
-    ) -> Result<Option<reqwest::Response>, reqwest::Error> {
-        let ask = |path: &str, question: Value| {
-            client.post(format!("{url}{path}")).timeout(PREPARATION_TIMEOUT).json(&question).send()
-        };
-        let mut prompt = self.prompt;
-        if let Some(messages) = self.messages {
-            let answer = ask("/apply-template", json!({ "messages": messages })).await?;
-            if !answer.status().is_success() {
-                return Ok(Some(answer));
-            }
-            let written: Value = answer.json().await?;
+    ) -> Result<Option<Splitter>, Unsent> {
+        let mut prompt = self.prompt.clone();
+        let mut splitter = None;
+        if let Some(messages) = &self.messages {
+            let written = self.ask(client, at, "/apply-template", json!({ "messages": messages })).await?;
             prompt = written["prompt"].as_str().unwrap_or_default().to_owned();
+            splitter = match self.template(client, at).await? {
+                Template::Plain => None,
+                Template::Marked(marks) => Some(Splitter::after(marks, &prompt)),
+                Template::Unknown => return Err(cannot(ErrorCode::Unsupported, UNKNOWN_MARKS)),
+            };
         }
-        let Some(sent) = self.sent else {
+        let Some(sent) = &self.sent else {
             body["prompt"] = json!(prompt);
-            return Ok(None);
+            return Ok(splitter);
         };
         // The very tokens are better than their text, which may be cut into others; but only
-        // where they are all there.
-        let mut whole = false;
+        // where they are all there, and where they read as what was sent.
         if !sent.token_ids.is_empty() {
-            let answer = ask("/detokenize", json!({ "tokens": sent.token_ids })).await?;
-            let text: Value = if answer.status().is_success() { answer.json().await? } else { Value::Null };
-            whole = text["content"] == sent.text;
+            let written = self.ask(client, at, "/detokenize", json!({ "tokens": sent.token_ids })).await?;
+            let mut read = splitter.clone();
+            if let Some(text) = written["content"].as_str()
+                && self.reads_as_sent(text, read.as_mut(), sent)
+            {
+                let ids = sent.token_ids.iter().map(|id| json!(id));
+                body["prompt"] = std::iter::once(json!(prompt)).chain(ids).collect();
+                return Ok(read);
+            }
         }
-        body["prompt"] = if whole {
-            let ids = sent.token_ids.iter().map(|id| json!(id));
-            std::iter::once(json!(prompt)).chain(ids).collect()
-        } else {
-            json!(prompt + &sent.text)
+        let Some(splitter) = splitter else {
+            body["prompt"] = json!(prompt + &sent.text);
+            return Ok(None);
         };
-        Ok(None)
+        if self.drops_thoughts {
+            // What the model had thought is not known any more: from the text alone it would go on
+            // to another one.
+            return Err(cannot(ErrorCode::WorkerReset, FORGOTTEN));
+        }
+        let (written, read) = splitter.written_out(&sent.reasoning, &sent.text);
+        body["prompt"] = json!(prompt + &written);
+        Ok(Some(read))
+    }
+
+    fn reads_as_sent(&self, raw: &str, splitter: Option<&mut Splitter>, sent: &Resume) -> bool {
+        let Some(splitter) = splitter else { return raw == sent.text };
+        let read = splitter.push(raw);
+        read.text == sent.text && (self.drops_thoughts || read.thought == sent.reasoning)
+    }
+
+    async fn template(&self, client: &EngineClient, at: &Endpoint) -> Result<Template, Unsent> {
+        let asking = async {
+            let answer = client.get(at, "/props").await?;
+            Ok::<_, CallError>(answer.bytes(MAX_PREPARATION_BYTES).await.unwrap_or_default())
+        };
+        let props = in_time(asking).await?;
+        let props: Value = serde_json::from_slice(&props).unwrap_or_default();
+        // Not told, it may be any.
+        Ok(props["chat_template"].as_str().map_or(Template::Unknown, Template::of))
+    }
+
+    async fn ask(
+        &self,
+        client: &EngineClient,
+        at: &Endpoint,
+        path: &str,
+        mut question: Value,
+    ) -> Result<Value, Unsent> {
+        question["model"] = json!(self.model);
+        let answer = in_time(client.post(at, path, &question, None)).await?;
+        if !(200..300).contains(&answer.status()) {
+            return Err(Unsent::Refused(refused(answer).await));
+        }
+        let read = answer.bytes(MAX_PREPARATION_BYTES);
+        let reading = async { read.await.map_err(|error| CallError::Lost(error.to_string())) };
+        Ok(serde_json::from_slice(&in_time(reading).await?).unwrap_or_default())
     }
 }
 
-pub(super) fn request(task: &TaskRequest, ctx_max: Option<u32>, sent: Option<&Resume>) -> EngineRequest {
+const UNKNOWN_MARKS: &str = "recovery: the model's template shows that it thinks, and not in a way that is known \
+    here, so that its messages cannot be continued as text";
+const FORGOTTEN: &str = "the stream cannot go on: the thoughts before it were left out, and their tokens are not \
+    all known";
+
+/// A refusal of our own.
+fn cannot(code: ErrorCode, message: &str) -> Unsent {
+    let mut error = ErrorBody::new(code, message);
+    if code == ErrorCode::WorkerReset {
+        error.cause = Some(pool_registry_types::error::EndCause::ReplayDiffers);
+    }
+    Unsent::Refused(Refusal { whose: Whose::Client, error })
+}
+
+async fn in_time<T>(asking: impl Future<Output = Result<T, CallError>>) -> Result<T, CallError> {
+    let late = |_| Err(CallError::Silent("a question before the request was not answered in time".into()));
+    tokio::time::timeout(PREPARATION_TIMEOUT, asking).await.unwrap_or_else(late)
+}
+
+fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {
+    let Asked { task, model, sent, .. } = *asked;
     let continues = task.continuation() == Some(ResumeMode::Append);
     let cold = (task.kv_hint == KvHint::Cold).then_some(false);
     if task.prompt.is_none() && !continues {
-        let mut request = openai::chat(task);
-        openai::set(&mut request.body, "top_k", task.top_k);
-        openai::set(&mut request.body, "min_p", task.min_p);
-        openai::set(&mut request.body, "grammar", task.grammar.clone());
-        openai::set(&mut request.body, "cache_prompt", cold);
-        return request;
+        let mut request = openai::chat(asked);
+        set(&mut request.body, "top_k", task.top_k);
+        set(&mut request.body, "min_p", task.min_p);
+        set(&mut request.body, "grammar", task.grammar.clone());
+        set(&mut request.body, "cache_prompt", cold);
+        return Ok(request);
     }
     let prompt = task.prompt.clone().unwrap_or_default();
-    let mut body = json!({ "prompt": prompt, "stream": true, "response_fields": READ });
-    openai::set(&mut body, "n_predict", tokens_left(task, ctx_max, sent));
-    openai::set(&mut body, "seed", task.seed);
-    openai::set(&mut body, "temperature", task.temperature);
-    openai::set(&mut body, "top_p", task.top_p);
-    openai::set(&mut body, "top_k", task.top_k);
-    openai::set(&mut body, "min_p", task.min_p);
-    openai::set(&mut body, "grammar", task.grammar.clone());
-    openai::set(&mut body, "cache_prompt", cold);
-    openai::set(&mut body, "return_tokens", continues.then_some(true));
+    // Where it serves several models it must be told which; else it passes the name over.
+    let mut body = json!({ "model": model, "prompt": prompt, "stream": true, "response_fields": READ });
+    set(&mut body, "n_predict", asked.tokens_left());
+    set(&mut body, "seed", task.seed);
+    set(&mut body, "temperature", task.temperature);
+    set(&mut body, "top_p", task.top_p);
+    set(&mut body, "top_k", task.top_k);
+    set(&mut body, "min_p", task.min_p);
+    set(&mut body, "grammar", task.grammar.clone());
+    set(&mut body, "cache_prompt", cold);
+    set(&mut body, "return_tokens", continues.then_some(true));
     if !task.stop.is_empty() {
         body["stop"] = json!(task.stop);
     }
     let messages = task.messages.as_ref().map(|messages| json!(messages));
     let incomplete = messages.is_some() || sent.is_some();
-    let preparation = incomplete.then(|| Preparation { messages, prompt, sent: sent.cloned() });
-    EngineRequest {
+    let preparation = incomplete.then(|| Preparation {
+        messages,
+        prompt,
+        sent: sent.cloned(),
+        drops_thoughts: task.reasoning == pool_registry_types::task::Reasoning::Drop,
+        model: model.to_owned(),
+    });
+    Ok(EngineRequest {
         path: "/completion".into(),
         body,
-        reply: Reply::LlamaCompletion,
+        reply: &COMPLETION,
         preparation,
         wants_ids: continues,
-    }
+    })
 }
 
-/// The parts of an event of `/completion` that matter.
-#[derive(Debug, serde::Deserialize)]
-struct Event<'a> {
-    #[serde(default, borrow)]
-    content: Option<std::borrow::Cow<'a, str>>,
-    #[serde(default)]
-    stop: bool,
-    #[serde(default)]
-    tokens_predicted: u64,
-    #[serde(default, borrow)]
-    stop_type: Option<std::borrow::Cow<'a, str>>,
-    #[serde(default)]
-    error: Option<Value>,
-}
-
-pub(super) fn read(data: &str) -> Said {
-    let event: Event<'_> = match serde_json::from_str(data) {
-        Ok(event) => event,
-        Err(error) => return Said::Failed(format!("unreadable event: {error}")),
-    };
-    if let Some(error) = event.error {
-        return said_error(None, &json!({ "error": error }));
+fn read(reader: &mut Reader, event: Json<'_>) -> Said {
+    let delta = Delta::text(text_of(event.get("content")));
+    if !event.get("stop").is_true() {
+        return Said::Delta(delta);
     }
-    let text = event.content.filter(|text| !text.is_empty()).map(std::borrow::Cow::into_owned);
-    if event.stop {
-        let limit = event.stop_type.is_some_and(|reason| reason == "limit");
-        let finish_reason = if limit { FinishReason::Length } else { FinishReason::Stop };
-        return Said::End { text, tokens_out: event.tokens_predicted, finish_reason };
-    }
-    text.map_or(Said::Nothing, Said::Text)
+    // Older ones say it by a field for each reason.
+    let limit =
+        event.get("stop_type").text().as_deref() == Some("limit") || event.get("stopped_limit").is_true();
+    let finish_reason = if limit { FinishReason::Length } else { FinishReason::Stop };
+    reader.end(delta, event.get("tokens_predicted").count(), Some(finish_reason))
 }
 
 /// The ids of the tokens of an event, and the count of all so far; none where it does not say.
-pub(super) fn token_ids(data: &str) -> (Vec<u32>, u64) {
-    #[derive(serde::Deserialize)]
-    struct Tokens {
-        #[serde(default)]
-        tokens: Vec<u32>,
-        #[serde(default)]
-        tokens_predicted: u64,
-    }
-    serde_json::from_str::<Tokens>(data)
-        .map(|event| (event.tokens, event.tokens_predicted))
-        .unwrap_or_default()
+pub(super) fn token_ids(event: Json<'_>) -> (Vec<u32>, u32) {
+    let ids = event.get("tokens").items().filter_map(Json::count).collect();
+    (ids, event.get("tokens_predicted").count().unwrap_or(0))
 }
 
-pub(super) async fn probe(
-    client: &reqwest::Client,
-    url: &str,
-) -> Result<(EngineFacts, Option<u32>), NotReady> {
-    health(client, url, Some(503)).await?;
-    let props = get_json(client, format!("{url}/props")).await.map_err(|e| format!("/props: {e}"))?;
-    let models =
-        get_json(client, format!("{url}/v1/models")).await.map_err(|e| format!("/v1/models: {e}"))?;
-    let number = |value: &Value| value.as_u64().and_then(|n| u32::try_from(n).ok());
-    let facts = EngineFacts {
-        models: model_names(&models),
-        slots: number(&props["total_slots"]),
-        ctx_max: number(&props["default_generation_settings"]["n_ctx"]),
+async fn probe(look: &Look<'_>) -> Result<EngineFacts, NotReady> {
+    health(look, Some(503)).await?;
+    let props = look.json("/props").await?;
+    let list = look.json("/v1/models").await?;
+    let (models, own_model) = listed(&list);
+    // A router of several models has neither slots nor a context of its own: its handoff says them.
+    Ok(EngineFacts {
+        models,
+        own_model,
+        slots: positive(&props["total_slots"]),
+        ctx_max: positive(&props["default_generation_settings"]["n_ctx"]),
         version: props["build_info"].as_str().map(str::to_owned),
-    };
-    Ok((facts, busy(client, url).await))
+    })
 }
 
-/// From the gauges; from the slots where the gauges are off.
-pub(super) async fn busy(client: &reqwest::Client, url: &str) -> Option<u32> {
-    let told = gauges::busy(client, url, "llamacpp:requests_processing", "llamacpp:requests_deferred").await;
-    if told.is_some() {
+/// From the gauges; from the slots where the gauges are off. Either wakes an engine that sleeps, so
+/// one that does is not asked.
+async fn busy(look: &Look<'_>) -> Busy {
+    match look.client.get_json(look.at, "/props").await {
+        Ok(props) if props["is_sleeping"] == true => return Busy::Told(0),
+        Ok(props) if props["role"] == "router" => return Busy::CannotTell,
+        _ => {}
+    }
+    let told = gauges::busy(look, "llamacpp:requests_processing", "llamacpp:requests_deferred").await;
+    if told != Busy::CannotTell {
         return told;
     }
-    let slots = get_json(client, format!("{url}/slots")).await.ok()?;
-    let busy = slots.as_array()?.iter().filter(|slot| slot["is_processing"] == true).count();
-    u32::try_from(busy).ok()
+    let slots = match look.client.get_json(look.at, "/slots").await {
+        Ok(slots) => slots,
+        Err(error) => return gauges::unanswered(&error),
+    };
+    let busy =
+        slots.as_array().map(|slots| slots.iter().filter(|slot| slot["is_processing"] == true).count());
+    busy.map_or(Busy::CannotTell, |busy| Busy::Told(u32::try_from(busy).unwrap_or(u32::MAX)))
+}
+
+fn command_line(pool: &PoolSpec) -> Vec<String> {
+    let mut args = vec!["--model", "{model_path}", "--alias", "{model}", "--host", "127.0.0.1"];
+    args.extend([
+        "--port",
+        "{port}",
+        "--parallel",
+        "{slots}",
+        "--ctx-size",
+        "{ctx_total}",
+        "--metrics",
+        "--slots",
+    ]);
+    if !pool.devices.is_empty() {
+        args.extend(["--n-gpu-layers", "999"]);
+    }
+    let mut args: Vec<String> = args.into_iter().map(str::to_owned).collect();
+    if !pool.tensor_split.is_empty() {
+        let split = pool.tensor_split.iter().map(f64::to_string).collect::<Vec<_>>().join(",");
+        args.extend(["--tensor-split".into(), split]);
+    }
+    args
 }
 
 #[cfg(test)]
 mod tests {
     use pool_registry_types::ModelRef;
+    use pool_registry_types::task::TaskRequest;
 
     use super::*;
+
+    fn asked<'a>(task: &'a TaskRequest, ctx_max: Option<u32>, sent: Option<&'a Resume>) -> EngineRequest {
+        request(&Asked { task, model: "m", ctx_max, sent }).unwrap()
+    }
 
     // CLOUD-1517
     #[test]
@@ -196,9 +302,9 @@ mod tests {
             stop: vec!["\n".into()],
             ..TaskRequest::completion(ModelRef::new("m").unwrap(), "hi")
         };
-        let request = request(&task, Some(64), None);
+        let request = asked(&task, Some(64), None);
         assert_eq!((&*request.path, &request.preparation), ("/completion", &None));
-        let expected = json!({"prompt":"hi","stream":true,"response_fields":READ,"n_predict":64,"seed":1,"temperature":0.0,"stop":["\n"]});
+        let expected = json!({"model":"m","prompt":"hi","stream":true,"response_fields":READ,"n_predict":64,"seed":1,"temperature":0.0,"stop":["\n"]});
         assert_eq!(request.body, expected);
     }
 
@@ -211,28 +317,115 @@ mod tests {
             max_tokens: Some(10),
             ..TaskRequest::completion(ModelRef::new("m").unwrap(), "hi")
         };
-        let first = request(&task, None, None);
+        let first = asked(&task, None, None);
         assert_eq!((&first.body["return_tokens"], first.wants_ids), (&json!(true), true));
-        let sent = Resume { mode: ResumeMode::Append, text: " a b".into(), token_ids: vec![1, 2], tokens: 2 };
-        let second = request(&task, None, Some(&sent));
+        let sent = Resume {
+            mode: ResumeMode::Append,
+            text: " a b".into(),
+            reasoning: String::new(),
+            token_ids: vec![1, 2],
+            tokens: 2,
+        };
+        let second = asked(&task, None, Some(&sent));
         assert_eq!(second.body["n_predict"], 8);
         assert_eq!(second.preparation.unwrap().sent, Some(sent));
         let message = ChatMessage { role: Role::User, content: "hi".into() };
         let chat = TaskRequest { prompt: None, messages: Some(vec![message]), ..task };
-        assert_eq!(request(&chat, None, None).path, "/completion", "its own template, written out");
-        let event = r#"{"content":" a","tokens":[7],"stop":false,"tokens_predicted":3}"#;
+        assert_eq!(asked(&chat, None, None).path, "/completion", "its own template, written out");
+        let event =
+            Json::object(r#"{"content":" a","tokens":[7],"stop":false,"tokens_predicted":3}"#).unwrap();
         assert_eq!(token_ids(event), (vec![7], 3));
     }
 
     // CLOUD-1517
     #[test]
     fn the_last_event_may_carry_a_text_and_counts_the_tokens() {
-        assert_eq!(read(r#"{"content":" a","stop":false}"#), Said::Text(" a".into()));
-        assert_eq!(read(r#"{"content":"","stop":false}"#), Said::Nothing);
+        let read = |event: &str| read(&mut Reader::new(&COMPLETION, false), Json::object(event).unwrap());
+        assert_eq!(read(r#"{"content":" a","stop":false}"#), Said::Delta(Delta::text(" a")));
+        assert_eq!(read(r#"{"content":"","stop":false}"#), Said::Delta(Delta::default()));
         let end = r#"{"content":" z","stop":true,"stop_type":"limit","tokens_predicted":8}"#;
-        let said = Said::End { text: Some(" z".into()), tokens_out: 8, finish_reason: FinishReason::Length };
+        let said = Said::End { delta: Delta::text(" z"), tokens_out: 8, finish_reason: FinishReason::Length };
         assert_eq!(read(end), said);
-        assert!(matches!(read(r#"{"error":{"message":"out of memory"}}"#), Said::Failed(_)));
-        assert!(matches!(read("{"), Said::Failed(_)));
+    }
+
+    /// Answers each path with its body, and remembers which were asked for. What is not known is 404.
+    async fn server(
+        answers: &'static [(&'static str, &'static str)],
+    ) -> (Endpoint, std::sync::Arc<parking_lot::Mutex<Vec<String>>>) {
+        use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = Endpoint::new(format!("http://{}", listener.local_addr().unwrap()));
+        let asked = std::sync::Arc::new(parking_lot::Mutex::new(Vec::new()));
+        let paths = std::sync::Arc::clone(&asked);
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let paths = std::sync::Arc::clone(&paths);
+                tokio::spawn(async move {
+                    let mut stream = BufReader::new(stream);
+                    let mut line = String::new();
+                    while stream.read_line(&mut line).await.unwrap_or(0) > 0 {
+                        if line == "\r\n" {
+                            let path = paths.lock().last().cloned().unwrap_or_default();
+                            let known = answers.iter().find(|(known, _)| *known == path);
+                            let (status, body) =
+                                known.map_or(("404 Not Found", "{}"), |(_, body)| ("200 OK", *body));
+                            let answer =
+                                format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+                            stream.get_mut().write_all(answer.as_bytes()).await.unwrap();
+                        } else if let Some(path) =
+                            line.split(' ').nth(1).filter(|_| line.contains(" HTTP/1.1"))
+                        {
+                            paths.lock().push(path.to_owned());
+                        }
+                        line.clear();
+                    }
+                });
+            }
+        });
+        (at, asked)
+    }
+
+    // CLOUD-2496
+    #[tokio::test]
+    async fn a_router_has_several_models_with_aliases_and_no_context_of_its_own() {
+        let (at, asked) = server(&[
+            ("/health", r#"{"status":"ok"}"#),
+            ("/props", r#"{"role":"router","default_generation_settings":{"n_ctx":0},"build_info":"b10000"}"#),
+            ("/v1/models", r#"{"data":[{"id":"org/a","aliases":["a","small"],"status":{"value":"unloaded"}},{"id":"org/b","aliases":[]}]}"#),
+        ])
+        .await;
+        let client = EngineClient::new();
+        let look = Look { client: &client, at: &at, models: &[] };
+        let facts = probe(&look).await.unwrap();
+        let names: Vec<&str> = facts.models.keys().map(ModelRef::as_str).collect();
+        assert_eq!(names, ["a", "org/a", "org/b", "small"]);
+        assert_eq!(facts.models[&ModelRef::new("small").unwrap()], "org/a");
+        assert_eq!((facts.ctx_max, facts.slots), (None, None), "0 is unknown");
+        assert_eq!(busy(&look).await, Busy::CannotTell);
+        let loads = |path: &String| path.contains("slots") || path.contains("metrics") || path.contains('?');
+        assert!(!asked.lock().iter().any(loads), "nothing that would load a model: {:?}", asked.lock());
+        let task = TaskRequest::completion(ModelRef::new("small").unwrap(), "hi");
+        let request = request(&Asked { task: &task, model: "org/a", ctx_max: None, sent: None }).unwrap();
+        assert_eq!(request.body["model"], "org/a");
+    }
+
+    // CLOUD-2496
+    #[tokio::test]
+    async fn an_engine_that_sleeps_is_not_woken_by_looks() {
+        let (at, asked) = server(&[
+            ("/health", r#"{"status":"ok"}"#),
+            ("/props", r#"{"total_slots":2,"default_generation_settings":{"n_ctx":512},"is_sleeping":true}"#),
+            ("/v1/models", r#"{"data":[{"id":"m"}]}"#),
+            ("/metrics", "llamacpp:requests_processing 1\n"),
+            ("/slots", "[]"),
+        ])
+        .await;
+        let client = EngineClient::new();
+        let look = Look { client: &client, at: &at, models: &[] };
+        let facts = probe(&look).await.unwrap();
+        assert_eq!((facts.slots, facts.ctx_max), (Some(2), Some(512)));
+        assert_eq!(busy(&look).await, Busy::Told(0));
+        let wakes = |path: &String| ["/metrics", "/slots"].contains(&path.as_str());
+        assert!(!asked.lock().iter().any(wakes), "{:?}", asked.lock());
     }
 }

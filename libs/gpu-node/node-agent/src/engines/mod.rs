@@ -1,131 +1,185 @@
-//! The dialects of engines: how to ask for a completion, how to read it, how to look at health.
+//! The dialects of engines: one [`Dialect`] each, and nothing about an engine outside of its own
+//! file.
 //!
-//! A dialect is two pure functions (task → HTTP request, event → [`Said`]) and one probe. What
-//! is sent for a task and how an answer ends is the whole difference between engines. Embeddings
-//! and ranks are no streams and the same with all: [`documents`].
+//! A dialect is what the engine can do, how it is asked, how its answer is read, how it is looked
+//! at, how busy it says it is, and how it is started. [`dialect`] is the only place that lists them.
+//! What is sent for a task and how an answer ends is the whole difference between engines;
+//! embeddings and ranks are no streams and the same with all: [`documents`].
 
+mod answer;
+pub mod client;
 pub mod documents;
 mod gauges;
-pub mod llamacpp;
-pub mod openai;
-pub mod tgi;
-pub mod triton;
-pub mod vllm;
+mod json;
+mod key;
+mod llamacpp;
+mod openai;
+mod refusal;
+mod tgi;
+mod thoughts;
+mod triton;
+pub(crate) mod vllm;
 
 #[cfg(test)]
 mod conformance_tests;
+#[cfg(test)]
+mod shapes_tests;
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use pool_registry_types::error::EndCause;
+use futures::future::BoxFuture;
+use pool_registry_types::engines::EngineCapabilities;
 use pool_registry_types::pool::EngineKind;
-use pool_registry_types::sse::Frame;
-use pool_registry_types::task::{FinishReason, Resume, ResumeMode, TaskRequest, unsupported};
+use pool_registry_types::task::{Resume, ResumeMode, TaskRequest, unsupported};
 use pool_registry_types::{ErrorBody, ErrorCode, ModelRef};
-use serde_json::Value;
+use serde::Serialize;
+use serde_json::{Value, json};
 
-/// Bound of one look at an engine.
+pub use self::answer::{Delta, Reader, Reply, Said};
+pub use self::client::{Answer, CallError, Endpoint, EngineClient, Question};
+pub use self::key::ApiKey;
+pub use self::refusal::{Refusal, Whose};
+use self::thoughts::Splitter;
+use crate::core::Busy;
+use crate::pools_file::PoolSpec;
+
+/// Bound of one look at whether an engine is up.
 pub const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Bound of one look at how busy it is: some answer only between two batches.
+pub const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest error body of an engine that is read, bytes.
 const MAX_ERROR_BYTES: usize = 16 * 1024;
+
+/// Everything that makes an engine differ from others.
+pub struct Dialect {
+    pub capabilities: EngineCapabilities,
+    /// The request for a completion.
+    request: fn(&Asked<'_>) -> Result<EngineRequest, ErrorBody>,
+    /// One look: is it up, and what does it say of itself.
+    probe: for<'a> fn(&'a Look<'a>) -> BoxFuture<'a, Result<EngineFacts, NotReady>>,
+    /// How many requests are in it, where it tells.
+    busy: Option<for<'a> fn(&'a Look<'a>) -> BoxFuture<'a, Busy>>,
+    /// The arguments by which its server is started; without any the file of pools gives them.
+    pub command_line: fn(&PoolSpec) -> Vec<String>,
+    /// How a server that is started here is told the file with its key.
+    pub key_flag: Option<&'static str>,
+}
+
+impl std::fmt::Debug for Dialect {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Dialect").field(&self.capabilities.engine).finish()
+    }
+}
+
+/// The dialect of an engine.
+pub const fn dialect(engine: EngineKind) -> &'static Dialect {
+    match engine {
+        EngineKind::LlamaCpp => &llamacpp::DIALECT,
+        EngineKind::Vllm => &vllm::DIALECT,
+        EngineKind::Tgi => &tgi::DIALECT,
+        EngineKind::Triton => &triton::DIALECT,
+        EngineKind::OpenAi => &openai::DIALECT,
+    }
+}
+
+/// What is asked of an engine.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Asked<'a> {
+    task: &'a TaskRequest,
+    /// The engine's own name for the task's model.
+    model: &'a str,
+    ctx_max: Option<u32>,
+    /// What was sent before, where the answer is to go on from it.
+    sent: Option<&'a Resume>,
+}
+
+impl Asked<'_> {
+    fn tokens_left(&self) -> Option<u64> {
+        tokens_left(self.task, self.ctx_max, self.sent)
+    }
+}
+
+/// One look at one engine.
+#[derive(Debug, Clone, Copy)]
+pub struct Look<'a> {
+    pub client: &'a EngineClient,
+    pub at: &'a Endpoint,
+    /// The models that its handoff names.
+    pub models: &'a [ModelRef],
+}
+
+impl Look<'_> {
+    async fn json(&self, path: &str) -> Result<Value, NotReady> {
+        self.client.get_json(self.at, path).await.map_err(|error| NotReady::from_question(path, error))
+    }
+}
 
 /// What to POST to an engine, below its URL.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EngineRequest {
     pub path: Cow<'static, str>,
     pub body: Value,
-    pub reply: Reply,
+    pub reply: &'static Reply,
     /// What must be asked of the engine before the body is whole.
     pub(crate) preparation: Option<llamacpp::Preparation>,
     /// The ids of the tokens are passed on, so that the stream can be continued from them.
     pub wants_ids: bool,
 }
 
+/// A request that the engine has answered.
+#[derive(Debug)]
+pub struct Sent {
+    pub answer: Answer,
+    /// How thoughts are told from the text that comes.
+    pub splitter: Option<Splitter>,
+}
+
+/// Why a request has no answer.
+#[derive(Debug)]
+pub enum Unsent {
+    Call(CallError),
+    /// An earlier question was refused.
+    Refused(Refusal),
+}
+
+impl From<CallError> for Unsent {
+    fn from(error: CallError) -> Self {
+        Self::Call(error)
+    }
+}
+
 impl EngineRequest {
     /// A request that is whole as it is.
-    fn whole(path: impl Into<Cow<'static, str>>, body: Value, reply: Reply) -> Self {
+    fn whole(path: impl Into<Cow<'static, str>>, body: Value, reply: &'static Reply) -> Self {
         Self { path: path.into(), body, reply, preparation: None, wants_ids: false }
     }
 
-    /// Sends it, after what must be asked before. A refusal of an earlier question is the answer.
+    /// Sends it, after what must be asked before.
     pub(crate) async fn send(
         mut self,
-        client: reqwest::Client,
-        url: String,
+        client: EngineClient,
+        at: Endpoint,
         traceparent: Option<String>,
-    ) -> Result<reqwest::Response, reqwest::Error> {
-        if let Some(preparation) = self.preparation.take()
-            && let Some(refused) = preparation.complete(&client, &url, &mut self.body).await?
-        {
-            return Ok(refused);
-        }
-        let mut call = client.post(format!("{url}{}", self.path)).json(&self.body);
-        if let Some(traceparent) = traceparent {
-            call = call.header("traceparent", traceparent);
-        }
-        call.send().await
+    ) -> Result<Sent, Unsent> {
+        let splitter = match self.preparation.take() {
+            Some(preparation) => preparation.complete(&client, &at, &mut self.body).await?,
+            None => None,
+        };
+        let answer = client.post(&at, &self.path, &self.body, traceparent.as_deref()).await?;
+        Ok(Sent { answer, splitter })
     }
-}
-
-/// The shape of the answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reply {
-    /// llama.cpp's `/completion`: ends with `"stop": true`, without a marker.
-    LlamaCompletion,
-    /// OpenAI's `/v1/completions`.
-    OpenAiCompletion,
-    /// OpenAI's `/v1/chat/completions`.
-    OpenAiChat,
-    /// TGI's `/generate_stream`: the last event has the whole text, without a marker.
-    Tgi,
-    /// Triton's `/generate_stream`: ends by closing.
-    Triton,
-    /// `/v1/embeddings`: one document.
-    Embedding,
-    /// `/v1/rerank`: one document.
-    Rerank,
-}
-
-impl Reply {
-    /// No event is the last one: the stream is whole when its message ends in order.
-    pub const fn ends_by_closing(self) -> bool {
-        matches!(self, Self::Triton)
-    }
-
-    /// One JSON document instead of a stream.
-    pub const fn is_document(self) -> bool {
-        matches!(self, Self::Embedding | Self::Rerank)
-    }
-
-    /// What the answer says it is.
-    pub const fn media_type(self) -> &'static str {
-        if self.is_document() { "application/json" } else { "text/event-stream" }
-    }
-}
-
-/// What one event of an engine says.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Said {
-    /// Nothing that matters.
-    Nothing,
-    Text(String),
-    /// The last event; it may carry a text too.
-    End {
-        text: Option<String>,
-        tokens_out: u64,
-        finish_reason: FinishReason,
-    },
-    /// The engine gave up.
-    Failed(String),
-    /// It says in its stream what others say by a status: that it does not take the request.
-    Refused(Box<ErrorBody>),
 }
 
 /// What an engine says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct EngineFacts {
-    pub models: Vec<ModelRef>,
+    /// The names by which it takes requests, each with the one that it goes by in them: an alias
+    /// is one more name of the same model.
+    pub models: BTreeMap<ModelRef, String>,
+    /// The one that stands for every name that it does not know.
+    pub own_model: Option<String>,
     pub slots: Option<u32>,
     pub ctx_max: Option<u32>,
     pub version: Option<String>,
@@ -136,23 +190,47 @@ pub struct EngineFacts {
 pub enum NotReady {
     /// It answers that it loads its model.
     Loading,
+    /// It says so itself, or nothing listens there.
     Failed(String),
+    /// It did not answer in time, which busy ones do not either.
+    Silent(String),
+    /// We could not ask.
+    Unasked(String),
 }
 
-impl From<String> for NotReady {
-    fn from(reason: String) -> Self {
-        Self::Failed(reason)
+impl NotReady {
+    fn from_question(path: &str, error: Question) -> Self {
+        match error {
+            Question::Unanswered(error) => error.into(),
+            Question::Status(_) | Question::Bad(_) => Self::Failed(format!("{path}: {error}")),
+        }
     }
 }
 
-pub(crate) use openai::set;
+impl From<CallError> for NotReady {
+    fn from(error: CallError) -> Self {
+        match error {
+            CallError::Refused(why) | CallError::Lost(why) => Self::Failed(why),
+            CallError::Silent(why) => Self::Silent(why),
+            CallError::Ours(why) => Self::Unasked(why),
+        }
+    }
+}
 
-/// The request for a task, in the engine's dialect. `ctx_max` bounds what has no bound. A
-/// replay is asked like a first run; what is appended to goes on from what was sent. Error:
-/// `UNSUPPORTED` for what the engine cannot do.
+/// Sets a field that has a value.
+pub(crate) fn set<T: Serialize>(body: &mut Value, name: &str, value: Option<T>) {
+    if let Some(value) = value {
+        body[name] = json!(value);
+    }
+}
+
+/// The request for a task, in the engine's dialect. `model` is the engine's own name for the
+/// task's; `ctx_max` bounds what has no bound. A replay is asked like a first run; what is appended
+/// to goes on from what was sent. Error: `UNSUPPORTED` for what the engine cannot do.
 pub fn request(
     engine: EngineKind,
     task: &TaskRequest,
+    model: &str,
     ctx_max: Option<u32>,
     resume: Option<&Resume>,
 ) -> Result<EngineRequest, ErrorBody> {
@@ -160,16 +238,10 @@ pub fn request(
         return Err(unsupported(field, engine));
     }
     if let Some(inputs) = &task.inputs {
-        return Ok(documents::request(task, inputs));
+        return Ok(documents::request(model, inputs));
     }
     let sent = resume.filter(|resume| resume.mode == ResumeMode::Append);
-    match engine {
-        EngineKind::LlamaCpp => Ok(llamacpp::request(task, ctx_max, sent)),
-        EngineKind::Vllm => Ok(vllm::request(task, sent)),
-        EngineKind::Tgi => Ok(tgi::request(task, sent)),
-        EngineKind::Triton => triton::request(task, ctx_max, sent),
-        EngineKind::OpenAi => Ok(openai::request(task, ctx_max, sent)),
-    }
+    (dialect(engine).request)(&Asked { task, model, ctx_max, sent })
 }
 
 /// How many tokens may still come; 0 when all were sent and only the end was lost.
@@ -178,197 +250,91 @@ pub fn tokens_left(task: &TaskRequest, ctx_max: Option<u32>, sent: Option<&Resum
     Some(bound.saturating_sub(sent.map_or(0, |sent| sent.tokens)))
 }
 
-/// Reads a stream; remembers what an end event refers back to.
-#[derive(Debug)]
-pub struct Reader {
-    reply: Reply,
-    /// Events with data.
-    events: u64,
-    tokens_out: u64,
-    /// Tokens that may come at most, for streams that do not say why they end.
-    bound: Option<u64>,
-    counted: Option<u64>,
-    finish_reason: Option<FinishReason>,
-    /// The engine's ids of the tokens since the last text, and its count of all, where they are
-    /// wanted. Some tokens bring no text of their own: half a character, or the beginning of a
-    /// stop text.
-    ids: Option<(Vec<u32>, u64)>,
-}
-
-impl Reader {
-    pub fn new(reply: Reply, wants_ids: bool) -> Self {
-        let ids = wants_ids.then(|| (Vec::new(), 0));
-        Self { reply, events: 0, tokens_out: 0, bound: None, counted: None, finish_reason: None, ids }
-    }
-
-    #[must_use]
-    pub fn bounded_by(mut self, bound: Option<u64>) -> Self {
-        self.bound = bound;
-        self
-    }
-
-    /// The stream has ended in order, after its last whole event. Returns what an end event would
-    /// have said where none is written; nothing where that end is none.
-    pub fn closed(&self) -> Option<Said> {
-        if !self.reply.ends_by_closing() || self.events == 0 {
-            return None;
-        }
-        let cut = self.bound.is_some_and(|bound| self.tokens_out >= bound);
-        let finish_reason = if cut { FinishReason::Length } else { FinishReason::Stop };
-        Some(Said::End { text: None, tokens_out: self.tokens_out, finish_reason })
-    }
-
-    /// The ids of the tokens since they were taken last, and the count of all tokens so far;
-    /// nothing where they are not wanted.
-    pub fn take_ids(&mut self) -> Option<(Vec<u32>, u64)> {
-        self.ids.as_mut().map(|(ids, count)| (std::mem::take(ids), *count))
-    }
-
-    pub fn read(&mut self, frame: &Frame<'_>) -> Said {
-        let Some(data) = &frame.data else { return Said::Nothing };
-        if frame.event == "error" {
-            return Said::Failed(data.chars().take(500).collect());
-        }
-        self.events += 1;
-        let said = match self.reply {
-            Reply::LlamaCompletion => {
-                if let Some((ids, count)) = &mut self.ids {
-                    let (new, all) = llamacpp::token_ids(data);
-                    *count = all.max(*count + new.len() as u64);
-                    ids.extend(new);
-                }
-                llamacpp::read(data)
-            }
-            Reply::OpenAiCompletion | Reply::OpenAiChat => openai::read(self, data),
-            Reply::Tgi => tgi::read(self, data),
-            Reply::Triton => triton::read(data),
-            Reply::Embedding | Reply::Rerank => Said::Failed("it streams what is one document".into()),
-        };
-        if matches!(said, Said::Text(_)) {
-            self.tokens_out += 1;
-        }
-        said
-    }
-}
-
-/// One look: is the engine up, what does it say of itself, how many requests are in it. `models`
-/// are those that its handoff names.
-pub async fn probe(
-    client: &reqwest::Client,
-    engine: EngineKind,
-    url: &str,
-    models: &[ModelRef],
-) -> Result<(EngineFacts, Option<u32>), NotReady> {
-    let look = async {
-        match engine {
-            EngineKind::LlamaCpp => llamacpp::probe(client, url).await,
-            EngineKind::Vllm => vllm::probe(client, url).await,
-            EngineKind::Tgi => tgi::probe(client, url).await,
-            EngineKind::Triton => triton::probe(client, url, models).await,
-            EngineKind::OpenAi => Ok(openai::probe(client, url).await?),
-        }
+/// One look: is the engine up, and what does it say of itself.
+pub async fn probe(engine: EngineKind, look: &Look<'_>) -> Result<EngineFacts, NotReady> {
+    let late = || {
+        let why = format!("no answer to a health call within {} s", PROBE_TIMEOUT.as_secs());
+        Err(NotReady::Silent(why))
     };
-    let late =
-        || NotReady::Failed(format!("no answer to a health call within {} s", PROBE_TIMEOUT.as_secs()));
-    tokio::time::timeout(PROBE_TIMEOUT, look).await.unwrap_or_else(|_| Err(late()))
+    let looking = (dialect(engine).probe)(look);
+    tokio::time::timeout(PROBE_TIMEOUT, looking).await.unwrap_or_else(|_| late())
 }
 
-/// The engine's busy requests, where it tells.
-pub async fn busy(client: &reqwest::Client, engine: EngineKind, url: &str) -> Option<u32> {
-    match engine {
-        EngineKind::LlamaCpp => llamacpp::busy(client, url).await,
-        EngineKind::Vllm => vllm::busy(client, url).await,
-        EngineKind::Tgi => tgi::busy(client, url).await,
-        EngineKind::Triton | EngineKind::OpenAi => None,
-    }
+/// The engine's busy requests.
+pub async fn busy(engine: EngineKind, look: &Look<'_>) -> Busy {
+    let Some(ask) = dialect(engine).busy else { return Busy::CannotTell };
+    tokio::time::timeout(BUSY_TIMEOUT, ask(look)).await.unwrap_or(Busy::NoAnswer)
 }
 
 /// The engine's health call. `loading` is the status by which it says that its model is not in
 /// memory yet, if it has one.
-async fn health(client: &reqwest::Client, url: &str, loading: Option<u16>) -> Result<(), NotReady> {
-    let answer = client.get(format!("{url}/health")).send().await.map_err(describe)?;
-    match answer.status().as_u16() {
+async fn health(look: &Look<'_>, loading: Option<u16>) -> Result<(), NotReady> {
+    let answer = look.client.get(look.at, "/health").await?;
+    let status = answer.status();
+    // Read, so that its connection is kept.
+    let _ = answer.bytes(MAX_ERROR_BYTES).await;
+    match status {
         200..=299 => Ok(()),
         status if Some(status) == loading => Err(NotReady::Loading),
         status => Err(NotReady::Failed(format!("its health call answers HTTP {status}"))),
     }
 }
 
-pub(crate) async fn get_json(client: &reqwest::Client, url: String) -> Result<Value, String> {
-    let response = client.get(url).send().await.map_err(describe)?;
-    let status = response.status();
-    if !status.is_success() {
-        return Err(format!("HTTP {}", status.as_u16()));
-    }
-    response.json().await.map_err(|error| format!("unreadable: {}", describe(error)))
-}
-
-/// A client error with its causes and without the URL.
+/// A client error of reqwest with its causes and without the URL.
 pub(crate) fn describe(error: reqwest::Error) -> String {
-    let error = error.without_url();
-    let causes = std::iter::successors(std::error::Error::source(&error), |cause| cause.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+    client::with_causes(&error.without_url())
 }
 
-pub(crate) fn model_names(list: &Value) -> Vec<ModelRef> {
-    let data = list["data"].as_array().into_iter().flatten();
-    data.filter_map(|model| ModelRef::new(model["id"].as_str()?).ok()).collect()
+/// A count in a document of an engine: at most `u32::MAX`, and 0 is as good as unknown.
+fn positive(value: &Value) -> Option<u32> {
+    let count = value.as_u64().or_else(|| {
+        let float = value.as_f64().filter(|float| float.is_finite() && *float >= 1.0)?;
+        format!("{:.0}", float.floor().min(f64::from(u32::MAX))).parse().ok()
+    })?;
+    Some(u32::try_from(count).unwrap_or(u32::MAX)).filter(|count| *count > 0)
 }
 
-/// An engine's refusal as ours: what the request did wrong is the client's, a 5xx the engine's.
-pub async fn refusal(response: reqwest::Response) -> ErrorBody {
-    let status = response.status().as_u16();
-    let text = match tokio::time::timeout(PROBE_TIMEOUT, response.bytes()).await {
-        Ok(Ok(bytes)) => String::from_utf8_lossy(&bytes[..bytes.len().min(MAX_ERROR_BYTES)]).into_owned(),
-        _ => String::new(),
-    };
-    refused(status, &serde_json::from_str(&text).unwrap_or_default())
-}
-
-/// What engines say of a prompt that does not fit.
-const TOO_LONG: [&str; 5] = [
-    "maximum context length",
-    "exceeds the available context size",
-    "`inputs` tokens + `max_new_tokens` must be",
-    "`inputs` must have less than",
-    "exceeds maximum input length",
-];
-
-fn message_of(answer: &Value) -> Option<String> {
-    let error = &answer["error"];
-    let places = [&error["message"], error, &answer["message"], &answer["detail"]];
-    let message = places.into_iter().find_map(Value::as_str)?;
-    Some(message.chars().take(500).collect())
-}
-
-fn refused(status: u16, answer: &Value) -> ErrorBody {
-    let message = message_of(answer).unwrap_or_else(|| "no message".to_owned());
-    let error = &answer["error"];
-    let too_long = error["type"] == "exceed_context_size_error"
-        || error["code"] == "context_length_exceeded"
-        || TOO_LONG.iter().any(|text| message.contains(text));
-    let (code, cause) = match status {
-        503 => (ErrorCode::PoolUnready, None),
-        429 => (ErrorCode::ReplicaExhausted, None),
-        // TGI's word for a failure of its own.
-        424 => (ErrorCode::WorkerReset, Some(EndCause::Engine5xx)),
-        // llama.cpp's for a model that was not started for this.
-        501 => (ErrorCode::Unsupported, Some(EndCause::Engine4xx)),
-        400..=499 if too_long => (ErrorCode::ContextTooLong, Some(EndCause::Engine4xx)),
-        400..=499 => (ErrorCode::InvalidParams, Some(EndCause::Engine4xx)),
-        _ => (ErrorCode::WorkerReset, Some(EndCause::Engine5xx)),
-    };
-    let mut body = ErrorBody::new(code, format!("the engine answered {status}: {message}"));
-    body.cause = cause;
-    body
-}
-
-/// An error event: a refusal where a status says so, beside it or in it, else a failure.
-fn said_error(status: Option<u16>, event: &Value) -> Said {
-    let within = [&event["error"]["http_status_code"], &event["error"]["code"]];
-    let within = within.into_iter().find_map(|code| u16::try_from(code.as_u64()?).ok());
-    match status.or(within) {
-        Some(status @ (400..=423 | 425..=499)) => Said::Refused(Box::new(refused(status, event))),
-        _ => Said::Failed(message_of(event).unwrap_or_else(|| "an error without a message".to_owned())),
+/// What a list of models in OpenAI's form says: each name with the one that it goes by, and the
+/// first model that is no adapter.
+fn listed(list: &Value) -> (BTreeMap<ModelRef, String>, Option<String>) {
+    let mut names = BTreeMap::new();
+    let mut own = None;
+    for model in list["data"].as_array().into_iter().flatten().take(MOST_MODELS) {
+        let Some(id) = model["id"].as_str() else { continue };
+        if own.is_none() && model["parent"].is_null() {
+            own = Some(id.to_owned());
+        }
+        let aliases = model["aliases"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        for name in std::iter::once(id).chain(aliases).filter_map(|name| ModelRef::new(name).ok()) {
+            if names.len() < MOST_MODELS {
+                names.entry(name).or_insert_with(|| id.to_owned());
+            }
+        }
     }
+    (names, own)
+}
+
+/// Names of one engine that are taken.
+const MOST_MODELS: usize = 1024;
+
+/// The context of the first model that has one: adapters are listed without it.
+fn context(list: &Value) -> Option<u32> {
+    let models = list["data"].as_array()?;
+    models.iter().find_map(|model| positive(&model["max_model_len"]))
+}
+
+/// An engine's refusal as ours.
+pub async fn refused(answer: Answer) -> Refusal {
+    let status = answer.status();
+    let body = tokio::time::timeout(PROBE_TIMEOUT, answer.bytes(MAX_ERROR_BYTES)).await;
+    let body = body.ok().and_then(Result::ok).unwrap_or_default();
+    refusal::refusal(status, &String::from_utf8_lossy(&body))
+}
+
+/// The end of an attempt whose engine wrote more in one event than is read of one. Every engine
+/// would: it is final.
+pub fn too_long() -> ErrorBody {
+    let most = pool_registry_types::sse::MAX_FRAME_BYTES;
+    let message = format!("the engine's answer has one event of more than {most} bytes, which is the most");
+    ErrorBody::new(ErrorCode::PayloadTooLarge, message)
 }

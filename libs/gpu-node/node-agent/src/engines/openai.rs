@@ -1,26 +1,46 @@
 //! Any server with OpenAI's API: `/v1/completions`, `/v1/chat/completions`, `/v1/models`.
 //!
-//! The stream ends with `[DONE]`; a stream that closes without it has failed. Such servers do
-//! not say how busy they are.
+//! The stream says why it ends and then `[DONE]`; servers of the field leave out either. They do not
+//! say how busy they are.
 
-use pool_registry_types::task::{FinishReason, Resume, TaskRequest};
-use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
+
+use futures::FutureExt;
+use pool_registry_types::ErrorBody;
+use pool_registry_types::engines::capabilities;
+use pool_registry_types::pool::EngineKind;
+use pool_registry_types::task::FinishReason;
 use serde_json::{Value, json};
 
-use super::{
-    EngineFacts, EngineRequest, Reader, Reply, Said, get_json, model_names, said_error, tokens_left,
+use super::answer::{Delta, Reader, Reply, Said, text_of};
+use super::json::Json;
+use super::{Asked, Dialect, EngineFacts, EngineRequest, Look, NotReady, context, listed, set};
+
+pub(super) static DIALECT: Dialect = Dialect {
+    capabilities: capabilities(EngineKind::OpenAi),
+    request,
+    probe: |look| probe(look).boxed(),
+    busy: None,
+    // The file of pools must give its command line.
+    command_line: |_| Vec::new(),
+    key_flag: None,
 };
 
-/// Sets a field that has a value.
-pub(crate) fn set<T: Serialize>(body: &mut Value, name: &str, value: Option<T>) {
-    if let Some(value) = value {
-        body[name] = json!(value);
-    }
-}
+/// `/v1/completions`.
+pub(super) static COMPLETION: Reply =
+    Reply { name: "OpenAI's completion", is_document: false, ends_by_closing: false, read };
+/// `/v1/chat/completions`.
+pub(super) static CHAT: Reply =
+    Reply { name: "OpenAI's chat", is_document: false, ends_by_closing: false, read };
 
-fn common(task: &TaskRequest, bound: Option<u64>) -> Value {
+/// The names under which servers write thoughts, the first that says anything counts. Source:
+/// llama.cpp, SGLang, TensorRT-LLM, LM Studio; vLLM, Ollama, OpenRouter; OpenRouter; Ollama.
+const THOUGHTS: [&str; 4] = ["reasoning_content", "reasoning", "reasoning_details", "thinking"];
+
+fn common(asked: &Asked<'_>, bound: Option<u64>) -> Value {
+    let task = asked.task;
     let mut body = json!({
-        "model": task.model_ref,
+        "model": asked.model,
         "stream": true,
         "stream_options": { "include_usage": true },
     });
@@ -34,102 +54,90 @@ fn common(task: &TaskRequest, bound: Option<u64>) -> Value {
     body
 }
 
-pub(super) fn chat(task: &TaskRequest) -> EngineRequest {
-    let mut body = common(task, tokens_left(task, None, None));
-    body["messages"] = json!(task.messages);
-    EngineRequest::whole("/v1/chat/completions", body, Reply::OpenAiChat)
+pub(super) fn chat(asked: &Asked<'_>) -> EngineRequest {
+    let mut body = common(asked, super::tokens_left(asked.task, None, None));
+    body["messages"] = json!(asked.task.messages);
+    EngineRequest::whole("/v1/chat/completions", body, &CHAT)
 }
 
 /// Goes on from the prompt, and from what was sent.
-pub(super) fn text(
-    task: &TaskRequest,
-    prompt: &str,
-    bound: Option<u64>,
-    sent: Option<&Resume>,
-) -> EngineRequest {
-    let mut body = common(task, bound);
-    body["prompt"] = json!(sent.map_or_else(|| prompt.to_owned(), |sent| format!("{prompt}{}", sent.text)));
-    EngineRequest::whole("/v1/completions", body, Reply::OpenAiCompletion)
+pub(super) fn text(asked: &Asked<'_>, prompt: &str, bound: Option<u64>) -> EngineRequest {
+    let mut body = common(asked, bound);
+    body["prompt"] =
+        json!(asked.sent.map_or_else(|| prompt.to_owned(), |sent| format!("{prompt}{}", sent.text)));
+    EngineRequest::whole("/v1/completions", body, &COMPLETION)
 }
 
-pub(super) fn request(task: &TaskRequest, ctx_max: Option<u32>, sent: Option<&Resume>) -> EngineRequest {
-    match &task.prompt {
+fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {
+    Ok(match &asked.task.prompt {
         // Some servers stop after 16 tokens when nothing is said.
-        Some(prompt) => text(task, prompt, tokens_left(task, ctx_max, sent), sent),
-        None => chat(task),
+        Some(prompt) => text(asked, prompt, asked.tokens_left()),
+        None => chat(asked),
+    })
+}
+
+fn read(reader: &mut Reader, event: Json<'_>) -> Said {
+    // Some count in every event, some write an empty or a wrong count last.
+    let counted = event.get("usage").get("completion_tokens").count();
+    reader.counted = counted.filter(|count| *count > 0).or(reader.counted);
+    let choice = event.get("choices").first();
+    let mut delta = Delta { thought: thought(reader, choice.get("delta")), text: String::new() };
+    let written = choice.get("delta").get("content");
+    let (content, text) = if written.is_given() { (written, true) } else { (choice.get("text"), false) };
+    if text {
+        parts(content, &mut delta);
+    } else {
+        delta.text = text_of(content).into_owned();
     }
-}
-
-#[derive(Debug, Deserialize)]
-struct Chunk {
-    #[serde(default)]
-    choices: Vec<Choice>,
-    #[serde(default)]
-    usage: Option<Usage>,
-    #[serde(default)]
-    error: Option<Value>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Choice {
-    #[serde(default)]
-    text: Option<String>,
-    #[serde(default)]
-    delta: Option<Delta>,
-    #[serde(default)]
-    finish_reason: Option<String>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Delta {
-    #[serde(default)]
-    content: Option<String>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Usage {
-    #[serde(default)]
-    completion_tokens: u64,
-}
-
-pub(super) fn read(reader: &mut Reader, data: &str) -> Said {
-    if data.trim() == "[DONE]" {
-        return match reader.finish_reason {
-            Some(finish_reason) => {
-                let tokens_out = reader.counted.unwrap_or(reader.tokens_out);
-                Said::End { text: None, tokens_out, finish_reason }
-            }
-            None => Said::Failed("it was done without a finish_reason".into()),
-        };
+    if delta.is_empty() && reader.is_empty() && !choice.get("delta").says_something() {
+        // A whole answer in the place of a stream. Beside one it repeats what was sent.
+        delta.thought = thought(reader, choice.get("message"));
+        parts(choice.get("message").get("content"), &mut delta);
     }
-    let chunk: Chunk = match serde_json::from_str(data) {
-        Ok(chunk) => chunk,
-        Err(error) => return Said::Failed(format!("unreadable event: {error}")),
-    };
-    if let Some(error) = chunk.error {
-        return said_error(None, &json!({ "error": error }));
-    }
-    if let Some(usage) = chunk.usage {
-        reader.counted = Some(usage.completion_tokens);
-    }
-    let Some(choice) = chunk.choices.into_iter().next() else { return Said::Nothing };
-    if let Some(reason) = choice.finish_reason {
-        if matches!(reason.as_str(), "abort" | "error") {
+    if let Some(reason) = choice.get("finish_reason").word() {
+        if matches!(reason.as_ref(), "abort" | "error") {
             return Said::Failed(format!("it gave the request up: finish_reason {reason}"));
         }
-        let finish = if reason == "length" { FinishReason::Length } else { FinishReason::Stop };
-        reader.finish_reason = Some(finish);
+        let cut = matches!(reason.as_ref(), "length" | "max_tokens" | "model_length");
+        reader.finish_reason = Some(if cut { FinishReason::Length } else { FinishReason::Stop });
     }
-    let text = choice.text.or(choice.delta.and_then(|delta| delta.content));
-    text.filter(|text| !text.is_empty()).map_or(Said::Nothing, Said::Text)
+    Said::Delta(delta)
 }
 
-pub(super) async fn probe(client: &reqwest::Client, url: &str) -> Result<(EngineFacts, Option<u32>), String> {
-    let models =
-        get_json(client, format!("{url}/v1/models")).await.map_err(|e| format!("/v1/models: {e}"))?;
-    let ctx = models["data"][0]["max_model_len"].as_u64().and_then(|n| u32::try_from(n).ok());
-    let facts = EngineFacts { models: model_names(&models), slots: None, ctx_max: ctx, version: None };
-    Ok((facts, None))
+/// The thoughts of a delta: under one name for the whole stream, since some servers write the same
+/// under two.
+fn thought(reader: &mut Reader, delta: Json<'_>) -> String {
+    let said = |name: &'static str| Some(text_of(delta.get(name))).filter(|text| !text.is_empty());
+    if let Some(name) = reader.thought_field {
+        return said(name).map(Cow::into_owned).unwrap_or_default();
+    }
+    let Some((name, text)) = THOUGHTS.into_iter().find_map(|name| Some((name, said(name)?))) else {
+        return String::new();
+    };
+    reader.thought_field = Some(name);
+    text.into_owned()
+}
+
+/// A content, which may be a list of parts, some of them thoughts.
+fn parts(content: Json<'_>, delta: &mut Delta) {
+    let thinks = |part: &Json<'_>| part.get("type").text().as_deref() == Some("thinking");
+    if !content.items().any(|part| thinks(&part)) {
+        delta.text.push_str(&text_of(content));
+        return;
+    }
+    for part in content.items() {
+        if thinks(&part) {
+            delta.thought.push_str(&text_of(part.get("thinking")));
+        } else {
+            delta.text.push_str(&text_of(part));
+        }
+    }
+}
+
+async fn probe(look: &Look<'_>) -> Result<EngineFacts, NotReady> {
+    let list = look.json("/v1/models").await?;
+    let (models, own_model) = listed(&list);
+    Ok(EngineFacts { models, own_model, ctx_max: context(&list), ..EngineFacts::default() })
 }
 
 #[cfg(test)]
@@ -138,14 +146,14 @@ mod tests {
 
     use super::*;
 
-    fn said(reply: Reply, stream: &str) -> Vec<Said> {
+    fn said(reply: &'static Reply, stream: &str) -> Vec<Said> {
         let (mut decoder, mut reader) = (Decoder::new(), Reader::new(reply, false));
         decoder.push(stream.as_bytes());
         let mut all = Vec::new();
         while let Some(frame) = decoder.next_frame().unwrap() {
             all.push(reader.read(&frame));
         }
-        all.retain(|said| *said != Said::Nothing);
+        all.retain(|said| !matches!(said, Said::Nothing) && *said != Said::Delta(Delta::default()));
         all
     }
 
@@ -159,14 +167,17 @@ mod tests {
             "data: {\"choices\":[],\"usage\":{\"completion_tokens\":5}}\n\n",
             "data: [DONE]\n\n",
         );
-        let end = Said::End { text: None, tokens_out: 5, finish_reason: FinishReason::Length };
-        assert_eq!(said(Reply::OpenAiChat, stream), vec![Said::Text("Hi".into()), end]);
+        let end = Said::End { delta: Delta::default(), tokens_out: 5, finish_reason: FinishReason::Length };
+        assert_eq!(said(&CHAT, stream), vec![Said::Delta(Delta::text("Hi")), end]);
     }
 
     // CLOUD-1516
     #[test]
-    fn done_without_a_reason_is_a_failure() {
-        assert!(matches!(said(Reply::OpenAiCompletion, "data: [DONE]\n\n")[..], [Said::Failed(_)]));
+    fn done_is_an_end_without_a_reason_too_and_a_failure_when_nothing_came_before() {
+        assert!(matches!(said(&COMPLETION, "data: [DONE]\n\n")[..], [Said::Failed(_)]));
+        let stream = "data: {\"choices\":[{\"text\":\"a\"}]}\n\ndata: [DONE]\n\n";
+        let end = Said::End { delta: Delta::default(), tokens_out: 1, finish_reason: FinishReason::Stop };
+        assert_eq!(said(&COMPLETION, stream).last(), Some(&end));
     }
 
     // CLOUD-1518
@@ -177,7 +188,7 @@ mod tests {
             "data: {\"choices\":[{\"text\":\"b\",\"finish_reason\":\"stop\"}]}\n\n",
             "data: [DONE]\n\n",
         );
-        let end = Said::End { text: None, tokens_out: 2, finish_reason: FinishReason::Stop };
-        assert_eq!(said(Reply::OpenAiCompletion, stream).last(), Some(&end));
+        let end = Said::End { delta: Delta::default(), tokens_out: 2, finish_reason: FinishReason::Stop };
+        assert_eq!(said(&COMPLETION, stream).last(), Some(&end));
     }
 }

@@ -7,23 +7,43 @@
 //!
 //! Embeddings are the work of another server of theirs, which is no engine here.
 
-use pool_registry_types::ModelRef;
-use pool_registry_types::task::{FinishReason, Resume, TaskRequest};
-use serde::Deserialize;
-use serde::de::IgnoredAny;
+use std::collections::BTreeMap;
+
+use futures::FutureExt;
+use pool_registry_types::engines::capabilities;
+use pool_registry_types::pool::EngineKind;
+use pool_registry_types::task::FinishReason;
+use pool_registry_types::{ErrorBody, ModelRef};
 use serde_json::{Value, json};
 
+use super::answer::{Delta, Reader, Reply, Said, text_of};
+use super::json::Json;
 use super::{
-    EngineFacts, EngineRequest, NotReady, Reader, Reply, Said, gauges, get_json, health, openai, said_error,
+    Asked, Busy, Dialect, EngineFacts, EngineRequest, Look, NotReady, gauges, health, openai, positive, set,
     tokens_left,
 };
+use crate::pools_file::PoolSpec;
+
+pub(super) static DIALECT: Dialect = Dialect {
+    capabilities: capabilities(EngineKind::Tgi),
+    request,
+    probe: |look| probe(look).boxed(),
+    busy: Some(|look| busy(look).boxed()),
+    command_line,
+    key_flag: None,
+};
+
+/// `/generate_stream`: the last event has the whole text, without a marker.
+pub(super) static GENERATE: Reply =
+    Reply { name: "TGI's generate_stream", is_document: false, ends_by_closing: false, read };
 
 /// The name under which its chat takes every request: any other is an adapter's.
 const ANY_MODEL: &str = "tgi";
 
-pub(super) fn request(task: &TaskRequest, sent: Option<&Resume>) -> EngineRequest {
+fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {
+    let Asked { task, sent, .. } = *asked;
     let Some(prompt) = &task.prompt else {
-        let mut request = openai::chat(task);
+        let mut request = openai::chat(asked);
         request.body["model"] = json!(ANY_MODEL);
         // All of the probability is no limit, and refused as one.
         if task.top_p.is_some_and(|p| p >= 1.0)
@@ -31,7 +51,7 @@ pub(super) fn request(task: &TaskRequest, sent: Option<&Resume>) -> EngineReques
         {
             body.remove("top_p");
         }
-        return request;
+        return Ok(request);
     };
     let inputs = sent.map_or_else(|| prompt.clone(), |sent| format!("{prompt}{}", sent.text));
     // Said to be nothing, the bound is what the prompt leaves of the context; unsaid it is 100.
@@ -44,104 +64,80 @@ pub(super) fn request(task: &TaskRequest, sent: Option<&Resume>) -> EngineReques
         // Any other option of sampling would turn it on again.
         parameters["do_sample"] = json!(false);
     } else {
-        openai::set(&mut parameters, "do_sample", task.temperature.map(|_| true));
-        openai::set(&mut parameters, "temperature", task.temperature);
-        openai::set(&mut parameters, "top_p", task.top_p.filter(|p| *p < 1.0));
-        openai::set(&mut parameters, "top_k", task.top_k.filter(|k| *k > 0));
+        set(&mut parameters, "do_sample", task.temperature.map(|_| true));
+        set(&mut parameters, "temperature", task.temperature);
+        set(&mut parameters, "top_p", task.top_p.filter(|p| *p < 1.0));
+        set(&mut parameters, "top_k", task.top_k.filter(|k| *k > 0));
     }
-    openai::set(&mut parameters, "seed", task.seed);
+    set(&mut parameters, "seed", task.seed);
     if !task.stop.is_empty() {
         parameters["stop"] = json!(task.stop);
     }
     let body = json!({ "inputs": inputs, "parameters": parameters });
-    EngineRequest::whole("/generate_stream", body, Reply::Tgi)
+    Ok(EngineRequest::whole("/generate_stream", body, &GENERATE))
 }
 
-/// The parts of an event of `/generate_stream` that matter.
-#[derive(Debug, Deserialize)]
-struct Event {
-    #[serde(default)]
-    token: Option<Token>,
-    /// Present in the last event only.
-    #[serde(default)]
-    generated_text: Option<IgnoredAny>,
-    #[serde(default)]
-    details: Option<Details>,
-    #[serde(default)]
-    error: Option<Value>,
-    #[serde(default)]
-    error_type: Option<String>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Token {
-    #[serde(default)]
-    text: String,
-    /// A mark of the model's, such as that of its end: no part of the answer.
-    #[serde(default)]
-    special: bool,
-}
-
-#[derive(Debug, Deserialize)]
-struct Details {
-    finish_reason: String,
-    #[serde(default)]
-    generated_tokens: Option<u64>,
-}
-
-pub(super) fn read(reader: &Reader, data: &str) -> Said {
-    let event: Event = match serde_json::from_str(data) {
-        Ok(event) => event,
-        Err(error) => return Said::Failed(format!("unreadable event: {error}")),
-    };
-    if let Some(error) = event.error {
-        let status = match event.error_type.as_deref() {
-            Some("validation" | "template_error" | "tool_error") => Some(422),
-            Some("overloaded") => Some(429),
-            _ => None,
-        };
-        return said_error(status, &json!({ "error": error }));
+fn read(reader: &mut Reader, event: Json<'_>) -> Said {
+    let token = event.get("token");
+    // A special one is a mark of the model's, such as that of its end: no part of the answer.
+    let text = if token.get("special").is_true() { "".into() } else { text_of(token.get("text")) };
+    let delta = Delta::text(text);
+    let details = event.get("details");
+    // Both are there in the last event only.
+    if !event.get("generated_text").is_given() && !details.is_object() {
+        return Said::Delta(delta);
     }
-    let text = event.token.filter(|token| !token.special && !token.text.is_empty()).map(|token| token.text);
-    if event.generated_text.is_none() && event.details.is_none() {
-        return text.map_or(Said::Nothing, Said::Text);
-    }
-    let counted = event.details.as_ref().and_then(|details| details.generated_tokens);
-    let tokens_out = counted.unwrap_or(reader.tokens_out + u64::from(text.is_some()));
-    let limit = event.details.is_some_and(|details| details.finish_reason == "length");
-    let finish_reason = if limit { FinishReason::Length } else { FinishReason::Stop };
-    Said::End { text, tokens_out, finish_reason }
+    let limit = details.get("finish_reason").text().map(|reason| match reason.as_ref() {
+        "length" => FinishReason::Length,
+        _ => FinishReason::Stop,
+    });
+    reader.end(delta, details.get("generated_tokens").count(), limit)
 }
 
-pub(super) async fn probe(
-    client: &reqwest::Client,
-    url: &str,
-) -> Result<(EngineFacts, Option<u32>), NotReady> {
+async fn probe(look: &Look<'_>) -> Result<EngineFacts, NotReady> {
     // It listens once its model is in memory; from then on a bad answer is a dead engine.
-    health(client, url, None).await?;
-    let info = get_json(client, format!("{url}/info")).await.map_err(|e| format!("/info: {e}"))?;
-    Ok((facts(&info), busy(client, url).await))
+    health(look, None).await?;
+    Ok(facts(&look.json("/info").await?))
 }
 
 fn facts(info: &Value) -> EngineFacts {
-    let number = |name: &str| info[name].as_u64().and_then(|n| u32::try_from(n).ok());
+    let model = info["model_id"].as_str();
     EngineFacts {
-        models: info["model_id"].as_str().and_then(|id| ModelRef::new(id).ok()).into_iter().collect(),
+        models: model
+            .and_then(|id| Some(BTreeMap::from([(ModelRef::new(id).ok()?, id.to_owned())])))
+            .unwrap_or_default(),
+        own_model: model.map(str::to_owned),
         // What runs at a time, where that is limited; else what is let in, some of it to wait.
-        slots: number("max_batch_size").or(number("max_concurrent_requests")),
-        ctx_max: number("max_total_tokens"),
+        slots: positive(&info["max_batch_size"]).or(positive(&info["max_concurrent_requests"])),
+        ctx_max: positive(&info["max_total_tokens"]),
         version: info["version"].as_str().map(str::to_owned),
     }
 }
 
 /// Neither gauge is there before the first request.
-pub(super) async fn busy(client: &reqwest::Client, url: &str) -> Option<u32> {
-    gauges::busy(client, url, "tgi_batch_current_size", "tgi_queue_size").await
+async fn busy(look: &Look<'_>) -> Busy {
+    gauges::busy(look, "tgi_batch_current_size", "tgi_queue_size").await
+}
+
+fn command_line(pool: &PoolSpec) -> Vec<String> {
+    let mut args = vec!["--model-id", "{model_id}", "--hostname", "127.0.0.1", "--port", "{port}"];
+    args.extend(["--max-concurrent-requests", "{slots}"]);
+    let mut args: Vec<String> = args.into_iter().map(str::to_owned).collect();
+    if pool.devices.len() > 1 {
+        args.extend(["--num-shard".into(), pool.devices.len().to_string()]);
+    }
+    args
 }
 
 #[cfg(test)]
 mod tests {
+    use pool_registry_types::task::TaskRequest;
+
     use super::*;
+
+    fn asked(task: &TaskRequest) -> EngineRequest {
+        request(&Asked { task, model: "m", ctx_max: None, sent: None }).unwrap()
+    }
 
     fn task() -> TaskRequest {
         TaskRequest::completion(ModelRef::new("m").unwrap(), "hi")
@@ -158,12 +154,12 @@ mod tests {
             max_tokens: Some(8),
             ..task()
         };
-        let body = request(&greedy, None).body;
+        let body = asked(&greedy).body;
         let parameters =
             json!({"max_new_tokens":8,"details":true,"return_full_text":false,"do_sample":false,"seed":7});
         assert_eq!(body, json!({"inputs": "hi", "parameters": parameters}));
         let warm = TaskRequest { temperature: Some(0.7), top_p: Some(1.0), ..task() };
-        let parameters = request(&warm, None).body["parameters"].clone();
+        let parameters = asked(&warm).body["parameters"].clone();
         assert_eq!((&parameters["do_sample"], &parameters["temperature"]), (&json!(true), &json!(0.7)));
         assert_eq!((&parameters["top_p"], &parameters["max_new_tokens"]), (&Value::Null, &Value::Null));
     }
@@ -177,6 +173,6 @@ mod tests {
             (facts.ctx_max, facts.slots, facts.version.as_deref()),
             (Some(4096), Some(128), Some("3.3.6"))
         );
-        assert_eq!(facts.models, [ModelRef::new("org/m").unwrap()]);
+        assert_eq!(facts.models, BTreeMap::from([(ModelRef::new("org/m").unwrap(), "org/m".to_owned())]));
     }
 }

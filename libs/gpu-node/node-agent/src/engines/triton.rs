@@ -14,21 +14,37 @@
 
 use std::fmt::Write;
 
-use pool_registry_types::task::{Resume, TaskRequest};
+use futures::FutureExt;
+use pool_registry_types::engines::capabilities;
+use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{ErrorBody, ErrorCode, ModelRef};
-use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{
-    EngineFacts, EngineRequest, NotReady, Reply, Said, describe, get_json, openai, said_error, tokens_left,
+use super::answer::{Delta, Reader, Reply, Said, text_of};
+use super::json::Json;
+use super::{Asked, Dialect, EngineFacts, EngineRequest, Look, NotReady, set};
+
+pub(super) static DIALECT: Dialect = Dialect {
+    capabilities: capabilities(EngineKind::Triton),
+    request,
+    probe: |look| probe(look).boxed(),
+    // How busy it is stands in metrics on another port, which the handoff does not name.
+    busy: None,
+    command_line: |_| {
+        let mut args = vec!["--model-repository", "{model_path}", "--http-address", "127.0.0.1"];
+        args.extend(["--http-port", "{port}", "--allow-grpc", "false", "--allow-metrics", "false"]);
+        args.into_iter().map(str::to_owned).collect()
+    },
+    key_flag: None,
 };
 
-pub(super) fn request(
-    task: &TaskRequest,
-    ctx_max: Option<u32>,
-    sent: Option<&Resume>,
-) -> Result<EngineRequest, ErrorBody> {
-    let Some(max_tokens) = tokens_left(task, ctx_max, sent) else {
+/// `/generate_stream`: ends by closing.
+pub(super) static GENERATE: Reply =
+    Reply { name: "Triton's generate_stream", is_document: false, ends_by_closing: true, read };
+
+fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {
+    let Asked { task, sent, .. } = *asked;
+    let Some(max_tokens) = asked.tokens_left() else {
         let message = "max_tokens: required here, neither the task nor the handoff bounds the answer";
         return Err(ErrorBody::new(ErrorCode::Unsupported, message));
     };
@@ -42,26 +58,26 @@ pub(super) fn request(
     match task.temperature {
         Some(0.0) => body["top_k"] = json!(1),
         temperature => {
-            openai::set(&mut body, "temperature", temperature);
-            openai::set(&mut body, "top_k", task.top_k.filter(|k| *k > 0));
+            set(&mut body, "temperature", temperature);
+            set(&mut body, "top_k", task.top_k.filter(|k| *k > 0));
             // Without either limit it takes the most probable token, whatever the temperature.
             let unlimited = temperature.filter(|_| task.top_k.is_none_or(|k| k == 0)).map(|_| 1.0);
-            openai::set(&mut body, "top_p", task.top_p.or(unlimited));
+            set(&mut body, "top_p", task.top_p.or(unlimited));
         }
     }
     // Renamed once; what is no input of the model is passed over.
-    openai::set(&mut body, "seed", task.seed);
-    openai::set(&mut body, "random_seed", task.seed);
+    set(&mut body, "seed", task.seed);
+    set(&mut body, "random_seed", task.seed);
     if !task.stop.is_empty() {
         body["stop_words"] = json!(task.stop);
     }
-    let path = format!("/v2/models/{}/generate_stream", in_path(&task.model_ref));
-    Ok(EngineRequest::whole(path, body, Reply::Triton))
+    let path = format!("/v2/models/{}/generate_stream", in_path(asked.model));
+    Ok(EngineRequest::whole(path, body, &GENERATE))
 }
 
 /// A model's name as one segment of a path.
-fn in_path(model: &ModelRef) -> String {
-    model.as_str().bytes().fold(String::new(), |mut path, byte| {
+fn in_path(model: &str) -> String {
+    model.bytes().fold(String::new(), |mut path, byte| {
         if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
             path.push(char::from(byte));
         } else {
@@ -72,71 +88,50 @@ fn in_path(model: &ModelRef) -> String {
     })
 }
 
-#[derive(Debug, Deserialize)]
-struct Event {
-    #[serde(default)]
-    text_output: Option<Value>,
-    #[serde(default)]
-    error: Option<Value>,
-}
-
-pub(super) fn read(data: &str) -> Said {
-    let event: Event = match serde_json::from_str(data) {
-        Ok(event) => event,
-        Err(error) => return Said::Failed(format!("unreadable event: {error}")),
-    };
-    if let Some(error) = event.error {
-        return said_error(None, &json!({ "error": error }));
-    }
+fn read(_: &mut Reader, event: Json<'_>) -> Said {
     // A tensor of one element is written as the element, and one of several as a list.
-    let text = match event.text_output {
-        Some(Value::Array(mut texts)) if !texts.is_empty() => texts.swap_remove(0),
-        Some(text) => text,
-        None => Value::Null,
-    };
-    match text {
-        Value::String(text) if !text.is_empty() => Said::Text(text),
-        _ => Said::Nothing,
-    }
+    let text = event.get("text_output");
+    let text = text.text().unwrap_or_else(|| text_of(text.first()));
+    Said::Delta(Delta::text(text))
 }
 
-pub(super) async fn probe(
-    client: &reqwest::Client,
-    url: &str,
-    models: &[ModelRef],
-) -> Result<(EngineFacts, Option<u32>), NotReady> {
-    let ready = async |path: String| -> Result<bool, String> {
-        let answer = client.get(format!("{url}{path}")).send().await.map_err(describe)?;
-        match answer.status().as_u16() {
+async fn probe(look: &Look<'_>) -> Result<EngineFacts, NotReady> {
+    let ready = async |path: &str| -> Result<bool, NotReady> {
+        let answer = look.client.get(look.at, path).await?;
+        let status = answer.status();
+        let _ = answer.bytes(super::MAX_ERROR_BYTES).await;
+        match status {
             200..=299 => Ok(true),
             // Its word for not yet, of the server and of a model.
             400 | 503 => Ok(false),
-            other => Err(format!("{path}: HTTP {other}")),
+            other => Err(NotReady::Failed(format!("{path}: HTTP {other}"))),
         }
     };
-    if !ready("/v2/health/ready".to_owned()).await? {
+    if !ready("/v2/health/ready").await? {
         return Err(NotReady::Loading);
     }
-    for model in models {
-        if !ready(format!("/v2/models/{}/ready", in_path(model))).await? {
-            return Err(NotReady::Failed(not_ready(client, url, model).await));
+    for model in look.models {
+        if !ready(&format!("/v2/models/{}/ready", in_path(model.as_str()))).await? {
+            return Err(NotReady::Failed(not_ready(look, model).await));
         }
     }
-    let server = get_json(client, format!("{url}/v2")).await.map_err(|e| format!("/v2: {e}"))?;
+    let server = look.json("/v2").await?;
     let version = server["version"].as_str().map(str::to_owned);
-    // How busy it is stands in metrics on another port, which the handoff does not name.
-    Ok((EngineFacts { version, ..EngineFacts::default() }, None))
+    Ok(EngineFacts { version, ..EngineFacts::default() })
 }
 
 /// Why a model is not ready, as the repository has it.
-async fn not_ready(client: &reqwest::Client, url: &str, model: &ModelRef) -> String {
-    let index = async {
-        let asked = client.post(format!("{url}/v2/repository/index")).json(&json!({}));
-        asked.send().await.ok()?.json::<Value>().await.ok()
+async fn not_ready(look: &Look<'_>, model: &ModelRef) -> String {
+    let index = look.client.post(look.at, "/v2/repository/index", &json!({}), None).await;
+    let index = match index {
+        Ok(answer) => answer.bytes(MAX_INDEX_BYTES).await.unwrap_or_default(),
+        Err(_) => Default::default(),
     };
-    let index = index.await.unwrap_or_default();
-    why_not(&index, model)
+    why_not(&serde_json::from_slice(&index).unwrap_or_default(), model)
 }
+
+/// Longest list of a repository that is read, bytes.
+const MAX_INDEX_BYTES: usize = 1024 * 1024;
 
 fn why_not(index: &Value, model: &ModelRef) -> String {
     let listed = || index.as_array().into_iter().flatten();
@@ -154,9 +149,17 @@ fn why_not(index: &Value, model: &ModelRef) -> String {
 
 #[cfg(test)]
 mod tests {
-    use pool_registry_types::task::ResumeMode;
+    use pool_registry_types::task::{Resume, ResumeMode, TaskRequest};
 
     use super::*;
+
+    fn asked(
+        task: &TaskRequest,
+        ctx_max: Option<u32>,
+        sent: Option<&Resume>,
+    ) -> Result<EngineRequest, ErrorBody> {
+        request(&Asked { task, model: "org/m", ctx_max, sent })
+    }
 
     fn task() -> TaskRequest {
         TaskRequest::completion(ModelRef::new("org/m").unwrap(), "hi")
@@ -172,7 +175,7 @@ mod tests {
             stop: vec!["\n".into()],
             ..task()
         };
-        let request = request(&task, None, None).unwrap();
+        let request = asked(&task, None, None).unwrap();
         assert_eq!(request.path, "/v2/models/org%2Fm/generate_stream");
         let expected = json!({"text_input":"hi","stream":true,"exclude_input_in_output":true,"max_tokens":8,"temperature":0.7,"top_p":1.0,"seed":3,"random_seed":3,"stop_words":["\n"]});
         assert_eq!(request.body, expected);
@@ -181,12 +184,18 @@ mod tests {
     // CLOUD-2480
     #[test]
     fn the_answer_is_bounded_or_refused() {
-        assert_eq!(request(&task(), None, None).unwrap_err().code, ErrorCode::Unsupported);
-        let sent = Resume { mode: ResumeMode::Append, text: " a".into(), token_ids: vec![], tokens: 1 };
-        let goes_on = request(&task(), Some(64), Some(&sent)).unwrap();
+        assert_eq!(asked(&task(), None, None).unwrap_err().code, ErrorCode::Unsupported);
+        let sent = Resume {
+            mode: ResumeMode::Append,
+            text: " a".into(),
+            reasoning: String::new(),
+            token_ids: vec![],
+            tokens: 1,
+        };
+        let goes_on = asked(&task(), Some(64), Some(&sent)).unwrap();
         assert_eq!((&goes_on.body["max_tokens"], &goes_on.body["text_input"]), (&json!(63), &json!("hi a")));
         let greedy = TaskRequest { temperature: Some(0.0), top_p: Some(0.5), ..task() };
-        let greedy = request(&greedy, Some(64), None).unwrap();
+        let greedy = asked(&greedy, Some(64), None).unwrap();
         assert_eq!((&greedy.body["top_k"], &greedy.body["top_p"]), (&json!(1), &Value::Null));
     }
 

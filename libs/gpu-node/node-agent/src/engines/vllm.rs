@@ -7,18 +7,37 @@
 //!
 //! It says how long its context is, not how many requests it takes at a time: the handoff does.
 
-use pool_registry_types::task::{Resume, TaskRequest};
+use futures::FutureExt;
+use pool_registry_types::ErrorBody;
+use pool_registry_types::engines::capabilities;
+use pool_registry_types::pool::EngineKind;
 use serde_json::{Value, json};
 
 use super::{
-    EngineFacts, EngineRequest, NotReady, gauges, get_json, health, model_names, openai, tokens_left,
+    Asked, Busy, Dialect, EngineFacts, EngineRequest, Look, NotReady, context, gauges, health, listed,
+    openai, set,
+};
+use crate::pools_file::PoolSpec;
+
+pub(super) static DIALECT: Dialect = Dialect {
+    capabilities: capabilities(EngineKind::Vllm),
+    request,
+    probe: |look| probe(look).boxed(),
+    busy: Some(|look| busy(look).boxed()),
+    command_line: |pool| {
+        let mut args = vec!["serve".to_owned(), "{model_id}".to_owned()];
+        args.extend(options(pool));
+        args
+    },
+    key_flag: None,
 };
 
-pub(super) fn request(task: &TaskRequest, sent: Option<&Resume>) -> EngineRequest {
+fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {
+    let task = asked.task;
     let mut request = match &task.prompt {
         Some(prompt) => {
-            let left = tokens_left(task, None, sent);
-            let mut request = openai::text(task, prompt, left, sent);
+            let left = super::tokens_left(task, None, asked.sent);
+            let mut request = openai::text(asked, prompt, left);
             if left.is_none() {
                 // Said to be nothing, it is what the prompt leaves of the context. Unsaid it is 16,
                 // and the whole context is refused, since it leaves no room for the prompt.
@@ -26,52 +45,62 @@ pub(super) fn request(task: &TaskRequest, sent: Option<&Resume>) -> EngineReques
             }
             request
         }
-        None => openai::chat(task),
+        None => openai::chat(asked),
     };
     // 0 means all of them elsewhere, and nothing to some versions of vLLM.
-    openai::set(&mut request.body, "top_k", task.top_k.filter(|k| *k > 0));
-    openai::set(&mut request.body, "min_p", task.min_p);
+    set(&mut request.body, "top_k", task.top_k.filter(|k| *k > 0));
+    set(&mut request.body, "min_p", task.min_p);
     let grammar = task.grammar.as_ref().map(|grammar| json!({ "grammar": grammar }));
-    openai::set(&mut request.body, "structured_outputs", grammar);
-    request
+    set(&mut request.body, "structured_outputs", grammar);
+    Ok(request)
 }
 
-pub(super) async fn probe(
-    client: &reqwest::Client,
-    url: &str,
-) -> Result<(EngineFacts, Option<u32>), NotReady> {
+async fn probe(look: &Look<'_>) -> Result<EngineFacts, NotReady> {
     // It listens once its model is in memory: until then nothing answers, and a bad answer means
     // that the engine behind the server is dead.
-    health(client, url, None).await?;
-    let models =
-        get_json(client, format!("{url}/v1/models")).await.map_err(|e| format!("/v1/models: {e}"))?;
+    health(look, None).await?;
+    let list = look.json("/v1/models").await?;
     // Builds of others may lack it, and no task needs it.
-    let version = get_json(client, format!("{url}/version")).await.ok();
-    let facts = EngineFacts {
-        ctx_max: context(&models),
-        models: model_names(&models),
-        slots: None,
+    let version = look.client.get_json(look.at, "/version").await.ok();
+    let (models, own_model) = listed(&list);
+    Ok(EngineFacts {
+        models,
+        own_model,
+        ctx_max: context(&list),
         version: version.and_then(|version| version["version"].as_str().map(str::to_owned)),
-    };
-    Ok((facts, busy(client, url).await))
+        ..EngineFacts::default()
+    })
 }
 
-/// The context of the first model that has one: adapters of a model are listed without it.
-fn context(models: &Value) -> Option<u32> {
-    let lengths = models["data"].as_array()?.iter().filter_map(|model| model["max_model_len"].as_u64());
-    lengths.filter_map(|length| u32::try_from(length).ok()).next()
+async fn busy(look: &Look<'_>) -> Busy {
+    gauges::busy(look, "vllm:num_requests_running", "vllm:num_requests_waiting").await
 }
 
-pub(super) async fn busy(client: &reqwest::Client, url: &str) -> Option<u32> {
-    gauges::busy(client, url, "vllm:num_requests_running", "vllm:num_requests_waiting").await
+/// The options of its server, however it was started.
+pub(crate) fn options(pool: &PoolSpec) -> Vec<String> {
+    let mut options = vec!["--served-model-name".to_owned(), "{model}".to_owned()];
+    options.extend(pool.aliases.iter().map(ToString::to_string));
+    options
+        .extend(["--host", "127.0.0.1", "--port", "{port}", "--max-num-seqs", "{slots}"].map(str::to_owned));
+    if pool.devices.len() > 1 {
+        options.extend(["--tensor-parallel-size".into(), pool.devices.len().to_string()]);
+    }
+    if let Some(ctx) = pool.ctx {
+        options.extend(["--max-model-len".into(), ctx.to_string()]);
+    }
+    options
 }
 
 #[cfg(test)]
 mod tests {
     use pool_registry_types::ModelRef;
-    use pool_registry_types::task::{ChatMessage, ResumeMode, Role};
+    use pool_registry_types::task::{ChatMessage, Resume, ResumeMode, Role, TaskRequest};
 
     use super::*;
+
+    fn asked(task: &TaskRequest, sent: Option<&Resume>) -> EngineRequest {
+        request(&Asked { task, model: "m", ctx_max: None, sent }).unwrap()
+    }
 
     fn task() -> TaskRequest {
         TaskRequest::completion(ModelRef::new("m").unwrap(), "hi")
@@ -80,12 +109,18 @@ mod tests {
     // CLOUD-2480
     #[test]
     fn a_prompt_without_a_bound_may_use_what_is_left_of_the_context() {
-        let unbounded = request(&task(), None);
+        let unbounded = asked(&task(), None);
         assert_eq!(unbounded.path, "/v1/completions");
         assert!(unbounded.body.as_object().unwrap().contains_key("max_tokens"));
         assert_eq!(unbounded.body["max_tokens"], Value::Null);
-        let sent = Resume { mode: ResumeMode::Append, text: " a b".into(), token_ids: vec![], tokens: 2 };
-        let bounded = request(&TaskRequest { max_tokens: Some(10), ..task() }, Some(&sent));
+        let sent = Resume {
+            mode: ResumeMode::Append,
+            text: " a b".into(),
+            reasoning: String::new(),
+            token_ids: vec![],
+            tokens: 2,
+        };
+        let bounded = asked(&TaskRequest { max_tokens: Some(10), ..task() }, Some(&sent));
         assert_eq!((&bounded.body["max_tokens"], &bounded.body["prompt"]), (&json!(8), &json!("hi a b")));
     }
 
@@ -101,12 +136,12 @@ mod tests {
         let message = ChatMessage { role: Role::User, content: "hi".into() };
         let chat = TaskRequest { prompt: None, messages: Some(vec![message]), ..prompt.clone() };
         for (task, path) in [(prompt, "/v1/completions"), (chat, "/v1/chat/completions")] {
-            let request = request(&task, None);
+            let request = asked(&task, None);
             assert_eq!(request.path, path);
             assert_eq!((&request.body["top_k"], &request.body["min_p"]), (&json!(40), &json!(0.05)));
             assert_eq!(request.body["structured_outputs"], json!({"grammar": "root ::= \"a\""}));
         }
-        let all = request(&TaskRequest { top_k: Some(0), ..task() }, None);
+        let all = asked(&TaskRequest { top_k: Some(0), ..task() }, None);
         assert_eq!(all.body["top_k"], Value::Null);
     }
 
@@ -115,5 +150,8 @@ mod tests {
     fn an_adapter_without_a_context_does_not_hide_its_models() {
         let models = json!({"data": [{"id": "adapter"}, {"id": "m", "max_model_len": 4096}]});
         assert_eq!(context(&models), Some(4096));
+        let models = json!({"data": [{"id": "tuned", "parent": "m", "max_model_len": null}, {"id": "m", "parent": null, "max_model_len": 4096}]});
+        let (names, own) = listed(&models);
+        assert_eq!((names.len(), own.as_deref(), context(&models)), (2, Some("m"), Some(4096)));
     }
 }

@@ -27,7 +27,7 @@ const LONGEST_PAUSE_PROVEN: Duration = Duration::from_secs(5);
 /// Longest pause before the restart of an engine that has never been ready.
 const LONGEST_PAUSE_UNPROVEN: Duration = Duration::from_secs(60);
 /// How long a wish to load holds without being repeated. Source: .specs/01 CLOUD-2422.
-const DEMAND_LIFE: Duration = Duration::from_secs(15);
+pub(super) const DEMAND_LIFE: Duration = Duration::from_secs(15);
 /// Pause before a preparation that failed is tried again.
 const PREPARE_AGAIN: Duration = Duration::from_secs(30);
 
@@ -64,6 +64,8 @@ pub enum Happened {
     Load {
         pool_id: PoolId,
     },
+    /// The pools for which tasks wait at the control plane, loaded ones too; all of them.
+    Waiting(BTreeSet<PoolId>),
     /// Another plan for the pool.
     Reload {
         pool_id: PoolId,
@@ -123,6 +125,8 @@ pub enum Ordered {
     },
     /// Memory was or will be released: look now, not at the next tick.
     LookAtDevices,
+    /// What was heard of waiting tasks may be over: hear it anew.
+    AskWaiting,
 }
 
 /// The engines of one node.
@@ -133,6 +137,8 @@ pub struct Supervisor {
     runs_given: u64,
     jitter: Jitter,
     pub(super) stopping: bool,
+    /// When it was last asked for which pools tasks wait.
+    pub(super) asked_waiting: Option<Moment>,
 }
 
 impl Supervisor {
@@ -144,6 +150,7 @@ impl Supervisor {
             runs_given: 0,
             jitter: Jitter::new(seed),
             stopping: false,
+            asked_waiting: None,
         }
     }
 
@@ -175,6 +182,11 @@ impl Supervisor {
             Happened::Alarmed { run, line } => self.alarmed(now, run, &line, &mut out),
             Happened::Used(work) => self.used(now, &work),
             Happened::Load { pool_id } => self.load(now, &pool_id),
+            Happened::Waiting(pools) => {
+                for (id, pool) in &mut self.pools {
+                    pool.waited_for = pools.contains(id).then_some(now);
+                }
+            }
             Happened::Reload { pool_id, plan } => self.reload(now, &pool_id, *plan, &mut out),
             Happened::Revive { pool_id } => {
                 if let Some(pool) = self.pools.get_mut(&pool_id).filter(|pool| !pool.purging) {
@@ -420,7 +432,7 @@ impl Supervisor {
             for slot in pool.slots_mut() {
                 let seat = Seat { pool_id: pool_id.clone(), replica_id: slot.replica_id.clone() };
                 let is = work.get(&seat).copied().unwrap_or_default();
-                if is.running > 0 || is.served != slot.work.served {
+                if is.running > 0 || slot.work.running > 0 || is.served != slot.work.served {
                     slot.idle_since = now;
                 }
                 slot.work = is;

@@ -12,6 +12,7 @@ use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{ModelRef, PoolId};
 
 use crate::download::Hub;
+use crate::engines::dialect;
 use crate::gguf::{self, GgufHeader};
 use crate::models::{Manifest, ModelError, Models};
 use crate::pools_file::{ModelSpec, PoolSpec, Provision, Provisioning};
@@ -186,64 +187,12 @@ fn how_to_get(name: &str) -> String {
 
 /// The command line of engines that are known.
 fn arguments(pool: &PoolSpec) -> Vec<String> {
-    let mut args: Vec<&str> = Vec::new();
-    match pool.engine {
-        EngineKind::LlamaCpp => {
-            args.extend([
-                "--model",
-                "{model_path}",
-                "--alias",
-                "{model}",
-                "--host",
-                "127.0.0.1",
-                "--port",
-                "{port}",
-            ]);
-            args.extend(["--parallel", "{slots}", "--ctx-size", "{ctx_total}", "--metrics", "--slots"]);
-            if !pool.devices.is_empty() {
-                args.extend(["--n-gpu-layers", "999"]);
-            }
-        }
-        EngineKind::Vllm => args.extend(["serve", "{model_id}"]),
-        EngineKind::Tgi => {
-            args.extend(["--model-id", "{model_id}", "--hostname", "127.0.0.1", "--port", "{port}"]);
-            args.extend(["--max-concurrent-requests", "{slots}"]);
-        }
-        EngineKind::Triton => {
-            args.extend(["--model-repository", "{model_path}", "--http-address", "127.0.0.1"]);
-            args.extend(["--http-port", "{port}", "--allow-grpc", "false", "--allow-metrics", "false"]);
-        }
-        // The file must give its command line.
-        EngineKind::OpenAi => {}
-    }
-    let mut args: Vec<String> = args.into_iter().map(str::to_owned).collect();
-    let split = || pool.tensor_split.iter().map(f64::to_string).collect::<Vec<_>>().join(",");
-    match pool.engine {
-        EngineKind::LlamaCpp if !pool.tensor_split.is_empty() => {
-            args.extend(["--tensor-split".into(), split()])
-        }
-        EngineKind::Vllm => args.extend(vllm_options(pool)),
-        EngineKind::Tgi if pool.devices.len() > 1 => {
-            args.extend(["--num-shard".into(), pool.devices.len().to_string()]);
-        }
-        _ => {}
+    let dialect = dialect(pool.engine);
+    let mut args = (dialect.command_line)(pool);
+    if let Some((flag, path)) = dialect.key_flag.zip(pool.api_key_file.as_ref()) {
+        args.extend([flag.to_owned(), path.display().to_string()]);
     }
     args
-}
-
-/// The options of vLLM's server, however it was started.
-pub(crate) fn vllm_options(pool: &PoolSpec) -> Vec<String> {
-    let mut options = vec!["--served-model-name".to_owned(), "{model}".to_owned()];
-    options.extend(pool.aliases.iter().map(ToString::to_string));
-    options
-        .extend(["--host", "127.0.0.1", "--port", "{port}", "--max-num-seqs", "{slots}"].map(str::to_owned));
-    if pool.devices.len() > 1 {
-        options.extend(["--tensor-parallel-size".into(), pool.devices.len().to_string()]);
-    }
-    if let Some(ctx) = pool.ctx {
-        options.extend(["--max-model-len".into(), ctx.to_string()]);
-    }
-    options
 }
 
 impl Program {

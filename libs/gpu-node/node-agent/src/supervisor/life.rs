@@ -10,9 +10,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use crate::engines::{self, EngineFacts};
+use crate::engines::{self, EngineFacts, Look};
 use crate::guard::link::Guarded;
 use crate::guard::{Charge, Said, output, processes};
+use crate::replica::endpoint;
 use crate::supervisor::core::Happened;
 use crate::supervisor::launch::{self, Launch, Spec};
 use crate::supervisor::plan::{RunId, Seat};
@@ -246,14 +247,10 @@ impl Supervision {
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
             let url = self.state.lock().lives.get(&run).map(|life| life.url.clone()).unwrap_or_default();
-            if let Ok((facts, _)) = engines::probe(
-                self.agent.client(),
-                spec.pool.engine,
-                &url,
-                std::slice::from_ref(&spec.pool.model),
-            )
-            .await
-            {
+            let Ok(at) = endpoint(&url, spec.pool.api_key_file.as_deref()).await else { continue };
+            let models = std::slice::from_ref(&spec.pool.model);
+            let look = Look { client: self.agent.client(), at: &at, models };
+            if let Ok(facts) = engines::probe(spec.pool.engine, &look).await {
                 return facts;
             }
         }
@@ -289,6 +286,7 @@ impl Supervision {
             engines::set(&mut handoff, "device_mask", spec.pool.mask());
             engines::set(&mut handoff, "ctx_max", life.facts.ctx_max.or(ctx));
             engines::set(&mut handoff, "pid", life.pid);
+            engines::set(&mut handoff, "api_key_file", spec.pool.api_key_file.clone());
             handoff.to_string()
         };
         let path = self.handoff_path(seat);

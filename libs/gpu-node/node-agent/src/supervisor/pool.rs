@@ -5,12 +5,14 @@ use std::time::Duration;
 
 use pool_registry_types::{Moment, PoolId, ReplicaId};
 
-use crate::supervisor::core::{Ordered, Work};
+use crate::supervisor::core::{DEMAND_LIFE, Ordered, Work};
 use crate::supervisor::plan::{Claim, PoolPlan, Prepared, RunId, Seat};
 
 /// A pool that was loaded for somebody may wait this long for its first attempt before it
 /// counts as idle.
 pub(super) const FIRST_WORK_PATIENCE: Duration = Duration::from_secs(5);
+/// A gap between two requests is no idleness before this. Source: .specs/01 CLOUD-2424.
+pub(super) const IDLE_AFTER: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
@@ -171,7 +173,9 @@ pub(super) struct Pool {
     pub(super) reload: Option<Reload>,
     /// Of earlier generations, on their way out.
     pub(super) retired: Vec<Slot>,
-    /// Somebody waits for it, until this.
+    /// When it was heard that tasks wait for it, loaded or not.
+    pub(super) waited_for: Option<Moment>,
+    /// Somebody waits for it to be loaded, until this.
     pub(super) demand: Option<Moment>,
     pub(super) demand_since: Moment,
     pub(super) exits: VecDeque<Moment>,
@@ -201,6 +205,7 @@ impl Pool {
             serving: Generation::new(plan),
             reload: None,
             retired: Vec::new(),
+            waited_for: None,
             demand: None,
             demand_since: Moment::ZERO,
             exits: VecDeque::new(),
@@ -260,11 +265,18 @@ impl Pool {
         ids.find(|id| !taken(id)).expect("there are more names than replicas")
     }
 
-    /// Whether it may be unloaded for others at once.
+    /// Whether it may be unloaded for others at once: it has no work, and nobody waits for it.
     pub(super) fn is_idle(&self, now: Moment) -> bool {
+        self.has_no_work(now) && self.waited_for.is_none_or(|told| now >= told + DEMAND_LIFE)
+    }
+
+    /// Whether nothing has run on it for a while.
+    pub(super) fn has_no_work(&self, now: Moment) -> bool {
         let idle = |slot: &Slot| match slot.stage {
             Stage::Ready { since, .. } => {
-                slot.work.running == 0 && (slot.work.served > 0 || now >= since + FIRST_WORK_PATIENCE)
+                slot.work.running == 0
+                    && now >= slot.idle_since + IDLE_AFTER
+                    && (slot.work.served > 0 || now >= since + FIRST_WORK_PATIENCE)
             }
             Stage::Down | Stage::Waiting { .. } | Stage::Backoff { .. } => true,
             Stage::Starting { .. } | Stage::Leaving { .. } | Stage::Stopping { .. } => false,

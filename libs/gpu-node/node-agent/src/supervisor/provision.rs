@@ -10,8 +10,9 @@ use std::time::Duration;
 use pool_registry_types::pool::EngineKind;
 use tokio::process::Command;
 
+use crate::engines::vllm;
 use crate::pools_file::PoolSpec;
-use crate::supervisor::launch::{Places, on_path, vllm_options};
+use crate::supervisor::launch::{Places, on_path};
 
 /// What is installed for llama.cpp, with its hash.
 const LLAMACPP_LOCK: &str = include_str!("../../../../../deploy/engines/requirements.lock");
@@ -67,7 +68,7 @@ pub(crate) async fn package(
         }
         _ => {
             let words = ["-m", "vllm.entrypoints.openai.api_server", "--model", "{model_id}"];
-            words.into_iter().map(str::to_owned).chain(vllm_options(pool)).collect()
+            words.into_iter().map(str::to_owned).chain(vllm::options(pool)).collect()
         }
     };
     Ok((python, args, env))

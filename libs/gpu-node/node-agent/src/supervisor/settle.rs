@@ -10,6 +10,9 @@ use crate::supervisor::ledger::{Ledger, Shortage};
 use crate::supervisor::plan::{Claim, Device, Seat};
 use crate::supervisor::pool::{Generation, Pool, Preparation, Reload, Slot, Stage, Way, add, leave_all};
 
+/// Pause between two questions for which pools tasks wait.
+const ASK_WAITING_EVERY: Duration = Duration::from_secs(1);
+
 impl Supervisor {
     pub(super) fn settle(&mut self, now: Moment, out: &mut Vec<Ordered>) {
         for (id, pool) in &mut self.pools {
@@ -186,7 +189,9 @@ impl Supervisor {
         };
         let others = || self.pools.iter().filter(|(other, pool)| *other != id && helps(pool));
         let mut victims: Vec<(bool, Moment, PoolId)> = Vec::new();
+        let mut kept_by_hearsay = false;
         for (other, pool) in others() {
+            kept_by_hearsay |= pool.has_no_work(now) && !pool.is_idle(now);
             if pool.is_idle(now) {
                 victims.push((false, pool.idle_since(), other.clone()));
             } else if let Some(resident) = pool.resident_since()
@@ -194,6 +199,10 @@ impl Supervisor {
             {
                 victims.push((true, resident, other.clone()));
             }
+        }
+        if kept_by_hearsay && self.asked_waiting.is_none_or(|at| now >= at + ASK_WAITING_EVERY) {
+            self.asked_waiting = Some(now);
+            out.push(Ordered::AskWaiting);
         }
         victims.sort();
         let mut chosen = Vec::new();
@@ -378,6 +387,7 @@ impl Pool {
             all.push(*since + self.serving.plan.load_timeout + self.serving.plan.drain_timeout);
         }
         all.extend(self.demand.filter(|at| *at != Moment::NEVER));
+        all.extend(self.waited_for.map(|told| told + super::core::DEMAND_LIFE));
         let next = self.reload.iter().filter_map(|reload| reload.next.as_ref());
         for generation in std::iter::once(&self.serving).chain(next) {
             if let Preparation::Failed { again, .. } = generation.preparation {
@@ -389,6 +399,7 @@ impl Pool {
                     Stage::Starting { since, .. } => all.push(since + generation.plan.load_timeout),
                     Stage::Ready { since, .. } if generation.plan.on_demand => {
                         all.push(since + super::pool::FIRST_WORK_PATIENCE);
+                        all.push(slot.idle_since + super::pool::IDLE_AFTER);
                         all.push(since + generation.plan.min_resident);
                         all.extend(generation.plan.ttl.map(|ttl| slot.idle_since + ttl));
                     }

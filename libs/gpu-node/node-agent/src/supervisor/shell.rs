@@ -179,6 +179,7 @@ impl Supervision {
             }
             Ordered::Purged { pool_id } => self.remove_purged(pool_id),
             Ordered::LookAtDevices => self.agent.look_at_gpus(),
+            Ordered::AskWaiting => self.agent.report_now(),
         }
     }
 
@@ -340,6 +341,11 @@ impl Supervision {
     pub(crate) fn load(&self, pool_id: &PoolId) -> Result<(), ErrorBody> {
         self.known(pool_id)?;
         self.post(Happened::Load { pool_id: pool_id.clone() })
+    }
+
+    /// The pools for which tasks wait, as the control plane has just said.
+    pub(crate) async fn waiting(&self, pools: Vec<PoolId>) {
+        self.tell(Happened::Waiting(pools.into_iter().collect())).await;
     }
 
     /// The pool as it is, or will be when its reload is done.

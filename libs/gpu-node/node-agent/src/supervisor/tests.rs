@@ -12,6 +12,7 @@ use super::ledger::DeviceReading;
 use super::plan::{Claim, Device, PoolPlan, Prepared, RunId, Seat};
 
 mod reloads;
+mod turns;
 
 const MIB: u64 = 1024 * 1024;
 const TOTAL: u64 = 1_000 * MIB;
@@ -69,6 +70,8 @@ struct Machine {
     missing: BTreeSet<u64>,
     preparations: u32,
     total: u64,
+    /// It wants to hear for which pools tasks wait.
+    asked_waiting: bool,
 }
 
 impl Machine {
@@ -86,6 +89,7 @@ impl Machine {
             missing: BTreeSet::new(),
             preparations: 0,
             total: TOTAL,
+            asked_waiting: false,
         };
         machine.look();
         machine.configure(plans);
@@ -152,6 +156,7 @@ impl Machine {
                 }
                 Ordered::Stop { run } => self.stopping.push((self.now + 100, run)),
                 Ordered::Purged { pool_id } => self.purged.push(pool_id),
+                Ordered::AskWaiting => self.asked_waiting = true,
                 Ordered::LookAtDevices => {}
             }
         }

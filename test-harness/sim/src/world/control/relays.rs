@@ -89,7 +89,7 @@ impl World {
                 match log.append(attempt, i, format!("token {i}\n").as_bytes()) {
                     Ok(()) => {
                         self.witness.life.entry(node_id.clone()).and_modify(|l| l.any = now);
-                        self.witness.got_through(task);
+                        self.witness.got_through(now, task, first);
                         self.read(task);
                         let event = if first { Event::Started { attempt } } else { Event::Alive { node_id } };
                         self.apply(event);
@@ -163,9 +163,15 @@ impl World {
         let fence = log.fence(attempt);
         let how = if fence.finished { HowEnded::Finished } else { how };
         self.note(|w| format!("t{} attempt over: {}", w.names[&relay.task], brief_end(&how)));
-        self.witness.ended(self.now, relay.task, attempt, &how, fence.tokens_written);
+        let failed = self.witness.ended(self.now, relay.task, attempt, &how, fence.tokens_written);
         self.drop_conn(relay.conn);
-        self.apply(Event::Ended { attempt, tokens_written: fence.tokens_written, how, closed_after });
+        let tokens_written = fence.tokens_written;
+        self.apply(Event::Ended { attempt, tokens_written, unlogged: 0, how, closed_after });
+        if let (Some(pool), Some(control)) = (failed, self.control.as_ref()) {
+            let tripped = control.core.registry().pool_facts(&pool).is_some_and(|facts| facts.tripped);
+            let early = self.witness.tripped_early(&pool, tripped);
+            self.check(early);
+        }
         let poison = self.witness.poison();
         self.check(poison);
     }

@@ -1,0 +1,255 @@
+//! What an engine's stream says, event by event.
+//!
+//! What the part that matters says is enough: an event is read when its text, its thoughts, its
+//! reason to end or its error can be read, whatever stands beside them. Every event counts as a
+//! sign of life; what it brings are texts and thoughts, which are both tokens.
+
+use std::borrow::Cow;
+
+use pool_registry_types::sse::Frame;
+use pool_registry_types::task::FinishReason;
+
+use super::json::Json;
+use super::refusal::Refusal;
+use super::thoughts::Splitter;
+use super::{llamacpp, refusal};
+
+/// Characters of what an engine wrote that are shown.
+const SHOWN: usize = 500;
+
+/// The shape of an answer: how its events are read, and how it ends.
+#[derive(Debug)]
+pub struct Reply {
+    /// For messages and tests.
+    pub name: &'static str,
+    /// One JSON document instead of a stream.
+    pub is_document: bool,
+    /// No event is the last one: the stream is whole when its message ends in order.
+    pub ends_by_closing: bool,
+    pub(super) read: fn(&mut Reader, Json<'_>) -> Said,
+}
+
+impl PartialEq for Reply {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+
+/// What one event brings: thoughts come before text.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Delta {
+    pub thought: String,
+    pub text: String,
+}
+
+impl Delta {
+    pub fn text(text: impl Into<String>) -> Self {
+        Self { text: text.into(), ..Self::default() }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.thought.is_empty() && self.text.is_empty()
+    }
+
+    fn append(&mut self, other: &Self) {
+        self.thought.push_str(&other.thought);
+        self.text.push_str(&other.text);
+    }
+}
+
+/// What one event of an engine says.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Said {
+    /// Nothing that comes from the model.
+    Nothing,
+    /// The model works; there may be nothing to read in it.
+    Delta(Delta),
+    /// The last event; it may bring something too.
+    End { delta: Delta, tokens_out: u64, finish_reason: FinishReason },
+    /// The engine gave up.
+    Failed(String),
+    /// It says in its stream what others say by a status: that it does not take the request.
+    Refused(Box<Refusal>),
+}
+
+/// Reads a stream; remembers what an end refers back to.
+#[derive(Debug)]
+pub struct Reader {
+    reply: &'static Reply,
+    /// Events of the model.
+    events: u64,
+    /// Events that brought something.
+    deltas: u64,
+    /// Tokens that may come at most, for streams that do not say why they end.
+    bound: Option<u64>,
+    /// The engine's own count of tokens.
+    pub(super) counted: Option<u32>,
+    pub(super) finish_reason: Option<FinishReason>,
+    /// Which of its names for thoughts this engine uses: some write the same under two.
+    pub(super) thought_field: Option<&'static str>,
+    /// Separates thoughts from a text that holds both.
+    splitter: Option<Splitter>,
+    /// The engine's ids of the tokens since they were taken last, and its count of all, where they
+    /// are wanted. Some tokens bring no text of their own: half a character, or the beginning of a
+    /// stop text.
+    ids: Option<(Vec<u32>, u64)>,
+}
+
+impl Reader {
+    pub fn new(reply: &'static Reply, wants_ids: bool) -> Self {
+        Self {
+            reply,
+            events: 0,
+            deltas: 0,
+            bound: None,
+            counted: None,
+            finish_reason: None,
+            thought_field: None,
+            splitter: None,
+            ids: wants_ids.then(|| (Vec::new(), 0)),
+        }
+    }
+
+    #[must_use]
+    pub fn bounded_by(mut self, bound: Option<u64>) -> Self {
+        self.bound = bound;
+        self
+    }
+
+    pub fn split_by(&mut self, splitter: Option<Splitter>) {
+        self.splitter = splitter;
+    }
+
+    /// Whether anything has come yet.
+    pub(super) fn is_empty(&self) -> bool {
+        self.deltas == 0
+    }
+
+    /// The ids of the tokens since they were taken last, and the count of all tokens so far;
+    /// nothing where they are not wanted.
+    pub fn take_ids(&mut self) -> Option<(Vec<u32>, u64)> {
+        self.ids.as_mut().map(|(ids, count)| (std::mem::take(ids), *count))
+    }
+
+    /// The stream has ended in order, after its last event. Returns what an end event would have
+    /// said where none is written; nothing where that end is none.
+    pub fn closed(&mut self) -> Option<Said> {
+        let whole = self.finish_reason.is_some() || (self.reply.ends_by_closing && self.events > 0);
+        whole.then(|| self.end(Delta::default(), self.counted, self.finish_reason))
+    }
+
+    /// The connection was lost. What has said why it ended is whole all the same.
+    pub fn lost(&mut self) -> Option<Said> {
+        self.finish_reason?;
+        self.closed()
+    }
+
+    pub fn read(&mut self, frame: &Frame<'_>) -> Said {
+        if let Some(line) = frame.unknown
+            && let Some(error) = error_in_a_line(line)
+        {
+            return error;
+        }
+        let Some(data) = &frame.data else { return Said::Nothing };
+        let data = data.trim();
+        if frame.event == "error" {
+            return Json::object(data).map_or_else(|| failed(data), |event| refusal::in_stream(event));
+        }
+        match data {
+            "" => return Said::Nothing,
+            "[DONE]" | "\"[DONE]\"" | "DONE" => return self.done(),
+            _ if data.starts_with(':') => return Said::Nothing,
+            _ => {}
+        }
+        if let Some(error) = error_in_a_line(data) {
+            return error;
+        }
+        let Some(event) = Json::object(data) else {
+            return failed(&format!("unreadable event: {data}"));
+        };
+        if event.get("error").says_something() || event.get("object").text().as_deref() == Some("error") {
+            return refusal::in_stream(event);
+        }
+        self.events += 1;
+        if let Some((ids, count)) = &mut self.ids {
+            let (new, all) = llamacpp::token_ids(event);
+            ids.extend(&new);
+            *count = u64::from(all).max(count.saturating_add(new.len() as u64));
+        }
+        match (self.reply.read)(self, event) {
+            Said::Delta(delta) => {
+                let delta = self.split(delta);
+                self.deltas += u64::from(!delta.is_empty());
+                Said::Delta(delta)
+            }
+            said => said,
+        }
+    }
+
+    /// The marker that stands after everything.
+    fn done(&mut self) -> Said {
+        if self.events == 0 {
+            return Said::Failed("its stream has an end and nothing before it".into());
+        }
+        self.end(Delta::default(), self.counted, self.finish_reason)
+    }
+
+    /// The end of the stream, with what comes with it.
+    pub(super) fn end(
+        &mut self,
+        delta: Delta,
+        counted: Option<u32>,
+        finish_reason: Option<FinishReason>,
+    ) -> Said {
+        let mut delta = self.split(delta);
+        if let Some(splitter) = &mut self.splitter {
+            delta.append(&splitter.finish());
+        }
+        self.deltas += u64::from(!delta.is_empty());
+        // An engine that counts says 0 only when nothing came.
+        let tokens_out = counted.map(u64::from).filter(|count| *count > 0).unwrap_or(self.deltas);
+        let cut = self.bound.is_some_and(|bound| tokens_out >= bound);
+        let by_itself = if cut { FinishReason::Length } else { FinishReason::Stop };
+        Said::End { delta, tokens_out, finish_reason: finish_reason.unwrap_or(by_itself) }
+    }
+
+    fn split(&mut self, delta: Delta) -> Delta {
+        match &mut self.splitter {
+            Some(splitter) => splitter.push(&delta.text),
+            None => delta,
+        }
+    }
+}
+
+/// Errors that some servers write beside the standard: a field of that name, or a bare object.
+fn error_in_a_line(line: &str) -> Option<Said> {
+    if let Some(told) = line.strip_prefix("error:") {
+        return Some(Json::object(told).map_or_else(|| failed(told.trim()), refusal::in_stream));
+    }
+    let bare = Json::object(line).filter(|event| event.get("error").says_something())?;
+    Some(refusal::in_stream(bare))
+}
+
+fn failed(what: &str) -> Said {
+    Said::Failed(shown(what))
+}
+
+/// As much of an engine's words as is shown.
+pub(super) fn shown(text: &str) -> String {
+    text.chars().take(SHOWN).collect()
+}
+
+/// The text of a string, of parts with a text each, or of a number that stands where a text should.
+pub(super) fn text_of(value: Json<'_>) -> Cow<'_, str> {
+    if let Some(text) = value.text() {
+        return text;
+    }
+    if let Some(text) = value.get("text").text() {
+        return text;
+    }
+    if let Some(number) = value.number() {
+        return Cow::Borrowed(number);
+    }
+    let texts: Vec<Cow<'_, str>> = value.items().filter_map(|part| part.get("text").text()).collect();
+    Cow::Owned(texts.concat())
+}

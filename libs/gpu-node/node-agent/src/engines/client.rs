@@ -1,0 +1,391 @@
+//! Calls to engines, over connections that are kept.
+//!
+//! A kept connection may have been closed by its engine while a request was on its way: that says
+//! nothing of the engine, so the call is made once more, on a fresh one. A fresh connection that is
+//! lost is never tried again here: a prompt that kills engines must not be handed to the next
+//! process. Every body is bounded while it is read.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{AUTHORIZATION, CONTENT_TYPE};
+use http::{HeaderValue, Method, Request, Response, Uri};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::body::Incoming;
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
+use hyper_util::client::legacy::connect::{Connection, HttpConnector, HttpInfo, capture_connection};
+use hyper_util::client::legacy::{Client, Error};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use parking_lot::Mutex;
+use rustls_platform_verifier::BuilderVerifierExt;
+use serde_json::Value;
+use tokio::net::TcpStream;
+
+use super::key::ApiKey;
+
+/// Bound of connecting. Engines are near.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Unused connections are closed after this: before uvicorn, which vLLM, SGLang and others are
+/// served by, closes them after 5 s.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
+/// Kept connections to one engine that are unused.
+const MOST_IDLE: usize = 64;
+/// Longest answer to a question of ours, bytes: of metrics, mostly.
+const MAX_ANSWER_BYTES: usize = 4 * 1024 * 1024;
+/// Causes that are told of one error.
+const MOST_CAUSES: usize = 8;
+
+/// Where an engine is, and what it is asked with.
+#[derive(Debug, Clone)]
+pub struct Endpoint {
+    /// `http://host:port`, optionally with a path; without a trailing slash.
+    pub url: String,
+    pub key: Option<ApiKey>,
+}
+
+impl Endpoint {
+    pub fn new(url: impl Into<String>) -> Self {
+        Self { url: url.into(), key: None }
+    }
+}
+
+/// Why there is no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CallError {
+    /// No connection: nothing listens there.
+    #[error("{0}")]
+    Refused(String),
+    /// Nothing came in time.
+    #[error("{0}")]
+    Silent(String),
+    /// A fresh connection was lost before an answer came.
+    #[error("{0}")]
+    Lost(String),
+    /// We have no descriptor, port or memory left, which says nothing of the engine.
+    #[error("{0}")]
+    Ours(String),
+}
+
+/// The head of an answer, and its body.
+#[derive(Debug)]
+pub struct Answer {
+    pub response: Response<Incoming>,
+    /// Nothing was asked over its connection before: it may be another process than the last one.
+    pub fresh: bool,
+}
+
+impl Answer {
+    pub fn status(&self) -> u16 {
+        self.response.status().as_u16()
+    }
+
+    /// The whole body, of at most `most` bytes.
+    pub async fn bytes(self, most: usize) -> Result<Bytes, BodyError> {
+        match Limited::new(self.response.into_body(), most).collect().await {
+            Ok(body) => Ok(body.to_bytes()),
+            Err(error) if error.is::<LengthLimitError>() => Err(BodyError::TooLong { most }),
+            Err(error) => Err(BodyError::Lost(with_causes(error.as_ref()))),
+        }
+    }
+
+    async fn json(self) -> Result<Value, String> {
+        let bytes = self.bytes(MAX_ANSWER_BYTES).await.map_err(|error| error.to_string())?;
+        serde_json::from_slice(&bytes).map_err(|error| format!("unreadable: {error}"))
+    }
+}
+
+/// Why there is no whole body.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BodyError {
+    #[error("its answer is longer than {most} bytes")]
+    TooLong { most: usize },
+    #[error("its answer was cut off: {0}")]
+    Lost(String),
+}
+
+/// The ends of connections over which an answer came.
+type Used = Arc<Mutex<BTreeSet<SocketAddr>>>;
+
+/// Makes connections, and forgets what was known of an earlier one with the same local end.
+#[derive(Debug, Clone)]
+struct Connector {
+    inner: HttpsConnector<HttpConnector>,
+    used: Used,
+}
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+type Stream = MaybeHttpsStream<TokioIo<TcpStream>>;
+
+impl tower::Service<Uri> for Connector {
+    type Response = Stream;
+    type Error = BoxError;
+    type Future = Pin<Box<dyn Future<Output = Result<Stream, BoxError>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let (connecting, used) = (self.inner.call(uri), Arc::clone(&self.used));
+        Box::pin(async move {
+            let stream = connecting.await?;
+            if let Some(end) = local_end(&stream.connected()) {
+                used.lock().remove(&end);
+            }
+            Ok(stream)
+        })
+    }
+}
+
+fn local_end(connection: &hyper_util::client::legacy::connect::Connected) -> Option<SocketAddr> {
+    let mut about = http::Extensions::new();
+    connection.get_extras(&mut about);
+    about.get::<HttpInfo>().map(HttpInfo::local_addr)
+}
+
+/// Calls engines.
+#[derive(Debug, Clone)]
+pub struct EngineClient {
+    kept: Client<Connector, Full<Bytes>>,
+    /// Makes a connection for each call.
+    fresh: Client<Connector, Full<Bytes>>,
+    used: Used,
+}
+
+impl Default for EngineClient {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl EngineClient {
+    pub fn new() -> Self {
+        let mut http = HttpConnector::new();
+        http.set_nodelay(true);
+        http.set_connect_timeout(Some(CONNECT_TIMEOUT));
+        http.enforce_http(false);
+        let versions =
+            rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+                .with_safe_default_protocol_versions()
+                .expect("ring has the versions of TLS that rustls has");
+        let tls = match versions.clone().with_platform_verifier() {
+            Ok(trusting) => trusting.with_no_client_auth(),
+            Err(error) => {
+                tracing::debug!(%error, "this machine has no CA certificates: engines are reached by http:// only");
+                versions.with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth()
+            }
+        };
+        let inner = HttpsConnectorBuilder::new()
+            .with_tls_config(tls)
+            .https_or_http()
+            .enable_http1()
+            .wrap_connector(http);
+        let used = Used::default();
+        let connector = Connector { inner, used: Arc::clone(&used) };
+        let client = |most_idle| {
+            Client::builder(TokioExecutor::new())
+                .pool_timer(TokioTimer::new())
+                .pool_idle_timeout(IDLE_TIMEOUT)
+                .pool_max_idle_per_host(most_idle)
+                .build(connector.clone())
+        };
+        Self { kept: client(MOST_IDLE), fresh: client(0), used }
+    }
+
+    /// Asks at a path below the endpoint's URL. Who calls bounds the time.
+    pub async fn get(&self, at: &Endpoint, path: &str) -> Result<Answer, CallError> {
+        self.call(&Method::GET, at, path, Bytes::new(), None).await
+    }
+
+    pub async fn post(
+        &self,
+        at: &Endpoint,
+        path: &str,
+        body: &Value,
+        traceparent: Option<&str>,
+    ) -> Result<Answer, CallError> {
+        self.call(&Method::POST, at, path, Bytes::from(body.to_string()), traceparent).await
+    }
+
+    /// The JSON of an answer that is good.
+    pub async fn get_json(&self, at: &Endpoint, path: &str) -> Result<Value, Question> {
+        let answer = self.get(at, path).await.map_err(Question::Unanswered)?;
+        match answer.status() {
+            200..=299 => answer.json().await.map_err(Question::Bad),
+            status => Err(Question::Status(status)),
+        }
+    }
+
+    async fn call(
+        &self,
+        method: &Method,
+        at: &Endpoint,
+        path: &str,
+        body: Bytes,
+        traceparent: Option<&str>,
+    ) -> Result<Answer, CallError> {
+        let request = || {
+            let mut request = Request::builder().method(method).uri(format!("{}{path}", at.url));
+            if *method == Method::POST {
+                request = request.header(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            }
+            if let Some(traceparent) = traceparent {
+                request = request.header("traceparent", traceparent);
+            }
+            if let Some(key) = &at.key {
+                request = request.header(AUTHORIZATION, key.bearer());
+            }
+            request.body(Full::new(body.clone())).map_err(|error| CallError::Refused(error.to_string()))
+        };
+        let mut first = request()?;
+        let connection = capture_connection(&mut first);
+        let error = match self.kept.request(first).await {
+            Ok(response) => return Ok(self.answered(response)),
+            Err(error) => error,
+        };
+        let end = connection.connection_metadata().as_ref().and_then(local_end);
+        let was_used = end.is_some_and(|end| self.used.lock().remove(&end));
+        if !was_used {
+            return Err(classify(&error));
+        }
+        tracing::debug!(url = at.url, "a kept connection was closed as it was used: asking on a fresh one");
+        match self.fresh.request(request()?).await {
+            Ok(response) => Ok(Answer { response, fresh: true }),
+            Err(error) => Err(classify(&error)),
+        }
+    }
+
+    fn answered(&self, response: Response<Incoming>) -> Answer {
+        let end = response.extensions().get::<HttpInfo>().map(HttpInfo::local_addr);
+        let fresh = end.is_none_or(|end| self.used.lock().insert(end));
+        Answer { response, fresh }
+    }
+}
+
+/// Why a question has no JSON as its answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Question {
+    #[error("{0}")]
+    Unanswered(CallError),
+    #[error("HTTP {0}")]
+    Status(u16),
+    #[error("{0}")]
+    Bad(String),
+}
+
+fn classify(error: &Error) -> CallError {
+    let text = with_causes(error);
+    let kinds: Vec<&std::io::Error> = causes(error).filter_map(|cause| cause.downcast_ref()).collect();
+    // EMFILE, ENFILE, ENOMEM, EADDRNOTAVAIL, ENOBUFS. Source: errno(3).
+    let ours = |error: &&std::io::Error| matches!(error.raw_os_error(), Some(24 | 23 | 12 | 99 | 105));
+    if kinds.iter().any(ours) {
+        return CallError::Ours(text);
+    }
+    if kinds.iter().any(|error| error.kind() == std::io::ErrorKind::TimedOut) {
+        return CallError::Silent(text);
+    }
+    if error.is_connect() { CallError::Refused(text) } else { CallError::Lost(text) }
+}
+
+fn causes<'e>(
+    error: &'e (dyn std::error::Error + 'static),
+) -> impl Iterator<Item = &'e (dyn std::error::Error + 'static)> {
+    std::iter::successors(Some(error), |error| error.source()).take(MOST_CAUSES)
+}
+
+/// An error with its causes.
+pub(crate) fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let texts: Vec<String> = causes(error).map(ToString::to_string).collect();
+    texts.join(": ")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// An engine that answers `answers[n]` requests on its connection n and then closes it as the
+    /// next one is on its way. Counts its connections.
+    async fn engine(answers: &'static [usize]) -> (Endpoint, Arc<AtomicU32>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = Endpoint::new(format!("http://{}", listener.local_addr().unwrap()));
+        let connections = Arc::new(AtomicU32::new(0));
+        let count = Arc::clone(&connections);
+        tokio::spawn(async move {
+            for answers in answers {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                count.fetch_add(1, Ordering::Relaxed);
+                for _ in 0..*answers {
+                    read_request(&mut stream).await;
+                    stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}").await.unwrap();
+                }
+                read_request(&mut stream).await;
+            }
+        });
+        (at, connections)
+    }
+
+    async fn read_request(stream: &mut TcpStream) {
+        let mut read = Vec::new();
+        while !read.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            if stream.read(&mut byte).await.unwrap_or(0) == 0 {
+                return;
+            }
+            read.extend(byte);
+        }
+    }
+
+    // CLOUD-1526
+    #[tokio::test]
+    async fn a_kept_connection_that_dies_as_it_is_used_is_not_a_dead_engine() {
+        let (at, connections) = engine(&[1, 1, 0]).await;
+        let client = EngineClient::new();
+        let ask = async || {
+            let answer = client.get(&at, "/").await?;
+            let fresh = answer.fresh;
+            assert_eq!(answer.bytes(2).await.unwrap(), "{}");
+            Ok::<bool, CallError>(fresh)
+        };
+        assert_eq!(ask().await, Ok(true));
+        assert_eq!(ask().await, Ok(true), "asked once more, on a fresh connection");
+        assert_eq!(connections.load(Ordering::Relaxed), 2);
+        // A fresh connection that dies is the engine's death, and not asked over again.
+        assert!(matches!(ask().await, Err(CallError::Lost(_))));
+        assert_eq!(connections.load(Ordering::Relaxed), 3);
+    }
+
+    // CLOUD-1526
+    #[tokio::test]
+    async fn a_connection_whose_answer_was_read_to_its_end_is_used_again() {
+        let (at, connections) = engine(&[5]).await;
+        let client = EngineClient::new();
+        for n in 0..5 {
+            let answer = client.get(&at, "/").await.unwrap();
+            assert_eq!(answer.fresh, n == 0);
+            answer.bytes(2).await.unwrap();
+        }
+        assert_eq!(connections.load(Ordering::Relaxed), 1);
+    }
+
+    // CLOUD-1526
+    #[tokio::test]
+    async fn who_does_not_listen_has_refused_and_a_body_is_bounded() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let nobody = Endpoint::new(format!("http://{}", listener.local_addr().unwrap()));
+        drop(listener);
+        let client = EngineClient::new();
+        assert!(matches!(client.get(&nobody, "/").await, Err(CallError::Refused(_))));
+        let (at, _) = engine(&[1]).await;
+        assert!(client.get(&at, "/").await.unwrap().bytes(1).await.is_err());
+    }
+}
