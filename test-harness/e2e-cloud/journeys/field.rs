@@ -159,6 +159,42 @@ async fn a_client_that_repeats_its_mistake_does_not_slow_the_others() {
     }
 }
 
+// CLOUD-1313
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_engine_that_died_behind_its_server_is_tripped_by_three_tasks_which_others_serve() {
+    let engine = Engine::Fake { slots: 4, first_token_ms: 5, pace_ms: 5, dialect: "vllm" };
+    let cluster = Cluster::start(Options { nodes: 2, engine, ..Options::default() }).await;
+    cluster.fault(0, json!({"kind": "status", "status": 500})).await;
+    let sick = async || cluster.client.node("gpu-node-1").await.expect("it is known").pools[0].clone();
+    let mut ran = 0;
+    while !sick().await.tripped {
+        assert!(ran < 20, "twenty tasks, and it still gets some");
+        let transcript = run(&cluster, cluster.task(3)).await;
+        assert!(transcript.completed(), "{:?}", transcript.error());
+        ran += 1;
+    }
+    println!("tripped after {ran} tasks, all of them served elsewhere");
+    assert!(ran >= 3, "three different tasks, not the tries of one");
+    assert!(run(&cluster, cluster.task(3)).await.completed());
+}
+
+// CLOUD-2495
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "long"]
+async fn a_prompt_that_is_read_for_forty_seconds_keeps_its_pool() {
+    let engine = Engine::Fake { slots: 1, first_token_ms: 40_000, pace_ms: 10, dialect: "llamacpp" };
+    let cluster = Cluster::start(Options { nodes: 1, engine, ..Options::default() }).await;
+    // Neither a word about its load nor about its health, and no token: as while it reads a prompt.
+    cluster.fault(0, json!({"kind": "busy", "health_ms": 60_000})).await;
+    let start = Instant::now();
+    let (first, second) = tokio::join!(run(&cluster, cluster.task(5)), async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        run(&cluster, cluster.task(5)).await
+    });
+    println!("two prompts of 40 s in turn: {:.1} s", start.elapsed().as_secs_f64());
+    assert!(first.completed() && second.completed(), "{:?} {:?}", first.error(), second.error());
+}
+
 // CLOUD-1520
 // CLOUD-1521
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

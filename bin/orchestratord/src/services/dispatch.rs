@@ -12,7 +12,7 @@ use futures::{FutureExt, StreamExt};
 use pool_registry_types::sse::{
     Decoder, ENGINE_WORKS, Frame, TOKEN_IDS, UNLOGGED_THOUGHT, parse_event_id, write_frame,
 };
-use pool_registry_types::task::Started;
+use pool_registry_types::task::{ResumeMode, Started};
 use pool_registry_types::{ErrorBody, Moment, ReplicaId};
 use task_scheduler::{AppendError, Dispatch, Event, HowEnded, StreamWatch, TaskLog};
 use tokio_util::sync::CancellationToken;
@@ -72,6 +72,10 @@ impl Relays {
     ) -> (HowEnded, Option<u64>) {
         let mut watch = StreamWatch::new(self.clock.now(), dispatch.deadlines, dispatch.task_deadline);
         let resume = dispatch.resume.map(|mode| stream.sent(mode));
+        if dispatch.resume != Some(ResumeMode::Append) {
+            // They come again.
+            stream.forget_unlogged();
+        }
         let accepting =
             tokio::time::timeout_at(self.instant(watch.next_deadline()), self.link.infer(dispatch, resume));
         let taken = match accepting.await {

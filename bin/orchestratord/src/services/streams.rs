@@ -120,6 +120,11 @@ impl TaskStream {
         self.unlogged.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// The stream begins anew, thoughts that were left out of it included.
+    pub(crate) fn forget_unlogged(&self) {
+        self.unlogged.store(0, Ordering::Relaxed);
+    }
+
     pub(crate) fn unlogged(&self) -> u64 {
         self.unlogged.load(Ordering::Relaxed)
     }

@@ -29,6 +29,8 @@ pub struct TaskShape<'a> {
     pub spread: Option<&'a Spread>,
     /// Pools that failed this task before.
     pub tried: &'a [PoolKey],
+    /// Pools whose engines have shown that they cannot do what it asks.
+    pub lacking: &'a [PoolKey],
     /// The backoff since the last failure is over.
     pub may_repeat: bool,
     /// Decides under the random strategy.
@@ -46,6 +48,7 @@ impl<'a> TaskShape<'a> {
             warm: None,
             spread: None,
             tried: &[],
+            lacking: &[],
             may_repeat: true,
             draw: 0,
         }
@@ -196,6 +199,15 @@ pub fn explain<'i>(index: &'i PoolIndex, shape: &TaskShape<'_>) -> impl Iterator
     index.all().map(move |candidate| Verdict { candidate, refusal: refusal(candidate, shape) })
 }
 
+/// Whether any pool might take the task sooner or later: one that has the model and is not known to
+/// lack what the task must have.
+pub fn might_take(index: &PoolIndex, shape: &TaskShape<'_>) -> bool {
+    index.all().any(|candidate| {
+        let away = matches!(candidate.standing, Standing::Offline | Standing::Draining | Standing::NoMemory);
+        !away && candidate.models.contains(shape.model) && fits(candidate, shape)
+    })
+}
+
 /// What one pool says to the task; nothing where there is no such pool.
 pub fn explain_one<'i>(index: &'i PoolIndex, key: &PoolKey, shape: &TaskShape<'_>) -> Option<Verdict<'i>> {
     index.get(key).map(|candidate| Verdict { candidate, refusal: refusal(candidate, shape) })
@@ -247,7 +259,7 @@ fn fits(candidate: &Candidate, shape: &TaskShape<'_>) -> bool {
 
 /// What the task must have and the pool has not, whatever its standing and its slots.
 fn misfit(candidate: &Candidate, shape: &TaskShape<'_>) -> Option<Refusal> {
-    if !shape.engines.contains(candidate.engine) {
+    if !shape.engines.contains(candidate.engine) || shape.lacking.contains(&candidate.key) {
         return Some(Refusal::EngineDiffers);
     }
     if shape.ctx.zip(candidate.ctx_max).is_some_and(|(asked, has)| asked > has) {

@@ -11,7 +11,7 @@ mod index;
 
 pub use choose::{
     Choice, NoPlacement, Spread, TaskShape, ToLoad, Verdict, choose, choose_to_load, count_refusals, explain,
-    explain_one,
+    explain_one, might_take,
 };
 pub use index::{Candidate, PoolIndex, Rank, Score, Standing, Strategy};
 

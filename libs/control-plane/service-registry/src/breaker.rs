@@ -36,6 +36,8 @@ pub(crate) struct Breaker {
     last_failure: Option<Moment>,
     /// Trips since the last success.
     trips: u32,
+    /// The task whose attempt was the trial that failed last.
+    failed_trial: Option<TaskId>,
 }
 
 impl Breaker {
@@ -61,17 +63,24 @@ impl Breaker {
         if !is_trial && (self.state != State::Closed || self.failures.len() < FAILURES_TO_TRIP) {
             return None;
         }
+        self.failed_trial = task.filter(|_| is_trial);
         let until = now + (FIRST_PAUSE * 2_u32.pow(self.trips.min(8))).min(LONGEST_PAUSE);
         self.trips += 1;
         self.state = State::Open { until };
         Some(until)
     }
 
-    /// What the task had counted was its own fault. Returns whether this closed it again.
+    /// What the task had counted was its own fault. Returns whether this lets tasks through again.
     pub(crate) fn withdraw(&mut self, task: TaskId) -> bool {
         self.failures.retain(|failed| *failed != Some(task));
         if self.failures.is_empty() {
             self.last_failure = None;
+        }
+        if self.failed_trial == Some(task) && matches!(self.state, State::Open { .. }) {
+            // As it was before the trial, which has shown nothing.
+            (self.state, self.trips) = (State::HalfOpen { trial: None }, self.trips.saturating_sub(1));
+            self.failed_trial = None;
+            return true;
         }
         let reopens = matches!(self.state, State::Open { .. })
             && self.trips == 1
@@ -190,6 +199,25 @@ mod tests {
         }
         assert!(breaker.failed(at(205), &attempt(21), task(2), at(200)).is_none());
         assert!(breaker.failed(at(305), &attempt(31), task(3), at(300)).is_some());
+    }
+
+    // CLOUD-1312
+    #[test]
+    fn a_trial_that_failed_by_its_requests_own_fault_was_none() {
+        let task = |n: u128| TaskId(Uuid::from_u128(n));
+        let (mut breaker, until) = tripped();
+        assert!(breaker.rest(until));
+        breaker.sent(attempt(4));
+        let again = breaker.failed(until + Duration::from_millis(5), &attempt(4), Some(task(4)), until);
+        assert!(again.is_some() && breaker.blocks());
+        assert!(!breaker.withdraw(task(5)), "of another task");
+        assert!(breaker.withdraw(task(4)) && !breaker.blocks(), "the next one may try at once");
+        let first = breaker.rests_until();
+        assert_eq!(first, None);
+        breaker.sent(attempt(5));
+        let later = until + Duration::from_secs(1);
+        let pause = breaker.failed(later, &attempt(5), Some(task(5)), later).unwrap();
+        assert_eq!(pause, later + 2 * FIRST_PAUSE, "and it did not double the pause");
     }
 
     // CLOUD-1312

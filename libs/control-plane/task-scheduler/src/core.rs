@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use multi_node_placement::{
     Candidate, NoPlacement, PoolIndex, Spread, Standing, Strategy, TaskShape, ToLoad, choose, choose_to_load,
-    count_refusals, explain, explain_one,
+    count_refusals, explain, explain_one, might_take,
 };
 use pool_registry_types::error::EndCause;
 use pool_registry_types::moment::millis;
@@ -169,6 +169,8 @@ struct Task {
     tries: u32,
     engine_deaths: u32,
     tried: Vec<PoolKey>,
+    /// Pools whose engines have shown that they cannot do what it asks; they were tried too.
+    lacking: Vec<PoolKey>,
     attempts: Vec<AttemptRecord>,
     dispatches: u32,
     cancel_waits: Vec<ReplyTo>,

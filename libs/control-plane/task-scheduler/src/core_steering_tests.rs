@@ -306,6 +306,65 @@ fn every_pool_is_asked_for_what_some_do_not_have_and_it_costs_no_try() {
     assert_eq!((b.core.counters().completed, b.core.counters().trips), (1, 0));
 }
 
+// CLOUD-2488
+#[test]
+fn a_failure_beside_an_engine_that_lacks_something_is_tried_again_and_not_where_it_is_lacking() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    let (id, _) = b.submit(task());
+    b.join("b", 1);
+    let lacking = || {
+        let body = ErrorBody::new(ErrorCode::Unsupported, "404").with_cause(EndCause::Engine4xx);
+        HowEnded::NodeError(body)
+    };
+    b.end(b.dispatches[0].attempt, 0, lacking());
+    assert_eq!(b.dispatches[1].pool.node_id.as_str(), "b");
+    b.now += 10;
+    b.end(b.dispatches[1].attempt, 0, engine_failure("500"));
+    b.advance_to(b.now + 2_000);
+    assert_eq!(b.dispatches.len(), 3);
+    assert_eq!(b.dispatches[2].pool.node_id.as_str(), "b", "the other one is known to lack it");
+    b.end(b.dispatches[2].attempt, 0, lacking());
+    assert_eq!(b.terminal[&id], ErrorCode::Unsupported, "now nobody has it");
+}
+
+// CLOUD-2492
+#[test]
+fn what_is_the_operators_is_never_the_requests_own_fault() {
+    let mut b = Bench::new();
+    for name in ["a", "b", "c"] {
+        b.join(name, 2);
+    }
+    let (id, _) = b.submit(task());
+    let mut asked = BTreeSet::new();
+    for n in 0..3 {
+        let mine = b.dispatches.iter().rev().find(|d| d.task == id).unwrap();
+        let (attempt, pool) = (mine.attempt, mine.pool.clone());
+        assert!(asked.insert(pool), "each pool once");
+        b.now += 10;
+        // Meanwhile every pool serves others.
+        let before = b.dispatches.len();
+        for _ in 0..5 {
+            b.submit(task()).1.unwrap();
+        }
+        let others: Vec<AttemptId> = b.dispatches[before..].iter().map(|d| d.attempt).collect();
+        for other in others {
+            b.apply(Event::Started { attempt: other });
+            b.end(other, 1, HowEnded::Finished);
+        }
+        if n == 2 {
+            b.apply(Event::Started { attempt });
+            b.end(attempt, 1, HowEnded::Finished);
+            break;
+        }
+        let body = ErrorBody::new(ErrorCode::WorkerReset, "the engine answered 404: no such adapter");
+        b.end(attempt, 0, HowEnded::NodeError(body.with_cause(EndCause::EngineDenied)));
+        assert!(!b.terminal.contains_key(&id), "{n}");
+        b.advance_to(b.now + 2_000);
+    }
+    assert!(!b.terminal.contains_key(&id), "the third one has it");
+}
+
 // CLOUD-1740
 // CLOUD-1741
 #[test]

@@ -167,8 +167,13 @@ impl Agent {
 
     /// The engine's key, as it was read at the last look.
     pub(crate) fn set_key(&self, name: &HandoffName, key: Option<ApiKey>) {
-        if let Some(watched) = self.replicas.lock().get_mut(name) {
+        let changed = self.replicas.lock().get_mut(name).is_some_and(|watched| {
+            let changed = watched.key != key;
             watched.key = key;
+            changed
+        });
+        if changed {
+            self.with_core(|core, _| core.key_changed(&name.pool_id, &name.replica_id));
         }
     }
 
@@ -254,7 +259,7 @@ impl Agent {
     // ---- slots that settle ----
 
     /// An attempt was broken off: its slot is followed until it is free.
-    pub(crate) fn settle(self: &Arc<Self>, name: HandoffName, engine: EngineKind, at: Endpoint) {
+    pub(crate) fn settle(self: &Arc<Self>, name: HandoffName) {
         let mut settlers = self.settlers.lock();
         if let Some(again) = settlers.get(&name) {
             again.notify_one();
@@ -266,15 +271,7 @@ impl Agent {
         let agent = Arc::clone(self);
         self.tracker.spawn(async move {
             loop {
-                let (pool_id, replica_id) = (name.pool_id.clone(), name.replica_id.clone());
-                let settling = replica::settle(
-                    Arc::clone(&agent),
-                    engine,
-                    at.clone(),
-                    pool_id,
-                    replica_id,
-                    Arc::clone(&again),
-                );
+                let settling = replica::settle(&agent, &name, &again);
                 tokio::select! {
                     () = agent.stop.cancelled() => {}
                     () = settling => {}
@@ -288,6 +285,12 @@ impl Agent {
                 }
             }
         });
+    }
+
+    /// The replica's engine as it is now, which may be another one than an attempt was sent to.
+    pub(crate) fn engine_of(&self, name: &HandoffName) -> Option<(EngineKind, Endpoint)> {
+        let (engine, url) = self.core.lock().engine_of(&name.pool_id, &name.replica_id)?;
+        Some((engine, self.endpoint(name, &url)))
     }
 
     pub(crate) fn is_settling(&self, name: &HandoffName) -> bool {
@@ -457,7 +460,7 @@ impl Agent {
                 }
                 NodeEffect::Waiting(pools) => {
                     if let Some(supervision) = self.supervision() {
-                        supervision.waiting(pools).await;
+                        supervision.waiting(pools);
                     }
                 }
                 NodeEffect::Register(_) | NodeEffect::Heartbeat(_) | NodeEffect::Deregister(_) => {

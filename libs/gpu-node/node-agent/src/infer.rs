@@ -35,8 +35,13 @@ use crate::engines::{
     Reply, Said, Sent, Unsent, Whose,
 };
 
+/// What some servers begin a text with.
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
 /// Pieces of an engine's stream that are taken together when they have arrived already.
 const MOST_PIECES_AT_ONCE: usize = 64;
+/// Longest wait for the word of an engine that it still has the model, beside which its answer waits.
+const IDENTITY_TIMEOUT: Duration = Duration::from_secs(1);
 /// Pause between two comments.
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(1);
 /// Bytes prove that an engine lives; saying so once in this span is enough.
@@ -155,7 +160,7 @@ impl Slot {
             return seq;
         }
         let seq = self.agent.with_core(|core, now| core.ended_unsettled(now, &self.attempt));
-        self.agent.settle(self.name.clone(), self.engine, self.at.clone());
+        self.agent.settle(self.name.clone());
         seq
     }
 
@@ -190,8 +195,13 @@ async fn open(
     named: Option<(EngineKind, ModelRef, String)>,
 ) -> Result<Sent, NotSent> {
     let sent = request.send(client.clone(), at.clone(), traceparent).await.map_err(NotSent::Unsent)?;
-    if let Some((engine, model, own)) = named.filter(|_| sent.answer.fresh) {
-        let looked = engines::probe(engine, &Look { client: &client, at: &at, models: &[] }).await;
+    // A refusal speaks for itself, unless it is that there is no such thing.
+    let in_question = sent.answer.fresh && matches!(sent.answer.status(), 200..=299 | 404);
+    if let Some((engine, model, own)) = named.filter(|_| in_question) {
+        let look = Look { client: &client, at: &at, models: &[] };
+        let looking = engines::facts(engine, &look);
+        let late = |_| Err(NotReady::Silent(String::new()));
+        let looked = tokio::time::timeout(IDENTITY_TIMEOUT, looking).await.unwrap_or_else(late);
         let changed = match looked {
             Ok(facts) => facts.models.get(&model) != Some(&own),
             // A busy one is not another one.
@@ -220,6 +230,7 @@ impl Agent {
             boot_id: request.boot_id,
             attempt: request.attempt_id,
             model: Some(&request.task.model_ref),
+            task: Some(request.task_id),
             hint: request.replica_hint.as_ref(),
         };
         let now = self.now();
@@ -268,7 +279,7 @@ impl Generation {
         let asked =
             engines::request(accepted.engine, &task, &accepted.model, accepted.ctx_max, resume.as_ref());
         let asked = asked.and_then(|asked| {
-            if slot.agent.core.lock().is_lacking(&slot.attempt, &asked.path) {
+            if slot.agent.with_core(|core, now| core.is_lacking(now, &slot.attempt, &asked.path)) {
                 let message = format!("the engine has no {}", asked.path);
                 return Err(ErrorBody::new(ErrorCode::Unsupported, message));
             }
@@ -372,7 +383,10 @@ impl Generation {
                     Some(self.fail(error.with_cause(EndCause::Canceled), false))
                 }
                 Happened::Answered(answer) => self.answered(answer),
-                Happened::Refused(refusal) => Some(self.refused(refusal)),
+                Happened::Refused(refusal) => {
+                    let path = self.path.clone();
+                    Some(self.refused(refusal, Some(&path)))
+                }
                 Happened::Chunk(chunk) => Some(self.chunks(chunk).await),
                 Happened::Document(document) => Some(self.document(document)),
             };
@@ -385,7 +399,9 @@ impl Generation {
     fn answered(&mut self, sent: Result<Sent, NotSent>) -> Option<Vec<u8>> {
         let Sent { answer, splitter } = match sent {
             Ok(sent) => sent,
-            Err(NotSent::Unsent(Unsent::Refused(refusal))) => return Some(self.refused(refusal)),
+            Err(NotSent::Unsent(Unsent::Refused { path, refusal })) => {
+                return Some(self.refused(refusal, Some(path)));
+            }
             Err(NotSent::Unsent(Unsent::Call(error))) => return Some(self.not_sent(error)),
             Err(NotSent::Changed(why)) => {
                 self.slot.engine_doubted();
@@ -453,15 +469,23 @@ impl Generation {
         self.fail(error, idle)
     }
 
-    /// The engine does not do what was asked of it.
-    fn refused(&mut self, refusal: Refusal) -> Vec<u8> {
-        let Refusal { whose, error } = refusal;
+    /// The engine does not do what was asked of it. `path`: what it answered with this status; what
+    /// it says inside of an answer is not about that.
+    fn refused(&mut self, refusal: Refusal, path: Option<&str>) -> Vec<u8> {
+        let Refusal { whose, mut error } = refusal;
+        if let Some(key) = &self.slot.at.key {
+            error.message = key.hidden_in(&error.message);
+        }
         let attempt = self.slot.attempt;
         match whose {
             Whose::Operator => {
                 self.slot.agent.change(|core, now| core.refused_operator(now, &attempt, &error.message));
             }
-            Whose::Missing => self.slot.agent.with_core(|core, _| core.lacks(&attempt, &self.path)),
+            Whose::Missing => {
+                if let Some(path) = path {
+                    self.slot.agent.with_core(|core, now| core.lacks(now, &attempt, path));
+                }
+            }
             Whose::Client | Whose::Engine | Whose::Busy | Whose::Nobody => {}
         }
         self.fail(error, true)
@@ -472,7 +496,9 @@ impl Generation {
         if self.told_heard.is_none_or(|told| told.elapsed() >= HEARD_EVERY) {
             self.told_heard = Some(Instant::now());
             let attempt = self.slot.attempt;
-            self.slot.agent.with_core(|core, now| core.heard(now, &attempt));
+            if self.slot.agent.with_core(|core, now| core.heard(now, &attempt)) {
+                self.slot.agent.report_now();
+            }
         }
     }
 
@@ -516,9 +542,9 @@ impl Generation {
         self.heard();
         out.reserve(bytes.len() + 128);
         if matches!(self.framing, Framing::Open)
-            && let Some(first) = bytes.iter().find(|byte| !byte.is_ascii_whitespace())
+            && let Some(first) = first_sign(&bytes)
         {
-            self.framing = if *first == b'{' { Framing::Whole(Vec::new()) } else { Framing::Events };
+            self.framing = if first == b'{' { Framing::Whole(Vec::new()) } else { Framing::Events };
         }
         match &mut self.framing {
             Framing::Whole(held) => {
@@ -558,23 +584,28 @@ impl Generation {
         if let Framing::Whole(held) = &mut self.framing {
             let mut event = b"data: ".to_vec();
             // Line breaks between the parts of an object are white space.
+            let held = held.strip_prefix(BYTE_ORDER_MARK).unwrap_or(held);
             event.extend(held.iter().map(|byte| if matches!(byte, b'\n' | b'\r') { b' ' } else { *byte }));
             event.extend_from_slice(b"\n\n");
             self.decoder.push(&event);
+            if self.events(out) {
+                let end = self.reader.closed_whole();
+                self.said(out, end);
+            }
+            return false;
         }
         if !self.events(out) {
             return false;
         }
         let said = match self.decoder.last_frame() {
-            Ok(Some(frame)) => self.reader.read(&frame),
+            Ok(Some(frame)) => self.reader.read_last(&frame),
             Ok(None) => return true,
             Err(error) => {
                 out.extend(self.unreadable(error));
                 return false;
             }
         };
-        // Half an event is none: the end says what is missing.
-        if matches!(said, Said::Failed(_)) { true } else { self.said(out, said) }
+        self.said(out, said)
     }
 
     fn unreadable(&mut self, error: SseError) -> Vec<u8> {
@@ -627,7 +658,7 @@ impl Generation {
                 false
             }
             Said::Refused(refusal) => {
-                out.extend(self.refused(*refusal));
+                out.extend(self.refused(*refusal, None));
                 false
             }
         }
@@ -683,7 +714,7 @@ impl Generation {
             return true;
         }
         if kind == Kind::Reasoning && !self.keeps_thoughts {
-            self.first_token.get_or_insert_with(Instant::now);
+            self.brought();
             write_comment(out, UNLOGGED_THOUGHT);
             return true;
         }
@@ -716,15 +747,20 @@ impl Generation {
         out.extend(self.fail(error, false));
     }
 
-    /// The final frame of a token: it is passed on, never written again. Returns whether the stream
-    /// goes on.
-    fn token(&mut self, out: &mut Vec<u8>, kind: Kind, text: &str) -> bool {
-        use std::io::Write;
+    /// The first output shows that the engine does what was asked.
+    fn brought(&mut self) {
         if self.first_token.is_none() {
             self.first_token = Some(Instant::now());
             let attempt = self.slot.attempt;
             self.slot.agent.with_core(|core, _| core.succeeded(&attempt));
         }
+    }
+
+    /// The final frame of a token: it is passed on, never written again. Returns whether the stream
+    /// goes on.
+    fn token(&mut self, out: &mut Vec<u8>, kind: Kind, text: &str) -> bool {
+        use std::io::Write;
+        self.brought();
         if let Some((ids, count)) = self.reader.take_ids() {
             let ids: Vec<String> = ids.iter().map(u32::to_string).collect();
             let count = self.tokens_before.saturating_add(count);
@@ -805,6 +841,12 @@ fn pieces(answer: Answer) -> Pieces {
             })
         },
     ))
+}
+
+/// The first byte of an answer that is neither white space nor a byte order mark.
+fn first_sign(bytes: &[u8]) -> Option<u8> {
+    let bytes = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes);
+    bytes.iter().find(|byte| !byte.is_ascii_whitespace()).copied()
 }
 
 /// Reads what may stand behind the end of an answer, so that its connection can be used again.

@@ -9,9 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use handoff_watcher::{Handoff, MAX_SLOTS};
-use pool_registry_types::pool::EngineKind;
-use pool_registry_types::{PoolId, ReplicaId};
+use handoff_watcher::{Handoff, HandoffName, MAX_SLOTS};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -142,20 +140,16 @@ async fn count(agent: &Agent, handoff: &Handoff) {
 
 /// Follows the slots of attempts that were broken off until the last one of the replica is given
 /// back: by the engine's word, or by time. One task for each replica; `again` tells it of more.
-pub(crate) async fn settle(
-    agent: Arc<Agent>,
-    engine: EngineKind,
-    at: Endpoint,
-    pool_id: PoolId,
-    replica_id: ReplicaId,
-    again: Arc<Notify>,
-) {
-    let tells = engines::dialect(engine).capabilities.tells_busy;
-    if !tells {
-        agent.counted(&pool_id, &replica_id, agent.now(), Busy::CannotTell);
-    }
+pub(crate) async fn settle(agent: &Agent, name: &HandoffName, again: &Notify) {
+    let HandoffName { pool_id, replica_id } = name;
     let mut pause = SETTLE_LOOK_EVERY;
-    while let Some(until) = agent.settles_at(&pool_id, &replica_id) {
+    // Its engine may come back elsewhere meanwhile.
+    while let Some((engine, at)) = agent.engine_of(name) {
+        let tells = engines::dialect(engine).capabilities.tells_busy;
+        if !tells {
+            agent.counted(pool_id, replica_id, agent.now(), Busy::CannotTell);
+        }
+        let Some(until) = agent.settles_at(pool_id, replica_id) else { break };
         let until = Instant::now() + until.since(agent.now());
         let next = if tells { until.min(Instant::now() + pause) } else { until };
         tokio::select! {
@@ -166,7 +160,7 @@ pub(crate) async fn settle(
             let look = Look { client: agent.client(), at: &at, models: &[] };
             let began = agent.now();
             let busy = tokio::time::timeout_at(until, engines::busy(engine, &look)).await;
-            agent.counted(&pool_id, &replica_id, began, busy.unwrap_or(Busy::NoAnswer));
+            agent.counted(pool_id, replica_id, began, busy.unwrap_or(Busy::NoAnswer));
             pause = (pause * 2).min(COUNT_EVERY);
         }
         agent.expire_settling();

@@ -180,6 +180,9 @@ pub enum EndCause {
     /// The engine refused the request itself: final, passed to the client.
     #[serde(rename = "engine_4xx")]
     Engine4xx,
+    /// The engine does not let its operator in, or lacks what its operator says that it has: nothing
+    /// of the request's.
+    EngineDenied,
     EngineTimeout,
     /// A replayed stream did not begin with what had been sent.
     ReplayDiffers,

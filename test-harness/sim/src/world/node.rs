@@ -572,6 +572,7 @@ impl World {
             boot_id: dispatch.boot_id,
             attempt: dispatch.attempt,
             model: Some(&dispatch.request.model_ref),
+            task: Some(dispatch.task),
             hint: None,
         };
         match core.accept(now, &dispatch.pool.pool_id, &ask) {

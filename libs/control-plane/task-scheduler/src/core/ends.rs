@@ -1,7 +1,5 @@
 //! Attempts: asking for their end, and what the end means for the task.
 
-use pool_registry_types::placement::Refusal;
-
 use super::*;
 
 impl ControlCore {
@@ -105,7 +103,7 @@ impl ControlCore {
             HowEnded::NodeError(error) => {
                 // It came whole, over a stream that is well.
                 self.registry.stream_well(&pool.node_id);
-                error.cause == Some(EndCause::Engine5xx)
+                matches!(error.cause, Some(EndCause::Engine5xx | EndCause::EngineDenied))
                     && self.registry.pool_failed(now, pool, &id, attempt.task, dispatched)
             }
             HowEnded::Broken(_) | HowEnded::TimedOut(Overdue::Silence) => {
@@ -160,15 +158,17 @@ impl ControlCore {
         true
     }
 
-    /// Whether an untried pool takes the task, now or when it has a slot: an engine may have been
-    /// started without what another one of the same kind has.
-    fn another_may(&self, now: Moment, id: TaskId, failed: &PoolKey) -> bool {
+    /// Whether a pool might take the task whose engine is not known to lack what it asks: an engine
+    /// may have been started without what another one of the same kind has.
+    fn another_may(&mut self, now: Moment, id: TaskId, lacking: &PoolKey) -> bool {
+        let Some(task) = self.tasks.get_mut(&id) else { return false };
+        for list in [&mut task.lacking, &mut task.tried] {
+            if !list.contains(lacking) {
+                list.push(lacking.clone());
+            }
+        }
         let Some(task) = self.tasks.get(&id) else { return false };
-        let Some(shape) = self.shape(now, task, None) else { return false };
-        let mut verdicts = multi_node_placement::explain(&self.index, &shape);
-        verdicts.any(|verdict| {
-            verdict.candidate.key != *failed && matches!(verdict.refusal, None | Some(Refusal::SlotsFull))
-        })
+        self.shape(now, task, None).is_some_and(|shape| might_take(&self.index, &shape))
     }
 
     pub(super) fn ended(
@@ -304,9 +304,6 @@ impl ControlCore {
             }
             Outcome::AskAnother(_) => {
                 // As often as there are pools.
-                if !task.tried.contains(&attempt.pool) {
-                    task.tried.push(attempt.pool.clone());
-                }
                 self.counters.replaced += 1;
                 let wait_until = task.wait_until;
                 self.enqueue(now, id_of_task, wait_until);

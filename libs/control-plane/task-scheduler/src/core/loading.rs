@@ -121,9 +121,20 @@ impl ControlCore {
     fn is_waited_for(&self, now: Moment, model: &ModelRef, key: &PoolKey) -> bool {
         let Some(lane) = self.queue.lane(model) else { return false };
         let waiting = lane.order().into_iter().flat_map(|priority| lane.waiting(priority));
-        waiting.take(MOST_DIFFERENT).any(|id| {
-            let shape = self.tasks.get(&id).and_then(|task| self.shape(now, task, None));
-            let verdict = shape.and_then(|shape| explain_one(&self.index, key, &shape));
+        // Many that ask for the same must not hide the one that does not.
+        let mut looked_at: Vec<&TaskRequest> = Vec::new();
+        waiting.take(MOST_WALKED).any(|id| {
+            let Some(task) = self.tasks.get(&id) else { return false };
+            let Some(request) = task.request.as_deref() else { return false };
+            if task.tried.is_empty() {
+                if looked_at.iter().any(|other| asks_for_the_same(request, other)) {
+                    return false;
+                }
+                if looked_at.len() < MOST_DIFFERENT {
+                    looked_at.push(request);
+                }
+            }
+            let verdict = self.shape(now, task, None).and_then(|shape| explain_one(&self.index, key, &shape));
             verdict.is_some_and(|verdict| {
                 matches!(verdict.refusal, None | Some(Refusal::SlotsFull | Refusal::NotLoaded))
             })

@@ -57,7 +57,8 @@ impl ControlCore {
     ) -> Option<TaskShape<'a>> {
         let request = task.request.as_deref()?;
         let shape = self.shape_of(request, task.session, spread);
-        Some(TaskShape { tried: &task.tried, may_repeat: task.not_before <= now, ..shape })
+        let may_repeat = task.not_before <= now;
+        Some(TaskShape { tried: &task.tried, lacking: &task.lacking, may_repeat, ..shape })
     }
 
     pub(super) fn shape_of<'a>(

@@ -74,6 +74,7 @@ impl ControlCore {
             tries: 0,
             engine_deaths: 0,
             tried: Vec::new(),
+            lacking: Vec::new(),
             attempts: Vec::new(),
             dispatches: 0,
             cancel_waits: Vec::new(),

@@ -19,6 +19,7 @@ use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::{EngineKind, PoolReport};
 use pool_registry_types::{
     AttemptId, BootId, Epoch, ErrorBody, ErrorCode, MachineId, ModelRef, Moment, NodeId, PoolId, ReplicaId,
+    TaskId,
 };
 
 pub use pools::{BindError, Busy, Declared, Readiness, ReplicaSpec};
@@ -81,6 +82,7 @@ pub struct Ask<'a> {
     pub attempt: AttemptId,
     /// What the task asks for.
     pub model: Option<&'a ModelRef>,
+    pub task: Option<TaskId>,
     pub hint: Option<&'a ReplicaId>,
 }
 
@@ -89,6 +91,7 @@ pub struct Ask<'a> {
 struct Place {
     pool: PoolId,
     replica: ReplicaId,
+    task: Option<TaskId>,
     accepted: Moment,
     /// It has ended here, and its engine may still work on it.
     over: bool,
@@ -226,10 +229,12 @@ impl NodeCore {
         self.session.heartbeat_answered(now, answer.as_ref().map_err(|failure| *failure));
         let told = answer.as_ref().ok().map(|answer| (answer.intent, answer.intent_order));
         let intent = self.told(told);
-        let waiting = answer.as_ref().ok().map(|answer| answer.waiting.clone()).unwrap_or_default();
-        // Said again as long as it holds, and once when it does no more.
-        let was_waited_for = std::mem::replace(&mut self.waited_for, !waiting.is_empty());
-        let waiting = (was_waited_for || self.waited_for).then_some(NodeEffect::Waiting(waiting));
+        // Said again as long as it holds, and once when it does no more. Without an answer nothing
+        // is known: what was said last holds for its time.
+        let waiting = answer.as_ref().ok().and_then(|answer| {
+            let was_waited_for = std::mem::replace(&mut self.waited_for, !answer.waiting.is_empty());
+            (was_waited_for || self.waited_for).then(|| NodeEffect::Waiting(answer.waiting.clone()))
+        });
         let canceled = answer.map(|answer| answer.cancel_attempts).unwrap_or_default();
         let running = canceled.into_iter().filter(|id| self.running.contains_key(id));
         running.map(NodeEffect::Cancel).chain(intent).chain(waiting).collect()
@@ -282,7 +287,12 @@ impl NodeCore {
     /// not ready until told so.
     pub fn bind(&mut self, now: Moment, pool_id: &PoolId, spec: ReplicaSpec) -> Result<(), BindError> {
         let others_agree = |pool: &Pool| {
-            let stays = |id: &ReplicaId, other: &Replica| *id != spec.replica_id && !other.leaving;
+            // Engines of one pool are changed one after the other: while their own words are all
+            // that is known, one that does not serve holds no other to what it said before.
+            let told = |other: &Replica| spec.names_from_engine && other.spec.names_from_engine;
+            let stays = |id: &ReplicaId, other: &Replica| {
+                *id != spec.replica_id && !other.leaving && (other.is_ready() || !told(other))
+            };
             let agrees =
                 |other: &Replica| other.spec.engine == spec.engine && other.spec.models == spec.models;
             pool.replicas.iter().all(|(id, other)| !stays(id, other) || agrees(other))
@@ -445,40 +455,54 @@ impl NodeCore {
         });
     }
 
-    /// A byte of the attempt came from its engine: it lives, whatever looks at it say.
-    pub fn heard(&mut self, now: Moment, attempt: &AttemptId) {
-        if let Some(replica) = self.replica_of(attempt) {
-            replica.heard(now);
-        }
+    /// A byte of the attempt came from its engine: it lives, whatever looks at it say. Returns
+    /// whether that is news, which a report at once should tell.
+    pub fn heard(&mut self, now: Moment, attempt: &AttemptId) -> bool {
+        self.replica_of(attempt).is_some_and(|replica| replica.heard(now))
     }
 
     /// The engine did what the attempt asked.
     pub fn succeeded(&mut self, attempt: &AttemptId) {
         if let Some(replica) = self.replica_of(attempt) {
-            replica.succeeded();
+            replica.succeeded(attempt);
         }
     }
 
     /// The engine has refused what is its operator's: a key, or a model that it should have.
     pub fn refused_operator(&mut self, now: Moment, attempt: &AttemptId, reason: &str) {
+        let task = self.running.get(attempt).and_then(|place| place.task);
         if let Some(replica) = self.replica_of(attempt) {
-            replica.refuses(now, reason.to_owned());
+            replica.refuses(now, task, reason.to_owned());
             self.session.poke(now);
         }
     }
 
     /// The engine has no such route.
-    pub fn lacks(&mut self, attempt: &AttemptId, path: &str) {
+    pub fn lacks(&mut self, now: Moment, attempt: &AttemptId, path: &str) {
         if let Some(replica) = self.replica_of(attempt) {
-            replica.lacks(path);
+            replica.lacks(now, path);
         }
     }
 
+    /// The replica is asked with another key from now on.
+    pub fn key_changed(&mut self, pool_id: &PoolId, replica_id: &ReplicaId) {
+        if let Some(replica) = self.pools.get_mut(pool_id).and_then(|pool| pool.replicas.get_mut(replica_id))
+        {
+            replica.key_changed();
+        }
+    }
+
+    /// Where the replica's engine is now.
+    pub fn engine_of(&self, pool_id: &PoolId, replica_id: &ReplicaId) -> Option<(EngineKind, String)> {
+        let spec = &self.pools.get(pool_id)?.replicas.get(replica_id)?.spec;
+        Some((spec.engine, spec.url.clone()))
+    }
+
     /// Whether the attempt's engine is known to have no such route.
-    pub fn is_lacking(&self, attempt: &AttemptId, path: &str) -> bool {
+    pub fn is_lacking(&self, now: Moment, attempt: &AttemptId, path: &str) -> bool {
         let place = self.running.get(attempt);
         let replica = place.and_then(|place| self.pools.get(&place.pool)?.replicas.get(&place.replica));
-        replica.is_some_and(|replica| replica.lacks.contains(path))
+        replica.is_some_and(|replica| replica.is_lacking(now, path))
     }
 
     fn replica_of(&mut self, attempt: &AttemptId) -> Option<&mut Replica> {
@@ -551,7 +575,8 @@ impl NodeCore {
             ctx_max: replica.spec.ctx_max,
             report_seq: self.seq,
         };
-        let place = Place { pool: pool_id.clone(), replica: replica_id, accepted: now, over: false };
+        let place =
+            Place { pool: pool_id.clone(), replica: replica_id, task: ask.task, accepted: now, over: false };
         self.running.insert(ask.attempt, place);
         self.seen.insert(ask.attempt);
         self.seen_order.push_back(ask.attempt);

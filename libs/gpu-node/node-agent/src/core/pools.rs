@@ -6,7 +6,7 @@ use std::time::Duration;
 use pool_registry_types::pool::{
     DrainProgress, EngineKind, PoolReport, PoolState, ReplicaReport, Supervised,
 };
-use pool_registry_types::{AttemptId, ModelRef, Moment, PoolId, ReplicaId};
+use pool_registry_types::{AttemptId, ModelRef, Moment, PoolId, ReplicaId, TaskId};
 
 /// Looks in a row without an answer, and the time without a byte of ours, after which an engine is
 /// not busy but away. Source: .specs/01 CLOUD-2495.
@@ -17,7 +17,7 @@ const UNANSWERED_FOR: Duration = Duration::from_secs(10);
 const SETTLES_UNTOLD: Duration = Duration::from_millis(500);
 const SETTLES_WITHOUT_WORD: Duration = Duration::from_secs(30);
 /// Refusals in a row after which it counts no more that requests succeeded before.
-const REFUSALS_IN_A_ROW: u32 = 3;
+const REFUSALS_IN_A_ROW: usize = 3;
 /// How long a replica that refuses its operator is not tried; doubles each time.
 const FIRST_REFUSED: Duration = Duration::from_secs(10);
 const LONGEST_REFUSED: Duration = Duration::from_secs(300);
@@ -139,11 +139,13 @@ pub(crate) struct Replica {
     heard: Moment,
     /// It is not ready because it does not answer.
     silent: bool,
-    /// A request has succeeded since it was bound.
+    /// A request has succeeded since its engine came up.
     proven: bool,
+    /// Attempts that have brought something; those that ended are dropped with the next one.
+    flowing: BTreeSet<AttemptId>,
     refused: Option<Refused>,
-    /// What requests have shown that it does not have, by their paths.
-    pub(crate) lacks: BTreeSet<String>,
+    /// What requests have shown that it does not have, by their paths, and when.
+    lacks: BTreeMap<String, Moment>,
 }
 
 /// It does not let its operator in, or does not have what its operator says.
@@ -152,14 +154,16 @@ struct Refused {
     reason: String,
     /// Not tried before; nothing while others get through.
     until: Option<Moment>,
-    /// Refusals since the last success.
-    in_a_row: u32,
+    /// The last tasks that were refused since the last success: the tries of one count once.
+    tasks: Vec<Option<TaskId>>,
     /// Times that it was not tried for a while since then.
     times: u32,
 }
 
-/// Paths that a replica is remembered not to have.
+/// Paths that a replica is remembered not to have, and for how long: another process, or what
+/// stands before it, may have them.
 const MOST_LACKING: usize = 32;
+const LACKS_FOR: Duration = Duration::from_secs(60);
 
 impl Replica {
     fn new(spec: ReplicaSpec) -> Self {
@@ -180,8 +184,9 @@ impl Replica {
             heard: Moment::ZERO,
             silent: false,
             proven: false,
+            flowing: BTreeSet::new(),
             refused: None,
-            lacks: BTreeSet::new(),
+            lacks: BTreeMap::new(),
         }
     }
 
@@ -190,13 +195,18 @@ impl Replica {
         if let Readiness::Silent(reason) = readiness {
             self.unanswered += 1;
             let away = self.unanswered >= UNANSWERED_LOOKS && now >= self.heard + UNANSWERED_FOR;
-            if away || !self.ready {
+            if away || !(self.ready || self.loading) {
                 (self.ready, self.loading, self.silent) = (false, false, true);
                 self.last_error = Some(reason);
             }
             return;
         }
         (self.unanswered, self.heard, self.silent) = (0, now, false);
+        if matches!(readiness, Readiness::Loading | Readiness::Failed(_)) {
+            // What comes up again may be another process, with other options and another key.
+            (self.proven, self.refused) = (false, None);
+            self.lacks.clear();
+        }
         self.ready = readiness == Readiness::Ready;
         self.loading = readiness == Readiness::Loading;
         self.last_error = match readiness {
@@ -246,11 +256,22 @@ impl Replica {
         self.spec.engine_names.get(model).map_or_else(|| model.to_string(), Clone::clone)
     }
 
-    pub(crate) fn heard(&mut self, now: Moment) {
+    /// A byte of an attempt came. Returns whether that brought it back, after looks that were not
+    /// answered.
+    pub(crate) fn heard(&mut self, now: Moment) -> bool {
         self.heard = self.heard.max(now);
+        let back = self.silent && !self.leaving;
+        if back {
+            self.observed(now, Readiness::Ready);
+        }
+        back
     }
 
-    pub(crate) fn succeeded(&mut self) {
+    pub(crate) fn succeeded(&mut self, attempt: &AttemptId) {
+        self.flowing.retain(|id| self.attempts.contains(id));
+        if self.attempts.contains(attempt) {
+            self.flowing.insert(*attempt);
+        }
         self.proven = true;
         if self.refused.take().is_some() && self.ready {
             self.last_error = None;
@@ -259,26 +280,40 @@ impl Replica {
 
     /// It has refused what is its operator's. Where nothing else gets through it is not tried for a
     /// while.
-    pub(crate) fn refuses(&mut self, now: Moment, reason: String) {
+    pub(crate) fn refuses(&mut self, now: Moment, task: Option<TaskId>, reason: String) {
         let before = self.refused.take();
         if before.as_ref().and_then(|before| before.until).is_some_and(|until| until > now) {
             // Of an attempt that was under way when the last one was refused.
             self.refused = before;
             return;
         }
-        let (times, in_a_row) = before.map_or((0, 1), |before| (before.times, before.in_a_row + 1));
-        let others = self.proven && in_a_row < REFUSALS_IN_A_ROW;
+        let (times, mut tasks) = before.map_or((0, Vec::new()), |before| (before.times, before.tasks));
+        if tasks.len() < REFUSALS_IN_A_ROW && (task.is_none() || !tasks.contains(&task)) {
+            tasks.push(task);
+        }
+        let flows = self.flowing.iter().any(|id| self.attempts.contains(id));
+        let others = flows || (self.proven && tasks.len() < REFUSALS_IN_A_ROW);
         let pause = (FIRST_REFUSED * 2_u32.pow(times.min(8))).min(LONGEST_REFUSED);
         self.last_error = Some(reason.clone());
         self.ready &= others;
         let (until, times) = if others { (None, 0) } else { (Some(now + pause), times + 1) };
-        self.refused = Some(Refused { reason, until, in_a_row, times });
+        self.refused = Some(Refused { reason, until, tasks, times });
     }
 
-    pub(crate) fn lacks(&mut self, path: &str) {
+    pub(crate) fn lacks(&mut self, now: Moment, path: &str) {
+        self.lacks.retain(|_, seen| now < *seen + LACKS_FOR);
         if self.lacks.len() < MOST_LACKING {
-            self.lacks.insert(path.to_owned());
+            self.lacks.insert(path.to_owned(), now);
         }
+    }
+
+    pub(crate) fn is_lacking(&self, now: Moment, path: &str) -> bool {
+        self.lacks.get(path).is_some_and(|seen| now < *seen + LACKS_FOR)
+    }
+
+    /// Its key is another one than that which was refused.
+    pub(crate) fn key_changed(&mut self) {
+        self.refused = None;
     }
 
     /// It has its model although it answers nobody: attempts run on it inside their deadlines.
@@ -489,7 +524,8 @@ impl Pool {
                 ..report
             };
         }
-        let staying = self.replicas.values().find(|replica| !replica.leaving);
+        let serving = self.replicas.values().find(|replica| replica.ready);
+        let staying = serving.or(self.replicas.values().find(|replica| !replica.leaving));
         let first = staying.or(self.replicas.values().next()).expect("a pool without replicas is removed");
         let last_error = self.replicas.values().find_map(|replica| replica.last_error.clone());
         let ready = self.is_ready() && !draining;

@@ -67,7 +67,8 @@ fn serving(replicas: u32, slots: u32) -> NodeCore {
 
 fn accept(node: &mut NodeCore, n: u128) -> Result<Accepted, ErrorCode> {
     let node_id = NodeId::new("a").unwrap();
-    let ask = Ask { node_id: &node_id, boot_id: boot(), attempt: attempt(n), model: None, hint: None };
+    let ask =
+        Ask { node_id: &node_id, boot_id: boot(), attempt: attempt(n), model: None, task: None, hint: None };
     node.accept(at(0), &pool_id(), &ask).map_err(|error| error.code)
 }
 
@@ -90,11 +91,24 @@ fn a_hinted_replica_is_taken_while_it_has_a_slot() {
     let node_id = NodeId::new("a").unwrap();
     let hint = replica_id(1);
     for n in 1..=2 {
-        let ask =
-            Ask { node_id: &node_id, boot_id: boot(), attempt: attempt(n), model: None, hint: Some(&hint) };
+        let ask = Ask {
+            node_id: &node_id,
+            boot_id: boot(),
+            attempt: attempt(n),
+            model: None,
+            task: None,
+            hint: Some(&hint),
+        };
         assert_eq!(node.accept(at(0), &pool_id(), &ask).unwrap().replica_id, hint);
     }
-    let ask = Ask { node_id: &node_id, boot_id: boot(), attempt: attempt(3), model: None, hint: Some(&hint) };
+    let ask = Ask {
+        node_id: &node_id,
+        boot_id: boot(),
+        attempt: attempt(3),
+        model: None,
+        task: None,
+        hint: Some(&hint),
+    };
     assert_eq!(node.accept(at(0), &pool_id(), &ask).unwrap().replica_id, replica_id(0));
 }
 
@@ -117,6 +131,7 @@ fn requests_for_another_node_or_boot_are_refused() {
         boot_id: BootId(Uuid::from_u128(boot)),
         attempt: attempt(1),
         model: None,
+        task: None,
         hint: None,
     };
     assert_eq!(node.accept(at(0), &pool_id(), &ask(&other, 1)).unwrap_err().code, ErrorCode::WrongNode);
@@ -222,6 +237,33 @@ fn looks_that_are_not_answered_are_no_verdict_while_attempts_bring_bytes() {
     assert_eq!(state(&node), PoolState::Failed);
     node.observed(at(73_000), &pool_id(), &replica_id(0), Readiness::Ready);
     assert_eq!(state(&node), PoolState::Ready);
+    // A prefill of 40 s, and then its tokens: they show that it lives, without any look.
+    accept(&mut node, 3).unwrap();
+    for now in (76_000..=112_000).step_by(4_000) {
+        node.observed(at(now), &pool_id(), &replica_id(0), silent());
+    }
+    assert_eq!(state(&node), PoolState::Loading);
+    assert!(node.heard(at(113_000), &attempt(3)), "news");
+    assert!(!node.heard(at(113_100), &attempt(3)));
+    node.ended(&attempt(3));
+    node.observed(at(116_000), &pool_id(), &replica_id(0), silent());
+    assert_eq!(state(&node), PoolState::Ready);
+}
+
+// CLOUD-2495
+#[test]
+fn one_look_that_is_not_answered_is_no_verdict_on_an_engine_that_loads() {
+    let mut node = node();
+    node.bind(at(0), &pool_id(), spec(0, 1)).unwrap();
+    let mut state = |now, readiness| {
+        node.observed(at(now), &pool_id(), &replica_id(0), readiness);
+        node.pool_reports(at(now))[0].state
+    };
+    assert_eq!(state(20_000, Readiness::Loading), PoolState::Loading);
+    for now in [23_000, 26_000, 29_000] {
+        assert_eq!(state(now, Readiness::Silent("no answer".into())), PoolState::Loading, "{now}");
+    }
+    assert_eq!(state(32_000, Readiness::Silent("no answer".into())), PoolState::Failed);
 }
 
 // CLOUD-2495
@@ -258,7 +300,14 @@ fn a_change_of_what_the_engine_says_takes_nothing_out_of_service_and_counts_for_
     assert_eq!((&report.models, report.ready, report.ctx_max), (&vec![model("beta")], true, Some(64)));
     let node_id = NodeId::new("a").unwrap();
     let (old, new) = (model("m"), model("beta"));
-    let ask = |n, model| Ask { node_id: &node_id, boot_id: boot(), attempt: attempt(n), model, hint: None };
+    let ask = |n, model| Ask {
+        node_id: &node_id,
+        boot_id: boot(),
+        attempt: attempt(n),
+        model,
+        task: None,
+        hint: None,
+    };
     let refused = node.accept(at(11), &pool_id(), &ask(2, Some(&old))).unwrap_err();
     assert_eq!(refused.code, ErrorCode::PoolUnready, "asked for by a report of before");
     node.ended(&attempt(1));
@@ -297,6 +346,7 @@ fn a_replica_that_refuses_its_operator_and_serves_nobody_is_failed_and_tried_aga
     accept(&mut node, 3).unwrap();
     node.succeeded(&attempt(3));
     assert_eq!(state(&node, 30_300), (PoolState::Ready, None));
+    node.ended(&attempt(3));
     // While others get through it is one request's bad luck.
     accept(&mut node, 4).unwrap();
     node.refused_operator(at(30_400), &attempt(4), "HTTP 404");
@@ -307,6 +357,100 @@ fn a_replica_that_refuses_its_operator_and_serves_nobody_is_failed_and_tried_aga
     }
     look(&mut node, 34_000);
     assert_eq!(state(&node, 34_000).0, PoolState::Failed, "three in a row, and nothing got through");
+    // It is started anew, or asked with another key: what was known of it is not.
+    node.observed(at(35_000), &pool_id(), &replica_id(0), Readiness::Loading);
+    look(&mut node, 36_000);
+    assert_eq!(state(&node, 36_000), (PoolState::Ready, None));
+}
+
+// CLOUD-2492
+#[test]
+fn the_tries_of_one_task_are_one_refusal_and_a_stream_that_runs_is_a_success() {
+    let node_id = NodeId::new("a").unwrap();
+    let refused = |node: &mut NodeCore, n: u32, task: u32| {
+        let (id, now) = (attempt(n.into()), at(n.into()));
+        let task = Some(TaskId(Uuid::from_u128(task.into())));
+        let ask = Ask { node_id: &node_id, boot_id: boot(), attempt: id, model: None, task, hint: None };
+        node.accept(at(0), &pool_id(), &ask).unwrap();
+        node.refused_operator(now, &id, "HTTP 404");
+        node.ended(&id);
+        node.pool_reports(now)[0].ready
+    };
+    let mut node = serving(1, 4);
+    accept(&mut node, 1).unwrap();
+    node.succeeded(&attempt(1));
+    node.ended(&attempt(1));
+    assert!((10..13).all(|n| refused(&mut node, n, 7)), "the same task thrice");
+    assert!(refused(&mut node, 20, 8));
+    assert!(!refused(&mut node, 21, 9), "three different ones");
+    let mut node = serving(1, 4);
+    accept(&mut node, 1).unwrap();
+    node.succeeded(&attempt(1));
+    assert!((10..20).all(|n| refused(&mut node, n, n)), "while another stream runs");
+}
+
+// CLOUD-2488
+#[test]
+fn what_an_engine_lacks_is_forgotten_with_its_process_and_after_a_while() {
+    let mut node = serving(1, 4);
+    accept(&mut node, 1).unwrap();
+    let path = "/v1/embeddings";
+    node.lacks(at(1_000), &attempt(1), path);
+    assert!(
+        node.is_lacking(at(60_000), &attempt(1), path) && !node.is_lacking(at(61_000), &attempt(1), path)
+    );
+    assert!(!node.is_lacking(at(2_000), &attempt(1), "/completion"));
+    node.observed(at(3_000), &pool_id(), &replica_id(0), Readiness::Failed("connection refused".into()));
+    node.observed(at(4_000), &pool_id(), &replica_id(0), Readiness::Ready);
+    assert!(!node.is_lacking(at(4_000), &attempt(1), path));
+}
+
+// CLOUD-2485
+#[test]
+fn engines_of_one_pool_are_changed_one_after_the_other() {
+    let told = |n, names: &[&str]| ReplicaSpec {
+        models: names.iter().map(|name| ModelRef::new(name).unwrap()).collect(),
+        names_from_engine: true,
+        ..spec(n, 1)
+    };
+    let mut node = node();
+    let mut look = |now, n, names: &[&str]| {
+        let bound = node.bind(at(now), &pool_id(), told(n, names));
+        let readiness =
+            bound.as_ref().map_or_else(|e| Readiness::Failed(e.to_string()), |()| Readiness::Ready);
+        node.observed(at(now), &pool_id(), &replica_id(n), readiness);
+        let report = &node.pool_reports(at(now))[0];
+        let names: Vec<String> = report.models.iter().map(ToString::to_string).collect();
+        (bound.is_ok(), report.ready, names)
+    };
+    let (base, both) = (["base"], ["base", "lora"]);
+    assert!(look(0, 0, &base).0 && look(0, 1, &base).0);
+    assert_eq!(look(1_000, 0, &both), (false, true, vec!["base".to_owned()]), "the other one serves");
+    assert_eq!(look(1_100, 1, &both), (true, true, vec!["base".to_owned(), "lora".to_owned()]));
+    assert!(look(1_350, 0, &both).0, "and the first one follows");
+}
+
+// CLOUD-2421
+#[test]
+fn a_report_without_an_answer_says_nothing_of_who_waits() {
+    let mut node = node();
+    let waiting = |node: &mut NodeCore, answer: Result<HeartbeatAnswer, BeatFailure>| {
+        let effects = node.heartbeat_answered(at(0), answer);
+        effects.into_iter().find_map(|effect| match effect {
+            NodeEffect::Waiting(pools) => Some(pools),
+            _ => None,
+        })
+    };
+    let answer = |waiting| HeartbeatAnswer {
+        heartbeat_interval_ms: 1_000,
+        cancel_attempts: Vec::new(),
+        waiting,
+        intent: Intent::Serving,
+        intent_order: 0,
+    };
+    assert_eq!(waiting(&mut node, Ok(answer(vec![pool_id()]))), Some(vec![pool_id()]));
+    assert_eq!(waiting(&mut node, Err(BeatFailure::Failed)), None);
+    assert_eq!(waiting(&mut node, Ok(answer(vec![]))), Some(vec![]), "now it does");
 }
 
 // CLOUD-1406

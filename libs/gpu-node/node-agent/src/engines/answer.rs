@@ -144,6 +144,26 @@ impl Reader {
         self.closed()
     }
 
+    /// The answer was one whole document that ended in order, and did not say why it ends.
+    pub fn closed_whole(&mut self) -> Said {
+        match self.closed() {
+            Some(end) => end,
+            None if self.is_empty() => Said::Failed("its answer is a document without a text".into()),
+            None => self.end(Delta::default(), self.counted, None),
+        }
+    }
+
+    /// What stands at an orderly end without its empty line.
+    pub fn read_last(&mut self, frame: &Frame<'_>) -> Said {
+        let over = self.finish_reason.is_some();
+        match self.read(frame) {
+            Said::Failed(_) | Said::Refused(_) if over => Said::Nothing,
+            // Half an event is none: the end says what is missing, where there is one.
+            Said::Failed(_) if !self.reply.ends_by_closing && !tells(frame) => Said::Nothing,
+            said => said,
+        }
+    }
+
     pub fn read(&mut self, frame: &Frame<'_>) -> Said {
         if let Some(line) = frame.unknown
             && let Some(error) = error_in_a_line(line)
@@ -219,6 +239,12 @@ impl Reader {
             None => delta,
         }
     }
+}
+
+/// Whether an event is whole enough to say that something is amiss.
+fn tells(frame: &Frame<'_>) -> bool {
+    let whole = frame.data.as_deref().is_some_and(|data| Json::object(data.trim()).is_some());
+    whole || frame.event == "error" || frame.unknown.is_some()
 }
 
 /// Errors that some servers write beside the standard: a field of that name, or a bare object.

@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE};
@@ -33,6 +33,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Unused connections are closed after this: before uvicorn, which vLLM, SGLang and others are
 /// served by, closes them after 5 s.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
+/// How soon a request on a connection that its engine had closed already fails.
+const CLOSED_SAYS_SO: Duration = Duration::from_secs(1);
 /// Kept connections to one engine that are unused.
 const MOST_IDLE: usize = 64;
 /// Longest answer to a question of ours, bytes: of metrics, mostly.
@@ -84,6 +86,25 @@ impl Answer {
         self.response.status().as_u16()
     }
 
+    /// The beginning of the body: what came of its first `most` bytes before it ended or broke, or
+    /// time was up.
+    pub(super) async fn beginning(self, most: usize, patience: Duration) -> Vec<u8> {
+        let mut body = self.response.into_body();
+        let mut read = Vec::new();
+        let reading = async {
+            while read.len() < most
+                && let Some(Ok(frame)) = body.frame().await
+            {
+                if let Ok(data) = frame.into_data() {
+                    read.extend_from_slice(&data[..data.len().min(most - read.len())]);
+                }
+            }
+        };
+        // What has come counts.
+        let _ = tokio::time::timeout(patience, reading).await;
+        read
+    }
+
     /// The whole body, of at most `most` bytes.
     pub async fn bytes(self, most: usize) -> Result<Bytes, BodyError> {
         match Limited::new(self.response.into_body(), most).collect().await {
@@ -95,7 +116,7 @@ impl Answer {
 
     async fn json(self) -> Result<Value, String> {
         let bytes = self.bytes(MAX_ANSWER_BYTES).await.map_err(|error| error.to_string())?;
-        serde_json::from_slice(&bytes).map_err(|error| format!("unreadable: {error}"))
+        super::json::document(&bytes).map_err(|error| format!("unreadable: {error}"))
     }
 }
 
@@ -109,7 +130,9 @@ pub enum BodyError {
 }
 
 /// The ends of connections over which an answer came.
-type Used = Arc<Mutex<BTreeSet<SocketAddr>>>;
+type Used = Arc<Mutex<BTreeSet<Ends>>>;
+/// Ours and the engine's end of a connection.
+type Ends = (SocketAddr, SocketAddr);
 
 /// Makes connections, and forgets what was known of an earlier one with the same local end.
 #[derive(Debug, Clone)]
@@ -134,18 +157,22 @@ impl tower::Service<Uri> for Connector {
         let (connecting, used) = (self.inner.call(uri), Arc::clone(&self.used));
         Box::pin(async move {
             let stream = connecting.await?;
-            if let Some(end) = local_end(&stream.connected()) {
-                used.lock().remove(&end);
+            if let Some(ends) = ends(&stream.connected()) {
+                used.lock().remove(&ends);
             }
             Ok(stream)
         })
     }
 }
 
-fn local_end(connection: &hyper_util::client::legacy::connect::Connected) -> Option<SocketAddr> {
+fn ends(connection: &hyper_util::client::legacy::connect::Connected) -> Option<Ends> {
     let mut about = http::Extensions::new();
     connection.get_extras(&mut about);
-    about.get::<HttpInfo>().map(HttpInfo::local_addr)
+    about.get().map(both)
+}
+
+fn both(about: &HttpInfo) -> Ends {
+    (about.local_addr(), about.remote_addr())
 }
 
 /// Calls engines.
@@ -244,13 +271,17 @@ impl EngineClient {
         };
         let mut first = request()?;
         let connection = capture_connection(&mut first);
+        let began = Instant::now();
         let error = match self.kept.request(first).await {
             Ok(response) => return Ok(self.answered(response)),
             Err(error) => error,
         };
-        let end = connection.connection_metadata().as_ref().and_then(local_end);
-        let was_used = end.is_some_and(|end| self.used.lock().remove(&end));
-        if !was_used {
+        let ends = connection.connection_metadata().as_ref().and_then(ends);
+        let was_used = ends.is_some_and(|ends| self.used.lock().remove(&ends));
+        // What was closed before says so at once; what is lost later, or has begun to answer, had
+        // the request.
+        let had_it = began.elapsed() > CLOSED_SAYS_SO || answer_begun(&error);
+        if !was_used || had_it {
             return Err(classify(&error));
         }
         tracing::debug!(url = at.url, "a kept connection was closed as it was used: asking on a fresh one");
@@ -261,8 +292,8 @@ impl EngineClient {
     }
 
     fn answered(&self, response: Response<Incoming>) -> Answer {
-        let end = response.extensions().get::<HttpInfo>().map(HttpInfo::local_addr);
-        let fresh = end.is_none_or(|end| self.used.lock().insert(end));
+        let ends = response.extensions().get().map(both);
+        let fresh = ends.is_none_or(|ends| self.used.lock().insert(ends));
         Answer { response, fresh }
     }
 }
@@ -290,6 +321,11 @@ fn classify(error: &Error) -> CallError {
         return CallError::Silent(text);
     }
     if error.is_connect() { CallError::Refused(text) } else { CallError::Lost(text) }
+}
+
+/// Whether something came that is not the head of an answer.
+fn answer_begun(error: &Error) -> bool {
+    causes(error).filter_map(|cause| cause.downcast_ref::<hyper::Error>()).any(hyper::Error::is_parse)
 }
 
 fn causes<'e>(

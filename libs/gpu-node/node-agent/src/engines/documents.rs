@@ -11,7 +11,7 @@ use serde_json::json;
 use super::EngineRequest;
 use super::answer::{Reader, Reply, Said};
 use super::client::{Answer, BodyError};
-use super::json::Json;
+use super::json::{Json, typed};
 
 /// `/v1/embeddings`.
 pub static EMBEDDING: Reply =
@@ -115,12 +115,11 @@ impl Usage {
 }
 
 fn parse(reply: &Reply, asked: usize, body: &[u8]) -> Result<Document, String> {
-    let unreadable = |error: serde_json::Error| error.to_string();
     let (results, tokens_in) = if *reply == EMBEDDING {
-        let answer: Embeddings = serde_json::from_slice(body).map_err(unreadable)?;
+        let answer: Embeddings = typed(body)?;
         (embeddings(answer.data, asked)?, Usage::tokens_in(answer.usage))
     } else {
-        let answer: Ranks = serde_json::from_slice(body).map_err(unreadable)?;
+        let answer: Ranks = typed(body)?;
         (ranks(answer.results, asked)?, Usage::tokens_in(answer.usage))
     };
     Ok(Document { results, tokens_in })
@@ -180,6 +179,15 @@ mod tests {
         let results =
             vec![r#"{"i":0,"embedding":[0.1,2.0]}"#.into(), r#"{"i":1,"embedding":[0.5,-1.0]}"#.into()];
         assert_eq!(said(&EMBEDDING, 2, body), Ok(Document { results, tokens_in: Some(7) }));
+    }
+
+    // CLOUD-1522
+    #[test]
+    fn what_stands_beside_the_results_is_stepped_over_and_they_are_not() {
+        let beside = "\u{feff}{\"x\":NaN,\"data\":[{\"index\":0,\"embedding\":[1.5],\"y\":Infinity}]}";
+        let results = vec![r#"{"i":0,"embedding":[1.5]}"#.into()];
+        assert_eq!(said(&EMBEDDING, 1, beside), Ok(Document { results, tokens_in: None }));
+        assert!(said(&EMBEDDING, 1, r#"{"data":[{"index":0,"embedding":[NaN]}]}"#).is_err());
     }
 
     // CLOUD-2482

@@ -1,6 +1,6 @@
 //! Gauges in an engine's metrics, as Prometheus writes them.
 
-use super::{Busy, Look, Question};
+use super::{Busy, CallError, Look, Question};
 
 /// The sum of a gauge's series, as a count of requests, at most `u32::MAX`; nothing where it has
 /// none. An engine that runs in several processes has one series for each.
@@ -26,10 +26,11 @@ pub(super) async fn busy(look: &Look<'_>, running: &str, waiting: &str) -> Busy 
     let answer = match look.client.get(look.at, "/metrics").await {
         Ok(answer) if answer.status() == 200 => answer,
         Ok(answer) => {
+            let status = answer.status();
             drop(answer.bytes(super::MAX_ERROR_BYTES).await);
-            return Busy::CannotTell;
+            return unanswered(&Question::Status(status));
         }
-        Err(_) => return Busy::NoAnswer,
+        Err(error) => return unanswered(&Question::Unanswered(error)),
     };
     let Ok(metrics) = answer.bytes(MAX_METRICS_BYTES).await else { return Busy::NoAnswer };
     let metrics = String::from_utf8_lossy(&metrics);
@@ -45,7 +46,10 @@ const MAX_METRICS_BYTES: usize = 4 * 1024 * 1024;
 /// What a question about how busy an engine is says where it has no answer.
 pub(super) fn unanswered(error: &Question) -> Busy {
     match error {
-        Question::Unanswered(_) => Busy::NoAnswer,
+        // Nothing is there, and so nothing is busy.
+        Question::Unanswered(CallError::Refused(_)) => Busy::Told(0),
+        // It could tell, and does not now.
+        Question::Unanswered(_) | Question::Status(408 | 429 | 500 | 502..=599) => Busy::NoAnswer,
         Question::Status(_) | Question::Bad(_) => Busy::CannotTell,
     }
 }

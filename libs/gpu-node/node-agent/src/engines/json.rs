@@ -7,6 +7,29 @@
 
 use std::borrow::Cow;
 
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+/// How deep a document is looked into that a strict parser refuses.
+const MOST_DEPTH: u32 = 32;
+
+/// A whole answer. What a strict parser refuses in it is `null`, and everything beside that is as
+/// it stands there. Error: it is not whole, or no object and no list.
+pub(crate) fn document(bytes: &[u8]) -> Result<Value, String> {
+    let text = String::from_utf8_lossy(bytes);
+    let text = text.trim_start_matches('\u{feff}').trim();
+    serde_json::from_str(text).or_else(|error| {
+        let whole = text.starts_with(['{', '[']) && value_end(text.as_bytes(), 0) == Some(text.len());
+        whole.then(|| Json(text).value(MOST_DEPTH)).ok_or_else(|| error.to_string())
+    })
+}
+
+/// [`document`], as a type.
+pub(crate) fn typed<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+    serde_json::from_slice(bytes)
+        .or_else(|_| serde_json::from_value(document(bytes)?).map_err(|error| error.to_string()))
+}
+
 /// A value inside a text; absent where nothing was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Json<'a>(&'a str);
@@ -66,17 +89,31 @@ impl<'a> Json<'a> {
             .then(|| format!("{:.0}", number.floor().min(f64::from(u32::MAX))).parse().unwrap_or(u32::MAX))
     }
 
+    fn value(self, depth: u32) -> Value {
+        let Some(deeper) = depth.checked_sub(1) else { return Value::Null };
+        match self.0.as_bytes().first() {
+            Some(b'{') => {
+                let members = Members { text: self.0, at: Some(1), keyed: true };
+                Value::Object(members.map(|(key, member)| (unescape(key), member.value(deeper))).collect())
+            }
+            Some(b'[') => self.items().map(|item| item.value(deeper)).collect(),
+            Some(b'"') => self.text().map_or(Value::Null, |text| Value::String(text.into_owned())),
+            _ => serde_json::from_str(self.0).unwrap_or_default(),
+        }
+    }
+
     pub(crate) fn is_true(self) -> bool {
         self.0 == "true"
     }
 
-    /// Whether there is an object or a list with anything in it, or a text that says something.
+    /// Whether there is an object or a list with anything in it, a text that says something, `true`
+    /// or a number that is not 0.
     pub(crate) fn says_something(self) -> bool {
         match self.0.as_bytes().first() {
             Some(b'{') => Members { text: self.0, at: Some(1), keyed: true }.next().is_some(),
             Some(b'[') => self.items().next().is_some(),
             Some(b'"') => self.0.len() > 2,
-            _ => false,
+            _ => self.is_true() || self.0.parse().is_ok_and(|number: f64| number != 0.0 && !number.is_nan()),
         }
     }
 
@@ -254,6 +291,23 @@ mod tests {
         }
         let deep = format!("{{\"x\":{}{},\"t\":\"hi\"}}", "[".repeat(100_000), "]".repeat(100_000));
         assert_eq!(Json::object(&deep).unwrap().get("t").text().as_deref(), Some("hi"));
+    }
+
+    // CLOUD-1522
+    #[test]
+    fn a_document_is_read_whatever_stands_in_what_nobody_asked_for() {
+        let read = |text: &[u8]| document(text);
+        for beside in ["NaN", "-Infinity", "1e999", r#""\ud83d""#, "[1,]", "True"] {
+            let text = format!("\u{feff} {{\"x\":{beside},\"data\":[{{\"id\":\"m\",\"y\":{beside}}}]}}\n");
+            let value = read(text.as_bytes()).unwrap_or_else(|error| panic!("{text}: {error}"));
+            assert_eq!(value["data"][0]["id"], "m", "{text}");
+        }
+        assert_eq!(read(b"{\"id\":\"\xff\"}").unwrap()["id"], "\u{fffd}");
+        for bad in ["", "{", "<html>", "hello", "{\"a\":NaN}}", "{\"a\":NaN"] {
+            assert!(read(bad.as_bytes()).is_err(), "{bad}");
+        }
+        let deep = format!("{{\"x\":{}{},\"y\":NaN}}", "[".repeat(10_000), "]".repeat(10_000));
+        assert_eq!(read(deep.as_bytes()).unwrap()["y"], Value::Null);
     }
 
     // CLOUD-1522

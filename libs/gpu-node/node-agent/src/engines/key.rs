@@ -40,6 +40,12 @@ impl ApiKey {
         Ok(Self(header))
     }
 
+    /// A text of the engine's without the key, which some repeat as they refuse it.
+    pub fn hidden_in(&self, text: &str) -> String {
+        let bearer = self.0.to_str().unwrap_or_default();
+        text.replace(bearer.strip_prefix("Bearer ").unwrap_or(bearer), "…")
+    }
+
     pub(super) fn bearer(&self) -> HeaderValue {
         self.0.clone()
     }
@@ -58,6 +64,7 @@ mod tests {
         let key = ApiKey::read(&path).unwrap();
         assert_eq!(key.bearer(), "Bearer secret-of-the-engine");
         assert!(!format!("{key:?} {:?}", key.bearer()).contains("secret"));
+        assert_eq!(key.hidden_in("invalid key: secret-of-the-engine!"), "invalid key: …!");
         for bad in ["", "two words", "\u{e4}", &"x".repeat(5_000)] {
             std::fs::write(&path, bad).unwrap();
             let why = ApiKey::read(&path).unwrap_err();

@@ -6,6 +6,7 @@
 
 use futures::FutureExt;
 use pool_registry_types::engines::capabilities;
+use pool_registry_types::error::EndCause;
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::task::{FinishReason, KvHint, Resume, ResumeMode};
 use pool_registry_types::{ErrorBody, ErrorCode};
@@ -13,19 +14,20 @@ use serde_json::{Value, json};
 
 use super::answer::{Delta, Reader, Reply, Said, text_of};
 use super::client::{Endpoint, EngineClient};
-use super::json::Json;
+use super::json::{Json, document};
 use super::refusal::{Refusal, Whose};
 use super::thoughts::{Splitter, Template};
 use super::{
-    Asked, Busy, CallError, Dialect, EngineFacts, EngineRequest, Look, NotReady, Unsent, gauges, health,
-    listed, openai, positive, refused, set,
+    Answer, Asked, Busy, CallError, Dialect, EngineFacts, EngineRequest, Look, NotReady, Unsent, gauges,
+    health, listed, openai, percent_encoded, positive, refused, set,
 };
 use crate::pools_file::PoolSpec;
 
 pub(super) static DIALECT: Dialect = Dialect {
     capabilities: capabilities(EngineKind::LlamaCpp),
     request,
-    probe: |look| probe(look).boxed(),
+    health: |look| health(look, Some(503)).boxed(),
+    facts: |look| facts(look).boxed(),
     busy: Some(|look| busy(look).boxed()),
     command_line,
     key_flag: Some("--api-key-file"),
@@ -67,11 +69,17 @@ impl Preparation {
         let mut prompt = self.prompt.clone();
         let mut splitter = None;
         if let Some(messages) = &self.messages {
-            let written = self.ask(client, at, "/apply-template", json!({ "messages": messages })).await?;
-            prompt = written["prompt"].as_str().unwrap_or_default().to_owned();
+            let written = self.ask(client, at, APPLY_TEMPLATE, json!({ "messages": messages })).await?;
+            let Some(written) = written["prompt"].as_str() else { return Err(unwritten()) };
+            prompt = written.to_owned();
             splitter = match self.template(client, at).await? {
                 Template::Plain => None,
-                Template::Marked(marks) => Some(Splitter::after(marks, &prompt)),
+                Template::Marked(marks) => {
+                    // Where they are control tokens it leaves them out of its text unless told to
+                    // keep them.
+                    body["preserved_tokens"] = json!([marks.open, marks.close]);
+                    Some(Splitter::after(marks, &prompt))
+                }
                 Template::Unknown => return Err(cannot(ErrorCode::Unsupported, UNKNOWN_MARKS)),
             };
         }
@@ -113,12 +121,9 @@ impl Preparation {
     }
 
     async fn template(&self, client: &EngineClient, at: &Endpoint) -> Result<Template, Unsent> {
-        let asking = async {
-            let answer = client.get(at, "/props").await?;
-            Ok::<_, CallError>(answer.bytes(MAX_PREPARATION_BYTES).await.unwrap_or_default())
-        };
-        let props = in_time(asking).await?;
-        let props: Value = serde_json::from_slice(&props).unwrap_or_default();
+        // A router has one for each model; what serves a single one passes the question over.
+        let path = format!("/props?model={}", percent_encoded(&self.model));
+        let props = read_answer(PROPS, in_time(client.get(at, &path)).await?).await?;
         // Not told, it may be any.
         Ok(props["chat_template"].as_str().map_or(Template::Unknown, Template::of))
     }
@@ -127,18 +132,34 @@ impl Preparation {
         &self,
         client: &EngineClient,
         at: &Endpoint,
-        path: &str,
+        path: &'static str,
         mut question: Value,
     ) -> Result<Value, Unsent> {
         question["model"] = json!(self.model);
-        let answer = in_time(client.post(at, path, &question, None)).await?;
-        if !(200..300).contains(&answer.status()) {
-            return Err(Unsent::Refused(refused(answer).await));
-        }
-        let read = answer.bytes(MAX_PREPARATION_BYTES);
-        let reading = async { read.await.map_err(|error| CallError::Lost(error.to_string())) };
-        Ok(serde_json::from_slice(&in_time(reading).await?).unwrap_or_default())
+        read_answer(path, in_time(client.post(at, path, &question, None)).await?).await
     }
+}
+
+const APPLY_TEMPLATE: &str = "/apply-template";
+const PROPS: &str = "/props";
+
+/// The answer to a question before the request.
+async fn read_answer(path: &'static str, answer: Answer) -> Result<Value, Unsent> {
+    if !(200..300).contains(&answer.status()) {
+        return Err(Unsent::Refused { path, refusal: refused(answer).await });
+    }
+    let reading = async {
+        let bytes = answer.bytes(MAX_PREPARATION_BYTES).await;
+        bytes.map_err(|error| CallError::Lost(error.to_string()))
+    };
+    Ok(document(&in_time(reading).await?).unwrap_or_default())
+}
+
+/// The engine did not write the messages out.
+fn unwritten() -> Unsent {
+    let error = ErrorBody::new(ErrorCode::WorkerReset, "the engine's template gave no prompt");
+    let error = error.with_cause(EndCause::Engine5xx);
+    Unsent::Refused { path: APPLY_TEMPLATE, refusal: Refusal { whose: Whose::Engine, error } }
 }
 
 const UNKNOWN_MARKS: &str = "recovery: the model's template shows that it thinks, and not in a way that is known \
@@ -150,9 +171,9 @@ const FORGOTTEN: &str = "the stream cannot go on: the thoughts before it were le
 fn cannot(code: ErrorCode, message: &str) -> Unsent {
     let mut error = ErrorBody::new(code, message);
     if code == ErrorCode::WorkerReset {
-        error.cause = Some(pool_registry_types::error::EndCause::ReplayDiffers);
+        error.cause = Some(EndCause::ReplayDiffers);
     }
-    Unsent::Refused(Refusal { whose: Whose::Client, error })
+    Unsent::Refused { path: APPLY_TEMPLATE, refusal: Refusal { whose: Whose::Client, error } }
 }
 
 async fn in_time<T>(asking: impl Future<Output = Result<T, CallError>>) -> Result<T, CallError> {
@@ -223,8 +244,7 @@ pub(super) fn token_ids(event: Json<'_>) -> (Vec<u32>, u32) {
     (ids, event.get("tokens_predicted").count().unwrap_or(0))
 }
 
-async fn probe(look: &Look<'_>) -> Result<EngineFacts, NotReady> {
-    health(look, Some(503)).await?;
+async fn facts(look: &Look<'_>) -> Result<EngineFacts, NotReady> {
     let props = look.json("/props").await?;
     let list = look.json("/v1/models").await?;
     let (models, own_model) = listed(&list);
@@ -373,7 +393,7 @@ mod tests {
                                 format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\n\r\n{body}", body.len());
                             stream.get_mut().write_all(answer.as_bytes()).await.unwrap();
                         } else if let Some(path) =
-                            line.split(' ').nth(1).filter(|_| line.contains(" HTTP/1.1"))
+                            line.rsplit(' ').nth(1).filter(|_| line.contains(" HTTP/1.1"))
                         {
                             paths.lock().push(path.to_owned());
                         }
@@ -396,7 +416,7 @@ mod tests {
         .await;
         let client = EngineClient::new();
         let look = Look { client: &client, at: &at, models: &[] };
-        let facts = probe(&look).await.unwrap();
+        let facts = facts(&look).await.unwrap();
         let names: Vec<&str> = facts.models.keys().map(ModelRef::as_str).collect();
         assert_eq!(names, ["a", "org/a", "org/b", "small"]);
         assert_eq!(facts.models[&ModelRef::new("small").unwrap()], "org/a");
@@ -407,6 +427,50 @@ mod tests {
         let task = TaskRequest::completion(ModelRef::new("small").unwrap(), "hi");
         let request = request(&Asked { task: &task, model: "org/a", ctx_max: None, sent: None }).unwrap();
         assert_eq!(request.body["model"], "org/a");
+    }
+
+    /// What comes of messages that may be continued.
+    async fn prepared(answers: &'static [(&'static str, &'static str)]) -> Result<Value, Unsent> {
+        use pool_registry_types::task::{ChatMessage, Recovery, Role};
+        let (at, _) = server(answers).await;
+        let task = TaskRequest {
+            prompt: None,
+            messages: Some(vec![ChatMessage { role: Role::User, content: "hi".into() }]),
+            recovery: Recovery::Continue,
+            ..TaskRequest::completion(ModelRef::new("m").unwrap(), "")
+        };
+        let mut request =
+            request(&Asked { task: &task, model: "org/a b", ctx_max: None, sent: None }).unwrap();
+        let preparation = request.preparation.take().unwrap();
+        let splitter = preparation.complete(&EngineClient::new(), &at, &mut request.body).await?;
+        assert_eq!(splitter.is_some(), request.body["preserved_tokens"].is_array());
+        Ok(request.body)
+    }
+
+    // CLOUD-1521
+    // CLOUD-2496
+    #[tokio::test]
+    async fn messages_are_written_out_by_the_template_of_their_own_model_and_marks_are_kept() {
+        let body = prepared(&[
+            ("/apply-template", "\u{feff}{\"prompt\":\"<u>hi</u>[THINK]\",\"x\":NaN}"),
+            ("/props?model=org%2Fa%20b", r#"{"chat_template":"{{ '[THINK]' }} [/THINK]"}"#),
+        ]);
+        let body = body.await.unwrap();
+        assert_eq!(body["prompt"], "<u>hi</u>[THINK]");
+        assert_eq!(body["preserved_tokens"], json!(["[THINK]", "[/THINK]"]));
+    }
+
+    // CLOUD-2488
+    #[tokio::test]
+    async fn what_is_asked_before_a_request_is_judged_as_what_it_is() {
+        let whose = async |answers| match prepared(answers).await {
+            Err(Unsent::Refused { path, refusal }) => Some((path, refusal.whose)),
+            _ => None,
+        };
+        assert_eq!(whose(&[]).await, Some((APPLY_TEMPLATE, Whose::Missing)), "not the completion");
+        let nothing = whose(&[(APPLY_TEMPLATE, "{}"), ("/props?model=org%2Fa%20b", "{}")]).await;
+        assert_eq!(nothing, Some((APPLY_TEMPLATE, Whose::Engine)), "an empty prompt is another prompt");
+        assert_eq!(whose(&[(APPLY_TEMPLATE, r#"{"prompt":"hi"}"#)]).await, Some((PROPS, Whose::Missing)));
     }
 
     // CLOUD-2496
@@ -422,7 +486,7 @@ mod tests {
         .await;
         let client = EngineClient::new();
         let look = Look { client: &client, at: &at, models: &[] };
-        let facts = probe(&look).await.unwrap();
+        let facts = facts(&look).await.unwrap();
         assert_eq!((facts.slots, facts.ctx_max), (Some(2), Some(512)));
         assert_eq!(busy(&look).await, Busy::Told(0));
         let wakes = |path: &String| ["/metrics", "/slots"].contains(&path.as_str());

@@ -27,6 +27,7 @@ mod shapes_tests;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -57,8 +58,10 @@ pub struct Dialect {
     pub capabilities: EngineCapabilities,
     /// The request for a completion.
     request: fn(&Asked<'_>) -> Result<EngineRequest, ErrorBody>,
-    /// One look: is it up, and what does it say of itself.
-    probe: for<'a> fn(&'a Look<'a>) -> BoxFuture<'a, Result<EngineFacts, NotReady>>,
+    /// Is it up.
+    health: for<'a> fn(&'a Look<'a>) -> BoxFuture<'a, Result<(), NotReady>>,
+    /// What does it say of itself.
+    facts: for<'a> fn(&'a Look<'a>) -> BoxFuture<'a, Result<EngineFacts, NotReady>>,
     /// How many requests are in it, where it tells.
     busy: Option<for<'a> fn(&'a Look<'a>) -> BoxFuture<'a, Busy>>,
     /// The arguments by which its server is started; without any the file of pools gives them.
@@ -140,8 +143,11 @@ pub struct Sent {
 #[derive(Debug)]
 pub enum Unsent {
     Call(CallError),
-    /// An earlier question was refused.
-    Refused(Refusal),
+    /// An earlier question, at this path, was refused.
+    Refused {
+        path: &'static str,
+        refusal: Refusal,
+    },
 }
 
 impl From<CallError> for Unsent {
@@ -256,8 +262,16 @@ pub async fn probe(engine: EngineKind, look: &Look<'_>) -> Result<EngineFacts, N
         let why = format!("no answer to a health call within {} s", PROBE_TIMEOUT.as_secs());
         Err(NotReady::Silent(why))
     };
-    let looking = (dialect(engine).probe)(look);
+    let looking = async {
+        (dialect(engine).health)(look).await?;
+        facts(engine, look).await
+    };
     tokio::time::timeout(PROBE_TIMEOUT, looking).await.unwrap_or_else(|_| late())
+}
+
+/// What the engine says of itself, up or not. Who calls bounds the time.
+pub async fn facts(engine: EngineKind, look: &Look<'_>) -> Result<EngineFacts, NotReady> {
+    (dialect(engine).facts)(look).await
 }
 
 /// The engine's busy requests.
@@ -323,11 +337,23 @@ fn context(list: &Value) -> Option<u32> {
     models.iter().find_map(|model| positive(&model["max_model_len"]))
 }
 
+/// A model's name as one segment of a path, or as a value of a query.
+fn percent_encoded(model: &str) -> String {
+    model.bytes().fold(String::new(), |mut path, byte| {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            path.push(char::from(byte));
+        } else {
+            // Writing to a String cannot fail.
+            let _ = write!(path, "%{byte:02X}");
+        }
+        path
+    })
+}
+
 /// An engine's refusal as ours.
 pub async fn refused(answer: Answer) -> Refusal {
     let status = answer.status();
-    let body = tokio::time::timeout(PROBE_TIMEOUT, answer.bytes(MAX_ERROR_BYTES)).await;
-    let body = body.ok().and_then(Result::ok).unwrap_or_default();
+    let body = answer.beginning(MAX_ERROR_BYTES, PROBE_TIMEOUT).await;
     refusal::refusal(status, &String::from_utf8_lossy(&body))
 }
 

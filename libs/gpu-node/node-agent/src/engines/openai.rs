@@ -19,7 +19,9 @@ use super::{Asked, Dialect, EngineFacts, EngineRequest, Look, NotReady, context,
 pub(super) static DIALECT: Dialect = Dialect {
     capabilities: capabilities(EngineKind::OpenAi),
     request,
-    probe: |look| probe(look).boxed(),
+    // Its list of models shows it.
+    health: |_| std::future::ready(Ok(())).boxed(),
+    facts: |look| facts(look).boxed(),
     busy: None,
     // The file of pools must give its command line.
     command_line: |_| Vec::new(),
@@ -134,7 +136,7 @@ fn parts(content: Json<'_>, delta: &mut Delta) {
     }
 }
 
-async fn probe(look: &Look<'_>) -> Result<EngineFacts, NotReady> {
+async fn facts(look: &Look<'_>) -> Result<EngineFacts, NotReady> {
     let list = look.json("/v1/models").await?;
     let (models, own_model) = listed(&list);
     Ok(EngineFacts { models, own_model, ctx_max: context(&list), ..EngineFacts::default() })

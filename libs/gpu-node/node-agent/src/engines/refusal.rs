@@ -4,6 +4,8 @@
 //! operator's: the client can do nothing about it, and another pool may well have it. A route that
 //! is not there is something that this engine cannot do. Everything else is the engine's own.
 
+use std::borrow::Cow;
+
 use pool_registry_types::error::EndCause;
 use pool_registry_types::{ErrorBody, ErrorCode};
 
@@ -36,9 +38,10 @@ pub struct Refusal {
 
 /// What engines say of a prompt that does not fit, in lower case: fragments that follow each other.
 /// The wordings are those that the engines' own sources have today and had before.
-const TOO_LONG: [(&str, &[&str]); 28] = [
+const TOO_LONG: [(&str, &[&str]); 29] = [
     ("llama.cpp", &["exceeds the available context size"]),
     ("llama.cpp", &["larger than the max context size"]),
+    ("llama.cpp", &["input prompt is too big compared to kv size"]),
     // The physical batch, for what cannot be split.
     ("llama.cpp", &["input", "is too large to process"]),
     ("vLLM", &["maximum context length is"]),
@@ -70,19 +73,23 @@ const TOO_LONG: [(&str, &[&str]); 28] = [
 ];
 
 /// What engines say of a model or an adapter that they do not have.
-const NO_SUCH_MODEL: [&[&str]; 11] = [
+const NO_SUCH_MODEL: [&[&str]; 12] = [
     &["model", "does not exist"],
     &["model", "not found"],
     &["model", "is not loaded"],
     &["model name", "is missing"],
     &["model name", "is not running"],
     &["unknown model"],
+    &["invalid model name"],
     &["no such model"],
     &["adapter", "not loaded"],
     &["adapter", "has never been loaded"],
     &["adapter", "not found"],
     &["adapter", "cannot be found"],
 ];
+
+/// Characters within which a refusal says that there is no such model.
+const NAMES_IT_WITHIN: usize = 240;
 
 /// Whether the fragments stand in the text, one after the other.
 fn has(text: &str, fragments: &[&str]) -> bool {
@@ -100,14 +107,14 @@ fn message_of(answer: Json<'_>) -> Option<String> {
     let error = answer.get("error");
     let places =
         [error.get("message"), error, answer.get("message"), answer.get("detail"), answer.get("details")];
-    places.into_iter().find_map(Json::word).map(|message| shown(&message))
+    places.into_iter().find_map(Json::word).map(Cow::into_owned)
 }
 
 /// An engine's refusal: its status, and its body as far as it was read.
 pub(crate) fn refusal(status: u16, body: &str) -> Refusal {
     match Json::object(body) {
         Some(answer) => judged(status, answer),
-        None => told(status, &shown(body.trim()), Named::default()),
+        None => told(status, body.trim(), Named::default()),
     }
 }
 
@@ -135,15 +142,19 @@ fn judged(status: u16, answer: Json<'_>) -> Refusal {
 fn told(status: u16, message: &str, named: Named) -> Refusal {
     let words = message.to_lowercase();
     let too_long = named.context || TOO_LONG.iter().any(|(_, fragments)| has(&words, fragments));
-    let no_model = named.model || NO_SUCH_MODEL.iter().any(|fragments| has(&words, fragments));
+    // Further behind they may be the client's own words, which some repeat.
+    let begins: String = words.chars().take(NAMES_IT_WITHIN).collect();
+    let no_model = named.model || NO_SUCH_MODEL.iter().any(|fragments| has(&begins, fragments));
     let (whose, code, cause) = match status {
         503 => (Whose::Busy, ErrorCode::PoolUnready, None),
         429 => (Whose::Busy, ErrorCode::ReplicaExhausted, None),
-        401 | 402 | 403 | 407 => (Whose::Operator, ErrorCode::WorkerReset, Some(EndCause::Engine5xx)),
+        401 | 402 | 403 | 407 => (Whose::Operator, ErrorCode::WorkerReset, Some(EndCause::EngineDenied)),
         408 | 409 | 421 | 425 => (Whose::Nobody, ErrorCode::WorkerReset, None),
         // TGI's word for a failure of its own.
         424 => (Whose::Engine, ErrorCode::WorkerReset, Some(EndCause::Engine5xx)),
-        400 | 404 | 422 if no_model => (Whose::Operator, ErrorCode::WorkerReset, Some(EndCause::Engine5xx)),
+        400 | 404 | 422 if no_model => {
+            (Whose::Operator, ErrorCode::WorkerReset, Some(EndCause::EngineDenied))
+        }
         404 | 405 | 501 => (Whose::Missing, ErrorCode::Unsupported, Some(EndCause::Engine4xx)),
         // Some say so with the status of a failure.
         400..=500 if too_long => (Whose::Client, ErrorCode::ContextTooLong, Some(EndCause::Engine4xx)),
@@ -151,27 +162,54 @@ fn told(status: u16, message: &str, named: Named) -> Refusal {
         400..=499 => (Whose::Client, ErrorCode::InvalidParams, Some(EndCause::Engine4xx)),
         _ => (Whose::Engine, ErrorCode::WorkerReset, Some(EndCause::Engine5xx)),
     };
-    let message = if message.is_empty() { "no message" } else { message };
+    let message = if message.is_empty() { "no message".into() } else { shown(message) };
     let mut error = ErrorBody::new(code, format!("the engine answered {status}: {message}"));
     error.cause = cause;
     Refusal { whose, error }
 }
 
+/// The words of an error event, as they are shown.
+fn said(event: Json<'_>) -> String {
+    message_of(event).map_or_else(|| "an error without a message".to_owned(), |text| shown(&text))
+}
+
+/// Whether a refusal without a status is known by its words.
+fn is_sure(refusal: &Refusal) -> bool {
+    refusal.whose == Whose::Operator || refusal.error.code == ErrorCode::ContextTooLong
+}
+
 /// An error event: a refusal where a status says so, beside it or in it, else a failure.
 pub(super) fn in_stream(event: Json<'_>) -> Said {
     let error = event.get("error");
+    let failed = || Said::Failed(said(event));
     let by_type = match event.get("error_type").text().as_deref() {
         Some("validation" | "template_error" | "tool_error") => Some(422),
         Some("overloaded") => Some(429),
         _ => None,
     };
-    let by_code = [error.get("http_status_code"), error.get("code"), event.get("code")];
+    let by_code = [
+        error,
+        error.get("http_status_code"),
+        error.get("code"),
+        error.get("status_code"),
+        event.get("code"),
+        event.get("status_code"),
+    ];
     let by_code = by_code.into_iter().find_map(|code| u16::try_from(code.count()?).ok());
-    let refused = by_type.or(by_code).map(|status| judged(status, event));
-    match refused {
-        Some(refused) if refused.whose != Whose::Engine => Said::Refused(Box::new(refused)),
-        _ => Said::Failed(message_of(event).unwrap_or_else(|| "an error without a message".to_owned())),
+    // Without a status its words decide, as those of a failure or of a thing that is not there.
+    let refused = match by_type.or(by_code) {
+        Some(status) => judged(status, event),
+        None => {
+            let mut refused = [500, 400].map(|status| judged(status, event)).into_iter();
+            let Some(mut refused) = refused.find(is_sure) else { return failed() };
+            refused.error.message = format!("the engine answered: {}", said(event));
+            refused
+        }
+    };
+    if refused.whose != Whose::Engine {
+        return Said::Refused(Box::new(refused));
     }
+    failed()
 }
 
 #[cfg(test)]
@@ -195,6 +233,7 @@ mod tests {
                 400,
                 "the request exceeds the available context size. try increasing the context size or enable context shift",
             ),
+            (500, "Input prompt is too big compared to KV size. Please try increasing KV size."),
             (400, "input (9000 tokens) is larger than the max context size (8192 tokens). skipping"),
             (500, "input is larger than the max context size. skipping"),
             (
@@ -345,11 +384,57 @@ mod tests {
             (400, r#"{"error":{"message":"model name is missing from the request"}}"#),
             (400, r#"{"error":"Request for unknown model: 'x' is not found"}"#),
             (400, r#"{"error":"The following requested LoRA adapters are not loaded: x"}"#),
+            (400, r#"{"error":{"message":"/chat/completions: Invalid model name passed in model=x."}}"#),
             (404, r#"{"error":"model \"x\" not found, try pulling it first"}"#),
         ] {
             let refusal = refusal(status, body);
             let seen = (refusal.whose, refusal.error.code, refusal.error.cause);
-            assert_eq!(seen, (Whose::Operator, ErrorCode::WorkerReset, Some(EndCause::Engine5xx)), "{body}");
+            assert_eq!(
+                seen,
+                (Whose::Operator, ErrorCode::WorkerReset, Some(EndCause::EngineDenied)),
+                "{body}"
+            );
+        }
+    }
+
+    // CLOUD-2492
+    #[test]
+    fn words_of_the_client_that_an_engine_repeats_are_not_the_operators() {
+        let echo = format!("1 validation error: messages: {}the model was not found", "x ".repeat(200));
+        let body = serde_json::json!({"error": {"message": echo}}).to_string();
+        assert_eq!(whose(400, &body), (Whose::Client, ErrorCode::InvalidParams));
+        // What stands behind many words of another kind counts.
+        let long =
+            format!("{}Prompt length (9000) exceeds maximum input length (8192)", "in ensemble, ".repeat(80));
+        let body = serde_json::json!({ "error": long }).to_string();
+        assert_eq!(whose(500, &body), (Whose::Client, ErrorCode::ContextTooLong));
+    }
+
+    // CLOUD-2494
+    #[test]
+    fn an_error_event_without_a_status_is_known_by_its_words() {
+        let code = |event: &str| match in_stream(Json::object(event).unwrap()) {
+            Said::Refused(refusal) => Some((refusal.whose, refusal.error.code)),
+            Said::Failed(_) => None,
+            other => panic!("{other:?}"),
+        };
+        let too_long = Some((Whose::Client, ErrorCode::ContextTooLong));
+        let denied = Some((Whose::Operator, ErrorCode::WorkerReset));
+        for (event, expected) in [
+            (
+                r#"{"error":"Encountered an error when fetching new request: Prompt length (9000) exceeds maximum input length (8192)"}"#,
+                too_long,
+            ),
+            (
+                r#"{"error":{"message":"This model's maximum context length is 8192 tokens.","code":"context_length_exceeded"}}"#,
+                too_long,
+            ),
+            (r#"{"error":{"message":"?","code":"model_not_found"}}"#, denied),
+            (r#"{"error":{"message":"CUDA out of memory","code":"internal"}}"#, None),
+            (r#"{"error":500,"message":"boom"}"#, None),
+            (r#"{"error":true}"#, None),
+        ] {
+            assert_eq!(code(event), expected, "{event}");
         }
     }
 

@@ -64,9 +64,7 @@ fn take(reply: &'static Reply, bytes: &[u8], piece: usize, in_order: bool) -> Ta
     }
     if in_order
         && let Some(frame) = decoder.last_frame().unwrap()
-        && let said = reader.read(&frame)
-        && !matches!(said, Said::Failed(_))
-        && let Some(taken) = step(said)
+        && let Some(taken) = step(reader.read_last(&frame))
     {
         return taken;
     }
@@ -281,6 +279,13 @@ fn own(reply: &'static Reply) -> Vec<(&'static str, &'static str, Taken)> {
             ("neither", r#"data: {"choices":[{"delta":{"content":"a"}}]}\n\n"#, Taken::Died),
             ("nothing but a marker", r#"data: [DONE]\n\n"#, Taken::Failed),
             (
+                "an error without its empty line",
+                r#"data: {"choices":[{"delta":{"content":"a"}}]}\n\ndata: {"error":{"message":"boom"}}\n"#,
+                Taken::Failed,
+            ),
+            ("an error that is a number", r#"data: {"error":500,"message":"boom"}\n\n"#, Taken::Failed),
+            ("an error that is a yes", r#"data: {"error":true}\n\ndata: [DONE]\n\n"#, Taken::Failed),
+            (
                 "a quoted marker",
                 r#"data: {"choices":[{"delta":{"content":"a"}}]}\n\ndata: "[DONE]"\n\n"#,
                 whole("a", Stop),
@@ -425,6 +430,11 @@ fn own(reply: &'static Reply) -> Vec<(&'static str, &'static str, Taken)> {
         ],
         "TGI's generate_stream" => vec![
             (
+                "a whole answer",
+                r#"data: {"generated_text":"Hello","details":null}\n\n"#,
+                whole("Hello", Stop),
+            ),
+            (
                 "no end",
                 r#"data: {"token":{"text":"a","special":false},"generated_text":null,"details":null}\n\n"#,
                 Taken::Died,
@@ -456,6 +466,21 @@ fn own(reply: &'static Reply) -> Vec<(&'static str, &'static str, Taken)> {
             ),
         ],
         _ => vec![
+            (
+                "an error without its empty line",
+                r#"data: {"text_output":"a"}\n\ndata: {"error":"boom"}\n"#,
+                Taken::Failed,
+            ),
+            (
+                "half an event at an orderly end",
+                r#"data: {"text_output":"a"}\n\ndata: {"text_out"#,
+                Taken::Failed,
+            ),
+            (
+                "a prompt that is too long, in words",
+                r#"data: {"error":"Encountered an error when fetching new request: Prompt length (9000) exceeds maximum input length (8192)"}\n\n"#,
+                Taken::Refused(ErrorCode::ContextTooLong),
+            ),
             ("a list of one text", r#"data: {"text_output":["a"]}\n\n"#, whole("a", Stop)),
             (
                 "an empty text",

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use super::answer::{Delta, Reader, Reply, Said, text_of};
 use super::json::Json;
 use super::{
-    Asked, Busy, Dialect, EngineFacts, EngineRequest, Look, NotReady, gauges, health, openai, positive, set,
+    Asked, Busy, Dialect, EngineFacts, EngineRequest, Look, gauges, health, openai, positive, set,
     tokens_left,
 };
 use crate::pools_file::PoolSpec;
@@ -27,7 +27,9 @@ use crate::pools_file::PoolSpec;
 pub(super) static DIALECT: Dialect = Dialect {
     capabilities: capabilities(EngineKind::Tgi),
     request,
-    probe: |look| probe(look).boxed(),
+    // It listens once its model is in memory; from then on a bad answer is a dead engine.
+    health: |look| health(look, None).boxed(),
+    facts: |look| async { Ok(facts(&look.json("/info").await?)) }.boxed(),
     busy: Some(|look| busy(look).boxed()),
     command_line,
     key_flag: None,
@@ -81,23 +83,21 @@ fn read(reader: &mut Reader, event: Json<'_>) -> Said {
     let token = event.get("token");
     // A special one is a mark of the model's, such as that of its end: no part of the answer.
     let text = if token.get("special").is_true() { "".into() } else { text_of(token.get("text")) };
-    let delta = Delta::text(text);
+    let mut delta = Delta::text(text);
     let details = event.get("details");
     // Both are there in the last event only.
     if !event.get("generated_text").is_given() && !details.is_object() {
         return Said::Delta(delta);
+    }
+    if delta.is_empty() && reader.is_empty() && !token.is_object() {
+        // A whole answer in the place of a stream.
+        delta.text = text_of(event.get("generated_text")).into_owned();
     }
     let limit = details.get("finish_reason").text().map(|reason| match reason.as_ref() {
         "length" => FinishReason::Length,
         _ => FinishReason::Stop,
     });
     reader.end(delta, details.get("generated_tokens").count(), limit)
-}
-
-async fn probe(look: &Look<'_>) -> Result<EngineFacts, NotReady> {
-    // It listens once its model is in memory; from then on a bad answer is a dead engine.
-    health(look, None).await?;
-    Ok(facts(&look.json("/info").await?))
 }
 
 fn facts(info: &Value) -> EngineFacts {

@@ -12,8 +12,6 @@
 //! message in order, without the error event that it should write, is not, and counts as done. It
 //! does not say why it ended either: an answer of as many pieces as it may have tokens was cut.
 
-use std::fmt::Write;
-
 use futures::FutureExt;
 use pool_registry_types::engines::capabilities;
 use pool_registry_types::pool::EngineKind;
@@ -22,12 +20,13 @@ use serde_json::{Value, json};
 
 use super::answer::{Delta, Reader, Reply, Said, text_of};
 use super::json::Json;
-use super::{Asked, Dialect, EngineFacts, EngineRequest, Look, NotReady, set};
+use super::{Asked, Dialect, EngineFacts, EngineRequest, Look, NotReady, percent_encoded, set};
 
 pub(super) static DIALECT: Dialect = Dialect {
     capabilities: capabilities(EngineKind::Triton),
     request,
-    probe: |look| probe(look).boxed(),
+    health: |look| health(look).boxed(),
+    facts: |look| facts(look).boxed(),
     // How busy it is stands in metrics on another port, which the handoff does not name.
     busy: None,
     command_line: |_| {
@@ -71,21 +70,8 @@ fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {
     if !task.stop.is_empty() {
         body["stop_words"] = json!(task.stop);
     }
-    let path = format!("/v2/models/{}/generate_stream", in_path(asked.model));
+    let path = format!("/v2/models/{}/generate_stream", percent_encoded(asked.model));
     Ok(EngineRequest::whole(path, body, &GENERATE))
-}
-
-/// A model's name as one segment of a path.
-fn in_path(model: &str) -> String {
-    model.bytes().fold(String::new(), |mut path, byte| {
-        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
-            path.push(char::from(byte));
-        } else {
-            // Writing to a String cannot fail.
-            let _ = write!(path, "%{byte:02X}");
-        }
-        path
-    })
 }
 
 fn read(_: &mut Reader, event: Json<'_>) -> Said {
@@ -95,7 +81,7 @@ fn read(_: &mut Reader, event: Json<'_>) -> Said {
     Said::Delta(Delta::text(text))
 }
 
-async fn probe(look: &Look<'_>) -> Result<EngineFacts, NotReady> {
+async fn health(look: &Look<'_>) -> Result<(), NotReady> {
     let ready = async |path: &str| -> Result<bool, NotReady> {
         let answer = look.client.get(look.at, path).await?;
         let status = answer.status();
@@ -111,10 +97,14 @@ async fn probe(look: &Look<'_>) -> Result<EngineFacts, NotReady> {
         return Err(NotReady::Loading);
     }
     for model in look.models {
-        if !ready(&format!("/v2/models/{}/ready", in_path(model.as_str()))).await? {
+        if !ready(&format!("/v2/models/{}/ready", percent_encoded(model.as_str()))).await? {
             return Err(NotReady::Failed(not_ready(look, model).await));
         }
     }
+    Ok(())
+}
+
+async fn facts(look: &Look<'_>) -> Result<EngineFacts, NotReady> {
     let server = look.json("/v2").await?;
     let version = server["version"].as_str().map(str::to_owned);
     Ok(EngineFacts { version, ..EngineFacts::default() })
@@ -127,7 +117,7 @@ async fn not_ready(look: &Look<'_>, model: &ModelRef) -> String {
         Ok(answer) => answer.bytes(MAX_INDEX_BYTES).await.unwrap_or_default(),
         Err(_) => Default::default(),
     };
-    why_not(&serde_json::from_slice(&index).unwrap_or_default(), model)
+    why_not(&super::json::document(&index).unwrap_or_default(), model)
 }
 
 /// Longest list of a repository that is read, bytes.

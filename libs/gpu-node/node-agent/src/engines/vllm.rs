@@ -22,7 +22,10 @@ use crate::pools_file::PoolSpec;
 pub(super) static DIALECT: Dialect = Dialect {
     capabilities: capabilities(EngineKind::Vllm),
     request,
-    probe: |look| probe(look).boxed(),
+    // It listens once its model is in memory: until then nothing answers, and a bad answer means
+    // that the engine behind the server is dead.
+    health: |look| health(look, None).boxed(),
+    facts: |look| facts(look).boxed(),
     busy: Some(|look| busy(look).boxed()),
     command_line: |pool| {
         let mut args = vec!["serve".to_owned(), "{model_id}".to_owned()];
@@ -55,10 +58,7 @@ fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {
     Ok(request)
 }
 
-async fn probe(look: &Look<'_>) -> Result<EngineFacts, NotReady> {
-    // It listens once its model is in memory: until then nothing answers, and a bad answer means
-    // that the engine behind the server is dead.
-    health(look, None).await?;
+async fn facts(look: &Look<'_>) -> Result<EngineFacts, NotReady> {
     let list = look.json("/v1/models").await?;
     // Builds of others may lack it, and no task needs it.
     let version = look.client.get_json(look.at, "/version").await.ok();

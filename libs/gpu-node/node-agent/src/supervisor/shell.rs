@@ -343,9 +343,10 @@ impl Supervision {
         self.post(Happened::Load { pool_id: pool_id.clone() })
     }
 
-    /// The pools for which tasks wait, as the control plane has just said.
-    pub(crate) async fn waiting(&self, pools: Vec<PoolId>) {
-        self.tell(Happened::Waiting(pools.into_iter().collect())).await;
+    /// The pools for which tasks wait, as the control plane has just said. What finds no room is
+    /// said again with the next report, which must not wait for it.
+    pub(crate) fn waiting(&self, pools: Vec<PoolId>) {
+        let _ = self.post(Happened::Waiting(pools.into_iter().collect()));
     }
 
     /// The pool as it is, or will be when its reload is done.

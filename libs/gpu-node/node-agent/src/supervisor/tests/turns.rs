@@ -5,6 +5,9 @@ use super::*;
 /// Milliseconds that a task runs.
 const TASK_MS: u64 = 300;
 
+/// When a task of a client in a closed loop comes.
+const AFTER_THE_ONE_BEFORE: u64 = u64::MAX;
+
 /// How a run of tasks went.
 #[derive(Debug)]
 struct Turns {
@@ -16,7 +19,7 @@ struct Turns {
 
 /// Runs tasks, each `(milliseconds at which it comes, pool)`, as the control plane does: a pool that
 /// is not loaded is asked for at once and each 5 s, and a report each `beat_ms` is answered with the
-/// pools for which tasks wait.
+/// pools for which tasks wait. A task at [`AFTER_THE_ONE_BEFORE`] comes when all before it are done.
 fn run(tasks: &[(u64, usize)], slots: u32, min_resident: u64, beat_ms: u64) -> Turns {
     const NAMES: [&str; 2] = ["a", "b"];
     let pools = NAMES.map(|name| {
@@ -32,6 +35,13 @@ fn run(tasks: &[(u64, usize)], slots: u32, min_resident: u64, beat_ms: u64) -> T
     while done < tasks.len() {
         assert!(machine.now < 300_000, "{done} of {} after {} ms", tasks.len(), machine.now);
         let now = machine.now;
+        if let Some((at, _)) = coming.first_mut()
+            && *at == AFTER_THE_ONE_BEFORE
+            && waiting.iter().all(Vec::is_empty)
+            && running.iter().all(|(until, _)| *until <= now)
+        {
+            *at = now;
+        }
         for (_, pool) in coming.extract_if(.., |(at, _)| *at <= now) {
             waiting[pool].push(now);
         }
@@ -114,4 +124,21 @@ fn nobody_starves_beside_a_pool_for_which_tasks_never_cease_to_come() {
     let single = run(&[(3_000, 1)], 1, 5, 1_000);
     assert!(single.waited_ms <= LOAD_MS + 200, "{single:?}");
     assert!(turns.loads[0] <= 2, "and the first one is loaded once more: {turns:?}");
+}
+
+// CLOUD-2421
+#[test]
+#[ignore = "long"]
+#[expect(clippy::print_stdout, reason = "the loads are the result")]
+fn the_loads_of_a_client_in_a_closed_loop_are_shown() {
+    for (order, named) in [(0, "alternating"), (1, "grouped"), (2, "mixed")] {
+        for min_resident in [5, 60] {
+            let closed = tasks(order, 0).into_iter().map(|(_, pool)| (AFTER_THE_ONE_BEFORE, pool));
+            let turns = run(&closed.collect::<Vec<_>>(), 1, min_resident, 1_000);
+            println!(
+                "one client, ten tasks one after the other, {named}, resident {min_resident} s: {turns:?}"
+            );
+            assert!(turns.loads.iter().all(|loads| (1..=5).contains(loads)), "{turns:?}");
+        }
+    }
 }
