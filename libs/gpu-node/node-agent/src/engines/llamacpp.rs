@@ -53,8 +53,8 @@ pub(crate) struct Preparation {
 /// What is read of the last event; all of it would repeat the prompt and the settings.
 const READ: [&str; 6] = ["content", "stop", "stop_type", "tokens", "tokens_predicted", "error"];
 
-/// Longest wait for a question that precedes the request.
-const PREPARATION_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
+/// Longest wait for a question that precedes the request: a router may load the model for it.
+const PREPARATION_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(60);
 /// Longest answer to one, bytes: a prompt that is written out.
 const MAX_PREPARATION_BYTES: usize = 16 * 1024 * 1024;
 
