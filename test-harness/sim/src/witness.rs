@@ -44,8 +44,17 @@ pub(crate) struct Seen {
 /// Errors of one pool's engine in a row, those side by side and those of one task counted once.
 #[derive(Debug, Default, Clone)]
 struct Sick {
-    tasks: BTreeSet<TaskId>,
+    /// The tasks that count, each with its failure.
+    tasks: BTreeMap<TaskId, Moment>,
+    /// The last failure, whether or not it counts any more.
     last: Moment,
+}
+
+impl Sick {
+    /// Since when the pool is left alone.
+    fn rests_from(&self) -> Moment {
+        self.tasks.values().copied().max().unwrap_or_default()
+    }
 }
 
 /// What the observer knows of a node's signs of life.
@@ -218,9 +227,10 @@ impl Witness {
         if let Some(sick) = self.sick.get(&dispatch.pool).filter(|sick| sick.tasks.len() >= 3) {
             let rest = std::time::Duration::from_secs(1);
             let since = self.tasks.values().filter_map(|task| task.open.as_ref()).any(|(attempt, pool)| {
-                *pool == dispatch.pool && self.dispatched.get(attempt).is_some_and(|at| *at > sick.last)
+                *pool == dispatch.pool
+                    && self.dispatched.get(attempt).is_some_and(|at| *at > sick.rests_from())
             });
-            if since || now < sick.last + rest {
+            if since || now < sick.rests_from() + rest {
                 return Err(format!("{} gets more than one attempt after {sick:?}", dispatch.pool));
             }
         }
@@ -279,7 +289,9 @@ impl Witness {
             HowEnded::NodeError(body) if body.cause == Some(EndCause::Engine5xx) => {
                 failed = Some(pool.clone());
                 let sick = self.sick.entry(pool.clone()).or_default();
-                if (sick.tasks.is_empty() || dispatched > sick.last) && sick.tasks.insert(task) {
+                let counts = sick.tasks.is_empty() || dispatched > sick.last;
+                if counts && !sick.tasks.contains_key(&task) {
+                    sick.tasks.insert(task, now);
                     sick.last = now;
                 }
                 self.failed.entry(pool.clone()).or_default().insert(task);

@@ -199,12 +199,16 @@ pub fn explain<'i>(index: &'i PoolIndex, shape: &TaskShape<'_>) -> impl Iterator
     index.all().map(move |candidate| Verdict { candidate, refusal: refusal(candidate, shape) })
 }
 
-/// Whether any pool might take the task sooner or later: one that has the model and is not known to
+/// Whether any pool might take the task soon: one that has the model and is not known to
 /// lack what the task must have.
 pub fn might_take(index: &PoolIndex, shape: &TaskShape<'_>) -> bool {
     index.all().any(|candidate| {
-        let away = matches!(candidate.standing, Standing::Offline | Standing::Draining | Standing::NoMemory);
-        !away && candidate.models.contains(shape.model) && fits(candidate, shape)
+        let soon = match candidate.standing {
+            Standing::Placeable | Standing::Loadable | Standing::Loading => true,
+            Standing::Suspect | Standing::Tripped => true,
+            Standing::Offline | Standing::Draining | Standing::NoMemory | Standing::NotReady => false,
+        };
+        soon && candidate.models.contains(shape.model) && fits(candidate, shape)
     })
 }
 

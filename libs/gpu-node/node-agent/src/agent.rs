@@ -259,7 +259,7 @@ impl Agent {
     // ---- slots that settle ----
 
     /// An attempt was broken off: its slot is followed until it is free.
-    pub(crate) fn settle(self: &Arc<Self>, name: HandoffName) {
+    pub(crate) fn settle(self: &Arc<Self>, name: HandoffName, key: Option<ApiKey>) {
         let mut settlers = self.settlers.lock();
         if let Some(again) = settlers.get(&name) {
             again.notify_one();
@@ -271,7 +271,7 @@ impl Agent {
         let agent = Arc::clone(self);
         self.tracker.spawn(async move {
             loop {
-                let settling = replica::settle(&agent, &name, &again);
+                let settling = replica::settle(&agent, &name, key.clone(), &again);
                 tokio::select! {
                     () = agent.stop.cancelled() => {}
                     () = settling => {}

@@ -160,7 +160,7 @@ impl Slot {
             return seq;
         }
         let seq = self.agent.with_core(|core, now| core.ended_unsettled(now, &self.attempt));
-        self.agent.settle(self.name.clone());
+        self.agent.settle(self.name.clone(), self.at.key.clone());
         seq
     }
 
@@ -206,7 +206,7 @@ async fn open(
             Ok(facts) => facts.models.get(&model) != Some(&own),
             // A busy one is not another one.
             Err(NotReady::Silent(_) | NotReady::Unasked(_)) => false,
-            Err(NotReady::Loading | NotReady::Failed(_)) => true,
+            Err(NotReady::Loading | NotReady::Failed(_) | NotReady::Gone(_)) => true,
         };
         if changed {
             return Err(NotSent::Changed(format!("the engine does not have {model} any more")));
@@ -451,6 +451,10 @@ impl Generation {
         let unready = |why: String| ErrorBody::new(ErrorCode::PoolUnready, why);
         let (error, idle) = match error {
             CallError::Refused(why) => {
+                self.slot.engine_gone(Readiness::Gone(why.clone()));
+                (unready(format!("the engine cannot be reached: {why}")), true)
+            }
+            CallError::Unreachable(why) => {
                 self.slot.engine_gone(Readiness::Failed(why.clone()));
                 (unready(format!("the engine cannot be reached: {why}")), true)
             }

@@ -60,7 +60,9 @@ async fn watch_health(agent: &Agent, handoff: &Handoff, stop: &CancellationToken
             if last.as_ref() != Some(&seen) {
                 say(handoff, ready, &seen.1);
                 let problem = match &seen.1 {
-                    Readiness::Failed(why) | Readiness::Silent(why) if !ready => Some(why.clone()),
+                    Readiness::Failed(why) | Readiness::Gone(why) | Readiness::Silent(why) if !ready => {
+                        Some(why.clone())
+                    }
                     _ => None,
                 };
                 agent.set_binding_problem(&handoff.name(), problem);
@@ -82,7 +84,7 @@ fn say(handoff: &Handoff, ready: bool, readiness: &Readiness) {
         Readiness::Silent(reason) if ready => {
             tracing::debug!(%pool_id, %replica_id, reason, "a look at the engine was not answered");
         }
-        Readiness::Failed(reason) | Readiness::Silent(reason) => {
+        Readiness::Failed(reason) | Readiness::Gone(reason) | Readiness::Silent(reason) => {
             tracing::warn!(%pool_id, %replica_id, reason, "the replica is not ready");
         }
         Readiness::Loading => tracing::info!(%pool_id, %replica_id, "the engine is loading"),
@@ -111,6 +113,7 @@ fn readiness(
         }
         Err(NotReady::Loading) => Readiness::Loading,
         Err(NotReady::Failed(why)) => Readiness::Failed(why),
+        Err(NotReady::Gone(why)) => Readiness::Gone(why),
         Err(NotReady::Silent(why)) => Readiness::Silent(why),
         Err(NotReady::Unasked(why)) => {
             tracing::warn!(pool_id = %handoff.pool_id, reason = why, "an engine cannot be looked at");
@@ -140,11 +143,13 @@ async fn count(agent: &Agent, handoff: &Handoff) {
 
 /// Follows the slots of attempts that were broken off until the last one of the replica is given
 /// back: by the engine's word, or by time. One task for each replica; `again` tells it of more.
-pub(crate) async fn settle(agent: &Agent, name: &HandoffName, again: &Notify) {
+/// `key`: what the engine was asked with, for one whose handoff is gone.
+pub(crate) async fn settle(agent: &Agent, name: &HandoffName, key: Option<ApiKey>, again: &Notify) {
     let HandoffName { pool_id, replica_id } = name;
     let mut pause = SETTLE_LOOK_EVERY;
     // Its engine may come back elsewhere meanwhile.
-    while let Some((engine, at)) = agent.engine_of(name) {
+    while let Some((engine, mut at)) = agent.engine_of(name) {
+        at.key = at.key.or(key.clone());
         let tells = engines::dialect(engine).capabilities.tells_busy;
         if !tells {
             agent.counted(pool_id, replica_id, agent.now(), Busy::CannotTell);

@@ -376,7 +376,7 @@ impl World {
             let replica = ReplicaId::new(&format!("r{n}")).expect("a valid replica id");
             let Some(core) = self.nodes[node].core.as_mut() else { return };
             let readiness = match (down, silent) {
-                (true, _) => Readiness::Failed("connection refused".into()),
+                (true, _) => Readiness::Gone("connection refused".into()),
                 (false, true) => Readiness::Silent("no answer in time".into()),
                 (false, false) => Readiness::Ready,
             };

@@ -458,7 +458,8 @@ impl NodeCore {
     /// A byte of the attempt came from its engine: it lives, whatever looks at it say. Returns
     /// whether that is news, which a report at once should tell.
     pub fn heard(&mut self, now: Moment, attempt: &AttemptId) -> bool {
-        self.replica_of(attempt).is_some_and(|replica| replica.heard(now))
+        let Some(place) = self.running.get(attempt) else { return false };
+        self.pools.get_mut(&place.pool).is_some_and(|pool| pool.heard(now, &place.replica))
     }
 
     /// The engine did what the attempt asked.
@@ -563,7 +564,7 @@ impl NodeCore {
         if let Some(model) = ask.model.filter(|model| !pool.serves(model)) {
             return refuse(ErrorCode::PoolUnready, format!("{pool_id} does not serve {model}"));
         }
-        let Some((replica_id, replica)) = pool.take_slot(ask.attempt, ask.hint) else {
+        let Some((replica_id, replica)) = pool.take_slot(ask.attempt, ask.model, ask.hint) else {
             return refuse(ErrorCode::ReplicaExhausted, format!("every slot of {pool_id} is taken"));
         };
         let accepted = Accepted {

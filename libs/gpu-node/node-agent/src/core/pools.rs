@@ -50,8 +50,10 @@ pub enum Readiness {
     Ready,
     /// Up, with the model not in memory yet: the pool counts as having it.
     Loading,
-    /// Not up, and why: it says so, or nothing listens there.
+    /// Not up, and why.
     Failed(String),
+    /// Nothing listens there: what comes next is another process.
+    Gone(String),
     /// No answer in time, as of one that is busy: no verdict by itself.
     Silent(String),
 }
@@ -196,21 +198,22 @@ impl Replica {
             self.unanswered += 1;
             let away = self.unanswered >= UNANSWERED_LOOKS && now >= self.heard + UNANSWERED_FOR;
             if away || !(self.ready || self.loading) {
-                (self.ready, self.loading, self.silent) = (false, false, true);
+                self.silent |= self.ready;
+                (self.ready, self.loading) = (false, false);
                 self.last_error = Some(reason);
             }
             return;
         }
         (self.unanswered, self.heard, self.silent) = (0, now, false);
-        if matches!(readiness, Readiness::Loading | Readiness::Failed(_)) {
-            // What comes up again may be another process, with other options and another key.
+        if matches!(readiness, Readiness::Loading | Readiness::Gone(_)) {
+            // What comes up is another process, maybe with other options and another key.
             (self.proven, self.refused) = (false, None);
             self.lacks.clear();
         }
         self.ready = readiness == Readiness::Ready;
         self.loading = readiness == Readiness::Loading;
         self.last_error = match readiness {
-            Readiness::Failed(reason) => Some(reason),
+            Readiness::Failed(reason) | Readiness::Gone(reason) => Some(reason),
             _ => None,
         };
         if let Some(refused) = &self.refused {
@@ -254,17 +257,6 @@ impl Replica {
     /// The engine's own name for a model.
     pub(crate) fn engine_name(&self, model: &ModelRef) -> String {
         self.spec.engine_names.get(model).map_or_else(|| model.to_string(), Clone::clone)
-    }
-
-    /// A byte of an attempt came. Returns whether that brought it back, after looks that were not
-    /// answered.
-    pub(crate) fn heard(&mut self, now: Moment) -> bool {
-        self.heard = self.heard.max(now);
-        let back = self.silent && !self.leaving;
-        if back {
-            self.observed(now, Readiness::Ready);
-        }
-        back
     }
 
     pub(crate) fn succeeded(&mut self, attempt: &AttemptId) {
@@ -409,6 +401,21 @@ impl Pool {
         was != (replica.ready, replica.loading)
     }
 
+    /// A byte of an attempt came from the replica. Returns whether that brought it back, after looks
+    /// that were not answered.
+    pub(crate) fn heard(&mut self, now: Moment, replica_id: &ReplicaId) -> bool {
+        let Some(replica) = self.replicas.get(replica_id) else { return false };
+        // Another one may have come up meanwhile with other models: the next look decides.
+        let differs = |other: &Replica| other.ready && other.spec.models != replica.spec.models;
+        let back = replica.silent && !replica.leaving && !self.replicas.values().any(differs);
+        let Some(replica) = self.replicas.get_mut(replica_id) else { return false };
+        replica.heard = replica.heard.max(now);
+        if back {
+            replica.observed(now, Readiness::Ready);
+        }
+        back
+    }
+
     /// Returns whether the change is worth a report at once.
     pub(crate) fn counted(
         &mut self,
@@ -464,11 +471,15 @@ impl Pool {
     pub(crate) fn take_slot(
         &mut self,
         attempt: AttemptId,
+        model: Option<&ModelRef>,
         hint: Option<&ReplicaId>,
     ) -> Option<(ReplicaId, &Replica)> {
-        let hinted = hint.filter(|id| self.replicas.get(*id).is_some_and(Replica::has_free_slot));
+        let takes = |replica: &Replica| {
+            replica.has_free_slot() && model.is_none_or(|model| replica.spec.models.contains(model))
+        };
+        let hinted = hint.filter(|id| self.replicas.get(*id).is_some_and(takes));
         let least_busy = || {
-            let free = self.replicas.iter().filter(|(_, replica)| replica.has_free_slot());
+            let free = self.replicas.iter().filter(|(_, replica)| takes(replica));
             free.min_by_key(|(_, replica)| {
                 u64::from(replica.busy()) * 1_000_000 / u64::from(replica.spec.slots)
             })
@@ -483,9 +494,9 @@ impl Pool {
         Some((chosen, replica))
     }
 
-    /// Whether tasks may ask for the model here.
+    /// Whether tasks may ask for the model here now.
     pub(crate) fn serves(&self, model: &ModelRef) -> bool {
-        self.replicas.values().any(|replica| !replica.leaving && replica.spec.models.contains(model))
+        self.replicas.values().any(|replica| replica.ready && replica.spec.models.contains(model))
     }
 
     /// Whether it may be given work now.

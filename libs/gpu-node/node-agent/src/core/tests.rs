@@ -400,7 +400,7 @@ fn what_an_engine_lacks_is_forgotten_with_its_process_and_after_a_while() {
         node.is_lacking(at(60_000), &attempt(1), path) && !node.is_lacking(at(61_000), &attempt(1), path)
     );
     assert!(!node.is_lacking(at(2_000), &attempt(1), "/completion"));
-    node.observed(at(3_000), &pool_id(), &replica_id(0), Readiness::Failed("connection refused".into()));
+    node.observed(at(3_000), &pool_id(), &replica_id(0), Readiness::Gone("connection refused".into()));
     node.observed(at(4_000), &pool_id(), &replica_id(0), Readiness::Ready);
     assert!(!node.is_lacking(at(4_000), &attempt(1), path));
 }
@@ -428,6 +428,55 @@ fn engines_of_one_pool_are_changed_one_after_the_other() {
     assert_eq!(look(1_000, 0, &both), (false, true, vec!["base".to_owned()]), "the other one serves");
     assert_eq!(look(1_100, 1, &both), (true, true, vec!["base".to_owned(), "lora".to_owned()]));
     assert!(look(1_350, 0, &both).0, "and the first one follows");
+}
+
+// CLOUD-2485
+#[test]
+fn a_task_goes_to_the_replica_that_has_its_model_and_to_no_other_of_its_pool() {
+    let told = |n, name: &str| ReplicaSpec {
+        models: vec![ModelRef::new(name).unwrap()],
+        names_from_engine: true,
+        ..spec(n, 1)
+    };
+    let (x, y) = (ModelRef::new("x").unwrap(), ModelRef::new("y").unwrap());
+    let node_id = NodeId::new("a").unwrap();
+    let mut node = node();
+    for n in 0..2 {
+        node.bind(at(0), &pool_id(), told(n, "x")).unwrap();
+        node.observed(at(0), &pool_id(), &replica_id(n), Readiness::Ready);
+    }
+    let ask = |n, model| Ask {
+        node_id: &node_id,
+        boot_id: boot(),
+        attempt: attempt(n),
+        model: Some(model),
+        task: None,
+        hint: None,
+    };
+    // A stream runs on the second one, which answers no looks; the first one comes back as another.
+    let second = Ask { hint: Some(&replica_id(1)), ..ask(1, &x) };
+    node.accept(at(0), &pool_id(), &second).unwrap();
+    for now in [10_000, 13_000, 16_000] {
+        node.observed(at(now), &pool_id(), &replica_id(1), Readiness::Silent("no answer".into()));
+    }
+    node.bind(at(17_000), &pool_id(), told(0, "y")).unwrap();
+    node.observed(at(17_000), &pool_id(), &replica_id(0), Readiness::Ready);
+    let refused = node.accept(at(17_001), &pool_id(), &ask(2, &x)).unwrap_err();
+    assert_eq!(refused.code, ErrorCode::PoolUnready, "the other one's model");
+    assert!(!node.heard(at(17_002), &attempt(1)), "they differ now");
+    assert!(node.accept(at(17_003), &pool_id(), &ask(3, &x)).is_err());
+    assert_eq!(node.accept(at(17_004), &pool_id(), &ask(4, &y)).unwrap().replica_id, replica_id(0));
+}
+
+// CLOUD-2495
+#[test]
+fn a_byte_does_not_overrule_what_an_engine_says_of_itself() {
+    let mut node = serving(1, 2);
+    accept(&mut node, 1).unwrap();
+    node.observed(at(1_000), &pool_id(), &replica_id(0), Readiness::Failed("HTTP 500".into()));
+    node.observed(at(4_000), &pool_id(), &replica_id(0), Readiness::Silent("no answer".into()));
+    assert!(!node.heard(at(4_100), &attempt(1)));
+    assert_eq!(accept(&mut node, 2), Err(ErrorCode::PoolUnready));
 }
 
 // CLOUD-2421

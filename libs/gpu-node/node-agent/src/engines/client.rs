@@ -59,9 +59,12 @@ impl Endpoint {
 /// Why there is no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
-    /// No connection: nothing listens there.
+    /// Nothing listens there.
     #[error("{0}")]
     Refused(String),
+    /// No connection for another reason: of names, routes or certificates.
+    #[error("{0}")]
+    Unreachable(String),
     /// Nothing came in time.
     #[error("{0}")]
     Silent(String),
@@ -267,7 +270,7 @@ impl EngineClient {
             if let Some(key) = &at.key {
                 request = request.header(AUTHORIZATION, key.bearer());
             }
-            request.body(Full::new(body.clone())).map_err(|error| CallError::Refused(error.to_string()))
+            request.body(Full::new(body.clone())).map_err(|error| CallError::Unreachable(error.to_string()))
         };
         let mut first = request()?;
         let connection = capture_connection(&mut first);
@@ -320,7 +323,10 @@ fn classify(error: &Error) -> CallError {
     if kinds.iter().any(|error| error.kind() == std::io::ErrorKind::TimedOut) {
         return CallError::Silent(text);
     }
-    if error.is_connect() { CallError::Refused(text) } else { CallError::Lost(text) }
+    if kinds.iter().any(|error| error.kind() == std::io::ErrorKind::ConnectionRefused) {
+        return CallError::Refused(text);
+    }
+    if error.is_connect() { CallError::Unreachable(text) } else { CallError::Lost(text) }
 }
 
 /// Whether something came that is not the head of an answer.

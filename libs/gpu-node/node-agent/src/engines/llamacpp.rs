@@ -267,16 +267,21 @@ async fn busy(look: &Look<'_>) -> Busy {
         _ => {}
     }
     let told = gauges::busy(look, "llamacpp:requests_processing", "llamacpp:requests_deferred").await;
-    if told != Busy::CannotTell {
+    if matches!(told, Busy::Told(_)) {
         return told;
     }
-    let slots = match look.client.get_json(look.at, "/slots").await {
-        Ok(slots) => slots,
-        Err(error) => return gauges::unanswered(&error),
-    };
-    let busy =
-        slots.as_array().map(|slots| slots.iter().filter(|slot| slot["is_processing"] == true).count());
-    busy.map_or(Busy::CannotTell, |busy| Busy::Told(u32::try_from(busy).unwrap_or(u32::MAX)))
+    let slots = look.client.get_json(look.at, "/slots").await;
+    match slots.as_ref().map(Value::as_array) {
+        Ok(Some(slots)) => {
+            let busy = slots.iter().filter(|slot| slot["is_processing"] == true).count();
+            Busy::Told(u32::try_from(busy).unwrap_or(u32::MAX))
+        }
+        Ok(None) => told,
+        Err(error) => match gauges::unanswered(error) {
+            Busy::CannotTell => told,
+            unanswered => unanswered,
+        },
+    }
 }
 
 fn command_line(pool: &PoolSpec) -> Vec<String> {

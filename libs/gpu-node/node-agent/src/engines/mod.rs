@@ -196,8 +196,10 @@ pub struct EngineFacts {
 pub enum NotReady {
     /// It answers that it loads its model.
     Loading,
-    /// It says so itself, or nothing listens there.
+    /// It says so itself, or cannot be reached.
     Failed(String),
+    /// Nothing listens there.
+    Gone(String),
     /// It did not answer in time, which busy ones do not either.
     Silent(String),
     /// We could not ask.
@@ -216,7 +218,8 @@ impl NotReady {
 impl From<CallError> for NotReady {
     fn from(error: CallError) -> Self {
         match error {
-            CallError::Refused(why) | CallError::Lost(why) => Self::Failed(why),
+            CallError::Refused(why) => Self::Gone(why),
+            CallError::Unreachable(why) | CallError::Lost(why) => Self::Failed(why),
             CallError::Silent(why) => Self::Silent(why),
             CallError::Ours(why) => Self::Unasked(why),
         }

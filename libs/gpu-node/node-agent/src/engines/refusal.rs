@@ -88,6 +88,9 @@ const NO_SUCH_MODEL: [&[&str]; 12] = [
     &["adapter", "cannot be found"],
 ];
 
+/// The code of OpenAI's API for it.
+const NO_MODEL: &str = "model_not_found";
+
 /// Characters within which a refusal says that there is no such model.
 const NAMES_IT_WITHIN: usize = 240;
 
@@ -134,7 +137,7 @@ fn judged(status: u16, answer: Json<'_>) -> Refusal {
         context: is("type", &["exceed_context_size_error"])
             || is("code", &["context_length_exceeded"])
             || is("param", &["input_tokens", "input_text"]),
-        model: is("code", &["model_not_found"]) || (is("param", &["model"]) && status == 404),
+        model: is("code", &[NO_MODEL]) || (is("param", &["model"]) && status == 404),
     };
     told(status, &message_of(answer).unwrap_or_default(), named)
 }
@@ -173,11 +176,6 @@ fn said(event: Json<'_>) -> String {
     message_of(event).map_or_else(|| "an error without a message".to_owned(), |text| shown(&text))
 }
 
-/// Whether a refusal without a status is known by its words.
-fn is_sure(refusal: &Refusal) -> bool {
-    refusal.whose == Whose::Operator || refusal.error.code == ErrorCode::ContextTooLong
-}
-
 /// An error event: a refusal where a status says so, beside it or in it, else a failure.
 pub(super) fn in_stream(event: Json<'_>) -> Said {
     let error = event.get("error");
@@ -196,12 +194,16 @@ pub(super) fn in_stream(event: Json<'_>) -> Said {
         event.get("status_code"),
     ];
     let by_code = by_code.into_iter().find_map(|code| u16::try_from(code.count()?).ok());
-    // Without a status its words decide, as those of a failure or of a thing that is not there.
+    // Without a status its words decide.
     let refused = match by_type.or(by_code) {
         Some(status) => judged(status, event),
         None => {
-            let mut refused = [500, 400].map(|status| judged(status, event)).into_iter();
-            let Some(mut refused) = refused.find(is_sure) else { return failed() };
+            // Words of a model that is not there may be about anything else that is not found.
+            let no_model = [error, event].iter().any(|it| it.get("code").text().as_deref() == Some(NO_MODEL));
+            let mut refused = judged(if no_model { 404 } else { 500 }, event);
+            if refused.whose == Whose::Engine {
+                return failed();
+            }
             refused.error.message = format!("the engine answered: {}", said(event));
             refused
         }
@@ -433,6 +435,7 @@ mod tests {
             (r#"{"error":{"message":"CUDA out of memory","code":"internal"}}"#, None),
             (r#"{"error":500,"message":"boom"}"#, None),
             (r#"{"error":true}"#, None),
+            (r#"{"error":"Model runner failed: the image token was not found in the prompt"}"#, None),
         ] {
             assert_eq!(code(event), expected, "{event}");
         }
