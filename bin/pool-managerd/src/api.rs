@@ -198,8 +198,7 @@ async fn metrics(State(node): State<Node>) -> Response {
         );
         page.gauge("llorch_gpu_vram_total_bytes", "Memory of the GPU.", labels, gpu.vram_total_bytes as f64);
     }
-    page.edge(node.tokens.refusals(), &node.connections, node_id);
-    page.render()
+    page.edge(node.tokens.refusals(), &node.connections, node_id).log(node_id).render()
 }
 
 /// What runs on the node.

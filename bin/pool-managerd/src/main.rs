@@ -14,6 +14,6 @@ fn main() -> ExitCode {
         config::Read::Run(config) => config,
         config::Read::Exit(code) => return code,
     };
-    daemon_kit::telemetry::init(config.log_format, &config.log);
-    daemon_kit::serve::block_on(bootstrap::run(*config))
+    let logs = daemon_kit::telemetry::init(config.log_format, &config.log);
+    daemon_kit::serve::block_on(logs, bootstrap::run(*config))
 }

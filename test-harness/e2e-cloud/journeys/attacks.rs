@@ -2,10 +2,14 @@
 
 #![expect(clippy::print_stdout, reason = "the figures of a run are part of its result")]
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use e2e_cloud::{Client, Cluster, Options};
+use e2e_cloud::cluster::TOKEN;
+use e2e_cloud::process::{free_port, program};
+use e2e_cloud::{Client, Cluster, Options, Process, eventually};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::Signal;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -141,12 +145,12 @@ async fn status(socket: &mut TcpStream) -> u16 {
     }
 }
 
-/// 10,000 wrong tokens, 200 at a time. Returns how long it took.
-async fn wrong_tokens(base: &str) -> Duration {
+/// 10,000 tokens that are not taken, 200 at a time, one for each caller. Returns how long it took.
+async fn wrong_tokens(base: &str, token: impl Fn(usize) -> String) -> Duration {
     let start = Instant::now();
     let mut running = tokio::task::JoinSet::new();
     for guesser in 0..200 {
-        let client = Client::new(base, Some(&format!("test-token-guess-{guesser}")));
+        let client = Client::new(base, Some(&token(guesser)));
         running.spawn(async move {
             for _ in 0..50 {
                 let answer = client.get("/v2/nodes").await.expect("a wrong token is answered");
@@ -191,7 +195,8 @@ async fn strangers_do_not_keep_a_daemon_from_answering_nor_fill_its_memory() {
         let (statuses, most) = outcome;
         assert!(statuses.iter().all(|status| [0, 404, 413].contains(status)), "{statuses:?}");
         assert!(most < 64 * 1024 * 1024, "{most} bytes were taken of one body");
-        let (took, watch) = right_requests_during(&client, path, pid, wrong_tokens(&client.base)).await;
+        let guesses = wrong_tokens(&client.base, |guesser| format!("test-token-guess-{guesser}"));
+        let (took, watch) = right_requests_during(&client, path, pid, guesses).await;
         say(&format!("10,000 wrong tokens in {} s", took.as_secs()), &watch);
     }
     let metrics = cluster.client.get("/metrics").await.unwrap().text().await.unwrap();
@@ -200,4 +205,55 @@ async fn strangers_do_not_keep_a_daemon_from_answering_nor_fill_its_memory() {
     let transcript = cluster.client.run(cluster.task(4)).await;
     transcript.check();
     assert!(transcript.completed());
+}
+
+/// How many lines of its log a daemon has lost, by its metrics.
+async fn lines_lost(client: &Client) -> u64 {
+    let page = client.get("/metrics").await.unwrap().text().await.unwrap();
+    let line = page.lines().find(|line| line.starts_with("llorch_log_lines_lost_total"));
+    let value = line.and_then(|line| line.rsplit_once(' ')).and_then(|(_, value)| value.parse().ok());
+    value.unwrap_or_else(|| panic!("no count of lost lines: {page}"))
+}
+
+// CLOUD-1140
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_that_nobody_reads_stops_neither_daemon() {
+    const EXPIRED_TOKEN: &str = "test-token-expired";
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("tokens.toml");
+    let tokens = [(TOKEN, "2100"), (EXPIRED_TOKEN, "2026")].map(|(token, year)| {
+        format!(
+            "[[token]]\nname = \"until {year}\"\ntoken = \"{token}\"\nscopes = [\"admin\"]\nexpires = {year}-01-01T00:00:00Z\n"
+        )
+    });
+    std::fs::write(&file, tokens.concat()).unwrap();
+    for (name, address, variable, value) in [
+        ("orchestratord", "ORCHESTRATORD_ADDR", "ORCHESTRATORD_CLOUD_PROFILE", "true"),
+        ("pool-managerd", "POOL_MANAGERD_ADDR", "ORCHESTRATORD_REGISTER_ON_STARTUP", "false"),
+    ] {
+        let bound = format!("127.0.0.1:{}", free_port());
+        let mut command = Command::new(program(name));
+        command
+            .current_dir(dir.path())
+            .env(address, &bound)
+            .env(variable, value)
+            .env("POOL_MANAGERD_NODE_ID", "gpu-node-1")
+            .env("LLORCH_API_TOKEN_FILE", &file);
+        let mut daemon = Process::start_unread(command);
+        let client = Client::new(&format!("http://{bound}"), Some(TOKEN));
+        eventually(&format!("{name} lives"), Duration::from_secs(10), || async {
+            client.get("/health/live").await.ok()
+        })
+        .await;
+        // Each is a warning: 10,000 lines, and room for some 600 in the pipe.
+        let expired = wrong_tokens(&client.base, |_| EXPIRED_TOKEN.to_owned());
+        let (_, watch) = right_requests_during(&client, "/health/live", daemon.pid(), expired).await;
+        assert!(watch.most_mib < MOST_MIB, "{name}: {} MiB", watch.most_mib);
+        let lost = lines_lost(&client).await;
+        println!("{name}: {lost} lines lost, p99 of /health/live {} ms", watch.p99().as_millis());
+        assert!(lost > 0, "{name} lost no line");
+        daemon.signal(Signal::SIGTERM);
+        let status = tokio::task::block_in_place(|| daemon.wait(Duration::from_secs(15)));
+        assert!(status.success(), "{name}: {status}");
+    }
 }

@@ -1,6 +1,7 @@
 //! One child process with its log; gone when dropped.
 
 use std::fs::File;
+use std::io::PipeReader;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -13,6 +14,8 @@ use nix::unistd::Pid;
 pub struct Process {
     child: Child,
     log: PathBuf,
+    /// Held open and never read.
+    _unread: Option<PipeReader>,
 }
 
 /// Where cargo puts the workspace's programs: beside this one, or beside the folder of a test.
@@ -32,20 +35,18 @@ pub fn free_port() -> u16 {
 
 impl Process {
     /// Starts the command with its output in `log`. No variable of ours comes through.
-    pub fn start(mut command: Command, log: &Path) -> Self {
+    pub fn start(command: Command, log: &Path) -> Self {
         let file = File::options().create(true).append(true).open(log).expect("a writable log");
         let errors = file.try_clone().expect("a second handle");
-        for (name, _) in std::env::vars_os() {
-            let name = name.to_string_lossy();
-            let ours = ["ORCHESTRATORD_", "POOL_MANAGERD_", "LLORCH_"].iter().any(|p| name.starts_with(p));
-            let set = command.get_envs().any(|(key, _)| key.to_string_lossy() == name);
-            if ours && !set {
-                command.env_remove(&*name);
-            }
-        }
-        let child = command.stdin(Stdio::null()).stdout(file).stderr(errors).spawn();
-        let child = child.unwrap_or_else(|error| panic!("{command:?} does not start: {error}"));
-        Self { child, log: log.to_owned() }
+        Self { child: spawn(command, file.into(), errors.into()), log: log.to_owned(), _unread: None }
+    }
+
+    /// Starts the command with both outputs in one pipe that nobody reads.
+    pub fn start_unread(command: Command) -> Self {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        let errors = writer.try_clone().expect("a second handle");
+        let child = spawn(command, writer.into(), errors.into());
+        Self { child, log: PathBuf::new(), _unread: Some(reader) }
     }
 
     pub fn pid(&self) -> u32 {
@@ -77,9 +78,24 @@ impl Process {
         let _ = self.child.wait();
     }
 
+    /// What it has written; nothing where nobody reads it.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
+}
+
+/// No variable of ours comes through but those that the command sets.
+fn spawn(mut command: Command, output: Stdio, errors: Stdio) -> Child {
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy();
+        let ours = ["ORCHESTRATORD_", "POOL_MANAGERD_", "LLORCH_"].iter().any(|p| name.starts_with(p));
+        let set = command.get_envs().any(|(key, _)| key.to_string_lossy() == name);
+        if ours && !set {
+            command.env_remove(&*name);
+        }
+    }
+    let child = command.stdin(Stdio::null()).stdout(output).stderr(errors).spawn();
+    child.unwrap_or_else(|error| panic!("{command:?} does not start: {error}"))
 }
 
 impl Drop for Process {

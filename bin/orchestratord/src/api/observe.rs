@@ -41,7 +41,7 @@ pub(crate) async fn ready(State(state): State<AppState>) -> Result<StatusCode, A
 pub(crate) async fn metrics(State(state): State<AppState>) -> Result<Response, ApiError> {
     let (facts, view) = (state.control.facts().await?, state.service_registry.view().await?);
     let mut page = metrics::page(&facts, &view);
-    Ok(page.edge(state.tokens.refusals(), &state.connections, &[]).render())
+    Ok(page.edge(state.tokens.refusals(), &state.connections, &[]).log(&[]).render())
 }
 
 /// Pause between two comments on a quiet stream.

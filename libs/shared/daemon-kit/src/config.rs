@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use pool_registry_types::node::Capabilities;
 use secrecy::SecretString;
 
-use crate::telemetry::LogFormat;
+use crate::telemetry::{self, LogFormat};
 
 /// Warns of variables with one of our prefixes that no setting has, naming the nearest one.
 pub fn misspelt<'a>(
@@ -88,8 +88,12 @@ pub fn parse<S: clap::Parser>(prefixes: &[&str], foreign: &[&str]) -> Result<(S,
     let known = variables(&command);
     let known: Vec<&str> = known.iter().map(String::as_str).chain(foreign.iter().copied()).collect();
     let set = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
-    for (name, nearest) in misspelt(prefixes, &known, set) {
-        eprintln!("{name}: no setting has this name, is {nearest} meant?");
+    let warnings: Vec<String> = misspelt(prefixes, &known, set)
+        .into_iter()
+        .map(|(name, nearest)| format!("{name}: no setting has this name, is {nearest} meant?"))
+        .collect();
+    if !warnings.is_empty() {
+        telemetry::say(warnings.join("\n"));
     }
     parsed.map_err(|error| {
         // A closed standard error is no reason to fail differently.

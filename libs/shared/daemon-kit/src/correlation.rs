@@ -32,7 +32,7 @@ pub async fn layer(mut request: Request, next: Next) -> Response {
     request.extensions_mut().insert(ids.clone());
     let mut response = next.run(request).await;
     if let Some(mut body) = response.extensions_mut().remove::<ErrorBody>() {
-        tracing::debug!(code = %body.code, correlation_id = ids.correlation_id, message = body.message, "answered with an error");
+        tracing::debug!(code = %body.code, correlation_id = ids.correlation_id, reason = body.message, "answered with an error");
         body.correlation_id = Some(ids.correlation_id.clone());
         let (parts, _) = response.into_parts();
         response = (parts.status, Json(body)).into_response();

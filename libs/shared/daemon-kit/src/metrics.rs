@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::auth::Refusals;
 use crate::connections::Counts;
+use crate::telemetry;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use prometheus::{Encoder, GaugeVec, IntCounterVec, Opts, Registry, TextEncoder};
@@ -77,6 +78,16 @@ impl Page {
             );
         }
         self
+    }
+
+    /// What the daemon's log has lost. `labels` are those of the daemon.
+    pub fn log(&mut self, labels: &Labels<'_>) -> &mut Self {
+        self.counter(
+            "llorch_log_lines_lost_total",
+            "Lines of the log that standard error did not take.",
+            labels,
+            telemetry::lines_lost(),
+        )
     }
 
     /// The answer to `GET /metrics`.

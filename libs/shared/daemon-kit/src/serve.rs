@@ -13,7 +13,8 @@ use tower_http::cors::{AllowHeaders, CorsLayer};
 
 use crate::audit::{self, Audit};
 use crate::auth::{self, Gate};
-use crate::{answer, correlation, telemetry};
+use crate::telemetry::{self, Logs};
+use crate::{answer, correlation};
 
 /// What a daemon puts around its routes.
 #[derive(Debug, Clone)]
@@ -46,18 +47,22 @@ pub fn with_layers(routes: Router, edge: Edge) -> Router {
 /// How long blocking calls that hang (a dead mount, a dead driver) may delay the exit.
 const BLOCKING_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Runs a daemon on a runtime of its own, says why it failed if it did, and ends in bounded time.
-pub fn block_on<E: std::error::Error>(daemon: impl Future<Output = Result<(), E>>) -> ExitCode {
+/// Runs a daemon on a runtime of its own, says why it failed if it did, and ends in bounded time,
+/// also when nobody reads its log.
+pub fn block_on<E: std::error::Error>(logs: Logs, daemon: impl Future<Output = Result<(), E>>) -> ExitCode {
     raise_file_limit();
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
+            drop(logs);
             telemetry::say_fatal(&error);
             return ExitCode::FAILURE;
         }
     };
     let outcome = runtime.block_on(daemon);
     runtime.shutdown_timeout(BLOCKING_PATIENCE);
+    // What was logged stands before why the daemon ends.
+    drop(logs);
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

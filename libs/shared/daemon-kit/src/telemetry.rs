@@ -1,8 +1,41 @@
 //! Logs: one line an event on standard error, as text or JSON.
+//!
+//! Standard error may be a pipe that nobody reads, and a write to it then never returns. So lines
+//! go through a bounded queue to a thread that does nothing but write: whoever logs never waits, a
+//! line that finds no room is counted and gone. Whatever else is said on standard error, panics
+//! among it, goes through the queue too, or gives up waiting.
+//!
+//! What nodes, engines and clients say is quoted in lines. In the text format a character that
+//! could end a line or steer a terminal stands there as an escape.
 
-use std::io::IsTerminal;
+use std::backtrace::{Backtrace, BacktraceStatus};
+use std::fmt;
+use std::io::{IsTerminal, Write};
+use std::panic::PanicHookInfo;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::time::Duration;
 
+use tracing::Dispatch;
+use tracing::field::{Field, Visit, display};
+use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::field::{RecordFields, VisitOutput};
+use tracing_subscriber::fmt::format::{DefaultVisitor, FormatFields, Writer};
+use tracing_subscriber::util::SubscriberInitExt;
+
+/// Lines that may wait for standard error. At some 200 bytes a line that is less than 1 MiB, and
+/// the burst of a start or of a lost cluster while a slow reader catches up.
+const WAITING: usize = 4096;
+/// How long the end of a daemon waits for standard error. The queue's own bounds are shorter, 1.1 s
+/// together, but it may then write to standard output, which can be the same pipe.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What the process's queue had no room for; set when logging starts.
+static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
+/// Lines whose write failed: the reader has gone, or the disk is full.
+static REFUSED: AtomicU64 = AtomicU64::new(0);
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -11,17 +44,33 @@ pub enum LogFormat {
     Json,
 }
 
-/// Starts logging. `filter` is a level or a list of `target=level`.
-pub fn init(format: LogFormat, filter: &str) {
-    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
-    match format {
-        LogFormat::Text => builder.with_target(false).init(),
-        LogFormat::Json => builder.json().flatten_event(true).init(),
+/// Lives as long as lines are to be written. Dropped, it waits until those in the queue are, for a
+/// bounded time.
+#[must_use]
+#[derive(Debug)]
+pub struct Logs(Option<WorkerGuard>);
+
+impl Drop for Logs {
+    fn drop(&mut self) {
+        let guard = self.0.take();
+        wait_for(move || drop(guard));
     }
+}
+
+/// Starts logging, of panics too. `filter` is a level or a list of `target=level`.
+pub fn init(format: LogFormat, filter: &str) -> Logs {
+    let (lines, logs) = queue(StandardError);
+    // Only a second start in one process finds it set, and that one panics below.
+    let _ = DROPPED.set(lines.error_counter());
+    dispatch(format, filter, lines, std::io::stderr().is_terminal()).init();
+    std::panic::set_hook(Box::new(log_panic));
+    logs
+}
+
+/// Lines of this process's log that were not written.
+pub fn lines_lost() -> u64 {
+    let dropped = DROPPED.get().map_or(0, ErrorCounter::dropped_lines);
+    REFUSED.load(Ordering::Relaxed).saturating_add(u64::try_from(dropped).unwrap_or(u64::MAX))
 }
 
 /// One line on standard error: why the daemon does not run, with its causes.
@@ -31,5 +80,229 @@ pub fn say_fatal(error: &dyn std::error::Error) {
         let cause = cause.to_string();
         if text.contains(&cause) { text } else { format!("{text}: {cause}") }
     });
-    eprintln!("{text}");
+    say(text);
+}
+
+/// Writes to standard error when no log is there: before the start, after the end.
+pub(crate) fn say(text: String) {
+    wait_for(move || {
+        // A closed standard error is no reason to end differently.
+        let _ = writeln!(std::io::stderr(), "{text}");
+    });
+}
+
+/// Does what may block on standard error on a thread of its own, and waits `PATIENCE` at most: the
+/// end of the process ends that thread too.
+fn wait_for(writing: impl FnOnce() + Send + 'static) {
+    let (done, ended) = sync_channel::<()>(0);
+    let on_thread = move || {
+        writing();
+        drop(done);
+    };
+    if std::thread::Builder::new().name("last-lines".into()).spawn(on_thread).is_ok() {
+        // Nothing is sent: the closed channel is the end.
+        let _ = ended.recv_timeout(PATIENCE);
+    }
+}
+
+fn queue(writer: impl Write + Send + Sync + 'static) -> (NonBlocking, Logs) {
+    let builder = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(WAITING);
+    let (lines, guard) = builder.finish(writer);
+    (lines, Logs(Some(guard)))
+}
+
+fn dispatch(format: LogFormat, filter: &str, lines: NonBlocking, colours: bool) -> Dispatch {
+    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(lines)
+        .with_ansi(colours)
+        // They would go to standard error past the queue.
+        .log_internal_errors(false);
+    match format {
+        LogFormat::Text => Dispatch::new(builder.with_target(false).fmt_fields(OneLine).finish()),
+        LogFormat::Json => Dispatch::new(builder.json().flatten_event(true).finish()),
+    }
+}
+
+/// The standard hook would write to standard error itself, and keep the thread that panics there.
+fn log_panic(panic: &PanicHookInfo<'_>) {
+    let thread = std::thread::current();
+    let backtrace = Backtrace::capture();
+    let backtrace = (backtrace.status() == BacktraceStatus::Captured).then(|| display(backtrace));
+    tracing::error!(
+        thread = thread.name(),
+        location = panic.location().map(display),
+        reason = panic.payload_as_str(),
+        backtrace,
+        "a thread panicked"
+    );
+}
+
+/// Standard error, which counts the lines that it does not take.
+struct StandardError;
+
+impl Write for StandardError {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        std::io::stderr().write(bytes)
+    }
+
+    fn write_all(&mut self, line: &[u8]) -> std::io::Result<()> {
+        let written = std::io::stderr().write_all(line);
+        if written.is_err() {
+            REFUSED.fetch_add(1, Ordering::Relaxed);
+        }
+        written
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        std::io::stderr().flush()
+    }
+}
+
+/// Writes fields as the subscriber does, colours too, with the values escaped. Everything else in
+/// a line of text (time, level, names) is our own.
+struct OneLine;
+
+impl<'w> FormatFields<'w> for OneLine {
+    fn format_fields<R: RecordFields>(&self, writer: Writer<'w>, fields: R) -> fmt::Result {
+        let mut visitor = DefaultVisitor::new(writer, true);
+        fields.record(&mut EscapedValues(&mut visitor));
+        visitor.finish()
+    }
+}
+
+/// Hands values on, escaped. All kinds of values arrive as this one.
+struct EscapedValues<'v, 'w>(&'v mut DefaultVisitor<'w>);
+
+impl Visit for EscapedValues<'_, '_> {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.0.record_debug(field, &Escaped(value));
+    }
+}
+
+struct Escaped<'v>(&'v dyn fmt::Debug);
+
+impl fmt::Debug for Escaped<'_> {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Write::write_fmt(&mut Escaping(out), format_args!("{:?}", self.0))
+    }
+}
+
+/// Passes text on; what [`steers`] finds in it becomes `\n`, `\u{1b}` and the like.
+struct Escaping<W>(W);
+
+impl<W: fmt::Write> fmt::Write for Escaping<W> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let mut rest = text;
+        while let Some(at) = rest.find(steers) {
+            let (clean, from) = rest.split_at(at);
+            self.0.write_str(clean)?;
+            let mut chars = from.chars();
+            for escape in chars.next().into_iter().flat_map(char::escape_default) {
+                self.0.write_char(escape)?;
+            }
+            rest = chars.as_str();
+        }
+        self.0.write_str(rest)
+    }
+}
+
+/// Whether a character ends a line, steers a terminal or turns the direction of text: the controls
+/// of ASCII and ISO 6429, the separators of lines and paragraphs, and those of UAX #9.
+fn steers(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::sync::Arc;
+    use std::time::Instant;
+
+    use parking_lot::Mutex;
+
+    use super::*;
+
+    /// What the text log shows of it.
+    fn logged(colours: bool, log: impl FnOnce()) -> String {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let (lines, logs) = queue(writer);
+        let dispatch = dispatch(LogFormat::Text, "info", lines, colours);
+        tracing::dispatcher::with_default(&dispatch, log);
+        drop((dispatch, logs));
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    // CLOUD-1141
+    #[test]
+    fn no_text_begins_a_line_or_brings_a_control_character_in() {
+        let hidden = [
+            '\0', '\n', '\r', '\t', '\u{b}', '\u{7}', '\x1b', '\x7f', '\u{85}', '\u{9b}', '\u{61c}',
+            '\u{200e}', '\u{2028}', '\u{2029}', '\u{202e}', '\u{2066}',
+        ];
+        let forged = format!("0.1{}2026-01-01T00:00:00Z ERROR forged", String::from_iter(hidden));
+        let text = logged(false, || {
+            let span = tracing::info_span!("call", node = %forged);
+            let _inside = span.enter();
+            tracing::info!(version = %forged, quoted = forged, "an engine said: {forged}");
+        });
+        let line = text.strip_suffix('\n').expect("a whole line");
+        assert!(!line.contains(hidden), "{line:?}");
+        assert_eq!(line.matches("ERROR forged").count(), 4, "{line}");
+        let visible = r"version=0.1\u{0}\n\r\t\u{b}\u{7}\u{1b}\u{7f}\u{85}\u{9b}\u{61c}\u{200e}\u{2028}\u{2029}\u{202e}\u{2066}2026";
+        assert!(line.contains(visible), "{line}");
+    }
+
+    // CLOUD-1141
+    #[test]
+    fn a_terminal_sees_our_colours_and_nobody_elses() {
+        let text = logged(true, || tracing::error!(model = %"\x1b[31mred", "é, 猫 and \x1b[2Jclean"));
+        assert!(text.contains("\x1b[31mERROR\x1b[0m") && text.contains("\x1b[3mmodel\x1b[0m"), "{text:?}");
+        assert!(text.contains(r"\u{1b}[31mred") && text.contains(r"é, 猫 and \u{1b}[2Jclean"), "{text:?}");
+    }
+
+    // CLOUD-1140
+    #[test]
+    fn a_reader_that_does_not_read_costs_lines_and_no_time() {
+        // The pipe holds 64 KiB.
+        let (_reader, writer) = std::io::pipe().unwrap();
+        let (mut lines, logs) = queue(writer);
+        let start = Instant::now();
+        for _ in 0..WAITING + 2_000 {
+            lines.write_all(&[b'x'; 100]).unwrap();
+        }
+        assert!(lines.error_counter().dropped_lines() > 0);
+        drop(logs);
+        assert!(start.elapsed() < PATIENCE + Duration::from_secs(3), "{:?}", start.elapsed());
+    }
+
+    struct Shared(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Shared {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    // CLOUD-1140
+    #[test]
+    fn what_was_logged_is_written_before_the_end() {
+        let written = Arc::new(Mutex::new(Vec::new()));
+        let (mut lines, logs) = queue(Shared(Arc::clone(&written)));
+        for _ in 0..WAITING {
+            lines.write_all(b"a line\n").unwrap();
+        }
+        drop(logs);
+        assert_eq!(written.lock().len(), WAITING * b"a line\n".len());
+        assert_eq!(lines.error_counter().dropped_lines(), 0);
+    }
 }
