@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 // CLOUD-1105
 // CLOUD-1201
+// CLOUD-1210
 // CLOUD-2350
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_bad_request_is_refused_by_code_and_name() {
@@ -33,6 +34,9 @@ async fn each_bad_request_is_refused_by_code_and_name() {
         (Method::POST, "/v2/nodes/register".to_owned(), body.to_string())
     };
     let huge = format!(r#"{{"model_ref":"fake-model","prompt":"{}"}}"#, "x".repeat(5 * 1024 * 1024));
+    let deep = "(".repeat(50_000);
+    let deep = format!(r#"{{"model_ref":"fake-model","prompt":"x","grammar":"root ::= {deep}"}}"#);
+    let stops = format!(r#"{{"model_ref":"fake-model","prompt":"x","stop":["{}"]}}"#, "x".repeat(70_000));
     /// Request (method, path, body), status, code, and what the message names.
     type Case<'c> = ((Method, String, String), u16, &'c str, &'c str);
     let cases: Vec<Case<'_>> = vec![
@@ -68,6 +72,8 @@ async fn each_bad_request_is_refused_by_code_and_name() {
             "UNSUPPORTED",
             "grammar",
         ),
+        (submit(&deep), 400, "INVALID_PARAMS", "grammar: nested 50000 deep"),
+        (submit(&stops), 400, "INVALID_PARAMS", "stop: "),
         (submit(r#"{"model_ref":"unknown","prompt":"x"}"#), 503, "MODEL_NOT_AVAILABLE", "gpu-node-1"),
         (submit(&huge), 413, "PAYLOAD_TOO_LARGE", "4194304"),
         (get("/v2/tasks/not-a-uuid"), 400, "INVALID_PARAMS", "task_id"),
@@ -143,6 +149,7 @@ async fn each_bad_request_is_refused_by_code_and_name() {
     assert!(good.completed());
 }
 
+// CLOUD-1210
 // CLOUD-2351
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_node_refuses_what_is_not_for_it() {
@@ -164,6 +171,7 @@ async fn the_node_refuses_what_is_not_for_it() {
         (infer(|_| {}), "ghost", 503, "POOL_UNREADY"),
         (infer(|_| {}), "a%2Fb", 400, "INVALID_PARAMS"),
         (infer(|b| b["first_index"] = json!(-1)), "pool-0", 400, "INVALID_PARAMS"),
+        (infer(|b| b["task"]["grammar"] = json!("(".repeat(65))), "pool-0", 400, "INVALID_PARAMS"),
         (infer(|_| {}), "pool-0", 200, ""),
         (infer(|_| {}), "pool-0", 409, "ATTEMPT_DUPLICATE"),
     ];

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use e2e_cloud::{Client, Cluster, Engine, Options, eventually};
+use e2e_cloud::{Client, Cluster, Engine, Options, eventually, real_engine};
 use serde_json::json;
 
 // CLOUD-2340
@@ -89,4 +89,64 @@ async fn a_killed_node_with_a_real_engine_loses_no_queued_task() {
         }
     }
     assert!(completed >= 9, "{completed} of 10 completed, and one slot was lost");
+}
+
+/// A cluster of one node that runs the engine itself, once it is ready.
+async fn supervised() -> Cluster {
+    let pools = vec![(0, real_engine::pool("pool-0", "tiny", ""))];
+    let options = Options { nodes: 1, engine: Engine::Tiny { slots: 2 }, pools, ..Options::default() };
+    Cluster::start(options).await
+}
+
+async fn pool(cluster: &Cluster) -> serde_json::Value {
+    cluster.node_client(0).get_json("/v2/pools/pool-0/status").await.expect("its status")
+}
+
+// CLOUD-1210
+// CLOUD-1216
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_real_engine_takes_every_real_grammar() {
+    let cluster = supervised().await;
+    let grammars = real_engine::grammars();
+    assert_eq!(grammars.len(), 50);
+    let mut refused = Vec::new();
+    for (name, grammar) in grammars {
+        let mut task = cluster.task(8);
+        task["grammar"] = json!(grammar);
+        let transcript = cluster.client.run(task).await;
+        if !transcript.completed() {
+            refused.push(format!("{name}: {:?} {}", transcript.events.last(), transcript.refusal));
+        }
+    }
+    assert!(refused.is_empty(), "{refused:#?}");
+    let pool = pool(&cluster).await;
+    assert_eq!((pool["state"].as_str(), pool["supervised"]["restarts"].as_u64()), (Some("ready"), Some(0)));
+}
+
+// CLOUD-1210
+// CLOUD-1216
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn grammars_that_would_kill_a_real_engine_do_not_reach_it() {
+    let cluster = supervised().await;
+    let attacks = [
+        "root ::= ".to_owned() + &"(".repeat(50_000),
+        "root ::= \"a\"".to_owned() + &"?".repeat(60_000),
+        "root ::= ".to_owned() + &"\"a\"{0,2000} ".repeat(4_000),
+        format!("root ::= \"{}\"", "a".repeat(70_000)),
+    ];
+    for attack in attacks {
+        // A pool fails after four requests that each kill its engine.
+        for _ in 0..4 {
+            let mut task = cluster.task(4);
+            task["grammar"] = json!(attack);
+            let (status, body) = cluster.client.refused(&task).await;
+            assert_eq!((status, body["code"].as_str()), (400, Some("INVALID_PARAMS")), "{body}");
+            assert!(body["message"].as_str().is_some_and(|text| text.starts_with("grammar: ")), "{body}");
+        }
+    }
+    let pool = pool(&cluster).await;
+    assert_eq!((pool["state"].as_str(), pool["supervised"]["restarts"].as_u64()), (Some("ready"), Some(0)));
+    let transcript = cluster.client.run(cluster.task(4)).await;
+    transcript.check();
+    assert!(transcript.completed());
 }

@@ -62,6 +62,21 @@ args = ["{}", "--model", "{{model_path}}", "--alias", "{{model}}", "--port", "{{
     )
 }
 
+/// The grammars that are held to be real: their names and texts, in order.
+pub fn grammars() -> Vec<(String, String)> {
+    let folder = root().join("libs/shared/pool-registry-types/tests/grammars");
+    let entries = std::fs::read_dir(&folder).expect("the folder of grammars");
+    let mut grammars: Vec<(String, String)> = entries
+        .map(|entry| {
+            let path = entry.expect("a readable folder").path();
+            let name = path.file_stem().expect("a file's name").to_string_lossy().into_owned();
+            (name, std::fs::read_to_string(&path).expect("a grammar is text"))
+        })
+        .collect();
+    grammars.sort();
+    grammars
+}
+
 /// The command that serves a model as `pool-0`, replica `r0`.
 pub fn command(model: &Path, alias: &str, slots: u32, runtime_dir: &Path) -> Command {
     let mut command = Command::new(python());

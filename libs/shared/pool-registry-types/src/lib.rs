@@ -5,6 +5,7 @@
 //! There is no I/O, no clock and no decision in this crate. The one idea needed to read it:
 //! a value that exists is valid, because every constructor checks.
 
+pub mod constraints;
 pub mod engines;
 pub mod error;
 pub mod ids;

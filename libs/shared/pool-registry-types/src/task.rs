@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::constraints::{self, Constraint};
 use crate::engines::{EngineSet, GrammarForm, capabilities};
 use crate::error::{ErrorBody, ErrorCode};
 use crate::ids::{AttemptId, BootId, LogId, ModelRef, NodeId, PoolId, ReplicaId, SessionId, TaskId};
@@ -174,11 +175,13 @@ pub struct TaskRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 0, maximum = 1)]
     pub min_p: Option<f64>,
+    /// At most 64 KiB together.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schema(value_type = Vec<NonEmptyText>, max_items = 16)]
     pub stop: Vec<String>,
-    /// GBNF, for llama.cpp; with `"engine": "vllm"` what its guide takes.
+    /// GBNF, for llama.cpp; with `"engine": "vllm"` what its guide takes. At most 64 KiB, nested 64 deep.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(max_length = 65536)]
     pub grammar: Option<String>,
     /// Milliseconds from admission to the end of the stream.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -267,6 +270,9 @@ impl TaskRequest {
         if self.stop.iter().any(String::is_empty) {
             return invalid("stop: an empty text would stop at once".into());
         }
+        if let Err(message) = self.check_constraints() {
+            return invalid(message);
+        }
         let timeouts = self.timeouts.unwrap_or_default();
         for (field, value) in [
             ("deadline_ms", self.deadline_ms),
@@ -289,6 +295,15 @@ impl TaskRequest {
             Some(wishes) => wishes.check(self.session_id.is_some()),
             None => Ok(()),
         }
+    }
+
+    /// That what the engine compiles is within its bounds.
+    fn check_constraints(&self) -> Result<(), String> {
+        let grammar = self.grammar.as_deref().unwrap_or_default();
+        constraints::check(Constraint::Grammar, grammar.as_bytes())
+            .map_err(|error| format!("grammar: {error}"))?;
+        constraints::check(Constraint::StopList, self.stop.concat().as_bytes())
+            .map_err(|error| format!("stop: {error}"))
     }
 
     /// Whether a lost stream is run again from the start: same seed, same text.

@@ -42,6 +42,28 @@ fn each_value_out_of_range_is_refused_by_its_name() {
     }
 }
 
+// CLOUD-1210
+#[test]
+fn what_an_engine_compiles_is_bounded_by_its_field() {
+    let grammar = |text: String| TaskRequest { grammar: Some(text), ..request() };
+    let cases = [
+        ("grammar: nested 50000 deep, at most 64", grammar("root ::= ".to_owned() + &"(".repeat(50_000))),
+        ("grammar: 65537 bytes long, at most 65536", grammar(" ".repeat(65_537))),
+        ("grammar: repeated 1000000 times, at most 10000", grammar("root ::= \"a\"{1000000}".into())),
+        (
+            "stop: 65600 bytes long, at most 65536",
+            TaskRequest { stop: vec!["x".repeat(4_100); 16], ..request() },
+        ),
+    ];
+    for (message, case) in cases {
+        let error = case.check().expect_err(message);
+        assert_eq!((error.code, error.message.as_str()), (ErrorCode::InvalidParams, message));
+    }
+    let deep = "(".repeat(64) + "\"a\"" + &")".repeat(64);
+    assert_eq!(grammar(format!("root ::= {deep}")).check(), Ok(()));
+    assert_eq!(TaskRequest { stop: vec!["((((".repeat(1_000); 16], ..request() }.check(), Ok(()));
+}
+
 // CLOUD-1204
 #[test]
 fn a_misspelt_option_is_not_ignored() {

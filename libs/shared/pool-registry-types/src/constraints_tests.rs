@@ -1,0 +1,293 @@
+//! Where each bound lies, and what does not count towards it.
+
+use std::path::Path;
+
+use proptest::prelude::*;
+
+use super::*;
+
+const ALL: [Constraint; 4] =
+    [Constraint::Grammar, Constraint::JsonSchema, Constraint::Regex, Constraint::StopList];
+
+fn measured(kind: Constraint, text: &str) -> Result<(), ConstraintTooLarge> {
+    check(kind, text.as_bytes())
+}
+
+fn nested(levels: usize) -> Result<(), ConstraintTooLarge> {
+    Err(ConstraintTooLarge::Nested { levels })
+}
+
+/// `inner` within so many brackets.
+fn within(levels: usize, open: &str, inner: &str, close: &str) -> String {
+    open.repeat(levels) + inner + &close.repeat(levels)
+}
+
+// CLOUD-1210
+#[test]
+fn an_open_bracket_50000_times_is_refused_by_its_depth() {
+    let attack = "root ::= ".to_owned() + &"(".repeat(50_000);
+    let error = measured(Constraint::Grammar, &attack).unwrap_err();
+    assert_eq!(error.to_string(), "nested 50000 deep, at most 64");
+}
+
+// CLOUD-1210
+#[test]
+fn every_kind_may_be_64_deep_and_no_deeper() {
+    let texts = [
+        (Constraint::Grammar, "(", "\"a\"", ")"),
+        (Constraint::Grammar, "(", "\"a\"", ")*"),
+        (Constraint::Regex, "(", "a", ")"),
+        (Constraint::Regex, "(?:", "a", ")+"),
+        (Constraint::Regex, "[", "a", "]"),
+        (Constraint::JsonSchema, "[", "1", "]"),
+        (Constraint::JsonSchema, "{\"a\":", "{}", "}"),
+    ];
+    for (kind, open, inner, close) in texts {
+        let more = usize::from(inner == "{}");
+        let text = |levels: usize| within(levels - more, open, inner, close);
+        assert_eq!(measured(kind, &text(64)), Ok(()), "{kind:?} {open}");
+        assert_eq!(measured(kind, &text(65)), nested(65), "{kind:?} {open}");
+    }
+}
+
+// CLOUD-1210
+#[test]
+fn every_kind_may_be_64_kib_long_and_no_longer() {
+    for kind in ALL {
+        assert_eq!(measured(kind, &" ".repeat(MAX_BYTES)), Ok(()), "{kind:?}");
+        let long = Err(ConstraintTooLarge::Long { bytes: MAX_BYTES + 1 });
+        assert_eq!(measured(kind, &" ".repeat(MAX_BYTES + 1)), long, "{kind:?}");
+    }
+}
+
+// CLOUD-1210
+#[test]
+fn brackets_in_literals_classes_and_comments_of_a_grammar_are_no_nesting() {
+    let many = "(".repeat(1_000);
+    let texts = [
+        format!("root ::= \"{many}\""),
+        format!("root ::= \"a\\\"{many}\""),
+        format!("root ::= \"a\\\\\" [{many}]"),
+        format!("root ::= [^\"\\\\\\]{many}]"),
+        format!("root ::= [{}]", "[".repeat(1_000)),
+        format!("root ::= \"a\" # {many} \"\n"),
+        format!("# {many}\rroot ::= <{many}>"),
+        format!("root ::= a{{1,# {many}\n2}}"),
+        format!("root: /{many}/ // \" {many}\n"),
+    ];
+    for text in texts {
+        assert_eq!(measured(Constraint::Grammar, &text), Ok(()), "{}", &text[..24]);
+    }
+}
+
+// CLOUD-1210
+#[test]
+fn what_follows_a_literal_a_class_or_a_comment_counts_again() {
+    let many = "(".repeat(100);
+    let before = [
+        "\"\\\"\"",
+        "\"\\\\\"",
+        "\"[\"",
+        "[\"]",
+        "[^\"\\\\\\]]",
+        "[]",
+        "[a-]",
+        "[#]",
+        "# \"\n",
+        "# [\r",
+        "<[7]>",
+        "<\\>",
+        "/\"/",
+        "// \"\n",
+        "a{1,# }\n2}",
+        "\"é\u{1f600}\"",
+    ];
+    for text in before {
+        let text = format!("root ::= {text}{many}");
+        assert_eq!(measured(Constraint::Grammar, &text), nested(100), "{text}");
+    }
+}
+
+// CLOUD-1210
+#[test]
+fn operators_upon_operators_nest() {
+    let grammar = |operators: usize| format!("root ::= \"a\"{}", "? ".repeat(operators));
+    assert_eq!(measured(Constraint::Grammar, &grammar(65)), Ok(()), "the first is on the literal itself");
+    assert_eq!(measured(Constraint::Grammar, &grammar(66)), nested(65));
+    // Neither the brackets nor the operators of one group are many.
+    let mixed = within(8, "(", "\"a\"", ")*+?*+?*+?*");
+    assert_eq!(measured(Constraint::Grammar, &mixed), nested(80));
+    assert_eq!(measured(Constraint::Regex, &mixed.replace("\"a\"", "a")), nested(80));
+    let side_by_side = "(\"a\")* ".repeat(1_000);
+    assert_eq!(measured(Constraint::Grammar, &side_by_side), Ok(()));
+}
+
+// CLOUD-1210
+#[test]
+fn escapes_and_classes_of_a_regular_expression_are_no_nesting() {
+    let escaped = "\\(".repeat(1_000);
+    let class = format!("[{}]", "(".repeat(1_000));
+    for text in [escaped, class, "[\\]((((".repeat(20), "\\[".repeat(500), "()".repeat(5_000)] {
+        assert_eq!(measured(Constraint::Regex, &text), Ok(()), "{}", &text[..8]);
+    }
+    for before in ["\\\\", "[\\]]", "[]", "a{2}", "a{2,x", "\\[", "[^]"] {
+        let text = before.to_owned() + &"(".repeat(100);
+        assert_eq!(measured(Constraint::Regex, &text), nested(100), "{text}");
+    }
+}
+
+// CLOUD-1210
+#[test]
+fn brackets_in_strings_of_a_schema_are_no_nesting_unless_it_is_a_pattern() {
+    let many = "([{".repeat(1_000);
+    let schema = |name: &str, text: &str| format!(r#"{{"type":"string","{name}":"{text}"}}"#);
+    assert_eq!(measured(Constraint::JsonSchema, &schema("description", &many)), Ok(()));
+    assert_eq!(measured(Constraint::JsonSchema, &schema("description", "\\\" {{")), Ok(()));
+    let deep = "(".repeat(100);
+    let hidden = "\\u0028".repeat(100);
+    for (name, text) in [("pattern", &deep), ("pattern", &hidden), ("p\\u0061ttern", &deep)] {
+        assert_eq!(measured(Constraint::JsonSchema, &schema(name, text)), nested(100), "{name} {text}");
+    }
+    let names = format!(r#"{{"patternProperties":{{"{deep}":{{}}}}}}"#);
+    assert_eq!(measured(Constraint::JsonSchema, &names), nested(100));
+    let escaped = schema("pattern", &"\\\\(".repeat(100));
+    assert_eq!(measured(Constraint::JsonSchema, &escaped), Ok(()), "a bracket that is escaped twice");
+    let after = schema("description", "\\\\") + &"[".repeat(100);
+    assert_eq!(measured(Constraint::JsonSchema, &after), nested(100));
+}
+
+// CLOUD-1216
+#[test]
+fn a_repetition_is_bounded_alone_within_others_and_beside_others() {
+    let repeated = |times| Err(ConstraintTooLarge::Repeated { times });
+    assert_eq!(measured(Constraint::Grammar, "root ::= a{10000}"), Ok(()));
+    assert_eq!(measured(Constraint::Grammar, "root ::= a{1000000}"), repeated(1_000_000));
+    assert_eq!(measured(Constraint::Grammar, "root ::= a{0, 10001}"), repeated(10_001));
+    assert_eq!(measured(Constraint::Grammar, "root ::= a{10001,}"), repeated(10_001));
+    assert_eq!(measured(Constraint::Grammar, &format!("a{{{}}}", "9".repeat(50))), repeated(u64::MAX));
+    assert_eq!(measured(Constraint::Regex, "a{1000000}"), repeated(1_000_000));
+    let both: &[Constraint] = &[Constraint::Grammar, Constraint::Regex];
+    let texts = [
+        ("((a{1000}){1000}){1000}".to_owned(), both),
+        ("a{1000}{1000}{1000}".to_owned(), both),
+        ("a {1000} {1000}".to_owned(), &both[..1]),
+        ("a{0,2000} ".repeat(1_000), both),
+        // Open to the end.
+        ("(".repeat(30) + &"a{2000}".repeat(1_000), both),
+        (format!("\"{}\"{{2000}}", "long".repeat(1_000)), &both[..1]),
+        (format!("[{}]{{2000}}", "long".repeat(1_000)), both),
+    ];
+    for (text, kinds) in texts {
+        for kind in kinds {
+            let error = measured(*kind, &text).unwrap_err();
+            assert!(matches!(error, ConstraintTooLarge::Expanded { .. }), "{kind:?} {error}");
+        }
+    }
+    let lines = "root ::= ([a-z]{1,100} \"\\n\"){1,50}";
+    assert_eq!(measured(Constraint::Grammar, lines), Ok(()));
+    assert_eq!(measured(Constraint::Regex, "^[^{}]{2,40}{{x}}{$"), Ok(()));
+}
+
+// CLOUD-1216
+#[test]
+fn the_lengths_that_a_schema_allows_add_up() {
+    let expanded = |parts| Err(ConstraintTooLarge::Expanded { parts });
+    let schema = |text: &str| measured(Constraint::JsonSchema, text);
+    assert_eq!(schema(r#"{"maxLength": 262144}"#), Ok(()));
+    assert_eq!(schema(r#"{"maxLength": 262145}"#), expanded(262_145));
+    assert_eq!(schema(r#"[{"maxItems":200000},{"minLength":100000}]"#), expanded(300_000));
+    assert_eq!(schema(r#"{"maxLength":1e9}"#), expanded(1_000_000_000));
+    assert_eq!(schema(r#"{"maxLength":0.000001e+15}"#), expanded(1_000_000_000_000_000));
+    assert_eq!(schema(r#"{"maxLength":5e-1,"maxItems":1.5}"#), Ok(()));
+    assert_eq!(schema(r#"{"maximum":9007199254740991,"default":[1e300]}"#), Ok(()));
+    assert_eq!(schema(r#"{"maxLength":{"maximum":9007199254740991}}"#), Ok(()), "the name of a property");
+    let times = ConstraintTooLarge::Repeated { times: 1_000_000 };
+    assert_eq!(schema(r#"{"pattern":"^a{1000000}$"}"#), Err(times));
+    let patterns = format!("[{}]", [r#"{"pattern":"a{10000}"}"#; 30].join(","));
+    assert!(matches!(schema(&patterns), Err(ConstraintTooLarge::Expanded { .. })));
+}
+
+// CLOUD-1210
+#[test]
+fn a_field_of_a_body_is_measured_by_what_its_string_stands_for() {
+    let attack = "root ::= \"\\\"\" ".to_owned() + &"(".repeat(100);
+    let json = |text: &str| serde_json::to_string(text).unwrap();
+    for raw in [json(&attack), format!(" \n{}", json(&attack)), json(&attack).replace('(', "\\u0028")] {
+        assert_eq!(check_json(Constraint::Grammar, raw.as_bytes()), nested(100), "{raw}");
+    }
+    assert_eq!(check_json(Constraint::Regex, json(&"\\(".repeat(100)).as_bytes()), Ok(()));
+    assert_eq!(check_json(Constraint::Regex, json(&"(".repeat(100)).as_bytes()), nested(100));
+    // Its own length counts, not that of its escapes.
+    let lines = json(&"\n".repeat(MAX_BYTES));
+    assert_eq!(check_json(Constraint::Grammar, lines.as_bytes()), Ok(()));
+    let long = Err(ConstraintTooLarge::Long { bytes: MAX_BYTES + 2 });
+    let letters = format!("\"{}\"", "\\u00e9".repeat(MAX_BYTES / 2 + 1));
+    assert_eq!(check_json(Constraint::Grammar, letters.as_bytes()), long);
+    let pairs = format!("\"{}\"", "\\ud83d\\ude00".repeat(MAX_BYTES / 4 + 1));
+    let long = Err(ConstraintTooLarge::Long { bytes: MAX_BYTES + 4 });
+    assert_eq!(check_json(Constraint::Grammar, pairs.as_bytes()), long);
+    for kind in ALL {
+        assert_eq!(check_json(kind, "[".repeat(100).as_bytes()), nested(100), "{kind:?}");
+    }
+    assert_eq!(check_json(Constraint::StopList, br#"["((((", "\n"]"#), Ok(()));
+    let stops = format!("[\"{}\"]", "x".repeat(MAX_BYTES));
+    assert!(check_json(Constraint::StopList, stops.as_bytes()).is_err());
+}
+
+// CLOUD-1210
+// CLOUD-1216
+#[test]
+fn real_grammars_pass() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/grammars");
+    let mut passed = 0;
+    for entry in std::fs::read_dir(&folder).unwrap() {
+        let path = entry.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(measured(Constraint::Grammar, &text), Ok(()), "{}", path.display());
+        let raw = serde_json::to_vec(&text).unwrap();
+        assert_eq!(check_json(Constraint::Grammar, &raw), Ok(()), "{}", path.display());
+        passed += 1;
+    }
+    assert_eq!(passed, 50);
+}
+
+#[test]
+fn every_byte_may_stand_anywhere() {
+    for byte in 0..=u8::MAX {
+        for start in
+            ["", "root ::= ", "\"", "\"\\", "[", "[^\\", "(", "a{", "a{1,", "\"\\u", "{\"pattern\":\""]
+        {
+            let text = [start.as_bytes(), &[byte], &[byte]].concat();
+            for kind in ALL {
+                assert_eq!(check(kind, &text), Ok(()), "{kind:?} {text:?}");
+                // Whether a string ends or not is no bound.
+                assert_eq!(check_json(kind, &text), Ok(()), "{kind:?} {text:?}");
+            }
+        }
+    }
+}
+
+proptest! {
+    // CLOUD-1210
+    #[test]
+    fn a_grammar_in_a_body_is_measured_as_the_grammar_itself(text in "[\"\\\\\\[\\]()#{}0-9,*+?a-c\n/<> é]{0,200}") {
+        let raw = serde_json::to_vec(&text).unwrap();
+        for kind in [Constraint::Grammar, Constraint::Regex] {
+            prop_assert_eq!(check_json(kind, &raw), check(kind, text.as_bytes()));
+        }
+    }
+
+    // CLOUD-1210
+    #[test]
+    fn brackets_alone_nest_as_they_are_counted(opens in proptest::collection::vec(any::<bool>(), 0..400)) {
+        let text: String = opens.iter().map(|open| if *open { '(' } else { ')' }).collect();
+        let (mut depth, mut deepest) = (0_usize, 0);
+        for open in opens {
+            depth = if open { depth + 1 } else { depth.saturating_sub(1) };
+            deepest = depth.max(deepest);
+        }
+        let expected = if deepest > MAX_NESTING { nested(deepest) } else { Ok(()) };
+        prop_assert_eq!(measured(Constraint::Regex, &text), expected);
+        prop_assert_eq!(measured(Constraint::Grammar, &text), expected);
+    }
+}

@@ -1,0 +1,75 @@
+//! What engines compile: any bytes are measured without memory of their own, and what is accepted
+//! is as small as a slower look at it says.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use pool_registry_types::constraints::{
+    Constraint, ConstraintTooLarge, MAX_BYTES, MAX_NESTING, check, check_json,
+};
+use serde_json::Value;
+
+const ALL: [Constraint; 4] =
+    [Constraint::Grammar, Constraint::JsonSchema, Constraint::Regex, Constraint::StopList];
+
+/// The deepest nesting of these brackets, wherever they stand.
+fn deepest(text: &[u8], open: &[u8], close: &[u8]) -> usize {
+    let (mut depth, mut deepest) = (0_usize, 0);
+    for byte in text {
+        if open.contains(byte) {
+            depth += 1;
+        } else if close.contains(byte) {
+            depth = depth.saturating_sub(1);
+        }
+        deepest = depth.max(deepest);
+    }
+    deepest
+}
+
+fn height(value: &Value) -> usize {
+    match value {
+        Value::Array(values) => 1 + values.iter().map(height).max().unwrap_or(0),
+        Value::Object(members) => 1 + members.values().map(height).max().unwrap_or(0),
+        _ => 0,
+    }
+}
+
+fn nested(levels: usize) -> Result<(), ConstraintTooLarge> {
+    if levels > MAX_NESTING { Err(ConstraintTooLarge::Nested { levels }) } else { Ok(()) }
+}
+
+fuzz_target!(|text: &[u8]| {
+    for kind in ALL {
+        let (verdicts, spent) = fuzz::measure(|| (check(kind, text), check_json(kind, text)));
+        assert_eq!(spent.taken, 0, "{kind:?} takes memory");
+        if text.len() > MAX_BYTES {
+            assert!(verdicts.0.is_err(), "{kind:?}");
+        }
+    }
+    if text.len() > MAX_BYTES {
+        return;
+    }
+    assert_eq!(check(Constraint::StopList, text), Ok(()));
+    // Where nothing can hide a bracket and nothing repeats, the brackets are all there is.
+    if !text.iter().any(|byte| b"\"[]#</{*+?=".contains(byte)) {
+        assert_eq!(check(Constraint::Grammar, text), nested(deepest(text, b"(", b")")));
+    }
+    if !text.iter().any(|byte| b"\\[]{*+?".contains(byte)) {
+        assert_eq!(check(Constraint::Regex, text), nested(deepest(text, b"(", b")")));
+    }
+    if !text.contains(&b'"') {
+        assert_eq!(check(Constraint::JsonSchema, text), nested(deepest(text, b"{[", b"}]")));
+    }
+    // A text in a body is the same text.
+    if let Ok(plain) = std::str::from_utf8(text) {
+        let raw = serde_json::to_vec(plain).expect("a string can be written");
+        for kind in [Constraint::Grammar, Constraint::Regex] {
+            assert_eq!(check_json(kind, &raw), check(kind, text), "{kind:?}");
+        }
+    }
+    if let Ok(value) = serde_json::from_slice::<Value>(text)
+        && height(&value) > MAX_NESTING
+    {
+        assert!(check(Constraint::JsonSchema, text).is_err(), "JSON deeper than it was measured");
+    }
+});
