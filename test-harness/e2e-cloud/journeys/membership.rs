@@ -6,6 +6,8 @@ use e2e_cloud::cluster::TOKEN;
 use e2e_cloud::{Client, Cluster, Engine, Options, eventually};
 use nix::sys::signal::Signal;
 use pool_registry_types::node::Liveness;
+use pool_registry_types::pool::EngineKind;
+use serde_json::{Value, json};
 
 // CLOUD-2310
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -260,4 +262,42 @@ async fn every_documented_route_is_served_and_the_page_needs_no_other_host() {
     let script = open.get("/docs/swagger-initializer.js").await.unwrap().text().await.unwrap();
     assert!(script.contains("/openapi.json") && script.contains("Authorization"));
     assert_eq!(open.get("/docs/swagger-ui-bundle.js").await.unwrap().status(), 200);
+}
+
+// CLOUD-1109
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_unknown_kind_of_engine_costs_its_own_pool_only() {
+    let cluster = Cluster::start(Options { nodes: 1, ..Options::default() }).await;
+    let register = json!({
+        "node_id": "newer", "machine_id": "m", "boot_id": "7f3b1c52-64a5-4c56-9e1e-0a3e0f3d2b11",
+        "address": "http://127.0.0.1:1", "version": "9",
+    });
+    let response = cluster.client.post("/v2/nodes/register", &register).await;
+    assert_eq!(response.status(), 200);
+    let epoch = response.json::<Value>().await.unwrap()["epoch"].clone();
+    let pool = |pool_id: &str, engine: &str| {
+        json!({
+            "pool_id": pool_id, "state": "ready", "ready": true, "engine": engine, "models": ["of-newer"],
+            "replicas": [{"replica_id": "r0", "ready": true, "slots_total": 1}],
+        })
+    };
+    let beat = json!({
+        "epoch": epoch, "seq": 1, "timestamp": "",
+        "pools": [pool("later", "sglang"), pool("known", "llamacpp"), {"kind": "not a pool"}],
+        "gpus": [{"device_id": "cxl:0"}],
+    });
+    let response = cluster.client.post("/v2/nodes/newer/heartbeat", &beat).await;
+    assert_eq!(response.status(), 200);
+    let node = cluster.client.node("newer").await.unwrap();
+    let shown: Vec<_> =
+        node.pools.iter().map(|pool| (pool.report.pool_id.as_str(), pool.report.engine)).collect();
+    assert_eq!(shown, [("known", Some(EngineKind::LlamaCpp)), ("later", None)]);
+    let task = json!({"model_ref": "of-newer", "prompt": "x"});
+    let verdicts = cluster.client.post("/v2/placement/explain", &task).await.json::<Value>().await.unwrap();
+    assert_eq!(verdicts["choice"], json!({"node_id": "newer", "pool_id": "known"}), "{verdicts}");
+    let refusal = |id: &str| {
+        let of = verdicts["pools"].as_array().unwrap().iter().find(|pool| pool["pool_id"] == id);
+        of.unwrap_or_else(|| panic!("{id}: {verdicts}"))["refusal"].clone()
+    };
+    assert_eq!((refusal("later"), refusal("known")), (json!("engine_differs"), Value::Null));
 }

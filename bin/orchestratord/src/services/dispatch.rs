@@ -23,6 +23,8 @@ use crate::services::streams::{Streams, TaskStream};
 
 /// Pieces of a stream that are taken together when they have arrived already.
 const MOST_PIECES_AT_ONCE: usize = 64;
+/// The events of a node that are kept, each with its place in the log.
+const NUMBERED: [&str; 4] = ["token", "reasoning", "result", "end"];
 const NO_FINAL_FRAME: &str = "it ended without a final frame";
 /// Tokens prove that a node lives; telling so once in this span is enough.
 const ALIVE_EVERY: Duration = Duration::from_secs(1);
@@ -274,7 +276,8 @@ impl Place<'_> {
                 let ids = ids.split(',').filter_map(|id| id.parse().ok()).collect();
                 *self.ids = count.parse().ok().map(|count| (count, ids));
             } else if let Some(seq) = frame.comment.and_then(|text| text.strip_prefix("report-seq ")) {
-                *self.closed_after = seq.parse().ok();
+                // A newer node may say more after the number.
+                *self.closed_after = seq.split(' ').next().and_then(|seq| seq.parse().ok());
             } else if frame.comment == Some(UNLOGGED_THOUGHT) {
                 stream.count_unlogged();
                 news.unlogged = true;
@@ -291,6 +294,10 @@ impl Place<'_> {
             let error: ErrorBody = serde_json::from_str(data)
                 .map_err(|error| HowEnded::Broken(format!("an unreadable error frame: {error}")))?;
             *self.last = Some(HowEnded::NodeError(error));
+            return Ok(());
+        }
+        if frame.id.is_none() && !NUMBERED.contains(&frame.event) {
+            // Of a newer node, and no part of what is kept.
             return Ok(());
         }
         let index = match frame.id.and_then(parse_event_id) {

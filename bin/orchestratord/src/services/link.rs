@@ -81,7 +81,7 @@ impl NodeLink {
                     report_seq: inference.report_seq,
                     frames: Box::pin(inference.frames.map(|Ok(bytes)| Ok(bytes))),
                 }),
-                Err(error) => Err(refusal(error)),
+                Err(error) => Err(refusal(error.code.http_status(), error)),
             },
         }
     }
@@ -232,7 +232,7 @@ impl HttpLink {
                     format!("the node answered {status} without an error body"),
                 )
             });
-            return Err(refusal(error));
+            return Err(refusal(status.as_u16(), error));
         }
         let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
         let report_seq = text(headers::REPORT_SEQ).and_then(|seq| seq.parse().ok());
@@ -285,14 +285,18 @@ impl HttpLink {
     }
 }
 
-/// What a node's refusal means for the attempt.
-fn refusal(error: ErrorBody) -> HowEnded {
+/// What a node's refusal, with the HTTP status it came with, means for the attempt.
+fn refusal(status: u16, error: ErrorBody) -> HowEnded {
     match error.code {
         ErrorCode::ReplicaExhausted
         | ErrorCode::PoolUnready
         | ErrorCode::WrongNode
         | ErrorCode::AttemptDuplicate
         | ErrorCode::Draining => HowEnded::Refused(error),
+        // A newer node's own reason: it did not take the attempt, and says that another time it may.
+        ErrorCode::Unknown if error.retriable || matches!(status, 409 | 429 | 503) => {
+            HowEnded::Refused(error)
+        }
         _ => HowEnded::NodeError(error),
     }
 }
@@ -300,4 +304,27 @@ fn refusal(error: ErrorBody) -> HowEnded {
 /// No node has read the request.
 fn was_not_sent(error: &hyper_util::client::legacy::Error) -> bool {
     error.is_connect() || tls::is_refused(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // CLOUD-1109
+    #[test]
+    fn a_newer_nodes_refusal_is_understood_by_its_status_and_whether_it_may_be_tried_again() {
+        let said = |retriable: bool| {
+            let body = format!(r#"{{"code":"PAGED_OUT","message":"not now","retriable":{retriable}}}"#);
+            serde_json::from_str::<ErrorBody>(&body).unwrap()
+        };
+        let free = [(409, false), (429, false), (503, false), (418, true), (500, true)];
+        for (status, retriable) in free {
+            let ended = refusal(status, said(retriable));
+            assert_eq!(ended, HowEnded::Refused(said(retriable)), "{status} {retriable}");
+        }
+        for status in [400, 418, 500] {
+            let ended = refusal(status, said(false));
+            assert!(matches!(&ended, HowEnded::NodeError(body) if body.message == "not now"), "{ended:?}");
+        }
+    }
 }

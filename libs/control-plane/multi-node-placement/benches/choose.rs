@@ -17,7 +17,7 @@ fn fleet(pools: u32) -> (PoolIndex, ModelRef) {
         index.upsert(Candidate {
             key: PoolKey::new(node, pool),
             standing: Standing::Placeable,
-            engine: EngineKind::LlamaCpp,
+            engine: Some(EngineKind::LlamaCpp),
             models: vec![model.clone()],
             ctx_max: Some(8192),
             device_mask: None,

@@ -263,7 +263,8 @@ fn fits(candidate: &Candidate, shape: &TaskShape<'_>) -> bool {
 
 /// What the task must have and the pool has not, whatever its standing and its slots.
 fn misfit(candidate: &Candidate, shape: &TaskShape<'_>) -> Option<Refusal> {
-    if !shape.engines.contains(candidate.engine) || shape.lacking.contains(&candidate.key) {
+    let able = candidate.engine.is_some_and(|engine| shape.engines.contains(engine));
+    if !able || shape.lacking.contains(&candidate.key) {
         return Some(Refusal::EngineDiffers);
     }
     if shape.ctx.zip(candidate.ctx_max).is_some_and(|(asked, has)| asked > has) {

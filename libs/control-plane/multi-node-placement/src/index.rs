@@ -59,7 +59,8 @@ pub enum Standing {
 pub struct Candidate {
     pub key: PoolKey,
     pub standing: Standing,
-    pub engine: EngineKind,
+    /// Absent: of a kind that is not known, which no task can use.
+    pub engine: Option<EngineKind>,
     pub models: Vec<ModelRef>,
     /// Tokens; unknown fits everything, and the engine decides.
     pub ctx_max: Option<u32>,

@@ -23,7 +23,7 @@ fn pool(node: &str, busy: u32, total: u32) -> Candidate {
     Candidate {
         key: key(node, "pool-0"),
         standing: Standing::Placeable,
-        engine: EngineKind::LlamaCpp,
+        engine: Some(EngineKind::LlamaCpp),
         models: vec![model("m")],
         ctx_max: Some(4096),
         device_mask: None,
@@ -108,7 +108,7 @@ fn a_tried_pool_waits_for_an_untried_one_even_a_full_one() {
 fn a_tried_pool_is_taken_again_after_the_backoff_when_nothing_else_fits() {
     let m = model("m");
     let tried = [key("a", "pool-0")];
-    let other_engine = Candidate { engine: EngineKind::OpenAi, ..pool("b", 0, 4) };
+    let other_engine = Candidate { engine: Some(EngineKind::OpenAi), ..pool("b", 0, 4) };
     let index = index([pool("a", 0, 4), other_engine]);
     let engines = EngineSet::from_iter([EngineKind::LlamaCpp]);
     let waiting = TaskShape { engines, may_repeat: false, ..shape(&m, &tried) };
@@ -286,7 +286,7 @@ fn any_candidate() -> impl proptest::strategy::Strategy<Value = Candidate> {
             Candidate {
                 key: key(&format!("n{node}"), &format!("p{pool_id}")),
                 standing,
-                engine: if llama { EngineKind::LlamaCpp } else { EngineKind::OpenAi },
+                engine: Some(if llama { EngineKind::LlamaCpp } else { EngineKind::OpenAi }),
                 models,
                 ctx_max,
                 device_mask: None,

@@ -315,12 +315,15 @@ impl ServiceRegistry {
         }
         let mut pools = BTreeMap::new();
         for report in beat.pools {
-            for model in report.models.iter().filter(|_| report.state.has_model()) {
-                self.models_reported.insert(model.clone(), now);
-            }
-            for model in &report.models {
-                // Kept by its reports, whether or not it takes tasks at the moment.
-                self.engines_reported.entry(model.clone()).or_default().insert(report.engine, now);
+            // No task can use what an engine of an unknown kind serves.
+            if let Some(engine) = report.engine {
+                for model in &report.models {
+                    if report.state.has_model() {
+                        self.models_reported.insert(model.clone(), now);
+                    }
+                    // Kept by its reports, whether or not it takes tasks at the moment.
+                    self.engines_reported.entry(model.clone()).or_default().insert(engine, now);
+                }
             }
             let mut reported = BTreeSet::new();
             for attempt in report.replicas.iter().flat_map(|r| &r.attempts) {

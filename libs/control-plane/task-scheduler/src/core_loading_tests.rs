@@ -117,17 +117,31 @@ fn what_no_engine_of_the_model_can_do_is_refused_at_once() {
     let mut b = Bench::new();
     let reply = b.reply();
     b.apply(Event::Register { reply, request: register("a") });
-    b.tell("a", 1, PoolReport { engine: EngineKind::OpenAi, ..report(2, &[]) });
+    b.tell("a", 1, PoolReport { engine: Some(EngineKind::OpenAi), ..report(2, &[]) });
     let guided = TaskRequest { grammar: Some("root ::= \"a\"".into()), ..task() };
     assert!(b.submit(guided.clone()).1.is_ok(), "other nodes may still come back");
     b.advance_to(TIMEOUT_MS + 1);
-    b.tell("a", 2, PoolReport { engine: EngineKind::OpenAi, ..report(2, &[]) });
+    b.tell("a", 2, PoolReport { engine: Some(EngineKind::OpenAi), ..report(2, &[]) });
     let error = b.submit(guided.clone()).1.unwrap_err();
     assert_eq!((error.code, error.engine), (ErrorCode::Unsupported, Some(EngineKind::OpenAi)));
     assert!(error.message.starts_with("grammar"), "{error}");
     b.join("b", 2);
     assert!(b.submit(guided).1.is_ok());
     assert_eq!((b.dispatches.len(), b.node_of(0)), (1, "b"));
+}
+
+// CLOUD-1109
+#[test]
+fn a_pool_of_an_unknown_kind_of_engine_gets_no_task_and_promises_no_model() {
+    let mut b = Bench::new();
+    let reply = b.reply();
+    b.apply(Event::Register { reply, request: register("a") });
+    b.tell("a", 1, PoolReport { engine: None, ..report(2, &[]) });
+    assert!(b.submit(task()).1.is_ok(), "other nodes may still come back");
+    b.advance_to(TIMEOUT_MS + 1);
+    b.tell("a", 2, PoolReport { engine: None, ..report(2, &[]) });
+    assert_eq!(b.submit(task()).1.unwrap_err().code, ErrorCode::ModelNotAvailable);
+    assert!(b.dispatches.is_empty());
 }
 
 // CLOUD-2439

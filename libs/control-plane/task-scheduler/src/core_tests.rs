@@ -197,7 +197,7 @@ fn report(slots: u32, attempts: &[AttemptId]) -> PoolReport {
         state: PoolState::Ready,
         ready: true,
         draining: false,
-        engine: EngineKind::LlamaCpp,
+        engine: Some(EngineKind::LlamaCpp),
         engine_version: None,
         models: vec![ModelRef::new("m").unwrap()],
         device_mask: None,

@@ -2,10 +2,12 @@
 //!
 //! The code is the contract; messages are for people and may change.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 use utoipa::ToSchema;
 
 use crate::ids::{NodeId, PoolId};
+use crate::newer;
 use crate::pool::EngineKind;
 
 macro_rules! codes {
@@ -98,6 +100,9 @@ codes! {
     Canceled = "CANCELED", 499, false;
     /// A defect of ours.
     Internal = "INTERNAL", 500, false;
+    /// What a newer daemon says to this one: the status and `retriable` tell what it means.
+    #[serde(other)]
+    Unknown = "UNKNOWN", 502, false;
 }
 
 impl std::fmt::Display for ErrorCode {
@@ -115,22 +120,28 @@ pub struct ErrorBody {
     pub message: String,
     pub retriable: bool,
     /// Milliseconds.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub retry_after_ms: Option<u64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub engine: Option<EngineKind>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub node_id: Option<NodeId>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub pool_id: Option<PoolId>,
     /// Which rule refused an admission.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub policy_label: Option<String>,
     /// Between the daemons only: what ended an attempt on its node.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "cause", skip_serializing_if = "Option::is_none")]
     pub cause: Option<EndCause>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub correlation_id: Option<String>,
+}
+
+/// A cause that is more than a word is a newer node's too.
+fn cause<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<EndCause>, D::Error> {
+    let said = Value::deserialize(deserializer)?;
+    Ok((!said.is_null()).then(|| serde_json::from_value(said).unwrap_or(EndCause::Unknown)))
 }
 
 impl ErrorBody {

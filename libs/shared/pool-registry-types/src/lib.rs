@@ -11,6 +11,7 @@ pub mod error;
 pub mod ids;
 mod inputs;
 pub mod moment;
+mod newer;
 pub mod node;
 pub mod placement;
 pub mod pool;

@@ -1,12 +1,14 @@
 //! What a node says to the control plane, and what it is told.
 //!
-//! In messages between the daemons unknown fields are ignored and new ones are optional, so
-//! that an old reader meets a new writer and the other way round.
+//! In messages between the daemons unknown fields are ignored, new ones are optional, and unknown
+//! words cost only what they stand in, so that an old reader meets a new writer and the other way
+//! round.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::ids::{AttemptId, BootId, Digest, Epoch, MachineId, ModelRef, NodeId, PoolId};
+use crate::newer;
 use crate::placement::Labels;
 use crate::pool::PoolReport;
 
@@ -26,6 +28,8 @@ pub enum Liveness {
 pub enum Intent {
     #[default]
     Serving,
+    /// Also what a newer daemon says beside these: no new work is the smaller harm.
+    #[serde(other)]
     Draining,
 }
 
@@ -44,9 +48,9 @@ pub struct RegisterRequest {
     pub version: String,
     #[serde(default)]
     pub intent: Intent,
-    #[serde(default, skip_serializing_if = "Labels::is_empty")]
+    #[serde(default, deserialize_with = "newer::labels", skip_serializing_if = "Labels::is_empty")]
     pub labels: Labels,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "newer::entries")]
     pub pools: Vec<PoolId>,
     #[serde(default)]
     pub capabilities: Capabilities,
@@ -55,7 +59,7 @@ pub struct RegisterRequest {
 /// What the node's machine has.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 pub struct Capabilities {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "newer::entries")]
     pub gpus: Vec<GpuCapability>,
     #[serde(default)]
     pub cpu_cores: u32,
@@ -106,12 +110,12 @@ pub struct Heartbeat {
     /// The number of the last order under this epoch that the node has taken; 0 for none.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub intent_order: u64,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "newer::entries")]
     pub pools: Vec<PoolReport>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "newer::entries")]
     pub gpus: Vec<GpuReport>,
     /// The models that lie on the node's disk.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, deserialize_with = "newer::entries", skip_serializing_if = "Vec::is_empty")]
     pub models: Vec<StagedModel>,
 }
 
@@ -171,10 +175,10 @@ impl GpuHealth {
 pub struct HeartbeatAnswer {
     pub heartbeat_interval_ms: u64,
     /// Attempts that the control plane does not know: the node ends them.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "newer::entries")]
     pub cancel_attempts: Vec<AttemptId>,
     /// The node's pools for which a task waits.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, deserialize_with = "newer::entries", skip_serializing_if = "Vec::is_empty")]
     pub waiting: Vec<PoolId>,
     /// What the node is to do from now on, where the order is a new one.
     #[serde(default)]

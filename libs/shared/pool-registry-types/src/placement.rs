@@ -242,7 +242,9 @@ impl From<&PoolKey> for PoolName {
 pub struct PoolVerdict {
     pub node_id: NodeId,
     pub pool_id: PoolId,
-    pub engine: EngineKind,
+    /// Absent where it is of a kind that the control plane does not know.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<EngineKind>,
     pub eligible: bool,
     /// Why not; the first reason that holds.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -5,6 +5,7 @@ use utoipa::ToSchema;
 
 use crate::error::{ErrorBody, ErrorCode};
 use crate::ids::{AttemptId, ModelRef, NodeId, PoolId, ReplicaId};
+use crate::newer;
 use crate::task::MAX_WAIT_MS;
 
 /// The engines whose dialects the nodes speak.
@@ -73,32 +74,34 @@ pub struct PoolReport {
     pub ready: bool,
     #[serde(default)]
     pub draining: bool,
-    pub engine: EngineKind,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// Absent where it is of a kind that the reader does not know: the pool takes no tasks then.
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
+    pub engine: Option<EngineKind>,
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub engine_version: Option<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "newer::entries")]
     pub models: Vec<ModelRef>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub device_mask: Option<String>,
     /// Tokens that one request may hold, prompt and answer together.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub ctx_max: Option<u32>,
     /// Absent where no GPU is seen: unknown is not zero.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub vram_free_bytes: Option<u64>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "newer::entries")]
     pub replicas: Vec<ReplicaReport>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
     /// What its operator should look at although it serves.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub warning: Option<String>,
     /// Present while the pool itself drains, as of this report.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub drain: Option<DrainProgress>,
     /// What the node that runs the pool's engines says of them; absent for engines that it only
     /// found.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub supervised: Option<Supervised>,
 }
 
@@ -122,9 +125,9 @@ pub struct Supervised {
     #[serde(default)]
     pub unloads: u64,
     /// The last lines of the engine that ended last; empty once one is ready again.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, deserialize_with = "newer::entries", skip_serializing_if = "Vec::is_empty")]
     pub log_tail: Vec<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub reload: Option<PoolReloading>,
     /// What is done before a start: an installation or a download, and how far it has come.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -135,7 +138,7 @@ pub struct Supervised {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 pub struct PoolReloading {
     /// The models that it loads; empty when none is under way.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "newer::entries")]
     pub to: Vec<ModelRef>,
     /// The new engines load beside the old ones, which serve until they are ready.
     #[serde(default)]
@@ -205,7 +208,7 @@ pub struct PoolOrdered {
     pub node_id: NodeId,
     pub pool_id: PoolId,
     pub state: PoolState,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub drain: Option<DrainProgress>,
 }
 
@@ -221,6 +224,6 @@ pub struct ReplicaReport {
     /// Slots that the engine shows busy with requests that are not ours.
     #[serde(default)]
     pub slots_foreign: u32,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "newer::entries")]
     pub attempts: Vec<AttemptId>,
 }

@@ -1,6 +1,7 @@
 //! Tasks: the request, the answers, the events of its stream, and the hop to a node.
 //!
-//! A client's body rejects unknown fields, because a misspelt option must not be ignored.
+//! A client's body rejects unknown fields, because a misspelt option must not be ignored; a node
+//! takes the same task of a newer control plane without what it does not know.
 //! [`TaskRequest::check`] finds what the types cannot: ranges and contradictions.
 
 use serde::{Deserialize, Serialize};
@@ -11,6 +12,7 @@ use crate::engines::{EngineSet, GrammarForm, capabilities};
 use crate::error::{ErrorBody, ErrorCode};
 use crate::ids::{AttemptId, BootId, LogId, ModelRef, NodeId, PoolId, ReplicaId, SessionId, TaskId};
 pub use crate::inputs::{EmbeddingResult, Inputs, MAX_INPUTS, NonEmptyText, RerankInputs, RerankResult};
+use crate::newer;
 use crate::placement::Wishes;
 use crate::pool::EngineKind;
 
@@ -581,7 +583,7 @@ pub struct InferRequest {
     /// The index of the first frame that this attempt writes.
     #[schema(maximum = 4_294_967_295_u64)]
     pub first_index: u64,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub replica_hint: Option<ReplicaId>,
     /// What an earlier attempt has sent, where this one goes on from it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -589,6 +591,8 @@ pub struct InferRequest {
     /// `reasoning` events are read and wanted; else thoughts are left out.
     #[serde(default, skip_serializing_if = "is_default")]
     pub thoughts: bool,
+    /// As the client wrote it, with its defaults; a node leaves out what it does not know.
+    #[serde(deserialize_with = "newer::task")]
     pub task: TaskRequest,
 }
 

@@ -206,6 +206,7 @@ impl NodeView {
     fn serves(&self, pool: &PoolView) -> bool {
         self.liveness == Liveness::Online
             && self.intent == Intent::Serving
+            && pool.report.engine.is_some()
             && pool.report.ready
             && !pool.report.draining
     }

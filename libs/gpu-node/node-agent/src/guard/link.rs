@@ -130,3 +130,19 @@ impl Guarded {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // CLOUD-1109
+    #[tokio::test]
+    async fn a_word_of_a_newer_guard_is_passed_over() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let (reading, orders) = ours.into_split();
+        let mut guarded = Guarded { said: BufReader::new(reading).lines(), orders, child: None, mark: None };
+        let words = b"{\"paused\":{\"for_ms\":5}}\n\"resting\"\n{\"ended\":{\"how\":\"at last\"}}\n";
+        theirs.write_all(words).await.unwrap();
+        assert_eq!(guarded.heard().await, Said::Ended { how: "at last".into() });
+    }
+}

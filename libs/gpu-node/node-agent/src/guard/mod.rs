@@ -58,3 +58,21 @@ pub enum Said {
     /// Nothing of the engine is left; the guard ends.
     Ended { how: String },
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // CLOUD-1109
+    #[test]
+    fn a_newer_guard_or_daemon_says_more_and_is_understood() {
+        let started = r#"{"started":{"pid":7,"mark":"m","about":"{}","since_ms":5}}"#;
+        let expected = Said::Started { pid: 7, mark: "m".into(), about: "{}".into() };
+        assert_eq!(serde_json::from_str::<Said>(started).unwrap(), expected);
+        let ended = r#"{"ended":{"how":"it ended","signal":11}}"#;
+        assert_eq!(serde_json::from_str::<Said>(ended).unwrap(), Said::Ended { how: "it ended".into() });
+        let charge = r#"{"program":"/bin/true","args":[],"env":[],"log":"/log","log_bytes":1,"grace_ms":2,
+            "about":"","mark":"m","nice":5}"#;
+        assert_eq!(serde_json::from_str::<Charge>(charge).unwrap().keep_at, None);
+    }
+}

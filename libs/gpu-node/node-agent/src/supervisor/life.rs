@@ -370,18 +370,31 @@ impl Supervision {
         }
     }
 
-    async fn take_over(self: &Arc<Self>, mut guarded: Guarded, pid: u32, about: &str) -> Option<Seat> {
-        let about: About = serde_json::from_str(about).ok()?;
+    /// Ends a kept engine.
+    fn dismiss(&self, mut guarded: Guarded) {
+        self.agent.tracker.spawn(async move {
+            guarded.stop().await;
+            while !matches!(guarded.heard().await, Said::Ended { .. }) {}
+        });
+    }
+
+    async fn take_over(self: &Arc<Self>, guarded: Guarded, pid: u32, about: &str) -> Option<Seat> {
+        let about: About = match serde_json::from_str(about) {
+            Ok(about) => about,
+            Err(error) => {
+                // Left alone it would hold its memory for ever, and nobody would use it.
+                tracing::warn!(pid, %error, "a kept engine is ended: what its guard says of it is unreadable");
+                self.dismiss(guarded);
+                return None;
+            }
+        };
         let seat = Seat { pool_id: about.pool_id, replica_id: about.replica_id };
         let spec = self.state.lock().specs.get(&about.fingerprint).cloned();
         let run = self.core_adopt(&seat, about.fingerprint);
         let (Some(spec), Some(run)) = (spec, run) else {
             tracing::info!(pool_id = %seat.pool_id, replica_id = %seat.replica_id, "a kept engine is not wanted any more");
             let _ = tokio::fs::remove_file(self.handoff_path(&seat)).await;
-            self.agent.tracker.spawn(async move {
-                guarded.stop().await;
-                while !matches!(guarded.heard().await, Said::Ended { .. }) {}
-            });
+            self.dismiss(guarded);
             return None;
         };
         let life = Life { url: about.url, pid: Some(pid), ..Life::new(true, about.fingerprint) };
