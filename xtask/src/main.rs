@@ -95,7 +95,7 @@ type Step = (&'static str, fn() -> Result<(), Failed>);
 /// What needs no build comes first, then what needs the compiler, then what runs for long. Each
 /// step gets what it needs by itself: any of them passes alone, with empty caches.
 const STEPS: [Step; 11] = [
-    ("structure: crates, arrows, documents, requirements", tidy::run),
+    ("structure: crates, arrows, documents, requirements, spawns", tidy::run),
     ("format", || cargo(&["fmt", "--all", "--check"], "run `cargo fmt --all`")),
     ("licences, bans and sources of the dependencies", deny),
     ("lints", || {

@@ -1,7 +1,7 @@
 //! The rules of the house that no compiler holds.
 //!
 //! Which crate may depend on which, what a pure crate forbids itself, where documents may lie,
-//! and that every requirement is cited by a test.
+//! that every requirement is cited by a test, and that every spawn of a daemon has an owner.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -18,10 +18,11 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("service-registry", &["pool-registry-types"]),
     ("multi-node-placement", &["pool-registry-types"]),
     ("task-scheduler", &["pool-registry-types", "service-registry", "multi-node-placement"]),
-    ("handoff-watcher", &["pool-registry-types"]),
+    ("handoff-watcher", &["pool-registry-types", "owned-tasks"]),
     ("node-registration", &["pool-registry-types"]),
-    ("node-agent", &["pool-registry-types", "handoff-watcher", "node-registration"]),
-    ("daemon-kit", &["pool-registry-types", "test-certs"]),
+    ("node-agent", &["pool-registry-types", "handoff-watcher", "node-registration", "owned-tasks"]),
+    ("owned-tasks", &[]),
+    ("daemon-kit", &["pool-registry-types", "owned-tasks", "test-certs"]),
     ("test-certs", &[]),
     (
         "orchestratord",
@@ -32,6 +33,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "node-agent",
             "handoff-watcher",
             "node-registration",
+            "owned-tasks",
         ],
     ),
     (
@@ -54,8 +56,31 @@ const ARROWS: &[(&str, &[&str])] = &[
 const PURE: &[(&str, &[&str])] = &[
     ("pool-registry-types", &["serde", "serde_json", "thiserror", "utoipa", "uuid"]),
     ("service-registry", &["thiserror"]),
-    ("multi-node-placement", &[]),
+    ("multi-node-placement", &["fixedbitset"]),
     ("task-scheduler", &["serde_json", "thiserror", "uuid"]),
+];
+
+/// What spawns a task or a thread. A process is spawned by `.spawn()`, without an argument.
+const SPAWNS: &[&str] = &[
+    "tokio::spawn",
+    "task::spawn",
+    "spawn_blocking",
+    "spawn_local(",
+    "spawn_on(",
+    "thread::spawn",
+    "thread::Builder",
+    "thread::scope(",
+    ".spawn(",
+];
+/// The files of the daemons that spawn by themselves, and why nothing ends there unseen.
+const OWNERS: &[(&str, &str)] = &[
+    ("libs/shared/owned-tasks/src/lib.rs", "the owner of all others"),
+    (
+        "libs/shared/daemon-kit/src/telemetry.rs",
+        "the last lines of a process, whose thread may hang with them",
+    ),
+    ("libs/shared/daemon-kit/src/connections.rs", "a set of tasks, each of whose ends is looked at"),
+    ("libs/gpu-node/node-agent/src/guard/inside.rs", "a process of its own, which the daemon looks after"),
 ];
 
 /// Where a document may lie.
@@ -88,6 +113,7 @@ pub(crate) fn run() -> Result<(), Failed> {
     let files = tracked()?;
     documents(&files, &mut complaints);
     requirements(&files, &mut complaints)?;
+    spawns(&files, &mut complaints)?;
     if complaints.is_empty() {
         println!("tidy: {} crates, {} files", ARROWS.len(), files.len());
         return Ok(());
@@ -192,9 +218,74 @@ fn requirements(files: &[String], complaints: &mut Vec<String>) -> Result<(), Fa
     Ok(())
 }
 
+/// Whatever the daemons spawn goes through `owned-tasks`.
+fn spawns(files: &[String], complaints: &mut Vec<String>) -> Result<(), Failed> {
+    for (owner, _) in OWNERS.iter().filter(|(owner, _)| !files.iter().any(|file| file == owner)) {
+        complaints.push(format!("{owner} may spawn by the table of xtask/src/tidy.rs and is no file"));
+    }
+    let is_daemons = |file: &&String| {
+        let is_code = file.starts_with("bin/") || file.starts_with("libs/");
+        is_code && file.ends_with(".rs") && !file.ends_with("tests.rs") && !file.contains("/tests/")
+    };
+    for file in files.iter().filter(is_daemons) {
+        if OWNERS.iter().any(|(owner, _)| owner == file) {
+            continue;
+        }
+        let found = bare_spawns(&read(&root().join(file))?);
+        let complaint = |line| format!("{file}:{line}: spawn it by owned-tasks, so that its panic is seen");
+        complaints.extend(found.into_iter().map(complaint));
+    }
+    Ok(())
+}
+
+/// The numbers of the lines that spawn without an owner, before the tests at a file's end.
+fn bare_spawns(text: &str) -> Vec<usize> {
+    let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+    let spawns = |line: &str| {
+        let code = line.trim_start();
+        let is_process = code.contains(".spawn()");
+        !code.starts_with("//") && !is_process && SPAWNS.iter().any(|word| code.contains(word))
+    };
+    let numbered = code.lines().enumerate().filter(|(_, line)| spawns(line));
+    numbered.map(|(before, _)| before + 1).collect()
+}
+
 /// The four digits after each occurrence of `prefix`.
 fn ids(text: &str, prefix: &str) -> BTreeSet<String> {
     let digits =
         |rest: &str| rest.get(..4).filter(|id| id.bytes().all(|b| b.is_ascii_digit())).map(str::to_owned);
     text.match_indices(prefix).filter_map(|(at, _)| digits(&text[at + prefix.len()..])).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_spawn_without_an_owner_is_found_by_its_line() {
+        for spawn in [
+            "    tokio::spawn(async {});",
+            "    tokio::task::spawn(watch());",
+            "    self.agent.tracker.spawn(watch());",
+            "    let read = tokio::task::spawn_blocking(move || read(&path)).await;",
+            "    std::thread::spawn(move || watch());",
+            "    let thread = std::thread::Builder::new();",
+            "    set.spawn(async move {",
+        ] {
+            assert_eq!(bare_spawns(&format!("fn start() {{\n{spawn}\n}}\n")), [2], "{spawn}");
+        }
+    }
+
+    #[test]
+    fn owned_tasks_processes_comments_and_tests_are_none() {
+        let text = r#"
+            // Not tokio::spawn(watch()): nobody would see its panic.
+            owned_tasks::task(&tracker, "a probe", probe());
+            loops.start(&tracker, "a watch", &stop, make);
+            let child = command.spawn()?;
+        "#;
+        assert_eq!(bare_spawns(text), [0; 0]);
+        let tested = "fn start() {}\n#[cfg(test)]\nmod tests {\n    tokio::spawn(watch());\n}\n";
+        assert_eq!(bare_spawns(tested), [0; 0]);
+    }
 }

@@ -5,7 +5,7 @@ use pool_registry_types::node::Liveness;
 use pool_registry_types::task::Priority;
 use pool_registry_types::view::ClusterView;
 
-use crate::services::placement::Facts;
+use crate::services::published::Facts;
 
 fn liveness(liveness: Liveness) -> &'static str {
     match liveness {
@@ -56,6 +56,21 @@ pub(crate) fn page(facts: &Facts, view: &ClusterView) -> Page {
             "llorch_pool_loads_asked_total",
             "Times that a node was asked to start the engines of a pool.",
             c.loads,
+        ),
+        (
+            "llorch_node_denials_total",
+            "Attempts that nodes refused for the control plane's token.",
+            c.denials,
+        ),
+        (
+            "llorch_task_culprits_total",
+            "Tasks that were ended because each alone brought an engine down.",
+            c.culprits,
+        ),
+        (
+            "llorch_own_shortages_total",
+            "Connections that could not be made for want of descriptors, ports or memory here.",
+            c.own_shortages,
         ),
         ("llorch_control_stalls_total", "Times that the control loop stood still.", c.stalls),
         ("llorch_mass_silences_total", "Times that most nodes fell silent at once.", c.mass_silences),

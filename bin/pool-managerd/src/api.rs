@@ -98,9 +98,12 @@ async fn live(State(node): State<Node>) -> Json<LiveAnswer> {
     Json(LiveAnswer { node_id: identity.node_id, boot_id: identity.boot_id })
 }
 
-/// Whether the node is part of the cluster.
+/// Whether the node is part of the cluster, and looks after all that it should.
 #[utoipa::path(get, path = paths::HEALTH_READY, responses((status = 200), (status = 503, body = ErrorBody)))]
 async fn ready(State(node): State<Node>) -> Result<StatusCode, ApiError> {
+    if let Some(problem) = node.agent.loops().problem() {
+        return Err(ApiError::new(ErrorCode::PoolUnready, problem));
+    }
     match node.agent.session_problem().filter(|_| !node.alone) {
         None => Ok(StatusCode::OK),
         Some(problem) => {

@@ -50,8 +50,8 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         audit_log: config.audit_log.as_deref(),
     })
     .await?;
-    let bound = front.bound;
-    let gpus = gpu::GpuWatch::start(config.nvml_lib.clone());
+    let (bound, loops) = (front.bound, front.loops.clone());
+    let gpus = gpu::GpuWatch::start(config.nvml_lib.clone(), &loops);
     let boot_id = BootId(Uuid::new_v4());
     let identity = Identity {
         node_id: config.node_id.clone(),
@@ -65,16 +65,16 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     tracing::info!(node_id = %identity.node_id, %boot_id, address = identity.address, %bound, "pool-managerd starts");
     let seed = boot_id.0.as_u64_pair().0;
     let intent_file = IntentFile::new(&config.runtime_dir, &config.node_id);
-    let agent = Agent::new(identity, config.heartbeat_interval, seed, intent_file);
+    let agent = Agent::new(identity, config.heartbeat_interval, seed, intent_file, loops.clone());
     agent.watch_models(config.models_dir.clone());
     let stop = CancellationToken::new();
 
     let watcher =
         HandoffWatcher::new(&config.runtime_dir, config.engine_hosts.clone(), config.watch_interval)?;
-    let (changes, watching) = watcher.start(stop.clone());
+    let (changes, watching) = watcher.start(&loops, stop.clone());
     let supervision = config.supervision.as_ref();
     let supervision = supervision.map(|own| registry::supervise(&agent, &config, own, seed)).transpose()?;
-    let following = tokio::spawn(registry::follow(Arc::clone(&agent), changes));
+    agent.follow_handoffs(changes);
     agent.watch_gpus(gpus);
     let session = match &config.control_plane {
         Some(url) => {
@@ -83,7 +83,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
             let tokens = config.tokens.clone();
             let credentials = Arc::new(move || tokens.authorization());
             let control = HttpControlPlane::new(url, client, credentials, daemon_kit::tls::explain);
-            Some(tokio::spawn(Arc::clone(&agent).keep_session(control)))
+            Some(agent.keep_session(control))
         }
         None => None,
     };
@@ -104,6 +104,15 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         origins: Vec::new(),
     };
     let beside = TaskTracker::new();
+    let (tokens, own, ended) = (config.tokens.clone(), Arc::clone(&agent), stop.clone());
+    let telling = move || {
+        let own = Arc::clone(&own);
+        tokens.clone().tell_changes(ended.clone(), move || {
+            own.tokens_changed();
+            std::future::ready(())
+        })
+    };
+    loops.start(&beside, "changes of tokens", &stop, telling);
     let open_routes = api::open_router(node.clone());
     let shown = Shown { routes: api::router(node), gate, counts, open_routes };
     let server = front.serve(shown, &beside, &stop);
@@ -123,8 +132,8 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     agent.stop().await;
     beside.close();
     let ended = server.await;
-    // The follower ends with the watcher's channel; a look at a dead mount may never end.
-    let _ = tokio::time::timeout(LINGER, async { tokio::join!(watching, following, beside.wait()) }).await;
+    // A look at a dead mount may never end.
+    let _ = tokio::time::timeout(LINGER, async { tokio::join!(watching, beside.wait()) }).await;
     match ended {
         Ok(result) => result.map_err(StartError::Serve),
         Err(_) => Ok(()),

@@ -1,23 +1,14 @@
-//! What fills the node's registry of pools: the callback of handoff events, and the engines that
-//! the node runs itself. Each change updates the pools, and through them the session says it to
-//! the control plane at once.
+//! What fills the node's registry of pools beside the handoff files: the engines that the node runs
+//! itself. Each change updates the pools, and through them the session says it to the control plane
+//! at once.
 
 use std::sync::Arc;
 
-use handoff_watcher::Change;
 use node_agent::Agent;
 use node_agent::supervisor::{Settings, Supervision};
-use tokio::sync::mpsc;
 
 use crate::bootstrap::StartError;
 use crate::config::{Config, Supervised};
-
-/// Feeds the changes to the node until the watcher ends.
-pub(crate) async fn follow(agent: Arc<Agent>, mut changes: mpsc::Receiver<Change>) {
-    while let Some(change) = changes.recv().await {
-        agent.on_handoff(change);
-    }
-}
 
 /// Starts the engines of the file of pools, and whatever the file says later.
 pub(crate) fn supervise(

@@ -145,6 +145,62 @@ async fn ten_kills_in_a_minute_end_in_a_failed_pool_until_it_is_reloaded() {
     wait_state(&cluster, "pool-a", "ready", MINUTE).await;
 }
 
+// CLOUD-2406
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_grammar_that_speaks_of_a_driver_error_restarts_no_engine() {
+    let cluster = node_with(real_engine::pool("pool-a", "tiny-a", "")).await;
+    wait_state(&cluster, "pool-a", "ready", MINUTE).await;
+    cluster.wait_online(0).await;
+    let before = engine_pid(&cluster, "pool-a");
+    let grammar = "root ::= (\nCUDA error: an illegal memory access was encountered\n";
+    for _ in 0..12 {
+        let task = json!({"model_ref": "tiny-a", "prompt": "once", "max_tokens": 4, "grammar": grammar});
+        let refused = cluster.client.run(task).await;
+        refused.check();
+        assert!(refused.error().is_some(), "it is no grammar");
+    }
+    // It is the engine that says no: the text has come to its log, at the beginning of a line.
+    let logs = cluster.node_client(0).get("/v2/pools/pool-a/logs").await.unwrap().text().await.unwrap();
+    assert!(logs.lines().any(|line| line.starts_with("CUDA error: an illegal")), "{logs}");
+    assert!(run(&cluster, "tiny-a", 8).await.completed());
+    let status = pool(&cluster, "pool-a").await.unwrap();
+    assert_eq!((&status["state"], supervised(&status, "restarts")), (&json!("ready"), 0));
+    assert_eq!(engine_pid(&cluster, "pool-a"), before);
+}
+
+// CLOUD-1552, CLOUD-2412, CLOUD-2416
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prompt_that_kills_its_engine_gets_no_second_one_and_gives_no_pool_up() {
+    let cluster = node_with(fake("pool-a", "m-a", "exit_limit = 3\n")).await;
+    cluster.wait_online(0).await;
+    for deaths in 1..=5 {
+        wait_state(&cluster, "pool-a", "ready", MINUTE).await;
+        let task = json!({"model_ref": "m-a", "prompt": "crash-sigsegv", "max_tokens": 4});
+        let ended = cluster.client.run(task).await;
+        ended.check();
+        assert_eq!(ended.error(), Some("POOL_UNAVAILABLE"), "{:?}", ended.events.last());
+        let error = &ended.events.last().unwrap().2;
+        assert_eq!(error["retriable"], false, "{error}");
+        eventually("the death is counted once", MINUTE, || async {
+            pool(&cluster, "pool-a").await.filter(|pool| supervised(pool, "restarts") == deaths)
+        })
+        .await;
+    }
+    let status = wait_state(&cluster, "pool-a", "ready", MINUTE).await;
+    assert_eq!(supervised(&status, "restarts"), 5);
+    assert!(run(&cluster, "m-a", 4).await.completed());
+}
+
+// CLOUD-2415
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_its_owner_reads_the_log_of_an_engine() {
+    let cluster = node_with(fake("pool-a", "m-a", "")).await;
+    wait_state(&cluster, "pool-a", "ready", MINUTE).await;
+    let folder = cluster.dir.path().join("gpu-node-1-logs");
+    let about = std::fs::metadata(folder.join("pool-a-r0.log")).unwrap();
+    assert_eq!(std::os::unix::fs::MetadataExt::mode(&about) & 0o777, 0o600);
+}
+
 /// A script that starts helpers in sessions of their own, then becomes the fake engine.
 fn forking(folder: &Path) -> String {
     let script = folder.join("forking-engine");

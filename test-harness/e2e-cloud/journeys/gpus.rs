@@ -150,6 +150,49 @@ async fn a_driver_without_symbols_and_one_that_hangs_from_the_start_leave_the_no
     gpus.serves().await;
 }
 
+// CLOUD-2414
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_driver_error_of_an_engine_counts_when_the_driver_confirms_it() {
+    let pools = format!(
+        "[pools.pool-0]\nengine = \"llamacpp\"\nmodel = \"fake-model\"\nslots = 4\ndevices = [1]\nmemory_bytes = {}\n\
+         [pools.pool-0.provision]\nmode = \"binary\"\nprogram = \"{}\"\n\
+         args = [\"--addr\", \"127.0.0.1:{{port}}\", \"--model\", \"{{model}}\"]\n",
+        GIB,
+        program("fake-engine").display(),
+    );
+    let gpus = Gpus::start("fake_nvml", json!({}), Some(pools)).await;
+    let restarts = || async {
+        let pool = gpus.cluster.node_client(0).get_json("/v2/pools/pool-0/status").await?;
+        Some(pool["supervised"]["restarts"].as_u64().unwrap_or(0)).filter(|_| pool["ready"] == true)
+    };
+    let print = || async {
+        let mut task = gpus.cluster.task(4);
+        task["prompt"] = json!("print-driver-error");
+        let transcript = gpus.cluster.client.run(task).await;
+        transcript.check();
+        assert!(transcript.completed());
+    };
+    // The driver knows of none, and later of one on the neighbour's GPU.
+    print().await;
+    gpus.set(json!({"gpus": [{"xids": [79]}, {}]}));
+    gpus.wait("the neighbour's error is seen", |gpus| gpus[0]["health"] == "degraded").await;
+    print().await;
+    gpus.serves().await;
+    assert_eq!(restarts().await, Some(0));
+    // A line waits 5 s for the driver's word, and no longer.
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    // An error that a program causes says nothing of the device, and confirms what the engine writes.
+    gpus.set(json!({"gpus": [{}, {"used": 2 * GIB, "xids": [31]}]}));
+    gpus.wait("the GPU was looked at", |gpus| gpus[1]["vram_used_bytes"] == 2 * GIB).await;
+    assert_eq!(restarts().await, Some(0), "the driver's word alone is none of the engine's");
+    print().await;
+    eventually("the engine is started again", LOOK, || async {
+        restarts().await.filter(|restarts| *restarts == 1)
+    })
+    .await;
+    gpus.serves().await;
+}
+
 // CLOUD-2471
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_engine_waits_for_memory_that_a_stranger_holds_and_says_so_in_numbers() {

@@ -126,9 +126,14 @@ async fn a_real_engine_takes_every_real_grammar() {
 // CLOUD-1210
 // CLOUD-1216
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn grammars_that_would_kill_a_real_engine_do_not_reach_it() {
+async fn grammars_that_would_kill_or_stop_a_real_engine_do_not_reach_it() {
     let cluster = supervised().await;
+    let doubled: String =
+        (0..40).map(|rule| format!("a{rule} ::= a{0} \"x\" | a{0} \"y\"\n", rule + 1)).collect();
     let attacks = [
+        format!("root ::= a0\n{doubled}a40 ::= \"z\""),
+        "root ::= a{0,1999}\na ::= \"a\"?".to_owned(),
+        "root ::= a root \"x\"\na ::= \"a\"?".to_owned(),
         "root ::= ".to_owned() + &"(".repeat(50_000),
         "root ::= \"a\"".to_owned() + &"?".repeat(60_000),
         "root ::= ".to_owned() + &"\"a\"{0,2000} ".repeat(4_000),

@@ -234,6 +234,25 @@ impl Client {
     }
 }
 
+/// What a stream of changes, opened before, brings in this span: name and data of each event.
+pub async fn changes_during(response: Response, span: Duration) -> Vec<(String, Value)> {
+    assert_eq!(response.status(), 200);
+    let (mut decoder, mut body) = (Decoder::new(), response.bytes_stream());
+    let mut changes = Vec::new();
+    let reading = async {
+        while let Some(Ok(bytes)) = body.next().await {
+            decoder.push(&bytes);
+            while let Some(frame) = decoder.next_frame().expect("an event stream") {
+                let Some(data) = &frame.data else { continue };
+                let data: Value = serde_json::from_str(data).expect("JSON in every event");
+                changes.push((frame.event.to_owned(), data));
+            }
+        }
+    };
+    assert!(tokio::time::timeout(span, reading).await.is_err(), "a stream of changes has no end");
+    changes
+}
+
 async fn read(response: Response, start: Instant, at_most: usize) -> Transcript {
     let header = response.headers().get("x-llorch-task-id").and_then(|value| value.to_str().ok());
     let mut transcript = Transcript {

@@ -62,6 +62,8 @@ pub struct Options {
     pub node: Vec<(usize, &'static str, String)>,
     /// Files of pools of single nodes, which then run their engines themselves.
     pub pools: Vec<(usize, String)>,
+    /// Descriptors that the control plane may have; absent: as many as the tests themselves.
+    pub control_files: Option<usize>,
 }
 
 impl Default for Options {
@@ -73,6 +75,7 @@ impl Default for Options {
             control: Vec::new(),
             node: Vec::new(),
             pools: Vec::new(),
+            control_files: None,
         }
     }
 }
@@ -126,7 +129,7 @@ impl Cluster {
 
     /// Starts the control plane in the cloud profile; at the same port again after a death.
     pub fn start_control(&mut self) {
-        let mut command = Command::new(program("orchestratord"));
+        let mut command = control_command(self.options.control_files);
         command
             .env("ORCHESTRATORD_CLOUD_PROFILE", "true")
             .env("ORCHESTRATORD_ADDR", format!("127.0.0.1:{}", self.port))
@@ -244,6 +247,15 @@ impl Cluster {
     pub fn task(&self, tokens: u32) -> serde_json::Value {
         serde_json::json!({ "model_ref": self.options.engine.model(), "prompt": "once upon a time", "max_tokens": tokens })
     }
+}
+
+/// The control plane, which raises its limit of descriptors as far as it may: the hard one is set.
+fn control_command(files: Option<usize>) -> Command {
+    let daemon = program("orchestratord");
+    let Some(files) = files else { return Command::new(daemon) };
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -n \"$0\" && exec \"$1\"", &files.to_string()]).arg(daemon);
+    command
 }
 
 /// The clusters' own token, unless the command has a file of tokens.

@@ -6,11 +6,15 @@
 
 pub mod client;
 pub mod cluster;
+pub mod connection;
+pub mod fake_node;
 pub mod process;
 pub mod real_engine;
 
 pub use client::{Client, Transcript};
 pub use cluster::{Cluster, Engine, Options};
+pub use connection::Connection;
+pub use fake_node::{FakeNode, NodeAnswer};
 pub use process::Process;
 
 use std::time::{Duration, Instant};

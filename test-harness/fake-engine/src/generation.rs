@@ -7,6 +7,7 @@ use std::sync::Arc;
 use axum::extract::{Json, Path, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use nix::sys::signal::{Signal, raise};
 use serde_json::{Value, json};
 
 use crate::Engine;
@@ -24,6 +25,7 @@ pub(crate) async fn completion(State(engine): State<Arc<Engine>>, Json(body): Js
     if let Some(refusal) = poisoned(&body["prompt"]) {
         return refusal;
     }
+    obey(&body["prompt"]);
     let tokens = tokens_of(&body["n_predict"]);
     stream::answer(engine, Dialect::Llama, tokens, stream::first_word(&body["prompt"])).await
 }
@@ -95,6 +97,20 @@ fn poisoned(prompt: &Value) -> Option<Response> {
     let body = json!({"error": {"code": 500, "message": "division by zero", "type": "server_error"}});
     let refusal = (StatusCode::INTERNAL_SERVER_ERROR, Json(body)).into_response();
     prompt.as_str().is_some_and(|text| text.contains("poison")).then_some(refusal)
+}
+
+/// Prompts that make it write of its driver, or end as by a bad access before it answers.
+fn obey(prompt: &Value) {
+    let asks = |word: &str| prompt.as_str().is_some_and(|text| text.contains(word));
+    if asks("print-driver-error") {
+        eprintln!("CUDA error: an illegal memory access was encountered");
+    }
+    if asks("crash-sigsegv") {
+        // Rust's own handler takes the first one for an overflow of the stack, and gives way.
+        for _ in 0..2 {
+            raise(Signal::SIGSEGV).expect("a process may signal itself");
+        }
+    }
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use pool_registry_types::ErrorCode;
 use pool_registry_types::placement::Wishes;
 use task_scheduler::{FullLane, Rule, Strategy, Timing};
 
@@ -87,6 +88,67 @@ pub enum Step {
     StallControl {
         for_ms: u64,
     },
+    /// The node itself answers attempts so, whatever its engine can do.
+    NodeFault {
+        node: usize,
+        fault: NodeFault,
+        for_ms: u64,
+    },
+    /// The control plane's own descriptors are used up.
+    Shortage {
+        for_ms: u64,
+    },
+    /// The reports of the node name its pools twice.
+    DoubleReports {
+        node: usize,
+        for_ms: u64,
+    },
+    /// SIGTERM of the control plane: nothing new, then what has not ended is cut off.
+    ShutdownControl {
+        grace_ms: u64,
+        down_ms: u64,
+    },
+    /// An operator retires a model for a while.
+    Retire {
+        model: usize,
+        for_ms: u64,
+    },
+    DeleteSession {
+        session: u128,
+    },
+}
+
+/// What a node itself makes of an attempt before it takes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NodeFault {
+    /// 401: it does not take the control plane's token.
+    Denies,
+    /// 400.
+    Rejects,
+    /// 500.
+    Fails,
+    /// A refusal by its code.
+    Refuses(ErrorCode),
+    /// It takes the connection and resets it.
+    Resets,
+    /// It takes the connection and says nothing.
+    SaysNothing,
+}
+
+impl NodeFault {
+    /// With the names by which scenarios call them.
+    pub const ALL: [(&'static str, Self); 10] = [
+        ("denies", Self::Denies),
+        ("rejects", Self::Rejects),
+        ("fails", Self::Fails),
+        ("exhausted", Self::Refuses(ErrorCode::ReplicaExhausted)),
+        ("unready", Self::Refuses(ErrorCode::PoolUnready)),
+        ("wrong-node", Self::Refuses(ErrorCode::WrongNode)),
+        ("duplicate", Self::Refuses(ErrorCode::AttemptDuplicate)),
+        ("draining", Self::Refuses(ErrorCode::Draining)),
+        ("resets", Self::Resets),
+        ("says-nothing", Self::SaysNothing),
+    ];
 }
 
 /// A client's task.
@@ -100,6 +162,8 @@ pub struct TaskPlan {
     pub poison: bool,
     /// Every engine answers it with an error of its own.
     pub bad: bool,
+    /// Brings every engine that works on it down from within (SIGSEGV), at its first token.
+    pub crashes: bool,
     /// Goes on after tokens: from the start with a seed, or from what was sent.
     pub recovery: Option<Replays>,
     pub wishes: Option<Wishes>,
@@ -135,6 +199,8 @@ pub struct Plan {
     pub lost: u32,
     pub doubled: u32,
     pub late: u32,
+    /// Readers look at the control plane between its events.
+    pub read: bool,
     /// First token and pace of engines, milliseconds, at most.
     pub first_token_ms: u64,
     pub pace_ms: u64,
@@ -153,6 +219,8 @@ pub struct NodePlan {
     pub on_demand: bool,
     /// Milliseconds without work after which it is stopped again.
     pub ttl_ms: Option<u64>,
+    /// The model of its second pool, which is as large as the first one.
+    pub second: Option<usize>,
 }
 
 /// The zones of the simulated cluster.
@@ -181,6 +249,7 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
             odd: r.u8(..6) == 0,
             on_demand: false,
             ttl_ms: None,
+            second: None,
         })
         .collect();
     // Drawn beside the rest, so that a seed's other draws are what they always were.
@@ -190,6 +259,10 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
             (node.on_demand, node.replicas) = (true, 1);
             node.ttl_ms = own.bool().then(|| own.u64(2_000..60_000));
         }
+    }
+    let mut peers = fastrand::Rng::with_seed(seed ^ 0x7065_6572);
+    for node in &mut nodes {
+        node.second = (!node.on_demand && peers.u8(..5) == 0).then(|| peers.usize(..models));
     }
     let busy = r.u8(..3) == 0;
     let task_count = if busy { r.usize(100..160) } else { r.usize(40..80) };
@@ -201,6 +274,7 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
             deadline_ms: (r.u8(..8) == 0).then(|| r.u64(500..60_000)),
             poison: r.u8(..60) == 0,
             bad: own.u8(..30) == 0,
+            crashes: peers.u8(..40) == 0,
             recovery: match r.u8(..6) {
                 0 => Some(Replays::FromTheStart),
                 1 => Some(Replays::FromTheEnd),
@@ -257,6 +331,7 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
         let step = Step::BusyEngine { node, for_ms: own.u64(1_000..90_000) };
         steps.push((own.u64(..horizon_ms), step));
     }
+    of_peers(&mut peers, node_count, models, horizon_ms, node_timeout, &mut steps);
     let noisy = r.u8(..3) == 0;
     Plan {
         seed,
@@ -275,8 +350,44 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
         lost: if noisy { r.u32(..80) } else { 2 },
         doubled: if noisy { r.u32(..80) } else { 2 },
         late: if noisy { r.u32(..80) } else { 2 },
+        read: false,
         first_token_ms: r.u64(20..3_000),
         pace_ms: r.u64(5..600),
+    }
+}
+
+/// Peers that are hostile or unlucky, drawn beside the rest.
+fn of_peers(
+    r: &mut fastrand::Rng,
+    node_count: usize,
+    models: usize,
+    horizon_ms: u64,
+    node_timeout: Duration,
+    steps: &mut Vec<(u64, Step)>,
+) {
+    for _ in 0..r.usize(0..5) {
+        let (at, node) = (r.u64(..horizon_ms), r.usize(..node_count));
+        let for_ms = if r.bool() { r.u64(500..8_000) } else { r.u64(8_000..60_000) };
+        let step = match r.u8(..12) {
+            0..=5 => {
+                Step::NodeFault { node, fault: NodeFault::ALL[r.usize(..NodeFault::ALL.len())].1, for_ms }
+            }
+            6 => Step::NodeFault { node, fault: NodeFault::Denies, for_ms },
+            7 => Step::Shortage { for_ms: for_ms.min(10_000) },
+            8 => Step::DoubleReports { node, for_ms: for_ms + 20_000 },
+            9 => Step::Retire { model: r.usize(..models), for_ms },
+            10 => Step::DeleteSession { session: r.u128(1..=4) },
+            _ => Step::ShutdownControl { grace_ms: r.u64(100..8_000), down_ms: r.u64(10..10_000) },
+        };
+        steps.push((at, step));
+    }
+    // All fall silent at once while one of them cannot be dialled, and has not been for a while.
+    if node_count >= 3 && r.u8(..6) == 0 {
+        let silent_ms = u64::try_from(node_timeout.as_millis()).unwrap_or(u64::MAX) * 3;
+        let (at, node) = (r.u64(..horizon_ms), r.usize(..node_count));
+        let undialled_ms = silent_ms * 2 + 30_000;
+        steps.push((at, Step::Partition { node, to_cp: false, to_node: true, for_ms: undialled_ms }));
+        steps.push((at + silent_ms / 2 + 20_000, Step::LoseHeartbeats { for_ms: silent_ms }));
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use task_scheduler::{FullLane, Strategy, Timing};
 
-use crate::draw::{NodePlan, Plan, Replays, Step, TaskPlan};
+use crate::draw::{NodeFault, NodePlan, Plan, Replays, Step, TaskPlan};
 use crate::world::World;
 
 fn folder() -> PathBuf {
@@ -80,6 +80,7 @@ pub fn parse(text: &str) -> Result<Plan, String> {
         lost: 0,
         doubled: 0,
         late: 0,
+        read: false,
         first_token_ms: 2_000,
         pace_ms: 500,
     };
@@ -93,10 +94,25 @@ pub fn parse(text: &str) -> Result<Plan, String> {
     Ok(plan)
 }
 
+/// What may stand behind a node and a task; a value is behind the equals sign.
+const NODE_FLAGS: &[&str] = &["odd", "on_demand", "ttl_ms="];
+const TASK_FLAGS: &[&str] = &["batch", "poison", "bad", "crashes", "continue", "replay", "pin=", "session="];
+
+/// Whether each is one of those, and has a value where it needs one that can be read.
+fn are_known(flags: &[&str], known: &[&str]) -> bool {
+    flags.iter().all(|flag| match flag.split_once('=') {
+        None => known.contains(flag),
+        Some((name, value)) => {
+            let is_number = name == "pin" || value.parse::<u64>().is_ok();
+            known.contains(&format!("{name}=").as_str()) && is_number && !value.is_empty()
+        }
+    })
+}
+
 fn parse_line(plan: &mut Plan, line: &str) -> Option<()> {
     let words: Vec<&str> = line.split_whitespace().collect();
     match words.as_slice() {
-        ["node", "slots", slots, flags @ ..] => plan.nodes.push(NodePlan {
+        ["node", "slots", slots, flags @ ..] if are_known(flags, NODE_FLAGS) => plan.nodes.push(NodePlan {
             slots: slots.parse().ok()?,
             replicas: 1,
             model: 0,
@@ -104,14 +120,16 @@ fn parse_line(plan: &mut Plan, line: &str) -> Option<()> {
             odd: flags.contains(&"odd"),
             on_demand: flags.contains(&"on_demand"),
             ttl_ms: flags.iter().find_map(|flag| flag.strip_prefix("ttl_ms=")?.parse().ok()),
+            second: None,
         }),
-        ["task", "tokens", tokens, flags @ ..] => plan.tasks.push(TaskPlan {
+        ["task", "tokens", tokens, flags @ ..] if are_known(flags, TASK_FLAGS) => plan.tasks.push(TaskPlan {
             model: 0,
             batch: flags.contains(&"batch"),
             tokens: tokens.parse().ok()?,
             deadline_ms: None,
             poison: flags.contains(&"poison"),
             bad: flags.contains(&"bad"),
+            crashes: flags.contains(&"crashes"),
             recovery: if flags.contains(&"replay") {
                 Some(Replays::FromTheStart)
             } else {
@@ -153,6 +171,15 @@ fn parse_step(words: &[&str]) -> Option<Step> {
         ["resume", i] => Step::Resume { node: node(i)? },
         ["twin", i] => Step::Twin { node: node(i)? },
         ["restart-control", "down", ms] => Step::RestartControl { down_ms: n(ms)? },
+        ["fault", i, name, "for", ms] => {
+            let (_, fault) = NodeFault::ALL.into_iter().find(|(known, _)| known == name)?;
+            Step::NodeFault { node: node(i)?, fault, for_ms: n(ms)? }
+        }
+        ["shortage", "for", ms] => Step::Shortage { for_ms: n(ms)? },
+        ["double-reports", i, "for", ms] => Step::DoubleReports { node: node(i)?, for_ms: n(ms)? },
+        ["shutdown-control", "grace", grace, "down", ms] => {
+            Step::ShutdownControl { grace_ms: n(grace)?, down_ms: n(ms)? }
+        }
         ["stall-control", "for", ms] => Step::StallControl { for_ms: n(ms)? },
         _ => return None,
     })
@@ -177,6 +204,12 @@ mod tests {
             parse("node slots 1\nat 5 explode n1").unwrap_err(),
             "line 2: \"at 5 explode n1\" is no step"
         );
+        for line in
+            ["node slots 1 on-demand", "task tokens 5 posion", "task tokens 5 session=x", "set sede 3"]
+        {
+            let why = parse(&format!("node slots 1\n{line}")).unwrap_err();
+            assert!(why.contains("line 2") && why.contains(line), "{why}");
+        }
     }
 
     // CLOUD-1900
@@ -185,6 +218,15 @@ mod tests {
         let (coverage, failure) = crate::run_seeds(1, 150, None, &|_| {});
         assert_eq!(failure.map(|f| (f.seed, f.what)), None);
         assert!(coverage.dispatches > 1_000);
+    }
+
+    // CLOUD-1770
+    #[test]
+    fn readers_change_nothing_of_what_the_control_plane_does() {
+        for seed in 1..=60 {
+            let [quiet, watched] = [false, true].map(|read| crate::runner::digest(seed, read));
+            assert_eq!(quiet, watched, "seed {seed}");
+        }
     }
 
     // CLOUD-1902

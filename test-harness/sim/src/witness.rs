@@ -9,7 +9,9 @@ use pool_registry_types::error::EndCause;
 use pool_registry_types::node::{Intent, Liveness};
 use pool_registry_types::placement::Wishes;
 use pool_registry_types::view::{ClusterView, NodeView};
-use pool_registry_types::{AttemptId, ErrorCode, Moment, NodeId, PoolKey, TaskId};
+use pool_registry_types::{
+    AttemptId, ErrorBody, ErrorCode, ModelRef, Moment, NodeId, PoolId, PoolKey, TaskId,
+};
 use task_scheduler::{ControlCore, Dispatch, HowEnded, Overdue, TaskLog};
 
 use crate::draw::{MAX_TURNS, Plan, TaskPlan};
@@ -39,6 +41,18 @@ pub(crate) struct Seen {
     dispatches: u32,
     /// Before this, no wait of it is over.
     patient_until: Moment,
+    /// Its own, which ends it wherever it is.
+    deadline: Option<Moment>,
+    /// It alone has brought an engine down.
+    culprit: bool,
+    /// It is one of several that may have.
+    suspect: bool,
+    /// The pools whose nodes have found it wrong.
+    rejected_by: Vec<PoolKey>,
+    /// A client wants its end.
+    canceled: bool,
+    /// Interactive starts in a row while it waited and could have had the slot.
+    passed_over: u32,
 }
 
 /// Errors of one pool's engine in a row, those side by side and those of one task counted once.
@@ -47,6 +61,13 @@ struct Sick {
     /// The tasks that count, each with its failure.
     tasks: BTreeMap<TaskId, Moment>,
     /// The last failure, whether or not it counts any more.
+    last: Moment,
+}
+
+/// Failures of a node itself in a row, those side by side counted once.
+#[derive(Debug, Default, Clone, Copy)]
+struct Failing {
+    times: u32,
     last: Moment,
 }
 
@@ -74,8 +95,18 @@ pub(crate) struct Witness {
     /// The last time at which the control plane itself stood still.
     pub(crate) stalled_until: Moment,
     pub(crate) stall_total_ms: u64,
-    /// Nodes silent at once, with no failed connection: since when.
-    pub(crate) last_dial_failure: Option<Moment>,
+    /// When most nodes were silent the last time.
+    most_silent: Option<Moment>,
+    /// When a node that had been dialled well before could not be dialled.
+    last_dial_failure: Option<Moment>,
+    /// Nodes that could be dialled the last time.
+    well: BTreeSet<NodeId>,
+    /// Nodes that refused the control plane itself, and have not let it in since.
+    denied: BTreeSet<NodeId>,
+    failing: BTreeMap<NodeId, Failing>,
+    /// When each model was last reported.
+    models: BTreeMap<usize, Moment>,
+    retired: BTreeSet<usize>,
     pub(crate) offline_at: BTreeMap<NodeId, Moment>,
     /// Nodes that an operator has drained and not resumed.
     pub(crate) draining: BTreeSet<NodeId>,
@@ -120,6 +151,7 @@ impl Witness {
             queued_since: Some(now),
             wishes: plan.wishes.clone(),
             continues: plan.recovery.is_some(),
+            deadline,
             patient_until: deadline.unwrap_or(Moment::NEVER).min(now + queue_timeout),
             ..Seen::default()
         };
@@ -131,6 +163,60 @@ impl Witness {
             return Err(format!("session {session} was given turn {turns}"));
         }
         Ok(())
+    }
+
+    /// A client wants the end of its task.
+    pub(crate) fn canceled(&mut self, task: TaskId) {
+        if let Some(seen) = self.tasks.get_mut(&task).filter(|seen| seen.terminal.is_none()) {
+            seen.canceled = true;
+        }
+    }
+
+    /// [2] A cancel is answered only when the task has its end.
+    pub(crate) fn cancel_answered(&self, task: TaskId) -> Result<(), Broken> {
+        match self.tasks.get(&task) {
+            Some(seen) if seen.terminal.is_none() => {
+                Err(format!("[2] the cancel of {task} is answered before its end"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn session_deleted(&mut self, session: u128) {
+        self.turns.remove(&session);
+    }
+
+    pub(crate) fn retires(&mut self, model: usize, retired: bool) {
+        if retired {
+            self.retired.insert(model)
+        } else {
+            self.retired.remove(&model)
+        };
+    }
+
+    /// A report was taken that has these models in pools which have them, load them or could.
+    pub(crate) fn reported(&mut self, now: Moment, models: &[ModelRef]) {
+        for model in models {
+            if let Ok(model) = model.as_str()[1..].parse() {
+                self.models.insert(model, now);
+            }
+        }
+    }
+
+    /// Somebody answered at the node's address with its name.
+    pub(crate) fn dialled(&mut self, node_id: &NodeId) {
+        self.well.insert(node_id.clone());
+    }
+
+    pub(crate) fn dial_failed(&mut self, now: Moment, node_id: &NodeId) {
+        if self.well.remove(node_id) {
+            self.last_dial_failure = Some(now);
+        }
+    }
+
+    /// The node has let the control plane in, or is another process.
+    pub(crate) fn let_in(&mut self, node_id: &NodeId) -> bool {
+        self.denied.remove(node_id)
     }
 
     /// An operator's wish has reached the core.
@@ -146,6 +232,14 @@ impl Witness {
         self.sick.retain(|pool, _| pool.node_id != *node_id);
     }
 
+    /// Another process has the node's name.
+    pub(crate) fn boot_is_new(&mut self, node_id: &NodeId) {
+        self.denied.remove(node_id);
+        self.failing.remove(node_id);
+        self.broken.remove(node_id);
+        self.well.remove(node_id);
+    }
+
     /// A token of the task has come: its pool is well. The first one, and the end, are a success.
     pub(crate) fn got_through(&mut self, now: Moment, task: TaskId, success: bool) {
         if let Some((_, pool)) = self.tasks.get(&task).and_then(|seen| seen.open.as_ref()) {
@@ -155,9 +249,19 @@ impl Witness {
             }
             self.failed.remove(pool);
             self.broken.remove(&pool.node_id);
+            self.failing.remove(&pool.node_id);
             let served = self.served.entry(pool.clone()).or_default();
             served.retain(|(_, other)| *other != task);
             served.push((now, task));
+        }
+    }
+
+    /// A node has taken the task: who had found it wrong has failed it.
+    pub(crate) fn accepted(&mut self, task: TaskId) {
+        for pool in
+            self.tasks.get_mut(&task).map(|seen| std::mem::take(&mut seen.rejected_by)).unwrap_or_default()
+        {
+            self.failed.entry(pool).or_default().insert(task);
         }
     }
 
@@ -203,7 +307,24 @@ impl Witness {
         if !pool.report.models.contains(&dispatch.request.model_ref) {
             return Err(format!("[5] dispatched to {}, which lacks the model", dispatch.pool));
         }
-        let open = self.tasks.values().filter(|t| t.open.as_ref().is_some_and(|(_, p)| *p == dispatch.pool));
+        if self.denied.contains(&dispatch.pool.node_id) {
+            return Err(format!("[5] dispatched to {}, which does not let us in", dispatch.pool));
+        }
+        let model = self.tasks.get(&dispatch.task).map(|seen| seen.model);
+        if model.is_some_and(|model| self.retired.contains(&model)) {
+            return Err(format!("[5] dispatched to {}, whose model is retired", dispatch.pool));
+        }
+        // What runs at a replica that takes nothing has no slot of the others.
+        let leaving: BTreeSet<AttemptId> = pool
+            .report
+            .replicas
+            .iter()
+            .filter(|r| !r.ready)
+            .flat_map(|r| r.attempts.iter().copied())
+            .collect();
+        let open = self.tasks.values().filter(|t| {
+            t.open.as_ref().is_some_and(|(attempt, p)| *p == dispatch.pool && !leaving.contains(attempt))
+        });
         let open = open.count();
         if open >= pool.slots_total as usize {
             return Err(format!(
@@ -212,6 +333,17 @@ impl Witness {
             ));
         }
         let seen = self.tasks.get(&dispatch.task).ok_or("dispatched a task that was never admitted")?;
+        if seen.culprit {
+            return Err(format!(
+                "{} has brought an engine down alone, and is given {}",
+                dispatch.task, dispatch.pool
+            ));
+        }
+        let beside =
+            |other: &Seen| other.suspect && other.open.as_ref().is_some_and(|(_, p)| *p == dispatch.pool);
+        if seen.suspect && self.tasks.values().any(beside) {
+            return Err(format!("two that may have brought an engine down run on {}", dispatch.pool));
+        }
         if let Some((attempt, pool)) = &seen.open {
             return Err(format!(
                 "[3] dispatched {} while attempt {attempt} on {pool} has not ended",
@@ -234,28 +366,57 @@ impl Witness {
                 return Err(format!("{} gets more than one attempt after {sick:?}", dispatch.pool));
             }
         }
+        let failing = self.failing.get(&dispatch.pool.node_id).copied().unwrap_or_default();
+        if failing.times >= 3 {
+            let rest = std::time::Duration::from_secs(1);
+            let since = self.tasks.values().filter_map(|task| task.open.as_ref()).any(|(attempt, pool)| {
+                pool.node_id == dispatch.pool.node_id
+                    && self.dispatched.get(attempt).is_some_and(|at| *at > failing.last)
+            });
+            if since || now < failing.last + rest {
+                return Err(format!(
+                    "{} gets more than one attempt after {failing:?}",
+                    dispatch.pool.node_id
+                ));
+            }
+        }
         if dispatch.first_index != seen.tokens {
             return Err(format!(
                 "[3] {} goes on at {} where {} was next",
                 dispatch.task, dispatch.first_index, seen.tokens
             ));
         }
-        let older = self.tasks.iter().find(|(_, other)| {
+        let could_have_it = |other: &Seen| {
+            let wishes = other.wishes.as_ref();
             other.queued_since.is_some()
-                && other.number < seen.number
                 && other.model == seen.model
-                && other.batch == seen.batch
+                && !other.suspect
                 && !other.tried.contains(&dispatch.pool)
-                && other
-                    .wishes
-                    .as_ref()
-                    .is_none_or(|wishes| Self::is_where_it_must(wishes, &dispatch.pool, node))
+                && wishes.is_none_or(|wishes| Self::is_where_it_must(wishes, &dispatch.pool, node))
+        };
+        let older = self.tasks.iter().find(|(_, other)| {
+            other.number < seen.number && other.batch == seen.batch && could_have_it(other)
         });
         if let Some((older, _)) = older {
             return Err(format!("[6] {} started before the older {older}", dispatch.task));
         }
+        // [6] one start in eight is batch while both wait.
+        let (model, batch) = (seen.model, seen.batch);
+        let waits = self.tasks.iter().filter(|(_, other)| other.batch && could_have_it(other));
+        let passed_over: Vec<TaskId> = waits.map(|(id, _)| *id).collect();
+        for (id, other) in self.tasks.iter_mut().filter(|(_, other)| other.batch && other.model == model) {
+            other.passed_over =
+                if batch { 0 } else { other.passed_over + u32::from(passed_over.contains(id)) };
+            if other.passed_over >= 8 {
+                return Err(format!(
+                    "[6] {} is the eighth that starts before the batch task {id}",
+                    dispatch.task
+                ));
+            }
+        }
         let seen = self.tasks.get_mut(&dispatch.task).expect("looked up above");
         seen.queued_since = None;
+        seen.passed_over = 0;
         seen.dispatches += 1;
         seen.open = Some((dispatch.attempt, dispatch.pool.clone()));
         self.dispatched.insert(dispatch.attempt, now);
@@ -278,10 +439,22 @@ impl Witness {
         let (_, pool) = seen.open.take_if(|(open, _)| *open == attempt)?;
         let mut failed = None;
         match how {
-            HowEnded::NodeError(_) => drop(self.broken.remove(&pool.node_id)),
-            HowEnded::Broken(_) | HowEnded::TimedOut(Overdue::Silence) => {
-                *self.broken.entry(pool.node_id.clone()).or_default() += 1;
+            HowEnded::NodeError(_) => {
+                self.broken.remove(&pool.node_id);
+                self.failing.remove(&pool.node_id);
             }
+            HowEnded::Broken(_)
+            | HowEnded::NoAnswer(_)
+            | HowEnded::NodeFailed(_)
+            | HowEnded::TimedOut(Overdue::Silence | Overdue::Acceptance) => {
+                *self.broken.entry(pool.node_id.clone()).or_default() += 1;
+                let failing = self.failing.entry(pool.node_id.clone()).or_default();
+                let at = self.dispatched.get(&attempt).copied().unwrap_or_default();
+                if failing.times == 0 || at > failing.last {
+                    *failing = Failing { times: failing.times + 1, last: now };
+                }
+            }
+            HowEnded::Denied(_) => drop(self.denied.insert(pool.node_id.clone())),
             _ => {}
         }
         let dispatched = self.dispatched.remove(&attempt).unwrap_or_default();
@@ -314,10 +487,25 @@ impl Witness {
         }
         let seen = self.tasks.get_mut(&task)?;
         let (free, died) = match how {
-            HowEnded::Refused(_) | HowEnded::NeverSent(_) => (true, false),
+            HowEnded::Refused(_) | HowEnded::NeverSent(_) | HowEnded::OwnShortage { .. } => (true, false),
+            HowEnded::Denied(_) | HowEnded::NodeFailed(_) | HowEnded::Rejected(_) => {
+                seen.rejected_by.extend(matches!(how, HowEnded::Rejected(_)).then(|| pool.clone()));
+                seen.tried.push(pool.clone());
+                if !matches!(how, HowEnded::Rejected(_)) {
+                    // The node has failed it, whichever pool of it is asked.
+                    let names = ["pool-0", "pool-1"].map(|name| PoolId::new(name).expect("a valid pool id"));
+                    seen.tried.extend(names.map(|name| PoolKey::new(pool.node_id.clone(), name)));
+                }
+                (true, false)
+            }
             HowEnded::NodeError(body) if body.code == ErrorCode::PoolUnready => (true, false),
             HowEnded::NodeError(body) => {
-                (false, matches!(body.cause, Some(EndCause::EngineDied | EndCause::EngineTimeout)))
+                let alone = body.crash.as_ref().is_some_and(|crash| crash.suspects == 1);
+                let suspect = body.crash.as_ref().is_some_and(|crash| crash.suspect);
+                seen.culprit |= alone && suspect;
+                seen.suspect |= suspect;
+                let died = matches!(body.cause, Some(EndCause::EngineDied | EndCause::EngineTimeout));
+                (false, died && !alone)
             }
             HowEnded::TimedOut(Overdue::FirstToken | Overdue::TokenIdle) => (false, true),
             _ => (false, false),
@@ -356,9 +544,51 @@ impl Witness {
     }
 
     /// What a terminal error must have behind it.
-    pub(crate) fn closed(&self, now: Moment, task: TaskId, code: ErrorCode) -> Result<(), Broken> {
+    pub(crate) fn closed(
+        &self,
+        now: Moment,
+        task: TaskId,
+        error: &ErrorBody,
+        core: &ControlCore,
+        plan: &Plan,
+    ) -> Result<(), Broken> {
         let seen = self.tasks.get(&task).ok_or("a terminal error without a task")?;
-        match code {
+        if seen.canceled && seen.queued_since.is_none() && error.code == ErrorCode::Draining {
+            return Err(format!("{task} was canceled, and ends with DRAINING"));
+        }
+        match error.code {
+            ErrorCode::PoolUnavailable if seen.culprit => {
+                if error.retriable {
+                    Err(format!("{task} brings engines down, and may be sent again"))
+                } else {
+                    Ok(())
+                }
+            }
+            ErrorCode::ModelNotAvailable | ErrorCode::NodeUnavailable => {
+                self.unavailable(now, error.code, seen.model, seen.wishes.as_ref(), core, plan)
+            }
+            ErrorCode::InvalidParams => {
+                let view = core.view(now);
+                let takes = |node: &NodeView| {
+                    let pools = node
+                        .pools
+                        .iter()
+                        .filter(|pool| pool.report.ready && !pool.report.draining && !pool.tripped);
+                    let open = node.liveness == Liveness::Online && node.intent == Intent::Serving;
+                    open && pools.into_iter().any(|pool| {
+                        let key = PoolKey::new(node.node_id.clone(), pool.report.pool_id.clone());
+                        let has = pool.report.models.iter().any(|m| m.as_str() == format!("m{}", seen.model));
+                        let wishes = seen.wishes.as_ref();
+                        has && !seen.rejected_by.contains(&key)
+                            && wishes.is_none_or(|wishes| Self::is_where_it_must(wishes, &key, node))
+                    })
+                };
+                match view.nodes.iter().find(|node| takes(node)) {
+                    Some(node) => Err(format!("{task} was refused, and {} was not asked", node.node_id)),
+                    None if seen.rejected_by.is_empty() => Err(format!("{task} was refused by no node")),
+                    None => Ok(()),
+                }
+            }
             ErrorCode::PoolUnavailable if seen.tries < 3 && seen.engine_deaths < 2 && !seen.own_fault => {
                 Err(format!(
                     "{task} ended as tried out after {} tries and {} dead engines",
@@ -370,19 +600,79 @@ impl Witness {
             {
                 Err(format!("{task} continues, and was given up after {} tries", seen.tries))
             }
+            ErrorCode::DeadlineExceeded
+                if seen.deadline.is_some_and(|at| {
+                    let stall = std::time::Duration::from_millis(self.stall_total_ms);
+                    now > at + std::time::Duration::from_secs(1) + stall
+                }) =>
+            {
+                Err(format!("[6] {task} ended at {} ms, long after its deadline", now.as_millis()))
+            }
             ErrorCode::DeadlineExceeded if now < seen.patient_until => {
                 Err(format!("{task} ended for want of time before {} ms", seen.patient_until.as_millis()))
             }
             ErrorCode::QueueFullDropLru if seen.dispatches > 0 => {
                 Err(format!("{task} has run, and was dropped for a newer one"))
             }
-            ErrorCode::NodeUnavailable
-                if seen.wishes.as_ref().is_none_or(|wishes| wishes.pinned_node().is_none()) =>
-            {
-                Err(format!("{task} is pinned to no node, and ended for want of one"))
-            }
             ErrorCode::WorkerReset if seen.tokens == 0 => {
                 Err(format!("{task} ended with WORKER_RESET without a token"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// When a task may be told that there is no model, or no node, for it.
+    fn unavailable(
+        &self,
+        now: Moment,
+        code: ErrorCode,
+        model: usize,
+        wishes: Option<&Wishes>,
+        core: &ControlCore,
+        plan: &Plan,
+    ) -> Result<(), Broken> {
+        let pinned = wishes.and_then(Wishes::pinned_node);
+        let liveness = pinned.and_then(|node_id| core.registry().liveness(node_id));
+        let draining =
+            pinned.is_some_and(|node_id| core.registry().intent(node_id) == Some(Intent::Draining));
+        if code == ErrorCode::NodeUnavailable {
+            let Some(node_id) = pinned else {
+                return Err("pinned to no node, and ended for want of one".into());
+            };
+            let there = matches!(liveness, Some(Liveness::Online | Liveness::Suspect));
+            return if there && !draining {
+                Err(format!("ended for want of {node_id}, which is {liveness:?}"))
+            } else {
+                Ok(())
+            };
+        }
+        if self.retired.contains(&model) {
+            return Ok(());
+        }
+        if let Some(node_id) = pinned.filter(|_| liveness.is_some_and(|l| l != Liveness::Online)) {
+            return Err(format!(
+                "ended for want of its model, and {node_id}, to which it is pinned, is {liveness:?}"
+            ));
+        }
+        let reported = self.models.get(&model).copied();
+        match reported.filter(|at| now < *at + plan.timing.node_timeout) {
+            Some(at) => Err(format!("ended for want of m{model}, reported at {} ms", at.as_millis())),
+            None => Ok(()),
+        }
+    }
+
+    /// A task was refused at admission.
+    pub(crate) fn refused(
+        &self,
+        now: Moment,
+        error: &ErrorBody,
+        task: &TaskPlan,
+        core: &ControlCore,
+        plan: &Plan,
+    ) -> Result<(), Broken> {
+        match error.code {
+            ErrorCode::ModelNotAvailable | ErrorCode::NodeUnavailable => {
+                self.unavailable(now, error.code, task.model, task.wishes.as_ref(), core, plan)
             }
             _ => Ok(()),
         }
@@ -413,6 +703,10 @@ impl Witness {
             }
         }
         let stall = std::time::Duration::from_millis(self.stall_total_ms);
+        // Where most are silent at once, the control plane may suspect itself, for one more timeout.
+        if self.life.len() >= 3 && self.silent_at(now, plan) * 2 > self.life.len() {
+            self.most_silent = Some(now);
+        }
         for (node_id, life) in &self.life {
             let Some(liveness) = core.registry().liveness(node_id) else { continue };
             let silence = plan.timing.silence() + GRACE + stall;
@@ -422,7 +716,8 @@ impl Witness {
                     now.millis_since(life.heartbeat)
                 ));
             }
-            let longest = plan.timing.node_timeout * 2 + GRACE + stall;
+            let leases = if self.most_silent.is_some_and(|at| at >= life.any) { 2 } else { 1 };
+            let longest = plan.timing.node_timeout * leases + GRACE + stall;
             if liveness != Liveness::Offline && now > life.any + longest {
                 return Err(format!(
                     "[7] {node_id} is {liveness:?}, {} ms after its last sign",
@@ -443,7 +738,7 @@ impl Witness {
                 let last = self.life.values().map(|l| l.heartbeat).max().unwrap_or_default();
                 let together = last.since(first) < plan.timing.heartbeat_interval;
                 let silent = self.silent_at(now, plan);
-                let connected = self.last_dial_failure.is_none();
+                let connected = self.last_dial_failure.is_none_or(|at| at < first);
                 if self.life.len() >= 3
                     && silent == self.life.len()
                     && together

@@ -12,14 +12,14 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
 use pool_registry_types::node::{
-    Heartbeat, HeartbeatAnswer, Intent, IntentOrder, LiveAnswer, RegisterAnswer, RegisterRequest,
+    Heartbeat, HeartbeatAnswer, Intent, IntentOrder, RegisterAnswer, RegisterRequest,
 };
 use pool_registry_types::{AttemptId, BootId, Epoch, ErrorBody, Moment, NodeId, ReplicaId, TaskId};
-use task_scheduler::{Dispatch, ReplyTo};
+use task_scheduler::{Dispatch, HowEnded, ProbeOutcome, ReplyTo};
 use uuid::Uuid;
 
 use crate::coverage::Coverage;
-use crate::draw::{Plan, Step};
+use crate::draw::{NodeFault, Plan, Step};
 use crate::witness::{Broken, Witness};
 use control::Control;
 use node::SimNode;
@@ -56,6 +56,8 @@ pub(crate) enum Piece {
         replica_id: ReplicaId,
     },
     Refusal(ErrorBody),
+    /// The node's answer before it takes an attempt.
+    Answer(Box<HowEnded>),
     Token(u64),
     End(u64),
     Error(ErrorBody),
@@ -123,6 +125,7 @@ pub(crate) enum What {
         life: u64,
         node: usize,
         address: String,
+        authorized: bool,
     },
     IntentArrives {
         life: u64,
@@ -141,7 +144,7 @@ pub(crate) enum What {
         life: u64,
         node_id: NodeId,
         address: String,
-        answer: Result<LiveAnswer, String>,
+        outcome: ProbeOutcome,
     },
     NodeTimer {
         node: usize,
@@ -193,6 +196,16 @@ pub(crate) enum What {
     NodeBack {
         node: usize,
     },
+    /// The grace of a control plane that shuts down is over.
+    CutOff {
+        life: u64,
+        down_ms: u64,
+    },
+    /// It ends.
+    ControlEnds {
+        life: u64,
+        down_ms: u64,
+    },
     ControlBack,
 }
 
@@ -206,6 +219,10 @@ pub(crate) enum Heal {
     SickEngine { node: usize },
     ForeignLoad { node: usize },
     BusyEngine { node: usize },
+    NodeFault { node: usize },
+    Shortage,
+    DoubleReports { node: usize },
+    Retire { model: usize },
     Stall,
 }
 
@@ -282,6 +299,14 @@ pub struct World {
     pub(crate) nodes: Vec<SimNode>,
     pub(crate) links: Vec<Link>,
     pub(crate) heartbeats_lost: u32,
+    /// What nodes themselves make of attempts, and how many faults of theirs last.
+    pub(crate) node_faults: Vec<(Option<NodeFault>, u32)>,
+    pub(crate) shortage: u32,
+    pub(crate) double_reports: Vec<u32>,
+    /// Draws what readers look at, so that they change nothing else.
+    pub(crate) readers: fastrand::Rng,
+    /// Of all effects so far.
+    pub(crate) digest: u64,
     pub(crate) conns: BTreeMap<u64, Conn>,
     pub(crate) next_conn: u64,
     pub(crate) next_call: u64,
@@ -323,6 +348,11 @@ impl World {
             nodes: Vec::new(),
             links: vec![Link::default(); plan.nodes.len()],
             heartbeats_lost: 0,
+            node_faults: vec![(None, 0); plan.nodes.len()],
+            shortage: 0,
+            double_reports: vec![0; plan.nodes.len()],
+            readers: fastrand::Rng::with_seed(plan.seed),
+            digest: 0,
             conns: BTreeMap::new(),
             next_conn: 0,
             next_call: 0,
@@ -421,6 +451,11 @@ impl World {
         self.trace.take().unwrap_or_default()
     }
 
+    /// A number that two runs share only where the control plane has done the same in both.
+    pub fn digest(&self) -> u64 {
+        self.digest
+    }
+
     pub fn coverage(&self) -> &Coverage {
         &self.coverage
     }
@@ -459,6 +494,13 @@ impl World {
             let delay = self.delay() + self.random.u64(..3_000);
             self.after_ms(delay, What::CallArrives { caller, call: call.clone() });
         }
+        let call = match call {
+            Call::Heartbeat(mut beat) if self.double_reports[caller.node] > 0 => {
+                beat.pools.extend(beat.pools.clone());
+                Call::Heartbeat(beat)
+            }
+            call => call,
+        };
         let mut delay = self.delay();
         if self.per_mille(self.plan.late) {
             self.coverage.hit("message: late");
@@ -528,8 +570,8 @@ impl World {
             What::RelayTimer { life, attempt } => self.relay_timer(life, attempt),
             What::Fence { life, task, attempt } => self.fence(life, task, attempt),
             What::StreamArrives { conn, piece } => self.stream_arrives(conn, piece),
-            What::ProbeAnswered { life, node_id, address, answer } => {
-                self.probe_answered(life, node_id, address, answer);
+            What::ProbeAnswered { life, node_id, address, outcome } => {
+                self.probe_answered(life, node_id, address, outcome);
             }
             What::IntentAnswered { life, node_id, to, order, outcome } => {
                 self.intent_answered(life, node_id, to, order, outcome);
@@ -538,6 +580,8 @@ impl World {
                 self.witness.next_life();
                 self.start_control();
             }
+            What::CutOff { life, down_ms } => self.cut_off(life, down_ms),
+            What::ControlEnds { life, down_ms } => self.control_ends(life, down_ms),
             What::NodeBack { node } => self.start_node(node),
             other => self.handle_at_node(other),
         }
@@ -619,6 +663,37 @@ impl World {
                     self.after_ms(down_ms, What::ControlBack);
                 }
             }
+            Step::NodeFault { node, fault, for_ms } => {
+                self.coverage.hit(match fault {
+                    NodeFault::Denies => "fault: node denies",
+                    NodeFault::Rejects => "fault: node rejects",
+                    NodeFault::Fails => "fault: node fails",
+                    NodeFault::Refuses(_) => "fault: node refuses",
+                    NodeFault::Resets => "fault: node resets",
+                    NodeFault::SaysNothing => "fault: node says nothing",
+                });
+                let (present, lasting) = &mut self.node_faults[node];
+                *present = Some(fault);
+                *lasting += 1;
+                self.after_ms(for_ms, What::Heal(Heal::NodeFault { node }));
+            }
+            Step::Shortage { for_ms } => {
+                self.coverage.hit("fault: own shortage");
+                self.shortage += 1;
+                self.after_ms(for_ms, What::Heal(Heal::Shortage));
+            }
+            Step::DoubleReports { node, for_ms } => {
+                self.coverage.hit("fault: reports doubled");
+                self.double_reports[node] += 1;
+                self.after_ms(for_ms, What::Heal(Heal::DoubleReports { node }));
+            }
+            Step::ShutdownControl { grace_ms, down_ms } => self.shut_down(grace_ms, down_ms),
+            Step::Retire { model, for_ms } => {
+                self.coverage.hit("fault: model retired");
+                self.retire(model, true);
+                self.after_ms(for_ms, What::Heal(Heal::Retire { model }));
+            }
+            Step::DeleteSession { session } => self.delete_session(session),
             Step::StallControl { for_ms } => {
                 self.loads.disturbed = Some(self.now + std::time::Duration::from_millis(for_ms));
                 if self.control.is_some() && self.stall_until.is_none() {
@@ -648,13 +723,28 @@ impl World {
             Heal::SickEngine { node } => self.nodes[node].sick -= 1,
             Heal::ForeignLoad { node } => self.nodes[node].foreign = 0,
             Heal::BusyEngine { node } => self.nodes[node].busy -= 1,
+            Heal::NodeFault { node } => {
+                let (present, lasting) = &mut self.node_faults[node];
+                *lasting -= 1;
+                if *lasting == 0 {
+                    let denied = *present == Some(NodeFault::Denies);
+                    *present = None;
+                    // A rotation of tokens is finished here, or there.
+                    if denied && self.random.bool() {
+                        self.tokens_changed();
+                    }
+                }
+            }
+            Heal::Shortage => self.shortage -= 1,
+            Heal::DoubleReports { node } => self.double_reports[node] -= 1,
+            Heal::Retire { model } => self.retire(model, false),
             Heal::Stall => {
                 self.stall_until = None;
-                // The mailbox is read before the timer.
+                // What is due comes before the mailbox.
                 let (timers, mail): (Vec<What>, Vec<What>) = std::mem::take(&mut self.stalled)
                     .into_iter()
                     .partition(|what| matches!(what, What::ControlTimer { .. }));
-                for what in mail.into_iter().chain(timers) {
+                for what in timers.into_iter().chain(mail) {
                     self.handle(what);
                 }
             }
@@ -687,6 +777,11 @@ fn is_for_control(what: &What) -> bool {
                     | Step::Drain { .. }
                     | Step::Resume { .. }
                     | Step::Twin { .. }
+                    | Step::ShutdownControl { .. }
+                    | Step::Retire { .. }
+                    | Step::DeleteSession { .. }
             )
+            | What::CutOff { .. }
+            | What::Heal(Heal::Retire { .. } | Heal::NodeFault { .. })
     )
 }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use task_scheduler::Event;
 use utoipa::ToSchema;
 
-use super::on_disk;
+use super::{defect, on_disk};
 use crate::app::state::AppState;
 use crate::services::catalog::{Catalog, ModelEntry, ModelState, Verification};
 
@@ -80,16 +80,13 @@ async fn change<T: Send + 'static>(
 ) -> Result<T, ApiError> {
     let (catalog, control) = (Arc::clone(&state.catalog), state.control.clone());
     let order = Arc::clone(&state.catalog_order);
-    let changing = tokio::spawn(async move {
+    let changing = owned_tasks::uninterrupted("change of the catalog", async move {
         let _one = order.lock().await;
         let (result, (model, retired)) = on_disk(move || work(&catalog)).await?;
         control.tell(Event::SetRetired { model, retired }).await;
         Ok(result)
     });
-    changing.await.unwrap_or_else(|error| {
-        tracing::error!(%error, "a change of the catalog did not end");
-        Err(ApiError::new(ErrorCode::Internal, "a defect in the server, see its log"))
-    })
+    changing.await.unwrap_or_else(|_| Err(defect()))
 }
 
 /// All entries.

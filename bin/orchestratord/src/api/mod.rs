@@ -25,11 +25,13 @@ fn checked<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, ApiError> {
 async fn on_disk<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ErrorBody> + Send + 'static,
 ) -> Result<T, ApiError> {
-    match tokio::task::spawn_blocking(work).await {
+    match owned_tasks::blocking("work on the disk", work).await {
         Ok(result) => result.map_err(ApiError::from),
-        Err(error) => {
-            tracing::error!(%error, "work on the disk did not end");
-            Err(ApiError::new(ErrorCode::Internal, "a defect in the server, see its log"))
-        }
+        Err(_) => Err(defect()),
     }
+}
+
+/// What whoever asked hears of a panic, which is logged where it was caught.
+fn defect() -> ApiError {
+    ApiError::new(ErrorCode::Internal, "a defect in the server, see its log")
 }

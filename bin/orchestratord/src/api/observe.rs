@@ -25,9 +25,12 @@ pub(crate) async fn live() -> StatusCode {
 /// Whether new tasks are taken.
 #[utoipa::path(get, path = paths::HEALTH_READY, tag = "observe", responses((status = 200), (status = 503, body = ErrorBody)))]
 pub(crate) async fn ready(State(state): State<AppState>) -> Result<StatusCode, ApiError> {
-    let facts = state.control.facts().await?;
+    let facts = state.control.published.facts().await?;
     if facts.draining {
         return Err(ApiError::new(ErrorCode::Draining, "the control plane is shutting down"));
+    }
+    if let Some(problem) = state.loops.problem() {
+        return Err(ApiError::new(ErrorCode::Overloaded, problem));
     }
     if facts.mass_silence {
         let message = "most nodes fell silent at once: this control plane suspects itself";
@@ -36,10 +39,10 @@ pub(crate) async fn ready(State(state): State<AppState>) -> Result<StatusCode, A
     Ok(StatusCode::OK)
 }
 
-/// Prometheus text.
+/// Prometheus text, at most 100 ms old.
 #[utoipa::path(get, path = paths::METRICS, tag = "observe", responses((status = 200, content_type = "text/plain"), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn metrics(State(state): State<AppState>) -> Result<Response, ApiError> {
-    let (facts, view) = (state.control.facts().await?, state.service_registry.view().await?);
+    let (facts, view) = (state.control.published.facts().await?, state.service_registry.view().await?);
     let mut page = metrics::page(&facts, &view);
     Ok(page.edge(state.tokens.refusals(), &state.connections, &[]).log(&[]).render())
 }

@@ -27,7 +27,7 @@ pub(crate) struct OnNode {
 type Place = Result<Query<OnNode>, QueryRejection>;
 type Ordered = Result<(StatusCode, Json<PoolOrdered>), ApiError>;
 
-/// All pools of all nodes.
+/// All pools of all nodes, at most 100 ms old.
 #[utoipa::path(get, path = paths::POOLS, tag = "pools", responses((status = 200, body = PoolList), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn list(State(state): State<AppState>) -> Result<Json<PoolList>, ApiError> {
     let view = state.service_registry.view().await?;

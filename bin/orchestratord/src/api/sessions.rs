@@ -18,7 +18,7 @@ pub(crate) async fn get(
     State(state): State<AppState>,
     PathId(id): PathId<SessionId>,
 ) -> Result<Json<SessionView>, ApiError> {
-    let session = state.control.session(id).await?;
+    let session = state.control.published.session(id);
     session.map(Json).ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("no session {id}")))
 }
 

@@ -18,7 +18,7 @@ use task_scheduler::{Answer, Event, TaskFilter};
 use utoipa::IntoParams;
 use uuid::Uuid;
 
-use super::checked;
+use super::{checked, defect};
 use crate::app::state::AppState;
 use crate::services::readers::{self, Gauge};
 use crate::services::registry::unexpected;
@@ -46,17 +46,14 @@ pub(crate) async fn submit(
     let request = Arc::new(request);
     // Whoever hangs up now may have been admitted: the task has its place all the same.
     let (control, streams) = (state.control.clone(), Arc::clone(&state.streams));
-    let admission = tokio::spawn(async move {
+    let admission = owned_tasks::uninterrupted("admission of a task", async move {
         let answer = control.call(move |reply| Event::Submit { reply, task_id, request }).await?;
         if let Some(place) = place {
             streams.hold_place(task_id, place);
         }
         Ok::<_, ErrorBody>(answer)
     });
-    let answered = admission.await.map_err(|error| {
-        tracing::error!(%error, "an admission did not end");
-        ApiError::new(ErrorCode::Internal, "a defect in the server, see its log")
-    })?;
+    let answered = admission.await.map_err(|_| defect())?;
     let accepted = match answered? {
         Answer::Submitted(accepted) => accepted,
         other => return Err(unexpected(&other).into()),
@@ -84,8 +81,14 @@ pub(crate) async fn get(
     State(state): State<AppState>,
     PathId(id): PathId<TaskId>,
 ) -> Result<Json<TaskView>, ApiError> {
-    let task = state.control.task(id).await?;
-    task.map(Json).ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("no task {id}")))
+    let published = &state.control.published;
+    let unknown = || ApiError::new(ErrorCode::NotFound, format!("no task {id}"));
+    let record = published.task(id).ok_or_else(unknown)?;
+    let position = match record.state {
+        TaskState::Queued => published.queue_position(&record).await?,
+        _ => None,
+    };
+    Ok(Json(record.view(published.now(), position)))
 }
 
 /// What a list of tasks shows.
@@ -107,7 +110,7 @@ pub(crate) struct Listing {
     limit: Option<usize>,
 }
 
-/// Tasks that wait, run or are still kept: newest first, page by page.
+/// Tasks that wait, run or are still kept: newest first, page by page, at most 100 ms old.
 #[utoipa::path(get, path = paths::TASKS, tag = "tasks", params(Listing),
     responses((status = 200, body = TaskPage), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn list(
@@ -121,7 +124,18 @@ pub(crate) async fn list(
         return Err(ApiError::new(ErrorCode::InvalidParams, message));
     }
     let filter = TaskFilter { state: of_state, node_id, model };
-    Ok(Json(state.control.tasks(filter, after, limit).await?))
+    let published = &state.control.published;
+    let below = match after {
+        None => u64::MAX,
+        Some(id) => {
+            let unknown = || {
+                let message = format!("after: task {id} is not kept any more");
+                ApiError::new(ErrorCode::NotFound, message)
+            };
+            published.task(id).ok_or_else(unknown)?.number
+        }
+    };
+    Ok(Json(published.list().await?.page(published.now(), &filter, below, limit)))
 }
 
 /// What every pool says to a task that has not ended.

@@ -60,26 +60,23 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     .await?;
     let interval = config.policy.timing.heartbeat_interval;
     let catalog = Arc::new(Catalog::open(&config.data_dir)?);
-    let home = (!config.cloud_profile).then(|| Home::new(interval, &config.runtime_dir));
+    let home = (!config.cloud_profile).then(|| Home::new(interval, &config.runtime_dir, front.loops.clone()));
     let link = match &home {
         Some(home) => NodeLink::Local(Arc::clone(&home.agent)),
         None => NodeLink::Http(Box::new(HttpLink::new(&front.tls.client, config.tokens.clone())?)),
     };
     let streams = Arc::new(Streams::new(config.event_log_bytes));
-    let relays = Arc::new(Relays { clock: Clock::default(), link, streams: Arc::clone(&streams) });
+    let clock = Clock::default();
+    let relays = Arc::new(Relays { clock, link, streams: Arc::clone(&streams) });
     let strategy = config.policy.strategy.as_str();
     let core = ControlCore::new(config.policy, Uuid::new_v4().as_u64_pair().0);
-    let (control, inbox) = placement::mailbox();
+    let (control, inbox) = placement::mailbox(clock);
     let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
     let loop_stop = CancellationToken::new();
-    let deciding = tokio::spawn(placement::run(
-        core,
-        Arc::clone(&relays),
-        control.clone(),
-        inbox,
-        tracker.clone(),
-        loop_stop.clone(),
-    ));
+    let deciding =
+        placement::run(core, Arc::clone(&relays), control.clone(), inbox, tracker.clone(), loop_stop.clone());
+    // Not started again: what it had decided may be half done. The daemon ends with it.
+    let deciding = owned_tasks::watched("control loop", deciding);
     for entry in catalog.list().into_iter().filter(|entry| entry.state == ModelState::Retired) {
         control.tell(Event::SetRetired { model: entry.model_id, retired: true }).await;
     }
@@ -104,6 +101,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         quota: Arc::clone(&quota),
         tokens: config.tokens.clone(),
         connections: Arc::clone(&counts),
+        loops: front.loops.clone(),
     };
     let gate = Gate {
         tokens: config.tokens,
@@ -113,6 +111,15 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         quota: Some(quota),
         origins: config.origins,
     };
+    let (tokens, told, ended) = (state.tokens.clone(), control.clone(), stop.clone());
+    let telling = move || {
+        let told = told.clone();
+        tokens.clone().tell_changes(ended.clone(), move || {
+            let told = told.clone();
+            async move { told.tell(Event::TokensChanged).await }
+        })
+    };
+    state.loops.start(&tracker, "changes of tokens", &stop, telling);
     let open_routes = router::metrics(state.clone());
     let shown = Shown { routes: router::router(state), gate, counts, open_routes };
     let server = front.serve(shown, &tracker, &stop);
@@ -145,7 +152,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
 async fn finish_tasks(control: &Control, grace: Duration) {
     let finished = async {
         // A full mailbox is no answer: look again.
-        while control.facts().await.map_or(true, |facts| facts.running + facts.queued > 0) {
+        while control.published.facts_now().await.map_or(true, |facts| facts.running + facts.queued > 0) {
             tokio::time::sleep(LOOK_EVERY).await;
         }
     };

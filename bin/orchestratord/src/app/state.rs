@@ -5,6 +5,7 @@ use std::sync::Arc;
 use daemon_kit::Tokens;
 use daemon_kit::connections::Counts;
 use daemon_kit::quota::Quota;
+use owned_tasks::Loops;
 
 use crate::services::addresses::NodeAddresses;
 use crate::services::artifacts::Artifacts;
@@ -34,4 +35,5 @@ pub(crate) struct AppState {
     pub(crate) quota: Arc<Quota>,
     pub(crate) tokens: Tokens,
     pub(crate) connections: Arc<Counts>,
+    pub(crate) loops: Loops,
 }

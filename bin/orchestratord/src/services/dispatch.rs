@@ -3,7 +3,6 @@
 //! A relay looks at frames, it does not rewrite them. It ends with one word to the control loop
 //! ([`Event::Ended`]), and only after it has fenced its log.
 
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -46,14 +45,20 @@ impl Relays {
         control: Control,
         closed: CancellationToken,
     ) {
-        let Some(stream) = self.streams.get(dispatch.task) else { return };
-        let relay = AssertUnwindSafe(self.relay(&dispatch, &control, &stream)).catch_unwind();
+        let Some(stream) = self.streams.get(dispatch.task) else {
+            // It is opened before the first dispatch, and kept while the task has not ended.
+            tracing::error!(task_id = %dispatch.task, "a task that runs has no log");
+            let how = HowEnded::OwnDefect("a defect in the relay".into());
+            let (attempt, tokens_written) = (dispatch.attempt, dispatch.first_index);
+            let ended = Event::Ended { attempt, tokens_written, unlogged: 0, how, closed_after: None };
+            return control.tell(ended).await;
+        };
+        let relay = owned_tasks::caught("relay", self.relay(&dispatch, &control, &stream));
         let (how, closed_after) = tokio::select! {
             biased;
             () = closed.cancelled() => return,
-            outcome = relay => outcome.unwrap_or_else(|_| {
-                tracing::error!(attempt_id = %dispatch.attempt, "a relay panicked");
-                (HowEnded::Broken("a defect in the relay".into()), None)
+            outcome = relay => outcome.unwrap_or_else(|panicked| {
+                (HowEnded::OwnDefect(panicked.to_string()), None)
             }),
         };
         let fence = stream.write(|log| log.fence(dispatch.attempt));

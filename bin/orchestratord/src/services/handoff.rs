@@ -12,6 +12,7 @@ use handoff_watcher::{EngineHosts, HandoffWatcher};
 use node_agent::core::Identity;
 use node_agent::{Agent, IntentFile, gpu};
 use node_registration::{CallError, ControlPlane};
+use owned_tasks::Loops;
 use pool_registry_types::node::{Capabilities, Heartbeat, HeartbeatAnswer, RegisterAnswer, RegisterRequest};
 use pool_registry_types::placement::Labels;
 use pool_registry_types::{BootId, Epoch, ErrorBody, ErrorCode, MachineId, NodeId};
@@ -39,7 +40,6 @@ pub(crate) struct Home {
 pub(crate) struct Running {
     agent: Arc<Agent>,
     session: JoinHandle<()>,
-    following: JoinHandle<()>,
     watching: JoinHandle<()>,
     stop: CancellationToken,
 }
@@ -47,7 +47,7 @@ pub(crate) struct Running {
 impl Home {
     /// Looks at this machine. `interval` is the heartbeat's; `runtime_dir` also keeps what the
     /// operator wants of the node.
-    pub(crate) fn new(interval: Duration, runtime_dir: &Path) -> Self {
+    pub(crate) fn new(interval: Duration, runtime_dir: &Path, loops: Loops) -> Self {
         let boot_id = BootId(Uuid::new_v4());
         let identity = Identity {
             node_id: NodeId::new(HOME_NODE).expect("a valid node id"),
@@ -58,11 +58,11 @@ impl Home {
             labels: Labels::new(),
             capabilities: daemon_kit::config::machine(),
         };
-        let gpus = gpu::GpuWatch::start(None);
+        let gpus = gpu::GpuWatch::start(None, &loops);
         let capabilities = Capabilities { gpus: gpus.inventory().to_vec(), ..identity.capabilities.clone() };
         let intent_file = IntentFile::new(runtime_dir, &identity.node_id);
         let identity = Identity { capabilities, ..identity };
-        let agent = Agent::new(identity, interval, boot_id.0.as_u64_pair().0, intent_file);
+        let agent = Agent::new(identity, interval, boot_id.0.as_u64_pair().0, intent_file, loops);
         agent.watch_gpus(gpus);
         Self { agent }
     }
@@ -71,15 +71,10 @@ impl Home {
     pub(crate) fn start(&self, runtime_dir: &Path, control: Control) -> Result<Running, WatchError> {
         let stop = CancellationToken::new();
         let watcher = HandoffWatcher::new(runtime_dir, EngineHosts::default(), WATCH_INTERVAL)?;
-        let (mut changes, watching) = watcher.start(stop.clone());
-        let agent = Arc::clone(&self.agent);
-        let following = tokio::spawn(async move {
-            while let Some(change) = changes.recv().await {
-                agent.on_handoff(change);
-            }
-        });
-        let session = tokio::spawn(Arc::clone(&self.agent).keep_session(InProcess { control }));
-        Ok(Running { agent: Arc::clone(&self.agent), session, following, watching, stop })
+        let (changes, watching) = watcher.start(self.agent.loops(), stop.clone());
+        self.agent.follow_handoffs(changes);
+        let session = self.agent.keep_session(InProcess { control });
+        Ok(Running { agent: Arc::clone(&self.agent), session, watching, stop })
     }
 }
 
@@ -95,8 +90,7 @@ impl Running {
         self.stop.cancel();
         self.agent.stop().await;
         // A look at a dead mount may never end.
-        let both = async { tokio::join!(self.following, self.watching) };
-        let _ = tokio::time::timeout(Duration::from_secs(1), both).await;
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.watching).await;
     }
 }
 

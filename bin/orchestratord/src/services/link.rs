@@ -20,7 +20,7 @@ use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
 use pool_registry_types::routes::{self, headers};
 use pool_registry_types::task::{InferRequest, Reasoning, Resume, TaskRequest};
 use pool_registry_types::{ErrorBody, ErrorCode, PoolId, ReplicaId};
-use task_scheduler::{Dispatch, HowEnded};
+use task_scheduler::{Dispatch, HowEnded, ProbeOutcome};
 
 /// Bound of connecting to a node. Source: .specs/01 CLOUD-1501.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -32,6 +32,8 @@ const ORDER_TIMEOUT: Duration = Duration::from_secs(5);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest error body of a node that is read, bytes.
 const MAX_ERROR_BYTES: usize = 64 * 1024;
+/// Bound of reading it.
+const ERROR_BODY_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The frames of an attempt; an error is a broken connection.
 pub(crate) type Frames = Pin<Box<dyn Stream<Item = Result<Bytes, String>> + Send>>;
@@ -81,7 +83,7 @@ impl NodeLink {
                     report_seq: inference.report_seq,
                     frames: Box::pin(inference.frames.map(|Ok(bytes)| Ok(bytes))),
                 }),
-                Err(error) => Err(refusal(error.code.http_status(), error)),
+                Err(error) => Err(refusal(error.code.http_status(), Some(error))),
             },
         }
     }
@@ -144,13 +146,14 @@ impl NodeLink {
         }
     }
 
-    /// Dials the node on a fresh connection. The error says why nobody good answered.
-    pub(crate) async fn probe(&self, address: &str) -> Result<LiveAnswer, String> {
+    /// Dials the node on a fresh connection, and where that is wanted asks whether it lets us in.
+    pub(crate) async fn probe(&self, address: &str, authorized: bool) -> ProbeOutcome {
         match self {
-            Self::Http(http) => http.probe(address).await,
+            Self::Http(http) => http.probe(address, authorized).await,
             Self::Local(agent) => {
                 let identity = agent.identity();
-                Ok(LiveAnswer { node_id: identity.node_id, boot_id: identity.boot_id })
+                let live = LiveAnswer { node_id: identity.node_id, boot_id: identity.boot_id };
+                ProbeOutcome::Answered { live, authorized: authorized.then_some(Ok(())) }
             }
         }
     }
@@ -214,25 +217,20 @@ impl HttpLink {
         let body = Bytes::from(serde_json::to_vec(request).expect("an infer request is always JSON"));
         let response = match self.streams.request(self.call(dispatch, body.clone())?).await {
             Ok(response) => response,
-            Err(error) if was_not_sent(&error) => return Err(HowEnded::NeverSent(tls::explain(&error))),
+            Err(error) if was_not_sent(&error) => return Err(not_sent(&error)),
             // A kept connection may have died unseen: only a fresh one says something of the node.
             // Should the node have taken the attempt after all, it refuses it now, at no cost.
             Err(_) => self.fresh.request(self.call(dispatch, body)?).await.map_err(|error| {
-                let reason = tls::explain(&error);
-                if was_not_sent(&error) { HowEnded::NeverSent(reason) } else { HowEnded::NoAnswer(reason) }
+                if was_not_sent(&error) { not_sent(&error) } else { HowEnded::NoAnswer(tls::explain(&error)) }
             })?,
         };
         let status = response.status();
         if !status.is_success() {
             let limited = http_body_util::Limited::new(response.into_body(), MAX_ERROR_BYTES);
-            let bytes = limited.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
-            let error = serde_json::from_slice::<ErrorBody>(&bytes).unwrap_or_else(|_| {
-                ErrorBody::new(
-                    ErrorCode::Internal,
-                    format!("the node answered {status} without an error body"),
-                )
-            });
-            return Err(refusal(status.as_u16(), error));
+            // The status says the most: what stalls after it is not waited for.
+            let body = tokio::time::timeout(ERROR_BODY_TIMEOUT, limited.collect()).await;
+            let bytes = body.ok().and_then(Result::ok).map(|body| body.to_bytes()).unwrap_or_default();
+            return Err(refusal(status.as_u16(), serde_json::from_slice(&bytes).ok()));
         }
         let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
         let report_seq = text(headers::REPORT_SEQ).and_then(|seq| seq.parse().ok());
@@ -274,31 +272,113 @@ impl HttpLink {
         call.send().await.map_err(|error| tls::explain(&error.without_url()))
     }
 
-    async fn probe(&self, address: &str) -> Result<LiveAnswer, String> {
-        let url = format!("{address}{}", routes::HEALTH_LIVE);
-        let response =
-            self.probes.get(url).send().await.map_err(|error| tls::explain(&error.without_url()))?;
-        if !response.status().is_success() {
-            return Err(format!("its health call answers HTTP {}", response.status().as_u16()));
+    async fn probe(&self, address: &str, authorized: bool) -> ProbeOutcome {
+        let live = match self.live(address).await {
+            Ok(live) => live,
+            Err(Unprobed::Node(reason)) => return ProbeOutcome::Failed(reason),
+            Err(Unprobed::Ours) => return ProbeOutcome::Inconclusive,
+        };
+        if !authorized {
+            return ProbeOutcome::Answered { live, authorized: None };
         }
-        response.json().await.map_err(|_| "something else answers there".to_owned())
+        match self.lets_us_in(address).await {
+            Ok(authorized) => ProbeOutcome::Answered { live, authorized: Some(authorized) },
+            Err(Unprobed::Node(reason)) => ProbeOutcome::Failed(reason),
+            Err(Unprobed::Ours) => ProbeOutcome::Inconclusive,
+        }
+    }
+
+    async fn live(&self, address: &str) -> Result<LiveAnswer, Unprobed> {
+        let url = format!("{address}{}", routes::HEALTH_LIVE);
+        let response = self.probes.get(url).send().await.map_err(Unprobed::of)?;
+        if !response.status().is_success() {
+            let reason = format!("its health call answers HTTP {}", response.status().as_u16());
+            return Err(Unprobed::Node(reason));
+        }
+        response.json().await.map_err(|_| Unprobed::Node("something else answers there".into()))
+    }
+
+    /// Whether the node lets the control plane in, on a route that needs the token that an attempt
+    /// needs.
+    async fn lets_us_in(&self, address: &str) -> Result<Result<(), String>, Unprobed> {
+        let mut call = self.probes.get(format!("{address}{}", routes::POOLS));
+        if let Some(value) = self.tokens.authorization() {
+            call = call.header(header::AUTHORIZATION, value);
+        }
+        let response = call.send().await.map_err(Unprobed::of)?;
+        let status = response.status();
+        Ok(if status.is_success() { Ok(()) } else { Err(denial(status.as_u16(), None)) })
     }
 }
 
-/// What a node's refusal, with the HTTP status it came with, means for the attempt.
-fn refusal(status: u16, error: ErrorBody) -> HowEnded {
-    match error.code {
-        ErrorCode::ReplicaExhausted
-        | ErrorCode::PoolUnready
-        | ErrorCode::WrongNode
-        | ErrorCode::AttemptDuplicate
-        | ErrorCode::Draining => HowEnded::Refused(error),
-        // A newer node's own reason: it did not take the attempt, and says that another time it may.
-        ErrorCode::Unknown if error.retriable || matches!(status, 409 | 429 | 503) => {
-            HowEnded::Refused(error)
+/// Why a probe has shown nothing good.
+enum Unprobed {
+    Node(String),
+    /// It says nothing of the node.
+    Ours,
+}
+
+impl Unprobed {
+    fn of(error: reqwest::Error) -> Self {
+        if own_shortage(&error).is_some() {
+            Self::Ours
+        } else {
+            Self::Node(tls::explain(&error.without_url()))
         }
-        _ => HowEnded::NodeError(error),
     }
+}
+
+/// What a node's refusal means for the attempt, by its HTTP status; `error` is what it says itself.
+fn refusal(status: u16, error: Option<ErrorBody>) -> HowEnded {
+    let says = |code| {
+        let message = format!("the node answered HTTP {status} without an error body");
+        error.clone().unwrap_or_else(|| ErrorBody::new(code, message))
+    };
+    // A newer node's own reason: it did not take the attempt, and says that another time it may.
+    let newer = error.as_ref().is_some_and(|error| error.code == ErrorCode::Unknown && error.retriable);
+    match status {
+        401 | 403 | 404 => HowEnded::Denied(denial(status, error.as_ref())),
+        409 | 429 | 503 => HowEnded::Refused(says(ErrorCode::PoolUnready)),
+        _ if newer => HowEnded::Refused(says(ErrorCode::Unknown)),
+        413 => HowEnded::Rejected(says(ErrorCode::PayloadTooLarge)),
+        400 => HowEnded::Rejected(says(ErrorCode::InvalidParams)),
+        // Without a body of ours something else answers there, and knows nothing of the request.
+        401..=499 if error.is_some() => HowEnded::Rejected(says(ErrorCode::InvalidParams)),
+        _ => HowEnded::NodeFailed(format!("the node failed: {}", says(ErrorCode::Internal))),
+    }
+}
+
+/// What a node says that does not let us in.
+fn denial(status: u16, error: Option<&ErrorBody>) -> String {
+    let why = match status {
+        401 | 403 => "it does not take the control plane's token",
+        404 => "it has no such route",
+        _ => "it does not say whether it lets the control plane in",
+    };
+    let code = error.map(|error| format!(", {}", error.code)).unwrap_or_default();
+    format!("it answers HTTP {status}{code}: {why}")
+}
+
+/// The connection was never made.
+fn not_sent(error: &hyper_util::client::legacy::Error) -> HowEnded {
+    let reason = tls::explain(error);
+    match own_shortage(error) {
+        Some(everywhere) => HowEnded::OwnShortage { reason, everywhere },
+        None => HowEnded::NeverSent(reason),
+    }
+}
+
+/// Whether we ourselves are out of descriptors, memory or ports, which is evidence against nobody, and
+/// whether no other node can be dialled either: ports run out for each address by itself.
+/// Source: .specs/01 CLOUD-1316; the numbers are Linux's EMFILE, ENFILE, ENOMEM, ENOBUFS and EADDRNOTAVAIL.
+fn own_shortage(error: &(dyn std::error::Error + 'static)) -> Option<bool> {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let mut numbers = causes.filter_map(|cause| cause.downcast_ref::<std::io::Error>()?.raw_os_error());
+    numbers.find_map(|number| match number {
+        24 | 23 | 12 | 105 => Some(true),
+        99 => Some(false),
+        _ => None,
+    })
 }
 
 /// No node has read the request.
@@ -319,12 +399,50 @@ mod tests {
         };
         let free = [(409, false), (429, false), (503, false), (418, true), (500, true)];
         for (status, retriable) in free {
-            let ended = refusal(status, said(retriable));
+            let ended = refusal(status, Some(said(retriable)));
             assert_eq!(ended, HowEnded::Refused(said(retriable)), "{status} {retriable}");
         }
-        for status in [400, 418, 500] {
-            let ended = refusal(status, said(false));
-            assert!(matches!(&ended, HowEnded::NodeError(body) if body.message == "not now"), "{ended:?}");
+        for status in [400, 418] {
+            let ended = refusal(status, Some(said(false)));
+            assert!(matches!(&ended, HowEnded::Rejected(body) if body.message == "not now"), "{ended:?}");
         }
+        let failed = refusal(500, Some(said(false)));
+        assert!(matches!(&failed, HowEnded::NodeFailed(reason) if reason.contains("not now")), "{failed:?}");
+    }
+
+    // CLOUD-1314
+    // CLOUD-1315
+    // CLOUD-1550
+    // CLOUD-1551
+    #[test]
+    fn what_a_node_answers_before_it_takes_an_attempt_is_judged_by_its_status() {
+        let kind = |status: u16| match refusal(status, None) {
+            HowEnded::Denied(reason) => {
+                assert!(reason.contains(&status.to_string()), "{reason}");
+                "denied"
+            }
+            HowEnded::Refused(_) => "refused",
+            HowEnded::Rejected(_) => "rejected",
+            HowEnded::NodeFailed(_) => "failed",
+            other => panic!("{status} is {other:?}"),
+        };
+        assert_eq!([401, 403, 404].map(kind), ["denied"; 3]);
+        assert_eq!([409, 429, 503].map(kind), ["refused"; 3]);
+        assert_eq!([400, 413].map(kind), ["rejected"; 2]);
+        // Something that is no node answers there.
+        assert_eq!([405, 407, 451, 500, 502, 504].map(kind), ["failed"; 6]);
+    }
+
+    // CLOUD-1316
+    #[test]
+    fn our_own_shortage_is_known_by_its_number_wherever_it_stands_among_the_causes() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("not connected")]
+        struct Outer(#[source] std::io::Error);
+        let of = |number| own_shortage(&Outer(std::io::Error::from_raw_os_error(number)));
+        assert_eq!([24, 23, 105, 12].map(of), [Some(true); 4]);
+        assert_eq!(of(99), Some(false), "of ports, which are for each address by itself");
+        // Refused, unreachable, timed out, reset: the node's or the network's.
+        assert_eq!([111, 113, 110, 104].map(of), [None; 4]);
     }
 }

@@ -7,6 +7,7 @@ pub(crate) mod dispatch;
 pub(crate) mod handoff;
 pub(crate) mod link;
 pub(crate) mod placement;
+pub(crate) mod published;
 pub(crate) mod readers;
 pub(crate) mod registry;
 pub(crate) mod streams;

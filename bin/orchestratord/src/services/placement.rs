@@ -1,76 +1,71 @@
 //! The control loop: the one task that owns `ControlCore`.
 //!
-//! It takes a letter from a bounded mailbox, applies it, hands the effects out and arms the
-//! timer anew. It never awaits the network. Everything else in this daemon talks to it through
-//! [`Control`].
+//! It takes a message from a bounded mailbox, applies it, writes down what it has changed for
+//! readers ([`Published`]), hands the effects out and arms the timer anew. It never awaits the
+//! network. Before each message it compares the time with its deadline, so that no flood of
+//! messages keeps the clock waiting; and questions that only the core can answer come in a mailbox
+//! of their own, one between so many messages, so that no reader keeps a decision waiting.
+//! Everything else in this daemon talks to it through [`Control`].
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
 
 use daemon_kit::Clock;
-use pool_registry_types::node::Liveness;
 use pool_registry_types::placement::Explanation;
-use pool_registry_types::task::{Metrics, Priority, SessionView, TaskPage, TaskRequest, TaskState, TaskView};
-use pool_registry_types::view::{ClusterChange, ClusterView};
-use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, ModelRef, Moment, PoolKey, SessionId, TaskId};
-use task_scheduler::{Answer, ControlCore, Counters, Effect, Event, HowEnded, ReplyTo, TaskFilter};
+use pool_registry_types::task::TaskRequest;
+use pool_registry_types::view::ClusterChange;
+use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, Moment, TaskId};
+use task_scheduler::{Answer, ControlCore, Effect, Event, HowEnded, ProbeOutcome, ReplyTo};
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::services::dispatch::Relays;
 use crate::services::link::PoolOrder;
+use crate::services::published::Published;
 
-/// Letters that wait for the loop; a full mailbox answers `OVERLOADED`. One letter takes some
+/// Messages that wait for the loop; a full mailbox answers `OVERLOADED`. One message takes some
 /// microseconds, so this is a wait of some ten milliseconds.
 const MAILBOX: usize = 8192;
+/// Questions that wait for the loop; one may take a millisecond in a large cluster.
+const QUESTIONS: usize = 64;
+/// Messages that are handled before a question is answered, where both wait.
+const MESSAGES_A_QUESTION: u32 = 64;
 /// Changes that a follower may lag behind before it misses some.
 const CHANGES: usize = 4096;
-/// A view is copied at most this often.
-const VIEW_EVERY: Duration = Duration::from_millis(20);
 
 type Reply = Result<Answer, ErrorBody>;
-type Page = Result<TaskPage, ErrorBody>;
 
-enum Mail {
+enum Message {
     Tell(Event),
     Call { event: Box<dyn FnOnce(ReplyTo) -> Event + Send>, reply: oneshot::Sender<Reply> },
-    View(oneshot::Sender<Arc<ClusterView>>),
-    Task(TaskId, oneshot::Sender<Option<TaskView>>),
-    Tasks { filter: TaskFilter, after: Option<TaskId>, at_most: usize, reply: oneshot::Sender<Page> },
-    Metrics(TaskId, oneshot::Sender<Option<(TaskState, Metrics)>>),
-    Session(SessionId, oneshot::Sender<Option<SessionView>>),
-    Explain(TaskId, oneshot::Sender<Result<Explanation, ErrorBody>>),
-    ExplainRequest(Box<TaskRequest>, oneshot::Sender<Explanation>),
-    Facts(oneshot::Sender<Facts>),
 }
 
-/// Numbers for the metrics and the probes.
-#[derive(Debug, Clone)]
-pub(crate) struct Facts {
-    pub(crate) counters: Counters,
-    pub(crate) nodes: Vec<(Liveness, u32)>,
-    pub(crate) queues: Vec<(ModelRef, Priority, usize)>,
-    pub(crate) running: usize,
-    pub(crate) queued: usize,
-    pub(crate) sessions: usize,
-    /// Node, pool, and tokens a second of one slot there.
-    pub(crate) paces: Vec<(PoolKey, f64)>,
-    pub(crate) mass_silence: bool,
-    pub(crate) draining: bool,
+/// What only the core can answer, and what changes nothing.
+enum Question {
+    Explain(TaskId, oneshot::Sender<Result<Explanation, ErrorBody>>),
+    ExplainRequest(Box<TaskRequest>, oneshot::Sender<Explanation>),
 }
 
 /// The way to the control loop.
 #[derive(Debug, Clone)]
 pub(crate) struct Control {
-    mailbox: mpsc::Sender<Mail>,
+    mailbox: mpsc::Sender<Message>,
+    questions: mpsc::Sender<Question>,
     changes: broadcast::Sender<ClusterChange>,
+    /// What readers are answered from, without the loop.
+    pub(crate) published: Arc<Published>,
 }
 
-impl std::fmt::Debug for Mail {
+impl std::fmt::Debug for Message {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Mail")
+        f.write_str("Message")
+    }
+}
+
+impl std::fmt::Debug for Question {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Question")
     }
 }
 
@@ -78,43 +73,22 @@ impl Control {
     /// Tells what happened. Waits for room, because it must not be lost.
     pub(crate) async fn tell(&self, event: Event) {
         // The loop ends last; without it nobody needs to know.
-        let _ = self.mailbox.send(Mail::Tell(event)).await;
+        let _ = self.mailbox.send(Message::Tell(event)).await;
     }
 
     /// Asks for a decision. Errors: the decision's own, and `OVERLOADED`.
     pub(crate) async fn call(&self, event: impl FnOnce(ReplyTo) -> Event + Send + 'static) -> Reply {
         let (reply, answer) = oneshot::channel();
-        self.post(Mail::Call { event: Box::new(event), reply })?;
+        post(&self.mailbox, Message::Call { event: Box::new(event), reply })?;
         answer.await.unwrap_or_else(|_| Err(gone()))
     }
 
-    pub(crate) async fn view(&self) -> Result<Arc<ClusterView>, ErrorBody> {
-        self.ask(Mail::View).await
-    }
-
-    pub(crate) async fn task(&self, id: TaskId) -> Result<Option<TaskView>, ErrorBody> {
-        self.ask(|reply| Mail::Task(id, reply)).await
-    }
-
-    /// The list of tasks, newest first.
-    pub(crate) async fn tasks(&self, filter: TaskFilter, after: Option<TaskId>, at_most: usize) -> Page {
-        self.ask(|reply| Mail::Tasks { filter, after, at_most, reply }).await?
-    }
-
-    pub(crate) async fn metrics(&self, id: TaskId) -> Result<Option<(TaskState, Metrics)>, ErrorBody> {
-        self.ask(|reply| Mail::Metrics(id, reply)).await
-    }
-
-    pub(crate) async fn session(&self, id: SessionId) -> Result<Option<SessionView>, ErrorBody> {
-        self.ask(|reply| Mail::Session(id, reply)).await
-    }
-
     pub(crate) async fn explain(&self, id: TaskId) -> Result<Explanation, ErrorBody> {
-        self.ask(|reply| Mail::Explain(id, reply)).await?
+        self.ask(|reply| Question::Explain(id, reply)).await?
     }
 
     pub(crate) async fn explain_request(&self, request: TaskRequest) -> Result<Explanation, ErrorBody> {
-        self.ask(|reply| Mail::ExplainRequest(Box::new(request), reply)).await
+        self.ask(|reply| Question::ExplainRequest(Box::new(request), reply)).await
     }
 
     /// What changes in the cluster from now on.
@@ -122,25 +96,21 @@ impl Control {
         self.changes.subscribe()
     }
 
-    pub(crate) async fn facts(&self) -> Result<Facts, ErrorBody> {
-        self.ask(Mail::Facts).await
-    }
-
-    async fn ask<T>(&self, mail: impl FnOnce(oneshot::Sender<T>) -> Mail) -> Result<T, ErrorBody> {
+    async fn ask<T>(&self, question: impl FnOnce(oneshot::Sender<T>) -> Question) -> Result<T, ErrorBody> {
         let (reply, answer) = oneshot::channel();
-        self.post(mail(reply))?;
+        post(&self.questions, question(reply))?;
         answer.await.map_err(|_| gone())
     }
+}
 
-    fn post(&self, mail: Mail) -> Result<(), ErrorBody> {
-        self.mailbox.try_send(mail).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => {
-                let message = "the control loop has more to do than it can hold";
-                ErrorBody::new(ErrorCode::Overloaded, message).retry_after_ms(100)
-            }
-            mpsc::error::TrySendError::Closed(_) => gone(),
-        })
-    }
+fn post<T>(mailbox: &mpsc::Sender<T>, message: T) -> Result<(), ErrorBody> {
+    mailbox.try_send(message).map_err(|error| match error {
+        mpsc::error::TrySendError::Full(_) => {
+            let message = "the control loop has more to do than it can hold";
+            ErrorBody::new(ErrorCode::Overloaded, message).retry_after_ms(100)
+        }
+        mpsc::error::TrySendError::Closed(_) => gone(),
+    })
 }
 
 fn gone() -> ErrorBody {
@@ -157,19 +127,23 @@ struct Loop {
     replies: HashMap<ReplyTo, oneshot::Sender<Reply>>,
     next_reply: u64,
     running: HashMap<AttemptId, CancellationToken>,
-    view: Option<(Moment, Arc<ClusterView>)>,
 }
 
-/// The mailbox, made before the loop because others need it first.
-pub(crate) fn mailbox() -> (Control, Inbox) {
-    let (mailbox, letters) = mpsc::channel(MAILBOX);
+/// The mailboxes, made before the loop because others need them first.
+pub(crate) fn mailbox(clock: Clock) -> (Control, Inbox) {
+    let (mailbox, messages) = mpsc::channel(MAILBOX);
+    let (ask, questions) = mpsc::channel(QUESTIONS);
     let (changes, _) = broadcast::channel(CHANGES);
-    (Control { mailbox, changes }, Inbox(letters))
+    let published = Arc::new(Published::new(clock));
+    (Control { mailbox, questions: ask, changes, published }, Inbox { messages, questions })
 }
 
-/// The loop's end of the mailbox.
+/// The loop's end of the mailboxes.
 #[derive(Debug)]
-pub(crate) struct Inbox(mpsc::Receiver<Mail>);
+pub(crate) struct Inbox {
+    messages: mpsc::Receiver<Message>,
+    questions: mpsc::Receiver<Question>,
+}
 
 /// Runs until `stop`. Relays and probes belong to `tracker`.
 pub(crate) async fn run(
@@ -190,54 +164,79 @@ pub(crate) async fn run(
         replies: HashMap::new(),
         next_reply: 0,
         running: HashMap::new(),
-        view: None,
     };
-    let Inbox(mut letters) = inbox;
-    this.apply(Event::Timer);
-    loop {
-        let deadline = this.core.next_deadline().unwrap_or(Moment::NEVER);
-        tokio::select! {
-            biased;
-            () = stop.cancelled() => break,
-            // Mail before timers: a heartbeat that has arrived counts before a lease runs out.
-            letter = letters.recv() => match letter {
-                Some(letter) => this.open(letter),
-                None => break,
-            },
-            () = tokio::time::sleep_until(clock.instant(deadline).into()) => {
-                // Timers may fire up to a millisecond early.
-                if clock.now() >= deadline {
-                    this.apply(Event::Timer);
-                }
-            }
-        }
-    }
+    this.work(inbox, stop).await;
     for closed in this.running.values() {
         closed.cancel();
     }
+    this.control.published.end();
 }
 
 impl Loop {
-    fn open(&mut self, letter: Mail) {
-        match letter {
-            Mail::Tell(event) => self.apply(event),
-            Mail::Call { event, reply } => {
+    /// Handles messages and lets time pass, until `stop`.
+    async fn work(&mut self, inbox: Inbox, stop: CancellationToken) {
+        let Inbox { mut messages, mut questions } = inbox;
+        let published = Arc::clone(&self.control.published);
+        let mut since_question = 0;
+        self.apply(Event::Timer);
+        while !stop.is_cancelled() {
+            // What is due comes first, whatever waits.
+            if self.core.next_deadline().is_some_and(|deadline| self.clock.now() >= deadline) {
+                self.apply(Event::Timer);
+            }
+            if since_question < MESSAGES_A_QUESTION
+                && let Ok(message) = messages.try_recv()
+            {
+                since_question += 1;
+                self.handle(message);
+                // Others on this thread are not kept waiting either.
+                tokio::task::coop::consume_budget().await;
+                continue;
+            }
+            let had_messages = std::mem::take(&mut since_question) >= MESSAGES_A_QUESTION;
+            published.serve(self.clock.now(), &self.core);
+            if let Ok(question) = questions.try_recv() {
+                self.answer(question);
+                tokio::task::coop::consume_budget().await;
+                continue;
+            }
+            if had_messages {
+                continue;
+            }
+            let deadline = self.core.next_deadline().unwrap_or(Moment::NEVER);
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                message = messages.recv() => match message {
+                    Some(message) => self.handle(message),
+                    None => return,
+                },
+                Some(question) = questions.recv() => self.answer(question),
+                () = published.wanted() => {}
+                () = tokio::time::sleep_until(self.clock.instant(deadline).into()) => {}
+            }
+        }
+    }
+
+    fn handle(&mut self, message: Message) {
+        match message {
+            Message::Tell(event) => self.apply(event),
+            Message::Call { event, reply } => {
                 self.next_reply += 1;
                 let to = ReplyTo(self.next_reply);
                 self.replies.insert(to, reply);
                 self.apply(event(to));
             }
+        }
+    }
+
+    fn answer(&self, question: Question) {
+        match question {
             // Whoever asked may have gone.
-            Mail::View(reply) => drop(reply.send(self.view())),
-            Mail::Task(id, reply) => drop(reply.send(self.core.task_view(self.clock.now(), id))),
-            Mail::Tasks { filter, after, at_most, reply } => {
-                let _ = reply.send(self.core.task_page(self.clock.now(), &filter, after, at_most));
+            Question::Explain(id, reply) => drop(reply.send(self.core.explain_task(self.clock.now(), id))),
+            Question::ExplainRequest(request, reply) => {
+                drop(reply.send(self.core.explain_request(&request)));
             }
-            Mail::Metrics(id, reply) => drop(reply.send(self.core.metrics(self.clock.now(), id))),
-            Mail::Session(id, reply) => drop(reply.send(self.core.session_view(self.clock.now(), id))),
-            Mail::Explain(id, reply) => drop(reply.send(self.core.explain_task(self.clock.now(), id))),
-            Mail::ExplainRequest(request, reply) => drop(reply.send(self.core.explain_request(&request))),
-            Mail::Facts(reply) => drop(reply.send(self.facts())),
         }
     }
 
@@ -245,16 +244,31 @@ impl Loop {
     fn apply(&mut self, event: Event) {
         let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
-            match &event {
-                Event::Ended { attempt, .. } => drop(self.running.remove(attempt)),
-                // Whoever is answered looks next, and must not see the state before.
-                Event::Register { .. }
-                | Event::Deregister { .. }
-                | Event::Want { .. }
-                | Event::IntentTold { .. } => self.view = None,
-                _ => {}
+            let published = Arc::clone(&self.control.published);
+            let reported = match &event {
+                Event::Heartbeat { node_id, .. } => Some(node_id.clone()),
+                _ => None,
+            };
+            let changed = match &event {
+                Event::Register { request, .. } => Some(request.node_id.clone()),
+                Event::Deregister { node_id, .. }
+                | Event::Want { node_id, .. }
+                | Event::IntentTold { node_id, .. } => Some(node_id.clone()),
+                _ => None,
+            };
+            if let Event::Ended { attempt, .. } = &event {
+                self.running.remove(attempt);
             }
-            for effect in self.core.apply(self.clock.now(), event) {
+            let now = self.clock.now();
+            let effects = self.core.apply(now, event);
+            // Whoever is answered looks next, and must not see the state before.
+            published.take(now, &mut self.core);
+            reported.into_iter().for_each(|node_id| published.node_reported(node_id));
+            // What was refused has changed nothing.
+            let refused = |effect: &Effect| matches!(effect, Effect::Reply { answer: Err(_), .. });
+            let changed = changed.filter(|_| !effects.iter().any(refused));
+            changed.into_iter().for_each(|node_id| published.node_changed(node_id));
+            for effect in effects {
                 self.carry_out(effect, &mut events);
             }
         }
@@ -277,7 +291,8 @@ impl Loop {
                 }
                 let closed = CancellationToken::new();
                 self.running.insert(dispatch.attempt, closed.clone());
-                self.tracker.spawn(Arc::clone(&self.relays).run(*dispatch, self.control.clone(), closed));
+                let relay = Arc::clone(&self.relays).run(*dispatch, self.control.clone(), closed);
+                owned_tasks::task(&self.tracker, "relay", relay);
             }
             Effect::CloseAttempt { task, attempt, why } => {
                 tracing::info!(task_id = %task, attempt_id = %attempt, ?why, "an attempt is closed");
@@ -302,7 +317,7 @@ impl Loop {
             Effect::Load { pool, address } => {
                 let relays = Arc::clone(&self.relays);
                 tracing::info!(node_id = %pool.node_id, pool_id = %pool.pool_id, "a pool is asked for");
-                self.tracker.spawn(async move {
+                owned_tasks::task(&self.tracker, "order of a pool", async move {
                     let ordered = relays.link.order_pool(&address, &pool.pool_id, &PoolOrder::Load).await;
                     if let Err(error) = ordered {
                         tracing::warn!(node_id = %pool.node_id, pool_id = %pool.pool_id, %error, "a pool is asked for again later");
@@ -311,8 +326,9 @@ impl Loop {
             }
             Effect::TellIntent { to, node_id, address, order } => {
                 let (relays, control) = (Arc::clone(&self.relays), self.control.clone());
-                self.tracker.spawn(async move {
-                    let outcome = relays.link.tell_intent(&address, &order).await;
+                owned_tasks::task(&self.tracker, "intent", async move {
+                    let told = owned_tasks::caught("intent", relays.link.tell_intent(&address, &order)).await;
+                    let outcome = told.unwrap_or_else(|panicked| Err(panicked.to_string()));
                     if let Err(reason) = &outcome {
                         tracing::warn!(%node_id, intent = ?order.intent, reason, "the node is told with its next call");
                     }
@@ -321,42 +337,25 @@ impl Loop {
             }
             // Without followers nobody is told.
             Effect::Changed(change) => drop(self.control.changes.send(change)),
-            Effect::Probe { node_id, address } => {
+            Effect::Probe { node_id, address, authorized } => {
                 let (relays, control) = (Arc::clone(&self.relays), self.control.clone());
-                self.tracker.spawn(async move {
-                    let answer = relays.link.probe(&address).await;
-                    if let Err(reason) = &answer {
-                        tracing::warn!(%node_id, address, reason, "a probe failed");
+                owned_tasks::task(&self.tracker, "probe", async move {
+                    let probed = owned_tasks::caught("probe", relays.link.probe(&address, authorized)).await;
+                    // A defect of ours says nothing of the node.
+                    let outcome = probed.unwrap_or(ProbeOutcome::Inconclusive);
+                    match &outcome {
+                        ProbeOutcome::Failed(reason)
+                        | ProbeOutcome::Answered { authorized: Some(Err(reason)), .. } => {
+                            tracing::warn!(%node_id, address, reason, "a probe failed");
+                        }
+                        ProbeOutcome::Inconclusive => {
+                            tracing::warn!(%node_id, address, "a probe could not be made: descriptors, ports or memory are short here");
+                        }
+                        ProbeOutcome::Answered { .. } => {}
                     }
-                    control.tell(Event::Probed { node_id, address, answer }).await;
+                    control.tell(Event::Probed { node_id, address, outcome }).await;
                 });
             }
-        }
-    }
-
-    fn view(&mut self) -> Arc<ClusterView> {
-        let now = self.clock.now();
-        match &self.view {
-            Some((made, view)) if now.since(*made) < VIEW_EVERY => Arc::clone(view),
-            _ => {
-                let view = Arc::new(self.core.view(now));
-                self.view = Some((now, Arc::clone(&view)));
-                view
-            }
-        }
-    }
-
-    fn facts(&self) -> Facts {
-        Facts {
-            counters: self.core.counters(),
-            nodes: self.core.registry().counts().into_iter().collect(),
-            queues: self.core.queue_depths(),
-            running: self.core.running(),
-            queued: self.core.queued(),
-            sessions: self.core.session_count(),
-            paces: self.core.paces(),
-            mass_silence: self.core.registry().mass_silence_since().is_some(),
-            draining: self.core.is_draining(),
         }
     }
 }

@@ -75,8 +75,8 @@ impl Gauge {
     async fn look(&mut self, task: TaskId) -> Option<Bytes> {
         self.looked = Some(Instant::now());
         // A loop that is busy, or stands still, has more to do than this; tokens do not wait for it.
-        let asked = tokio::time::timeout(PATIENCE, self.control.metrics(task)).await;
-        let (state, metrics) = asked.ok()?.ok()??;
+        let asked = tokio::time::timeout(PATIENCE, self.control.published.metrics()).await;
+        let (state, metrics) = asked.ok()?.ok()?.get(&task)?.clone();
         if state != TaskState::Queued && !self.verbose {
             return None;
         }

@@ -2,7 +2,7 @@
 //!
 //! The registry itself is embedded in the control core, whose one owner is the control loop
 //! (`services/placement.rs`): what nodes say, what operators want of them, and the copy that
-//! readers get, all go through that loop as letters.
+//! readers get, all come from that loop.
 
 use std::sync::Arc;
 
@@ -65,14 +65,14 @@ impl ServiceRegistryHandle {
         }
     }
 
-    /// All nodes, at most 20 ms old.
+    /// All nodes, at most 100 ms old, with every change of them that was answered.
     pub(crate) async fn view(&self) -> Result<Arc<ClusterView>, ErrorBody> {
-        self.control.view().await
+        self.control.published.cluster().await
     }
 
     /// Errors: `NODE_UNKNOWN`.
     pub(crate) async fn node(&self, node_id: &NodeId) -> Result<NodeView, ErrorBody> {
-        let view = self.view().await?;
+        let view = self.control.published.cluster_with(Some(node_id)).await?;
         let node = view.nodes.iter().find(|node| node.node_id == *node_id).cloned();
         node.ok_or_else(|| {
             let mut error = ErrorBody::new(ErrorCode::NodeUnknown, format!("no node {node_id}"));
@@ -88,7 +88,7 @@ impl ServiceRegistryHandle {
         pool_id: &PoolId,
         node_id: Option<&NodeId>,
     ) -> Result<(PoolOfNode, String), ErrorBody> {
-        let view = self.view().await?;
+        let view = self.control.published.cluster_with(node_id).await?;
         let of = |pool: &PoolOfNode| {
             pool.pool_id == *pool_id && node_id.is_none_or(|node_id| pool.node_id == *node_id)
         };

@@ -31,6 +31,8 @@ pub struct TaskShape<'a> {
     pub tried: &'a [PoolKey],
     /// Pools whose engines have shown that they cannot do what it asks.
     pub lacking: &'a [PoolKey],
+    /// Pools that it must not share with what runs there now: they count as full.
+    pub apart_from: &'a [PoolKey],
     /// The backoff since the last failure is over.
     pub may_repeat: bool,
     /// Decides under the random strategy.
@@ -49,6 +51,7 @@ impl<'a> TaskShape<'a> {
             spread: None,
             tried: &[],
             lacking: &[],
+            apart_from: &[],
             may_repeat: true,
             draw: 0,
         }
@@ -120,10 +123,10 @@ pub fn choose(index: &PoolIndex, shape: &TaskShape<'_>) -> Result<Choice, NoPlac
     if let Some(choice) = best(index, pools, shape, &|key| untried(key) && fits(key)) {
         return Ok(choice);
     }
-    if pools.placeable.iter().any(|key| untried(key) && fits(key)) {
+    if pools.placeable.keys().any(|key| untried(key) && fits(key)) {
         return Err(NoPlacement::Full);
     }
-    if !pools.placeable.iter().any(&fits) {
+    if !pools.placeable.keys().any(&fits) {
         return Err(NoPlacement::NoPool);
     }
     if !shape.may_repeat {
@@ -140,7 +143,7 @@ fn best(
 ) -> Option<Choice> {
     let mut best: Option<(Wish, &PoolKey)> = None;
     for key in pools.free(shape.draw) {
-        if !eligible(key) {
+        if !eligible(key) || shape.apart_from.contains(key) {
             continue;
         }
         let wish = Wish::of(index.get(key)?, shape);
@@ -212,6 +215,16 @@ pub fn might_take(index: &PoolIndex, shape: &TaskShape<'_>) -> bool {
     })
 }
 
+/// The pools that take nothing for the moment, for the doubts there are of them or of their nodes,
+/// and would fit the task.
+pub fn doubtful<'i>(index: &'i PoolIndex, shape: &TaskShape<'_>) -> impl Iterator<Item = &'i PoolKey> {
+    let may = |candidate: &&Candidate| {
+        let doubtful = matches!(candidate.standing, Standing::Suspect | Standing::Tripped);
+        doubtful && candidate.models.contains(shape.model) && fits(candidate, shape)
+    };
+    index.all().filter(may).map(|candidate| &candidate.key)
+}
+
 /// What one pool says to the task; nothing where there is no such pool.
 pub fn explain_one<'i>(index: &'i PoolIndex, key: &PoolKey, shape: &TaskShape<'_>) -> Option<Verdict<'i>> {
     index.get(key).map(|candidate| Verdict { candidate, refusal: refusal(candidate, shape) })
@@ -254,10 +267,11 @@ fn refusal(candidate: &Candidate, shape: &TaskShape<'_>) -> Option<Refusal> {
     if shape.tried.contains(&candidate.key) {
         return Some(Refusal::Tried);
     }
-    (!candidate.has_free_slot()).then_some(Refusal::SlotsFull)
+    let full = !candidate.has_free_slot() || shape.apart_from.contains(&candidate.key);
+    full.then_some(Refusal::SlotsFull)
 }
 
-fn fits(candidate: &Candidate, shape: &TaskShape<'_>) -> bool {
+pub(crate) fn fits(candidate: &Candidate, shape: &TaskShape<'_>) -> bool {
     misfit(candidate, shape).is_none()
 }
 

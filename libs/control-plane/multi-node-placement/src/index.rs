@@ -4,9 +4,12 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use fixedbitset::FixedBitSet;
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{ModelRef, PoolKey};
+
+use crate::choose::{TaskShape, fits};
 
 /// In which order pools that fit are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -83,20 +86,36 @@ impl Candidate {
     pub fn has_free_slot(&self) -> bool {
         !self.held && self.slots_busy < self.slots_total
     }
+
+    /// Whether both may take the same tasks, how busy they are and what memory is free left out.
+    fn takes_the_same(&self, other: &Self) -> bool {
+        let of = |c: &Self| (c.standing == Standing::Placeable, c.engine, c.ctx_max);
+        of(self) == of(other)
+            && self.models == other.models
+            && self.device_mask == other.device_mask
+            && self.labels == other.labels
+    }
 }
 
-/// Smaller is better; the order of a variant's fields is their priority. An index holds one
-/// variant only, that of its strategy.
+/// Free memory is told apart in steps of so many bytes: less is the noise of two readings.
+/// Source: .specs/01 CLOUD-1707.
+const VRAM_STEP: u64 = 256 << 20;
+
+/// Smaller is better; the order of a variant's fields is their priority, and what is equal goes by
+/// turn. An index holds one variant only, that of its strategy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Rank {
     LeastLoaded {
         /// Busy slots of all slots, in millionths.
         busy_share_ppm: u64,
+        /// In steps of [`VRAM_STEP`].
         most_free_vram: Reverse<Option<u64>>,
+        last_taken: u64,
     },
     MostFreeVram {
         most_free_vram: Reverse<Option<u64>>,
         busy_share_ppm: u64,
+        last_taken: u64,
     },
     RoundRobin {
         last_taken: u64,
@@ -150,14 +169,28 @@ impl Bag {
     }
 }
 
+/// The number of a placeable pool among those of a model, which is that of its bit.
+#[derive(Debug, Default)]
+struct Numbered {
+    /// Absent while no pool has the number.
+    pool: Option<PoolKey>,
+    /// The version of the index at which the pool came, went or changed what it takes.
+    changed: u64,
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct ModelPools {
     /// Placeable pools with a free slot, best first.
     free: BTreeSet<Score>,
     /// The same ones, for the random strategy only.
     bag: Bag,
-    /// Placeable pools, full ones included.
-    pub(crate) placeable: BTreeSet<PoolKey>,
+    /// The same ones as bits.
+    free_bits: FixedBitSet,
+    /// Placeable pools, full ones included, with their numbers.
+    pub(crate) placeable: BTreeMap<PoolKey, usize>,
+    numbered: Vec<Numbered>,
+    /// The version of the index at which any of them changed last.
+    version: u64,
     /// Pools that load, or could be loaded.
     pub(crate) unloaded: BTreeSet<PoolKey>,
 }
@@ -168,6 +201,42 @@ impl ModelPools {
         // One of the two is empty.
         self.free.iter().map(|score| &score.key).chain(self.bag.from(draw))
     }
+
+    fn number(&mut self, key: &PoolKey) -> usize {
+        if let Some(number) = self.placeable.get(key) {
+            return *number;
+        }
+        let vacant = self.numbered.iter().position(|one| one.pool.is_none());
+        let number = vacant.unwrap_or_else(|| {
+            self.numbered.push(Numbered::default());
+            self.free_bits.grow(self.numbered.len());
+            self.numbered.len() - 1
+        });
+        self.numbered[number].pool = Some(key.clone());
+        self.placeable.insert(key.clone(), number);
+        number
+    }
+
+    fn changed(&mut self, number: usize, version: u64) {
+        self.numbered[number].changed = version;
+        self.version = version;
+    }
+}
+
+/// Which placeable pools of one model take tasks that ask for the same; kept up to date by
+/// [`PoolIndex::review`], at the cost of what has changed.
+#[derive(Debug, Default, Clone)]
+pub struct Eligible {
+    pools: FixedBitSet,
+    /// The version of the index up to which it is right.
+    seen: u64,
+}
+
+impl Eligible {
+    /// No placeable pool takes them, full ones included.
+    pub fn is_nowhere(&self) -> bool {
+        self.pools.is_clear()
+    }
 }
 
 /// All pools of the cluster, kept ordered as facts arrive.
@@ -177,6 +246,8 @@ pub struct PoolIndex {
     pools: BTreeMap<PoolKey, Entry>,
     by_model: BTreeMap<ModelRef, ModelPools>,
     taken: u64,
+    /// Rises with each change of which tasks a pool takes.
+    version: u64,
 }
 
 impl PoolIndex {
@@ -187,10 +258,15 @@ impl PoolIndex {
     fn score(&self, candidate: &Candidate, last_taken: u64) -> Score {
         let busy_share_ppm =
             u64::from(candidate.slots_busy) * 1_000_000 / u64::from(candidate.slots_total.max(1));
-        let most_free_vram = Reverse(candidate.vram_free_bytes);
+        let free = candidate.vram_free_bytes;
         let rank = match self.strategy {
-            Strategy::LeastLoaded => Rank::LeastLoaded { busy_share_ppm, most_free_vram },
-            Strategy::MostFreeVram => Rank::MostFreeVram { most_free_vram, busy_share_ppm },
+            Strategy::LeastLoaded => {
+                let most_free_vram = Reverse(free.map(|bytes| bytes / VRAM_STEP));
+                Rank::LeastLoaded { busy_share_ppm, most_free_vram, last_taken }
+            }
+            Strategy::MostFreeVram => {
+                Rank::MostFreeVram { most_free_vram: Reverse(free), busy_share_ppm, last_taken }
+            }
             Strategy::RoundRobin => Rank::RoundRobin { last_taken },
             Strategy::Random => Rank::Random,
         };
@@ -204,16 +280,27 @@ impl PoolIndex {
             return;
         }
         let last_taken = before.map_or(0, |entry| entry.last_taken);
-        self.remove(&candidate.key.clone());
+        if before.is_some_and(|entry| entry.candidate.takes_the_same(&candidate)) {
+            self.take_out(&candidate.key.clone());
+        } else {
+            self.remove(&candidate.key.clone());
+            self.version += 1;
+        }
         self.insert(candidate, last_taken);
     }
 
     fn insert(&mut self, candidate: Candidate, last_taken: u64) {
+        let version = self.version;
         if candidate.standing == Standing::Placeable {
             let score = candidate.has_free_slot().then(|| self.score(&candidate, last_taken));
             for model in &candidate.models {
                 let pools = self.by_model.entry(model.clone()).or_default();
-                pools.placeable.insert(candidate.key.clone());
+                let is_new = !pools.placeable.contains_key(&candidate.key);
+                let number = pools.number(&candidate.key);
+                if is_new {
+                    pools.changed(number, version);
+                }
+                pools.free_bits.set(number, score.is_some());
                 match &score {
                     Some(score) if score.rank == Rank::Random => pools.bag.insert(score.key.clone()),
                     Some(score) => drop(pools.free.insert(score.clone())),
@@ -229,31 +316,72 @@ impl PoolIndex {
         self.pools.insert(candidate.key.clone(), Entry { candidate, last_taken });
     }
 
-    pub fn remove(&mut self, key: &PoolKey) {
-        let Some(old) = self.pools.remove(key) else { return };
+    /// Takes a pool out of what is ordered by its facts; its numbers stay its own.
+    fn take_out(&mut self, key: &PoolKey) -> Option<Entry> {
+        let old = self.pools.remove(key)?;
         let score = self.score(&old.candidate, old.last_taken);
         for model in &old.candidate.models {
             if let Some(pools) = self.by_model.get_mut(model) {
-                pools.placeable.remove(key);
                 pools.free.remove(&score);
                 pools.bag.remove(key);
                 pools.unloaded.remove(key);
-                if pools.placeable.is_empty() && pools.unloaded.is_empty() {
-                    self.by_model.remove(model);
-                }
+            }
+        }
+        Some(old)
+    }
+
+    pub fn remove(&mut self, key: &PoolKey) {
+        let Some(old) = self.take_out(key) else { return };
+        self.version += 1;
+        for model in &old.candidate.models {
+            let Some(pools) = self.by_model.get_mut(model) else { continue };
+            if let Some(number) = pools.placeable.remove(key) {
+                pools.numbered[number].pool = None;
+                pools.free_bits.set(number, false);
+                pools.changed(number, self.version);
+            }
+            if pools.placeable.is_empty() && pools.unloaded.is_empty() {
+                self.by_model.remove(model);
             }
         }
     }
 
-    /// The pool was given a task: under round robin it goes to the end.
+    /// The pool was given a task: it is the last among its equals.
     pub fn taken(&mut self, key: &PoolKey) {
         self.taken += 1;
-        if self.strategy == Strategy::RoundRobin
-            && let Some(candidate) = self.get(key).cloned()
-        {
-            self.remove(key);
-            self.insert(candidate, self.taken);
+        if let Some(entry) = self.take_out(key) {
+            self.insert(entry.candidate, self.taken);
         }
+    }
+
+    /// Brings up to date which pools take tasks of this shape. Returns whether anything had changed.
+    pub fn review(&self, shape: &TaskShape<'_>, eligible: &mut Eligible) -> bool {
+        let Some(pools) = self.by_model.get(shape.model) else {
+            let had_any = !eligible.is_nowhere();
+            eligible.pools.clear();
+            return had_any;
+        };
+        if pools.version <= eligible.seen {
+            return false;
+        }
+        eligible.pools.grow(pools.numbered.len());
+        for (number, one) in pools.numbered.iter().enumerate().filter(|(_, one)| one.changed > eligible.seen)
+        {
+            let candidate = one.pool.as_ref().and_then(|key| self.get(key));
+            eligible.pools.set(number, candidate.is_some_and(|candidate| fits(candidate, shape)));
+        }
+        eligible.seen = pools.version;
+        true
+    }
+
+    /// The version of what the pools of the model take; another one after each change of that.
+    pub fn version(&self, model: &ModelRef) -> u64 {
+        self.by_model.get(model).map_or(0, |pools| pools.version)
+    }
+
+    /// Whether one of these pools has a free slot.
+    pub fn has_free_of(&self, model: &ModelRef, eligible: &Eligible) -> bool {
+        self.by_model.get(model).is_some_and(|pools| !pools.free_bits.is_disjoint(&eligible.pools))
     }
 
     pub fn get(&self, key: &PoolKey) -> Option<&Candidate> {
@@ -267,7 +395,7 @@ impl PoolIndex {
 
     /// The placeable pools of the model, full ones included.
     pub fn placeable(&self, model: &ModelRef) -> impl Iterator<Item = &Candidate> {
-        let keys = self.by_model.get(model).into_iter().flat_map(|pools| &pools.placeable);
+        let keys = self.by_model.get(model).into_iter().flat_map(|pools| pools.placeable.keys());
         keys.filter_map(|key| self.get(key))
     }
 

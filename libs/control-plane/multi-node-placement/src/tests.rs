@@ -77,13 +77,27 @@ fn the_pool_with_the_smallest_share_of_busy_slots_is_taken() {
 
 // CLOUD-1707
 #[test]
-fn equal_shares_go_to_the_most_free_vram_and_then_to_the_key() {
+fn equal_shares_go_to_the_most_free_vram_and_then_by_turn() {
     let with = |node, vram| Candidate { vram_free_bytes: vram, ..pool(node, 0, 4) };
     let index_of = |pools: Vec<Candidate>| index(pools);
     let m = model("m");
     let chosen = |pools| choose(&index_of(pools), &shape(&m, &[])).unwrap().pool.node_id.to_string();
-    assert_eq!(chosen(vec![with("a", Some(1)), with("b", Some(2)), with("c", None)]), "b");
-    assert_eq!(chosen(vec![with("b", Some(2)), with("a", Some(2))]), "a");
+    let mib = |n: u64| Some(n << 20);
+    assert_eq!(chosen(vec![with("a", mib(100)), with("b", mib(300)), with("c", None)]), "b");
+    // One after the other, each free again before the next comes; the last readings differ by noise.
+    let mut index = index_of(vec![with("b", mib(300)), with("a", mib(310)), with("c", mib(290))]);
+    let taken: Vec<String> = (0..6)
+        .map(|_| {
+            let pool = choose(&index, &shape(&m, &[])).unwrap().pool;
+            let name: &'static str =
+                ["a", "b", "c"].into_iter().find(|n| *n == pool.node_id.as_str()).unwrap();
+            index.taken(&pool);
+            index.upsert(Candidate { slots_busy: 1, ..with(name, mib(300)) });
+            index.upsert(with(name, mib(300)));
+            name.to_owned()
+        })
+        .collect();
+    assert_eq!(taken, ["a", "b", "c", "a", "b", "c"]);
 }
 
 // CLOUD-1002

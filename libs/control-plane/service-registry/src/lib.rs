@@ -11,7 +11,7 @@ pub mod registry;
 pub mod reservations;
 pub mod rules;
 
-pub use liveness::{Suspicion, Timing, Transition};
+pub use liveness::{ProbeOutcome, Suspicion, Timing, Transition};
 pub use registry::{
     HeartbeatOutcome, NodeConflict, NodeNotKnown, PoolFacts, Registered, ServiceRegistry, Settings,
 };

@@ -1,16 +1,19 @@
 //! From evidence to liveness: two questions, kept apart.
 //!
 //! *Silent* is about heartbeats and is lifted by a heartbeat; *undialled* is about connections
-//! and is lifted by a successful probe. A node is suspect while either holds, and offline when
+//! and is lifted by a successful probe; *denied* is about the node's own refusals and is lifted
+//! by a probe that the node lets in. A node is suspect while any of them holds, and offline when
 //! no evidence of life (a heartbeat with a new number, or a token) came for the node timeout.
 
 use std::time::Duration;
 
-use pool_registry_types::node::Liveness;
+use pool_registry_types::node::{LiveAnswer, Liveness};
 use pool_registry_types::{Moment, NodeId};
 
 /// Time between two probes of a suspect node. Source: .specs/01 CLOUD-1305.
 pub const PROBE_EVERY: Duration = Duration::from_secs(1);
+/// Longest pause between two probes of a node that denies us. Source: .specs/01 CLOUD-1314.
+pub const LONGEST_DENIED_PAUSE: Duration = Duration::from_secs(30);
 
 /// The two numbers that an operator sets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +46,28 @@ impl std::fmt::Display for Suspicion {
     }
 }
 
+/// What dialling a node has shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ProbeOutcome {
+    /// Somebody answered at its address.
+    Answered {
+        live: LiveAnswer,
+        /// Whether the node lets the control plane in; absent where that was not asked.
+        authorized: Option<Result<(), String>>,
+    },
+    Failed(String),
+    /// We could not dial, for want of something of our own: it says nothing of the node.
+    Inconclusive,
+}
+
+/// The node itself has refused the control plane.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Denial {
+    pub(crate) reason: String,
+    /// Until the next probe, when this one fails too.
+    pub(crate) pause: Duration,
+}
+
 /// A node's liveness changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Transition {
@@ -58,6 +83,14 @@ pub(crate) struct Evidence {
     pub(crate) last_life: Moment,
     pub(crate) silent_since: Option<Moment>,
     pub(crate) undialled: Option<Suspicion>,
+    /// Since when each dial has succeeded.
+    dialled_since: Option<Moment>,
+    pub(crate) denied: Option<Denial>,
+    /// When it last let us in, after it had denied us.
+    let_in: Moment,
+    /// The pause with which the next denial begins: a node that lets us in and then denies us again
+    /// is asked ever less often, until it takes an attempt.
+    first_denied_pause: Duration,
     pub(crate) offline_since: Option<Moment>,
     pub(crate) next_probe: Option<Moment>,
     pub(crate) probe_in_flight: bool,
@@ -70,6 +103,10 @@ impl Evidence {
             last_life: now,
             silent_since: None,
             undialled: Some(Suspicion::NotDialledYet),
+            dialled_since: None,
+            denied: None,
+            let_in: Moment::ZERO,
+            first_denied_pause: PROBE_EVERY,
             offline_since: None,
             next_probe: Some(now),
             probe_in_flight: false,
@@ -79,7 +116,7 @@ impl Evidence {
     pub(crate) fn liveness(&self) -> Liveness {
         if self.offline_since.is_some() {
             Liveness::Offline
-        } else if self.silent_since.is_some() || self.undialled.is_some() {
+        } else if self.silent_since.is_some() || self.undialled.is_some() || self.denied.is_some() {
             Liveness::Suspect
         } else {
             Liveness::Online
@@ -90,7 +127,10 @@ impl Evidence {
         let silent = self.silent_since.map(|_| "no heartbeat for two intervals".to_owned());
         match self.liveness() {
             Liveness::Online => None,
-            Liveness::Suspect => self.undialled.as_ref().map(ToString::to_string).or(silent),
+            Liveness::Suspect => {
+                let denied = self.denied.as_ref().map(|denial| denial.reason.clone());
+                self.undialled.as_ref().map(ToString::to_string).or(denied).or(silent)
+            }
             Liveness::Offline => Some("no evidence of life for the node timeout".into()),
         }
     }
@@ -100,16 +140,85 @@ impl Evidence {
         self.last_life = now;
         self.silent_since = None;
         self.offline_since = None;
-        if self.undialled.is_none() {
+        if self.undialled.is_none() && self.denied.is_none() {
             self.next_probe = None;
         } else if self.next_probe.is_none() {
             self.next_probe = Some(now);
         }
     }
 
+    /// The node itself has refused an attempt that was sent at `dispatched`.
+    pub(crate) fn deny(&mut self, now: Moment, dispatched: Moment, reason: String) {
+        if self.denied.is_some() || dispatched < self.let_in {
+            return;
+        }
+        let next = (self.first_denied_pause * 2).min(LONGEST_DENIED_PAUSE);
+        self.denied = Some(Denial { reason, pause: next });
+        self.probe_by(now + self.first_denied_pause);
+        self.first_denied_pause = next;
+    }
+
+    /// It was dialled, and where that was asked it said whether it lets us in.
+    pub(crate) fn dialled(&mut self, now: Moment, authorized: Option<Result<(), String>>) {
+        self.undialled = None;
+        self.dialled_since.get_or_insert(now);
+        match authorized {
+            Some(Ok(())) if self.denied.take().is_some() => self.let_in = now,
+            Some(Err(reason)) => {
+                if let Some(denial) = &mut self.denied {
+                    denial.reason = reason;
+                }
+            }
+            Some(Ok(())) | None => {}
+        }
+    }
+
+    pub(crate) fn not_dialled(&mut self, reason: String) {
+        self.undialled = Some(Suspicion::DialFailed(reason));
+        self.dialled_since = None;
+    }
+
+    /// The node took an attempt: it lets us in.
+    pub(crate) fn took_attempt(&mut self) {
+        self.first_denied_pause = PROBE_EVERY;
+    }
+
+    /// When a suspect node is to be dialled again, after a probe that has not lifted it; `asked`: that
+    /// has shown the token.
+    pub(crate) fn next_pause(&mut self, asked: bool) -> Duration {
+        match &mut self.denied {
+            Some(denial) if self.undialled.is_none() && asked => {
+                let pause = denial.pause;
+                denial.pause = (pause * 2).min(LONGEST_DENIED_PAUSE);
+                pause
+            }
+            _ => PROBE_EVERY,
+        }
+    }
+
     /// Asks for a probe at once, unless one is on its way.
     pub(crate) fn want_probe(&mut self, now: Moment) {
         self.next_probe = Some(now);
+    }
+
+    /// Asks for a probe then, unless one is wanted before.
+    pub(crate) fn probe_by(&mut self, at: Moment) {
+        self.next_probe = Some(self.next_probe.map_or(at, |wanted| wanted.min(at)));
+    }
+
+    /// Whether its failing to be dialled would be news: it is live, and could be dialled for as long.
+    pub(crate) fn was_well(&self, now: Moment, span: Duration) -> bool {
+        let dialled = self.undialled.is_none() && self.dialled_since.is_some_and(|since| since + span <= now);
+        dialled && self.offline_since.is_none()
+    }
+
+    /// The tokens of either side have changed: a node that denied us is asked at once.
+    pub(crate) fn ask_again(&mut self, now: Moment) {
+        self.first_denied_pause = PROBE_EVERY;
+        if let Some(denial) = &mut self.denied {
+            denial.pause = PROBE_EVERY;
+            self.want_probe(now);
+        }
     }
 
     /// A stall of our own is no silence of theirs.

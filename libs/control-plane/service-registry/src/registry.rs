@@ -7,16 +7,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use pool_registry_types::node::{
-    Heartbeat, Intent, IntentOrder, LiveAnswer, Liveness, RegisterRequest, StagedModel,
-};
+use pool_registry_types::node::{Heartbeat, Intent, IntentOrder, Liveness, RegisterRequest, StagedModel};
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::{EngineKind, PoolReport};
 use pool_registry_types::view::{ClusterView, NodeView, PoolView};
 use pool_registry_types::{AttemptId, BootId, Epoch, ModelRef, Moment, NodeId, PoolId, PoolKey, TaskId};
 
 use crate::breaker::Breaker;
-use crate::liveness::{Evidence, PROBE_EVERY, Suspicion, Timing, Transition};
+use crate::liveness::{Evidence, PROBE_EVERY, ProbeOutcome, Suspicion, Timing, Transition};
 use crate::reservations::{ClosedAttempts, PoolBook, Reservation};
 use crate::rules::Rule;
 
@@ -47,6 +45,8 @@ struct Node {
     wanted: Option<IntentOrder>,
     labels: Arc<Labels>,
     last_seq: Option<u64>,
+    /// As its last report said.
+    tokens_changed: u64,
     evidence: Evidence,
     pools: BTreeMap<PoolId, PoolBook>,
     gpus: Vec<pool_registry_types::node::GpuReport>,
@@ -228,6 +228,7 @@ impl ServiceRegistry {
                 wanted: wanted.map(|wanted| IntentOrder { epoch: epoch.clone(), ..wanted }),
                 labels: Arc::new(request.labels.clone()),
                 last_seq: None,
+                tokens_changed: 0,
                 evidence: Evidence::new(now),
                 pools: BTreeMap::new(),
                 gpus: Vec::new(),
@@ -276,12 +277,22 @@ impl ServiceRegistry {
 
     /// Forgets a node, but not what is wanted of it.
     fn remove(&mut self, node_id: &NodeId) {
-        let wanted = self.nodes.remove(node_id).and_then(|node| node.wanted);
-        if let Some(order) = wanted
-            && self.orders_kept.len() < MAX_NODES
-        {
-            self.orders_kept.insert(node_id.clone(), order);
+        let Some(order) = self.nodes.remove(node_id).and_then(|node| node.wanted) else { return };
+        if self.orders_kept.len() >= MAX_NODES {
+            let oldest = self.orders_kept.iter().min_by_key(|(_, order)| order.number);
+            let oldest = oldest.map(|(node_id, _)| node_id.clone());
+            oldest.iter().for_each(|node_id| drop(self.orders_kept.remove(node_id)));
         }
+        self.orders_kept.insert(node_id.clone(), order);
+    }
+
+    /// Changes the order that is kept for a node which is not known any more. Returns whether there
+    /// is one.
+    pub fn want_kept(&mut self, node_id: &NodeId, intent: Intent) -> bool {
+        let Some(order) = self.orders_kept.get_mut(node_id) else { return false };
+        self.orders_given += 1;
+        (order.number, order.intent) = (self.orders_given, intent);
+        true
     }
 
     /// Takes a whole report.
@@ -292,6 +303,7 @@ impl ServiceRegistry {
         beat: Heartbeat,
     ) -> Result<HeartbeatOutcome, NodeNotKnown> {
         let fenced = self.enforces(Rule::ReportSequence);
+        let once = self.enforces(Rule::PoolNamedTwice);
         let node = self.nodes.get_mut(node_id).ok_or(NodeNotKnown)?;
         if node.epoch != beat.epoch {
             return Err(NodeNotKnown);
@@ -302,6 +314,10 @@ impl ServiceRegistry {
         let before = node.evidence.liveness();
         node.evidence.heard(now);
         node.last_seq = Some(beat.seq);
+        if beat.tokens_changed != node.tokens_changed {
+            node.tokens_changed = beat.tokens_changed;
+            node.evidence.ask_again(now);
+        }
         node.told(beat.intent, beat.intent_order);
         node.gpus = beat.gpus;
         node.models = beat.models;
@@ -313,7 +329,7 @@ impl ServiceRegistry {
             let pool_id = self.reservations[attempt].pool.pool_id.clone();
             reserved.entry(pool_id).or_default().insert(*attempt);
         }
-        let mut pools = BTreeMap::new();
+        let mut pools: BTreeMap<PoolId, PoolBook> = BTreeMap::new();
         for report in beat.pools {
             // No task can use what an engine of an unknown kind serves.
             if let Some(engine) = report.engine {
@@ -335,6 +351,11 @@ impl ServiceRegistry {
                 if !self.reservations.contains_key(attempt) {
                     orphans.push(*attempt);
                 }
+            }
+            if once && let Some(book) = pools.get_mut(&report.pool_id) {
+                // Named twice: one pool all the same.
+                book.join(report, reported);
+                continue;
             }
             let reserved = reserved.remove(&report.pool_id).unwrap_or_default();
             let before = node.pools.remove(&report.pool_id);

@@ -1,4 +1,4 @@
-use pool_registry_types::node::Capabilities;
+use pool_registry_types::node::{Capabilities, LiveAnswer};
 use pool_registry_types::pool::{EngineKind, PoolState, ReplicaReport};
 use pool_registry_types::{MachineId, ReplicaId};
 use proptest::prelude::*;
@@ -81,14 +81,16 @@ fn beat(epoch: &Epoch, seq: u64, attempts: &[AttemptId]) -> Heartbeat {
         timestamp: String::new(),
         intent: Intent::Serving,
         intent_order: 0,
+        tokens_changed: 0,
         pools: vec![report(4, attempts)],
         gpus: vec![],
         models: vec![],
     }
 }
 
-fn live(name: &str, boot: u128) -> Result<LiveAnswer, String> {
-    Ok(LiveAnswer { node_id: node_id(name), boot_id: BootId(Uuid::from_u128(boot)) })
+fn live(name: &str, boot: u128) -> ProbeOutcome {
+    let live = LiveAnswer { node_id: node_id(name), boot_id: BootId(Uuid::from_u128(boot)) };
+    ProbeOutcome::Answered { live, authorized: None }
 }
 
 /// A node that is online since `now`.
@@ -122,7 +124,7 @@ fn a_registered_node_is_suspect_until_its_address_answers_with_its_identity() {
     let mut r = registry();
     r.register(at(0), request("a", 1, "http://a")).unwrap();
     assert_eq!(r.liveness(&node_id("a")), Some(Liveness::Suspect));
-    assert_eq!(r.take_due_probes(at(0)), vec![(node_id("a"), "http://a".into())]);
+    assert_eq!(r.take_due_probes(at(0)), vec![(node_id("a"), "http://a".into(), false)]);
     r.probed(at(1), &node_id("a"), "http://a", live("b", 1));
     assert!(r.view(at(1)).nodes[0].reason.as_ref().unwrap().contains("b answered there"));
     assert!(r.take_due_probes(at(1000)).is_empty());
@@ -331,6 +333,61 @@ fn mass_silence_with_a_failed_connection_is_not_ours() {
     assert_eq!(r.expire(at(5_000)).len(), 3);
 }
 
+// CLOUD-1306
+#[test]
+fn a_node_that_was_not_well_neither_prevents_nor_ends_the_guard_and_one_that_was_does() {
+    let mut r = registry();
+    for name in ["a", "b", "c"] {
+        join(&mut r, at(0), name);
+    }
+    // One that could never be dialled, and one that could not long before the others fell silent.
+    r.register(at(0), request("new", 1, "http://new")).unwrap();
+    r.dial_failed(at(1), &node_id("c"), "refused".into());
+    let again = |r: &mut ServiceRegistry, now: u64| {
+        let refused = || ProbeOutcome::Failed("refused".into());
+        r.probed(at(now), &node_id("new"), "http://new", refused());
+        r.probed(at(now), &node_id("c"), "http://c", refused());
+        r.dial_failed(at(now), &node_id("c"), "refused".into());
+    };
+    again(&mut r, 1_500);
+    again(&mut r, 1_999);
+    r.expire(at(2_000));
+    assert!(r.mass_silence_since().is_some(), "nobody who had been well was lost");
+    again(&mut r, 2_500);
+    assert!(r.mass_silence_since().is_some());
+    r.dial_failed(at(2_600), &node_id("a"), "refused".into());
+    assert_eq!(r.mass_silence_since(), None);
+    let mut r = registry();
+    for name in ["a", "b", "c"] {
+        join(&mut r, at(0), name);
+    }
+    r.dial_failed(at(1_500), &node_id("a"), "refused".into());
+    r.expire(at(2_000));
+    assert_eq!(r.mass_silence_since(), None, "a fresh failure of one that was well");
+}
+
+// CLOUD-1316
+#[test]
+fn a_probe_that_we_could_not_make_changes_nothing_and_is_made_again_after_a_second() {
+    let mut r = registry();
+    r.register(at(0), request("a", 1, "http://a")).unwrap();
+    let inconclusive = |r: &mut ServiceRegistry, now: u64| {
+        let before = format!("{:?}", r.view(at(now)));
+        assert_eq!(r.take_due_probes(at(now)).len(), 1, "at {now}");
+        assert_eq!(r.probed(at(now), &node_id("a"), "http://a", ProbeOutcome::Inconclusive), None);
+        assert_eq!(format!("{:?}", r.view(at(now))), before);
+        assert!(r.take_due_probes(at(now + 999)).is_empty());
+    };
+    inconclusive(&mut r, 0);
+    assert_eq!(r.liveness(&node_id("a")), Some(Liveness::Suspect));
+    assert_eq!(r.take_due_probes(at(1_000)).len(), 1);
+    r.probed(at(1_000), &node_id("a"), "http://a", live("a", 1));
+    r.want_probe(at(1_500), &node_id("a"));
+    inconclusive(&mut r, 1_500);
+    assert_eq!(r.liveness(&node_id("a")), Some(Liveness::Online));
+    inconclusive(&mut r, 2_500);
+}
+
 // CLOUD-1307
 #[test]
 fn a_stall_of_the_control_plane_extends_every_lease() {
@@ -455,6 +512,81 @@ fn an_intent_belongs_to_the_node_and_not_to_one_life_of_it() {
     assert_eq!(back.intent, (Intent::Draining, order.number));
     let kept = RegisterRequest { intent: Intent::Draining, ..request("a", 3, "http://a") };
     assert_eq!(r.register(at(20), kept).unwrap().intent, (Intent::Draining, 0), "it has it in its file");
+}
+
+// CLOUD-1324
+#[test]
+fn a_drain_that_was_asked_of_a_node_that_is_away_holds_however_long_it_stays_away() {
+    let mut r = registry();
+    join(&mut r, at(0), "a");
+    r.expire(at(5_000));
+    assert_eq!(r.liveness(&node_id("a")), Some(Liveness::Offline));
+    let (_, order) = r.want(&node_id("a"), Intent::Draining).unwrap();
+    let day = 24 * 3600 * 1000;
+    r.expire(at(5_000 + day));
+    assert_eq!((r.take_forgotten(), r.liveness(&node_id("a"))), (vec![node_id("a")], None));
+    let back = r.register(at(3 * day), request("a", 2, "http://elsewhere")).unwrap();
+    assert_eq!(back.intent, (Intent::Draining, order.number));
+    assert_eq!(r.intent(&node_id("a")), Some(Intent::Draining));
+}
+
+// CLOUD-1412
+#[test]
+fn a_report_that_names_a_pool_twice_loses_no_reservation_and_frees_no_slot() {
+    let mine = [attempt(1), attempt(2)];
+    let named_twice = [
+        [report(4, &mine[..1]), report(4, &mine[1..])],
+        [report(4, &mine), report(4, &[])],
+        [report(4, &[]), report(4, &mine)],
+        [report(4, &[]), report(4, &[])],
+    ];
+    let mut r = registry();
+    let epoch = join(&mut r, at(0), "a");
+    taken(r.heartbeat(at(1), &node_id("a"), beat(&epoch, 1, &[])));
+    for id in mine {
+        r.reserve(&pool("a"), id);
+    }
+    for (seq, pools) in (2..).zip(named_twice) {
+        let said = format!("{pools:?}");
+        let beat = Heartbeat { pools: pools.to_vec(), ..beat(&epoch, seq, &[]) };
+        let (vanished, orphans) = taken(r.heartbeat(at(seq), &node_id("a"), beat));
+        assert_eq!((vanished, orphans), (vec![], vec![]), "{said}");
+        let facts = r.pool_facts(&pool("a")).unwrap();
+        assert_eq!((facts.slots_total, facts.slots_busy), (4, 2), "{said}");
+    }
+    for id in mine {
+        r.release(&id, None);
+    }
+    assert_eq!((r.reservation_count(), busy(&r, "a")), (0, 0));
+}
+
+// CLOUD-1413
+#[test]
+fn an_attempt_at_a_replica_that_is_not_ready_takes_no_slot_of_the_one_that_is() {
+    let replica = |name: &str, ready: bool, attempts: &[AttemptId]| ReplicaReport {
+        replica_id: ReplicaId::new(name).unwrap(),
+        ready,
+        slots_total: 1,
+        slots_free: 0,
+        slots_foreign: 0,
+        attempts: attempts.to_vec(),
+    };
+    let mut r = registry();
+    let epoch = join(&mut r, at(0), "a");
+    let tell = |r: &mut ServiceRegistry, seq: u64, replicas: Vec<ReplicaReport>| {
+        let pools = vec![PoolReport { replicas, ..report(1, &[]) }];
+        taken(r.heartbeat(at(seq), &node_id("a"), Heartbeat { pools, ..beat(&epoch, seq, &[]) }));
+        let facts = r.pool_facts(&pool("a")).unwrap();
+        (facts.slots_total, facts.slots_busy)
+    };
+    let (gone, here) = (attempt(1), attempt(2));
+    assert_eq!(tell(&mut r, 1, vec![replica("r0", true, &[]), replica("r1", true, &[])]), (2, 0));
+    r.reserve(&pool("a"), gone);
+    assert_eq!(tell(&mut r, 2, vec![replica("r0", false, &[gone]), replica("r1", true, &[])]), (1, 0));
+    r.reserve(&pool("a"), here);
+    assert_eq!(busy(&r, "a"), 1, "what was sent and is not reported yet takes the slot");
+    assert_eq!(tell(&mut r, 3, vec![replica("r0", false, &[gone]), replica("r1", true, &[here])]), (1, 1));
+    assert_eq!(tell(&mut r, 4, vec![replica("r0", true, &[gone]), replica("r1", true, &[here])]), (2, 2));
 }
 
 // CLOUD-1310

@@ -44,16 +44,36 @@ impl PoolBook {
         self.report.replicas.iter().filter(|replica| replica.ready).map(of).fold(0, u32::saturating_add)
     }
 
+    /// A report that names the pool once more: its replicas and attempts are this pool's too.
+    pub(crate) fn join(&mut self, again: PoolReport, reported: BTreeSet<AttemptId>) {
+        self.reported.extend(reported);
+        for model in again.models {
+            if !self.report.models.contains(&model) {
+                self.report.models.push(model);
+            }
+        }
+        for replica in again.replicas {
+            match self.report.replicas.iter_mut().find(|known| known.replica_id == replica.replica_id) {
+                None => self.report.replicas.push(replica),
+                Some(known) => known.attempts.extend(replica.attempts),
+            }
+        }
+    }
+
     fn slots_foreign(&self) -> u32 {
         self.of_ready(|replica| replica.slots_foreign)
     }
 
-    /// |reported ∪ reserved| + foreign.
+    /// |reported ∪ reserved| + foreign, without the attempts that run at replicas which take no
+    /// requests: these have no slots either.
     pub(crate) fn slots_busy(&self, count_reservations: bool) -> u32 {
+        let gone: BTreeSet<&AttemptId> =
+            self.report.replicas.iter().filter(|replica| !replica.ready).flat_map(|r| &r.attempts).collect();
+        let takes_a_slot = |attempt: &&AttemptId| !gone.contains(attempt);
         let ours = if count_reservations {
-            self.reserved.union(&self.reported).count()
+            self.reserved.union(&self.reported).filter(takes_a_slot).count()
         } else {
-            self.reported.len()
+            self.reported.iter().filter(takes_a_slot).count()
         };
         u32::try_from(ours).unwrap_or(u32::MAX).saturating_add(self.slots_foreign())
     }

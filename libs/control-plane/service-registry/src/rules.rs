@@ -42,10 +42,28 @@ pub enum Rule {
     LoadRepeated,
     /// The tries of one task count once against a pool.
     TaskCountsOnce,
+    /// A node that refuses the control plane itself is suspect until it lets it in.
+    DeniedIsSuspect,
+    /// A node's own failure before it took an attempt costs the task no try.
+    NodeFailureIsFree,
+    /// A node's 400 before it took an attempt is asked of another node before it is believed.
+    RejectionIsAskedElsewhere,
+    /// A task that alone brought an engine down is given no other.
+    CulpritIsFinal,
+    /// Two tasks of which one brought an engine down never run on one engine.
+    SuspectsApart,
+    /// A pinned task waits for its suspect node, whatever becomes of the model meanwhile.
+    PinBeforeLease,
+    /// Only the fresh failure of a node that was well ends the guard of mass silence.
+    GuardEndsByTheWell,
+    /// A pool that a report names twice is one pool.
+    PoolNamedTwice,
+    /// What we could not do ourselves is held against no node and costs no try.
+    OwnShortageIsNoEvidence,
 }
 
 impl Rule {
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 27] = [
         Self::UnionOfReservations,
         Self::AttemptDeadlines,
         Self::ReportSequence,
@@ -64,5 +82,14 @@ impl Rule {
         Self::ContinueAtTheLog,
         Self::LoadRepeated,
         Self::TaskCountsOnce,
+        Self::DeniedIsSuspect,
+        Self::NodeFailureIsFree,
+        Self::RejectionIsAskedElsewhere,
+        Self::CulpritIsFinal,
+        Self::SuspectsApart,
+        Self::PinBeforeLease,
+        Self::GuardEndsByTheWell,
+        Self::PoolNamedTwice,
+        Self::OwnShortageIsNoEvidence,
     ];
 }

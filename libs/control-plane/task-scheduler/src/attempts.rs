@@ -3,7 +3,7 @@
 //! One function, [`judge`], holds the whole rule: it is given the evidence and says whether the
 //! task is over, is tried again at a cost, or goes back to its place for free.
 
-use pool_registry_types::error::EndCause;
+use pool_registry_types::error::{EndCause, EngineCrash};
 use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, Moment, PoolKey, ReplicaId, TaskId};
 
 use crate::watch::Overdue;
@@ -21,6 +21,20 @@ pub enum HowEnded {
     Finished,
     /// The node answered that it does not take the attempt: full, not ready, or not its own.
     Refused(ErrorBody),
+    /// The node itself does not let the control plane in (401, 403), or is none (404).
+    Denied(String),
+    /// The node finds the request itself wrong (400, 413), and took nothing.
+    Rejected(ErrorBody),
+    /// The node failed before it took anything (5xx).
+    NodeFailed(String),
+    /// We could not dial for want of something of our own: descriptors, memory, or ports.
+    OwnShortage {
+        reason: String,
+        /// No other node can be dialled either.
+        everywhere: bool,
+    },
+    /// A defect of ours ended it.
+    OwnDefect(String),
     /// No connection could be made: nothing ran.
     NeverSent(String),
     /// A connection was made, and reset before the response headers.
@@ -88,13 +102,17 @@ pub enum Outcome {
     Failed(ErrorBody),
     /// Back to its place in the lane; the pool counts as full for a moment.
     FreeRefusal,
-    /// Back to its place in the lane, at no cost; the node is suspect.
+    /// Back to its place in the lane, at no cost; the node is suspect, or nothing is known of it.
     FreeReplace,
+    /// The same, and the pool has failed it: others are taken before.
+    FreeElsewhere,
     /// The engine does not have what the task needs, which another one may: asked for free.
     AskAnother(ErrorBody),
     /// Tried and failed without a token, or with tokens after which it may go on.
     Retry {
         engine_died: bool,
+        /// It is one of several of which one brought the engine down.
+        suspect: bool,
         error: ErrorBody,
     },
 }
@@ -110,6 +128,8 @@ pub struct Evidence<'a> {
     pub first_index: u64,
     /// The task goes on after tokens.
     pub may_continue: bool,
+    /// How its engine was brought down, where that is known and counts.
+    pub crash: Option<&'a EngineCrash>,
     pub pool: &'a PoolKey,
 }
 
@@ -117,6 +137,7 @@ pub struct Evidence<'a> {
 pub fn judge(evidence: &Evidence<'_>) -> Outcome {
     let Evidence { how, closing, tokens_written, pool: engine, .. } = *evidence;
     let has_sent = tokens_written > evidence.first_index;
+    let crash = evidence.crash;
     if *how == HowEnded::Finished {
         return Outcome::Completed;
     }
@@ -128,9 +149,25 @@ pub fn judge(evidence: &Evidence<'_>) -> Outcome {
         return Outcome::Failed(ErrorBody::new(ErrorCode::Draining, message));
     }
     let at = |code, message: String| ErrorBody::new(code, message).at(&engine.node_id, &engine.pool_id);
+    if let Some(crash) = crash.filter(|crash| crash.suspect && crash.suspects == 1) {
+        let message = format!(
+            "the engine ended by {}, and this was the only request that it had taken lately",
+            crash.signal
+        );
+        let error = at(ErrorCode::PoolUnavailable, message);
+        return Outcome::Failed(ErrorBody { retriable: false, ..error });
+    }
     let (cause, engine_died, error) = match how {
         HowEnded::Refused(_) => return Outcome::FreeRefusal,
-        HowEnded::NeverSent(_) => return Outcome::FreeReplace,
+        HowEnded::NeverSent(_) | HowEnded::OwnShortage { everywhere: true, .. } => {
+            return Outcome::FreeReplace;
+        }
+        HowEnded::Denied(_) | HowEnded::NodeFailed(_) | HowEnded::OwnShortage { .. } => {
+            return Outcome::FreeElsewhere;
+        }
+        HowEnded::Rejected(error) => {
+            return Outcome::AskAnother(at(of_the_request(error.code), error.message.clone()));
+        }
         HowEnded::TooLong => {
             let message = "the stream is longer than what is kept of a task".to_owned();
             return Outcome::Failed(at(ErrorCode::PayloadTooLarge, message));
@@ -152,7 +189,9 @@ pub fn judge(evidence: &Evidence<'_>) -> Outcome {
                 let message = format!("{}, so the stream could not go on", body.message);
                 return Outcome::Failed(at(ErrorCode::WorkerReset, message));
             }
-            (code, Some(EndCause::Engine4xx)) => return Outcome::Failed(at(code, body.message.clone())),
+            (code, Some(EndCause::Engine4xx)) => {
+                return Outcome::Failed(at(of_the_request(code), body.message.clone()));
+            }
             (_, cause) => {
                 let died = matches!(cause, Some(EndCause::EngineDied | EndCause::EngineTimeout));
                 let code = if cause == Some(EndCause::EngineTimeout) {
@@ -179,6 +218,7 @@ pub fn judge(evidence: &Evidence<'_>) -> Outcome {
             (format!("the node gave no answer: {reason}"), false, ErrorCode::WorkerReset)
         }
         HowEnded::Broken(reason) => (format!("the stream broke: {reason}"), false, ErrorCode::WorkerReset),
+        HowEnded::OwnDefect(reason) => (reason.clone(), false, ErrorCode::WorkerReset),
         HowEnded::Closed | HowEnded::Finished => {
             let reason = match closing {
                 Some(CloseReason::NodeOffline) => "the node went offline",
@@ -195,5 +235,19 @@ pub fn judge(evidence: &Evidence<'_>) -> Outcome {
     if tokens_written > 0 && !evidence.may_continue {
         return Outcome::Failed(at(error, format!("{cause} after {tokens_written} tokens")));
     }
-    Outcome::Retry { engine_died, error: at(error, cause) }
+    // Another task alone is known to have done it: that is not this one's death.
+    let anothers = crash.is_some_and(|crash| crash.suspects == 1);
+    let suspect = crash.is_some_and(|crash| crash.suspect);
+    Outcome::Retry { engine_died: engine_died && !anothers, suspect, error: at(error, cause) }
+}
+
+/// What a peer may say of a request: no word of its own makes it canceled, or the control plane's.
+fn of_the_request(code: ErrorCode) -> ErrorCode {
+    match code {
+        ErrorCode::InvalidParams
+        | ErrorCode::Unsupported
+        | ErrorCode::ContextTooLong
+        | ErrorCode::PayloadTooLarge => code,
+        _ => ErrorCode::InvalidParams,
+    }
 }

@@ -1,4 +1,4 @@
-//! [`ControlCore`]: four verbs — `apply`, `next_deadline`, and the two that read.
+//! [`ControlCore`]: `apply` and `next_deadline`; whatever else it answers is read, and changes nothing.
 //!
 //! Every event is handled, then time is let pass, then the queue is served: whatever freed a
 //! slot or brought a pool places a waiting task in the same `apply`. The rooms: [`nodes`] takes
@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use multi_node_placement::{
     Candidate, NoPlacement, PoolIndex, Spread, Standing, Strategy, TaskShape, ToLoad, choose, choose_to_load,
-    count_refusals, explain, explain_one, might_take,
+    count_refusals, doubtful, explain, explain_one, might_take,
 };
 use pool_registry_types::error::EndCause;
 use pool_registry_types::moment::millis;
@@ -37,8 +37,9 @@ use crate::attempts::{
     Attempt, AttemptRecord, CloseReason, Evidence, HowEnded, MAX_ENGINE_DEATHS, MAX_TRIES, Outcome, judge,
 };
 use crate::event::{Answer, Dispatch, Effect, Event, ReplyTo};
+use crate::groups::{Ask, Next};
 use crate::pace::{Forecast, Measurement, Paces, remaining_ms};
-use crate::queue::Queue;
+use crate::queue::{Lane, Queue};
 use crate::sessions::{SessionPolicy, Sessions};
 use crate::watch::{AttemptDeadlines, Overdue};
 
@@ -52,10 +53,12 @@ mod reading;
 mod tasks;
 mod time;
 
-pub use reading::TaskFilter;
+pub use reading::{TaskFilter, TaskList, TaskRecord};
 
 /// A pool that refused a dispatch counts as full this long, or until its next report.
 const HOLD: Duration = Duration::from_millis(250);
+/// Longest pause in which nothing is placed because we have nothing to dial with; the first is [`HOLD`].
+const LONGEST_SHORTAGE: Duration = Duration::from_secs(4);
 /// First pause before a pool that failed a task is given it again; doubles each time.
 const RETRY_BACKOFF: Duration = Duration::from_millis(250);
 /// How long the stream of an attempt that a report does not list may still bring its end: the
@@ -140,6 +143,12 @@ pub struct Counters {
     pub moved: u64,
     /// Times that a node was asked to start the engines of a pool.
     pub loads: u64,
+    /// Times that a node itself refused the control plane.
+    pub denials: u64,
+    /// Tasks that alone brought an engine down.
+    pub culprits: u64,
+    /// Times that we could not dial for want of something of our own.
+    pub own_shortages: u64,
 }
 
 #[derive(Debug, Clone)]
@@ -171,6 +180,10 @@ struct Task {
     tried: Vec<PoolKey>,
     /// Pools whose engines have shown that they cannot do what it asks; they were tried too.
     lacking: Vec<PoolKey>,
+    /// It may be what brought an engine down: never on one engine with another that may.
+    suspect: bool,
+    /// What nodes found wrong with it, while another is to be asked.
+    rejection: Option<Rejection>,
     attempts: Vec<AttemptRecord>,
     dispatches: u32,
     cancel_waits: Vec<ReplyTo>,
@@ -187,6 +200,15 @@ struct Task {
     ran: Duration,
     /// Milliseconds after which it was predicted to start.
     predicted_ms: Option<u64>,
+}
+
+/// What nodes have found wrong with a task that is not believed yet.
+#[derive(Debug)]
+struct Rejection {
+    error: ErrorBody,
+    by: Vec<PoolKey>,
+    /// When its wait is over, had nobody found it wrong.
+    bound: Moment,
 }
 
 /// An engine's failure with one task.
@@ -252,6 +274,16 @@ pub struct ControlCore {
     served: BTreeMap<PoolKey, Served>,
     /// Nodes whose pinned tasks are to be looked at.
     unsettled_pins: BTreeSet<NodeId>,
+    /// Models that no node has any more, and for which only tasks wait whose nodes are suspect.
+    lapsed: BTreeSet<ModelRef>,
+    /// We have nothing to dial with: nothing is placed before this.
+    short_until: Option<Moment>,
+    /// The last pause for that; none after an attempt was taken.
+    short_pause: Duration,
+    /// Where tasks run of which each may have brought an engine down; one entry an attempt.
+    suspects_at: Vec<PoolKey>,
+    /// Tasks that have come, gone or changed since [`ControlCore::take_changed`].
+    touched: BTreeSet<TaskId>,
     /// One node timeout after our start has passed: who is not known now is not there.
     grace_over: bool,
     /// Models that are not placed any more.
@@ -297,6 +329,11 @@ impl ControlCore {
             load_alarm_of: BTreeMap::new(),
             served: BTreeMap::new(),
             unsettled_pins: BTreeSet::new(),
+            lapsed: BTreeSet::new(),
+            short_until: None,
+            short_pause: Duration::ZERO,
+            suspects_at: Vec::new(),
+            touched: BTreeSet::new(),
             grace_over: false,
             retired: BTreeSet::new(),
             shown_nodes: BTreeMap::new(),
@@ -338,12 +375,13 @@ impl ControlCore {
             Event::Deregister { reply, node_id, epoch } => {
                 self.deregister(now, reply, &node_id, epoch.as_ref(), &mut effects);
             }
-            Event::Probed { node_id, address, answer } => {
-                let transition = self.registry.probed(now, &node_id, &address, answer);
+            Event::Probed { node_id, address, outcome } => {
+                let transition = self.registry.probed(now, &node_id, &address, outcome);
                 self.sync_node(&node_id);
                 self.note(transition.as_slice());
                 self.move_quiet(now, &node_id, &mut effects);
             }
+            Event::TokensChanged => self.registry.tokens_changed(now),
             Event::Alive { node_id } => self.registry.alive(now, &node_id),
             Event::Submit { reply, task_id, request } => {
                 admitted = self.submit(now, reply, task_id, &request, &mut effects);
@@ -351,11 +389,17 @@ impl ControlCore {
             Event::Cancel { reply, task_id } => self.cancel(now, reply, task_id, &mut effects),
             Event::Accepted { attempt, replica_id, report_seq } => {
                 self.registry.accepted(&attempt, report_seq);
+                self.short_pause = Duration::ZERO;
+                if self.short_until.take().is_some() {
+                    self.stirred.extend(self.queue.models().cloned());
+                }
+                self.rejections_were_wrong(now, attempt);
                 if let Some(record) = self.record_mut(attempt) {
                     record.replica = Some(replica_id.clone());
                 }
                 if let Some(attempt) = self.attempts.get_mut(&attempt) {
                     attempt.replica = Some(replica_id);
+                    self.touched.insert(attempt.task);
                 }
             }
             Event::Started { attempt } => self.started(now, attempt),
@@ -412,13 +456,15 @@ impl ControlCore {
     }
 
     fn compute_deadline(&self) -> Option<Moment> {
-        let lanes = self.queue.models().map(|model| self.model_lease(model));
+        let waited_for = self.queue.models().filter(|model| !self.lapsed.contains(*model));
+        let lanes = waited_for.map(|model| self.model_lease(model));
         let retention = self.ended.front().map(|(at, _)| *at + self.policy.task_retention);
         let alarm = self.alarms.first().map(|(at, _)| *at);
         let vanishing = self.vanishing.first().map(|(at, _)| *at);
         let grace = (!self.grace_over && !self.pinned.is_empty()).then(|| self.grace_end());
         let loads = self.load_alarms.first().map(|(at, _)| *at);
-        let own = [retention, alarm, vanishing, grace, loads, self.sessions.next_deadline()];
+        let sessions = self.sessions.next_deadline();
+        let own = [retention, alarm, vanishing, grace, loads, sessions, self.short_until];
         lanes.chain(own.into_iter().flatten()).chain(self.registry.next_deadline()).min()
     }
 }

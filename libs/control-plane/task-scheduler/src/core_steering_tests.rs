@@ -1,28 +1,11 @@
 //! What operators and clients steer: drains, pins, sessions, continuation, deadlines, the full lane.
 
-use pool_registry_types::task::{Determinism, Recovery};
+use pool_registry_types::task::Determinism;
 
 use super::*;
 
-fn node(name: &str) -> NodeId {
-    NodeId::new(name).unwrap()
-}
-
-fn pinned_to(name: &str) -> TaskRequest {
-    let json = format!(r#"{{"mode":"pin","node_id":"{name}"}}"#);
-    TaskRequest { placement: Some(serde_json::from_str(&json).unwrap()), ..task() }
-}
-
-fn continued() -> TaskRequest {
-    TaskRequest { recovery: Recovery::Continue, ..task() }
-}
-
 fn of_session(n: u128) -> TaskRequest {
     TaskRequest { session_id: Some(SessionId(Uuid::from_u128(n))), ..task() }
-}
-
-fn code(answer: Result<TaskAccepted, ErrorBody>) -> Option<ErrorCode> {
-    answer.err().map(|error| error.code)
 }
 
 impl Bench {
@@ -34,17 +17,6 @@ impl Bench {
             Ok(other) => panic!("not an answer to a wish: {other:?}"),
             Err(error) => Err(error),
         }
-    }
-
-    /// The first token and the end of an attempt, after these milliseconds.
-    fn serve(&mut self, n: usize, first_token_ms: u64, decode_ms: u64, tokens: u64) {
-        let attempt = self.dispatches[n].attempt;
-        let replica_id = ReplicaId::new("r0").unwrap();
-        self.apply(Event::Accepted { attempt, replica_id, report_seq: 1 });
-        self.now += first_token_ms;
-        self.apply(Event::Started { attempt });
-        self.now += decode_ms;
-        self.end(attempt, tokens, HowEnded::Finished);
     }
 }
 
@@ -101,6 +73,19 @@ fn a_task_pinned_to_a_dead_node_ends_when_the_node_is_offline() {
     }
     assert_eq!(b.terminal[&waiting], ErrorCode::NodeUnavailable);
     assert_eq!(code(b.submit(pinned_to("a")).1), Some(ErrorCode::NodeUnavailable));
+}
+
+// CLOUD-1704
+// CLOUD-1752
+#[test]
+fn a_task_pinned_to_a_node_that_dies_with_its_model_ends_by_its_pin() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.submit(pinned_to("a")).1.unwrap();
+    let (waiting, answer) = b.submit(pinned_to("a"));
+    answer.unwrap();
+    b.advance_to(TIMEOUT_MS);
+    assert_eq!(b.terminal[&waiting], ErrorCode::NodeUnavailable);
 }
 
 // CLOUD-1753
@@ -232,7 +217,7 @@ fn what_only_one_request_is_failed_for_is_its_own_fault_and_counts_against_nobod
             b.join(name, 2);
         }
         let retriable = |b: &Bench, id: TaskId| {
-            let reading = b.core.task_view(at(b.now), id).expect("it is kept");
+            let reading = b.view(id).expect("it is kept");
             reading.error.map(|error| (error.code, error.retriable))
         };
         let (bad, _) = b.submit(task());
@@ -403,7 +388,7 @@ fn a_session_returns_to_its_replica_until_the_engine_was_away() {
     b.submit(of_session(1)).1.unwrap();
     let warm = b.last_dispatch().clone();
     assert_eq!(warm.warm_replica.as_ref().map(ReplicaId::as_str), Some("r0"));
-    assert_eq!(b.node_of(2), "b", "a is as free and comes first");
+    assert_eq!(b.node_of(2), "b", "a is as free");
     b.end(warm.attempt, 1, HowEnded::Finished);
     b.submit(TaskRequest { kv_hint: KvHint::Cold, ..of_session(1) }).1.unwrap();
     assert_eq!(b.node_of(3), "a", "who wants it cold is bound to nothing");
@@ -412,7 +397,7 @@ fn a_session_returns_to_its_replica_until_the_engine_was_away() {
     b.tell("b", 8, away);
     b.tell("b", 9, report(2, &[]));
     b.submit(of_session(1)).1.unwrap();
-    assert_eq!((b.last_dispatch().warm_replica.clone(), b.node_of(4)), (None, "a"));
+    assert_eq!((b.last_dispatch().warm_replica.clone(), b.node_of(4)), (None, "b"), "by turn");
 }
 
 // CLOUD-1734
@@ -427,7 +412,7 @@ fn a_start_is_predicted_from_measured_paces_and_a_deadline_before_it_is_refused_
     let (id, answer) = b.submit(task());
     assert_eq!(answer.unwrap().predicted_start_ms, Some(1_100));
     b.now += 500;
-    let (state, metrics) = b.core.metrics(at(b.now), id).unwrap();
+    let (state, metrics) = b.core.metrics(at(b.now)).remove(&id).unwrap();
     assert_eq!(state, TaskState::Queued);
     assert_eq!((metrics.queue_position, metrics.queue_depth), (0, 1));
     assert_eq!(metrics.predicted_start_ms, Some(600));
@@ -435,6 +420,23 @@ fn a_start_is_predicted_from_measured_paces_and_a_deadline_before_it_is_refused_
     assert_eq!((error.code, error.policy_label.as_deref()), (ErrorCode::AdmissionReject, Some("deadline")));
     assert_eq!(error.retry_after_ms, Some(1_700));
     assert_eq!(code(b.submit(TaskRequest { deadline_ms: Some(1_800), ..task() }).1), None);
+}
+
+// CLOUD-1734
+#[test]
+fn what_was_canceled_is_in_no_forecast_though_a_report_lists_it_still() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.submit(task()).1.unwrap();
+    b.serve(0, 100, 9_000, 10);
+    let (long, _) = b.submit(task());
+    let attempt = b.last_dispatch().attempt;
+    b.beat("a", 2, 1, &[attempt]);
+    assert_eq!(b.submit(task()).1.unwrap().predicted_start_ms, Some(9_100));
+    let reply = b.reply();
+    b.apply(Event::Cancel { reply, task_id: long });
+    b.end(attempt, 0, HowEnded::Closed);
+    assert_eq!(code(b.submit(TaskRequest { deadline_ms: Some(1_000), ..task() }).1), None);
 }
 
 // CLOUD-1735
@@ -468,7 +470,7 @@ fn a_retired_model_is_refused_and_its_waiting_tasks_end() {
     b.apply(Event::SetRetired { model: ModelRef::new("m").unwrap(), retired: false });
     b.submit(task()).1.unwrap();
     b.end(b.dispatches[0].attempt, 1, HowEnded::Finished);
-    assert_eq!(b.core.task_view(at(b.now), running).unwrap().state, TaskState::Completed);
+    assert_eq!(b.view(running).unwrap().state, TaskState::Completed);
 }
 
 // CLOUD-1760
@@ -479,7 +481,12 @@ fn tasks_are_listed_newest_first_page_by_page_through_a_filter() {
     b.join("a", 2);
     let ids: Vec<TaskId> = (0..7).map(|_| b.submit(task()).0).collect();
     let queued = TaskFilter { state: Some(TaskState::Queued), ..TaskFilter::default() };
-    let page = |b: &Bench, filter: &TaskFilter, after| b.core.task_page(at(b.now), filter, after, 3).unwrap();
+    let page = |b: &Bench, filter: &TaskFilter, after: Option<TaskId>| {
+        let mut tasks: Vec<TaskRecord> = b.core.tasks.keys().filter_map(|id| b.core.record(*id)).collect();
+        tasks.sort_by_key(|task| task.number);
+        let below = after.map_or(u64::MAX, |id| b.core.record(id).unwrap().number);
+        TaskList(tasks.into_iter().map(Arc::new).collect()).page(at(b.now), filter, below, 3)
+    };
     let first = page(&b, &queued, None);
     assert_eq!(first.tasks.iter().map(|t| t.task_id).collect::<Vec<_>>(), [ids[6], ids[5], ids[4]]);
     let second = page(&b, &queued, first.next);
@@ -487,7 +494,6 @@ fn tasks_are_listed_newest_first_page_by_page_through_a_filter() {
     assert_eq!(second.next, None);
     let on_a = TaskFilter { node_id: Some(node("a")), ..TaskFilter::default() };
     assert_eq!(page(&b, &on_a, None).tasks.len(), 2);
-    assert!(b.core.task_page(at(0), &queued, Some(TaskId(Uuid::nil())), 3).is_err());
 }
 
 // CLOUD-1722
@@ -548,11 +554,11 @@ fn a_quiet_stream_is_moved_when_its_node_cannot_be_dialled_and_loses_nothing_by_
         b.apply(Event::Quiet { attempt });
     }
     assert!(b.closed.is_empty(), "the node was dialled, and answered");
-    let probed = |answer| Event::Probed { node_id: node("a"), address: "http://a".into(), answer };
+    let probed = |outcome| Event::Probed { node_id: node("a"), address: "http://a".into(), outcome };
     b.core.registry.want_probe(at(b.now), &node("a"));
     b.core.registry.take_due_probes(at(b.now));
     b.apply(Event::Heard { attempt: fresh });
-    b.apply(probed(Err("no answer in time".into())));
+    b.apply(probed(ProbeOutcome::Failed("no answer in time".into())));
     assert_eq!(b.closed, [continues], "one has spoken, and the other would lose what was sent");
     b.apply(Event::Quiet { attempt: fresh });
     assert_eq!(b.closed, [continues, fresh]);
@@ -569,7 +575,7 @@ fn a_farewell_takes_the_end_of_no_attempt_away() {
     b.apply(Event::Deregister { reply, node_id: node("a"), epoch: None });
     assert!(b.closed.is_empty());
     b.end(b.dispatches[0].attempt, 5, HowEnded::Finished);
-    assert_eq!(b.core.task_view(at(b.now), early).unwrap().state, TaskState::Completed);
+    assert_eq!(b.view(early).unwrap().state, TaskState::Completed);
     b.advance_to(b.now + 2_000);
     assert_eq!(b.closed, [b.dispatches[1].attempt]);
     b.end(b.dispatches[1].attempt, 5, HowEnded::Closed);

@@ -1,12 +1,16 @@
 use pool_registry_types::error::EndCause;
 use pool_registry_types::node::{Capabilities, LiveAnswer};
 use pool_registry_types::pool::{EngineKind, PoolReport, PoolState, ReplicaReport};
+use pool_registry_types::task::Recovery;
 use pool_registry_types::{BootId, MachineId, PoolId};
+use service_registry::ProbeOutcome;
 
 use super::*;
 
 #[path = "core_loading_tests.rs"]
 mod loading;
+#[path = "core_peers_tests.rs"]
+mod peers;
 #[path = "core_steering_tests.rs"]
 mod steering;
 
@@ -47,11 +51,19 @@ struct Bench {
     dispatches: Vec<Dispatch>,
     closed: Vec<AttemptId>,
     node_takes_intents: bool,
+    /// What nodes say to the control plane's token.
+    authorization: Result<(), String>,
+    /// When which node was dialled, and whether with the token.
+    probes: Vec<(u64, NodeId, bool)>,
     changes: Vec<ClusterChange>,
     /// When each node was asked to load its pool.
     loads: Vec<(u64, String)>,
     terminal: BTreeMap<TaskId, ErrorCode>,
     replies: BTreeMap<ReplyTo, Result<Answer, ErrorBody>>,
+    /// All effects so far.
+    effects: Vec<Effect>,
+    /// Before each event, everything is asked that a reader may ask.
+    is_read: bool,
 }
 
 impl Bench {
@@ -63,10 +75,14 @@ impl Bench {
             dispatches: Vec::new(),
             closed: Vec::new(),
             node_takes_intents: true,
+            authorization: Ok(()),
+            probes: Vec::new(),
             changes: Vec::new(),
             loads: Vec::new(),
             terminal: BTreeMap::new(),
             replies: BTreeMap::new(),
+            effects: Vec::new(),
+            is_read: false,
         }
     }
 
@@ -75,8 +91,17 @@ impl Bench {
         ReplyTo(self.next)
     }
 
+    fn view(&self, id: TaskId) -> Option<TaskView> {
+        self.core.record(id).map(|record| record.view(at(self.now), None))
+    }
+
     fn apply(&mut self, event: Event) {
-        for effect in self.core.apply(at(self.now), event) {
+        if self.is_read {
+            self.read_all();
+        }
+        let effects = self.core.apply(at(self.now), event);
+        self.effects.extend_from_slice(&effects);
+        for effect in effects {
             match effect {
                 Effect::Dispatch(dispatch) => self.dispatches.push(*dispatch),
                 Effect::CloseAttempt { attempt, .. } => self.closed.push(attempt),
@@ -86,9 +111,12 @@ impl Bench {
                 Effect::Reply { to, answer } => {
                     assert_eq!(self.replies.insert(to, answer), None, "answered twice");
                 }
-                Effect::Probe { node_id, address } => {
+                Effect::Probe { node_id, address, authorized } => {
+                    self.probes.push((self.now, node_id.clone(), authorized));
                     let live = LiveAnswer { boot_id: boot(), node_id: node_id.clone() };
-                    self.apply(Event::Probed { node_id, address, answer: Ok(live) });
+                    let authorized = authorized.then(|| self.authorization.clone());
+                    let outcome = ProbeOutcome::Answered { live, authorized };
+                    self.apply(Event::Probed { node_id, address, outcome });
                 }
                 Effect::TellIntent { to, node_id, order, .. } => {
                     let outcome = self.node_takes_intents.then_some(()).ok_or_else(|| "no answer".to_owned());
@@ -99,6 +127,18 @@ impl Bench {
                 Effect::OpenLog { .. } | Effect::Forget { .. } => {}
             }
         }
+    }
+
+    /// All that readers ask, and what is written down for them.
+    fn read_all(&mut self) {
+        let (now, core) = (at(self.now), &mut self.core);
+        let ids: Vec<TaskId> = core.tasks.keys().copied().collect();
+        for id in ids {
+            drop((core.record(id), core.explain_task(now, id)));
+        }
+        drop((core.metrics(now), core.view(now), core.explain_request(&task())));
+        drop((core.paces(), core.queue_depths(), core.counters(), core.next_deadline()));
+        drop(core.take_changed());
     }
 
     /// Lets the time come, stopping at each deadline.
@@ -125,6 +165,10 @@ impl Bench {
 
     /// The node reports this one pool.
     fn tell(&mut self, name: &str, seq: u64, pool: PoolReport) {
+        self.tell_pools(name, seq, vec![pool]);
+    }
+
+    fn tell_pools(&mut self, name: &str, seq: u64, pools: Vec<PoolReport>) {
         let epoch = match self.replies.values().rev().find_map(|answer| match answer {
             Ok(Answer::Registered(registered)) if registered.node_id.as_str() == name => {
                 Some(&registered.epoch)
@@ -140,7 +184,8 @@ impl Bench {
             timestamp: String::new(),
             intent: Intent::Serving,
             intent_order: 0,
-            pools: vec![pool],
+            tokens_changed: 0,
+            pools,
             gpus: vec![],
             models: vec![],
         };
@@ -162,6 +207,17 @@ impl Bench {
 
     fn end(&mut self, attempt: AttemptId, tokens_written: u64, how: HowEnded) {
         self.apply(Event::Ended { attempt, tokens_written, unlogged: 0, how, closed_after: None });
+    }
+
+    /// The first token and the end of an attempt, after these milliseconds.
+    fn serve(&mut self, n: usize, first_token_ms: u64, decode_ms: u64, tokens: u64) {
+        let attempt = self.dispatches[n].attempt;
+        let replica_id = ReplicaId::new("r0").unwrap();
+        self.apply(Event::Accepted { attempt, replica_id, report_seq: 1 });
+        self.now += first_token_ms;
+        self.apply(Event::Started { attempt });
+        self.now += decode_ms;
+        self.end(attempt, tokens, HowEnded::Finished);
     }
 
     fn last_dispatch(&self) -> &Dispatch {
@@ -224,6 +280,23 @@ fn task() -> TaskRequest {
 
 fn batch() -> TaskRequest {
     TaskRequest { priority: Priority::Batch, ..task() }
+}
+
+fn node(name: &str) -> NodeId {
+    NodeId::new(name).unwrap()
+}
+
+fn pinned_to(name: &str) -> TaskRequest {
+    let json = format!(r#"{{"mode":"pin","node_id":"{name}"}}"#);
+    TaskRequest { placement: Some(serde_json::from_str(&json).unwrap()), ..task() }
+}
+
+fn continued() -> TaskRequest {
+    TaskRequest { recovery: Recovery::Continue, ..task() }
+}
+
+fn code(answer: Result<TaskAccepted, ErrorBody>) -> Option<ErrorCode> {
+    answer.err().map(|error| error.code)
 }
 
 // CLOUD-1705
@@ -356,7 +429,7 @@ fn refusals_without_end_end_with_the_wait_that_a_task_may_have() {
     }
     assert_eq!(b.terminal[&id], ErrorCode::DeadlineExceeded);
     assert!(b.now >= 600_000 && b.now < 601_000, "{}", b.now);
-    assert!(b.core.task_view(at(b.now), id).unwrap().attempts.len() <= 33);
+    assert!(b.view(id).unwrap().attempts.len() <= 33);
 }
 
 #[test]
@@ -423,7 +496,7 @@ fn the_third_failure_is_the_last_and_names_the_causes() {
     }
     assert_eq!(b.dispatches.len(), 3);
     assert_eq!(b.terminal[&id], ErrorCode::PoolUnavailable);
-    let view = b.core.task_view(at(0), id).unwrap();
+    let view = b.view(id).unwrap();
     assert!(view.error.unwrap().message.contains("a/pool-0: the stream broke"));
 }
 
@@ -531,7 +604,7 @@ fn a_cancel_that_comes_after_the_end_changes_nothing() {
     b.apply(Event::Cancel { reply, task_id: id });
     b.end(b.dispatches[0].attempt, 2, HowEnded::Finished);
     assert_eq!(b.replies[&reply], Ok(Answer::Canceled));
-    assert_eq!(b.core.task_view(at(0), id).unwrap().state, TaskState::Completed);
+    assert_eq!(b.view(id).unwrap().state, TaskState::Completed);
 }
 
 // CLOUD-1703
@@ -596,9 +669,9 @@ fn ended_tasks_are_forgotten_after_the_retention() {
     let (id, _) = b.submit(task());
     b.end(b.dispatches[0].attempt, 1, HowEnded::Finished);
     b.advance_to(599_999);
-    assert!(b.core.task_view(at(b.now), id).is_some());
+    assert!(b.view(id).is_some());
     b.advance_to(600_000);
-    assert!(b.core.task_view(at(b.now), id).is_none());
+    assert!(b.view(id).is_none());
 }
 
 // CLOUD-1207
@@ -610,11 +683,11 @@ fn only_so_many_ended_tasks_are_kept() {
     let (first, _) = b.submit(task());
     b.end(b.last_dispatch().attempt, 1, HowEnded::Finished);
     for _ in 0..MAX_RETAINED_TASKS {
-        assert!(b.core.task_view(at(0), first).is_some());
+        assert!(b.view(first).is_some());
         b.submit(task()).1.unwrap();
         b.end(b.last_dispatch().attempt, 1, HowEnded::Finished);
     }
-    assert!(b.core.task_view(at(0), first).is_none());
+    assert!(b.view(first).is_none());
 }
 
 // CLOUD-1309

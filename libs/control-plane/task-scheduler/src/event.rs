@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use pool_registry_types::node::{
-    Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, IntentOrder, LiveAnswer, RegisterAnswer,
-    RegisterRequest,
+    Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, IntentOrder, RegisterAnswer, RegisterRequest,
 };
 use pool_registry_types::task::{ResumeMode, TaskAccepted, TaskRequest};
 use pool_registry_types::view::ClusterChange;
@@ -12,6 +11,7 @@ use pool_registry_types::{
     AttemptId, BootId, Epoch, ErrorBody, LogId, ModelRef, Moment, NodeId, PoolKey, ReplicaId, SessionId,
     TaskId,
 };
+use service_registry::ProbeOutcome;
 
 use crate::attempts::{CloseReason, HowEnded};
 use crate::watch::AttemptDeadlines;
@@ -41,8 +41,10 @@ pub enum Event {
     Probed {
         node_id: NodeId,
         address: String,
-        answer: Result<LiveAnswer, String>,
+        outcome: ProbeOutcome,
     },
+    /// The tokens that the control plane sends have changed.
+    TokensChanged,
     /// A token of an attempt on this node arrived (told at most once a second for an attempt).
     Alive {
         node_id: NodeId,
@@ -147,6 +149,8 @@ pub enum Effect {
     Probe {
         node_id: NodeId,
         address: String,
+        /// Ask also whether it lets the control plane in.
+        authorized: bool,
     },
     /// A task waits for a pool that is not loaded: tell its node. An order that is lost is given
     /// again.

@@ -10,6 +10,7 @@
 pub mod attempts;
 pub mod core;
 pub mod event;
+mod groups;
 pub mod log;
 mod pace;
 pub mod queue;
@@ -17,10 +18,10 @@ mod sessions;
 pub mod watch;
 
 pub use attempts::{CloseReason, HowEnded};
-pub use core::{ControlCore, Counters, FullLane, Policy, TaskFilter};
+pub use core::{ControlCore, Counters, FullLane, Policy, TaskFilter, TaskList, TaskRecord};
 pub use event::{Answer, Dispatch, Effect, Event, ReplyTo};
 pub use log::{AppendError, Fence, Read, TaskLog};
 pub use multi_node_placement::Strategy;
-pub use service_registry::{Rule, Timing};
+pub use service_registry::{ProbeOutcome, Rule, Timing};
 pub use sessions::SessionPolicy;
 pub use watch::{AttemptDeadlines, Overdue, StreamWatch};

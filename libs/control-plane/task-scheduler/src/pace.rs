@@ -15,6 +15,8 @@ const WEIGHT: f64 = 0.2;
 const REMEMBERED: usize = 256;
 /// Fewer say nothing about how right predictions are.
 const ENOUGH: usize = 8;
+/// An estimate counts for at most so many times the measured mean. Source: .specs/01 CLOUD-1211.
+const MOST_MEANS: f64 = 8.0;
 /// What a task that runs longer than expected is still given, as a part of what was expected.
 const OVERTIME: f64 = 0.1;
 
@@ -74,12 +76,20 @@ impl Paces {
         self.pools.iter().map(|(pool, pace)| (pool, 1e3 / pace.token.max(1e-3)))
     }
 
-    /// How many tokens a task will take: its own estimate or the model's mean, at most its bound.
-    pub(crate) fn tokens(&self, model: &ModelRef, estimate: Option<u32>, bound: Option<u32>) -> Option<f64> {
+    /// How many tokens a task will take: its own estimate, or the model's mean, at most its bound
+    /// and the context, and never far from what tasks of the model take.
+    pub(crate) fn tokens(
+        &self,
+        model: &ModelRef,
+        estimate: Option<u32>,
+        bound: Option<u32>,
+        ctx_max: Option<u32>,
+    ) -> Option<f64> {
         let mean = self.models.get(model).map(|(_, tokens)| *tokens);
-        let bound = bound.map(f64::from);
+        let bound = bound.into_iter().chain(ctx_max).min().map(f64::from);
         let expected = estimate.map(f64::from).or(mean).or(bound)?;
-        Some(bound.map_or(expected, |bound| expected.min(bound)))
+        let expected = bound.map_or(expected, |bound| expected.min(bound));
+        Some(mean.map_or(expected, |mean| expected.min(MOST_MEANS * mean.max(1.0))))
     }
 
     /// Milliseconds from dispatch to end on the pool; by the model's pace where the pool's is unknown.
@@ -111,7 +121,9 @@ type FreeAt = Reverse<(u64, usize)>;
 /// When each waiting task of a lane starts, as of the moment at which it was made.
 #[derive(Debug)]
 pub(crate) struct Forecast {
-    pub(crate) made: Moment,
+    made: Moment,
+    /// Changes of the lane since it was made that it does not know.
+    pub(crate) behind: usize,
     pools: Vec<PoolKey>,
     slots: BinaryHeap<FreeAt>,
     starts: BTreeMap<TaskId, Moment>,
@@ -119,7 +131,7 @@ pub(crate) struct Forecast {
 
 impl Forecast {
     pub(crate) fn new(now: Moment) -> Self {
-        Self { made: now, pools: Vec::new(), slots: BinaryHeap::new(), starts: BTreeMap::new() }
+        Self { made: now, behind: 0, pools: Vec::new(), slots: BinaryHeap::new(), starts: BTreeMap::new() }
     }
 
     /// Adds a pool with the milliseconds until each of its slots is free.
@@ -149,6 +161,13 @@ impl Forecast {
             self.slots.push(Reverse((at.saturating_add(thousandths(took)), place)));
         }
         Some(start)
+    }
+
+    /// Whether the task that is to start first should have begun before now, or without one a slot
+    /// should have come free.
+    pub(crate) fn is_overdue(&self, now: Moment, first: Option<&TaskId>) -> bool {
+        let start = first.and_then(|task| self.start_of(task)).or_else(|| self.next_start());
+        start.is_some_and(|start| start < now)
     }
 
     pub(crate) fn start_of(&self, task: &TaskId) -> Option<Moment> {
@@ -197,8 +216,21 @@ mod tests {
         paces.measure(&pool("b"), &model(), Measurement { first_token_ms: 10, decode_ms: 90, tokens: 10 });
         assert_eq!(paces.service_ms(&pool("b"), &model(), 10.0), Some(100.0));
         assert_eq!(paces.tokens_per_second().last(), Some((&pool("b"), 100.0)));
-        assert_eq!(paces.tokens(&model(), None, Some(4)), Some(4.0));
-        assert_eq!(paces.tokens(&model(), Some(3), Some(4)), Some(3.0));
+        assert_eq!(paces.tokens(&model(), None, Some(4), None), Some(4.0));
+        assert_eq!(paces.tokens(&model(), Some(3), Some(4), None), Some(3.0));
+    }
+
+    // CLOUD-1211
+    #[test]
+    fn an_estimate_counts_for_no_more_than_the_context_and_a_multiple_of_the_mean() {
+        let mut paces = Paces::default();
+        let huge = Some(u32::MAX);
+        assert_eq!(paces.tokens(&model(), huge, huge, Some(4096)), Some(4096.0));
+        paces.measure(&pool("a"), &model(), Measurement { first_token_ms: 100, decode_ms: 900, tokens: 10 });
+        assert_eq!(paces.tokens(&model(), huge, None, Some(4096)), Some(80.0));
+        assert_eq!(paces.tokens(&model(), huge, Some(50), Some(4096)), Some(50.0));
+        assert_eq!(paces.tokens(&model(), huge, None, Some(20)), Some(20.0));
+        assert_eq!(paces.tokens(&model(), Some(30), None, None), Some(30.0));
     }
 
     // CLOUD-1731

@@ -8,6 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use pool_registry_types::task::Priority;
 use pool_registry_types::{ModelRef, TaskId};
 
+use crate::groups::{Ask, Groups};
+
 /// While both priorities wait, every eighth start is a batch task. Source: .specs/01 CLOUD-1702.
 pub const BATCH_EVERY: u32 = 8;
 
@@ -16,9 +18,15 @@ pub(crate) struct Lane {
     interactive: BTreeSet<(u64, TaskId)>,
     batch: BTreeSet<(u64, TaskId)>,
     interactive_starts_in_a_row: u32,
+    pub(crate) groups: Groups,
 }
 
 impl Lane {
+    /// Waiting tasks of the priority.
+    pub(crate) fn len(&self, priority: Priority) -> usize {
+        self.of(priority).len()
+    }
+
     fn of(&self, priority: Priority) -> &BTreeSet<(u64, TaskId)> {
         match priority {
             Priority::Interactive => &self.interactive,
@@ -44,6 +52,11 @@ impl Lane {
 
     pub(crate) fn waiting(&self, priority: Priority) -> impl Iterator<Item = TaskId> + '_ {
         self.of(priority).iter().map(|(_, id)| *id)
+    }
+
+    /// The task that starts first, if it may take every slot.
+    pub(crate) fn first(&self) -> Option<TaskId> {
+        self.order().into_iter().find_map(|priority| self.waiting(priority).next())
     }
 
     /// How many tasks start before one that has this many older ones of its priority.
@@ -86,10 +99,20 @@ pub(crate) struct Queue {
 }
 
 impl Queue {
-    pub(crate) fn push(&mut self, model: &ModelRef, priority: Priority, number: u64, task: TaskId) {
+    /// Takes a task in. `ask` is what decides which pools may take it; absent for one that has
+    /// had a try.
+    pub(crate) fn push(
+        &mut self,
+        model: &ModelRef,
+        priority: Priority,
+        number: u64,
+        task: TaskId,
+        ask: Option<Ask>,
+    ) {
         let lane = self.lanes.entry(model.clone()).or_default();
         let new = lane.of_mut(priority).insert((number, task));
         assert!(new, "task {task} queued twice");
+        lane.groups.push(priority, number, task, ask);
         self.len += 1;
     }
 
@@ -97,6 +120,7 @@ impl Queue {
     pub(crate) fn remove(&mut self, model: &ModelRef, priority: Priority, number: u64, task: TaskId) {
         let Some(lane) = self.lanes.get_mut(model) else { return };
         if lane.of_mut(priority).remove(&(number, task)) {
+            lane.groups.remove(priority, number, task);
             self.len -= 1;
         }
         if lane.is_empty() {
@@ -120,6 +144,10 @@ impl Queue {
         self.lanes.get(model)
     }
 
+    pub(crate) fn lane_mut(&mut self, model: &ModelRef) -> Option<&mut Lane> {
+        self.lanes.get_mut(model)
+    }
+
     /// Models with waiting tasks.
     pub(crate) fn models(&self) -> impl Iterator<Item = &ModelRef> {
         self.lanes.keys()
@@ -138,7 +166,14 @@ impl Queue {
     /// Tasks of the lane that start before this one, if nothing changes.
     pub(crate) fn position(&self, model: &ModelRef, priority: Priority, number: u64) -> usize {
         let Some(lane) = self.lanes.get(model) else { return 0 };
-        let older = lane.of(priority).iter().take_while(|(other, _)| *other < number).count();
+        let waiting = lane.of(priority);
+        // Mostly it is asked of the one that has just come.
+        let is_last = waiting.last().is_some_and(|(last, _)| *last == number);
+        let older = if is_last {
+            waiting.len() - 1
+        } else {
+            waiting.iter().take_while(|(other, _)| *other < number).count()
+        };
         lane.place(priority, older)
     }
 
@@ -164,7 +199,7 @@ mod tests {
                 let id = TaskId(Uuid::from_u128(u128::from(n)));
                 let priority = if n % 4 == 3 { Priority::Batch } else { Priority::Interactive };
                 numbers.insert(id, (priority, n));
-                queue.push(&model, priority, n, id);
+                queue.push(&model, priority, n, id, None);
             }
             let start = |queue: &mut Queue| {
                 let lane = queue.lane(&model)?;

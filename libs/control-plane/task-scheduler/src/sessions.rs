@@ -84,11 +84,18 @@ pub(crate) struct Sessions {
     sessions: BTreeMap<SessionId, Session>,
     /// Sessions without an open task, by when they were used last.
     idle: BTreeSet<(Moment, SessionId)>,
+    /// What has come, gone or changed since [`Sessions::take_changed`].
+    changed: BTreeSet<SessionId>,
 }
 
 impl Sessions {
     pub(crate) fn new(policy: SessionPolicy) -> Self {
-        Self { policy, sessions: BTreeMap::new(), idle: BTreeSet::new() }
+        Self { policy, sessions: BTreeMap::new(), idle: BTreeSet::new(), changed: BTreeSet::new() }
+    }
+
+    /// The sessions that have come, gone or changed since the last time.
+    pub(crate) fn take_changed(&mut self) -> BTreeSet<SessionId> {
+        std::mem::take(&mut self.changed)
     }
 
     /// Takes a task into its session, which is made if need be. Returns how many tokens the
@@ -124,6 +131,7 @@ impl Sessions {
         if !self.sessions.contains_key(&id) {
             self.make_room()?;
         }
+        self.changed.insert(id);
         let session = self.sessions.entry(id).or_insert(fresh);
         self.idle.remove(&(session.last_used, id));
         session.last_used = now;
@@ -141,6 +149,7 @@ impl Sessions {
         let (_, oldest) =
             self.idle.pop_first().ok_or_else(|| ErrorBody::new(ErrorCode::Overloaded, message))?;
         self.sessions.remove(&oldest);
+        self.changed.insert(oldest);
         Ok(())
     }
 
@@ -155,6 +164,7 @@ impl Sessions {
     pub(crate) fn settled_at(&mut self, id: SessionId, task: TaskId, pool: PoolKey, replica: ReplicaId) {
         if let Some(session) = self.sessions.get_mut(&id).filter(|session| session.open.contains_key(&task)) {
             session.place = Some(Place { pool, replica, warm: true });
+            self.changed.insert(id);
         }
     }
 
@@ -171,12 +181,17 @@ impl Sessions {
         if session.open.is_empty() {
             self.idle.insert((now, id));
         }
+        self.changed.insert(id);
     }
 
     /// Only these replicas of the pool have been there all the time: nothing else there is warm.
     pub(crate) fn cooled(&mut self, pool: &PoolKey, but: &[ReplicaId]) {
-        for place in self.sessions.values_mut().filter_map(|session| session.place.as_mut()) {
-            place.warm &= place.pool != *pool || but.contains(&place.replica);
+        for (id, session) in &mut self.sessions {
+            let Some(place) = session.place.as_mut().filter(|place| place.warm) else { continue };
+            if place.pool == *pool && !but.contains(&place.replica) {
+                place.warm = false;
+                self.changed.insert(*id);
+            }
         }
     }
 
@@ -200,6 +215,7 @@ impl Sessions {
         let session = self.sessions.remove(&id);
         if let Some(session) = &session {
             self.idle.remove(&(session.last_used, id));
+            self.changed.insert(id);
         }
         session.is_some()
     }
@@ -210,11 +226,16 @@ impl Sessions {
         {
             self.idle.pop_first();
             self.sessions.remove(&id);
+            self.changed.insert(id);
         }
     }
 
     pub(crate) fn next_deadline(&self) -> Option<Moment> {
         self.idle.first().map(|(used, _)| *used + self.policy.ttl)
+    }
+
+    pub(crate) fn is_idle(&self, id: SessionId) -> bool {
+        self.sessions.get(&id).is_some_and(|session| session.open.is_empty())
     }
 
     pub(crate) fn len(&self) -> usize {

@@ -37,6 +37,18 @@ pub enum Change {
     Cleared { file: String },
 }
 
+impl Change {
+    /// The file's name with its ending.
+    pub fn file(&self) -> &str {
+        match self {
+            Self::Bound { file, .. }
+            | Self::Unbound { file, .. }
+            | Self::Faulty { file, .. }
+            | Self::Cleared { file } => file,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Entry {
     stamp: Stamp,

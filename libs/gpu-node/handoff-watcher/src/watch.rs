@@ -3,12 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use notify::event::{AccessKind, AccessMode};
 use notify::{EventKind, RecursiveMode, Watcher};
+use owned_tasks::Loops;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::folder::{Change, Folder, Seen, Stamp};
 use crate::handoff::{EngineHosts, Fault, MAX_HANDOFF_BYTES, parse};
@@ -48,51 +51,67 @@ impl HandoffWatcher {
         }
     }
 
-    /// The changes of the directory, those of the files present at the start first. Ends with
-    /// `stop`; the returned handle is the task's owner.
-    pub fn start(self, stop: CancellationToken) -> (mpsc::Receiver<Change>, tokio::task::JoinHandle<()>) {
+    /// The changes of the directory, those of the files present at the start first. One of `loops`;
+    /// ends with `stop`, and then so does the handle.
+    pub fn start(
+        self,
+        loops: &Loops,
+        stop: CancellationToken,
+    ) -> (mpsc::Receiver<Change>, tokio::task::JoinHandle<()>) {
         let (send, receive) = mpsc::channel(CHANGES);
-        (receive, tokio::spawn(self.run(send, stop)))
+        let Self { dir, hosts, interval } = self;
+        let looker = Looker { dir, hosts, folder: Folder::default(), started: BTreeMap::new() };
+        let looker = SharedLooker(Arc::new(Mutex::new(looker)));
+        let ended = stop.clone();
+        let make = move || run(looker.clone(), interval, send.clone(), ended.clone());
+        (receive, loops.start(&TaskTracker::new(), "handoff watcher", &stop, make))
+    }
+}
+
+/// What was seen last outlives a panic: what changes meanwhile is a change at the next look.
+#[derive(Debug, Clone)]
+struct SharedLooker(Arc<Mutex<Looker>>);
+
+impl SharedLooker {
+    async fn look(&self) -> Vec<Change> {
+        let looker = Arc::clone(&self.0);
+        let look = move || looker.lock().unwrap_or_else(PoisonError::into_inner).look();
+        let looked = owned_tasks::blocking("runtime directory", look).await;
+        looked.unwrap_or_else(|panicked| panicked.resume())
     }
 
-    async fn run(self, send: mpsc::Sender<Change>, stop: CancellationToken) {
-        let (stirred, mut stirs) = mpsc::channel::<()>(1);
-        let on_event = move |event: notify::Result<notify::Event>| {
-            if event.is_ok_and(|event| !may_change(&event.kind)) {
-                return;
-            }
-            // One waiting stir is enough: a look sees everything.
-            let _ = stirred.try_send(());
-        };
-        let watcher = notify::recommended_watcher(on_event).and_then(|mut watcher| {
-            watcher.watch(&self.dir, RecursiveMode::NonRecursive)?;
-            Ok(watcher)
-        });
-        if let Err(error) = &watcher {
-            tracing::warn!(%error, dir = %self.dir.display(), "no change events: looking at the interval only");
+    fn dir(&self) -> PathBuf {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).dir.clone()
+    }
+}
+
+async fn run(looker: SharedLooker, interval: Duration, send: mpsc::Sender<Change>, stop: CancellationToken) {
+    let dir = looker.dir();
+    let (stirred, mut stirs) = mpsc::channel::<()>(1);
+    let on_event = move |event: notify::Result<notify::Event>| {
+        if event.is_ok_and(|event| !may_change(&event.kind)) {
+            return;
         }
-        let mut looker =
-            Looker { dir: self.dir, hosts: self.hosts, folder: Folder::default(), started: BTreeMap::new() };
-        loop {
-            let looked = tokio::task::spawn_blocking(move || {
-                let changes = looker.look();
-                (looker, changes)
-            });
-            let Ok((back, changes)) = looked.await else {
-                tracing::error!("looking at the runtime directory panicked: no handoff is seen any more");
+        // One waiting stir is enough: a look sees everything.
+        let _ = stirred.try_send(());
+    };
+    let watcher = notify::recommended_watcher(on_event).and_then(|mut watcher| {
+        watcher.watch(&dir, RecursiveMode::NonRecursive)?;
+        Ok(watcher)
+    });
+    if let Err(error) = &watcher {
+        tracing::warn!(%error, dir = %dir.display(), "no change events: looking at the interval only");
+    }
+    loop {
+        for change in looker.look().await {
+            if send.send(change).await.is_err() {
                 return;
-            };
-            looker = back;
-            for change in changes {
-                if send.send(change).await.is_err() {
-                    return;
-                }
             }
-            tokio::select! {
-                () = stop.cancelled() => return,
-                () = tokio::time::sleep(self.interval) => {}
-                Some(()) = stirs.recv() => {}
-            }
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(interval) => {}
+            Some(()) = stirs.recv() => {}
         }
     }
 }
@@ -244,7 +263,7 @@ mod tests {
     fn start(dir: &Path) -> (mpsc::Receiver<Change>, CancellationToken) {
         let stop = CancellationToken::new();
         let watcher = HandoffWatcher::new(dir, EngineHosts::default(), Duration::from_millis(50)).unwrap();
-        (watcher.start(stop.clone()).0, stop)
+        (watcher.start(&Loops::default(), stop.clone()).0, stop)
     }
 
     // CLOUD-2006

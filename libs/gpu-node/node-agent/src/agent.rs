@@ -10,11 +10,13 @@ use std::time::{Duration, Instant};
 
 use handoff_watcher::{Change, Handoff, HandoffName};
 use node_registration::{BeatFailure, CallError, ControlPlane};
+use owned_tasks::{Loops, Panicked, blocking, caught};
 use parking_lot::Mutex;
 use pool_registry_types::node::{GpuHealth, GpuReport, Intent, IntentOrder, StagedModel};
 use pool_registry_types::pool::{EngineKind, PoolReport};
 use pool_registry_types::{AttemptId, Moment, PoolId, ReplicaId};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -73,17 +75,29 @@ pub struct Agent {
     taking_intent: tokio::sync::Mutex<()>,
     pub(crate) counters: Mutex<NodeCounters>,
     pub(crate) tracker: TaskTracker,
+    loops: Loops,
     stop: CancellationToken,
     /// An attempt has ended, or memory was looked at: somebody may be idle, or fit, now.
     work_ended: Notify,
     /// Somebody wants the GPUs looked at before it is time.
     look_at_gpus: Notify,
+    /// Errors that the driver has told of each GPU so far, by its number.
+    gpu_faults: Mutex<BTreeMap<u32, u64>>,
+    /// An engine that this node has started has ended.
+    pub(crate) engine_has_ended: Notify,
     supervision: OnceLock<Weak<Supervision>>,
 }
 
 impl Agent {
-    /// The session is made with the same zero of time that this agent starts with.
-    pub fn new(identity: Identity, interval: Duration, seed: u64, intent_file: IntentFile) -> Arc<Self> {
+    /// The session is made with the same zero of time that this agent starts with. `loops` are the
+    /// daemon's, which is not ready while one of them is down.
+    pub fn new(
+        identity: Identity,
+        interval: Duration,
+        seed: u64,
+        intent_file: IntentFile,
+        loops: Loops,
+    ) -> Arc<Self> {
         let session = node_registration::Session::new(Moment::ZERO, interval, seed);
         Arc::new(Self {
             start: Instant::now(),
@@ -99,9 +113,12 @@ impl Agent {
             problems: Mutex::new(BTreeMap::new()),
             counters: Mutex::new(NodeCounters::default()),
             tracker: TaskTracker::new(),
+            loops,
             stop: CancellationToken::new(),
             work_ended: Notify::new(),
             look_at_gpus: Notify::new(),
+            gpu_faults: Mutex::default(),
+            engine_has_ended: Notify::new(),
             supervision: OnceLock::new(),
         })
     }
@@ -110,14 +127,44 @@ impl Agent {
         Moment::from_millis(u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX))
     }
 
+    /// What runs for as long as the node does, for its `/health/ready`.
+    pub fn loops(&self) -> &Loops {
+        &self.loops
+    }
+
     pub(crate) fn client(&self) -> &EngineClient {
         &self.client
     }
 
     // ---- replicas ----
 
+    /// Takes the changes of the runtime directory in until the watcher ends, or this agent stops. A
+    /// file whose change cannot be taken has that for a problem until it changes again.
+    pub fn follow_handoffs(self: &Arc<Self>, changes: mpsc::Receiver<Change>) {
+        let (agent, changes) = (Arc::clone(self), Arc::new(tokio::sync::Mutex::new(changes)));
+        let make = move || {
+            let (agent, changes) = (Arc::clone(&agent), Arc::clone(&changes));
+            async move {
+                let mut changes = changes.lock().await;
+                loop {
+                    let change = tokio::select! {
+                        () = agent.stop.cancelled() => return,
+                        change = changes.recv() => change,
+                    };
+                    let Some(change) = change else { return };
+                    let file = change.file().to_owned();
+                    let taking = caught("change of a handoff", async { agent.on_handoff(change) });
+                    if let Err(panicked) = taking.await {
+                        agent.problems.lock().insert(file, panicked.to_string());
+                    }
+                }
+            }
+        };
+        self.loops.start(&self.tracker, "handoffs", &self.stop, make);
+    }
+
     /// Takes a change of the runtime directory in.
-    pub fn on_handoff(self: &Arc<Self>, change: Change) {
+    fn on_handoff(self: &Arc<Self>, change: Change) {
         match change {
             Change::Bound { file, handoff } => {
                 tracing::info!(file, pool_id = %handoff.pool_id, replica_id = %handoff.replica_id, "handoff seen");
@@ -162,7 +209,28 @@ impl Agent {
                 self.observed(&handoff.pool_id, &handoff.replica_id, readiness);
             }
         }
-        self.tracker.spawn(replica::watch(Arc::clone(self), handoff, stop, look));
+        let (agent, name) = (Arc::clone(self), handoff.name());
+        let (watcher, ended) = (Arc::clone(self), stop.clone());
+        let make =
+            move || replica::watch(Arc::clone(&watcher), handoff.clone(), ended.clone(), Arc::clone(&look));
+        let gone = stop.clone();
+        // What a new watch sees is told by itself.
+        let tell = move |panicked: Option<&Panicked>| {
+            if let Some(panicked) = panicked {
+                agent.watch_failed(&gone, &name, panicked);
+            }
+        };
+        owned_tasks::start(&self.tracker, "watch of a replica", &stop, make, tell);
+    }
+
+    /// Nobody looks at the replica: it gets nothing until somebody does.
+    fn watch_failed(&self, stop: &CancellationToken, name: &HandoffName, panicked: &Panicked) {
+        let HandoffName { pool_id, replica_id } = name;
+        tracing::error!(%pool_id, %replica_id, "the replica is not ready: its watch has panicked");
+        self.observed_unless(stop, pool_id, replica_id, Readiness::Failed(panicked.to_string()));
+        if !stop.is_cancelled() {
+            self.set_binding_problem(name, Some(panicked.to_string()));
+        }
     }
 
     /// The engine's key, as it was read at the last look.
@@ -269,22 +337,26 @@ impl Agent {
         settlers.insert(name.clone(), Arc::clone(&again));
         drop(settlers);
         let agent = Arc::clone(self);
-        self.tracker.spawn(async move {
-            loop {
-                let settling = replica::settle(&agent, &name, key.clone(), &again);
-                tokio::select! {
-                    () = agent.stop.cancelled() => {}
-                    () = settling => {}
-                }
-                // Under the lock: whoever comes now starts another one.
-                let mut settlers = agent.settlers.lock();
-                let more = agent.settles_at(&name.pool_id, &name.replica_id).is_some();
-                if !more || agent.stop.is_cancelled() {
-                    settlers.remove(&name);
-                    return;
-                }
+        let make = move || Arc::clone(&agent).follow_settling(name.clone(), key.clone(), Arc::clone(&again));
+        // Until it runs again the slots stay taken.
+        owned_tasks::start(&self.tracker, "slots that settle", &self.stop, make, |_| {});
+    }
+
+    async fn follow_settling(self: Arc<Self>, name: HandoffName, key: Option<ApiKey>, again: Arc<Notify>) {
+        loop {
+            let settling = replica::settle(&self, &name, key.clone(), &again);
+            tokio::select! {
+                () = self.stop.cancelled() => {}
+                () = settling => {}
             }
-        });
+            // Under the lock: whoever comes now starts another one.
+            let mut settlers = self.settlers.lock();
+            let more = self.settles_at(&name.pool_id, &name.replica_id).is_some();
+            if !more || self.stop.is_cancelled() {
+                settlers.remove(&name);
+                return;
+            }
+        }
     }
 
     /// The replica's engine as it is now, which may be another one than an attempt was sent to.
@@ -378,10 +450,22 @@ impl Agent {
         result
     }
 
+    /// The tokens that this node accepts are others now: the control plane is told.
+    pub fn tokens_changed(&self) {
+        self.change(NodeCore::tokens_changed);
+    }
+
     // ---- the session ----
 
-    /// Keeps the session with the control plane until it has left.
-    pub async fn keep_session(self: Arc<Self>, control: impl ControlPlane) {
+    /// Keeps the session with the control plane until it has left, and then the handle ends.
+    pub fn keep_session(self: &Arc<Self>, control: impl ControlPlane) -> JoinHandle<()> {
+        let (agent, control) = (Arc::clone(self), Arc::new(control));
+        let make = move || Arc::clone(&agent).run_session(Arc::clone(&control));
+        // It leaves before the agent stops; it is its own tracker's, whose end nobody awaits.
+        self.loops.start(&TaskTracker::new(), "session", &self.stop, make)
+    }
+
+    async fn run_session(self: Arc<Self>, control: Arc<impl ControlPlane>) {
         loop {
             let now = self.now();
             let (due, next, left) = {
@@ -392,7 +476,7 @@ impl Agent {
                 return;
             }
             match due {
-                Some(effect) => self.call(&control, effect).await,
+                Some(effect) => self.call(&*control, effect).await,
                 None => {
                     let pause = next.map_or(Duration::from_secs(3600), |at| at.since(self.now()));
                     tokio::select! {
@@ -408,7 +492,7 @@ impl Agent {
         match effect {
             NodeEffect::Register(request) => {
                 let node_id = request.node_id.clone();
-                let answer = control.register(request).await;
+                let answer = answered(control.register(request)).await;
                 match &answer {
                     Ok(answer) => tracing::info!(%node_id, epoch = %answer.epoch, "registered"),
                     Err(error) => tracing::warn!(%node_id, %error, "not registered, trying again"),
@@ -420,7 +504,7 @@ impl Agent {
             NodeEffect::Heartbeat(mut beat) => {
                 beat.timestamp = jiff::Timestamp::now().to_string();
                 let node_id = self.core.lock().identity().node_id.clone();
-                let answer = control.heartbeat(&node_id, beat).await;
+                let answer = answered(control.heartbeat(&node_id, beat)).await;
                 let answer = answer.map_err(|error| {
                     if error.is_unknown_node() {
                         tracing::info!(%node_id, "the control plane does not know this node: registering again");
@@ -435,7 +519,7 @@ impl Agent {
             }
             NodeEffect::Deregister(epoch) => {
                 let node_id = self.core.lock().identity().node_id.clone();
-                if let Err(error) = control.deregister(&node_id, &epoch).await {
+                if let Err(error) = answered(control.deregister(&node_id, &epoch)).await {
                     tracing::warn!(%node_id, %error, "not deregistered: the lease will run out");
                 }
                 self.core.lock().deregistered();
@@ -452,7 +536,7 @@ impl Agent {
                 NodeEffect::TakeIntent(order) => {
                     // A disk that hangs must not keep the next heartbeat.
                     let agent = Arc::clone(self);
-                    self.tracker.spawn(async move {
+                    owned_tasks::task(&self.tracker, "intent", async move {
                         if let Err(error) = agent.take_intent(order).await {
                             tracing::error!(%error, "the intent cannot be written down, and is not taken");
                         }
@@ -474,8 +558,9 @@ impl Agent {
     /// registration; one that a later one has overtaken has no effect.
     pub async fn take_intent(self: &Arc<Self>, order: IntentOrder) -> std::io::Result<bool> {
         // Whoever asked may go away; what was begun is finished.
-        let taking = self.tracker.spawn(Arc::clone(self).write_intent(order));
-        taking.await.unwrap_or_else(|panic| Err(std::io::Error::other(panic)))
+        let taking = self.tracker.track_future(Arc::clone(self).write_intent(order));
+        let taken = owned_tasks::uninterrupted("intent", taking).await;
+        taken.unwrap_or_else(|panicked| Err(std::io::Error::other(panicked)))
     }
 
     async fn write_intent(self: Arc<Self>, order: IntentOrder) -> std::io::Result<bool> {
@@ -502,8 +587,8 @@ impl Agent {
 
     async fn keep_intent(&self, intent: Intent) -> std::io::Result<()> {
         let file = self.intent_file.clone();
-        let written = tokio::task::spawn_blocking(move || file.write(intent)).await;
-        written.unwrap_or_else(|panic| Err(std::io::Error::other(panic)))
+        let written = blocking("file of the intent", move || file.write(intent)).await;
+        written.unwrap_or_else(|panicked| Err(std::io::Error::other(panicked)))
     }
 
     /// Ends an attempt at its engine.
@@ -546,38 +631,44 @@ impl Agent {
     }
 
     /// Looks at the GPUs until the agent stops.
-    pub fn watch_gpus(self: &Arc<Self>, mut watch: GpuWatch) {
+    pub fn watch_gpus(self: &Arc<Self>, watch: GpuWatch) {
         if watch.inventory().is_empty() {
             return;
         }
-        let agent = Arc::clone(self);
-        self.tracker.spawn(async move {
-            let mut healths = BTreeMap::new();
-            loop {
-                let readings = tokio::select! {
-                    () = agent.stop.cancelled() => return,
-                    readings = watch.look(GPU_PATIENCE) => readings,
-                };
-                let engines: Vec<u32> =
-                    agent.replicas.lock().values().filter_map(|watched| watched.pid).collect();
-                let is_ours = |pid: u32| processes::belongs_to(pid, &engines);
-                let gpus: Vec<GpuReport> = readings.iter().map(|reading| gpu::report(reading, &is_ours)).collect();
-                for gpu in &gpus {
-                    let before = healths.insert(gpu.device_id, gpu.health);
-                    if before.unwrap_or(GpuHealth::Ok) != gpu.health {
-                        let problem = gpu.problem.as_deref().unwrap_or("none");
-                        tracing::warn!(device_id = gpu.device_id, health = ?gpu.health, problem, "the health of a GPU has changed");
-                    }
-                }
-                agent.gpus_observed(gpus);
-                agent.tell_work_ended();
-                tokio::select! {
-                    () = agent.stop.cancelled() => return,
-                    () = agent.look_at_gpus.notified() => {}
-                    () = tokio::time::sleep(LOOK_AT_GPUS_EVERY) => {}
+        let (agent, watch) = (Arc::clone(self), Arc::new(tokio::sync::Mutex::new(watch)));
+        let make = move || Arc::clone(&agent).run_gpu_watch(Arc::clone(&watch));
+        self.loops.start(&self.tracker, "GPUs", &self.stop, make);
+    }
+
+    async fn run_gpu_watch(self: Arc<Self>, watch: Arc<tokio::sync::Mutex<GpuWatch>>) {
+        let mut watch = watch.lock().await;
+        let mut healths = BTreeMap::new();
+        loop {
+            let readings = tokio::select! {
+                () = self.stop.cancelled() => return,
+                readings = watch.look(GPU_PATIENCE) => readings,
+            };
+            let engines: Vec<u32> = self.replicas.lock().values().filter_map(|watched| watched.pid).collect();
+            let is_ours = |pid: u32| processes::belongs_to(pid, &engines);
+            let gpus: Vec<GpuReport> =
+                readings.iter().map(|reading| gpu::report(reading, &is_ours)).collect();
+            for gpu in &gpus {
+                let before = healths.insert(gpu.device_id, gpu.health);
+                if before.unwrap_or(GpuHealth::Ok) != gpu.health {
+                    let problem = gpu.problem.as_deref().unwrap_or("none");
+                    tracing::warn!(device_id = gpu.device_id, health = ?gpu.health, problem, "the health of a GPU has changed");
                 }
             }
-        });
+            *self.gpu_faults.lock() =
+                readings.iter().map(|reading| (reading.device_id, reading.faults)).collect();
+            self.gpus_observed(gpus);
+            self.tell_work_ended();
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                () = self.look_at_gpus.notified() => {}
+                () = tokio::time::sleep(LOOK_AT_GPUS_EVERY) => {}
+            }
+        }
     }
 
     /// No new work on the pool; what still runs after `grace` is ended. Returns whether there is
@@ -586,7 +677,7 @@ impl Agent {
         let known = self.change(|core, now| core.drain_pool(now, pool_id, grace.map(|grace| now + grace)));
         if let Some(grace) = grace.filter(|_| known) {
             let agent = Arc::clone(self);
-            self.tracker.spawn(async move {
+            owned_tasks::task(&self.tracker, "end of a drain", async move {
                 tokio::select! {
                     () = agent.stop.cancelled() => return,
                     // The core counts whole milliseconds.
@@ -609,35 +700,36 @@ impl Agent {
     /// Looks at the folder of models until the agent stops, each look on a blocking thread.
     pub fn watch_models(self: &Arc<Self>, folder: PathBuf) {
         let (agent, models) = (Arc::clone(self), Models::new(folder));
-        self.tracker.spawn(async move {
-            let mut problem = None;
-            loop {
-                let looking = models.clone();
-                let looked = tokio::task::spawn_blocking(move || looking.report());
-                let looked = tokio::select! {
-                    () = agent.stop.cancelled() => return,
-                    looked = looked => looked,
-                };
-                match looked {
-                    Ok(Ok(found)) => {
-                        problem = None;
-                        agent.change(|core, now| core.models_observed(now, found));
-                    }
-                    // What was seen last stands: a share that is away for a moment has not lost its models.
-                    Ok(Err(error)) => {
-                        let said = problem.replace(error.to_string());
-                        if said != problem {
-                            tracing::warn!(%error, "the folder of models cannot be read");
-                        }
-                    }
-                    Err(_) => return,
+        let make = move || Arc::clone(&agent).run_models_watch(models.clone());
+        self.loops.start(&self.tracker, "models", &self.stop, make);
+    }
+
+    async fn run_models_watch(self: Arc<Self>, models: Models) {
+        let mut problem = None;
+        loop {
+            let looking = models.clone();
+            let looked = tokio::select! {
+                () = self.stop.cancelled() => return,
+                looked = blocking("folder of models", move || looking.report()) => looked,
+            };
+            match looked.unwrap_or_else(|panicked| panicked.resume()) {
+                Ok(found) => {
+                    problem = None;
+                    self.change(|core, now| core.models_observed(now, found));
                 }
-                tokio::select! {
-                    () = agent.stop.cancelled() => return,
-                    () = tokio::time::sleep(LOOK_AT_MODELS_EVERY) => {}
+                // What was seen last stands: a share that is away for a moment has not lost its models.
+                Err(error) => {
+                    let said = problem.replace(error.to_string());
+                    if said != problem {
+                        tracing::warn!(%error, "the folder of models cannot be read");
+                    }
                 }
             }
-        });
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                () = tokio::time::sleep(LOOK_AT_MODELS_EVERY) => {}
+            }
+        }
     }
 
     fn gpus_observed(&self, gpus: Vec<GpuReport>) {
@@ -656,6 +748,11 @@ impl Agent {
 
     pub fn gpus(&self) -> Vec<GpuReport> {
         self.core.lock().gpus().to_vec()
+    }
+
+    /// Errors that the driver has told of the GPU so far.
+    pub(crate) fn gpu_faults(&self, device_id: u32) -> u64 {
+        self.gpu_faults.lock().get(&device_id).copied().unwrap_or(0)
     }
 
     pub fn models(&self) -> Vec<StagedModel> {
@@ -688,3 +785,13 @@ impl Agent {
         self.problems.lock().clone()
     }
 }
+
+/// A call that panics is one without an answer: the session must not wait for it for ever.
+async fn answered<T>(call: impl Future<Output = Result<T, CallError>>) -> Result<T, CallError> {
+    let answer = caught("call to the control plane", call).await;
+    answer.unwrap_or_else(|panicked| Err(CallError::Unreachable(panicked.to_string())))
+}
+
+#[cfg(test)]
+#[path = "agent_tests.rs"]
+mod tests;

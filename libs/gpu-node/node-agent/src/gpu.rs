@@ -4,6 +4,7 @@
 //! the driver are made by one thread that nobody joins, so a driver that hangs stalls nothing,
 //! not even the end of the daemon; its devices are shown as unresponsive until it answers.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -16,6 +17,7 @@ use nvml_wrapper::enums::event::XidError;
 use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::event::EventSet;
 use nvml_wrapper::{Device, Nvml};
+use owned_tasks::Loops;
 use pool_registry_types::node::{GpuCapability, GpuHealth, GpuReport};
 use tokio::sync::mpsc;
 
@@ -37,6 +39,9 @@ pub struct GpuReading {
     pub processes: Option<Vec<(u32, Option<u64>)>>,
     pub health: GpuHealth,
     pub problem: Option<String>,
+    /// Errors that the driver has told of the device since it was opened: Xid events, also those
+    /// that programs cause, and uncorrected ECC errors. A reading without the device says 0.
+    pub faults: u64,
 }
 
 /// What is asked about GPUs.
@@ -53,16 +58,20 @@ pub trait GpuProbe: Send {
 pub struct Questions {
     asked: Receiver<()>,
     answers: mpsc::Sender<Vec<GpuReading>>,
+    /// A question that has no answer yet.
+    is_open: Cell<bool>,
 }
 
 impl Questions {
     /// Waits for a question; false when there will be none.
     fn next(&self) -> bool {
-        self.asked.recv().is_ok()
+        self.is_open.set(self.asked.recv().is_ok());
+        self.is_open.get()
     }
 
     /// Whether anybody still listens.
     fn answer(&self, readings: Vec<GpuReading>) -> bool {
+        self.is_open.set(false);
         self.answers.blocking_send(readings).is_ok()
     }
 }
@@ -161,6 +170,7 @@ fn read(device: &Device<'_>, known: &GpuCapability) -> Result<GpuReading, NvmlEr
         processes,
         health: if problem.is_some() { GpuHealth::Degraded } else { GpuHealth::Ok },
         problem: problem.or(unknown),
+        faults: ecc_uncorrected.unwrap_or(0),
     })
 }
 
@@ -177,6 +187,7 @@ fn absent(known: &GpuCapability, health: GpuHealth, problem: String) -> GpuReadi
         processes: None,
         health,
         problem: Some(problem),
+        faults: 0,
     }
 }
 
@@ -224,6 +235,8 @@ struct Faults<'n> {
     /// One set a device, so that an error is known to be its own.
     sets: BTreeMap<u32, EventSet<'n>>,
     last: BTreeMap<u32, u64>,
+    /// Of every number.
+    count: BTreeMap<u32, u64>,
 }
 
 impl<'n> Faults<'n> {
@@ -235,7 +248,8 @@ impl<'n> Faults<'n> {
             let set = device.register_events(EventTypes::CRITICAL_XID_ERROR, set).ok()?;
             Some((known.device_id, set))
         };
-        Self { sets: inventory.iter().filter_map(set).collect(), last: BTreeMap::new() }
+        let sets = inventory.iter().filter_map(set).collect();
+        Self { sets, last: BTreeMap::new(), count: BTreeMap::new() }
     }
 
     /// A device with such an error works on, and is shown as degraded until its driver is reloaded.
@@ -247,11 +261,13 @@ impl<'n> Faults<'n> {
                 let Ok(event) = set.wait(0) else { break };
                 let Some(xid) = event.event_data.map(number) else { continue };
                 tracing::warn!(device_id = id, xid, "the driver tells an error of a GPU");
+                *self.count.entry(id).or_default() += 1;
                 if !XIDS_OF_PROGRAMS.contains(&xid) {
                     self.last.insert(id, xid);
                 }
             }
         }
+        reading.faults = reading.faults.saturating_add(self.count.get(&id).copied().unwrap_or(0));
         if let Some(xid) = self.last.get(&id)
             && reading.health == GpuHealth::Ok
         {
@@ -301,28 +317,30 @@ pub struct GpuWatch {
 }
 
 impl GpuWatch {
-    /// Starts the thread and waits for what devices there are; a driver that does not say it in
-    /// time is none, and the log says so.
-    pub fn start(lib: Option<PathBuf>) -> Self {
-        Self::over(move || match NvmlGpus::load(lib) {
-            Ok(gpus) => Box::new(gpus),
-            Err(reason) => {
-                tracing::info!(reason, "no GPU seen");
-                Box::new(NoGpus)
+    /// Starts the thread, which is one of `loops`, and waits for what devices there are; a driver
+    /// that does not say it in time is none, and the log says so.
+    pub fn start(lib: Option<PathBuf>, loops: &Loops) -> Self {
+        let open = move || -> Box<dyn GpuProbe> {
+            match NvmlGpus::load(lib.clone()) {
+                Ok(gpus) => Box::new(gpus),
+                Err(reason) => {
+                    tracing::info!(reason, "no GPU seen");
+                    Box::new(NoGpus)
+                }
             }
-        })
+        };
+        Self::over(open, loops)
     }
 
-    fn over(open: impl FnOnce() -> Box<dyn GpuProbe> + Send + 'static) -> Self {
+    fn over(mut open: impl FnMut() -> Box<dyn GpuProbe> + Send + 'static, loops: &Loops) -> Self {
         let (asks, asked) = sync_channel(1);
         let (answer, answers) = mpsc::channel(1);
         let (tell, inventory) = sync_channel(1);
-        let thread = std::thread::Builder::new().name("gpu-watch".into());
+        let questions = Questions { asked, answers: answer, is_open: Cell::new(false) };
         // Nobody joins it: it may never come back from the driver.
-        let questions = Questions { asked, answers: answer };
-        let spawned = thread.spawn(move || serve(open, &tell, &questions));
+        let spawned = loops.thread("gpu watch", move || serve(&mut open, &tell, &questions));
         let inventory: Vec<GpuCapability> = match spawned {
-            Ok(_) => inventory.recv_timeout(INVENTORY_TIMEOUT).unwrap_or_else(|_| {
+            Ok(()) => inventory.recv_timeout(INVENTORY_TIMEOUT).unwrap_or_else(|_| {
                 tracing::error!(
                     seconds = INVENTORY_TIMEOUT.as_secs(),
                     "the GPU driver does not answer: this node has no GPU"
@@ -371,13 +389,19 @@ impl GpuWatch {
 }
 
 fn serve(
-    open: impl FnOnce() -> Box<dyn GpuProbe>,
+    open: &mut impl FnMut() -> Box<dyn GpuProbe>,
     tell: &SyncSender<Vec<GpuCapability>>,
     questions: &Questions,
 ) {
     let mut probe = open();
-    // Whoever waited may have given up.
-    let _ = tell.send(probe.inventory());
+    let inventory = probe.inventory();
+    // A panic has left it without an answer, and nobody asks again before there is one.
+    if questions.is_open.get() {
+        let lost = |known| absent(known, GpuHealth::Lost, "a defect in its watch, see the log".into());
+        questions.answer(inventory.iter().map(lost).collect());
+    }
+    // Whoever waited has it, or has given up.
+    let _ = tell.try_send(inventory);
     probe.serve(questions);
 }
 
@@ -434,7 +458,9 @@ mod tests {
     #[tokio::test]
     async fn a_driver_that_hangs_is_unresponsive_until_it_answers() {
         let (release, held) = sync_channel(4);
-        let mut watch = GpuWatch::over(move || Box::new(Hanging(held)));
+        let mut held = Some(held);
+        let open = move || -> Box<dyn GpuProbe> { Box::new(Hanging(held.take().expect("opened once"))) };
+        let mut watch = GpuWatch::over(open, &Loops::default());
         let soon = Duration::from_millis(50);
         release.send(()).unwrap();
         assert_eq!(watch.look(Duration::from_secs(5)).await[0].health, GpuHealth::Ok);
@@ -449,5 +475,35 @@ mod tests {
             "one look was under way, not four"
         );
         assert_eq!(watch.look(soon).await[0].health, GpuHealth::Unresponsive);
+    }
+
+    /// Panics at its first question.
+    struct Breaking(bool);
+
+    impl GpuProbe for Breaking {
+        fn inventory(&self) -> Vec<GpuCapability> {
+            Hanging(sync_channel(1).1).inventory()
+        }
+
+        fn serve(&mut self, questions: &Questions) {
+            while questions.next() {
+                assert!(self.0, "the first question");
+                questions.answer(vec![reading(None)]);
+            }
+        }
+    }
+
+    // CLOUD-1145
+    #[tokio::test]
+    async fn a_watch_that_panics_shows_its_devices_as_lost_and_looks_again() {
+        let mut again = false;
+        let open = move || -> Box<dyn GpuProbe> { Box::new(Breaking(std::mem::replace(&mut again, true))) };
+        let loops = Loops::default();
+        let mut watch = GpuWatch::over(open, &loops);
+        let patience = Duration::from_secs(30);
+        let broken = watch.look(patience).await;
+        assert_eq!(broken[0].health, GpuHealth::Lost, "{broken:?}");
+        assert_eq!(watch.look(patience).await[0].health, GpuHealth::Ok);
+        assert_eq!(loops.problem(), None, "it runs again");
     }
 }

@@ -49,6 +49,8 @@ const HEARD_EVERY: Duration = Duration::from_millis(500);
 /// What may follow the end of an answer before its connection is given up, bytes and time.
 const MOST_LEFT_BYTES: usize = 64 * 1024;
 const LEFT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Longest wait for how an engine has ended whose connection was lost.
+const END_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The stream of an attempt: frames and comments, in as many pieces as they came.
 pub type Frames = Pin<Box<dyn Stream<Item = Result<Bytes, Infallible>> + Send>>;
@@ -85,6 +87,11 @@ enum Phase {
     Streaming(Pieces),
     /// The answer is one document, of which nothing is given out before it is whole.
     Reading(Pin<Box<dyn Future<Output = Result<Document, DocumentError>> + Send>>),
+    /// The engine's connection was lost, and how it has ended is to be said with it.
+    Lost {
+        error: Box<ErrorBody>,
+        until: Instant,
+    },
     /// The last bytes were given out.
     Over,
 }
@@ -147,6 +154,8 @@ struct Slot {
     engine: EngineKind,
     at: Endpoint,
     open: bool,
+    /// The connection to the engine is lost: it has nothing more to do with the attempt.
+    lost: bool,
 }
 
 impl Slot {
@@ -170,6 +179,11 @@ impl Slot {
         self.agent.look_now(&self.name);
     }
 
+    /// The engine is done with the attempt, or never had it.
+    fn cleared(&self) {
+        self.agent.with_core(|core, _| core.cleared(&self.attempt));
+    }
+
     /// Its connection was lost: whether it lives is looked at now.
     fn engine_doubted(&self) {
         self.agent.look_now(&self.name);
@@ -180,7 +194,7 @@ impl Drop for Slot {
     fn drop(&mut self) {
         if self.open {
             self.agent.counters.lock().canceled += 1;
-            self.end(false);
+            self.end(self.lost);
         }
     }
 }
@@ -245,6 +259,7 @@ impl Agent {
             engine: accepted.engine,
             at,
             open: true,
+            lost: false,
         };
         let (replica_id, report_seq) = (accepted.replica_id.clone(), accepted.report_seq);
         let generation = Generation::begin(slot, accepted, request, traceparent)?;
@@ -260,6 +275,8 @@ enum Happened {
     Refused(Refusal),
     Chunk(Option<Result<Bytes, String>>),
     Document(Result<Document, DocumentError>),
+    /// It is known how the engine has ended, or will not be.
+    Ended(Box<ErrorBody>),
     Tick,
     Canceled,
 }
@@ -288,6 +305,7 @@ impl Generation {
         let asked = match asked {
             Ok(asked) => asked,
             Err(error) => {
+                slot.cleared();
                 slot.end(true);
                 return Err(error);
             }
@@ -371,6 +389,13 @@ impl Generation {
                     document = document => Happened::Document(document),
                     _ = self.keep_alive.tick() => Happened::Tick,
                 },
+                Phase::Lost { error, until } => tokio::select! {
+                    biased;
+                    crash = self.slot.agent.crash_of(&self.slot.attempt, *until) => {
+                        Happened::Ended(Box::new(ErrorBody { crash, ..(**error).clone() }))
+                    }
+                    _ = self.keep_alive.tick() => Happened::Tick,
+                },
             };
             let out = match happened {
                 Happened::Tick => {
@@ -389,6 +414,7 @@ impl Generation {
                 }
                 Happened::Chunk(chunk) => Some(self.chunks(chunk).await),
                 Happened::Document(document) => Some(self.document(document)),
+                Happened::Ended(error) => Some(self.close(*error, true)),
             };
             if let Some(out) = out.filter(|out| !out.is_empty()) {
                 return Some(Bytes::from(out));
@@ -449,6 +475,9 @@ impl Generation {
     /// The engine could not be asked.
     fn not_sent(&mut self, error: CallError) -> Vec<u8> {
         let unready = |why: String| ErrorBody::new(ErrorCode::PoolUnready, why);
+        if matches!(error, CallError::Refused(_) | CallError::Unreachable(_) | CallError::Ours(_)) {
+            self.slot.cleared();
+        }
         let (error, idle) = match error {
             CallError::Refused(why) => {
                 self.slot.engine_gone(Readiness::Gone(why.clone()));
@@ -492,6 +521,7 @@ impl Generation {
             }
             Whose::Client | Whose::Engine | Whose::Busy | Whose::Nobody => {}
         }
+        self.slot.cleared();
         self.fail(error, true)
     }
 
@@ -801,6 +831,7 @@ impl Generation {
         let data = serde_json::to_string(&end).unwrap_or_default();
         let attempt = self.slot.attempt;
         self.slot.agent.with_core(|core, _| core.succeeded(&attempt));
+        self.slot.cleared();
         let seq = self.slot.end(true);
         let mut counters = self.slot.agent.counters.lock();
         counters.finished += 1;
@@ -809,7 +840,17 @@ impl Generation {
         self.last_words(out, "end", &data, seq);
     }
 
-    fn fail(&mut self, mut error: ErrorBody, engine_idle: bool) -> Vec<u8> {
+    /// Ends the attempt with the error; where its engine may have died, once it is known how.
+    fn fail(&mut self, error: ErrorBody, engine_idle: bool) -> Vec<u8> {
+        if error.cause != Some(EndCause::EngineDied) {
+            return self.close(error, engine_idle);
+        }
+        self.slot.lost = true;
+        self.phase = Phase::Lost { error: Box::new(error), until: Instant::now() + END_TIMEOUT };
+        Vec::new()
+    }
+
+    fn close(&mut self, mut error: ErrorBody, engine_idle: bool) -> Vec<u8> {
         error.engine = Some(self.slot.engine);
         let identity = self.slot.agent.identity();
         error = error.at(&identity.node_id, &self.slot.name.pool_id);
@@ -829,7 +870,7 @@ impl Generation {
         if let Phase::Streaming(pieces) = phase
             && event == "end"
         {
-            self.slot.agent.tracker.spawn(read_out(pieces));
+            owned_tasks::task(&self.slot.agent.tracker, "rest of an answer", read_out(pieces));
         }
     }
 }

@@ -7,6 +7,7 @@
 
 pub mod agent;
 pub mod core;
+mod crash;
 pub mod download;
 pub mod engines;
 pub mod gguf;

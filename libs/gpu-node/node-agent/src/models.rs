@@ -319,8 +319,9 @@ impl Models {
             },
         );
         let expected = expected.cloned().or(remote.digest);
-        let done = tokio::task::spawn_blocking(move || own.take_in(&staging, manifest, expected.as_ref()));
-        let manifest = done.await.unwrap_or_else(|panic| Err(disk(&path)(io::Error::other(panic))))?;
+        let take_in = move || own.take_in(&staging, manifest, expected.as_ref());
+        let done = owned_tasks::blocking("digest of a model", take_in).await;
+        let manifest = done.unwrap_or_else(|panicked| Err(disk(&path)(io::Error::other(panicked))))?;
         Ok(Staged::Copied { manifest, resumed_at })
     }
 

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use handoff_watcher::{Handoff, HandoffName, MAX_SLOTS};
+use owned_tasks::blocking;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -179,8 +180,8 @@ pub(crate) async fn endpoint(url: &str, key_file: Option<&Path>) -> Result<Endpo
         None => None,
         Some(path) => {
             let path = path.to_owned();
-            let read = tokio::task::spawn_blocking(move || ApiKey::read(&path)).await;
-            Some(read.unwrap_or_else(|panic| Err(panic.to_string()))?)
+            let read = blocking("file of a key", move || ApiKey::read(&path)).await;
+            Some(read.unwrap_or_else(|panicked| Err(panicked.to_string()))?)
         }
     };
     Ok(Endpoint { url: url.to_owned(), key })

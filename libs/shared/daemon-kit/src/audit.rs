@@ -17,6 +17,7 @@ use axum::http::{Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
 use jiff::Timestamp;
+use owned_tasks::Loops;
 use parking_lot::Mutex;
 use pool_registry_types::{ErrorBody, ErrorCode, routes};
 use serde::Serialize;
@@ -95,20 +96,18 @@ struct Line<'l> {
 }
 
 impl Audit {
-    /// Appends to the file, which others may rename: it is then made anew. Blocks.
-    pub fn open(path: &Path) -> Result<Self, AuditError> {
+    /// Appends to the file, which others may rename: it is then made anew. The writer is one of
+    /// `loops`. Blocks.
+    pub fn open(path: &Path, loops: &Loops) -> Result<Self, AuditError> {
         let failed = |source| AuditError { path: path.display().to_string(), source };
         let file = append(path).map_err(failed)?;
         let (lines, queue) = sync_channel(WAITING);
         let (done, written) = sync_channel(0);
         let tally = Arc::new(Tally::default());
-        let writer = Writer { queue, tally: Arc::clone(&tally), path: path.to_owned() };
-        let writing = move || {
-            // It ends when nobody can write any more.
-            writer.run(file);
-            drop(done);
-        };
-        std::thread::Builder::new().name("audit".into()).spawn(writing).map_err(failed)?;
+        let mut writer =
+            Writer { queue, tally: Arc::clone(&tally), path: path.to_owned(), file, _done: done };
+        // It ends when nobody can write any more.
+        loops.thread("audit log", move || writer.run()).map_err(failed)?;
         Ok(Self(Some(Arc::new(Sink { lines: Some(lines), tally, written: Mutex::new(written) }))))
     }
 
@@ -134,10 +133,13 @@ struct Writer {
     queue: Receiver<Vec<u8>>,
     tally: Arc<Tally>,
     path: PathBuf,
+    file: std::fs::File,
+    /// Closed when the writer has gone.
+    _done: SyncSender<()>,
 }
 
 impl Writer {
-    fn run(&self, mut file: std::fs::File) {
+    fn run(&mut self) {
         let mut complained = false;
         loop {
             let first = match self.queue.recv_timeout(LOOK_EVERY) {
@@ -145,10 +147,10 @@ impl Writer {
                 Err(RecvTimeoutError::Timeout) => None,
                 Err(RecvTimeoutError::Disconnected) => return,
             };
-            if !self.is_in_place(&file)
+            if !self.is_in_place()
                 && let Ok(new) = append(&self.path)
             {
-                file = new;
+                self.file = new;
             }
             let lines: Vec<Vec<u8>> = first.into_iter().chain(self.queue.try_iter()).collect();
             self.tally.queued.fetch_sub(lines.len(), Ordering::Relaxed);
@@ -164,7 +166,7 @@ impl Writer {
                 text.extend(format!("{start}{{\"at\":\"{at}\",\"lost_lines\":{missing}}}\n").bytes());
             }
             text.extend(lines.concat());
-            match file.write_all(&text) {
+            match self.file.write_all(&text) {
                 Ok(()) => complained = false,
                 Err(error) => {
                     self.tally.lost.fetch_add(lines.len() as u64 + missing, Ordering::Relaxed);
@@ -177,10 +179,10 @@ impl Writer {
     }
 
     /// Whether the file is the one at the path.
-    fn is_in_place(&self, file: &std::fs::File) -> bool {
+    fn is_in_place(&self) -> bool {
         let which = |about: std::fs::Metadata| (about.dev(), about.ino());
         let here = std::fs::metadata(&self.path).map(which).ok();
-        here.is_some() && here == file.metadata().map(which).ok()
+        here.is_some() && here == self.file.metadata().map(which).ok()
     }
 }
 
@@ -284,7 +286,7 @@ mod tests {
         use tower::ServiceExt;
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("audit");
-        let audit = Audit::open(&path).unwrap();
+        let audit = Audit::open(&path, &Loops::default()).unwrap();
         let routes = axum::Router::new()
             .route("/slow", axum::routing::post(std::future::pending::<&str>))
             .layer(axum::middleware::from_fn_with_state(audit.clone(), layer));
@@ -304,7 +306,7 @@ mod tests {
     fn every_line_is_written_before_the_end_and_a_renamed_file_is_made_anew() {
         let folder = tempfile::tempdir().unwrap();
         let (path, old) = (folder.path().join("audit"), folder.path().join("audit.1"));
-        let audit = Audit::open(&path).unwrap();
+        let audit = Audit::open(&path, &Loops::default()).unwrap();
         let write = |path: &str| {
             let line = Line {
                 at: Timestamp::UNIX_EPOCH,
@@ -333,6 +335,6 @@ mod tests {
         }
         drop(audit);
         assert_eq!((lines(&old), lines(&path)), (1, 1_000));
-        assert!(Audit::open(&folder.path().join("no/such/folder")).is_err());
+        assert!(Audit::open(&folder.path().join("no/such/folder"), &Loops::default()).is_err());
     }
 }

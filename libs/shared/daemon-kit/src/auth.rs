@@ -16,9 +16,11 @@ use axum::http::{HeaderMap, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use jiff::Timestamp;
-use parking_lot::RwLock;
+use owned_tasks::blocking;
+use parking_lot::{Mutex, RwLock};
 use pool_registry_types::{ErrorCode, NodeId, routes};
 use secrecy::{ExposeSecret, SecretString};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::answer::ApiError;
@@ -69,9 +71,11 @@ impl Refusals {
 struct Shared {
     set: RwLock<Arc<TokenSet>>,
     list: Option<SecretString>,
-    /// With the text that the set was made of at the start.
-    file: Option<(PathBuf, String)>,
+    /// With what was found there last.
+    file: Option<(PathBuf, Mutex<Result<String, TokenError>>)>,
     refusals: Refusals,
+    /// How often they were taken anew.
+    changes: watch::Sender<u64>,
 }
 
 /// The tokens of a daemon, as they are by now. Never printed.
@@ -94,7 +98,9 @@ impl fmt::Debug for Tokens {
 impl Tokens {
     fn of(set: TokenSet, list: Option<SecretString>, file: Option<(PathBuf, String)>) -> Self {
         let refusals = Refusals::default();
-        Self(Arc::new(Shared { set: RwLock::new(Arc::new(set)), list, file, refusals }))
+        let file = file.map(|(path, text)| (path, Mutex::new(Ok(text))));
+        let changes = watch::Sender::new(0);
+        Self(Arc::new(Shared { set: RwLock::new(Arc::new(set)), list, file, refusals, changes }))
     }
 
     /// From `LLORCH_API_TOKEN` and `LLORCH_API_TOKEN_FILE`. Neither given: none. Blocks on the file.
@@ -125,15 +131,15 @@ impl Tokens {
     /// Follows the file until `stop`. Tokens change all at once; a file that is wrong or gone
     /// changes nothing, and the log says why. Running requests are not touched.
     pub async fn follow(self, stop: CancellationToken) {
-        let Some((path, text)) = self.0.file.clone() else { return };
+        let Some((path, told)) = &self.0.file else { return };
         let read = || {
             let path = path.clone();
             async move {
-                let read = tokio::task::spawn_blocking(move || TokenSet::read_file(&path)).await;
-                read.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+                let read = blocking("file of tokens", move || TokenSet::read_file(&path)).await;
+                read.unwrap_or_else(|panicked| panicked.resume())
             }
         };
-        follow(Ok(text), stop, read, |text| self.take(text)).await;
+        follow(told, stop, read, |text| self.take(text)).await;
     }
 
     fn take(&self, text: &Result<String, TokenError>) {
@@ -143,9 +149,24 @@ impl Tokens {
             Ok(set) => {
                 tracing::info!(tokens = set.holders().count(), "the file of tokens is read again");
                 *self.0.set.write() = Arc::new(set);
+                self.0.changes.send_modify(|times| *times += 1);
             }
             Err(error) => {
                 tracing::error!(%error, "the file of tokens is not taken, the tokens before stand");
+            }
+        }
+    }
+
+    /// Tells each time that they were taken anew, until `stop`; and once at its start, for what may
+    /// have changed before.
+    pub async fn tell_changes<F: Future<Output = ()>>(self, stop: CancellationToken, tell: impl Fn() -> F) {
+        let mut changes = self.0.changes.subscribe();
+        loop {
+            tell().await;
+            tokio::select! {
+                () = stop.cancelled() => return,
+                // The sender lives as long as this does.
+                _ = changes.changed() => {}
             }
         }
     }
@@ -401,6 +422,24 @@ mod tests {
             assert_eq!(code(&tokens, &[bad]), Some(ErrorCode::BadToken), "{bad}");
         }
         assert_eq!(code(&tokens, &["Bearer first-token", "Bearer first-token"]), Some(ErrorCode::BadToken));
+    }
+
+    // CLOUD-1145
+    #[tokio::test(start_paused = true)]
+    async fn what_follows_a_file_knows_what_was_taken_before_it_was_started_again() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let write = |token: &str| std::fs::write(&file, token).unwrap();
+        write("old-token-of-ours\n");
+        let tokens = Tokens::load(None, Some(file.path().to_owned())).unwrap();
+        let pass =
+            || tokio::time::timeout(Duration::from_secs(3), tokens.clone().follow(CancellationToken::new()));
+        write("new-token-of-ours\n");
+        // Cut off after a while, as by a panic.
+        assert!(pass().await.is_err());
+        assert_eq!(tokens.authorization().unwrap(), "Bearer new-token-of-ours");
+        write("old-token-of-ours\n");
+        assert!(pass().await.is_err());
+        assert_eq!(tokens.authorization().unwrap(), "Bearer old-token-of-ours");
     }
 
     // CLOUD-1115

@@ -22,6 +22,7 @@ use hyper::body::{Body as _, Incoming};
 use hyper::{Request, Version};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
+use owned_tasks::Loops;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
@@ -90,6 +91,8 @@ pub struct ServeOptions {
     pub tls: Option<Arc<ServerTls>>,
     pub limits: ConnLimits,
     pub counts: Arc<Counts>,
+    /// Of the daemon, which is not ready while no connections are accepted.
+    pub loops: Loops,
 }
 
 /// Who sent a request. In the extensions of each, as `Arc<Peer>`.
@@ -124,7 +127,7 @@ pub async fn run(
     let tasks = Tasks::default();
     // Also when this future is dropped.
     let _cut_off = CutOff(tasks.clone());
-    let ServeOptions { tls, limits, counts } = options;
+    let ServeOptions { tls, limits, counts, loops } = options;
     let room = Arc::new(Semaphore::new(limits.connections));
     let hosts = Arc::new(Hosts { share: limits.connections.div_ceil(2), open: Mutex::default() });
     let server = Arc::new(Server {
@@ -137,17 +140,34 @@ pub async fn run(
         handshakes: Seldom::default(),
         hosts,
     });
+    // The listener and the connections that there are outlive a panic.
+    loops.keep("accepting", &stop, || accept(&server, &listener, &room, &tasks, &stop)).await;
+    drop(listener);
+    if timeout(grace, tasks.ended()).await.is_err() {
+        tasks.abort();
+        tasks.ended().await;
+    }
+    Ok(())
+}
+
+/// Accepts connections until `stop`.
+async fn accept(
+    server: &Arc<Server>,
+    listener: &TcpListener,
+    room: &Arc<Semaphore>,
+    tasks: &Tasks,
+    stop: &CancellationToken,
+) {
     let (crowded, unaccepted) = (Seldom::default(), Seldom::default());
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = stop.cancelled() => break,
+            () = stop.cancelled() => return,
         };
         match accepted {
-            Ok((stream, addr)) => match server.hosts.place(&room, addr.ip()) {
+            Ok((stream, addr)) => match server.hosts.place(room, addr.ip()) {
                 Some(place) => {
-                    let server = Arc::clone(&server);
-                    tasks.spawn(server.connection(stream, addr, stop.clone(), place));
+                    tasks.add(Arc::clone(server).connection(stream, addr, stop.clone(), place));
                 }
                 None => {
                     server.counts.over_limit.fetch_add(1, Ordering::Relaxed);
@@ -162,16 +182,10 @@ pub async fn run(
                 if let Some(unsaid) = unaccepted.turn() {
                     tracing::error!(%error, unsaid, "connections cannot be accepted");
                 }
-                tokio::select! { () = sleep(ACCEPT_PAUSE) => {}, () = stop.cancelled() => break }
+                tokio::select! { () = sleep(ACCEPT_PAUSE) => {}, () = stop.cancelled() => return }
             }
         }
     }
-    drop(listener);
-    if timeout(grace, tasks.ended()).await.is_err() {
-        tasks.abort();
-        tasks.ended().await;
-    }
-    Ok(())
 }
 
 /// The peer went away between its arrival and our accept.
@@ -359,7 +373,7 @@ impl Tasks {
         self.0.lock()
     }
 
-    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+    fn add(&self, task: impl Future<Output = ()> + Send + 'static) {
         let mut set = self.set();
         while let Some(ended) = set.try_join_next() {
             report(ended);
@@ -391,7 +405,7 @@ where
     F: Future<Output = ()> + Send + 'static,
 {
     fn execute(&self, task: F) {
-        self.spawn(task);
+        self.add(task);
     }
 }
 

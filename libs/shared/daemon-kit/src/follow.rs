@@ -2,16 +2,17 @@
 
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
 /// Pause between two looks.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// Reads each second until `stop`, and tells what is there when it is another than before. What is
-/// being written is not what it will be, and two files are not replaced in one step: it is told
-/// when two looks have found the same.
+/// Reads each second until `stop`, and tells what is there when it is another than `told`, which
+/// outlives this loop. What is being written is not what it will be, and two files are not replaced
+/// in one step: it is told when two looks have found the same.
 pub(crate) async fn follow<T, F>(
-    mut told: T,
+    told: &Mutex<T>,
     stop: CancellationToken,
     read: impl Fn() -> F,
     tell: impl Fn(&T),
@@ -23,11 +24,12 @@ pub(crate) async fn follow<T, F>(
     loop {
         tokio::select! { () = tokio::time::sleep(LOOK_EVERY) => {}, () = stop.cancelled() => return }
         let found = read().await;
-        if found == told {
+        if found == *told.lock() {
             seen = None;
         } else if seen.as_ref() == Some(&found) {
             tell(&found);
-            (told, seen) = (found, None);
+            *told.lock() = found;
+            seen = None;
         } else {
             seen = Some(found);
         }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use owned_tasks::Loops;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -55,6 +56,8 @@ pub struct FrontSettings<'s> {
 pub struct Front {
     pub tls: Tls,
     pub bound: SocketAddr,
+    /// What runs for as long as the daemon does, for its `/health/ready`.
+    pub loops: Loops,
     prefix: &'static str,
     listener: TcpListener,
     metrics: Option<TcpListener>,
@@ -80,36 +83,48 @@ impl Front {
             None => None,
         };
         let tls = Tls::load(prefix, tls)?;
-        let audit = audit_log.map(Audit::open).transpose()?.unwrap_or_default();
-        Ok(Self { tls, bound, prefix, listener, metrics, audit })
+        let loops = Loops::default();
+        let audit = audit_log.map(|path| Audit::open(path, &loops)).transpose()?.unwrap_or_default();
+        Ok(Self { tls, bound, loops, prefix, listener, metrics, audit })
     }
 
-    /// Serves until `stop`. Returns the main listener; what runs beside it is the tracker's.
+    /// Serves until `stop`. Returns the main listener's end; what runs beside it is the tracker's.
     pub fn serve(
         self,
         shown: Shown,
         tracker: &TaskTracker,
         stop: &CancellationToken,
     ) -> JoinHandle<io::Result<()>> {
-        let prefix = self.prefix;
+        let (prefix, loops) = (self.prefix, self.loops);
         if self.tls.server.is_none() && !self.bound.ip().is_loopback() {
             tracing::warn!(
                 "plain HTTP on a network: whoever listens there reads tokens and prompts; set {prefix}_TLS_CERT and {prefix}_TLS_KEY"
             );
         }
-        tracker.spawn(shown.gate.tokens.clone().follow(stop.clone()));
+        let (tokens, ended) = (shown.gate.tokens.clone(), stop.clone());
+        loops.start(tracker, "file of tokens", stop, move || tokens.clone().follow(ended.clone()));
         if let Some(own) = self.tls.own {
-            tracker.spawn(own.follow(stop.clone()));
+            let ended = stop.clone();
+            loops.start(tracker, "TLS files", stop, move || Arc::clone(&own).follow(ended.clone()));
         }
         if let Some(listener) = self.metrics {
             let edge = Edge { gate: Gate::open(), audit: Audit::default() };
             let app = serve::with_layers(shown.open_routes, edge);
-            let options = ServeOptions::default();
-            tracker.spawn(connections::run(listener, app, options, stop.clone(), LINGER));
+            let options = ServeOptions { loops: loops.clone(), ..ServeOptions::default() };
+            let serving = connections::run(listener, app, options, stop.clone(), LINGER);
+            owned_tasks::task(tracker, "connections for metrics", async move {
+                if let Err(error) = serving.await {
+                    tracing::error!(%error, "the listener of the metrics has ended");
+                }
+            });
         }
         let app = serve::with_layers(shown.routes, Edge { gate: shown.gate, audit: self.audit });
-        let options = ServeOptions { tls: self.tls.server, counts: shown.counts, ..ServeOptions::default() };
-        tokio::spawn(connections::run(self.listener, app, options, stop.clone(), LINGER))
+        let (tls, counts) = (self.tls.server, shown.counts);
+        let options = ServeOptions { tls, counts, loops, ..ServeOptions::default() };
+        owned_tasks::watched(
+            "connections",
+            connections::run(self.listener, app, options, stop.clone(), LINGER),
+        )
     }
 }
 

@@ -18,7 +18,7 @@ use hyper::Uri;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioIo;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use rustls::client::{ResolvesClientCert, Resumption};
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::{self, PemObject};
@@ -186,8 +186,8 @@ pub struct OwnCertificate {
     cert: Named,
     key: Named,
     now: RwLock<Arc<CertifiedKey>>,
-    /// What `now` was made of.
-    started_with: Pair,
+    /// What was found in the files last.
+    told: Mutex<Result<Pair, String>>,
 }
 
 /// The text of both files.
@@ -211,14 +211,14 @@ impl OwnCertificate {
             key: std::fs::read(&key.path).map_err(|source| key.unreadable(source))?,
         };
         let now = RwLock::new(Arc::new(certified(&cert, &key, &pair)?));
-        Ok(Self { cert, key, now, started_with: pair })
+        Ok(Self { cert, key, now, told: Mutex::new(Ok(pair)) })
     }
 
     /// Takes new contents of the files over, until `stop`. What cannot be used changes nothing, and
     /// the log says why.
     pub async fn follow(self: Arc<Self>, stop: CancellationToken) {
         let read = || async { self.read().await.map_err(|error| with_causes(&error)) };
-        follow(Ok(self.started_with.clone()), stop, read, |found| self.take(found)).await;
+        follow(&self.told, stop, read, |found| self.take(found)).await;
     }
 
     fn take(&self, found: &Result<Pair, String>) {

@@ -65,7 +65,7 @@ async fn rig(limits: ConnLimits, tls: Option<Arc<ServerTls>>, grace: Duration) -
                 Body::from_stream(lines)
             }),
         );
-    let options = ServeOptions { tls, limits, counts: Arc::clone(&counts) };
+    let options = ServeOptions { tls, limits, counts: Arc::clone(&counts), ..ServeOptions::default() };
     let server = tokio::spawn(serve::run(listener, app, options, stop.clone(), grace));
     Rig { addr, stop, counts, open_streams, server }
 }

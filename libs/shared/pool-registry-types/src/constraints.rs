@@ -5,8 +5,12 @@
 //! one pass over its bytes with a fixed amount of memory. What nests is counted, and so is how long
 //! the text would be with every `{m,n}` written out. A text that an engine reads in another way than
 //! it is read here is one that the engine refuses by itself, as it refuses an unclosed bracket.
+//! Only of a grammar that is within these bounds it is then measured what its rules refer to, with
+//! memory for a table of them (`ways`).
 //!
-//! Not known here: whether a text is valid, which engine gets it, and what its rules refer to.
+//! Not known here: whether a text is valid, and which engine gets it.
+
+mod ways;
 
 use std::slice::Iter;
 
@@ -22,6 +26,13 @@ pub const MAX_TIMES: u64 = 10_000;
 /// one more for each 16 bytes of it; a rule, a group or an operator is 16. An engine keeps up to 250
 /// bytes for a part, so this is 64 MiB of its memory. Source: .specs/01 CLOUD-1216.
 pub const MAX_PARTS: u64 = 256 * 1024;
+/// Most ways in which a place of a grammar can begin. With 4,096 of them llama.cpp takes a quarter
+/// of a second for a few characters, with 8,192 four seconds. Source: .specs/01 CLOUD-1216.
+pub const MAX_WAYS: u64 = 4096;
+/// Most steps there: names that are followed on each of the ways, and ways to go on from each across
+/// what may be empty. 360 parts that may be empty, one after another, are as many; llama.cpp takes a
+/// quarter of a second for a character of them, and for 1,000 three. Source: .specs/01 CLOUD-1216.
+pub const MAX_STEPS: u64 = 64 * 1024;
 
 /// What an engine makes a rule of: it recurses over them, and 16,384 fit into its stack.
 const RULE_PARTS: u64 = 16;
@@ -52,6 +63,12 @@ pub enum ConstraintTooLarge {
     Repeated { times: u64 },
     #[error("{parts} parts with its repetitions written out, at most {MAX_PARTS}")]
     Expanded { parts: u64 },
+    #[error("a place that can begin in {ways} ways, at most {MAX_WAYS}")]
+    Ways { ways: u64 },
+    #[error("a place where the next character takes {steps} steps to find, at most {MAX_STEPS}")]
+    Steps { steps: u64 },
+    #[error("the rule at byte {at} begins with itself after a part that may be empty")]
+    LeftRecursive { at: usize },
 }
 
 /// Holds a text against the bounds. Any bytes may come.
@@ -79,9 +96,16 @@ pub fn check_json(kind: Constraint, value: &[u8]) -> Result<(), ConstraintTooLar
 }
 
 fn grammar(text: impl Iterator<Item = u8>) -> Result<(), ConstraintTooLarge> {
-    let mut grammar = Grammar::new();
-    feed(text, |byte| grammar.feed(byte))?;
-    grammar.shape.check()
+    let (mut grammar, mut kept) = (Grammar::new(), Vec::new());
+    let keep = |byte| {
+        grammar.feed(byte);
+        if kept.len() < MAX_BYTES {
+            kept.push(byte);
+        }
+    };
+    feed(text, keep)?;
+    grammar.shape.check()?;
+    ways::check(&kept)
 }
 
 fn regex(text: impl Iterator<Item = u8>) -> Result<(), ConstraintTooLarge> {

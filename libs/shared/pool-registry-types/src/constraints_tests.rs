@@ -207,6 +207,105 @@ fn the_lengths_that_a_schema_allows_add_up() {
     assert!(matches!(schema(&patterns), Err(ConstraintTooLarge::Expanded { .. })));
 }
 
+/// Rules of which each names the next one twice.
+fn doubled(rules: usize) -> String {
+    let names = (0..rules).map(|rule| format!("a{rule} ::= a{0} \"x\" | a{0} \"y\"\n", rule + 1));
+    format!("root ::= a0\n{}a{rules} ::= \"z\"\n", names.collect::<String>())
+}
+
+fn ways(ways: u64) -> Result<(), ConstraintTooLarge> {
+    Err(ConstraintTooLarge::Ways { ways })
+}
+
+// CLOUD-1216
+#[test]
+fn forty_rules_that_each_name_the_next_twice_are_refused_by_their_ways() {
+    let attack = doubled(40);
+    assert!(attack.len() < 1_100);
+    let error = measured(Constraint::Grammar, &attack).unwrap_err();
+    assert_eq!(error.to_string(), "a place that can begin in 1099511627776 ways, at most 4096");
+    assert_eq!(measured(Constraint::Grammar, &doubled(1_000)), ways(u64::MAX));
+}
+
+// CLOUD-1216
+#[test]
+fn a_place_of_a_grammar_may_begin_in_4096_ways_and_in_no_more() {
+    let grammar = |text: &str| measured(Constraint::Grammar, text);
+    assert_eq!(grammar(&doubled(12)), Ok(()));
+    assert_eq!(grammar(&doubled(13)), ways(8_192));
+    let alternatives = |count| format!("root ::= {}", vec!["\"a\""; count].join(" | "));
+    assert_eq!(grammar(&alternatives(4_096)), Ok(()));
+    assert_eq!(grammar(&alternatives(4_097)), ways(4_097));
+    let rules = doubled(13);
+    let rules = rules.strip_prefix("root ::= a0\n").unwrap();
+    // Wherever it stands and however it is written.
+    for root in ["\"x\" a0", "(\"x\" (a0))", "\"x\"{2,3} a0", "\"\\\"\" a0", "[\"] a0", "\"x\" (# a\n a0*)"] {
+        assert_eq!(grammar(&format!("root ::= {root}\n{rules}")), ways(8_192), "{root}");
+    }
+    // The last of several rules with one name counts, and none after a zero byte.
+    assert_eq!(grammar(&format!("root ::= a0\n{rules}a13 ::= a14\na14 ::= \"z\"\n")), ways(8_192));
+    assert_eq!(grammar(&format!("root ::= a0\n{rules}a1 ::= \"z\"\n")), Ok(()));
+    assert_eq!(grammar(&format!("root ::= a0\n{rules}\0\na1 ::= \"z\"\n")), ways(8_192));
+    // A rule within itself has all its ways.
+    let within = format!("{} | \"x\" (root | root | root | root | root)", alternatives(1_000));
+    assert_eq!(grammar(&within), ways(5_005));
+    // Ways that a sequence does not begin in are none: a value holds values.
+    let nested = "v ::= \"[\" v (\",\" v)* \"]\" | \"{\" v v v \"}\" | [a-z]+ v\n";
+    assert_eq!(grammar(nested), Ok(()));
+}
+
+// CLOUD-1216
+#[test]
+fn what_may_be_empty_is_bounded_side_by_side_and_repeated() {
+    let steps = |steps| Err(ConstraintTooLarge::Steps { steps });
+    let grammar = |text: &str| measured(Constraint::Grammar, text);
+    let row = |part: &str, count: usize| format!("root ::= \"x\" {}", vec![part; count].join(" "));
+    for part in ["\"a\"?", "\"a\"*", "[a-z]{0,9}", "(\"a\" \"b\")?"] {
+        assert_eq!(grammar(&row(part, 362)), Ok(()), "{part}");
+        assert_eq!(grammar(&row(part, 363)), steps(65_703), "{part}");
+    }
+    assert_eq!(grammar(&row("\"a\"+", 2_000)), Ok(()), "none of them can be left out");
+    let repeated = |times: u64| format!("root ::= r{{0,{times}}}\nr ::= \"a\"?\n");
+    assert_eq!(grammar(&repeated(250)), Ok(()));
+    assert_eq!(grammar(&repeated(1_999)), steps(1_999 * 2_000));
+    let error = grammar(&repeated(1_999)).unwrap_err().to_string();
+    assert_eq!(error, "a place where the next character takes 3998000 steps to find, at most 65536");
+}
+
+// CLOUD-1216
+#[test]
+fn a_chain_of_rules_may_be_long_but_not_on_many_ways() {
+    let names = (0..2_800).map(|rule| format!("b{rule} ::= b{} \"x\"\n", rule + 1));
+    let chain = format!("{}b2800 ::= \"z\"\n", names.collect::<String>());
+    let on_ways = |doublings: usize| doubled(doublings).replace("::= \"z\"", "::= b0") + &chain;
+    assert_eq!(measured(Constraint::Grammar, &on_ways(4)), Ok(()));
+    let many = measured(Constraint::Grammar, &on_ways(5));
+    assert!(matches!(many, Err(ConstraintTooLarge::Steps { .. })), "{many:?}");
+}
+
+// CLOUD-1216
+#[test]
+fn a_rule_that_begins_with_itself_after_what_may_be_empty_is_refused() {
+    let grammar = |text: &str| measured(Constraint::Grammar, text);
+    let attacks = [
+        ("root ::= r root \"x\"\nr ::= \"b\"?\n", 0),
+        ("root ::= (\"b\"?) root \"x\"\n", 0),
+        ("root ::= [] root \"x\"\n", 0),
+        ("root ::= \"y\" | (a \"y\" | \"b\"{0,2} (root) \"z\")\na ::= \"a\"", 0),
+        ("root ::= a\na ::= b \"x\"\nb ::= e a | \"z\"\ne ::= \"\"", 11),
+    ];
+    for (attack, at) in attacks {
+        assert_eq!(grammar(attack), Err(ConstraintTooLarge::LeftRecursive { at }), "{attack}");
+    }
+    let error = grammar(attacks[4].0).unwrap_err().to_string();
+    assert_eq!(error, "the rule at byte 11 begins with itself after a part that may be empty");
+    for text in
+        ["root ::= root \"x\" | \"b\"", "root ::= (\"a\"?)*", "root ::= \"a\" ws root? ws\nws ::= [ ]*"]
+    {
+        assert_eq!(grammar(text), Ok(()), "{text}");
+    }
+}
+
 // CLOUD-1210
 #[test]
 fn a_field_of_a_body_is_measured_by_what_its_string_stands_for() {

@@ -117,7 +117,7 @@ pub const fn capabilities(engine: EngineKind) -> EngineCapabilities {
 }
 
 /// Some of the kinds of engines.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct EngineSet(u8);
 
 impl EngineSet {

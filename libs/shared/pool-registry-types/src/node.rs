@@ -110,6 +110,10 @@ pub struct Heartbeat {
     /// The number of the last order under this epoch that the node has taken; 0 for none.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub intent_order: u64,
+    /// Times that the tokens which the node accepts have changed in this boot: where it rises, a
+    /// node that refused the control plane is asked again.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub tokens_changed: u64,
     #[serde(default, deserialize_with = "newer::entries")]
     pub pools: Vec<PoolReport>,
     #[serde(default, deserialize_with = "newer::entries")]

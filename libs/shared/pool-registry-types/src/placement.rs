@@ -66,7 +66,7 @@ impl<'de> Deserialize<'de> for PoolSelector {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum PlacementMode {
     /// The best pool that fits.
@@ -84,7 +84,7 @@ pub enum PlacementMode {
 pub struct PoolSelectorText(#[expect(dead_code, reason = "it is never made")] String);
 
 /// `placement` of a task.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Wishes {
     #[serde(default)]

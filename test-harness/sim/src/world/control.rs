@@ -1,10 +1,11 @@
 //! The control plane's shell in the simulation: logs, relays and timers around the core.
 
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 
-use pool_registry_types::node::{Capabilities, Intent, IntentOrder, LiveAnswer, Liveness, RegisterRequest};
+use pool_registry_types::node::{Capabilities, Intent, IntentOrder, Liveness, RegisterRequest};
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::PoolState;
 use pool_registry_types::task::{Determinism, Priority, Recovery, ResumeMode, TaskRequest};
@@ -13,8 +14,8 @@ use pool_registry_types::{
     AttemptId, BootId, ErrorBody, ErrorCode, MachineId, ModelRef, Moment, NodeId, SessionId, TaskId,
 };
 use task_scheduler::{
-    Answer, CloseReason, ControlCore, Counters, Dispatch, Effect, Event, HowEnded, Policy, ReplyTo,
-    SessionPolicy, StreamWatch, TaskLog,
+    Answer, CloseReason, ControlCore, Counters, Dispatch, Effect, Event, HowEnded, Overdue, Policy,
+    ProbeOutcome, ReplyTo, SessionPolicy, StreamWatch, TaskLog,
 };
 use uuid::Uuid;
 
@@ -149,7 +150,16 @@ impl World {
         let Some(control) = self.control.as_mut() else { return };
         let now = self.now;
         let before = Before::of(&event, control);
+        if self.plan.read && self.readers.u8(..4) == 0 {
+            look_at(&control.core, now, &mut self.readers);
+            self.coverage.hit("core: read between events");
+        }
         let effects = control.core.apply(now, event);
+        for effect in &effects {
+            let mut hasher = DefaultHasher::new();
+            (self.digest, format!("{effect:?}")).hash(&mut hasher);
+            self.digest = hasher.finish();
+        }
         if let Some((node_id, seq)) = &before.heartbeat {
             // Taken or not is seen from the number of the last report.
             let taken =
@@ -158,6 +168,7 @@ impl World {
                 && taken
             {
                 *life = Life { heartbeat: now, any: now, seq: *seq };
+                self.witness.reported(now, &before.models);
             }
         }
         self.judge(&before, &effects);
@@ -200,8 +211,19 @@ impl World {
         let liveness = |id: &NodeId| control.core.registry().liveness(id);
         let mut broken = None;
         let mut crossed = false;
+        if let Some(node_id) = &before.spared
+            && liveness(node_id) != Some(Liveness::Online)
+        {
+            broken = Some(format!("{node_id} is held to what we could not do ourselves"));
+        }
+        if let Some(node_id) = &before.dialled {
+            self.witness.dialled(node_id);
+            if before.let_in && self.witness.let_in(node_id) {
+                self.coverage.hit("core: denied node let us in");
+            }
+        }
         if let Some(node_id) = &before.dial_failed {
-            self.witness.last_dial_failure = Some(self.now);
+            self.witness.dial_failed(self.now, node_id);
             if liveness(node_id) == Some(Liveness::Online) {
                 broken = Some(format!("[7] {node_id} is online after a failed connection"));
             }
@@ -303,14 +325,18 @@ impl World {
                     self.after_ms(delay, What::IntentArrives { life, node, to, order });
                 }
             }
-            Effect::Probe { node_id, address } => {
+            Effect::Probe { node_id, address, .. } if self.shortage > 0 => {
+                let outcome = ProbeOutcome::Inconclusive;
+                self.after_ms(5, What::ProbeAnswered { life, node_id, address, outcome });
+            }
+            Effect::Probe { node_id, address, authorized } => {
                 let node: usize = node_id.as_str()[1..].parse().expect("simulated ids are n<number>");
                 if self.links[node].blocked() {
-                    let answer = Err("no answer in time".to_owned());
-                    self.after_ms(2_000, What::ProbeAnswered { life, node_id, address, answer });
+                    let outcome = ProbeOutcome::Failed("no answer in time".into());
+                    self.after_ms(2_000, What::ProbeAnswered { life, node_id, address, outcome });
                 } else {
                     let delay = self.delay();
-                    self.after_ms(delay, What::ProbeArrives { life, node, address });
+                    self.after_ms(delay, What::ProbeArrives { life, node, address, authorized });
                 }
             }
         }
@@ -368,6 +394,10 @@ impl World {
             Call::Register(request) => {
                 let life = Life { heartbeat: now, any: now, seq: 0 };
                 self.witness.engine_is_new(&node_id);
+                let known = self.control.as_ref().and_then(|c| c.core.registry().address(&node_id));
+                if known.is_none_or(|(_, boot_id)| boot_id != request.boot_id) {
+                    self.witness.boot_is_new(&node_id);
+                }
                 self.witness.life.insert(node_id, life);
                 let reply = self.reply_to(To::Caller(caller, Kind::Register));
                 self.apply(Event::Register { reply, request });
@@ -418,9 +448,19 @@ impl World {
                 self.check(Err(format!("[8] a twin of the live {node_id} was answered {answer:?}")));
             }
             (To::Client(task), Ok(answer)) => {
+                if answer == Answer::Canceled {
+                    self.coverage.hit("core: cancel answered at the end");
+                    let ended = self.witness.cancel_answered(task);
+                    self.check(ended);
+                }
                 self.note(|w| format!("t{} answered: {}", w.names[&task], brief(&answer)));
             }
             (To::Client(task), Err(error)) => {
+                if let Some(control) = self.control.as_ref() {
+                    let plan = &self.plan.tasks[self.names[&task]];
+                    let refused = self.witness.refused(self.now, &error, plan, &control.core, &self.plan);
+                    self.check(refused);
+                }
                 match error.code {
                     ErrorCode::ModelNotAvailable => self.coverage.hit("core: model not available"),
                     ErrorCode::BudgetExceeded => self.coverage.hit("core: budget exceeded"),
@@ -434,22 +474,32 @@ impl World {
 }
 
 /// What is needed of the time before an event to judge what it did.
+#[derive(Default)]
 struct Before {
     /// The node and the number of its report.
     heartbeat: Option<(NodeId, u64)>,
     /// The number of the last report taken before.
     report_seq: Option<u64>,
+    /// The models that its pools have, or load, or could load.
+    models: Vec<ModelRef>,
     dial_failed: Option<NodeId>,
+    dialled: Option<NodeId>,
+    /// It let the control plane in.
+    let_in: bool,
+    /// It was online, and we could not dial it for want of something of our own.
+    spared: Option<NodeId>,
     others_of: Option<(NodeId, Vec<(NodeId, Liveness)>)>,
 }
 
 impl Before {
     fn of(event: &Event, control: &Control) -> Self {
-        let mut before = Self { heartbeat: None, report_seq: None, dial_failed: None, others_of: None };
+        let mut before = Self::default();
         match event {
             Event::Heartbeat { node_id, beat, .. } => {
                 before.heartbeat = Some((node_id.clone(), beat.seq));
                 before.report_seq = control.core.registry().report_seq(node_id);
+                let has = beat.pools.iter().filter(|pool| pool.state.has_model());
+                before.models = has.flat_map(|pool| pool.models.iter().cloned()).collect();
                 if beat.seq % 8 == 0 {
                     let nodes = control.core.view(Moment::ZERO).nodes;
                     let others = nodes.into_iter().map(|n| (n.node_id, n.liveness)).collect();
@@ -458,12 +508,39 @@ impl Before {
             }
             Event::Ended { attempt, how, .. } => {
                 let node = control.core.attempt_pool(attempt).map(|pool| pool.node_id.clone());
-                before.dial_failed = node.filter(|_| matches!(how, HowEnded::NeverSent(_)));
+                let is_online = |id: &NodeId| control.core.registry().liveness(id) == Some(Liveness::Online);
+                match how {
+                    HowEnded::NeverSent(_)
+                    | HowEnded::NoAnswer(_)
+                    | HowEnded::TimedOut(Overdue::Acceptance) => before.dial_failed = node,
+                    HowEnded::OwnShortage { .. } => before.spared = node.filter(is_online),
+                    _ => {}
+                }
             }
-            Event::Probed { node_id, answer: Err(_), .. } => before.dial_failed = Some(node_id.clone()),
+            Event::Probed { node_id, outcome: ProbeOutcome::Answered { authorized, .. }, .. } => {
+                before.dialled = Some(node_id.clone());
+                before.let_in = *authorized == Some(Ok(()));
+            }
+            Event::Probed { node_id, outcome: ProbeOutcome::Failed(_), .. } => {
+                before.dial_failed = Some(node_id.clone())
+            }
             _ => {}
         }
         before
+    }
+}
+
+/// What a reader may look at.
+fn look_at(core: &ControlCore, now: Moment, random: &mut fastrand::Rng) {
+    match random.u8(..4) {
+        0 => drop(core.metrics(now)),
+        1 => drop(core.view(now)),
+        2 => drop((core.queue_depths(), core.paces(), core.counters())),
+        _ => {
+            for (id, _) in core.metrics(now).into_iter().take(3) {
+                drop((core.record(id), core.explain_task(now, id)));
+            }
+        }
     }
 }
 
@@ -482,6 +559,11 @@ fn brief_end(how: &HowEnded) -> String {
         HowEnded::NeverSent(reason) => format!("never sent, {reason}"),
         HowEnded::NoAnswer(reason) => format!("no answer, {reason}"),
         HowEnded::Broken(reason) => format!("broken, {reason}"),
+        HowEnded::Denied(reason) => format!("denied, {reason}"),
+        HowEnded::Rejected(body) => format!("rejected, {}", body.code),
+        HowEnded::NodeFailed(reason) => format!("node failed, {reason}"),
+        HowEnded::OwnShortage { reason, .. } => format!("own shortage, {reason}"),
+        HowEnded::OwnDefect(reason) => format!("own defect, {reason}"),
         HowEnded::NodeError(body) => format!("node error, {}", body.message),
         HowEnded::TimedOut(overdue) => format!("timed out, {overdue:?}"),
         HowEnded::TooLong => "too long".into(),

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use node_agent::core::{Ask, Busy, Identity, Readiness, ReplicaSpec};
+use node_agent::core::{Ask, Busy, Identity, Readiness, ReplicaSpec, Verdict};
 use node_agent::supervisor::Happened;
 use node_agent::{NodeCore, NodeEffect};
 use node_registration::{BeatFailure, Session};
@@ -15,12 +15,12 @@ use pool_registry_types::task::ResumeMode;
 use pool_registry_types::{
     AttemptId, BootId, ErrorBody, ErrorCode, LabelName, MachineId, ModelRef, PoolId, ReplicaId, TaskId,
 };
-use task_scheduler::ReplyTo;
+use task_scheduler::{HowEnded, ProbeOutcome, ReplyTo};
 use uuid::Uuid;
 
 use super::supervised::Supervision;
 use super::{Call, CallAnswer, Caller, Piece, What, World};
-use crate::draw::ZONES;
+use crate::draw::{NodeFault, NodePlan, ZONES};
 
 /// A request that an engine works on.
 #[derive(Debug)]
@@ -33,6 +33,8 @@ pub(crate) struct Run {
     next: u64,
     tokens: u64,
     poison: bool,
+    /// Brings the engine down from within.
+    crashes: bool,
     hung: bool,
 }
 
@@ -84,6 +86,24 @@ impl SimNode {
 
 fn pool_id() -> PoolId {
     PoolId::new("pool-0").expect("a valid pool id")
+}
+
+/// The pool of a replica: those of the second one are called otherwise.
+fn pool_of(replica: &ReplicaId) -> PoolId {
+    if replica.as_str().starts_with('s') {
+        PoolId::new("pool-1").expect("a valid pool id")
+    } else {
+        pool_id()
+    }
+}
+
+/// The replicas of a node, with their models.
+fn replicas(plan: &NodePlan) -> Vec<(ReplicaId, usize)> {
+    let of = |letter: char, model: usize| {
+        let id = move |n| ReplicaId::new(&format!("{letter}{n}")).expect("a valid replica id");
+        (0..plan.replicas).map(move |n| (id(n), model))
+    };
+    of('r', plan.model).chain(plan.second.into_iter().flat_map(|model| of('s', model))).collect()
 }
 
 impl World {
@@ -183,7 +203,8 @@ impl World {
         if self.nodes[node].stopped > 0 {
             // A probe of a stopped process connects and gets no answer.
             if let What::ProbeArrives { life, address, .. } = what {
-                return self.answer_probe(life, node, address, 2_000, Err("no answer in time".into()));
+                let outcome = ProbeOutcome::Failed("no answer in time".into());
+                return self.answer_probe(life, node, address, 2_000, outcome);
             }
             if let What::IntentArrives { life, to, order, .. } = what {
                 let outcome = Err("no answer in time".to_owned());
@@ -198,7 +219,9 @@ impl World {
             What::OpenArrives { conn } => self.open_arrives(node, conn),
             What::DropArrives { conn } => self.drop_arrives(node, conn),
             What::KeepAlive { conn } => self.keep_alive(conn),
-            What::ProbeArrives { life, address, .. } => self.probe_arrives(life, node, address),
+            What::ProbeArrives { life, address, authorized, .. } => {
+                self.probe_arrives(life, node, address, authorized);
+            }
             What::IntentArrives { life, to, order, .. } => {
                 self.intent_arrives(life, node, to, order);
             }
@@ -341,14 +364,14 @@ impl World {
         let plan = self.plan.nodes[node].clone();
         let now = self.now;
         let Some(core) = self.nodes[node].core.as_mut() else { return };
-        for n in 0..plan.replicas {
-            let replica_id = ReplicaId::new(&format!("r{n}")).expect("a valid replica id");
+        for (replica_id, model) in replicas(&plan) {
+            let pool_id = pool_of(&replica_id);
             let spec = ReplicaSpec {
-                replica_id,
+                replica_id: replica_id.clone(),
                 engine: EngineKind::LlamaCpp,
                 engine_version: None,
                 url: "http://engine".into(),
-                models: vec![ModelRef::new(&format!("m{}", plan.model)).expect("a valid model")],
+                models: vec![ModelRef::new(&format!("m{model}")).expect("a valid model")],
                 engine_names: BTreeMap::new(),
                 names_from_engine: false,
                 slots: plan.slots,
@@ -356,7 +379,8 @@ impl World {
                 device_mask: None,
                 warning: None,
             };
-            core.bind(now, &pool_id(), spec).expect("replicas of a pool agree");
+            core.bind(now, &pool_id, spec).expect("replicas of a pool agree");
+            core.engine_began(&pool_id, &replica_id);
         }
         self.nodes[node].engine_down = false;
         self.witness.engine_is_new(&self.node_id(node));
@@ -366,25 +390,25 @@ impl World {
 
     /// The node looks at its engines.
     fn observe(&mut self, node: usize) {
-        let (now, replicas) = (self.now, self.plan.nodes[node].replicas);
+        let (now, all) = (self.now, replicas(&self.plan.nodes[node]));
         let sim = &mut self.nodes[node];
         sim.looks += 1;
         let (down, silent) = (sim.engine_down, sim.busy > 0);
         // A look that is not answered takes three seconds, and one more passes until the next.
         let late = silent && !sim.looks.is_multiple_of(4);
-        for n in 0..replicas {
-            let replica = ReplicaId::new(&format!("r{n}")).expect("a valid replica id");
+        for (replica, _) in all {
+            let pool_id = pool_of(&replica);
             let Some(core) = self.nodes[node].core.as_mut() else { return };
             let readiness = match (down, silent) {
                 (true, _) => Readiness::Gone("connection refused".into()),
                 (false, true) => Readiness::Silent("no answer in time".into()),
                 (false, false) => Readiness::Ready,
             };
-            let was_ready = core.is_ready(&pool_id(), &replica);
+            let was_ready = core.is_ready(&pool_id, &replica);
             if down || !late {
-                core.observed(now, &pool_id(), &replica, readiness);
+                core.observed(now, &pool_id, &replica, readiness);
             }
-            let is_back = !was_ready && core.is_ready(&pool_id(), &replica);
+            let is_back = !was_ready && core.is_ready(&pool_id, &replica);
             core.expire_settling(now);
             if is_back {
                 // Whoever comes back after it was away may be another engine.
@@ -404,14 +428,15 @@ impl World {
         let Some(core) = sim.core.as_mut() else { return };
         let count = u32::try_from(running + ghosts).unwrap_or(u32::MAX) + sim.foreign;
         let busy = if sim.busy > 0 || sim.engine_down { Busy::NoAnswer } else { Busy::Told(count) };
-        core.counted(now, now, &pool_id(), replica, busy);
+        core.counted(now, now, &pool_of(replica), replica, busy);
     }
 
     /// An engine that brings bytes is never taken for dead, and one that works has its model.
     fn check_busy(&mut self, node: usize) {
         let (now, sim) = (self.now, &self.nodes[node]);
         let Some(core) = sim.core.as_ref().filter(|_| sim.busy > 0 && !sim.engine_down) else { return };
-        if sim.stopped > 0 || sim.runs.is_empty() {
+        let works = sim.runs.values().any(|run| pool_of(&run.replica) == pool_id());
+        if sim.stopped > 0 || !works {
             return;
         }
         let reports = core.pool_reports(now);
@@ -455,6 +480,7 @@ impl World {
             return;
         }
         self.note(|_| format!("n{node}: the engine dies"));
+        self.engines_end(node, None);
         if let Some(run) = self.supervised_engine(node) {
             return self.engine_gone(node, run);
         }
@@ -470,9 +496,23 @@ impl World {
         self.observe(node);
         let runs: Vec<AttemptId> = self.nodes[node].runs.keys().copied().collect();
         for attempt in runs {
+            let verdict = self.nodes[node].core.as_ref().map(|core| core.verdict(&attempt));
+            let crash = match verdict {
+                Some(Verdict::Known(crash)) => crash,
+                Some(Verdict::Awaited) | None => None,
+            };
             let error =
                 ErrorBody::new(ErrorCode::WorkerReset, "the engine died").with_cause(EndCause::EngineDied);
-            self.end_run(node, attempt, Piece::Error(error), true);
+            self.end_run(node, attempt, Piece::Error(ErrorBody { crash, ..error }), true);
+        }
+    }
+
+    /// The engines of the node end; by a signal of their own where one of them has crashed.
+    fn engines_end(&mut self, node: usize, signal: Option<&'static str>) {
+        let (now, all) = (self.now, replicas(&self.plan.nodes[node]));
+        let Some(core) = self.nodes[node].core.as_mut() else { return };
+        for (replica, _) in all {
+            core.engine_ended(now, &pool_of(&replica), &replica, signal);
         }
     }
 
@@ -496,8 +536,12 @@ impl World {
             return self.end_run(node, attempt, Piece::Error(error), true);
         }
         let Some(run) = self.nodes[node].runs.get_mut(&attempt) else { return };
-        if run.poison {
+        if run.poison || run.crashes {
             let down_ms = self.random.u64(500..4_000);
+            if run.crashes {
+                self.note(|_| format!("n{node}: the engine crashes"));
+                self.engines_end(node, Some("SIGSEGV"));
+            }
             return self.kill_engine(node, down_ms);
         }
         if run.differs {
@@ -538,6 +582,9 @@ impl World {
             self.haunt(node, attempt, run.replica.clone());
         }
         let ended_well = matches!(last, Piece::End(_));
+        if ended_well && let Some(core) = self.nodes[node].core.as_mut() {
+            core.cleared(&attempt);
+        }
         self.send_piece(run.conn, last);
         self.send_piece(run.conn, Piece::Closing(seq));
         if let Some(conn) = self.conns.get_mut(&run.conn) {
@@ -557,7 +604,7 @@ impl World {
         let Some(c) = self.conns.get(&conn) else { return };
         let dispatch = c.dispatch.clone();
         let plan = &self.plan.tasks[self.names[&dispatch.task]];
-        let (tokens, poison) = (plan.tokens, plan.poison);
+        let (tokens, poison, crashes) = (plan.tokens, plan.poison, plan.crashes);
         let hung = self.nodes[node].hung > 0;
         let boot = self.nodes[node].boot;
         let now = self.now;
@@ -567,6 +614,9 @@ impl World {
         let Some(core) = self.nodes[node].core.as_mut() else {
             return self.send_piece(conn, Piece::Reset("connection refused"));
         };
+        if let (Some(fault), _) = self.node_faults[node] {
+            return self.answer_badly(conn, fault);
+        }
         let ask = Ask {
             node_id: &dispatch.pool.node_id,
             boot_id: dispatch.boot_id,
@@ -586,6 +636,7 @@ impl World {
                     next: dispatch.first_index,
                     tokens,
                     poison,
+                    crashes,
                     hung,
                 };
                 self.nodes[node].runs.insert(dispatch.attempt, run);
@@ -603,6 +654,21 @@ impl World {
                 self.after_ms(1_000, What::KeepAlive { conn });
             }
         }
+    }
+
+    /// The node itself does not take the attempt.
+    fn answer_badly(&mut self, conn: u64, fault: NodeFault) {
+        let how = match fault {
+            NodeFault::Denies => HowEnded::Denied("it answers HTTP 401".into()),
+            NodeFault::Rejects => {
+                HowEnded::Rejected(ErrorBody::new(ErrorCode::InvalidParams, "it does not know a field"))
+            }
+            NodeFault::Fails => HowEnded::NodeFailed("it answers HTTP 500".into()),
+            NodeFault::Refuses(code) => HowEnded::Refused(ErrorBody::new(code, "not now")),
+            NodeFault::Resets => HowEnded::NoAnswer("connection reset".into()),
+            NodeFault::SaysNothing => return,
+        };
+        self.send_piece(conn, Piece::Answer(Box::new(how)));
     }
 
     fn keep_alive(&mut self, conn: u64) {
@@ -626,26 +692,29 @@ impl World {
         }
     }
 
-    fn probe_arrives(&mut self, life: u64, node: usize, address: String) {
+    fn probe_arrives(&mut self, life: u64, node: usize, address: String, authorized: bool) {
         let node_id = self.node_id(node);
         let live = LiveAnswer { node_id, boot_id: self.nodes[node].boot };
-        let answer =
-            if self.nodes[node].core.is_some() { Ok(live) } else { Err("connection refused".into()) };
+        let outcome = match self.nodes[node].core {
+            Some(_) => {
+                let denies = self.node_faults[node].0 == Some(NodeFault::Denies);
+                let says = if denies { Err("it answers HTTP 401".to_owned()) } else { Ok(()) };
+                ProbeOutcome::Answered { live, authorized: authorized.then_some(says) }
+            }
+            None => ProbeOutcome::Failed("connection refused".into()),
+        };
         let delay = self.delay();
-        self.answer_probe(life, node, address, delay, answer);
+        self.answer_probe(life, node, address, delay, outcome);
     }
 
-    fn answer_probe(
-        &mut self,
-        life: u64,
-        node: usize,
-        address: String,
-        ms: u64,
-        answer: Result<LiveAnswer, String>,
-    ) {
+    fn answer_probe(&mut self, life: u64, node: usize, address: String, ms: u64, outcome: ProbeOutcome) {
         let node_id = self.node_id(node);
-        let answer = if self.links[node].blocked() { Err("no answer in time".into()) } else { answer };
-        self.after_ms(ms, What::ProbeAnswered { life, node_id, address, answer });
+        let outcome = if self.links[node].blocked() {
+            ProbeOutcome::Failed("no answer in time".into())
+        } else {
+            outcome
+        };
+        self.after_ms(ms, What::ProbeAnswered { life, node_id, address, outcome });
     }
 
     // ---- lives and deaths ----

@@ -49,7 +49,10 @@ impl World {
             let sim = &mut self.nodes[node];
             let (Some(core), Some(own)) = (sim.core.as_mut(), sim.supervision.as_mut()) else { return };
             let seat = |((pool_id, replica_id), (running, served))| {
-                (node_agent::supervisor::Seat { pool_id, replica_id }, Work { running, served })
+                (
+                    node_agent::supervisor::Seat { pool_id, replica_id },
+                    Work { running, served, silent: false },
+                )
             };
             let mut orders =
                 own.supervisor.apply(now, Happened::Used(core.work().into_iter().map(seat).collect()));
@@ -133,7 +136,10 @@ impl World {
         }
         own.engine = None;
         self.fail_runs(node);
-        self.supervise(node, Happened::Exited { run, how: "it ended".into(), tail: Vec::new() });
+        self.supervise(
+            node,
+            Happened::Exited { run, how: "it ended".into(), tail: Vec::new(), has_culprit: false },
+        );
         self.pump(node);
     }
 

@@ -20,15 +20,49 @@ impl ServiceRegistry {
         if !self.enforces(Rule::EvidenceBeforeLease) {
             return None;
         }
+        self.count_dial_failure(now, node_id);
         let node = self.nodes.get_mut(node_id)?;
-        self.last_dial_failure = Some(now);
-        self.mass_silence_since = None;
         let was = node.evidence.liveness();
-        node.evidence.undialled = Some(Suspicion::DialFailed(reason));
+        node.evidence.not_dialled(reason);
         // The failure itself was the probe: the next one comes after a pause.
-        let next = now + PROBE_EVERY;
-        node.evidence.next_probe = Some(node.evidence.next_probe.map_or(next, |at| at.min(next)));
+        node.evidence.probe_by(now + PROBE_EVERY);
         (was == Liveness::Online).then(|| Transition { node_id: node_id.clone(), to: Liveness::Suspect })
+    }
+
+    /// Only the failure of a node that was well says that the network, and not we, may be at fault.
+    fn count_dial_failure(&mut self, now: Moment, node_id: &NodeId) {
+        let span = self.settings.timing.heartbeat_interval;
+        let was_well = self.nodes.get(node_id).is_some_and(|node| node.evidence.was_well(now, span));
+        if was_well || !self.enforces(Rule::GuardEndsByTheWell) {
+            self.last_dial_failure = Some(now);
+            self.mass_silence_since = None;
+        }
+    }
+
+    /// The node itself refused an attempt (401, 403, 404) that was sent at `dispatched`: suspect,
+    /// until a probe shows that it lets us in.
+    pub fn denied(
+        &mut self,
+        now: Moment,
+        node_id: &NodeId,
+        dispatched: Moment,
+        reason: String,
+    ) -> Option<Transition> {
+        if !self.enforces(Rule::DeniedIsSuspect) {
+            return None;
+        }
+        let node = self.nodes.get_mut(node_id)?;
+        let was = node.evidence.liveness();
+        node.evidence.deny(now, dispatched, reason);
+        let is = node.evidence.liveness();
+        (is != was).then(|| Transition { node_id: node_id.clone(), to: is })
+    }
+
+    /// The tokens that we send have changed: who denied the old ones may let the new ones in.
+    pub fn tokens_changed(&mut self, now: Moment) {
+        for node in self.nodes.values_mut() {
+            node.evidence.ask_again(now);
+        }
     }
 
     /// A stream broke, or something else that a look at the node explains: probe it now.
@@ -38,16 +72,16 @@ impl ServiceRegistry {
         }
     }
 
-    /// The nodes to dial now, with their addresses. Each is marked as being dialled until
-    /// [`ServiceRegistry::probed`] is told the outcome.
-    pub fn take_due_probes(&mut self, now: Moment) -> Vec<(NodeId, String)> {
+    /// The nodes to dial now, with their addresses, and whether to show our token there. Each is
+    /// marked as being dialled until [`ServiceRegistry::probed`] is told the outcome.
+    pub fn take_due_probes(&mut self, now: Moment) -> Vec<(NodeId, String, bool)> {
         let due = self.nodes.iter_mut().filter(|(_, node)| {
             !node.evidence.probe_in_flight && node.evidence.next_probe.is_some_and(|at| at <= now)
         });
         due.map(|(id, node)| {
             node.evidence.probe_in_flight = true;
             node.evidence.next_probe = None;
-            (id.clone(), node.request.address.clone())
+            (id.clone(), node.request.address.clone(), node.evidence.denied.is_some())
         })
         .collect()
     }
@@ -59,7 +93,7 @@ impl ServiceRegistry {
         now: Moment,
         node_id: &NodeId,
         address: &str,
-        answer: Result<LiveAnswer, String>,
+        outcome: ProbeOutcome,
     ) -> Option<Transition> {
         let node = self.nodes.get_mut(node_id)?;
         node.evidence.probe_in_flight = false;
@@ -68,23 +102,35 @@ impl ServiceRegistry {
             return None;
         }
         let was = node.evidence.liveness();
-        let failure = match answer {
-            Ok(live) if live.node_id != *node_id => Some(format!("{} answered there", live.node_id)),
-            Ok(live) if live.boot_id != node.request.boot_id => Some("another process answered there".into()),
-            Ok(_) => None,
-            Err(reason) => Some(reason),
+        let (failure, authorized) = match outcome {
+            ProbeOutcome::Inconclusive => {
+                if was != Liveness::Offline {
+                    node.evidence.probe_by(now + PROBE_EVERY);
+                }
+                return None;
+            }
+            ProbeOutcome::Failed(reason) => (Some(reason), None),
+            ProbeOutcome::Answered { live, .. } if live.node_id != *node_id => {
+                (Some(format!("{} answered there", live.node_id)), None)
+            }
+            ProbeOutcome::Answered { live, .. } if live.boot_id != node.request.boot_id => {
+                (Some("another process answered there".into()), None)
+            }
+            ProbeOutcome::Answered { authorized, .. } => (None, authorized),
         };
+        let asked = authorized.is_some();
         match failure {
-            None => node.evidence.undialled = None,
+            None => node.evidence.dialled(now, authorized),
             Some(reason) => {
-                node.evidence.undialled = Some(Suspicion::DialFailed(reason));
-                self.last_dial_failure = Some(now);
-                self.mass_silence_since = None;
+                self.count_dial_failure(now, node_id);
+                self.nodes.get_mut(node_id)?.evidence.not_dialled(reason);
             }
         }
+        let node = self.nodes.get_mut(node_id)?;
         let is = node.evidence.liveness();
         if is == Liveness::Suspect {
-            node.evidence.next_probe = Some(now + PROBE_EVERY);
+            let pause = node.evidence.next_pause(asked);
+            node.evidence.probe_by(now + pause);
         }
         (is != was).then(|| Transition { node_id: node_id.clone(), to: is })
     }
@@ -94,7 +140,8 @@ impl ServiceRegistry {
         for node in self.nodes.values_mut() {
             node.evidence.extend(stall, now);
         }
-        for reported in self.models_reported.values_mut() {
+        let engines = self.engines_reported.values_mut().flat_map(BTreeMap::values_mut);
+        for reported in self.models_reported.values_mut().chain(engines) {
             *reported = (*reported + stall).min(now);
         }
     }
@@ -133,14 +180,21 @@ impl ServiceRegistry {
             }
         }
         self.review_mass_silence();
-        self.nodes.retain(|id, node| {
-            let keep = node.evidence.offline_since.is_none_or(|since| now < since + FORGET_OFFLINE_AFTER);
-            if !keep {
-                self.forgotten.push(id.clone());
-            }
-            keep
+        let is_over = |node: &Node| {
+            node.evidence.offline_since.is_some_and(|since| now >= since + FORGET_OFFLINE_AFTER)
+        };
+        let over: Vec<NodeId> =
+            self.nodes.iter().filter(|(_, node)| is_over(node)).map(|(id, _)| id.clone()).collect();
+        for id in over {
+            self.remove(&id);
+            self.forgotten.push(id);
+        }
+        let lease = self.lease();
+        self.models_reported.retain(|_, at| now < *at + lease);
+        self.engines_reported.retain(|_, engines| {
+            engines.retain(|_, at| now < *at + lease);
+            !engines.is_empty()
         });
-        self.models_reported.retain(|_, at| now < *at + timing.node_timeout);
         for (node_id, node) in &mut self.nodes {
             if node.breaker.rest(now) {
                 let pools = node.pools.keys();
@@ -171,8 +225,9 @@ impl ServiceRegistry {
         std::mem::take(&mut self.forgotten)
     }
 
-    /// How long a node may give no evidence of life: one timeout, or two while most are silent.
-    fn lease(&self) -> Duration {
+    /// How long a node may give no evidence of life, and a model be in no report: one timeout, or two
+    /// while most are silent.
+    pub fn lease(&self) -> Duration {
         match self.mass_silence_since {
             Some(_) => self.settings.timing.node_timeout * 2,
             None => self.settings.timing.node_timeout,

@@ -31,6 +31,11 @@ impl ServiceRegistry {
         matches!(undialled, Some(Suspicion::DialFailed(_)))
     }
 
+    /// Whether the node itself refuses the control plane.
+    pub fn is_denied(&self, node_id: &NodeId) -> bool {
+        self.nodes.get(node_id).is_some_and(|node| node.evidence.denied.is_some())
+    }
+
     /// Whether the node's streams failed again and again, and none has got through since.
     pub fn is_doubted(&self, node_id: &NodeId) -> bool {
         self.nodes.get(node_id).is_some_and(|node| !node.breaker.is_closed())

@@ -22,6 +22,9 @@ impl ServiceRegistry {
     pub fn accepted(&mut self, attempt: &AttemptId, accepted_after: u64) {
         if let Some(reservation) = self.reservations.get_mut(attempt) {
             reservation.accepted_after = Some(accepted_after);
+            if let Some(node) = self.nodes.get_mut(&reservation.pool.node_id) {
+                node.evidence.took_attempt();
+            }
         }
     }
 

@@ -33,11 +33,16 @@ impl ControlCore {
         }
     }
 
-    /// Asks for the end of an attempt. The first reason stands, except that a cancel overrides.
+    /// Asks for the end of an attempt. The first reason stands, except that a cancel overrides, and the end of the daemon all but that.
     pub(super) fn close(&mut self, now: Moment, id: AttemptId, why: CloseReason, effects: &mut Vec<Effect>) {
         let Some(attempt) = self.attempts.get_mut(&id) else { return };
         let closing = attempt.closing.is_some();
-        if !closing || matches!(why, CloseReason::Canceled | CloseReason::CutOff) {
+        let overrides = match why {
+            CloseReason::Canceled => true,
+            CloseReason::CutOff => attempt.closing != Some(CloseReason::Canceled),
+            _ => false,
+        };
+        if !closing || overrides {
             attempt.closing = Some(why);
         }
         if closing {
@@ -106,7 +111,10 @@ impl ControlCore {
                 matches!(error.cause, Some(EndCause::Engine5xx | EndCause::EngineDenied))
                     && self.registry.pool_failed(now, pool, &id, attempt.task, dispatched)
             }
-            HowEnded::Broken(_) | HowEnded::TimedOut(Overdue::Silence) => {
+            HowEnded::Broken(_)
+            | HowEnded::NoAnswer(_)
+            | HowEnded::NodeFailed(_)
+            | HowEnded::TimedOut(Overdue::Silence | Overdue::Acceptance) => {
                 self.registry.stream_failed(now, &pool.node_id, &id, dispatched)
             }
             HowEnded::Finished => {
@@ -158,6 +166,46 @@ impl ControlCore {
         true
     }
 
+    /// Until when another pool may be asked than those that have found the task wrong: as long as one
+    /// takes tasks, full or not, and else while there are only doubts of one, for a node timeout.
+    pub(super) fn ask_until(&self, now: Moment, id: TaskId) -> Option<Moment> {
+        let task = self.tasks.get(&id)?;
+        let shape = self.shape(now, task, None)?;
+        let taken = choose(&self.index, &shape);
+        if matches!(taken, Ok(_) | Err(NoPlacement::Full | NoPlacement::BackingOff)) {
+            return Some(Moment::NEVER);
+        }
+        let comes_back = doubtful(&self.index, &shape).any(|key| !self.registry.is_denied(&key.node_id));
+        comes_back.then(|| now + self.policy.timing.node_timeout)
+    }
+
+    /// A pool has found the task wrong.
+    fn rejected(&mut self, id: TaskId, by: &PoolKey, error: &ErrorBody) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        for list in [&mut task.lacking, &mut task.tried] {
+            if !list.contains(by) {
+                list.push(by.clone());
+            }
+        }
+        let before = task.rejection.take();
+        let bound = before.as_ref().map_or(task.wait_until, |before| before.bound);
+        let mut pools = before.map(|before| before.by).unwrap_or_default();
+        pools.push(by.clone());
+        task.rejection = Some(Rejection { error: error.clone(), by: pools, bound });
+    }
+
+    /// The node took the task: who has found it wrong before was wrong itself, and counts as failing.
+    pub(super) fn rejections_were_wrong(&mut self, now: Moment, attempt: AttemptId) {
+        let Some(id) = self.attempts.get(&attempt).map(|attempt| attempt.task) else { return };
+        let Some(rejection) = self.tasks.get_mut(&id).and_then(|task| task.rejection.take()) else { return };
+        for pool in rejection.by {
+            if self.registry.pool_failed(now, &pool, &attempt, id, now) {
+                self.counters.trips += 1;
+                self.sync_pool(&pool);
+            }
+        }
+    }
+
     /// Whether a pool might take the task whose engine is not known to lack what it asks: an engine
     /// may have been started without what another one of the same kind has.
     fn another_may(&mut self, now: Moment, id: TaskId, lacking: &PoolKey) -> bool {
@@ -171,6 +219,15 @@ impl ControlCore {
         self.shape(now, task, None).is_some_and(|shape| might_take(&self.index, &shape))
     }
 
+    /// The attempt of a task that may have brought an engine down makes room for the next one.
+    fn leaves_suspects(&mut self, attempt: &Attempt) {
+        let suspect = self.tasks.get(&attempt.task).is_some_and(|task| task.suspect);
+        let at = self.suspects_at.iter().position(|pool| suspect && *pool == attempt.pool);
+        if let Some(at) = at {
+            self.suspects_at.swap_remove(at);
+        }
+    }
+
     pub(super) fn ended(
         &mut self,
         now: Moment,
@@ -182,6 +239,13 @@ impl ControlCore {
     ) {
         let Some(attempt) = self.attempts.remove(&id) else { return };
         let node_id = attempt.pool.node_id.clone();
+        self.touched.insert(attempt.task);
+        // Where a report lists it, its slot stays taken until the next one, and its pool is as before:
+        // only this tells the lane's forecast.
+        if let Some(model) = self.tasks.get(&attempt.task).map(|task| task.model.clone()) {
+            self.lane_changed(&model);
+        }
+        self.leaves_suspects(&attempt);
         let doubted = self.registry.is_doubted(&node_id);
         self.learn_from(now, id, &attempt, how);
         self.registry.release(&id, closed_after);
@@ -194,6 +258,29 @@ impl ControlCore {
                 self.note(transition.as_slice());
                 self.registry.hold(&attempt.pool, now + HOLD);
                 self.sync_node(&node_id);
+            }
+            HowEnded::Denied(reason) => {
+                self.counters.denials += 1;
+                let transition = self.registry.denied(now, &node_id, attempt.dispatched, reason.clone());
+                self.note(transition.as_slice());
+                self.registry.hold(&attempt.pool, now + HOLD);
+                self.sync_node(&node_id);
+            }
+            HowEnded::NodeFailed(_) => self.registry.hold(&attempt.pool, now + HOLD),
+            HowEnded::OwnShortage { reason, everywhere } => {
+                self.counters.own_shortages += 1;
+                if !self.enforces(Rule::OwnShortageIsNoEvidence) {
+                    let transition = self.registry.dial_failed(now, &node_id, reason.clone());
+                    self.note(transition.as_slice());
+                    self.sync_node(&node_id);
+                }
+                if !everywhere {
+                    self.registry.hold(&attempt.pool, now + HOLD);
+                } else if self.short_until.is_none() {
+                    // Those that were under way together are one shortage.
+                    self.short_pause = (self.short_pause * 2).clamp(HOLD, LONGEST_SHORTAGE);
+                    self.short_until = Some(now + self.short_pause);
+                }
             }
             HowEnded::NoAnswer(_) | HowEnded::TimedOut(Overdue::Acceptance) => {
                 let reason = "it took a connection and gave no answer".to_owned();
@@ -224,22 +311,41 @@ impl ControlCore {
         self.sync_pool(&attempt.pool);
 
         let continuation = self.tasks.get(&attempt.task).and_then(|task| task.continuation);
+        let crash = match how {
+            HowEnded::NodeError(body) if body.cause == Some(EndCause::EngineDied) => body.crash.as_ref(),
+            _ => None,
+        };
         let mut outcome = judge(&Evidence {
             how,
             closing: attempt.closing,
             tokens_written,
             first_index: attempt.first_index,
             may_continue: continuation.is_some(),
+            crash: crash.filter(|_| self.enforces(Rule::CulpritIsFinal)),
             pool: &attempt.pool,
         });
+        self.counters.culprits += u64::from(crash.is_some_and(|crash| crash.suspect && crash.suspects == 1));
         if outcome == Outcome::FreeRefusal {
             self.counters.refused_dispatches += 1;
             if !self.enforces(Rule::RefusalIsFree) {
                 let error = ErrorBody::new(ErrorCode::ReplicaExhausted, "refused");
-                outcome = Outcome::Retry { engine_died: false, error };
+                outcome = Outcome::Retry { engine_died: false, suspect: false, error };
             }
         }
+        if outcome == Outcome::FreeElsewhere && !self.enforces(Rule::NodeFailureIsFree) {
+            let error = ErrorBody::new(ErrorCode::WorkerReset, "the node failed");
+            outcome = Outcome::Retry { engine_died: false, suspect: false, error };
+        }
         let id_of_task = attempt.task;
+        let mut rejected_until = Moment::NEVER;
+        if let Outcome::AskAnother(error) = &outcome {
+            self.rejected(id_of_task, &attempt.pool, error);
+            let ask = self.enforces(Rule::RejectionIsAskedElsewhere);
+            match self.ask_until(now, id_of_task).filter(|_| ask) {
+                Some(until) => rejected_until = until,
+                None => outcome = Outcome::Failed(error.clone()),
+            }
+        }
         if let Outcome::Failed(error) = &outcome
             && error.code == ErrorCode::Unsupported
             && tokens_written == 0
@@ -293,8 +399,18 @@ impl ControlCore {
                 self.counters.replays_differed += u64::from(differs);
                 self.fail(now, id_of_task, error, effects);
             }
-            Outcome::FreeRefusal | Outcome::FreeReplace => {
-                self.counters.replaced += u64::from(outcome == Outcome::FreeReplace);
+            Outcome::FreeRefusal | Outcome::FreeReplace | Outcome::FreeElsewhere => {
+                self.counters.replaced += u64::from(outcome != Outcome::FreeRefusal);
+                if outcome == Outcome::FreeElsewhere {
+                    // The node has failed it, whichever pool of it is asked.
+                    let of_node = self.indexed.get(&node_id).into_iter().flatten();
+                    let more: Vec<PoolKey> = of_node
+                        .chain([&attempt.pool])
+                        .filter(|key| !task.tried.contains(key))
+                        .cloned()
+                        .collect();
+                    task.tried.extend(more);
+                }
                 // What costs no try must not go on for ever: the wait goes on where it was.
                 let wait_until = task.wait_until;
                 if task.attempts.len() > MAX_RECORDS {
@@ -305,11 +421,16 @@ impl ControlCore {
             Outcome::AskAnother(_) => {
                 // As often as there are pools.
                 self.counters.replaced += 1;
-                let wait_until = task.wait_until;
+                if task.attempts.len() > MAX_RECORDS {
+                    task.attempts.retain(|record| record.id != id);
+                }
+                let bound = task.rejection.as_ref().map_or(task.wait_until, |rejection| rejection.bound);
+                let wait_until = bound.min(rejected_until);
                 self.enqueue(now, id_of_task, wait_until);
             }
-            Outcome::Retry { engine_died, error } => {
+            Outcome::Retry { engine_died, suspect, error } => {
                 task.tries += 1;
+                task.suspect |= suspect;
                 task.engine_deaths += u32::from(engine_died);
                 if !task.tried.contains(&attempt.pool) {
                     task.tried.push(attempt.pool.clone());
@@ -345,9 +466,12 @@ fn describe(how: &HowEnded, outcome: &Outcome) -> String {
         (_, Outcome::Completed) => "finished".into(),
         (_, Outcome::Canceled) => "canceled".into(),
         (HowEnded::Refused(error), _) => format!("refused: {}", error.code),
-        (HowEnded::NeverSent(reason), _) => format!("not connected: {reason}"),
+        (HowEnded::NeverSent(reason) | HowEnded::OwnShortage { reason, .. }, _) => {
+            format!("not connected: {reason}")
+        }
+        (HowEnded::Denied(reason) | HowEnded::NodeFailed(reason), _) => reason.clone(),
         (_, Outcome::FreeRefusal) => "refused: POOL_UNREADY".into(),
-        (_, Outcome::FreeReplace) => "not connected".into(),
+        (_, Outcome::FreeReplace | Outcome::FreeElsewhere) => "not connected".into(),
         (_, Outcome::Failed(error) | Outcome::AskAnother(error) | Outcome::Retry { error, .. }) => {
             error.message.clone()
         }

@@ -99,6 +99,11 @@ impl ControlCore {
                 self.sync_node(&node_id);
                 effects.push(Effect::TellIntent { to, node_id, address, order });
             }
+            // It is told when it is back.
+            None if self.registry.want_kept(&node_id, intent) => {
+                let answer = IntentAnswer { node_id, intent, kept_by_node: false, running: 0 };
+                effects.push(Effect::Reply { to, answer: Ok(Answer::Intent(answer)) });
+            }
             None => {
                 let mut body = ErrorBody::new(ErrorCode::NodeUnknown, format!("no node {node_id}"));
                 body.node_id = Some(node_id);
@@ -181,6 +186,9 @@ impl ControlCore {
             self.stirred.extend(before.models.iter().cloned());
         }
         let Some(facts) = self.registry.pool_facts(key) else {
+            if let Some(before) = self.index.get(key) {
+                before.models.iter().for_each(|model| drop(self.forecasts.remove(model)));
+            }
             self.show_pool(key, None);
             self.ready_replicas.remove(key);
             self.sessions.cooled(key, &[]);
@@ -237,8 +245,25 @@ impl ControlCore {
         if standing != Standing::Loadable {
             self.loads_asked.remove(key);
         }
+        self.forget_forecasts(&candidate);
         self.index.upsert(candidate);
         self.indexed.entry(key.node_id.clone()).or_default().insert(key.clone());
+    }
+
+    /// Where a pool comes, goes or gets other slots, what was forecast for its models is worth nothing.
+    fn forget_forecasts(&mut self, is: &Candidate) {
+        let was = self.index.get(&is.key);
+        let slots = |c: &Candidate| (c.standing == Standing::Placeable).then_some(c.slots_total);
+        let models = |c: &Candidate| c.models.clone();
+        if was.map(|was| (slots(was), models(was))) == Some((slots(is), models(is))) {
+            if was.is_some_and(|was| was.slots_busy != is.slots_busy) {
+                is.models.iter().for_each(|model| self.lane_changed(model));
+            }
+            return;
+        }
+        for model in was.into_iter().chain([is]).flat_map(|c| &c.models) {
+            self.forecasts.remove(model);
+        }
     }
 
     pub(super) fn note(&mut self, transitions: &[Transition]) {

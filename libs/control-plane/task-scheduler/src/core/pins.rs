@@ -23,6 +23,12 @@ impl ControlCore {
         Some(error)
     }
 
+    /// Whether the task waits for a node that is suspect: what that has is not known until it is back.
+    pub(super) fn waits_for_suspect(&self, task: &Task) -> bool {
+        let suspect = |node_id| self.registry.liveness(node_id) == Some(Liveness::Suspect);
+        self.enforces(Rule::PinBeforeLease) && task.pinned_node().is_some_and(suspect)
+    }
+
     pub(super) fn hold_pin(&mut self, id: TaskId) {
         let Some(node_id) = self.tasks.get(&id).and_then(Task::pinned_node).cloned() else { return };
         self.unsettled_pins.insert(node_id.clone());
@@ -46,11 +52,18 @@ impl ControlCore {
             self.unsettled_pins.extend(self.pinned.keys().cloned());
         }
         for node_id in std::mem::take(&mut self.unsettled_pins) {
-            let Some(error) = self.pin_refusal(now, &node_id) else { continue };
+            let refusal = self.pin_refusal(now, &node_id);
             let waiting: Vec<TaskId> = self.pinned.get(&node_id).into_iter().flatten().copied().collect();
             for id in waiting {
-                self.leave_queue(id);
-                self.fail(now, id, error.clone(), effects);
+                let Some(task) = self.tasks.get(&id) else { continue };
+                let lapsed = || {
+                    let gone = self.lapsed.contains(&task.model) && self.is_gone(now, &task.model);
+                    (gone && !self.waits_for_suspect(task)).then(|| self.model_not_available(&task.model))
+                };
+                if let Some(error) = refusal.clone().or_else(lapsed) {
+                    self.leave_queue(id);
+                    self.fail(now, id, error, effects);
+                }
             }
         }
     }

@@ -5,6 +5,10 @@ use super::*;
 impl ControlCore {
     /// Starts what can start, in the lanes that a slot or a task has stirred.
     pub(super) fn place(&mut self, now: Moment, effects: &mut Vec<Effect>) {
+        if self.short_until.is_some() {
+            // It would fail as the last one did; all lanes are served when this is over.
+            return;
+        }
         let mut models: Vec<ModelRef> = std::mem::take(&mut self.stirred).into_iter().collect();
         models.retain(|model| self.queue.lane(model).is_some());
         models.sort_by_key(|model| self.queue.oldest(model));
@@ -21,28 +25,26 @@ impl ControlCore {
     }
 
     /// The oldest task, in the order of priorities, for which there is a slot.
-    pub(super) fn next_start(&self, now: Moment, model: &ModelRef) -> Option<(TaskId, PoolKey)> {
-        let lane = self.queue.lane(model)?;
+    pub(super) fn next_start(&mut self, now: Moment, model: &ModelRef) -> Option<(TaskId, PoolKey)> {
         if !self.index.has_free(model) {
             return None;
         }
-        // What had no place for one has none for the next that asks for the same.
-        let mut in_vain: Vec<&TaskRequest> = Vec::new();
-        for id in lane.order().into_iter().flat_map(|priority| lane.waiting(priority)) {
+        self.queue.lane_mut(model)?.groups.review(&self.index, model);
+        let lane = self.queue.lane(model)?;
+        for next in lane.order().into_iter().flat_map(|priority| lane.groups.oldest_first(priority)) {
+            let id = match next {
+                Next::Group(_, eligible) if !self.index.has_free_of(model, eligible) => continue,
+                Next::Group(id, _) | Next::OnItsOwn(id) => id,
+            };
             let Some(task) = self.tasks.get(&id) else { continue };
             let Some(request) = task.request.as_deref() else { continue };
-            if task.tried.is_empty() && in_vain.iter().any(|other| asks_for_the_same(request, other)) {
-                continue;
-            }
             if task.pinned_node().is_some_and(|node_id| !self.has_free_on(node_id)) {
                 continue;
             }
             let spread = self.spread_of(task.session, request);
             let Some(shape) = self.shape(now, task, spread.as_ref()) else { continue };
-            match choose(&self.index, &shape) {
-                Ok(choice) => return Some((id, choice.pool)),
-                Err(_) if task.tried.is_empty() && in_vain.len() < MOST_IN_VAIN => in_vain.push(request),
-                Err(_) => {}
+            if let Ok(choice) = choose(&self.index, &shape) {
+                return Some((id, choice.pool));
             }
         }
         None
@@ -58,7 +60,9 @@ impl ControlCore {
         let request = task.request.as_deref()?;
         let shape = self.shape_of(request, task.session, spread);
         let may_repeat = task.not_before <= now;
-        Some(TaskShape { tried: &task.tried, lacking: &task.lacking, may_repeat, ..shape })
+        let apart = task.suspect && self.enforces(Rule::SuspectsApart);
+        let apart_from: &[PoolKey] = if apart { &self.suspects_at } else { &[] };
+        Some(TaskShape { tried: &task.tried, lacking: &task.lacking, apart_from, may_repeat, ..shape })
     }
 
     pub(super) fn shape_of<'a>(
@@ -157,6 +161,10 @@ impl ControlCore {
         self.counters.dispatched += 1;
         self.counters.continued += u64::from(resume.is_some());
         let node_id = Some(pool.node_id.clone());
+        if task.suspect {
+            self.suspects_at.push(pool.clone());
+        }
+        self.touched.insert(id);
         self.changes.push(ClusterChange::Task { task_id: id, state: TaskState::Running, node_id });
         self.attempts.insert(
             attempt,
@@ -183,6 +191,8 @@ impl ControlCore {
         self.queue.start(&task.model, task.priority, task.number, id);
         self.alarms.remove(&(task.wait_until, id));
         self.alarms.remove(&(task.not_before, id));
+        let model = task.model.clone();
+        self.lane_changed(&model);
     }
 
     pub(super) fn deadlines(&self, id: TaskId) -> AttemptDeadlines {
@@ -207,9 +217,6 @@ impl ControlCore {
         Uuid::new_v8(bytes)
     }
 }
-
-/// Requests that were found to have no place, kept while a lane is walked.
-const MOST_IN_VAIN: usize = 64;
 
 /// Whether two tasks that failed on no pool yet have the same eligible ones.
 pub(super) fn asks_for_the_same(a: &TaskRequest, b: &TaskRequest) -> bool {

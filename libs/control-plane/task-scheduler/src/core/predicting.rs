@@ -1,9 +1,13 @@
 //! When a waiting task will start, from the paces that were measured.
+//!
+//! A lane's forecast holds until the lane changes: it is made and kept while an event is handled,
+//! and whoever reads makes one of its own.
 
 use super::*;
 
-/// How long a forecast is used before it is made anew.
-const FORECAST_FOR: Duration = Duration::from_millis(100);
+/// A forecast that is behind by so many changes for each task that waits is made anew: what it
+/// costs is spread over them.
+const CHANGES_A_TASK: usize = 16;
 /// Lanes with a forecast at a time; a forecast is cheap to make again.
 const MAX_FORECASTS: usize = 256;
 
@@ -12,24 +16,40 @@ impl ControlCore {
     fn service_ms(&self, pool: &PoolKey, id: TaskId) -> Option<f64> {
         let task = self.tasks.get(&id)?;
         let request = task.request.as_ref()?;
-        let tokens = self.paces.tokens(&task.model, request.expected_tokens, request.max_tokens)?;
+        let pools = self.index.get(pool).and_then(|pool| pool.ctx_max);
+        let ctx_max = request.ctx.into_iter().chain(pools).min();
+        let (estimate, bound) = (request.expected_tokens, request.max_tokens);
+        let tokens = self.paces.tokens(&task.model, estimate, bound, ctx_max)?;
         self.paces.service_ms(pool, &task.model, tokens)
     }
 
-    /// The forecast of a lane, at most [`FORECAST_FOR`] old.
+    /// Something of the lane has changed that its forecast does not know.
+    pub(super) fn lane_changed(&mut self, model: &ModelRef) {
+        if let Some(forecast) = self.forecasts.get_mut(model) {
+            forecast.behind += 1;
+        }
+    }
+
+    /// The lane's forecast, made anew where the lane has changed.
     fn forecast(&mut self, now: Moment, model: &ModelRef) -> &mut Forecast {
-        let fresh = self.forecasts.get(model).is_some_and(|known| now.since(known.made) < FORECAST_FOR);
-        if !fresh {
+        let most = self.lane_depth(model) / CHANGES_A_TASK;
+        // What should have begun by now and has not shows that a task takes longer than was thought.
+        let waits = !self.index.has_free(model);
+        let first = self.queue.lane(model).and_then(Lane::first);
+        let is_old =
+            |known: &Forecast| known.behind > most || (waits && known.is_overdue(now, first.as_ref()));
+        if self.forecasts.get(model).is_none_or(is_old) {
             if self.forecasts.len() >= MAX_FORECASTS {
                 self.forecasts.clear();
             }
-            let made = self.make_forecast(now, model);
+            let made = self.make_forecast(now, model, &self.left_by_pool(now));
             self.forecasts.insert(model.clone(), made);
         }
         self.forecasts.get_mut(model).expect("made above")
     }
 
-    fn make_forecast(&self, now: Moment, model: &ModelRef) -> Forecast {
+    /// Milliseconds until each attempt ends, by its pool.
+    fn left_by_pool(&self, now: Moment) -> BTreeMap<&PoolKey, Vec<f64>> {
         let mut busy: BTreeMap<&PoolKey, Vec<f64>> = BTreeMap::new();
         for attempt in self.attempts.values() {
             if let Some(service) = self.service_ms(&attempt.pool, attempt.task) {
@@ -37,15 +57,19 @@ impl ControlCore {
                 busy.entry(&attempt.pool).or_default().push(left);
             }
         }
+        busy
+    }
+
+    fn make_forecast(&self, now: Moment, model: &ModelRef, busy: &BTreeMap<&PoolKey, Vec<f64>>) -> Forecast {
         let mut forecast = Forecast::new(now);
         let waiting = u32::try_from(self.lane_depth(model) + 1).unwrap_or(u32::MAX);
         for candidate in self.index.placeable(model) {
-            let taken = busy.remove(&candidate.key).unwrap_or_default();
+            let taken = busy.get(&candidate.key).map_or(&[][..], Vec::as_slice).iter().copied();
             let free = candidate.slots_total.saturating_sub(candidate.slots_busy);
             // More free slots than tasks that wait make no difference, and a node may say any number.
             let free = (0..free.min(waiting)).map(|_| 0.0);
             // Slots that somebody else has are not counted on.
-            forecast.pool(candidate.key.clone(), taken.into_iter().chain(free));
+            forecast.pool(candidate.key.clone(), taken.chain(free));
         }
         for id in self.queue.lane(model).map(|lane| lane.in_order()).unwrap_or_default() {
             // Who wishes for certain pools may wait for them while others are idle.
@@ -57,11 +81,12 @@ impl ControlCore {
         forecast
     }
 
-    fn lane_depth(&self, model: &ModelRef) -> usize {
+    pub(super) fn lane_depth(&self, model: &ModelRef) -> usize {
         Priority::BOTH.iter().map(|priority| self.queue.depth(model, *priority)).sum()
     }
 
-    /// Milliseconds until the waiting task starts; nothing before a pace was measured.
+    /// Milliseconds until the task that has just come to wait starts; nothing before a pace was
+    /// measured.
     pub(super) fn predict_ms(&mut self, now: Moment, id: TaskId) -> Option<u64> {
         let task = self.tasks.get(&id)?;
         let (model, own) = (task.model.clone(), self.queue.depth(&task.model, task.priority));
@@ -89,42 +114,66 @@ impl ControlCore {
     pub(super) fn next_start_ms(&mut self, now: Moment, model: &ModelRef, priority: Priority) -> Option<u64> {
         // It would push back the tasks from its place on: the first of them starts when it would.
         let pushed_back = self.queue.lane(model).and_then(|lane| {
-            let place = lane.place(priority, lane.waiting(priority).count());
-            lane.in_order().get(place).copied()
+            let place = lane.place(priority, lane.len(priority));
+            (place < lane.len(Priority::Interactive) + lane.len(Priority::Batch))
+                .then(|| lane.in_order().get(place).copied())
+                .flatten()
         });
         let forecast = self.forecast(now, model);
         let start = pushed_back.and_then(|id| forecast.start_of(&id)).or_else(|| forecast.next_start())?;
         Some(start.millis_since(now))
     }
 
+    /// What a client is told to wait; never longer than a task may.
     pub(super) fn backoff_ms(&mut self, now: Moment, model: &ModelRef, priority: Priority) -> u64 {
-        self.next_start_ms(now, model, priority).unwrap_or(DEFAULT_BACKOFF_MS).max(1)
+        let longest = millis(self.policy.queue_timeout).max(1);
+        self.next_start_ms(now, model, priority).unwrap_or(DEFAULT_BACKOFF_MS).clamp(1, longest)
     }
 
-    /// What a client is told while its task waits, or runs; nothing once it has ended.
-    pub fn metrics(&mut self, now: Moment, id: TaskId) -> Option<(TaskState, Metrics)> {
-        let task = self.tasks.get(&id)?;
-        let state = task.state();
-        if matches!(task.stage, Stage::Ended { .. }) {
-            return None;
-        }
-        let (session, deadline) = (task.session, task.deadline);
-        let queued = task.is_queued();
-        let position = if queued { self.queue.position(&task.model, task.priority, task.number) } else { 0 };
-        let depth = self.lane_depth(&task.model);
+    /// What the clients of all tasks that have not ended are told while these wait, or run.
+    pub fn metrics(&self, now: Moment) -> BTreeMap<TaskId, (TaskState, Metrics)> {
         let to_u32 = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-        let predicted_start_ms = if queued { self.predict_ms(now, id) } else { None };
-        let on_time_probability = predicted_start_ms
-            .zip(deadline)
-            .and_then(|(predicted, deadline)| self.paces.on_time(predicted, deadline.millis_since(now)));
-        let metrics = Metrics {
-            queue_position: to_u32(position),
-            predicted_start_ms,
-            queue_depth: to_u32(depth),
-            on_time_probability,
+        let mut told = BTreeMap::new();
+        let busy = self.left_by_pool(now);
+        for model in self.queue.models() {
+            let forecast = self.make_forecast(now, model, &busy);
+            let queue_depth = to_u32(self.lane_depth(model));
+            let in_order = self.queue.lane(model).map(|lane| lane.in_order()).unwrap_or_default();
+            for (position, id) in in_order.into_iter().enumerate() {
+                let Some(task) = self.tasks.get(&id) else { continue };
+                let predicted_start_ms = forecast.start_of(&id).map(|start| start.millis_since(now));
+                let on_time_probability =
+                    predicted_start_ms.zip(task.deadline).and_then(|(predicted, deadline)| {
+                        self.paces.on_time(predicted, deadline.millis_since(now))
+                    });
+                let metrics = Metrics {
+                    queue_position: to_u32(position),
+                    predicted_start_ms,
+                    queue_depth,
+                    on_time_probability,
+                    ..self.metrics_of_session(task.session)
+                };
+                told.insert(id, (TaskState::Queued, metrics));
+            }
+        }
+        for attempt in self.attempts.values() {
+            let Some(task) = self.tasks.get(&attempt.task) else { continue };
+            let queue_depth = to_u32(self.lane_depth(&task.model));
+            let metrics = Metrics { queue_depth, ..self.metrics_of_session(task.session) };
+            told.insert(attempt.task, (TaskState::Running, metrics));
+        }
+        told
+    }
+
+    /// The metrics of a task of the session that does not wait.
+    fn metrics_of_session(&self, session: Option<SessionId>) -> Metrics {
+        Metrics {
+            queue_position: 0,
+            predicted_start_ms: None,
+            queue_depth: 0,
+            on_time_probability: None,
             kv_warmth: session.is_some_and(|session| self.sessions.warm_place(session).is_some()),
             tokens_budget_remaining: session.and_then(|session| self.sessions.tokens_left(session)),
-        };
-        Some((state, metrics))
+        }
     }
 }

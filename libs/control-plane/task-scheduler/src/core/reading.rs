@@ -30,16 +30,13 @@ impl ControlCore {
         self.registry.view(now)
     }
 
-    pub fn task_view(&self, now: Moment, id: TaskId) -> Option<TaskView> {
+    /// The task as it is now; nothing for one that is not kept.
+    pub fn record(&self, id: TaskId) -> Option<TaskRecord> {
         let task = self.tasks.get(&id)?;
-        let (state, end, error) = match &task.stage {
-            Stage::Queued => (TaskState::Queued, now, None),
-            Stage::Running(_) => (TaskState::Running, now, None),
-            Stage::Ended { at, state, error } => (*state, *at, error.clone()),
+        let (end, error) = match &task.stage {
+            Stage::Queued | Stage::Running(_) => (None, None),
+            Stage::Ended { at, error, .. } => (Some(*at), error.clone()),
         };
-        let queued = state == TaskState::Queued;
-        let position = self.queue.position(&task.model, task.priority, task.number);
-        let wait_end = if queued { now } else { task.last_dispatch.unwrap_or(end) };
         let attempts = task.attempts.iter().map(|record| AttemptView {
             attempt_id: record.id,
             node_id: record.pool.node_id.clone(),
@@ -47,60 +44,28 @@ impl ControlCore {
             replica_id: record.replica.clone(),
             outcome: record.outcome.clone(),
         });
-        Some(TaskView {
-            task_id: id,
-            log_id: task.log,
-            model_ref: task.model.clone(),
+        let position = self.queue.position(&task.model, task.priority, task.number);
+        Some(TaskRecord {
+            id,
+            number: task.number,
+            queue_position: task.is_queued().then(|| u32::try_from(position).unwrap_or(u32::MAX)),
+            log: task.log,
+            model: task.model.clone(),
             priority: task.priority,
-            state,
-            queue_position: queued.then(|| u32::try_from(position).unwrap_or(u32::MAX)),
-            queue_wait_ms: wait_end.millis_since(task.admitted),
-            elapsed_ms: end.millis_since(task.admitted),
-            attempts: attempts.collect(),
+            session: task.session,
+            state: task.state(),
+            admitted: task.admitted,
+            last_dispatch: task.last_dispatch,
+            end,
             error,
+            dispatches: task.dispatches,
+            attempts: attempts.collect(),
         })
     }
 
-    /// The tasks that the filter lets through, newest first, after the one named; `at_most` of them.
-    pub fn task_page(
-        &self,
-        now: Moment,
-        filter: &TaskFilter,
-        after: Option<TaskId>,
-        at_most: usize,
-    ) -> Result<TaskPage, ErrorBody> {
-        let below = match after {
-            None => u64::MAX,
-            Some(id) => match self.tasks.get(&id) {
-                Some(task) => task.number,
-                None => {
-                    let message = format!("after: task {id} is not kept any more");
-                    return Err(ErrorBody::new(ErrorCode::NotFound, message));
-                }
-            },
-        };
-        let mut page = TaskPage::default();
-        for id in self.by_number.range(..below).rev().map(|(_, id)| *id) {
-            let Some(task) = self.tasks.get(&id) else { continue };
-            if !filter.lets_through(task) {
-                continue;
-            }
-            if page.tasks.len() == at_most {
-                page.next = page.tasks.last().map(|last| last.task_id);
-                break;
-            }
-            page.tasks.push(TaskSummary {
-                task_id: id,
-                model_ref: task.model.clone(),
-                priority: task.priority,
-                state: task.state(),
-                node_id: task.last_node().cloned(),
-                session_id: task.session,
-                attempts: task.dispatches,
-                age_ms: now.millis_since(task.admitted),
-            });
-        }
-        Ok(page)
+    /// The tasks and the sessions that have come, gone or changed since the last time.
+    pub fn take_changed(&mut self) -> (BTreeSet<TaskId>, BTreeSet<SessionId>) {
+        (std::mem::take(&mut self.touched), self.sessions.take_changed())
     }
 
     /// What each pool says to a task that is known, or nothing for one that is not. Errors:
@@ -155,6 +120,11 @@ impl ControlCore {
         self.sessions.view(now, id)
     }
 
+    /// Whether the session is there and none of its tasks is open.
+    pub fn session_is_idle(&self, id: SessionId) -> bool {
+        self.sessions.is_idle(id)
+    }
+
     pub fn session_count(&self) -> usize {
         self.sessions.len()
     }
@@ -196,6 +166,81 @@ impl ControlCore {
     }
 }
 
+/// What readers see of a task: as it was when it last changed.
+#[derive(Debug, Clone)]
+pub struct TaskRecord {
+    pub id: TaskId,
+    /// Rises from task to task.
+    pub number: u64,
+    /// When it came to wait, if it does.
+    pub queue_position: Option<u32>,
+    log: LogId,
+    model: ModelRef,
+    priority: Priority,
+    session: Option<SessionId>,
+    pub state: TaskState,
+    admitted: Moment,
+    last_dispatch: Option<Moment>,
+    end: Option<Moment>,
+    error: Option<ErrorBody>,
+    dispatches: u32,
+    attempts: Vec<AttemptView>,
+}
+
+impl TaskRecord {
+    /// `queue_position` is for a task that waits.
+    pub fn view(&self, now: Moment, queue_position: Option<u32>) -> TaskView {
+        let end = self.end.unwrap_or(now);
+        let queued = self.state == TaskState::Queued;
+        let wait_end = if queued { now } else { self.last_dispatch.unwrap_or(end) };
+        TaskView {
+            task_id: self.id,
+            log_id: self.log,
+            model_ref: self.model.clone(),
+            priority: self.priority,
+            state: self.state,
+            queue_position: queue_position.filter(|_| queued),
+            queue_wait_ms: wait_end.millis_since(self.admitted),
+            elapsed_ms: end.millis_since(self.admitted),
+            attempts: self.attempts.clone(),
+            error: self.error.clone(),
+        }
+    }
+
+    fn summary(&self, now: Moment) -> TaskSummary {
+        TaskSummary {
+            task_id: self.id,
+            model_ref: self.model.clone(),
+            priority: self.priority,
+            state: self.state,
+            node_id: self.last_node().cloned(),
+            session_id: self.session,
+            attempts: self.dispatches,
+            age_ms: now.millis_since(self.admitted),
+        }
+    }
+
+    fn last_node(&self) -> Option<&NodeId> {
+        self.attempts.last().map(|attempt| &attempt.node_id)
+    }
+}
+
+/// All tasks that are kept, oldest first.
+#[derive(Debug, Clone, Default)]
+pub struct TaskList(pub Vec<Arc<TaskRecord>>);
+
+impl TaskList {
+    /// The tasks that the filter lets through, newest first, those from the number on left out;
+    /// `at_most` of them.
+    pub fn page(&self, now: Moment, filter: &TaskFilter, below: u64, at_most: usize) -> TaskPage {
+        let older = self.0.partition_point(|task| task.number < below);
+        let mut found = self.0[..older].iter().rev().filter(|task| filter.lets_through(task));
+        let tasks: Vec<TaskSummary> = found.by_ref().take(at_most).map(|task| task.summary(now)).collect();
+        let next = found.next().and(tasks.last()).map(|last| last.task_id);
+        TaskPage { tasks, next }
+    }
+}
+
 /// Which tasks a list shows.
 #[derive(Debug, Clone, Default)]
 pub struct TaskFilter {
@@ -206,8 +251,8 @@ pub struct TaskFilter {
 }
 
 impl TaskFilter {
-    fn lets_through(&self, task: &Task) -> bool {
-        self.state.is_none_or(|state| state == task.state())
+    fn lets_through(&self, task: &TaskRecord) -> bool {
+        self.state.is_none_or(|state| state == task.state)
             && self.model.as_ref().is_none_or(|model| *model == task.model)
             && self.node_id.as_ref().is_none_or(|node_id| task.last_node() == Some(node_id))
     }
@@ -220,9 +265,5 @@ impl Task {
             Stage::Running(_) => TaskState::Running,
             Stage::Ended { state, .. } => *state,
         }
-    }
-
-    fn last_node(&self) -> Option<&NodeId> {
-        self.attempts.last().map(|attempt| &attempt.pool.node_id)
     }
 }

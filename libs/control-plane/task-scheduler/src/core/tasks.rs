@@ -75,6 +75,8 @@ impl ControlCore {
             engine_deaths: 0,
             tried: Vec::new(),
             lacking: Vec::new(),
+            suspect: false,
+            rejection: None,
             attempts: Vec::new(),
             dispatches: 0,
             cancel_waits: Vec::new(),
@@ -92,13 +94,20 @@ impl ControlCore {
         if self.draining {
             return Err(ErrorBody::new(ErrorCode::Draining, "the control plane is shutting down"));
         }
-        if self.retired.contains(model) || self.model_lease(model) <= now {
+        let pinned = request.placement.as_ref().and_then(|wishes| wishes.pinned_node());
+        let first = pinned.filter(|_| self.enforces(Rule::PinBeforeLease));
+        if let Some(refusal) = first.and_then(|node_id| self.pin_refusal(now, node_id)) {
+            return Err(refusal);
+        }
+        // What a suspect node has is not known until it is back.
+        let suspect = |node_id| self.registry.liveness(node_id) == Some(Liveness::Suspect);
+        let waits = !self.retired.contains(model) && first.is_some_and(suspect);
+        if self.is_gone(now, model) && !waits {
             return Err(self.model_not_available(model));
         }
         if let Some(refusal) = self.engine_refusal(now, request) {
             return Err(refusal);
         }
-        let pinned = request.placement.as_ref().and_then(|wishes| wishes.pinned_node());
         if let Some(refusal) = pinned.and_then(|node_id| self.pin_refusal(now, node_id)) {
             return Err(refusal);
         }
@@ -176,12 +185,12 @@ impl ControlCore {
         self.fail(now, victim, error, effects);
     }
 
-    /// Until when a task may wait for the model: one node timeout after it was last reported,
+    /// Until when a task may wait for the model: as long as a node's lease after it was last reported,
     /// and one after our own start, when the nodes have yet to come.
     pub(super) fn model_lease(&self, model: &ModelRef) -> Moment {
         let started = self.started.unwrap_or_default();
         let since = self.registry.model_reported(model).map_or(started, |at| at.max(started));
-        since + self.policy.timing.node_timeout
+        since + self.registry.lease()
     }
 
     pub(super) fn model_not_available(&self, model: &ModelRef) -> ErrorBody {
@@ -204,8 +213,20 @@ impl ControlCore {
         if task.not_before > now {
             self.alarms.insert((task.not_before, id));
         }
-        self.queue.push(&task.model, task.priority, task.number, id);
+        let with_wishes = self.policy.switched_off != Some(Rule::PinsHold);
+        // What has had a try waits for its own pause, or must keep apart from others.
+        let plain = task.request.as_deref().filter(|_| task.tries == 0 && !task.suspect);
+        let ask = plain.map(|request| Ask::of(request, with_wishes, &task.tried, &task.lacking));
+        self.queue.push(&task.model, task.priority, task.number, id, ask);
         self.stirred.insert(task.model.clone());
+        self.touched.insert(id);
+        // A lane that has lapsed is looked at again for whoever comes to it.
+        self.lapsed.remove(&task.model);
+        let again = task.last_dispatch.is_some();
+        let model = task.model.clone();
+        if again {
+            self.lane_changed(&model);
+        }
         self.hold_pin(id);
         self.changes.push(ClusterChange::Task { task_id: id, state: TaskState::Queued, node_id: None });
     }
@@ -256,6 +277,8 @@ impl ControlCore {
         self.queue.remove(&task.model, task.priority, task.number, id);
         self.alarms.remove(&(task.wait_until, id));
         self.alarms.remove(&(task.not_before, id));
+        let model = task.model.clone();
+        self.lane_changed(&model);
     }
 
     /// Ends a task that has no attempt with a terminal error of ours.
@@ -283,6 +306,7 @@ impl ControlCore {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         task.stage = Stage::Ended { at: now, state, error };
         task.request = None;
+        self.touched.insert(id);
         if let Some(session) = task.session {
             self.sessions.ended(now, session, id, task.sent.saturating_add(task.unlogged), task.ran);
         }
@@ -302,6 +326,7 @@ impl ControlCore {
             if let Some(task) = self.tasks.remove(&id) {
                 self.by_number.remove(&task.number);
             }
+            self.touched.insert(id);
             effects.push(Effect::Forget { task: id });
         }
     }

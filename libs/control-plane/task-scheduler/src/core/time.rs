@@ -23,10 +23,14 @@ impl ControlCore {
         for pool in self.registry.take_lifted_holds() {
             self.sync_pool(&pool);
         }
-        for (node_id, address) in self.registry.take_due_probes(now) {
-            effects.push(Effect::Probe { node_id, address });
+        for (node_id, address, authorized) in self.registry.take_due_probes(now) {
+            effects.push(Effect::Probe { node_id, address, authorized });
         }
         self.stir_loads(now);
+        if self.short_until.is_some_and(|until| until <= now) {
+            self.short_until = None;
+            self.stirred.extend(self.queue.models().cloned());
+        }
         while let Some((at, id)) = self.alarms.first().copied()
             && at <= now
         {
@@ -45,7 +49,10 @@ impl ControlCore {
                 self.close(now, id, CloseReason::NodeLeft, effects);
             }
         }
-        let is_gone = |model: &&ModelRef| self.retired.contains(*model) || self.model_lease(model) <= now;
+        let lapsed = std::mem::take(&mut self.lapsed);
+        let still = |model: &ModelRef| self.queue.lane(model).is_some() && self.is_lapsed(now, model);
+        self.lapsed = lapsed.into_iter().filter(still).collect();
+        let is_gone = |model: &&ModelRef| self.is_gone(now, model) && !self.lapsed.contains(*model);
         let gone: Vec<ModelRef> = self.queue.models().filter(is_gone).cloned().collect();
         for model in gone {
             self.end_lane(now, &model, effects);
@@ -66,6 +73,22 @@ impl ControlCore {
         if task.wait_until > now {
             return;
         }
+        if let Some(rejection) = &task.rejection {
+            let (error, bound) = (rejection.error.clone(), rejection.bound);
+            let another = self.ask_until(now, id) == Some(Moment::NEVER);
+            if another && bound > now {
+                // One that was doubted takes tasks again: the whole wait is for it.
+                self.alarms.insert((bound, id));
+                self.tasks.entry(id).and_modify(|task| task.wait_until = bound);
+                return;
+            }
+            if !another {
+                self.leave_queue(id);
+                self.fail(now, id, error, effects);
+                return;
+            }
+        }
+        let Some(task) = self.tasks.get(&id) else { return };
         let waited = now.millis_since(task.admitted);
         let shape = self.shape(now, task, None);
         let why = shape.map_or_else(String::new, |shape| count_refusals(&self.index, &shape));
@@ -74,14 +97,34 @@ impl ControlCore {
         self.fail(now, id, ErrorBody::new(ErrorCode::DeadlineExceeded, message), effects);
     }
 
-    /// Ends every task that waits for the model.
+    /// Nothing is placed for the model, and it is not waited for any more.
+    pub(super) fn is_gone(&self, now: Moment, model: &ModelRef) -> bool {
+        self.retired.contains(model) || self.model_lease(model) <= now
+    }
+
+    /// The same, as far as only the lease says so.
+    fn is_lapsed(&self, now: Moment, model: &ModelRef) -> bool {
+        !self.retired.contains(model) && self.model_lease(model) <= now
+    }
+
+    /// Ends the tasks that wait for a model that is gone; those whose own node is suspect wait on.
     pub(super) fn end_lane(&mut self, now: Moment, model: &ModelRef, effects: &mut Vec<Effect>) {
         let Some(lane) = self.queue.lane(model) else { return };
+        let retired = self.retired.contains(model);
         let waiting: Vec<TaskId> =
             lane.waiting(Priority::Interactive).chain(lane.waiting(Priority::Batch)).collect();
         for id in waiting {
+            let Some(task) = self.tasks.get(&id) else { continue };
+            if !retired && self.waits_for_suspect(task) {
+                continue;
+            }
+            let pinned = task.pinned_node().filter(|_| !retired && self.enforces(Rule::PinBeforeLease));
+            let refusal = pinned.and_then(|node_id| self.pin_refusal(now, node_id));
             self.leave_queue(id);
-            self.fail(now, id, self.model_not_available(model), effects);
+            self.fail(now, id, refusal.unwrap_or_else(|| self.model_not_available(model)), effects);
+        }
+        if self.queue.lane(model).is_some() {
+            self.lapsed.insert(model.clone());
         }
     }
 }

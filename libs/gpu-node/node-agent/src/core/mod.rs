@@ -5,6 +5,7 @@
 //! is made; acceptance and end of an attempt name the last number before them, and that is all
 //! the control plane needs to reconcile the two books.
 
+mod crash;
 mod pools;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -22,6 +23,8 @@ use pool_registry_types::{
     TaskId,
 };
 
+use crash::Engines;
+pub use crash::Verdict;
 pub use pools::{BindError, Busy, Declared, Readiness, ReplicaSpec};
 use pools::{Circumstances, Drain, Pool, Replica};
 
@@ -121,6 +124,9 @@ pub struct NodeCore {
     declared: BTreeMap<PoolId, Declared>,
     /// The last answer named pools for which tasks wait.
     waited_for: bool,
+    engines: Engines,
+    /// Times that the tokens which this node accepts have changed.
+    tokens_changed: u64,
 }
 
 impl NodeCore {
@@ -142,6 +148,8 @@ impl NodeCore {
             drains_away: BTreeMap::new(),
             declared: BTreeMap::new(),
             waited_for: false,
+            engines: Engines::default(),
+            tokens_changed: 0,
         }
     }
 
@@ -187,6 +195,7 @@ impl NodeCore {
             timestamp: String::new(),
             intent: self.intent(),
             intent_order: self.order_taken,
+            tokens_changed: self.tokens_changed,
             pools: self.pool_reports(now),
             gpus: self.gpus.clone(),
             models: self.models.clone(),
@@ -250,6 +259,12 @@ impl NodeCore {
         self.session.poke(now);
     }
 
+    /// The tokens that this node accepts are others now: who was refused may be let in.
+    pub fn tokens_changed(&mut self, now: Moment) {
+        self.tokens_changed += 1;
+        self.session.poke(now);
+    }
+
     /// The control plane is to be heard before the next tick.
     pub fn report_now(&mut self, now: Moment) {
         self.session.poke(now);
@@ -304,6 +319,7 @@ impl NodeCore {
         pool.drain = pool.drain.or(self.drains_away.remove(pool_id));
         // It is asked at each look, and mostly says the same.
         if pool.bind(spec) {
+            self.forget_settled();
             self.session.poke(now);
         }
         Ok(())
@@ -340,6 +356,7 @@ impl NodeCore {
         };
         let changed = essence(&self.declared) != essence(&declared);
         self.declared = declared;
+        self.engines.keep(|pool_id| self.declared.contains_key(pool_id));
         if changed {
             self.session.poke(now);
         }
@@ -414,9 +431,9 @@ impl NodeCore {
         busy: Busy,
     ) {
         // What was accepted since may not have reached the engine when it counted.
-        let known = self.running.values().filter(|place| {
+        let known = self.running.iter().filter(|(id, place)| {
             let there = place.accepted + REACHES_ENGINE <= began && !place.over;
-            there && place.pool == *pool_id && place.replica == *replica_id
+            there && place.pool == *pool_id && place.replica == *replica_id && !self.is_elsewhere(id)
         });
         let known = u32::try_from(known.count()).unwrap_or(u32::MAX);
         let Some(pool) = self.pools.get_mut(pool_id) else { return };
@@ -458,6 +475,9 @@ impl NodeCore {
     /// A byte of the attempt came from its engine: it lives, whatever looks at it say. Returns
     /// whether that is news, which a report at once should tell.
     pub fn heard(&mut self, now: Moment, attempt: &AttemptId) -> bool {
+        if self.is_elsewhere(attempt) {
+            return false;
+        }
         let Some(place) = self.running.get(attempt) else { return false };
         self.pools.get_mut(&place.pool).is_some_and(|pool| pool.heard(now, &place.replica))
     }
@@ -506,9 +526,18 @@ impl NodeCore {
         replica.is_some_and(|replica| replica.is_lacking(now, path))
     }
 
+    /// The replica whose engine the attempt runs on.
     fn replica_of(&mut self, attempt: &AttemptId) -> Option<&mut Replica> {
         let place = self.running.get(attempt)?;
-        self.pools.get_mut(&place.pool)?.replicas.get_mut(&place.replica)
+        let replica = self.pools.get_mut(&place.pool)?.replicas.get_mut(&place.replica)?;
+        (!replica.is_elsewhere(attempt)).then_some(replica)
+    }
+
+    /// Whether the attempt runs at the old address of its replica.
+    fn is_elsewhere(&self, attempt: &AttemptId) -> bool {
+        let place = self.running.get(attempt);
+        let replica = place.and_then(|place| self.pools.get(&place.pool)?.replicas.get(&place.replica));
+        replica.is_some_and(|replica| replica.is_elsewhere(attempt))
     }
 
     /// What the GPU probe said. Only a change of health or presence is reported at once.
@@ -576,8 +605,10 @@ impl NodeCore {
             ctx_max: replica.spec.ctx_max,
             report_seq: self.seq,
         };
-        let place =
-            Place { pool: pool_id.clone(), replica: replica_id, task: ask.task, accepted: now, over: false };
+        let seat = (pool_id.clone(), replica_id);
+        self.engines.accepted(now, &seat, ask.attempt);
+        let (pool, replica) = seat;
+        let place = Place { pool, replica, task: ask.task, accepted: now, over: false };
         self.running.insert(ask.attempt, place);
         self.seen.insert(ask.attempt);
         self.seen_order.push_back(ask.attempt);
@@ -594,8 +625,7 @@ impl NodeCore {
     pub fn ended(&mut self, attempt: &AttemptId) -> u64 {
         if let Some(place) = self.running.remove(attempt) {
             if let Some(replica) = self.replica_mut(&place) {
-                replica.attempts.remove(attempt);
-                replica.settling.remove(attempt);
+                replica.ended(attempt);
             }
             self.sweep(&place.pool);
         }
@@ -606,6 +636,10 @@ impl NodeCore {
     /// the engine's word ([`NodeCore::counted`]) or time ([`NodeCore::expire_settling`]) gives it
     /// back. Returns the closing word.
     pub fn ended_unsettled(&mut self, now: Moment, attempt: &AttemptId) -> u64 {
+        if self.is_elsewhere(attempt) {
+            // Its engine's slots are nobody's here any more.
+            return self.ended(attempt);
+        }
         if let Some(place) = self.running.get(attempt).cloned()
             && let Some(replica) = self.replica_mut(&place)
             && replica.attempts.remove(attempt)

@@ -128,6 +128,8 @@ pub(crate) struct Replica {
     foreign: u32,
     foreign_seen_once: u32,
     pub(crate) attempts: BTreeSet<AttemptId>,
+    /// Attempts at its old address: they run on, and have nothing of the engine at the present one.
+    elsewhere: BTreeSet<AttemptId>,
     /// Attempts that it was given since it was bound.
     pub(crate) served: u64,
     /// Ended, the engine may still work on it, and since when.
@@ -178,6 +180,7 @@ impl Replica {
             foreign: 0,
             foreign_seen_once: 0,
             attempts: BTreeSet::new(),
+            elsewhere: BTreeSet::new(),
             served: 0,
             settling: BTreeMap::new(),
             told: Moment::ZERO,
@@ -314,7 +317,19 @@ impl Replica {
     }
 
     pub(crate) fn has_left(&self) -> bool {
-        self.leaving && self.attempts.is_empty() && self.settling.is_empty()
+        self.leaving && self.attempts.is_empty() && self.elsewhere.is_empty() && self.settling.is_empty()
+    }
+
+    /// Whether the attempt runs at its old address.
+    pub(crate) fn is_elsewhere(&self, attempt: &AttemptId) -> bool {
+        self.elsewhere.contains(attempt)
+    }
+
+    /// The attempt is over, and the engine with it.
+    pub(crate) fn ended(&mut self, attempt: &AttemptId) {
+        self.attempts.remove(attempt);
+        self.elsewhere.remove(attempt);
+        self.settling.remove(attempt);
     }
 
     pub(crate) fn ours(&self) -> u32 {
@@ -331,6 +346,19 @@ impl Replica {
 
     fn has_free_slot(&self) -> bool {
         self.ready && self.busy() < self.spec.slots
+    }
+
+    /// The replica, and what runs at its old address: that takes no slot.
+    fn reports(&self) -> impl Iterator<Item = ReplicaReport> {
+        let elsewhere = (!self.elsewhere.is_empty()).then(|| ReplicaReport {
+            replica_id: self.spec.replica_id.clone(),
+            ready: false,
+            slots_total: 0,
+            slots_free: 0,
+            slots_foreign: 0,
+            attempts: self.elsewhere.iter().copied().collect(),
+        });
+        std::iter::once(self.report()).chain(elsewhere)
     }
 
     fn report(&self) -> ReplicaReport {
@@ -372,8 +400,8 @@ pub(crate) struct Circumstances {
 }
 
 impl Pool {
-    /// A replica that is bound anew keeps the attempts that still run on it. Where it says the same
-    /// as before, nothing changes. Returns whether anything did.
+    /// A replica that is bound anew keeps the attempts that still run on it; at another address they
+    /// take none of its slots. Where it says the same as before, nothing changes. Returns whether anything did.
     pub(crate) fn bind(&mut self, spec: ReplicaSpec) -> bool {
         let mut replica = Replica::new(spec);
         if let Some(before) = self.replicas.remove(&replica.spec.replica_id) {
@@ -381,11 +409,16 @@ impl Pool {
                 self.replicas.insert(replica.spec.replica_id.clone(), before);
                 return false;
             }
-            replica.attempts = before.attempts;
             replica.served = before.served;
-            replica.settling = before.settling;
-            (replica.told, replica.cannot_tell, replica.heard) =
-                (before.told, before.cannot_tell, before.heard);
+            replica.elsewhere = before.elsewhere;
+            if before.spec.url == replica.spec.url {
+                replica.attempts = before.attempts;
+                replica.settling = before.settling;
+                (replica.told, replica.cannot_tell, replica.heard) =
+                    (before.told, before.cannot_tell, before.heard);
+            } else {
+                replica.elsewhere.extend(before.attempts);
+            }
         }
         self.replicas.insert(replica.spec.replica_id.clone(), replica);
         true
@@ -505,7 +538,7 @@ impl Pool {
     }
 
     pub(crate) fn running(&self) -> impl Iterator<Item = &AttemptId> {
-        self.replicas.values().flat_map(|replica| &replica.attempts)
+        self.replicas.values().flat_map(|replica| replica.attempts.iter().chain(&replica.elsewhere))
     }
 
     fn progress(&self, around: &Circumstances) -> Option<DrainProgress> {
@@ -530,7 +563,7 @@ impl Pool {
             return PoolReport {
                 state: if draining { PoolState::Draining } else { report.state },
                 draining,
-                replicas: self.replicas.values().map(Replica::report).collect(),
+                replicas: self.replicas.values().flat_map(Replica::reports).collect(),
                 drain: self.progress(around),
                 ..report
             };
@@ -562,7 +595,7 @@ impl Pool {
             vram_free_bytes: declared
                 .and_then(|declared| declared.vram_free_bytes)
                 .or(around.vram_free_bytes),
-            replicas: self.replicas.values().map(Replica::report).collect(),
+            replicas: self.replicas.values().flat_map(Replica::reports).collect(),
             last_error,
             warning: self.replicas.values().find_map(|replica| replica.spec.warning.clone()),
             drain: self.progress(around),

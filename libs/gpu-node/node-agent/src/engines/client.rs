@@ -1,7 +1,8 @@
 //! Calls to engines, over connections that are kept.
 //!
 //! A kept connection may have been closed by its engine while a request was on its way: that says
-//! nothing of the engine, so the call is made once more, on a fresh one. A fresh connection that is
+//! nothing of the engine, so the call is made once more, on a fresh one; where nothing listens any
+//! more by then, the engine has ended with the request. A fresh connection that is
 //! lost is never tried again here: a prompt that kills engines must not be handed to the next
 //! process. Every body is bounded while it is read.
 
@@ -290,7 +291,13 @@ impl EngineClient {
         tracing::debug!(url = at.url, "a kept connection was closed as it was used: asking on a fresh one");
         match self.fresh.request(request()?).await {
             Ok(response) => Ok(Answer { response, fresh: true }),
-            Err(error) => Err(classify(&error)),
+            Err(error) => Err(match classify(&error) {
+                // It was there when the request went out and is not any more: that may be its doing.
+                CallError::Refused(why) if *method == Method::POST => {
+                    CallError::Lost(format!("closed as it was used, and then {why}"))
+                }
+                other => other,
+            }),
         }
     }
 
@@ -404,6 +411,18 @@ mod tests {
         // A fresh connection that dies is the engine's death, and not asked over again.
         assert!(matches!(ask().await, Err(CallError::Lost(_))));
         assert_eq!(connections.load(Ordering::Relaxed), 3);
+    }
+
+    // CLOUD-1526
+    #[tokio::test]
+    async fn an_engine_that_is_gone_once_a_kept_connection_has_died_has_died_of_it() {
+        let (at, _) = engine(&[1]).await;
+        let client = EngineClient::new();
+        client.get(&at, "/").await.unwrap().bytes(2).await.unwrap();
+        let ended = client.post(&at, "/", &serde_json::json!({}), None).await;
+        assert!(matches!(&ended, Err(CallError::Lost(_))), "{ended:?}");
+        let never_there = EngineClient::new().get(&at, "/").await;
+        assert!(matches!(&never_there, Err(CallError::Refused(_))), "{never_there:?}");
     }
 
     // CLOUD-1526

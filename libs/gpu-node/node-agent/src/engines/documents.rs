@@ -68,8 +68,8 @@ pub async fn read(answer: Answer, reply: &'static Reply, asked: usize) -> Result
         BodyError::Lost(_) => DocumentError::Lost(error.to_string()),
     })?;
     // A document of this length takes a good part of a second.
-    let parsing = tokio::task::spawn_blocking(move || parse(reply, asked, &body));
-    let parsed = parsing.await.map_err(|error| DocumentError::Unreadable(error.to_string()))?;
+    let parsing = owned_tasks::blocking("answer of an engine", move || parse(reply, asked, &body));
+    let parsed = parsing.await.map_err(|panicked| DocumentError::Unreadable(panicked.to_string()))?;
     parsed.map_err(DocumentError::Unreadable)
 }
 

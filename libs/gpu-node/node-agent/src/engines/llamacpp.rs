@@ -31,6 +31,7 @@ pub(super) static DIALECT: Dialect = Dialect {
     busy: Some(|look| busy(look).boxed()),
     command_line,
     key_flag: Some("--api-key-file"),
+    quiet: None,
 };
 
 /// `/completion`: ends with `"stop": true`, without a marker.

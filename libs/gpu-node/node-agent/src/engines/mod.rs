@@ -68,6 +68,18 @@ pub struct Dialect {
     pub command_line: fn(&PoolSpec) -> Vec<String>,
     /// How a server that is started here is told the file with its key.
     pub key_flag: Option<&'static str>,
+    /// How a server that is started here is told to keep prompts out of its log; absent for those
+    /// that write none unless told to.
+    pub quiet: Option<&'static Quiet>,
+}
+
+/// The flags that keep prompts out of a server's log.
+#[derive(Debug)]
+pub struct Quiet {
+    /// How it is asked for its flags, one way after the other.
+    pub help: &'static [&'static str],
+    /// The first of these that it has is given.
+    pub flags: &'static [&'static str],
 }
 
 impl std::fmt::Debug for Dialect {

@@ -26,6 +26,7 @@ pub(super) static DIALECT: Dialect = Dialect {
     // The file of pools must give its command line.
     command_line: |_| Vec::new(),
     key_flag: None,
+    quiet: None,
 };
 
 /// `/v1/completions`.

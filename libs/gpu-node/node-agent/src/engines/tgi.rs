@@ -33,6 +33,7 @@ pub(super) static DIALECT: Dialect = Dialect {
     busy: Some(|look| busy(look).boxed()),
     command_line,
     key_flag: None,
+    quiet: None,
 };
 
 /// `/generate_stream`: the last event has the whole text, without a marker.

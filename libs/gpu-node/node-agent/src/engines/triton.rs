@@ -35,6 +35,7 @@ pub(super) static DIALECT: Dialect = Dialect {
         args.into_iter().map(str::to_owned).collect()
     },
     key_flag: None,
+    quiet: None,
 };
 
 /// `/generate_stream`: ends by closing.

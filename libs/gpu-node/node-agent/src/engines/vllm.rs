@@ -14,7 +14,7 @@ use pool_registry_types::pool::EngineKind;
 use serde_json::{Value, json};
 
 use super::{
-    Asked, Busy, Dialect, EngineFacts, EngineRequest, Look, NotReady, context, gauges, health, listed,
+    Asked, Busy, Dialect, EngineFacts, EngineRequest, Look, NotReady, Quiet, context, gauges, health, listed,
     openai, set,
 };
 use crate::pools_file::PoolSpec;
@@ -33,6 +33,11 @@ pub(super) static DIALECT: Dialect = Dialect {
         args
     },
     key_flag: None,
+    quiet: Some(&Quiet {
+        // Newer ones show only groups of flags unless a word is looked for.
+        help: &["--help", "--help=log-requests"],
+        flags: &["--no-enable-log-requests", "--disable-log-requests"],
+    }),
 };
 
 fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {

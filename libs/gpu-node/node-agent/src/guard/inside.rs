@@ -27,6 +27,8 @@ const SHORT_GRACE: Duration = Duration::from_secs(1);
 const KILL_EVERY: Duration = Duration::from_millis(50);
 /// A daemon that does not read must not stop its guards.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Pause between two reports of driver errors: whoever writes many lines must not fill the socket.
+const ALARM_EVERY: Duration = Duration::from_secs(1);
 
 enum Heard {
     Stop,
@@ -34,9 +36,18 @@ enum Heard {
     DaemonGone,
     /// A daemon has come to a guard whose own has gone.
     Adopted(UnixStream),
-    EngineEnded(String),
+    EngineEnded(End),
     /// No children are left.
     Alone,
+}
+
+/// How the engine's own process has ended.
+#[derive(Debug)]
+struct End {
+    /// For people.
+    how: String,
+    /// Where one ended it.
+    signal: Option<i32>,
 }
 
 type Owner = Arc<Mutex<Option<UnixStream>>>;
@@ -77,7 +88,7 @@ fn guard() -> std::io::Result<()> {
         Ok(started) => started,
         Err(error) => {
             let how = format!("{} does not start: {error}", charge.program.display());
-            say(&owner, &Said::Ended { how });
+            say(&owner, &Said::Ended { how, signal: None });
             return Ok(());
         }
     };
@@ -103,7 +114,7 @@ fn guard() -> std::io::Result<()> {
 
     let grace = Duration::from_millis(charge.grace_ms);
     let own = std::process::id();
-    let mut how: Option<String> = None;
+    let mut ended: Option<End> = None;
     // When what still lives is killed.
     let mut kill_at: Option<Instant> = None;
     loop {
@@ -119,8 +130,13 @@ fn guard() -> std::io::Result<()> {
                 adopt(stream, &owner, &started, mailbox.clone());
                 None
             }
-            Ok(Heard::EngineEnded(text)) => {
-                how.get_or_insert(text);
+            Ok(Heard::EngineEnded(mut end)) => {
+                // What is told to end may do so in any way.
+                end.signal = end.signal.filter(|_| kill_at.is_none());
+                if let Some(signal) = end.signal {
+                    say(&owner, &Said::Crashed { signal });
+                }
+                ended.get_or_insert(end);
                 Some(SHORT_GRACE)
             }
             Ok(Heard::Alone) | Err(RecvTimeoutError::Disconnected) => break,
@@ -141,7 +157,8 @@ fn guard() -> std::io::Result<()> {
     if let Some(path) = &charge.keep_at {
         let _ = std::fs::remove_file(path);
     }
-    say(&owner, &Said::Ended { how: how.unwrap_or_else(|| "it ended".into()) });
+    let End { how, signal } = ended.unwrap_or_else(|| End { how: "it ended".into(), signal: None });
+    say(&owner, &Said::Ended { how, signal });
     Ok(())
 }
 
@@ -170,7 +187,13 @@ fn start(charge: &Charge) -> std::io::Result<(u32, PipeReader)> {
 fn keep_output(engine_output: PipeReader, charge: &Charge, owner: &Owner) {
     let (log, limit, owner) = (charge.log.clone(), charge.log_bytes, Arc::clone(owner));
     thread::spawn(move || {
-        output::copy(engine_output, &log, limit, |line| say(&owner, &Said::Alarm { line }))
+        let mut told: Option<Instant> = None;
+        output::copy(engine_output, &log, limit, |line| {
+            if told.is_none_or(|at| at.elapsed() >= ALARM_EVERY) {
+                told = Some(Instant::now());
+                say(&owner, &Said::Alarm { line });
+            }
+        });
     });
 }
 
@@ -229,11 +252,12 @@ fn reap(engine: u32, mailbox: Sender<Heard>) {
         loop {
             let is_engine = |pid: nix::unistd::Pid| u32::try_from(pid.as_raw()) == Ok(engine);
             let ended = match waitpid(None, None) {
-                Ok(WaitStatus::Exited(pid, status)) if is_engine(pid) => {
-                    format!("it ended with status {status}")
-                }
+                Ok(WaitStatus::Exited(pid, status)) if is_engine(pid) => End {
+                    how: format!("it ended with status {status}"),
+                    signal: super::told_by_status(status),
+                },
                 Ok(WaitStatus::Signaled(pid, signal, _)) if is_engine(pid) => {
-                    format!("it was killed by {}", signal.as_str())
+                    End { how: format!("it was killed by {}", signal.as_str()), signal: Some(signal as i32) }
                 }
                 Ok(_) | Err(Errno::EINTR) => continue,
                 Err(_) => break,

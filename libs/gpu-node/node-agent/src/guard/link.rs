@@ -90,7 +90,7 @@ impl Guarded {
                 }
                 Ok(None) | Err(_) => {
                     self.clean_up_after_guard().await;
-                    return Said::Ended { how: "its guard ended without a word".into() };
+                    return Said::Ended { how: "its guard ended without a word".into(), signal: None };
                 }
             }
         }
@@ -109,7 +109,7 @@ impl Guarded {
         let Some(mark) = self.mark.clone() else { return };
         for _ in 0..KILL_ROUNDS {
             let mark = mark.clone();
-            let killing = tokio::task::spawn_blocking(move || {
+            let killing = owned_tasks::blocking("kill of an engine", move || {
                 let left = processes::marked(&mark);
                 processes::signal_all(&left, Signal::SIGKILL);
                 left.is_empty()
@@ -143,6 +143,6 @@ mod tests {
         let mut guarded = Guarded { said: BufReader::new(reading).lines(), orders, child: None, mark: None };
         let words = b"{\"paused\":{\"for_ms\":5}}\n\"resting\"\n{\"ended\":{\"how\":\"at last\"}}\n";
         theirs.write_all(words).await.unwrap();
-        assert_eq!(guarded.heard().await, Said::Ended { how: "at last".into() });
+        assert_eq!(guarded.heard().await, Said::Ended { how: "at last".into(), signal: None });
     }
 }

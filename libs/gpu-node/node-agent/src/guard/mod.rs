@@ -13,6 +13,7 @@ pub mod processes;
 
 use std::path::PathBuf;
 
+use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
 /// The word by which the program knows that it is to be a guard.
@@ -53,15 +54,60 @@ pub enum Order {
 pub enum Said {
     /// To every daemon, first.
     Started { pid: u32, mark: String, about: String },
-    /// The engine wrote a line that speaks of a sick driver or GPU.
+    /// The engine wrote a line in the form of its fatal driver errors.
     Alarm { line: String },
+    /// The engine's own process has ended by this signal, unasked; what it has started may live on.
+    Crashed { signal: i32 },
     /// Nothing of the engine is left; the guard ends.
-    Ended { how: String },
+    Ended {
+        how: String,
+        /// Of the engine's own process, where one ended it unasked; an older guard does not say it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        signal: Option<i32>,
+    },
+}
+
+/// The signals by which an engine ends that has met something that it cannot do. Source: .specs/01
+/// CLOUD-2416.
+const CRASHES: [Signal; 5] =
+    [Signal::SIGSEGV, Signal::SIGABRT, Signal::SIGILL, Signal::SIGBUS, Signal::SIGFPE];
+/// What a shell adds to the signal that ended its command, for its own exit status. Source: POSIX.
+const SHELL_SIGNALS: i32 = 128;
+
+/// The name of the signal, if an engine has crashed by it.
+pub fn crash_name(signal: i32) -> Option<&'static str> {
+    CRASHES.into_iter().find(|crash| *crash as i32 == signal).map(Signal::as_str)
+}
+
+/// The signal that a script tells of the engine that it had started, by its own exit status.
+fn told_by_status(status: i32) -> Option<i32> {
+    status.checked_sub(SHELL_SIGNALS).filter(|signal| crash_name(*signal).is_some())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    // CLOUD-2416
+    #[test]
+    fn guards_and_daemons_of_two_versions_understand_each_other() {
+        let of_old: Said = serde_json::from_str(r#"{"ended":{"how":"it was killed by SIGSEGV"}}"#).unwrap();
+        assert_eq!(of_old, Said::Ended { how: "it was killed by SIGSEGV".into(), signal: None });
+        let plain = Said::Ended { how: "it ended".into(), signal: None };
+        assert_eq!(serde_json::to_string(&plain).unwrap(), r#"{"ended":{"how":"it ended"}}"#);
+        let crashed = Said::Ended { how: "it ended".into(), signal: Some(11) };
+        let read: Said = serde_json::from_str(&serde_json::to_string(&crashed).unwrap()).unwrap();
+        assert_eq!(read, crashed);
+    }
+
+    // CLOUD-2416
+    #[test]
+    fn only_the_signals_of_a_crash_are_crashes_also_when_a_script_tells_them() {
+        assert_eq!([11, 6, 4, 7, 8].map(|n| crash_name(n).is_some()), [true; 5]);
+        assert_eq!([9, 15, 2, 0, -1].map(crash_name), [None; 5]);
+        assert_eq!((told_by_status(139), told_by_status(134)), (Some(11), Some(6)));
+        assert_eq!([0, 1, 11, 128, 137, 143].map(told_by_status), [None; 6]);
+    }
 
     // CLOUD-1109
     #[test]
@@ -69,8 +115,9 @@ mod tests {
         let started = r#"{"started":{"pid":7,"mark":"m","about":"{}","since_ms":5}}"#;
         let expected = Said::Started { pid: 7, mark: "m".into(), about: "{}".into() };
         assert_eq!(serde_json::from_str::<Said>(started).unwrap(), expected);
-        let ended = r#"{"ended":{"how":"it ended","signal":11}}"#;
-        assert_eq!(serde_json::from_str::<Said>(ended).unwrap(), Said::Ended { how: "it ended".into() });
+        let ended = r#"{"ended":{"how":"it ended","signal":11,"core":"/tmp/core"}}"#;
+        let expected = Said::Ended { how: "it ended".into(), signal: Some(11) };
+        assert_eq!(serde_json::from_str::<Said>(ended).unwrap(), expected);
         let charge = r#"{"program":"/bin/true","args":[],"env":[],"log":"/log","log_bytes":1,"grace_ms":2,
             "about":"","mark":"m","nice":5}"#;
         assert_eq!(serde_json::from_str::<Charge>(charge).unwrap().keep_at, None);

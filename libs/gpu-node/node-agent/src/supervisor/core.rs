@@ -14,18 +14,11 @@ use std::time::Duration;
 use node_registration::Jitter;
 use pool_registry_types::{Moment, PoolId};
 
+use crate::supervisor::exits::STORM_WINDOW;
 use crate::supervisor::ledger::{DeviceReading, Ledger};
 use crate::supervisor::plan::{Device, PoolPlan, Prepared, RunId, Seat};
-use crate::supervisor::pool::{Generation, Pool, Preparation, Reload, Slot, Stage, Way};
+use crate::supervisor::pool::{Blame, Generation, Pool, Preparation, Reload, Slot, Stage, Way};
 
-/// Exits are counted over this span. Source: .specs/01 CLOUD-2412.
-const STORM_WINDOW: Duration = Duration::from_secs(60);
-/// First pause before a restart; doubles with each exit of the last minute.
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
-/// Longest pause before the restart of an engine that had been ready.
-const LONGEST_PAUSE_PROVEN: Duration = Duration::from_secs(5);
-/// Longest pause before the restart of an engine that has never been ready.
-const LONGEST_PAUSE_UNPROVEN: Duration = Duration::from_secs(60);
 /// How long a wish to load holds without being repeated. Source: .specs/01 CLOUD-2422.
 pub(super) const DEMAND_LIFE: Duration = Duration::from_secs(15);
 /// Pause before a preparation that failed is tried again.
@@ -52,8 +45,11 @@ pub enum Happened {
         run: RunId,
         how: String,
         tail: Vec<String>,
+        /// It has crashed, and there is one task alone that may have made it. Source: .specs/01
+        /// CLOUD-1552.
+        has_culprit: bool,
     },
-    /// The engine says that its driver or its GPU has a problem.
+    /// The engine wrote a line in the form of a fatal error of its driver.
     Alarmed {
         run: RunId,
         line: String,
@@ -90,6 +86,8 @@ pub struct Work {
     pub running: u32,
     /// Attempts accepted since the seat was bound.
     pub served: u64,
+    /// The engine does not answer its health call, or says that it is not well.
+    pub silent: bool,
 }
 
 /// Something is to be done.
@@ -178,8 +176,10 @@ impl Supervisor {
                 self.prepared(now, &pool_id, fingerprint, outcome, &mut out);
             }
             Happened::Ready { run } => self.ready(now, run, &mut out),
-            Happened::Exited { run, how, tail } => self.exited(now, run, &how, tail, &mut out),
-            Happened::Alarmed { run, line } => self.alarmed(now, run, &line, &mut out),
+            Happened::Exited { run, how, tail, has_culprit } => {
+                self.exited(now, run, Ended { how, tail, has_culprit }, &mut out);
+            }
+            Happened::Alarmed { run, line } => self.alarmed(now, run, line),
             Happened::Used(work) => self.used(now, &work),
             Happened::Load { pool_id } => self.load(now, &pool_id),
             Happened::Waiting(pools) => {
@@ -190,8 +190,7 @@ impl Supervisor {
             Happened::Reload { pool_id, plan } => self.reload(now, &pool_id, *plan, &mut out),
             Happened::Revive { pool_id } => {
                 if let Some(pool) = self.pools.get_mut(&pool_id).filter(|pool| !pool.purging) {
-                    (pool.failed, pool.never_fits) = (None, false);
-                    pool.exits.clear();
+                    pool.forgive();
                     if let Preparation::Failed { again, .. } = &mut pool.serving.preparation {
                         *again = now;
                     }
@@ -207,6 +206,7 @@ impl Supervisor {
             Happened::Shutdown => self.stopping = true,
             Happened::Timer => {}
         }
+        self.confirm_reports(now, &mut out);
         self.settle(now, &mut out);
         out
     }
@@ -223,29 +223,6 @@ impl Supervisor {
                 Some(true) => {}
                 Some(false) => self.reload(now, &id, plan, out),
             }
-        }
-    }
-
-    fn devices(&mut self, now: Moment, readings: &BTreeMap<Device, DeviceReading>, out: &mut Vec<Ordered>) {
-        self.ledger.observe(readings);
-        let lost: BTreeSet<Device> =
-            readings.iter().filter(|(_, reading)| !reading.healthy).map(|(device, _)| *device).collect();
-        if lost.is_empty() {
-            return;
-        }
-        let mut hit = Vec::new();
-        for pool in self.pools.values() {
-            let claim = pool.serving.prepared().map(|prepared| &prepared.claim);
-            let Some(device) =
-                claim.into_iter().flatten().map(|(device, _)| *device).find(|d| lost.contains(d))
-            else {
-                continue;
-            };
-            let ready = pool.serving.slots.iter().filter(|slot| slot.stage.is_ready());
-            hit.extend(ready.filter_map(|slot| Some((slot.stage.run()?, device))));
-        }
-        for (run, device) in hit {
-            self.alarmed(now, run, &format!("{device} is lost or does not answer"), out);
         }
     }
 
@@ -305,13 +282,14 @@ impl Supervisor {
     /// one. It is published when it answers.
     pub fn adopt(&mut self, now: Moment, seat: &Seat, fingerprint: u64) -> Option<RunId> {
         let run = self.next_run();
+        let faults = self.ledger.faults();
         let pool = self.pools.get_mut(&seat.pool_id)?;
         let fits = pool.serving.plan.fingerprint == fingerprint
             && pool.serving.slots.len() < usize::try_from(pool.serving.plan.replicas).unwrap_or(usize::MAX)
             && pool.slots().all(|slot| slot.replica_id != seat.replica_id);
         fits.then(|| {
             let stage = Stage::Starting { run, since: now };
-            pool.serving.slots.push(Slot { stage, ..Slot::new(seat.replica_id.clone()) });
+            pool.serving.slots.push(Slot { stage, faults, ..Slot::new(seat.replica_id.clone()) });
             run
         })
     }
@@ -349,7 +327,8 @@ impl Supervisor {
         }
     }
 
-    fn exited(&mut self, now: Moment, run: RunId, how: &str, tail: Vec<String>, out: &mut Vec<Ordered>) {
+    fn exited(&mut self, now: Moment, run: RunId, ended: Ended, out: &mut Vec<Ordered>) {
+        let Ended { how, tail, has_culprit } = ended;
         self.ledger.release(now, run);
         out.push(Ordered::LookAtDevices);
         let Some((pool_id, pool)) = find(&mut self.pools, run) else { return };
@@ -360,7 +339,7 @@ impl Supervisor {
         }
         let beside = pool.reload.as_ref().and_then(|reload| reload.next.as_ref());
         if beside.is_some_and(|next| next.slots.iter().any(is_it)) {
-            pool.reload_error = Some(with_tail(how, &tail));
+            pool.reload_error = Some(with_tail(&how, &tail));
             // Its own slot has nothing left that could leave.
             for slot in pool.slots_mut().filter(|slot| slot.stage.run() == Some(run)) {
                 slot.stage = Stage::Down;
@@ -370,19 +349,22 @@ impl Supervisor {
         }
         let Some(slot) = pool.serving.slots.iter_mut().find(|slot| is_it(slot)) else { return };
         let stage = std::mem::replace(&mut slot.stage, Stage::Down);
-        let (crashed, why) = match stage {
+        let (blame, why) = match stage {
             // Why it was stopped says more than how it ended.
-            Stage::Leaving { crashed, .. } | Stage::Stopping { crashed, .. } => {
-                (crashed, pool.last_error.clone().unwrap_or_else(|| how.to_owned()))
+            Stage::Leaving { blame, .. } | Stage::Stopping { blame, .. } => {
+                (blame, pool.last_error.clone().unwrap_or(how))
             }
-            Stage::Ready { published: true, .. } => {
+            Stage::Ready { published: true, since, .. } => {
                 let seat = Seat { pool_id: pool_id.clone(), replica_id: slot.replica_id.clone() };
                 out.push(Ordered::Withdraw { run, seat });
-                (true, how.to_owned())
+                if now >= since + STORM_WINDOW {
+                    pool.cool_down.reset();
+                }
+                (Blame::Engine, how)
             }
-            _ => (true, how.to_owned()),
+            _ => (Blame::Engine, how),
         };
-        if !crashed {
+        if blame == Blame::Nobody {
             return;
         }
         if matches!(pool.reload, Some(Reload { way: Way::After { .. }, .. })) {
@@ -393,38 +375,17 @@ impl Supervisor {
         pool.last_error = Some(why);
         pool.tail = tail;
         pool.restarts += 1;
-        let exits = pool.count_exit(now, STORM_WINDOW);
-        if exits >= pool.serving.plan.exit_limit {
-            let (window, limit) = (STORM_WINDOW.as_secs(), pool.serving.plan.exit_limit);
-            let why = pool.last_error.clone().unwrap_or_default();
-            pool.never_fits = false;
-            pool.failed =
-                Some(format!("it ended {exits} times within {window} s, the limit is {limit}: {why}"));
+        let counts = blame == Blame::Engine && !has_culprit;
+        pool.exits.add(now, counts);
+        if counts && pool.exits.counted() >= pool.serving.plan.exit_limit {
+            pool.give_up(now);
             return;
         }
-        let longest = if pool.proven { LONGEST_PAUSE_PROVEN } else { LONGEST_PAUSE_UNPROVEN };
-        let pause = FIRST_PAUSE.saturating_mul(1 << exits.saturating_sub(1).min(16)).min(longest);
-        let until = now + self.jitter.spread(pause);
+        let until = now + self.jitter.spread(pool.exits.pause(pool.proven));
+        let until = if blame == Blame::Driver { until.max(pool.reported.earliest()) } else { until };
         if let Some(slot) = pool.serving.slots.iter_mut().find(|slot| slot.stage == Stage::Down) {
             slot.stage = Stage::Backoff { until };
         }
-    }
-
-    /// What works with a sick driver or GPU is not trusted: it takes nothing new, may finish,
-    /// and is started again.
-    fn alarmed(&mut self, now: Moment, run: RunId, line: &str, out: &mut Vec<Ordered>) {
-        let Some((pool_id, pool)) = find(&mut self.pools, run) else { return };
-        let patience = pool.serving.plan.drain_timeout;
-        let Some(slot) = pool.serving.slots.iter_mut().find(|slot| slot.stage.run() == Some(run)) else {
-            return;
-        };
-        if !slot.stage.is_ready() {
-            return;
-        }
-        let seat = Seat { pool_id, replica_id: slot.replica_id.clone() };
-        let withdrawn = slot.leave(now, patience, true);
-        out.extend(withdrawn.map(|run| Ordered::Withdraw { run, seat }));
-        pool.last_error = Some(line.to_owned());
     }
 
     fn used(&mut self, now: Moment, work: &BTreeMap<Seat, Work>) {
@@ -459,8 +420,7 @@ impl Supervisor {
         let given_up = pool.failed.is_some() || pool.purging;
         pool.reload_error = None;
         (pool.purging, pool.purged) = (false, false);
-        (pool.failed, pool.never_fits) = (None, false);
-        pool.exits.clear();
+        pool.forgive();
         if *pool.target() == plan {
             return;
         }
@@ -493,7 +453,14 @@ impl Supervisor {
     }
 }
 
-fn find(pools: &mut BTreeMap<PoolId, Pool>, run: RunId) -> Option<(PoolId, &mut Pool)> {
+/// How a run has ended.
+struct Ended {
+    how: String,
+    tail: Vec<String>,
+    has_culprit: bool,
+}
+
+pub(super) fn find(pools: &mut BTreeMap<PoolId, Pool>, run: RunId) -> Option<(PoolId, &mut Pool)> {
     let has = |pool: &Pool| pool.slots().any(|slot| slot.stage.run() == Some(run));
     pools.iter_mut().find(|(_, pool)| has(pool)).map(|(id, pool)| (id.clone(), pool))
 }

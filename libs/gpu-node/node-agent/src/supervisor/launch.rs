@@ -7,12 +7,15 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
 
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{ModelRef, PoolId};
+use tokio::process::Command;
 
 use crate::download::Hub;
-use crate::engines::dialect;
+use crate::engines::{Quiet, dialect};
 use crate::gguf::{self, GgufHeader};
 use crate::models::{Manifest, ModelError, Models};
 use crate::pools_file::{ModelSpec, PoolSpec, Provision, Provisioning};
@@ -25,7 +28,10 @@ use crate::supervisor::provision;
 const DEFAULT_CTX: u32 = 8192;
 
 /// Pause between two looks at a model that another pool or process downloads.
-const BUSY_PAUSE: std::time::Duration = std::time::Duration::from_secs(1);
+const BUSY_PAUSE: Duration = Duration::from_secs(1);
+/// Longest answer of a program to the question for its flags: some load all of Python's libraries
+/// for it.
+const HELP_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A pool of the file with what the file says of its model.
 #[derive(Debug, Clone, PartialEq)]
@@ -91,6 +97,13 @@ pub(crate) async fn prepare(
         }
     };
     let (program, mut args, mut env) = found;
+    // A command line of the file's own is as its operator wants it.
+    let is_ours = !matches!(pool.provision, Provision::Binary { args: Some(_), .. });
+    if let Some(quiet) = dialect(pool.engine).quiet.filter(|_| is_ours) {
+        progress("asks the engine for its flags".into());
+        let flag = quiet_flag(&program, &args, &env, quiet).await;
+        args.extend(flag.map(str::to_owned));
+    }
     args.extend(pool.flags.iter().cloned());
     let wants_file = args.iter().any(|arg| arg.contains("{model_path}"));
     let model = if wants_file { Some(model_file(spec, places, progress).await?) } else { None };
@@ -113,6 +126,39 @@ pub(crate) async fn prepare(
     env.extend(pool.env.iter().map(|(name, value)| (name.clone(), value.clone())));
     let program = Program { program, args, env, model_path, ctx };
     Ok((Prepared { claim: claim(pool, memory), ctx_max: ctx }, Launch::Program(Box::new(program))))
+}
+
+/// The flag by which the program is told to keep prompts out of its log, where its help has one.
+async fn quiet_flag(
+    program: &Path,
+    args: &[String],
+    env: &[(String, String)],
+    quiet: &Quiet,
+) -> Option<&'static str> {
+    // The words before its options say which server it is to be.
+    let words = args.iter().take_while(|arg| !arg.starts_with("--") && !arg.contains('{'));
+    let words: Vec<&String> = words.collect();
+    for help in quiet.help {
+        let mut command = Command::new(program);
+        provision::without_secrets(&mut command);
+        command
+            .args(&words)
+            .arg(help)
+            .envs(env.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .kill_on_drop(true);
+        let Ok(Ok(output)) = tokio::time::timeout(HELP_TIMEOUT, command.output()).await else { continue };
+        let text = String::from_utf8_lossy(&output.stdout);
+        let shown: Vec<&str> =
+            text.split(|sign: char| sign.is_whitespace() || matches!(sign, ',' | '[' | ']')).collect();
+        let flag = quiet.flags.iter().copied().find(|flag| shown.contains(flag));
+        if flag.is_some() {
+            return flag;
+        }
+    }
+    tracing::info!(program = %program.display(), "the engine's help has no flag that keeps prompts out of its log");
+    None
 }
 
 /// The devices by the numbers that the file gives them, which are the driver's own.
@@ -146,14 +192,15 @@ fn claim(pool: &PoolSpec, memory: Option<u64>) -> Claim {
 /// [`find_program`] on a thread that may wait for a disk.
 pub(crate) async fn on_path(name: &str) -> Result<PathBuf, String> {
     let (name, path) = (name.to_owned(), std::env::var_os("PATH"));
-    let found = tokio::task::spawn_blocking(move || find_program(&name, path.as_deref())).await;
+    let found =
+        owned_tasks::blocking("search of the PATH", move || find_program(&name, path.as_deref())).await;
     found.unwrap_or_else(|_| Err("provision.program: the PATH could not be searched".into()))
 }
 
 /// The model as it is staged, looked for on a thread that may wait for a disk.
 async fn staged(models_dir: &Path, name: &ModelRef) -> Option<(PathBuf, Manifest)> {
     let (models, name) = (Models::new(models_dir), name.clone());
-    tokio::task::spawn_blocking(move || models.find(&name)).await.ok().flatten()
+    owned_tasks::blocking("search of a model", move || models.find(&name)).await.ok().flatten()
 }
 
 /// A program by its path, or by its name on the PATH.
@@ -309,7 +356,8 @@ async fn downloaded(
 
 async fn verify_in_place(path: &Path, expected: &pool_registry_types::Digest) -> Result<(), String> {
     let (path, expected) = (path.to_owned(), expected.clone());
-    let checked = tokio::task::spawn_blocking(move || crate::models::check_digest(&path, &expected)).await;
+    let check = move || crate::models::check_digest(&path, &expected);
+    let checked = owned_tasks::blocking("digest of a model", check).await;
     match checked {
         Ok(result) => result.map_err(|error| format!("model: {error}")),
         Err(_) => Err("model: its digest could not be reckoned".into()),
@@ -324,7 +372,7 @@ async fn read_header(path: &Path) -> Result<GgufHeader, String> {
         let header = GgufHeader::read(std::io::BufReader::new(file));
         header.map_err(|error| format!("model: {}: {error}", path.display()))
     };
-    tokio::task::spawn_blocking(read)
+    owned_tasks::blocking("header of a model", read)
         .await
         .unwrap_or_else(|_| Err("model: its header could not be read".into()))
 }
@@ -377,6 +425,40 @@ mod tests {
             args.join(" "),
             "--model /m.gguf --alias m --host 127.0.0.1 --port 81 --parallel 2 --ctx-size 1024 --metrics --slots"
         );
+    }
+
+    // CLOUD-2415
+    #[tokio::test]
+    async fn the_flag_that_keeps_prompts_out_of_a_log_is_the_one_that_the_help_has() {
+        let quiet = dialect(EngineKind::Vllm).quiet.unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        // Each is asked `serve --help` first, and shows what it has; the last one only to who looks
+        // for it.
+        let programs = [
+            (
+                "old",
+                "serve\\ --help) echo '  [--disable-log-requests] [--port PORT]';;",
+                Some("--disable-log-requests"),
+            ),
+            (
+                "new",
+                "serve\\ --help) echo '  --enable-log-requests, --no-enable-log-requests';;",
+                Some("--no-enable-log-requests"),
+            ),
+            (
+                "grouped",
+                "serve\\ --help) echo groups;; *=log-requests) echo '--no-enable-log-requests';;",
+                Some("--no-enable-log-requests"),
+            ),
+            ("without", "*) echo '  --disable-log-requests-of-others';;", None),
+        ];
+        for (name, cases, expected) in programs {
+            let path = folder.path().join(name);
+            std::fs::write(&path, format!("case \"$*\" in {cases} esac\n")).unwrap();
+            let script = path.display().to_string();
+            let args = [script.as_str(), "serve", "{model_id}", "--port", "{port}"].map(str::to_owned);
+            assert_eq!(quiet_flag(Path::new("/bin/sh"), &args, &[], quiet).await, expected, "{name}");
+        }
     }
 
     // CLOUD-2444

@@ -21,6 +21,8 @@ pub struct DeviceReading {
     pub free_bytes: Option<u64>,
     /// Starts are refused on a device that is lost.
     pub healthy: bool,
+    /// Errors that the driver has told of it so far.
+    pub faults: u64,
 }
 
 #[derive(Debug, Clone)]
@@ -84,6 +86,17 @@ impl Ledger {
         for (device, reading) in readings {
             self.accounts.entry(*device).or_default().reading = Some(*reading);
         }
+    }
+
+    /// The GPUs that are seen.
+    pub fn gpus(&self) -> BTreeMap<Device, DeviceReading> {
+        let seen = self.accounts.iter().filter(|(device, _)| **device != Device::Host);
+        seen.filter_map(|(device, account)| Some((*device, account.reading?))).collect()
+    }
+
+    /// The faults of each GPU so far.
+    pub fn faults(&self) -> BTreeMap<Device, u64> {
+        self.gpus().into_iter().map(|(device, reading)| (device, reading.faults)).collect()
     }
 
     pub fn hold(&mut self, run: RunId, claim: &Claim, owner: &str) {
@@ -201,8 +214,12 @@ mod tests {
     const MIB: u64 = 1024 * 1024;
 
     fn reading(total: u64, free: Option<u64>) -> BTreeMap<Device, DeviceReading> {
-        let reading =
-            DeviceReading { total_bytes: total * MIB, free_bytes: free.map(|f| f * MIB), healthy: true };
+        let reading = DeviceReading {
+            total_bytes: total * MIB,
+            free_bytes: free.map(|f| f * MIB),
+            healthy: true,
+            faults: 0,
+        };
         BTreeMap::from([(Device::Gpu(0), reading)])
     }
 
@@ -258,7 +275,7 @@ mod tests {
         }
         assert!(ledger.fits(&claim(600), &claim(100)).is_ok(), "with what would be freed");
         assert!(ledger.fits(&claim(901), &Claim::new()).unwrap_err().for_ever);
-        let silent = DeviceReading { total_bytes: 0, free_bytes: None, healthy: false };
+        let silent = DeviceReading { total_bytes: 0, free_bytes: None, healthy: false, faults: 0 };
         ledger.observe(&BTreeMap::from([(Device::Gpu(0), silent)]));
         assert!(!ledger.fits(&claim(1), &Claim::new()).unwrap_err().for_ever, "it may come back");
         let elsewhere = Claim::from([(Device::Gpu(7), 1)]);

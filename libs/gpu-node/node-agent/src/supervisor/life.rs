@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use owned_tasks::{Panicked, blocking, caught};
 use pool_registry_types::{PoolId, ReplicaId};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -12,7 +13,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::engines::{self, EngineFacts, Look};
 use crate::guard::link::Guarded;
-use crate::guard::{Charge, Said, output, processes};
+use crate::guard::{Charge, Said, crash_name, output, processes};
+use crate::pools_file::Provision;
 use crate::replica::endpoint;
 use crate::supervisor::core::Happened;
 use crate::supervisor::launch::{self, Launch, Spec};
@@ -55,6 +57,26 @@ impl Life {
     }
 }
 
+/// How a life has ended.
+struct Ended {
+    how: String,
+    /// Its last lines.
+    tail: Vec<String>,
+    /// It has crashed, and one task alone may have made it.
+    has_culprit: bool,
+}
+
+impl Ended {
+    fn plainly(how: impl Into<String>) -> Self {
+        Self { how: how.into(), tail: Vec::new(), has_culprit: false }
+    }
+
+    fn happened(self, run: RunId) -> Happened {
+        let Self { how, tail, has_culprit } = self;
+        Happened::Exited { run, how, tail, has_culprit }
+    }
+}
+
 /// What a kept engine's guard tells the next daemon.
 #[derive(Debug, Serialize, Deserialize)]
 struct About {
@@ -84,22 +106,25 @@ impl Supervision {
         let (Some(spec), Some(launch)) = (spec, launch) else {
             // Plans that are started were prepared, and kept; a pool must not wait for ever if not.
             let supervision = Arc::clone(self);
-            self.agent.tracker.spawn(async move {
-                let how = "its plan is not known any more".into();
-                supervision.tell(Happened::Exited { run, how, tail: Vec::new() }).await;
+            owned_tasks::task(&self.agent.tracker, "engine without a plan", async move {
+                let ended = Ended::plainly("its plan is not known any more");
+                supervision.tell(ended.happened(run)).await;
             });
             return;
         };
         let (stop, let_go) = self.enlist(run, Life::new(spec.pool.keep_on_exit, fingerprint));
         let supervision = Arc::clone(self);
-        self.agent.tracker.spawn(async move {
-            let ended = match supervision.open(run, &seat, &spec, &launch).await {
-                Ok(Opened::Guard(guarded)) => {
-                    supervision.live(run, &seat, &spec, *guarded, stop, let_go).await
+        owned_tasks::task(&self.agent.tracker, "life of an engine", async move {
+            let life = async {
+                match supervision.open(run, &seat, &spec, &launch).await {
+                    Ok(Opened::Guard(guarded)) => {
+                        supervision.live(run, &seat, &spec, *guarded, stop, let_go).await
+                    }
+                    Ok(Opened::Elsewhere) => supervision.live_elsewhere(run, stop, let_go).await,
+                    Err(how) => Some(Ended::plainly(how)),
                 }
-                Ok(Opened::Elsewhere) => supervision.live_elsewhere(run, stop, let_go).await,
-                Err(how) => Some((how, Vec::new())),
             };
+            let ended = caught("life of an engine", life).await.unwrap_or_else(defect);
             supervision.over(run, &seat, ended).await;
         });
     }
@@ -112,11 +137,11 @@ impl Supervision {
     }
 
     /// The engine is gone, unless it was let go.
-    async fn over(&self, run: RunId, seat: &Seat, ended: Option<(String, Vec<String>)>) {
-        let Some((how, tail)) = ended else { return };
-        tracing::warn!(pool_id = %seat.pool_id, replica_id = %seat.replica_id, run = run.0, how, "an engine is gone");
+    async fn over(&self, run: RunId, seat: &Seat, ended: Option<Ended>) {
+        let Some(ended) = ended else { return };
+        tracing::warn!(pool_id = %seat.pool_id, replica_id = %seat.replica_id, run = run.0, how = ended.how, has_culprit = ended.has_culprit, "an engine is gone");
         self.state.lock().lives.remove(&run);
-        self.tell(Happened::Exited { run, how, tail }).await;
+        self.tell(ended.happened(run)).await;
     }
 
     async fn open(&self, run: RunId, seat: &Seat, spec: &Spec, launch: &Launch) -> Result<Opened, String> {
@@ -194,7 +219,9 @@ impl Supervision {
         mut guarded: Guarded,
         stop: CancellationToken,
         let_go: CancellationToken,
-    ) -> Option<(String, Vec<String>)> {
+    ) -> Option<Ended> {
+        // Known as soon as the engine itself is gone, which its helpers may outlive.
+        let mut has_culprit = None;
         let mut ready = false;
         let mut stopped = false;
         let looking = self.until_ready(run, spec);
@@ -205,14 +232,20 @@ impl Supervision {
                 said = guarded.heard() => match said {
                     Said::Started { pid, .. } => self.with_life(run, |life| life.pid = Some(pid)),
                     Said::Alarm { line } => {
-                        tracing::warn!(pool_id = %seat.pool_id, replica_id = %seat.replica_id, line, "an engine cries for help");
+                        // The line may be a client's text.
+                        tracing::warn!(pool_id = %seat.pool_id, replica_id = %seat.replica_id, "an engine's log has an error of its driver");
                         self.tell(Happened::Alarmed { run, line }).await;
                     }
-                    Said::Ended { how } => {
+                    Said::Crashed { signal } => {
+                        has_culprit = Some(self.agent.engine_ended(seat, crash_name(signal)));
+                    }
+                    Said::Ended { how, signal } => {
+                        let ended = || self.agent.engine_ended(seat, signal.and_then(crash_name));
+                        let has_culprit = has_culprit.unwrap_or_else(ended);
                         let log = launch::log_path(&self.settings.logs_dir, &seat.pool_id, seat.replica_id.as_str());
-                        let tail = tokio::task::spawn_blocking(move || output::tail(&log, TAIL_LINES)).await;
+                        let tail = blocking("log of an engine", move || output::tail(&log, TAIL_LINES)).await;
                         guarded.reap().await;
-                        return Some((how, tail.unwrap_or_default()));
+                        return Some(Ended { how, tail: tail.unwrap_or_default(), has_culprit });
                     }
                 },
                 () = stop.cancelled(), if !stopped => {
@@ -235,11 +268,11 @@ impl Supervision {
         run: RunId,
         stop: CancellationToken,
         let_go: CancellationToken,
-    ) -> Option<(String, Vec<String>)> {
+    ) -> Option<Ended> {
         self.tell(Happened::Ready { run }).await;
         tokio::select! {
             () = let_go.cancelled() => None,
-            () = stop.cancelled() => Some(("it is not wanted any more".into(), Vec::new())),
+            () = stop.cancelled() => Some(Ended::plainly("it is not wanted any more")),
         }
     }
 
@@ -287,12 +320,16 @@ impl Supervision {
             engines::set(&mut handoff, "ctx_max", life.facts.ctx_max.or(ctx));
             engines::set(&mut handoff, "pid", life.pid);
             engines::set(&mut handoff, "api_key_file", spec.pool.api_key_file.clone());
+            if !matches!(spec.pool.provision, Provision::External { .. }) {
+                self.agent.engine_began(seat);
+            }
             handoff.to_string()
         };
         let path = self.handoff_path(seat);
-        let written = tokio::task::spawn_blocking(move || write_whole(&path, &text)).await;
+        let written = blocking("handoff file", move || write_whole(&path, &text)).await;
         let was_missing = self.state.lock().unwritten.remove(&run).is_some();
-        if let Ok(Err(error)) = written {
+        let written = written.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));
+        if let Err(error) = written {
             if !was_missing {
                 tracing::error!(pool_id = %seat.pool_id, replica_id = %seat.replica_id, %error, "the handoff file is not written, and is tried again: the engine serves nobody");
             }
@@ -353,7 +390,7 @@ impl Supervision {
         }
         let prefix = self.mark_prefix();
         let kept = adopted.len();
-        let left = tokio::task::spawn_blocking(move || {
+        let left = blocking("search of engines", move || {
             // A guard that lives sees to its own.
             let unguarded = |pid: &u32| !processes::is_guarded(*pid);
             let left: Vec<u32> = processes::marked(&prefix).into_iter().filter(unguarded).collect();
@@ -372,7 +409,7 @@ impl Supervision {
 
     /// Ends a kept engine.
     fn dismiss(&self, mut guarded: Guarded) {
-        self.agent.tracker.spawn(async move {
+        owned_tasks::task(&self.agent.tracker, "end of a kept engine", async move {
             guarded.stop().await;
             while !matches!(guarded.heard().await, Said::Ended { .. }) {}
         });
@@ -401,12 +438,19 @@ impl Supervision {
         let (stop, let_go) = self.enlist(run, life);
         let supervision = Arc::clone(self);
         let own = seat.clone();
-        self.agent.tracker.spawn(async move {
-            let ended = supervision.live(run, &own, &spec, guarded, stop, let_go).await;
+        owned_tasks::task(&self.agent.tracker, "life of an engine", async move {
+            let life = supervision.live(run, &own, &spec, guarded, stop, let_go);
+            let ended = caught("life of an engine", life).await.unwrap_or_else(defect);
             supervision.over(run, &own, ended).await;
         });
         Some(seat)
     }
+}
+
+/// A life that panicked has let go of its guard, which ends the engine, or keeps it for the next
+/// daemon.
+fn defect(panicked: Panicked) -> Option<Ended> {
+    Some(Ended::plainly(panicked.to_string()))
 }
 
 enum Opened {

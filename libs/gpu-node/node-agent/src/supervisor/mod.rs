@@ -1,10 +1,12 @@
 //! The engines that this node runs itself: started, watched, restarted, replaced, unloaded.
 //!
-//! [`core`] decides and is told the time ([`plan`], [`ledger`], [`pool`] and [`settle`] are its
-//! parts, [`reading`] shows it). [`shell`] is the supervisor in the world: [`launch`] finds what
+//! [`core`] decides and is told the time ([`plan`], [`ledger`], [`pool`], [`exits`], [`driver`] and
+//! [`settle`] are its parts, [`reading`] shows it). [`shell`] is the supervisor in the world: [`launch`] finds what
 //! a start needs, [`provision`] installs, and [`life`] follows one engine from its guard to its end.
 
 pub mod core;
+mod driver;
+mod exits;
 mod launch;
 pub mod ledger;
 mod life;

@@ -1,12 +1,14 @@
 //! One pool and its replicas, as far as they have come.
 
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use pool_registry_types::{Moment, PoolId, ReplicaId};
 
 use crate::supervisor::core::{DEMAND_LIFE, Ordered, Work};
-use crate::supervisor::plan::{Claim, PoolPlan, Prepared, RunId, Seat};
+use crate::supervisor::driver::{Report, Reported};
+use crate::supervisor::exits::{CoolDown, Exits, STORM_WINDOW};
+use crate::supervisor::plan::{Claim, Device, PoolPlan, Prepared, RunId, Seat};
 
 /// A pool that was loaded for somebody may wait this long for its first attempt before it
 /// counts as idle.
@@ -39,13 +41,24 @@ pub(super) enum Stage {
     Leaving {
         run: RunId,
         until: Moment,
-        crashed: bool,
+        blame: Blame,
         told: bool,
     },
     Stopping {
         run: RunId,
-        crashed: bool,
+        blame: Blame,
     },
+}
+
+/// Why an engine that leaves is to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Blame {
+    /// It is not wanted there any more.
+    Nobody,
+    /// Its driver or its GPU has a problem: it is started again, and that does not count.
+    Driver,
+    /// It does not do what it should.
+    Engine,
 }
 
 impl Stage {
@@ -73,6 +86,10 @@ pub(super) struct Slot {
     pub(super) claim: Claim,
     /// When it last became idle, or ready.
     pub(super) idle_since: Moment,
+    /// Faults that the driver had told of each GPU when its engine started.
+    pub(super) faults: BTreeMap<Device, u64>,
+    /// What its engine says of its driver, not confirmed yet.
+    pub(super) report: Option<Report>,
 }
 
 impl Slot {
@@ -83,18 +100,20 @@ impl Slot {
             work: Work::default(),
             claim: Claim::new(),
             idle_since: Moment::ZERO,
+            faults: BTreeMap::new(),
+            report: None,
         }
     }
 
     /// No new attempts; what runs may finish until the time. Returns what is to be withdrawn.
-    pub(super) fn leave(&mut self, now: Moment, patience: Duration, crashed: bool) -> Option<RunId> {
+    pub(super) fn leave(&mut self, now: Moment, patience: Duration, blame: Blame) -> Option<RunId> {
         match self.stage {
             Stage::Ready { run, published, .. } => {
-                self.stage = Stage::Leaving { run, until: now + patience, crashed, told: false };
+                self.stage = Stage::Leaving { run, until: now + patience, blame, told: false };
                 published.then_some(run)
             }
             Stage::Starting { run, .. } => {
-                self.stage = Stage::Leaving { run, until: now, crashed, told: false };
+                self.stage = Stage::Leaving { run, until: now, blame, told: false };
                 None
             }
             Stage::Down | Stage::Waiting { .. } | Stage::Backoff { .. } => {
@@ -178,10 +197,12 @@ pub(super) struct Pool {
     /// Somebody waits for it to be loaded, until this.
     pub(super) demand: Option<Moment>,
     pub(super) demand_since: Moment,
-    pub(super) exits: VecDeque<Moment>,
+    pub(super) exits: Exits,
     pub(super) proven: bool,
     /// Given up, and why.
     pub(super) failed: Option<String>,
+    pub(super) cool_down: CoolDown,
+    pub(super) reported: Reported,
     /// It was given up because it is larger than the device.
     pub(super) never_fits: bool,
     pub(super) last_error: Option<String>,
@@ -208,9 +229,11 @@ impl Pool {
             waited_for: None,
             demand: None,
             demand_since: Moment::ZERO,
-            exits: VecDeque::new(),
+            exits: Exits::default(),
             proven: false,
             failed: None,
+            cool_down: CoolDown::default(),
+            reported: Reported::default(),
             never_fits: false,
             last_error: None,
             tail: Vec::new(),
@@ -346,13 +369,30 @@ impl Pool {
         }
     }
 
-    /// Returns how many exits fall into the window, this one included.
-    pub(super) fn count_exit(&mut self, now: Moment, window: Duration) -> u32 {
-        self.exits.push_back(now);
-        while self.exits.front().is_some_and(|at| *at + window <= now) {
-            self.exits.pop_front();
+    /// Gives it another chance, as if it had never been given up.
+    pub(super) fn forgive(&mut self) {
+        (self.failed, self.never_fits) = (None, false);
+        self.cool_down = CoolDown::default();
+        self.exits.clear();
+    }
+
+    /// Its engines end too often: none is started before a cool-down is over.
+    pub(super) fn give_up(&mut self, now: Moment) {
+        let (window, limit) = (STORM_WINDOW.as_secs(), self.serving.plan.exit_limit);
+        let (exits, again) = (self.exits.counted(), self.cool_down.begin(now).as_secs());
+        let why = self.last_error.clone().unwrap_or_default();
+        self.never_fits = false;
+        self.failed = Some(format!(
+            "it ended {exits} times within {window} s, the limit is {limit}, and is tried again in {again} s: {why}"
+        ));
+    }
+
+    /// Tries it again once its cool-down is over.
+    pub(super) fn try_again(&mut self, now: Moment) {
+        if !self.purging && self.cool_down.is_over(now) {
+            self.failed = None;
+            self.exits.clear();
         }
-        u32::try_from(self.exits.len()).unwrap_or(u32::MAX)
     }
 
     /// What of the pool's memory comes free when what leaves has left.
@@ -373,7 +413,7 @@ pub(super) fn leave_all(
     out: &mut Vec<Ordered>,
 ) {
     for slot in slots {
-        let withdrawn = slot.leave(now, patience, false);
+        let withdrawn = slot.leave(now, patience, Blame::Nobody);
         let seat = |slot: &Slot| Seat { pool_id: id.clone(), replica_id: slot.replica_id.clone() };
         out.extend(withdrawn.map(|run| Ordered::Withdraw { run, seat: seat(slot) }));
     }

@@ -97,7 +97,7 @@ async fn install(
     let parent = folder.parent().unwrap_or(Path::new("."));
     tokio::fs::create_dir_all(parent).await.map_err(failed)?;
     let lock_path = folder.with_extension("lock");
-    let lock = tokio::task::spawn_blocking(move || {
+    let lock = owned_tasks::blocking("lock of an installation", move || {
         let lock = std::fs::File::create(lock_path)?;
         lock.lock().map(|()| lock)
     })
@@ -134,7 +134,7 @@ async fn install(
 }
 
 /// What is installed is others' code, and needs none of the daemon's tokens.
-fn without_secrets(command: &mut Command) {
+pub(crate) fn without_secrets(command: &mut Command) {
     command.env_remove("LLORCH_API_TOKEN").env_remove("LLORCH_API_TOKEN_FILE").env_remove("HF_TOKEN");
 }
 

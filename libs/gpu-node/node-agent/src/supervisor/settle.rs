@@ -8,7 +8,9 @@ use pool_registry_types::{Moment, PoolId};
 use crate::supervisor::core::{Ordered, Supervisor};
 use crate::supervisor::ledger::{Ledger, Shortage};
 use crate::supervisor::plan::{Claim, Device, Seat};
-use crate::supervisor::pool::{Generation, Pool, Preparation, Reload, Slot, Stage, Way, add, leave_all};
+use crate::supervisor::pool::{
+    Blame, Generation, Pool, Preparation, Reload, Slot, Stage, Way, add, leave_all,
+};
 
 /// Pause between two questions for which pools tasks wait.
 const ASK_WAITING_EVERY: Duration = Duration::from_secs(1);
@@ -19,6 +21,7 @@ impl Supervisor {
             if pool.demand.is_some_and(|until| until <= now) {
                 pool.demand = None;
             }
+            pool.try_again(now);
             if self.stopping || pool.removed || pool.purging {
                 // What still runs when the daemon ends was given its time before.
                 let patience = if self.stopping { Duration::ZERO } else { pool.serving.plan.drain_timeout };
@@ -265,6 +268,7 @@ fn start(
         slot.claim.clone_from(&prepared.claim);
     }
     slot.stage = Stage::Starting { run, since: now };
+    (slot.faults, slot.report) = (ledger.faults(), None);
     out.push(Ordered::Start { run, seat, fingerprint: generation.plan.fingerprint });
 }
 
@@ -287,8 +291,7 @@ impl Pool {
         self.proven = true;
         self.last_error = None;
         // What the old engines did is not held against the new ones.
-        (self.failed, self.never_fits) = (None, false);
-        self.exits.clear();
+        self.forgive();
     }
 
     fn withdraw_all(&mut self, now: Moment, id: &PoolId, patience: Duration, out: &mut Vec<Ordered>) {
@@ -311,10 +314,10 @@ impl Pool {
     /// What leaves is stopped when nothing runs on it any more, or when its time is over.
     fn stop_what_has_left(&mut self, now: Moment, out: &mut Vec<Ordered>) {
         for slot in self.slots_mut() {
-            if let Stage::Leaving { run, until, crashed, told } = slot.stage
+            if let Stage::Leaving { run, until, blame, told } = slot.stage
                 && ((told && slot.work.running == 0) || now >= until)
             {
-                slot.stage = Stage::Stopping { run, crashed };
+                slot.stage = Stage::Stopping { run, blame };
                 out.push(Ordered::Stop { run });
             }
         }
@@ -327,7 +330,7 @@ impl Pool {
             if let Stage::Starting { run, since } = slot.stage
                 && now >= since + patience
             {
-                slot.stage = Stage::Leaving { run, until: now, crashed: true, told: true };
+                slot.stage = Stage::Leaving { run, until: now, blame: Blame::Engine, told: true };
                 late = true;
             }
         }
@@ -388,6 +391,7 @@ impl Pool {
         }
         all.extend(self.demand.filter(|at| *at != Moment::NEVER));
         all.extend(self.waited_for.map(|told| told + super::core::DEMAND_LIFE));
+        all.extend(self.cool_down.until.filter(|_| !self.purging));
         let next = self.reload.iter().filter_map(|reload| reload.next.as_ref());
         for generation in std::iter::once(&self.serving).chain(next) {
             if let Preparation::Failed { again, .. } = generation.preparation {

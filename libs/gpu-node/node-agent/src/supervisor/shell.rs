@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use owned_tasks::{blocking, caught};
 use parking_lot::Mutex;
 use pool_registry_types::pool::{PoolPurge, PoolReload};
 use pool_registry_types::{ErrorBody, ErrorCode, PoolId};
@@ -97,21 +98,37 @@ impl Supervision {
             stopped: CancellationToken::new(),
         });
         agent.set_supervision(&supervision);
-        agent.tracker.spawn(Arc::clone(&supervision).run(heard));
+        let (own, heard) = (Arc::clone(&supervision), Arc::new(tokio::sync::Mutex::new(heard)));
+        let mut is_first = true;
+        let make = move || {
+            let is_first = std::mem::replace(&mut is_first, false);
+            Arc::clone(&own).run(Arc::clone(&heard), is_first)
+        };
+        // The stop is an event of the loop, after a panic too: it ends the engines.
+        agent.loops().start(&agent.tracker, "supervisor", &CancellationToken::new(), make);
         Ok(supervision)
     }
 
-    async fn run(self: Arc<Self>, mut heard: mpsc::Receiver<Happened>) {
-        if let Some(plans) = self.read_file().await {
-            self.settle(Happened::Configured(plans)).await;
+    /// `is_first`: not started again after a panic, when what an earlier daemon left is ours already.
+    async fn run(self: Arc<Self>, heard: Arc<tokio::sync::Mutex<mpsc::Receiver<Happened>>>, is_first: bool) {
+        let mut heard = heard.lock().await;
+        if is_first {
+            if let Some(plans) = self.read_file().await {
+                self.settle(Happened::Configured(plans)).await;
+            }
+            self.take_over_kept().await;
+        } else {
+            // What it says may not have been taken.
+            self.state.lock().text = None;
         }
-        self.take_over_kept().await;
         let mut stopping = false;
         let mut next_look = tokio::time::Instant::now();
         loop {
             let now = self.agent.now();
             let timer = self.core.lock().next_deadline(now);
             let timer = timer.map_or(Duration::from_secs(3600), |at| at.since(now));
+            // Whatever is said lets time pass; a look that is due comes first, however much is said.
+            let looks = next_look <= tokio::time::Instant::now();
             let happened = tokio::select! {
                 biased;
                 () = self.stopped.cancelled(), if !stopping => {
@@ -119,8 +136,8 @@ impl Supervision {
                     self.let_kept_go();
                     Happened::Shutdown
                 }
-                happened = heard.recv() => happened.unwrap_or(Happened::Timer),
-                () = self.agent.work_ended() => Happened::Timer,
+                happened = heard.recv(), if !looks => happened.unwrap_or(Happened::Timer),
+                () = self.agent.work_ended(), if !looks => Happened::Timer,
                 () = tokio::time::sleep_until(next_look) => {
                     next_look = tokio::time::Instant::now() + LOOK_EVERY;
                     self.write_again().await;
@@ -194,6 +211,7 @@ impl Supervision {
                 total_bytes: gpu.vram_total_bytes,
                 free_bytes: Some(gpu.vram_total_bytes.saturating_sub(gpu.vram_used_bytes)),
                 healthy: gpu.health.takes_work(),
+                faults: self.agent.gpu_faults(gpu.device_id),
             };
             devices.insert(Device::Gpu(gpu.device_id), reading);
         }
@@ -202,7 +220,8 @@ impl Supervision {
 
     fn work(&self) -> BTreeMap<Seat, Work> {
         let seat = |((pool_id, replica_id), (running, served))| {
-            (Seat { pool_id, replica_id }, Work { running, served })
+            let silent = !self.agent.is_ready(&pool_id, &replica_id);
+            (Seat { pool_id, replica_id }, Work { running, served, silent })
         };
         self.agent.work().into_iter().map(seat).collect()
     }
@@ -212,8 +231,8 @@ impl Supervision {
     /// The plans of the file, where it says something new that can be taken.
     async fn read_file(&self) -> Option<BTreeMap<PoolId, PoolPlan>> {
         let path = self.settings.pools.clone();
-        let read = tokio::task::spawn_blocking(move || read_bounded(&path)).await;
-        let text = read.unwrap_or_else(|panic| Err(panic.to_string()));
+        let read = blocking("file of pools", move || read_bounded(&path)).await;
+        let text = read.unwrap_or_else(|panicked| Err(panicked.to_string()));
         let outcome = match text {
             Ok(text) if self.state.lock().text.as_ref() == Some(&text) => return None,
             Ok(text) => {
@@ -283,7 +302,7 @@ impl Supervision {
         let fingerprint = plan.fingerprint;
         let spec = self.state.lock().specs.get(&fingerprint).cloned();
         let supervision = Arc::clone(self);
-        self.agent.tracker.spawn(async move {
+        owned_tasks::task(&self.agent.tracker, "preparing of a pool", async move {
             let find = async {
                 // An order may have crossed a change of the file.
                 let spec = spec.ok_or("its plan is not known any more: give the order again")?;
@@ -291,8 +310,9 @@ impl Supervision {
             };
             let outcome = tokio::select! {
                 () = supervision.stopped.cancelled() => return,
-                outcome = find => outcome,
+                outcome = caught("preparing of a pool", find) => outcome,
             };
+            let outcome = outcome.unwrap_or_else(|panicked| Err(panicked.to_string()));
             supervision.state.lock().under_way.remove(&pool_id);
             let outcome = outcome.map(|(prepared, launch)| {
                 supervision.state.lock().launches.insert(fingerprint, launch);
@@ -437,10 +457,12 @@ impl Supervision {
         let model = (order.model_files && !in_use.iter().any(|other| other.model == spec.pool.model))
             .then(|| spec.pool.model.clone());
         let models = crate::models::Models::new(&self.settings.models_dir);
-        self.agent.tracker.spawn_blocking(move || {
+        let remove = move || {
             if let Some(folder) = package {
                 match std::fs::remove_dir_all(&folder) {
-                    Ok(()) => tracing::info!(%pool_id, folder = %folder.display(), "an engine's environment is removed"),
+                    Ok(()) => {
+                        tracing::info!(%pool_id, folder = %folder.display(), "an engine's environment is removed")
+                    }
                     Err(error) => tracing::warn!(%pool_id, %error, "an engine's environment is not removed"),
                 }
             }
@@ -450,6 +472,10 @@ impl Supervision {
                     Err(error) => tracing::warn!(%pool_id, %error, "a model's files are not removed"),
                 }
             }
+        };
+        owned_tasks::task(&self.agent.tracker, "purge of a pool", async move {
+            // A panic is logged, and nobody waits for more.
+            let _ = blocking("purge of a pool", remove).await;
         });
     }
 
@@ -526,7 +552,7 @@ fn host(limit: Option<u64>) -> Option<DeviceReading> {
     };
     let (total, free) = (bytes("MemTotal:")?, bytes("MemAvailable:"));
     let total_bytes = limit.map_or(total, |limit| limit.min(total));
-    Some(DeviceReading { total_bytes, free_bytes: free, healthy: true })
+    Some(DeviceReading { total_bytes, free_bytes: free, healthy: true, faults: 0 })
 }
 
 /// What the supervisor needs to know of a pool.

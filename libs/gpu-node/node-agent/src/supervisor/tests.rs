@@ -66,6 +66,12 @@ struct Machine {
     stopping: Vec<(u64, RunId)>,
     purged: Vec<PoolId>,
     healthy: bool,
+    /// Errors that the driver has told.
+    faults: u64,
+    /// There is no driver.
+    blind: bool,
+    /// No engine answers its health call.
+    silent: bool,
     /// Plans whose files are not there.
     missing: BTreeSet<u64>,
     preparations: u32,
@@ -86,6 +92,9 @@ impl Machine {
             stopping: Vec::new(),
             purged: Vec::new(),
             healthy: true,
+            faults: 0,
+            blind: false,
+            silent: false,
             missing: BTreeSet::new(),
             preparations: 0,
             total: TOTAL,
@@ -112,8 +121,10 @@ impl Machine {
             total_bytes: self.total,
             free_bytes: Some(self.total - used),
             healthy: self.healthy,
+            faults: self.faults,
         };
-        self.tell(Happened::Devices(BTreeMap::from([(Device::Gpu(0), reading)])));
+        let device = if self.blind { Device::Host } else { Device::Gpu(0) };
+        self.tell(Happened::Devices(BTreeMap::from([(device, reading)])));
     }
 
     fn tell(&mut self, happened: Happened) {
@@ -121,7 +132,8 @@ impl Machine {
         for order in orders {
             match order {
                 Ordered::Prepare { pool_id, plan } => {
-                    let claim = Claim::from([(Device::Gpu(0), plan.fingerprint * MIB)]);
+                    let device = if self.blind { Device::Host } else { Device::Gpu(0) };
+                    let claim = Claim::from([(device, plan.fingerprint * MIB)]);
                     self.preparations += 1;
                     let outcome = match self.missing.contains(&plan.fingerprint) {
                         true => Err("there is no such model".to_owned()),
@@ -165,11 +177,16 @@ impl Machine {
     }
 
     fn end(&mut self, run: RunId, how: &str) {
+        self.end_by(run, how, false);
+    }
+
+    fn end_by(&mut self, run: RunId, how: &str, has_culprit: bool) {
         let Some(engine) = self.engines.remove(&run) else { return };
         if engine.ready_at <= self.now {
             self.releasing.push((self.now + RELEASE_MS, engine.bytes));
         }
-        self.tell(Happened::Exited { run, how: how.into(), tail: vec!["its last line".into()] });
+        let tail = vec!["its last line".into()];
+        self.tell(Happened::Exited { run, how: how.into(), tail, has_culprit });
     }
 
     fn pass(&mut self, millis: u64) {
@@ -199,7 +216,9 @@ impl Machine {
 
     fn tell_use(&mut self) {
         let work = self.engines.values().filter(|engine| engine.published || engine.running > 0);
-        let work = work.map(|e| (e.seat.clone(), Work { running: e.running, served: e.served })).collect();
+        let silent = self.silent;
+        let of = |e: &Engine| (e.seat.clone(), Work { running: e.running, served: e.served, silent });
+        let work = work.map(of).collect();
         self.tell(Happened::Used(work));
     }
 
@@ -239,6 +258,26 @@ impl Machine {
 
     fn starts(&self, pool: &str) -> u32 {
         self.starts.get(&id(pool)).copied().unwrap_or(0)
+    }
+
+    /// Kills its engine as soon as there is one, until the pool is given up.
+    fn wear_out(&mut self, pool: &str) {
+        while self.state(pool).0 != PoolState::Failed {
+            match self.serving(pool) {
+                Some(run) => self.end(run, "killed by signal 9"),
+                None => self.pass(50),
+            }
+        }
+    }
+
+    /// The milliseconds until its engine serves again.
+    fn back_after(&mut self, pool: &str) -> u64 {
+        let begin = self.now;
+        while !self.is_up(pool) {
+            self.pass(50);
+            assert!(self.now < begin + 3_600_000, "it does not come back");
+        }
+        self.now - begin
     }
 
     fn kill(&mut self, pool: &str) {
@@ -283,11 +322,64 @@ fn ten_exits_in_a_minute_end_in_a_failed_pool_that_shows_its_last_lines() {
     assert!(error.unwrap().contains("10 times within 60 s"));
     let declared = machine.core.declared(&BTreeMap::new());
     assert_eq!(declared[&id("a")].supervised.log_tail, ["its last line"]);
-    machine.pass(120_000);
+    machine.pass(59_000);
     assert_eq!(machine.starts("a"), 10, "it stays as it is");
     machine.tell(Happened::Revive { pool_id: id("a") });
     machine.pass(2_000);
     assert!(machine.is_up("a"));
+}
+
+// CLOUD-2412
+#[test]
+fn a_pool_that_was_given_up_is_tried_again_after_a_cool_down_that_doubles() {
+    let mut machine = Machine::new(&[("a", plan("a", 400, false))]);
+    let mut waits = Vec::new();
+    for _ in 0..6 {
+        machine.wear_out("a");
+        let next = machine.core.next_deadline(Moment::from_millis(machine.now)).unwrap();
+        let span = next.millis_since(Moment::from_millis(machine.now)) / 1_000;
+        assert!(machine.state("a").1.unwrap().contains(&format!("is tried again in {span} s")));
+        waits.push((machine.back_after("a") - LOAD_MS) / 1_000);
+    }
+    assert_eq!(waits, [60, 120, 240, 480, 900, 900]);
+    // A life that serves for long enough makes the next one the first again.
+    machine.pass(61_000);
+    machine.wear_out("a");
+    assert_eq!((machine.back_after("a") - LOAD_MS) / 1_000, 60);
+    // An order acts at once, and makes it the first again too.
+    machine.wear_out("a");
+    machine.tell(Happened::Revive { pool_id: id("a") });
+    assert!(machine.back_after("a") <= LOAD_MS + 100);
+    machine.wear_out("a");
+    assert_eq!((machine.back_after("a") - LOAD_MS) / 1_000, 60);
+}
+
+// CLOUD-2412
+#[test]
+fn a_purged_pool_is_not_tried_again_although_it_had_been_given_up() {
+    let mut machine = Machine::new(&[("a", plan("a", 400, false))]);
+    machine.wear_out("a");
+    machine.tell(Happened::Purge { pool_id: id("a") });
+    let starts = machine.starts("a");
+    machine.pass(120_000);
+    assert_eq!((machine.state("a").0, machine.starts("a")), (PoolState::Failed, starts));
+}
+
+// CLOUD-2412
+#[test]
+fn deaths_with_a_culprit_give_no_pool_up_and_pause_as_others_do() {
+    let mut machine = Machine::new(&[("a", PoolPlan { exit_limit: 3, ..plan("a", 400, false) })]);
+    let mut pauses = Vec::new();
+    for _ in 0..5 {
+        machine.back_after("a");
+        let run = machine.serving("a").unwrap();
+        machine.end_by(run, "it was killed by SIGSEGV", true);
+        assert_ne!(machine.state("a").0, PoolState::Failed);
+        pauses.push(machine.back_after("a") - LOAD_MS);
+    }
+    assert!(pauses.windows(2).all(|pair| pair[0] < pair[1]), "{pauses:?}");
+    machine.wear_out("a");
+    assert!(machine.state("a").1.unwrap().contains("3 times within 60 s"), "those without one count");
 }
 
 // CLOUD-2413
@@ -484,7 +576,10 @@ fn an_engine_whose_gpu_is_sick_takes_nothing_new_before_it_is_started_again() {
     let run = machine.serving("a").unwrap();
     machine.engines.get_mut(&run).unwrap().running = 1;
     machine.tell_use();
-    machine.tell(Happened::Alarmed { run, line: "CUDA error: an illegal memory access".into() });
+    machine.faults += 1;
+    machine.look();
+    assert!(machine.is_up("a"), "an error of the driver alone is none of the engine's");
+    machine.tell(Happened::Alarmed { run, line: DRIVER_ERROR.into() });
     assert!(!machine.is_up("a") && machine.engines.contains_key(&run), "what runs may finish");
     machine.engines.get_mut(&run).unwrap().running = 0;
     machine.pass(1_000);
@@ -498,6 +593,82 @@ fn an_engine_whose_gpu_is_sick_takes_nothing_new_before_it_is_started_again() {
     machine.healthy = true;
     machine.pass(3_000);
     assert!(machine.is_up("a"));
+}
+
+const DRIVER_ERROR: &str = "CUDA error: an illegal memory access was encountered";
+
+// CLOUD-2414
+#[test]
+fn a_line_that_no_driver_confirms_decides_nothing() {
+    let mut machine = Machine::new(&[]);
+    machine.faults = 3;
+    machine.look();
+    machine.configure(&[("a", plan("a", 400, false))]);
+    machine.pass(1_500);
+    let run = machine.serving("a").unwrap();
+    for _ in 0..12 {
+        machine.tell(Happened::Alarmed { run, line: DRIVER_ERROR.into() });
+        machine.pass(2_000);
+    }
+    assert_eq!((machine.serving("a"), machine.starts("a")), (Some(run), 1), "what is older proves nothing");
+    // What the driver says in time counts, and what it says later does not.
+    machine.pass(6_000);
+    machine.faults += 1;
+    machine.pass(500);
+    assert_eq!(machine.serving("a"), Some(run));
+    let mut machine = Machine::new(&[("a", plan("a", 400, false))]);
+    machine.pass(1_500);
+    let run = machine.serving("a").unwrap();
+    machine.tell(Happened::Alarmed { run, line: DRIVER_ERROR.into() });
+    machine.pass(2_000);
+    machine.faults += 1;
+    machine.look();
+    assert!(!machine.is_up("a"));
+}
+
+// CLOUD-2414
+#[test]
+fn without_a_driver_an_engine_that_serves_is_believed_and_not_its_line() {
+    let mut machine = Machine::new(&[]);
+    machine.blind = true;
+    machine.look();
+    machine.configure(&[("a", plan("a", 400, false))]);
+    machine.pass(1_500);
+    let run = machine.serving("a").unwrap();
+    machine.tell(Happened::Alarmed { run, line: DRIVER_ERROR.into() });
+    machine.pass(3_000);
+    assert_eq!(machine.serving("a"), Some(run));
+    machine.silent = true;
+    machine.tell_use();
+    assert!(!machine.is_up("a"), "it says so, and serves nobody");
+}
+
+// CLOUD-2414
+#[test]
+fn restarts_for_reported_errors_keep_apart_and_give_no_pool_up() {
+    let mut machine = Machine::new(&[("a", PoolPlan { exit_limit: 2, ..plan("a", 400, false) })]);
+    let mut pauses = Vec::new();
+    let mut report = |machine: &mut Machine| {
+        machine.back_after("a");
+        let run = machine.serving("a").unwrap();
+        machine.faults += 1;
+        machine.look();
+        machine.tell(Happened::Alarmed { run, line: DRIVER_ERROR.into() });
+        assert!(!machine.is_up("a"), "a confirmed error takes it out at once");
+        pauses.push((machine.back_after("a") - LOAD_MS) / 1_000);
+        assert_ne!(machine.state("a").0, PoolState::Failed);
+    };
+    for _ in 0..7 {
+        report(&mut machine);
+    }
+    machine.pass(3_700_000);
+    report(&mut machine);
+    // The first after an hour without is made at once.
+    let expected = [0, 30, 60, 120, 240, 480, 600, 0];
+    for (pause, gap) in pauses.iter().zip(expected) {
+        assert!((gap.max(2) - 2..=gap + 1).contains(pause), "{pauses:?}");
+    }
+    assert_eq!(pauses.len(), expected.len());
 }
 
 #[derive(Debug, Clone)]

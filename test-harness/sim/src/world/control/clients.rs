@@ -100,8 +100,64 @@ impl World {
             Some(seen) if seen.open.is_some() => self.coverage.hit("task: canceled while running"),
             Some(_) => self.coverage.hit("task: canceled while queued"),
         }
+        self.witness.canceled(id);
         let reply = self.reply_to(To::Client(id));
         self.apply(Event::Cancel { reply, task_id: id });
+    }
+
+    // ---- what else an operator does ----
+
+    pub(crate) fn tokens_changed(&mut self) {
+        if self.control.is_some() {
+            self.coverage.hit("fault: tokens changed");
+            self.apply(Event::TokensChanged);
+        }
+    }
+
+    pub(crate) fn retire(&mut self, model: usize, retired: bool) {
+        self.witness.retires(model, retired);
+        let model = ModelRef::new(&format!("m{model}")).expect("a valid model");
+        self.apply(Event::SetRetired { model, retired });
+    }
+
+    pub(crate) fn delete_session(&mut self, session: u128) {
+        if self.control.is_none() {
+            return;
+        }
+        let reply = self.reply_to(To::Operator);
+        self.coverage.hit("task: session deleted");
+        self.witness.session_deleted(session);
+        self.apply(Event::DeleteSession { reply, session_id: SessionId(Uuid::from_u128(session)) });
+    }
+
+    /// SIGTERM.
+    pub(crate) fn shut_down(&mut self, grace_ms: u64, down_ms: u64) {
+        if self.control.is_none() {
+            return;
+        }
+        self.coverage.hit("fault: control plane shut down");
+        self.apply(Event::Drain);
+        let life = self.lives;
+        self.after_ms(grace_ms, What::CutOff { life, down_ms });
+    }
+
+    pub(crate) fn cut_off(&mut self, life: u64, down_ms: u64) {
+        if self.control.as_ref().is_some_and(|control| control.life == life) {
+            self.apply(Event::CutOff);
+            // Logs are fenced meanwhile.
+            self.after_ms(500, What::ControlEnds { life, down_ms });
+        }
+    }
+
+    /// [1] what was accepted has its end before the daemon has.
+    pub(crate) fn control_ends(&mut self, life: u64, down_ms: u64) {
+        if self.control.as_ref().is_none_or(|control| control.life != life) || self.stall_until.is_some() {
+            return;
+        }
+        let ended = self.witness.at_rest();
+        self.check(ended);
+        self.stop_control();
+        self.after_ms(down_ms, What::ControlBack);
     }
 
     pub(super) fn close_task(&mut self, task: TaskId, error: &ErrorBody) {
@@ -114,8 +170,13 @@ impl World {
             ErrorCode::NodeUnavailable => self.coverage.hit("core: node unavailable"),
             _ => {}
         }
-        let closed = self.witness.closed(self.now, task, error.code);
-        self.check(closed);
+        if let Some(control) = self.control.as_ref() {
+            let closed = self.witness.closed(self.now, task, error, &control.core, &self.plan);
+            if error.code == ErrorCode::InvalidParams {
+                self.coverage.hit("task: rejected by every node");
+            }
+            self.check(closed);
+        }
         if error.code == ErrorCode::DeadlineExceeded {
             let asked = self.was_asked_for(task);
             self.check(asked);

@@ -50,7 +50,10 @@ impl World {
                 ended_well: false,
             },
         );
-        if self.links[node].blocked() {
+        if self.shortage > 0 {
+            let how = HowEnded::OwnShortage { reason: "too many open files".into(), everywhere: true };
+            self.after_ms(1, What::StreamArrives { conn, piece: Piece::Answer(Box::new(how)) });
+        } else if self.links[node].blocked() {
             self.after_ms(2_000, What::StreamArrives { conn, piece: Piece::Reset("connecting timed out") });
         } else {
             let delay = self.delay();
@@ -81,9 +84,11 @@ impl World {
             Piece::Headers { report_seq, replica_id } => {
                 relay.watch.accepted(now);
                 relay.accepted = true;
+                self.witness.accepted(task);
                 self.apply(Event::Accepted { attempt, replica_id, report_seq });
             }
             Piece::Refusal(body) => self.end_relay(attempt, HowEnded::Refused(body), None),
+            Piece::Answer(how) => self.end_relay(attempt, *how, None),
             Piece::Token(i) => {
                 let first = relay.watch.token(now);
                 match log.append(attempt, i, format!("token {i}\n").as_bytes()) {
@@ -163,6 +168,15 @@ impl World {
         let fence = log.fence(attempt);
         let how = if fence.finished { HowEnded::Finished } else { how };
         self.note(|w| format!("t{} attempt over: {}", w.names[&relay.task], brief_end(&how)));
+        if let HowEnded::NodeError(body) = &how
+            && let Some(crash) = &body.crash
+            && crash.suspect
+        {
+            self.coverage.hit(match crash.suspects {
+                1 => "task: crashed an engine alone",
+                _ => "task: one of several that may have",
+            });
+        }
         let failed = self.witness.ended(self.now, relay.task, attempt, &how, fence.tokens_written);
         self.drop_conn(relay.conn);
         let tokens_written = fence.tokens_written;
@@ -192,10 +206,10 @@ impl World {
         life: u64,
         node_id: NodeId,
         address: String,
-        answer: Result<LiveAnswer, String>,
+        outcome: ProbeOutcome,
     ) {
         if self.control.as_ref().is_some_and(|control| control.life == life) {
-            self.apply(Event::Probed { node_id, address, answer });
+            self.apply(Event::Probed { node_id, address, outcome });
         }
     }
 }
