@@ -174,8 +174,8 @@ fn shares(took: &[Duration]) -> String {
 
 const WRITERS: usize = 16;
 const ROUNDS: usize = 625;
-/// One round in so many writes to a node too.
-const NODE_EVERY: usize = 8;
+/// One round in so many writes to a node, a session and an artifact too.
+const OTHERS_EVERY: usize = 8;
 
 /// A client that writes on one connection and reads on another.
 struct Pair {
@@ -205,14 +205,37 @@ impl Pair {
         self.sees(&path, 200, "state", "canceled").await;
     }
 
+    /// A session with its first task, and an artifact.
+    async fn session_and_artifact(&mut self, round: usize) {
+        let session = uuid::Uuid::new_v4().to_string();
+        let task = json!({"model_ref": "of-nobody", "prompt": "x", "session_id": session});
+        let accepted = self.write("POST", "/v2/tasks", Some(&task), 202).await;
+        let path = format!("/v2/sessions/{session}");
+        self.sees(&path, 200, "session_id", &session).await;
+        self.write("DELETE", &path, None, 204).await;
+        self.sees(&path, 404, "code", "NOT_FOUND").await;
+        self.write("POST", &format!("{}/cancel", path_of(&accepted)), None, 204).await;
+        let artifact = json!({"round": round, "of": session});
+        let kept = self.write("POST", "/v2/artifacts", Some(&artifact), 201).await;
+        let path = format!("/v2/artifacts/{}", kept["id"].as_str().expect("an artifact has its id"));
+        self.sees(&path, 200, "of", &session).await;
+    }
+
     async fn node(&mut self, node_id: &str) {
         let path = format!("/v2/nodes/{node_id}");
         let register = json!({
             "node_id": node_id, "machine_id": "m", "boot_id": "7f3b1c52-64a5-4c56-9e1e-0a3e0f3d2b11",
             "address": "http://127.0.0.1:1", "version": "0",
         });
-        self.write("POST", "/v2/nodes/register", Some(&register), 200).await;
+        let registered = self.write("POST", "/v2/nodes/register", Some(&register), 200).await;
         self.sees(&path, 200, "intent", "serving").await;
+        let beat = json!({
+            "epoch": registered["epoch"], "seq": 1, "timestamp": "",
+            "pools": [{"pool_id": "pool-0", "state": "ready", "ready": true, "engine": "llamacpp", "models": ["m"],
+                "replicas": [{"replica_id": "r0", "ready": true, "slots_total": 1}]}],
+        });
+        self.write("POST", &format!("{path}/heartbeat"), Some(&beat), 200).await;
+        self.sees(&format!("/v2/pools/pool-0/health?node_id={node_id}"), 200, "state", "ready").await;
         self.write("POST", &format!("{path}/drain"), None, 202).await;
         self.sees(&path, 200, "intent", "draining").await;
         self.write("POST", &format!("{path}/resume"), None, 202).await;
@@ -240,14 +263,15 @@ async fn whoever_reads_after_an_answered_write_sees_it() {
             let mut pair = Pair { writer, reader };
             for round in 0..ROUNDS {
                 pair.task().await;
-                if round % NODE_EVERY == 0 {
+                if round % OTHERS_EVERY == 0 {
                     pair.node(&format!("of-client-{n}")).await;
+                    pair.session_and_artifact(round).await;
                 }
             }
         });
     }
     clients.join_all().await;
-    let reads = WRITERS * (2 * ROUNDS + 4 * ROUNDS.div_ceil(NODE_EVERY));
+    let reads = WRITERS * (2 * ROUNDS + 8 * ROUNDS.div_ceil(OTHERS_EVERY));
     eprintln!("{reads} reads after writes in {} ms, no miss", start.elapsed().as_millis());
 }
 

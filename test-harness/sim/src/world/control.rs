@@ -216,6 +216,11 @@ impl World {
         {
             broken = Some(format!("{node_id} is held to what we could not do ourselves"));
         }
+        let at_once = |effect: &Effect| matches!(effect, Effect::Reply { answer: Ok(Answer::Intent(_)), .. });
+        if let Some((node_id, intent)) = before.want.as_ref().filter(|_| effects.iter().any(at_once)) {
+            // Kept for a node that is not known any more.
+            self.witness.wants(node_id, *intent);
+        }
         if let Some(node_id) = &before.dialled {
             self.witness.dialled(node_id);
             if before.let_in && self.witness.let_in(node_id) {
@@ -483,6 +488,8 @@ struct Before {
     /// The models that its pools have, or load, or could load.
     models: Vec<ModelRef>,
     dial_failed: Option<NodeId>,
+    /// What an operator wants of a node.
+    want: Option<(NodeId, Intent)>,
     dialled: Option<NodeId>,
     /// It let the control plane in.
     let_in: bool,
@@ -521,6 +528,7 @@ impl Before {
                 before.dialled = Some(node_id.clone());
                 before.let_in = *authorized == Some(Ok(()));
             }
+            Event::Want { node_id, intent, .. } => before.want = Some((node_id.clone(), *intent)),
             Event::Probed { node_id, outcome: ProbeOutcome::Failed(_), .. } => {
                 before.dial_failed = Some(node_id.clone())
             }
