@@ -13,7 +13,8 @@ use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::{EngineKind, PoolState};
 use pool_registry_types::task::ResumeMode;
 use pool_registry_types::{
-    AttemptId, BootId, ErrorBody, ErrorCode, LabelName, MachineId, ModelRef, PoolId, ReplicaId, TaskId,
+    AttemptId, BootId, ErrorBody, ErrorCode, LabelName, MachineId, ModelRef, Moment, PoolId, ReplicaId,
+    TaskId,
 };
 use task_scheduler::{HowEnded, ProbeOutcome, ReplyTo};
 use uuid::Uuid;
@@ -55,7 +56,7 @@ pub(crate) struct SimNode {
     pub(crate) busy: u32,
     looks: u32,
     /// Requests that were broken off and that the engine still works on.
-    ghosts: BTreeMap<AttemptId, ReplicaId>,
+    ghosts: BTreeMap<AttemptId, (ReplicaId, Moment)>,
     engine_down: bool,
     call_under_way: Option<u64>,
     /// Where the node starts its engine itself.
@@ -233,7 +234,7 @@ impl World {
             What::EngineStep { attempt, .. } => self.engine_step(node, attempt),
             What::Settle { attempt, .. } => {
                 // The engine has noticed; the node hears of it at its next look.
-                if let Some(replica) = self.nodes[node].ghosts.remove(&attempt) {
+                if let Some((replica, _)) = self.nodes[node].ghosts.remove(&attempt) {
                     self.count(node, &replica);
                 }
                 self.pump(node);
@@ -424,7 +425,7 @@ impl World {
         let now = self.now;
         let sim = &mut self.nodes[node];
         let running = sim.runs.values().filter(|run| run.replica == *replica).count();
-        let ghosts = sim.ghosts.values().filter(|ghost| *ghost == replica).count();
+        let ghosts = sim.ghosts.values().filter(|(ghost, _)| ghost == replica).count();
         let Some(core) = sim.core.as_mut() else { return };
         let count = u32::try_from(running + ghosts).unwrap_or(u32::MAX) + sim.foreign;
         let busy = if sim.busy > 0 || sim.engine_down { Busy::NoAnswer } else { Busy::Told(count) };
@@ -453,7 +454,7 @@ impl World {
     /// The engine goes on for a while with what was broken off.
     fn haunt(&mut self, node: usize, attempt: AttemptId, replica: ReplicaId) {
         let boot = self.nodes[node].boot;
-        self.nodes[node].ghosts.insert(attempt, replica);
+        self.nodes[node].ghosts.insert(attempt, (replica, self.now));
         let drawn = self.random.u64(10..=500);
         // Now and then it takes long to notice.
         let after = if drawn.is_multiple_of(8) { drawn * 16 } else { drawn };
@@ -467,7 +468,9 @@ impl World {
     fn check_slots(&mut self, node: usize, replica: &ReplicaId) {
         let sim = &self.nodes[node];
         let running = sim.runs.values().filter(|run| run.replica == *replica).count();
-        let ghosts = sim.ghosts.values().filter(|ghost| *ghost == replica).count();
+        // Without the engine's word a slot is kept for 30 s: a node that was stopped may have had none.
+        let kept = |since: &Moment| self.now < *since + Duration::from_secs(30);
+        let ghosts = sim.ghosts.values().filter(|(ghost, since)| ghost == replica && kept(since)).count();
         let slots = self.plan.nodes[node].slots as usize;
         if running + ghosts > slots {
             self.check(Err(format!("[4] the engine of n{node} works on {running} and {ghosts} of {slots}")));
