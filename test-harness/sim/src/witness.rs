@@ -243,10 +243,14 @@ impl Witness {
     /// A token of the task has come: its pool is well. The first one, and the end, are a success.
     pub(crate) fn got_through(&mut self, now: Moment, task: TaskId, success: bool) {
         if let Some((_, pool)) = self.tasks.get(&task).and_then(|seen| seen.open.as_ref()) {
-            self.sick.remove(pool);
             if !success {
+                // What had failed by then is still side by side with what was sent before it.
+                if let Some(sick) = self.sick.get_mut(pool) {
+                    sick.tasks.clear();
+                }
                 return;
             }
+            self.sick.remove(pool);
             self.failed.remove(pool);
             self.broken.remove(&pool.node_id);
             self.failing.remove(&pool.node_id);
@@ -462,7 +466,7 @@ impl Witness {
             HowEnded::NodeError(body) if body.cause == Some(EndCause::Engine5xx) => {
                 failed = Some(pool.clone());
                 let sick = self.sick.entry(pool.clone()).or_default();
-                let counts = sick.tasks.is_empty() || dispatched > sick.last;
+                let counts = sick.last == Moment::ZERO || dispatched > sick.last;
                 if counts && !sick.tasks.contains_key(&task) {
                     sick.tasks.insert(task, now);
                     sick.last = now;
