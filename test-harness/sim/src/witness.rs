@@ -104,6 +104,8 @@ pub(crate) struct Witness {
     /// Nodes that refused the control plane itself, and have not let it in since.
     denied: BTreeSet<NodeId>,
     failing: BTreeMap<NodeId, Failing>,
+    /// Nodes whose last report had a pool that takes nothing and is not drained.
+    away: BTreeSet<NodeId>,
     /// When each model was last reported.
     models: BTreeMap<usize, Moment>,
     retired: BTreeSet<usize>,
@@ -230,6 +232,16 @@ impl Witness {
     /// The engines of the node are not the ones that failed.
     pub(crate) fn engine_is_new(&mut self, node_id: &NodeId) {
         self.sick.retain(|pool, _| pool.node_id != *node_id);
+    }
+
+    /// A report was taken in which a pool of the node is away, or not. Whoever comes back may be
+    /// another engine, and counts as one from the first report on that says so, or that does not any
+    /// more.
+    pub(crate) fn reports_away(&mut self, node_id: &NodeId, away: bool) {
+        let was_away = if away { !self.away.insert(node_id.clone()) } else { self.away.remove(node_id) };
+        if away || was_away {
+            self.engine_is_new(node_id);
+        }
     }
 
     /// Another process has the node's name.

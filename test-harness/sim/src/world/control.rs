@@ -169,6 +169,7 @@ impl World {
             {
                 *life = Life { heartbeat: now, any: now, seq: *seq };
                 self.witness.reported(now, &before.models);
+                self.witness.reports_away(node_id, before.away);
             }
         }
         self.judge(&before, &effects);
@@ -487,6 +488,8 @@ struct Before {
     report_seq: Option<u64>,
     /// The models that its pools have, or load, or could load.
     models: Vec<ModelRef>,
+    /// A pool of it takes nothing, and is not drained.
+    away: bool,
     dial_failed: Option<NodeId>,
     /// What an operator wants of a node.
     want: Option<(NodeId, Intent)>,
@@ -505,6 +508,7 @@ impl Before {
             Event::Heartbeat { node_id, beat, .. } => {
                 before.heartbeat = Some((node_id.clone(), beat.seq));
                 before.report_seq = control.core.registry().report_seq(node_id);
+                before.away = beat.pools.iter().any(|pool| !pool.ready && !pool.draining);
                 let has = beat.pools.iter().filter(|pool| pool.state.has_model());
                 before.models = has.flat_map(|pool| pool.models.iter().cloned()).collect();
                 if beat.seq % 8 == 0 {
