@@ -695,7 +695,9 @@ impl World {
             }
             Step::DeleteSession { session } => self.delete_session(session),
             Step::StallControl { for_ms } => {
-                self.loads.disturbed = Some(self.now + std::time::Duration::from_millis(for_ms));
+                let until = self.now + std::time::Duration::from_millis(for_ms);
+                // A shorter one within a longer one ends nothing.
+                self.loads.disturbed = self.loads.disturbed.max(Some(until));
                 if self.control.is_some() && self.stall_until.is_none() {
                     self.coverage.hit("fault: control plane stalled");
                     let until = self.now + std::time::Duration::from_millis(for_ms);
