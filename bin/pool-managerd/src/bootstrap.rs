@@ -107,7 +107,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let (tokens, own, ended) = (config.tokens.clone(), Arc::clone(&agent), stop.clone());
     let telling = move || {
         let own = Arc::clone(&own);
-        tokens.clone().tell_changes(ended.clone(), move || {
+        tokens.clone().notify_changes(ended.clone(), move || {
             own.tokens_changed();
             std::future::ready(())
         })

@@ -14,7 +14,7 @@ use daemon_kit::tls::TlsPaths;
 use daemon_kit::tokens::TokenError;
 use handoff_watcher::EngineHosts;
 use node_agent::pools_file::{PoolsFile, PoolsFileError};
-use pool_registry_types::placement::{Labels, MAX_WISHES};
+use pool_registry_types::placement::{Labels, MAX_CONSTRAINTS};
 use pool_registry_types::{LabelName, MachineId, NodeId};
 use secrecy::SecretString;
 
@@ -183,7 +183,7 @@ pub(crate) enum ConfigError {
     Url { variable: &'static str, url: String },
     #[error("POOL_MANAGERD_LABELS: {0:?} is not name=value, comma-separated, of [A-Za-z0-9._-]")]
     Labels(String),
-    #[error("POOL_MANAGERD_LABELS: {0:?} names a label twice, or is one more than {MAX_WISHES}")]
+    #[error("POOL_MANAGERD_LABELS: {0:?} names a label twice, or is one more than {MAX_CONSTRAINTS}")]
     LabelTwice(String),
     #[error("POOL_MANAGERD_POOLS: {0}")]
     Pools(PoolsFileError),
@@ -394,7 +394,7 @@ fn labels(text: &str) -> Result<Labels, ConfigError> {
     let mut labels = Labels::new();
     for part in text.split(',').filter(|part| !part.trim().is_empty()) {
         let (name, value) = pair(part).ok_or_else(|| ConfigError::Labels(part.to_owned()))?;
-        if labels.insert(name, value).is_some() || labels.len() > MAX_WISHES {
+        if labels.insert(name, value).is_some() || labels.len() > MAX_CONSTRAINTS {
             return Err(ConfigError::LabelTwice(part.to_owned()));
         }
     }

@@ -70,11 +70,11 @@ fn stage(
     digest: Option<&Digest>,
     hub: &Hub<'_>,
 ) -> Result<bool, ChoreError> {
-    let mut said = 0;
+    let mut reported = 0;
     let mut progress = |done: u64, all: u64| {
         let tenths = done * 10 / all.max(1);
-        if tenths > said {
-            said = tenths;
+        if tenths > reported {
+            reported = tenths;
             println!("{done} of {all} bytes");
         }
     };
@@ -87,8 +87,8 @@ fn stage(
             let runtime = runtime.map_err(ChoreError::Client)?;
             let client = node_agent::download::client().map_err(io::Error::other);
             let client = client.map_err(ChoreError::Client)?;
-            let mut told = |done: u64, all: Option<u64>| progress(done, all.unwrap_or(u64::MAX));
-            runtime.block_on(models.fetch(model, &remote, digest, &client, hub, &mut told))?
+            let mut reported = |done: u64, all: Option<u64>| progress(done, all.unwrap_or(u64::MAX));
+            runtime.block_on(models.fetch(model, &remote, digest, &client, hub, &mut reported))?
         }
     };
     let manifest = match staged {

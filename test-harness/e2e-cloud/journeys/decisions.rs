@@ -300,9 +300,9 @@ async fn a_reader_that_watches_a_waiting_task_changes_nobodys_answer() {
         let waiting = submit(&cluster, &cluster.task(20)).await;
         let id = waiting["task_id"].as_str().unwrap();
         // The reader makes a forecast: its task would start after all of the long one.
-        let told = cluster.client.follow(id, None, 1).await.events.remove(0).2;
-        let predicted = told["predicted_start_ms"].as_u64().expect("a pace was measured");
-        assert!(predicted > DEADLINE_MS, "the long one would be over too soon: {told}");
+        let reported = cluster.client.follow(id, None, 1).await.events.remove(0).2;
+        let predicted = reported["predicted_start_ms"].as_u64().expect("a pace was measured");
+        assert!(predicted > DEADLINE_MS, "the long one would be over too soon: {reported}");
         let canceled = cluster.client.post(&format!("{}/cancel", path_of(&long)), &json!({})).await;
         assert_eq!(canceled.status(), 204);
         let mut hasty = cluster.task(12);
@@ -459,7 +459,7 @@ const OTHERS: usize = 256;
 const MOST_TIMES: u32 = 5;
 
 /// Submits tasks that nothing can run, each with a constraint of its own.
-async fn wait_in_vain(cluster: &Cluster, constraint: fn(usize) -> Value) {
+async fn wait_without_start(cluster: &Cluster, constraint: fn(usize) -> Value) {
     let mut clients = JoinSet::new();
     for client in 0..8 {
         let (port, task) = (cluster.port, cluster.task(1));
@@ -503,7 +503,7 @@ async fn tasks_that_wait_for_something_else_do_not_slow_the_others() {
     let avoided: fn(usize) -> Value =
         |n| json!({"avoid_pools": ["pool-0", format!("other-{n}")], "allow_fallback": false});
     for (what, constraint) in [("a label", labels), ("avoided pools", avoided)] {
-        wait_in_vain(&cluster, constraint).await;
+        wait_without_start(&cluster, constraint).await;
         let beside = time_of_others(&cluster).await;
         eprintln!(
             "{OTHERS} tasks: {} ms; beside {WAITING} more that wait, each with {what} of its own: {} ms, {:.2} times",

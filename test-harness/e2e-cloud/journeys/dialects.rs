@@ -44,8 +44,8 @@ async fn each_engine_does_what_the_table_says_and_refuses_the_rest() {
         let can = row(&cluster, dialect).await;
         // The table is held against what is known of the engines, not only against itself.
         let known = (true, dialect != "triton", !matches!(dialect, "tgi" | "triton"));
-        let told = (&can["completion"] == true, &can["chat"] == true, &can["embedding"] == true);
-        assert_eq!((told, &can["rerank"]), (known, &can["embedding"]), "{dialect}");
+        let reported = (&can["completion"] == true, &can["chat"] == true, &can["embedding"] == true);
+        assert_eq!((reported, &can["rerank"]), (known, &can["embedding"]), "{dialect}");
         let task = |more: Value| {
             let mut task = json!({ "model_ref": "fake-model", "engine": dialect });
             task.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());

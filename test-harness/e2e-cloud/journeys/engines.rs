@@ -65,7 +65,7 @@ fn send(pid: i32, signal: Signal) {
 }
 
 /// The processes with this variable in their environment.
-fn marked(variable: &str) -> BTreeSet<i32> {
+fn tagged(variable: &str) -> BTreeSet<i32> {
     let pids = std::fs::read_dir("/proc").expect("/proc").flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     let has = |pid: &i32| {
@@ -213,8 +213,8 @@ fn forking(folder: &Path) -> String {
     script.display().to_string()
 }
 
-fn forking_pool(folder: &Path, mark: &str, more: &str) -> String {
-    fake("pool-a", "fork", &format!("env = {{ E2E_MARK = \"{mark}\" }}\n{more}"))
+fn forking_pool(folder: &Path, tag: &str, more: &str) -> String {
+    fake("pool-a", "fork", &format!("env = {{ E2E_MARK = \"{tag}\" }}\n{more}"))
         .replace(&program("fake-engine").display().to_string(), &forking(folder))
 }
 
@@ -222,16 +222,16 @@ fn forking_pool(folder: &Path, mark: &str, more: &str) -> String {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_process_of_an_engine_outlives_its_daemon_or_its_guard() {
     let folder = tempfile::tempdir().unwrap();
-    let mark = uuid::Uuid::new_v4().to_string();
-    let variable = format!("E2E_MARK={mark}");
-    let mut cluster = node_with(forking_pool(folder.path(), &mark, "")).await;
+    let tag = uuid::Uuid::new_v4().to_string();
+    let variable = format!("E2E_MARK={tag}");
+    let mut cluster = node_with(forking_pool(folder.path(), &tag, "")).await;
     wait_state(&cluster, "pool-a", "ready", MINUTE).await;
-    assert!(marked(&variable).len() >= 4, "the engine and its helpers: {:?}", marked(&variable));
+    assert!(tagged(&variable).len() >= 4, "the engine and its helpers: {:?}", tagged(&variable));
     // The daemon dies without a word.
     cluster.nodes[0].daemon.as_mut().unwrap().kill();
     let killed = Instant::now();
     eventually("nothing of the engine is left", Duration::from_secs(3), || async {
-        marked(&variable).is_empty().then_some(())
+        tagged(&variable).is_empty().then_some(())
     })
     .await;
     println!(
@@ -241,11 +241,11 @@ async fn no_process_of_an_engine_outlives_its_daemon_or_its_guard() {
     // The guard is killed: the daemon sees to what it guarded, and starts anew.
     cluster.start_daemon(0);
     wait_state(&cluster, "pool-a", "ready", MINUTE).await;
-    let before = marked(&variable);
+    let before = tagged(&variable);
     let engine = engine_pid(&cluster, "pool-a");
     send(parent(engine), Signal::SIGKILL);
     eventually("the engine runs anew", MINUTE, || async {
-        let now = marked(&variable);
+        let now = tagged(&variable);
         (handoff(&cluster, "pool-a").is_some() && now.len() >= 4 && now.is_disjoint(&before)).then_some(())
     })
     .await;
@@ -253,7 +253,7 @@ async fn no_process_of_an_engine_outlives_its_daemon_or_its_guard() {
     let daemon = cluster.nodes[0].daemon.as_mut().unwrap();
     daemon.signal(Signal::SIGTERM);
     assert!(daemon.wait(Duration::from_secs(20)).success());
-    assert_eq!(marked(&variable), BTreeSet::new());
+    assert_eq!(tagged(&variable), BTreeSet::new());
     assert_eq!(handoff(&cluster, "pool-a"), None);
 }
 
@@ -267,12 +267,12 @@ fn parent(pid: i32) -> i32 {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_kept_engine_is_taken_over_by_the_next_daemon() {
     let folder = tempfile::tempdir().unwrap();
-    let mark = uuid::Uuid::new_v4().to_string();
-    let variable = format!("E2E_MARK={mark}");
-    let mut cluster = node_with(forking_pool(folder.path(), &mark, "keep_on_exit = true")).await;
+    let tag = uuid::Uuid::new_v4().to_string();
+    let variable = format!("E2E_MARK={tag}");
+    let mut cluster = node_with(forking_pool(folder.path(), &tag, "keep_on_exit = true")).await;
     wait_state(&cluster, "pool-a", "ready", MINUTE).await;
     cluster.wait_online(0).await;
-    let (engine, all) = (engine_pid(&cluster, "pool-a"), marked(&variable));
+    let (engine, all) = (engine_pid(&cluster, "pool-a"), tagged(&variable));
     let engine_url = handoff(&cluster, "pool-a").unwrap()["url"].as_str().unwrap().to_owned();
     let slow = json!({"kind": "slow", "pace_ms": 50});
     assert_eq!(Client::new(&engine_url, None).post("/fake/fault", &slow).await.status(), 204);
@@ -292,7 +292,7 @@ async fn a_kept_engine_is_taken_over_by_the_next_daemon() {
     assert_eq!(lost.error(), Some("WORKER_RESET"), "its stream has ended");
     cluster.start_daemon(0);
     wait_state(&cluster, "pool-a", "ready", MINUTE).await;
-    assert_eq!((engine_pid(&cluster, "pool-a"), &marked(&variable)), (engine, &all), "the same engine");
+    assert_eq!((engine_pid(&cluster, "pool-a"), &tagged(&variable)), (engine, &all), "the same engine");
     eventually("its slots are free again", Duration::from_secs(5), || async {
         pool(&cluster, "pool-a").await.filter(|pool| pool["replicas"][0]["slots_free"] == 4)
     })
@@ -302,36 +302,36 @@ async fn a_kept_engine_is_taken_over_by_the_next_daemon() {
     let daemon = cluster.nodes[0].daemon.as_mut().unwrap();
     daemon.signal(Signal::SIGTERM);
     assert!(daemon.wait(Duration::from_secs(20)).success());
-    assert_eq!(marked(&variable), all, "it is kept over an orderly end too");
+    assert_eq!(tagged(&variable), all, "it is kept over an orderly end too");
     // A daemon whose file says something else of the pool ends it and starts what it says.
-    let changed = forking_pool(folder.path(), &mark, "");
+    let changed = forking_pool(folder.path(), &tag, "");
     std::fs::write(cluster.pools_file(0), changed).unwrap();
     cluster.start_daemon(0);
     eventually("another engine runs", MINUTE, || async {
-        let now = marked(&variable);
+        let now = tagged(&variable);
         (handoff(&cluster, "pool-a").is_some() && now.len() >= 4 && now.is_disjoint(&all)).then_some(())
     })
     .await;
     let daemon = cluster.nodes[0].daemon.as_mut().unwrap();
     daemon.signal(Signal::SIGTERM);
     assert!(daemon.wait(Duration::from_secs(20)).success());
-    assert_eq!(marked(&variable), BTreeSet::new());
+    assert_eq!(tagged(&variable), BTreeSet::new());
 }
 
 // CLOUD-2408
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_signal_to_a_guard_without_a_daemon_ends_its_engine_in_order() {
     let folder = tempfile::tempdir().unwrap();
-    let mark = uuid::Uuid::new_v4().to_string();
-    let variable = format!("E2E_MARK={mark}");
-    let mut cluster = node_with(forking_pool(folder.path(), &mark, "keep_on_exit = true")).await;
+    let tag = uuid::Uuid::new_v4().to_string();
+    let variable = format!("E2E_MARK={tag}");
+    let mut cluster = node_with(forking_pool(folder.path(), &tag, "keep_on_exit = true")).await;
     wait_state(&cluster, "pool-a", "ready", MINUTE).await;
     let guard = parent(engine_pid(&cluster, "pool-a"));
     cluster.nodes[0].daemon.as_mut().unwrap().kill();
-    assert!(marked(&variable).len() >= 4, "it is kept");
+    assert!(tagged(&variable).len() >= 4, "it is kept");
     send(guard, Signal::SIGTERM);
     eventually("nothing of the engine is left", Duration::from_secs(5), || async {
-        marked(&variable).is_empty().then_some(())
+        tagged(&variable).is_empty().then_some(())
     })
     .await;
 }
@@ -523,11 +523,11 @@ async fn a_changed_file_is_taken_without_a_restart_and_a_bad_one_says_why_and_ch
         Some(pools["pools_file_problem"].as_str().unwrap_or_default().to_owned())
     };
     write(&format!("{first}slotz = 3\n"));
-    let said = eventually("the mistake is named", Duration::from_secs(5), || async {
+    let reported = eventually("the mistake is named", Duration::from_secs(5), || async {
         problem().await.filter(|text| text.contains("slotz"))
     })
     .await;
-    assert!(said.contains("line") && said.contains("column"), "{said}");
+    assert!(reported.contains("line") && reported.contains("column"), "{reported}");
     assert_eq!(engine_pid(&cluster, "pool-a"), before);
     write(&(first.clone() + &fake("pool-b", "m-b", "")));
     wait_state(&cluster, "pool-b", "ready", MINUTE).await;
@@ -648,9 +648,9 @@ async fn each_missing_thing_is_named_with_what_brings_it() {
         .env("ORCHESTRATORD_REGISTER_ON_STARTUP", "false")
         .env("POOL_MANAGERD_POOLS", folder.path().join("bad.toml"));
     let output = command.output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
+    let reported = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2));
-    assert!(said.contains("POOL_MANAGERD_POOLS") && said.contains("line 2"), "{said}");
+    assert!(reported.contains("POOL_MANAGERD_POOLS") && reported.contains("line 2"), "{reported}");
 }
 
 /// A server that sends bytes without saying how many they will be.
@@ -697,13 +697,13 @@ async fn a_full_disk_leaves_nothing_half_done() {
         command.args(["--mount", "sh", "-c", &script]).kill_on_drop(true);
         async move { command.output().await.unwrap() }
     };
-    for (source, said) in
+    for (source, reported) in
         [(big.display().to_string(), "bytes are needed and"), (endless().await, "No space left on device")]
     {
         let output = stage(&source).await;
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(1), "{error}");
-        assert!(error.contains(said), "{error}");
+        assert!(error.contains(reported), "{error}");
         let left = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(!left.contains(&disk.display().to_string()), "{left}");
     }

@@ -155,9 +155,9 @@ async fn a_client_that_repeats_its_mistake_does_not_slow_the_others() {
             beside < alone * 2 + Duration::from_secs(1),
             "16 good tasks took {beside:?} instead of {alone:?}"
         );
-        let told =
+        let reported =
             poisoned.iter().filter(|t| t.events.last().is_some_and(|(.., data)| data["retriable"] == false));
-        assert!(told.count() > 0, "the request's own fault is said");
+        assert!(reported.count() > 0, "the request's own fault is said");
     }
 }
 

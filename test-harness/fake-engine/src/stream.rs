@@ -110,7 +110,7 @@ struct Answer {
     /// Tokens that it still thinks.
     thoughts: u64,
     /// The mark that ends them is still to come.
-    marks: bool,
+    delimiters: bool,
 }
 
 impl Drop for Answer {
@@ -154,7 +154,7 @@ pub(crate) async fn answer(engine: Arc<Engine>, dialect: Dialect, tokens: u64, f
         _ => 0,
     };
     // A mark ends the thoughts; whoever goes on after them has had it.
-    let marks = matches!(fault, Fault::Thinks { tokens } if first <= tokens);
+    let delimiters = matches!(fault, Fault::Thinks { tokens } if first <= tokens);
     let answer = Answer {
         engine,
         dialect,
@@ -167,7 +167,7 @@ pub(crate) async fn answer(engine: Arc<Engine>, dialect: Dialect, tokens: u64, f
         slot: None,
         over: false,
         thoughts,
-        marks,
+        delimiters,
     };
     let body =
         stream::unfold(answer, |mut answer| async move { answer.step().await.map(|piece| (piece, answer)) });
@@ -260,18 +260,18 @@ impl Answer {
             return self.dialect.end(self.tokens).map(|end| Ok(Bytes::from(end)));
         }
         let letter = if self.fault == Fault::OtherWords { 'x' } else { 'w' };
-        if self.marks && self.thoughts == 0 {
-            self.marks = false;
+        if self.delimiters && self.thoughts == 0 {
+            self.delimiters = false;
             self.made += 1;
             let count = self.made;
-            let mark = match self.dialect {
+            let delimiter = match self.dialect {
                 Dialect::Llama => format!(
                     "data: {{\"content\":\"</think>\\n\\n\",\"tokens\":[{END_OF_THOUGHTS}],\"stop\":false,\"tokens_predicted\":{count}}}\n\n"
                 ),
                 // The server has taken it out.
                 _ => "data: {\"choices\":[{\"delta\":{\"content\":\"\"}}]}\n\n".to_owned(),
             };
-            return Some(Ok(Bytes::from(mark)));
+            return Some(Ok(Bytes::from(delimiter)));
         }
         let n = self.first + self.next;
         self.next += 1;

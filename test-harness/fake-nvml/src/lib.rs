@@ -318,7 +318,7 @@ pub unsafe extern "C" fn nvmlDeviceGetComputeRunningProcesses_v3(
 #[derive(Debug, Default)]
 struct EventSet {
     device: usize,
-    told: usize,
+    reported: usize,
 }
 
 /// # Safety
@@ -363,8 +363,8 @@ pub unsafe extern "C" fn nvmlEventSetWait_v2(
     let set = unsafe { &mut *set.cast::<EventSet>() };
     let device = set.device as *mut c_void;
     answer(gpu(device).and_then(|gpu| {
-        let xid = *gpu.xids.get(set.told).ok_or(TIMEOUT)?;
-        set.told += 1;
+        let xid = *gpu.xids.get(set.reported).ok_or(TIMEOUT)?;
+        set.reported += 1;
         let data = EventData {
             device,
             kind: XID_CRITICAL_ERROR,

@@ -5,12 +5,12 @@
 
 use libfuzzer_sys::fuzz_target;
 use pool_registry_types::constraints::{
-    Constraint, ConstraintTooLarge, MAX_BYTES, MAX_NESTING, check, check_json,
+    DecodingConstraint, ConstraintTooLarge, MAX_BYTES, MAX_NESTING, check, check_json,
 };
 use serde_json::Value;
 
-const ALL: [Constraint; 4] =
-    [Constraint::Grammar, Constraint::JsonSchema, Constraint::Regex, Constraint::StopList];
+const ALL: [DecodingConstraint; 4] =
+    [DecodingConstraint::Grammar, DecodingConstraint::JsonSchema, DecodingConstraint::Regex, DecodingConstraint::StopList];
 
 /// What a table of rules takes at least, bytes.
 const TABLE: usize = 4096;
@@ -44,7 +44,7 @@ fn nested(levels: usize) -> Result<(), ConstraintTooLarge> {
 fuzz_target!(|text: &[u8]| {
     for kind in ALL {
         let (verdicts, spent) = fuzz::measure(|| (check(kind, text), check_json(kind, text)));
-        let most = if kind == Constraint::Grammar { TABLE + 128 * text.len() } else { 0 };
+        let most = if kind == DecodingConstraint::Grammar { TABLE + 128 * text.len() } else { 0 };
         assert!(spent.highest <= most, "{kind:?} takes {} bytes for {}", spent.highest, text.len());
         if text.len() > MAX_BYTES {
             assert!(verdicts.0.is_err(), "{kind:?}");
@@ -53,27 +53,27 @@ fuzz_target!(|text: &[u8]| {
     if text.len() > MAX_BYTES {
         return;
     }
-    assert_eq!(check(Constraint::StopList, text), Ok(()));
+    assert_eq!(check(DecodingConstraint::StopList, text), Ok(()));
     // Where nothing can hide a bracket and nothing repeats, the brackets are all there is.
     if !text.iter().any(|byte| b"\"[]#</{*+?=".contains(byte)) {
-        assert_eq!(check(Constraint::Grammar, text), nested(deepest(text, b"(", b")")));
+        assert_eq!(check(DecodingConstraint::Grammar, text), nested(deepest(text, b"(", b")")));
     }
     if !text.iter().any(|byte| b"\\[]{*+?".contains(byte)) {
-        assert_eq!(check(Constraint::Regex, text), nested(deepest(text, b"(", b")")));
+        assert_eq!(check(DecodingConstraint::Regex, text), nested(deepest(text, b"(", b")")));
     }
     if !text.contains(&b'"') {
-        assert_eq!(check(Constraint::JsonSchema, text), nested(deepest(text, b"{[", b"}]")));
+        assert_eq!(check(DecodingConstraint::JsonSchema, text), nested(deepest(text, b"{[", b"}]")));
     }
     // A text in a body is the same text.
     if let Ok(plain) = std::str::from_utf8(text) {
         let raw = serde_json::to_vec(plain).expect("a string can be written");
-        for kind in [Constraint::Grammar, Constraint::Regex] {
+        for kind in [DecodingConstraint::Grammar, DecodingConstraint::Regex] {
             assert_eq!(check_json(kind, &raw), check(kind, text), "{kind:?}");
         }
     }
     if let Ok(value) = serde_json::from_slice::<Value>(text)
         && height(&value) > MAX_NESTING
     {
-        assert!(check(Constraint::JsonSchema, text).is_err(), "JSON deeper than it was measured");
+        assert!(check(DecodingConstraint::JsonSchema, text).is_err(), "JSON deeper than it was measured");
     }
 });

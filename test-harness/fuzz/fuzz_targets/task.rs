@@ -40,9 +40,9 @@ fuzz_target!(|body: &[u8]| {
     for wait in [task.deadline_ms, timeouts.first_token_ms, timeouts.token_idle_ms] {
         assert!(wait.is_none_or(|wait| (1..=MAX_WAIT_MS).contains(&wait)), "{wait:?}");
     }
-    if let Some(wishes) = &task.placement
-        && let Some(pool) = &wishes.pin_pool_id
-        && let (Some(of), Some(node)) = (&pool.node_id, &wishes.node_id)
+    if let Some(constraints) = &task.placement
+        && let Some(pool) = &constraints.pin_pool_id
+        && let (Some(of), Some(node)) = (&pool.node_id, &constraints.node_id)
     {
         assert_eq!(of, node, "a pin to two nodes");
     }

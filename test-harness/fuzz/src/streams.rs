@@ -52,7 +52,7 @@ pub fn check(bytes: &[u8], finest: usize) {
 
 /// A frame that outlives its decoder.
 #[derive(Debug, PartialEq, Eq)]
-struct Kept {
+struct OwnedFrame {
     raw: Vec<u8>,
     id: Option<String>,
     event: String,
@@ -60,7 +60,7 @@ struct Kept {
     comment: Option<String>,
 }
 
-impl From<Frame<'_>> for Kept {
+impl From<Frame<'_>> for OwnedFrame {
     fn from(frame: Frame<'_>) -> Self {
         Self {
             raw: frame.raw.to_vec(),
@@ -75,7 +75,7 @@ impl From<Frame<'_>> for Kept {
 /// All frames, and what breaks the stream off.
 #[derive(Debug, PartialEq, Eq)]
 struct Outcome {
-    frames: Vec<Kept>,
+    frames: Vec<OwnedFrame>,
     end: Result<(), SseError>,
 }
 
@@ -86,7 +86,7 @@ fn decode<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> Outcome {
         decoder.push(piece);
         loop {
             match decoder.next_frame() {
-                Ok(Some(frame)) => frames.push(Kept::from(frame)),
+                Ok(Some(frame)) => frames.push(OwnedFrame::from(frame)),
                 Ok(None) => break,
                 Err(error) => return Outcome { frames, end: Err(error) },
             }
@@ -112,8 +112,8 @@ fn uneven(bytes: &[u8], most: usize) -> impl Iterator<Item = &[u8]> {
 fn lines(bytes: &[u8]) -> Vec<&[u8]> {
     let (mut lines, mut rest) = (Vec::new(), bytes);
     while !rest.is_empty() {
-        let mark = rest.iter().position(|byte| matches!(byte, b'\n' | b'\r'));
-        let end = mark.map_or(rest.len(), |at| if rest[at..].starts_with(b"\r\n") { at + 2 } else { at + 1 });
+        let line_end = rest.iter().position(|byte| matches!(byte, b'\n' | b'\r'));
+        let end = line_end.map_or(rest.len(), |at| if rest[at..].starts_with(b"\r\n") { at + 2 } else { at + 1 });
         let (line, left) = rest.split_at(end);
         lines.push(line);
         rest = left;

@@ -24,7 +24,7 @@ pub(crate) struct Caller {
     url: String,
     authorization: Option<String>,
     /// What stands once in each token's event, and in no other.
-    mark: &'static [u8],
+    token_marker: &'static [u8],
     task: fn(u32) -> Value,
 }
 
@@ -41,7 +41,7 @@ impl Caller {
             client: client(),
             url: format!("{url}/completion"),
             authorization: None,
-            mark: b"\"stop\":false",
+            token_marker: b"\"stop\":false",
             task: |tokens| json!({"prompt": "x", "stream": true, "n_predict": tokens}),
         }
     }
@@ -52,7 +52,7 @@ impl Caller {
             client: client(),
             url: format!("{url}/v2/tasks"),
             authorization: Some(format!("Bearer {token}")),
-            mark: b"event: token",
+            token_marker: b"event: token",
             task: |tokens| json!({"model_ref": "fake-model", "prompt": "x", "max_tokens": tokens}),
         }
     }
@@ -76,7 +76,7 @@ impl Caller {
             let Ok(data) = frame.expect("a whole stream").into_data() else { continue };
             // A mark may be split between two pieces.
             tail.extend_from_slice(&data);
-            let (found, keep) = count(&tail, self.mark);
+            let (found, keep) = count(&tail, self.token_marker);
             seen += found;
             tail.drain(..keep);
             if seen > 0 {
@@ -89,16 +89,16 @@ impl Caller {
 }
 
 /// Marks in the bytes, and how many bytes are done with.
-fn count(bytes: &[u8], mark: &[u8]) -> (usize, usize) {
+fn count(bytes: &[u8], token_marker: &[u8]) -> (usize, usize) {
     let (mut found, mut at, mut done) = (0, 0, 0);
-    while let Some(offset) = bytes[at..].iter().position(|b| *b == mark[0]) {
+    while let Some(offset) = bytes[at..].iter().position(|b| *b == token_marker[0]) {
         at += offset;
-        if bytes[at..].len() < mark.len() {
+        if bytes[at..].len() < token_marker.len() {
             return (found, at);
         }
-        if bytes[at..].starts_with(mark) {
+        if bytes[at..].starts_with(token_marker) {
             found += 1;
-            at += mark.len();
+            at += token_marker.len();
         } else {
             at += 1;
         }

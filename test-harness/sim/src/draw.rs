@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use pool_registry_types::ErrorCode;
-use pool_registry_types::placement::Wishes;
+use pool_registry_types::placement::PlacementConstraints;
 use task_scheduler::{FullLane, Rule, Strategy, Timing};
 
 /// One thing that happens at a set time.
@@ -166,7 +166,7 @@ pub struct TaskPlan {
     pub crashes: bool,
     /// Goes on after tokens: from the start with a seed, or from what was sent.
     pub recovery: Option<Replays>,
-    pub wishes: Option<Wishes>,
+    pub constraints: Option<PlacementConstraints>,
     pub session: Option<u128>,
 }
 
@@ -280,7 +280,7 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
                 1 => Some(Replays::FromTheEnd),
                 _ => None,
             },
-            wishes: wishes(&mut r, node_count),
+            constraints: constraints(&mut r, node_count),
             session: (r.u8(..5) == 0).then(|| r.u128(1..=4)),
         })
         .collect();
@@ -392,7 +392,7 @@ fn of_peers(
 }
 
 /// What a task wishes of its place, if anything. Names of nodes are those of the simulation.
-fn wishes(r: &mut fastrand::Rng, node_count: usize) -> Option<Wishes> {
+fn constraints(r: &mut fastrand::Rng, node_count: usize) -> Option<PlacementConstraints> {
     let node = r.usize(..node_count);
     let zone = ZONES[r.usize(..2)];
     let json = match r.u8(..24) {

@@ -3,14 +3,14 @@
 //!
 //! [`world`] runs `ControlCore`, `NodeCore`, `TaskLog` and `StreamWatch` as they are; there is
 //! no second model of them. What is modelled is the rest: engines, sockets, lost messages,
-//! crashes. [`witness`] checks the invariants after every step from what it saw itself. One
+//! crashes. [`oracle`] checks the invariants after every step from what it saw itself. One
 //! seed is one schedule, and the same seed is the same run to the last event.
 
 pub mod coverage;
 pub mod draw;
+pub mod oracle;
 pub mod runner;
 pub mod scenario;
-pub mod witness;
 pub mod world;
 
 pub use coverage::Coverage;

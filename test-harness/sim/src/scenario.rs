@@ -135,7 +135,7 @@ fn parse_line(plan: &mut Plan, line: &str) -> Option<()> {
             } else {
                 flags.contains(&"continue").then_some(Replays::FromTheEnd)
             },
-            wishes: flags.iter().find_map(|flag| {
+            constraints: flags.iter().find_map(|flag| {
                 let json = format!(r#"{{"mode":"pin","node_id":"{}"}}"#, flag.strip_prefix("pin=")?);
                 serde_json::from_str(&json).ok()
             }),

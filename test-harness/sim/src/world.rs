@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use crate::coverage::Coverage;
 use crate::draw::{NodeFault, Plan, Step};
-use crate::witness::{Broken, Witness};
+use crate::oracle::{Broken, Oracle};
 use control::Control;
 use node::SimNode;
 use node_agent::supervisor::RunId;
@@ -156,7 +156,7 @@ pub(crate) enum What {
         boot: BootId,
         attempt: AttemptId,
     },
-    Settle {
+    SlotReleased {
         node: usize,
         boot: BootId,
         attempt: AttemptId,
@@ -311,12 +311,12 @@ pub struct World {
     pub(crate) next_conn: u64,
     pub(crate) next_call: u64,
     pub(crate) next_boot: u64,
-    pub(crate) witness: Witness,
+    pub(crate) oracle: Oracle,
     pub(crate) coverage: Coverage,
     pub(crate) broken: Option<Broken>,
     /// Notable events, kept when asked for.
     pub(crate) trace: Option<Vec<String>>,
-    pub(crate) liveness_noted: BTreeMap<NodeId, pool_registry_types::node::Liveness>,
+    pub(crate) liveness_seen: BTreeMap<NodeId, pool_registry_types::node::Liveness>,
     /// Which task is which, for people.
     pub(crate) names: BTreeMap<TaskId, usize>,
     /// Whether an odd engine sent the first tokens of a task's stream.
@@ -357,11 +357,11 @@ impl World {
             next_conn: 0,
             next_call: 0,
             next_boot: 0,
-            witness: Witness::default(),
+            oracle: Oracle::default(),
             coverage: Coverage::default(),
             broken: None,
             trace: traced.then(Vec::new),
-            liveness_noted: BTreeMap::new(),
+            liveness_seen: BTreeMap::new(),
             names: BTreeMap::new(),
             voices: BTreeMap::new(),
             loads: Loads::default(),
@@ -397,19 +397,19 @@ impl World {
         }
         self.coverage.simulated_ms += self.now.as_millis();
         self.coverage.schedules += 1;
-        self.witness.at_rest().map_err(|broken| format!("at rest: {broken}"))
+        self.oracle.at_rest().map_err(|broken| format!("at rest: {broken}"))
     }
 
     /// The horizon has passed, and every task has its end.
     fn is_at_rest(&self) -> bool {
-        self.now.as_millis() > self.plan.horizon_ms && self.witness.at_rest().is_ok()
+        self.now.as_millis() > self.plan.horizon_ms && self.oracle.at_rest().is_ok()
     }
 
     /// A task that never started ends for want of time: where pools could be loaded for it, one of
     /// them was asked for.
     pub(crate) fn was_asked_for(&self, task: TaskId) -> Result<(), String> {
         let plan = &self.plan.tasks[self.names[&task]];
-        if plan.wishes.is_some() || !self.witness.waited_since(task, self.now, LOAD_PATIENCE) {
+        if plan.constraints.is_some() || !self.oracle.waited_since(task, self.now, LOAD_PATIENCE) {
             return Ok(());
         }
         let long_ago = |at: &Moment| *at + LOAD_PATIENCE <= self.now;
@@ -577,7 +577,7 @@ impl World {
                 self.intent_answered(life, node_id, to, order, outcome);
             }
             What::ControlBack => {
-                self.witness.next_life();
+                self.oracle.next_life();
                 self.start_control();
             }
             What::CutOff { life, down_ms } => self.cut_off(life, down_ms),
@@ -702,8 +702,8 @@ impl World {
                     self.coverage.hit("fault: control plane stalled");
                     let until = self.now + std::time::Duration::from_millis(for_ms);
                     self.stall_until = Some(until);
-                    self.witness.stalled_until = until;
-                    self.witness.stall_total_ms += for_ms;
+                    self.oracle.stalled_until = until;
+                    self.oracle.stall_total_ms += for_ms;
                     self.after_ms(for_ms, What::Heal(Heal::Stall));
                 }
             }
@@ -743,10 +743,10 @@ impl World {
             Heal::Stall => {
                 self.stall_until = None;
                 // What is due comes before the mailbox.
-                let (timers, mail): (Vec<What>, Vec<What>) = std::mem::take(&mut self.stalled)
+                let (timers, messages): (Vec<What>, Vec<What>) = std::mem::take(&mut self.stalled)
                     .into_iter()
                     .partition(|what| matches!(what, What::ControlTimer { .. }));
-                for what in timers.into_iter().chain(mail) {
+                for what in timers.into_iter().chain(messages) {
                     self.handle(what);
                 }
             }

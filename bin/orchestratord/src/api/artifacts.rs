@@ -15,21 +15,21 @@ use super::on_disk;
 use crate::app::state::AppState;
 
 #[derive(Debug, Serialize, ToSchema)]
-pub(crate) struct Kept {
+pub(crate) struct ArtifactCreated {
     id: Digest,
     bytes: usize,
 }
 
 /// Keeps a JSON document. The same bytes have the same id.
 #[utoipa::path(post, path = paths::ARTIFACTS, tag = "artifacts", request_body = serde_json::Value,
-    responses((status = 201, body = Kept), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody)))]
+    responses((status = 201, body = ArtifactCreated), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody)))]
 pub(crate) async fn create(
     State(state): State<AppState>,
     RawBody(document): RawBody,
-) -> Result<(StatusCode, Json<Kept>), ApiError> {
+) -> Result<(StatusCode, Json<ArtifactCreated>), ApiError> {
     let (artifacts, bytes) = (Arc::clone(&state.artifacts), document.len());
     let id = on_disk(move || artifacts.put(&document)).await?;
-    Ok((StatusCode::CREATED, Json(Kept { id, bytes })))
+    Ok((StatusCode::CREATED, Json(ArtifactCreated { id, bytes })))
 }
 
 /// A document, byte for byte.

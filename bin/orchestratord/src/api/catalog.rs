@@ -6,7 +6,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use daemon_kit::{ApiError, Body, PathId};
-use pool_registry_types::view::Availability;
+use pool_registry_types::view::CatalogAvailability;
 use pool_registry_types::{Digest, ErrorBody, ErrorCode, ModelRef, routes as paths};
 use serde::{Deserialize, Serialize};
 use task_scheduler::Event;
@@ -20,8 +20,10 @@ use crate::services::catalog::{Catalog, ModelEntry, ModelState, Verification};
 const MAX_DESCRIPTION_CHARS: usize = 4096;
 
 /// The models of all ready pools on online nodes, and those that lie on disks.
-#[utoipa::path(get, path = paths::CATALOG_AVAILABILITY, tag = "catalog", responses((status = 200, body = Availability), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
-pub(crate) async fn availability(State(state): State<AppState>) -> Result<Json<Availability>, ApiError> {
+#[utoipa::path(get, path = paths::CATALOG_AVAILABILITY, tag = "catalog", responses((status = 200, body = CatalogAvailability), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn availability(
+    State(state): State<AppState>,
+) -> Result<Json<CatalogAvailability>, ApiError> {
     Ok(Json(state.service_registry.view().await?.availability()))
 }
 
@@ -65,8 +67,8 @@ pub(crate) async fn create(
     let entry = ModelEntry { model_id, digest, description, state: model_state };
     let kept = entry.clone();
     let new = change(&state, move |catalog| {
-        let told = (kept.model_id.clone(), kept.state == ModelState::Retired);
-        Ok((catalog.put(kept)?, told))
+        let reported = (kept.model_id.clone(), kept.state == ModelState::Retired);
+        Ok((catalog.put(kept)?, reported))
     });
     let new = new.await?;
     Ok((if new { StatusCode::CREATED } else { StatusCode::OK }, Json(entry)))
@@ -83,7 +85,7 @@ async fn change<T: Send + 'static>(
     let changing = owned_tasks::uninterrupted("change of the catalog", async move {
         let _one = order.lock().await;
         let (result, (model, retired)) = on_disk(move || work(&catalog)).await?;
-        control.tell(Event::SetRetired { model, retired }).await;
+        control.send(Event::SetRetired { model, retired }).await;
         Ok(result)
     });
     changing.await.unwrap_or_else(|_| Err(defect()))

@@ -7,7 +7,7 @@ use daemon_kit::{ApiError, Body, Caller, OwnNode, PathId};
 use pool_registry_types::node::{
     Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, RegisterAnswer, RegisterRequest,
 };
-use pool_registry_types::placement::MAX_WISHES;
+use pool_registry_types::placement::MAX_CONSTRAINTS;
 use pool_registry_types::view::{ClusterView, NodeView};
 use pool_registry_types::{Epoch, ErrorBody, ErrorCode, NodeId, routes as paths};
 use serde::Deserialize;
@@ -41,13 +41,13 @@ pub(crate) async fn register(
     Body(request): Body<RegisterRequest>,
 ) -> Result<Json<RegisterAnswer>, ApiError> {
     require_cloud(&state)?;
-    caller.may_speak_for(&request.node_id)?;
+    caller.authorize_node(&request.node_id)?;
     state
         .node_addresses
         .check(&request.address)
         .map_err(|why| ApiError::new(ErrorCode::InvalidParams, format!("address: {why}")))?;
-    if request.labels.len() > MAX_WISHES {
-        return Err(ApiError::new(ErrorCode::InvalidParams, format!("labels: at most {MAX_WISHES}")));
+    if request.labels.len() > MAX_CONSTRAINTS {
+        return Err(ApiError::new(ErrorCode::InvalidParams, format!("labels: at most {MAX_CONSTRAINTS}")));
     }
     let node_id = request.node_id.clone();
     let answer = state.service_registry.register(request).await.inspect_err(|error| {

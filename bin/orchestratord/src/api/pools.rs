@@ -24,7 +24,7 @@ pub(crate) struct OnNode {
     node_id: Option<NodeId>,
 }
 
-type Place = Result<Query<OnNode>, QueryRejection>;
+type NodeQuery = Result<Query<OnNode>, QueryRejection>;
 type Ordered = Result<(StatusCode, Json<PoolOrdered>), ApiError>;
 
 /// All pools of all nodes, at most 100 ms old.
@@ -41,14 +41,14 @@ pub(crate) async fn list(State(state): State<AppState>) -> Result<Json<PoolList>
 pub(crate) async fn health(
     State(state): State<AppState>,
     PathId(id): PathId<PoolId>,
-    place: Place,
+    query: NodeQuery,
 ) -> Result<Json<PoolOfNode>, ApiError> {
-    let OnNode { node_id } = checked(place)?;
+    let OnNode { node_id } = checked(query)?;
     Ok(Json(state.service_registry.pool(&id, node_id.as_ref()).await?.0))
 }
 
-async fn order(state: &AppState, id: PoolId, place: Place, order: PoolOrder) -> Ordered {
-    let OnNode { node_id } = checked(place)?;
+async fn order(state: &AppState, id: PoolId, query: NodeQuery, order: PoolOrder) -> Ordered {
+    let OnNode { node_id } = checked(query)?;
     let (pool, address) = state.service_registry.pool(&id, node_id.as_ref()).await?;
     let ordered = state.relays.link.order_pool(&address, &id, &order).await.map_err(|mut error| {
         error.node_id.get_or_insert(pool.node_id.clone());
@@ -65,11 +65,11 @@ async fn order(state: &AppState, id: PoolId, place: Place, order: PoolOrder) -> 
 pub(crate) async fn drain(
     State(state): State<AppState>,
     PathId(id): PathId<PoolId>,
-    place: Place,
+    query: NodeQuery,
     Body(drain): Body<PoolDrain>,
 ) -> Ordered {
     drain.check()?;
-    order(&state, id, place, PoolOrder::Drain(drain)).await
+    order(&state, id, query, PoolOrder::Drain(drain)).await
 }
 
 /// The pool takes work again; with another model where one is named and its node can load it.
@@ -79,10 +79,10 @@ pub(crate) async fn drain(
 pub(crate) async fn reload(
     State(state): State<AppState>,
     PathId(id): PathId<PoolId>,
-    place: Place,
+    query: NodeQuery,
     Body(reload): Body<PoolReload>,
 ) -> Ordered {
-    order(&state, id, place, PoolOrder::Reload(reload)).await
+    order(&state, id, query, PoolOrder::Reload(reload)).await
 }
 
 /// The pool's engines end, where their node has started them, and what is named is removed.
@@ -92,8 +92,8 @@ pub(crate) async fn reload(
 pub(crate) async fn purge(
     State(state): State<AppState>,
     PathId(id): PathId<PoolId>,
-    place: Place,
+    query: NodeQuery,
     Body(purge): Body<PoolPurge>,
 ) -> Ordered {
-    order(&state, id, place, PoolOrder::Purge(purge)).await
+    order(&state, id, query, PoolOrder::Purge(purge)).await
 }

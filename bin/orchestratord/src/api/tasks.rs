@@ -42,14 +42,14 @@ pub(crate) async fn submit(
     let task_id = request.task_id.unwrap_or_else(|| TaskId(Uuid::new_v4()));
     // Whoever attaches to a task that is there has no other one.
     let known = state.streams.get(task_id).is_some();
-    let place = if known { None } else { state.quota.task(&caller)? };
+    let permit = if known { None } else { state.quota.task(&caller)? };
     let request = Arc::new(request);
     // Whoever hangs up now may have been admitted: the task has its place all the same.
     let (control, streams) = (state.control.clone(), Arc::clone(&state.streams));
     let admission = owned_tasks::uninterrupted("admission of a task", async move {
         let answer = control.call(move |reply| Event::Submit { reply, task_id, request }).await?;
-        if let Some(place) = place {
-            streams.hold_place(task_id, place);
+        if let Some(permit) = permit {
+            streams.hold_permit(task_id, permit);
         }
         Ok::<_, ErrorBody>(answer)
     });
@@ -193,8 +193,8 @@ fn stream(
 ) -> Result<Response, ApiError> {
     let gauge = Gauge::new(state.control.clone(), verbose);
     let (stream, next) = state.streams.find(id, last_event_id)?;
-    let place = stream.reader()?;
-    let body = HttpBody::from_stream(readers::follow(stream, place, next, id, gauge));
+    let permit = stream.reader()?;
+    let body = HttpBody::from_stream(readers::follow(stream, permit, next, id, gauge));
     let kind = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
     Ok((StatusCode::OK, kind, body).into_response())
 }

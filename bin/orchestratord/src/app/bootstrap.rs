@@ -78,7 +78,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     // Not started again: what it had decided may be half done. The daemon ends with it.
     let deciding = owned_tasks::watched("control loop", deciding);
     for entry in catalog.list().into_iter().filter(|entry| entry.state == ModelState::Retired) {
-        control.tell(Event::SetRetired { model: entry.model_id, retired: true }).await;
+        control.send(Event::SetRetired { model: entry.model_id, retired: true }).await;
     }
     let home = match home {
         Some(home) => Some(home.start(&config.runtime_dir, control.clone())?),
@@ -111,12 +111,12 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         quota: Some(quota),
         origins: config.origins,
     };
-    let (tokens, told, ended) = (state.tokens.clone(), control.clone(), stop.clone());
+    let (tokens, reported, ended) = (state.tokens.clone(), control.clone(), stop.clone());
     let telling = move || {
-        let told = told.clone();
-        tokens.clone().tell_changes(ended.clone(), move || {
-            let told = told.clone();
-            async move { told.tell(Event::TokensChanged).await }
+        let reported = reported.clone();
+        tokens.clone().notify_changes(ended.clone(), move || {
+            let reported = reported.clone();
+            async move { reported.send(Event::TokensChanged).await }
         })
     };
     state.loops.start(&tracker, "changes of tokens", &stop, telling);
@@ -131,9 +131,9 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         _ = &mut deciding => return Err(StartError::LoopEnded),
     }
     tracing::info!("stopping: nothing new is admitted");
-    control.tell(Event::Drain).await;
+    control.send(Event::Drain).await;
     finish_tasks(&control, config.shutdown_grace).await;
-    control.tell(Event::CutOff).await;
+    control.send(Event::CutOff).await;
     if let Some(home) = home {
         home.leave(Duration::ZERO).await;
     }

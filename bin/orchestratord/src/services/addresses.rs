@@ -12,12 +12,12 @@ const LONGEST: usize = 300;
 #[derive(Debug, Clone, Default)]
 pub(crate) struct NodeAddresses {
     /// Empty: any that is not forbidden altogether.
-    allowed: Vec<Place>,
+    allowed: Vec<AllowedHost>,
     tls_only: bool,
 }
 
 #[derive(Debug, Clone)]
-enum Place {
+enum AllowedHost {
     Network(IpNet),
     Name(String),
     /// With its dot.
@@ -27,12 +27,12 @@ enum Place {
 impl NodeAddresses {
     /// A comma-separated list of networks, addresses, names and `*.suffix`es.
     pub(crate) fn parse(list: &str, tls_only: bool) -> Result<Self, String> {
-        let place = |text: &str| -> Result<Place, String> {
+        let entry = |text: &str| -> Result<AllowedHost, String> {
             if let Ok(ip) = text.parse::<IpAddr>() {
-                return Ok(Place::Network(ip.into()));
+                return Ok(AllowedHost::Network(ip.into()));
             }
             if text.contains('/') {
-                return text.parse().map(Place::Network).map_err(|_| format!("{text:?} is no network"));
+                return text.parse().map(AllowedHost::Network).map_err(|_| format!("{text:?} is no network"));
             }
             let name = text.to_ascii_lowercase();
             let (suffix, labels) = match name.strip_prefix('*') {
@@ -43,10 +43,10 @@ impl NodeAddresses {
             {
                 return Err(format!("{text:?} is no network, address, name or *.suffix"));
             }
-            Ok(if suffix { Place::Suffix(format!(".{labels}")) } else { Place::Name(name) })
+            Ok(if suffix { AllowedHost::Suffix(format!(".{labels}")) } else { AllowedHost::Name(name) })
         };
         let parts = list.split(',').map(str::trim).filter(|text| !text.is_empty());
-        Ok(Self { allowed: parts.map(place).collect::<Result<_, _>>()?, tls_only })
+        Ok(Self { allowed: parts.map(entry).collect::<Result<_, _>>()?, tls_only })
     }
 
     /// Checks `http://host:port` or `https://host:port`. The error says what is wrong with it.
@@ -82,10 +82,10 @@ impl NodeAddresses {
         if ip.is_some_and(is_never_a_node) || (ip.is_none() && host.contains("metadata")) {
             return Err(format!("{host} is no address of a node"));
         }
-        let is_allowed = |place: &Place| match (place, ip) {
-            (Place::Network(network), Some(ip)) => network.contains(&ip),
-            (Place::Name(name), None) => *name == host,
-            (Place::Suffix(suffix), None) => host.ends_with(suffix.as_str()),
+        let is_allowed = |entry: &AllowedHost| match (entry, ip) {
+            (AllowedHost::Network(network), Some(ip)) => network.contains(&ip),
+            (AllowedHost::Name(name), None) => *name == host,
+            (AllowedHost::Suffix(suffix), None) => host.ends_with(suffix.as_str()),
             _ => false,
         };
         if !self.allowed.is_empty() && !self.allowed.iter().any(is_allowed) {

@@ -50,11 +50,11 @@ impl Relays {
             tracing::error!(task_id = %dispatch.task, "a task that runs has no log");
             let how = HowEnded::OwnDefect("a defect in the relay".into());
             let (attempt, tokens_written) = (dispatch.attempt, dispatch.first_index);
-            let ended = Event::Ended { attempt, tokens_written, unlogged: 0, how, closed_after: None };
-            return control.tell(ended).await;
+            let ended = Event::Ended { attempt, tokens_written, unlogged: 0, how, final_report: None };
+            return control.send(ended).await;
         };
         let relay = owned_tasks::caught("relay", self.relay(&dispatch, &control, &stream));
-        let (how, closed_after) = tokio::select! {
+        let (how, final_report) = tokio::select! {
             biased;
             () = closed.cancelled() => return,
             outcome = relay => outcome.unwrap_or_else(|panicked| {
@@ -68,7 +68,7 @@ impl Relays {
         }
         let (attempt, tokens_written) = (dispatch.attempt, fence.tokens_written);
         let unlogged = stream.unlogged();
-        control.tell(Event::Ended { attempt, tokens_written, unlogged, how, closed_after }).await;
+        control.send(Event::Ended { attempt, tokens_written, unlogged, how, final_report }).await;
     }
 
     async fn relay(
@@ -96,7 +96,7 @@ impl Relays {
         let Taken { replica_id, report_seq, mut frames } = taken;
         watch.accepted(self.clock.now());
         let attempt = dispatch.attempt;
-        control.tell(Event::Accepted { attempt, replica_id: replica_id.clone(), report_seq }).await;
+        control.send(Event::Accepted { attempt, replica_id: replica_id.clone(), report_seq }).await;
 
         let mut reading = Reading {
             decoder: Decoder::new(),
@@ -104,10 +104,10 @@ impl Relays {
             replica_id,
             started: false,
             last: None,
-            closed_after: None,
+            final_report: None,
             ids: None,
         };
-        let mut told_alive = self.clock.now();
+        let mut alive_sent = self.clock.now();
         // Armed once and moved only when it fires: a token does not touch it.
         let alarm = tokio::time::sleep_until(self.instant(watch.next_deadline()));
         tokio::pin!(alarm);
@@ -121,7 +121,7 @@ impl Relays {
                         return reading.end(HowEnded::TimedOut(overdue));
                     }
                     if watch.grows_quiet(now) {
-                        control.tell(Event::Quiet { attempt }).await;
+                        control.send(Event::Quiet { attempt }).await;
                     }
                     alarm.as_mut().reset(self.instant(watch.next_deadline()));
                     continue;
@@ -134,7 +134,7 @@ impl Relays {
             };
             let now = self.clock.now();
             if watch.bytes(now) {
-                control.tell(Event::Heard { attempt }).await;
+                control.send(Event::Heard { attempt }).await;
                 alarm.as_mut().reset(self.instant(watch.next_deadline()));
             }
             reading.decoder.push(&bytes);
@@ -170,12 +170,12 @@ impl Relays {
             }
             if news.tokens || news.unlogged {
                 if news.tokens && watch.token(now) {
-                    control.tell(Event::Started { attempt }).await;
+                    control.send(Event::Started { attempt }).await;
                     alarm.as_mut().reset(self.instant(watch.next_deadline()));
-                } else if now.since(told_alive) >= ALIVE_EVERY {
-                    control.tell(Event::Alive { node_id: dispatch.pool.node_id.clone() }).await;
+                } else if now.since(alive_sent) >= ALIVE_EVERY {
+                    control.send(Event::Alive { node_id: dispatch.pool.node_id.clone() }).await;
                 }
-                told_alive = if now.since(told_alive) >= ALIVE_EVERY { now } else { told_alive };
+                alive_sent = if now.since(alive_sent) >= ALIVE_EVERY { now } else { alive_sent };
             }
             // A stream that never pauses never lets the alarm ring.
             if let Some(overdue) = watch.overdue(now) {
@@ -186,7 +186,7 @@ impl Relays {
                 Some(None) => return reading.end(HowEnded::Broken(NO_FINAL_FRAME.into())),
                 Some(Some(Ok(_))) | None => {}
             }
-            if reading.closed_after.is_some() {
+            if reading.final_report.is_some() {
                 return reading.end(HowEnded::Broken("its closing word came without a final frame".into()));
             }
         }
@@ -217,7 +217,7 @@ struct Reading<'d> {
     /// The final frame, once it came.
     last: Option<HowEnded>,
     /// The node's closing word.
-    closed_after: Option<u64>,
+    final_report: Option<u64>,
     /// The tokens of the task up to the frame that comes next, and the engine's ids of its own.
     ids: Option<(u64, Vec<u32>)>,
 }
@@ -225,7 +225,7 @@ struct Reading<'d> {
 impl Reading<'_> {
     /// The end of the attempt: its final frame if one came, else what broke it.
     fn end(self, otherwise: HowEnded) -> (HowEnded, Option<u64>) {
-        (self.last.unwrap_or(otherwise), self.closed_after)
+        (self.last.unwrap_or(otherwise), self.final_report)
     }
 
     /// Moves all whole frames into the log, under one lock.
@@ -242,15 +242,15 @@ impl Reading<'_> {
                         break;
                     }
                 };
-                let mut place = Place {
+                let mut sink = FrameSink {
                     dispatch: self.dispatch,
                     replica_id: &self.replica_id,
                     started: &mut self.started,
                     last: &mut self.last,
-                    closed_after: &mut self.closed_after,
+                    final_report: &mut self.final_report,
                     ids: &mut self.ids,
                 };
-                taken = place.put(&frame, log, stream, &mut news);
+                taken = sink.put(&frame, log, stream, &mut news);
             }
         });
         taken.map(|()| news)
@@ -258,16 +258,16 @@ impl Reading<'_> {
 }
 
 /// Where a frame goes: the parts of [`Reading`] beside the decoder that the frame borrows from.
-struct Place<'r> {
+struct FrameSink<'r> {
     dispatch: &'r Dispatch,
     replica_id: &'r ReplicaId,
     started: &'r mut bool,
     last: &'r mut Option<HowEnded>,
-    closed_after: &'r mut Option<u64>,
+    final_report: &'r mut Option<u64>,
     ids: &'r mut Option<(u64, Vec<u32>)>,
 }
 
-impl Place<'_> {
+impl FrameSink<'_> {
     fn put(
         &mut self,
         frame: &Frame<'_>,
@@ -282,7 +282,7 @@ impl Place<'_> {
                 *self.ids = count.parse().ok().map(|count| (count, ids));
             } else if let Some(seq) = frame.comment.and_then(|text| text.strip_prefix("report-seq ")) {
                 // A newer node may say more after the number.
-                *self.closed_after = seq.split(' ').next().and_then(|seq| seq.parse().ok());
+                *self.final_report = seq.split(' ').next().and_then(|seq| seq.parse().ok());
             } else if frame.comment == Some(UNLOGGED_THOUGHT) {
                 stream.count_unlogged();
                 news.unlogged = true;

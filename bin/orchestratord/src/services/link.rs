@@ -89,7 +89,7 @@ impl NodeLink {
     }
 
     /// Tells the node what it is to do from now on; it has written it down when this returns well.
-    pub(crate) async fn tell_intent(&self, address: &str, order: &IntentOrder) -> Result<(), String> {
+    pub(crate) async fn deliver_intent(&self, address: &str, order: &IntentOrder) -> Result<(), String> {
         match self {
             Self::Http(http) => {
                 let body = serde_json::to_value(order).unwrap_or_default();
@@ -393,20 +393,20 @@ mod tests {
     // CLOUD-1109
     #[test]
     fn a_newer_nodes_refusal_is_understood_by_its_status_and_whether_it_may_be_tried_again() {
-        let said = |retriable: bool| {
+        let reported = |retriable: bool| {
             let body = format!(r#"{{"code":"PAGED_OUT","message":"not now","retriable":{retriable}}}"#);
             serde_json::from_str::<ErrorBody>(&body).unwrap()
         };
         let free = [(409, false), (429, false), (503, false), (418, true), (500, true)];
         for (status, retriable) in free {
-            let ended = refusal(status, Some(said(retriable)));
-            assert_eq!(ended, HowEnded::Refused(said(retriable)), "{status} {retriable}");
+            let ended = refusal(status, Some(reported(retriable)));
+            assert_eq!(ended, HowEnded::Refused(reported(retriable)), "{status} {retriable}");
         }
         for status in [400, 418] {
-            let ended = refusal(status, Some(said(false)));
+            let ended = refusal(status, Some(reported(false)));
             assert!(matches!(&ended, HowEnded::Rejected(body) if body.message == "not now"), "{ended:?}");
         }
-        let failed = refusal(500, Some(said(false)));
+        let failed = refusal(500, Some(reported(false)));
         assert!(matches!(&failed, HowEnded::NodeFailed(reason) if reason.contains("not now")), "{failed:?}");
     }
 

@@ -37,7 +37,7 @@ const CHANGES: usize = 4096;
 type Reply = Result<Answer, ErrorBody>;
 
 enum Message {
-    Tell(Event),
+    Event(Event),
     Call { event: Box<dyn FnOnce(ReplyTo) -> Event + Send>, reply: oneshot::Sender<Reply> },
 }
 
@@ -71,9 +71,9 @@ impl std::fmt::Debug for Question {
 
 impl Control {
     /// Tells what happened. Waits for room, because it must not be lost.
-    pub(crate) async fn tell(&self, event: Event) {
+    pub(crate) async fn send(&self, event: Event) {
         // The loop ends last; without it nobody needs to know.
-        let _ = self.mailbox.send(Message::Tell(event)).await;
+        let _ = self.mailbox.send(Message::Event(event)).await;
     }
 
     /// Asks for a decision. Errors: the decision's own, and `OVERLOADED`.
@@ -220,7 +220,7 @@ impl Loop {
 
     fn handle(&mut self, message: Message) {
         match message {
-            Message::Tell(event) => self.apply(event),
+            Message::Event(event) => self.apply(event),
             Message::Call { event, reply } => {
                 self.next_reply += 1;
                 let to = ReplyTo(self.next_reply);
@@ -253,7 +253,7 @@ impl Loop {
                 Event::Register { request, .. } => Some(request.node_id.clone()),
                 Event::Deregister { node_id, .. }
                 | Event::Want { node_id, .. }
-                | Event::IntentTold { node_id, .. } => Some(node_id.clone()),
+                | Event::IntentDelivered { node_id, .. } => Some(node_id.clone()),
                 _ => None,
             };
             if let Event::Ended { attempt, .. } = &event {
@@ -306,7 +306,7 @@ impl Loop {
                 let how = if fence.finished { HowEnded::Finished } else { HowEnded::Closed };
                 let tokens_written = fence.tokens_written;
                 let unlogged = streams.get(task).map_or(0, |stream| stream.unlogged());
-                let ended = Event::Ended { attempt, tokens_written, unlogged, how, closed_after: None };
+                let ended = Event::Ended { attempt, tokens_written, unlogged, how, final_report: None };
                 events.push_back(ended);
             }
             Effect::CloseTask { task, error } => {
@@ -324,15 +324,16 @@ impl Loop {
                     }
                 });
             }
-            Effect::TellIntent { to, node_id, address, order } => {
+            Effect::DeliverIntent { to, node_id, address, order } => {
                 let (relays, control) = (Arc::clone(&self.relays), self.control.clone());
                 owned_tasks::task(&self.tracker, "intent", async move {
-                    let told = owned_tasks::caught("intent", relays.link.tell_intent(&address, &order)).await;
-                    let outcome = told.unwrap_or_else(|panicked| Err(panicked.to_string()));
+                    let reported =
+                        owned_tasks::caught("intent", relays.link.deliver_intent(&address, &order)).await;
+                    let outcome = reported.unwrap_or_else(|panicked| Err(panicked.to_string()));
                     if let Err(reason) = &outcome {
                         tracing::warn!(%node_id, intent = ?order.intent, reason, "the node is told with its next call");
                     }
-                    control.tell(Event::IntentTold { reply: to, node_id, order, outcome }).await;
+                    control.send(Event::IntentDelivered { reply: to, node_id, order, outcome }).await;
                 });
             }
             // Without followers nobody is told.
@@ -353,7 +354,7 @@ impl Loop {
                         }
                         ProbeOutcome::Answered { .. } => {}
                     }
-                    control.tell(Event::Probed { node_id, address, outcome }).await;
+                    control.send(Event::Probed { node_id, address, outcome }).await;
                 });
             }
         }

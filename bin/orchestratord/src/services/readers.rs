@@ -31,12 +31,12 @@ const SAME_METRICS_EVERY: Duration = Duration::from_secs(5);
 /// The task's events from frame `next` on; `gauge` tells what the log does not.
 pub(crate) fn follow(
     stream: Arc<TaskStream>,
-    place: OwnedSemaphorePermit,
+    permit: OwnedSemaphorePermit,
     next: u64,
     task: TaskId,
     gauge: Gauge,
 ) -> impl Stream<Item = Result<Bytes, Infallible>> + Send + use<> {
-    let reader = Reader { stream, _place: place, next, finished: false, task, gauge };
+    let reader = Reader { stream, _permit: permit, next, finished: false, task, gauge };
     stream::unfold(reader, |mut reader| async move { reader.more().await.map(|bytes| (Ok(bytes), reader)) })
 }
 
@@ -46,7 +46,7 @@ pub(crate) struct Gauge {
     control: Control,
     /// Also while the task runs.
     verbose: bool,
-    said: Option<Metrics>,
+    reported: Option<Metrics>,
     /// When something was last sent to the reader, and when the gauge was last looked at.
     spoke: Instant,
     looked: Option<Instant>,
@@ -54,7 +54,7 @@ pub(crate) struct Gauge {
 
 impl Gauge {
     pub(crate) fn new(control: Control, verbose: bool) -> Self {
-        Self { control, verbose, said: None, spoke: Instant::now(), looked: None }
+        Self { control, verbose, reported: None, spoke: Instant::now(), looked: None }
     }
 
     /// How long the log may be quiet before the gauge is looked at.
@@ -80,13 +80,14 @@ impl Gauge {
         if state != TaskState::Queued && !self.verbose {
             return None;
         }
-        let moved = self.said.as_ref().is_none_or(|said| said.queue_position != metrics.queue_position);
+        let moved =
+            self.reported.as_ref().is_none_or(|reported| reported.queue_position != metrics.queue_position);
         if !moved && !self.verbose && self.spoke.elapsed() < SAME_METRICS_EVERY {
             return None;
         }
         let mut frame = Vec::with_capacity(256);
         write_frame(&mut frame, None, "metrics", &serde_json::to_string(&metrics).unwrap_or_default());
-        self.said = Some(metrics);
+        self.reported = Some(metrics);
         Some(Bytes::from(frame))
     }
 }
@@ -94,7 +95,7 @@ impl Gauge {
 /// One reader of one stream.
 struct Reader {
     stream: Arc<TaskStream>,
-    _place: OwnedSemaphorePermit,
+    _permit: OwnedSemaphorePermit,
     next: u64,
     /// The terminal frame was given out.
     finished: bool,

@@ -29,7 +29,7 @@ pub(crate) struct TaskStream {
     unlogged: AtomicU64,
     changed: Notify,
     /// Among the tasks of its token; free when the task has ended.
-    place: Mutex<Option<OwnedSemaphorePermit>>,
+    permit: Mutex<Option<OwnedSemaphorePermit>>,
     readers: Arc<Semaphore>,
 }
 
@@ -131,7 +131,7 @@ impl TaskStream {
 }
 
 #[derive(Debug)]
-enum Kept {
+enum Entry {
     Stream(Arc<TaskStream>),
     /// Its stream is whole, and counts for the room that ended ones take.
     Ended(Arc<TaskStream>),
@@ -140,8 +140,8 @@ enum Kept {
 }
 
 #[derive(Debug, Default)]
-struct Shelf {
-    tasks: HashMap<TaskId, Kept>,
+struct Table {
+    tasks: HashMap<TaskId, Entry>,
     /// Ended streams, oldest first, with their sizes.
     ended: VecDeque<(TaskId, usize)>,
     ended_bytes: usize,
@@ -150,13 +150,13 @@ struct Shelf {
 /// All logs.
 #[derive(Debug)]
 pub(crate) struct Streams {
-    shelf: Mutex<Shelf>,
+    table: Mutex<Table>,
     ended_bytes_at_most: usize,
 }
 
 impl Streams {
     pub(crate) fn new(ended_bytes_at_most: usize) -> Self {
-        Self { shelf: Mutex::default(), ended_bytes_at_most }
+        Self { table: Mutex::default(), ended_bytes_at_most }
     }
 
     pub(crate) fn open(&self, task: TaskId, log: LogId) {
@@ -165,23 +165,23 @@ impl Streams {
             token_ids: Mutex::default(),
             unlogged: AtomicU64::new(0),
             changed: Notify::new(),
-            place: Mutex::default(),
+            permit: Mutex::default(),
             readers: Arc::new(Semaphore::new(MOST_READERS)),
         };
-        self.shelf.lock().tasks.insert(task, Kept::Stream(Arc::new(stream)));
+        self.table.lock().tasks.insert(task, Entry::Stream(Arc::new(stream)));
     }
 
     /// The task has the place until it ends; at once no more if it has ended already.
-    pub(crate) fn hold_place(&self, task: TaskId, place: OwnedSemaphorePermit) {
-        if let Some(Kept::Stream(stream)) = self.shelf.lock().tasks.get(&task) {
-            stream.place.lock().get_or_insert(place);
+    pub(crate) fn hold_permit(&self, task: TaskId, permit: OwnedSemaphorePermit) {
+        if let Some(Entry::Stream(stream)) = self.table.lock().tasks.get(&task) {
+            stream.permit.lock().get_or_insert(permit);
         }
     }
 
     pub(crate) fn get(&self, task: TaskId) -> Option<Arc<TaskStream>> {
-        match self.shelf.lock().tasks.get(&task)? {
-            Kept::Stream(stream) | Kept::Ended(stream) => Some(Arc::clone(stream)),
-            Kept::Evicted => None,
+        match self.table.lock().tasks.get(&task)? {
+            Entry::Stream(stream) | Entry::Ended(stream) => Some(Arc::clone(stream)),
+            Entry::Evicted => None,
         }
     }
 
@@ -205,35 +205,35 @@ impl Streams {
 
     /// The task's stream is whole: it counts for the room that ended ones take.
     pub(crate) fn ended(&self, task: TaskId) {
-        let mut shelf = self.shelf.lock();
+        let mut table = self.table.lock();
         // A cancel that crosses an end says so twice.
-        let Some(Kept::Stream(stream)) = shelf.tasks.get(&task) else { return };
+        let Some(Entry::Stream(stream)) = table.tasks.get(&task) else { return };
         let stream = Arc::clone(stream);
-        drop(stream.place.lock().take());
+        drop(stream.permit.lock().take());
         let size = stream.log.lock().len_bytes();
-        shelf.tasks.insert(task, Kept::Ended(stream));
-        shelf.ended.push_back((task, size));
-        shelf.ended_bytes += size;
-        while shelf.ended_bytes > self.ended_bytes_at_most
-            && let Some((oldest, size)) = shelf.ended.pop_front()
+        table.tasks.insert(task, Entry::Ended(stream));
+        table.ended.push_back((task, size));
+        table.ended_bytes += size;
+        while table.ended_bytes > self.ended_bytes_at_most
+            && let Some((oldest, size)) = table.ended.pop_front()
         {
-            shelf.ended_bytes -= size;
-            if let Some(kept) = shelf.tasks.get_mut(&oldest) {
-                *kept = Kept::Evicted;
+            table.ended_bytes -= size;
+            if let Some(entry) = table.tasks.get_mut(&oldest) {
+                *entry = Entry::Evicted;
             }
         }
     }
 
     /// The task's retention is over.
     pub(crate) fn forget(&self, task: TaskId) {
-        let mut shelf = self.shelf.lock();
-        shelf.tasks.remove(&task);
+        let mut table = self.table.lock();
+        table.tasks.remove(&task);
         // Tasks are forgotten in the order in which they ended.
-        while let Some((oldest, size)) = shelf.ended.front().copied()
-            && !shelf.tasks.contains_key(&oldest)
+        while let Some((oldest, size)) = table.ended.front().copied()
+            && !table.tasks.contains_key(&oldest)
         {
-            shelf.ended_bytes -= size;
-            shelf.ended.pop_front();
+            table.ended_bytes -= size;
+            table.ended.pop_front();
         }
     }
 
@@ -246,10 +246,10 @@ impl Streams {
         last_event_id: Option<&str>,
     ) -> Result<(Arc<TaskStream>, u64), ErrorBody> {
         let expired = |message: &str| ErrorBody::new(ErrorCode::EventsExpired, message);
-        let stream = match self.shelf.lock().tasks.get(&task) {
+        let stream = match self.table.lock().tasks.get(&task) {
             None => return Err(ErrorBody::new(ErrorCode::NotFound, format!("no task {task}"))),
-            Some(Kept::Evicted) => return Err(expired("the stream made room for newer ones")),
-            Some(Kept::Stream(stream) | Kept::Ended(stream)) => Arc::clone(stream),
+            Some(Entry::Evicted) => return Err(expired("the stream made room for newer ones")),
+            Some(Entry::Stream(stream) | Entry::Ended(stream)) => Arc::clone(stream),
         };
         let next = match last_event_id {
             None => 0,

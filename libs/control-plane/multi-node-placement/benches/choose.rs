@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use multi_node_placement::{Candidate, PoolIndex, Standing, Strategy, TaskShape, choose};
+use multi_node_placement::{Availability, Candidate, PoolIndex, Strategy, TaskShape, choose};
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{ModelRef, NodeId, PoolId, PoolKey};
 
@@ -16,7 +16,7 @@ fn fleet(pools: u32) -> (PoolIndex, ModelRef) {
         let pool = PoolId::new(&format!("pool-{}", n % 8)).expect("a valid pool id");
         index.upsert(Candidate {
             key: PoolKey::new(node, pool),
-            standing: Standing::Placeable,
+            availability: Availability::Placeable,
             engine: Some(EngineKind::LlamaCpp),
             models: vec![model.clone()],
             ctx_max: Some(8192),

@@ -1,15 +1,15 @@
 //! The choice itself, and its explanation.
 //!
 //! What a task must have ([`fits`]) decides which pools count at all; what it wishes
-//! ([`Wish`]) orders those that count; the strategy orders the rest.
+//! ([`Preference`]) orders those that count; the strategy orders the rest.
 
 use std::collections::BTreeMap;
 
 use pool_registry_types::engines::EngineSet;
-use pool_registry_types::placement::{PlacementMode, Refusal, Wishes};
+use pool_registry_types::placement::{PlacementConstraints, PlacementMode, Refusal};
 use pool_registry_types::{LabelName, ModelRef, PoolKey};
 
-use crate::index::{Candidate, ModelPools, PoolIndex, Standing};
+use crate::index::{Availability, Candidate, ModelPools, PoolIndex};
 
 /// Running tasks of a session on each value of the label that it spreads by; nodes without the
 /// label are one group.
@@ -23,7 +23,7 @@ pub struct TaskShape<'a> {
     pub engines: EngineSet,
     /// Tokens that the pool's context must hold.
     pub ctx: Option<u32>,
-    pub wishes: Option<&'a Wishes>,
+    pub constraints: Option<&'a PlacementConstraints>,
     /// The pool that holds the session's context.
     pub warm: Option<&'a PoolKey>,
     pub spread: Option<&'a Spread>,
@@ -46,7 +46,7 @@ impl<'a> TaskShape<'a> {
             model,
             engines: EngineSet::ALL,
             ctx: None,
-            wishes: None,
+            constraints: None,
             warm: None,
             spread: None,
             tried: &[],
@@ -87,7 +87,7 @@ impl std::fmt::Display for NoPlacement {
 /// How far a pool is from what the task wishes; smaller is better, and the order of the fields
 /// is their priority.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Wish {
+struct Preference {
     avoided: bool,
     not_preferred: bool,
     not_warm: bool,
@@ -95,18 +95,18 @@ struct Wish {
     neighbours: u32,
 }
 
-impl Wish {
+impl Preference {
     const GRANTED: Self = Self { avoided: false, not_preferred: false, not_warm: false, neighbours: 0 };
 
     fn of(candidate: &Candidate, shape: &TaskShape<'_>) -> Self {
-        let (key, wishes) = (&candidate.key, shape.wishes);
-        let has_preference = wishes.is_some_and(|w| {
+        let (key, constraints) = (&candidate.key, shape.constraints);
+        let has_preference = constraints.is_some_and(|w| {
             !w.prefer_pools.is_empty() || (w.mode == PlacementMode::Prefer && w.node_id.is_some())
         });
-        let group = || wishes.and_then(|w| candidate.labels.get(w.spread_by.as_ref()?)).cloned();
+        let group = || constraints.and_then(|w| candidate.labels.get(w.spread_by.as_ref()?)).cloned();
         Self {
-            avoided: wishes.is_some_and(|w| w.avoids(key)),
-            not_preferred: has_preference && wishes.is_some_and(|w| !w.prefers(key)),
+            avoided: constraints.is_some_and(|w| w.avoids(key)),
+            not_preferred: has_preference && constraints.is_some_and(|w| !w.prefers(key)),
             not_warm: shape.warm.is_some_and(|warm| warm != key),
             neighbours: shape.spread.map_or(0, |spread| spread.get(&group()).copied().unwrap_or(0)),
         }
@@ -141,16 +141,16 @@ fn best(
     shape: &TaskShape<'_>,
     eligible: &dyn Fn(&PoolKey) -> bool,
 ) -> Option<Choice> {
-    let mut best: Option<(Wish, &PoolKey)> = None;
+    let mut best: Option<(Preference, &PoolKey)> = None;
     for key in pools.free(shape.draw) {
         if !eligible(key) || shape.apart_from.contains(key) {
             continue;
         }
-        let wish = Wish::of(index.get(key)?, shape);
-        if best.is_none_or(|(least, _)| wish < least) {
-            best = Some((wish, key));
+        let preference = Preference::of(index.get(key)?, shape);
+        if best.is_none_or(|(least, _)| preference < least) {
+            best = Some((preference, key));
         }
-        if wish == Wish::GRANTED {
+        if preference == Preference::GRANTED {
             break;
         }
     }
@@ -166,12 +166,12 @@ pub struct ToLoad<'i> {
     pub under_way: bool,
 }
 
-/// Chooses among the pools that could be loaded: those `in_vain` last, which were asked again and
+/// Chooses among the pools that could be loaded: those `unanswered` last, which were asked again and
 /// again; where nobody must make room before others; then where it is fastest.
 pub fn choose_to_load<'i>(
     index: &'i PoolIndex,
     shape: &TaskShape<'_>,
-    in_vain: &dyn Fn(&PoolKey) -> bool,
+    unanswered: &dyn Fn(&PoolKey) -> bool,
 ) -> ToLoad<'i> {
     let pools = index.of_model(shape.model).into_iter().flat_map(|pools| &pools.unloaded);
     let fitting =
@@ -179,13 +179,13 @@ pub fn choose_to_load<'i>(
     let order = |candidate: &&Candidate| {
         let key = &candidate.key;
         let slow = candidate.load_estimate_ms.unwrap_or(u64::MAX);
-        let wish = Wish::of(candidate, shape);
-        (shape.tried.contains(key), in_vain(key), wish, !candidate.fits_now, slow, key.clone())
+        let preference = Preference::of(candidate, shape);
+        (shape.tried.contains(key), unanswered(key), preference, !candidate.fits_now, slow, key.clone())
     };
-    let loadable = fitting().filter(|candidate| candidate.standing == Standing::Loadable);
+    let loadable = fitting().filter(|candidate| candidate.availability == Availability::Loadable);
     ToLoad {
         best: loadable.min_by_key(order).map(|candidate| &candidate.key),
-        under_way: fitting().any(|candidate| candidate.standing == Standing::Loading),
+        under_way: fitting().any(|candidate| candidate.availability == Availability::Loading),
     }
 }
 
@@ -206,10 +206,13 @@ pub fn explain<'i>(index: &'i PoolIndex, shape: &TaskShape<'_>) -> impl Iterator
 /// lack what the task must have.
 pub fn might_take(index: &PoolIndex, shape: &TaskShape<'_>) -> bool {
     index.all().any(|candidate| {
-        let soon = match candidate.standing {
-            Standing::Placeable | Standing::Loadable | Standing::Loading => true,
-            Standing::Suspect | Standing::Tripped => true,
-            Standing::Offline | Standing::Draining | Standing::NoMemory | Standing::NotReady => false,
+        let soon = match candidate.availability {
+            Availability::Placeable | Availability::Loadable | Availability::Loading => true,
+            Availability::Suspect | Availability::Tripped => true,
+            Availability::Offline
+            | Availability::Draining
+            | Availability::NoMemory
+            | Availability::NotReady => false,
         };
         soon && candidate.models.contains(shape.model) && fits(candidate, shape)
     })
@@ -217,10 +220,14 @@ pub fn might_take(index: &PoolIndex, shape: &TaskShape<'_>) -> bool {
 
 /// The pools that take nothing for the moment, for the doubts there are of them or of their nodes,
 /// and would fit the task.
-pub fn doubtful<'i>(index: &'i PoolIndex, shape: &TaskShape<'_>) -> impl Iterator<Item = &'i PoolKey> {
+pub fn temporarily_unavailable<'i>(
+    index: &'i PoolIndex,
+    shape: &TaskShape<'_>,
+) -> impl Iterator<Item = &'i PoolKey> {
     let may = |candidate: &&Candidate| {
-        let doubtful = matches!(candidate.standing, Standing::Suspect | Standing::Tripped);
-        doubtful && candidate.models.contains(shape.model) && fits(candidate, shape)
+        let temporarily_unavailable =
+            matches!(candidate.availability, Availability::Suspect | Availability::Tripped);
+        temporarily_unavailable && candidate.models.contains(shape.model) && fits(candidate, shape)
     };
     index.all().filter(may).map(|candidate| &candidate.key)
 }
@@ -244,19 +251,19 @@ pub fn count_refusals(index: &PoolIndex, shape: &TaskShape<'_>) -> String {
 }
 
 fn refusal(candidate: &Candidate, shape: &TaskShape<'_>) -> Option<Refusal> {
-    match candidate.standing {
-        Standing::Placeable => {}
-        Standing::Offline => return Some(Refusal::Offline),
-        Standing::Suspect => return Some(Refusal::Suspect),
-        Standing::Draining => return Some(Refusal::Draining),
-        Standing::Loadable => {
+    match candidate.availability {
+        Availability::Placeable => {}
+        Availability::Offline => return Some(Refusal::Offline),
+        Availability::Suspect => return Some(Refusal::Suspect),
+        Availability::Draining => return Some(Refusal::Draining),
+        Availability::Loadable => {
             let model = candidate.models.contains(shape.model);
             let missing = (!model).then_some(Refusal::ModelMissing);
             return missing.or_else(|| misfit(candidate, shape)).or(Some(Refusal::NotLoaded));
         }
-        Standing::NoMemory => return Some(Refusal::VramShort),
-        Standing::NotReady | Standing::Loading => return Some(Refusal::NotReady),
-        Standing::Tripped => return Some(Refusal::Tripped),
+        Availability::NoMemory => return Some(Refusal::VramShort),
+        Availability::NotReady | Availability::Loading => return Some(Refusal::NotReady),
+        Availability::Tripped => return Some(Refusal::Tripped),
     }
     if !candidate.models.contains(shape.model) {
         return Some(Refusal::ModelMissing);
@@ -284,19 +291,19 @@ fn misfit(candidate: &Candidate, shape: &TaskShape<'_>) -> Option<Refusal> {
     if shape.ctx.zip(candidate.ctx_max).is_some_and(|(asked, has)| asked > has) {
         return Some(Refusal::ContextShort);
     }
-    let wishes = shape.wishes?;
-    let mask = wishes.require_device_mask.as_ref();
+    let constraints = shape.constraints?;
+    let mask = constraints.require_device_mask.as_ref();
     if mask.is_some_and(|mask| candidate.device_mask.as_ref() != Some(mask)) {
         return Some(Refusal::DeviceMask);
     }
-    if !wishes.require_labels.iter().all(|(name, value)| candidate.labels.get(name) == Some(value)) {
+    if !constraints.require_labels.iter().all(|(name, value)| candidate.labels.get(name) == Some(value)) {
         return Some(Refusal::Labels);
     }
-    if !wishes.pin_allows(&candidate.key) {
+    if !constraints.pin_allows(&candidate.key) {
         return Some(Refusal::NotPinned);
     }
-    if wishes.only_preferred() && !wishes.prefers(&candidate.key) {
+    if constraints.only_preferred() && !constraints.prefers(&candidate.key) {
         return Some(Refusal::NotPreferred);
     }
-    (!wishes.allow_fallback && wishes.avoids(&candidate.key)).then_some(Refusal::Avoided)
+    (!constraints.allow_fallback && constraints.avoids(&candidate.key)).then_some(Refusal::Avoided)
 }

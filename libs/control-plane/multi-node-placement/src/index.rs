@@ -40,7 +40,7 @@ impl Strategy {
 
 /// What stands between a pool and any task at all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Standing {
+pub enum Availability {
     /// The node is online and serving, the pool ready.
     Placeable,
     Offline,
@@ -61,7 +61,7 @@ pub enum Standing {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Candidate {
     pub key: PoolKey,
-    pub standing: Standing,
+    pub availability: Availability,
     /// Absent: of a kind that is not known, which no task can use.
     pub engine: Option<EngineKind>,
     pub models: Vec<ModelRef>,
@@ -89,7 +89,7 @@ impl Candidate {
 
     /// Whether both may take the same tasks, how busy they are and what memory is free left out.
     fn takes_the_same(&self, other: &Self) -> bool {
-        let of = |c: &Self| (c.standing == Standing::Placeable, c.engine, c.ctx_max);
+        let of = |c: &Self| (c.availability == Availability::Placeable, c.engine, c.ctx_max);
         of(self) == of(other)
             && self.models == other.models
             && self.device_mask == other.device_mask
@@ -291,7 +291,7 @@ impl PoolIndex {
 
     fn insert(&mut self, candidate: Candidate, last_taken: u64) {
         let version = self.version;
-        if candidate.standing == Standing::Placeable {
+        if candidate.availability == Availability::Placeable {
             let score = candidate.has_free_slot().then(|| self.score(&candidate, last_taken));
             for model in &candidate.models {
                 let pools = self.by_model.entry(model.clone()).or_default();
@@ -308,7 +308,7 @@ impl PoolIndex {
                 }
             }
         }
-        if matches!(candidate.standing, Standing::Loading | Standing::Loadable) {
+        if matches!(candidate.availability, Availability::Loading | Availability::Loadable) {
             for model in &candidate.models {
                 self.by_model.entry(model.clone()).or_default().unloaded.insert(candidate.key.clone());
             }
@@ -402,7 +402,7 @@ impl PoolIndex {
     /// Whether any pool of the model could be loaded.
     pub fn has_loadable(&self, model: &ModelRef) -> bool {
         let unloaded = self.by_model.get(model).into_iter().flat_map(|pools| &pools.unloaded);
-        unloaded.filter_map(|key| self.get(key)).any(|pool| pool.standing == Standing::Loadable)
+        unloaded.filter_map(|key| self.get(key)).any(|pool| pool.availability == Availability::Loadable)
     }
 
     /// Milliseconds that the fastest pool of the model took to load; nothing where no pool is

@@ -10,10 +10,10 @@ mod choose;
 mod index;
 
 pub use choose::{
-    Choice, NoPlacement, Spread, TaskShape, ToLoad, Verdict, choose, choose_to_load, count_refusals,
-    doubtful, explain, explain_one, might_take,
+    Choice, NoPlacement, Spread, TaskShape, ToLoad, Verdict, choose, choose_to_load, count_refusals, explain,
+    explain_one, might_take, temporarily_unavailable,
 };
-pub use index::{Candidate, Eligible, PoolIndex, Rank, Score, Standing, Strategy};
+pub use index::{Availability, Candidate, Eligible, PoolIndex, Rank, Score, Strategy};
 
 #[cfg(test)]
 mod tests;

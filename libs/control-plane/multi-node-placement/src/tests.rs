@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use pool_registry_types::engines::EngineSet;
-use pool_registry_types::placement::{Labels, Refusal, Wishes};
+use pool_registry_types::placement::{Labels, PlacementConstraints, Refusal};
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{LabelName, ModelRef, NodeId, PoolId, PoolKey};
 use proptest::prelude::{Just, any, prop, prop_assert, proptest};
@@ -22,7 +22,7 @@ fn model(name: &str) -> ModelRef {
 fn pool(node: &str, busy: u32, total: u32) -> Candidate {
     Candidate {
         key: key(node, "pool-0"),
-        standing: Standing::Placeable,
+        availability: Availability::Placeable,
         engine: Some(EngineKind::LlamaCpp),
         models: vec![model("m")],
         ctx_max: Some(4096),
@@ -55,7 +55,7 @@ fn in_zone(zone: &str, pool: Candidate) -> Candidate {
     Candidate { labels: Arc::new(Labels::from([(label("zone"), label(zone))])), ..pool }
 }
 
-fn wishes(json: &str) -> Wishes {
+fn constraints(json: &str) -> PlacementConstraints {
     serde_json::from_str(json).unwrap()
 }
 
@@ -147,7 +147,7 @@ fn the_refusals_are_counted_for_people() {
     let m = model("m");
     let index = index([
         pool("a", 4, 4),
-        Candidate { standing: Standing::Offline, ..pool("b", 0, 4) },
+        Candidate { availability: Availability::Offline, ..pool("b", 0, 4) },
         Candidate { models: vec![model("other")], ..pool("c", 0, 4) },
     ]);
     assert_eq!(
@@ -186,8 +186,8 @@ fn each_strategy_takes_pools_in_its_own_order() {
 #[test]
 fn a_pin_is_never_left() {
     let m = model("m");
-    let pin = wishes(r#"{"mode":"pin","node_id":"b"}"#);
-    let shape = TaskShape { wishes: Some(&pin), ..shape(&m, &[]) };
+    let pin = constraints(r#"{"mode":"pin","node_id":"b"}"#);
+    let shape = TaskShape { constraints: Some(&pin), ..shape(&m, &[]) };
     assert_eq!(node_for(&index([pool("a", 0, 4), pool("b", 3, 4)]), &shape).unwrap(), "b");
     assert_eq!(node_for(&index([pool("a", 0, 4), pool("b", 4, 4)]), &shape), Err(NoPlacement::Full));
     assert_eq!(node_for(&index([pool("a", 0, 4)]), &shape), Err(NoPlacement::NoPool));
@@ -203,8 +203,8 @@ fn preferred_pools_come_first_and_avoided_ones_last_and_without_fallback_only_th
     let m = model("m");
     let pools = || [pool("a", 0, 4), pool("b", 1, 4), pool("c", 2, 4)];
     let of = |json: &str, index: &PoolIndex| {
-        let wishes = wishes(json);
-        node_for(index, &TaskShape { wishes: Some(&wishes), ..shape(&m, &[]) })
+        let constraints = constraints(json);
+        node_for(index, &TaskShape { constraints: Some(&constraints), ..shape(&m, &[]) })
     };
     let free = index(pools());
     assert_eq!(of(r#"{"prefer_pools":["c/pool-0"]}"#, &free).unwrap(), "c");
@@ -225,8 +225,8 @@ fn labels_and_device_masks_are_required_exactly() {
     let masked = Candidate { device_mask: Some("GPU1".into()), ..in_zone("b", pool("b", 3, 4)) };
     let index = index([in_zone("a", pool("a", 0, 4)), masked, pool("c", 0, 4)]);
     let of = |json: &str| {
-        let wishes = wishes(json);
-        node_for(&index, &TaskShape { wishes: Some(&wishes), ..shape(&m, &[]) })
+        let constraints = constraints(json);
+        node_for(&index, &TaskShape { constraints: Some(&constraints), ..shape(&m, &[]) })
     };
     assert_eq!(of(r#"{"require_labels":{"zone":"b"}}"#).unwrap(), "b");
     assert_eq!(of(r#"{"require_device_mask":"GPU1"}"#).unwrap(), "b");
@@ -254,10 +254,13 @@ fn tasks_of_a_session_spread_over_the_values_of_a_label() {
         in_zone("y", pool("c", 2, 4)),
         pool("d", 3, 4),
     ]);
-    let spread_by = wishes(r#"{"spread_by":"zone"}"#);
+    let spread_by = constraints(r#"{"spread_by":"zone"}"#);
     let of = |counts: &[(Option<&str>, u32)]| {
         let spread: Spread = counts.iter().map(|(zone, n)| (zone.map(label), *n)).collect();
-        node_for(&index, &TaskShape { wishes: Some(&spread_by), spread: Some(&spread), ..shape(&m, &[]) })
+        node_for(
+            &index,
+            &TaskShape { constraints: Some(&spread_by), spread: Some(&spread), ..shape(&m, &[]) },
+        )
     };
     assert_eq!(of(&[]).unwrap(), "a");
     assert_eq!(of(&[(Some("x"), 1)]).unwrap(), "c");
@@ -269,7 +272,7 @@ fn tasks_of_a_session_spread_over_the_values_of_a_label() {
 #[test]
 fn a_tripped_pool_is_not_taken_and_says_so() {
     let m = model("m");
-    let index = index([Candidate { standing: Standing::Tripped, ..pool("a", 0, 4) }]);
+    let index = index([Candidate { availability: Availability::Tripped, ..pool("a", 0, 4) }]);
     let refusals: Vec<_> = explain(&index, &shape(&m, &[])).map(|verdict| verdict.refusal).collect();
     assert_eq!(refusals, [Some(Refusal::Tripped)]);
     assert_eq!(choose(&index, &shape(&m, &[])), Err(NoPlacement::NoPool));
@@ -280,14 +283,14 @@ fn any_candidate() -> impl proptest::strategy::Strategy<Value = Candidate> {
         0_u8..6,
         0_u8..2,
         prop::sample::select(vec![
-            Standing::Placeable,
-            Standing::Placeable,
-            Standing::Placeable,
-            Standing::Offline,
-            Standing::Suspect,
-            Standing::Draining,
-            Standing::NotReady,
-            Standing::Tripped,
+            Availability::Placeable,
+            Availability::Placeable,
+            Availability::Placeable,
+            Availability::Offline,
+            Availability::Suspect,
+            Availability::Draining,
+            Availability::NotReady,
+            Availability::Tripped,
         ]),
         any::<bool>(),
         prop::sample::subsequence(vec![model("m"), model("n")], 0..=2),
@@ -296,10 +299,10 @@ fn any_candidate() -> impl proptest::strategy::Strategy<Value = Candidate> {
         prop::bool::weighted(0.1),
         prop::option::of(0_u64..3),
     )
-        .prop_map(|(node, pool_id, standing, llama, models, ctx_max, (total, busy), held, vram)| {
+        .prop_map(|(node, pool_id, availability, llama, models, ctx_max, (total, busy), held, vram)| {
             Candidate {
                 key: key(&format!("n{node}"), &format!("p{pool_id}")),
-                standing,
+                availability,
                 engine: Some(if llama { EngineKind::LlamaCpp } else { EngineKind::OpenAi }),
                 models,
                 ctx_max,
@@ -330,7 +333,7 @@ proptest! {
         engines in prop::sample::select(vec![EngineSet::ALL, EngineSet::from_iter([EngineKind::LlamaCpp])]),
         ctx in prop::option::of(Just(1024_u32)),
         may_repeat in any::<bool>(),
-        wish in prop::option::of(prop::sample::select(vec![
+        preference in prop::option::of(prop::sample::select(vec![
             r#"{"mode":"pin","node_id":"n1"}"#,
             r#"{"require_labels":{"zone":"x"}}"#,
             r#"{"mode":"prefer","prefer_pools":["p1"],"allow_fallback":false}"#,
@@ -348,9 +351,9 @@ proptest! {
         let tried: Vec<PoolKey> =
             tried.into_iter().map(|(n, p)| key(&format!("n{n}"), &format!("p{p}"))).collect();
         let m = model("m");
-        let wish = wish.map(wishes);
-        let wishes = wish.as_ref();
-        let shape = TaskShape { engines, ctx, wishes, tried: &tried, may_repeat, draw, ..TaskShape::plain(&m) };
+        let preference = preference.map(constraints);
+        let constraints = preference.as_ref();
+        let shape = TaskShape { engines, ctx, constraints, tried: &tried, may_repeat, draw, ..TaskShape::plain(&m) };
         let walked: Vec<_> =
             explain(&index, &shape).map(|verdict| (&verdict.candidate.key, verdict.refusal)).collect();
         let eligible: Vec<&PoolKey> =
@@ -369,12 +372,12 @@ proptest! {
                     let c = index.get(key).unwrap();
                     f64::from(c.slots_busy) / f64::from(c.slots_total)
                 };
-                if strategy == Strategy::LeastLoaded && wishes.is_none() {
+                if strategy == Strategy::LeastLoaded && constraints.is_none() {
                     for other in &eligible {
                         prop_assert!(share(&choice.pool) <= share(other) + 1e-6);
                     }
                 }
-                let avoided = |key: &PoolKey| wishes.is_some_and(|w| w.avoids(key));
+                let avoided = |key: &PoolKey| constraints.is_some_and(|w| w.avoids(key));
                 prop_assert!(!avoided(&choice.pool) || eligible.iter().all(|key| avoided(key)));
             }
             Ok(choice) => prop_assert!(may_repeat && !full && again.contains(&&choice.pool)),

@@ -61,7 +61,7 @@ struct Node {
 impl Node {
     /// The node says what it does, and the number of the last order it has taken: one that it
     /// has taken is no wish any more.
-    fn told(&mut self, intent: Intent, order: u64) {
+    fn reported(&mut self, intent: Intent, order: u64) {
         self.intent = intent;
         self.wanted = self.wanted.take().filter(|wanted| wanted.number > order);
     }
@@ -318,7 +318,7 @@ impl ServiceRegistry {
             node.tokens_changed = beat.tokens_changed;
             node.evidence.ask_again(now);
         }
-        node.told(beat.intent, beat.intent_order);
+        node.reported(beat.intent, beat.intent_order);
         node.gpus = beat.gpus;
         node.models = beat.models;
 

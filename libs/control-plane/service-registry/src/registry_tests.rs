@@ -473,12 +473,13 @@ fn a_drained_node_takes_nothing_new_before_it_says_so_and_is_told_until_it_does(
     let (address, drain) = r.want(&node_id("a"), Intent::Draining).unwrap();
     assert_eq!((address.as_str(), &drain.epoch), ("http://a", &epoch));
     assert_eq!(r.pool_facts(&pool("a")).unwrap().intent, Intent::Draining);
-    let told = |outcome| match outcome {
+    let reported = |outcome| match outcome {
         Ok(HeartbeatOutcome::Taken { intent, .. }) => intent,
         other => panic!("{other:?}"),
     };
     let says = |seq, intent, intent_order| Heartbeat { intent, intent_order, ..beat(&epoch, seq, &[]) };
-    let of = |r: &mut ServiceRegistry, beat: Heartbeat| told(r.heartbeat(at(beat.seq), &node_id("a"), beat));
+    let of =
+        |r: &mut ServiceRegistry, beat: Heartbeat| reported(r.heartbeat(at(beat.seq), &node_id("a"), beat));
     assert_eq!(of(&mut r, says(2, Intent::Serving, 0)), (Intent::Draining, drain.number));
     assert_eq!(of(&mut r, says(3, Intent::Draining, drain.number)), (Intent::Draining, 0));
     // It serves again only when both sides say so.
@@ -547,12 +548,12 @@ fn a_report_that_names_a_pool_twice_loses_no_reservation_and_frees_no_slot() {
         r.reserve(&pool("a"), id);
     }
     for (seq, pools) in (2..).zip(named_twice) {
-        let said = format!("{pools:?}");
+        let reported = format!("{pools:?}");
         let beat = Heartbeat { pools: pools.to_vec(), ..beat(&epoch, seq, &[]) };
         let (vanished, orphans) = taken(r.heartbeat(at(seq), &node_id("a"), beat));
-        assert_eq!((vanished, orphans), (vec![], vec![]), "{said}");
+        assert_eq!((vanished, orphans), (vec![], vec![]), "{reported}");
         let facts = r.pool_facts(&pool("a")).unwrap();
-        assert_eq!((facts.slots_total, facts.slots_busy), (4, 2), "{said}");
+        assert_eq!((facts.slots_total, facts.slots_busy), (4, 2), "{reported}");
     }
     for id in mine {
         r.release(&id, None);
@@ -573,20 +574,20 @@ fn an_attempt_at_a_replica_that_is_not_ready_takes_no_slot_of_the_one_that_is() 
     };
     let mut r = registry();
     let epoch = join(&mut r, at(0), "a");
-    let tell = |r: &mut ServiceRegistry, seq: u64, replicas: Vec<ReplicaReport>| {
+    let send = |r: &mut ServiceRegistry, seq: u64, replicas: Vec<ReplicaReport>| {
         let pools = vec![PoolReport { replicas, ..report(1, &[]) }];
         taken(r.heartbeat(at(seq), &node_id("a"), Heartbeat { pools, ..beat(&epoch, seq, &[]) }));
         let facts = r.pool_facts(&pool("a")).unwrap();
         (facts.slots_total, facts.slots_busy)
     };
     let (gone, here) = (attempt(1), attempt(2));
-    assert_eq!(tell(&mut r, 1, vec![replica("r0", true, &[]), replica("r1", true, &[])]), (2, 0));
+    assert_eq!(send(&mut r, 1, vec![replica("r0", true, &[]), replica("r1", true, &[])]), (2, 0));
     r.reserve(&pool("a"), gone);
-    assert_eq!(tell(&mut r, 2, vec![replica("r0", false, &[gone]), replica("r1", true, &[])]), (1, 0));
+    assert_eq!(send(&mut r, 2, vec![replica("r0", false, &[gone]), replica("r1", true, &[])]), (1, 0));
     r.reserve(&pool("a"), here);
     assert_eq!(busy(&r, "a"), 1, "what was sent and is not reported yet takes the slot");
-    assert_eq!(tell(&mut r, 3, vec![replica("r0", false, &[gone]), replica("r1", true, &[here])]), (1, 1));
-    assert_eq!(tell(&mut r, 4, vec![replica("r0", true, &[gone]), replica("r1", true, &[here])]), (2, 2));
+    assert_eq!(send(&mut r, 3, vec![replica("r0", false, &[gone]), replica("r1", true, &[here])]), (1, 1));
+    assert_eq!(send(&mut r, 4, vec![replica("r0", true, &[gone]), replica("r1", true, &[here])]), (2, 2));
 }
 
 // CLOUD-1310
@@ -623,12 +624,12 @@ fn broken_streams_trip_the_node_with_all_its_pools_and_a_new_boot_starts_afresh(
     for n in 1..=3_u64 {
         r.stream_failed(at(n * 10 + 5), &node_id("a"), &attempt(u128::from(n)), at(n * 10));
     }
-    assert!(r.pool_facts(&pool("a")).unwrap().tripped && r.is_doubted(&node_id("a")));
+    assert!(r.pool_facts(&pool("a")).unwrap().tripped && r.has_open_breaker(&node_id("a")));
     r.expire(at(1_035));
     assert_eq!(r.take_lifted_holds().first(), Some(&pool("a")));
-    assert!(r.is_doubted(&node_id("a")), "until an attempt has got through");
+    assert!(r.has_open_breaker(&node_id("a")), "until an attempt has got through");
     r.register(at(1_040), request("a", 2, "http://a")).unwrap();
-    assert!(!r.is_doubted(&node_id("a")));
+    assert!(!r.has_open_breaker(&node_id("a")));
 }
 
 proptest! {

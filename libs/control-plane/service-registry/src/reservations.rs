@@ -84,17 +84,17 @@ impl PoolBook {
 pub(crate) struct ClosedAttempts(BTreeMap<AttemptId, u64>);
 
 impl ClosedAttempts {
-    pub(crate) fn insert(&mut self, attempt: AttemptId, closed_after: u64) {
-        self.0.insert(attempt, closed_after);
+    pub(crate) fn insert(&mut self, attempt: AttemptId, final_report: u64) {
+        self.0.insert(attempt, final_report);
     }
 
     /// Whether a report of this number may still list the attempt although it has ended.
     pub(crate) fn explains(&self, attempt: &AttemptId, seq: u64) -> bool {
-        self.0.get(attempt).is_some_and(|closed_after| seq <= *closed_after)
+        self.0.get(attempt).is_some_and(|final_report| seq <= *final_report)
     }
 
     /// Forgets what no later report can list any more.
     pub(crate) fn forget_before(&mut self, seq: u64) {
-        self.0.retain(|_, closed_after| seq <= *closed_after);
+        self.0.retain(|_, final_report| seq <= *final_report);
     }
 }

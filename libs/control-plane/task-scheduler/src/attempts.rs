@@ -1,6 +1,6 @@
 //! How an attempt ends, and what that means for its task.
 //!
-//! One function, [`judge`], holds the whole rule: it is given the evidence and says whether the
+//! One function, [`classify`], holds the whole rule: it is given the evidence and says whether the
 //! task is over, is tried again at a cost, or goes back to its place for free.
 
 use pool_registry_types::error::{EndCause, EngineCrash};
@@ -134,7 +134,7 @@ pub struct Evidence<'a> {
 }
 
 /// Judges the end of an attempt by its evidence.
-pub fn judge(evidence: &Evidence<'_>) -> Outcome {
+pub fn classify(evidence: &Evidence<'_>) -> Outcome {
     let Evidence { how, closing, tokens_written, pool: engine, .. } = *evidence;
     let has_sent = tokens_written > evidence.first_index;
     let crash = evidence.crash;

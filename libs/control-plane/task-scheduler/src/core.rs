@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use multi_node_placement::{
-    Candidate, NoPlacement, PoolIndex, Spread, Standing, Strategy, TaskShape, ToLoad, choose, choose_to_load,
-    count_refusals, doubtful, explain, explain_one, might_take,
+    Availability, Candidate, NoPlacement, PoolIndex, Spread, Strategy, TaskShape, ToLoad, choose,
+    choose_to_load, count_refusals, explain, explain_one, might_take, temporarily_unavailable,
 };
 use pool_registry_types::error::EndCause;
 use pool_registry_types::moment::millis;
@@ -34,7 +34,7 @@ use service_registry::{HeartbeatOutcome, Rule, ServiceRegistry, Settings, Timing
 use uuid::Uuid;
 
 use crate::attempts::{
-    Attempt, AttemptRecord, CloseReason, Evidence, HowEnded, MAX_ENGINE_DEATHS, MAX_TRIES, Outcome, judge,
+    Attempt, AttemptRecord, CloseReason, Evidence, HowEnded, MAX_ENGINE_DEATHS, MAX_TRIES, Outcome, classify,
 };
 use crate::event::{Answer, Dispatch, Effect, Event, ReplyTo};
 use crate::groups::{Ask, Next};
@@ -249,7 +249,7 @@ pub struct ControlCore {
     /// Which pools of a node the index has.
     indexed: BTreeMap<NodeId, BTreeSet<PoolKey>>,
     /// Models for which a slot or a task has come.
-    stirred: BTreeSet<ModelRef>,
+    dirty: BTreeSet<ModelRef>,
     tasks: BTreeMap<TaskId, Task>,
     attempts: BTreeMap<AttemptId, Attempt>,
     queue: Queue,
@@ -273,7 +273,7 @@ pub struct ControlCore {
     /// The pools that have served a task lately.
     served: BTreeMap<PoolKey, Served>,
     /// Nodes whose pinned tasks are to be looked at.
-    unsettled_pins: BTreeSet<NodeId>,
+    dirty_pins: BTreeSet<NodeId>,
     /// Models that no node has any more, and for which only tasks wait whose nodes are suspect.
     lapsed: BTreeSet<ModelRef>,
     /// We have nothing to dial with: nothing is placed before this.
@@ -313,7 +313,7 @@ impl ControlCore {
             ids_given: 0,
             registry: ServiceRegistry::new(settings),
             indexed: BTreeMap::new(),
-            stirred: BTreeSet::new(),
+            dirty: BTreeSet::new(),
             tasks: BTreeMap::new(),
             attempts: BTreeMap::new(),
             queue: Queue::default(),
@@ -328,7 +328,7 @@ impl ControlCore {
             load_alarms: BTreeSet::new(),
             load_alarm_of: BTreeMap::new(),
             served: BTreeMap::new(),
-            unsettled_pins: BTreeSet::new(),
+            dirty_pins: BTreeSet::new(),
             lapsed: BTreeSet::new(),
             short_until: None,
             short_pause: Duration::ZERO,
@@ -391,7 +391,7 @@ impl ControlCore {
                 self.registry.accepted(&attempt, report_seq);
                 self.short_pause = Duration::ZERO;
                 if self.short_until.take().is_some() {
-                    self.stirred.extend(self.queue.models().cloned());
+                    self.dirty.extend(self.queue.models().cloned());
                 }
                 self.rejections_were_wrong(now, attempt);
                 if let Some(record) = self.record_mut(attempt) {
@@ -409,17 +409,17 @@ impl ControlCore {
                     attempt.quiet = false;
                 }
             }
-            Event::Ended { attempt, tokens_written, unlogged, how, closed_after } => {
+            Event::Ended { attempt, tokens_written, unlogged, how, final_report } => {
                 if let Some(attempt) = self.attempts.get(&attempt)
                     && let Some(task) = self.tasks.get_mut(&attempt.task)
                 {
                     task.unlogged = unlogged;
                 }
-                self.ended(now, attempt, tokens_written, &how, closed_after, &mut effects);
+                self.ended(now, attempt, tokens_written, &how, final_report, &mut effects);
             }
             Event::Want { reply, node_id, intent } => self.want(reply, node_id, intent, &mut effects),
-            Event::IntentTold { reply, node_id, order, outcome } => {
-                self.intent_told(reply, node_id, &order, outcome.is_ok(), &mut effects);
+            Event::IntentDelivered { reply, node_id, order, outcome } => {
+                self.intent_delivered(reply, node_id, &order, outcome.is_ok(), &mut effects);
             }
             Event::SetRetired { model, retired: true } => drop(self.retired.insert(model)),
             Event::SetRetired { model, retired: false } => drop(self.retired.remove(&model)),
@@ -436,7 +436,7 @@ impl ControlCore {
             Event::CutOff => self.cut_off(now, &mut effects),
         }
         self.pass_time(now, &mut effects);
-        self.settle_pins(now, &mut effects);
+        self.review_pins(now, &mut effects);
         self.place(now, &mut effects);
         if let Some((to, id)) = admitted {
             effects

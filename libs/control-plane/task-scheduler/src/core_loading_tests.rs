@@ -13,7 +13,7 @@ fn a_node_is_told_for_which_of_its_loaded_pools_tasks_wait() {
         PoolReport { supervised: Some(supervised), ..report(1, &[]) }
     };
     let waiting = |b: &mut Bench, seq| {
-        b.tell("a", seq, loaded());
+        b.report("a", seq, loaded());
         let answer = b.replies.values().rev().find_map(|answer| match answer {
             Ok(Answer::Heartbeat(answer)) => Some(answer.waiting.clone()),
             _ => None,
@@ -40,7 +40,7 @@ impl Bench {
     fn join_unloaded(&mut self, name: &str, fits: bool) {
         let reply = self.reply();
         self.apply(Event::Register { reply, request: register(name) });
-        self.tell(name, 1, unloaded(PoolState::Loadable, fits));
+        self.report(name, 1, unloaded(PoolState::Loadable, fits));
     }
 
     fn asked(&self) -> Vec<&str> {
@@ -59,10 +59,10 @@ fn a_waiting_task_has_its_pool_loaded_and_asks_again_until_it_is() {
     assert_eq!(b.asked(), ["a"], "once for both");
     b.advance_to(11_000);
     assert_eq!(b.asked(), ["a"; 3], "an order may be lost");
-    b.tell("a", 2, unloaded(PoolState::Loading, true));
+    b.report("a", 2, unloaded(PoolState::Loading, true));
     b.advance_to(21_000);
     assert_eq!(b.asked(), ["a"; 3], "it loads");
-    b.tell("a", 3, report(2, &[]));
+    b.report("a", 3, report(2, &[]));
     assert_eq!(b.dispatches.len(), 2);
     b.advance_to(29_000);
     assert_eq!(b.asked(), ["a"; 3]);
@@ -105,7 +105,7 @@ fn a_loadable_pool_counts_as_having_its_model() {
     for second in (5..60).step_by(5) {
         b.advance_to(second * 1_000);
         seq += 1;
-        b.tell("a", seq, unloaded(PoolState::Loadable, true));
+        b.report("a", seq, unloaded(PoolState::Loadable, true));
     }
     assert!(b.submit(task()).1.is_ok());
     assert_eq!(b.asked(), ["a"]);
@@ -117,11 +117,11 @@ fn what_no_engine_of_the_model_can_do_is_refused_at_once() {
     let mut b = Bench::new();
     let reply = b.reply();
     b.apply(Event::Register { reply, request: register("a") });
-    b.tell("a", 1, PoolReport { engine: Some(EngineKind::OpenAi), ..report(2, &[]) });
+    b.report("a", 1, PoolReport { engine: Some(EngineKind::OpenAi), ..report(2, &[]) });
     let guided = TaskRequest { grammar: Some("root ::= \"a\"".into()), ..task() };
     assert!(b.submit(guided.clone()).1.is_ok(), "other nodes may still come back");
     b.advance_to(TIMEOUT_MS + 1);
-    b.tell("a", 2, PoolReport { engine: Some(EngineKind::OpenAi), ..report(2, &[]) });
+    b.report("a", 2, PoolReport { engine: Some(EngineKind::OpenAi), ..report(2, &[]) });
     let error = b.submit(guided.clone()).1.unwrap_err();
     assert_eq!((error.code, error.engine), (ErrorCode::Unsupported, Some(EngineKind::OpenAi)));
     assert!(error.message.starts_with("grammar"), "{error}");
@@ -136,10 +136,10 @@ fn a_pool_of_an_unknown_kind_of_engine_gets_no_task_and_promises_no_model() {
     let mut b = Bench::new();
     let reply = b.reply();
     b.apply(Event::Register { reply, request: register("a") });
-    b.tell("a", 1, PoolReport { engine: None, ..report(2, &[]) });
+    b.report("a", 1, PoolReport { engine: None, ..report(2, &[]) });
     assert!(b.submit(task()).1.is_ok(), "other nodes may still come back");
     b.advance_to(TIMEOUT_MS + 1);
-    b.tell("a", 2, PoolReport { engine: None, ..report(2, &[]) });
+    b.report("a", 2, PoolReport { engine: None, ..report(2, &[]) });
     assert_eq!(b.submit(task()).1.unwrap_err().code, ErrorCode::ModelNotAvailable);
     assert!(b.dispatches.is_empty());
 }
@@ -156,12 +156,12 @@ fn followers_are_told_how_far_the_preparation_of_a_pool_has_come() {
     };
     b.changes.clear();
     for (seq, text) in [(2, "1 of 9 MiB"), (3, "1 of 9 MiB"), (4, "8 of 9 MiB")] {
-        b.tell("a", seq, at(text));
+        b.report("a", seq, at(text));
     }
-    b.tell("a", 5, report(2, &[]));
-    let told = b.changes.iter().filter_map(|change| match change {
+    b.report("a", 5, report(2, &[]));
+    let reported = b.changes.iter().filter_map(|change| match change {
         ClusterChange::Pool { preparation, .. } => Some(preparation.as_deref()),
         _ => None,
     });
-    assert_eq!(told.collect::<Vec<_>>(), [Some("1 of 9 MiB"), Some("8 of 9 MiB"), None]);
+    assert_eq!(reported.collect::<Vec<_>>(), [Some("1 of 9 MiB"), Some("8 of 9 MiB"), None]);
 }

@@ -159,7 +159,7 @@ fn a_node_that_fails_before_acceptance_three_times_is_tripped_with_all_its_pools
             models: vec![model("other")],
             ..report(1, &[])
         };
-        b.tell_pools("a", 2, vec![report(1, &[]), other]);
+        b.report_pools("a", 2, vec![report(1, &[]), other]);
         let (id, _) = b.submit(task());
         for n in 0..3 {
             b.advance_to(b.now + 2_000);
@@ -445,7 +445,7 @@ fn a_task_that_waited_beyond_the_lease_ends_or_starts_with_what_its_node_has_whe
         let (id, _) = b.submit(pinned_to("a"));
         b.timers_to(40_000);
         let models = vec![model(if has_it { "m" } else { "other" })];
-        b.tell("a", 2, PoolReport { models, ..report(1, &[]) });
+        b.report("a", 2, PoolReport { models, ..report(1, &[]) });
         assert_eq!(b.liveness("a"), Liveness::Online);
         assert_eq!(b.dispatches.len(), usize::from(has_it));
         let ended = (!has_it).then_some(ErrorCode::ModelNotAvailable);

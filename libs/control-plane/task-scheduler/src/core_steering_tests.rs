@@ -394,8 +394,8 @@ fn a_session_returns_to_its_replica_until_the_engine_was_away() {
     assert_eq!(b.node_of(3), "a", "who wants it cold is bound to nothing");
     b.end(b.last_dispatch().attempt, 1, HowEnded::Finished);
     let away = PoolReport { ready: false, state: PoolState::Loading, ..report(2, &[]) };
-    b.tell("b", 8, away);
-    b.tell("b", 9, report(2, &[]));
+    b.report("b", 8, away);
+    b.report("b", 9, report(2, &[]));
     b.submit(of_session(1)).1.unwrap();
     assert_eq!((b.last_dispatch().warm_replica.clone(), b.node_of(4)), (None, "b"), "by turn");
 }
@@ -521,15 +521,15 @@ fn an_explanation_has_a_verdict_for_every_pool_and_the_choice_that_would_be_made
 fn followers_are_told_each_change_of_a_node_a_pool_and_a_task_once() {
     let mut b = Bench::new();
     b.join("a", 1);
-    let told = |b: &mut Bench| std::mem::take(&mut b.changes);
-    let joined = told(&mut b);
+    let reported = |b: &mut Bench| std::mem::take(&mut b.changes);
+    let joined = reported(&mut b);
     assert_eq!(joined.iter().filter(|c| c.name() == "pool").count(), 1, "{joined:?}");
     assert!(matches!(joined.last(), Some(ClusterChange::Pool { ready: true, .. })), "{joined:?}");
     b.beat("a", 2, 1, &[]);
-    assert_eq!(told(&mut b), [], "nothing has changed");
+    assert_eq!(reported(&mut b), [], "nothing has changed");
     b.submit(task()).1.unwrap();
     b.end(b.dispatches[0].attempt, 1, HowEnded::Finished);
-    let states: Vec<_> = told(&mut b)
+    let states: Vec<_> = reported(&mut b)
         .into_iter()
         .filter_map(|change| match change {
             ClusterChange::Task { state, .. } => Some(state),

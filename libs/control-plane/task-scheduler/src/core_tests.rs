@@ -118,9 +118,9 @@ impl Bench {
                     let outcome = ProbeOutcome::Answered { live, authorized };
                     self.apply(Event::Probed { node_id, address, outcome });
                 }
-                Effect::TellIntent { to, node_id, order, .. } => {
+                Effect::DeliverIntent { to, node_id, order, .. } => {
                     let outcome = self.node_takes_intents.then_some(()).ok_or_else(|| "no answer".to_owned());
-                    self.apply(Event::IntentTold { reply: to, node_id, order, outcome });
+                    self.apply(Event::IntentDelivered { reply: to, node_id, order, outcome });
                 }
                 Effect::Changed(change) => self.changes.push(change),
                 Effect::Load { pool, .. } => self.loads.push((self.now, pool.node_id.to_string())),
@@ -160,15 +160,15 @@ impl Bench {
     }
 
     fn beat(&mut self, name: &str, seq: u64, slots: u32, attempts: &[AttemptId]) {
-        self.tell(name, seq, report(slots, attempts));
+        self.report(name, seq, report(slots, attempts));
     }
 
     /// The node reports this one pool.
-    fn tell(&mut self, name: &str, seq: u64, pool: PoolReport) {
-        self.tell_pools(name, seq, vec![pool]);
+    fn report(&mut self, name: &str, seq: u64, pool: PoolReport) {
+        self.report_pools(name, seq, vec![pool]);
     }
 
-    fn tell_pools(&mut self, name: &str, seq: u64, pools: Vec<PoolReport>) {
+    fn report_pools(&mut self, name: &str, seq: u64, pools: Vec<PoolReport>) {
         let epoch = match self.replies.values().rev().find_map(|answer| match answer {
             Ok(Answer::Registered(registered)) if registered.node_id.as_str() == name => {
                 Some(&registered.epoch)
@@ -206,7 +206,7 @@ impl Bench {
     }
 
     fn end(&mut self, attempt: AttemptId, tokens_written: u64, how: HowEnded) {
-        self.apply(Event::Ended { attempt, tokens_written, unlogged: 0, how, closed_after: None });
+        self.apply(Event::Ended { attempt, tokens_written, unlogged: 0, how, final_report: None });
     }
 
     /// The first token and the end of an attempt, after these milliseconds.
@@ -698,7 +698,7 @@ fn a_broken_stream_asks_for_a_probe_and_makes_nobody_suspect() {
         b.join("a", 1);
         b.submit(task()).1.unwrap();
         let attempt = b.dispatches[0].attempt;
-        let ended = Event::Ended { attempt, tokens_written: 3, unlogged: 0, how, closed_after: None };
+        let ended = Event::Ended { attempt, tokens_written: 3, unlogged: 0, how, final_report: None };
         let effects = b.core.apply(at(0), ended);
         assert!(effects.iter().any(|effect| matches!(effect, Effect::Probe { .. })));
         assert_eq!(b.core.registry().liveness(&NodeId::new("a").unwrap()), Some(Liveness::Online));

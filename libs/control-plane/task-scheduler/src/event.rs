@@ -78,14 +78,14 @@ pub enum Event {
         attempt: AttemptId,
     },
     /// The attempt's log is fenced or finished, with this many frames in it before a terminal one.
-    /// `closed_after` is the node's closing word: the number of its last report before the end.
+    /// `final_report` is the node's closing word: the number of its last report before the end.
     Ended {
         attempt: AttemptId,
         tokens_written: u64,
         /// Tokens of the task so far that are left out of its log.
         unlogged: u64,
         how: HowEnded,
-        closed_after: Option<u64>,
+        final_report: Option<u64>,
     },
     /// An operator wants a node to drain or to serve again.
     Want {
@@ -93,8 +93,8 @@ pub enum Event {
         node_id: NodeId,
         intent: Intent,
     },
-    /// The outcome of [`Effect::TellIntent`]; comes exactly once for each.
-    IntentTold {
+    /// The outcome of [`Effect::DeliverIntent`]; comes exactly once for each.
+    IntentDelivered {
         reply: ReplyTo,
         node_id: NodeId,
         order: IntentOrder,
@@ -158,8 +158,8 @@ pub enum Effect {
         pool: PoolKey,
         address: String,
     },
-    /// Tell the node what it is to do, answer with [`Event::IntentTold`].
-    TellIntent {
+    /// Tell the node what it is to do, answer with [`Event::IntentDelivered`].
+    DeliverIntent {
         to: ReplyTo,
         node_id: NodeId,
         address: String,

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use multi_node_placement::{Eligible, PoolIndex, TaskShape};
 use pool_registry_types::engines::EngineSet;
-use pool_registry_types::placement::Wishes;
+use pool_registry_types::placement::PlacementConstraints;
 use pool_registry_types::task::{Priority, TaskRequest};
 use pool_registry_types::{ModelRef, PoolKey, TaskId};
 
@@ -20,24 +20,24 @@ use pool_registry_types::{ModelRef, PoolKey, TaskId};
 pub(crate) struct Ask {
     engines: EngineSet,
     ctx: Option<u32>,
-    wishes: Option<Wishes>,
+    constraints: Option<PlacementConstraints>,
     /// Pools that have failed it for free, and those that cannot do what it asks.
     tried: Vec<PoolKey>,
     lacking: Vec<PoolKey>,
 }
 
 impl Ask {
-    /// `wishes` of the request may be left out.
+    /// `constraints` of the request may be left out.
     pub(crate) fn of(
         request: &TaskRequest,
-        with_wishes: bool,
+        with_constraints: bool,
         tried: &[PoolKey],
         lacking: &[PoolKey],
     ) -> Self {
         Self {
             engines: request.engines(),
             ctx: request.ctx,
-            wishes: request.placement.clone().filter(|_| with_wishes),
+            constraints: request.placement.clone().filter(|_| with_constraints),
             tried: tried.to_vec(),
             lacking: lacking.to_vec(),
         }
@@ -47,7 +47,7 @@ impl Ask {
         TaskShape {
             engines: self.engines,
             ctx: self.ctx,
-            wishes: self.wishes.as_ref(),
+            constraints: self.constraints.as_ref(),
             tried: &self.tried,
             lacking: &self.lacking,
             ..TaskShape::plain(model)
@@ -223,7 +223,7 @@ mod tests {
     use std::collections::btree_map::Entry;
     use std::sync::Arc;
 
-    use multi_node_placement::{Candidate, Standing, Strategy};
+    use multi_node_placement::{Availability, Candidate, Strategy};
     use pool_registry_types::pool::EngineKind;
     use pool_registry_types::{NodeId, PoolId};
     use proptest::prelude::{Strategy as _, *};
@@ -242,7 +242,7 @@ mod tests {
     fn pool(node: u8, ctx_max: u32, placeable: bool, free: bool) -> Candidate {
         Candidate {
             key: PoolKey::new(NodeId::new(&format!("n{node}")).unwrap(), PoolId::new("p").unwrap()),
-            standing: if placeable { Standing::Placeable } else { Standing::Suspect },
+            availability: if placeable { Availability::Placeable } else { Availability::Suspect },
             engine: Some(EngineKind::LlamaCpp),
             models: vec![model()],
             ctx_max: Some(ctx_max),
@@ -258,7 +258,13 @@ mod tests {
     }
 
     fn ask(ctx: u32) -> Ask {
-        Ask { engines: EngineSet::ALL, ctx: Some(ctx), wishes: None, tried: Vec::new(), lacking: Vec::new() }
+        Ask {
+            engines: EngineSet::ALL,
+            ctx: Some(ctx),
+            constraints: None,
+            tried: Vec::new(),
+            lacking: Vec::new(),
+        }
     }
 
     #[derive(Debug, Clone)]
@@ -323,7 +329,7 @@ mod tests {
                     });
                     let takes = |ctx: u32| {
                         pools.values().any(|pool| {
-                            let free = pool.standing == Standing::Placeable && pool.has_free_slot();
+                            let free = pool.availability == Availability::Placeable && pool.has_free_slot();
                             free && pool.ctx_max.is_some_and(|has| ctx <= has)
                         })
                     };

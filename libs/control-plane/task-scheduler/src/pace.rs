@@ -99,7 +99,7 @@ impl Paces {
     }
 
     /// A task that was predicted to start after `predicted` ms has started after `actual`.
-    pub(crate) fn came_true(&mut self, predicted_ms: u64, actual_ms: u64) {
+    pub(crate) fn record_outcome(&mut self, predicted_ms: u64, actual_ms: u64) {
         if self.ratios.len() == REMEMBERED {
             self.ratios.pop_front();
         }
@@ -253,7 +253,7 @@ mod tests {
         let mut paces = Paces::default();
         assert_eq!(paces.on_time(100, 100), None);
         for n in 0..8 {
-            paces.came_true(99, if n < 6 { 99 } else { 199 });
+            paces.record_outcome(99, if n < 6 { 99 } else { 199 });
         }
         assert_eq!(paces.on_time(99, 99), Some(0.75));
         assert_eq!(paces.on_time(99, 199), Some(1.0));

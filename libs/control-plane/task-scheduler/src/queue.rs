@@ -60,7 +60,7 @@ impl Lane {
     }
 
     /// How many tasks start before one that has this many older ones of its priority.
-    pub(crate) fn place(&self, priority: Priority, older: usize) -> usize {
+    pub(crate) fn rank(&self, priority: Priority, older: usize) -> usize {
         const IN_A_ROW: usize = BATCH_EVERY as usize - 1;
         let row = (self.interactive_starts_in_a_row as usize).min(IN_A_ROW);
         let others = match priority {
@@ -74,11 +74,11 @@ impl Lane {
     pub(crate) fn in_order(&self) -> Vec<TaskId> {
         let of = |priority| {
             let tasks = self.waiting(priority).enumerate();
-            tasks.map(move |(older, id)| (self.place(priority, older), id))
+            tasks.map(move |(older, id)| (self.rank(priority, older), id))
         };
-        let mut places: Vec<(usize, TaskId)> = of(Priority::Interactive).chain(of(Priority::Batch)).collect();
-        places.sort_unstable();
-        places.into_iter().map(|(_, id)| id).collect()
+        let mut ranked: Vec<(usize, TaskId)> = of(Priority::Interactive).chain(of(Priority::Batch)).collect();
+        ranked.sort_unstable();
+        ranked.into_iter().map(|(_, id)| id).collect()
     }
 
     fn is_empty(&self) -> bool {
@@ -174,7 +174,7 @@ impl Queue {
         } else {
             waiting.iter().take_while(|(other, _)| *other < number).count()
         };
-        lane.place(priority, older)
+        lane.rank(priority, older)
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -211,12 +211,12 @@ mod tests {
             for _ in 0..started_before {
                 start(&mut queue).unwrap();
             }
-            let said = queue.lane(&model).unwrap().in_order();
+            let reported = queue.lane(&model).unwrap().in_order();
             let positions: Vec<usize> =
-                said.iter().map(|id| queue.position(&model, numbers[id].0, numbers[id].1)).collect();
-            assert_eq!(positions, (0..said.len()).collect::<Vec<_>>());
+                reported.iter().map(|id| queue.position(&model, numbers[id].0, numbers[id].1)).collect();
+            assert_eq!(positions, (0..reported.len()).collect::<Vec<_>>());
             let happened: Vec<TaskId> = std::iter::from_fn(|| start(&mut queue)).collect();
-            assert_eq!(said, happened, "{started_before} started before");
+            assert_eq!(reported, happened, "{started_before} started before");
         }
     }
 }

@@ -29,7 +29,7 @@ pub struct SessionPolicy {
 
 /// Where the session's context is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Place {
+pub(crate) struct SessionReplica {
     pub(crate) pool: PoolKey,
     pub(crate) replica: ReplicaId,
     /// Nothing is known to have emptied its cache.
@@ -52,7 +52,7 @@ struct Session {
     time_used: Duration,
     /// Its tasks that have not ended.
     open: BTreeMap<TaskId, Open>,
-    place: Option<Place>,
+    last: Option<SessionReplica>,
 }
 
 impl Session {
@@ -63,7 +63,7 @@ impl Session {
             tokens_used: 0,
             time_used: Duration::ZERO,
             open: BTreeMap::new(),
-            place: None,
+            last: None,
         }
     }
 
@@ -161,9 +161,9 @@ impl Sessions {
     }
 
     /// The first token of a task came from there: the context is there now.
-    pub(crate) fn settled_at(&mut self, id: SessionId, task: TaskId, pool: PoolKey, replica: ReplicaId) {
+    pub(crate) fn record_replica(&mut self, id: SessionId, task: TaskId, pool: PoolKey, replica: ReplicaId) {
         if let Some(session) = self.sessions.get_mut(&id).filter(|session| session.open.contains_key(&task)) {
-            session.place = Some(Place { pool, replica, warm: true });
+            session.last = Some(SessionReplica { pool, replica, warm: true });
             self.changed.insert(id);
         }
     }
@@ -187,17 +187,17 @@ impl Sessions {
     /// Only these replicas of the pool have been there all the time: nothing else there is warm.
     pub(crate) fn cooled(&mut self, pool: &PoolKey, but: &[ReplicaId]) {
         for (id, session) in &mut self.sessions {
-            let Some(place) = session.place.as_mut().filter(|place| place.warm) else { continue };
-            if place.pool == *pool && !but.contains(&place.replica) {
-                place.warm = false;
+            let Some(last) = session.last.as_mut().filter(|last| last.warm) else { continue };
+            if last.pool == *pool && !but.contains(&last.replica) {
+                last.warm = false;
                 self.changed.insert(*id);
             }
         }
     }
 
     /// Where the session's context is, while it is warm.
-    pub(crate) fn warm_place(&self, id: SessionId) -> Option<&Place> {
-        self.sessions.get(&id)?.place.as_ref().filter(|place| place.warm)
+    pub(crate) fn warm_replica(&self, id: SessionId) -> Option<&SessionReplica> {
+        self.sessions.get(&id)?.last.as_ref().filter(|last| last.warm)
     }
 
     /// The nodes on which its tasks run now, one entry a task.
@@ -244,7 +244,7 @@ impl Sessions {
 
     pub(crate) fn view(&self, now: Moment, id: SessionId) -> Option<SessionView> {
         let session = self.sessions.get(&id)?;
-        let place = session.place.as_ref();
+        let last = session.last.as_ref();
         let ttl = if session.open.is_empty() {
             (session.last_used + self.policy.ttl).since(now)
         } else {
@@ -258,10 +258,10 @@ impl Sessions {
             tokens_used: session.tokens_used,
             tokens_budget_remaining: session.tokens_left(&self.policy),
             time_budget_remaining_ms: session.time_left(&self.policy).map(millis),
-            kv_warmth: place.is_some_and(|place| place.warm),
-            node_id: place.map(|place| place.pool.node_id.clone()),
-            pool_id: place.map(|place| place.pool.pool_id.clone()),
-            replica_id: place.map(|place| place.replica.clone()),
+            kv_warmth: last.is_some_and(|last| last.warm),
+            node_id: last.map(|last| last.pool.node_id.clone()),
+            pool_id: last.map(|last| last.pool.pool_id.clone()),
+            replica_id: last.map(|last| last.replica.clone()),
         })
     }
 }
@@ -370,12 +370,12 @@ mod tests {
         let mut s = sessions();
         let pool = |n: &str| PoolKey::new(NodeId::new(n).unwrap(), PoolId::new("p").unwrap());
         s.admit(at(0), id(1), task(1), Some(1)).unwrap();
-        s.settled_at(id(1), task(1), pool("a"), ReplicaId::new("r0").unwrap());
+        s.record_replica(id(1), task(1), pool("a"), ReplicaId::new("r0").unwrap());
         s.cooled(&pool("b"), &[]);
         s.cooled(&pool("a"), &[ReplicaId::new("r0").unwrap()]);
-        assert_eq!(s.warm_place(id(1)).map(|place| &place.pool), Some(&pool("a")));
+        assert_eq!(s.warm_replica(id(1)).map(|last| &last.pool), Some(&pool("a")));
         s.cooled(&pool("a"), &[ReplicaId::new("r1").unwrap()]);
-        assert_eq!(s.warm_place(id(1)), None);
+        assert_eq!(s.warm_replica(id(1)), None);
         assert_eq!(s.view(at(0), id(1)).unwrap().node_id, Some(NodeId::new("a").unwrap()));
     }
 }

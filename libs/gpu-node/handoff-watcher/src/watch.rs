@@ -87,13 +87,13 @@ impl SharedLooker {
 
 async fn run(looker: SharedLooker, interval: Duration, send: mpsc::Sender<Change>, stop: CancellationToken) {
     let dir = looker.dir();
-    let (stirred, mut stirs) = mpsc::channel::<()>(1);
+    let (wake, mut wakes) = mpsc::channel::<()>(1);
     let on_event = move |event: notify::Result<notify::Event>| {
         if event.is_ok_and(|event| !may_change(&event.kind)) {
             return;
         }
         // One waiting stir is enough: a look sees everything.
-        let _ = stirred.try_send(());
+        let _ = wake.try_send(());
     };
     let watcher = notify::recommended_watcher(on_event).and_then(|mut watcher| {
         watcher.watch(&dir, RecursiveMode::NonRecursive)?;
@@ -111,7 +111,7 @@ async fn run(looker: SharedLooker, interval: Duration, send: mpsc::Sender<Change
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(interval) => {}
-            Some(()) = stirs.recv() => {}
+            Some(()) = wakes.recv() => {}
         }
     }
 }

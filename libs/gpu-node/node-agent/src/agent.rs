@@ -65,7 +65,7 @@ pub struct Agent {
     wake: Notify,
     client: EngineClient,
     /// Who follows the slots of a replica that settle, and is told of more.
-    settlers: Mutex<BTreeMap<HandoffName, Arc<Notify>>>,
+    slot_watchers: Mutex<BTreeMap<HandoffName, Arc<Notify>>>,
     pub(crate) cancels: Mutex<HashMap<AttemptId, CancellationToken>>,
     replicas: Mutex<BTreeMap<HandoffName, Watched>>,
     /// What the handoff files say that are there.
@@ -106,7 +106,7 @@ impl Agent {
             taking_intent: tokio::sync::Mutex::default(),
             wake: Notify::new(),
             client: EngineClient::new(),
-            settlers: Mutex::new(BTreeMap::new()),
+            slot_watchers: Mutex::new(BTreeMap::new()),
             cancels: Mutex::new(HashMap::new()),
             replicas: Mutex::new(BTreeMap::new()),
             announced: Mutex::new(BTreeMap::new()),
@@ -215,12 +215,12 @@ impl Agent {
             move || replica::watch(Arc::clone(&watcher), handoff.clone(), ended.clone(), Arc::clone(&look));
         let gone = stop.clone();
         // What a new watch sees is told by itself.
-        let tell = move |panicked: Option<&Panicked>| {
+        let send = move |panicked: Option<&Panicked>| {
             if let Some(panicked) = panicked {
                 agent.watch_failed(&gone, &name, panicked);
             }
         };
-        owned_tasks::start(&self.tracker, "watch of a replica", &stop, make, tell);
+        owned_tasks::start(&self.tracker, "watch of a replica", &stop, make, send);
     }
 
     /// Nobody looks at the replica: it gets nothing until somebody does.
@@ -327,15 +327,15 @@ impl Agent {
     // ---- slots that settle ----
 
     /// An attempt was broken off: its slot is followed until it is free.
-    pub(crate) fn settle(self: &Arc<Self>, name: HandoffName, key: Option<ApiKey>) {
-        let mut settlers = self.settlers.lock();
-        if let Some(again) = settlers.get(&name) {
+    pub(crate) fn watch_slots(self: &Arc<Self>, name: HandoffName, key: Option<ApiKey>) {
+        let mut slot_watchers = self.slot_watchers.lock();
+        if let Some(again) = slot_watchers.get(&name) {
             again.notify_one();
             return;
         }
         let again = Arc::new(Notify::new());
-        settlers.insert(name.clone(), Arc::clone(&again));
-        drop(settlers);
+        slot_watchers.insert(name.clone(), Arc::clone(&again));
+        drop(slot_watchers);
         let agent = Arc::clone(self);
         let make = move || Arc::clone(&agent).follow_settling(name.clone(), key.clone(), Arc::clone(&again));
         // Until it runs again the slots stay taken.
@@ -344,16 +344,16 @@ impl Agent {
 
     async fn follow_settling(self: Arc<Self>, name: HandoffName, key: Option<ApiKey>, again: Arc<Notify>) {
         loop {
-            let settling = replica::settle(&self, &name, key.clone(), &again);
+            let watching = replica::watch_slots(&self, &name, key.clone(), &again);
             tokio::select! {
                 () = self.stop.cancelled() => {}
-                () = settling => {}
+                () = watching => {}
             }
             // Under the lock: whoever comes now starts another one.
-            let mut settlers = self.settlers.lock();
-            let more = self.settles_at(&name.pool_id, &name.replica_id).is_some();
+            let mut slot_watchers = self.slot_watchers.lock();
+            let more = self.slot_due_at(&name.pool_id, &name.replica_id).is_some();
             if !more || self.stop.is_cancelled() {
-                settlers.remove(&name);
+                slot_watchers.remove(&name);
                 return;
             }
         }
@@ -366,11 +366,11 @@ impl Agent {
     }
 
     pub(crate) fn is_settling(&self, name: &HandoffName) -> bool {
-        self.settlers.lock().contains_key(name)
+        self.slot_watchers.lock().contains_key(name)
     }
 
-    pub(crate) fn settles_at(&self, pool_id: &PoolId, replica_id: &ReplicaId) -> Option<Moment> {
-        self.core.lock().settles_at(pool_id, replica_id)
+    pub(crate) fn slot_due_at(&self, pool_id: &PoolId, replica_id: &ReplicaId) -> Option<Moment> {
+        self.core.lock().slot_due_at(pool_id, replica_id)
     }
 
     pub(crate) fn expire_settling(&self) {
@@ -719,8 +719,8 @@ impl Agent {
                 }
                 // What was seen last stands: a share that is away for a moment has not lost its models.
                 Err(error) => {
-                    let said = problem.replace(error.to_string());
-                    if said != problem {
+                    let reported = problem.replace(error.to_string());
+                    if reported != problem {
                         tracing::warn!(%error, "the folder of models cannot be read");
                     }
                 }

@@ -6,19 +6,20 @@ use tokio::time::Instant;
 
 use crate::agent::Agent;
 use crate::core::Verdict;
-use crate::supervisor::Seat;
+use crate::supervisor::ReplicaKey;
 
 impl Agent {
     /// An engine of this node's own takes attempts from now on.
-    pub(crate) fn engine_began(&self, seat: &Seat) {
-        self.with_core(|core, _| core.engine_began(&seat.pool_id, &seat.replica_id));
+    pub(crate) fn engine_began(&self, replica_key: &ReplicaKey) {
+        self.with_core(|core, _| core.engine_began(&replica_key.pool_id, &replica_key.replica_id));
     }
 
     /// It has ended; `signal` is that of a crash. Returns whether one attempt alone may have brought
     /// it about.
-    pub(crate) fn engine_ended(&self, seat: &Seat, signal: Option<&'static str>) -> bool {
-        let suspects =
-            self.with_core(|core, now| core.engine_ended(now, &seat.pool_id, &seat.replica_id, signal));
+    pub(crate) fn engine_ended(&self, replica_key: &ReplicaKey, signal: Option<&'static str>) -> bool {
+        let suspects = self.with_core(|core, now| {
+            core.engine_ended(now, &replica_key.pool_id, &replica_key.replica_id, signal)
+        });
         self.engine_has_ended.notify_waiters();
         suspects == 1
     }

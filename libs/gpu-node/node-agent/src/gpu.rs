@@ -335,10 +335,10 @@ impl GpuWatch {
     fn over(mut open: impl FnMut() -> Box<dyn GpuProbe> + Send + 'static, loops: &Loops) -> Self {
         let (asks, asked) = sync_channel(1);
         let (answer, answers) = mpsc::channel(1);
-        let (tell, inventory) = sync_channel(1);
+        let (send, inventory) = sync_channel(1);
         let questions = Questions { asked, answers: answer, is_open: Cell::new(false) };
         // Nobody joins it: it may never come back from the driver.
-        let spawned = loops.thread("gpu watch", move || serve(&mut open, &tell, &questions));
+        let spawned = loops.thread("gpu watch", move || serve(&mut open, &send, &questions));
         let inventory: Vec<GpuCapability> = match spawned {
             Ok(()) => inventory.recv_timeout(INVENTORY_TIMEOUT).unwrap_or_else(|_| {
                 tracing::error!(
@@ -390,7 +390,7 @@ impl GpuWatch {
 
 fn serve(
     open: &mut impl FnMut() -> Box<dyn GpuProbe>,
-    tell: &SyncSender<Vec<GpuCapability>>,
+    send: &SyncSender<Vec<GpuCapability>>,
     questions: &Questions,
 ) {
     let mut probe = open();
@@ -401,7 +401,7 @@ fn serve(
         questions.answer(inventory.iter().map(lost).collect());
     }
     // Whoever waited has it, or has given up.
-    let _ = tell.try_send(inventory);
+    let _ = send.try_send(inventory);
     probe.serve(questions);
 }
 

@@ -31,8 +31,8 @@ use crate::core::{Accepted, Ask, Readiness};
 use crate::engines::client::with_causes;
 use crate::engines::documents::{self, Document, DocumentError};
 use crate::engines::{
-    self, Answer, CallError, Delta, Endpoint, EngineClient, EngineRequest, Look, NotReady, Reader, Refusal,
-    Reply, Said, Sent, Unsent, Whose,
+    self, Answer, CallError, Delta, Endpoint, EngineClient, EngineEvent, EngineRequest, Look, NotReady,
+    Reader, Refusal, Reply, Sent, Unsent, Whose,
 };
 
 /// What some servers begin a text with.
@@ -141,7 +141,7 @@ struct Generation {
     tokens_before: u64,
     started: Instant,
     first_token: Option<Instant>,
-    told_heard: Option<Instant>,
+    heard_sent: Option<Instant>,
     keep_alive: Interval,
     cancel: CancellationToken,
 }
@@ -168,8 +168,8 @@ impl Slot {
             self.agent.tell_work_ended();
             return seq;
         }
-        let seq = self.agent.with_core(|core, now| core.ended_unsettled(now, &self.attempt));
-        self.agent.settle(self.name.clone(), self.at.key.clone());
+        let seq = self.agent.with_core(|core, now| core.ended_before_release(now, &self.attempt));
+        self.agent.watch_slots(self.name.clone(), self.at.key.clone());
         seq
     }
 
@@ -185,7 +185,7 @@ impl Slot {
     }
 
     /// Its connection was lost: whether it lives is looked at now.
-    fn engine_doubted(&self) {
+    fn engine_suspected(&self) {
         self.agent.look_now(&self.name);
     }
 }
@@ -350,7 +350,7 @@ impl Generation {
             tokens_before,
             started: Instant::now(),
             first_token: None,
-            told_heard: None,
+            heard_sent: None,
             keep_alive,
             cancel,
         })
@@ -430,7 +430,7 @@ impl Generation {
             }
             Err(NotSent::Unsent(Unsent::Call(error))) => return Some(self.not_sent(error)),
             Err(NotSent::Changed(why)) => {
-                self.slot.engine_doubted();
+                self.slot.engine_suspected();
                 return Some(self.fail(ErrorBody::new(ErrorCode::PoolUnready, why), false));
             }
         };
@@ -527,8 +527,8 @@ impl Generation {
 
     /// The engine lives, whatever looks at it say.
     fn heard(&mut self) {
-        if self.told_heard.is_none_or(|told| told.elapsed() >= HEARD_EVERY) {
-            self.told_heard = Some(Instant::now());
+        if self.heard_sent.is_none_or(|reported| reported.elapsed() >= HEARD_EVERY) {
+            self.heard_sent = Some(Instant::now());
             let attempt = self.slot.attempt;
             if self.slot.agent.with_core(|core, now| core.heard(now, &attempt)) {
                 self.slot.agent.report_now();
@@ -598,7 +598,7 @@ impl Generation {
     /// Takes the whole events that are there. Returns whether the stream goes on.
     fn events(&mut self, out: &mut Vec<u8>) -> bool {
         loop {
-            let said = match self.decoder.next_frame() {
+            let reported = match self.decoder.next_frame() {
                 Ok(Some(frame)) => self.reader.read(&frame),
                 Ok(None) => return true,
                 Err(error) => {
@@ -606,7 +606,7 @@ impl Generation {
                     return false;
                 }
             };
-            if !self.said(out, said) {
+            if !self.reported(out, reported) {
                 return false;
             }
         }
@@ -624,14 +624,14 @@ impl Generation {
             self.decoder.push(&event);
             if self.events(out) {
                 let end = self.reader.closed_whole();
-                self.said(out, end);
+                self.reported(out, end);
             }
             return false;
         }
         if !self.events(out) {
             return false;
         }
-        let said = match self.decoder.last_frame() {
+        let reported = match self.decoder.last_frame() {
             Ok(Some(frame)) => self.reader.read_last(&frame),
             Ok(None) => return true,
             Err(error) => {
@@ -639,7 +639,7 @@ impl Generation {
                 return false;
             }
         };
-        self.said(out, said)
+        self.reported(out, reported)
     }
 
     fn unreadable(&mut self, error: SseError) -> Vec<u8> {
@@ -656,26 +656,26 @@ impl Generation {
     fn ended(&mut self, out: &mut Vec<u8>, lost: Option<String>) {
         let end = if lost.is_some() { self.reader.lost() } else { self.reader.closed() };
         if let Some(end) = end {
-            self.said(out, end);
+            self.reported(out, end);
             return;
         }
-        self.slot.engine_doubted();
+        self.slot.engine_suspected();
         let reason = lost.unwrap_or_else(|| "it closed the stream without its end marker".to_owned());
         let error = ErrorBody::new(ErrorCode::WorkerReset, format!("the engine died: {reason}"));
         out.extend(self.fail(error.with_cause(EndCause::EngineDied), true));
     }
 
     /// Takes what an event of the engine says. Returns whether the stream goes on.
-    fn said(&mut self, out: &mut Vec<u8>, said: Said) -> bool {
-        match said {
-            Said::Nothing => true,
-            Said::Delta(delta) => {
+    fn reported(&mut self, out: &mut Vec<u8>, reported: EngineEvent) -> bool {
+        match reported {
+            EngineEvent::Nothing => true,
+            EngineEvent::Delta(delta) => {
                 if delta.is_empty() {
                     write_comment(out, ENGINE_WORKS);
                 }
                 self.delta(out, &delta)
             }
-            Said::End { delta, tokens_out, finish_reason } => {
+            EngineEvent::End { delta, tokens_out, finish_reason } => {
                 if !self.delta(out, &delta) {
                     return false;
                 }
@@ -686,12 +686,12 @@ impl Generation {
                 }
                 false
             }
-            Said::Failed(reason) => {
+            EngineEvent::Failed(reason) => {
                 let error = ErrorBody::new(ErrorCode::WorkerReset, format!("the engine failed: {reason}"));
                 out.extend(self.fail(error.with_cause(EndCause::Engine5xx), false));
                 false
             }
-            Said::Refused(refusal) => {
+            EngineEvent::Refused(refusal) => {
                 out.extend(self.refused(*refusal, None));
                 false
             }

@@ -467,8 +467,8 @@ provision = { mode = "binary", program = "serve", args = ["--port", "{port}"] }
             ),
         ] {
             assert!(GOOD.contains(old), "{old}");
-            let said = error(&GOOD.replace(old, new));
-            assert!(said.starts_with(field), "{new}: {said}");
+            let reported = error(&GOOD.replace(old, new));
+            assert!(reported.starts_with(field), "{new}: {reported}");
         }
     }
 

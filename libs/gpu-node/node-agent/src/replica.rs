@@ -27,7 +27,7 @@ const LOOK_EVERY_READY: Duration = Duration::from_secs(1);
 /// has left only after a second in which it delivers no other result, this one's included.
 const COUNT_EVERY: Duration = Duration::from_millis(1_500);
 /// First pause between two questions while a slot settles; doubles up to [`COUNT_EVERY`].
-const SETTLE_LOOK_EVERY: Duration = Duration::from_millis(25);
+const RELEASE_LOOK_EVERY: Duration = Duration::from_millis(25);
 
 /// Looks at the engine until `stop`, and at once when told to. Whoever stops it unbinds the replica.
 pub(crate) async fn watch(agent: Arc<Agent>, handoff: Handoff, stop: CancellationToken, look: Arc<Notify>) {
@@ -124,7 +124,7 @@ fn readiness(
 }
 
 /// Asks how busy the engine is, for as long as it is watched. While a slot settles somebody else
-/// does: [`settle`].
+/// does: [`watch_slots`].
 async fn watch_load(agent: &Agent, handoff: &Handoff) {
     loop {
         tokio::time::sleep(COUNT_EVERY).await;
@@ -145,9 +145,9 @@ async fn count(agent: &Agent, handoff: &Handoff) {
 /// Follows the slots of attempts that were broken off until the last one of the replica is given
 /// back: by the engine's word, or by time. One task for each replica; `again` tells it of more.
 /// `key`: what the engine was asked with, for one whose handoff is gone.
-pub(crate) async fn settle(agent: &Agent, name: &HandoffName, key: Option<ApiKey>, again: &Notify) {
+pub(crate) async fn watch_slots(agent: &Agent, name: &HandoffName, key: Option<ApiKey>, again: &Notify) {
     let HandoffName { pool_id, replica_id } = name;
-    let mut pause = SETTLE_LOOK_EVERY;
+    let mut pause = RELEASE_LOOK_EVERY;
     // Its engine may come back elsewhere meanwhile.
     while let Some((engine, mut at)) = agent.engine_of(name) {
         at.key = at.key.or(key.clone());
@@ -155,11 +155,11 @@ pub(crate) async fn settle(agent: &Agent, name: &HandoffName, key: Option<ApiKey
         if !tells {
             agent.counted(pool_id, replica_id, agent.now(), Busy::CannotTell);
         }
-        let Some(until) = agent.settles_at(pool_id, replica_id) else { break };
+        let Some(until) = agent.slot_due_at(pool_id, replica_id) else { break };
         let until = Instant::now() + until.since(agent.now());
         let next = if tells { until.min(Instant::now() + pause) } else { until };
         tokio::select! {
-            () = again.notified() => pause = SETTLE_LOOK_EVERY,
+            () = again.notified() => pause = RELEASE_LOOK_EVERY,
             () = tokio::time::sleep_until(next) => {}
         }
         if tells {

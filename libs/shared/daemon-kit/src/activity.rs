@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 
 /// What an idle connection gets to be closed in good order.
-const FAREWELL: Duration = Duration::from_secs(1);
+const LINGER: Duration = Duration::from_secs(1);
 
 /// What a connection is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,7 +88,7 @@ impl Activity {
             Phase::Head => Look::Slow,
             Phase::Leaving => Look::Over,
             Phase::Idle => {
-                (doing.phase, doing.until) = (Phase::Leaving, now + FAREWELL);
+                (doing.phase, doing.until) = (Phase::Leaving, now + LINGER);
                 Look::Idle(doing.until)
             }
         }
@@ -135,12 +135,12 @@ impl hyper::body::Body for Answer {
 }
 
 /// A stream that tells when bytes arrive.
-pub(crate) struct Noted<T> {
+pub(crate) struct Instrumented<T> {
     pub(crate) io: T,
     pub(crate) activity: Arc<Activity>,
 }
 
-impl<T: AsyncRead + Unpin> AsyncRead for Noted<T> {
+impl<T: AsyncRead + Unpin> AsyncRead for Instrumented<T> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -155,7 +155,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Noted<T> {
     }
 }
 
-impl<T: AsyncWrite + Unpin> AsyncWrite for Noted<T> {
+impl<T: AsyncWrite + Unpin> AsyncWrite for Instrumented<T> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.io).poll_write(cx, buf)
     }

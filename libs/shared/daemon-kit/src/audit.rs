@@ -201,7 +201,7 @@ struct Found {
 }
 
 impl Record {
-    pub(crate) fn tell(&self, holder: Option<Arc<Holder>>, refused: Option<ErrorCode>) {
+    pub(crate) fn send(&self, holder: Option<Arc<Holder>>, refused: Option<ErrorCode>) {
         *self.0.lock() = Found { holder, refused };
     }
 }

@@ -131,7 +131,7 @@ impl Tokens {
     /// Follows the file until `stop`. Tokens change all at once; a file that is wrong or gone
     /// changes nothing, and the log says why. Running requests are not touched.
     pub async fn follow(self, stop: CancellationToken) {
-        let Some((path, told)) = &self.0.file else { return };
+        let Some((path, reported)) = &self.0.file else { return };
         let read = || {
             let path = path.clone();
             async move {
@@ -139,7 +139,7 @@ impl Tokens {
                 read.unwrap_or_else(|panicked| panicked.resume())
             }
         };
-        follow(told, stop, read, |text| self.take(text)).await;
+        follow(reported, stop, read, |text| self.take(text)).await;
     }
 
     fn take(&self, text: &Result<String, TokenError>) {
@@ -159,10 +159,10 @@ impl Tokens {
 
     /// Tells each time that they were taken anew, until `stop`; and once at its start, for what may
     /// have changed before.
-    pub async fn tell_changes<F: Future<Output = ()>>(self, stop: CancellationToken, tell: impl Fn() -> F) {
+    pub async fn notify_changes<F: Future<Output = ()>>(self, stop: CancellationToken, send: impl Fn() -> F) {
         let mut changes = self.0.changes.subscribe();
         loop {
-            tell().await;
+            send().await;
             tokio::select! {
                 () = stop.cancelled() => return,
                 // The sender lives as long as this does.
@@ -227,7 +227,7 @@ pub struct Caller {
 impl Caller {
     /// # Errors
     /// `FORBIDDEN` when the token is bound to another node, or the certificate is for another name.
-    pub fn may_speak_for(&self, node_id: &NodeId) -> Result<(), ApiError> {
+    pub fn authorize_node(&self, node_id: &NodeId) -> Result<(), ApiError> {
         let forbidden = |message: String| {
             tracing::warn!(%node_id, reason = message, "somebody may not speak for this node");
             Err(ApiError::new(ErrorCode::Forbidden, message))
@@ -253,10 +253,10 @@ impl Caller {
     /// An operator may, whatever certificate is shown; a node only itself.
     ///
     /// # Errors
-    /// As [`Self::may_speak_for`].
+    /// As [`Self::authorize_node`].
     pub fn may_send_away(&self, node_id: &NodeId) -> Result<(), ApiError> {
         match &self.holder {
-            Some(holder) if !holder.has(Scope::Admin) => self.may_speak_for(node_id),
+            Some(holder) if !holder.has(Scope::Admin) => self.authorize_node(node_id),
             _ => Ok(()),
         }
     }
@@ -379,7 +379,7 @@ pub async fn layer(State(gate): State<Arc<Gate>>, mut request: Request, next: Ne
     let checked = gate.check(need, &request, &mut caller);
     // For the audit log, which also writes of those who do not wait for their answer.
     if let Some(record) = request.extensions().get::<Record>() {
-        record.tell(caller.holder.clone(), checked.as_ref().err().map(|error| error.0.code));
+        record.send(caller.holder.clone(), checked.as_ref().err().map(|error| error.0.code));
     }
     match checked {
         Ok(()) => {
@@ -514,8 +514,8 @@ mod tests {
         let set = TokenSet::parse(None, Some(text)).unwrap();
         let Verdict::Known(holder) = set.look_up("token-of-node", Timestamp::now()) else { panic!() };
         let bound = Caller { holder: Some(holder), ..Caller::default() };
-        assert!(bound.may_speak_for(&node("a")).is_ok());
-        assert_eq!(bound.may_speak_for(&node("b")).unwrap_err().0.code, ErrorCode::Forbidden);
+        assert!(bound.authorize_node(&node("a")).is_ok());
+        assert_eq!(bound.authorize_node(&node("b")).unwrap_err().0.code, ErrorCode::Forbidden);
         let with = |certificate| Caller {
             peer: Some(Arc::new(Peer { addr: "127.0.0.1:1".parse().unwrap(), certificate })),
             nodes_show_certificates: true,
@@ -523,10 +523,10 @@ mod tests {
         };
         let shown =
             || Some(crate::connections::PeerCertificate { names: vec!["a".into(), "localhost".into()] });
-        assert!(with(shown()).may_speak_for(&node("a")).is_ok());
-        let error = with(shown()).may_speak_for(&node("b")).unwrap_err().0;
+        assert!(with(shown()).authorize_node(&node("a")).is_ok());
+        let error = with(shown()).authorize_node(&node("b")).unwrap_err().0;
         assert!(error.message.contains("is for a, localhost, not for b"), "{}", error.message);
-        assert!(with(None).may_speak_for(&node("a")).is_err());
-        assert!(Caller::default().may_speak_for(&node("b")).is_ok());
+        assert!(with(None).authorize_node(&node("a")).is_err());
+        assert!(Caller::default().authorize_node(&node("b")).is_ok());
     }
 }

@@ -32,7 +32,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tower::Service;
 
-use crate::activity::{Activity, Answer, Look, Noted};
+use crate::activity::{Activity, Answer, Instrumented, Look};
 use crate::tls::{self, ServerTls};
 
 /// Pause after an accept that failed for want of files or memory.
@@ -165,22 +165,22 @@ async fn accept(
             () = stop.cancelled() => return,
         };
         match accepted {
-            Ok((stream, addr)) => match server.hosts.place(room, addr.ip()) {
-                Some(place) => {
-                    tasks.add(Arc::clone(server).connection(stream, addr, stop.clone(), place));
+            Ok((stream, addr)) => match server.hosts.permit(room, addr.ip()) {
+                Some(permit) => {
+                    tasks.add(Arc::clone(server).connection(stream, addr, stop.clone(), permit));
                 }
                 None => {
                     server.counts.over_limit.fetch_add(1, Ordering::Relaxed);
-                    if let Some(unsaid) = crowded.turn() {
+                    if let Some(suppressed) = crowded.turn() {
                         let limit = server.limits.connections;
-                        tracing::warn!(peer = %addr, limit, unsaid, "too many connections: the newest is closed");
+                        tracing::warn!(peer = %addr, limit, suppressed, "too many connections: the newest is closed");
                     }
                 }
             },
             Err(error) if of_one_connection(&error) => {}
             Err(error) => {
-                if let Some(unsaid) = unaccepted.turn() {
-                    tracing::error!(%error, unsaid, "connections cannot be accepted");
+                if let Some(suppressed) = unaccepted.turn() {
+                    tracing::error!(%error, suppressed, "connections cannot be accepted");
                 }
                 tokio::select! { () = sleep(ACCEPT_PAUSE) => {}, () = stop.cancelled() => return }
             }
@@ -226,14 +226,14 @@ struct Hosts {
 }
 
 /// One connection among all, and among those of its host.
-struct Place {
+struct ConnectionPermit {
     _room: OwnedSemaphorePermit,
     hosts: Arc<Hosts>,
     host: IpAddr,
 }
 
 impl Hosts {
-    fn place(self: &Arc<Self>, room: &Arc<Semaphore>, host: IpAddr) -> Option<Place> {
+    fn permit(self: &Arc<Self>, room: &Arc<Semaphore>, host: IpAddr) -> Option<ConnectionPermit> {
         let mut open = self.open.lock();
         let own = open.get(&host).copied().unwrap_or(0);
         if own >= self.share {
@@ -241,11 +241,11 @@ impl Hosts {
         }
         let room = Arc::clone(room).try_acquire_owned().ok()?;
         open.insert(host, own + 1);
-        Some(Place { _room: room, hosts: Arc::clone(self), host })
+        Some(ConnectionPermit { _room: room, hosts: Arc::clone(self), host })
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         let mut open = self.hosts.open.lock();
         match open.get_mut(&self.host) {
@@ -268,7 +268,7 @@ impl Server {
         stream: TcpStream,
         addr: SocketAddr,
         stop: CancellationToken,
-        _place: Place,
+        _permit: ConnectionPermit,
     ) {
         // Without it a small answer waits up to 40 ms for the peer's acknowledgement.
         if let Err(error) = stream.set_nodelay(true) {
@@ -300,8 +300,8 @@ impl Server {
 
     fn no_handshake(&self, addr: SocketAddr, reason: &str) {
         self.counts.failed_handshakes.fetch_add(1, Ordering::Relaxed);
-        if let Some(unsaid) = self.handshakes.turn() {
-            tracing::warn!(peer = %addr, reason, unsaid, "a TLS handshake failed");
+        if let Some(suppressed) = self.handshakes.turn() {
+            tracing::warn!(peer = %addr, reason, suppressed, "a TLS handshake failed");
         }
     }
 
@@ -311,7 +311,7 @@ impl Server {
     {
         let peer = Arc::new(peer);
         let activity = Arc::new(Activity::new(self.limits.head, self.limits.idle));
-        let io = TokioIo::new(Noted { io, activity: Arc::clone(&activity) });
+        let io = TokioIo::new(Instrumented { io, activity: Arc::clone(&activity) });
         let service = hyper::service::service_fn({
             let activity = Arc::clone(&activity);
             move |mut request: Request<Incoming>| {
@@ -425,12 +425,12 @@ impl Seldom {
     /// `Some`: say it, and that this many were not said since the last.
     fn turn(&self) -> Option<u64> {
         let mut state = self.0.lock();
-        let (said, unsaid) = &mut *state;
-        if said.is_some_and(|said| said.elapsed() < LOG_EVERY) {
-            *unsaid += 1;
+        let (reported, suppressed) = &mut *state;
+        if reported.is_some_and(|reported| reported.elapsed() < LOG_EVERY) {
+            *suppressed += 1;
             return None;
         }
-        *said = Some(Instant::now());
-        Some(std::mem::take(unsaid))
+        *reported = Some(Instant::now());
+        Some(std::mem::take(suppressed))
     }
 }

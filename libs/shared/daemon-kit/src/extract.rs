@@ -127,7 +127,7 @@ impl<S: Send + Sync> FromRequestParts<S> for OwnNode {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         let PathId(node_id) = PathId::<NodeId>::from_request_parts(parts, state).await?;
         let Ok(caller) = Caller::from_request_parts(parts, state).await;
-        caller.may_speak_for(&node_id).map(|()| Self(node_id))
+        caller.authorize_node(&node_id).map(|()| Self(node_id))
     }
 }
 

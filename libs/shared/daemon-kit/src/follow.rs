@@ -8,14 +8,14 @@ use tokio_util::sync::CancellationToken;
 /// Pause between two looks.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// Reads each second until `stop`, and tells what is there when it is another than `told`, which
+/// Reads each second until `stop`, and tells what is there when it is another than `reported`, which
 /// outlives this loop. What is being written is not what it will be, and two files are not replaced
 /// in one step: it is told when two looks have found the same.
 pub(crate) async fn follow<T, F>(
-    told: &Mutex<T>,
+    reported: &Mutex<T>,
     stop: CancellationToken,
     read: impl Fn() -> F,
-    tell: impl Fn(&T),
+    send: impl Fn(&T),
 ) where
     T: PartialEq,
     F: Future<Output = T>,
@@ -24,11 +24,11 @@ pub(crate) async fn follow<T, F>(
     loop {
         tokio::select! { () = tokio::time::sleep(LOOK_EVERY) => {}, () = stop.cancelled() => return }
         let found = read().await;
-        if found == *told.lock() {
+        if found == *reported.lock() {
             seen = None;
         } else if seen.as_ref() == Some(&found) {
-            tell(&found);
-            *told.lock() = found;
+            send(&found);
+            *reported.lock() = found;
             seen = None;
         } else {
             seen = Some(found);

@@ -21,14 +21,14 @@ const MANY: usize = 1024;
 pub struct Quota {
     rate: Option<DefaultKeyedRateLimiter<String>>,
     tasks: Option<usize>,
-    places: Mutex<HashMap<String, Arc<Semaphore>>>,
+    permits: Mutex<HashMap<String, Arc<Semaphore>>>,
 }
 
 impl Quota {
     /// `rate`: requests a second, as many at once at most. `tasks`: tasks that wait or run.
     pub fn new(rate: Option<NonZeroU32>, tasks: Option<usize>) -> Self {
         let rate = rate.map(|rate| RateLimiter::keyed(Rate::per_second(rate)));
-        Self { rate, tasks, places: Mutex::default() }
+        Self { rate, tasks, permits: Mutex::default() }
     }
 
     /// # Errors
@@ -54,16 +54,16 @@ impl Quota {
     /// `RATE_LIMITED`.
     pub fn task(&self, caller: &Caller) -> Result<Option<OwnedSemaphorePermit>, ApiError> {
         let (Some(most), Some(holder)) = (self.tasks, &caller.holder) else { return Ok(None) };
-        let places = {
-            let mut all = self.places.lock();
+        let permits = {
+            let mut all = self.permits.lock();
             if all.len() > MANY {
-                all.retain(|_, places| places.available_permits() < most);
+                all.retain(|_, permits| permits.available_permits() < most);
             }
             Arc::clone(
                 all.entry(holder.fingerprint.clone()).or_insert_with(|| Arc::new(Semaphore::new(most))),
             )
         };
-        places.try_acquire_owned().map(Some).map_err(|_| {
+        permits.try_acquire_owned().map(Some).map_err(|_| {
             let message = format!("this token has {most} tasks already, which is the most");
             ApiError::new(ErrorCode::RateLimited, message)
         })

@@ -187,7 +187,7 @@ pub struct OwnCertificate {
     key: Named,
     now: RwLock<Arc<CertifiedKey>>,
     /// What was found in the files last.
-    told: Mutex<Result<Pair, String>>,
+    reported: Mutex<Result<Pair, String>>,
 }
 
 /// The text of both files.
@@ -211,14 +211,14 @@ impl OwnCertificate {
             key: std::fs::read(&key.path).map_err(|source| key.unreadable(source))?,
         };
         let now = RwLock::new(Arc::new(certified(&cert, &key, &pair)?));
-        Ok(Self { cert, key, now, told: Mutex::new(Ok(pair)) })
+        Ok(Self { cert, key, now, reported: Mutex::new(Ok(pair)) })
     }
 
     /// Takes new contents of the files over, until `stop`. What cannot be used changes nothing, and
     /// the log says why.
     pub async fn follow(self: Arc<Self>, stop: CancellationToken) {
         let read = || async { self.read().await.map_err(|error| with_causes(&error)) };
-        follow(&self.told, stop, read, |found| self.take(found)).await;
+        follow(&self.reported, stop, read, |found| self.take(found)).await;
     }
 
     fn take(&self, found: &Result<Pair, String>) {

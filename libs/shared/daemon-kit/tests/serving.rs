@@ -302,11 +302,13 @@ async fn each_failed_handshake_says_why_on_both_sides() {
         );
         until("both failures are counted", || server.counts.failed_handshakes.load(Ordering::Relaxed) == 2)
             .await;
-        let said = String::from_utf8(std::mem::take(&mut *log.0.lock().unwrap())).unwrap();
-        assert_eq!(said.lines().count(), 1, "one line a second: {said}");
+        let reported = String::from_utf8(std::mem::take(&mut *log.0.lock().unwrap())).unwrap();
+        assert_eq!(reported.lines().count(), 1, "one line a second: {reported}");
         assert!(
-            said.contains(server_says) && said.contains("WARN") && said.contains("peer=127.0.0.1:"),
-            "{said}"
+            reported.contains(server_says)
+                && reported.contains("WARN")
+                && reported.contains("peer=127.0.0.1:"),
+            "{reported}"
         );
     }
     // HTTP where TLS is spoken, and the other way round.
@@ -314,8 +316,8 @@ async fn each_failed_handshake_says_why_on_both_sides() {
     let plain = pki.client("ca.pem", None);
     let _ = text(&reqwest_with(&plain), format!("http://{}/fine", server.addr)).await;
     until("it is counted", || server.counts.failed_handshakes.load(Ordering::Relaxed) == 1).await;
-    let said = String::from_utf8(std::mem::take(&mut *log.0.lock().unwrap())).unwrap();
-    assert!(said.contains("it does not speak TLS"), "{said}");
+    let reported = String::from_utf8(std::mem::take(&mut *log.0.lock().unwrap())).unwrap();
+    assert!(reported.contains("it does not speak TLS"), "{reported}");
     let server = rig(ConnLimits::default(), None, SOON).await;
     let reason = text(&reqwest_with(&plain), format!("https://{}/fine", server.addr)).await.unwrap_err();
     assert!(reason.contains("it does not speak TLS"), "{reason}");
@@ -559,8 +561,8 @@ fn each_wrong_file_names_its_variable_and_itself() {
         ("a.pem", "b-key.pem", "ORCHESTRATORD_TLS_KEY: {}/b-key.pem holds the key of another certificate"),
     ] {
         let says = says.replace("{}", &pki.dir.path().display().to_string());
-        let said = load(&paths(cert, key));
-        assert!(said.starts_with(&says), "{said}");
+        let reported = load(&paths(cert, key));
+        assert!(reported.starts_with(&says), "{reported}");
     }
     let good = paths("a.pem", "a-key.pem");
     assert!(load(&TlsPaths { key: None, ..good.clone() }).starts_with("ORCHESTRATORD_TLS_KEY: required"));

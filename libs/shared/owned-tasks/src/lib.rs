@@ -110,13 +110,13 @@ pub async fn blocking<T: Send + 'static>(
 
 // ---- loops ----
 
-/// Runs what `make` makes until it ends by itself. When it panics `tell` hears of it at once, and it
-/// is made anew after a pause, unless `stop` comes first; `tell` hears `None` when it runs well again.
+/// Runs what `make` makes until it ends by itself. When it panics `send` hears of it at once, and it
+/// is made anew after a pause, unless `stop` comes first; `send` hears `None` when it runs well again.
 pub async fn keep<L: Future<Output = ()>>(
     name: &'static str,
     stop: &CancellationToken,
     mut make: impl FnMut() -> L,
-    mut tell: impl FnMut(Option<&Panicked>),
+    mut send: impl FnMut(Option<&Panicked>),
 ) {
     let (mut pause, mut is_down) = (FIRST_PAUSE, false);
     loop {
@@ -131,7 +131,7 @@ pub async fn keep<L: Future<Output = ()>>(
             ended = timeout(WELL_AFTER, running.as_mut()).await.ok();
             if !matches!(ended, Some(Err(_))) {
                 pause = FIRST_PAUSE;
-                tell(None);
+                send(None);
             }
         }
         let ended = match ended {
@@ -141,7 +141,7 @@ pub async fn keep<L: Future<Output = ()>>(
         let Err(panicked) = ended else { return };
         log_loop(&panicked, pause);
         is_down = true;
-        tell(Some(&panicked));
+        send(Some(&panicked));
         tokio::select! {
             () = stop.cancelled() => return,
             () = sleep(pause) => {}
@@ -202,13 +202,13 @@ impl Loops {
         make: impl FnMut() -> L,
     ) {
         let mut down = None;
-        let tell = |panicked: Option<&Panicked>| match panicked {
+        let send = |panicked: Option<&Panicked>| match panicked {
             Some(_) => {
                 down.get_or_insert_with(|| self.down(name));
             }
             None => down = None,
         };
-        keep(name, stop, make, tell).await;
+        keep(name, stop, make, send).await;
     }
 
     /// Spawns [`Self::keep`].
@@ -254,10 +254,10 @@ pub fn start<L: Future<Output = ()> + Send + 'static>(
     name: &'static str,
     stop: &CancellationToken,
     make: impl FnMut() -> L + Send + 'static,
-    tell: impl FnMut(Option<&Panicked>) + Send + 'static,
+    send: impl FnMut(Option<&Panicked>) + Send + 'static,
 ) {
     let stop = stop.clone();
-    tracker.spawn(async move { keep(name, &stop, make, tell).await });
+    tracker.spawn(async move { keep(name, &stop, make, send).await });
 }
 
 #[cfg(test)]
@@ -322,14 +322,14 @@ mod tests {
             starts += 1;
             fails()
         };
-        let tell = |panicked: Option<&Panicked>| {
+        let send = |panicked: Option<&Panicked>| {
             heard.push(panicked.cloned());
             if heard.len() == 8 {
                 stop.cancel();
             }
         };
         let began = tokio::time::Instant::now();
-        keep("a loop", &stop, make, tell).await;
+        keep("a loop", &stop, make, send).await;
         assert_eq!(starts, 8);
         let all = heard.iter().map(|panicked| panicked.as_ref().expect("it is never well"));
         assert!(all.clone().all(|panicked| panicked.message == "number 7" && panicked.name == "a loop"));
@@ -403,11 +403,11 @@ mod tests {
     #[test]
     fn a_thread_that_panics_is_down_for_a_pause_and_begins_again() {
         let loops = Loops::default();
-        let (tell, starts) = mpsc::channel();
+        let (send, starts) = mpsc::channel();
         let (seen, mut nth) = (loops.clone(), 0);
         let work = move || {
             nth += 1;
-            tell.send((nth, seen.problem())).unwrap();
+            send.send((nth, seen.problem())).unwrap();
             assert!(nth >= 3, "start {nth}");
         };
         loops.thread("driver", work).unwrap();

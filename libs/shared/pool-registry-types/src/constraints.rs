@@ -42,7 +42,7 @@ const LONGEST_WORD: usize = 16;
 
 /// How a text is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Constraint {
+pub enum DecodingConstraint {
     /// GBNF, or what vLLM takes for it. Between `"…"`, in `[…]` and after `#` brackets mean nothing.
     Grammar,
     /// JSON, also a larger value that holds schemas, such as a list of tools.
@@ -72,26 +72,26 @@ pub enum ConstraintTooLarge {
 }
 
 /// Holds a text against the bounds. Any bytes may come.
-pub fn check(kind: Constraint, text: &[u8]) -> Result<(), ConstraintTooLarge> {
+pub fn check(kind: DecodingConstraint, text: &[u8]) -> Result<(), ConstraintTooLarge> {
     if text.len() > MAX_BYTES {
         return Err(ConstraintTooLarge::Long { bytes: text.len() });
     }
     match kind {
-        Constraint::Grammar => grammar(text.iter().copied()),
-        Constraint::Regex => regex(text.iter().copied()),
-        Constraint::JsonSchema => json(text),
-        Constraint::StopList => Ok(()),
+        DecodingConstraint::Grammar => grammar(text.iter().copied()),
+        DecodingConstraint::Regex => regex(text.iter().copied()),
+        DecodingConstraint::JsonSchema => json(text),
+        DecodingConstraint::StopList => Ok(()),
     }
 }
 
 /// The same for a field of a body as it came: `value` is the raw JSON. A grammar or a regular
 /// expression is what its string stands for; another value there is bounded as JSON.
-pub fn check_json(kind: Constraint, value: &[u8]) -> Result<(), ConstraintTooLarge> {
+pub fn check_json(kind: DecodingConstraint, value: &[u8]) -> Result<(), ConstraintTooLarge> {
     let mut bytes = value.trim_ascii_start().iter();
     match (kind, bytes.next()) {
-        (Constraint::Grammar, Some(b'"')) => grammar(Unescaped::of(&mut bytes)),
-        (Constraint::Regex, Some(b'"')) => regex(Unescaped::of(&mut bytes)),
-        _ => check(Constraint::JsonSchema, value),
+        (DecodingConstraint::Grammar, Some(b'"')) => grammar(Unescaped::of(&mut bytes)),
+        (DecodingConstraint::Regex, Some(b'"')) => regex(Unescaped::of(&mut bytes)),
+        _ => check(DecodingConstraint::JsonSchema, value),
     }
 }
 
@@ -264,7 +264,7 @@ impl Shape {
     }
 }
 
-enum Place {
+enum LexState {
     Rules,
     Name,
     /// In what ends with this byte: a literal, a class, a token, a regular expression of Lark's.
@@ -274,23 +274,23 @@ enum Place {
 
 struct Grammar {
     shape: Shape,
-    place: Place,
+    lex_state: LexState,
     escaped: bool,
 }
 
 impl Grammar {
     fn new() -> Self {
-        Self { shape: Shape::new(), place: Place::Rules, escaped: false }
+        Self { shape: Shape::new(), lex_state: LexState::Rules, escaped: false }
     }
 
     fn feed(&mut self, byte: u8) {
-        match self.place {
-            Place::Until(end) => self.read_item(byte, end),
-            Place::Comment if matches!(byte, b'\n' | b'\r') => self.place = Place::Rules,
-            Place::Comment => {}
-            Place::Name if is_name(byte) => {}
-            Place::Name | Place::Rules => {
-                self.place = Place::Rules;
+        match self.lex_state {
+            LexState::Until(end) => self.read_item(byte, end),
+            LexState::Comment if matches!(byte, b'\n' | b'\r') => self.lex_state = LexState::Rules,
+            LexState::Comment => {}
+            LexState::Name if is_name(byte) => {}
+            LexState::Name | LexState::Rules => {
+                self.lex_state = LexState::Rules;
                 self.read_rules(byte);
             }
         }
@@ -303,7 +303,7 @@ impl Grammar {
         if byte == end {
             // Lark's comments begin with two of them; to llama.cpp one is an error already.
             let comment = end == b'/' && self.shape.item.bytes == 0;
-            self.place = if comment { Place::Comment } else { Place::Rules };
+            self.lex_state = if comment { LexState::Comment } else { LexState::Rules };
             return;
         }
         // A token's name has no escapes.
@@ -314,7 +314,7 @@ impl Grammar {
     fn read_rules(&mut self, byte: u8) {
         // Also within a `{m,n}`.
         if byte == b'#' {
-            self.place = Place::Comment;
+            self.lex_state = LexState::Comment;
             return;
         }
         if self.shape.counts(byte) {
@@ -333,7 +333,7 @@ impl Grammar {
             b'.' => self.shape.begin(1),
             _ if is_name(byte) => {
                 self.shape.begin(1);
-                self.place = Place::Name;
+                self.lex_state = LexState::Name;
             }
             _ => {}
         }
@@ -341,7 +341,7 @@ impl Grammar {
 
     fn begin_item(&mut self, end: u8) {
         self.shape.begin(1);
-        self.place = Place::Until(end);
+        self.lex_state = LexState::Until(end);
     }
 }
 
@@ -467,8 +467,8 @@ fn string(bytes: &mut Iter<'_, u8>) -> (Word, Shape) {
     let (mut regex, mut start, mut length) = (Regex::new(), [0_u8; LONGEST_WORD], 0_usize);
     for byte in Unescaped::of(bytes) {
         regex.feed(byte);
-        if let Some(place) = start.get_mut(length) {
-            *place = byte;
+        if let Some(lex_state) = start.get_mut(length) {
+            *lex_state = byte;
         }
         length += 1;
     }

@@ -6,10 +6,14 @@ use proptest::prelude::*;
 
 use super::*;
 
-const ALL: [Constraint; 4] =
-    [Constraint::Grammar, Constraint::JsonSchema, Constraint::Regex, Constraint::StopList];
+const ALL: [DecodingConstraint; 4] = [
+    DecodingConstraint::Grammar,
+    DecodingConstraint::JsonSchema,
+    DecodingConstraint::Regex,
+    DecodingConstraint::StopList,
+];
 
-fn measured(kind: Constraint, text: &str) -> Result<(), ConstraintTooLarge> {
+fn measured(kind: DecodingConstraint, text: &str) -> Result<(), ConstraintTooLarge> {
     check(kind, text.as_bytes())
 }
 
@@ -26,7 +30,7 @@ fn within(levels: usize, open: &str, inner: &str, close: &str) -> String {
 #[test]
 fn an_open_bracket_50000_times_is_refused_by_its_depth() {
     let attack = "root ::= ".to_owned() + &"(".repeat(50_000);
-    let error = measured(Constraint::Grammar, &attack).unwrap_err();
+    let error = measured(DecodingConstraint::Grammar, &attack).unwrap_err();
     assert_eq!(error.to_string(), "nested 50000 deep, at most 64");
 }
 
@@ -34,13 +38,13 @@ fn an_open_bracket_50000_times_is_refused_by_its_depth() {
 #[test]
 fn every_kind_may_be_64_deep_and_no_deeper() {
     let texts = [
-        (Constraint::Grammar, "(", "\"a\"", ")"),
-        (Constraint::Grammar, "(", "\"a\"", ")*"),
-        (Constraint::Regex, "(", "a", ")"),
-        (Constraint::Regex, "(?:", "a", ")+"),
-        (Constraint::Regex, "[", "a", "]"),
-        (Constraint::JsonSchema, "[", "1", "]"),
-        (Constraint::JsonSchema, "{\"a\":", "{}", "}"),
+        (DecodingConstraint::Grammar, "(", "\"a\"", ")"),
+        (DecodingConstraint::Grammar, "(", "\"a\"", ")*"),
+        (DecodingConstraint::Regex, "(", "a", ")"),
+        (DecodingConstraint::Regex, "(?:", "a", ")+"),
+        (DecodingConstraint::Regex, "[", "a", "]"),
+        (DecodingConstraint::JsonSchema, "[", "1", "]"),
+        (DecodingConstraint::JsonSchema, "{\"a\":", "{}", "}"),
     ];
     for (kind, open, inner, close) in texts {
         let more = usize::from(inner == "{}");
@@ -76,7 +80,7 @@ fn brackets_in_literals_classes_and_comments_of_a_grammar_are_no_nesting() {
         format!("root: /{many}/ // \" {many}\n"),
     ];
     for text in texts {
-        assert_eq!(measured(Constraint::Grammar, &text), Ok(()), "{}", &text[..24]);
+        assert_eq!(measured(DecodingConstraint::Grammar, &text), Ok(()), "{}", &text[..24]);
     }
 }
 
@@ -104,7 +108,7 @@ fn what_follows_a_literal_a_class_or_a_comment_counts_again() {
     ];
     for text in before {
         let text = format!("root ::= {text}{many}");
-        assert_eq!(measured(Constraint::Grammar, &text), nested(100), "{text}");
+        assert_eq!(measured(DecodingConstraint::Grammar, &text), nested(100), "{text}");
     }
 }
 
@@ -112,14 +116,18 @@ fn what_follows_a_literal_a_class_or_a_comment_counts_again() {
 #[test]
 fn operators_upon_operators_nest() {
     let grammar = |operators: usize| format!("root ::= \"a\"{}", "? ".repeat(operators));
-    assert_eq!(measured(Constraint::Grammar, &grammar(65)), Ok(()), "the first is on the literal itself");
-    assert_eq!(measured(Constraint::Grammar, &grammar(66)), nested(65));
+    assert_eq!(
+        measured(DecodingConstraint::Grammar, &grammar(65)),
+        Ok(()),
+        "the first is on the literal itself"
+    );
+    assert_eq!(measured(DecodingConstraint::Grammar, &grammar(66)), nested(65));
     // Neither the brackets nor the operators of one group are many.
     let mixed = within(8, "(", "\"a\"", ")*+?*+?*+?*");
-    assert_eq!(measured(Constraint::Grammar, &mixed), nested(80));
-    assert_eq!(measured(Constraint::Regex, &mixed.replace("\"a\"", "a")), nested(80));
+    assert_eq!(measured(DecodingConstraint::Grammar, &mixed), nested(80));
+    assert_eq!(measured(DecodingConstraint::Regex, &mixed.replace("\"a\"", "a")), nested(80));
     let side_by_side = "(\"a\")* ".repeat(1_000);
-    assert_eq!(measured(Constraint::Grammar, &side_by_side), Ok(()));
+    assert_eq!(measured(DecodingConstraint::Grammar, &side_by_side), Ok(()));
 }
 
 // CLOUD-1210
@@ -128,11 +136,11 @@ fn escapes_and_classes_of_a_regular_expression_are_no_nesting() {
     let escaped = "\\(".repeat(1_000);
     let class = format!("[{}]", "(".repeat(1_000));
     for text in [escaped, class, "[\\]((((".repeat(20), "\\[".repeat(500), "()".repeat(5_000)] {
-        assert_eq!(measured(Constraint::Regex, &text), Ok(()), "{}", &text[..8]);
+        assert_eq!(measured(DecodingConstraint::Regex, &text), Ok(()), "{}", &text[..8]);
     }
     for before in ["\\\\", "[\\]]", "[]", "a{2}", "a{2,x", "\\[", "[^]"] {
         let text = before.to_owned() + &"(".repeat(100);
-        assert_eq!(measured(Constraint::Regex, &text), nested(100), "{text}");
+        assert_eq!(measured(DecodingConstraint::Regex, &text), nested(100), "{text}");
     }
 }
 
@@ -141,32 +149,39 @@ fn escapes_and_classes_of_a_regular_expression_are_no_nesting() {
 fn brackets_in_strings_of_a_schema_are_no_nesting_unless_it_is_a_pattern() {
     let many = "([{".repeat(1_000);
     let schema = |name: &str, text: &str| format!(r#"{{"type":"string","{name}":"{text}"}}"#);
-    assert_eq!(measured(Constraint::JsonSchema, &schema("description", &many)), Ok(()));
-    assert_eq!(measured(Constraint::JsonSchema, &schema("description", "\\\" {{")), Ok(()));
+    assert_eq!(measured(DecodingConstraint::JsonSchema, &schema("description", &many)), Ok(()));
+    assert_eq!(measured(DecodingConstraint::JsonSchema, &schema("description", "\\\" {{")), Ok(()));
     let deep = "(".repeat(100);
     let hidden = "\\u0028".repeat(100);
     for (name, text) in [("pattern", &deep), ("pattern", &hidden), ("p\\u0061ttern", &deep)] {
-        assert_eq!(measured(Constraint::JsonSchema, &schema(name, text)), nested(100), "{name} {text}");
+        assert_eq!(
+            measured(DecodingConstraint::JsonSchema, &schema(name, text)),
+            nested(100),
+            "{name} {text}"
+        );
     }
     let names = format!(r#"{{"patternProperties":{{"{deep}":{{}}}}}}"#);
-    assert_eq!(measured(Constraint::JsonSchema, &names), nested(100));
+    assert_eq!(measured(DecodingConstraint::JsonSchema, &names), nested(100));
     let escaped = schema("pattern", &"\\\\(".repeat(100));
-    assert_eq!(measured(Constraint::JsonSchema, &escaped), Ok(()), "a bracket that is escaped twice");
+    assert_eq!(measured(DecodingConstraint::JsonSchema, &escaped), Ok(()), "a bracket that is escaped twice");
     let after = schema("description", "\\\\") + &"[".repeat(100);
-    assert_eq!(measured(Constraint::JsonSchema, &after), nested(100));
+    assert_eq!(measured(DecodingConstraint::JsonSchema, &after), nested(100));
 }
 
 // CLOUD-1216
 #[test]
 fn a_repetition_is_bounded_alone_within_others_and_beside_others() {
     let repeated = |times| Err(ConstraintTooLarge::Repeated { times });
-    assert_eq!(measured(Constraint::Grammar, "root ::= a{10000}"), Ok(()));
-    assert_eq!(measured(Constraint::Grammar, "root ::= a{1000000}"), repeated(1_000_000));
-    assert_eq!(measured(Constraint::Grammar, "root ::= a{0, 10001}"), repeated(10_001));
-    assert_eq!(measured(Constraint::Grammar, "root ::= a{10001,}"), repeated(10_001));
-    assert_eq!(measured(Constraint::Grammar, &format!("a{{{}}}", "9".repeat(50))), repeated(u64::MAX));
-    assert_eq!(measured(Constraint::Regex, "a{1000000}"), repeated(1_000_000));
-    let both: &[Constraint] = &[Constraint::Grammar, Constraint::Regex];
+    assert_eq!(measured(DecodingConstraint::Grammar, "root ::= a{10000}"), Ok(()));
+    assert_eq!(measured(DecodingConstraint::Grammar, "root ::= a{1000000}"), repeated(1_000_000));
+    assert_eq!(measured(DecodingConstraint::Grammar, "root ::= a{0, 10001}"), repeated(10_001));
+    assert_eq!(measured(DecodingConstraint::Grammar, "root ::= a{10001,}"), repeated(10_001));
+    assert_eq!(
+        measured(DecodingConstraint::Grammar, &format!("a{{{}}}", "9".repeat(50))),
+        repeated(u64::MAX)
+    );
+    assert_eq!(measured(DecodingConstraint::Regex, "a{1000000}"), repeated(1_000_000));
+    let both: &[DecodingConstraint] = &[DecodingConstraint::Grammar, DecodingConstraint::Regex];
     let texts = [
         ("((a{1000}){1000}){1000}".to_owned(), both),
         ("a{1000}{1000}{1000}".to_owned(), both),
@@ -184,15 +199,15 @@ fn a_repetition_is_bounded_alone_within_others_and_beside_others() {
         }
     }
     let lines = "root ::= ([a-z]{1,100} \"\\n\"){1,50}";
-    assert_eq!(measured(Constraint::Grammar, lines), Ok(()));
-    assert_eq!(measured(Constraint::Regex, "^[^{}]{2,40}{{x}}{$"), Ok(()));
+    assert_eq!(measured(DecodingConstraint::Grammar, lines), Ok(()));
+    assert_eq!(measured(DecodingConstraint::Regex, "^[^{}]{2,40}{{x}}{$"), Ok(()));
 }
 
 // CLOUD-1216
 #[test]
 fn the_lengths_that_a_schema_allows_add_up() {
     let expanded = |parts| Err(ConstraintTooLarge::Expanded { parts });
-    let schema = |text: &str| measured(Constraint::JsonSchema, text);
+    let schema = |text: &str| measured(DecodingConstraint::JsonSchema, text);
     assert_eq!(schema(r#"{"maxLength": 262144}"#), Ok(()));
     assert_eq!(schema(r#"{"maxLength": 262145}"#), expanded(262_145));
     assert_eq!(schema(r#"[{"maxItems":200000},{"minLength":100000}]"#), expanded(300_000));
@@ -222,15 +237,15 @@ fn ways(ways: u64) -> Result<(), ConstraintTooLarge> {
 fn forty_rules_that_each_name_the_next_twice_are_refused_by_their_ways() {
     let attack = doubled(40);
     assert!(attack.len() < 1_100);
-    let error = measured(Constraint::Grammar, &attack).unwrap_err();
+    let error = measured(DecodingConstraint::Grammar, &attack).unwrap_err();
     assert_eq!(error.to_string(), "a place that can begin in 1099511627776 ways, at most 4096");
-    assert_eq!(measured(Constraint::Grammar, &doubled(1_000)), ways(u64::MAX));
+    assert_eq!(measured(DecodingConstraint::Grammar, &doubled(1_000)), ways(u64::MAX));
 }
 
 // CLOUD-1216
 #[test]
 fn a_place_of_a_grammar_may_begin_in_4096_ways_and_in_no_more() {
-    let grammar = |text: &str| measured(Constraint::Grammar, text);
+    let grammar = |text: &str| measured(DecodingConstraint::Grammar, text);
     assert_eq!(grammar(&doubled(12)), Ok(()));
     assert_eq!(grammar(&doubled(13)), ways(8_192));
     let alternatives = |count| format!("root ::= {}", vec!["\"a\""; count].join(" | "));
@@ -258,7 +273,7 @@ fn a_place_of_a_grammar_may_begin_in_4096_ways_and_in_no_more() {
 #[test]
 fn what_may_be_empty_is_bounded_side_by_side_and_repeated() {
     let steps = |steps| Err(ConstraintTooLarge::Steps { steps });
-    let grammar = |text: &str| measured(Constraint::Grammar, text);
+    let grammar = |text: &str| measured(DecodingConstraint::Grammar, text);
     let row = |part: &str, count: usize| format!("root ::= \"x\" {}", vec![part; count].join(" "));
     for part in ["\"a\"?", "\"a\"*", "[a-z]{0,9}", "(\"a\" \"b\")?"] {
         assert_eq!(grammar(&row(part, 362)), Ok(()), "{part}");
@@ -278,15 +293,15 @@ fn a_chain_of_rules_may_be_long_but_not_on_many_ways() {
     let names = (0..2_800).map(|rule| format!("b{rule} ::= b{} \"x\"\n", rule + 1));
     let chain = format!("{}b2800 ::= \"z\"\n", names.collect::<String>());
     let on_ways = |doublings: usize| doubled(doublings).replace("::= \"z\"", "::= b0") + &chain;
-    assert_eq!(measured(Constraint::Grammar, &on_ways(4)), Ok(()));
-    let many = measured(Constraint::Grammar, &on_ways(5));
+    assert_eq!(measured(DecodingConstraint::Grammar, &on_ways(4)), Ok(()));
+    let many = measured(DecodingConstraint::Grammar, &on_ways(5));
     assert!(matches!(many, Err(ConstraintTooLarge::Steps { .. })), "{many:?}");
 }
 
 // CLOUD-1216
 #[test]
 fn a_rule_that_begins_with_itself_after_what_may_be_empty_is_refused() {
-    let grammar = |text: &str| measured(Constraint::Grammar, text);
+    let grammar = |text: &str| measured(DecodingConstraint::Grammar, text);
     let attacks = [
         ("root ::= r root \"x\"\nr ::= \"b\"?\n", 0),
         ("root ::= (\"b\"?) root \"x\"\n", 0),
@@ -312,25 +327,25 @@ fn a_field_of_a_body_is_measured_by_what_its_string_stands_for() {
     let attack = "root ::= \"\\\"\" ".to_owned() + &"(".repeat(100);
     let json = |text: &str| serde_json::to_string(text).unwrap();
     for raw in [json(&attack), format!(" \n{}", json(&attack)), json(&attack).replace('(', "\\u0028")] {
-        assert_eq!(check_json(Constraint::Grammar, raw.as_bytes()), nested(100), "{raw}");
+        assert_eq!(check_json(DecodingConstraint::Grammar, raw.as_bytes()), nested(100), "{raw}");
     }
-    assert_eq!(check_json(Constraint::Regex, json(&"\\(".repeat(100)).as_bytes()), Ok(()));
-    assert_eq!(check_json(Constraint::Regex, json(&"(".repeat(100)).as_bytes()), nested(100));
+    assert_eq!(check_json(DecodingConstraint::Regex, json(&"\\(".repeat(100)).as_bytes()), Ok(()));
+    assert_eq!(check_json(DecodingConstraint::Regex, json(&"(".repeat(100)).as_bytes()), nested(100));
     // Its own length counts, not that of its escapes.
     let lines = json(&"\n".repeat(MAX_BYTES));
-    assert_eq!(check_json(Constraint::Grammar, lines.as_bytes()), Ok(()));
+    assert_eq!(check_json(DecodingConstraint::Grammar, lines.as_bytes()), Ok(()));
     let long = Err(ConstraintTooLarge::Long { bytes: MAX_BYTES + 2 });
     let letters = format!("\"{}\"", "\\u00e9".repeat(MAX_BYTES / 2 + 1));
-    assert_eq!(check_json(Constraint::Grammar, letters.as_bytes()), long);
+    assert_eq!(check_json(DecodingConstraint::Grammar, letters.as_bytes()), long);
     let pairs = format!("\"{}\"", "\\ud83d\\ude00".repeat(MAX_BYTES / 4 + 1));
     let long = Err(ConstraintTooLarge::Long { bytes: MAX_BYTES + 4 });
-    assert_eq!(check_json(Constraint::Grammar, pairs.as_bytes()), long);
+    assert_eq!(check_json(DecodingConstraint::Grammar, pairs.as_bytes()), long);
     for kind in ALL {
         assert_eq!(check_json(kind, "[".repeat(100).as_bytes()), nested(100), "{kind:?}");
     }
-    assert_eq!(check_json(Constraint::StopList, br#"["((((", "\n"]"#), Ok(()));
+    assert_eq!(check_json(DecodingConstraint::StopList, br#"["((((", "\n"]"#), Ok(()));
     let stops = format!("[\"{}\"]", "x".repeat(MAX_BYTES));
-    assert!(check_json(Constraint::StopList, stops.as_bytes()).is_err());
+    assert!(check_json(DecodingConstraint::StopList, stops.as_bytes()).is_err());
 }
 
 // CLOUD-1210
@@ -342,9 +357,9 @@ fn real_grammars_pass() {
     for entry in std::fs::read_dir(&folder).unwrap() {
         let path = entry.unwrap().path();
         let text = std::fs::read_to_string(&path).unwrap();
-        assert_eq!(measured(Constraint::Grammar, &text), Ok(()), "{}", path.display());
+        assert_eq!(measured(DecodingConstraint::Grammar, &text), Ok(()), "{}", path.display());
         let raw = serde_json::to_vec(&text).unwrap();
-        assert_eq!(check_json(Constraint::Grammar, &raw), Ok(()), "{}", path.display());
+        assert_eq!(check_json(DecodingConstraint::Grammar, &raw), Ok(()), "{}", path.display());
         passed += 1;
     }
     assert_eq!(passed, 50);
@@ -371,7 +386,7 @@ proptest! {
     #[test]
     fn a_grammar_in_a_body_is_measured_as_the_grammar_itself(text in "[\"\\\\\\[\\]()#{}0-9,*+?a-c\n/<> é]{0,200}") {
         let raw = serde_json::to_vec(&text).unwrap();
-        for kind in [Constraint::Grammar, Constraint::Regex] {
+        for kind in [DecodingConstraint::Grammar, DecodingConstraint::Regex] {
             prop_assert_eq!(check_json(kind, &raw), check(kind, text.as_bytes()));
         }
     }
@@ -386,7 +401,7 @@ proptest! {
             deepest = depth.max(deepest);
         }
         let expected = if deepest > MAX_NESTING { nested(deepest) } else { Ok(()) };
-        prop_assert_eq!(measured(Constraint::Regex, &text), expected);
-        prop_assert_eq!(measured(Constraint::Grammar, &text), expected);
+        prop_assert_eq!(measured(DecodingConstraint::Regex, &text), expected);
+        prop_assert_eq!(measured(DecodingConstraint::Grammar, &text), expected);
     }
 }

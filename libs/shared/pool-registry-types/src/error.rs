@@ -143,8 +143,8 @@ pub struct ErrorBody {
 
 /// A cause that is more than a word is a newer node's too.
 fn cause<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<EndCause>, D::Error> {
-    let said = Value::deserialize(deserializer)?;
-    Ok((!said.is_null()).then(|| serde_json::from_value(said).unwrap_or(EndCause::Unknown)))
+    let reported = Value::deserialize(deserializer)?;
+    Ok((!reported.is_null()).then(|| serde_json::from_value(reported).unwrap_or(EndCause::Unknown)))
 }
 
 impl ErrorBody {

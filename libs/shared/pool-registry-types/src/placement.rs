@@ -15,7 +15,7 @@ use crate::ids::{InvalidId, LabelName, ModelRef, NodeId, PoolId, PoolKey, TaskId
 use crate::pool::EngineKind;
 
 /// Most pools in one list of a request, and most labels.
-pub const MAX_WISHES: usize = 64;
+pub const MAX_CONSTRAINTS: usize = 64;
 
 /// What an operator says of a node: `zone=a`, `tier=fast`.
 pub type Labels = BTreeMap<LabelName, LabelName>;
@@ -86,7 +86,7 @@ pub struct PoolSelectorText(#[expect(dead_code, reason = "it is never made")] St
 /// `placement` of a task.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Wishes {
+pub struct PlacementConstraints {
     #[serde(default)]
     pub mode: PlacementMode,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -121,7 +121,7 @@ fn yes() -> bool {
     true
 }
 
-impl Default for Wishes {
+impl Default for PlacementConstraints {
     fn default() -> Self {
         Self {
             mode: PlacementMode::Auto,
@@ -137,7 +137,7 @@ impl Default for Wishes {
     }
 }
 
-impl Wishes {
+impl PlacementConstraints {
     /// Finds contradictions; `has_session` says whether the task belongs to a session.
     pub fn check(&self, has_session: bool) -> Result<(), ErrorBody> {
         let invalid = |message: &str| Err(ErrorBody::new(ErrorCode::InvalidParams, message));
@@ -167,8 +167,8 @@ impl Wishes {
             ("avoid_pools", self.avoid_pools.len()),
             ("require_labels", self.require_labels.len()),
         ] {
-            if count > MAX_WISHES {
-                return invalid(&format!("placement.{field}: at most {MAX_WISHES}"));
+            if count > MAX_CONSTRAINTS {
+                return invalid(&format!("placement.{field}: at most {MAX_CONSTRAINTS}"));
             }
         }
         if self.require_device_mask.as_ref().is_some_and(|mask| mask.is_empty() || mask.len() > 255) {
@@ -342,16 +342,17 @@ mod tests {
             (r#"{"mode":"prefer","prefer_pools":[]}"#, "mode"),
         ];
         for (json, field) in cases {
-            let wishes: Wishes = serde_json::from_str(json).unwrap();
-            let error = wishes.check(false).expect_err(json);
+            let constraints: PlacementConstraints = serde_json::from_str(json).unwrap();
+            let error = constraints.check(false).expect_err(json);
             assert!(error.message.contains(field), "{json}: {}", error.message);
         }
         let many: Vec<String> = (0..65).map(|n| format!("p{n}")).collect();
-        let wishes: Wishes = serde_json::from_value(serde_json::json!({"avoid_pools": many})).unwrap();
-        assert!(wishes.check(false).unwrap_err().message.contains("avoid_pools"));
+        let constraints: PlacementConstraints =
+            serde_json::from_value(serde_json::json!({"avoid_pools": many})).unwrap();
+        assert!(constraints.check(false).unwrap_err().message.contains("avoid_pools"));
         let good = r#"{"mode":"pin","pin_pool_id":"a/p","require_labels":{"zone":"a"}}"#;
-        let wishes: Wishes = serde_json::from_str(good).unwrap();
-        assert_eq!(wishes.check(false), Ok(()));
-        assert_eq!(wishes.pinned_node().map(NodeId::as_str), Some("a"));
+        let constraints: PlacementConstraints = serde_json::from_str(good).unwrap();
+        assert_eq!(constraints.check(false), Ok(()));
+        assert_eq!(constraints.pinned_node().map(NodeId::as_str), Some("a"));
     }
 }

@@ -161,16 +161,17 @@ impl Decoder {
         let bytes = &self.buffer;
         let mut at = self.searched;
         while let Some(offset) = bytes[at..].iter().position(|b| matches!(b, b'\n' | b'\r')) {
-            let mark = at + offset;
-            let empty = bytes[self.start..mark].last().is_none_or(|before| matches!(before, b'\n' | b'\r'));
-            at = mark + 1;
-            if bytes[mark] == b'\r' {
+            let line_end = at + offset;
+            let empty =
+                bytes[self.start..line_end].last().is_none_or(|before| matches!(before, b'\n' | b'\r'));
+            at = line_end + 1;
+            if bytes[line_end] == b'\r' {
                 match bytes.get(at) {
                     Some(b'\n') => at += 1,
                     Some(_) => {}
                     // The other half of a line end may come.
                     None => {
-                        self.searched = mark;
+                        self.searched = line_end;
                         return None;
                     }
                 }

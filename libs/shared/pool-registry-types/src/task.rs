@@ -7,13 +7,13 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::constraints::{self, Constraint};
+use crate::constraints::{self, DecodingConstraint};
 use crate::engines::{EngineSet, GrammarForm, capabilities};
 use crate::error::{ErrorBody, ErrorCode};
 use crate::ids::{AttemptId, BootId, LogId, ModelRef, NodeId, PoolId, ReplicaId, SessionId, TaskId};
 pub use crate::inputs::{EmbeddingResult, Inputs, MAX_INPUTS, NonEmptyText, RerankInputs, RerankResult};
 use crate::newer;
-use crate::placement::Wishes;
+use crate::placement::PlacementConstraints;
 use crate::pool::EngineKind;
 
 /// Largest request body, bytes. Source: .specs/01 CLOUD-1201.
@@ -204,7 +204,7 @@ pub struct TaskRequest {
     #[serde(default, skip_serializing_if = "is_default")]
     pub kv_hint: KvHint,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub placement: Option<Wishes>,
+    pub placement: Option<PlacementConstraints>,
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
@@ -294,7 +294,7 @@ impl TaskRequest {
             return Err(unsupported(field, engine));
         }
         match &self.placement {
-            Some(wishes) => wishes.check(self.session_id.is_some()),
+            Some(constraints) => constraints.check(self.session_id.is_some()),
             None => Ok(()),
         }
     }
@@ -302,9 +302,9 @@ impl TaskRequest {
     /// That what the engine compiles is within its bounds.
     fn check_constraints(&self) -> Result<(), String> {
         let grammar = self.grammar.as_deref().unwrap_or_default();
-        constraints::check(Constraint::Grammar, grammar.as_bytes())
+        constraints::check(DecodingConstraint::Grammar, grammar.as_bytes())
             .map_err(|error| format!("grammar: {error}"))?;
-        constraints::check(Constraint::StopList, self.stop.concat().as_bytes())
+        constraints::check(DecodingConstraint::StopList, self.stop.concat().as_bytes())
             .map_err(|error| format!("stop: {error}"))
     }
 

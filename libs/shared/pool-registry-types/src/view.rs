@@ -136,7 +136,7 @@ impl ClusterChange {
 
 /// `GET /v2/catalog/availability`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
-pub struct Availability {
+pub struct CatalogAvailability {
     pub models: Vec<ModelAvailability>,
 }
 
@@ -162,7 +162,7 @@ pub struct StagedAt {
 
 impl ClusterView {
     /// Which models can be asked for right now, and where they are.
-    pub fn availability(&self) -> Availability {
+    pub fn availability(&self) -> CatalogAvailability {
         #[derive(Default)]
         struct Found<'v> {
             nodes: BTreeSet<&'v NodeId>,
@@ -193,7 +193,7 @@ impl ClusterView {
             total_capacity: found.capacity,
             staged: found.staged,
         });
-        Availability { models: models.collect() }
+        CatalogAvailability { models: models.collect() }
     }
 
     /// All pools with their nodes.

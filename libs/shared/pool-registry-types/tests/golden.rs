@@ -11,7 +11,7 @@ use pool_registry_types::task::{
     EmbeddingResult, InferRequest, Metrics, RerankResult, SessionView, TaskAccepted, TaskPage, TaskRequest,
     Token,
 };
-use pool_registry_types::view::{Availability, ClusterChange, ClusterView, PoolList};
+use pool_registry_types::view::{CatalogAvailability, ClusterChange, ClusterView, PoolList};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -45,7 +45,7 @@ fn every_golden_body_is_read_and_written_as_it_stands() {
     stands::<HeartbeatAnswer>("heartbeat_answer.json");
     stands::<InferRequest>("infer_request.json");
     stands::<ErrorBody>("error.json");
-    stands::<Availability>("availability.json");
+    stands::<CatalogAvailability>("availability.json");
     stands::<ClusterView>("nodes.json");
     stands::<PoolList>("pools.json");
     stands::<TaskPage>("tasks.json");

@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 use super::{Call, CallAnswer, Caller, Conn, Loads, Piece, What, World};
 use crate::draw::{MAX_TURNS, Replays};
-use crate::witness::Life;
+use crate::oracle::Life;
 
 mod clients;
 mod relays;
@@ -164,15 +164,15 @@ impl World {
             // Taken or not is seen from the number of the last report.
             let taken =
                 before.report_seq != Some(*seq) && control.core.registry().report_seq(node_id) == Some(*seq);
-            if let Some(life) = self.witness.life.get_mut(node_id)
+            if let Some(life) = self.oracle.life.get_mut(node_id)
                 && taken
             {
                 *life = Life { heartbeat: now, any: now, seq: *seq };
-                self.witness.reported(now, &before.models);
-                self.witness.reports_away(node_id, before.away);
+                self.oracle.reported(now, &before.models);
+                self.oracle.reports_away(node_id, before.away);
             }
         }
-        self.judge(&before, &effects);
+        self.review(&before, &effects);
         self.note_liveness();
         let life = self.lives;
         for effect in effects {
@@ -187,7 +187,7 @@ impl World {
             self.check(Err(format!("[4] {reserved} reservations for {running} attempts")));
         }
         let Some(control) = self.control.as_ref() else { return };
-        let clocks = self.witness.clocks(now, &control.core, &self.plan);
+        let clocks = self.oracle.clocks(now, &control.core, &self.plan);
         self.check(clocks);
     }
 
@@ -197,17 +197,17 @@ impl World {
             control.core.view(self.now).nodes.into_iter().map(|n| (n.node_id, n.liveness)).collect();
         let changed: Vec<(NodeId, Liveness)> = seen
             .iter()
-            .filter(|(id, liveness)| self.liveness_noted.get(*id) != Some(liveness))
+            .filter(|(id, liveness)| self.liveness_seen.get(*id) != Some(liveness))
             .map(|(id, liveness)| (id.clone(), *liveness))
             .collect();
-        self.liveness_noted = seen;
+        self.liveness_seen = seen;
         for (id, liveness) in changed {
             self.note(|_| format!("{id} is {liveness:?}"));
         }
     }
 
     /// What one event may and must do, seen from outside.
-    fn judge(&mut self, before: &Before, effects: &[Effect]) {
+    fn review(&mut self, before: &Before, effects: &[Effect]) {
         let Some(control) = self.control.as_ref() else { return };
         let liveness = |id: &NodeId| control.core.registry().liveness(id);
         let mut broken = None;
@@ -220,16 +220,16 @@ impl World {
         let at_once = |effect: &Effect| matches!(effect, Effect::Reply { answer: Ok(Answer::Intent(_)), .. });
         if let Some((node_id, intent)) = before.want.as_ref().filter(|_| effects.iter().any(at_once)) {
             // Kept for a node that is not known any more.
-            self.witness.wants(node_id, *intent);
+            self.oracle.wants(node_id, *intent);
         }
         if let Some(node_id) = &before.dialled {
-            self.witness.dialled(node_id);
-            if before.let_in && self.witness.let_in(node_id) {
+            self.oracle.dialled(node_id);
+            if before.let_in && self.oracle.let_in(node_id) {
                 self.coverage.hit("core: denied node let us in");
             }
         }
         if let Some(node_id) = &before.dial_failed {
-            self.witness.dial_failed(self.now, node_id);
+            self.oracle.dial_failed(self.now, node_id);
             if liveness(node_id) == Some(Liveness::Online) {
                 broken = Some(format!("[7] {node_id} is online after a failed connection"));
             }
@@ -267,7 +267,7 @@ impl World {
                     });
                 }
                 Effect::Reply { answer: Ok(Answer::Registered(answer)), .. }
-                    if !self.witness.epochs.insert(answer.epoch.to_string()) =>
+                    if !self.oracle.epochs.insert(answer.epoch.to_string()) =>
                 {
                     broken = Some(format!("epoch {} was given twice", answer.epoch));
                 }
@@ -295,7 +295,7 @@ impl World {
             Effect::Reply { to, answer } => self.reply(to, answer),
             Effect::OpenLog { task, log } => {
                 let plan = &self.plan.tasks[self.names[&task]];
-                let admitted = self.witness.admitted(self.now, task, plan, self.plan.queue_timeout);
+                let admitted = self.oracle.admitted(self.now, task, plan, self.plan.queue_timeout);
                 self.check(admitted);
                 if let Some(control) = self.control.as_mut() {
                     control.logs.insert(task, TaskLog::new(log));
@@ -320,8 +320,8 @@ impl World {
                     self.after_ms(delay, What::LoadArrives { node });
                 }
             }
-            Effect::TellIntent { to, node_id, order, .. } => {
-                self.witness.wants(&node_id, order.intent);
+            Effect::DeliverIntent { to, node_id, order, .. } => {
+                self.oracle.wants(&node_id, order.intent);
                 let node: usize = node_id.as_str()[1..].parse().expect("simulated ids are n<number>");
                 if self.links[node].blocked() {
                     let outcome = Err("no answer in time".to_owned());
@@ -399,18 +399,18 @@ impl World {
         match call {
             Call::Register(request) => {
                 let life = Life { heartbeat: now, any: now, seq: 0 };
-                self.witness.engine_is_new(&node_id);
+                self.oracle.engine_is_new(&node_id);
                 let known = self.control.as_ref().and_then(|c| c.core.registry().address(&node_id));
                 if known.is_none_or(|(_, boot_id)| boot_id != request.boot_id) {
-                    self.witness.boot_is_new(&node_id);
+                    self.oracle.boot_is_new(&node_id);
                 }
-                self.witness.life.insert(node_id, life);
+                self.oracle.life.insert(node_id, life);
                 let reply = self.reply_to(To::Caller(caller, Kind::Register));
                 self.apply(Event::Register { reply, request });
             }
             Call::Heartbeat(beat) => {
                 let reply = self.reply_to(To::Caller(caller, Kind::Heartbeat));
-                if self.witness.life.get(&node_id).is_some_and(|life| life.seq > beat.seq && beat.seq > 1) {
+                if self.oracle.life.get(&node_id).is_some_and(|life| life.seq > beat.seq && beat.seq > 1) {
                     self.coverage.hit("message: overtaken");
                 }
                 self.apply(Event::Heartbeat { reply, node_id, beat });
@@ -419,7 +419,7 @@ impl World {
                 let reply = self.reply_to(To::Caller(caller, Kind::Deregister));
                 self.apply(Event::Deregister { reply, node_id: node_id.clone(), epoch: Some(epoch) });
                 if self.control.as_ref().is_some_and(|c| c.core.registry().liveness(&node_id).is_none()) {
-                    self.witness.life.remove(&node_id);
+                    self.oracle.life.remove(&node_id);
                 }
             }
         }
@@ -456,7 +456,7 @@ impl World {
             (To::Client(task), Ok(answer)) => {
                 if answer == Answer::Canceled {
                     self.coverage.hit("core: cancel answered at the end");
-                    let ended = self.witness.cancel_answered(task);
+                    let ended = self.oracle.cancel_answered(task);
                     self.check(ended);
                 }
                 self.note(|w| format!("t{} answered: {}", w.names[&task], brief(&answer)));
@@ -464,7 +464,7 @@ impl World {
             (To::Client(task), Err(error)) => {
                 if let Some(control) = self.control.as_ref() {
                     let plan = &self.plan.tasks[self.names[&task]];
-                    let refused = self.witness.refused(self.now, &error, plan, &control.core, &self.plan);
+                    let refused = self.oracle.refused(self.now, &error, plan, &control.core, &self.plan);
                     self.check(refused);
                 }
                 match error.code {

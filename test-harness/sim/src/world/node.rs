@@ -190,7 +190,7 @@ impl World {
             | What::LoadArrives { node } => (*node, None),
             What::NodeTimer { node, boot, .. }
             | What::EngineStep { node, boot, .. }
-            | What::Settle { node, boot, .. }
+            | What::SlotReleased { node, boot, .. }
             | What::EngineBack { node, boot }
             | What::EngineLoaded { node, boot, .. }
             | What::EngineGone { node, boot, .. }
@@ -232,7 +232,7 @@ impl World {
                 }
             }
             What::EngineStep { attempt, .. } => self.engine_step(node, attempt),
-            What::Settle { attempt, .. } => {
+            What::SlotReleased { attempt, .. } => {
                 // The engine has noticed; the node hears of it at its next look.
                 if let Some((replica, _)) = self.nodes[node].ghosts.remove(&attempt) {
                     self.count(node, &replica);
@@ -384,7 +384,7 @@ impl World {
             core.engine_began(&pool_id, &replica_id);
         }
         self.nodes[node].engine_down = false;
-        self.witness.engine_is_new(&self.node_id(node));
+        self.oracle.engine_is_new(&self.node_id(node));
         self.observe(node);
         self.pump(node);
     }
@@ -413,7 +413,7 @@ impl World {
             core.expire_settling(now);
             if is_back {
                 // Whoever comes back after it was away may be another engine.
-                self.witness.engine_is_new(&self.node_id(node));
+                self.oracle.engine_is_new(&self.node_id(node));
             }
             self.count(node, &replica);
         }
@@ -428,7 +428,7 @@ impl World {
         let ghosts = sim.ghosts.values().filter(|(ghost, _)| ghost == replica).count();
         let Some(core) = sim.core.as_mut() else { return };
         let count = u32::try_from(running + ghosts).unwrap_or(u32::MAX) + sim.foreign;
-        let busy = if sim.busy > 0 || sim.engine_down { Busy::NoAnswer } else { Busy::Told(count) };
+        let busy = if sim.busy > 0 || sim.engine_down { Busy::NoAnswer } else { Busy::Reported(count) };
         core.counted(now, now, &pool_of(replica), replica, busy);
     }
 
@@ -461,7 +461,7 @@ impl World {
         if after > 500 {
             self.coverage.hit("core: slot kept by the engine's word");
         }
-        self.after_ms(after, What::Settle { node, boot, attempt });
+        self.after_ms(after, What::SlotReleased { node, boot, attempt });
     }
 
     /// [4] An engine never works on more requests than it has slots, those broken off included.
@@ -580,7 +580,7 @@ impl World {
         let Some(run) = self.nodes[node].runs.remove(&attempt) else { return };
         let now = self.now;
         let Some(core) = self.nodes[node].core.as_mut() else { return };
-        let seq = if idle { core.ended(&attempt) } else { core.ended_unsettled(now, &attempt) };
+        let seq = if idle { core.ended(&attempt) } else { core.ended_before_release(now, &attempt) };
         if !idle {
             self.haunt(node, attempt, run.replica.clone());
         }
@@ -689,7 +689,7 @@ impl World {
             && let Some(run) = self.nodes[node].runs.remove(&attempt)
         {
             if let Some(core) = self.nodes[node].core.as_mut() {
-                core.ended_unsettled(now, &attempt);
+                core.ended_before_release(now, &attempt);
             }
             self.haunt(node, attempt, run.replica);
         }

@@ -48,14 +48,14 @@ impl World {
         while let Some(happened) = next.take() {
             let sim = &mut self.nodes[node];
             let (Some(core), Some(own)) = (sim.core.as_mut(), sim.supervision.as_mut()) else { return };
-            let seat = |((pool_id, replica_id), (running, served))| {
+            let replica_key = |((pool_id, replica_id), (running, served))| {
                 (
-                    node_agent::supervisor::Seat { pool_id, replica_id },
+                    node_agent::supervisor::ReplicaKey { pool_id, replica_id },
                     Work { running, served, silent: false },
                 )
             };
             let mut orders =
-                own.supervisor.apply(now, Happened::Used(core.work().into_iter().map(seat).collect()));
+                own.supervisor.apply(now, Happened::Used(core.work().into_iter().map(replica_key).collect()));
             orders.extend(own.supervisor.apply(now, happened));
             for order in orders {
                 match order {

@@ -37,7 +37,7 @@ impl ServiceRegistry {
     }
 
     /// Whether the node's streams failed again and again, and none has got through since.
-    pub fn is_doubted(&self, node_id: &NodeId) -> bool {
+    pub fn has_open_breaker(&self, node_id: &NodeId) -> bool {
         self.nodes.get(node_id).is_some_and(|node| !node.breaker.is_closed())
     }
 

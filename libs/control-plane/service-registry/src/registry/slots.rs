@@ -28,9 +28,9 @@ impl ServiceRegistry {
         }
     }
 
-    /// Gives a claim back. `closed_after` is the node's closing word, when it came: the number
+    /// Gives a claim back. `final_report` is the node's closing word, when it came: the number
     /// of its last report before the attempt ended. Releasing twice has no effect.
-    pub fn release(&mut self, attempt: &AttemptId, closed_after: Option<u64>) -> Option<PoolKey> {
+    pub fn release(&mut self, attempt: &AttemptId, final_report: Option<u64>) -> Option<PoolKey> {
         let reservation = self.reservations.remove(attempt)?;
         let node = self.nodes.get_mut(&reservation.pool.node_id);
         if let Some(node) = node {
@@ -39,12 +39,12 @@ impl ServiceRegistry {
             if let Some(book) = node.pools.get_mut(&reservation.pool.pool_id) {
                 book.reserved.remove(attempt);
                 book.breaker.over(attempt);
-                if closed_after.is_some() {
+                if final_report.is_some() {
                     book.reported.remove(attempt);
                 }
             }
-            if let Some(closed_after) = closed_after {
-                node.closed.insert(*attempt, closed_after);
+            if let Some(final_report) = final_report {
+                node.closed.insert(*attempt, final_report);
             }
         }
         Some(reservation.pool)
@@ -65,13 +65,13 @@ impl ServiceRegistry {
     /// Returns whether either was doubted.
     pub fn proven(&mut self, pool: &PoolKey) -> bool {
         let Some(node) = self.nodes.get_mut(&pool.node_id) else { return false };
-        let mut doubted = node.breaker.blocks();
+        let mut was_open = node.breaker.blocks();
         node.breaker.succeeded();
         if let Some(book) = node.pools.get_mut(&pool.pool_id) {
-            doubted |= book.breaker.blocks();
+            was_open |= book.breaker.blocks();
             book.breaker.succeeded();
         }
-        doubted
+        was_open
     }
 
     /// The engine of the pool failed the attempt with an error of its own. To be told before

@@ -66,7 +66,7 @@ impl ControlCore {
         }
         let session = self.tasks.get(&task).and_then(|task| task.session);
         if let Some((session, replica)) = session.zip(replica) {
-            self.sessions.settled_at(session, task, pool, replica);
+            self.sessions.record_replica(session, task, pool, replica);
         }
     }
 
@@ -175,7 +175,8 @@ impl ControlCore {
         if matches!(taken, Ok(_) | Err(NoPlacement::Full | NoPlacement::BackingOff)) {
             return Some(Moment::NEVER);
         }
-        let comes_back = doubtful(&self.index, &shape).any(|key| !self.registry.is_denied(&key.node_id));
+        let comes_back =
+            temporarily_unavailable(&self.index, &shape).any(|key| !self.registry.is_denied(&key.node_id));
         comes_back.then(|| now + self.policy.timing.node_timeout)
     }
 
@@ -234,7 +235,7 @@ impl ControlCore {
         id: AttemptId,
         tokens_written: u64,
         how: &HowEnded,
-        closed_after: Option<u64>,
+        final_report: Option<u64>,
         effects: &mut Vec<Effect>,
     ) {
         let Some(attempt) = self.attempts.remove(&id) else { return };
@@ -246,10 +247,10 @@ impl ControlCore {
             self.lane_changed(&model);
         }
         self.leaves_suspects(&attempt);
-        let doubted = self.registry.is_doubted(&node_id);
+        let was_open = self.registry.has_open_breaker(&node_id);
         self.learn_from(now, id, &attempt, how);
-        self.registry.release(&id, closed_after);
-        if doubted || self.registry.is_doubted(&node_id) {
+        self.registry.release(&id, final_report);
+        if was_open || self.registry.has_open_breaker(&node_id) {
             self.sync_node(&node_id);
         }
         match how {
@@ -315,7 +316,7 @@ impl ControlCore {
             HowEnded::NodeError(body) if body.cause == Some(EndCause::EngineDied) => body.crash.as_ref(),
             _ => None,
         };
-        let mut outcome = judge(&Evidence {
+        let mut outcome = classify(&Evidence {
             how,
             closing: attempt.closing,
             tokens_written,

@@ -16,7 +16,7 @@ const LOAD_AGAIN: Duration = Duration::from_secs(5);
 /// loaded, unless loading is known to take longer.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Orders after which a pool that is still not loading comes after others.
-const IN_VAIN: u32 = 3;
+const UNANSWERED_LIMIT: u32 = 3;
 /// Tasks of a lane that are asked what they need, and different ones among them.
 const MOST_WALKED: usize = 256;
 const MOST_DIFFERENT: usize = 16;
@@ -64,7 +64,8 @@ impl ControlCore {
     fn pools_to_load(&self, now: Moment, model: &ModelRef) -> (BTreeSet<PoolKey>, Moment) {
         let (mut wanted, mut again) = (BTreeSet::new(), Moment::NEVER);
         let Some(lane) = self.queue.lane(model) else { return (wanted, again) };
-        let in_vain = |pool: &PoolKey| self.loads_asked.get(pool).is_some_and(|asked| asked.times >= IN_VAIN);
+        let unanswered =
+            |pool: &PoolKey| self.loads_asked.get(pool).is_some_and(|asked| asked.times >= UNANSWERED_LIMIT);
         for priority in lane.order() {
             // What was looked at for one task is so for the next that asks for the same.
             let mut looked_at: Vec<&TaskRequest> = Vec::new();
@@ -81,7 +82,7 @@ impl ControlCore {
                     looked_at.push(request);
                 }
                 let Some(shape) = self.shape(now, task, None) else { continue };
-                let ToLoad { best: Some(pool), under_way } = choose_to_load(&self.index, &shape, &in_vain)
+                let ToLoad { best: Some(pool), under_way } = choose_to_load(&self.index, &shape, &unanswered)
                 else {
                     continue;
                 };
@@ -142,13 +143,13 @@ impl ControlCore {
     }
 
     /// Lanes whose pools may have to be asked for again.
-    pub(super) fn stir_loads(&mut self, now: Moment) {
+    pub(super) fn wake_loads(&mut self, now: Moment) {
         while let Some((at, _)) = self.load_alarms.first()
             && *at <= now
         {
             if let Some((_, model)) = self.load_alarms.pop_first() {
                 self.load_alarm_of.remove(&model);
-                self.stirred.insert(model);
+                self.dirty.insert(model);
             }
         }
     }

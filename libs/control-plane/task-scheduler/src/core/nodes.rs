@@ -97,7 +97,7 @@ impl ControlCore {
         match self.registry.want(&node_id, intent) {
             Some((address, order)) => {
                 self.sync_node(&node_id);
-                effects.push(Effect::TellIntent { to, node_id, address, order });
+                effects.push(Effect::DeliverIntent { to, node_id, address, order });
             }
             // It is told when it is back.
             None if self.registry.want_kept(&node_id, intent) => {
@@ -112,7 +112,7 @@ impl ControlCore {
         }
     }
 
-    pub(super) fn intent_told(
+    pub(super) fn intent_delivered(
         &mut self,
         to: ReplyTo,
         node_id: NodeId,
@@ -133,7 +133,7 @@ impl ControlCore {
 
     /// Brings the index up to what the registry knows of a node's pools.
     pub(super) fn sync_node(&mut self, node_id: &NodeId) {
-        self.unsettled_pins.insert(node_id.clone());
+        self.dirty_pins.insert(node_id.clone());
         self.show_node(node_id);
         let mut keys = self.indexed.remove(node_id).unwrap_or_default();
         keys.extend(self.registry.pool_ids(node_id).map(|pool| PoolKey::new(node_id.clone(), pool.clone())));
@@ -172,8 +172,8 @@ impl ControlCore {
     }
 
     /// The same for one pool, and for its neighbours where the node itself is doubted.
-    pub(super) fn sync_pool_and_doubts(&mut self, key: &PoolKey) {
-        if self.registry.is_doubted(&key.node_id) {
+    pub(super) fn sync_pool_or_node(&mut self, key: &PoolKey) {
+        if self.registry.has_open_breaker(&key.node_id) {
             self.sync_node(&key.node_id.clone());
         } else {
             self.sync_pool(key);
@@ -183,7 +183,7 @@ impl ControlCore {
     pub(super) fn sync_pool(&mut self, key: &PoolKey) {
         // Who avoids a pool that failed it may take that one again once the others are out.
         if let Some(before) = self.index.get(key) {
-            self.stirred.extend(before.models.iter().cloned());
+            self.dirty.extend(before.models.iter().cloned());
         }
         let Some(facts) = self.registry.pool_facts(key) else {
             if let Some(before) = self.index.get(key) {
@@ -201,14 +201,14 @@ impl ControlCore {
             }
             return;
         };
-        let standing = match (facts.liveness, facts.intent) {
-            (Liveness::Offline, _) => Standing::Offline,
-            (Liveness::Suspect, _) => Standing::Suspect,
-            (Liveness::Online, Intent::Draining) => Standing::Draining,
-            (Liveness::Online, Intent::Serving) if facts.report.draining => Standing::Draining,
+        let availability = match (facts.liveness, facts.intent) {
+            (Liveness::Offline, _) => Availability::Offline,
+            (Liveness::Suspect, _) => Availability::Suspect,
+            (Liveness::Online, Intent::Draining) => Availability::Draining,
+            (Liveness::Online, Intent::Serving) if facts.report.draining => Availability::Draining,
             (Liveness::Online, Intent::Serving) if !facts.report.ready => unready(facts.report),
-            (Liveness::Online, Intent::Serving) if facts.tripped => Standing::Tripped,
-            (Liveness::Online, Intent::Serving) => Standing::Placeable,
+            (Liveness::Online, Intent::Serving) if facts.tripped => Availability::Tripped,
+            (Liveness::Online, Intent::Serving) => Availability::Placeable,
         };
         let preparation = facts.report.supervised.as_ref().and_then(|own| own.preparation.clone());
         let shown = (facts.report.state, facts.report.ready, preparation);
@@ -218,7 +218,7 @@ impl ControlCore {
         let supervised = facts.report.supervised.as_ref();
         let candidate = Candidate {
             key: key.clone(),
-            standing,
+            availability,
             engine: facts.report.engine,
             models: facts.report.models.clone(),
             ctx_max: facts.report.ctx_max,
@@ -239,10 +239,12 @@ impl ControlCore {
             self.sessions.cooled(key, &ready);
             self.ready_replicas.insert(key.clone(), ready);
         }
-        if (standing == Standing::Placeable && candidate.has_free_slot()) || standing == Standing::Loadable {
-            self.stirred.extend(candidate.models.iter().cloned());
+        if (availability == Availability::Placeable && candidate.has_free_slot())
+            || availability == Availability::Loadable
+        {
+            self.dirty.extend(candidate.models.iter().cloned());
         }
-        if standing != Standing::Loadable {
+        if availability != Availability::Loadable {
             self.loads_asked.remove(key);
         }
         self.forget_forecasts(&candidate);
@@ -253,7 +255,7 @@ impl ControlCore {
     /// Where a pool comes, goes or gets other slots, what was forecast for its models is worth nothing.
     fn forget_forecasts(&mut self, is: &Candidate) {
         let was = self.index.get(&is.key);
-        let slots = |c: &Candidate| (c.standing == Standing::Placeable).then_some(c.slots_total);
+        let slots = |c: &Candidate| (c.availability == Availability::Placeable).then_some(c.slots_total);
         let models = |c: &Candidate| c.models.clone();
         if was.map(|was| (slots(was), models(was))) == Some((slots(is), models(is))) {
             if was.is_some_and(|was| was.slots_busy != is.slots_busy) {
@@ -278,11 +280,15 @@ impl ControlCore {
 }
 
 /// How a pool stands that takes no requests at the moment.
-fn unready(report: &PoolReport) -> Standing {
+fn unready(report: &PoolReport) -> Availability {
     match report.state {
-        PoolState::Loading => Standing::Loading,
-        PoolState::Loadable if report.supervised.as_ref().is_some_and(|own| own.fits) => Standing::Loadable,
-        PoolState::Loadable => Standing::NoMemory,
-        PoolState::Ready | PoolState::Draining | PoolState::Failed | PoolState::Unknown => Standing::NotReady,
+        PoolState::Loading => Availability::Loading,
+        PoolState::Loadable if report.supervised.as_ref().is_some_and(|own| own.fits) => {
+            Availability::Loadable
+        }
+        PoolState::Loadable => Availability::NoMemory,
+        PoolState::Ready | PoolState::Draining | PoolState::Failed | PoolState::Unknown => {
+            Availability::NotReady
+        }
     }
 }

@@ -31,7 +31,7 @@ impl ControlCore {
 
     pub(super) fn hold_pin(&mut self, id: TaskId) {
         let Some(node_id) = self.tasks.get(&id).and_then(Task::pinned_node).cloned() else { return };
-        self.unsettled_pins.insert(node_id.clone());
+        self.dirty_pins.insert(node_id.clone());
         self.pinned.entry(node_id).or_default().insert(id);
     }
 
@@ -46,12 +46,12 @@ impl ControlCore {
     }
 
     /// Ends the tasks that wait for a node which will not take them.
-    pub(super) fn settle_pins(&mut self, now: Moment, effects: &mut Vec<Effect>) {
+    pub(super) fn review_pins(&mut self, now: Moment, effects: &mut Vec<Effect>) {
         if !self.grace_over && self.grace_end() <= now {
             self.grace_over = true;
-            self.unsettled_pins.extend(self.pinned.keys().cloned());
+            self.dirty_pins.extend(self.pinned.keys().cloned());
         }
-        for node_id in std::mem::take(&mut self.unsettled_pins) {
+        for node_id in std::mem::take(&mut self.dirty_pins) {
             let refusal = self.pin_refusal(now, &node_id);
             let waiting: Vec<TaskId> = self.pinned.get(&node_id).into_iter().flatten().copied().collect();
             for id in waiting {

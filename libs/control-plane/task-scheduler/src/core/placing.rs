@@ -9,7 +9,7 @@ impl ControlCore {
             // It would fail as the last one did; all lanes are served when this is over.
             return;
         }
-        let mut models: Vec<ModelRef> = std::mem::take(&mut self.stirred).into_iter().collect();
+        let mut models: Vec<ModelRef> = std::mem::take(&mut self.dirty).into_iter().collect();
         models.retain(|model| self.queue.lane(model).is_some());
         models.sort_by_key(|model| self.queue.oldest(model));
         for model in models {
@@ -21,7 +21,7 @@ impl ControlCore {
             }
         }
         // Starting tasks changes pools, which stirs lanes that were just served.
-        self.stirred.clear();
+        self.dirty.clear();
     }
 
     /// The oldest task, in the order of priorities, for which there is a slot.
@@ -75,8 +75,8 @@ impl ControlCore {
         TaskShape {
             engines: request.engines(),
             ctx: request.ctx,
-            wishes: request.placement.as_ref().filter(|_| self.enforces(Rule::PinsHold)),
-            warm: warm.and_then(|session| self.sessions.warm_place(session)).map(|place| &place.pool),
+            constraints: request.placement.as_ref().filter(|_| self.enforces(Rule::PinsHold)),
+            warm: warm.and_then(|session| self.sessions.warm_replica(session)).map(|place| &place.pool),
             spread,
             draw: self.draw(),
             ..TaskShape::plain(&request.model_ref)
@@ -86,7 +86,7 @@ impl ControlCore {
     /// Whether any pool of the node takes tasks and has a free slot.
     fn has_free_on(&self, node_id: &NodeId) -> bool {
         let pools = self.indexed.get(node_id).into_iter().flatten().filter_map(|key| self.index.get(key));
-        pools.into_iter().any(|pool| pool.standing == Standing::Placeable && pool.has_free_slot())
+        pools.into_iter().any(|pool| pool.availability == Availability::Placeable && pool.has_free_slot())
     }
 
     /// Where the running tasks of the session are, by the label that the request spreads by.
@@ -126,11 +126,11 @@ impl ControlCore {
         }
         let waited = now.millis_since(task.admitted);
         if let Some(predicted) = task.predicted_ms.take() {
-            self.paces.came_true(predicted, waited);
+            self.paces.record_outcome(predicted, waited);
         }
         let warm_replica = task.session.and_then(|session| {
             self.sessions.runs_on(session, id, Some(pool.node_id.clone()));
-            let place = self.sessions.warm_place(session).filter(|place| place.pool == pool)?;
+            let place = self.sessions.warm_replica(session).filter(|place| place.pool == pool)?;
             Some(place.replica.clone())
         });
         task.stage = Stage::Running(attempt);
@@ -182,7 +182,7 @@ impl ControlCore {
         );
         self.registry.reserve(&pool, attempt);
         self.index.taken(&pool);
-        self.sync_pool_and_doubts(&pool);
+        self.sync_pool_or_node(&pool);
     }
 
     pub(super) fn leave_queue_to_start(&mut self, id: TaskId) {

@@ -73,8 +73,8 @@ impl ControlCore {
         }
         for id in self.queue.lane(model).map(|lane| lane.in_order()).unwrap_or_default() {
             // Who wishes for certain pools may wait for them while others are idle.
-            let has_wishes = |task: &Task| task.request.as_ref().is_some_and(|r| r.placement.is_some());
-            if !self.tasks.get(&id).is_some_and(has_wishes) {
+            let has_constraints = |task: &Task| task.request.as_ref().is_some_and(|r| r.placement.is_some());
+            if !self.tasks.get(&id).is_some_and(has_constraints) {
                 forecast.start(id, |pool| self.service_ms(pool, id));
             }
         }
@@ -114,9 +114,9 @@ impl ControlCore {
     pub(super) fn next_start_ms(&mut self, now: Moment, model: &ModelRef, priority: Priority) -> Option<u64> {
         // It would push back the tasks from its place on: the first of them starts when it would.
         let pushed_back = self.queue.lane(model).and_then(|lane| {
-            let place = lane.place(priority, lane.len(priority));
-            (place < lane.len(Priority::Interactive) + lane.len(Priority::Batch))
-                .then(|| lane.in_order().get(place).copied())
+            let rank = lane.rank(priority, lane.len(priority));
+            (rank < lane.len(Priority::Interactive) + lane.len(Priority::Batch))
+                .then(|| lane.in_order().get(rank).copied())
                 .flatten()
         });
         let forecast = self.forecast(now, model);
@@ -133,7 +133,7 @@ impl ControlCore {
     /// What the clients of all tasks that have not ended are told while these wait, or run.
     pub fn metrics(&self, now: Moment) -> BTreeMap<TaskId, (TaskState, Metrics)> {
         let to_u32 = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-        let mut told = BTreeMap::new();
+        let mut reported = BTreeMap::new();
         let busy = self.left_by_pool(now);
         for model in self.queue.models() {
             let forecast = self.make_forecast(now, model, &busy);
@@ -153,16 +153,16 @@ impl ControlCore {
                     on_time_probability,
                     ..self.metrics_of_session(task.session)
                 };
-                told.insert(id, (TaskState::Queued, metrics));
+                reported.insert(id, (TaskState::Queued, metrics));
             }
         }
         for attempt in self.attempts.values() {
             let Some(task) = self.tasks.get(&attempt.task) else { continue };
             let queue_depth = to_u32(self.lane_depth(&task.model));
             let metrics = Metrics { queue_depth, ..self.metrics_of_session(task.session) };
-            told.insert(attempt.task, (TaskState::Running, metrics));
+            reported.insert(attempt.task, (TaskState::Running, metrics));
         }
-        told
+        reported
     }
 
     /// The metrics of a task of the session that does not wait.
@@ -172,7 +172,7 @@ impl ControlCore {
             predicted_start_ms: None,
             queue_depth: 0,
             on_time_probability: None,
-            kv_warmth: session.is_some_and(|session| self.sessions.warm_place(session).is_some()),
+            kv_warmth: session.is_some_and(|session| self.sessions.warm_replica(session).is_some()),
             tokens_budget_remaining: session.and_then(|session| self.sessions.tokens_left(session)),
         }
     }

@@ -88,9 +88,9 @@ impl ControlCore {
 
     fn explanation(&self, task_id: Option<TaskId>, shape: &TaskShape<'_>) -> Explanation {
         let choice = choose(&self.index, shape);
-        let is = |of: fn(&pool_registry_types::placement::Wishes, &PoolKey) -> bool, key: &PoolKey| {
-            shape.wishes.is_some_and(|wishes| of(wishes, key))
-        };
+        let is =
+            |of: fn(&pool_registry_types::placement::PlacementConstraints, &PoolKey) -> bool,
+             key: &PoolKey| { shape.constraints.is_some_and(|constraints| of(constraints, key)) };
         let pools = explain(&self.index, shape).map(|verdict| {
             let candidate = verdict.candidate;
             PoolVerdict {
@@ -99,8 +99,8 @@ impl ControlCore {
                 engine: candidate.engine,
                 eligible: verdict.refusal.is_none(),
                 refusal: verdict.refusal,
-                preferred: is(|wishes, key| wishes.prefers(key), &candidate.key),
-                avoided: is(|wishes, key| wishes.avoids(key), &candidate.key),
+                preferred: is(|constraints, key| constraints.prefers(key), &candidate.key),
+                avoided: is(|constraints, key| constraints.avoids(key), &candidate.key),
                 warm: shape.warm == Some(&candidate.key),
                 slots_total: candidate.slots_total,
                 slots_busy: candidate.slots_busy,

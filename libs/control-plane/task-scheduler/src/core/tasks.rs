@@ -94,7 +94,7 @@ impl ControlCore {
         if self.draining {
             return Err(ErrorBody::new(ErrorCode::Draining, "the control plane is shutting down"));
         }
-        let pinned = request.placement.as_ref().and_then(|wishes| wishes.pinned_node());
+        let pinned = request.placement.as_ref().and_then(|constraints| constraints.pinned_node());
         let first = pinned.filter(|_| self.enforces(Rule::PinBeforeLease));
         if let Some(refusal) = first.and_then(|node_id| self.pin_refusal(now, node_id)) {
             return Err(refusal);
@@ -213,12 +213,12 @@ impl ControlCore {
         if task.not_before > now {
             self.alarms.insert((task.not_before, id));
         }
-        let with_wishes = self.policy.switched_off != Some(Rule::PinsHold);
+        let with_constraints = self.policy.switched_off != Some(Rule::PinsHold);
         // What has had a try waits for its own pause, or must keep apart from others.
         let plain = task.request.as_deref().filter(|_| task.tries == 0 && !task.suspect);
-        let ask = plain.map(|request| Ask::of(request, with_wishes, &task.tried, &task.lacking));
+        let ask = plain.map(|request| Ask::of(request, with_constraints, &task.tried, &task.lacking));
         self.queue.push(&task.model, task.priority, task.number, id, ask);
-        self.stirred.insert(task.model.clone());
+        self.dirty.insert(task.model.clone());
         self.touched.insert(id);
         // A lane that has lapsed is looked at again for whoever comes to it.
         self.lapsed.remove(&task.model);

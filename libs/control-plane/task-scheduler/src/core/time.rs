@@ -26,10 +26,10 @@ impl ControlCore {
         for (node_id, address, authorized) in self.registry.take_due_probes(now) {
             effects.push(Effect::Probe { node_id, address, authorized });
         }
-        self.stir_loads(now);
+        self.wake_loads(now);
         if self.short_until.is_some_and(|until| until <= now) {
             self.short_until = None;
-            self.stirred.extend(self.queue.models().cloned());
+            self.dirty.extend(self.queue.models().cloned());
         }
         while let Some((at, id)) = self.alarms.first().copied()
             && at <= now
@@ -69,7 +69,7 @@ impl ControlCore {
         if !task.is_queued() {
             return;
         }
-        self.stirred.insert(task.model.clone());
+        self.dirty.insert(task.model.clone());
         if task.wait_until > now {
             return;
         }

@@ -46,8 +46,8 @@ struct Watched {
 pub(super) struct Engines(BTreeMap<(PoolId, ReplicaId), Watched>);
 
 impl Engines {
-    pub(super) fn accepted(&mut self, now: Moment, seat: &(PoolId, ReplicaId), attempt: AttemptId) {
-        let Some(engine) = self.0.get_mut(seat).filter(|engine| engine.runs) else { return };
+    pub(super) fn accepted(&mut self, now: Moment, replica_key: &(PoolId, ReplicaId), attempt: AttemptId) {
+        let Some(engine) = self.0.get_mut(replica_key).filter(|engine| engine.runs) else { return };
         while engine.accepted.front().is_some_and(|(at, _)| *at + SUSPECT_FOR < now) {
             engine.accepted.pop_front();
         }
@@ -92,17 +92,17 @@ impl NodeCore {
     /// The engine has done all that the attempt asked, or was never reached by it: whatever ends the
     /// engine later, it was not this.
     pub fn cleared(&mut self, attempt: &AttemptId) {
-        let Some(place) = self.running.get(attempt) else { return };
-        if let Some(engine) = self.engines.0.get_mut(&(place.pool.clone(), place.replica.clone())) {
+        let Some(running) = self.running.get(attempt) else { return };
+        if let Some(engine) = self.engines.0.get_mut(&(running.pool.clone(), running.replica.clone())) {
             engine.accepted.retain(|(_, id)| id != attempt);
         }
     }
 
     /// How the engine has ended that a running attempt was given to.
     pub fn verdict(&self, attempt: &AttemptId) -> Verdict {
-        let engine = self.running.get(attempt).and_then(|place| {
-            let engine = self.engines.0.get(&(place.pool.clone(), place.replica.clone()))?;
-            Some((place.accepted, engine))
+        let engine = self.running.get(attempt).and_then(|running| {
+            let engine = self.engines.0.get(&(running.pool.clone(), running.replica.clone()))?;
+            Some((running.accepted, engine))
         });
         let Some((accepted, engine)) = engine else { return Verdict::Known(None) };
         // An older end was that of another engine.

@@ -91,7 +91,7 @@ pub struct Ask<'a> {
 
 /// Where an attempt runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Place {
+struct RunningAttempt {
     pool: PoolId,
     replica: ReplicaId,
     task: Option<TaskId>,
@@ -113,7 +113,7 @@ pub struct NodeCore {
     order_taken: u64,
     seq: u64,
     pools: BTreeMap<PoolId, Pool>,
-    running: BTreeMap<AttemptId, Place>,
+    running: BTreeMap<AttemptId, RunningAttempt>,
     seen: BTreeSet<AttemptId>,
     seen_order: VecDeque<AttemptId>,
     gpus: Vec<GpuReport>,
@@ -208,17 +208,17 @@ impl NodeCore {
         now: Moment,
         answer: Result<RegisterAnswer, Option<ErrorBody>>,
     ) -> Vec<NodeEffect> {
-        let told = answer.as_ref().ok().map(|answer| (answer.intent, answer.intent_order));
+        let reported = answer.as_ref().ok().map(|answer| (answer.intent, answer.intent_order));
         self.session.registered(now, answer);
-        if told.is_some() {
+        if reported.is_some() {
             self.order_taken = 0;
         }
-        self.told(told).into_iter().collect()
+        self.reported(reported).into_iter().collect()
     }
 
     /// What an answer says is an order where its number is a new one.
-    fn told(&self, told: Option<(Intent, u64)>) -> Option<NodeEffect> {
-        let ((intent, number), epoch) = told.zip(self.session.epoch().cloned())?;
+    fn reported(&self, reported: Option<(Intent, u64)>) -> Option<NodeEffect> {
+        let ((intent, number), epoch) = reported.zip(self.session.epoch().cloned())?;
         let order = IntentOrder { epoch, number, intent };
         self.counts(&order).then_some(NodeEffect::TakeIntent(order))
     }
@@ -236,8 +236,8 @@ impl NodeCore {
         answer: Result<HeartbeatAnswer, BeatFailure>,
     ) -> Vec<NodeEffect> {
         self.session.heartbeat_answered(now, answer.as_ref().map_err(|failure| *failure));
-        let told = answer.as_ref().ok().map(|answer| (answer.intent, answer.intent_order));
-        let intent = self.told(told);
+        let reported = answer.as_ref().ok().map(|answer| (answer.intent, answer.intent_order));
+        let intent = self.reported(reported);
         // Said again as long as it holds, and once when it does no more. Without an answer nothing
         // is known: what was said last holds for its time.
         let waiting = answer.as_ref().ok().and_then(|answer| {
@@ -304,9 +304,9 @@ impl NodeCore {
         let others_agree = |pool: &Pool| {
             // Engines of one pool are changed one after the other: while their own words are all
             // that is known, one that does not serve holds no other to what it said before.
-            let told = |other: &Replica| spec.names_from_engine && other.spec.names_from_engine;
+            let reported = |other: &Replica| spec.names_from_engine && other.spec.names_from_engine;
             let stays = |id: &ReplicaId, other: &Replica| {
-                *id != spec.replica_id && !other.leaving && (other.is_ready() || !told(other))
+                *id != spec.replica_id && !other.leaving && (other.is_ready() || !reported(other))
             };
             let agrees =
                 |other: &Replica| other.spec.engine == spec.engine && other.spec.models == spec.models;
@@ -319,7 +319,7 @@ impl NodeCore {
         pool.drain = pool.drain.or(self.drains_away.remove(pool_id));
         // It is asked at each look, and mostly says the same.
         if pool.bind(spec) {
-            self.forget_settled();
+            self.forget_released();
             self.session.poke(now);
         }
         Ok(())
@@ -431,14 +431,14 @@ impl NodeCore {
         busy: Busy,
     ) {
         // What was accepted since may not have reached the engine when it counted.
-        let known = self.running.iter().filter(|(id, place)| {
-            let there = place.accepted + REACHES_ENGINE <= began && !place.over;
-            there && place.pool == *pool_id && place.replica == *replica_id && !self.is_elsewhere(id)
+        let known = self.running.iter().filter(|(id, running)| {
+            let there = running.accepted + REACHES_ENGINE <= began && !running.over;
+            there && running.pool == *pool_id && running.replica == *replica_id && !self.is_elsewhere(id)
         });
         let known = u32::try_from(known.count()).unwrap_or(u32::MAX);
         let Some(pool) = self.pools.get_mut(pool_id) else { return };
         if pool.counted(now, began, replica_id, known, busy) {
-            self.forget_settled();
+            self.forget_released();
             self.sweep(pool_id);
             self.session.poke(now);
         }
@@ -451,7 +451,7 @@ impl NodeCore {
             any |= pool.expire_settling(now);
         }
         if any {
-            self.forget_settled();
+            self.forget_released();
             let ids: Vec<PoolId> = self.pools.keys().cloned().collect();
             ids.iter().for_each(|id| self.sweep(id));
             self.session.poke(now);
@@ -460,15 +460,15 @@ impl NodeCore {
 
     /// When a slot of the replica that settles is given back whatever its engine says; nothing where
     /// none settles.
-    pub fn settles_at(&self, pool_id: &PoolId, replica_id: &ReplicaId) -> Option<Moment> {
-        self.pools.get(pool_id)?.settles_at(replica_id)
+    pub fn slot_due_at(&self, pool_id: &PoolId, replica_id: &ReplicaId) -> Option<Moment> {
+        self.pools.get(pool_id)?.slot_due_at(replica_id)
     }
 
-    fn forget_settled(&mut self) {
+    fn forget_released(&mut self) {
         let pools = &self.pools;
-        self.running.retain(|id, place| {
-            let replica = pools.get(&place.pool).and_then(|pool| pool.replicas.get(&place.replica));
-            !place.over || replica.is_some_and(|replica| replica.settling.contains_key(id))
+        self.running.retain(|id, running| {
+            let replica = pools.get(&running.pool).and_then(|pool| pool.replicas.get(&running.replica));
+            !running.over || replica.is_some_and(|replica| replica.releasing.contains_key(id))
         });
     }
 
@@ -478,8 +478,8 @@ impl NodeCore {
         if self.is_elsewhere(attempt) {
             return false;
         }
-        let Some(place) = self.running.get(attempt) else { return false };
-        self.pools.get_mut(&place.pool).is_some_and(|pool| pool.heard(now, &place.replica))
+        let Some(running) = self.running.get(attempt) else { return false };
+        self.pools.get_mut(&running.pool).is_some_and(|pool| pool.heard(now, &running.replica))
     }
 
     /// The engine did what the attempt asked.
@@ -491,7 +491,7 @@ impl NodeCore {
 
     /// The engine has refused what is its operator's: a key, or a model that it should have.
     pub fn refused_operator(&mut self, now: Moment, attempt: &AttemptId, reason: &str) {
-        let task = self.running.get(attempt).and_then(|place| place.task);
+        let task = self.running.get(attempt).and_then(|running| running.task);
         if let Some(replica) = self.replica_of(attempt) {
             replica.refuses(now, task, reason.to_owned());
             self.session.poke(now);
@@ -521,22 +521,24 @@ impl NodeCore {
 
     /// Whether the attempt's engine is known to have no such route.
     pub fn is_lacking(&self, now: Moment, attempt: &AttemptId, path: &str) -> bool {
-        let place = self.running.get(attempt);
-        let replica = place.and_then(|place| self.pools.get(&place.pool)?.replicas.get(&place.replica));
+        let running = self.running.get(attempt);
+        let replica =
+            running.and_then(|running| self.pools.get(&running.pool)?.replicas.get(&running.replica));
         replica.is_some_and(|replica| replica.is_lacking(now, path))
     }
 
     /// The replica whose engine the attempt runs on.
     fn replica_of(&mut self, attempt: &AttemptId) -> Option<&mut Replica> {
-        let place = self.running.get(attempt)?;
-        let replica = self.pools.get_mut(&place.pool)?.replicas.get_mut(&place.replica)?;
+        let running = self.running.get(attempt)?;
+        let replica = self.pools.get_mut(&running.pool)?.replicas.get_mut(&running.replica)?;
         (!replica.is_elsewhere(attempt)).then_some(replica)
     }
 
     /// Whether the attempt runs at the old address of its replica.
     fn is_elsewhere(&self, attempt: &AttemptId) -> bool {
-        let place = self.running.get(attempt);
-        let replica = place.and_then(|place| self.pools.get(&place.pool)?.replicas.get(&place.replica));
+        let running = self.running.get(attempt);
+        let replica =
+            running.and_then(|running| self.pools.get(&running.pool)?.replicas.get(&running.replica));
         replica.is_some_and(|replica| replica.is_elsewhere(attempt))
     }
 
@@ -605,11 +607,11 @@ impl NodeCore {
             ctx_max: replica.spec.ctx_max,
             report_seq: self.seq,
         };
-        let seat = (pool_id.clone(), replica_id);
-        self.engines.accepted(now, &seat, ask.attempt);
-        let (pool, replica) = seat;
-        let place = Place { pool, replica, task: ask.task, accepted: now, over: false };
-        self.running.insert(ask.attempt, place);
+        let replica_key = (pool_id.clone(), replica_id);
+        self.engines.accepted(now, &replica_key, ask.attempt);
+        let (pool, replica) = replica_key;
+        let running = RunningAttempt { pool, replica, task: ask.task, accepted: now, over: false };
+        self.running.insert(ask.attempt, running);
         self.seen.insert(ask.attempt);
         self.seen_order.push_back(ask.attempt);
         if self.seen_order.len() > REMEMBERED_ATTEMPTS
@@ -623,11 +625,11 @@ impl NodeCore {
     /// The attempt has ended and its engine's slot is free. Returns the closing word: the number
     /// of the last report made before.
     pub fn ended(&mut self, attempt: &AttemptId) -> u64 {
-        if let Some(place) = self.running.remove(attempt) {
-            if let Some(replica) = self.replica_mut(&place) {
+        if let Some(running) = self.running.remove(attempt) {
+            if let Some(replica) = self.replica_mut(&running) {
                 replica.ended(attempt);
             }
-            self.sweep(&place.pool);
+            self.sweep(&running.pool);
         }
         self.seq
     }
@@ -635,25 +637,25 @@ impl NodeCore {
     /// The attempt has ended, and its engine may still be busy with it: the slot stays taken until
     /// the engine's word ([`NodeCore::counted`]) or time ([`NodeCore::expire_settling`]) gives it
     /// back. Returns the closing word.
-    pub fn ended_unsettled(&mut self, now: Moment, attempt: &AttemptId) -> u64 {
+    pub fn ended_before_release(&mut self, now: Moment, attempt: &AttemptId) -> u64 {
         if self.is_elsewhere(attempt) {
             // Its engine's slots are nobody's here any more.
             return self.ended(attempt);
         }
-        if let Some(place) = self.running.get(attempt).cloned()
-            && let Some(replica) = self.replica_mut(&place)
+        if let Some(running) = self.running.get(attempt).cloned()
+            && let Some(replica) = self.replica_mut(&running)
             && replica.attempts.remove(attempt)
         {
-            replica.settling.insert(*attempt, now);
-            if let Some(place) = self.running.get_mut(attempt) {
-                place.over = true;
+            replica.releasing.insert(*attempt, now);
+            if let Some(running) = self.running.get_mut(attempt) {
+                running.over = true;
             }
         }
         self.seq
     }
 
-    fn replica_mut(&mut self, place: &Place) -> Option<&mut Replica> {
-        self.pools.get_mut(&place.pool)?.replicas.get_mut(&place.replica)
+    fn replica_mut(&mut self, running: &RunningAttempt) -> Option<&mut Replica> {
+        self.pools.get_mut(&running.pool)?.replicas.get_mut(&running.replica)
     }
 
     // ---- reading ----
@@ -663,13 +665,13 @@ impl NodeCore {
     }
 
     pub fn running_count(&self) -> usize {
-        self.running.values().filter(|place| !place.over).count()
+        self.running.values().filter(|running| !running.over).count()
     }
 
     pub fn pool_reports(&self, now: Moment) -> Vec<PoolReport> {
         let report = |id: &PoolId| {
             let (pool, declared) = (self.pools.get(id), self.declared.get(id));
-            let accepted = |id| self.running.get(id).map(|place| place.accepted);
+            let accepted = |id| self.running.get(id).map(|running| running.accepted);
             let drains = pool.filter(|pool| pool.drain.is_some());
             let around = Circumstances {
                 now,

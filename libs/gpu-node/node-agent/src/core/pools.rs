@@ -14,8 +14,8 @@ const UNANSWERED_LOOKS: u32 = 3;
 const UNANSWERED_FOR: Duration = Duration::from_secs(10);
 /// How long the slot of an attempt that was broken off is kept where the engine cannot tell, and
 /// without its word where it can. Source: .specs/01 CLOUD-1405.
-const SETTLES_UNTOLD: Duration = Duration::from_millis(500);
-const SETTLES_WITHOUT_WORD: Duration = Duration::from_secs(30);
+const RELEASED_UNCOUNTED: Duration = Duration::from_millis(500);
+const RELEASED_WITHOUT_ANSWER: Duration = Duration::from_secs(30);
 /// Refusals in a row after which it counts no more that requests succeeded before.
 const REFUSALS_IN_A_ROW: usize = 3;
 /// How long a replica that refuses its operator is not tried; doubles each time.
@@ -61,7 +61,7 @@ pub enum Readiness {
 /// One look at how many requests are in an engine, ours included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Busy {
-    Told(u32),
+    Reported(u32),
     /// It does not say so.
     CannotTell,
     /// It would, and did not in time.
@@ -133,9 +133,9 @@ pub(crate) struct Replica {
     /// Attempts that it was given since it was bound.
     pub(crate) served: u64,
     /// Ended, the engine may still work on it, and since when.
-    pub(crate) settling: BTreeMap<AttemptId, Moment>,
+    pub(crate) releasing: BTreeMap<AttemptId, Moment>,
     /// When the engine last said how busy it is.
-    told: Moment,
+    reported: Moment,
     cannot_tell: bool,
     /// Looks in a row that were not answered.
     unanswered: u32,
@@ -182,8 +182,8 @@ impl Replica {
             attempts: BTreeSet::new(),
             elsewhere: BTreeSet::new(),
             served: 0,
-            settling: BTreeMap::new(),
-            told: Moment::ZERO,
+            releasing: BTreeMap::new(),
+            reported: Moment::ZERO,
             cannot_tell: false,
             unanswered: 0,
             heard: Moment::ZERO,
@@ -229,19 +229,19 @@ impl Replica {
     /// ours were at the engine by then.
     fn counted(&mut self, now: Moment, began: Moment, known: u32, busy: Busy) {
         match busy {
-            Busy::Told(count) => {
-                (self.told, self.cannot_tell) = (now, false);
+            Busy::Reported(count) => {
+                (self.reported, self.cannot_tell) = (now, false);
                 let foreign = count.saturating_sub(self.ours());
                 self.foreign = foreign.min(self.foreign_seen_once);
                 self.foreign_seen_once = foreign;
                 // Each request beyond our other attempts may be one that was broken off.
                 let busy_with = usize::try_from(count.saturating_sub(known)).unwrap_or(usize::MAX);
                 let mut oldest: Vec<(Moment, AttemptId)> =
-                    self.settling.iter().map(|(id, since)| (*since, *id)).collect();
+                    self.releasing.iter().map(|(id, since)| (*since, *id)).collect();
                 oldest.sort();
                 let over = oldest.len().saturating_sub(busy_with);
                 for (_, id) in oldest.into_iter().filter(|(since, _)| *since <= began).take(over) {
-                    self.settling.remove(&id);
+                    self.releasing.remove(&id);
                 }
             }
             Busy::CannotTell => {
@@ -253,8 +253,12 @@ impl Replica {
     }
 
     /// When the slot of an attempt that was broken off at `since` is free whatever the engine says.
-    fn settles_at(&self, since: Moment) -> Moment {
-        if self.cannot_tell { since + SETTLES_UNTOLD } else { since.max(self.told) + SETTLES_WITHOUT_WORD }
+    fn slot_due_at(&self, since: Moment) -> Moment {
+        if self.cannot_tell {
+            since + RELEASED_UNCOUNTED
+        } else {
+            since.max(self.reported) + RELEASED_WITHOUT_ANSWER
+        }
     }
 
     /// The engine's own name for a model.
@@ -317,7 +321,7 @@ impl Replica {
     }
 
     pub(crate) fn has_left(&self) -> bool {
-        self.leaving && self.attempts.is_empty() && self.elsewhere.is_empty() && self.settling.is_empty()
+        self.leaving && self.attempts.is_empty() && self.elsewhere.is_empty() && self.releasing.is_empty()
     }
 
     /// Whether the attempt runs at its old address.
@@ -329,11 +333,11 @@ impl Replica {
     pub(crate) fn ended(&mut self, attempt: &AttemptId) {
         self.attempts.remove(attempt);
         self.elsewhere.remove(attempt);
-        self.settling.remove(attempt);
+        self.releasing.remove(attempt);
     }
 
     pub(crate) fn ours(&self) -> u32 {
-        u32::try_from(self.attempts.len() + self.settling.len()).unwrap_or(u32::MAX)
+        u32::try_from(self.attempts.len() + self.releasing.len()).unwrap_or(u32::MAX)
     }
 
     pub(crate) fn busy(&self) -> u32 {
@@ -362,14 +366,14 @@ impl Replica {
     }
 
     fn report(&self) -> ReplicaReport {
-        let settling = u32::try_from(self.settling.len()).unwrap_or(u32::MAX);
+        let releasing = u32::try_from(self.releasing.len()).unwrap_or(u32::MAX);
         ReplicaReport {
             replica_id: self.spec.replica_id.clone(),
             ready: self.ready,
             slots_total: self.spec.slots,
             slots_free: if self.ready { self.spec.slots.saturating_sub(self.busy()) } else { 0 },
             // A slot that settles is busy with nothing of ours any more.
-            slots_foreign: self.foreign.saturating_add(settling).min(self.spec.slots),
+            slots_foreign: self.foreign.saturating_add(releasing).min(self.spec.slots),
             attempts: self.attempts.iter().copied().collect(),
         }
     }
@@ -413,9 +417,9 @@ impl Pool {
             replica.elsewhere = before.elsewhere;
             if before.spec.url == replica.spec.url {
                 replica.attempts = before.attempts;
-                replica.settling = before.settling;
-                (replica.told, replica.cannot_tell, replica.heard) =
-                    (before.told, before.cannot_tell, before.heard);
+                replica.releasing = before.releasing;
+                (replica.reported, replica.cannot_tell, replica.heard) =
+                    (before.reported, before.cannot_tell, before.heard);
             } else {
                 replica.elsewhere.extend(before.attempts);
             }
@@ -459,9 +463,9 @@ impl Pool {
         busy: Busy,
     ) -> bool {
         let Some(replica) = self.replicas.get_mut(replica_id) else { return false };
-        let was = (replica.foreign, replica.settling.len());
+        let was = (replica.foreign, replica.releasing.len());
         replica.counted(now, began, known, busy);
-        was != (replica.foreign, replica.settling.len())
+        was != (replica.foreign, replica.releasing.len())
     }
 
     /// Frees the slots of attempts that were broken off long enough ago. Returns whether there were
@@ -469,12 +473,12 @@ impl Pool {
     pub(crate) fn expire_settling(&mut self, now: Moment) -> bool {
         let mut any = false;
         for replica in self.replicas.values_mut() {
-            let over = |since: Moment| replica.settles_at(since) <= now;
+            let over = |since: Moment| replica.slot_due_at(since) <= now;
             let gone: Vec<AttemptId> =
-                replica.settling.iter().filter(|(_, since)| over(**since)).map(|(id, _)| *id).collect();
+                replica.releasing.iter().filter(|(_, since)| over(**since)).map(|(id, _)| *id).collect();
             any |= !gone.is_empty();
             for id in gone {
-                replica.settling.remove(&id);
+                replica.releasing.remove(&id);
             }
         }
         any
@@ -482,9 +486,9 @@ impl Pool {
 
     /// When [`Pool::expire_settling`] has something to do for the replica; nothing while no slot of
     /// it settles.
-    pub(crate) fn settles_at(&self, replica_id: &ReplicaId) -> Option<Moment> {
+    pub(crate) fn slot_due_at(&self, replica_id: &ReplicaId) -> Option<Moment> {
         let replica = self.replicas.get(replica_id)?;
-        replica.settling.values().map(|since| replica.settles_at(*since)).min()
+        replica.releasing.values().map(|since| replica.slot_due_at(*since)).min()
     }
 
     /// Takes a replica out of service. Returns whether there was one.

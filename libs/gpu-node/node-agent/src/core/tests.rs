@@ -163,16 +163,16 @@ fn counted(node: &mut NodeCore, now: u64, busy: Busy) {
 fn a_canceled_slot_is_taken_until_the_engine_is_idle() {
     let mut node = serving(1, 1);
     accept(&mut node, 1).unwrap();
-    node.ended_unsettled(at(1_000), &attempt(1));
+    node.ended_before_release(at(1_000), &attempt(1));
     assert_eq!(accept(&mut node, 2), Err(ErrorCode::ReplicaExhausted));
     let report = &node.pool_reports(at(0))[0].replicas[0];
     assert_eq!((report.attempts.len(), report.slots_foreign, report.slots_free), (0, 1, 0));
     for now in [1_100, 5_000, 60_000] {
-        counted(&mut node, now, Busy::Told(1));
+        counted(&mut node, now, Busy::Reported(1));
         node.expire_settling(at(now));
         assert_eq!(accept(&mut node, 2), Err(ErrorCode::ReplicaExhausted), "it says that it works: {now}");
     }
-    counted(&mut node, 60_100, Busy::Told(0));
+    counted(&mut node, 60_100, Busy::Reported(0));
     assert!(accept(&mut node, 2).is_ok());
 }
 
@@ -182,15 +182,15 @@ fn a_canceled_slot_is_given_back_by_time_where_the_engine_does_not_say() {
     for (busy, after) in [(Busy::CannotTell, 500), (Busy::NoAnswer, 30_000)] {
         let mut node = serving(1, 1);
         accept(&mut node, 1).unwrap();
-        counted(&mut node, 900, Busy::Told(1));
-        node.ended_unsettled(at(1_000), &attempt(1));
+        counted(&mut node, 900, Busy::Reported(1));
+        node.ended_before_release(at(1_000), &attempt(1));
         counted(&mut node, 1_001, busy);
-        assert_eq!(node.settles_at(&pool_id(), &replica_id(0)), Some(at(1_000 + after)), "{busy:?}");
+        assert_eq!(node.slot_due_at(&pool_id(), &replica_id(0)), Some(at(1_000 + after)), "{busy:?}");
         node.expire_settling(at(999 + after));
         assert_eq!(accept(&mut node, 2), Err(ErrorCode::ReplicaExhausted), "{busy:?}");
         node.expire_settling(at(1_000 + after));
         assert!(accept(&mut node, 2).is_ok(), "{busy:?}");
-        assert_eq!(node.settles_at(&pool_id(), &replica_id(0)), None);
+        assert_eq!(node.slot_due_at(&pool_id(), &replica_id(0)), None);
     }
 }
 
@@ -201,17 +201,17 @@ fn more_requests_than_our_other_attempts_are_those_that_were_broken_off() {
     for n in 1..=3 {
         accept(&mut node, n).unwrap();
     }
-    node.ended_unsettled(at(1_000), &attempt(1));
-    node.ended_unsettled(at(1_010), &attempt(2));
+    node.ended_before_release(at(1_000), &attempt(1));
+    node.ended_before_release(at(1_010), &attempt(2));
     let foreign = |node: &NodeCore| node.pool_reports(at(0))[0].replicas[0].slots_foreign;
-    counted(&mut node, 1_100, Busy::Told(3));
+    counted(&mut node, 1_100, Busy::Reported(3));
     assert_eq!(foreign(&node), 2, "both may still run");
-    counted(&mut node, 1_200, Busy::Told(2));
+    counted(&mut node, 1_200, Busy::Reported(2));
     assert_eq!(foreign(&node), 1, "one of them does");
     // One that has just been accepted may not have been counted.
-    node.counted(at(1_300), at(50), &pool_id(), &replica_id(0), Busy::Told(1));
+    node.counted(at(1_300), at(50), &pool_id(), &replica_id(0), Busy::Reported(1));
     assert_eq!(foreign(&node), 1);
-    counted(&mut node, 1_400, Busy::Told(1));
+    counted(&mut node, 1_400, Busy::Reported(1));
     assert_eq!((foreign(&node), node.running_count()), (0, 1));
 }
 
@@ -408,14 +408,14 @@ fn what_an_engine_lacks_is_forgotten_with_its_process_and_after_a_while() {
 // CLOUD-2485
 #[test]
 fn engines_of_one_pool_are_changed_one_after_the_other() {
-    let told = |n, names: &[&str]| ReplicaSpec {
+    let reported = |n, names: &[&str]| ReplicaSpec {
         models: names.iter().map(|name| ModelRef::new(name).unwrap()).collect(),
         names_from_engine: true,
         ..spec(n, 1)
     };
     let mut node = node();
     let mut look = |now, n, names: &[&str]| {
-        let bound = node.bind(at(now), &pool_id(), told(n, names));
+        let bound = node.bind(at(now), &pool_id(), reported(n, names));
         let readiness =
             bound.as_ref().map_or_else(|e| Readiness::Failed(e.to_string()), |()| Readiness::Ready);
         node.observed(at(now), &pool_id(), &replica_id(n), readiness);
@@ -433,7 +433,7 @@ fn engines_of_one_pool_are_changed_one_after_the_other() {
 // CLOUD-2485
 #[test]
 fn a_task_goes_to_the_replica_that_has_its_model_and_to_no_other_of_its_pool() {
-    let told = |n, name: &str| ReplicaSpec {
+    let reported = |n, name: &str| ReplicaSpec {
         models: vec![ModelRef::new(name).unwrap()],
         names_from_engine: true,
         ..spec(n, 1)
@@ -442,7 +442,7 @@ fn a_task_goes_to_the_replica_that_has_its_model_and_to_no_other_of_its_pool() {
     let node_id = NodeId::new("a").unwrap();
     let mut node = node();
     for n in 0..2 {
-        node.bind(at(0), &pool_id(), told(n, "x")).unwrap();
+        node.bind(at(0), &pool_id(), reported(n, "x")).unwrap();
         node.observed(at(0), &pool_id(), &replica_id(n), Readiness::Ready);
     }
     let ask = |n, model| Ask {
@@ -459,7 +459,7 @@ fn a_task_goes_to_the_replica_that_has_its_model_and_to_no_other_of_its_pool() {
     for now in [10_000, 13_000, 16_000] {
         node.observed(at(now), &pool_id(), &replica_id(1), Readiness::Silent("no answer".into()));
     }
-    node.bind(at(17_000), &pool_id(), told(0, "y")).unwrap();
+    node.bind(at(17_000), &pool_id(), reported(0, "y")).unwrap();
     node.observed(at(17_000), &pool_id(), &replica_id(0), Readiness::Ready);
     let refused = node.accept(at(17_001), &pool_id(), &ask(2, &x)).unwrap_err();
     assert_eq!(refused.code, ErrorCode::PoolUnready, "the other one's model");
@@ -507,9 +507,9 @@ fn a_report_without_an_answer_says_nothing_of_who_waits() {
 fn foreign_load_counts_when_seen_twice() {
     let mut node = serving(1, 4);
     accept(&mut node, 1).unwrap();
-    counted(&mut node, 0, Busy::Told(3));
+    counted(&mut node, 0, Busy::Reported(3));
     assert_eq!(node.pool_reports(at(0))[0].replicas[0].slots_foreign, 0, "one look may have crossed an end");
-    counted(&mut node, 0, Busy::Told(4));
+    counted(&mut node, 0, Busy::Reported(4));
     assert_eq!(node.pool_reports(at(0))[0].replicas[0].slots_foreign, 2);
     accept(&mut node, 2).unwrap();
     assert_eq!(accept(&mut node, 3), Err(ErrorCode::ReplicaExhausted));
@@ -540,8 +540,8 @@ fn a_removed_handoff_lets_what_runs_finish_and_gives_its_slots_to_nobody_twice()
     node.observed(at(0), &pool_id(), &replica_id(0), Readiness::Ready);
     assert_eq!(accept(&mut node, 3), Err(ErrorCode::ReplicaExhausted), "the slot is still taken");
     node.unbind(at(0), &pool_id(), &replica_id(0));
-    node.ended_unsettled(at(0), &attempt(1));
-    counted(&mut node, 0, Busy::Told(0));
+    node.ended_before_release(at(0), &attempt(1));
+    counted(&mut node, 0, Busy::Reported(0));
     assert!(node.pool_reports(at(0)).is_empty());
     assert_eq!(node.running_count(), 0);
 }
@@ -700,7 +700,7 @@ proptest! {
             match action {
                 0 => { let _ = accept(&mut node, n); }
                 1 => { node.ended(&attempt(n)); }
-                2 => { node.ended_unsettled(at(0), &attempt(n)); }
+                2 => { node.ended_before_release(at(0), &attempt(n)); }
                 _ => node.expire_settling(at(u64::try_from(n).unwrap() * 100_000)),
             }
             let report = &node.pool_reports(at(0))[0];
@@ -744,7 +744,7 @@ fn a_crash_names_the_attempts_of_the_last_two_seconds_the_same_to_all() {
     node.cleared(&attempt(3));
     node.ended(&attempt(3));
     node.cleared(&attempt(4));
-    node.ended_unsettled(at(4_700), &attempt(5));
+    node.ended_before_release(at(4_700), &attempt(5));
     assert_eq!(node.verdict(&attempt(1)), Verdict::Awaited);
     assert_eq!(node.engine_ended(at(5_000), &pool_id(), &replica_id(0), Some("SIGSEGV")), 2);
     node.ended(&attempt(5));

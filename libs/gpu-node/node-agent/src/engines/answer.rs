@@ -26,7 +26,7 @@ pub struct Reply {
     pub is_document: bool,
     /// No event is the last one: the stream is whole when its message ends in order.
     pub ends_by_closing: bool,
-    pub(super) read: fn(&mut Reader, Json<'_>) -> Said,
+    pub(super) read: fn(&mut Reader, Json<'_>) -> EngineEvent,
 }
 
 impl PartialEq for Reply {
@@ -59,7 +59,7 @@ impl Delta {
 
 /// What one event of an engine says.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Said {
+pub enum EngineEvent {
     /// Nothing that comes from the model.
     Nothing,
     /// The model works; there may be nothing to read in it.
@@ -133,52 +133,52 @@ impl Reader {
 
     /// The stream has ended in order, after its last event. Returns what an end event would have
     /// said where none is written; nothing where that end is none.
-    pub fn closed(&mut self) -> Option<Said> {
+    pub fn closed(&mut self) -> Option<EngineEvent> {
         let whole = self.finish_reason.is_some() || (self.reply.ends_by_closing && self.events > 0);
         whole.then(|| self.end(Delta::default(), self.counted, self.finish_reason))
     }
 
     /// The connection was lost. What has said why it ended is whole all the same.
-    pub fn lost(&mut self) -> Option<Said> {
+    pub fn lost(&mut self) -> Option<EngineEvent> {
         self.finish_reason?;
         self.closed()
     }
 
     /// The answer was one whole document that ended in order, and did not say why it ends.
-    pub fn closed_whole(&mut self) -> Said {
+    pub fn closed_whole(&mut self) -> EngineEvent {
         match self.closed() {
             Some(end) => end,
-            None if self.is_empty() => Said::Failed("its answer is a document without a text".into()),
+            None if self.is_empty() => EngineEvent::Failed("its answer is a document without a text".into()),
             None => self.end(Delta::default(), self.counted, None),
         }
     }
 
     /// What stands at an orderly end without its empty line.
-    pub fn read_last(&mut self, frame: &Frame<'_>) -> Said {
+    pub fn read_last(&mut self, frame: &Frame<'_>) -> EngineEvent {
         let over = self.finish_reason.is_some();
         match self.read(frame) {
-            Said::Failed(_) | Said::Refused(_) if over => Said::Nothing,
+            EngineEvent::Failed(_) | EngineEvent::Refused(_) if over => EngineEvent::Nothing,
             // Half an event is none: the end says what is missing, where there is one.
-            Said::Failed(_) if !self.reply.ends_by_closing && !tells(frame) => Said::Nothing,
-            said => said,
+            EngineEvent::Failed(_) if !self.reply.ends_by_closing && !carries(frame) => EngineEvent::Nothing,
+            reported => reported,
         }
     }
 
-    pub fn read(&mut self, frame: &Frame<'_>) -> Said {
+    pub fn read(&mut self, frame: &Frame<'_>) -> EngineEvent {
         if let Some(line) = frame.unknown
             && let Some(error) = error_in_a_line(line)
         {
             return error;
         }
-        let Some(data) = &frame.data else { return Said::Nothing };
+        let Some(data) = &frame.data else { return EngineEvent::Nothing };
         let data = data.trim();
         if frame.event == "error" {
             return Json::object(data).map_or_else(|| failed(data), |event| refusal::in_stream(event));
         }
         match data {
-            "" => return Said::Nothing,
+            "" => return EngineEvent::Nothing,
             "[DONE]" | "\"[DONE]\"" | "DONE" => return self.done(),
-            _ if data.starts_with(':') => return Said::Nothing,
+            _ if data.starts_with(':') => return EngineEvent::Nothing,
             _ => {}
         }
         if let Some(error) = error_in_a_line(data) {
@@ -197,19 +197,19 @@ impl Reader {
             *count = u64::from(all).max(count.saturating_add(new.len() as u64));
         }
         match (self.reply.read)(self, event) {
-            Said::Delta(delta) => {
+            EngineEvent::Delta(delta) => {
                 let delta = self.split(delta);
                 self.deltas += u64::from(!delta.is_empty());
-                Said::Delta(delta)
+                EngineEvent::Delta(delta)
             }
-            said => said,
+            reported => reported,
         }
     }
 
     /// The marker that stands after everything.
-    fn done(&mut self) -> Said {
+    fn done(&mut self) -> EngineEvent {
         if self.events == 0 {
-            return Said::Failed("its stream has an end and nothing before it".into());
+            return EngineEvent::Failed("its stream has an end and nothing before it".into());
         }
         self.end(Delta::default(), self.counted, self.finish_reason)
     }
@@ -220,7 +220,7 @@ impl Reader {
         delta: Delta,
         counted: Option<u32>,
         finish_reason: Option<FinishReason>,
-    ) -> Said {
+    ) -> EngineEvent {
         let mut delta = self.split(delta);
         if let Some(splitter) = &mut self.splitter {
             delta.append(&splitter.finish());
@@ -230,7 +230,7 @@ impl Reader {
         let tokens_out = counted.map(u64::from).filter(|count| *count > 0).unwrap_or(self.deltas);
         let cut = self.bound.is_some_and(|bound| tokens_out >= bound);
         let by_itself = if cut { FinishReason::Length } else { FinishReason::Stop };
-        Said::End { delta, tokens_out, finish_reason: finish_reason.unwrap_or(by_itself) }
+        EngineEvent::End { delta, tokens_out, finish_reason: finish_reason.unwrap_or(by_itself) }
     }
 
     fn split(&mut self, delta: Delta) -> Delta {
@@ -242,22 +242,22 @@ impl Reader {
 }
 
 /// Whether an event is whole enough to say that something is amiss.
-fn tells(frame: &Frame<'_>) -> bool {
+fn carries(frame: &Frame<'_>) -> bool {
     let whole = frame.data.as_deref().is_some_and(|data| Json::object(data.trim()).is_some());
     whole || frame.event == "error" || frame.unknown.is_some()
 }
 
 /// Errors that some servers write beside the standard: a field of that name, or a bare object.
-fn error_in_a_line(line: &str) -> Option<Said> {
-    if let Some(told) = line.strip_prefix("error:") {
-        return Some(Json::object(told).map_or_else(|| failed(told.trim()), refusal::in_stream));
+fn error_in_a_line(line: &str) -> Option<EngineEvent> {
+    if let Some(reported) = line.strip_prefix("error:") {
+        return Some(Json::object(reported).map_or_else(|| failed(reported.trim()), refusal::in_stream));
     }
     let bare = Json::object(line).filter(|event| event.get("error").says_something())?;
     Some(refusal::in_stream(bare))
 }
 
-fn failed(what: &str) -> Said {
-    Said::Failed(shown(what))
+fn failed(what: &str) -> EngineEvent {
+    EngineEvent::Failed(shown(what))
 }
 
 /// As much of an engine's words as is shown.

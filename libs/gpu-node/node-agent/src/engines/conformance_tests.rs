@@ -11,40 +11,42 @@ use pool_registry_types::task::{ChatMessage, FinishReason, Role, TaskRequest, Wo
 use pool_registry_types::{ErrorCode, ModelRef};
 use serde_json::json;
 
-use super::answer::{Delta, Reader, Reply, Said};
+use super::answer::{Delta, EngineEvent, Reader, Reply};
 use super::{documents, llamacpp, openai, refusal, request, tgi, triton};
 
 /// What a whole stream says, and how it is taken when it then ends in order.
 #[derive(Debug, PartialEq)]
 struct Heard {
-    said: Vec<Said>,
-    closed: Option<Said>,
+    reported: Vec<EngineEvent>,
+    closed: Option<EngineEvent>,
 }
 
 fn hear(reply: &'static Reply, bound: Option<u64>, stream: &str, piece: usize) -> Heard {
     let (mut decoder, mut reader) = (Decoder::lossy(), Reader::new(reply, false).bounded_by(bound));
-    let mut said = Vec::new();
+    let mut reported = Vec::new();
     for piece in stream.as_bytes().chunks(piece) {
         decoder.push(piece);
         while let Some(frame) = decoder.next_frame().unwrap() {
-            said.push(reader.read(&frame));
+            reported.push(reader.read(&frame));
         }
     }
     assert!(!decoder.has_partial_frame(), "{stream}");
-    said.retain(|said| *said != Said::Nothing && *said != Said::Delta(Delta::default()));
-    Heard { said, closed: reader.closed() }
+    reported.retain(|reported| {
+        *reported != EngineEvent::Nothing && *reported != EngineEvent::Delta(Delta::default())
+    });
+    Heard { reported, closed: reader.closed() }
 }
 
-fn text(text: &str) -> Said {
-    Said::Delta(Delta::text(text))
+fn text(text: &str) -> EngineEvent {
+    EngineEvent::Delta(Delta::text(text))
 }
 
-fn end(last: Option<&str>, tokens_out: u64, finish_reason: FinishReason) -> Said {
-    Said::End { delta: Delta::text(last.unwrap_or_default()), tokens_out, finish_reason }
+fn end(last: Option<&str>, tokens_out: u64, finish_reason: FinishReason) -> EngineEvent {
+    EngineEvent::End { delta: Delta::text(last.unwrap_or_default()), tokens_out, finish_reason }
 }
 
 /// The answers " a b" of each dialect: cut at the bound, and ended by the model.
-fn answers() -> Vec<(&'static str, &'static Reply, &'static str, Vec<Said>)> {
+fn answers() -> Vec<(&'static str, &'static Reply, &'static str, Vec<EngineEvent>)> {
     use FinishReason::{Length, Stop};
     vec![
         (
@@ -116,10 +118,10 @@ fn answers() -> Vec<(&'static str, &'static Reply, &'static str, Vec<Said>)> {
 // CLOUD-1518
 #[test]
 fn each_dialect_is_read_wherever_the_network_splits_it() {
-    for (name, reply, stream, said) in answers() {
+    for (name, reply, stream, reported) in answers() {
         for piece in [1, 2, 7, 64, stream.len()] {
             let heard = hear(reply, Some(2), stream, piece);
-            assert_eq!(heard.said, said, "{name}, by {piece}");
+            assert_eq!(heard.reported, reported, "{name}, by {piece}");
         }
     }
 }
@@ -138,7 +140,7 @@ fn a_stream_of_triton_is_whole_when_its_message_is() {
         for piece in [1, 7, stream.len()] {
             let heard = hear(&triton::GENERATE, bound, stream, piece);
             let closed = Some(end(None, 2, reason));
-            assert_eq!(heard, Heard { said: vec![text(" a"), text(" b")], closed });
+            assert_eq!(heard, Heard { reported: vec![text(" a"), text(" b")], closed });
         }
     }
 }
@@ -151,7 +153,10 @@ fn no_other_stream_is_whole_without_its_marker_and_none_without_an_event() {
         let first = stream.split_inclusive("\n\n").next().unwrap();
         let heard = hear(reply, Some(1), first, 16);
         assert_eq!(heard.closed, None, "{name}");
-        assert!(heard.said.iter().all(|said| matches!(said, Said::Delta(_))), "{name}: {heard:?}");
+        assert!(
+            heard.reported.iter().all(|reported| matches!(reported, EngineEvent::Delta(_))),
+            "{name}: {heard:?}"
+        );
     }
     for reply in [&llamacpp::COMPLETION, &openai::CHAT, &tgi::GENERATE, &triton::GENERATE] {
         assert_eq!(hear(reply, Some(1), ": ka\n\n", 3).closed, None, "{reply:?}");
@@ -189,8 +194,8 @@ fn an_error_in_a_stream_is_a_refusal_where_it_says_so_and_else_a_failure() {
         ),
     ];
     for (reply, data, code) in refusals {
-        match &hear(reply, None, &format!("data: {data}\n\n"), 32).said[..] {
-            [Said::Refused(refusal)] => assert_eq!(refusal.error.code, code, "{data}"),
+        match &hear(reply, None, &format!("data: {data}\n\n"), 32).reported[..] {
+            [EngineEvent::Refused(refusal)] => assert_eq!(refusal.error.code, code, "{data}"),
             other => panic!("{data}: {other:?}"),
         }
     }
@@ -208,7 +213,7 @@ fn an_error_in_a_stream_is_a_refusal_where_it_says_so_and_else_a_failure() {
     ];
     for (reply, data) in failures {
         let heard = hear(reply, None, &format!("data: {data}\n\n"), 32);
-        assert!(matches!(heard.said[..], [Said::Failed(_)]), "{data}: {heard:?}");
+        assert!(matches!(heard.reported[..], [EngineEvent::Failed(_)]), "{data}: {heard:?}");
     }
 }
 

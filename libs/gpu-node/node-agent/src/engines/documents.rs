@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::EngineRequest;
-use super::answer::{Reader, Reply, Said};
+use super::answer::{EngineEvent, Reader, Reply};
 use super::client::{Answer, BodyError};
 use super::json::{Json, typed};
 
@@ -20,8 +20,8 @@ pub static EMBEDDING: Reply =
 pub static RERANK: Reply =
     Reply { name: "a ranking", is_document: true, ends_by_closing: false, read: no_stream };
 
-fn no_stream(_: &mut Reader, _: Json<'_>) -> Said {
-    Said::Failed("it streams what is one document".into())
+fn no_stream(_: &mut Reader, _: Json<'_>) -> EngineEvent {
+    EngineEvent::Failed("it streams what is one document".into())
 }
 
 /// Longest document that is read, bytes: the most texts that a task may have, with vectors of a
@@ -165,7 +165,7 @@ fn each_once(indices: impl ExactSizeIterator<Item = usize>, asked: usize) -> Res
 mod tests {
     use super::*;
 
-    fn said(reply: &Reply, asked: usize, body: &str) -> Result<Document, String> {
+    fn reported(reply: &Reply, asked: usize, body: &str) -> Result<Document, String> {
         parse(reply, asked, body.as_bytes())
     }
 
@@ -178,7 +178,7 @@ mod tests {
             "usage":{"prompt_tokens":7,"total_tokens":7}}"#;
         let results =
             vec![r#"{"i":0,"embedding":[0.1,2.0]}"#.into(), r#"{"i":1,"embedding":[0.5,-1.0]}"#.into()];
-        assert_eq!(said(&EMBEDDING, 2, body), Ok(Document { results, tokens_in: Some(7) }));
+        assert_eq!(reported(&EMBEDDING, 2, body), Ok(Document { results, tokens_in: Some(7) }));
     }
 
     // CLOUD-1522
@@ -186,8 +186,8 @@ mod tests {
     fn what_stands_beside_the_results_is_stepped_over_and_they_are_not() {
         let beside = "\u{feff}{\"x\":NaN,\"data\":[{\"index\":0,\"embedding\":[1.5],\"y\":Infinity}]}";
         let results = vec![r#"{"i":0,"embedding":[1.5]}"#.into()];
-        assert_eq!(said(&EMBEDDING, 1, beside), Ok(Document { results, tokens_in: None }));
-        assert!(said(&EMBEDDING, 1, r#"{"data":[{"index":0,"embedding":[NaN]}]}"#).is_err());
+        assert_eq!(reported(&EMBEDDING, 1, beside), Ok(Document { results, tokens_in: None }));
+        assert!(reported(&EMBEDDING, 1, r#"{"data":[{"index":0,"embedding":[NaN]}]}"#).is_err());
     }
 
     // CLOUD-2482
@@ -197,7 +197,7 @@ mod tests {
             {"index":1,"document":{"text":"b"},"relevance_score":0.9}],"usage":{"total_tokens":5}}"#;
         let results =
             vec![r#"{"i":0,"document":1,"score":0.9}"#.into(), r#"{"i":1,"document":0,"score":0.1}"#.into()];
-        assert_eq!(said(&RERANK, 2, body), Ok(Document { results, tokens_in: Some(5) }));
+        assert_eq!(reported(&RERANK, 2, body), Ok(Document { results, tokens_in: Some(5) }));
     }
 
     // CLOUD-2482
@@ -208,8 +208,8 @@ mod tests {
         let uneven = r#"{"data":[{"index":0,"embedding":[1.0]},{"index":1,"embedding":[1.0,2.0]}]}"#;
         let of_tokens = r#"{"data":[{"index":0,"embedding":[[1.0],[2.0]]}]}"#;
         for (asked, body) in [(2, one), (2, twice), (2, uneven), (1, of_tokens), (1, "{"), (1, "{}")] {
-            assert!(said(&EMBEDDING, asked, body).is_err(), "{body}");
+            assert!(reported(&EMBEDDING, asked, body).is_err(), "{body}");
         }
-        assert!(said(&RERANK, 1, r#"{"results":[]}"#).is_err());
+        assert!(reported(&RERANK, 1, r#"{"results":[]}"#).is_err());
     }
 }

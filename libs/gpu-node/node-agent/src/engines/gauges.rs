@@ -35,7 +35,7 @@ pub(super) async fn busy(look: &Look<'_>, running: &str, waiting: &str) -> Busy 
     let Ok(metrics) = answer.bytes(MAX_METRICS_BYTES).await else { return Busy::NoAnswer };
     let metrics = String::from_utf8_lossy(&metrics);
     match sum(&metrics, running) {
-        Some(count) => Busy::Told(count.saturating_add(sum(&metrics, waiting).unwrap_or(0))),
+        Some(count) => Busy::Reported(count.saturating_add(sum(&metrics, waiting).unwrap_or(0))),
         None => Busy::CannotTell,
     }
 }
@@ -47,7 +47,7 @@ const MAX_METRICS_BYTES: usize = 4 * 1024 * 1024;
 pub(super) fn unanswered(error: &Question) -> Busy {
     match error {
         // Nothing is there, and so nothing is busy.
-        Question::Unanswered(CallError::Refused(_)) => Busy::Told(0),
+        Question::Unanswered(CallError::Refused(_)) => Busy::Reported(0),
         // It could tell, and does not now.
         Question::Unanswered(_) | Question::Status(408 | 429 | 500 | 502..=599) => Busy::NoAnswer,
         Question::Status(_) | Question::Bad(_) => Busy::CannotTell,

@@ -12,7 +12,7 @@ use pool_registry_types::task::{FinishReason, KvHint, Resume, ResumeMode};
 use pool_registry_types::{ErrorBody, ErrorCode};
 use serde_json::{Value, json};
 
-use super::answer::{Delta, Reader, Reply, Said, text_of};
+use super::answer::{Delta, EngineEvent, Reader, Reply, text_of};
 use super::client::{Endpoint, EngineClient};
 use super::json::{Json, document};
 use super::refusal::{Refusal, Whose};
@@ -75,13 +75,13 @@ impl Preparation {
             prompt = written.to_owned();
             splitter = match self.template(client, at).await? {
                 Template::Plain => None,
-                Template::Marked(marks) => {
+                Template::Delimited(delimiters) => {
                     // Where they are control tokens it leaves them out of its text unless told to
                     // keep them.
-                    body["preserved_tokens"] = json!([marks.open, marks.close]);
-                    Some(Splitter::after(marks, &prompt))
+                    body["preserved_tokens"] = json!([delimiters.open, delimiters.close]);
+                    Some(Splitter::after(delimiters, &prompt))
                 }
-                Template::Unknown => return Err(cannot(ErrorCode::Unsupported, UNKNOWN_MARKS)),
+                Template::Unknown => return Err(cannot(ErrorCode::Unsupported, UNKNOWN_DELIMITERS)),
             };
         }
         let Some(sent) = &self.sent else {
@@ -163,7 +163,7 @@ fn unwritten() -> Unsent {
     Unsent::Refused { path: APPLY_TEMPLATE, refusal: Refusal { whose: Whose::Engine, error } }
 }
 
-const UNKNOWN_MARKS: &str = "recovery: the model's template shows that it thinks, and not in a way that is known \
+const UNKNOWN_DELIMITERS: &str = "recovery: the model's template shows that it thinks, and not in a way that is known \
     here, so that its messages cannot be continued as text";
 const FORGOTTEN: &str = "the stream cannot go on: the thoughts before it were left out, and their tokens are not \
     all known";
@@ -227,10 +227,10 @@ fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {
     })
 }
 
-fn read(reader: &mut Reader, event: Json<'_>) -> Said {
+fn read(reader: &mut Reader, event: Json<'_>) -> EngineEvent {
     let delta = Delta::text(text_of(event.get("content")));
     if !event.get("stop").is_true() {
-        return Said::Delta(delta);
+        return EngineEvent::Delta(delta);
     }
     // Older ones say it by a field for each reason.
     let limit =
@@ -263,23 +263,23 @@ async fn facts(look: &Look<'_>) -> Result<EngineFacts, NotReady> {
 /// one that does is not asked.
 async fn busy(look: &Look<'_>) -> Busy {
     match look.client.get_json(look.at, "/props").await {
-        Ok(props) if props["is_sleeping"] == true => return Busy::Told(0),
+        Ok(props) if props["is_sleeping"] == true => return Busy::Reported(0),
         Ok(props) if props["role"] == "router" => return Busy::CannotTell,
         _ => {}
     }
-    let told = gauges::busy(look, "llamacpp:requests_processing", "llamacpp:requests_deferred").await;
-    if matches!(told, Busy::Told(_)) {
-        return told;
+    let reported = gauges::busy(look, "llamacpp:requests_processing", "llamacpp:requests_deferred").await;
+    if matches!(reported, Busy::Reported(_)) {
+        return reported;
     }
     let slots = look.client.get_json(look.at, "/slots").await;
     match slots.as_ref().map(Value::as_array) {
         Ok(Some(slots)) => {
             let busy = slots.iter().filter(|slot| slot["is_processing"] == true).count();
-            Busy::Told(u32::try_from(busy).unwrap_or(u32::MAX))
+            Busy::Reported(u32::try_from(busy).unwrap_or(u32::MAX))
         }
-        Ok(None) => told,
+        Ok(None) => reported,
         Err(error) => match gauges::unanswered(error) {
-            Busy::CannotTell => told,
+            Busy::CannotTell => reported,
             unanswered => unanswered,
         },
     }
@@ -367,11 +367,12 @@ mod tests {
     #[test]
     fn the_last_event_may_carry_a_text_and_counts_the_tokens() {
         let read = |event: &str| read(&mut Reader::new(&COMPLETION, false), Json::object(event).unwrap());
-        assert_eq!(read(r#"{"content":" a","stop":false}"#), Said::Delta(Delta::text(" a")));
-        assert_eq!(read(r#"{"content":"","stop":false}"#), Said::Delta(Delta::default()));
+        assert_eq!(read(r#"{"content":" a","stop":false}"#), EngineEvent::Delta(Delta::text(" a")));
+        assert_eq!(read(r#"{"content":"","stop":false}"#), EngineEvent::Delta(Delta::default()));
         let end = r#"{"content":" z","stop":true,"stop_type":"limit","tokens_predicted":8}"#;
-        let said = Said::End { delta: Delta::text(" z"), tokens_out: 8, finish_reason: FinishReason::Length };
-        assert_eq!(read(end), said);
+        let reported =
+            EngineEvent::End { delta: Delta::text(" z"), tokens_out: 8, finish_reason: FinishReason::Length };
+        assert_eq!(read(end), reported);
     }
 
     /// Answers each path with its body, and remembers which were asked for. What is not known is 404.
@@ -494,7 +495,7 @@ mod tests {
         let look = Look { client: &client, at: &at, models: &[] };
         let facts = facts(&look).await.unwrap();
         assert_eq!((facts.slots, facts.ctx_max), (Some(2), Some(512)));
-        assert_eq!(busy(&look).await, Busy::Told(0));
+        assert_eq!(busy(&look).await, Busy::Reported(0));
         let wakes = |path: &String| ["/metrics", "/slots"].contains(&path.as_str());
         assert!(!asked.lock().iter().any(wakes), "{:?}", asked.lock());
     }

@@ -38,7 +38,7 @@ use pool_registry_types::{ErrorBody, ErrorCode, ModelRef};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-pub use self::answer::{Delta, Reader, Reply, Said};
+pub use self::answer::{Delta, EngineEvent, Reader, Reply};
 pub use self::client::{Answer, CallError, Endpoint, EngineClient, Question};
 pub use self::key::ApiKey;
 pub use self::refusal::{Refusal, Whose};

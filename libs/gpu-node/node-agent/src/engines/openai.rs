@@ -12,7 +12,7 @@ use pool_registry_types::pool::EngineKind;
 use pool_registry_types::task::FinishReason;
 use serde_json::{Value, json};
 
-use super::answer::{Delta, Reader, Reply, Said, text_of};
+use super::answer::{Delta, EngineEvent, Reader, Reply, text_of};
 use super::json::Json;
 use super::{Asked, Dialect, EngineFacts, EngineRequest, Look, NotReady, context, listed, set};
 
@@ -79,7 +79,7 @@ fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {
     })
 }
 
-fn read(reader: &mut Reader, event: Json<'_>) -> Said {
+fn read(reader: &mut Reader, event: Json<'_>) -> EngineEvent {
     // Some count in every event, some write an empty or a wrong count last.
     let counted = event.get("usage").get("completion_tokens").count();
     reader.counted = counted.filter(|count| *count > 0).or(reader.counted);
@@ -99,22 +99,22 @@ fn read(reader: &mut Reader, event: Json<'_>) -> Said {
     }
     if let Some(reason) = choice.get("finish_reason").word() {
         if matches!(reason.as_ref(), "abort" | "error") {
-            return Said::Failed(format!("it gave the request up: finish_reason {reason}"));
+            return EngineEvent::Failed(format!("it gave the request up: finish_reason {reason}"));
         }
         let cut = matches!(reason.as_ref(), "length" | "max_tokens" | "model_length");
         reader.finish_reason = Some(if cut { FinishReason::Length } else { FinishReason::Stop });
     }
-    Said::Delta(delta)
+    EngineEvent::Delta(delta)
 }
 
 /// The thoughts of a delta: under one name for the whole stream, since some servers write the same
 /// under two.
 fn thought(reader: &mut Reader, delta: Json<'_>) -> String {
-    let said = |name: &'static str| Some(text_of(delta.get(name))).filter(|text| !text.is_empty());
+    let reported = |name: &'static str| Some(text_of(delta.get(name))).filter(|text| !text.is_empty());
     if let Some(name) = reader.thought_field {
-        return said(name).map(Cow::into_owned).unwrap_or_default();
+        return reported(name).map(Cow::into_owned).unwrap_or_default();
     }
-    let Some((name, text)) = THOUGHTS.into_iter().find_map(|name| Some((name, said(name)?))) else {
+    let Some((name, text)) = THOUGHTS.into_iter().find_map(|name| Some((name, reported(name)?))) else {
         return String::new();
     };
     reader.thought_field = Some(name);
@@ -149,14 +149,16 @@ mod tests {
 
     use super::*;
 
-    fn said(reply: &'static Reply, stream: &str) -> Vec<Said> {
+    fn reported(reply: &'static Reply, stream: &str) -> Vec<EngineEvent> {
         let (mut decoder, mut reader) = (Decoder::new(), Reader::new(reply, false));
         decoder.push(stream.as_bytes());
         let mut all = Vec::new();
         while let Some(frame) = decoder.next_frame().unwrap() {
             all.push(reader.read(&frame));
         }
-        all.retain(|said| !matches!(said, Said::Nothing) && *said != Said::Delta(Delta::default()));
+        all.retain(|reported| {
+            !matches!(reported, EngineEvent::Nothing) && *reported != EngineEvent::Delta(Delta::default())
+        });
         all
     }
 
@@ -170,17 +172,19 @@ mod tests {
             "data: {\"choices\":[],\"usage\":{\"completion_tokens\":5}}\n\n",
             "data: [DONE]\n\n",
         );
-        let end = Said::End { delta: Delta::default(), tokens_out: 5, finish_reason: FinishReason::Length };
-        assert_eq!(said(&CHAT, stream), vec![Said::Delta(Delta::text("Hi")), end]);
+        let end =
+            EngineEvent::End { delta: Delta::default(), tokens_out: 5, finish_reason: FinishReason::Length };
+        assert_eq!(reported(&CHAT, stream), vec![EngineEvent::Delta(Delta::text("Hi")), end]);
     }
 
     // CLOUD-1516
     #[test]
     fn done_is_an_end_without_a_reason_too_and_a_failure_when_nothing_came_before() {
-        assert!(matches!(said(&COMPLETION, "data: [DONE]\n\n")[..], [Said::Failed(_)]));
+        assert!(matches!(reported(&COMPLETION, "data: [DONE]\n\n")[..], [EngineEvent::Failed(_)]));
         let stream = "data: {\"choices\":[{\"text\":\"a\"}]}\n\ndata: [DONE]\n\n";
-        let end = Said::End { delta: Delta::default(), tokens_out: 1, finish_reason: FinishReason::Stop };
-        assert_eq!(said(&COMPLETION, stream).last(), Some(&end));
+        let end =
+            EngineEvent::End { delta: Delta::default(), tokens_out: 1, finish_reason: FinishReason::Stop };
+        assert_eq!(reported(&COMPLETION, stream).last(), Some(&end));
     }
 
     // CLOUD-1518
@@ -191,7 +195,8 @@ mod tests {
             "data: {\"choices\":[{\"text\":\"b\",\"finish_reason\":\"stop\"}]}\n\n",
             "data: [DONE]\n\n",
         );
-        let end = Said::End { delta: Delta::default(), tokens_out: 2, finish_reason: FinishReason::Stop };
-        assert_eq!(said(&COMPLETION, stream).last(), Some(&end));
+        let end =
+            EngineEvent::End { delta: Delta::default(), tokens_out: 2, finish_reason: FinishReason::Stop };
+        assert_eq!(reported(&COMPLETION, stream).last(), Some(&end));
     }
 }

@@ -9,7 +9,7 @@ use std::borrow::Cow;
 use pool_registry_types::error::EndCause;
 use pool_registry_types::{ErrorBody, ErrorCode};
 
-use super::answer::{Said, shown};
+use super::answer::{EngineEvent, shown};
 use super::json::Json;
 
 /// Whose a refusal is.
@@ -116,8 +116,8 @@ fn message_of(answer: Json<'_>) -> Option<String> {
 /// An engine's refusal: its status, and its body as far as it was read.
 pub(crate) fn refusal(status: u16, body: &str) -> Refusal {
     match Json::object(body) {
-        Some(answer) => judged(status, answer),
-        None => told(status, body.trim(), Named::default()),
+        Some(answer) => classify_answer(status, answer),
+        None => by_status(status, body.trim(), Named::default()),
     }
 }
 
@@ -128,7 +128,7 @@ struct Named {
     model: bool,
 }
 
-fn judged(status: u16, answer: Json<'_>) -> Refusal {
+fn classify_answer(status: u16, answer: Json<'_>) -> Refusal {
     let error = if answer.get("error").is_object() { answer.get("error") } else { answer };
     let is = |field: &str, values: &[&str]| {
         error.get(field).text().is_some_and(|text| values.contains(&text.as_ref()))
@@ -139,10 +139,10 @@ fn judged(status: u16, answer: Json<'_>) -> Refusal {
             || is("param", &["input_tokens", "input_text"]),
         model: is("code", &[NO_MODEL]) || (is("param", &["model"]) && status == 404),
     };
-    told(status, &message_of(answer).unwrap_or_default(), named)
+    by_status(status, &message_of(answer).unwrap_or_default(), named)
 }
 
-fn told(status: u16, message: &str, named: Named) -> Refusal {
+fn by_status(status: u16, message: &str, named: Named) -> Refusal {
     let words = message.to_lowercase();
     let too_long = named.context || TOO_LONG.iter().any(|(_, fragments)| has(&words, fragments));
     // Further behind they may be the client's own words, which some repeat.
@@ -172,14 +172,14 @@ fn told(status: u16, message: &str, named: Named) -> Refusal {
 }
 
 /// The words of an error event, as they are shown.
-fn said(event: Json<'_>) -> String {
+fn reported(event: Json<'_>) -> String {
     message_of(event).map_or_else(|| "an error without a message".to_owned(), |text| shown(&text))
 }
 
 /// An error event: a refusal where a status says so, beside it or in it, else a failure.
-pub(super) fn in_stream(event: Json<'_>) -> Said {
+pub(super) fn in_stream(event: Json<'_>) -> EngineEvent {
     let error = event.get("error");
-    let failed = || Said::Failed(said(event));
+    let failed = || EngineEvent::Failed(reported(event));
     let by_type = match event.get("error_type").text().as_deref() {
         Some("validation" | "template_error" | "tool_error") => Some(422),
         Some("overloaded") => Some(429),
@@ -196,20 +196,20 @@ pub(super) fn in_stream(event: Json<'_>) -> Said {
     let by_code = by_code.into_iter().find_map(|code| u16::try_from(code.count()?).ok());
     // Without a status its words decide.
     let refused = match by_type.or(by_code) {
-        Some(status) => judged(status, event),
+        Some(status) => classify_answer(status, event),
         None => {
             // Words of a model that is not there may be about anything else that is not found.
             let no_model = [error, event].iter().any(|it| it.get("code").text().as_deref() == Some(NO_MODEL));
-            let mut refused = judged(if no_model { 404 } else { 500 }, event);
+            let mut refused = classify_answer(if no_model { 404 } else { 500 }, event);
             if refused.whose == Whose::Engine {
                 return failed();
             }
-            refused.error.message = format!("the engine answered: {}", said(event));
+            refused.error.message = format!("the engine answered: {}", reported(event));
             refused
         }
     };
     if refused.whose != Whose::Engine {
-        return Said::Refused(Box::new(refused));
+        return EngineEvent::Refused(Box::new(refused));
     }
     failed()
 }
@@ -226,7 +226,7 @@ mod tests {
     // CLOUD-2494
     #[test]
     fn a_context_that_is_too_long_is_known_by_the_words_of_each_engine() {
-        let said = [
+        let reported = [
             (
                 400,
                 "request (9000 tokens) exceeds the available context size (8192 tokens), try increasing it",
@@ -317,7 +317,7 @@ mod tests {
             (400, "the input length exceeds the context length"),
             (400, "Prompt length 9000 is greater than max_seq_len 8192"),
         ];
-        for (status, text) in said {
+        for (status, text) in reported {
             let nested = serde_json::json!({"error": {"message": text, "code": status}}).to_string();
             let flat = serde_json::json!({"object": "error", "message": text, "code": status}).to_string();
             let plain = serde_json::json!({"error": text}).to_string();
@@ -416,8 +416,8 @@ mod tests {
     #[test]
     fn an_error_event_without_a_status_is_known_by_its_words() {
         let code = |event: &str| match in_stream(Json::object(event).unwrap()) {
-            Said::Refused(refusal) => Some((refusal.whose, refusal.error.code)),
-            Said::Failed(_) => None,
+            EngineEvent::Refused(refusal) => Some((refusal.whose, refusal.error.code)),
+            EngineEvent::Failed(_) => None,
             other => panic!("{other:?}"),
         };
         let too_long = Some((Whose::Client, ErrorCode::ContextTooLong));

@@ -12,7 +12,7 @@ use pool_registry_types::sse::{Decoder, MAX_FRAME_BYTES, SseError};
 use pool_registry_types::task::FinishReason;
 use proptest::prelude::*;
 
-use super::answer::{Delta, Reader, Reply, Said};
+use super::answer::{Delta, EngineEvent, Reader, Reply};
 use super::{llamacpp, openai, tgi, triton};
 
 /// How a stream is taken.
@@ -34,30 +34,30 @@ enum Taken {
 fn take(reply: &'static Reply, bytes: &[u8], piece: usize, in_order: bool) -> Taken {
     let (mut decoder, mut reader) = (Decoder::lossy(), Reader::new(reply, false).bounded_by(Some(9)));
     let mut all = Delta::default();
-    let mut step = |said: Said| match said {
-        Said::Nothing => None,
-        Said::Delta(Delta { thought, text }) => {
+    let mut step = |reported: EngineEvent| match reported {
+        EngineEvent::Nothing => None,
+        EngineEvent::Delta(Delta { thought, text }) => {
             all.thought += &thought;
             all.text += &text;
             None
         }
-        Said::End { delta: Delta { thought, text }, finish_reason, .. } => {
+        EngineEvent::End { delta: Delta { thought, text }, finish_reason, .. } => {
             let thought = format!("{}{thought}", all.thought);
             Some(Taken::Whole { thought, text: format!("{}{text}", all.text), reason: finish_reason })
         }
-        Said::Failed(_) => Some(Taken::Failed),
-        Said::Refused(refusal) => Some(Taken::Refused(refusal.error.code)),
+        EngineEvent::Failed(_) => Some(Taken::Failed),
+        EngineEvent::Refused(refusal) => Some(Taken::Refused(refusal.error.code)),
     };
     for piece in bytes.chunks(piece) {
         decoder.push(piece);
         loop {
-            let said = match decoder.next_frame() {
+            let reported = match decoder.next_frame() {
                 Ok(Some(frame)) => reader.read(&frame),
                 Ok(None) => break,
                 Err(SseError::TooLong) => return Taken::TooLong,
                 Err(SseError::NotUtf8) => return Taken::Failed,
             };
-            if let Some(taken) = step(said) {
+            if let Some(taken) = step(reported) {
                 return taken;
             }
         }

@@ -16,7 +16,7 @@ use pool_registry_types::task::FinishReason;
 use pool_registry_types::{ErrorBody, ModelRef};
 use serde_json::{Value, json};
 
-use super::answer::{Delta, Reader, Reply, Said, text_of};
+use super::answer::{Delta, EngineEvent, Reader, Reply, text_of};
 use super::json::Json;
 use super::{
     Asked, Busy, Dialect, EngineFacts, EngineRequest, Look, gauges, health, openai, positive, set,
@@ -57,7 +57,7 @@ fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {
         return Ok(request);
     };
     let inputs = sent.map_or_else(|| prompt.clone(), |sent| format!("{prompt}{}", sent.text));
-    // Said to be nothing, the bound is what the prompt leaves of the context; unsaid it is 100.
+    // Said to be nothing, the bound is what the prompt leaves of the context; suppressed it is 100.
     let mut parameters = json!({
         "max_new_tokens": tokens_left(task, None, sent),
         "details": true,
@@ -80,7 +80,7 @@ fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {
     Ok(EngineRequest::whole("/generate_stream", body, &GENERATE))
 }
 
-fn read(reader: &mut Reader, event: Json<'_>) -> Said {
+fn read(reader: &mut Reader, event: Json<'_>) -> EngineEvent {
     let token = event.get("token");
     // A special one is a mark of the model's, such as that of its end: no part of the answer.
     let text = if token.get("special").is_true() { "".into() } else { text_of(token.get("text")) };
@@ -88,7 +88,7 @@ fn read(reader: &mut Reader, event: Json<'_>) -> Said {
     let details = event.get("details");
     // Both are there in the last event only.
     if !event.get("generated_text").is_given() && !details.is_object() {
-        return Said::Delta(delta);
+        return EngineEvent::Delta(delta);
     }
     if delta.is_empty() && reader.is_empty() && !token.is_object() {
         // A whole answer in the place of a stream.

@@ -8,28 +8,28 @@ use super::answer::Delta;
 
 /// What stands before and after the thoughts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Marks {
+pub(super) struct Delimiters {
     pub(super) open: &'static str,
     pub(super) close: &'static str,
 }
 
-const KNOWN: [Marks; 8] = [
+const KNOWN: [Delimiters; 8] = [
     // DeepSeek, Qwen, GLM, MiniMax, Kimi, Nemotron, EXAONE 4, Phi-4.
-    Marks { open: "<think>", close: "</think>" },
+    Delimiters { open: "<think>", close: "</think>" },
     // Magistral, Ministral 3.
-    Marks { open: "[THINK]", close: "[/THINK]" },
+    Delimiters { open: "[THINK]", close: "[/THINK]" },
     // Seed-OSS.
-    Marks { open: "<seed:think>", close: "</seed:think>" },
+    Delimiters { open: "<seed:think>", close: "</seed:think>" },
     // MiniMax-M3.
-    Marks { open: "<mm:think>", close: "</mm:think>" },
+    Delimiters { open: "<mm:think>", close: "</mm:think>" },
     // Kimi-VL.
-    Marks { open: "◁think▷", close: "◁/think▷" },
+    Delimiters { open: "◁think▷", close: "◁/think▷" },
     // Command A.
-    Marks { open: "<|START_THINKING|>", close: "<|END_THINKING|>" },
+    Delimiters { open: "<|START_THINKING|>", close: "<|END_THINKING|>" },
     // EXAONE Deep.
-    Marks { open: "<thought>", close: "</thought>" },
+    Delimiters { open: "<thought>", close: "</thought>" },
     // Apertus.
-    Marks { open: "<|inner_prefix|>", close: "<|inner_suffix|>" },
+    Delimiters { open: "<|inner_prefix|>", close: "<|inner_suffix|>" },
 ];
 
 /// Words, in lower case, by which a template that has none of the known marks shows that its model
@@ -42,18 +42,18 @@ const WRAPPED: [&str; 3] = ["<response>", "<answer>", "<|start_text|>"];
 pub(super) enum Template {
     /// Its model does not think.
     Plain,
-    Marked(Marks),
+    Delimited(Delimiters),
     /// It does, and where its thoughts end is not known.
     Unknown,
 }
 
 impl Template {
     pub(super) fn of(template: &str) -> Self {
-        let mut known = KNOWN.iter().filter(|marks| template.contains(marks.close));
+        let mut known = KNOWN.iter().filter(|delimiters| template.contains(delimiters.close));
         let words = template.to_lowercase();
         match (known.next(), known.next()) {
-            (Some(_), None) if WRAPPED.iter().any(|mark| words.contains(mark)) => Self::Unknown,
-            (Some(marks), None) => Self::Marked(*marks),
+            (Some(_), None) if WRAPPED.iter().any(|delimiter| words.contains(delimiter)) => Self::Unknown,
+            (Some(delimiters), None) => Self::Delimited(*delimiters),
             (Some(_), Some(_)) => Self::Unknown,
             (None, _) if HINTS.iter().any(|hint| words.contains(hint)) => Self::Unknown,
             (None, _) => Self::Plain,
@@ -62,7 +62,7 @@ impl Template {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
+enum Section {
     /// Nothing but white space has come.
     Start,
     Thoughts,
@@ -74,8 +74,8 @@ enum Place {
 /// Separates thoughts from text as it comes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Splitter {
-    marks: Marks,
-    place: Place,
+    delimiters: Delimiters,
+    section: Section,
     /// What may be the beginning of a mark, or white space before one.
     held: String,
     /// Thoughts have come.
@@ -84,10 +84,10 @@ pub struct Splitter {
 
 impl Splitter {
     /// After a prompt: many templates open the thoughts themselves.
-    pub(super) fn after(marks: Marks, prompt: &str) -> Self {
-        let opened = prompt.trim_end().ends_with(marks.open);
-        let place = if opened { Place::Thoughts } else { Place::Start };
-        Self { marks, place, held: String::new(), thinks: false }
+    pub(super) fn after(delimiters: Delimiters, prompt: &str) -> Self {
+        let opened = prompt.trim_end().ends_with(delimiters.open);
+        let section = if opened { Section::Thoughts } else { Section::Start };
+        Self { delimiters, section, held: String::new(), thinks: false }
     }
 
     /// Takes what came, and gives out what is sure.
@@ -95,42 +95,42 @@ impl Splitter {
         self.held.push_str(text);
         let mut out = Delta::default();
         loop {
-            match self.place {
-                Place::Start => {
+            match self.section {
+                Section::Start => {
                     let begun = self.held.trim_start();
-                    if let Some(rest) = begun.strip_prefix(self.marks.open) {
+                    if let Some(rest) = begun.strip_prefix(self.delimiters.open) {
                         self.held = rest.to_owned();
-                        self.place = Place::Thoughts;
-                    } else if self.marks.open.starts_with(begun) {
+                        self.section = Section::Thoughts;
+                    } else if self.delimiters.open.starts_with(begun) {
                         return out;
                     } else {
-                        self.place = Place::Text;
+                        self.section = Section::Text;
                     }
                 }
-                Place::Thoughts => {
+                Section::Thoughts => {
                     if !self.thinks {
                         self.held = self.held.trim_start().to_owned();
                     }
-                    if let Some(at) = self.held.find(self.marks.close) {
+                    if let Some(at) = self.held.find(self.delimiters.close) {
                         out.thought.push_str(self.held[..at].trim_end());
-                        self.held.drain(..at + self.marks.close.len());
-                        self.place = Place::AfterThoughts;
+                        self.held.drain(..at + self.delimiters.close.len());
+                        self.section = Section::AfterThoughts;
                         continue;
                     }
-                    let sure = self.held.len() - longest_beginning(&self.held, self.marks.close);
+                    let sure = self.held.len() - longest_beginning(&self.held, self.delimiters.close);
                     let sure = self.held[..sure].trim_end().len();
                     out.thought.extend(self.held.drain(..sure));
                     self.thinks |= sure > 0;
                     return out;
                 }
-                Place::AfterThoughts => {
+                Section::AfterThoughts => {
                     self.held = self.held.trim_start().to_owned();
                     if self.held.is_empty() {
                         return out;
                     }
-                    self.place = Place::Text;
+                    self.section = Section::Text;
                 }
-                Place::Text => {
+                Section::Text => {
                     out.text.push_str(&std::mem::take(&mut self.held));
                     return out;
                 }
@@ -143,18 +143,18 @@ impl Splitter {
     pub(super) fn written_out(mut self, thoughts: &str, text: &str) -> (String, Self) {
         let mut raw = String::new();
         if !thoughts.is_empty() {
-            if self.place == Place::Start {
-                raw.push_str(self.marks.open);
+            if self.section == Section::Start {
+                raw.push_str(self.delimiters.open);
                 raw.push('\n');
             }
             raw.push_str(thoughts);
             if !text.is_empty() {
                 raw.push('\n');
-                raw.push_str(self.marks.close);
+                raw.push_str(self.delimiters.close);
                 raw.push_str("\n\n");
             }
-        } else if !text.is_empty() && self.place == Place::Thoughts {
-            raw.push_str(self.marks.close);
+        } else if !text.is_empty() && self.section == Section::Thoughts {
+            raw.push_str(self.delimiters.close);
             raw.push_str("\n\n");
         }
         raw.push_str(text);
@@ -165,17 +165,17 @@ impl Splitter {
     /// Nothing follows: what was held back is what it is.
     pub(super) fn finish(&mut self) -> Delta {
         let rest = std::mem::take(&mut self.held);
-        match self.place {
-            Place::Thoughts => Delta { thought: rest.trim_end().to_owned(), text: String::new() },
-            Place::Start | Place::AfterThoughts | Place::Text => Delta::text(rest),
+        match self.section {
+            Section::Thoughts => Delta { thought: rest.trim_end().to_owned(), text: String::new() },
+            Section::Start | Section::AfterThoughts | Section::Text => Delta::text(rest),
         }
     }
 }
 
 /// How much of the end of the text could be the beginning of the mark, bytes.
-fn longest_beginning(text: &str, mark: &str) -> usize {
-    let mut lengths = mark.char_indices().map(|(at, _)| at).rev();
-    lengths.find(|length| *length > 0 && text.ends_with(&mark[..*length])).unwrap_or(0)
+fn longest_beginning(text: &str, delimiter: &str) -> usize {
+    let mut lengths = delimiter.char_indices().map(|(at, _)| at).rev();
+    lengths.find(|length| *length > 0 && text.ends_with(&delimiter[..*length])).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -184,7 +184,7 @@ mod tests {
 
     use super::*;
 
-    const THINK: Marks = KNOWN[0];
+    const THINK: Delimiters = KNOWN[0];
 
     fn split(prompt: &str, pieces: &[&str]) -> (String, String) {
         let mut splitter = Splitter::after(THINK, prompt);
@@ -203,7 +203,7 @@ mod tests {
     #[test]
     fn a_template_is_known_by_its_marks_and_not_guessed_at() {
         assert_eq!(Template::of("{{ m.content }}<|im_end|>"), Template::Plain);
-        assert_eq!(Template::of("{% if '</think>' in content %}<think>\n"), Template::Marked(THINK));
+        assert_eq!(Template::of("{% if '</think>' in content %}<think>\n"), Template::Delimited(THINK));
         for unknown in [
             "<|channel|>analysis<|message|>",
             "Here is my thought process:",

@@ -18,7 +18,7 @@ use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{ErrorBody, ErrorCode, ModelRef};
 use serde_json::{Value, json};
 
-use super::answer::{Delta, Reader, Reply, Said, text_of};
+use super::answer::{Delta, EngineEvent, Reader, Reply, text_of};
 use super::json::Json;
 use super::{Asked, Dialect, EngineFacts, EngineRequest, Look, NotReady, percent_encoded, set};
 
@@ -75,11 +75,11 @@ fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {
     Ok(EngineRequest::whole(path, body, &GENERATE))
 }
 
-fn read(_: &mut Reader, event: Json<'_>) -> Said {
+fn read(_: &mut Reader, event: Json<'_>) -> EngineEvent {
     // A tensor of one element is written as the element, and one of several as a list.
     let text = event.get("text_output");
     let text = text.text().unwrap_or_else(|| text_of(text.first()));
-    Said::Delta(Delta::text(text))
+    EngineEvent::Delta(Delta::text(text))
 }
 
 async fn health(look: &Look<'_>) -> Result<(), NotReady> {

@@ -19,7 +19,7 @@ use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{WaitStatus, waitpid};
 
-use super::{Charge, MARK, Order, Said, output, processes};
+use super::{GuardReport, GuardSpec, Order, RUN_TAG, output, processes};
 
 /// How long what is left may take when its engine or its daemon has gone.
 const SHORT_GRACE: Duration = Duration::from_secs(1);
@@ -52,9 +52,9 @@ struct End {
 
 type Owner = Arc<Mutex<Option<UnixStream>>>;
 
-fn say(owner: &Owner, said: &Said) {
+fn say(owner: &Owner, reported: &GuardReport) {
     let mut owner = owner.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut line = serde_json::to_vec(said).unwrap_or_default();
+    let mut line = serde_json::to_vec(reported).unwrap_or_default();
     line.push(b'\n');
     if owner.as_mut().is_some_and(|stream| stream.write_all(&line).is_err()) {
         *owner = None;
@@ -79,16 +79,16 @@ fn guard() -> std::io::Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut line = String::new();
     reader.read_line(&mut line)?;
-    let charge: Charge = serde_json::from_str(&line)?;
+    let guard_spec: GuardSpec = serde_json::from_str(&line)?;
     prctl::set_child_subreaper(true)?;
     let owner: Owner = Arc::new(Mutex::new(Some(stream)));
     let (mailbox, heard) = mpsc::channel();
 
-    let (engine, engine_output) = match start(&charge) {
+    let (engine, engine_output) = match start(&guard_spec) {
         Ok(started) => started,
         Err(error) => {
-            let how = format!("{} does not start: {error}", charge.program.display());
-            say(&owner, &Said::Ended { how, signal: None });
+            let how = format!("{} does not start: {error}", guard_spec.program.display());
+            say(&owner, &GuardReport::Ended { how, signal: None });
             return Ok(());
         }
     };
@@ -100,19 +100,23 @@ fn guard() -> std::io::Result<()> {
         signals.add(signal);
     }
     signals.thread_block()?;
-    let started = Said::Started { pid: engine, mark: charge.mark.clone(), about: charge.about.clone() };
+    let started = GuardReport::Started {
+        pid: engine,
+        run_tag: guard_spec.run_tag.clone(),
+        about: guard_spec.about.clone(),
+    };
     say(&owner, &started);
-    keep_output(engine_output, &charge, &owner);
+    keep_output(engine_output, &guard_spec, &owner);
     listen(reader, mailbox.clone());
     wait_for_signals(signals, mailbox.clone());
     reap(engine, mailbox.clone());
-    if let Some(path) = &charge.keep_at {
+    if let Some(path) = &guard_spec.keep_at {
         // The next daemon has nothing else to find us by: without it the engine cannot be kept.
         let _ = std::fs::remove_file(path);
         await_daemons(UnixListener::bind(path)?, mailbox.clone());
     }
 
-    let grace = Duration::from_millis(charge.grace_ms);
+    let grace = Duration::from_millis(guard_spec.grace_ms);
     let own = std::process::id();
     let mut ended: Option<End> = None;
     // When what still lives is killed.
@@ -124,7 +128,7 @@ fn guard() -> std::io::Result<()> {
             Ok(Heard::Stop) => Some(grace),
             Ok(Heard::DaemonGone) => {
                 *owner.lock().unwrap_or_else(PoisonError::into_inner) = None;
-                charge.keep_at.is_none().then_some(grace.min(SHORT_GRACE))
+                guard_spec.keep_at.is_none().then_some(grace.min(SHORT_GRACE))
             }
             Ok(Heard::Adopted(stream)) => {
                 adopt(stream, &owner, &started, mailbox.clone());
@@ -134,7 +138,7 @@ fn guard() -> std::io::Result<()> {
                 // What is told to end may do so in any way.
                 end.signal = end.signal.filter(|_| kill_at.is_none());
                 if let Some(signal) = end.signal {
-                    say(&owner, &Said::Crashed { signal });
+                    say(&owner, &GuardReport::Crashed { signal });
                 }
                 ended.get_or_insert(end);
                 Some(SHORT_GRACE)
@@ -154,23 +158,23 @@ fn guard() -> std::io::Result<()> {
             kill_at = Some(kill_at.map_or(at, |before| before.min(at)));
         }
     }
-    if let Some(path) = &charge.keep_at {
+    if let Some(path) = &guard_spec.keep_at {
         let _ = std::fs::remove_file(path);
     }
     let End { how, signal } = ended.unwrap_or_else(|| End { how: "it ended".into(), signal: None });
-    say(&owner, &Said::Ended { how, signal });
+    say(&owner, &GuardReport::Ended { how, signal });
     Ok(())
 }
 
 /// Returns the engine's process id, and its output.
-fn start(charge: &Charge) -> std::io::Result<(u32, PipeReader)> {
-    output::write_heading(&charge.log, &charge.program.display().to_string());
+fn start(guard_spec: &GuardSpec) -> std::io::Result<(u32, PipeReader)> {
+    output::write_heading(&guard_spec.log, &guard_spec.program.display().to_string());
     let (reader, writer) = std::io::pipe()?;
-    let mut command = Command::new(&charge.program);
+    let mut command = Command::new(&guard_spec.program);
     command
-        .args(&charge.args)
-        .envs(charge.env.iter().map(|(name, value)| (name, value)))
-        .env(MARK, &charge.mark)
+        .args(&guard_spec.args)
+        .envs(guard_spec.env.iter().map(|(name, value)| (name, value)))
+        .env(RUN_TAG, &guard_spec.run_tag)
         // The daemon's own, which no engine needs.
         .env_remove("LLORCH_API_TOKEN")
         .env_remove("LLORCH_API_TOKEN_FILE")
@@ -184,14 +188,14 @@ fn start(charge: &Charge) -> std::io::Result<(u32, PipeReader)> {
     Ok((engine.id(), reader))
 }
 
-fn keep_output(engine_output: PipeReader, charge: &Charge, owner: &Owner) {
-    let (log, limit, owner) = (charge.log.clone(), charge.log_bytes, Arc::clone(owner));
+fn keep_output(engine_output: PipeReader, guard_spec: &GuardSpec, owner: &Owner) {
+    let (log, limit, owner) = (guard_spec.log.clone(), guard_spec.log_bytes, Arc::clone(owner));
     thread::spawn(move || {
-        let mut told: Option<Instant> = None;
+        let mut reported: Option<Instant> = None;
         output::copy(engine_output, &log, limit, |line| {
-            if told.is_none_or(|at| at.elapsed() >= ALARM_EVERY) {
-                told = Some(Instant::now());
-                say(&owner, &Said::Alarm { line });
+            if reported.is_none_or(|at| at.elapsed() >= ALARM_EVERY) {
+                reported = Some(Instant::now());
+                say(&owner, &GuardReport::Alarm { line });
             }
         });
     });
@@ -212,7 +216,7 @@ fn listen(reader: BufReader<UnixStream>, mailbox: Sender<Heard>) {
     });
 }
 
-fn adopt(stream: UnixStream, owner: &Owner, started: &Said, mailbox: Sender<Heard>) {
+fn adopt(stream: UnixStream, owner: &Owner, started: &GuardReport, mailbox: Sender<Heard>) {
     let mut held = owner.lock().unwrap_or_else(PoisonError::into_inner);
     // One owner at a time: who comes while another one is there is turned away.
     if held.is_some() {
@@ -254,7 +258,7 @@ fn reap(engine: u32, mailbox: Sender<Heard>) {
             let ended = match waitpid(None, None) {
                 Ok(WaitStatus::Exited(pid, status)) if is_engine(pid) => End {
                     how: format!("it ended with status {status}"),
-                    signal: super::told_by_status(status),
+                    signal: super::signal_of_status(status),
                 },
                 Ok(WaitStatus::Signaled(pid, signal, _)) if is_engine(pid) => {
                     End { how: format!("it was killed by {}", signal.as_str()), signal: Some(signal as i32) }

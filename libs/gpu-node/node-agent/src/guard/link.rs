@@ -13,7 +13,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::process::{Child, Command};
 
-use super::{COMMAND, Charge, Order, Said, processes};
+use super::{COMMAND, GuardReport, GuardSpec, Order, processes};
 
 /// How long a kept guard may take to say what it guards.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(2);
@@ -26,16 +26,16 @@ const KILL_EVERY: Duration = Duration::from_millis(50);
 /// A guard that this daemon owns.
 #[derive(Debug)]
 pub struct Guarded {
-    said: Lines<BufReader<OwnedReadHalf>>,
+    reported: Lines<BufReader<OwnedReadHalf>>,
     orders: OwnedWriteHalf,
     /// Absent where an earlier daemon has started it.
     child: Option<Child>,
-    mark: Option<String>,
+    run_tag: Option<String>,
 }
 
 impl Guarded {
     /// Starts a guard with its charge. `program` is this program itself.
-    pub async fn start(program: &Path, charge: &Charge) -> io::Result<Self> {
+    pub async fn start(program: &Path, guard_spec: &GuardSpec) -> io::Result<Self> {
         let (ours, theirs) = StdStream::pair()?;
         ours.set_nonblocking(true)?;
         let mut command = Command::new(program);
@@ -55,21 +55,22 @@ impl Guarded {
         let child = command.spawn()?;
         drop(command);
         let (reading, mut orders) = UnixStream::from_std(ours)?.into_split();
-        let mut line = serde_json::to_vec(charge)?;
+        let mut line = serde_json::to_vec(guard_spec)?;
         line.push(b'\n');
         orders.write_all(&line).await?;
-        let said = BufReader::new(reading).lines();
-        Ok(Self { said, orders, child: Some(child), mark: Some(charge.mark.clone()) })
+        let reported = BufReader::new(reading).lines();
+        Ok(Self { reported, orders, child: Some(child), run_tag: Some(guard_spec.run_tag.clone()) })
     }
 
     /// Takes over a guard that waits for the next daemon. Returns what it was told about its engine.
     pub async fn take_over(socket: &Path) -> io::Result<(Self, u32, String)> {
         let (reading, orders) = UnixStream::connect(socket).await?.into_split();
-        let mut guarded = Self { said: BufReader::new(reading).lines(), orders, child: None, mark: None };
+        let mut guarded =
+            Self { reported: BufReader::new(reading).lines(), orders, child: None, run_tag: None };
         let greeting = tokio::time::timeout(GREETING_TIMEOUT, guarded.heard()).await;
         match greeting {
-            Ok(Said::Started { pid, mark, about }) => {
-                guarded.mark = Some(mark);
+            Ok(GuardReport::Started { pid, run_tag, about }) => {
+                guarded.run_tag = Some(run_tag);
                 Ok((guarded, pid, about))
             }
             Ok(_) => Err(io::Error::other("it belongs to another daemon, or is about to end")),
@@ -77,26 +78,26 @@ impl Guarded {
         }
     }
 
-    /// What the guard says next. The last word is always [`Said::Ended`].
-    pub async fn heard(&mut self) -> Said {
+    /// What the guard says next. The last word is always [`GuardReport::Ended`].
+    pub async fn heard(&mut self) -> GuardReport {
         loop {
-            let line = self.said.next_line().await;
+            let line = self.reported.next_line().await;
             match line {
                 Ok(Some(line)) => {
                     // What a newer guard says besides is not for us.
-                    if let Ok(said) = serde_json::from_str(&line) {
-                        return said;
+                    if let Ok(reported) = serde_json::from_str(&line) {
+                        return reported;
                     }
                 }
                 Ok(None) | Err(_) => {
                     self.clean_up_after_guard().await;
-                    return Said::Ended { how: "its guard ended without a word".into(), signal: None };
+                    return GuardReport::Ended { how: "its guard ended without a word".into(), signal: None };
                 }
             }
         }
     }
 
-    /// Asks for the engine's end; [`Said::Ended`] follows.
+    /// Asks for the engine's end; [`GuardReport::Ended`] follows.
     pub async fn stop(&mut self) {
         let mut line = serde_json::to_vec(&Order::Stop).unwrap_or_default();
         line.push(b'\n');
@@ -106,11 +107,11 @@ impl Guarded {
 
     /// Somebody has killed the guard: what it guarded is known by its mark.
     async fn clean_up_after_guard(&mut self) {
-        let Some(mark) = self.mark.clone() else { return };
+        let Some(run_tag) = self.run_tag.clone() else { return };
         for _ in 0..KILL_ROUNDS {
-            let mark = mark.clone();
+            let run_tag = run_tag.clone();
             let killing = owned_tasks::blocking("kill of an engine", move || {
-                let left = processes::marked(&mark);
+                let left = processes::tagged(&run_tag);
                 processes::signal_all(&left, Signal::SIGKILL);
                 left.is_empty()
             });
@@ -120,7 +121,7 @@ impl Guarded {
             }
             tokio::time::sleep(KILL_EVERY).await;
         }
-        tracing::warn!(mark, "processes of an engine do not end although they were killed");
+        tracing::warn!(run_tag, "processes of an engine do not end although they were killed");
     }
 
     /// Waits for the guard's own end, after its last word.
@@ -140,9 +141,10 @@ mod tests {
     async fn a_word_of_a_newer_guard_is_passed_over() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let (reading, orders) = ours.into_split();
-        let mut guarded = Guarded { said: BufReader::new(reading).lines(), orders, child: None, mark: None };
+        let mut guarded =
+            Guarded { reported: BufReader::new(reading).lines(), orders, child: None, run_tag: None };
         let words = b"{\"paused\":{\"for_ms\":5}}\n\"resting\"\n{\"ended\":{\"how\":\"at last\"}}\n";
         theirs.write_all(words).await.unwrap();
-        assert_eq!(guarded.heard().await, Said::Ended { how: "at last".into(), signal: None });
+        assert_eq!(guarded.heard().await, GuardReport::Ended { how: "at last".into(), signal: None });
     }
 }

@@ -19,11 +19,11 @@ use serde::{Deserialize, Serialize};
 /// The word by which the program knows that it is to be a guard.
 pub const COMMAND: &str = "guard";
 /// The variable by which every process of an engine is known, whoever its parent is.
-pub const MARK: &str = "LLAMA_ORCH_RUN";
+pub const RUN_TAG: &str = "LLAMA_ORCH_RUN";
 
 /// What a guard is told first.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Charge {
+pub struct GuardSpec {
     pub program: PathBuf,
     pub args: Vec<String>,
     pub env: Vec<(String, String)>,
@@ -37,7 +37,8 @@ pub struct Charge {
     pub keep_at: Option<PathBuf>,
     /// For the next daemon: what it needs to know of the engine.
     pub about: String,
-    pub mark: String,
+    #[serde(rename = "mark")]
+    pub run_tag: String,
 }
 
 /// What a guard is told after that.
@@ -51,9 +52,14 @@ pub enum Order {
 /// What a guard says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Said {
+pub enum GuardReport {
     /// To every daemon, first.
-    Started { pid: u32, mark: String, about: String },
+    Started {
+        pid: u32,
+        #[serde(rename = "mark")]
+        run_tag: String,
+        about: String,
+    },
     /// The engine wrote a line in the form of its fatal driver errors.
     Alarm { line: String },
     /// The engine's own process has ended by this signal, unasked; what it has started may live on.
@@ -80,7 +86,7 @@ pub fn crash_name(signal: i32) -> Option<&'static str> {
 }
 
 /// The signal that a script tells of the engine that it had started, by its own exit status.
-fn told_by_status(status: i32) -> Option<i32> {
+fn signal_of_status(status: i32) -> Option<i32> {
     status.checked_sub(SHELL_SIGNALS).filter(|signal| crash_name(*signal).is_some())
 }
 
@@ -91,12 +97,13 @@ mod tests {
     // CLOUD-2416
     #[test]
     fn guards_and_daemons_of_two_versions_understand_each_other() {
-        let of_old: Said = serde_json::from_str(r#"{"ended":{"how":"it was killed by SIGSEGV"}}"#).unwrap();
-        assert_eq!(of_old, Said::Ended { how: "it was killed by SIGSEGV".into(), signal: None });
-        let plain = Said::Ended { how: "it ended".into(), signal: None };
+        let of_old: GuardReport =
+            serde_json::from_str(r#"{"ended":{"how":"it was killed by SIGSEGV"}}"#).unwrap();
+        assert_eq!(of_old, GuardReport::Ended { how: "it was killed by SIGSEGV".into(), signal: None });
+        let plain = GuardReport::Ended { how: "it ended".into(), signal: None };
         assert_eq!(serde_json::to_string(&plain).unwrap(), r#"{"ended":{"how":"it ended"}}"#);
-        let crashed = Said::Ended { how: "it ended".into(), signal: Some(11) };
-        let read: Said = serde_json::from_str(&serde_json::to_string(&crashed).unwrap()).unwrap();
+        let crashed = GuardReport::Ended { how: "it ended".into(), signal: Some(11) };
+        let read: GuardReport = serde_json::from_str(&serde_json::to_string(&crashed).unwrap()).unwrap();
         assert_eq!(read, crashed);
     }
 
@@ -105,21 +112,21 @@ mod tests {
     fn only_the_signals_of_a_crash_are_crashes_also_when_a_script_tells_them() {
         assert_eq!([11, 6, 4, 7, 8].map(|n| crash_name(n).is_some()), [true; 5]);
         assert_eq!([9, 15, 2, 0, -1].map(crash_name), [None; 5]);
-        assert_eq!((told_by_status(139), told_by_status(134)), (Some(11), Some(6)));
-        assert_eq!([0, 1, 11, 128, 137, 143].map(told_by_status), [None; 6]);
+        assert_eq!((signal_of_status(139), signal_of_status(134)), (Some(11), Some(6)));
+        assert_eq!([0, 1, 11, 128, 137, 143].map(signal_of_status), [None; 6]);
     }
 
     // CLOUD-1109
     #[test]
     fn a_newer_guard_or_daemon_says_more_and_is_understood() {
         let started = r#"{"started":{"pid":7,"mark":"m","about":"{}","since_ms":5}}"#;
-        let expected = Said::Started { pid: 7, mark: "m".into(), about: "{}".into() };
-        assert_eq!(serde_json::from_str::<Said>(started).unwrap(), expected);
+        let expected = GuardReport::Started { pid: 7, run_tag: "m".into(), about: "{}".into() };
+        assert_eq!(serde_json::from_str::<GuardReport>(started).unwrap(), expected);
         let ended = r#"{"ended":{"how":"it ended","signal":11,"core":"/tmp/core"}}"#;
-        let expected = Said::Ended { how: "it ended".into(), signal: Some(11) };
-        assert_eq!(serde_json::from_str::<Said>(ended).unwrap(), expected);
-        let charge = r#"{"program":"/bin/true","args":[],"env":[],"log":"/log","log_bytes":1,"grace_ms":2,
+        let expected = GuardReport::Ended { how: "it ended".into(), signal: Some(11) };
+        assert_eq!(serde_json::from_str::<GuardReport>(ended).unwrap(), expected);
+        let guard_spec = r#"{"program":"/bin/true","args":[],"env":[],"log":"/log","log_bytes":1,"grace_ms":2,
             "about":"","mark":"m","nice":5}"#;
-        assert_eq!(serde_json::from_str::<Charge>(charge).unwrap().keep_at, None);
+        assert_eq!(serde_json::from_str::<GuardSpec>(guard_spec).unwrap().keep_at, None);
     }
 }

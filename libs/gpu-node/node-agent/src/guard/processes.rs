@@ -6,7 +6,7 @@ use handoff_watcher::process::parent;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{COMMAND, MARK};
+use super::{COMMAND, RUN_TAG};
 
 /// The ids of all processes.
 fn all() -> impl Iterator<Item = u32> {
@@ -45,14 +45,14 @@ pub fn descendants(of: u32) -> Vec<u32> {
 }
 
 /// The processes that carry the mark, or one that begins so, whoever their parent is.
-pub fn marked(mark: &str) -> Vec<u32> {
-    let wanted = format!("{MARK}={mark}");
+pub fn tagged(run_tag: &str) -> Vec<u32> {
+    let wanted = format!("{RUN_TAG}={run_tag}");
     all().filter(|pid| carries(*pid, &wanted)).collect()
 }
 
 /// Whether the process is, or descends from, one of the engines, or carries a mark of ours.
 pub fn belongs_to(pid: u32, engines: &[u32]) -> bool {
-    carries(pid, &format!("{MARK}=")) || lineage(pid).any(|pid| engines.contains(&pid))
+    carries(pid, &format!("{RUN_TAG}=")) || lineage(pid).any(|pid| engines.contains(&pid))
 }
 
 /// Whether the process descends from a living guard.
@@ -78,19 +78,19 @@ mod tests {
     // CLOUD-2403
     #[test]
     fn a_child_is_a_descendant_and_carries_its_mark() {
-        let mark = format!("test-{}", std::process::id());
+        let run_tag = format!("test-{}", std::process::id());
         let mut child =
-            std::process::Command::new("sleep").arg("60").env(MARK, &mark).spawn().expect("sleep runs");
+            std::process::Command::new("sleep").arg("60").env(RUN_TAG, &run_tag).spawn().expect("sleep runs");
         let own = std::process::id();
         // The environment of a process is its own once it runs its program.
         let start = std::time::Instant::now();
-        while marked(&mark) != [child.id()] && start.elapsed().as_secs() < 5 {
+        while tagged(&run_tag) != [child.id()] && start.elapsed().as_secs() < 5 {
             std::thread::yield_now();
         }
-        let (found, marked) = (descendants(own), marked(&mark));
+        let (found, tagged) = (descendants(own), tagged(&run_tag));
         signal_all(&[child.id()], Signal::SIGKILL);
         child.wait().expect("it was killed");
         assert!(found.contains(&child.id()));
-        assert_eq!(marked, [child.id()]);
+        assert_eq!(tagged, [child.id()]);
     }
 }

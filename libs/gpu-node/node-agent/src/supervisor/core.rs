@@ -16,7 +16,7 @@ use pool_registry_types::{Moment, PoolId};
 
 use crate::supervisor::exits::STORM_WINDOW;
 use crate::supervisor::ledger::{DeviceReading, Ledger};
-use crate::supervisor::plan::{Device, PoolPlan, Prepared, RunId, Seat};
+use crate::supervisor::plan::{Device, PoolPlan, Prepared, ReplicaKey, RunId};
 use crate::supervisor::pool::{Blame, Generation, Pool, Preparation, Reload, Slot, Stage, Way};
 
 /// How long a wish to load holds without being repeated. Source: .specs/01 CLOUD-2422.
@@ -55,7 +55,7 @@ pub enum Happened {
         line: String,
     },
     /// What runs on each seat, and whether anything ever did in this life of it.
-    Used(BTreeMap<Seat, Work>),
+    Used(BTreeMap<ReplicaKey, Work>),
     /// A task waits for the pool.
     Load {
         pool_id: PoolId,
@@ -101,18 +101,18 @@ pub enum Ordered {
     /// Start an engine and tell when it is ready and when it is gone.
     Start {
         run: RunId,
-        seat: Seat,
+        replica_key: ReplicaKey,
         fingerprint: u64,
     },
     /// Give it to the node's core: it takes attempts from now on.
     Publish {
         run: RunId,
-        seat: Seat,
+        replica_key: ReplicaKey,
     },
     /// Take it from there: what runs may finish.
     Withdraw {
         run: RunId,
-        seat: Seat,
+        replica_key: ReplicaKey,
     },
     Stop {
         run: RunId,
@@ -207,7 +207,7 @@ impl Supervisor {
             Happened::Timer => {}
         }
         self.confirm_reports(now, &mut out);
-        self.settle(now, &mut out);
+        self.reconcile(now, &mut out);
         out
     }
 
@@ -268,7 +268,7 @@ impl Supervisor {
                         slot.claim.clone_from(&prepared.claim);
                         self.ledger.hold(run, &prepared.claim, &format!("{pool_id}-{}", slot.replica_id));
                         if slot.stage.is_ready() {
-                            self.ledger.settle(run);
+                            self.ledger.loaded(run);
                         }
                     }
                 }
@@ -280,16 +280,16 @@ impl Supervisor {
 
     /// An engine of an earlier daemon lives on: it takes the seat, if the plan is still the same
     /// one. It is published when it answers.
-    pub fn adopt(&mut self, now: Moment, seat: &Seat, fingerprint: u64) -> Option<RunId> {
+    pub fn adopt(&mut self, now: Moment, replica_key: &ReplicaKey, fingerprint: u64) -> Option<RunId> {
         let run = self.next_run();
         let faults = self.ledger.faults();
-        let pool = self.pools.get_mut(&seat.pool_id)?;
+        let pool = self.pools.get_mut(&replica_key.pool_id)?;
         let fits = pool.serving.plan.fingerprint == fingerprint
             && pool.serving.slots.len() < usize::try_from(pool.serving.plan.replicas).unwrap_or(usize::MAX)
-            && pool.slots().all(|slot| slot.replica_id != seat.replica_id);
+            && pool.slots().all(|slot| slot.replica_id != replica_key.replica_id);
         fits.then(|| {
             let stage = Stage::Starting { run, since: now };
-            pool.serving.slots.push(Slot { stage, faults, ..Slot::new(seat.replica_id.clone()) });
+            pool.serving.slots.push(Slot { stage, faults, ..Slot::new(replica_key.replica_id.clone()) });
             run
         })
     }
@@ -300,7 +300,7 @@ impl Supervisor {
     }
 
     fn ready(&mut self, now: Moment, run: RunId, out: &mut Vec<Ordered>) {
-        self.ledger.settle(run);
+        self.ledger.loaded(run);
         let Some((pool_id, pool)) = find(&mut self.pools, run) else { return };
         let is_new = pool.reload.as_ref().and_then(|reload| reload.next.as_ref());
         let is_new = is_new.is_some_and(|next| next.slots.iter().any(|slot| slot.stage.run() == Some(run)));
@@ -309,7 +309,7 @@ impl Supervisor {
         slot.stage = Stage::Ready { run, since: now, published: !is_new };
         slot.work = Work::default();
         slot.idle_since = now;
-        let seat = Seat { pool_id, replica_id: slot.replica_id.clone() };
+        let replica_key = ReplicaKey { pool_id, replica_id: slot.replica_id.clone() };
         pool.load_ms = Some(now.millis_since(since));
         if is_new {
             return;
@@ -317,7 +317,7 @@ impl Supervisor {
         pool.proven = true;
         pool.last_error = None;
         pool.tail.clear();
-        out.push(Ordered::Publish { run, seat });
+        out.push(Ordered::Publish { run, replica_key });
         if pool.serving.is_ready() {
             pool.demand = None;
             if matches!(pool.reload, Some(Reload { way: Way::After { .. }, .. })) {
@@ -355,8 +355,9 @@ impl Supervisor {
                 (blame, pool.last_error.clone().unwrap_or(how))
             }
             Stage::Ready { published: true, since, .. } => {
-                let seat = Seat { pool_id: pool_id.clone(), replica_id: slot.replica_id.clone() };
-                out.push(Ordered::Withdraw { run, seat });
+                let replica_key =
+                    ReplicaKey { pool_id: pool_id.clone(), replica_id: slot.replica_id.clone() };
+                out.push(Ordered::Withdraw { run, replica_key });
                 if now >= since + STORM_WINDOW {
                     pool.cool_down.reset();
                 }
@@ -388,17 +389,18 @@ impl Supervisor {
         }
     }
 
-    fn used(&mut self, now: Moment, work: &BTreeMap<Seat, Work>) {
+    fn used(&mut self, now: Moment, work: &BTreeMap<ReplicaKey, Work>) {
         for (pool_id, pool) in &mut self.pools {
             for slot in pool.slots_mut() {
-                let seat = Seat { pool_id: pool_id.clone(), replica_id: slot.replica_id.clone() };
-                let is = work.get(&seat).copied().unwrap_or_default();
+                let replica_key =
+                    ReplicaKey { pool_id: pool_id.clone(), replica_id: slot.replica_id.clone() };
+                let is = work.get(&replica_key).copied().unwrap_or_default();
                 if is.running > 0 || slot.work.running > 0 || is.served != slot.work.served {
                     slot.idle_since = now;
                 }
                 slot.work = is;
-                if let Stage::Leaving { told, .. } = &mut slot.stage {
-                    *told = true;
+                if let Stage::Leaving { reported, .. } = &mut slot.stage {
+                    *reported = true;
                 }
             }
         }

@@ -11,7 +11,7 @@ use pool_registry_types::Moment;
 
 use crate::supervisor::core::{Ordered, Supervisor, find};
 use crate::supervisor::ledger::DeviceReading;
-use crate::supervisor::plan::{Device, RunId, Seat};
+use crate::supervisor::plan::{Device, ReplicaKey, RunId};
 use crate::supervisor::pool::{Blame, Slot};
 
 /// How long a report waits to be confirmed, and the pause between two looks at the GPUs meanwhile.
@@ -131,9 +131,9 @@ impl Supervisor {
         if !slot.stage.is_ready() {
             return;
         }
-        let seat = Seat { pool_id, replica_id: slot.replica_id.clone() };
+        let replica_key = ReplicaKey { pool_id, replica_id: slot.replica_id.clone() };
         let withdrawn = slot.leave(now, patience, Blame::Driver);
-        out.extend(withdrawn.map(|run| Ordered::Withdraw { run, seat }));
+        out.extend(withdrawn.map(|run| Ordered::Withdraw { run, replica_key }));
         pool.last_error = Some(why);
     }
 }

@@ -20,7 +20,7 @@ use crate::gguf::{self, GgufHeader};
 use crate::models::{Manifest, ModelError, Models};
 use crate::pools_file::{ModelSpec, PoolSpec, Provision, Provisioning};
 use crate::source::ModelSource;
-use crate::supervisor::plan::{Claim, Device, Prepared, Seat};
+use crate::supervisor::plan::{Claim, Device, Prepared, ReplicaKey};
 use crate::supervisor::provision;
 
 /// Context of one slot where the file says nothing and the model could do more: models say what
@@ -70,7 +70,7 @@ pub(crate) struct Program {
 
 /// Where things lie, and what may be fetched.
 #[derive(Debug, Clone)]
-pub(crate) struct Places<'a> {
+pub(crate) struct Sources<'a> {
     pub(crate) models_dir: &'a Path,
     pub(crate) packages_dir: &'a Path,
     pub(crate) allowed: Provisioning,
@@ -81,7 +81,7 @@ pub(crate) struct Places<'a> {
 /// Finds everything that a start needs. `progress` is told what takes its time.
 pub(crate) async fn prepare(
     spec: &Spec,
-    places: &Places<'_>,
+    sources: &Sources<'_>,
     progress: &(dyn Fn(String) + Send + Sync),
 ) -> Result<(Prepared, Launch), String> {
     let pool = &spec.pool;
@@ -93,7 +93,7 @@ pub(crate) async fn prepare(
             (on_path(program).await?, args.clone().unwrap_or_else(|| arguments(pool)), Vec::new())
         }
         Provision::Package { version } => {
-            provision::package(pool, version.as_deref(), places, progress).await?
+            provision::package(pool, version.as_deref(), sources, progress).await?
         }
     };
     let (program, mut args, mut env) = found;
@@ -106,13 +106,13 @@ pub(crate) async fn prepare(
     }
     args.extend(pool.flags.iter().cloned());
     let wants_file = args.iter().any(|arg| arg.contains("{model_path}"));
-    let model = if wants_file { Some(model_file(spec, places, progress).await?) } else { None };
+    let model = if wants_file { Some(model_file(spec, sources, progress).await?) } else { None };
     let model_path = match &model {
         Some((path, _)) => path.clone(),
         None => PathBuf::from(model_name(spec)),
     };
-    let said = model.as_ref().and_then(|(_, about)| about.as_ref()?.context());
-    let ctx = pool.ctx.or(said.map(|ctx| ctx.min(DEFAULT_CTX)));
+    let reported = model.as_ref().and_then(|(_, about)| about.as_ref()?.context());
+    let ctx = pool.ctx.or(reported.map(|ctx| ctx.min(DEFAULT_CTX)));
     let bytes = match &model {
         Some((path, _)) => tokio::fs::metadata(path).await.ok().map(|about| about.len()),
         None => None,
@@ -249,10 +249,10 @@ impl Program {
     }
 
     /// The command line of one replica.
-    pub(crate) fn command(&self, spec: &Spec, seat: &Seat, port: u16) -> (PathBuf, Vec<String>) {
+    pub(crate) fn command(&self, spec: &Spec, replica_key: &ReplicaKey, port: u16) -> (PathBuf, Vec<String>) {
         let ctx = self.ctx.map_or_else(|| "0".to_owned(), |ctx| ctx.to_string());
         let total = self.ctx.map_or(0, |ctx| u64::from(ctx) * u64::from(spec.pool.slots));
-        let places = BTreeMap::from([
+        let placeholders = BTreeMap::from([
             ("{port}", port.to_string()),
             ("{model}", spec.pool.model.to_string()),
             ("{model_path}", self.model_path.display().to_string()),
@@ -260,11 +260,12 @@ impl Program {
             ("{slots}", spec.pool.slots.to_string()),
             ("{ctx}", ctx),
             ("{ctx_total}", total.to_string()),
-            ("{pool_id}", seat.pool_id.to_string()),
-            ("{replica_id}", seat.replica_id.to_string()),
+            ("{pool_id}", replica_key.pool_id.to_string()),
+            ("{replica_id}", replica_key.replica_id.to_string()),
         ]);
-        let fill =
-            |arg: &String| places.iter().fold(arg.clone(), |text, (place, value)| text.replace(place, value));
+        let fill = |arg: &String| {
+            placeholders.iter().fold(arg.clone(), |text, (name, value)| text.replace(name, value))
+        };
         (self.program.clone(), self.args.iter().map(fill).collect())
     }
 }
@@ -283,12 +284,12 @@ fn model_name(spec: &Spec) -> String {
 /// The model's file on this machine, and its header where it has one.
 async fn model_file(
     spec: &Spec,
-    places: &Places<'_>,
+    sources: &Sources<'_>,
     progress: &(dyn Fn(String) + Send + Sync),
 ) -> Result<(PathBuf, Option<GgufHeader>), String> {
     let name = &spec.pool.model;
     let path = match &spec.model {
-        None => match staged(places.models_dir, name).await {
+        None => match staged(sources.models_dir, name).await {
             Some((path, _)) => path,
             None => {
                 return Err(format!(
@@ -303,7 +304,7 @@ async fn model_file(
                 }
                 path
             }
-            remote => downloaded(name, model, &remote, places, progress).await?,
+            remote => downloaded(name, model, &remote, sources, progress).await?,
         },
     };
     let header = match spec.pool.engine {
@@ -318,12 +319,12 @@ async fn downloaded(
     name: &ModelRef,
     model: &ModelSpec,
     remote: &ModelSource,
-    places: &Places<'_>,
+    sources: &Sources<'_>,
     progress: &(dyn Fn(String) + Send + Sync),
 ) -> Result<PathBuf, String> {
-    let models = Models::new(places.models_dir);
+    let models = Models::new(sources.models_dir);
     loop {
-        if let Some((path, manifest)) = staged(places.models_dir, name).await {
+        if let Some((path, manifest)) = staged(sources.models_dir, name).await {
             return match model.digest.as_ref().filter(|expected| **expected != manifest.digest) {
                 None => Ok(path),
                 Some(expected) => Err(format!(
@@ -332,18 +333,18 @@ async fn downloaded(
                 )),
             };
         }
-        if !places.allowed.downloads {
+        if !sources.allowed.downloads {
             return Err(format!(
                 "model: {name} is not staged and provisioning.downloads is off; run: pool-managerd models stage {name} {}",
                 model.source
             ));
         }
-        let mut told = |done: u64, all: Option<u64>| {
+        let mut reported = |done: u64, all: Option<u64>| {
             let all = all.map_or_else(|| "?".into(), |all| (all / 1_048_576).to_string());
             progress(format!("downloads {name}: {} of {all} MiB", done / 1_048_576));
         };
         let expected = model.digest.as_ref();
-        match models.fetch(name, remote, expected, places.client, &places.hub, &mut told).await {
+        match models.fetch(name, remote, expected, sources.client, &sources.hub, &mut reported).await {
             Ok(_) => {}
             Err(ModelError::Busy(_)) => {
                 progress(format!("waits for another download of {name}"));
@@ -416,11 +417,11 @@ mod tests {
             model_path: "/m.gguf".into(),
             ctx: Some(512),
         };
-        let seat = Seat {
+        let replica_key = ReplicaKey {
             pool_id: PoolId::new("p").unwrap(),
             replica_id: pool_registry_types::ReplicaId::new("r0").unwrap(),
         };
-        let (_, args) = program.command(&Spec { pool, model: None }, &seat, 81);
+        let (_, args) = program.command(&Spec { pool, model: None }, &replica_key, 81);
         assert_eq!(
             args.join(" "),
             "--model /m.gguf --alias m --host 127.0.0.1 --port 81 --parallel 2 --ctx-size 1024 --metrics --slots"

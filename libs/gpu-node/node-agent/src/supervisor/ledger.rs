@@ -29,7 +29,7 @@ pub struct DeviceReading {
 struct Held {
     bytes: u64,
     /// The engine has loaded: what it holds is in the driver's figures.
-    settled: bool,
+    loaded: bool,
     /// Whose it is, for messages.
     owner: String,
 }
@@ -101,16 +101,16 @@ impl Ledger {
 
     pub fn hold(&mut self, run: RunId, claim: &Claim, owner: &str) {
         for (device, bytes) in claim {
-            let held = Held { bytes: *bytes, settled: false, owner: owner.to_owned() };
+            let held = Held { bytes: *bytes, loaded: false, owner: owner.to_owned() };
             self.accounts.entry(*device).or_default().held.insert(run, held);
         }
     }
 
     /// The engine has loaded.
-    pub fn settle(&mut self, run: RunId) {
+    pub fn loaded(&mut self, run: RunId) {
         for account in self.accounts.values_mut() {
             if let Some(held) = account.held.get_mut(&run) {
-                held.settled = true;
+                held.loaded = true;
             }
         }
     }
@@ -145,7 +145,7 @@ impl Ledger {
         let claimed: u64 = account.held.values().map(|held| held.bytes).sum();
         let by_claims = self.claimable(&reading).saturating_sub(claimed);
         let Some(free) = reading.free_bytes else { return Some(by_claims) };
-        let loading: u64 = account.held.values().filter(|held| !held.settled).map(|held| held.bytes).sum();
+        let loading: u64 = account.held.values().filter(|held| !held.loaded).map(|held| held.bytes).sum();
         Some(by_claims.min(free.saturating_sub(self.reserve_bytes).saturating_sub(loading)))
     }
 
@@ -240,7 +240,7 @@ mod tests {
         ledger.hold(RunId(1), &claim(400), "a-r0");
         assert!(fits(&ledger, 500) && !fits(&ledger, 501), "it loads: the driver does not show it yet");
         ledger.observe(&reading(1000, Some(600)));
-        ledger.settle(RunId(1));
+        ledger.loaded(RunId(1));
         assert!(fits(&ledger, 500) && !fits(&ledger, 501), "counted once, not twice");
         ledger.observe(&reading(1000, Some(300)));
         assert!(fits(&ledger, 200) && !fits(&ledger, 201), "a stranger holds memory");
@@ -252,7 +252,7 @@ mod tests {
         let mut ledger = Ledger::new(0);
         ledger.observe(&reading(1000, Some(200)));
         ledger.hold(RunId(1), &claim(800), "a-r0");
-        ledger.settle(RunId(1));
+        ledger.loaded(RunId(1));
         ledger.release(Moment::ZERO, RunId(1));
         assert!(!fits(&ledger, 800), "our books are free, the device is not");
         let will = |ms| ledger.will_fit(Moment::from_millis(ms), &claim(800), &Claim::new());

@@ -13,12 +13,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::engines::{self, EngineFacts, Look};
 use crate::guard::link::Guarded;
-use crate::guard::{Charge, Said, crash_name, output, processes};
+use crate::guard::{GuardReport, GuardSpec, crash_name, output, processes};
 use crate::pools_file::Provision;
 use crate::replica::endpoint;
 use crate::supervisor::core::Happened;
 use crate::supervisor::launch::{self, Launch, Spec};
-use crate::supervisor::plan::{RunId, Seat};
+use crate::supervisor::plan::{ReplicaKey, RunId};
 use crate::supervisor::shell::Supervision;
 
 /// Pause between two looks at an engine that loads.
@@ -35,7 +35,7 @@ const LONGEST_SOCKET: usize = 107;
 pub(crate) struct Life {
     pub(crate) stop: CancellationToken,
     /// The daemon ends and the engine does not.
-    pub(crate) let_go: CancellationToken,
+    pub(crate) release: CancellationToken,
     pub(crate) keep: bool,
     pub(crate) fingerprint: u64,
     url: String,
@@ -47,7 +47,7 @@ impl Life {
     fn new(keep: bool, fingerprint: u64) -> Self {
         Self {
             stop: CancellationToken::new(),
-            let_go: CancellationToken::new(),
+            release: CancellationToken::new(),
             keep,
             fingerprint,
             url: String::new(),
@@ -93,12 +93,12 @@ impl Supervision {
     }
 
     /// All marks of this node's engines begin with this.
-    fn mark_prefix(&self) -> String {
+    fn run_tag_prefix(&self) -> String {
         let folder = self.settings.runtime_dir.canonicalize().unwrap_or(self.settings.runtime_dir.clone());
         format!("{}@{}#", self.agent.identity().node_id, folder.display())
     }
 
-    pub(crate) fn begin(self: &Arc<Self>, run: RunId, seat: Seat, fingerprint: u64) {
+    pub(crate) fn begin(self: &Arc<Self>, run: RunId, replica_key: ReplicaKey, fingerprint: u64) {
         let (spec, launch) = {
             let state = self.state.lock();
             (state.specs.get(&fingerprint).cloned(), state.launches.get(&fingerprint).cloned())
@@ -108,43 +108,49 @@ impl Supervision {
             let supervision = Arc::clone(self);
             owned_tasks::task(&self.agent.tracker, "engine without a plan", async move {
                 let ended = Ended::plainly("its plan is not known any more");
-                supervision.tell(ended.happened(run)).await;
+                supervision.send(ended.happened(run)).await;
             });
             return;
         };
-        let (stop, let_go) = self.enlist(run, Life::new(spec.pool.keep_on_exit, fingerprint));
+        let (stop, release) = self.enlist(run, Life::new(spec.pool.keep_on_exit, fingerprint));
         let supervision = Arc::clone(self);
         owned_tasks::task(&self.agent.tracker, "life of an engine", async move {
             let life = async {
-                match supervision.open(run, &seat, &spec, &launch).await {
+                match supervision.open(run, &replica_key, &spec, &launch).await {
                     Ok(Opened::Guard(guarded)) => {
-                        supervision.live(run, &seat, &spec, *guarded, stop, let_go).await
+                        supervision.live(run, &replica_key, &spec, *guarded, stop, release).await
                     }
-                    Ok(Opened::Elsewhere) => supervision.live_elsewhere(run, stop, let_go).await,
+                    Ok(Opened::Elsewhere) => supervision.live_elsewhere(run, stop, release).await,
                     Err(how) => Some(Ended::plainly(how)),
                 }
             };
             let ended = caught("life of an engine", life).await.unwrap_or_else(defect);
-            supervision.over(run, &seat, ended).await;
+            supervision.over(run, &replica_key, ended).await;
         });
     }
 
     /// Returns what the loop stops the life by, and what it lets it go by.
     fn enlist(&self, run: RunId, life: Life) -> (CancellationToken, CancellationToken) {
-        let tokens = (life.stop.clone(), life.let_go.clone());
+        let tokens = (life.stop.clone(), life.release.clone());
         self.state.lock().lives.insert(run, life);
         tokens
     }
 
     /// The engine is gone, unless it was let go.
-    async fn over(&self, run: RunId, seat: &Seat, ended: Option<Ended>) {
+    async fn over(&self, run: RunId, replica_key: &ReplicaKey, ended: Option<Ended>) {
         let Some(ended) = ended else { return };
-        tracing::warn!(pool_id = %seat.pool_id, replica_id = %seat.replica_id, run = run.0, how = ended.how, has_culprit = ended.has_culprit, "an engine is gone");
+        tracing::warn!(pool_id = %replica_key.pool_id, replica_id = %replica_key.replica_id, run = run.0, how = ended.how, has_culprit = ended.has_culprit, "an engine is gone");
         self.state.lock().lives.remove(&run);
-        self.tell(ended.happened(run)).await;
+        self.send(ended.happened(run)).await;
     }
 
-    async fn open(&self, run: RunId, seat: &Seat, spec: &Spec, launch: &Launch) -> Result<Opened, String> {
+    async fn open(
+        &self,
+        run: RunId,
+        replica_key: &ReplicaKey,
+        spec: &Spec,
+        launch: &Launch,
+    ) -> Result<Opened, String> {
         let program = match launch {
             Launch::External { url } => {
                 let url = url.as_deref().unwrap_or_default().trim_end_matches('/').to_owned();
@@ -153,40 +159,44 @@ impl Supervision {
             }
             Launch::Program(program) => program,
         };
-        let port = port(spec, &seat.replica_id)?;
+        let port = port(spec, &replica_key.replica_id)?;
         let url = format!("http://127.0.0.1:{port}");
         self.with_life(run, |life| life.url.clone_from(&url));
-        let (path, args) = program.command(spec, seat, port);
+        let (path, args) = program.command(spec, replica_key, port);
         let about = About {
-            pool_id: seat.pool_id.clone(),
-            replica_id: seat.replica_id.clone(),
+            pool_id: replica_key.pool_id.clone(),
+            replica_id: replica_key.replica_id.clone(),
             fingerprint: spec.fingerprint(),
             url,
         };
         let life_id = uuid::Uuid::new_v4();
         let keep_at = match spec.pool.keep_on_exit {
-            true => Some(self.socket(seat, life_id)?),
+            true => Some(self.socket(replica_key, life_id)?),
             false => None,
         };
-        let charge = Charge {
+        let guard_spec = GuardSpec {
             program: path,
             args,
             env: program.env.clone(),
-            log: launch::log_path(&self.settings.logs_dir, &seat.pool_id, seat.replica_id.as_str()),
+            log: launch::log_path(
+                &self.settings.logs_dir,
+                &replica_key.pool_id,
+                replica_key.replica_id.as_str(),
+            ),
             log_bytes: LOG_BYTES,
             grace_ms: spec.pool.stop_grace_secs.saturating_mul(1_000),
             keep_at,
             about: serde_json::to_string(&about).unwrap_or_default(),
-            mark: format!("{}{life_id}", self.mark_prefix()),
+            run_tag: format!("{}{life_id}", self.run_tag_prefix()),
         };
-        let guarded = Guarded::start(&self.settings.program, &charge).await;
+        let guarded = Guarded::start(&self.settings.program, &guard_spec).await;
         guarded
             .map(|guarded| Opened::Guard(Box::new(guarded)))
             .map_err(|error| format!("its guard does not start: {error}"))
     }
 
     /// Of this one life: the guard of another one that ends meanwhile takes only its own away.
-    fn socket(&self, seat: &Seat, life_id: uuid::Uuid) -> Result<PathBuf, String> {
+    fn socket(&self, replica_key: &ReplicaKey, life_id: uuid::Uuid) -> Result<PathBuf, String> {
         let folder = self.guards();
         let folder = folder.canonicalize().or_else(|_| {
             std::fs::create_dir_all(&folder)?;
@@ -194,7 +204,7 @@ impl Supervision {
         });
         let (short, ..) = life_id.as_fields();
         let path = folder.map_err(|error| format!("keep_on_exit: {error}"))?;
-        let path = path.join(format!("{seat}.{short:08x}.sock"));
+        let path = path.join(format!("{replica_key}.{short:08x}.sock"));
         if path.as_os_str().len() > LONGEST_SOCKET {
             return Err(format!(
                 "keep_on_exit: {} is longer than {LONGEST_SOCKET} bytes, which is the most for a socket: choose a shorter POOL_MANAGERD_RUNTIME_DIR",
@@ -214,11 +224,11 @@ impl Supervision {
     async fn live(
         &self,
         run: RunId,
-        seat: &Seat,
+        replica_key: &ReplicaKey,
         spec: &Spec,
         mut guarded: Guarded,
         stop: CancellationToken,
-        let_go: CancellationToken,
+        release: CancellationToken,
     ) -> Option<Ended> {
         // Known as soon as the engine itself is gone, which its helpers may outlive.
         let mut has_culprit = None;
@@ -228,21 +238,21 @@ impl Supervision {
         tokio::pin!(looking);
         loop {
             tokio::select! {
-                () = let_go.cancelled() => return None,
-                said = guarded.heard() => match said {
-                    Said::Started { pid, .. } => self.with_life(run, |life| life.pid = Some(pid)),
-                    Said::Alarm { line } => {
+                () = release.cancelled() => return None,
+                reported = guarded.heard() => match reported {
+                    GuardReport::Started { pid, .. } => self.with_life(run, |life| life.pid = Some(pid)),
+                    GuardReport::Alarm { line } => {
                         // The line may be a client's text.
-                        tracing::warn!(pool_id = %seat.pool_id, replica_id = %seat.replica_id, "an engine's log has an error of its driver");
-                        self.tell(Happened::Alarmed { run, line }).await;
+                        tracing::warn!(pool_id = %replica_key.pool_id, replica_id = %replica_key.replica_id, "an engine's log has an error of its driver");
+                        self.send(Happened::Alarmed { run, line }).await;
                     }
-                    Said::Crashed { signal } => {
-                        has_culprit = Some(self.agent.engine_ended(seat, crash_name(signal)));
+                    GuardReport::Crashed { signal } => {
+                        has_culprit = Some(self.agent.engine_ended(replica_key, crash_name(signal)));
                     }
-                    Said::Ended { how, signal } => {
-                        let ended = || self.agent.engine_ended(seat, signal.and_then(crash_name));
+                    GuardReport::Ended { how, signal } => {
+                        let ended = || self.agent.engine_ended(replica_key, signal.and_then(crash_name));
                         let has_culprit = has_culprit.unwrap_or_else(ended);
-                        let log = launch::log_path(&self.settings.logs_dir, &seat.pool_id, seat.replica_id.as_str());
+                        let log = launch::log_path(&self.settings.logs_dir, &replica_key.pool_id, replica_key.replica_id.as_str());
                         let tail = blocking("log of an engine", move || output::tail(&log, TAIL_LINES)).await;
                         guarded.reap().await;
                         return Some(Ended { how, tail: tail.unwrap_or_default(), has_culprit });
@@ -255,7 +265,7 @@ impl Supervision {
                 facts = &mut looking, if !ready && !stopped => {
                     ready = true;
                     self.with_life(run, |life| life.facts = facts);
-                    self.tell(Happened::Ready { run }).await;
+                    self.send(Happened::Ready { run }).await;
                 }
             }
         }
@@ -267,11 +277,11 @@ impl Supervision {
         &self,
         run: RunId,
         stop: CancellationToken,
-        let_go: CancellationToken,
+        release: CancellationToken,
     ) -> Option<Ended> {
-        self.tell(Happened::Ready { run }).await;
+        self.send(Happened::Ready { run }).await;
         tokio::select! {
-            () = let_go.cancelled() => None,
+            () = release.cancelled() => None,
             () = stop.cancelled() => Some(Ended::plainly("it is not wanted any more")),
         }
     }
@@ -291,11 +301,11 @@ impl Supervision {
 
     // ---- handoff files ----
 
-    fn handoff_path(&self, seat: &Seat) -> PathBuf {
-        self.settings.runtime_dir.join(format!("{seat}.json"))
+    fn handoff_path(&self, replica_key: &ReplicaKey) -> PathBuf {
+        self.settings.runtime_dir.join(format!("{replica_key}.json"))
     }
 
-    pub(crate) async fn publish(&self, run: RunId, seat: &Seat) {
+    pub(crate) async fn publish(&self, run: RunId, replica_key: &ReplicaKey) {
         let text = {
             let state = self.state.lock();
             let Some(life) = state.lives.get(&run) else { return };
@@ -303,7 +313,7 @@ impl Supervision {
             if life.url.is_empty() {
                 // An external engine that announces itself, and may have done so before.
                 drop(state);
-                self.agent.bind_announced(&seat.pool_id);
+                self.agent.bind_announced(&replica_key.pool_id);
                 return;
             }
             let ctx = match state.launches.get(&life.fingerprint) {
@@ -311,7 +321,7 @@ impl Supervision {
                 _ => spec.pool.ctx,
             };
             let mut handoff = json!({
-                "pool_id": seat.pool_id, "replica_id": seat.replica_id, "engine": spec.pool.engine,
+                "pool_id": replica_key.pool_id, "replica_id": replica_key.replica_id, "engine": spec.pool.engine,
                 "url": life.url, "models": spec.pool.models(),
                 "slots": life.facts.slots.unwrap_or(spec.pool.slots),
             });
@@ -321,37 +331,37 @@ impl Supervision {
             engines::set(&mut handoff, "pid", life.pid);
             engines::set(&mut handoff, "api_key_file", spec.pool.api_key_file.clone());
             if !matches!(spec.pool.provision, Provision::External { .. }) {
-                self.agent.engine_began(seat);
+                self.agent.engine_began(replica_key);
             }
             handoff.to_string()
         };
-        let path = self.handoff_path(seat);
+        let path = self.handoff_path(replica_key);
         let written = blocking("handoff file", move || write_whole(&path, &text)).await;
         let was_missing = self.state.lock().unwritten.remove(&run).is_some();
         let written = written.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));
         if let Err(error) = written {
             if !was_missing {
-                tracing::error!(pool_id = %seat.pool_id, replica_id = %seat.replica_id, %error, "the handoff file is not written, and is tried again: the engine serves nobody");
+                tracing::error!(pool_id = %replica_key.pool_id, replica_id = %replica_key.replica_id, %error, "the handoff file is not written, and is tried again: the engine serves nobody");
             }
-            self.state.lock().unwritten.insert(run, seat.clone());
+            self.state.lock().unwritten.insert(run, replica_key.clone());
         }
     }
 
     /// Handoff files that could not be written before.
     pub(crate) async fn write_again(&self) {
         let missing = self.state.lock().unwritten.clone();
-        for (run, seat) in missing {
-            self.publish(run, &seat).await;
+        for (run, replica_key) in missing {
+            self.publish(run, &replica_key).await;
         }
     }
 
-    pub(crate) async fn withdraw(&self, run: RunId, seat: &Seat) {
+    pub(crate) async fn withdraw(&self, run: RunId, replica_key: &ReplicaKey) {
         self.state.lock().unwritten.remove(&run);
         // The core first: nothing new is accepted from here on.
-        self.agent.withdraw(&seat.pool_id, &seat.replica_id);
+        self.agent.withdraw(&replica_key.pool_id, &replica_key.replica_id);
         let announced = self.state.lock().lives.get(&run).is_some_and(|life| life.url.is_empty());
         if !announced {
-            let path = self.handoff_path(seat);
+            let path = self.handoff_path(replica_key);
             // One that is gone already is as good.
             let _ = tokio::fs::remove_file(path).await;
         }
@@ -371,8 +381,8 @@ impl Supervision {
         for socket in sockets {
             match Guarded::take_over(&socket).await {
                 Ok((guarded, pid, about)) => {
-                    if let Some(seat) = self.take_over(guarded, pid, &about).await {
-                        adopted.push(seat);
+                    if let Some(replica_key) = self.take_over(guarded, pid, &about).await {
+                        adopted.push(replica_key);
                     }
                 }
                 Err(error)
@@ -388,12 +398,12 @@ impl Supervision {
                 }
             }
         }
-        let prefix = self.mark_prefix();
+        let prefix = self.run_tag_prefix();
         let kept = adopted.len();
         let left = blocking("search of engines", move || {
             // A guard that lives sees to its own.
             let unguarded = |pid: &u32| !processes::is_guarded(*pid);
-            let left: Vec<u32> = processes::marked(&prefix).into_iter().filter(unguarded).collect();
+            let left: Vec<u32> = processes::tagged(&prefix).into_iter().filter(unguarded).collect();
             processes::signal_all(&left, nix::sys::signal::Signal::SIGKILL);
             left.len()
         })
@@ -411,11 +421,11 @@ impl Supervision {
     fn dismiss(&self, mut guarded: Guarded) {
         owned_tasks::task(&self.agent.tracker, "end of a kept engine", async move {
             guarded.stop().await;
-            while !matches!(guarded.heard().await, Said::Ended { .. }) {}
+            while !matches!(guarded.heard().await, GuardReport::Ended { .. }) {}
         });
     }
 
-    async fn take_over(self: &Arc<Self>, guarded: Guarded, pid: u32, about: &str) -> Option<Seat> {
+    async fn take_over(self: &Arc<Self>, guarded: Guarded, pid: u32, about: &str) -> Option<ReplicaKey> {
         let about: About = match serde_json::from_str(about) {
             Ok(about) => about,
             Err(error) => {
@@ -425,25 +435,25 @@ impl Supervision {
                 return None;
             }
         };
-        let seat = Seat { pool_id: about.pool_id, replica_id: about.replica_id };
+        let replica_key = ReplicaKey { pool_id: about.pool_id, replica_id: about.replica_id };
         let spec = self.state.lock().specs.get(&about.fingerprint).cloned();
-        let run = self.core_adopt(&seat, about.fingerprint);
+        let run = self.core_adopt(&replica_key, about.fingerprint);
         let (Some(spec), Some(run)) = (spec, run) else {
-            tracing::info!(pool_id = %seat.pool_id, replica_id = %seat.replica_id, "a kept engine is not wanted any more");
-            let _ = tokio::fs::remove_file(self.handoff_path(&seat)).await;
+            tracing::info!(pool_id = %replica_key.pool_id, replica_id = %replica_key.replica_id, "a kept engine is not wanted any more");
+            let _ = tokio::fs::remove_file(self.handoff_path(&replica_key)).await;
             self.dismiss(guarded);
             return None;
         };
         let life = Life { url: about.url, pid: Some(pid), ..Life::new(true, about.fingerprint) };
-        let (stop, let_go) = self.enlist(run, life);
+        let (stop, release) = self.enlist(run, life);
         let supervision = Arc::clone(self);
-        let own = seat.clone();
+        let own = replica_key.clone();
         owned_tasks::task(&self.agent.tracker, "life of an engine", async move {
-            let life = supervision.live(run, &own, &spec, guarded, stop, let_go);
+            let life = supervision.live(run, &own, &spec, guarded, stop, release);
             let ended = caught("life of an engine", life).await.unwrap_or_else(defect);
             supervision.over(run, &own, ended).await;
         });
-        Some(seat)
+        Some(replica_key)
     }
 }
 

@@ -71,12 +71,12 @@ pub struct RunId(pub u64);
 
 /// A replica's place, whatever runs there.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Seat {
+pub struct ReplicaKey {
     pub pool_id: PoolId,
     pub replica_id: ReplicaId,
 }
 
-impl fmt::Display for Seat {
+impl fmt::Display for ReplicaKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}-{}", self.pool_id, self.replica_id)
     }

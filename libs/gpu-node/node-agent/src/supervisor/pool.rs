@@ -8,7 +8,7 @@ use pool_registry_types::{Moment, PoolId, ReplicaId};
 use crate::supervisor::core::{DEMAND_LIFE, Ordered, Work};
 use crate::supervisor::driver::{Report, Reported};
 use crate::supervisor::exits::{CoolDown, Exits, STORM_WINDOW};
-use crate::supervisor::plan::{Claim, Device, PoolPlan, Prepared, RunId, Seat};
+use crate::supervisor::plan::{Claim, Device, PoolPlan, Prepared, ReplicaKey, RunId};
 
 /// A pool that was loaded for somebody may wait this long for its first attempt before it
 /// counts as idle.
@@ -37,12 +37,12 @@ pub(super) enum Stage {
         published: bool,
     },
     /// Withdrawn: what runs may finish.
-    /// `told`: what runs was read since nothing new comes, so that idle means idle.
+    /// `reported`: what runs was read since nothing new comes, so that idle means idle.
     Leaving {
         run: RunId,
         until: Moment,
         blame: Blame,
-        told: bool,
+        reported: bool,
     },
     Stopping {
         run: RunId,
@@ -109,11 +109,11 @@ impl Slot {
     pub(super) fn leave(&mut self, now: Moment, patience: Duration, blame: Blame) -> Option<RunId> {
         match self.stage {
             Stage::Ready { run, published, .. } => {
-                self.stage = Stage::Leaving { run, until: now + patience, blame, told: false };
+                self.stage = Stage::Leaving { run, until: now + patience, blame, reported: false };
                 published.then_some(run)
             }
             Stage::Starting { run, .. } => {
-                self.stage = Stage::Leaving { run, until: now, blame, told: false };
+                self.stage = Stage::Leaving { run, until: now, blame, reported: false };
                 None
             }
             Stage::Down | Stage::Waiting { .. } | Stage::Backoff { .. } => {
@@ -290,7 +290,7 @@ impl Pool {
 
     /// Whether it may be unloaded for others at once: it has no work, and nobody waits for it.
     pub(super) fn is_idle(&self, now: Moment) -> bool {
-        self.has_no_work(now) && self.waited_for.is_none_or(|told| now >= told + DEMAND_LIFE)
+        self.has_no_work(now) && self.waited_for.is_none_or(|reported| now >= reported + DEMAND_LIFE)
     }
 
     /// Whether nothing has run on it for a while.
@@ -414,8 +414,9 @@ pub(super) fn leave_all(
 ) {
     for slot in slots {
         let withdrawn = slot.leave(now, patience, Blame::Nobody);
-        let seat = |slot: &Slot| Seat { pool_id: id.clone(), replica_id: slot.replica_id.clone() };
-        out.extend(withdrawn.map(|run| Ordered::Withdraw { run, seat: seat(slot) }));
+        let replica_key =
+            |slot: &Slot| ReplicaKey { pool_id: id.clone(), replica_id: slot.replica_id.clone() };
+        out.extend(withdrawn.map(|run| Ordered::Withdraw { run, replica_key: replica_key(slot) }));
     }
 }
 

@@ -12,7 +12,7 @@ use tokio::process::Command;
 
 use crate::engines::vllm;
 use crate::pools_file::PoolSpec;
-use crate::supervisor::launch::{Places, on_path};
+use crate::supervisor::launch::{Sources, on_path};
 
 /// What is installed for llama.cpp, with its hash.
 const LLAMACPP_LOCK: &str = include_str!("../../../../../deploy/engines/requirements.lock");
@@ -29,7 +29,7 @@ const LOOK_TIMEOUT: Duration = Duration::from_secs(20);
 pub(crate) async fn package(
     pool: &PoolSpec,
     version: Option<&str>,
-    places: &Places<'_>,
+    sources: &Sources<'_>,
     progress: &(dyn Fn(String) + Send + Sync),
 ) -> Result<(PathBuf, Vec<String>, Vec<(String, String)>), String> {
     let python = on_path("python3").await?;
@@ -38,10 +38,10 @@ pub(crate) async fn package(
         (EngineKind::LlamaCpp, Some(version)) => format!("xllamacpp=={version}\n"),
         (_, version) => format!("vllm=={}\n", version.unwrap_or_default()),
     };
-    let folder = places.packages_dir.join(folder_name(pool.engine, version));
+    let folder = sources.packages_dir.join(folder_name(pool.engine, version));
     let current = tokio::fs::read_to_string(folder.join(STAMP)).await;
     if current.as_ref().ok() != Some(&wanted) {
-        if !places.allowed.installs {
+        if !sources.allowed.installs {
             let line = wanted.lines().find(|line| !line.starts_with('#')).unwrap_or_default();
             let what = line.split_whitespace().next().unwrap_or_default();
             return Err(format!(

@@ -25,10 +25,10 @@ use crate::pools_file::{
 };
 use crate::source::ModelSource;
 use crate::supervisor::core::{Happened, Ordered, Supervisor, Work};
-use crate::supervisor::launch::{self, Launch, Places, Spec};
+use crate::supervisor::launch::{self, Launch, Sources, Spec};
 use crate::supervisor::ledger::DeviceReading;
 use crate::supervisor::life::Life;
-use crate::supervisor::plan::{Device, PoolPlan, RunId, Seat};
+use crate::supervisor::plan::{Device, PoolPlan, ReplicaKey, RunId};
 use crate::supervisor::provision;
 
 /// Pause between two looks at the file of pools and at memory.
@@ -69,7 +69,7 @@ pub(crate) struct State {
     under_way: BTreeMap<PoolId, String>,
     purges: BTreeMap<PoolId, PoolPurge>,
     /// Engines whose handoff file could not be written yet.
-    pub(crate) unwritten: BTreeMap<RunId, Seat>,
+    pub(crate) unwritten: BTreeMap<RunId, ReplicaKey>,
 }
 
 /// The engines of a node at work.
@@ -114,7 +114,7 @@ impl Supervision {
         let mut heard = heard.lock().await;
         if is_first {
             if let Some(plans) = self.read_file().await {
-                self.settle(Happened::Configured(plans)).await;
+                self.handle_event(Happened::Configured(plans)).await;
             }
             self.take_over_kept().await;
         } else {
@@ -133,7 +133,7 @@ impl Supervision {
                 biased;
                 () = self.stopped.cancelled(), if !stopping => {
                     stopping = true;
-                    self.let_kept_go();
+                    self.release_kept_engines();
                     Happened::Shutdown
                 }
                 happened = heard.recv(), if !looks => happened.unwrap_or(Happened::Timer),
@@ -146,7 +146,7 @@ impl Supervision {
                 }
                 () = tokio::time::sleep(timer) => Happened::Timer,
             };
-            self.settle(happened).await;
+            self.handle_event(happened).await;
             if stopping && self.state.lock().lives.is_empty() {
                 return;
             }
@@ -154,7 +154,7 @@ impl Supervision {
     }
 
     /// Tells the core what is and what happened, and does what it asks for.
-    async fn settle(self: &Arc<Self>, happened: Happened) {
+    async fn handle_event(self: &Arc<Self>, happened: Happened) {
         let mut next = Some(happened);
         while let Some(happened) = next.take() {
             let now = self.agent.now();
@@ -183,12 +183,12 @@ impl Supervision {
     async fn carry_out(self: &Arc<Self>, order: Ordered) {
         match order {
             Ordered::Prepare { pool_id, plan } => self.prepare(pool_id, &plan),
-            Ordered::Start { run, seat, fingerprint } => {
-                tracing::info!(pool_id = %seat.pool_id, replica_id = %seat.replica_id, run = run.0, "an engine starts");
-                self.begin(run, seat, fingerprint);
+            Ordered::Start { run, replica_key, fingerprint } => {
+                tracing::info!(pool_id = %replica_key.pool_id, replica_id = %replica_key.replica_id, run = run.0, "an engine starts");
+                self.begin(run, replica_key, fingerprint);
             }
-            Ordered::Publish { run, seat } => self.publish(run, &seat).await,
-            Ordered::Withdraw { run, seat } => self.withdraw(run, &seat).await,
+            Ordered::Publish { run, replica_key } => self.publish(run, &replica_key).await,
+            Ordered::Withdraw { run, replica_key } => self.withdraw(run, &replica_key).await,
             Ordered::Stop { run } => {
                 if let Some(life) = self.state.lock().lives.get(&run) {
                     life.stop.cancel();
@@ -218,12 +218,12 @@ impl Supervision {
         devices
     }
 
-    fn work(&self) -> BTreeMap<Seat, Work> {
-        let seat = |((pool_id, replica_id), (running, served))| {
+    fn work(&self) -> BTreeMap<ReplicaKey, Work> {
+        let replica_key = |((pool_id, replica_id), (running, served))| {
             let silent = !self.agent.is_ready(&pool_id, &replica_id);
-            (Seat { pool_id, replica_id }, Work { running, served, silent })
+            (ReplicaKey { pool_id, replica_id }, Work { running, served, silent })
         };
-        self.agent.work().into_iter().map(seat).collect()
+        self.agent.work().into_iter().map(replica_key).collect()
     }
 
     // ---- the file ----
@@ -321,7 +321,7 @@ impl Supervision {
             if let Err(reason) = &outcome {
                 tracing::warn!(%pool_id, reason, "the pool cannot be started");
             }
-            supervision.tell(Happened::Prepared { pool_id, fingerprint, outcome }).await;
+            supervision.send(Happened::Prepared { pool_id, fingerprint, outcome }).await;
         });
     }
 
@@ -334,7 +334,7 @@ impl Supervision {
         if self.settings.forbid_provisioning {
             allowed = Provisioning::default();
         }
-        let places = Places {
+        let sources = Sources {
             models_dir: &self.settings.models_dir,
             packages_dir: &self.settings.packages_dir,
             allowed,
@@ -347,10 +347,10 @@ impl Supervision {
                 tracing::info!(%pool_id, what, "the pool is prepared");
             }
         };
-        launch::prepare(spec, &places, &progress).await
+        launch::prepare(spec, &sources, &progress).await
     }
 
-    pub(crate) async fn tell(&self, happened: Happened) {
+    pub(crate) async fn send(&self, happened: Happened) {
         // The loop ends after all that speak to it.
         let _ = self.mailbox.send(happened).await;
     }
@@ -511,18 +511,18 @@ impl Supervision {
     }
 
     /// Engines that are kept lose their owner and live on.
-    fn let_kept_go(&self) {
+    fn release_kept_engines(&self) {
         let mut state = self.state.lock();
         state.lives.retain(|_, life| {
             if life.keep {
-                life.let_go.cancel();
+                life.release.cancel();
             }
             !life.keep
         });
     }
 
-    pub(crate) fn core_adopt(&self, seat: &Seat, fingerprint: u64) -> Option<RunId> {
-        self.core.lock().adopt(self.agent.now(), seat, fingerprint)
+    pub(crate) fn core_adopt(&self, replica_key: &ReplicaKey, fingerprint: u64) -> Option<RunId> {
+        self.core.lock().adopt(self.agent.now(), replica_key, fingerprint)
     }
 }
 

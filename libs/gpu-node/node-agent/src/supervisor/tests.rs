@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use super::core::{Happened, Ordered, Supervisor, Work};
 use super::ledger::DeviceReading;
-use super::plan::{Claim, Device, PoolPlan, Prepared, RunId, Seat};
+use super::plan::{Claim, Device, PoolPlan, Prepared, ReplicaKey, RunId};
 
 mod reloads;
 mod turns;
@@ -44,7 +44,7 @@ fn plan(name: &str, mib: u64, on_demand: bool) -> PoolPlan {
 
 #[derive(Debug)]
 struct Engine {
-    seat: Seat,
+    replica_key: ReplicaKey,
     bytes: u64,
     ready_at: u64,
     /// It dies then, before it is ready.
@@ -107,7 +107,7 @@ impl Machine {
 
     fn configure(&mut self, plans: &[(&str, PoolPlan)]) {
         let plans = plans.iter().map(|(name, plan)| (id(name), plan.clone())).collect();
-        self.tell(Happened::Configured(plans));
+        self.send(Happened::Configured(plans));
     }
 
     fn look(&mut self) {
@@ -124,10 +124,10 @@ impl Machine {
             faults: self.faults,
         };
         let device = if self.blind { Device::Host } else { Device::Gpu(0) };
-        self.tell(Happened::Devices(BTreeMap::from([(device, reading)])));
+        self.send(Happened::Devices(BTreeMap::from([(device, reading)])));
     }
 
-    fn tell(&mut self, happened: Happened) {
+    fn send(&mut self, happened: Happened) {
         let orders = self.core.apply(Moment::from_millis(self.now), happened);
         for order in orders {
             match order {
@@ -139,14 +139,14 @@ impl Machine {
                         true => Err("there is no such model".to_owned()),
                         false => Ok(Prepared { claim, ctx_max: Some(512) }),
                     };
-                    self.tell(Happened::Prepared { pool_id, fingerprint: plan.fingerprint, outcome });
+                    self.send(Happened::Prepared { pool_id, fingerprint: plan.fingerprint, outcome });
                 }
-                Ordered::Start { run, seat, fingerprint } => {
-                    *self.starts.entry(seat.pool_id.clone()).or_default() += 1;
-                    let twin = self.engines.values().find(|engine| engine.seat == seat);
-                    assert!(twin.is_none(), "{seat} runs twice");
+                Ordered::Start { run, replica_key, fingerprint } => {
+                    *self.starts.entry(replica_key.pool_id.clone()).or_default() += 1;
+                    let twin = self.engines.values().find(|engine| engine.replica_key == replica_key);
+                    assert!(twin.is_none(), "{replica_key} runs twice");
                     let engine = Engine {
-                        seat,
+                        replica_key,
                         bytes: fingerprint * MIB,
                         ready_at: self.now + LOAD_MS,
                         broken: self.broken.contains(&fingerprint),
@@ -186,7 +186,7 @@ impl Machine {
             self.releasing.push((self.now + RELEASE_MS, engine.bytes));
         }
         let tail = vec!["its last line".into()];
-        self.tell(Happened::Exited { run, how: how.into(), tail, has_culprit });
+        self.send(Happened::Exited { run, how: how.into(), tail, has_culprit });
     }
 
     fn pass(&mut self, millis: u64) {
@@ -207,23 +207,23 @@ impl Machine {
                 .map(|(run, engine)| (*run, engine.broken))
                 .collect();
             for (run, broken) in due {
-                if broken { self.end(run, "exit status 1") } else { self.tell(Happened::Ready { run }) }
+                if broken { self.end(run, "exit status 1") } else { self.send(Happened::Ready { run }) }
             }
             self.look();
-            self.tell_use();
+            self.report_use();
         }
     }
 
-    fn tell_use(&mut self) {
+    fn report_use(&mut self) {
         let work = self.engines.values().filter(|engine| engine.published || engine.running > 0);
         let silent = self.silent;
-        let of = |e: &Engine| (e.seat.clone(), Work { running: e.running, served: e.served, silent });
+        let of = |e: &Engine| (e.replica_key.clone(), Work { running: e.running, served: e.served, silent });
         let work = work.map(of).collect();
-        self.tell(Happened::Used(work));
+        self.send(Happened::Used(work));
     }
 
     fn serving(&self, pool: &str) -> Option<RunId> {
-        let of = |(_, engine): &(&RunId, &Engine)| engine.published && engine.seat.pool_id == id(pool);
+        let of = |(_, engine): &(&RunId, &Engine)| engine.published && engine.replica_key.pool_id == id(pool);
         self.engines.iter().find(of).map(|(run, _)| *run)
     }
 
@@ -237,14 +237,14 @@ impl Machine {
             if let Some(run) = self.serving(pool) {
                 let engine = self.engines.get_mut(&run).expect("it serves");
                 (engine.running, engine.served) = (engine.running + 1, engine.served + 1);
-                self.tell_use();
+                self.report_use();
                 self.pass(millis);
                 if let Some(engine) = self.engines.get_mut(&run) {
                     engine.running -= 1;
                 }
-                return self.tell_use();
+                return self.report_use();
             }
-            self.tell(Happened::Load { pool_id: id(pool) });
+            self.send(Happened::Load { pool_id: id(pool) });
             self.pass(50);
         }
         panic!("{pool} was never loaded: {:?}", self.core.stages(&id(pool)));
@@ -324,7 +324,7 @@ fn ten_exits_in_a_minute_end_in_a_failed_pool_that_shows_its_last_lines() {
     assert_eq!(declared[&id("a")].supervised.log_tail, ["its last line"]);
     machine.pass(59_000);
     assert_eq!(machine.starts("a"), 10, "it stays as it is");
-    machine.tell(Happened::Revive { pool_id: id("a") });
+    machine.send(Happened::Revive { pool_id: id("a") });
     machine.pass(2_000);
     assert!(machine.is_up("a"));
 }
@@ -348,7 +348,7 @@ fn a_pool_that_was_given_up_is_tried_again_after_a_cool_down_that_doubles() {
     assert_eq!((machine.back_after("a") - LOAD_MS) / 1_000, 60);
     // An order acts at once, and makes it the first again too.
     machine.wear_out("a");
-    machine.tell(Happened::Revive { pool_id: id("a") });
+    machine.send(Happened::Revive { pool_id: id("a") });
     assert!(machine.back_after("a") <= LOAD_MS + 100);
     machine.wear_out("a");
     assert_eq!((machine.back_after("a") - LOAD_MS) / 1_000, 60);
@@ -359,7 +359,7 @@ fn a_pool_that_was_given_up_is_tried_again_after_a_cool_down_that_doubles() {
 fn a_purged_pool_is_not_tried_again_although_it_had_been_given_up() {
     let mut machine = Machine::new(&[("a", plan("a", 400, false))]);
     machine.wear_out("a");
-    machine.tell(Happened::Purge { pool_id: id("a") });
+    machine.send(Happened::Purge { pool_id: id("a") });
     let starts = machine.starts("a");
     machine.pass(120_000);
     assert_eq!((machine.state("a").0, machine.starts("a")), (PoolState::Failed, starts));
@@ -412,7 +412,7 @@ fn a_pool_is_loaded_when_a_task_waits_and_unloaded_when_nothing_does() {
 fn a_wish_that_nobody_repeats_is_forgotten() {
     let mut machine = Machine::new(&[("a", plan("a", 900, false)), ("b", plan("b", 900, true))]);
     machine.pass(2_000);
-    machine.tell(Happened::Load { pool_id: id("b") });
+    machine.send(Happened::Load { pool_id: id("b") });
     machine.pass(1_000);
     let (state, error) = machine.state("b");
     assert_eq!(state, PoolState::Loadable, "it is still to be asked for");
@@ -451,12 +451,12 @@ fn a_pool_that_is_never_idle_makes_room_after_its_time_and_not_before() {
     for run in &busy {
         machine.engines.get_mut(run).unwrap().running = 1;
     }
-    machine.tell_use();
+    machine.report_use();
     let asked = machine.now;
     while machine.starts("c") == 0 {
         // As the control plane asks: each 5 s, as long as the pool is loadable.
         if machine.now.is_multiple_of(5_000) && machine.state("c").0 == PoolState::Loadable {
-            machine.tell(Happened::Load { pool_id: id("c") });
+            machine.send(Happened::Load { pool_id: id("c") });
         }
         machine.pass(50);
         // What runs on a withdrawn engine ends after a second.
@@ -478,7 +478,7 @@ fn a_pool_that_was_loaded_for_a_task_is_not_unloaded_before_that_task_came() {
     machine.run_task("a", 50);
     machine.run_task("b", 50);
     for pool in ["c", "a", "b"] {
-        machine.tell(Happened::Load { pool_id: id(pool) });
+        machine.send(Happened::Load { pool_id: id(pool) });
         machine.pass(50);
     }
     machine.pass(1_800);
@@ -527,11 +527,11 @@ fn a_changed_file_touches_only_what_it_changes() {
 fn a_purge_ends_the_engines_and_a_reload_brings_them_back() {
     let mut machine = Machine::new(&[("a", plan("a", 400, false))]);
     machine.pass(1_500);
-    machine.tell(Happened::Purge { pool_id: id("a") });
+    machine.send(Happened::Purge { pool_id: id("a") });
     machine.pass(1_000);
     assert_eq!((machine.purged.as_slice(), machine.engines.len()), ([id("a")].as_slice(), 0));
     assert_eq!(machine.state("a").0, PoolState::Failed);
-    machine.tell(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("a", 400, false)) });
+    machine.send(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("a", 400, false)) });
     machine.pass(1_500);
     assert!(machine.is_up("a"));
 }
@@ -554,11 +554,11 @@ fn a_pool_of_which_only_a_part_is_loaded_makes_room_as_well() {
     machine.run_task("b", 100);
     let busy = machine.serving("b").unwrap();
     machine.engines.get_mut(&busy).unwrap().running = 1;
-    machine.tell_use();
+    machine.report_use();
     let asked = machine.now;
     while machine.starts("c") == 0 {
         if machine.now.is_multiple_of(5_000) {
-            machine.tell(Happened::Load { pool_id: id("c") });
+            machine.send(Happened::Load { pool_id: id("c") });
         }
         machine.pass(50);
         if let Some(engine) = machine.engines.get_mut(&busy).filter(|engine| !engine.published) {
@@ -575,11 +575,11 @@ fn an_engine_whose_gpu_is_sick_takes_nothing_new_before_it_is_started_again() {
     machine.pass(1_500);
     let run = machine.serving("a").unwrap();
     machine.engines.get_mut(&run).unwrap().running = 1;
-    machine.tell_use();
+    machine.report_use();
     machine.faults += 1;
     machine.look();
     assert!(machine.is_up("a"), "an error of the driver alone is none of the engine's");
-    machine.tell(Happened::Alarmed { run, line: DRIVER_ERROR.into() });
+    machine.send(Happened::Alarmed { run, line: DRIVER_ERROR.into() });
     assert!(!machine.is_up("a") && machine.engines.contains_key(&run), "what runs may finish");
     machine.engines.get_mut(&run).unwrap().running = 0;
     machine.pass(1_000);
@@ -607,7 +607,7 @@ fn a_line_that_no_driver_confirms_decides_nothing() {
     machine.pass(1_500);
     let run = machine.serving("a").unwrap();
     for _ in 0..12 {
-        machine.tell(Happened::Alarmed { run, line: DRIVER_ERROR.into() });
+        machine.send(Happened::Alarmed { run, line: DRIVER_ERROR.into() });
         machine.pass(2_000);
     }
     assert_eq!((machine.serving("a"), machine.starts("a")), (Some(run), 1), "what is older proves nothing");
@@ -619,7 +619,7 @@ fn a_line_that_no_driver_confirms_decides_nothing() {
     let mut machine = Machine::new(&[("a", plan("a", 400, false))]);
     machine.pass(1_500);
     let run = machine.serving("a").unwrap();
-    machine.tell(Happened::Alarmed { run, line: DRIVER_ERROR.into() });
+    machine.send(Happened::Alarmed { run, line: DRIVER_ERROR.into() });
     machine.pass(2_000);
     machine.faults += 1;
     machine.look();
@@ -635,11 +635,11 @@ fn without_a_driver_an_engine_that_serves_is_believed_and_not_its_line() {
     machine.configure(&[("a", plan("a", 400, false))]);
     machine.pass(1_500);
     let run = machine.serving("a").unwrap();
-    machine.tell(Happened::Alarmed { run, line: DRIVER_ERROR.into() });
+    machine.send(Happened::Alarmed { run, line: DRIVER_ERROR.into() });
     machine.pass(3_000);
     assert_eq!(machine.serving("a"), Some(run));
     machine.silent = true;
-    machine.tell_use();
+    machine.report_use();
     assert!(!machine.is_up("a"), "it says so, and serves nobody");
 }
 
@@ -653,7 +653,7 @@ fn restarts_for_reported_errors_keep_apart_and_give_no_pool_up() {
         let run = machine.serving("a").unwrap();
         machine.faults += 1;
         machine.look();
-        machine.tell(Happened::Alarmed { run, line: DRIVER_ERROR.into() });
+        machine.send(Happened::Alarmed { run, line: DRIVER_ERROR.into() });
         assert!(!machine.is_up("a"), "a confirmed error takes it out at once");
         pauses.push((machine.back_after("a") - LOAD_MS) / 1_000);
         assert_ne!(machine.state("a").0, PoolState::Failed);
@@ -706,24 +706,24 @@ proptest! {
         let mut machine = Machine::new(&pools);
         for act in acts {
             match act {
-                Act::Load(n) => machine.tell(Happened::Load { pool_id: id(names[n]) }),
+                Act::Load(n) => machine.send(Happened::Load { pool_id: id(names[n]) }),
                 Act::Pass(millis) => machine.pass(millis),
                 Act::Kill(n) => {
                     if let Some(run) = machine.serving(names[n]) { machine.end(run, "killed"); }
                 }
                 Act::Busy(n, running) => {
                     let pool = id(names[n]);
-                    for engine in machine.engines.values_mut().filter(|e| e.seat.pool_id == pool) {
+                    for engine in machine.engines.values_mut().filter(|e| e.replica_key.pool_id == pool) {
                         if engine.published || running == 0 {
                             engine.running = running;
                             engine.served += u64::from(running);
                         }
                     }
-                    machine.tell_use();
+                    machine.report_use();
                 }
                 Act::Reload(n, claim) => {
                     let plan = Box::new(plan(names[n], claim, n > 0));
-                    machine.tell(Happened::Reload { pool_id: id(names[n]), plan });
+                    machine.send(Happened::Reload { pool_id: id(names[n]), plan });
                 }
                 Act::Break(claim) => drop(machine.broken.insert(claim)),
             }
@@ -733,7 +733,7 @@ proptest! {
         for engine in machine.engines.values_mut() { engine.running = 0; }
         machine.pass(70_000);
         for name in names {
-            machine.tell(Happened::Revive { pool_id: id(name) });
+            machine.send(Happened::Revive { pool_id: id(name) });
         }
         machine.pass(2_000);
         for name in ["b", "c", "d"] {
@@ -742,7 +742,7 @@ proptest! {
                 machine.run_task(name, 100);
             }
         }
-        machine.tell(Happened::Shutdown);
+        machine.send(Happened::Shutdown);
         machine.pass(12_000);
         prop_assert!(machine.engines.is_empty(), "{:?}", machine.engines);
         prop_assert_eq!(machine.core.ledger.claimed(Device::Gpu(0)), 0);

@@ -10,7 +10,7 @@ impl World {
         let plan = self.plan.tasks[task].clone();
         let id = Self::task_id(task);
         self.names.insert(id, task);
-        let known = self.witness.tasks.contains_key(&id);
+        let known = self.oracle.tasks.contains_key(&id);
         if again && known {
             self.coverage.hit("task: submitted twice");
         }
@@ -25,7 +25,7 @@ impl World {
                 _ => Determinism::BestEffort,
             },
             seed: plan.recovery.map(|_| 1),
-            placement: plan.wishes.clone(),
+            placement: plan.constraints.clone(),
             ..TaskRequest::completion(model, "x")
         };
         let reply = self.reply_to(To::Client(id));
@@ -56,7 +56,7 @@ impl World {
         outcome: Result<(), String>,
     ) {
         if self.control.as_ref().is_some_and(|control| control.life == life) {
-            self.apply(Event::IntentTold { reply, node_id, order, outcome });
+            self.apply(Event::IntentDelivered { reply, node_id, order, outcome });
         }
     }
 
@@ -94,13 +94,13 @@ impl World {
         if self.control.is_none() || !self.names.contains_key(&id) {
             return;
         }
-        match self.witness.tasks.get(&id) {
+        match self.oracle.tasks.get(&id) {
             None => {}
             Some(seen) if seen.terminal.is_some() => self.coverage.hit("task: cancel after the end"),
             Some(seen) if seen.open.is_some() => self.coverage.hit("task: canceled while running"),
             Some(_) => self.coverage.hit("task: canceled while queued"),
         }
-        self.witness.canceled(id);
+        self.oracle.canceled(id);
         let reply = self.reply_to(To::Client(id));
         self.apply(Event::Cancel { reply, task_id: id });
     }
@@ -115,7 +115,7 @@ impl World {
     }
 
     pub(crate) fn retire(&mut self, model: usize, retired: bool) {
-        self.witness.retires(model, retired);
+        self.oracle.retires(model, retired);
         let model = ModelRef::new(&format!("m{model}")).expect("a valid model");
         self.apply(Event::SetRetired { model, retired });
     }
@@ -126,7 +126,7 @@ impl World {
         }
         let reply = self.reply_to(To::Operator);
         self.coverage.hit("task: session deleted");
-        self.witness.session_deleted(session);
+        self.oracle.session_deleted(session);
         self.apply(Event::DeleteSession { reply, session_id: SessionId(Uuid::from_u128(session)) });
     }
 
@@ -154,7 +154,7 @@ impl World {
         if self.control.as_ref().is_none_or(|control| control.life != life) || self.stall_until.is_some() {
             return;
         }
-        let ended = self.witness.at_rest();
+        let ended = self.oracle.at_rest();
         self.check(ended);
         self.stop_control();
         self.after_ms(down_ms, What::ControlBack);
@@ -171,7 +171,7 @@ impl World {
             _ => {}
         }
         if let Some(control) = self.control.as_ref() {
-            let closed = self.witness.closed(self.now, task, error, &control.core, &self.plan);
+            let closed = self.oracle.closed(self.now, task, error, &control.core, &self.plan);
             if error.code == ErrorCode::InvalidParams {
                 self.coverage.hit("task: rejected by every node");
             }
@@ -192,7 +192,7 @@ impl World {
 
     pub(super) fn read(&mut self, task: TaskId) {
         if let Some(log) = self.control.as_ref().and_then(|c| c.logs.get(&task)) {
-            let read = self.witness.read(task, log);
+            let read = self.oracle.read(task, log);
             self.check(read);
         }
     }

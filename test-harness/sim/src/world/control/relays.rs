@@ -14,14 +14,15 @@ impl World {
             Some(ResumeMode::Replay) => self.coverage.hit("task: replayed"),
             None => {}
         }
-        if dispatch.request.placement.as_ref().is_some_and(|wishes| wishes.pinned_node().is_some()) {
+        if dispatch.request.placement.as_ref().is_some_and(|constraints| constraints.pinned_node().is_some())
+        {
             self.coverage.hit("task: pinned");
         }
         if dispatch.warm_replica.is_some() {
             self.coverage.hit("task: of a warm session");
         }
         let Some(control) = self.control.as_mut() else { return };
-        let dispatched = self.witness.dispatched(now, &dispatch, &control.core.view(now));
+        let dispatched = self.oracle.dispatched(now, &dispatch, &control.core.view(now));
         if dispatched.is_err() {
             return self.check(dispatched);
         }
@@ -84,7 +85,7 @@ impl World {
             Piece::Headers { report_seq, replica_id } => {
                 relay.watch.accepted(now);
                 relay.accepted = true;
-                self.witness.accepted(task);
+                self.oracle.accepted(task);
                 self.apply(Event::Accepted { attempt, replica_id, report_seq });
             }
             Piece::Refusal(body) => self.end_relay(attempt, HowEnded::Refused(body), None),
@@ -93,8 +94,8 @@ impl World {
                 let first = relay.watch.token(now);
                 match log.append(attempt, i, format!("token {i}\n").as_bytes()) {
                     Ok(()) => {
-                        self.witness.life.entry(node_id.clone()).and_modify(|l| l.any = now);
-                        self.witness.got_through(now, task, first);
+                        self.oracle.life.entry(node_id.clone()).and_modify(|l| l.any = now);
+                        self.oracle.got_through(now, task, first);
                         self.read(task);
                         let event = if first { Event::Started { attempt } } else { Event::Alive { node_id } };
                         self.apply(event);
@@ -161,7 +162,7 @@ impl World {
     }
 
     /// Fences the log, tells the core, drops the connection.
-    fn end_relay(&mut self, attempt: AttemptId, how: HowEnded, closed_after: Option<u64>) {
+    fn end_relay(&mut self, attempt: AttemptId, how: HowEnded, final_report: Option<u64>) {
         let Some(control) = self.control.as_mut() else { return };
         let Some(relay) = control.relays.remove(&attempt) else { return };
         let Some(log) = control.logs.get_mut(&relay.task) else { return };
@@ -177,16 +178,16 @@ impl World {
                 _ => "task: one of several that may have",
             });
         }
-        let failed = self.witness.ended(self.now, relay.task, attempt, &how, fence.tokens_written);
+        let failed = self.oracle.ended(self.now, relay.task, attempt, &how, fence.tokens_written);
         self.drop_conn(relay.conn);
         let tokens_written = fence.tokens_written;
-        self.apply(Event::Ended { attempt, tokens_written, unlogged: 0, how, closed_after });
+        self.apply(Event::Ended { attempt, tokens_written, unlogged: 0, how, final_report });
         if let (Some(pool), Some(control)) = (failed, self.control.as_ref()) {
             let tripped = control.core.registry().pool_facts(&pool).is_some_and(|facts| facts.tripped);
-            let early = self.witness.tripped_early(&pool, tripped);
+            let early = self.oracle.tripped_early(&pool, tripped);
             self.check(early);
         }
-        let poison = self.witness.poison();
+        let poison = self.oracle.poison();
         self.check(poison);
     }
 

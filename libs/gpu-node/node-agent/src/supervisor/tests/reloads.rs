@@ -9,8 +9,8 @@ fn a_reload_that_fits_beside_serves_all_the_time() {
     machine.pass(1_500);
     let old = machine.serving("a").unwrap();
     machine.engines.get_mut(&old).unwrap().running = 1;
-    machine.tell_use();
-    machine.tell(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("new", 500, false)) });
+    machine.report_use();
+    machine.send(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("new", 500, false)) });
     while machine.serving("a") == Some(old) {
         machine.pass(50);
         assert!(machine.is_up("a"), "there is no moment without an engine");
@@ -31,7 +31,7 @@ fn a_reload_that_fails_beside_leaves_the_old_one_serving() {
     machine.pass(1_500);
     let old = machine.serving("a").unwrap();
     machine.broken.insert(500);
-    machine.tell(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("new", 500, false)) });
+    machine.send(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("new", 500, false)) });
     machine.pass(5_000);
     assert_eq!(machine.serving("a"), Some(old));
     let declared = machine.core.declared(&BTreeMap::new());
@@ -49,7 +49,7 @@ fn a_reload_without_room_stops_first_and_goes_back_when_it_fails() {
         if broken {
             machine.broken.insert(700);
         }
-        machine.tell(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("new", 700, false)) });
+        machine.send(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("new", 700, false)) });
         machine.pass(5_000);
         assert!(machine.is_up("a"));
         let declared = machine.core.declared(&BTreeMap::new());
@@ -68,12 +68,12 @@ fn a_reload_during_one_that_came_after_keeps_the_way_back() {
         let mut machine = Machine::new(&[("a", plan("a", 600, false))]);
         machine.pass(1_500);
         machine.broken.extend([700, 800]);
-        machine.tell(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("new", 700, false)) });
+        machine.send(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("new", 700, false)) });
         machine.pass(200);
         if missing {
             machine.missing.insert(800);
         }
-        machine.tell(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("newer", 800, false)) });
+        machine.send(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("newer", 800, false)) });
         machine.pass(10_000);
         let declared = machine.core.declared(&BTreeMap::new());
         assert_eq!(declared[&id("a")].models[0].as_str(), "model-a", "missing: {missing}");
@@ -87,9 +87,9 @@ fn the_same_reload_again_changes_nothing_that_is_under_way() {
     let mut machine = Machine::new(&[("a", plan("a", 400, false))]);
     machine.pass(1_500);
     let reload = || Happened::Reload { pool_id: id("a"), plan: Box::new(plan("new", 500, false)) };
-    machine.tell(reload());
+    machine.send(reload());
     machine.pass(500);
-    machine.tell(reload());
+    machine.send(reload());
     machine.pass(600);
     assert_eq!((machine.preparations, machine.starts[&id("a")]), (2, 2), "one for each plan");
     assert_eq!(machine.core.declared(&BTreeMap::new())[&id("a")].models[0].as_str(), "model-new");
@@ -100,15 +100,15 @@ fn the_same_reload_again_changes_nothing_that_is_under_way() {
 fn a_reload_of_an_unloaded_pool_to_a_model_that_is_not_there_changes_nothing() {
     let mut machine = Machine::new(&[("a", plan("a", 400, true))]);
     machine.missing.insert(500);
-    machine.tell(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("new", 500, true)) });
+    machine.send(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("new", 500, true)) });
     machine.pass(100);
     let declared = machine.core.declared(&BTreeMap::new());
     assert_eq!(declared[&id("a")].models[0].as_str(), "model-a");
     assert!(declared[&id("a")].supervised.reload.as_ref().unwrap().error.is_some());
-    machine.tell(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("newer", 300, true)) });
+    machine.send(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("newer", 300, true)) });
     machine.pass(3_000);
     assert!(machine.engines.is_empty(), "nobody has asked for it");
-    machine.tell(Happened::Load { pool_id: id("a") });
+    machine.send(Happened::Load { pool_id: id("a") });
     machine.pass(2_000);
     assert!(machine.is_up("a"));
     assert_eq!(machine.core.declared(&BTreeMap::new())[&id("a")].models[0].as_str(), "model-newer");
@@ -120,7 +120,7 @@ fn going_back_takes_what_the_new_plan_had_published_out_of_service_first() {
     let pair = |mib| PoolPlan { replicas: 2, ..plan("a", mib, false) };
     let mut machine = Machine::new(&[("a", pair(300))]);
     machine.pass(1_500);
-    machine.tell(Happened::Reload { pool_id: id("a"), plan: Box::new(pair(450)) });
+    machine.send(Happened::Reload { pool_id: id("a"), plan: Box::new(pair(450)) });
     while machine.engines.values().filter(|engine| engine.bytes == 450 * MIB).count() < 2 {
         machine.pass(50);
     }
@@ -130,7 +130,7 @@ fn going_back_takes_what_the_new_plan_had_published_out_of_service_first() {
         machine.pass(50);
     }
     machine.engines.get_mut(&new[0]).unwrap().running = 1;
-    machine.tell_use();
+    machine.report_use();
     machine.end(new[1], "exit status 1");
     assert!(!machine.engines[&new[0]].published, "it is withdrawn before it is stopped");
     machine.pass(300);
@@ -146,7 +146,7 @@ fn going_back_takes_what_the_new_plan_had_published_out_of_service_first() {
 fn what_the_old_engines_did_is_not_held_against_those_that_replace_them() {
     let mut machine = Machine::new(&[("a", PoolPlan { exit_limit: 1, ..plan("a", 300, false) })]);
     machine.pass(1_500);
-    machine.tell(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("new", 400, false)) });
+    machine.send(Happened::Reload { pool_id: id("a"), plan: Box::new(plan("new", 400, false)) });
     machine.pass(500);
     machine.kill("a");
     assert_eq!(machine.state("a").0, PoolState::Failed);

@@ -51,7 +51,7 @@ fn run(tasks: &[(u64, usize)], slots: u32, min_resident: u64, beat_ms: u64) -> T
             }
             done += 1;
         }
-        machine.tell_use();
+        machine.report_use();
         for (pool, name) in NAMES.into_iter().enumerate() {
             if let Some(run) = machine.serving(name) {
                 asked[pool] = None;
@@ -61,16 +61,16 @@ fn run(tasks: &[(u64, usize)], slots: u32, min_resident: u64, beat_ms: u64) -> T
                     running.push((now + TASK_MS, run));
                     waited_ms = waited_ms.max(now - waiting[pool].remove(0));
                 }
-                machine.tell_use();
+                machine.report_use();
             } else if !waiting[pool].is_empty() && asked[pool].is_none_or(|at| now >= at + 5_000) {
                 asked[pool] = Some(now);
-                machine.tell(Happened::Load { pool_id: id(name) });
+                machine.send(Happened::Load { pool_id: id(name) });
             }
         }
         if now.is_multiple_of(beat_ms) || std::mem::take(&mut machine.asked_waiting) {
             let waited_for = NAMES.into_iter().enumerate().filter(|(pool, _)| !waiting[*pool].is_empty());
             let waited_for = waited_for.map(|(_, name)| id(name)).collect();
-            machine.tell(Happened::Waiting(waited_for));
+            machine.send(Happened::Waiting(waited_for));
         }
         machine.pass(50);
     }

@@ -7,7 +7,7 @@ use pool_registry_types::{Moment, PoolId};
 
 use crate::supervisor::core::{Ordered, Supervisor};
 use crate::supervisor::ledger::{Ledger, Shortage};
-use crate::supervisor::plan::{Claim, Device, Seat};
+use crate::supervisor::plan::{Claim, Device, ReplicaKey};
 use crate::supervisor::pool::{
     Blame, Generation, Pool, Preparation, Reload, Slot, Stage, Way, add, leave_all,
 };
@@ -16,7 +16,7 @@ use crate::supervisor::pool::{
 const ASK_WAITING_EVERY: Duration = Duration::from_secs(1);
 
 impl Supervisor {
-    pub(super) fn settle(&mut self, now: Moment, out: &mut Vec<Ordered>) {
+    pub(super) fn reconcile(&mut self, now: Moment, out: &mut Vec<Ordered>) {
         for (id, pool) in &mut self.pools {
             if pool.demand.is_some_and(|until| until <= now) {
                 pool.demand = None;
@@ -262,14 +262,14 @@ fn start(
     ledger: &mut Ledger,
     out: &mut Vec<Ordered>,
 ) {
-    let seat = Seat { pool_id: pool_id.clone(), replica_id: slot.replica_id.clone() };
+    let replica_key = ReplicaKey { pool_id: pool_id.clone(), replica_id: slot.replica_id.clone() };
     if let Some(prepared) = generation.prepared() {
-        ledger.hold(run, &prepared.claim, &seat.to_string());
+        ledger.hold(run, &prepared.claim, &replica_key.to_string());
         slot.claim.clone_from(&prepared.claim);
     }
     slot.stage = Stage::Starting { run, since: now };
     (slot.faults, slot.report) = (ledger.faults(), None);
-    out.push(Ordered::Start { run, seat, fingerprint: generation.plan.fingerprint });
+    out.push(Ordered::Start { run, replica_key, fingerprint: generation.plan.fingerprint });
 }
 
 impl Pool {
@@ -283,8 +283,8 @@ impl Pool {
         for slot in &mut self.serving.slots {
             if let Stage::Ready { run, published, .. } = &mut slot.stage {
                 *published = true;
-                let seat = Seat { pool_id: id.clone(), replica_id: slot.replica_id.clone() };
-                out.push(Ordered::Publish { run: *run, seat });
+                let replica_key = ReplicaKey { pool_id: id.clone(), replica_id: slot.replica_id.clone() };
+                out.push(Ordered::Publish { run: *run, replica_key });
             }
         }
         self.reload_error = None;
@@ -314,8 +314,8 @@ impl Pool {
     /// What leaves is stopped when nothing runs on it any more, or when its time is over.
     fn stop_what_has_left(&mut self, now: Moment, out: &mut Vec<Ordered>) {
         for slot in self.slots_mut() {
-            if let Stage::Leaving { run, until, blame, told } = slot.stage
-                && ((told && slot.work.running == 0) || now >= until)
+            if let Stage::Leaving { run, until, blame, reported } = slot.stage
+                && ((reported && slot.work.running == 0) || now >= until)
             {
                 slot.stage = Stage::Stopping { run, blame };
                 out.push(Ordered::Stop { run });
@@ -330,20 +330,20 @@ impl Pool {
             if let Stage::Starting { run, since } = slot.stage
                 && now >= since + patience
             {
-                slot.stage = Stage::Leaving { run, until: now, blame: Blame::Engine, told: true };
+                slot.stage = Stage::Leaving { run, until: now, blame: Blame::Engine, reported: true };
                 late = true;
             }
         }
-        let said = |patience: Duration| format!("not ready within {} s of its start", patience.as_secs());
+        let reported = |patience: Duration| format!("not ready within {} s of its start", patience.as_secs());
         if late {
-            self.last_error = Some(said(patience));
+            self.last_error = Some(reported(patience));
         }
         if let Some(Reload { way: Way::After { since, .. }, .. }) = &self.reload
             && now >= *since + patience + self.serving.plan.drain_timeout
             && self.serving.prepared().is_some()
             && !self.serving.is_ready()
         {
-            self.reload_error = self.waits_for.clone().or_else(|| Some(said(patience)));
+            self.reload_error = self.waits_for.clone().or_else(|| Some(reported(patience)));
             self.go_back(now, id, out);
             return;
         }
@@ -352,7 +352,7 @@ impl Pool {
         let overdue =
             |slot: &Slot| matches!(slot.stage, Stage::Starting { since, .. } if now >= since + patience);
         if next.slots.iter().any(overdue) {
-            self.reload_error = Some(said(patience));
+            self.reload_error = Some(reported(patience));
             self.give_up_beside(now, id, out);
         }
     }
@@ -390,7 +390,7 @@ impl Pool {
             all.push(*since + self.serving.plan.load_timeout + self.serving.plan.drain_timeout);
         }
         all.extend(self.demand.filter(|at| *at != Moment::NEVER));
-        all.extend(self.waited_for.map(|told| told + super::core::DEMAND_LIFE));
+        all.extend(self.waited_for.map(|reported| reported + super::core::DEMAND_LIFE));
         all.extend(self.cool_down.until.filter(|_| !self.purging));
         let next = self.reload.iter().filter_map(|reload| reload.next.as_ref());
         for generation in std::iter::once(&self.serving).chain(next) {

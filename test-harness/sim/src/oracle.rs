@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use pool_registry_types::error::EndCause;
 use pool_registry_types::node::{Intent, Liveness};
-use pool_registry_types::placement::Wishes;
+use pool_registry_types::placement::PlacementConstraints;
 use pool_registry_types::view::{ClusterView, NodeView};
 use pool_registry_types::{
     AttemptId, ErrorBody, ErrorCode, ModelRef, Moment, NodeId, PoolId, PoolKey, TaskId,
@@ -30,7 +30,7 @@ pub(crate) struct Seen {
     read: u64,
     tokens: u64,
     pub(crate) terminal: Option<String>,
-    wishes: Option<Wishes>,
+    constraints: Option<PlacementConstraints>,
     continues: bool,
     /// A replay of it did not begin with what had been sent.
     differed: bool,
@@ -88,7 +88,7 @@ pub(crate) struct Life {
 
 /// The books of one life of the control plane.
 #[derive(Debug, Default)]
-pub(crate) struct Witness {
+pub(crate) struct Oracle {
     pub(crate) tasks: BTreeMap<TaskId, Seen>,
     pub(crate) life: BTreeMap<NodeId, Life>,
     pub(crate) epochs: BTreeSet<String>,
@@ -129,7 +129,7 @@ pub(crate) struct Witness {
 /// A broken invariant.
 pub(crate) type Broken = String;
 
-impl Witness {
+impl Oracle {
     /// The control plane starts anew: its tasks are gone, the epochs it gave are not.
     pub(crate) fn next_life(&mut self) {
         let epochs = std::mem::take(&mut self.epochs);
@@ -151,7 +151,7 @@ impl Witness {
             batch: plan.batch,
             number: self.next_number,
             queued_since: Some(now),
-            wishes: plan.wishes.clone(),
+            constraints: plan.constraints.clone(),
             continues: plan.recovery.is_some(),
             deadline,
             patient_until: deadline.unwrap_or(Moment::NEVER).min(now + queue_timeout),
@@ -298,11 +298,11 @@ impl Witness {
     }
 
     /// What the task asked for, of the place that it is given.
-    fn is_where_it_must(wishes: &Wishes, pool: &PoolKey, node: &NodeView) -> bool {
-        wishes.pin_allows(pool)
-            && wishes.require_labels.iter().all(|(name, value)| node.labels.get(name) == Some(value))
-            && (wishes.allow_fallback || !wishes.avoids(pool))
-            && (!wishes.only_preferred() || wishes.prefers(pool))
+    fn is_where_it_must(constraints: &PlacementConstraints, pool: &PoolKey, node: &NodeView) -> bool {
+        constraints.pin_allows(pool)
+            && constraints.require_labels.iter().all(|(name, value)| node.labels.get(name) == Some(value))
+            && (constraints.allow_fallback || !constraints.avoids(pool))
+            && (!constraints.only_preferred() || constraints.prefers(pool))
     }
 
     /// [5] only to online nodes and ready pools, [4] never more than there are slots, [3] never
@@ -366,7 +366,11 @@ impl Witness {
                 dispatch.task
             ));
         }
-        if seen.wishes.as_ref().is_some_and(|wishes| !Self::is_where_it_must(wishes, &dispatch.pool, node)) {
+        if seen
+            .constraints
+            .as_ref()
+            .is_some_and(|constraints| !Self::is_where_it_must(constraints, &dispatch.pool, node))
+        {
             return Err(format!("{} was sent to {}, against its wishes", dispatch.task, dispatch.pool));
         }
         if self.draining.contains(&dispatch.pool.node_id) {
@@ -403,12 +407,13 @@ impl Witness {
             ));
         }
         let could_have_it = |other: &Seen| {
-            let wishes = other.wishes.as_ref();
+            let constraints = other.constraints.as_ref();
             other.queued_since.is_some()
                 && other.model == seen.model
                 && !other.suspect
                 && !other.tried.contains(&dispatch.pool)
-                && wishes.is_none_or(|wishes| Self::is_where_it_must(wishes, &dispatch.pool, node))
+                && constraints
+                    .is_none_or(|constraints| Self::is_where_it_must(constraints, &dispatch.pool, node))
         };
         let older = self.tasks.iter().find(|(_, other)| {
             other.number < seen.number && other.batch == seen.batch && could_have_it(other)
@@ -488,8 +493,8 @@ impl Witness {
                 seen.engine_failures.push((pool.clone(), now, answer.clone()));
                 let goes_on = tokens == 0 || seen.continues;
                 let before = seen.engine_failures.clone();
-                let own = before.iter().any(|(other, at, said)| {
-                    (*other == pool || *said == answer) && self.served_another(&pool, task, *at)
+                let own = before.iter().any(|(other, at, reported)| {
+                    (*other == pool || *reported == answer) && self.served_another(&pool, task, *at)
                 });
                 if own && goes_on {
                     for sick in self.sick.values_mut() {
@@ -581,7 +586,7 @@ impl Witness {
                 }
             }
             ErrorCode::ModelNotAvailable | ErrorCode::NodeUnavailable => {
-                self.unavailable(now, error.code, seen.model, seen.wishes.as_ref(), core, plan)
+                self.unavailable(now, error.code, seen.model, seen.constraints.as_ref(), core, plan)
             }
             ErrorCode::InvalidParams => {
                 let view = core.view(now);
@@ -594,9 +599,10 @@ impl Witness {
                     open && pools.into_iter().any(|pool| {
                         let key = PoolKey::new(node.node_id.clone(), pool.report.pool_id.clone());
                         let has = pool.report.models.iter().any(|m| m.as_str() == format!("m{}", seen.model));
-                        let wishes = seen.wishes.as_ref();
+                        let constraints = seen.constraints.as_ref();
                         has && !seen.rejected_by.contains(&key)
-                            && wishes.is_none_or(|wishes| Self::is_where_it_must(wishes, &key, node))
+                            && constraints
+                                .is_none_or(|constraints| Self::is_where_it_must(constraints, &key, node))
                     })
                 };
                 match view.nodes.iter().find(|node| takes(node)) {
@@ -643,11 +649,11 @@ impl Witness {
         now: Moment,
         code: ErrorCode,
         model: usize,
-        wishes: Option<&Wishes>,
+        constraints: Option<&PlacementConstraints>,
         core: &ControlCore,
         plan: &Plan,
     ) -> Result<(), Broken> {
-        let pinned = wishes.and_then(Wishes::pinned_node);
+        let pinned = constraints.and_then(PlacementConstraints::pinned_node);
         let liveness = pinned.and_then(|node_id| core.registry().liveness(node_id));
         let draining =
             pinned.is_some_and(|node_id| core.registry().intent(node_id) == Some(Intent::Draining));
@@ -688,7 +694,7 @@ impl Witness {
     ) -> Result<(), Broken> {
         match error.code {
             ErrorCode::ModelNotAvailable | ErrorCode::NodeUnavailable => {
-                self.unavailable(now, error.code, task.model, task.wishes.as_ref(), core, plan)
+                self.unavailable(now, error.code, task.model, task.constraints.as_ref(), core, plan)
             }
             _ => Ok(()),
         }
