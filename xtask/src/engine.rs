@@ -62,7 +62,7 @@ pub(crate) fn fetch(what: &str, folder: &Path, lock: &Path) -> Result<bool, Fail
     ]);
     pip.args(["--only-binary", ":all:", "--no-deps", "--root-user-action", "ignore", "--target"]).arg(folder);
     run(pip.arg("--requirement").arg(lock), ONLINE)?;
-    mark_current(folder, lock)?;
+    write_stamp(folder, lock)?;
     Ok(true)
 }
 
@@ -101,7 +101,7 @@ fn is_current(folder: &Path, lock: &Path) -> Result<bool, Failed> {
     Ok(std::fs::read_to_string(stamp(folder)).is_ok_and(|have| have == wanted))
 }
 
-fn mark_current(folder: &Path, lock: &Path) -> Result<(), Failed> {
+fn write_stamp(folder: &Path, lock: &Path) -> Result<(), Failed> {
     let wanted = read(lock)?;
     std::fs::write(stamp(folder), wanted).map_err(|error| Failed(format!("{}: {error}", folder.display())))
 }

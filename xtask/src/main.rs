@@ -10,6 +10,7 @@ mod schema;
 mod steps;
 mod tidy;
 mod up;
+mod words;
 
 use std::process::{Command, ExitCode};
 use std::time::Instant;

@@ -1,7 +1,8 @@
 //! The rules of the house that no compiler holds.
 //!
 //! Which crate may depend on which, what a pure crate forbids itself, where documents may lie,
-//! that every requirement is cited by a test, and that every spawn of a daemon has an owner.
+//! that every requirement is cited by a test, that every spawn of a daemon has an owner, and that no
+//! retired word comes back.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -10,6 +11,7 @@ use std::process::Command;
 use serde_json::Value;
 
 use crate::steps::{Failed, output, read, root};
+use crate::words;
 
 /// Each crate with the crates of ours that it may depend on. A new line here wants a decision
 /// record.
@@ -114,6 +116,7 @@ pub(crate) fn run() -> Result<(), Failed> {
     documents(&files, &mut complaints);
     requirements(&files, &mut complaints)?;
     spawns(&files, &mut complaints)?;
+    words::check(&files, &mut complaints)?;
     if complaints.is_empty() {
         println!("tidy: {} crates, {} files", ARROWS.len(), files.len());
         return Ok(());

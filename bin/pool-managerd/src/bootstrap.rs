@@ -126,7 +126,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     if let Some(session) = session
         && tokio::time::timeout(LEAVE_TIMEOUT, session).await.is_err()
     {
-        tracing::warn!("the control plane did not answer the farewell in time");
+        tracing::warn!("the control plane did not answer the deregistration in time");
     }
     stop.cancel();
     agent.stop().await;

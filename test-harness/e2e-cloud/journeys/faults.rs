@@ -1,5 +1,5 @@
 //! Three nodes with 200 tasks in flight, and everything that can die under them; the clients'
-//! transcripts are the witness.
+//! transcripts are the evidence.
 //!
 //! In each round half of the tasks may be continued and half may not. Those that may must all be
 //! whole, whatever happened. Of the others, those that had sent no token must be whole too, and the

@@ -207,11 +207,15 @@ async fn thoughts_are_output_and_the_same_whether_the_stream_may_go_on_or_not() 
         cluster.fault(n, json!({"kind": "thinks", "tokens": 4})).await;
     }
     let plain = run(&cluster, chat(8, json!({}))).await;
-    // The mark between them is a token too.
+    // The delimiter between them is a token too.
     assert_eq!((plain.reasoning().trim_end(), plain.text().as_str()), ("w0 w1 w2 w3", "w4 w5 w6 "));
     assert_eq!(plain.events.last().unwrap().2["tokens_out"], 8, "thoughts are tokens");
     let raw = run(&cluster, chat(8, json!({"recovery": "continue"}))).await;
-    assert_eq!((raw.reasoning(), raw.text()), ("w0 w1 w2 w3".into(), plain.text()), "no mark in the text");
+    assert_eq!(
+        (raw.reasoning(), raw.text()),
+        ("w0 w1 w2 w3".into(), plain.text()),
+        "no delimiter in the text"
+    );
 
     let dropped = run(&cluster, chat(8, json!({"reasoning": "drop"}))).await;
     assert_eq!((dropped.reasoning(), dropped.text()), (String::new(), plain.text()));
@@ -239,7 +243,7 @@ async fn thoughts_are_output_and_the_same_whether_the_stream_may_go_on_or_not() 
 
 // CLOUD-1521
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stream_that_is_lost_between_thoughts_and_text_goes_on_without_gap_or_mark() {
+async fn a_stream_that_is_lost_between_thoughts_and_text_goes_on_without_gap_or_delimiter() {
     for after in [2, 5] {
         let engine = Engine::Fake { slots: 4, first_token_ms: 5, pace_ms: 30, dialect: "llamacpp" };
         let mut cluster = Cluster::start(Options { nodes: 2, engine, ..Options::default() }).await;

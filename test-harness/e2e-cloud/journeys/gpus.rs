@@ -102,8 +102,8 @@ async fn two_gpus_are_told_with_their_memory_their_errors_and_their_strangers() 
     // What a program has done is no fault of its device; what the device has done is, even when it
     // is not told again.
     gpus.set(json!({"gpus": [{"xids": [13, 31]}, {"total": 8 * GIB, "used": GIB, "xids": [43, 79]}]}));
-    let is_told = |gpus: &Value| gpus[1]["problem"].as_str().is_some_and(|text| text.contains("Xid 79"));
-    let seen = gpus.wait("the error is seen", is_told).await;
+    let is_reported = |gpus: &Value| gpus[1]["problem"].as_str().is_some_and(|text| text.contains("Xid 79"));
+    let seen = gpus.wait("the error is seen", is_reported).await;
     assert_eq!((&seen[1]["health"], &seen[0]["health"]), (&json!("degraded"), &json!("ok")), "{seen}");
     gpus.set(json!({"gpus": [{}, {"total": 8 * GIB, "used": 2 * GIB, "xids": [43, 79]}]}));
     let seen = gpus.wait("it was looked at again", |gpus| gpus[1]["vram_used_bytes"] == 2 * GIB).await;

@@ -2,7 +2,7 @@
 //! fake or real, and clients that write down what they saw.
 //!
 //! Nothing here looks into a daemon: what is asserted is what came over HTTP, and the clients'
-//! transcripts are the witness. Waits are for conditions and bounded.
+//! transcripts are the evidence. Waits are for conditions and bounded.
 
 pub mod client;
 pub mod cluster;

@@ -109,7 +109,7 @@ struct Answer {
     over: bool,
     /// Tokens that it still thinks.
     thoughts: u64,
-    /// The mark that ends them is still to come.
+    /// The delimiter that ends them is still to come.
     delimiters: bool,
 }
 
@@ -153,7 +153,7 @@ pub(crate) async fn answer(engine: Arc<Engine>, dialect: Dialect, tokens: u64, f
         Fault::Thinks { tokens } => tokens.saturating_sub(first),
         _ => 0,
     };
-    // A mark ends the thoughts; whoever goes on after them has had it.
+    // A delimiter ends the thoughts; whoever goes on after them has had it.
     let delimiters = matches!(fault, Fault::Thinks { tokens } if first <= tokens);
     let answer = Answer {
         engine,

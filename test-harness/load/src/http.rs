@@ -1,4 +1,4 @@
-//! A client that costs little: one request, its stream read for token marks, times taken.
+//! A client that costs little: one request, its stream read for token markers, times taken.
 
 use std::time::{Duration, Instant};
 
@@ -74,7 +74,7 @@ impl Caller {
         let mut body = response.into_body();
         while let Some(frame) = body.frame().await {
             let Ok(data) = frame.expect("a whole stream").into_data() else { continue };
-            // A mark may be split between two pieces.
+            // A marker may be split between two pieces.
             tail.extend_from_slice(&data);
             let (found, keep) = count(&tail, self.token_marker);
             seen += found;
@@ -88,7 +88,7 @@ impl Caller {
     }
 }
 
-/// Marks in the bytes, and how many bytes are done with.
+/// Markers in the bytes, and how many bytes are done with.
 fn count(bytes: &[u8], token_marker: &[u8]) -> (usize, usize) {
     let (mut found, mut at, mut done) = (0, 0, 0);
     while let Some(offset) = bytes[at..].iter().position(|b| *b == token_marker[0]) {

@@ -2,7 +2,7 @@
 //!
 //! Every figure that depends on the machine has its baseline in the same run: the engine alone,
 //! asked by the same client. Repetitions alternate between the two; medians are printed. It
-//! reports and does not judge: only wrong answers make it fail.
+//! reports and does not assess: only wrong answers make it fail.
 
 #![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
 

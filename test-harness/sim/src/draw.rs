@@ -391,7 +391,7 @@ fn of_peers(
     }
 }
 
-/// What a task wishes of its place, if anything. Names of nodes are those of the simulation.
+/// The placement constraints of a task, if any. Names of nodes are those of the simulation.
 fn constraints(r: &mut fastrand::Rng, node_count: usize) -> Option<PlacementConstraints> {
     let node = r.usize(..node_count);
     let zone = ZONES[r.usize(..2)];
@@ -405,5 +405,5 @@ fn constraints(r: &mut fastrand::Rng, node_count: usize) -> Option<PlacementCons
         5 => format!(r#"{{"mode":"prefer","node_id":"n{node}","allow_fallback":{}}}"#, r.bool()),
         _ => return None,
     };
-    Some(serde_json::from_str(&json).expect("well-formed wishes"))
+    Some(serde_json::from_str(&json).expect("well-formed constraints"))
 }

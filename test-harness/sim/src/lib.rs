@@ -1,5 +1,5 @@
 //! The cluster under virtual time: the production cores, a network that misbehaves, and a
-//! witness that believes nobody.
+//! oracle that believes nobody.
 //!
 //! [`world`] runs `ControlCore`, `NodeCore`, `TaskLog` and `StreamWatch` as they are; there is
 //! no second model of them. What is modelled is the rest: engines, sockets, lost messages,

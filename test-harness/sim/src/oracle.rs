@@ -1,4 +1,4 @@
-//! The witness: what a client and an omniscient observer see, held against the invariants.
+//! The oracle: what a client and an omniscient observer see, held against the invariants.
 //!
 //! It keeps books of its own from effects, events and the bytes in the logs, and never asks
 //! the core whether the core is right. Numbers in brackets are those of the contract's list.
@@ -221,7 +221,7 @@ impl Oracle {
         self.denied.remove(node_id)
     }
 
-    /// An operator's wish has reached the core.
+    /// An operator's order has reached the core.
     pub(crate) fn wants(&mut self, node_id: &NodeId, intent: Intent) {
         match intent {
             Intent::Draining => self.draining.insert(node_id.clone()),
@@ -371,7 +371,7 @@ impl Oracle {
             .as_ref()
             .is_some_and(|constraints| !Self::is_where_it_must(constraints, &dispatch.pool, node))
         {
-            return Err(format!("{} was sent to {}, against its wishes", dispatch.task, dispatch.pool));
+            return Err(format!("{} was sent to {}, against its constraints", dispatch.task, dispatch.pool));
         }
         if self.draining.contains(&dispatch.pool.node_id) {
             return Err(format!("[5] {} was sent to {}, which is drained", dispatch.task, dispatch.pool));

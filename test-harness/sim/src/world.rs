@@ -61,7 +61,7 @@ pub(crate) enum Piece {
     Token(u64),
     End(u64),
     Error(ErrorBody),
-    Closing(u64),
+    FinalReport(u64),
     KeepAlive,
     /// The connection is gone.
     Reset(&'static str),
@@ -323,7 +323,7 @@ pub struct World {
     pub(crate) voices: BTreeMap<TaskId, bool>,
     /// What operators want of nodes, on the nodes' disks.
     pub(crate) loads: Loads,
-    pub(crate) kept_intents: Vec<Intent>,
+    pub(crate) stored_intents: Vec<Intent>,
     /// What the nodes' wall clocks are off, milliseconds.
     pub(crate) clocks: Vec<i64>,
 }
@@ -365,7 +365,7 @@ impl World {
             names: BTreeMap::new(),
             voices: BTreeMap::new(),
             loads: Loads::default(),
-            kept_intents: vec![Intent::Serving; plan.nodes.len()],
+            stored_intents: vec![Intent::Serving; plan.nodes.len()],
             clocks: vec![0; plan.nodes.len()],
             plan,
         };

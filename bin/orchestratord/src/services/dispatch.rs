@@ -187,7 +187,8 @@ impl Relays {
                 Some(Some(Ok(_))) | None => {}
             }
             if reading.final_report.is_some() {
-                return reading.end(HowEnded::Broken("its closing word came without a final frame".into()));
+                return reading
+                    .end(HowEnded::Broken("its final report number came without a final frame".into()));
             }
         }
     }
@@ -216,7 +217,7 @@ struct Reading<'d> {
     started: bool,
     /// The final frame, once it came.
     last: Option<HowEnded>,
-    /// The node's closing word.
+    /// The number of the node's last report before the end.
     final_report: Option<u64>,
     /// The tokens of the task up to the frame that comes next, and the engine's ids of its own.
     ids: Option<(u64, Vec<u32>)>,

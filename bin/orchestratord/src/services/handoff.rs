@@ -85,7 +85,7 @@ impl Running {
         // The control loop answers in process; the bound is for the case that it is gone.
         let left = tokio::time::timeout(Duration::from_secs(1), self.session).await;
         if left.is_err() {
-            tracing::warn!("the home node could not say farewell");
+            tracing::warn!("the home node could not deregister");
         }
         self.stop.cancel();
         self.agent.stop().await;

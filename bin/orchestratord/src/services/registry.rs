@@ -57,7 +57,7 @@ impl ServiceRegistryHandle {
         }
     }
 
-    /// An operator's wish for a node.
+    /// An operator's order for a node.
     pub(crate) async fn want(&self, node_id: NodeId, intent: Intent) -> Result<IntentAnswer, ErrorBody> {
         match self.control.call(move |reply| Event::Want { reply, node_id, intent }).await? {
             Answer::Intent(answer) => Ok(answer),

@@ -1,4 +1,4 @@
-//! The tasks' logs: opened, written, kept after their end, and let go.
+//! The tasks' logs: opened, written, kept after their end, and dropped.
 //!
 //! Each log has its own lock, held while bytes are copied. Who reads them is not known here.
 

@@ -1,6 +1,6 @@
 //! The choice itself, and its explanation.
 //!
-//! What a task must have ([`fits`]) decides which pools count at all; what it wishes
+//! What a task must have ([`fits`]) decides which pools count at all; what it prefers
 //! ([`Preference`]) orders those that count; the strategy orders the rest.
 
 use std::collections::BTreeMap;
@@ -84,7 +84,7 @@ impl std::fmt::Display for NoPlacement {
     }
 }
 
-/// How far a pool is from what the task wishes; smaller is better, and the order of the fields
+/// How far a pool is from what the task prefers; smaller is better, and the order of the fields
 /// is their priority.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Preference {
@@ -113,9 +113,9 @@ impl Preference {
     }
 }
 
-/// Takes the best pool for the task. Cost: without a wish, one step for each free pool of the
+/// Takes the best pool for the task. Cost: without a preference, one step for each free pool of the
 /// model that is better than the chosen one and does not fit; with one, a step for each free pool
-/// until all that is wished is found.
+/// until all that is preferred is found.
 pub fn choose(index: &PoolIndex, shape: &TaskShape<'_>) -> Result<Choice, NoPlacement> {
     let Some(pools) = index.of_model(shape.model) else { return Err(NoPlacement::NoPool) };
     let fits = |key: &PoolKey| index.get(key).is_some_and(|candidate| fits(candidate, shape));
@@ -218,7 +218,7 @@ pub fn might_take(index: &PoolIndex, shape: &TaskShape<'_>) -> bool {
     })
 }
 
-/// The pools that take nothing for the moment, for the doubts there are of them or of their nodes,
+/// The pools that take nothing for the moment, because they or their nodes are suspect or tripped,
 /// and would fit the task.
 pub fn temporarily_unavailable<'i>(
     index: &'i PoolIndex,
@@ -282,7 +282,7 @@ pub(crate) fn fits(candidate: &Candidate, shape: &TaskShape<'_>) -> bool {
     misfit(candidate, shape).is_none()
 }
 
-/// What the task must have and the pool has not, whatever its standing and its slots.
+/// What the task must have and the pool has not, whatever its availability and its slots.
 fn misfit(candidate: &Candidate, shape: &TaskShape<'_>) -> Option<Refusal> {
     let able = candidate.engine.is_some_and(|engine| shape.engines.contains(engine));
     if !able || shape.lacking.contains(&candidate.key) {

@@ -30,7 +30,7 @@ impl Timing {
     }
 }
 
-/// Why a connection to a node is doubted.
+/// Why a connection to a node is suspect.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Suspicion {
     NotDialledYet,

@@ -60,7 +60,7 @@ struct Node {
 
 impl Node {
     /// The node says what it does, and the number of the last order it has taken: one that it
-    /// has taken is no wish any more.
+    /// has taken is not outstanding any more.
     fn reported(&mut self, intent: Intent, order: u64) {
         self.intent = intent;
         self.wanted = self.wanted.take().filter(|wanted| wanted.number > order);
@@ -141,7 +141,7 @@ pub struct ServiceRegistry {
     epochs_given: u64,
     orders_given: u64,
     /// Orders for nodes that went before they took them; they hold when the nodes are back.
-    orders_kept: BTreeMap<NodeId, IntentOrder>,
+    stored_orders: BTreeMap<NodeId, IntentOrder>,
     nodes: BTreeMap<NodeId, Node>,
     reservations: BTreeMap<AttemptId, Reservation>,
     /// When a node last reported a pool that has or loads the model.
@@ -165,7 +165,7 @@ impl ServiceRegistry {
             settings,
             epochs_given: 0,
             orders_given: 0,
-            orders_kept: BTreeMap::new(),
+            stored_orders: BTreeMap::new(),
             nodes: BTreeMap::new(),
             reservations: BTreeMap::new(),
             models_reported: BTreeMap::new(),
@@ -218,9 +218,9 @@ impl ServiceRegistry {
             node.labels = Arc::new(request.labels.clone());
             node.request = request;
         } else {
-            // An operator's wish is for the node, not for one life of it.
+            // An operator's order is for the node, not for one life of it.
             let before = self.nodes.get(&node_id).and_then(|node| node.wanted.clone());
-            let before = before.or_else(|| self.orders_kept.remove(&node_id));
+            let before = before.or_else(|| self.stored_orders.remove(&node_id));
             let wanted = before.filter(|wanted| wanted.intent != request.intent);
             let node = Node {
                 epoch: epoch.clone(),
@@ -278,18 +278,18 @@ impl ServiceRegistry {
     /// Forgets a node, but not what is wanted of it.
     fn remove(&mut self, node_id: &NodeId) {
         let Some(order) = self.nodes.remove(node_id).and_then(|node| node.wanted) else { return };
-        if self.orders_kept.len() >= MAX_NODES {
-            let oldest = self.orders_kept.iter().min_by_key(|(_, order)| order.number);
+        if self.stored_orders.len() >= MAX_NODES {
+            let oldest = self.stored_orders.iter().min_by_key(|(_, order)| order.number);
             let oldest = oldest.map(|(node_id, _)| node_id.clone());
-            oldest.iter().for_each(|node_id| drop(self.orders_kept.remove(node_id)));
+            oldest.iter().for_each(|node_id| drop(self.stored_orders.remove(node_id)));
         }
-        self.orders_kept.insert(node_id.clone(), order);
+        self.stored_orders.insert(node_id.clone(), order);
     }
 
     /// Changes the order that is kept for a node which is not known any more. Returns whether there
     /// is one.
-    pub fn want_kept(&mut self, node_id: &NodeId, intent: Intent) -> bool {
-        let Some(order) = self.orders_kept.get_mut(node_id) else { return false };
+    pub fn want_stored(&mut self, node_id: &NodeId, intent: Intent) -> bool {
+        let Some(order) = self.stored_orders.get_mut(node_id) else { return false };
         self.orders_given += 1;
         (order.number, order.intent) = (self.orders_given, intent);
         true
@@ -391,7 +391,7 @@ impl ServiceRegistry {
         Some((node.request.address.clone(), order))
     }
 
-    /// The node says that it has taken the order. The wish stands until a report says so too:
+    /// The node says that it has taken the order. The order stands until a report says so too:
     /// one that was made before may still be on its way.
     pub fn intent_taken(&mut self, node_id: &NodeId, order: &IntentOrder) {
         if let Some(node) = self.nodes.get_mut(node_id)

@@ -79,7 +79,7 @@ impl PoolBook {
     }
 }
 
-/// Attempts that ended with the node's closing word, and the report that came last before it.
+/// Attempts that ended with a final report number, and that number.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct ClosedAttempts(BTreeMap<AttemptId, u64>);
 

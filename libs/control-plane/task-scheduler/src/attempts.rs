@@ -133,7 +133,7 @@ pub struct Evidence<'a> {
     pub pool: &'a PoolKey,
 }
 
-/// Judges the end of an attempt by its evidence.
+/// Classifies the end of an attempt by its evidence.
 pub fn classify(evidence: &Evidence<'_>) -> Outcome {
     let Evidence { how, closing, tokens_written, pool: engine, .. } = *evidence;
     let has_sent = tokens_written > evidence.first_index;

@@ -14,7 +14,7 @@ impl Bench {
         self.apply(Event::Want { reply, node_id: node(name), intent });
         match self.replies[&reply].clone() {
             Ok(Answer::Intent(answer)) => Ok(answer),
-            Ok(other) => panic!("not an answer to a wish: {other:?}"),
+            Ok(other) => panic!("not an answer to an order: {other:?}"),
             Err(error) => Err(error),
         }
     }
@@ -566,7 +566,7 @@ fn a_quiet_stream_is_moved_when_its_node_cannot_be_dialled_and_loses_nothing_by_
 
 // CLOUD-1541
 #[test]
-fn a_farewell_takes_the_end_of_no_attempt_away() {
+fn a_deregistration_takes_the_end_of_no_attempt_away() {
     let mut b = Bench::new();
     b.join("a", 2);
     let (early, _) = b.submit(task());

@@ -78,7 +78,7 @@ pub enum Event {
         attempt: AttemptId,
     },
     /// The attempt's log is fenced or finished, with this many frames in it before a terminal one.
-    /// `final_report` is the node's closing word: the number of its last report before the end.
+    /// `final_report` is the number of the node's last report before the end.
     Ended {
         attempt: AttemptId,
         tokens_written: u64,

@@ -2,7 +2,7 @@
 //!
 //! A session is made by its first task and forgotten when nobody used it for its time to live.
 //! It holds numbers and a place, never content. Turns and tokens are held for a task when it is
-//! admitted and settled when it ends, so that tasks side by side cannot overdraw them; the time
+//! admitted and accounted when it ends, so that tasks side by side cannot overdraw them; the time
 //! of running is looked at when a task is admitted. A token event counts as one token.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -20,7 +20,7 @@ pub struct AttemptDeadlines {
     pub silence: Duration,
 }
 
-/// A stream without a byte for so long is doubted: three comments are missing.
+/// A stream without a byte for so long is suspect: three comments are missing.
 /// Source: .specs/01 CLOUD-1540.
 pub const QUIET: Duration = Duration::from_secs(3);
 

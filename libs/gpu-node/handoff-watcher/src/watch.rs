@@ -92,7 +92,7 @@ async fn run(looker: SharedLooker, interval: Duration, send: mpsc::Sender<Change
         if event.is_ok_and(|event| !may_change(&event.kind)) {
             return;
         }
-        // One waiting stir is enough: a look sees everything.
+        // One waiting wake-up is enough: a look sees everything.
         let _ = wake.try_send(());
     };
     let watcher = notify::recommended_watcher(on_event).and_then(|mut watcher| {

@@ -64,7 +64,7 @@ pub struct Agent {
     pub(crate) core: Mutex<NodeCore>,
     wake: Notify,
     client: EngineClient,
-    /// Who follows the slots of a replica that settle, and is told of more.
+    /// Who follows the slots of a replica that are to be released, and learns of more.
     slot_watchers: Mutex<BTreeMap<HandoffName, Arc<Notify>>>,
     pub(crate) cancels: Mutex<HashMap<AttemptId, CancellationToken>>,
     replicas: Mutex<BTreeMap<HandoffName, Watched>>,
@@ -324,7 +324,7 @@ impl Agent {
         self.change(|core, now| core.counted(now, began, pool_id, replica_id, busy));
     }
 
-    // ---- slots that settle ----
+    // ---- slots that are to be released ----
 
     /// An attempt was broken off: its slot is followed until it is free.
     pub(crate) fn watch_slots(self: &Arc<Self>, name: HandoffName, key: Option<ApiKey>) {
@@ -337,12 +337,12 @@ impl Agent {
         slot_watchers.insert(name.clone(), Arc::clone(&again));
         drop(slot_watchers);
         let agent = Arc::clone(self);
-        let make = move || Arc::clone(&agent).follow_settling(name.clone(), key.clone(), Arc::clone(&again));
+        let make = move || Arc::clone(&agent).follow_releases(name.clone(), key.clone(), Arc::clone(&again));
         // Until it runs again the slots stay taken.
-        owned_tasks::start(&self.tracker, "slots that settle", &self.stop, make, |_| {});
+        owned_tasks::start(&self.tracker, "slots that are to be released", &self.stop, make, |_| {});
     }
 
-    async fn follow_settling(self: Arc<Self>, name: HandoffName, key: Option<ApiKey>, again: Arc<Notify>) {
+    async fn follow_releases(self: Arc<Self>, name: HandoffName, key: Option<ApiKey>, again: Arc<Notify>) {
         loop {
             let watching = replica::watch_slots(&self, &name, key.clone(), &again);
             tokio::select! {
@@ -365,7 +365,7 @@ impl Agent {
         Some((engine, self.endpoint(name, &url)))
     }
 
-    pub(crate) fn is_settling(&self, name: &HandoffName) -> bool {
+    pub(crate) fn is_watched(&self, name: &HandoffName) -> bool {
         self.slot_watchers.lock().contains_key(name)
     }
 
@@ -373,8 +373,8 @@ impl Agent {
         self.core.lock().slot_due_at(pool_id, replica_id)
     }
 
-    pub(crate) fn expire_settling(&self) {
-        self.change(NodeCore::expire_settling);
+    pub(crate) fn expire_releases(&self) {
+        self.change(NodeCore::expire_releases);
     }
 
     pub(crate) fn unbind(&self, pool_id: &PoolId, replica_id: &ReplicaId) {
@@ -418,7 +418,7 @@ impl Agent {
         self.work_ended.notified().await;
     }
 
-    pub(crate) fn tell_work_ended(&self) {
+    pub(crate) fn notify_work_ended(&self) {
         self.work_ended.notify_one();
     }
 
@@ -554,7 +554,7 @@ impl Agent {
         }
     }
 
-    /// Writes the operator's wish down and follows it. Returns whether the order is for this
+    /// Writes the operator's order down and follows it. Returns whether the order is for this
     /// registration; one that a later one has overtaken has no effect.
     pub async fn take_intent(self: &Arc<Self>, order: IntentOrder) -> std::io::Result<bool> {
         // Whoever asked may go away; what was begun is finished.
@@ -662,7 +662,7 @@ impl Agent {
             *self.gpu_faults.lock() =
                 readings.iter().map(|reading| (reading.device_id, reading.faults)).collect();
             self.gpus_observed(gpus);
-            self.tell_work_ended();
+            self.notify_work_ended();
             tokio::select! {
                 () = self.stop.cancelled() => return,
                 () = self.look_at_gpus.notified() => {}

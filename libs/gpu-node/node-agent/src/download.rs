@@ -1,6 +1,6 @@
 //! Downloads of models: resumed where they broke off, and verified before anything is said of them.
 //!
-//! The beginning that is on the disk counts only together with the server's own mark of what it
+//! The beginning that is on the disk counts only together with the server's own validator of what it
 //! is a beginning of (a strong ETag, or a time of change): `If-Range` asks the server, and one
 //! that answers with the whole starts it over. The digest is reckoned over what lies on the disk.
 
@@ -197,7 +197,7 @@ impl Part<'_> {
         let mut part = Part { path, begun: None, done: 0 };
         let begun = tokio::fs::read(part.begun_path()).await.ok();
         let begun: Option<Begun> = begun.and_then(|text| serde_json::from_slice(&text).ok());
-        // Without a mark nothing says what the beginning is of.
+        // Without a validator nothing says what the beginning is of.
         part.begun = begun.filter(|begun| begun.url == url && begun.validator.is_some());
         if part.begun.is_some() {
             part.done = tokio::fs::metadata(path).await.map_or(0, |about| about.len());
@@ -230,7 +230,7 @@ pub async fn download(
         let before = part.done;
         match attempt(client, hub, remote, &mut part, progress).await {
             Ok(()) => {
-                // The mark has done its work; one that stays does no harm.
+                // The validator has done its work; one that stays does no harm.
                 let _ = tokio::fs::remove_file(part.begun_path()).await;
                 return Ok(resumed_at);
             }

@@ -159,13 +159,13 @@ struct Slot {
 }
 
 impl Slot {
-    /// Ends the attempt. Returns the closing word.
+    /// Ends the attempt. Returns the final report number.
     fn end(&mut self, engine_idle: bool) -> u64 {
         self.open = false;
         self.agent.cancels.lock().remove(&self.attempt);
         if engine_idle {
             let seq = self.agent.core.lock().ended(&self.attempt);
-            self.agent.tell_work_ended();
+            self.agent.notify_work_ended();
             return seq;
         }
         let seq = self.agent.with_core(|core, now| core.ended_before_release(now, &self.attempt));
@@ -865,7 +865,7 @@ impl Generation {
     fn last_words(&mut self, out: &mut Vec<u8>, event: &str, data: &str, seq: u64) {
         write_frame(out, Some((&self.log_id, self.index)), event, data);
         write_comment(out, &format!("report-seq {seq}"));
-        // Its connection is let go here, not when the reader is done.
+        // Its connection is dropped here, not when the reader is done.
         let phase = std::mem::replace(&mut self.phase, Phase::Over);
         if let Phase::Streaming(pieces) = phase
             && event == "end"

@@ -26,7 +26,7 @@ const LOOK_EVERY_READY: Duration = Duration::from_secs(1);
 /// Pause between two questions how busy it is. llama.cpp notices that the caller of a whole answer
 /// has left only after a second in which it delivers no other result, this one's included.
 const COUNT_EVERY: Duration = Duration::from_millis(1_500);
-/// First pause between two questions while a slot settles; doubles up to [`COUNT_EVERY`].
+/// First pause between two questions while a slot is being released; doubles up to [`COUNT_EVERY`].
 const RELEASE_LOOK_EVERY: Duration = Duration::from_millis(25);
 
 /// Looks at the engine until `stop`, and at once when told to. Whoever stops it unbinds the replica.
@@ -123,12 +123,12 @@ fn readiness(
     })
 }
 
-/// Asks how busy the engine is, for as long as it is watched. While a slot settles somebody else
+/// Asks how busy the engine is, for as long as it is watched. While a slot is being released somebody else
 /// does: [`watch_slots`].
 async fn watch_load(agent: &Agent, handoff: &Handoff) {
     loop {
         tokio::time::sleep(COUNT_EVERY).await;
-        if !agent.is_settling(&handoff.name()) {
+        if !agent.is_watched(&handoff.name()) {
             count(agent, handoff).await;
         }
     }
@@ -151,27 +151,27 @@ pub(crate) async fn watch_slots(agent: &Agent, name: &HandoffName, key: Option<A
     // Its engine may come back elsewhere meanwhile.
     while let Some((engine, mut at)) = agent.engine_of(name) {
         at.key = at.key.or(key.clone());
-        let tells = engines::dialect(engine).capabilities.tells_busy;
-        if !tells {
+        let counts_requests = engines::dialect(engine).capabilities.tells_busy;
+        if !counts_requests {
             agent.counted(pool_id, replica_id, agent.now(), Busy::CannotTell);
         }
         let Some(until) = agent.slot_due_at(pool_id, replica_id) else { break };
         let until = Instant::now() + until.since(agent.now());
-        let next = if tells { until.min(Instant::now() + pause) } else { until };
+        let next = if counts_requests { until.min(Instant::now() + pause) } else { until };
         tokio::select! {
             () = again.notified() => pause = RELEASE_LOOK_EVERY,
             () = tokio::time::sleep_until(next) => {}
         }
-        if tells {
+        if counts_requests {
             let look = Look { client: agent.client(), at: &at, models: &[] };
             let began = agent.now();
             let busy = tokio::time::timeout_at(until, engines::busy(engine, &look)).await;
             agent.counted(pool_id, replica_id, began, busy.unwrap_or(Busy::NoAnswer));
             pause = (pause * 2).min(COUNT_EVERY);
         }
-        agent.expire_settling();
+        agent.expire_releases();
     }
-    agent.tell_work_ended();
+    agent.notify_work_ended();
 }
 
 /// Where an engine is, with its key as the file has it now.

@@ -117,7 +117,7 @@ where
     }
 }
 
-/// The node in a path, for which the caller may speak; looked at before the body is read.
+/// The node in a path, for which the caller is authorized; looked at before the body is read.
 #[derive(Debug)]
 pub struct OwnNode(pub NodeId);
 

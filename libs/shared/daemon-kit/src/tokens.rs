@@ -71,7 +71,7 @@ pub struct Holder {
     /// The first six hexadecimal digits of the token's SHA-256: names it and tells nothing of it.
     pub fingerprint: String,
     scopes: Vec<Scope>,
-    /// The only node for which it may speak; absent: any.
+    /// The only node that it authorizes; absent: any.
     pub node_id: Option<NodeId>,
     pub expires: Option<Timestamp>,
 }

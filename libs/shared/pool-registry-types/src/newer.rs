@@ -79,7 +79,7 @@ pub(crate) fn labels<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Label
 pub(crate) fn task<'de, D: Deserializer<'de>>(deserializer: D) -> Result<TaskRequest, D::Error> {
     let mut task = Map::<String, Value>::deserialize(deserializer)?;
     keep_fields_of::<TaskRequest>(&mut task);
-    // That it came here is all that its wishes were for.
+    // That it came here is all that its constraints were for.
     task.remove("placement");
     drop_unknown::<EngineKind>(&mut task, "engine");
     drop_unknown::<Priority>(&mut task, "priority");

@@ -1,6 +1,6 @@
 //! Where a client wants its task to run, and why a pool was or was not taken.
 //!
-//! A wish is hard (`pin`, `require_…`, `allow_fallback: false`) or soft (`prefer_pools`,
+//! A constraint is hard (`pin`, `require_…`, `allow_fallback: false`) or soft (`prefer_pools`,
 //! `avoid_pools`, `spread_by`); the placement crate decides what follows from it.
 
 use std::collections::BTreeMap;
@@ -112,7 +112,7 @@ pub struct PlacementConstraints {
     /// The running tasks of one session spread evenly over the values of this label.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spread_by: Option<LabelName>,
-    /// Whether a soft wish may be left.
+    /// Whether a preference may be left.
     #[serde(default = "yes")]
     pub allow_fallback: bool,
 }
@@ -330,7 +330,7 @@ mod tests {
 
     // CLOUD-1714
     #[test]
-    fn a_contradictory_wish_is_refused_by_its_name() {
+    fn a_contradictory_constraint_is_refused_by_its_name() {
         let cases: [(&str, &str); 8] = [
             (r#"{"mode":"pin"}"#, "mode"),
             (r#"{"mode":"prefer"}"#, "mode"),

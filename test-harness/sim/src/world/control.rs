@@ -34,7 +34,7 @@ struct Relay {
     conn: u64,
     watch: StreamWatch,
     accepted: bool,
-    /// The final frame that came; the closing word is awaited.
+    /// The final frame that came; the final report number is awaited.
     last: Option<HowEnded>,
 }
 
@@ -479,7 +479,7 @@ impl World {
     }
 }
 
-/// What is needed of the time before an event to judge what it did.
+/// What is needed of the time before an event to check what it did.
 #[derive(Default)]
 struct Before {
     /// The node and the number of its report.

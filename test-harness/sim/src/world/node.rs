@@ -128,7 +128,7 @@ impl World {
         };
         let session = Session::new(self.now, self.plan.timing.heartbeat_interval, self.random.u64(..));
         let (slow, sick, busy) = (self.nodes[node].slow, self.nodes[node].sick, self.nodes[node].busy);
-        let asked = self.kept_intents[node];
+        let asked = self.stored_intents[node];
         if asked == Intent::Draining {
             self.coverage.hit("core: drain kept over a restart");
         }
@@ -315,7 +315,7 @@ impl World {
         if !core.counts(order) {
             return core.session().epoch() == Some(&order.epoch);
         }
-        self.kept_intents[node] = order.intent;
+        self.stored_intents[node] = order.intent;
         core.set_intent(now, order);
         self.note(|_| format!("n{node} takes {:?} over", order.intent));
         true
@@ -410,7 +410,7 @@ impl World {
                 core.observed(now, &pool_id, &replica, readiness);
             }
             let is_back = !was_ready && core.is_ready(&pool_id, &replica);
-            core.expire_settling(now);
+            core.expire_releases(now);
             if is_back {
                 // Whoever comes back after it was away may be another engine.
                 self.oracle.engine_is_new(&self.node_id(node));
@@ -589,7 +589,7 @@ impl World {
             core.cleared(&attempt);
         }
         self.send_piece(run.conn, last);
-        self.send_piece(run.conn, Piece::Closing(seq));
+        self.send_piece(run.conn, Piece::FinalReport(seq));
         if let Some(conn) = self.conns.get_mut(&run.conn) {
             conn.node_open = false;
             conn.ended_well = ended_well;

@@ -28,7 +28,7 @@ impl ServiceRegistry {
         }
     }
 
-    /// Gives a claim back. `final_report` is the node's closing word, when it came: the number
+    /// Gives a claim back. `final_report` is the final report number, when it came: that
     /// of its last report before the attempt ended. Releasing twice has no effect.
     pub fn release(&mut self, attempt: &AttemptId, final_report: Option<u64>) -> Option<PoolKey> {
         let reservation = self.reservations.remove(attempt)?;
@@ -62,7 +62,7 @@ impl ServiceRegistry {
     // ---- breakers ----
 
     /// The attempt got through to its engine: neither its pool nor its node has anything wrong.
-    /// Returns whether either was doubted.
+    /// Returns whether a breaker of either was open.
     pub fn proven(&mut self, pool: &PoolKey) -> bool {
         let Some(node) = self.nodes.get_mut(&pool.node_id) else { return false };
         let mut was_open = node.breaker.blocks();

@@ -167,7 +167,7 @@ impl ControlCore {
     }
 
     /// Until when another pool may be asked than those that have found the task wrong: as long as one
-    /// takes tasks, full or not, and else while there are only doubts of one, for a node timeout.
+    /// takes tasks, full or not, and else while one is only suspect, for a node timeout.
     pub(super) fn ask_until(&self, now: Moment, id: TaskId) -> Option<Moment> {
         let task = self.tasks.get(&id)?;
         let shape = self.shape(now, task, None)?;

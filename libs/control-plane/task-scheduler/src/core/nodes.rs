@@ -1,4 +1,4 @@
-//! What nodes say: registration, heartbeats, farewells; and the index that follows from them.
+//! What nodes say: registration, heartbeats, deregistration; and the index that follows from them.
 
 use super::*;
 
@@ -85,7 +85,7 @@ impl ControlCore {
         effects: &mut Vec<Effect>,
     ) {
         if let Some(ended) = self.registry.deregister(node_id, epoch) {
-            // Its streams may still bring ends that the farewell has overtaken.
+            // Its streams may still bring ends that the deregistration has overtaken.
             self.await_ends(now, &ended);
             self.sync_node(node_id);
         }
@@ -100,7 +100,7 @@ impl ControlCore {
                 effects.push(Effect::DeliverIntent { to, node_id, address, order });
             }
             // It is told when it is back.
-            None if self.registry.want_kept(&node_id, intent) => {
+            None if self.registry.want_stored(&node_id, intent) => {
                 let answer = IntentAnswer { node_id, intent, kept_by_node: false, running: 0 };
                 effects.push(Effect::Reply { to, answer: Ok(Answer::Intent(answer)) });
             }
@@ -171,7 +171,7 @@ impl ControlCore {
         self.changes.push(ClusterChange::Pool { node_id, pool_id, state, ready, preparation });
     }
 
-    /// The same for one pool, and for its neighbours where the node itself is doubted.
+    /// The same for one pool, and for its neighbours where the node's own breaker is open.
     pub(super) fn sync_pool_or_node(&mut self, key: &PoolKey) {
         if self.registry.has_open_breaker(&key.node_id) {
             self.sync_node(&key.node_id.clone());

@@ -3,7 +3,7 @@
 use super::*;
 
 impl ControlCore {
-    /// Starts what can start, in the lanes that a slot or a task has stirred.
+    /// Starts what can start, in the lanes that a slot or a task has made dirty.
     pub(super) fn place(&mut self, now: Moment, effects: &mut Vec<Effect>) {
         if self.short_until.is_some() {
             // It would fail as the last one did; all lanes are served when this is over.
@@ -20,7 +20,7 @@ impl ControlCore {
                 self.ask_to_load(now, &model, effects);
             }
         }
-        // Starting tasks changes pools, which stirs lanes that were just served.
+        // Starting tasks changes pools, which makes lanes dirty that were just served.
         self.dirty.clear();
     }
 

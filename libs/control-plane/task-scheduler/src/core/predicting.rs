@@ -72,7 +72,7 @@ impl ControlCore {
             forecast.pool(candidate.key.clone(), taken.chain(free));
         }
         for id in self.queue.lane(model).map(|lane| lane.in_order()).unwrap_or_default() {
-            // Who wishes for certain pools may wait for them while others are idle.
+            // Who asks for certain pools may wait for them while others are idle.
             let has_constraints = |task: &Task| task.request.as_ref().is_some_and(|r| r.placement.is_some());
             if !self.tasks.get(&id).is_some_and(has_constraints) {
                 forecast.start(id, |pool| self.service_ms(pool, id));

@@ -117,7 +117,7 @@ impl ControlCore {
             error.policy_label = Some(label.into());
             error
         };
-        // Where a task wishes for certain pools, the lane's forecast says little about it.
+        // Where a task asks for certain pools, the lane's forecast says little about it.
         if let Some(deadline_ms) = request.deadline_ms.filter(|_| request.placement.is_none())
             && !self.index.has_free(model)
             // What could be loaded may be faster than the forecast, which knows nothing of it.
@@ -151,7 +151,7 @@ impl ControlCore {
         }
     }
 
-    /// What every engine of the model lacks for the task: it would wait in vain. While nodes may
+    /// What every engine of the model lacks for the task: it would wait for nothing. While nodes may
     /// still come back, nothing is known of what they lack.
     fn engine_refusal(&self, now: Moment, request: &TaskRequest) -> Option<ErrorBody> {
         if now < self.grace_end() || EngineKind::ALL.iter().all(|engine| request.lacks(*engine).is_none()) {

@@ -77,7 +77,7 @@ impl ControlCore {
             let (error, bound) = (rejection.error.clone(), rejection.bound);
             let another = self.ask_until(now, id) == Some(Moment::NEVER);
             if another && bound > now {
-                // One that was doubted takes tasks again: the whole wait is for it.
+                // One that was suspect takes tasks again: the whole wait is for it.
                 self.alarms.insert((bound, id));
                 self.tasks.entry(id).and_modify(|task| task.wait_until = bound);
                 return;

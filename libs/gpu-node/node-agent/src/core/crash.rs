@@ -32,7 +32,7 @@ struct End {
     suspects: BTreeSet<AttemptId>,
 }
 
-/// The engines of one seat, one after the other.
+/// The engines of one replica, one after the other.
 #[derive(Debug, Default)]
 struct Watched {
     runs: bool,

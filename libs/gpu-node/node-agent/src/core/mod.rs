@@ -420,7 +420,7 @@ impl NodeCore {
         }
     }
 
-    /// How busy the engine says it is, asked at `began`. Slots that settle are given back by it, and
+    /// How busy the engine says it is, asked at `began`. Slots to be released are given back by it, and
     /// a change of foreign load is reported at once.
     pub fn counted(
         &mut self,
@@ -445,10 +445,10 @@ impl NodeCore {
     }
 
     /// Gives back the slots of attempts that were broken off long enough ago.
-    pub fn expire_settling(&mut self, now: Moment) {
+    pub fn expire_releases(&mut self, now: Moment) {
         let mut any = false;
         for pool in self.pools.values_mut() {
-            any |= pool.expire_settling(now);
+            any |= pool.expire_releases(now);
         }
         if any {
             self.forget_released();
@@ -458,8 +458,8 @@ impl NodeCore {
         }
     }
 
-    /// When a slot of the replica that settles is given back whatever its engine says; nothing where
-    /// none settles.
+    /// When a slot of the replica that is to be released is given back whatever its engine says; nothing
+    /// where none is.
     pub fn slot_due_at(&self, pool_id: &PoolId, replica_id: &ReplicaId) -> Option<Moment> {
         self.pools.get(pool_id)?.slot_due_at(replica_id)
     }
@@ -622,7 +622,7 @@ impl NodeCore {
         Ok(accepted)
     }
 
-    /// The attempt has ended and its engine's slot is free. Returns the closing word: the number
+    /// The attempt has ended and its engine's slot is free. Returns the final report number: that
     /// of the last report made before.
     pub fn ended(&mut self, attempt: &AttemptId) -> u64 {
         if let Some(running) = self.running.remove(attempt) {
@@ -635,8 +635,8 @@ impl NodeCore {
     }
 
     /// The attempt has ended, and its engine may still be busy with it: the slot stays taken until
-    /// the engine's word ([`NodeCore::counted`]) or time ([`NodeCore::expire_settling`]) gives it
-    /// back. Returns the closing word.
+    /// the engine's word ([`NodeCore::counted`]) or time ([`NodeCore::expire_releases`]) gives it
+    /// back. Returns the final report number.
     pub fn ended_before_release(&mut self, now: Moment, attempt: &AttemptId) -> u64 {
         if self.is_elsewhere(attempt) {
             // Its engine's slots are nobody's here any more.
@@ -708,7 +708,7 @@ impl NodeCore {
         replica.is_some_and(Replica::is_ready)
     }
 
-    /// Requests of one replica at the moment: running here, settling, foreign.
+    /// Requests of one replica at the moment: running here, being released, foreign.
     pub fn slots_in_use(&self, pool_id: &PoolId, replica_id: &ReplicaId) -> Option<u32> {
         Some(self.pools.get(pool_id)?.replicas.get(replica_id)?.busy())
     }

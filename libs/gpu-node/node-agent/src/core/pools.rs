@@ -372,7 +372,7 @@ impl Replica {
             ready: self.ready,
             slots_total: self.spec.slots,
             slots_free: if self.ready { self.spec.slots.saturating_sub(self.busy()) } else { 0 },
-            // A slot that settles is busy with nothing of ours any more.
+            // A slot that is being released is busy with nothing of ours any more.
             slots_foreign: self.foreign.saturating_add(releasing).min(self.spec.slots),
             attempts: self.attempts.iter().copied().collect(),
         }
@@ -470,7 +470,7 @@ impl Pool {
 
     /// Frees the slots of attempts that were broken off long enough ago. Returns whether there were
     /// any.
-    pub(crate) fn expire_settling(&mut self, now: Moment) -> bool {
+    pub(crate) fn expire_releases(&mut self, now: Moment) -> bool {
         let mut any = false;
         for replica in self.replicas.values_mut() {
             let over = |since: Moment| replica.slot_due_at(since) <= now;
@@ -484,8 +484,8 @@ impl Pool {
         any
     }
 
-    /// When [`Pool::expire_settling`] has something to do for the replica; nothing while no slot of
-    /// it settles.
+    /// When [`Pool::expire_releases`] has something to do for the replica; nothing while no slot of
+    /// it is being released.
     pub(crate) fn slot_due_at(&self, replica_id: &ReplicaId) -> Option<Moment> {
         let replica = self.replicas.get(replica_id)?;
         replica.releasing.values().map(|since| replica.slot_due_at(*since)).min()

@@ -169,7 +169,7 @@ fn a_canceled_slot_is_taken_until_the_engine_is_idle() {
     assert_eq!((report.attempts.len(), report.slots_foreign, report.slots_free), (0, 1, 0));
     for now in [1_100, 5_000, 60_000] {
         counted(&mut node, now, Busy::Reported(1));
-        node.expire_settling(at(now));
+        node.expire_releases(at(now));
         assert_eq!(accept(&mut node, 2), Err(ErrorCode::ReplicaExhausted), "it says that it works: {now}");
     }
     counted(&mut node, 60_100, Busy::Reported(0));
@@ -186,9 +186,9 @@ fn a_canceled_slot_is_given_back_by_time_where_the_engine_does_not_say() {
         node.ended_before_release(at(1_000), &attempt(1));
         counted(&mut node, 1_001, busy);
         assert_eq!(node.slot_due_at(&pool_id(), &replica_id(0)), Some(at(1_000 + after)), "{busy:?}");
-        node.expire_settling(at(999 + after));
+        node.expire_releases(at(999 + after));
         assert_eq!(accept(&mut node, 2), Err(ErrorCode::ReplicaExhausted), "{busy:?}");
-        node.expire_settling(at(1_000 + after));
+        node.expire_releases(at(1_000 + after));
         assert!(accept(&mut node, 2).is_ok(), "{busy:?}");
         assert_eq!(node.slot_due_at(&pool_id(), &replica_id(0)), None);
     }
@@ -701,7 +701,7 @@ proptest! {
                 0 => { let _ = accept(&mut node, n); }
                 1 => { node.ended(&attempt(n)); }
                 2 => { node.ended_before_release(at(0), &attempt(n)); }
-                _ => node.expire_settling(at(u64::try_from(n).unwrap() * 100_000)),
+                _ => node.expire_releases(at(u64::try_from(n).unwrap() * 100_000)),
             }
             let report = &node.pool_reports(at(0))[0];
             let mut listed = 0;
@@ -765,7 +765,7 @@ fn an_end_that_is_no_crash_or_another_engines_names_nobody() {
     accept_at(&mut node, 100, 2);
     assert_eq!(node.engine_ended(at(200), &pool_id(), &replica_id(0), None), 0);
     assert_eq!(crash(&node, 2), None);
-    // The next one on the seat has nothing of the one before.
+    // The next one of the replica has nothing of the one before.
     node.engine_began(&pool_id(), &replica_id(0));
     accept_at(&mut node, 1_000, 3);
     assert_eq!(node.verdict(&attempt(3)), Verdict::Awaited);

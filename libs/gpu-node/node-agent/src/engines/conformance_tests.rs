@@ -93,7 +93,7 @@ fn answers() -> Vec<(&'static str, &'static Reply, &'static str, Vec<EngineEvent
             vec![text(" a"), end(Some(" b"), 2, Length)],
         ),
         (
-            "TGI, a prompt, ended by a mark that is no part of the answer",
+            "TGI, a prompt, ended by a delimiter that is no part of the answer",
             &tgi::GENERATE,
             concat!(
                 "data: {\"index\":1,\"token\":{\"id\":5,\"text\":\" a\",\"logprob\":-0.5,\"special\":false},\"generated_text\":null,\"details\":null}\r\n\r\n",

@@ -82,7 +82,7 @@ fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {
 
 fn read(reader: &mut Reader, event: Json<'_>) -> EngineEvent {
     let token = event.get("token");
-    // A special one is a mark of the model's, such as that of its end: no part of the answer.
+    // A special one is a delimiter of the model's, such as that of its end: no part of the answer.
     let text = if token.get("special").is_true() { "".into() } else { text_of(token.get("text")) };
     let mut delta = Delta::text(text);
     let details = event.get("details");

@@ -1,7 +1,7 @@
-//! Thoughts in a raw completion, between the marks of the model's own template.
+//! Thoughts in a raw completion, between the delimiters of the model's own template.
 //!
 //! Where messages are written out and completed as a prompt, the engine does not tell thoughts from
-//! text: the template's marks do. Only pairs that are known are used; a template that speaks of
+//! text: the template's delimiters do. Only pairs that are known are used; a template that speaks of
 //! thoughts in another way is not guessed at.
 
 use super::answer::Delta;
@@ -32,8 +32,8 @@ const KNOWN: [Delimiters; 8] = [
     Delimiters { open: "<|inner_prefix|>", close: "<|inner_suffix|>" },
 ];
 
-/// Words, in lower case, by which a template that has none of the known marks shows that its model
-/// thinks; and marks that wrap the answer itself.
+/// Words, in lower case, by which a template that has none of the known delimiters shows that its model
+/// thinks; and delimiters that wrap the answer itself.
 const HINTS: [&str; 7] = ["think", "thought", "reasoning", "channel", "analysis", "<response>", "<answer>"];
 const WRAPPED: [&str; 3] = ["<response>", "<answer>", "<|start_text|>"];
 
@@ -66,7 +66,7 @@ enum Section {
     /// Nothing but white space has come.
     Start,
     Thoughts,
-    /// White space before the text is the mark's.
+    /// White space before the text is the delimiter's.
     AfterThoughts,
     Text,
 }
@@ -76,7 +76,7 @@ enum Section {
 pub struct Splitter {
     delimiters: Delimiters,
     section: Section,
-    /// What may be the beginning of a mark, or white space before one.
+    /// What may be the beginning of a delimiter, or white space before one.
     held: String,
     /// Thoughts have come.
     thinks: bool,
@@ -172,7 +172,7 @@ impl Splitter {
     }
 }
 
-/// How much of the end of the text could be the beginning of the mark, bytes.
+/// How much of the end of the text could be the beginning of the delimiter, bytes.
 fn longest_beginning(text: &str, delimiter: &str) -> usize {
     let mut lengths = delimiter.char_indices().map(|(at, _)| at).rev();
     lengths.find(|length| *length > 0 && text.ends_with(&delimiter[..*length])).unwrap_or(0)
@@ -201,7 +201,7 @@ mod tests {
 
     // CLOUD-1521
     #[test]
-    fn a_template_is_known_by_its_marks_and_not_guessed_at() {
+    fn a_template_is_known_by_its_delimiters_and_not_guessed_at() {
         assert_eq!(Template::of("{{ m.content }}<|im_end|>"), Template::Plain);
         assert_eq!(Template::of("{% if '</think>' in content %}<think>\n"), Template::Delimited(THINK));
         for unknown in [
@@ -217,7 +217,7 @@ mod tests {
 
     // CLOUD-1521
     #[test]
-    fn thoughts_end_at_their_mark_and_white_space_around_it_is_the_marks() {
+    fn thoughts_end_at_their_delimiter_and_white_space_around_it_is_the_delimiters() {
         let whole = ("Let me think".to_owned(), "Hi there ".to_owned());
         assert_eq!(split("<|a|>", &["\n<think>\nLet me think\n</think>\n\nHi there "]), whole);
         assert_eq!(split("<|a|><think>\n", &["Let me think</think>Hi there "]), whole);

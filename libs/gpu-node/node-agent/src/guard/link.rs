@@ -34,7 +34,7 @@ pub struct Guarded {
 }
 
 impl Guarded {
-    /// Starts a guard with its charge. `program` is this program itself.
+    /// Starts a guard with what it is to guard. `program` is this program itself.
     pub async fn start(program: &Path, guard_spec: &GuardSpec) -> io::Result<Self> {
         let (ours, theirs) = StdStream::pair()?;
         ours.set_nonblocking(true)?;
@@ -105,7 +105,7 @@ impl Guarded {
         let _ = self.orders.write_all(&line).await;
     }
 
-    /// Somebody has killed the guard: what it guarded is known by its mark.
+    /// Somebody has killed the guard: what it guarded is known by its run tag.
     async fn clean_up_after_guard(&mut self) {
         let Some(run_tag) = self.run_tag.clone() else { return };
         for _ in 0..KILL_ROUNDS {

@@ -44,13 +44,13 @@ pub fn descendants(of: u32) -> Vec<u32> {
     found
 }
 
-/// The processes that carry the mark, or one that begins so, whoever their parent is.
+/// The processes that carry the run tag, or one that begins so, whoever their parent is.
 pub fn tagged(run_tag: &str) -> Vec<u32> {
     let wanted = format!("{RUN_TAG}={run_tag}");
     all().filter(|pid| carries(*pid, &wanted)).collect()
 }
 
-/// Whether the process is, or descends from, one of the engines, or carries a mark of ours.
+/// Whether the process is, or descends from, one of the engines, or carries a run tag of ours.
 pub fn belongs_to(pid: u32, engines: &[u32]) -> bool {
     carries(pid, &format!("{RUN_TAG}=")) || lineage(pid).any(|pid| engines.contains(&pid))
 }
@@ -77,7 +77,7 @@ mod tests {
 
     // CLOUD-2403
     #[test]
-    fn a_child_is_a_descendant_and_carries_its_mark() {
+    fn a_child_is_a_descendant_and_carries_its_run_tag() {
         let run_tag = format!("test-{}", std::process::id());
         let mut child =
             std::process::Command::new("sleep").arg("60").env(RUN_TAG, &run_tag).spawn().expect("sleep runs");

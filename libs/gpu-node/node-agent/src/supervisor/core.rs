@@ -1,6 +1,6 @@
 //! [`Supervisor`]: which engines run, which wait, which make room. A value that is told the time.
 //!
-//! Every event is taken in, then everything is settled: what was prepared, what is idle, what
+//! Every event is taken in, then everything is reconciled: what was prepared, what is idle, what
 //! leaves, what may start again, and last, in the order of their waiting, who gets memory. A
 //! reload is a second generation of the pool beside the first one, or after it where the memory
 //! does not allow both.
@@ -19,7 +19,7 @@ use crate::supervisor::ledger::{DeviceReading, Ledger};
 use crate::supervisor::plan::{Device, PoolPlan, Prepared, ReplicaKey, RunId};
 use crate::supervisor::pool::{Blame, Generation, Pool, Preparation, Reload, Slot, Stage, Way};
 
-/// How long a wish to load holds without being repeated. Source: .specs/01 CLOUD-2422.
+/// How long a demand to load holds without being repeated. Source: .specs/01 CLOUD-2422.
 pub(super) const DEMAND_LIFE: Duration = Duration::from_secs(15);
 /// Pause before a preparation that failed is tried again.
 const PREPARE_AGAIN: Duration = Duration::from_secs(30);
@@ -54,7 +54,7 @@ pub enum Happened {
         run: RunId,
         line: String,
     },
-    /// What runs on each seat, and whether anything ever did in this life of it.
+    /// What each replica runs, and whether anything ever did in this life of it.
     Used(BTreeMap<ReplicaKey, Work>),
     /// A task waits for the pool.
     Load {
@@ -80,11 +80,11 @@ pub enum Happened {
     Timer,
 }
 
-/// What a seat does.
+/// What a replica does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Work {
     pub running: u32,
-    /// Attempts accepted since the seat was bound.
+    /// Attempts accepted since the replica was bound.
     pub served: u64,
     /// The engine does not answer its health call, or says that it is not well.
     pub silent: bool,
@@ -278,7 +278,7 @@ impl Supervisor {
         };
     }
 
-    /// An engine of an earlier daemon lives on: it takes the seat, if the plan is still the same
+    /// An engine of an earlier daemon lives on: it is that replica's, if the plan is still the same
     /// one. It is published when it answers.
     pub fn adopt(&mut self, now: Moment, replica_key: &ReplicaKey, fingerprint: u64) -> Option<RunId> {
         let run = self.next_run();

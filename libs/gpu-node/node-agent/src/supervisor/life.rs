@@ -92,7 +92,7 @@ impl Supervision {
         self.settings.runtime_dir.join(format!(".guards-{}", self.agent.identity().node_id))
     }
 
-    /// All marks of this node's engines begin with this.
+    /// All run tags of this node's engines begin with this.
     fn run_tag_prefix(&self) -> String {
         let folder = self.settings.runtime_dir.canonicalize().unwrap_or(self.settings.runtime_dir.clone());
         format!("{}@{}#", self.agent.identity().node_id, folder.display())
@@ -136,7 +136,7 @@ impl Supervision {
         tokens
     }
 
-    /// The engine is gone, unless it was let go.
+    /// The engine is gone, unless it was released.
     async fn over(&self, run: RunId, replica_key: &ReplicaKey, ended: Option<Ended>) {
         let Some(ended) = ended else { return };
         tracing::warn!(pool_id = %replica_key.pool_id, replica_id = %replica_key.replica_id, run = run.0, how = ended.how, has_culprit = ended.has_culprit, "an engine is gone");
@@ -220,7 +220,7 @@ impl Supervision {
         }
     }
 
-    /// Follows an engine until it is gone, or let go. Returns how it ended.
+    /// Follows an engine until it is gone, or released. Returns how it ended.
     async fn live(
         &self,
         run: RunId,
@@ -457,7 +457,7 @@ impl Supervision {
     }
 }
 
-/// A life that panicked has let go of its guard, which ends the engine, or keeps it for the next
+/// A life that panicked has released its guard, which ends the engine, or keeps it for the next
 /// daemon.
 fn defect(panicked: Panicked) -> Option<Ended> {
     Some(Ended::plainly(panicked.to_string()))

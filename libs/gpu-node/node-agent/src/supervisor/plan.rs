@@ -69,7 +69,7 @@ pub struct Prepared {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RunId(pub u64);
 
-/// A replica's place, whatever runs there.
+/// Which replica of which pool, whatever runs there.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ReplicaKey {
     pub pool_id: PoolId,

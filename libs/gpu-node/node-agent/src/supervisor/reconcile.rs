@@ -192,9 +192,9 @@ impl Supervisor {
         };
         let others = || self.pools.iter().filter(|(other, pool)| *other != id && helps(pool));
         let mut victims: Vec<(bool, Moment, PoolId)> = Vec::new();
-        let mut kept_by_hearsay = false;
+        let mut kept_unconfirmed = false;
         for (other, pool) in others() {
-            kept_by_hearsay |= pool.has_no_work(now) && !pool.is_idle(now);
+            kept_unconfirmed |= pool.has_no_work(now) && !pool.is_idle(now);
             if pool.is_idle(now) {
                 victims.push((false, pool.idle_since(), other.clone()));
             } else if let Some(resident) = pool.resident_since()
@@ -203,7 +203,7 @@ impl Supervisor {
                 victims.push((true, resident, other.clone()));
             }
         }
-        if kept_by_hearsay && self.asked_waiting.is_none_or(|at| now >= at + ASK_WAITING_EVERY) {
+        if kept_unconfirmed && self.asked_waiting.is_none_or(|at| now >= at + ASK_WAITING_EVERY) {
             self.asked_waiting = Some(now);
             out.push(Ordered::AskWaiting);
         }
@@ -233,7 +233,7 @@ impl Supervisor {
 
     /// When [`crate::supervisor::core::Happened::Timer`] is due.
     pub fn next_deadline(&self, now: Moment) -> Option<Moment> {
-        // What is past was settled, or waits for something else than time.
+        // What is past was reconciled, or waits for something else than time.
         self.pools.values().flat_map(Pool::deadlines).filter(|at| *at > now).min()
     }
 }

@@ -33,7 +33,7 @@ use crate::supervisor::provision;
 
 /// Pause between two looks at the file of pools and at memory.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// Reports of lives and wishes that may wait for the loop.
+/// Reports of lives and demands that may wait for the loop.
 const MAILBOX: usize = 1024;
 
 /// Where things lie and what is allowed.

@@ -409,7 +409,7 @@ fn a_pool_is_loaded_when_a_task_waits_and_unloaded_when_nothing_does() {
 
 // CLOUD-2422
 #[test]
-fn a_wish_that_nobody_repeats_is_forgotten() {
+fn a_demand_that_nobody_repeats_is_forgotten() {
     let mut machine = Machine::new(&[("a", plan("a", 900, false)), ("b", plan("b", 900, true))]);
     machine.pass(2_000);
     machine.send(Happened::Load { pool_id: id("b") });
@@ -695,7 +695,7 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
 
 proptest! {
     // The machine itself asserts that no memory is promised or used twice, that nothing is
-    // published before it is ready, and that no seat runs twice. CLOUD-2450
+    // published before it is ready, and that no replica runs twice. CLOUD-2450
     #[test]
     fn whatever_happens_memory_is_given_once_and_everything_ends_at_a_shutdown(acts in acts()) {
         let names = ["a", "b", "c", "d"];

@@ -1,4 +1,4 @@
-//! Who calls from outside: clients with their tasks, operators with their wishes.
+//! Who calls from outside: clients with their tasks, operators with their orders.
 
 use super::*;
 

@@ -111,7 +111,7 @@ impl World {
                 }
             }
             Piece::Error(body) => relay.last = Some(HowEnded::NodeError(body)),
-            Piece::Closing(seq) => {
+            Piece::FinalReport(seq) => {
                 let how = relay.last.take().unwrap_or_else(|| HowEnded::Broken("no final frame".into()));
                 self.end_relay(attempt, how, Some(seq));
             }
