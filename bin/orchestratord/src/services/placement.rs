@@ -331,7 +331,7 @@ impl Loop {
                         owned_tasks::caught("intent", relays.link.deliver_intent(&address, &order)).await;
                     let outcome = reported.unwrap_or_else(|panicked| Err(panicked.to_string()));
                     if let Err(reason) = &outcome {
-                        tracing::warn!(%node_id, intent = ?order.intent, reason, "the node is told with its next call");
+                        tracing::warn!(%node_id, intent = ?order.intent, reason, "the order goes with the node's next call");
                     }
                     control.send(Event::IntentDelivered { reply: to, node_id, order, outcome }).await;
                 });

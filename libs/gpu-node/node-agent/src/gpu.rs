@@ -260,7 +260,7 @@ impl<'n> Faults<'n> {
             for _ in 0..MOST_EVENTS {
                 let Ok(event) = set.wait(0) else { break };
                 let Some(xid) = event.event_data.map(number) else { continue };
-                tracing::warn!(device_id = id, xid, "the driver tells an error of a GPU");
+                tracing::warn!(device_id = id, xid, "the driver reported a GPU error");
                 *self.count.entry(id).or_default() += 1;
                 if !XIDS_OF_PROGRAMS.contains(&xid) {
                     self.last.insert(id, xid);

@@ -229,7 +229,7 @@ impl Caller {
     /// `FORBIDDEN` when the token is bound to another node, or the certificate is for another name.
     pub fn authorize_node(&self, node_id: &NodeId) -> Result<(), ApiError> {
         let forbidden = |message: String| {
-            tracing::warn!(%node_id, reason = message, "somebody may not speak for this node");
+            tracing::warn!(%node_id, reason = message, "the caller is not authorized for this node");
             Err(ApiError::new(ErrorCode::Forbidden, message))
         };
         if let Some(bound) = self.holder.as_ref().and_then(|holder| holder.node_id.as_ref())

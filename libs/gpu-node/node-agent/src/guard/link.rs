@@ -91,7 +91,10 @@ impl Guarded {
                 }
                 Ok(None) | Err(_) => {
                     self.clean_up_after_guard().await;
-                    return GuardReport::Ended { how: "its guard ended without a word".into(), signal: None };
+                    return GuardReport::Ended {
+                        how: "its guard ended without a report".into(),
+                        signal: None,
+                    };
                 }
             }
         }

@@ -243,7 +243,7 @@ impl Supervision {
                     GuardReport::Started { pid, .. } => self.with_life(run, |life| life.pid = Some(pid)),
                     GuardReport::Alarm { line } => {
                         // The line may be a client's text.
-                        tracing::warn!(pool_id = %replica_key.pool_id, replica_id = %replica_key.replica_id, "an engine's log has an error of its driver");
+                        tracing::warn!(pool_id = %replica_key.pool_id, replica_id = %replica_key.replica_id, "an engine's log shows a fatal driver error");
                         self.send(Happened::Alarmed { run, line }).await;
                     }
                     GuardReport::Crashed { signal } => {
