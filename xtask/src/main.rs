@@ -29,6 +29,9 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Chore {
+    /// Format, lints, unit tests and some schedules of the simulator, within a minute once built: while
+    /// working. What counts is `test`.
+    Check,
     /// Build both daemons, start a small cluster with a real model, and let it answer.
     Up(up::Options),
     /// Everything that CI runs: format, lints, all tests, contracts, structure, simulator.
@@ -69,6 +72,7 @@ enum Chore {
 
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().chore {
+        Chore::Check => all(&CHECK_STEPS),
         Chore::Up(options) => up::run(&options),
         Chore::Test { long: true } => all(&LONG_STEPS),
         Chore::Test { long: false } | Chore::DevLoop => all(&STEPS),
@@ -93,18 +97,21 @@ fn main() -> ExitCode {
 /// What a step proves, and how.
 type Step = (&'static str, fn() -> Result<(), Failed>);
 
+const FORMAT: Step = ("format", || cargo(&["fmt", "--all", "--check"], "run `cargo fmt --all`"));
+const LINTS: Step = ("lints", || {
+    cargo(
+        &["clippy", "--locked", "--workspace", "--all-targets", "--", "--deny", "warnings"],
+        "mend what clippy says",
+    )
+});
+
 /// What needs no build comes first, then what needs the compiler, then what runs for long. Each
 /// step gets what it needs by itself: any of them passes alone, with empty caches.
 const STEPS: [Step; 11] = [
     ("structure: crates, arrows, documents, requirements, spawns", tidy::run),
-    ("format", || cargo(&["fmt", "--all", "--check"], "run `cargo fmt --all`")),
+    FORMAT,
     ("licences, bans and sources of the dependencies", deny),
-    ("lints", || {
-        cargo(
-            &["clippy", "--locked", "--workspace", "--all-targets", "--", "--deny", "warnings"],
-            "mend what clippy says",
-        )
-    }),
+    LINTS,
     ("contracts", || contracts::run(true)),
     ("build", || {
         cargo(&["build", "--locked", "--workspace", "--all-targets"], "mend what the compiler says")
@@ -117,6 +124,27 @@ const STEPS: [Step; 11] = [
     ("simulator: 10,000 schedules", || sim(&["--seeds".into(), "10000".into()])),
     ("simulator: each rule switched off must be noticed", || sim(&["--mutants".into()])),
 ];
+
+/// The part of [`STEPS`] that is short: no daemon is started, and no engine.
+const CHECK_STEPS: [Step; 4] = [
+    FORMAT,
+    LINTS,
+    ("unit tests", unit_tests),
+    ("simulator: 200 schedules", || sim(&["--seeds".into(), "200".into()])),
+];
+
+/// The crates whose tests `check` leaves out, and why. Any other crate's are in.
+const NO_UNIT_TESTS: [(&str, &str); 2] = [
+    ("e2e-cloud", "its journeys start the daemons, and some the real engine: minutes"),
+    ("load", "it measures and has no tests; to build it is to build the journeys' library"),
+];
+
+fn unit_tests() -> Result<(), Failed> {
+    let mut arguments =
+        vec!["test", "--locked", "--lib", "--bins", "--tests", "--no-fail-fast", "--workspace"];
+    arguments.extend(NO_UNIT_TESTS.iter().flat_map(|(name, _)| ["--exclude", name]));
+    cargo(&arguments, "see the failing test above")
+}
 
 /// The tests that take too long for each run: those with `#[ignore = "long"]`.
 const LONG_STEPS: [Step; 2] = [
@@ -181,7 +209,8 @@ fn deny() -> Result<(), Failed> {
 }
 
 fn sim(rest: &[String]) -> Result<(), Failed> {
-    cargo(&["build", "--locked", "--quiet", "--workspace", "--bins"], "mend what the compiler says")?;
+    // The features of the whole workspace, so that nothing is built twice, and of it this program.
+    cargo(&["build", "--locked", "--quiet", "--workspace", "--bin", "sim"], "mend what the compiler says")?;
     steps::run(Command::new(up::target("debug").join("sim")).args(rest), "see the failing schedule above")
 }
 
