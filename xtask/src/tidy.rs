@@ -22,10 +22,14 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("task-scheduler", &["pool-registry-types", "service-registry", "multi-node-placement"]),
     ("handoff-watcher", &["pool-registry-types", "owned-tasks"]),
     ("node-registration", &["pool-registry-types"]),
-    ("node-agent", &["pool-registry-types", "handoff-watcher", "node-registration", "owned-tasks"]),
+    (
+        "node-agent",
+        &["pool-registry-types", "handoff-watcher", "node-registration", "owned-tasks", "atomic-file"],
+    ),
     ("owned-tasks", &[]),
+    ("atomic-file", &[]),
     ("daemon-kit", &["pool-registry-types", "owned-tasks", "test-certs"]),
-    ("test-certs", &[]),
+    ("test-certs", &["atomic-file"]),
     (
         "orchestratord",
         &[
@@ -36,13 +40,14 @@ const ARROWS: &[(&str, &[&str])] = &[
             "handoff-watcher",
             "node-registration",
             "owned-tasks",
+            "atomic-file",
         ],
     ),
     (
         "pool-managerd",
         &["pool-registry-types", "handoff-watcher", "node-registration", "node-agent", "daemon-kit"],
     ),
-    ("fake-engine", &[]),
+    ("fake-engine", &["atomic-file"]),
     ("fake-nvml", &[]),
     ("fake-nvml-bare", &[]),
     (
@@ -51,7 +56,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     ("e2e-cloud", &["pool-registry-types", "test-certs"]),
     ("load", &["pool-registry-types", "e2e-cloud"]),
-    ("xtask", &["pool-registry-types", "test-certs"]),
+    ("xtask", &["pool-registry-types", "test-certs", "atomic-file"]),
 ];
 
 /// Crates without clock, environment and disorder, and what they may use from outside.

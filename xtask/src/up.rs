@@ -301,10 +301,8 @@ fn start_engine(
                 "pool_id": "pool-0", "replica_id": "r0", "engine": "llamacpp", "url": format!("http://127.0.0.1:{port}"),
                 "model_ref": alias, "pid": started.child.id(),
             });
-            let temporary = runtime_dir.join(".pool-0-r0.tmp");
-            std::fs::write(&temporary, text.to_string())
-                .and_then(|()| std::fs::rename(&temporary, &handoff))
-                .map_err(|error| Failed(format!("{}: {error}", handoff.display())))?;
+            atomic_file::replace(&handoff, text.to_string().as_bytes(), atomic_file::BY_UMASK)
+                .map_err(|error| Failed(error.to_string()))?;
             Ok(started)
         }
     }

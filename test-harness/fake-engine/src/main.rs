@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use atomic_file::WriteError;
 use axum::Router;
 use axum::extract::{Json, Request, State};
 use axum::http::StatusCode;
@@ -131,7 +132,7 @@ fn say(url: &str) {
     println!("listening {url}");
 }
 
-fn write_handoff(arguments: &Arguments, dir: &std::path::Path, url: &str) -> std::io::Result<()> {
+fn write_handoff(arguments: &Arguments, dir: &std::path::Path, url: &str) -> Result<(), WriteError> {
     let (pool, replica) = (arguments.pool_id.as_deref(), arguments.replica_id.as_deref());
     let (pool, replica) = (pool.unwrap_or_default(), replica.unwrap_or_default());
     let mut handoff = json!({
@@ -148,10 +149,8 @@ fn write_handoff(arguments: &Arguments, dir: &std::path::Path, url: &str) -> std
         // The others are asked.
         handoff["ctx_max"] = json!((arguments.engine == Kind::Triton).then_some(kind::CONTEXT));
     }
-    std::fs::create_dir_all(dir)?;
-    let temporary = dir.join(format!(".{pool}-{replica}.tmp"));
-    std::fs::write(&temporary, handoff.to_string())?;
-    std::fs::rename(&temporary, dir.join(format!("{pool}-{replica}.json")))
+    let file = dir.join(format!("{pool}-{replica}.json"));
+    atomic_file::replace(&file, handoff.to_string().as_bytes(), atomic_file::BY_UMASK)
 }
 
 async fn set_fault(State(engine): State<Arc<Engine>>, Json(fault): Json<Fault>) -> StatusCode {

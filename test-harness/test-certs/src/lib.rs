@@ -2,11 +2,9 @@
 //!
 //! Not for production: the CA's key lies beside its certificates.
 
-use std::fs;
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use atomic_file::WriteError;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
     KeyPair, KeyUsagePurpose,
@@ -34,12 +32,8 @@ pub enum CertsError {
     Node(String),
     #[error("{0:?} is a host and the name of a daemon: each certificate would be good for it")]
     HostIsDaemon(String),
-    #[error("{path} cannot be written")]
-    Write {
-        path: String,
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Write(#[from] WriteError),
 }
 
 /// A certificate and its key, PEM.
@@ -131,8 +125,6 @@ pub fn write_cluster(out: &Path, nodes: &[String], hosts: &[String]) -> Result<(
     if let Some(host) = hosts.iter().find(is_daemon) {
         return Err(CertsError::HostIsDaemon(host.clone()));
     }
-    fs::create_dir_all(out)
-        .map_err(|source| CertsError::Write { path: out.display().to_string(), source })?;
     let ca = TestCa::new("llama-orch test CA")?;
     write(out, "ca", ca.pem())?;
     for name in std::iter::once("orchestratord").chain(nodes.iter().map(String::as_str)) {
@@ -144,21 +136,8 @@ pub fn write_cluster(out: &Path, nodes: &[String], hosts: &[String]) -> Result<(
 
 /// Writes a pair into the directory; a reader sees each file whole.
 pub fn write(out: &Path, name: &str, pem: &Pem) -> Result<(), CertsError> {
-    replace(&out.join(format!("{name}.pem")), &pem.cert, 0o644)?;
-    replace(&out.join(format!("{name}-key.pem")), &pem.key, 0o600)
-}
-
-fn replace(path: &Path, text: &str, mode: u32) -> Result<(), CertsError> {
-    let new = path.with_extension("new");
-    let written = || {
-        // What a run that was killed left behind may be open to others.
-        match fs::remove_file(&new) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&new)?;
-        file.write_all(text.as_bytes())?;
-        fs::rename(&new, path)
-    };
-    written().map_err(|source| CertsError::Write { path: path.display().to_string(), source })
+    let replace =
+        |name: String, text: &str, mode| atomic_file::replace(&out.join(name), text.as_bytes(), mode);
+    replace(format!("{name}.pem"), &pem.cert, atomic_file::PUBLIC)?;
+    Ok(replace(format!("{name}-key.pem"), &pem.key, atomic_file::OWNER_ONLY)?)
 }

@@ -12,8 +12,6 @@ use parking_lot::Mutex;
 use pool_registry_types::{Digest, ErrorBody, ErrorCode};
 use sha2::{Digest as _, Sha256};
 
-use crate::services::catalog::write_whole;
-
 /// Room that all artifacts may take together, bytes.
 const MAX_BYTES: u64 = 1024 * 1024 * 1024;
 /// Lists and objects within each other: more of them JSON readers refuse, ours among them.
@@ -48,7 +46,7 @@ impl Artifacts {
         let _one = self.writing.lock();
         let file = self.file(&digest);
         if !file.exists() {
-            self.make_room(bytes.len() as u64).and_then(|()| write_whole(&file, bytes)).map_err(|error| {
+            self.keep(&file, bytes).map_err(|error| {
                 tracing::error!(file = %file.display(), %error, "an artifact cannot be written");
                 ErrorBody::new(ErrorCode::Internal, "the artifact cannot be written, see the server's log")
             })?;
@@ -65,6 +63,11 @@ impl Artifacts {
     fn file(&self, digest: &Digest) -> PathBuf {
         // A digest holds nothing that could lead out of the folder.
         self.folder.join(format!("{}.json", digest.as_str().trim_start_matches("sha256:")))
+    }
+
+    fn keep(&self, file: &Path, bytes: &[u8]) -> io::Result<()> {
+        self.make_room(bytes.len() as u64)?;
+        Ok(atomic_file::replace(file, bytes, atomic_file::BY_UMASK)?)
     }
 
     fn make_room(&self, wanted: u64) -> io::Result<()> {

@@ -4,8 +4,8 @@
 //! few and change rarely: they are kept in one file, written anew as a whole at each change.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
@@ -140,7 +140,7 @@ impl Catalog {
 
     fn write(&self, entries: &BTreeMap<ModelRef, ModelEntry>) -> io::Result<()> {
         let list: Vec<&ModelEntry> = entries.values().collect();
-        write_whole(&self.file, &serde_json::to_vec_pretty(&list)?)
+        Ok(atomic_file::replace(&self.file, &serde_json::to_vec_pretty(&list)?, atomic_file::BY_UMASK)?)
     }
 
     /// Compares the entry's digest with what the nodes report. Errors: `NOT_FOUND`, and
@@ -166,19 +166,6 @@ impl Catalog {
 
 fn unknown(model: &ModelRef) -> ErrorBody {
     ErrorBody::new(ErrorCode::NotFound, format!("no entry of model {model}"))
-}
-
-/// Replaces a file so that a reader sees the old or the new one, whole, also after a crash.
-pub(crate) fn write_whole(file: &Path, bytes: &[u8]) -> io::Result<()> {
-    let folder = file.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(folder)?;
-    let name = file.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = folder.join(format!(".{name}.tmp"));
-    let mut new = File::create(&temporary)?;
-    new.write_all(bytes)?;
-    new.sync_all()?;
-    fs::rename(&temporary, file)?;
-    File::open(folder)?.sync_all()
 }
 
 #[cfg(test)]

@@ -3,8 +3,7 @@
 //! The file is beside the handoff files, which it is none of: its name starts with a dot. No
 //! file means serving.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use pool_registry_types::NodeId;
@@ -29,25 +28,12 @@ impl IntentFile {
 
     /// On the disk when it returns.
     pub fn write(&self, intent: Intent) -> io::Result<()> {
-        let folder = self.path.parent().unwrap_or(Path::new("."));
-        match intent {
-            Intent::Draining => {
-                fs::create_dir_all(folder)?;
-                let mut file = File::create(&self.path)?;
-                file.write_all(b"this node takes no work until it is resumed\n")?;
-                file.sync_all()?;
-            }
-            Intent::Serving => match fs::remove_file(&self.path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            },
-        }
-        // A name is on the disk when its folder is.
-        match File::open(folder) {
-            Ok(folder) => folder.sync_all(),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
-        }
+        let text = b"this node takes no work until it is resumed\n";
+        let kept = match intent {
+            Intent::Draining => atomic_file::replace(&self.path, text, atomic_file::BY_UMASK),
+            Intent::Serving => atomic_file::remove(&self.path),
+        };
+        kept.map_err(io::Error::from)
     }
 }
 

@@ -8,6 +8,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use atomic_file::WriteError;
 use pool_registry_types::node::StagedModel;
 use pool_registry_types::{Digest, ModelRef};
 use serde::{Deserialize, Serialize};
@@ -95,6 +96,12 @@ struct Origin {
     source: PathBuf,
     bytes: u64,
     modified_ns: u128,
+}
+
+impl From<WriteError> for ModelError {
+    fn from(WriteError { path, cause }: WriteError) -> Self {
+        Self::Disk { path, source: cause }
+    }
 }
 
 fn disk<'p>(path: &'p Path) -> impl Fn(io::Error) -> ModelError + 'p {
@@ -361,7 +368,7 @@ impl Models {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(disk(&origin)(error)),
             _ => {}
         }
-        sync_folder(staging)?;
+        atomic_file::flush_folder(staging)?;
         let name = folder_name(&manifest.model_id);
         let place = self.folder.join(&name);
         if place.exists() {
@@ -371,7 +378,7 @@ impl Models {
             fs::rename(&place, &broken).map_err(disk(&broken))?;
         }
         fs::rename(staging, &place).map_err(disk(&place))?;
-        sync_folder(&self.folder)
+        Ok(atomic_file::flush_folder(&self.folder)?)
     }
 }
 
@@ -447,12 +454,7 @@ fn copy_on(
 
 fn write(path: &Path, value: &impl Serialize) -> Result<(), ModelError> {
     let text = serde_json::to_vec_pretty(value).map_err(io::Error::from).map_err(disk(path))?;
-    let mut file = File::create(path).map_err(disk(path))?;
-    file.write_all(&text).and_then(|()| file.sync_all()).map_err(disk(path))
-}
-
-fn sync_folder(folder: &Path) -> Result<(), ModelError> {
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(disk(folder))
+    Ok(atomic_file::replace(path, &text, atomic_file::BY_UMASK)?)
 }
 
 #[cfg(test)]
