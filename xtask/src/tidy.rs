@@ -26,7 +26,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         "node-agent",
         &["pool-registry-types", "handoff-watcher", "node-registration", "owned-tasks", "atomic-file"],
     ),
-    ("owned-tasks", &[]),
+    ("owned-tasks", &["pool-registry-types"]),
     ("atomic-file", &[]),
     ("daemon-kit", &["pool-registry-types", "owned-tasks", "test-certs"]),
     ("test-certs", &["atomic-file"]),

@@ -7,13 +7,13 @@
 
 use std::time::Duration;
 
-use pool_registry_types::{AttemptId, Moment, TaskId};
+use pool_registry_types::{AttemptId, Backoff, Moment, TaskId};
 
 /// Failures in a row that trip it. Source: .specs/01 CLOUD-1310.
 const FAILURES_TO_TRIP: usize = 3;
-/// First pause; doubles with each trial that fails, up to [`LONGEST_PAUSE`].
+/// By the trials that have failed.
+const PAUSES: Backoff = Backoff::new(FIRST_PAUSE, Duration::from_secs(30));
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum State {
@@ -64,8 +64,8 @@ impl Breaker {
             return None;
         }
         self.failed_trial = task.filter(|_| is_trial);
-        let until = now + (FIRST_PAUSE * 2_u32.pow(self.trips.min(8))).min(LONGEST_PAUSE);
-        self.trips += 1;
+        let until = now + PAUSES.after(self.trips);
+        self.trips = self.trips.saturating_add(1);
         self.state = State::Open { until };
         Some(until)
     }

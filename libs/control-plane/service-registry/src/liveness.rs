@@ -8,12 +8,13 @@
 use std::time::Duration;
 
 use pool_registry_types::node::{LiveAnswer, Liveness};
-use pool_registry_types::{Moment, NodeId};
+use pool_registry_types::{Backoff, Moment, NodeId};
 
 /// Time between two probes of a suspect node. Source: .specs/01 CLOUD-1305.
 pub const PROBE_EVERY: Duration = Duration::from_secs(1);
 /// Longest pause between two probes of a node that denies us. Source: .specs/01 CLOUD-1314.
 pub const LONGEST_DENIED_PAUSE: Duration = Duration::from_secs(30);
+const DENIED_PAUSES: Backoff = Backoff::new(PROBE_EVERY, LONGEST_DENIED_PAUSE);
 
 /// The two numbers that an operator sets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,8 +65,8 @@ pub enum ProbeOutcome {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Denial {
     pub(crate) reason: String,
-    /// Until the next probe, when this one fails too.
-    pub(crate) pause: Duration,
+    /// Doublings of the pause until the next probe, when this one fails too.
+    pub(crate) doublings: u32,
 }
 
 /// A node's liveness changed.
@@ -88,9 +89,9 @@ pub(crate) struct Evidence {
     pub(crate) denied: Option<Denial>,
     /// When it last let us in, after it had denied us.
     let_in: Moment,
-    /// The pause with which the next denial begins: a node that lets us in and then denies us again
-    /// is asked ever less often, until it takes an attempt.
-    first_denied_pause: Duration,
+    /// How often it has denied us since it took an attempt: one that lets us in and then denies us
+    /// again is asked ever less often.
+    denials: u32,
     pub(crate) offline_since: Option<Moment>,
     pub(crate) next_probe: Option<Moment>,
     pub(crate) probe_in_flight: bool,
@@ -106,7 +107,7 @@ impl Evidence {
             dialled_since: None,
             denied: None,
             let_in: Moment::ZERO,
-            first_denied_pause: PROBE_EVERY,
+            denials: 0,
             offline_since: None,
             next_probe: Some(now),
             probe_in_flight: false,
@@ -152,10 +153,9 @@ impl Evidence {
         if self.denied.is_some() || dispatched < self.let_in {
             return;
         }
-        let next = (self.first_denied_pause * 2).min(LONGEST_DENIED_PAUSE);
-        self.denied = Some(Denial { reason, pause: next });
-        self.probe_by(now + self.first_denied_pause);
-        self.first_denied_pause = next;
+        self.probe_by(now + DENIED_PAUSES.after(self.denials));
+        self.denials = self.denials.saturating_add(1);
+        self.denied = Some(Denial { reason, doublings: self.denials });
     }
 
     /// It was dialled, and where that was asked it said whether it lets us in.
@@ -180,7 +180,7 @@ impl Evidence {
 
     /// The node took an attempt: it lets us in.
     pub(crate) fn took_attempt(&mut self) {
-        self.first_denied_pause = PROBE_EVERY;
+        self.denials = 0;
     }
 
     /// When a suspect node is to be dialled again, after a probe that has not lifted it; `asked`: that
@@ -188,8 +188,8 @@ impl Evidence {
     pub(crate) fn next_pause(&mut self, asked: bool) -> Duration {
         match &mut self.denied {
             Some(denial) if self.undialled.is_none() && asked => {
-                let pause = denial.pause;
-                denial.pause = (pause * 2).min(LONGEST_DENIED_PAUSE);
+                let pause = DENIED_PAUSES.after(denial.doublings);
+                denial.doublings = denial.doublings.saturating_add(1);
                 pause
             }
             _ => PROBE_EVERY,
@@ -214,9 +214,9 @@ impl Evidence {
 
     /// The tokens of either side have changed: a node that denied us is asked at once.
     pub(crate) fn ask_again(&mut self, now: Moment) {
-        self.first_denied_pause = PROBE_EVERY;
+        self.denials = 0;
         if let Some(denial) = &mut self.denied {
-            denial.pause = PROBE_EVERY;
+            denial.doublings = 0;
             self.want_probe(now);
         }
     }

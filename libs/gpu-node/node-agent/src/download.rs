@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures::StreamExt;
-use pool_registry_types::Digest;
+use pool_registry_types::{Backoff, Digest, RetryPolicy};
 use reqwest::header::{self, HeaderMap};
 use reqwest::{Client, Response, StatusCode};
 use secrecy::{ExposeSecret, SecretString};
@@ -23,9 +23,9 @@ use crate::source::ModelSource;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// Longest silence of a server that sends.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
-/// Tries without a new byte before a download is given up.
-const TRIES: u32 = 6;
-const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// Tries without a new byte, before a download is given up.
+const RETRIES: RetryPolicy =
+    RetryPolicy::new(6, Backoff::new(Duration::from_millis(250), Duration::from_secs(8)));
 /// Largest list of a repository's files, bytes.
 const MAX_LIST: usize = 8 * 1024 * 1024;
 /// Bytes that stay free on the disk.
@@ -225,7 +225,7 @@ pub async fn download(
 ) -> Result<u64, DownloadError> {
     let mut part = Part::open(path, &remote.url).await;
     let resumed_at = part.done;
-    let (mut failures, mut pause) = (0, FIRST_PAUSE);
+    let mut failures = 0;
     loop {
         let before = part.done;
         match attempt(client, hub, remote, &mut part, progress).await {
@@ -236,15 +236,8 @@ pub async fn download(
             }
             Err(Failed::ForGood(error)) => return Err(error),
             Err(Failed::Perhaps(error)) => {
-                if part.done > before {
-                    (failures, pause) = (0, FIRST_PAUSE);
-                } else {
-                    failures += 1;
-                    pause *= 2;
-                }
-                if failures >= TRIES {
-                    return Err(error);
-                }
+                failures = if part.done > before { 0 } else { failures + 1 };
+                let Some(pause) = RETRIES.pause_after(failures) else { return Err(error) };
                 tracing::info!(url = remote.url, done = part.done, %error, "a download broke off and goes on");
                 tokio::time::sleep(pause).await;
             }

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use handoff_watcher::{Handoff, HandoffName, MAX_SLOTS};
 use owned_tasks::blocking;
+use pool_registry_types::Backoff;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -26,8 +27,8 @@ const LOOK_EVERY_READY: Duration = Duration::from_secs(1);
 /// Pause between two questions how busy it is. llama.cpp notices that the caller of a whole answer
 /// has left only after a second in which it delivers no other result, this one's included.
 const COUNT_EVERY: Duration = Duration::from_millis(1_500);
-/// First pause between two questions while a slot is being released; doubles up to [`COUNT_EVERY`].
-const RELEASE_LOOK_EVERY: Duration = Duration::from_millis(25);
+/// Between two questions while a slot settles.
+const RELEASE_PAUSES: Backoff = Backoff::new(Duration::from_millis(25), COUNT_EVERY);
 
 /// Looks at the engine until `stop`, and at once when told to. Whoever stops it unbinds the replica.
 pub(crate) async fn watch(agent: Arc<Agent>, handoff: Handoff, stop: CancellationToken, look: Arc<Notify>) {
@@ -147,7 +148,7 @@ async fn count(agent: &Agent, handoff: &Handoff) {
 /// `key`: what the engine was asked with, for one whose handoff is gone.
 pub(crate) async fn watch_slots(agent: &Agent, name: &HandoffName, key: Option<ApiKey>, again: &Notify) {
     let HandoffName { pool_id, replica_id } = name;
-    let mut pause = RELEASE_LOOK_EVERY;
+    let mut looks = 0_u32;
     // Its engine may come back elsewhere meanwhile.
     while let Some((engine, mut at)) = agent.engine_of(name) {
         at.key = at.key.or(key.clone());
@@ -157,9 +158,10 @@ pub(crate) async fn watch_slots(agent: &Agent, name: &HandoffName, key: Option<A
         }
         let Some(until) = agent.slot_due_at(pool_id, replica_id) else { break };
         let until = Instant::now() + until.since(agent.now());
-        let next = if counts_requests { until.min(Instant::now() + pause) } else { until };
+        let next =
+            if counts_requests { until.min(Instant::now() + RELEASE_PAUSES.after(looks)) } else { until };
         tokio::select! {
-            () = again.notified() => pause = RELEASE_LOOK_EVERY,
+            () = again.notified() => looks = 0,
             () = tokio::time::sleep_until(next) => {}
         }
         if counts_requests {
@@ -167,7 +169,7 @@ pub(crate) async fn watch_slots(agent: &Agent, name: &HandoffName, key: Option<A
             let began = agent.now();
             let busy = tokio::time::timeout_at(until, engines::busy(engine, &look)).await;
             agent.counted(pool_id, replica_id, began, busy.unwrap_or(Busy::NoAnswer));
-            pause = (pause * 2).min(COUNT_EVERY);
+            looks = looks.saturating_add(1);
         }
         agent.expire_releases();
     }

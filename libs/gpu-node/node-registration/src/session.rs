@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use pool_registry_types::node::{HeartbeatAnswer, RegisterAnswer};
-use pool_registry_types::{Epoch, ErrorBody, ErrorCode, Moment};
+use pool_registry_types::{Backoff, Epoch, ErrorBody, ErrorCode, Moment};
 
 use crate::jitter::Jitter;
 
@@ -182,9 +182,9 @@ impl Session {
     }
 
     fn pause(&mut self) -> Duration {
-        let doubled = FIRST_PAUSE * 2_u32.pow(self.failures.min(10));
-        self.failures += 1;
-        self.jitter.spread(doubled.min(self.interval))
+        let pause = Backoff::new(FIRST_PAUSE, self.interval).after(self.failures);
+        self.failures = self.failures.saturating_add(1);
+        self.jitter.spread(pause)
     }
 
     fn jittered_interval(&mut self) -> Duration {

@@ -14,14 +14,14 @@ use std::time::{Duration, Instant};
 
 use futures::FutureExt;
 use parking_lot::Mutex;
+use pool_registry_types::Backoff;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// Pause before a loop is started again; doubles with each panic up to [`LONGEST_PAUSE`].
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// Before a loop is started again, by how often it has panicked and has not run well since.
+const PAUSES: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
 /// A loop that was started again is well once it has run for this long.
 const WELL_AFTER: Duration = Duration::from_secs(5);
 /// Characters of a panic's message that are kept.
@@ -118,7 +118,7 @@ pub async fn keep<L: Future<Output = ()>>(
     mut make: impl FnMut() -> L,
     mut send: impl FnMut(Option<&Panicked>),
 ) {
-    let (mut pause, mut is_down) = (FIRST_PAUSE, false);
+    let (mut panics, mut is_down) = (0_u32, false);
     loop {
         // Making it may panic too.
         let work = async {
@@ -130,7 +130,7 @@ pub async fn keep<L: Future<Output = ()>>(
         if is_down {
             ended = timeout(WELL_AFTER, running.as_mut()).await.ok();
             if !matches!(ended, Some(Err(_))) {
-                pause = FIRST_PAUSE;
+                panics = 0;
                 send(None);
             }
         }
@@ -139,6 +139,8 @@ pub async fn keep<L: Future<Output = ()>>(
             None => running.await,
         };
         let Err(panicked) = ended else { return };
+        let pause = PAUSES.after(panics);
+        panics = panics.saturating_add(1);
         log_loop(&panicked, pause);
         is_down = true;
         send(Some(&panicked));
@@ -146,7 +148,6 @@ pub async fn keep<L: Future<Output = ()>>(
             () = stop.cancelled() => return,
             () = sleep(pause) => {}
         }
-        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
@@ -231,17 +232,18 @@ impl Loops {
     pub fn thread(&self, name: &'static str, mut work: impl FnMut() + Send + 'static) -> std::io::Result<()> {
         let loops = self.clone();
         let run = move || {
-            let mut pause = FIRST_PAUSE;
+            let mut panics = 0_u32;
             loop {
                 let started = Instant::now();
                 let Err(payload) = catch_unwind(AssertUnwindSafe(&mut work)) else { return };
                 if started.elapsed() >= WELL_AFTER {
-                    pause = FIRST_PAUSE;
+                    panics = 0;
                 }
+                let pause = PAUSES.after(panics);
+                panics = panics.saturating_add(1);
                 let _down = loops.down(name);
                 log_loop(&Panicked::of(name, &*payload), pause);
                 std::thread::sleep(pause);
-                pause = (pause * 2).min(LONGEST_PAUSE);
             }
         };
         std::thread::Builder::new().name(name.into()).spawn(run).map(drop)

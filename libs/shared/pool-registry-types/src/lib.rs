@@ -1,8 +1,8 @@
 //! The vocabulary of the cluster and its wire, shared by both daemons.
 //!
 //! Everything here is data: identifiers that cannot be built wrong, the bodies that cross
-//! the network, the table of errors, the event-stream format, and the view that readers get.
-//! There is no I/O, no clock and no decision in this crate. The one idea needed to read it:
+//! the network, the table of errors, the event-stream format, the view that readers get, and what
+//! everybody reckons time by: the [`Moment`], and the pauses between tries. There is no I/O, no clock and no decision in this crate. The one idea needed to read it:
 //! a value that exists is valid, because every constructor checks.
 
 pub mod constraints;
@@ -15,6 +15,7 @@ mod newer;
 pub mod node;
 pub mod placement;
 pub mod pool;
+pub mod retry;
 pub mod routes;
 pub mod sse;
 pub mod task;
@@ -26,3 +27,4 @@ pub use ids::{
     ReplicaId, SessionId, TaskId,
 };
 pub use moment::Moment;
+pub use retry::{Backoff, RetryPolicy};
