@@ -8,30 +8,19 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use axum::http::HeaderValue;
-use clap::Parser;
-use daemon_kit::Tokens;
-use daemon_kit::config::Common;
-use daemon_kit::telemetry::LogFormat;
-use daemon_kit::tls::TlsPaths;
-use daemon_kit::tokens::TokenError;
+use clap::{CommandFactory, Parser};
+use daemon_kit::settings::{self, Daemon, Own, Shared, SharedError, SharedSettings};
 use task_scheduler::{FullLane, Policy, SessionPolicy, Strategy, Timing};
 
 use crate::services::addresses::NodeAddresses;
 use crate::token;
 
 /// The settings as they are given.
-#[derive(Debug, Parser)]
-#[command(
-    name = "orchestratord",
-    version,
-    about = "Queues tasks for language models and places them on the nodes that have them."
-)]
+#[derive(Debug, clap::Args)]
+#[command(about = "Queues tasks for language models and places them on the nodes that have them.")]
 pub(crate) struct Settings {
     #[command(subcommand)]
     order: Option<Order>,
-    /// Where this daemon listens.
-    #[arg(long, env = "ORCHESTRATORD_ADDR", default_value = "127.0.0.1:8080")]
-    addr: SocketAddr,
     /// false: one machine, engines found through local handoff files. true: nodes register.
     #[arg(long, env = "ORCHESTRATORD_CLOUD_PROFILE", default_value_t = false, action = clap::ArgAction::Set)]
     cloud_profile: bool,
@@ -84,27 +73,8 @@ pub(crate) struct Settings {
     /// Home profile: the directory of the engines' handoff files.
     #[arg(long, env = "ORCHESTRATORD_RUNTIME_DIR", default_value = ".runtime/engines")]
     runtime_dir: PathBuf,
-    /// Seconds that running tasks get to finish at SIGTERM.
-    #[arg(long, env = "ORCHESTRATORD_SHUTDOWN_GRACE_SECS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400))]
-    shutdown_grace_secs: u64,
-    /// This daemon's certificate, PEM, the leaf first; with its key it serves HTTPS. Read again when it changes.
-    #[arg(long, env = "ORCHESTRATORD_TLS_CERT")]
-    tls_cert: Option<PathBuf>,
-    /// The certificate's private key, PEM.
-    #[arg(long, env = "ORCHESTRATORD_TLS_KEY")]
-    tls_key: Option<PathBuf>,
-    /// Who signs the certificates of nodes, PEM. With it a node must show one that is for its node id.
-    #[arg(long, env = "ORCHESTRATORD_TLS_CLIENT_CA")]
-    tls_client_ca: Option<PathBuf>,
-    /// Who signs the certificates of the nodes as servers, PEM [default: the system's authorities].
-    #[arg(long, env = "ORCHESTRATORD_TLS_CA")]
-    tls_ca: Option<PathBuf>,
-    /// Refuse to serve, and to call nodes, without TLS.
-    #[arg(long, env = "ORCHESTRATORD_REQUIRE_TLS", default_value_t = false, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
-    require_tls: bool,
-    /// A second listener for the metrics and the probes, which asks for no token [default: none].
-    #[arg(long, env = "ORCHESTRATORD_METRICS_ADDR")]
-    metrics_addr: Option<SocketAddr>,
+    #[command(flatten)]
+    shared: SharedSettings,
     /// Origins whose pages may call, comma-separated [default: none].
     #[arg(long, env = "ORCHESTRATORD_CORS_ORIGINS")]
     cors_origins: Option<String>,
@@ -117,15 +87,33 @@ pub(crate) struct Settings {
     /// Where nodes may be: networks (10.0.0.0/8), addresses, names or *.suffixes, comma-separated [default: anywhere].
     #[arg(long, env = "ORCHESTRATORD_NODE_ADDRESSES")]
     node_addresses: Option<String>,
-    #[command(flatten)]
-    common: Common,
-    /// Print what is in force and exit.
-    #[arg(long)]
-    print_config: bool,
-    /// Print the OpenAPI document and exit.
-    #[arg(long)]
-    print_openapi: bool,
 }
+
+/// What is this daemon's own of the settings that both have.
+const OWN: Own = Own {
+    prefix: "ORCHESTRATORD",
+    foreign: &["ORCHESTRATORD_URL", "ORCHESTRATORD_REGISTER_ON_STARTUP"],
+    addr: "127.0.0.1:8080",
+    help: &[
+        ("shutdown_grace_secs", "Seconds that running tasks get to finish at SIGTERM"),
+        (
+            "tls_client_ca",
+            "Who signs the certificates of nodes, PEM. With it a node must show one that is for its node id",
+        ),
+        (
+            "tls_ca",
+            "Who signs the certificates of the nodes as servers, PEM [default: the system's authorities]",
+        ),
+        ("require_tls", "Refuse to serve, and to call nodes, without TLS"),
+    ],
+    before: &[
+        ("addr", "cloud_profile"),
+        ("cors_origins", "api_token"),
+        ("requests_per_second", "api_token"),
+        ("tasks_per_token", "api_token"),
+        ("node_addresses", "api_token"),
+    ],
+};
 
 /// Chores beside the daemon itself.
 #[derive(Debug, clap::Subcommand)]
@@ -153,23 +141,16 @@ fn strategy_parser() -> impl clap::builder::TypedValueParser<Value = Strategy> {
 /// The settings as they hold together.
 #[derive(Debug)]
 pub(crate) struct Config {
-    pub(crate) addr: SocketAddr,
+    pub(crate) shared: Shared,
     pub(crate) cloud_profile: bool,
     pub(crate) policy: Policy,
     pub(crate) event_log_bytes: usize,
     pub(crate) data_dir: PathBuf,
     pub(crate) runtime_dir: PathBuf,
-    pub(crate) shutdown_grace: Duration,
-    pub(crate) tokens: Tokens,
-    pub(crate) tls: TlsPaths,
-    pub(crate) metrics_addr: Option<SocketAddr>,
     pub(crate) origins: Vec<HeaderValue>,
     pub(crate) requests_per_second: Option<NonZeroU32>,
     pub(crate) tasks_per_token: Option<usize>,
     pub(crate) node_addresses: NodeAddresses,
-    pub(crate) audit_log: Option<PathBuf>,
-    pub(crate) log: String,
-    pub(crate) log_format: LogFormat,
 }
 
 /// Why the settings do not hold together. Each names the variable.
@@ -186,74 +167,62 @@ pub(crate) enum ConfigError {
     )]
     OpenToNetwork(SocketAddr),
     #[error(transparent)]
-    Token(#[from] TokenError),
-    #[error(
-        "ORCHESTRATORD_REQUIRE_TLS: without ORCHESTRATORD_TLS_CERT and ORCHESTRATORD_TLS_KEY plain HTTP would be served"
-    )]
-    NoTls,
+    Shared(#[from] SharedError),
     #[error("ORCHESTRATORD_CORS_ORIGINS: {0:?} is no origin, as https://host:port")]
     Origin(String),
     #[error("ORCHESTRATORD_NODE_ADDRESSES: {0}")]
     NodeAddresses(String),
 }
 
-/// Variables with our prefix that are the node daemon's.
-const NODE_VARIABLES: [&str; 2] = ["ORCHESTRATORD_URL", "ORCHESTRATORD_REGISTER_ON_STARTUP"];
+impl CommandFactory for Settings {
+    fn command() -> clap::Command {
+        let command = clap::Command::new("orchestratord").version(env!("CARGO_PKG_VERSION"));
+        settings::command::<Self>(command, &OWN)
+    }
 
-/// What the start goes on with.
-pub(crate) enum Read {
-    Run(Box<Config>),
-    Exit(ExitCode),
-}
-
-/// Reads flags and environment. Prints and exits for `--help`, `--print-…` and mistakes.
-pub(crate) fn read() -> Read {
-    let (settings, printed) =
-        match daemon_kit::config::parse::<Settings>(&["ORCHESTRATORD_", "LLORCH_"], &NODE_VARIABLES) {
-            Ok(parsed) => parsed,
-            Err(code) => return Read::Exit(code),
-        };
-    if let Some(Order::Token(order)) = &settings.order {
-        return Read::Exit(token::run(order));
-    }
-    if settings.print_openapi {
-        daemon_kit::config::print(&crate::app::router::document());
-        return Read::Exit(ExitCode::SUCCESS);
-    }
-    if settings.print_config {
-        daemon_kit::config::print(&printed);
-        return Read::Exit(ExitCode::SUCCESS);
-    }
-    match settings.check() {
-        Ok(config) => Read::Run(Box::new(config)),
-        Err(error) => {
-            daemon_kit::telemetry::say_fatal(&error);
-            Read::Exit(ExitCode::from(2))
-        }
+    fn command_for_update() -> clap::Command {
+        Self::command()
     }
 }
 
-impl Settings {
+impl Parser for Settings {}
+
+impl Daemon for Settings {
+    type Config = Config;
+    type Error = ConfigError;
+    const OWN: Own = OWN;
+
+    fn shared(&self) -> &SharedSettings {
+        &self.shared
+    }
+
+    fn chore(&self) -> Option<ExitCode> {
+        let Order::Token(order) = self.order.as_ref()?;
+        Some(token::run(order))
+    }
+
+    fn document() -> String {
+        crate::app::router::document()
+    }
+
     fn check(self) -> Result<Config, ConfigError> {
         let (timeout, interval) = (self.node_timeout_secs, self.heartbeat_interval_secs);
         if timeout < interval * 3 {
             return Err(ConfigError::TimeoutShort { timeout, interval });
         }
-        let tokens = Tokens::load(self.common.api_token, self.common.api_token_file)?;
-        if tokens.is_empty() && self.cloud_profile {
+        let shared = self.shared.check(&OWN)?;
+        if shared.tokens.is_empty() && self.cloud_profile {
             return Err(ConfigError::CloudNeedsToken);
         }
-        if tokens.is_empty() && !daemon_kit::config::is_loopback(self.addr) {
-            return Err(ConfigError::OpenToNetwork(self.addr));
-        }
-        if self.require_tls && self.tls_cert.is_none() {
-            return Err(ConfigError::NoTls);
+        let addr = shared.front.addr;
+        if shared.tokens.is_empty() && !daemon_kit::config::is_loopback(addr) {
+            return Err(ConfigError::OpenToNetwork(addr));
         }
         let origins = self.cors_origins.as_deref().map(origins).transpose()?.unwrap_or_default();
         let node_addresses = self.node_addresses.as_deref().unwrap_or_default();
+        let needs_https = shared.requires_tls || shared.front.tls.client_ca.is_some();
         let node_addresses =
-            NodeAddresses::parse(node_addresses, self.require_tls || self.tls_client_ca.is_some())
-                .map_err(ConfigError::NodeAddresses)?;
+            NodeAddresses::parse(node_addresses, needs_https).map_err(ConfigError::NodeAddresses)?;
         let policy = Policy {
             timing: Timing {
                 heartbeat_interval: Duration::from_secs(interval),
@@ -278,28 +247,16 @@ impl Settings {
             switched_off: None,
         };
         Ok(Config {
-            addr: self.addr,
+            shared,
             cloud_profile: self.cloud_profile,
             policy,
             event_log_bytes: self.event_log_bytes,
             data_dir: self.data_dir,
             runtime_dir: self.runtime_dir,
-            shutdown_grace: Duration::from_secs(self.shutdown_grace_secs),
-            tokens,
-            tls: TlsPaths {
-                cert: self.tls_cert,
-                key: self.tls_key,
-                client_ca: self.tls_client_ca,
-                ca: self.tls_ca,
-            },
-            metrics_addr: self.metrics_addr,
             origins,
             requests_per_second: self.requests_per_second,
             tasks_per_token: self.tasks_per_token.map(|tasks| tasks as usize),
             node_addresses,
-            audit_log: self.common.audit_log,
-            log: self.common.log,
-            log_format: self.common.log_format,
         })
     }
 }
@@ -328,8 +285,8 @@ mod tests {
     #[test]
     fn the_defaults_are_the_home_profile_on_loopback_without_a_token() {
         let config = check(&[]).unwrap();
-        assert!(!config.cloud_profile && config.tokens.is_empty());
-        assert_eq!(config.addr.to_string(), "127.0.0.1:8080");
+        assert!(!config.cloud_profile && config.shared.tokens.is_empty());
+        assert_eq!(config.shared.front.addr.to_string(), "127.0.0.1:8080");
         assert_eq!(config.policy.timing.node_timeout, Duration::from_secs(30));
     }
 

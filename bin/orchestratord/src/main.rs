@@ -10,10 +10,10 @@ mod token;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let config = match config::read() {
-        config::Read::Run(config) => config,
-        config::Read::Exit(code) => return code,
+    let config = match daemon_kit::settings::read::<config::Settings>() {
+        Ok(config) => config,
+        Err(code) => return code,
     };
-    let logs = daemon_kit::telemetry::init(config.log_format, &config.log);
-    daemon_kit::serve::block_on(logs, app::bootstrap::run(*config))
+    let logs = daemon_kit::telemetry::init(config.shared.log_format, &config.shared.log);
+    daemon_kit::serve::block_on(logs, app::bootstrap::run(config))
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use daemon_kit::auth::Gate;
 use daemon_kit::connections::Counts;
-use daemon_kit::front::{Front, FrontError, FrontSettings, Shown};
+use daemon_kit::front::{Front, FrontError, Shown};
 use daemon_kit::serve;
 use handoff_watcher::{HandoffWatcher, watch::WatchError};
 use node_agent::core::Identity;
@@ -42,14 +42,7 @@ pub(crate) enum StartError {
 pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     // Only the first installation in a process can fail, and this is the first.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let front = Front::open(FrontSettings {
-        prefix: "POOL_MANAGERD",
-        addr: config.addr,
-        metrics_addr: config.metrics_addr,
-        tls: &config.tls,
-        audit_log: config.audit_log.as_deref(),
-    })
-    .await?;
+    let front = Front::open(&config.shared.front).await?;
     let (bound, loops) = (front.bound, front.loops.clone());
     let gpus = gpu::GpuWatch::start(config.nvml_lib.clone(), &loops);
     let boot_id = BootId(Uuid::new_v4());
@@ -80,7 +73,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         Some(url) => {
             let client = front.tls.client.reqwest(HttpControlPlane::client()).build();
             let client = client.map_err(|_| StartError::Client)?;
-            let tokens = config.tokens.clone();
+            let tokens = config.shared.tokens.clone();
             let credentials = Arc::new(move || tokens.authorization());
             let control = HttpControlPlane::new(url, client, credentials, daemon_kit::tls::explain);
             Some(agent.keep_session(control))
@@ -92,19 +85,19 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         agent: Arc::clone(&agent),
         supervision: supervision.clone(),
         alone: session.is_none(),
-        tokens: config.tokens.clone(),
+        tokens: config.shared.tokens.clone(),
         connections: Arc::clone(&counts),
     };
     let gate = Gate {
-        tokens: config.tokens.clone(),
+        tokens: config.shared.tokens.clone(),
         needs: api::needs,
-        certificate: config.tls.client_ca.as_ref().map(|_| config.control_name.clone()),
+        certificate: config.shared.front.tls.client_ca.as_ref().map(|_| config.control_name.clone()),
         nodes_show_certificates: false,
         quota: None,
         origins: Vec::new(),
     };
     let beside = TaskTracker::new();
-    let (tokens, own, ended) = (config.tokens.clone(), Arc::clone(&agent), stop.clone());
+    let (tokens, own, ended) = (config.shared.tokens.clone(), Arc::clone(&agent), stop.clone());
     let telling = move || {
         let own = Arc::clone(&own);
         tokens.clone().notify_changes(ended.clone(), move || {
@@ -119,7 +112,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
 
     serve::stop_signal().await;
     tracing::info!("stopping: no new work");
-    agent.drain_and_leave(config.shutdown_grace).await;
+    agent.drain_and_leave(config.shared.shutdown_grace).await;
     if let Some(supervision) = &supervision {
         supervision.stop().await;
     }

@@ -6,12 +6,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use crate::models;
-use clap::Parser;
-use daemon_kit::Tokens;
-use daemon_kit::config::Common;
-use daemon_kit::telemetry::LogFormat;
-use daemon_kit::tls::TlsPaths;
-use daemon_kit::tokens::TokenError;
+use clap::{CommandFactory, Parser};
+use daemon_kit::settings::{self, Daemon, Own, Shared, SharedError, SharedSettings};
 use handoff_watcher::EngineHosts;
 use node_agent::pools_file::{PoolsFile, PoolsFileError};
 use pool_registry_types::placement::{Labels, MAX_CONSTRAINTS};
@@ -19,18 +15,11 @@ use pool_registry_types::{LabelName, MachineId, NodeId};
 use secrecy::SecretString;
 
 /// The settings as they are given.
-#[derive(Debug, Parser)]
-#[command(
-    name = "pool-managerd",
-    version,
-    about = "Runs on every GPU node: finds engines, serves them to the control plane."
-)]
+#[derive(Debug, clap::Args)]
+#[command(about = "Runs on every GPU node: finds engines, serves them to the control plane.")]
 pub(crate) struct Settings {
     #[command(subcommand)]
     order: Option<Order>,
-    /// Where this daemon listens.
-    #[arg(long, env = "POOL_MANAGERD_ADDR", default_value = "127.0.0.1:9200")]
-    addr: SocketAddr,
     /// This node's name in the cluster [default: the host's name].
     #[arg(long, env = "POOL_MANAGERD_NODE_ID")]
     node_id: Option<NodeId>,
@@ -64,9 +53,6 @@ pub(crate) struct Settings {
     /// Seconds between two heartbeats, until the control plane's answer says otherwise.
     #[arg(long, env = "POOL_MANAGERD_HEARTBEAT_INTERVAL_SECS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     heartbeat_interval_secs: u64,
-    /// Seconds that running attempts get to finish at SIGTERM.
-    #[arg(long, env = "POOL_MANAGERD_SHUTDOWN_GRACE_SECS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400))]
-    shutdown_grace_secs: u64,
     /// A TOML file of the pools whose engines this node runs itself [default: none, engines are only found].
     #[arg(long, env = "POOL_MANAGERD_POOLS")]
     pools: Option<PathBuf>,
@@ -88,39 +74,35 @@ pub(crate) struct Settings {
     /// NVIDIA's management library [default: where the system keeps it].
     #[arg(long, env = "POOL_MANAGERD_NVML_LIB")]
     nvml_lib: Option<PathBuf>,
-    /// This daemon's certificate, PEM, the leaf first; with its key it serves HTTPS. Read again when it changes.
-    #[arg(long, env = "POOL_MANAGERD_TLS_CERT")]
-    tls_cert: Option<PathBuf>,
-    /// The certificate's private key, PEM.
-    #[arg(long, env = "POOL_MANAGERD_TLS_KEY")]
-    tls_key: Option<PathBuf>,
-    /// Who signs the control plane's certificate as a client, PEM. With it the control plane must show one.
-    #[arg(long, env = "POOL_MANAGERD_TLS_CLIENT_CA")]
-    tls_client_ca: Option<PathBuf>,
     /// The name that the control plane's certificate must be for, where one is asked for.
     #[arg(long, env = "POOL_MANAGERD_TLS_CONTROL_NAME", default_value = "orchestratord")]
     tls_control_name: String,
-    /// Who signs the control plane's certificate as a server, PEM [default: the system's authorities].
-    #[arg(long, env = "POOL_MANAGERD_TLS_CA")]
-    tls_ca: Option<PathBuf>,
-    /// Refuse to serve, and to call the control plane, without TLS.
-    #[arg(long, env = "POOL_MANAGERD_REQUIRE_TLS", default_value_t = false, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
-    require_tls: bool,
-    /// A second listener for the metrics and the probes, which asks for no token [default: none].
-    #[arg(long, env = "POOL_MANAGERD_METRICS_ADDR")]
-    metrics_addr: Option<SocketAddr>,
     #[command(flatten)]
-    common: Common,
-    /// Print what is in force and exit.
-    #[arg(long)]
-    print_config: bool,
-    /// Print the OpenAPI document and exit.
-    #[arg(long)]
-    print_openapi: bool,
+    shared: SharedSettings,
     /// Print the JSON schema of the file of pools and exit.
     #[arg(long)]
     print_pools_schema: bool,
 }
+
+/// What is this daemon's own of the settings that both have.
+const OWN: Own = Own {
+    prefix: "POOL_MANAGERD",
+    foreign: &[],
+    addr: "127.0.0.1:9200",
+    help: &[
+        ("shutdown_grace_secs", "Seconds that running attempts get to finish at SIGTERM"),
+        (
+            "tls_client_ca",
+            "Who signs the control plane's certificate as a client, PEM. With it the control plane must show one",
+        ),
+        (
+            "tls_ca",
+            "Who signs the control plane's certificate as a server, PEM [default: the system's authorities]",
+        ),
+        ("require_tls", "Refuse to serve, and to call the control plane, without TLS"),
+    ],
+    before: &[("addr", "node_id"), ("shutdown_grace_secs", "pools"), ("tls_control_name", "tls_ca")],
+};
 
 /// Chores beside the daemon itself.
 #[derive(Debug, clap::Subcommand)]
@@ -136,7 +118,7 @@ enum Order {
 /// The settings as they hold together.
 #[derive(Debug)]
 pub(crate) struct Config {
-    pub(crate) addr: SocketAddr,
+    pub(crate) shared: Shared,
     pub(crate) node_id: NodeId,
     pub(crate) machine_id: MachineId,
     pub(crate) labels: Labels,
@@ -148,17 +130,10 @@ pub(crate) struct Config {
     pub(crate) watch_interval: Duration,
     pub(crate) engine_hosts: EngineHosts,
     pub(crate) heartbeat_interval: Duration,
-    pub(crate) shutdown_grace: Duration,
     pub(crate) nvml_lib: Option<PathBuf>,
     /// Absent: this node runs no engines of its own.
     pub(crate) supervision: Option<Supervised>,
-    pub(crate) tokens: Tokens,
-    pub(crate) tls: TlsPaths,
     pub(crate) control_name: String,
-    pub(crate) metrics_addr: Option<SocketAddr>,
-    pub(crate) audit_log: Option<PathBuf>,
-    pub(crate) log: String,
-    pub(crate) log_format: LogFormat,
 }
 
 /// Where the engines of this node's own are, and what may be fetched for them.
@@ -190,13 +165,9 @@ pub(crate) enum ConfigError {
     #[error("LLORCH_API_TOKEN: a node needs the cluster's token (or LLORCH_API_TOKEN_FILE)")]
     NoToken,
     #[error(transparent)]
-    Token(#[from] TokenError),
+    Shared(#[from] SharedError),
     #[error("POOL_MANAGERD_ADVERTISE_URL: {url} is not what is served here, which is {served}")]
     Scheme { url: String, served: &'static str },
-    #[error(
-        "POOL_MANAGERD_REQUIRE_TLS: without POOL_MANAGERD_TLS_CERT and POOL_MANAGERD_TLS_KEY plain HTTP would be served"
-    )]
-    NoTls,
     #[error("POOL_MANAGERD_REQUIRE_TLS: ORCHESTRATORD_URL {0} is plain HTTP")]
     PlainControlPlane(String),
     #[error("POOL_MANAGERD_NODE_ID: {0} cannot stand in a certificate, it is no DNS name")]
@@ -207,52 +178,50 @@ pub(crate) enum ConfigError {
     LoopbackAdvertised { advertised: String, control_plane: String },
 }
 
-/// What the start goes on with.
-pub(crate) enum Read {
-    Run(Box<Config>),
-    Exit(ExitCode),
-}
+impl CommandFactory for Settings {
+    fn command() -> clap::Command {
+        let command = clap::Command::new("pool-managerd").version(env!("CARGO_PKG_VERSION"));
+        settings::command::<Self>(command, &OWN)
+    }
 
-/// Reads flags and environment. Prints and exits for `--help`, `--print-config` and mistakes.
-pub(crate) fn read() -> Read {
-    let (settings, printed) = match daemon_kit::config::parse::<Settings>(&["POOL_MANAGERD_", "LLORCH_"], &[])
-    {
-        Ok(parsed) => parsed,
-        Err(code) => return Read::Exit(code),
-    };
-    match &settings.order {
-        Some(Order::Guard) => return Read::Exit(node_agent::guard::inside::run()),
-        Some(Order::Models(order)) => {
-            let hub = models::Hub { endpoint: &settings.hf_endpoint, token: settings.hf_token.as_ref() };
-            return Read::Exit(models::run(order, &settings.models_dir, &hub));
-        }
-        None => {}
-    }
-    if settings.print_pools_schema {
-        daemon_kit::config::print(&PoolsFile::schema());
-        return Read::Exit(ExitCode::SUCCESS);
-    }
-    if settings.print_openapi {
-        daemon_kit::config::print(&crate::api::document());
-        return Read::Exit(ExitCode::SUCCESS);
-    }
-    if settings.print_config {
-        daemon_kit::config::print(&printed);
-        return Read::Exit(ExitCode::SUCCESS);
-    }
-    match settings.check() {
-        Ok(config) => Read::Run(Box::new(config)),
-        Err(error) => {
-            daemon_kit::telemetry::say_fatal(&error);
-            Read::Exit(ExitCode::from(2))
-        }
+    fn command_for_update() -> clap::Command {
+        Self::command()
     }
 }
 
-impl Settings {
+impl Parser for Settings {}
+
+impl Daemon for Settings {
+    type Config = Config;
+    type Error = ConfigError;
+    const OWN: Own = OWN;
+
+    fn shared(&self) -> &SharedSettings {
+        &self.shared
+    }
+
+    fn chore(&self) -> Option<ExitCode> {
+        match &self.order {
+            Some(Order::Guard) => Some(node_agent::guard::inside::run()),
+            Some(Order::Models(order)) => {
+                let hub = models::Hub { endpoint: &self.hf_endpoint, token: self.hf_token.as_ref() };
+                Some(models::run(order, &self.models_dir, &hub))
+            }
+            None if self.print_pools_schema => {
+                daemon_kit::config::print(&PoolsFile::schema());
+                Some(ExitCode::SUCCESS)
+            }
+            None => None,
+        }
+    }
+
+    fn document() -> String {
+        crate::api::document()
+    }
+
     fn check(self) -> Result<Config, ConfigError> {
-        let tokens = Tokens::load(self.common.api_token, self.common.api_token_file)?;
-        if tokens.is_empty() {
+        let shared = self.shared.check(&OWN)?;
+        if shared.tokens.is_empty() {
             return Err(ConfigError::NoToken);
         }
         let node_id = match self.node_id {
@@ -270,18 +239,15 @@ impl Settings {
         };
         let advertise_url =
             self.advertise_url.map(|url| check_url("POOL_MANAGERD_ADVERTISE_URL", url)).transpose()?;
-        let serves_tls = self.tls_cert.is_some();
+        let serves_tls = shared.serves_tls();
         if let Some(url) = advertise_url.clone().filter(|url| url.starts_with("https://") != serves_tls) {
             let served = if serves_tls { "https" } else { "http" };
             return Err(ConfigError::Scheme { url, served });
         }
-        if self.require_tls {
-            if !serves_tls {
-                return Err(ConfigError::NoTls);
-            }
-            if let Some(url) = control_plane.clone().filter(|url| url.starts_with("http://")) {
-                return Err(ConfigError::PlainControlPlane(url));
-            }
+        if let Some(url) = control_plane.clone().filter(|url| url.starts_with("http://"))
+            && shared.requires_tls
+        {
+            return Err(ConfigError::PlainControlPlane(url));
         }
         if serves_tls && !daemon_kit::tls::is_name(node_id.as_str()) {
             return Err(ConfigError::NoCertificateName(node_id));
@@ -307,7 +273,7 @@ impl Settings {
             }
         };
         let config = Config {
-            addr: self.addr,
+            shared,
             node_id,
             machine_id,
             labels: self.labels.as_deref().map(labels).transpose()?.unwrap_or_default(),
@@ -320,21 +286,9 @@ impl Settings {
                 .engine_hosts
                 .map_or_else(EngineHosts::default, |list| EngineHosts::parse(&list)),
             heartbeat_interval: Duration::from_secs(self.heartbeat_interval_secs),
-            shutdown_grace: Duration::from_secs(self.shutdown_grace_secs),
             nvml_lib: self.nvml_lib,
             supervision,
-            tokens,
-            tls: TlsPaths {
-                cert: self.tls_cert,
-                key: self.tls_key,
-                client_ca: self.tls_client_ca,
-                ca: self.tls_ca,
-            },
             control_name: self.tls_control_name,
-            metrics_addr: self.metrics_addr,
-            audit_log: self.common.audit_log,
-            log: self.common.log,
-            log_format: self.common.log_format,
         };
         config.check_reachable()?;
         Ok(config)
@@ -352,13 +306,13 @@ impl Config {
             Some(ip) if bound.ip().is_unspecified() => ip,
             _ => bound.ip(),
         };
-        let scheme = if self.tls.cert.is_some() { "https" } else { "http" };
+        let scheme = if self.shared.serves_tls() { "https" } else { "http" };
         format!("{scheme}://{}", SocketAddr::new(ip, bound.port()))
     }
 
     fn check_reachable(&self) -> Result<(), ConfigError> {
         let Some(control_plane) = &self.control_plane else { return Ok(()) };
-        let advertised = self.address(self.addr);
+        let advertised = self.address(self.shared.front.addr);
         let is_local = |url: &str| daemon_kit::config::is_this_machine(authority(url));
         if is_local(&advertised) && !is_local(control_plane) {
             return Err(ConfigError::LoopbackAdvertised { advertised, control_plane: control_plane.clone() });

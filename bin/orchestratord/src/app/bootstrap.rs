@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use daemon_kit::auth::Gate;
 use daemon_kit::connections::Counts;
-use daemon_kit::front::{Front, FrontError, FrontSettings, Shown};
+use daemon_kit::front::{Front, FrontError, Shown};
 use daemon_kit::quota::Quota;
 use daemon_kit::{Clock, serve};
 use handoff_watcher::watch::WatchError;
@@ -50,20 +50,14 @@ pub(crate) enum StartError {
 pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     // Only the first installation in a process can fail, and this is the first.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let front = Front::open(FrontSettings {
-        prefix: "ORCHESTRATORD",
-        addr: config.addr,
-        metrics_addr: config.metrics_addr,
-        tls: &config.tls,
-        audit_log: config.audit_log.as_deref(),
-    })
-    .await?;
+    let front = Front::open(&config.shared.front).await?;
+    let tokens = config.shared.tokens;
     let interval = config.policy.timing.heartbeat_interval;
     let catalog = Arc::new(Catalog::open(&config.data_dir)?);
     let home = (!config.cloud_profile).then(|| Home::new(interval, &config.runtime_dir, front.loops.clone()));
     let link = match &home {
         Some(home) => NodeLink::Local(Arc::clone(&home.agent)),
-        None => NodeLink::Http(Box::new(HttpLink::new(&front.tls.client, config.tokens.clone())?)),
+        None => NodeLink::Http(Box::new(HttpLink::new(&front.tls.client, tokens.clone())?)),
     };
     let streams = Arc::new(Streams::new(config.event_log_bytes));
     let clock = Clock::default();
@@ -99,15 +93,15 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         cloud_profile: config.cloud_profile,
         node_addresses: Arc::new(config.node_addresses),
         quota: Arc::clone(&quota),
-        tokens: config.tokens.clone(),
+        tokens: tokens.clone(),
         connections: Arc::clone(&counts),
         loops: front.loops.clone(),
     };
     let gate = Gate {
-        tokens: config.tokens,
+        tokens,
         needs: router::needs,
         certificate: None,
-        nodes_show_certificates: config.tls.client_ca.is_some(),
+        nodes_show_certificates: config.shared.front.tls.client_ca.is_some(),
         quota: Some(quota),
         origins: config.origins,
     };
@@ -132,7 +126,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     }
     tracing::info!("stopping: nothing new is admitted");
     control.send(Event::Drain).await;
-    finish_tasks(&control, config.shutdown_grace).await;
+    finish_tasks(&control, config.shared.shutdown_grace).await;
     control.send(Event::CutOff).await;
     if let Some(home) = home {
         home.leave(Duration::ZERO).await;

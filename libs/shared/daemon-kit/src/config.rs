@@ -1,13 +1,12 @@
-//! Checks on configuration that both daemons share.
+//! How settings are read, shown and checked, whatever they are.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use pool_registry_types::node::Capabilities;
 use secrecy::SecretString;
 
-use crate::telemetry::{self, LogFormat};
+use crate::telemetry;
 
 /// Warns of variables with one of our prefixes that no setting has, naming the nearest one.
 pub fn misspelt<'a>(
@@ -44,26 +43,6 @@ fn distance(a: &str, b: &str) -> usize {
         }
     }
     row[b.len()]
-}
-
-/// The settings that both daemons have.
-#[derive(Debug, Clone, clap::Args)]
-pub struct Common {
-    /// Bearer tokens, comma-separated; all are accepted, the first is sent. Only as a variable: every
-    /// user of the machine can read a command line.
-    #[arg(long, env = "LLORCH_API_TOKEN", hide_env_values = true, value_parser = secret)]
-    pub api_token: Option<SecretString>,
-    /// A file of tokens, one a line or TOML; read again when it changes.
-    #[arg(long, env = "LLORCH_API_TOKEN_FILE")]
-    pub api_token_file: Option<PathBuf>,
-    /// A file to which a line is appended for each call that changes something or is refused [default: none].
-    #[arg(long, env = "LLORCH_AUDIT_LOG")]
-    pub audit_log: Option<PathBuf>,
-    /// Log level, or a list of target=level.
-    #[arg(long, env = "LLORCH_LOG", default_value = "info")]
-    pub log: String,
-    #[arg(long, env = "LLORCH_LOG_FORMAT", default_value = "text")]
-    pub log_format: LogFormat,
 }
 
 /// A value that is never printed.

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -40,15 +40,15 @@ pub enum FrontError {
 }
 
 /// The settings of it.
-#[derive(Debug, Clone, Copy)]
-pub struct FrontSettings<'s> {
+#[derive(Debug)]
+pub struct FrontSettings {
     /// Of the daemon's variables, without an underscore at its end.
     pub prefix: &'static str,
     pub addr: SocketAddr,
     /// A second listener, which asks for no token.
     pub metrics_addr: Option<SocketAddr>,
-    pub tls: &'s TlsPaths,
-    pub audit_log: Option<&'s Path>,
+    pub tls: TlsPaths,
+    pub audit_log: Option<PathBuf>,
 }
 
 /// Everything that can fail is done; nothing is served yet.
@@ -75,16 +75,17 @@ pub struct Shown {
 }
 
 impl Front {
-    pub async fn open(settings: FrontSettings<'_>) -> Result<Self, FrontError> {
-        let FrontSettings { prefix, addr, metrics_addr, tls, audit_log } = settings;
-        let (listener, bound) = listen(format!("{prefix}_ADDR"), addr).await?;
-        let metrics = match metrics_addr {
+    pub async fn open(settings: &FrontSettings) -> Result<Self, FrontError> {
+        let prefix = settings.prefix;
+        let (listener, bound) = listen(format!("{prefix}_ADDR"), settings.addr).await?;
+        let metrics = match settings.metrics_addr {
             Some(addr) => Some(listen(format!("{prefix}_METRICS_ADDR"), addr).await?.0),
             None => None,
         };
-        let tls = Tls::load(prefix, tls)?;
+        let tls = Tls::load(prefix, &settings.tls)?;
         let loops = Loops::default();
-        let audit = audit_log.map(|path| Audit::open(path, &loops)).transpose()?.unwrap_or_default();
+        let audit = settings.audit_log.as_deref().map(|path| Audit::open(path, &loops));
+        let audit = audit.transpose()?.unwrap_or_default();
         Ok(Self { tls, bound, loops, prefix, listener, metrics, audit })
     }
 

@@ -19,6 +19,7 @@ pub mod front;
 pub mod metrics;
 pub mod quota;
 pub mod serve;
+pub mod settings;
 pub mod telemetry;
 pub mod tls;
 pub mod tokens;
