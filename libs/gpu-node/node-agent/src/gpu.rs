@@ -106,11 +106,21 @@ fn open(lib: Option<&PathBuf>) -> Result<Nvml, NvmlError> {
     }
 }
 
+/// Why no GPU is seen.
+#[derive(Debug, thiserror::Error)]
+pub enum GpuError {
+    /// It is not there, or cannot be started.
+    #[error("no driver: {0}")]
+    Driver(NvmlError),
+    #[error("the driver does not tell its devices: {0}")]
+    Devices(NvmlError),
+}
+
 impl NvmlGpus {
     /// Loads the driver's library, from `lib` or from where the system keeps it.
-    pub fn load(lib: Option<PathBuf>) -> Result<Self, String> {
-        let nvml = open(lib.as_ref()).map_err(|error| error.to_string())?;
-        let count = nvml.device_count().map_err(|error| error.to_string())?;
+    pub fn load(lib: Option<PathBuf>) -> Result<Self, GpuError> {
+        let nvml = open(lib.as_ref()).map_err(GpuError::Driver)?;
+        let count = nvml.device_count().map_err(GpuError::Devices)?;
         let inventory = (0..count).filter_map(|n| capability(&nvml, n)).collect();
         Ok(Self { lib, nvml: Some(nvml), inventory })
     }
@@ -324,7 +334,7 @@ impl GpuWatch {
             match NvmlGpus::load(lib.clone()) {
                 Ok(gpus) => Box::new(gpus),
                 Err(reason) => {
-                    tracing::info!(reason, "no GPU seen");
+                    tracing::info!(%reason, "no GPU seen");
                     Box::new(NoGpus)
                 }
             }

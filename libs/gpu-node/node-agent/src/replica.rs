@@ -183,7 +183,7 @@ pub(crate) async fn endpoint(url: &str, key_file: Option<&Path>) -> Result<Endpo
         Some(path) => {
             let path = path.to_owned();
             let read = blocking("file of a key", move || ApiKey::read(&path)).await;
-            Some(read.unwrap_or_else(|panicked| Err(panicked.to_string()))?)
+            Some(read.map_err(|panicked| panicked.to_string())?.map_err(|error| error.to_string())?)
         }
     };
     Ok(Endpoint { url: url.to_owned(), key })
