@@ -1,7 +1,6 @@
 //! The node's HTTP API: probes, pools, and the hop on which attempts run.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use axum::body::Body as HttpBody;
 use axum::extract::{Extension, State};
@@ -10,13 +9,10 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use daemon_kit::auth::Need;
-use daemon_kit::connections::Counts;
 use daemon_kit::correlation::RequestIds;
 use daemon_kit::metrics::Page;
 use daemon_kit::tokens::Scope;
-use daemon_kit::{ApiError, Body, PathId, Tokens, WrappedBody};
-use node_agent::Agent;
-use node_agent::supervisor::Supervision;
+use daemon_kit::{ApiError, Body, PathId, WrappedBody};
 use pool_registry_types::node::{GpuReport, Intent, IntentOrder, LiveAnswer, StagedModel};
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload, PoolReport};
 use pool_registry_types::routes::headers;
@@ -27,17 +23,7 @@ use utoipa::{OpenApi, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-/// What the handlers know.
-#[derive(Debug, Clone)]
-pub(crate) struct Node {
-    pub(crate) agent: Arc<Agent>,
-    /// Absent: this node runs no engines of its own.
-    pub(crate) supervision: Option<Arc<Supervision>>,
-    /// This node joins no cluster.
-    pub(crate) alone: bool,
-    pub(crate) tokens: Tokens,
-    pub(crate) connections: Arc<Counts>,
-}
+use crate::node::Node;
 
 /// What each route needs. Only the control plane and operators call a node.
 pub(crate) fn needs(_: &Method, path: &str) -> Need {

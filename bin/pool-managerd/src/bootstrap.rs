@@ -10,6 +10,7 @@ use daemon_kit::front::{Front, FrontError, Shown};
 use daemon_kit::serve;
 use handoff_watcher::{HandoffWatcher, watch::WatchError};
 use node_agent::core::Identity;
+use node_agent::supervisor::Supervision;
 use node_agent::{Agent, IntentFile, gpu};
 use node_registration::HttpControlPlane;
 use pool_registry_types::BootId;
@@ -19,6 +20,7 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::config::Config;
+use crate::node::Node;
 use crate::{api, registry};
 
 /// How long leaving the cluster may take, once attempts have finished.
@@ -66,7 +68,8 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         HandoffWatcher::new(&config.runtime_dir, config.engine_hosts.clone(), config.watch_interval)?;
     let (changes, watching) = watcher.start(&loops, stop.clone());
     let supervision = config.supervision.as_ref();
-    let supervision = supervision.map(|own| registry::supervise(&agent, &config, own, seed)).transpose()?;
+    let supervise = |own| Supervision::start(&agent, registry::supervision(&config, own), seed);
+    let supervision = supervision.map(supervise).transpose().map_err(|_| StartError::Client)?;
     agent.follow_handoffs(changes);
     agent.watch_gpus(gpus);
     let session = match &config.control_plane {
@@ -81,7 +84,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         None => None,
     };
     let counts = Arc::new(Counts::default());
-    let node = api::Node {
+    let node = Node {
         agent: Arc::clone(&agent),
         supervision: supervision.clone(),
         alone: session.is_none(),

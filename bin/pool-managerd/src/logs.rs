@@ -16,7 +16,7 @@ use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt, SeekFrom};
 use utoipa::IntoParams;
 
-use crate::api::Node;
+use crate::node::Node;
 
 /// Bytes of the log's end that are given.
 const LAST_BYTES: u64 = 64 * 1024;

@@ -5,6 +5,7 @@ mod bootstrap;
 mod config;
 mod logs;
 mod models;
+mod node;
 mod registry;
 
 use std::process::ExitCode;

@@ -536,7 +536,7 @@ async fn the_audit_log_says_who_did_what_and_metrics_have_a_door_of_their_own() 
             && submitted["correlation_id"].is_string()
     );
     assert!(!lines.iter().any(|line| line["path"].as_str().is_some_and(|path| path.contains("heartbeat"))));
-    assert!(!e2e_cloud::cluster::holds_secret(&std::fs::read(&audit).unwrap()));
+    assert!(!e2e_cloud::client::holds_secret(&std::fs::read(&audit).unwrap()));
 }
 
 // CLOUD-2506
@@ -571,13 +571,10 @@ fn tokens_are_made_named_and_checked_without_ever_being_an_argument() {
         good && listed.contains("seven node only as node gpu-node-7") && listed.contains("EXPIRED"),
         "{listed}"
     );
-    assert!(!e2e_cloud::cluster::holds_secret(listed.as_bytes()));
+    assert!(!e2e_cloud::client::holds_secret(listed.as_bytes()));
     std::fs::write(&file, token_file().replace("[\"client\"]", "[\"god\"]")).unwrap();
     let (good, _, error) = run(&["token", "check", &path], "");
-    assert!(
-        !good && error.contains("line") && !e2e_cloud::cluster::holds_secret(error.as_bytes()),
-        "{error}"
-    );
+    assert!(!good && error.contains("line") && !e2e_cloud::client::holds_secret(error.as_bytes()), "{error}");
     for daemon in ["orchestratord", "pool-managerd"] {
         let output = Command::new(program(daemon)).args(["--api-token", TOKEN]).output().unwrap();
         let error = String::from_utf8(output.stderr).unwrap();

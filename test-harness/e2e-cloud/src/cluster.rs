@@ -7,15 +7,13 @@ use std::time::Duration;
 use pool_registry_types::node::Liveness;
 use tempfile::TempDir;
 
-use crate::client::Client;
+use crate::client::{Client, holds_secret};
 use crate::eventually;
 use crate::process::{Process, free_port, program};
 use crate::real_engine;
 
 /// The token of test clusters.
 pub const TOKEN: &str = "test-token-of-the-cluster";
-/// How every token of the tests begins.
-pub const SECRET_PREFIX: &str = "test-token-";
 /// How long a cluster may take to be whole.
 const START_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -284,11 +282,6 @@ impl Drop for Cluster {
             }
         }
     }
-}
-
-/// Whether a token of the tests stands in the bytes: all of them begin alike.
-pub fn holds_secret(bytes: &[u8]) -> bool {
-    bytes.windows(SECRET_PREFIX.len()).any(|window| window == SECRET_PREFIX.as_bytes())
 }
 
 /// Starts an engine that leaves its handoff in `runtime_dir`.

@@ -14,9 +14,8 @@ use bytes::Bytes;
 use futures::stream;
 use serde_json::{Value, json};
 
-use crate::Engine;
+use crate::engine::{Engine, Kind};
 use crate::fault::Fault;
-use crate::kind::Kind;
 use crate::stream::{Dialect, refusal};
 
 pub(crate) async fn embeddings(State(engine): State<Arc<Engine>>, Json(body): Json<Value>) -> Response {

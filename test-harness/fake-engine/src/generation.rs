@@ -10,8 +10,7 @@ use axum::response::{IntoResponse, Response};
 use nix::sys::signal::{Signal, raise};
 use serde_json::{Value, json};
 
-use crate::Engine;
-use crate::kind::{CONTEXT, Kind};
+use crate::engine::{CONTEXT, Engine, Kind};
 use crate::stream::{self, Dialect};
 
 /// Tokens of an answer whose request sets no number, or allows the whole context.

@@ -1,4 +1,4 @@
-//! The engines that it can be, and what each says of itself.
+//! What each engine that it can be answers, and says of itself.
 
 use std::sync::Arc;
 
@@ -9,65 +9,41 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde_json::{Value, json};
 
+use crate::engine::{CONTEXT, Engine, Kind};
 use crate::fault::Fault;
-use crate::{Engine, answers, generation, stream};
+use crate::{answers, generation, stream};
 
-/// Tokens of prompt and answer together.
-pub(crate) const CONTEXT: u64 = 8192;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum Kind {
-    Llamacpp,
-    Vllm,
-    Tgi,
-    Triton,
-    Openai,
-}
-
-impl Kind {
-    /// As a handoff names it.
-    pub(crate) const fn as_str(self) -> &'static str {
-        match self {
-            Self::Llamacpp => "llamacpp",
-            Self::Vllm => "vllm",
-            Self::Tgi => "tgi",
-            Self::Triton => "triton",
-            Self::Openai => "openai",
-        }
-    }
-
-    /// What an engine of this kind answers, and nothing else.
-    pub(crate) fn routes(self) -> Router<Arc<Engine>> {
-        let openai = || -> Router<Arc<Engine>> {
-            Router::new()
-                .route("/v1/models", get(models))
-                .route("/v1/completions", post(generation::openai_completion))
-                .route("/v1/chat/completions", post(generation::openai_chat))
-                .route("/v1/embeddings", post(answers::embeddings))
-                .route("/v1/rerank", post(answers::rerank))
-        };
-        let health = || Router::new().route("/health", get(health)).route("/metrics", get(metrics));
-        match self {
-            Self::Llamacpp => openai()
-                .merge(health())
-                .route("/props", get(props))
-                .route("/slots", get(slots))
-                .route("/completion", post(generation::completion))
-                .route("/detokenize", post(detokenize))
-                .route("/apply-template", post(apply_template)),
-            Self::Vllm => openai().merge(health()).route("/version", get(version)),
-            Self::Tgi => health()
-                .route("/info", get(info))
-                .route("/generate_stream", post(generation::tgi))
-                .route("/v1/chat/completions", post(generation::openai_chat)),
-            Self::Triton => Router::new()
-                .route("/v2", get(server))
-                .route("/v2/health/ready", get(health_of_triton))
-                .route("/v2/models/{model}/ready", get(model_ready))
-                .route("/v2/repository/index", post(repository))
-                .route("/v2/models/{model}/generate_stream", post(generation::triton)),
-            Self::Openai => openai(),
-        }
+/// What an engine of this kind answers, and nothing else.
+pub(crate) fn routes(kind: Kind) -> Router<Arc<Engine>> {
+    let openai = || -> Router<Arc<Engine>> {
+        Router::new()
+            .route("/v1/models", get(models))
+            .route("/v1/completions", post(generation::openai_completion))
+            .route("/v1/chat/completions", post(generation::openai_chat))
+            .route("/v1/embeddings", post(answers::embeddings))
+            .route("/v1/rerank", post(answers::rerank))
+    };
+    let health = || Router::new().route("/health", get(health)).route("/metrics", get(metrics));
+    match kind {
+        Kind::Llamacpp => openai()
+            .merge(health())
+            .route("/props", get(props))
+            .route("/slots", get(slots))
+            .route("/completion", post(generation::completion))
+            .route("/detokenize", post(detokenize))
+            .route("/apply-template", post(apply_template)),
+        Kind::Vllm => openai().merge(health()).route("/version", get(version)),
+        Kind::Tgi => health()
+            .route("/info", get(info))
+            .route("/generate_stream", post(generation::tgi))
+            .route("/v1/chat/completions", post(generation::openai_chat)),
+        Kind::Triton => Router::new()
+            .route("/v2", get(server))
+            .route("/v2/health/ready", get(health_of_triton))
+            .route("/v2/models/{model}/ready", get(model_ready))
+            .route("/v2/repository/index", post(repository))
+            .route("/v2/models/{model}/generate_stream", post(generation::triton)),
+        Kind::Openai => openai(),
     }
 }
 

@@ -6,6 +6,7 @@
 //! so that a reader sees at once whether one is missing or doubled.
 
 mod answers;
+mod engine;
 mod fault;
 mod generation;
 mod kind;
@@ -31,8 +32,8 @@ use clap::Parser;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
+use crate::engine::{Engine, Kind};
 use crate::fault::Fault;
-use crate::kind::Kind;
 use crate::slots::Slots;
 
 /// A fake engine for tests and benchmarks.
@@ -74,19 +75,6 @@ struct Arguments {
     engine: Kind,
 }
 
-#[derive(Debug)]
-pub(crate) struct Engine {
-    pub(crate) kind: Kind,
-    pub(crate) model: String,
-    pub(crate) slots: Arc<Slots>,
-    pub(crate) first_token: Duration,
-    pub(crate) pace: Duration,
-    pub(crate) fault: Mutex<Fault>,
-    pub(crate) key: Option<String>,
-    /// Connections that were made to it.
-    pub(crate) connections: AtomicU64,
-}
-
 #[tokio::main]
 async fn main() -> ExitCode {
     match run(Arguments::parse()).await {
@@ -113,7 +101,7 @@ async fn run(arguments: Arguments) -> std::io::Result<()> {
     });
     let own: Router<Arc<Engine>> =
         Router::new().route("/fake/fault", post(set_fault)).route("/fake/busy", get(busy));
-    let guarded = arguments.engine.routes().layer(from_fn_with_state(Arc::clone(&engine), guard));
+    let guarded = kind::routes(arguments.engine).layer(from_fn_with_state(Arc::clone(&engine), guard));
     let app = own.merge(guarded).with_state(Arc::clone(&engine));
     if let Some(dir) = &arguments.handoff_dir {
         write_handoff(&arguments, dir, &url)?;
@@ -147,7 +135,7 @@ fn write_handoff(arguments: &Arguments, dir: &std::path::Path, url: &str) -> Res
         handoff["slots"] = json!(arguments.slots);
         handoff["model_ref"] = json!(arguments.model);
         // The others are asked.
-        handoff["ctx_max"] = json!((arguments.engine == Kind::Triton).then_some(kind::CONTEXT));
+        handoff["ctx_max"] = json!((arguments.engine == Kind::Triton).then_some(engine::CONTEXT));
     }
     let file = dir.join(format!("{pool}-{replica}.json"));
     atomic_file::replace(&file, handoff.to_string().as_bytes(), atomic_file::BY_UMASK)

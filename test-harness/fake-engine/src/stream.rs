@@ -12,9 +12,8 @@ use futures::stream;
 use serde_json::{Value, json};
 use tokio::sync::OwnedSemaphorePermit;
 
-use crate::Engine;
+use crate::engine::{Engine, Kind};
 use crate::fault::Fault;
-use crate::kind::Kind;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Dialect {

@@ -6,14 +6,18 @@
 //! every pool and says of each why it was or was not eligible; it is the slow truth that
 //! `choose` is tested against.
 
+mod candidate;
 mod choose;
 mod index;
+mod shape;
 
+pub use candidate::{Availability, Candidate};
 pub use choose::{
-    Choice, NoPlacement, Spread, TaskShape, ToLoad, Verdict, choose, choose_to_load, count_refusals, explain,
-    explain_one, might_take, temporarily_unavailable,
+    Choice, NoPlacement, ToLoad, Verdict, choose, choose_to_load, count_refusals, explain, explain_one,
+    might_take, temporarily_unavailable,
 };
-pub use index::{Availability, Candidate, Eligible, PoolIndex, Rank, Score, Strategy};
+pub use index::{Eligible, PoolIndex, Rank, Score, Strategy};
+pub use shape::{Spread, TaskShape};
 
 #[cfg(test)]
 mod tests;

@@ -5,10 +5,8 @@ use axum::extract::Request;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use pool_registry_types::routes::headers;
+use pool_registry_types::routes::{self, headers};
 use pool_registry_types::{ErrorBody, ErrorCode};
-
-use crate::auth;
 
 /// The error of every handler.
 #[derive(Debug)]
@@ -63,9 +61,14 @@ pub fn panicked(_panic: Box<dyn std::any::Any + Send>) -> Response {
     ApiError::new(ErrorCode::Internal, "a defect in the server, see its log").into_response()
 }
 
+/// Whether the path is of the static API page.
+pub(crate) fn is_page(path: &str) -> bool {
+    path == routes::API_PAGE || path.strip_prefix(routes::API_PAGE).is_some_and(|rest| rest.starts_with('/'))
+}
+
 /// The headers of every answer. What a handler has said of caching stands.
 pub async fn headers(request: Request, next: Next) -> Response {
-    let is_page = auth::is_page(request.uri().path());
+    let is_page = is_page(request.uri().path());
     let mut response = next.run(request).await;
     let out = response.headers_mut();
     out.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));

@@ -10,21 +10,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use axum::extract::{FromRequestParts, MatchedPath, Request, State};
-use axum::http::request::Parts;
+use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use jiff::Timestamp;
 use owned_tasks::blocking;
 use parking_lot::{Mutex, RwLock};
-use pool_registry_types::{ErrorCode, NodeId, routes};
+use pool_registry_types::{ErrorCode, routes};
 use secrecy::{ExposeSecret, SecretString};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::answer::ApiError;
+use crate::answer::{ApiError, is_page};
 use crate::audit::Record;
+use crate::caller::Caller;
 use crate::config;
 use crate::connections::Peer;
 use crate::follow::follow;
@@ -214,62 +214,6 @@ impl Tokens {
     }
 }
 
-/// Who makes a request, for handlers that care.
-#[derive(Debug, Clone, Default)]
-pub struct Caller {
-    /// Absent where no tokens are configured.
-    pub holder: Option<Arc<Holder>>,
-    pub peer: Option<Arc<Peer>>,
-    /// Nodes must show a certificate of their name.
-    pub(crate) nodes_show_certificates: bool,
-}
-
-impl Caller {
-    /// # Errors
-    /// `FORBIDDEN` when the token is bound to another node, or the certificate is for another name.
-    pub fn authorize_node(&self, node_id: &NodeId) -> Result<(), ApiError> {
-        let forbidden = |message: String| {
-            tracing::warn!(%node_id, reason = message, "the caller is not authorized for this node");
-            Err(ApiError::new(ErrorCode::Forbidden, message))
-        };
-        if let Some(bound) = self.holder.as_ref().and_then(|holder| holder.node_id.as_ref())
-            && bound != node_id
-        {
-            return forbidden(format!("this token is bound to the node {bound}"));
-        }
-        if !self.nodes_show_certificates {
-            return Ok(());
-        }
-        match self.peer.as_ref().and_then(|peer| peer.certificate.as_ref()) {
-            None => forbidden("a node must show its TLS certificate here".into()),
-            Some(certificate) if certificate.is_for(node_id.as_str()) => Ok(()),
-            Some(certificate) => forbidden(format!(
-                "this certificate is for {}, not for {node_id}",
-                certificate.names.join(", ")
-            )),
-        }
-    }
-
-    /// An operator may, whatever certificate is shown; a node only itself.
-    ///
-    /// # Errors
-    /// As [`Self::authorize_node`].
-    pub fn may_send_away(&self, node_id: &NodeId) -> Result<(), ApiError> {
-        match &self.holder {
-            Some(holder) if !holder.has(Scope::Admin) => self.authorize_node(node_id),
-            _ => Ok(()),
-        }
-    }
-}
-
-impl<S: Send + Sync> FromRequestParts<S> for Caller {
-    type Rejection = std::convert::Infallible;
-
-    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
-        Ok(parts.extensions.get::<Self>().cloned().unwrap_or_default())
-    }
-}
-
 /// What the layer decides by.
 #[derive(Debug, Clone)]
 pub struct Gate {
@@ -283,10 +227,6 @@ pub struct Gate {
     pub quota: Option<Arc<Quota>>,
     /// Origins whose pages may call.
     pub origins: Vec<HeaderValue>,
-}
-
-pub(crate) fn is_page(path: &str) -> bool {
-    path == routes::API_PAGE || path.strip_prefix(routes::API_PAGE).is_some_and(|rest| rest.starts_with('/'))
 }
 
 /// What is open in every daemon.
@@ -398,6 +338,8 @@ pub async fn layer(State(gate): State<Arc<Gate>>, mut request: Request, next: Ne
 
 #[cfg(test)]
 mod tests {
+    use pool_registry_types::NodeId;
+
     use super::*;
 
     fn code(tokens: &Tokens, values: &[&str]) -> Option<ErrorCode> {
@@ -521,8 +463,7 @@ mod tests {
             nodes_show_certificates: true,
             ..Caller::default()
         };
-        let shown =
-            || Some(crate::connections::PeerCertificate { names: vec!["a".into(), "localhost".into()] });
+        let shown = || Some(crate::tls::PeerCertificate { names: vec!["a".into(), "localhost".into()] });
         assert!(with(shown()).authorize_node(&node("a")).is_ok());
         let error = with(shown()).authorize_node(&node("b")).unwrap_err().0;
         assert!(error.message.contains("is for a, localhost, not for b"), "{}", error.message);

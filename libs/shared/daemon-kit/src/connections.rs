@@ -33,7 +33,7 @@ use tokio_util::sync::CancellationToken;
 use tower::Service;
 
 use crate::activity::{Activity, Answer, Instrumented, Look};
-use crate::tls::{self, ServerTls};
+use crate::tls::{self, PeerCertificate, ServerTls};
 
 /// Pause after an accept that failed for want of files or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -100,19 +100,6 @@ pub struct ServeOptions {
 pub struct Peer {
     pub addr: SocketAddr,
     pub certificate: Option<PeerCertificate>,
-}
-
-/// A client certificate that was verified.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PeerCertificate {
-    /// The DNS names it was issued for, as written, without those that have a wildcard.
-    pub names: Vec<String>,
-}
-
-impl PeerCertificate {
-    pub fn is_for(&self, name: &str) -> bool {
-        self.names.iter().any(|own| own.eq_ignore_ascii_case(name))
-    }
 }
 
 /// Serves until `stop`. Then nothing new is accepted, idle connections close, running requests

@@ -14,7 +14,7 @@ use pool_registry_types::{ErrorCode, NodeId};
 use serde::de::DeserializeOwned;
 
 use crate::answer::ApiError;
-use crate::auth::Caller;
+use crate::caller::Caller;
 
 /// How long a whole body may take to arrive.
 const BODY_PATIENCE: Duration = Duration::from_secs(60);

@@ -8,6 +8,7 @@ mod activity;
 pub mod answer;
 pub mod audit;
 pub mod auth;
+pub mod caller;
 pub mod clock;
 pub mod config;
 pub mod connections;
@@ -25,6 +26,7 @@ pub mod tls;
 pub mod tokens;
 
 pub use answer::ApiError;
-pub use auth::{Caller, Tokens};
+pub use auth::Tokens;
+pub use caller::Caller;
 pub use clock::Clock;
 pub use extract::{Body, OwnNode, PathId, RawBody, WrappedBody};

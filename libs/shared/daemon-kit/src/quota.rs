@@ -11,7 +11,7 @@ use pool_registry_types::{ErrorBody, ErrorCode};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::answer::ApiError;
-use crate::auth::Caller;
+use crate::caller::Caller;
 
 /// Holders that are remembered before those that have been quiet are forgotten.
 const MANY: usize = 1024;

@@ -35,7 +35,6 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 
-use crate::connections::PeerCertificate;
 use crate::follow::follow;
 
 /// How long a peer may take to hear why its handshake failed.
@@ -359,6 +358,19 @@ async fn last_word(mut stream: TcpStream) {
 /// one: its last label must not be a number.
 pub fn is_name(name: &str) -> bool {
     DnsName::try_from(name).is_ok()
+}
+
+/// A client certificate that was verified.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerCertificate {
+    /// The DNS names it was issued for, as written, without those that have a wildcard.
+    pub names: Vec<String>,
+}
+
+impl PeerCertificate {
+    pub fn is_for(&self, name: &str) -> bool {
+        self.names.iter().any(|own| own.eq_ignore_ascii_case(name))
+    }
 }
 
 fn names(certificate: &CertificateDer<'_>) -> PeerCertificate {

@@ -1,0 +1,48 @@
+//! The engine that is played: which one, and how it is set.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use crate::fault::Fault;
+use crate::slots::Slots;
+
+/// Tokens of prompt and answer together.
+pub(crate) const CONTEXT: u64 = 8192;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Kind {
+    Llamacpp,
+    Vllm,
+    Tgi,
+    Triton,
+    Openai,
+}
+
+impl Kind {
+    /// As a handoff names it.
+    pub(crate) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Llamacpp => "llamacpp",
+            Self::Vllm => "vllm",
+            Self::Tgi => "tgi",
+            Self::Triton => "triton",
+            Self::Openai => "openai",
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Engine {
+    pub(crate) kind: Kind,
+    pub(crate) model: String,
+    pub(crate) slots: Arc<Slots>,
+    pub(crate) first_token: Duration,
+    pub(crate) pace: Duration,
+    pub(crate) fault: Mutex<Fault>,
+    pub(crate) key: Option<String>,
+    /// Connections that were made to it.
+    pub(crate) connections: AtomicU64,
+}
