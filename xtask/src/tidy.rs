@@ -21,10 +21,18 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("multi-node-placement", &["pool-registry-types"]),
     ("task-scheduler", &["pool-registry-types", "service-registry", "multi-node-placement"]),
     ("handoff-watcher", &["pool-registry-types", "owned-tasks"]),
+    ("node-core", &["pool-registry-types"]),
     ("node-registration", &["pool-registry-types"]),
     (
         "node-agent",
-        &["pool-registry-types", "handoff-watcher", "node-registration", "owned-tasks", "atomic-file"],
+        &[
+            "pool-registry-types",
+            "node-core",
+            "handoff-watcher",
+            "node-registration",
+            "owned-tasks",
+            "atomic-file",
+        ],
     ),
     ("owned-tasks", &["pool-registry-types"]),
     ("atomic-file", &[]),
@@ -50,10 +58,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("fake-engine", &["atomic-file"]),
     ("fake-nvml", &[]),
     ("fake-nvml-bare", &[]),
-    (
-        "sim",
-        &["pool-registry-types", "service-registry", "task-scheduler", "node-registration", "node-agent"],
-    ),
+    ("sim", &["pool-registry-types", "service-registry", "task-scheduler", "node-core"]),
     ("e2e-cloud", &["pool-registry-types", "test-certs"]),
     ("load", &["pool-registry-types", "e2e-cloud"]),
     ("xtask", &["pool-registry-types", "test-certs", "atomic-file"]),
@@ -65,6 +70,7 @@ const PURE: &[(&str, &[&str])] = &[
     ("service-registry", &["thiserror"]),
     ("multi-node-placement", &["fixedbitset"]),
     ("task-scheduler", &["serde_json", "thiserror", "uuid"]),
+    ("node-core", &["thiserror"]),
 ];
 
 /// What spawns a task or a thread. A process is spawned by `.spawn()`, without an argument.

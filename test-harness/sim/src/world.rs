@@ -23,7 +23,7 @@ use crate::draw::{NodeFault, Plan, Step};
 use crate::oracle::{Broken, Oracle};
 use control::Control;
 use node::SimNode;
-use node_agent::supervisor::RunId;
+use node_core::supervisor::RunId;
 
 /// A call of a node to the control plane.
 #[derive(Debug, Clone)]

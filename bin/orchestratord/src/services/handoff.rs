@@ -9,8 +9,7 @@ use std::time::Duration;
 
 use handoff_watcher::watch::WatchError;
 use handoff_watcher::{EngineHosts, HandoffWatcher};
-use node_agent::core::Identity;
-use node_agent::{Agent, IntentFile, gpu};
+use node_agent::{Agent, Identity, IntentFile, gpu};
 use node_registration::{CallError, ControlPlane};
 use owned_tasks::Loops;
 use pool_registry_types::node::{Capabilities, Heartbeat, HeartbeatAnswer, RegisterAnswer, RegisterRequest};

@@ -9,7 +9,10 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use handoff_watcher::{Change, Handoff, HandoffName};
-use node_registration::{BeatFailure, CallError, ControlPlane};
+use node_core::{
+    BeatFailure, BindError, Busy, Declared, Identity, NodeCore, NodeEffect, Readiness, ReplicaSpec, Session,
+};
+use node_registration::{CallError, ControlPlane};
 use owned_tasks::{Loops, Panicked, blocking, caught};
 use parking_lot::Mutex;
 use pool_registry_types::node::{GpuHealth, GpuReport, Intent, IntentOrder, StagedModel};
@@ -20,7 +23,6 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::core::{BindError, Busy, Declared, Identity, NodeCore, NodeEffect, Readiness, ReplicaSpec};
 use crate::engines::{ApiKey, Endpoint, EngineClient};
 use crate::gpu::{self, GpuWatch};
 use crate::guard::processes;
@@ -98,7 +100,7 @@ impl Agent {
         intent_file: IntentFile,
         loops: Loops,
     ) -> Arc<Self> {
-        let session = node_registration::Session::new(Moment::ZERO, interval, seed);
+        let session = Session::new(Moment::ZERO, interval, seed);
         Arc::new(Self {
             start: Instant::now(),
             core: Mutex::new(NodeCore::new(identity, session, intent_file.read())),

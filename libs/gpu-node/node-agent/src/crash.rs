@@ -1,12 +1,12 @@
 //! What is known of an engine's end where an attempt needs it, and where the supervisor does.
 
+use node_core::Verdict;
+use node_core::supervisor::ReplicaKey;
 use pool_registry_types::AttemptId;
 use pool_registry_types::error::EngineCrash;
 use tokio::time::Instant;
 
 use crate::agent::Agent;
-use crate::core::Verdict;
-use crate::supervisor::ReplicaKey;
 
 impl Agent {
     /// An engine of this node's own takes attempts from now on.

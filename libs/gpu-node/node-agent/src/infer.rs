@@ -14,6 +14,7 @@ use futures::{FutureExt, Stream, StreamExt, stream};
 use handoff_watcher::HandoffName;
 use http_body_util::BodyStream;
 use hyper::body::Incoming;
+use node_core::{Accepted, Ask, Readiness};
 use pool_registry_types::error::EndCause;
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::sse::{
@@ -27,7 +28,6 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::Agent;
-use crate::core::{Accepted, Ask, Readiness};
 use crate::engines::client::with_causes;
 use crate::engines::documents::{self, Document, DocumentError};
 use crate::engines::{
@@ -231,7 +231,7 @@ async fn open(
 
 impl Agent {
     /// Takes a slot for the attempt and starts it, or says why not. Errors: those of
-    /// [`crate::NodeCore::accept`], and `UNSUPPORTED` for what the engine cannot do.
+    /// [`node_core::NodeCore::accept`], and `UNSUPPORTED` for what the engine cannot do.
     pub fn infer(
         self: &Arc<Self>,
         pool_id: &PoolId,

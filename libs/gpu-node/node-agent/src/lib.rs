@@ -1,12 +1,11 @@
 //! Everything a node does short of serving HTTP, for `pool-managerd` and for the home profile.
 //!
-//! [`core`] decides (pools, slots, the session) and is told the time; the simulator drives it
-//! as it is. [`agent`] is the shell around it: it watches replicas, keeps the session, and
+//! `node-core` decides (pools, slots, the session, engines) and is told the time; the simulator
+//! drives it as it is. [`agent`] is the shell around it: it watches replicas, keeps the session, and
 //! runs attempts on engines ([`infer`]) in their dialects ([`engines`]). What a node does not
 //! know is the cluster: it never sees another node or a queue.
 
 pub mod agent;
-pub mod core;
 mod crash;
 pub mod download;
 pub mod engines;
@@ -23,6 +22,6 @@ pub mod source;
 pub mod supervisor;
 
 pub use crate::agent::Agent;
-pub use crate::core::{NodeCore, NodeEffect};
 pub use crate::infer::Inference;
 pub use crate::intent::IntentFile;
+pub use node_core::Identity;

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use handoff_watcher::{Handoff, HandoffName, MAX_SLOTS};
+use node_core::{Busy, Readiness, ReplicaSpec};
 use owned_tasks::blocking;
 use pool_registry_types::Backoff;
 use tokio::sync::Notify;
@@ -17,7 +18,6 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::Agent;
-use crate::core::{Busy, Readiness, ReplicaSpec};
 use crate::engines::{self, ApiKey, Endpoint, EngineFacts, Look, NotReady};
 
 /// Pause between two looks at an engine that is not ready.

@@ -1,12 +1,8 @@
-//! A node's session with the control plane.
+//! A node's calls to the control plane: register, heartbeat, deregister.
 //!
-//! [`session`] is pure: it says when to register, to heartbeat or to leave, and is told the
-//! answers. [`client`] carries the calls over HTTP. Neither knows what is in a report.
+//! [`client`] carries them over HTTP; the home profile has its own way in process. When each is
+//! due, and what is in a report, is `node-core`'s.
 
 pub mod client;
-pub mod jitter;
-pub mod session;
 
 pub use client::{CallError, ControlPlane, HttpControlPlane};
-pub use jitter::Jitter;
-pub use session::{Action, BeatFailure, Session};

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use node_agent::core::{Ask, Busy, Identity, Readiness, ReplicaSpec, Verdict};
-use node_agent::supervisor::Happened;
-use node_agent::{NodeCore, NodeEffect};
-use node_registration::{BeatFailure, Session};
+use node_core::supervisor::Happened;
+use node_core::{
+    Ask, BeatFailure, Busy, Identity, NodeCore, NodeEffect, Readiness, ReplicaSpec, Session, Verdict,
+};
 use pool_registry_types::error::EndCause;
 use pool_registry_types::node::{Capabilities, Intent, IntentOrder, LiveAnswer};
 use pool_registry_types::placement::Labels;

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use node_agent::supervisor::{Happened, Ordered, PoolPlan, Prepared, RunId, Supervisor, Work};
+use node_core::supervisor::{Happened, Ordered, PoolPlan, Prepared, RunId, Supervisor, Work};
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{ModelRef, PoolId, ReplicaId};
 
@@ -50,7 +50,7 @@ impl World {
             let (Some(core), Some(own)) = (sim.core.as_mut(), sim.supervision.as_mut()) else { return };
             let replica_key = |((pool_id, replica_id), (running, served))| {
                 (
-                    node_agent::supervisor::ReplicaKey { pool_id, replica_id },
+                    node_core::supervisor::ReplicaKey { pool_id, replica_id },
                     Work { running, served, silent: false },
                 )
             };

@@ -31,6 +31,7 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
+use node_core::Busy;
 use pool_registry_types::engines::EngineCapabilities;
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::task::{Resume, ResumeMode, TaskRequest, unsupported};
@@ -43,7 +44,6 @@ pub use self::client::{Answer, CallError, Endpoint, EngineClient, Question};
 pub use self::key::ApiKey;
 pub use self::refusal::{Refusal, Whose};
 use self::thoughts::Splitter;
-use crate::core::Busy;
 use crate::pools_file::PoolSpec;
 
 /// Bound of one look at whether an engine is up.

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use node_core::supervisor::{Claim, Device, Prepared, ReplicaKey};
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{ModelRef, PoolId};
 use tokio::process::Command;
@@ -20,7 +21,6 @@ use crate::gguf::{self, GgufHeader};
 use crate::models::{Manifest, ModelError, Models};
 use crate::pools_file::{ModelSpec, PoolSpec, Provision, Provisioning};
 use crate::source::ModelSource;
-use crate::supervisor::plan::{Claim, Device, Prepared, ReplicaKey};
 use crate::supervisor::provision;
 
 /// Context of one slot where the file says nothing and the model could do more: models say what

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use node_core::supervisor::{Happened, ReplicaKey, RunId};
 use owned_tasks::{Panicked, blocking, caught};
 use pool_registry_types::{PoolId, ReplicaId};
 use serde::{Deserialize, Serialize};
@@ -16,9 +17,7 @@ use crate::guard::link::Guarded;
 use crate::guard::{GuardReport, GuardSpec, crash_name, output, processes};
 use crate::pools_file::Provision;
 use crate::replica::endpoint;
-use crate::supervisor::core::Happened;
 use crate::supervisor::launch::{self, Launch, Spec};
-use crate::supervisor::plan::{ReplicaKey, RunId};
 use crate::supervisor::shell::Supervision;
 
 /// Pause between two looks at an engine that loads.

@@ -10,6 +10,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use node_core::supervisor::{
+    Device, DeviceReading, Happened, Ordered, PoolPlan, Prepared, ReplicaKey, RunId, Supervisor, Work,
+};
 use owned_tasks::{blocking, caught};
 use parking_lot::Mutex;
 use pool_registry_types::pool::{PoolPurge, PoolReload};
@@ -24,11 +27,8 @@ use crate::pools_file::{
     LoadWhen, MAX_BYTES, ModelSpec, PoolSpec, PoolsFile, PoolsFileError, Provision, Provisioning,
 };
 use crate::source::ModelSource;
-use crate::supervisor::core::{Happened, Ordered, Supervisor, Work};
 use crate::supervisor::launch::{self, Launch, Sources, Spec};
-use crate::supervisor::ledger::DeviceReading;
 use crate::supervisor::life::Life;
-use crate::supervisor::plan::{Device, PoolPlan, ReplicaKey, RunId};
 use crate::supervisor::provision;
 
 /// Pause between two looks at the file of pools and at memory.
@@ -325,11 +325,7 @@ impl Supervision {
         });
     }
 
-    async fn find_everything(
-        &self,
-        pool_id: &PoolId,
-        spec: &Spec,
-    ) -> Result<(crate::supervisor::plan::Prepared, Launch), String> {
+    async fn find_everything(&self, pool_id: &PoolId, spec: &Spec) -> Result<(Prepared, Launch), String> {
         let mut allowed = self.state.lock().file.provisioning;
         if self.settings.forbid_provisioning {
             allowed = Provisioning::default();

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use pool_registry_types::PoolId;
 use pool_registry_types::pool::{PoolReloading, PoolState, Supervised};
 
-use crate::core::Declared;
+use crate::node::Declared;
 use crate::supervisor::core::Supervisor;
 use crate::supervisor::plan::Claim;
 use crate::supervisor::pool::{Pool, Preparation, Stage, Way, add};

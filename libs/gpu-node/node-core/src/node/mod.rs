@@ -11,7 +11,6 @@ mod pools;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-use node_registration::{Action, BeatFailure, Session};
 use pool_registry_types::node::{
     Capabilities, GpuReport, Heartbeat, HeartbeatAnswer, Intent, IntentOrder, RegisterAnswer,
     RegisterRequest, StagedModel,
@@ -23,13 +22,14 @@ use pool_registry_types::{
     TaskId,
 };
 
+use crate::session::{Action, BeatFailure, Session};
 use crash::Engines;
 pub use crash::Verdict;
 pub use pools::{BindError, Busy, Declared, Readiness, ReplicaSpec};
 use pools::{Circumstances, Drain, Pool, Replica};
 
 /// How many attempt ids are remembered, so that none runs twice. Source: .specs/01 CLOUD-1507.
-pub const REMEMBERED_ATTEMPTS: usize = 10_000;
+const REMEMBERED_ATTEMPTS: usize = 10_000;
 /// How long an accepted attempt may take to reach its engine.
 const REACHES_ENGINE: Duration = Duration::from_millis(100);
 

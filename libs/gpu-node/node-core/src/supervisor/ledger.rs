@@ -47,7 +47,7 @@ const RELEASE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why a start does not fit.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Shortage {
+pub(super) struct Shortage {
     /// Never, whoever makes room.
     pub for_ever: bool,
     /// For people.
@@ -62,22 +62,22 @@ impl fmt::Display for Shortage {
 
 /// The books of all devices.
 #[derive(Debug, Clone, Default)]
-pub struct Ledger {
+pub(super) struct Ledger {
     /// Bytes of each GPU that nobody may claim.
     reserve_bytes: u64,
     accounts: BTreeMap<Device, Account>,
 }
 
 impl Ledger {
-    pub fn new(reserve_bytes: u64) -> Self {
+    pub(super) fn new(reserve_bytes: u64) -> Self {
         Self { reserve_bytes, accounts: BTreeMap::new() }
     }
 
-    pub fn set_reserve(&mut self, reserve_bytes: u64) {
+    pub(super) fn set_reserve(&mut self, reserve_bytes: u64) {
         self.reserve_bytes = reserve_bytes;
     }
 
-    pub fn observe(&mut self, readings: &BTreeMap<Device, DeviceReading>) {
+    pub(super) fn observe(&mut self, readings: &BTreeMap<Device, DeviceReading>) {
         for (device, account) in &mut self.accounts {
             if !readings.contains_key(device) {
                 account.reading = None;
@@ -89,17 +89,17 @@ impl Ledger {
     }
 
     /// The GPUs that are seen.
-    pub fn gpus(&self) -> BTreeMap<Device, DeviceReading> {
+    pub(super) fn gpus(&self) -> BTreeMap<Device, DeviceReading> {
         let seen = self.accounts.iter().filter(|(device, _)| **device != Device::Host);
         seen.filter_map(|(device, account)| Some((*device, account.reading?))).collect()
     }
 
     /// The faults of each GPU so far.
-    pub fn faults(&self) -> BTreeMap<Device, u64> {
+    pub(super) fn faults(&self) -> BTreeMap<Device, u64> {
         self.gpus().into_iter().map(|(device, reading)| (device, reading.faults)).collect()
     }
 
-    pub fn hold(&mut self, run: RunId, claim: &Claim, owner: &str) {
+    pub(super) fn hold(&mut self, run: RunId, claim: &Claim, owner: &str) {
         for (device, bytes) in claim {
             let held = Held { bytes: *bytes, loaded: false, owner: owner.to_owned() };
             self.accounts.entry(*device).or_default().held.insert(run, held);
@@ -107,7 +107,7 @@ impl Ledger {
     }
 
     /// The engine has loaded.
-    pub fn loaded(&mut self, run: RunId) {
+    pub(super) fn loaded(&mut self, run: RunId) {
         for account in self.accounts.values_mut() {
             if let Some(held) = account.held.get_mut(&run) {
                 held.loaded = true;
@@ -115,7 +115,7 @@ impl Ledger {
         }
     }
 
-    pub fn release(&mut self, now: Moment, run: RunId) {
+    pub(super) fn release(&mut self, now: Moment, run: RunId) {
         for account in self.accounts.values_mut() {
             if account.held.remove(&run).is_some() {
                 account.released = Some(now);
@@ -125,7 +125,7 @@ impl Ledger {
 
     /// Whether the claim fits by our books with `freed` on top, and the driver is only behind:
     /// something was given back just now.
-    pub fn will_fit(&self, now: Moment, claim: &Claim, freed: &Claim) -> bool {
+    pub(super) fn will_fit(&self, now: Moment, claim: &Claim, freed: &Claim) -> bool {
         claim.iter().all(|(device, needed)| {
             let Some(account) = self.accounts.get(device) else { return *device == Device::Host };
             let Some(reading) = account.reading else { return *device == Device::Host };
@@ -139,7 +139,7 @@ impl Ledger {
     }
 
     /// Bytes that could be claimed on the device now; unknown without any figure of it.
-    pub fn available(&self, device: Device) -> Option<u64> {
+    pub(super) fn available(&self, device: Device) -> Option<u64> {
         let account = self.accounts.get(&device)?;
         let reading = account.reading?;
         let claimed: u64 = account.held.values().map(|held| held.bytes).sum();
@@ -154,7 +154,7 @@ impl Ledger {
     }
 
     /// Whether the claim fits now, with `freed` on top of what is free.
-    pub fn fits(&self, claim: &Claim, freed: &Claim) -> Result<(), Shortage> {
+    pub(super) fn fits(&self, claim: &Claim, freed: &Claim) -> Result<(), Shortage> {
         for (device, needed) in claim {
             let account = self.accounts.get(device);
             let Some(reading) = account.and_then(|account| account.reading) else {

@@ -11,9 +11,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use node_registration::Jitter;
 use pool_registry_types::{Moment, PoolId};
 
+use crate::jitter::Jitter;
 use crate::supervisor::exits::STORM_WINDOW;
 use crate::supervisor::ledger::{DeviceReading, Ledger};
 use crate::supervisor::plan::{Device, PoolPlan, Prepared, ReplicaKey, RunId};

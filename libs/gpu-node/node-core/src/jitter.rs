@@ -4,15 +4,15 @@ use std::time::Duration;
 
 /// A seeded source of uneven pauses: the same seed gives the same ones.
 #[derive(Debug, Clone)]
-pub struct Jitter(u64);
+pub(crate) struct Jitter(u64);
 
 impl Jitter {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self(seed | 1)
     }
 
     /// Between nine tenths of the span and the whole of it: early, never late.
-    pub fn spread(&mut self, span: Duration) -> Duration {
+    pub(crate) fn spread(&mut self, span: Duration) -> Duration {
         // xorshift64: even enough.
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
