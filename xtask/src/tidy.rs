@@ -1,8 +1,8 @@
 //! The rules of the house that no compiler holds.
 //!
-//! Which crate may depend on which, what a pure crate forbids itself, where documents may lie,
-//! that every requirement is cited by a test, that every spawn of a daemon has an owner, and that no
-//! retired word comes back.
+//! Which crate may depend on which, what a pure crate forbids itself, what the simulator must not be
+//! built with, where documents may lie, that every requirement is cited by a test, that every spawn
+//! of a daemon has an owner, and that no retired word comes back.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -73,6 +73,12 @@ const PURE: &[(&str, &[&str])] = &[
     ("node-core", &["thiserror"]),
 ];
 
+/// Crates that must not be built with these, however far below them: what a core needs of the world
+/// it is told.
+const WITHOUT: &[(&str, &[&str])] = &[("node-core", WORLD), ("task-scheduler", WORLD), ("sim", WORLD)];
+/// A runtime, clients and servers, processes, the driver of GPUs.
+const WORLD: &[&str] = &["tokio", "hyper", "reqwest", "rustls", "nix", "nvml-wrapper"];
+
 /// What spawns a task or a thread. A process is spawned by `.spawn()`, without an argument.
 const SPAWNS: &[&str] = &[
     "tokio::spawn",
@@ -123,6 +129,7 @@ const TOP: &[&str] = &[
 pub(crate) fn run() -> Result<(), Failed> {
     let mut complaints = Vec::new();
     crates(&mut complaints)?;
+    builds(&mut complaints)?;
     let files = tracked()?;
     documents(&files, &mut complaints);
     requirements(&files, &mut complaints)?;
@@ -188,6 +195,26 @@ fn crates(complaints: &mut Vec<String>) -> Result<(), Failed> {
         complaints.push(format!("{name} stands in the table of xtask/src/tidy.rs and is no crate"));
     }
     Ok(())
+}
+
+/// What the crates of [`WITHOUT`] are built with, through others too.
+fn builds(complaints: &mut Vec<String>) -> Result<(), Failed> {
+    for (name, without) in WITHOUT {
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let mut command = Command::new(cargo);
+        command.args(["tree", "--package", name, "--edges", "normal", "--prefix", "none"]);
+        command.args(["--format", "{p}", "--locked"]);
+        let tree = output(&mut command, "mend Cargo.toml, or commit Cargo.lock")?;
+        let found = built_with(&tree, without);
+        complaints.extend(found.into_iter().map(|other| format!("{name} must not be built with {other}")));
+    }
+    Ok(())
+}
+
+/// Those of `without` that a tree of cargo's names.
+fn built_with<'a>(tree: &str, without: &[&'a str]) -> Vec<&'a str> {
+    let packages: BTreeSet<&str> = tree.lines().filter_map(|line| line.split(' ').next()).collect();
+    without.iter().copied().filter(|other| packages.contains(other)).collect()
 }
 
 fn tracked() -> Result<Vec<String>, Failed> {
@@ -274,6 +301,14 @@ fn ids(text: &str, prefix: &str) -> BTreeSet<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_crate_is_built_with_is_known_by_its_whole_name() {
+        let tree = "sim v0.1.0 (/src/sim)\nclap v4.6.0\ntokio-util v0.7.0\nserde v1.0.0 (*)\n";
+        assert_eq!(built_with(tree, &["tokio", "reqwest"]), [""; 0]);
+        let tree = format!("{tree}tokio v1.54.0\n");
+        assert_eq!(built_with(&tree, &["tokio", "reqwest"]), ["tokio"]);
+    }
 
     #[test]
     fn a_spawn_without_an_owner_is_found_by_its_line() {
