@@ -215,8 +215,15 @@ fn sim(rest: &[String]) -> Result<(), Failed> {
 }
 
 fn bench(rest: &[String]) -> Result<(), Failed> {
-    let placement = rest.first().map(String::as_str) == Some("placement");
+    let of = rest.first().map(String::as_str);
     say("release build");
+    if of == Some("core") {
+        // It needs neither daemon.
+        cargo(&["build", "--locked", "--release", "--package", "load"], "mend what the compiler says")?;
+        let mut load = Command::new(up::target("release").join("load"));
+        return steps::run(load.arg("--core").args(&rest[1..]), "see above what did not run");
+    }
+    let placement = of == Some("placement");
     cargo(&["build", "--locked", "--release", "--workspace", "--bins"], "mend what the compiler says")?;
     let mut load = Command::new(up::target("release").join("load"));
     if placement {

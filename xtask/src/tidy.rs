@@ -60,7 +60,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("fake-nvml-bare", &[]),
     ("sim", &["pool-registry-types", "service-registry", "task-scheduler", "node-core"]),
     ("e2e-cloud", &["pool-registry-types", "test-certs"]),
-    ("load", &["pool-registry-types", "e2e-cloud"]),
+    ("load", &["pool-registry-types", "task-scheduler", "e2e-cloud"]),
     ("xtask", &["pool-registry-types", "test-certs", "atomic-file"]),
 ];
 

@@ -64,9 +64,15 @@ pub(crate) struct Settings {
     /// Seconds that an ended task can be read.
     #[arg(long, env = "ORCHESTRATORD_TASK_RETENTION_SECS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     task_retention_secs: u64,
-    /// Bytes that the streams of ended tasks take together at most.
-    #[arg(long, env = "ORCHESTRATORD_EVENT_LOG_BYTES", default_value_t = 32 * 1024 * 1024)]
-    event_log_bytes: usize,
+    /// Bytes that the streams of ended tasks take together at most; each is a byte of memory.
+    #[arg(long, env = "ORCHESTRATORD_EVENT_LOG_BYTES", default_value_t = 32 * 1024 * 1024, value_parser = clap::value_parser!(u64).range(1..))]
+    event_log_bytes: u64,
+    /// Nodes that are known at a time at most; each takes some COSTN KB of memory with eight pools.
+    #[arg(long, env = "ORCHESTRATORD_MAX_NODES", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    max_nodes: u32,
+    /// Ended tasks that can be read at a time at most; each takes some COSTT KB of memory beside its stream.
+    #[arg(long, env = "ORCHESTRATORD_RETAINED_TASKS", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    retained_tasks: u32,
     /// The directory of what outlives this process: entries of models, artifacts.
     #[arg(long, env = "ORCHESTRATORD_DATA_DIR", default_value = ".runtime/orchestratord")]
     data_dir: PathBuf,
@@ -228,6 +234,7 @@ impl Daemon for Settings {
                 heartbeat_interval: Duration::from_secs(interval),
                 node_timeout: Duration::from_secs(timeout),
             },
+            max_nodes: self.max_nodes as usize,
             strategy: self.placement_strategy,
             admission_capacity: self.admission_capacity as usize,
             full_lane: match self.admission_policy {
@@ -244,13 +251,14 @@ impl Daemon for Settings {
             first_token_timeout: Duration::from_secs(self.first_token_timeout_secs),
             token_idle_timeout: Duration::from_secs(self.token_idle_timeout_secs),
             task_retention: Duration::from_secs(self.task_retention_secs),
+            retained_tasks: self.retained_tasks as usize,
             switched_off: None,
         };
         Ok(Config {
             shared,
             cloud_profile: self.cloud_profile,
             policy,
-            event_log_bytes: self.event_log_bytes,
+            event_log_bytes: usize::try_from(self.event_log_bytes).unwrap_or(usize::MAX),
             data_dir: self.data_dir,
             runtime_dir: self.runtime_dir,
             origins,
@@ -306,6 +314,9 @@ mod tests {
         assert!(error(&["--cors-origins", "*"]).contains("ORCHESTRATORD_CORS_ORIGINS"));
         assert!(error(&["--node-addresses", "10.0.0.0/99"]).contains("ORCHESTRATORD_NODE_ADDRESSES"));
         assert!(error(&["--session-max-turns", "0"]).contains("session-max-turns"));
+        for bound in ["max-nodes", "retained-tasks", "event-log-bytes"] {
+            assert!(error(&[&format!("--{bound}"), "0"]).contains(bound));
+        }
         assert_eq!(
             check(&["--placement-strategy", "round-robin"]).unwrap().policy.strategy,
             Strategy::RoundRobin

@@ -2,8 +2,8 @@
 
 use daemon_kit::metrics::Page;
 use pool_registry_types::node::Liveness;
+use pool_registry_types::snapshot::ClusterSnapshot;
 use pool_registry_types::task::Priority;
-use pool_registry_types::view::ClusterView;
 
 use crate::services::published::Facts;
 
@@ -15,7 +15,7 @@ fn liveness(liveness: Liveness) -> &'static str {
     }
 }
 
-pub(crate) fn page(facts: &Facts, view: &ClusterView) -> Page {
+pub(crate) fn page(facts: &Facts, view: &ClusterSnapshot) -> Page {
     let mut page = Page::new();
     let c = &facts.counters;
     for (name, help, value) in [
@@ -105,9 +105,9 @@ pub(crate) fn page(facts: &Facts, view: &ClusterView) -> Page {
         &[],
         f64::from(u8::from(facts.mass_silence)),
     );
-    for node in &view.nodes {
+    for (node, age_ms) in view.nodes() {
         let id = node.node_id.as_str();
-        let age = node.last_evidence_age_ms as f64 / 1e3;
+        let age = age_ms as f64 / 1e3;
         page.gauge(
             "llorch_node_evidence_age_seconds",
             "Since the node's last heartbeat or token.",

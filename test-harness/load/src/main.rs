@@ -6,6 +6,7 @@
 
 #![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
 
+mod core;
 mod cpu;
 mod heartbeats;
 mod http;
@@ -36,12 +37,22 @@ struct Arguments {
     /// Only the burst of tasks over unequal nodes, strategy by strategy.
     #[arg(long)]
     placement: bool,
+    /// Only the control core: what one event costs it, by the number of nodes.
+    #[arg(long)]
+    core: bool,
+    /// How many nodes, for `--core`.
+    #[arg(long, value_delimiter = ',', default_values_t = [10, 100, 1_000, 10_000])]
+    nodes: Vec<usize>,
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
     println!("{}", cpu::machine());
+    if arguments.core {
+        core::measure(&arguments.nodes);
+        return ExitCode::SUCCESS;
+    }
     if arguments.placement {
         placement::measure(arguments.repetitions).await;
         return ExitCode::SUCCESS;

@@ -28,7 +28,7 @@ fn require_cloud(state: &AppState) -> Result<(), ApiError> {
 /// All nodes: what is observed of them and what they report, at most 100 ms old.
 #[utoipa::path(get, path = paths::NODES, tag = "nodes", responses((status = 200, body = ClusterView), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn list(State(state): State<AppState>) -> Result<Json<ClusterView>, ApiError> {
-    Ok(Json((*state.service_registry.view().await?).clone()))
+    Ok(Json(state.service_registry.view().await?.view()))
 }
 
 /// A node joins, or joins again. Idempotent.

@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
-use pool_registry_types::view::ClusterView;
+use pool_registry_types::snapshot::ClusterSnapshot;
 use pool_registry_types::{Digest, ErrorBody, ErrorCode, ModelRef, NodeId};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -145,12 +145,12 @@ impl Catalog {
 
     /// Compares the entry's digest with what the nodes report. Errors: `NOT_FOUND`, and
     /// `INVALID_PARAMS` for an entry without a digest.
-    pub(crate) fn verify(&self, model: &ModelRef, view: &ClusterView) -> Result<Verification, ErrorBody> {
+    pub(crate) fn verify(&self, model: &ModelRef, view: &ClusterSnapshot) -> Result<Verification, ErrorBody> {
         let entry = self.get(model)?;
         let digest = entry.digest.ok_or_else(|| {
             ErrorBody::new(ErrorCode::InvalidParams, format!("digest: the entry of {model} has none"))
         })?;
-        let staged = view.nodes.iter().flat_map(|node| {
+        let staged = view.nodes().flat_map(|(node, _)| {
             let of_model = node.models.iter().filter(|staged| staged.model_id == *model);
             of_model.map(|staged| NodeDigest {
                 node_id: node.node_id.clone(),

@@ -194,7 +194,7 @@ impl Loop {
                 continue;
             }
             let had_messages = std::mem::take(&mut since_question) >= MESSAGES_A_QUESTION;
-            published.serve(self.clock.now(), &self.core);
+            published.serve(self.clock.now(), &mut self.core);
             if let Ok(question) = questions.try_recv() {
                 self.answer(question);
                 tokio::task::coop::consume_budget().await;

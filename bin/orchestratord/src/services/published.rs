@@ -2,7 +2,7 @@
 //!
 //! Each task and each session is written here by the loop when it changes, before the answer to
 //! what has changed it goes out: a read that begins after that answer sees it. Lists, the view of
-//! the cluster and the numbers are snapshots: made by the loop when somebody asks for one, at most
+//! the cluster, of which only what has changed is made anew, and the numbers are snapshots: made by the loop when somebody asks for one, at most
 //! each 100 ms whoever asks, and shared by all. Only a change of the nodes that was answered makes
 //! the snapshot before it too old, however young it is, and a report does for whoever asks for its
 //! node, or for a pool.
@@ -15,8 +15,8 @@ use std::time::Duration;
 use daemon_kit::Clock;
 use parking_lot::{Mutex, RwLock};
 use pool_registry_types::node::Liveness;
+use pool_registry_types::snapshot::ClusterSnapshot;
 use pool_registry_types::task::{Metrics, Priority, SessionView, TaskState};
-use pool_registry_types::view::ClusterView;
 use pool_registry_types::{ErrorBody, ErrorCode, ModelRef, Moment, NodeId, PoolKey, SessionId, TaskId};
 use task_scheduler::{ControlCore, Counters, TaskList, TaskRecord};
 use tokio::sync::{Notify, watch};
@@ -132,7 +132,7 @@ pub(crate) struct Published {
     nodes_changed: AtomicU64,
     /// Nodes that were written of, their reports included, since the last snapshot of the cluster.
     written: RwLock<Written>,
-    cluster: Snapshot<ClusterView>,
+    cluster: Snapshot<ClusterSnapshot>,
     facts: Snapshot<Facts>,
     list: Snapshot<TaskList>,
     metrics: Snapshot<AllMetrics>,
@@ -182,12 +182,15 @@ impl Published {
     }
 
     /// The nodes and their pools, with every change of them that was answered.
-    pub(crate) async fn cluster(&self) -> Result<Arc<ClusterView>, ErrorBody> {
+    pub(crate) async fn cluster(&self) -> Result<Arc<ClusterSnapshot>, ErrorBody> {
         self.latest(&self.cluster, MOST_AGE).await
     }
 
     /// The same, and what was answered of this node, or of any, in its reports too.
-    pub(crate) async fn cluster_with(&self, node_id: Option<&NodeId>) -> Result<Arc<ClusterView>, ErrorBody> {
+    pub(crate) async fn cluster_with(
+        &self,
+        node_id: Option<&NodeId>,
+    ) -> Result<Arc<ClusterSnapshot>, ErrorBody> {
         let written = {
             let written = self.written.read();
             written.too_many || node_id.map_or(!written.nodes.is_empty(), |id| written.nodes.contains(id))
@@ -252,12 +255,12 @@ impl Published {
     }
 
     /// Makes the snapshots that were asked for.
-    pub(crate) fn serve(&self, now: Moment, core: &ControlCore) {
+    pub(crate) fn serve(&self, now: Moment, core: &mut ControlCore) {
         let nodes_changed = self.nodes_changed.load(Ordering::Acquire);
-        if self.cluster.serve(now, nodes_changed, || core.view(now)) {
+        if self.cluster.serve(now, nodes_changed, || core.snapshot(now)) {
             *self.written.write() = Written::default();
         }
-        self.facts.serve(now, nodes_changed, || Facts::of(core));
+        self.facts.serve(now, nodes_changed, || Facts::of(&*core));
         self.list.serve(now, nodes_changed, || TaskList(self.by_number.lock().values().cloned().collect()));
         self.metrics.serve(now, nodes_changed, || core.metrics(now));
     }

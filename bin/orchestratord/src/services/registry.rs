@@ -9,7 +9,8 @@ use std::sync::Arc;
 use pool_registry_types::node::{
     Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, RegisterAnswer, RegisterRequest,
 };
-use pool_registry_types::view::{ClusterView, NodeView, PoolOfNode};
+use pool_registry_types::snapshot::ClusterSnapshot;
+use pool_registry_types::view::{NodeView, PoolOfNode};
 use pool_registry_types::{Epoch, ErrorBody, ErrorCode, NodeId, PoolId};
 use task_scheduler::{Answer, Event};
 
@@ -66,15 +67,14 @@ impl ServiceRegistryHandle {
     }
 
     /// All nodes, at most 100 ms old, with every change of them that was answered.
-    pub(crate) async fn view(&self) -> Result<Arc<ClusterView>, ErrorBody> {
+    pub(crate) async fn view(&self) -> Result<Arc<ClusterSnapshot>, ErrorBody> {
         self.control.published.cluster().await
     }
 
     /// Errors: `NODE_UNKNOWN`.
     pub(crate) async fn node(&self, node_id: &NodeId) -> Result<NodeView, ErrorBody> {
         let view = self.control.published.cluster_with(Some(node_id)).await?;
-        let node = view.nodes.iter().find(|node| node.node_id == *node_id).cloned();
-        node.ok_or_else(|| {
+        view.node(node_id).ok_or_else(|| {
             let mut error = ErrorBody::new(ErrorCode::NodeUnknown, format!("no node {node_id}"));
             error.node_id = Some(node_id.clone());
             error
@@ -89,21 +89,15 @@ impl ServiceRegistryHandle {
         node_id: Option<&NodeId>,
     ) -> Result<(PoolOfNode, String), ErrorBody> {
         let view = self.control.published.cluster_with(node_id).await?;
-        let of = |pool: &PoolOfNode| {
-            pool.pool_id == *pool_id && node_id.is_none_or(|node_id| pool.node_id == *node_id)
-        };
-        let mut found: Vec<PoolOfNode> = view.pools().filter(of).collect();
+        let mut found = view.pools_named(pool_id, node_id);
         if found.len() > 1 {
-            let nodes: Vec<&str> = found.iter().map(|pool| pool.node_id.as_str()).collect();
+            let nodes: Vec<&str> = found.iter().map(|(pool, _)| pool.node_id.as_str()).collect();
             let message = format!("pool {pool_id} is on {}: say which with ?node_id=", nodes.join(", "));
             return Err(ErrorBody::new(ErrorCode::PoolAmbiguous, message));
         }
-        let pool = found.pop().ok_or_else(|| {
+        found.pop().ok_or_else(|| {
             let place = node_id.map(|node_id| format!(" on {node_id}")).unwrap_or_default();
             ErrorBody::new(ErrorCode::NotFound, format!("no pool {pool_id}{place}"))
-        })?;
-        let node = view.nodes.iter().find(|node| node.node_id == pool.node_id);
-        let address = node.map(|node| node.address.clone()).unwrap_or_default();
-        Ok((pool, address))
+        })
     }
 }

@@ -159,7 +159,7 @@ pub fn explain<'i>(index: &'i PoolIndex, shape: &TaskShape<'_>) -> impl Iterator
 /// Whether any pool might take the task soon: one that has the model and is not known to
 /// lack what the task must have.
 pub fn might_take(index: &PoolIndex, shape: &TaskShape<'_>) -> bool {
-    index.all().any(|candidate| {
+    index.all_of(shape.model).any(|candidate| {
         let soon = match candidate.availability {
             Availability::Placeable | Availability::Loadable | Availability::Loading => true,
             Availability::Suspect | Availability::Tripped => true,
@@ -168,7 +168,7 @@ pub fn might_take(index: &PoolIndex, shape: &TaskShape<'_>) -> bool {
             | Availability::NoMemory
             | Availability::NotReady => false,
         };
-        soon && candidate.models.contains(shape.model) && fits(candidate, shape)
+        soon && fits(candidate, shape)
     })
 }
 
@@ -181,9 +181,9 @@ pub fn temporarily_unavailable<'i>(
     let may = |candidate: &&Candidate| {
         let temporarily_unavailable =
             matches!(candidate.availability, Availability::Suspect | Availability::Tripped);
-        temporarily_unavailable && candidate.models.contains(shape.model) && fits(candidate, shape)
+        temporarily_unavailable && fits(candidate, shape)
     };
-    index.all().filter(may).map(|candidate| &candidate.key)
+    index.all_of(shape.model).filter(may).map(|candidate| &candidate.key)
 }
 
 /// What one pool says to the task; nothing where there is no such pool.
@@ -191,11 +191,19 @@ pub fn explain_one<'i>(index: &'i PoolIndex, key: &PoolKey, shape: &TaskShape<'_
     index.get(key).map(|candidate| Verdict { candidate, refusal: refusal(candidate, shape) })
 }
 
-/// How many pools refuse the task for which reason, for an error's message.
+/// How many pools refuse the task for which reason, for an error's message. Cost: a step for each
+/// pool of the model; what the others say follows from how many stand how.
 pub fn count_refusals(index: &PoolIndex, shape: &TaskShape<'_>) -> String {
     let mut counts: BTreeMap<Refusal, u32> = BTreeMap::new();
-    for refusal in explain(index, shape).filter_map(|verdict| verdict.refusal) {
-        *counts.entry(refusal).or_default() += 1;
+    let mut others = index.standings().clone();
+    for candidate in index.all_of(shape.model) {
+        others.entry(candidate.availability).and_modify(|count| *count -= 1);
+        if let Some(refusal) = refusal(candidate, shape) {
+            *counts.entry(refusal).or_default() += 1;
+        }
+    }
+    for (availability, count) in others.into_iter().filter(|(_, count)| *count > 0) {
+        *counts.entry(refusal_of(availability).unwrap_or(Refusal::ModelMissing)).or_default() += count;
     }
     if counts.is_empty() {
         return "no pools known".into();
@@ -204,23 +212,28 @@ pub fn count_refusals(index: &PoolIndex, shape: &TaskShape<'_>) -> String {
     format!("pools: {}", parts.join(", "))
 }
 
+/// What a pool that stands so says to every task.
+fn refusal_of(availability: Availability) -> Option<Refusal> {
+    match availability {
+        Availability::Placeable | Availability::Loadable => None,
+        Availability::Offline => Some(Refusal::Offline),
+        Availability::Suspect => Some(Refusal::Suspect),
+        Availability::Draining => Some(Refusal::Draining),
+        Availability::NoMemory => Some(Refusal::VramShort),
+        Availability::NotReady | Availability::Loading => Some(Refusal::NotReady),
+        Availability::Tripped => Some(Refusal::Tripped),
+    }
+}
+
 fn refusal(candidate: &Candidate, shape: &TaskShape<'_>) -> Option<Refusal> {
-    match candidate.availability {
-        Availability::Placeable => {}
-        Availability::Offline => return Some(Refusal::Offline),
-        Availability::Suspect => return Some(Refusal::Suspect),
-        Availability::Draining => return Some(Refusal::Draining),
-        Availability::Loadable => {
-            let model = candidate.models.contains(shape.model);
-            let missing = (!model).then_some(Refusal::ModelMissing);
-            return missing.or_else(|| misfit(candidate, shape)).or(Some(Refusal::NotLoaded));
-        }
-        Availability::NoMemory => return Some(Refusal::VramShort),
-        Availability::NotReady | Availability::Loading => return Some(Refusal::NotReady),
-        Availability::Tripped => return Some(Refusal::Tripped),
+    if let Some(refusal) = refusal_of(candidate.availability) {
+        return Some(refusal);
     }
     if !candidate.models.contains(shape.model) {
         return Some(Refusal::ModelMissing);
+    }
+    if candidate.availability == Availability::Loadable {
+        return misfit(candidate, shape).or(Some(Refusal::NotLoaded));
     }
     if let Some(misfit) = misfit(candidate, shape) {
         return Some(misfit);

@@ -128,10 +128,17 @@ pub(crate) struct ModelPools {
     /// Placeable pools, full ones included, with their numbers.
     pub(crate) placeable: BTreeMap<PoolKey, usize>,
     numbered: Vec<Numbered>,
+    /// Numbers that no pool has.
+    vacant: Vec<usize>,
+    /// The numbers in the order in which they changed last.
+    changes: BTreeSet<(u64, usize)>,
     /// The version of the index at which any of them changed last.
     version: u64,
-    /// Pools that load, or could be loaded.
+    /// Pools that load, or could be loaded, and how many of them could be.
     pub(crate) unloaded: BTreeSet<PoolKey>,
+    loadable: usize,
+    /// Pools of the model, however they stand.
+    pub(crate) all: BTreeSet<PoolKey>,
 }
 
 impl ModelPools {
@@ -145,8 +152,7 @@ impl ModelPools {
         if let Some(number) = self.placeable.get(key) {
             return *number;
         }
-        let vacant = self.numbered.iter().position(|one| one.pool.is_none());
-        let number = vacant.unwrap_or_else(|| {
+        let number = self.vacant.pop().unwrap_or_else(|| {
             self.numbered.push(Numbered::default());
             self.free_bits.grow(self.numbered.len());
             self.numbered.len() - 1
@@ -157,7 +163,9 @@ impl ModelPools {
     }
 
     fn changed(&mut self, number: usize, version: u64) {
-        self.numbered[number].changed = version;
+        let before = std::mem::replace(&mut self.numbered[number].changed, version);
+        self.changes.remove(&(before, number));
+        self.changes.insert((version, number));
         self.version = version;
     }
 }
@@ -184,6 +192,8 @@ pub struct PoolIndex {
     strategy: Strategy,
     pools: BTreeMap<PoolKey, Entry>,
     by_model: BTreeMap<ModelRef, ModelPools>,
+    /// How many pools stand how.
+    standings: BTreeMap<Availability, u32>,
     taken: u64,
     /// Rises with each change of which tasks a pool takes.
     version: u64,
@@ -247,9 +257,14 @@ impl PoolIndex {
                 }
             }
         }
-        if matches!(candidate.availability, Availability::Loading | Availability::Loadable) {
-            for model in &candidate.models {
-                self.by_model.entry(model.clone()).or_default().unloaded.insert(candidate.key.clone());
+        *self.standings.entry(candidate.availability).or_default() += 1;
+        for model in &candidate.models {
+            let pools = self.by_model.entry(model.clone()).or_default();
+            pools.all.insert(candidate.key.clone());
+            if matches!(candidate.availability, Availability::Loading | Availability::Loadable)
+                && pools.unloaded.insert(candidate.key.clone())
+            {
+                pools.loadable += usize::from(candidate.availability == Availability::Loadable);
             }
         }
         self.pools.insert(candidate.key.clone(), Entry { candidate, last_taken });
@@ -259,11 +274,16 @@ impl PoolIndex {
     fn take_out(&mut self, key: &PoolKey) -> Option<Entry> {
         let old = self.pools.remove(key)?;
         let score = self.score(&old.candidate, old.last_taken);
+        if let Some(count) = self.standings.get_mut(&old.candidate.availability) {
+            *count -= 1;
+        }
         for model in &old.candidate.models {
             if let Some(pools) = self.by_model.get_mut(model) {
                 pools.free.remove(&score);
                 pools.bag.remove(key);
-                pools.unloaded.remove(key);
+                if pools.unloaded.remove(key) {
+                    pools.loadable -= usize::from(old.candidate.availability == Availability::Loadable);
+                }
             }
         }
         Some(old)
@@ -276,10 +296,12 @@ impl PoolIndex {
             let Some(pools) = self.by_model.get_mut(model) else { continue };
             if let Some(number) = pools.placeable.remove(key) {
                 pools.numbered[number].pool = None;
+                pools.vacant.push(number);
                 pools.free_bits.set(number, false);
                 pools.changed(number, self.version);
             }
-            if pools.placeable.is_empty() && pools.unloaded.is_empty() {
+            pools.all.remove(key);
+            if pools.all.is_empty() {
                 self.by_model.remove(model);
             }
         }
@@ -304,10 +326,9 @@ impl PoolIndex {
             return false;
         }
         eligible.pools.grow(pools.numbered.len());
-        for (number, one) in pools.numbered.iter().enumerate().filter(|(_, one)| one.changed > eligible.seen)
-        {
-            let candidate = one.pool.as_ref().and_then(|key| self.get(key));
-            eligible.pools.set(number, candidate.is_some_and(|candidate| fits(candidate, shape)));
+        for (_, number) in pools.changes.range((eligible.seen + 1, 0)..) {
+            let candidate = pools.numbered[*number].pool.as_ref().and_then(|key| self.get(key));
+            eligible.pools.set(*number, candidate.is_some_and(|candidate| fits(candidate, shape)));
         }
         eligible.seen = pools.version;
         true
@@ -338,10 +359,20 @@ impl PoolIndex {
         keys.filter_map(|key| self.get(key))
     }
 
+    /// How many placeable pools the model has, full ones included.
+    pub fn placeable_count(&self, model: &ModelRef) -> usize {
+        self.by_model.get(model).map_or(0, |pools| pools.placeable.len())
+    }
+
+    /// Every so manieth of the placeable pools of the model.
+    pub fn placeable_by(&self, model: &ModelRef, step: usize) -> impl Iterator<Item = &Candidate> {
+        let keys = self.by_model.get(model).into_iter().flat_map(|pools| pools.placeable.keys());
+        keys.step_by(step).filter_map(|key| self.get(key))
+    }
+
     /// Whether any pool of the model could be loaded.
     pub fn has_loadable(&self, model: &ModelRef) -> bool {
-        let unloaded = self.by_model.get(model).into_iter().flat_map(|pools| &pools.unloaded);
-        unloaded.filter_map(|key| self.get(key)).any(|pool| pool.availability == Availability::Loadable)
+        self.by_model.get(model).is_some_and(|pools| pools.loadable > 0)
     }
 
     /// Milliseconds that the fastest pool of the model took to load; nothing where no pool is
@@ -353,6 +384,17 @@ impl PoolIndex {
 
     pub(crate) fn of_model(&self, model: &ModelRef) -> Option<&ModelPools> {
         self.by_model.get(model)
+    }
+
+    /// The pools of the model, however they stand.
+    pub(crate) fn all_of(&self, model: &ModelRef) -> impl Iterator<Item = &Candidate> {
+        let keys = self.by_model.get(model).into_iter().flat_map(|pools| &pools.all);
+        keys.filter_map(|key| self.get(key))
+    }
+
+    /// How many pools stand how, whatever their models.
+    pub(crate) fn standings(&self) -> &BTreeMap<Availability, u32> {
+        &self.standings
     }
 
     pub(crate) fn all(&self) -> impl Iterator<Item = &Candidate> {

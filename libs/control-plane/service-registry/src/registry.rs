@@ -10,25 +10,31 @@ use std::time::Duration;
 use pool_registry_types::node::{Heartbeat, Intent, IntentOrder, Liveness, RegisterRequest, StagedModel};
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::{EngineKind, PoolReport};
+use pool_registry_types::snapshot::ClusterSnapshot;
 use pool_registry_types::view::{ClusterView, NodeView, PoolView};
 use pool_registry_types::{AttemptId, BootId, Epoch, ModelRef, Moment, NodeId, PoolId, PoolKey, TaskId};
 
 use crate::breaker::Breaker;
 use crate::liveness::{Evidence, PROBE_EVERY, ProbeOutcome, Suspicion, Timing, Transition};
-use crate::reservations::{ClosedAttempts, PoolBook, Reservation};
+use crate::reservations::{ClosedAttempts, PoolBook, Reservations};
 use crate::rules::Rule;
 
 mod evidence;
+mod models;
 mod reading;
+mod reports;
 mod slots;
+mod table;
 
-/// Most nodes that are known at a time. Source: .specs/01 CLOUD-1009.
-pub const MAX_NODES: usize = 1024;
+use models::Models;
+use table::{Entries, NodeTable, Unshown};
 
 /// How a registry behaves.
 #[derive(Debug, Clone)]
 pub struct Settings {
     pub timing: Timing,
+    /// Most nodes that are known at a time. Source: .specs/01 CLOUD-1009.
+    pub max_nodes: usize,
     /// Unique for each life of the control plane.
     pub incarnation: u64,
     /// For the simulator only.
@@ -53,9 +59,10 @@ struct Node {
     models: Vec<StagedModel>,
     /// For its streams.
     breaker: Breaker,
-    /// Attempts that hold a reservation on any pool of this node.
-    reserved: BTreeSet<AttemptId>,
     closed: ClosedAttempts,
+    /// Where it stands among the others; the table's own.
+    entries: Entries,
+    unshown: Unshown,
 }
 
 impl Node {
@@ -85,8 +92,8 @@ impl Node {
 pub enum NodeConflict {
     #[error("node_id {node_id} belongs to a live process at {address}")]
     IdTaken { node_id: NodeId, address: String },
-    #[error("{MAX_NODES} nodes are known, which is the most")]
-    TooMany,
+    #[error("{0} nodes are known, which is the most")]
+    TooMany(usize),
 }
 
 /// The node, or the registration it speaks of, is not known: it must register again.
@@ -142,12 +149,9 @@ pub struct ServiceRegistry {
     orders_given: u64,
     /// Orders for nodes that went before they took them; they hold when the nodes are back.
     stored_orders: BTreeMap<NodeId, IntentOrder>,
-    nodes: BTreeMap<NodeId, Node>,
-    reservations: BTreeMap<AttemptId, Reservation>,
-    /// When a node last reported a pool that has or loads the model.
-    models_reported: BTreeMap<ModelRef, Moment>,
-    /// The kinds of its engines, and when each was last reported.
-    engines_reported: BTreeMap<ModelRef, BTreeMap<EngineKind, Moment>>,
+    nodes: NodeTable,
+    reservations: Reservations,
+    models: Models,
     last_dial_failure: Option<Moment>,
     /// When holds and breakers of pools end.
     pool_alarms: BTreeSet<(Moment, PoolKey)>,
@@ -166,10 +170,9 @@ impl ServiceRegistry {
             epochs_given: 0,
             orders_given: 0,
             stored_orders: BTreeMap::new(),
-            nodes: BTreeMap::new(),
-            reservations: BTreeMap::new(),
-            models_reported: BTreeMap::new(),
-            engines_reported: BTreeMap::new(),
+            nodes: NodeTable::default(),
+            reservations: Reservations::default(),
+            models: Models::default(),
             last_dial_failure: None,
             pool_alarms: BTreeSet::new(),
             lifted_holds: Vec::new(),
@@ -187,8 +190,9 @@ impl ServiceRegistry {
     /// Takes a node in. A live id with another boot is a restart when it comes from the same
     /// address, and a conflict otherwise. The node is suspect until its address was dialled.
     pub fn register(&mut self, now: Moment, request: RegisterRequest) -> Result<Registered, NodeConflict> {
-        if !self.nodes.contains_key(&request.node_id) && self.nodes.len() >= MAX_NODES {
-            self.forget_longest_offline().ok_or(NodeConflict::TooMany)?;
+        let max_nodes = self.settings.max_nodes;
+        if self.nodes.get(&request.node_id).is_none() && self.nodes.len() >= max_nodes {
+            self.forget_longest_offline().ok_or(NodeConflict::TooMany(max_nodes))?;
         }
         let known = self.nodes.get(&request.node_id);
         if let Some(node) = known
@@ -202,27 +206,29 @@ impl ServiceRegistry {
             });
         }
         let same_boot = known.is_some_and(|node| node.request.boot_id == request.boot_id);
+        // An operator's order is for the node, not for one life of it.
+        let before = known.and_then(|node| node.wanted.clone());
         let node_id = request.node_id.clone();
         let epoch = self.next_epoch();
         let ended = if same_boot { Vec::new() } else { self.attempts_of(&node_id) };
-        if same_boot && let Some(node) = self.nodes.get_mut(&node_id) {
-            if node.request.address != request.address {
-                node.evidence.undialled = Some(Suspicion::NotDialledYet);
-            }
-            node.evidence.heard(now);
-            node.evidence.want_probe(now);
-            node.epoch = epoch.clone();
-            // It takes orders under the new epoch from now on: one that was not reported is sent anew.
-            node.intent = request.intent;
-            node.wanted = node.wanted.take().map(|wanted| IntentOrder { epoch: epoch.clone(), ..wanted });
-            node.labels = Arc::new(request.labels.clone());
-            node.request = request;
+        if same_boot {
+            self.nodes.change(&node_id, |node| {
+                if node.request.address != request.address {
+                    node.evidence.undialled = Some(Suspicion::NotDialledYet);
+                }
+                node.evidence.heard(now);
+                node.evidence.want_probe(now);
+                node.epoch = epoch.clone();
+                // It takes orders under the new epoch from now on: one that was not reported is sent anew.
+                node.intent = request.intent;
+                node.wanted = node.wanted.take().map(|wanted| IntentOrder { epoch: epoch.clone(), ..wanted });
+                node.labels = Arc::new(request.labels.clone());
+                node.request = request;
+            });
         } else {
-            // An operator's order is for the node, not for one life of it.
-            let before = self.nodes.get(&node_id).and_then(|node| node.wanted.clone());
             let before = before.or_else(|| self.stored_orders.remove(&node_id));
             let wanted = before.filter(|wanted| wanted.intent != request.intent);
-            let node = Node {
+            self.nodes.insert(Node {
                 epoch: epoch.clone(),
                 intent: request.intent,
                 wanted: wanted.map(|wanted| IntentOrder { epoch: epoch.clone(), ..wanted }),
@@ -234,11 +240,11 @@ impl ServiceRegistry {
                 gpus: Vec::new(),
                 models: Vec::new(),
                 breaker: Breaker::default(),
-                reserved: ended.iter().copied().collect(),
                 closed: ClosedAttempts::default(),
+                entries: Entries::default(),
+                unshown: Unshown::Nothing,
                 request,
-            };
-            self.nodes.insert(node_id.clone(), node);
+            });
         }
         let intent = self.nodes.get(&node_id).map_or((Intent::Serving, 0), Node::order);
         Ok(Registered { epoch, intent, ended })
@@ -246,9 +252,7 @@ impl ServiceRegistry {
 
     /// Makes room: an offline node is worth less than one that wants to join.
     fn forget_longest_offline(&mut self) -> Option<()> {
-        let offline = self.nodes.iter().filter_map(|(id, node)| Some((node.evidence.offline_since?, id)));
-        let (_, oldest) = offline.min()?;
-        let oldest = oldest.clone();
+        let oldest = self.nodes.longest_offline()?.clone();
         self.remove(&oldest);
         self.forgotten.push(oldest);
         Some(())
@@ -278,7 +282,7 @@ impl ServiceRegistry {
     /// Forgets a node, but not what is wanted of it.
     fn remove(&mut self, node_id: &NodeId) {
         let Some(order) = self.nodes.remove(node_id).and_then(|node| node.wanted) else { return };
-        if self.stored_orders.len() >= MAX_NODES {
+        if self.stored_orders.len() >= self.settings.max_nodes {
             let oldest = self.stored_orders.iter().min_by_key(|(_, order)| order.number);
             let oldest = oldest.map(|(node_id, _)| node_id.clone());
             oldest.iter().for_each(|node_id| drop(self.stored_orders.remove(node_id)));
@@ -295,110 +299,29 @@ impl ServiceRegistry {
         true
     }
 
-    /// Takes a whole report.
-    pub fn heartbeat(
-        &mut self,
-        now: Moment,
-        node_id: &NodeId,
-        beat: Heartbeat,
-    ) -> Result<HeartbeatOutcome, NodeNotKnown> {
-        let fenced = self.enforces(Rule::ReportSequence);
-        let once = self.enforces(Rule::PoolNamedTwice);
-        let node = self.nodes.get_mut(node_id).ok_or(NodeNotKnown)?;
-        if node.epoch != beat.epoch {
-            return Err(NodeNotKnown);
-        }
-        if node.last_seq.is_some_and(|last| beat.seq <= last) {
-            return Ok(HeartbeatOutcome::Ignored);
-        }
-        let before = node.evidence.liveness();
-        node.evidence.heard(now);
-        node.last_seq = Some(beat.seq);
-        if beat.tokens_changed != node.tokens_changed {
-            node.tokens_changed = beat.tokens_changed;
-            node.evidence.ask_again(now);
-        }
-        node.reported(beat.intent, beat.intent_order);
-        node.gpus = beat.gpus;
-        node.models = beat.models;
-
-        let mut listed = BTreeSet::new();
-        let mut orphans = Vec::new();
-        let mut reserved: BTreeMap<PoolId, BTreeSet<AttemptId>> = BTreeMap::new();
-        for attempt in &node.reserved {
-            let pool_id = self.reservations[attempt].pool.pool_id.clone();
-            reserved.entry(pool_id).or_default().insert(*attempt);
-        }
-        let mut pools: BTreeMap<PoolId, PoolBook> = BTreeMap::new();
-        for report in beat.pools {
-            // No task can use what an engine of an unknown kind serves.
-            if let Some(engine) = report.engine {
-                for model in &report.models {
-                    if report.state.has_model() {
-                        self.models_reported.insert(model.clone(), now);
-                    }
-                    // Kept by its reports, whether or not it takes tasks at the moment.
-                    self.engines_reported.entry(model.clone()).or_default().insert(engine, now);
-                }
-            }
-            let mut reported = BTreeSet::new();
-            for attempt in report.replicas.iter().flat_map(|r| &r.attempts) {
-                listed.insert(*attempt);
-                if fenced && node.closed.explains(attempt, beat.seq) {
-                    continue;
-                }
-                reported.insert(*attempt);
-                if !self.reservations.contains_key(attempt) {
-                    orphans.push(*attempt);
-                }
-            }
-            if once && let Some(book) = pools.get_mut(&report.pool_id) {
-                // Named twice: one pool all the same.
-                book.join(report, reported);
-                continue;
-            }
-            let reserved = reserved.remove(&report.pool_id).unwrap_or_default();
-            let before = node.pools.remove(&report.pool_id);
-            // A pool that was away may have another engine: nothing is held against that one.
-            let away = |report: &PoolReport| !report.ready && !report.draining;
-            let same = before.filter(|book| !away(&book.report) && !away(&report));
-            let breaker = same.map(|book| book.breaker).unwrap_or_default();
-            let book = PoolBook { report, reserved, reported, held_until: None, breaker };
-            pools.insert(book.report.pool_id.clone(), book);
-        }
-        node.pools = pools;
-        node.closed.forget_before(beat.seq);
-
-        let vanished = |attempt: &&AttemptId| {
-            let accepted_after = self.reservations[*attempt].accepted_after;
-            !listed.contains(*attempt) && (!fenced || accepted_after.is_some_and(|after| after < beat.seq))
-        };
-        let vanished = node.reserved.iter().filter(vanished).copied().collect();
-        let intent = node.order();
-        self.review_mass_silence();
-        Ok(HeartbeatOutcome::Taken { intent, returned: before != Liveness::Online, vanished, orphans })
-    }
-
     // ---- intent ----
 
     /// An operator wants the node to drain or to serve. Returns where to send the order, or
     /// nothing for a node that is not known.
     pub fn want(&mut self, node_id: &NodeId, intent: Intent) -> Option<(String, IntentOrder)> {
-        let node = self.nodes.get_mut(node_id)?;
-        self.orders_given += 1;
-        let order = IntentOrder { epoch: node.epoch.clone(), number: self.orders_given, intent };
-        node.wanted = Some(order.clone());
-        Some((node.request.address.clone(), order))
+        let number = self.orders_given + 1;
+        let reported = self.nodes.change(node_id, |node| {
+            let order = IntentOrder { epoch: node.epoch.clone(), number, intent };
+            node.wanted = Some(order.clone());
+            (node.request.address.clone(), order)
+        });
+        self.orders_given += u64::from(reported.is_some());
+        reported
     }
 
     /// The node says that it has taken the order. The order stands until a report says so too:
     /// one that was made before may still be on its way.
     pub fn intent_taken(&mut self, node_id: &NodeId, order: &IntentOrder) {
-        if let Some(node) = self.nodes.get_mut(node_id)
-            && node.wanted.as_ref() == Some(order)
-        {
-            node.intent = order.intent;
-        }
+        self.nodes.change(node_id, |node| {
+            if node.wanted.as_ref() == Some(order) {
+                node.intent = order.intent;
+            }
+        });
     }
 
     /// Whether the node takes new work as far as anybody wants it to.

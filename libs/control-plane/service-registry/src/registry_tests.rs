@@ -6,8 +6,12 @@ use uuid::Uuid;
 
 use super::*;
 
+#[path = "registry_order_tests.rs"]
+mod order;
+
 const INTERVAL_MS: u64 = 1_000;
 const TIMEOUT_MS: u64 = 5_000;
+const MAX_NODES: usize = 100;
 
 fn at(millis: u64) -> Moment {
     Moment::from_millis(millis)
@@ -30,7 +34,7 @@ fn registry_of(incarnation: u64, switched_off: Option<Rule>) -> ServiceRegistry 
         heartbeat_interval: Duration::from_millis(INTERVAL_MS),
         node_timeout: Duration::from_millis(TIMEOUT_MS),
     };
-    ServiceRegistry::new(Settings { timing, incarnation, switched_off })
+    ServiceRegistry::new(Settings { timing, max_nodes: MAX_NODES, incarnation, switched_off })
 }
 
 fn request(name: &str, boot: u128, address: &str) -> RegisterRequest {
@@ -421,7 +425,7 @@ fn the_registry_is_bounded_and_an_offline_node_makes_room() {
     for n in 0..MAX_NODES {
         r.register(at(0), request(&format!("n{n}"), 1, "http://x")).unwrap();
     }
-    assert_eq!(r.register(at(1), request("late", 1, "http://x")), Err(NodeConflict::TooMany));
+    assert_eq!(r.register(at(1), request("late", 1, "http://x")), Err(NodeConflict::TooMany(MAX_NODES)));
     // All are silent at once, which is taken for our own fault for one more timeout.
     r.expire(at(10_000));
     r.register(at(10_001), request("late", 1, "http://x")).unwrap();

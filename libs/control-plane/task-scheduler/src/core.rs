@@ -21,6 +21,7 @@ use pool_registry_types::node::{
 };
 use pool_registry_types::placement::{Explanation, PoolName, PoolVerdict};
 use pool_registry_types::pool::{EngineKind, PoolReport, PoolState};
+use pool_registry_types::snapshot::ClusterSnapshot;
 use pool_registry_types::task::{
     AttemptView, KvHint, Metrics, Priority, ResumeMode, SessionView, TaskAccepted, TaskPage, TaskRequest,
     TaskState, TaskStreams, TaskSummary, TaskView, unsupported,
@@ -44,6 +45,7 @@ use crate::sessions::{SessionPolicy, Sessions};
 use crate::watch::{AttemptDeadlines, Overdue};
 
 mod ends;
+mod lanes;
 mod loading;
 mod nodes;
 mod pins;
@@ -67,8 +69,6 @@ const RETRY_BACKOFF: Duration = Duration::from_millis(250);
 const REPORT_PATIENCE: Duration = Duration::from_secs(2);
 /// A timer that comes this much late means that our own loop stood still.
 const STALL: Duration = Duration::from_secs(1);
-/// Most ended tasks that are kept for readers; beyond, the oldest goes.
-pub const MAX_RETAINED_TASKS: usize = 10_000;
 /// Attempts of a task that are kept for readers; beyond, refused ones are not.
 const MAX_RECORDS: usize = 32;
 /// What a client is told to wait when nothing was measured yet.
@@ -88,6 +88,8 @@ pub enum FullLane {
 #[derive(Debug, Clone)]
 pub struct Policy {
     pub timing: Timing,
+    /// Most nodes that are known at a time.
+    pub max_nodes: usize,
     pub strategy: Strategy,
     /// Waiting tasks per lane and priority.
     pub admission_capacity: usize,
@@ -98,6 +100,8 @@ pub struct Policy {
     pub token_idle_timeout: Duration,
     /// How long an ended task can be read.
     pub task_retention: Duration,
+    /// Most ended tasks that are kept for readers; beyond, the oldest goes.
+    pub retained_tasks: usize,
     /// For the simulator only: the rule that a mutant lacks.
     pub switched_off: Option<Rule>,
 }
@@ -276,6 +280,8 @@ pub struct ControlCore {
     dirty_pins: BTreeSet<NodeId>,
     /// Models that no node has any more, and for which only tasks wait whose nodes are suspect.
     lapsed: BTreeSet<ModelRef>,
+    /// The other lanes, by when their models are not waited for any more.
+    leases: lanes::Leases,
     /// We have nothing to dial with: nothing is placed before this.
     short_until: Option<Moment>,
     /// The last pause for that; none after an attempt was taken.
@@ -303,7 +309,12 @@ impl ControlCore {
     /// `incarnation` is drawn at random at each start: epochs, attempt ids and log ids derive
     /// from it, and so differ between two lives.
     pub fn new(policy: Policy, incarnation: u64) -> Self {
-        let settings = Settings { timing: policy.timing, incarnation, switched_off: policy.switched_off };
+        let settings = Settings {
+            timing: policy.timing,
+            max_nodes: policy.max_nodes,
+            incarnation,
+            switched_off: policy.switched_off,
+        };
         Self {
             index: PoolIndex::new(policy.strategy),
             sessions: Sessions::new(policy.sessions),
@@ -330,6 +341,7 @@ impl ControlCore {
             served: BTreeMap::new(),
             dirty_pins: BTreeSet::new(),
             lapsed: BTreeSet::new(),
+            leases: lanes::Leases::default(),
             short_until: None,
             short_pause: Duration::ZERO,
             suspects_at: Vec::new(),
@@ -365,6 +377,7 @@ impl ControlCore {
             let vanishing = std::mem::take(&mut self.vanishing);
             self.vanishing = vanishing.into_iter().map(|(_, id)| (now + REPORT_PATIENCE, id)).collect();
             self.started = self.started.map(|at| (at + stall).min(now));
+            self.leases.extended();
             self.counters.stalls += 1;
         }
         match event {
@@ -421,8 +434,7 @@ impl ControlCore {
             Event::IntentDelivered { reply, node_id, order, outcome } => {
                 self.intent_delivered(reply, node_id, &order, outcome.is_ok(), &mut effects);
             }
-            Event::SetRetired { model, retired: true } => drop(self.retired.insert(model)),
-            Event::SetRetired { model, retired: false } => drop(self.retired.remove(&model)),
+            Event::SetRetired { model, retired } => self.set_retired(model, retired),
             Event::DeleteSession { reply, session_id } => {
                 let answer = if self.sessions.delete(session_id) {
                     Ok(Answer::SessionDeleted)
@@ -445,6 +457,7 @@ impl ControlCore {
         effects.extend(self.changes.drain(..).map(Effect::Changed));
         if timer || self.enforces(Rule::TimerRearmed) || self.armed.is_none() {
             // What is due already is due now: a deadline in the past would look like a stall.
+            self.review_leases();
             self.armed = self.compute_deadline().map(|at| at.max(now));
         }
         effects
@@ -456,16 +469,15 @@ impl ControlCore {
     }
 
     fn compute_deadline(&self) -> Option<Moment> {
-        let waited_for = self.queue.models().filter(|model| !self.lapsed.contains(*model));
-        let lanes = waited_for.map(|model| self.model_lease(model));
+        let lanes = self.leases.first().map(|seen| seen + self.registry.lease());
         let retention = self.ended.front().map(|(at, _)| *at + self.policy.task_retention);
         let alarm = self.alarms.first().map(|(at, _)| *at);
         let vanishing = self.vanishing.first().map(|(at, _)| *at);
         let grace = (!self.grace_over && !self.pinned.is_empty()).then(|| self.grace_end());
         let loads = self.load_alarms.first().map(|(at, _)| *at);
         let sessions = self.sessions.next_deadline();
-        let own = [retention, alarm, vanishing, grace, loads, sessions, self.short_until];
-        lanes.chain(own.into_iter().flatten()).chain(self.registry.next_deadline()).min()
+        let own = [lanes, retention, alarm, vanishing, grace, loads, sessions, self.short_until];
+        own.into_iter().flatten().chain(self.registry.next_deadline()).min()
     }
 }
 #[cfg(test)]

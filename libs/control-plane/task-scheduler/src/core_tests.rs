@@ -26,6 +26,7 @@ fn policy() -> Policy {
             heartbeat_interval: Duration::from_secs(10),
             node_timeout: Duration::from_millis(TIMEOUT_MS),
         },
+        max_nodes: 100,
         strategy: Strategy::LeastLoaded,
         admission_capacity: 4,
         full_lane: FullLane::Reject,
@@ -39,6 +40,7 @@ fn policy() -> Policy {
         first_token_timeout: Duration::from_secs(600),
         token_idle_timeout: Duration::from_secs(60),
         task_retention: Duration::from_secs(600),
+        retained_tasks: 100,
         switched_off: None,
     }
 }
@@ -100,6 +102,7 @@ impl Bench {
             self.read_all();
         }
         let effects = self.core.apply(at(self.now), event);
+        assert_eq!(self.core.check_order(at(self.now)), Ok(()));
         self.effects.extend_from_slice(&effects);
         for effect in effects {
             match effect {
@@ -682,7 +685,7 @@ fn only_so_many_ended_tasks_are_kept() {
     b.join("a", 1);
     let (first, _) = b.submit(task());
     b.end(b.last_dispatch().attempt, 1, HowEnded::Finished);
-    for _ in 0..MAX_RETAINED_TASKS {
+    for _ in 0..policy().retained_tasks {
         assert!(b.view(first).is_some());
         b.submit(task()).1.unwrap();
         b.end(b.last_dispatch().attempt, 1, HowEnded::Finished);

@@ -170,6 +170,10 @@ impl Forecast {
         start.is_some_and(|start| start < now)
     }
 
+    pub(crate) fn age(&self, now: Moment) -> std::time::Duration {
+        now.since(self.made)
+    }
+
     pub(crate) fn start_of(&self, task: &TaskId) -> Option<Moment> {
         self.starts.get(task).copied()
     }

@@ -84,13 +84,21 @@ pub(crate) struct Sessions {
     sessions: BTreeMap<SessionId, Session>,
     /// Sessions without an open task, by when they were used last.
     idle: BTreeSet<(Moment, SessionId)>,
+    /// Sessions by the pool where they are warm.
+    warm_at: BTreeMap<PoolKey, BTreeSet<SessionId>>,
     /// What has come, gone or changed since [`Sessions::take_changed`].
     changed: BTreeSet<SessionId>,
 }
 
 impl Sessions {
     pub(crate) fn new(policy: SessionPolicy) -> Self {
-        Self { policy, sessions: BTreeMap::new(), idle: BTreeSet::new(), changed: BTreeSet::new() }
+        Self {
+            policy,
+            sessions: BTreeMap::new(),
+            idle: BTreeSet::new(),
+            warm_at: BTreeMap::new(),
+            changed: BTreeSet::new(),
+        }
     }
 
     /// The sessions that have come, gone or changed since the last time.
@@ -148,8 +156,7 @@ impl Sessions {
         let message = format!("{MAX_SESSIONS} sessions have open tasks, which is the most");
         let (_, oldest) =
             self.idle.pop_first().ok_or_else(|| ErrorBody::new(ErrorCode::Overloaded, message))?;
-        self.sessions.remove(&oldest);
-        self.changed.insert(oldest);
+        self.forget(oldest);
         Ok(())
     }
 
@@ -163,7 +170,11 @@ impl Sessions {
     /// The first token of a task came from there: the context is there now.
     pub(crate) fn record_replica(&mut self, id: SessionId, task: TaskId, pool: PoolKey, replica: ReplicaId) {
         if let Some(session) = self.sessions.get_mut(&id).filter(|session| session.open.contains_key(&task)) {
-            session.last = Some(SessionReplica { pool, replica, warm: true });
+            self.warm_at.entry(pool.clone()).or_default().insert(id);
+            let before = session.last.replace(SessionReplica { pool, replica, warm: true });
+            let now_at = session.last.as_ref().map(|last| &last.pool);
+            let left = before.filter(|before| now_at != Some(&before.pool));
+            left.into_iter().for_each(|left| self.leaves(id, &left.pool));
             self.changed.insert(id);
         }
     }
@@ -186,13 +197,39 @@ impl Sessions {
 
     /// Only these replicas of the pool have been there all the time: nothing else there is warm.
     pub(crate) fn cooled(&mut self, pool: &PoolKey, but: &[ReplicaId]) {
-        for (id, session) in &mut self.sessions {
-            let Some(last) = session.last.as_mut().filter(|last| last.warm) else { continue };
-            if last.pool == *pool && !but.contains(&last.replica) {
-                last.warm = false;
-                self.changed.insert(*id);
+        let Some(warm) = self.warm_at.get(pool) else { return };
+        let sessions = &mut self.sessions;
+        let mut stays = |id: &SessionId| {
+            let last = sessions.get_mut(id).and_then(|session| session.last.as_mut());
+            last.is_some_and(|last| {
+                last.warm = but.contains(&last.replica);
+                last.warm
+            })
+        };
+        let cooled: Vec<SessionId> = warm.iter().filter(|id| !stays(id)).copied().collect();
+        for id in cooled {
+            self.leaves(id, pool);
+            self.changed.insert(id);
+        }
+    }
+
+    /// The session is not warm there any more.
+    fn leaves(&mut self, id: SessionId, pool: &PoolKey) {
+        if let Some(warm) = self.warm_at.get_mut(pool) {
+            warm.remove(&id);
+            if warm.is_empty() {
+                self.warm_at.remove(pool);
             }
         }
+    }
+
+    fn forget(&mut self, id: SessionId) -> Option<Session> {
+        let session = self.sessions.remove(&id)?;
+        if let Some(last) = &session.last {
+            self.leaves(id, &last.pool);
+        }
+        self.changed.insert(id);
+        Some(session)
     }
 
     /// Where the session's context is, while it is warm.
@@ -212,10 +249,9 @@ impl Sessions {
 
     /// Forgets a session. Its tasks go on.
     pub(crate) fn delete(&mut self, id: SessionId) -> bool {
-        let session = self.sessions.remove(&id);
+        let session = self.forget(id);
         if let Some(session) = &session {
             self.idle.remove(&(session.last_used, id));
-            self.changed.insert(id);
         }
         session.is_some()
     }
@@ -225,8 +261,7 @@ impl Sessions {
             && used + self.policy.ttl <= now
         {
             self.idle.pop_first();
-            self.sessions.remove(&id);
-            self.changed.insert(id);
+            self.forget(id);
         }
     }
 

@@ -17,6 +17,7 @@ pub mod placement;
 pub mod pool;
 pub mod retry;
 pub mod routes;
+pub mod snapshot;
 pub mod sse;
 pub mod task;
 pub mod view;

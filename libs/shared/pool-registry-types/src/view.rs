@@ -1,7 +1,5 @@
 //! What readers see of the cluster: a copy, made by the control core when asked.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -160,50 +158,8 @@ pub struct StagedAt {
     pub bytes: u64,
 }
 
-impl ClusterView {
-    /// Which models can be asked for right now, and where they are.
-    pub fn availability(&self) -> CatalogAvailability {
-        #[derive(Default)]
-        struct Found<'v> {
-            nodes: BTreeSet<&'v NodeId>,
-            capacity: u32,
-            staged: Vec<StagedAt>,
-        }
-        let mut models: BTreeMap<&ModelRef, Found<'_>> = BTreeMap::new();
-        for node in self.nodes.iter().filter(|node| node.liveness != Liveness::Offline) {
-            for staged in &node.models {
-                models.entry(&staged.model_id).or_default().staged.push(StagedAt {
-                    node_id: node.node_id.clone(),
-                    digest: staged.digest.clone(),
-                    bytes: staged.bytes,
-                });
-            }
-            for pool in node.pools.iter().filter(|pool| node.serves(pool)) {
-                for model in &pool.report.models {
-                    let found = models.entry(model).or_default();
-                    found.nodes.insert(&node.node_id);
-                    found.capacity = found.capacity.saturating_add(pool.slots_total);
-                }
-            }
-        }
-        let models = models.into_iter().map(|(model, found)| ModelAvailability {
-            model_id: model.clone(),
-            total_nodes: u32::try_from(found.nodes.len()).unwrap_or(u32::MAX),
-            nodes: found.nodes.into_iter().cloned().collect(),
-            total_capacity: found.capacity,
-            staged: found.staged,
-        });
-        CatalogAvailability { models: models.collect() }
-    }
-
-    /// All pools with their nodes.
-    pub fn pools(&self) -> impl Iterator<Item = PoolOfNode> + '_ {
-        self.nodes.iter().flat_map(|node| node.pools.iter().map(move |pool| node.pool(pool)))
-    }
-}
-
 impl NodeView {
-    fn serves(&self, pool: &PoolView) -> bool {
+    pub(crate) fn serves(&self, pool: &PoolView) -> bool {
         self.liveness == Liveness::Online
             && self.intent == Intent::Serving
             && pool.report.engine.is_some()
@@ -211,7 +167,7 @@ impl NodeView {
             && !pool.report.draining
     }
 
-    fn pool(&self, pool: &PoolView) -> PoolOfNode {
+    pub(crate) fn pool(&self, pool: &PoolView) -> PoolOfNode {
         PoolOfNode {
             node_id: self.node_id.clone(),
             pool_id: pool.report.pool_id.clone(),

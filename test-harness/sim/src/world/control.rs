@@ -72,6 +72,7 @@ impl World {
         let plan = &self.plan;
         let policy = Policy {
             timing: plan.timing,
+            max_nodes: 1_000,
             strategy: plan.strategy,
             admission_capacity: plan.capacity,
             full_lane: plan.full_lane,
@@ -85,6 +86,7 @@ impl World {
             first_token_timeout: plan.first_token_timeout,
             token_idle_timeout: plan.token_idle_timeout,
             task_retention: Duration::from_secs(3_600),
+            retained_tasks: 10_000,
             switched_off: plan.switched_off,
         };
         let incarnation = self.random.u64(..);
@@ -150,9 +152,15 @@ impl World {
         let Some(control) = self.control.as_mut() else { return };
         let now = self.now;
         let before = Before::of(&event, control);
+        let mut in_order = Ok(());
         if self.plan.read && self.readers.u8(..4) == 0 {
             look_at(&control.core, now, &mut self.readers);
             self.coverage.hit("core: read between events");
+            let mut kept = control.core.check_order(now);
+            if control.core.snapshot(now).view() != control.core.view(now) {
+                kept = kept.and(Err("a snapshot of the nodes is not what they are".into()));
+            }
+            in_order = kept.map_err(|why| format!("[order] {why}"));
         }
         let effects = control.core.apply(now, event);
         for effect in &effects {
@@ -172,6 +180,7 @@ impl World {
                 self.oracle.reports_away(node_id, before.away);
             }
         }
+        self.check(in_order);
         self.review(&before, &effects);
         self.note_liveness();
         let life = self.lives;

@@ -8,10 +8,9 @@ const FORGET_OFFLINE_AFTER: Duration = Duration::from_secs(24 * 3600);
 impl ServiceRegistry {
     /// A token of one of the node's attempts arrived: it lives. Never lifts a suspicion.
     pub fn alive(&mut self, now: Moment, node_id: &NodeId) {
-        if let Some(node) = self.nodes.get_mut(node_id)
-            && node.evidence.offline_since.is_none()
-        {
-            node.evidence.last_life = node.evidence.last_life.max(now);
+        let Some(node) = self.nodes.get(node_id) else { return };
+        if node.evidence.offline_since.is_none() && node.evidence.last_life < now {
+            self.nodes.heard(node_id, now);
         }
     }
 
@@ -21,12 +20,14 @@ impl ServiceRegistry {
             return None;
         }
         self.count_dial_failure(now, node_id);
-        let node = self.nodes.get_mut(node_id)?;
-        let was = node.evidence.liveness();
-        node.evidence.not_dialled(reason);
-        // The failure itself was the probe: the next one comes after a pause.
-        node.evidence.probe_by(now + PROBE_EVERY);
-        (was == Liveness::Online).then(|| Transition { node_id: node_id.clone(), to: Liveness::Suspect })
+        let was = self.nodes.change(node_id, |node| {
+            let was = node.evidence.liveness();
+            node.evidence.not_dialled(reason);
+            // The failure itself was the probe: the next one comes after a pause.
+            node.evidence.probe_by(now + PROBE_EVERY);
+            was
+        });
+        (was? == Liveness::Online).then(|| Transition { node_id: node_id.clone(), to: Liveness::Suspect })
     }
 
     /// Only the failure of a node that was well says that the network, and not we, may be at fault.
@@ -51,39 +52,37 @@ impl ServiceRegistry {
         if !self.enforces(Rule::DeniedIsSuspect) {
             return None;
         }
-        let node = self.nodes.get_mut(node_id)?;
-        let was = node.evidence.liveness();
-        node.evidence.deny(now, dispatched, reason);
-        let is = node.evidence.liveness();
+        let (was, is) = self.nodes.change(node_id, |node| {
+            let was = node.evidence.liveness();
+            node.evidence.deny(now, dispatched, reason);
+            (was, node.evidence.liveness())
+        })?;
         (is != was).then(|| Transition { node_id: node_id.clone(), to: is })
     }
 
     /// The tokens that we send have changed: who denied the old ones may let the new ones in.
     pub fn tokens_changed(&mut self, now: Moment) {
-        for node in self.nodes.values_mut() {
-            node.evidence.ask_again(now);
-        }
+        self.nodes.change_all(|node| node.evidence.ask_again(now));
     }
 
     /// A stream broke, or something else that a look at the node explains: probe it now.
     pub fn want_probe(&mut self, now: Moment, node_id: &NodeId) {
-        if let Some(node) = self.nodes.get_mut(node_id) {
-            node.evidence.want_probe(now);
-        }
+        self.nodes.change(node_id, |node| node.evidence.want_probe(now));
     }
 
     /// The nodes to dial now, with their addresses, and whether to show our token there. Each is
     /// marked as being dialled until [`ServiceRegistry::probed`] is told the outcome.
     pub fn take_due_probes(&mut self, now: Moment) -> Vec<(NodeId, String, bool)> {
-        let due = self.nodes.iter_mut().filter(|(_, node)| {
-            !node.evidence.probe_in_flight && node.evidence.next_probe.is_some_and(|at| at <= now)
-        });
-        due.map(|(id, node)| {
-            node.evidence.probe_in_flight = true;
-            node.evidence.next_probe = None;
-            (id.clone(), node.request.address.clone(), node.evidence.denied.is_some())
-        })
-        .collect()
+        let mut probes = Vec::new();
+        for id in self.nodes.due_probes(now) {
+            let asked = self.nodes.change(&id, |node| {
+                node.evidence.probe_in_flight = true;
+                node.evidence.next_probe = None;
+                (node.request.address.clone(), node.evidence.denied.is_some())
+            });
+            probes.extend(asked.map(|(address, authorized)| (id, address, authorized)));
+        }
+        probes
     }
 
     /// The outcome of dialling a node at an address. Another node or boot answering there
@@ -95,18 +94,23 @@ impl ServiceRegistry {
         address: &str,
         outcome: ProbeOutcome,
     ) -> Option<Transition> {
-        let node = self.nodes.get_mut(node_id)?;
-        node.evidence.probe_in_flight = false;
+        let node = self.nodes.get(node_id)?;
         if node.request.address != address {
-            node.evidence.want_probe(now);
+            self.nodes.change(node_id, |node| {
+                node.evidence.probe_in_flight = false;
+                node.evidence.want_probe(now);
+            });
             return None;
         }
         let was = node.evidence.liveness();
         let (failure, authorized) = match outcome {
             ProbeOutcome::Inconclusive => {
-                if was != Liveness::Offline {
-                    node.evidence.probe_by(now + PROBE_EVERY);
-                }
+                self.nodes.change(node_id, |node| {
+                    node.evidence.probe_in_flight = false;
+                    if was != Liveness::Offline {
+                        node.evidence.probe_by(now + PROBE_EVERY);
+                    }
+                });
                 return None;
             }
             ProbeOutcome::Failed(reason) => (Some(reason), None),
@@ -118,32 +122,30 @@ impl ServiceRegistry {
             }
             ProbeOutcome::Answered { authorized, .. } => (None, authorized),
         };
-        let asked = authorized.is_some();
-        match failure {
-            None => node.evidence.dialled(now, authorized),
-            Some(reason) => {
-                self.count_dial_failure(now, node_id);
-                self.nodes.get_mut(node_id)?.evidence.not_dialled(reason);
+        if failure.is_some() {
+            self.count_dial_failure(now, node_id);
+        }
+        let is = self.nodes.change(node_id, |node| {
+            node.evidence.probe_in_flight = false;
+            let asked = authorized.is_some();
+            match failure {
+                None => node.evidence.dialled(now, authorized),
+                Some(reason) => node.evidence.not_dialled(reason),
             }
-        }
-        let node = self.nodes.get_mut(node_id)?;
-        let is = node.evidence.liveness();
-        if is == Liveness::Suspect {
-            let pause = node.evidence.next_pause(asked);
-            node.evidence.probe_by(now + pause);
-        }
+            let is = node.evidence.liveness();
+            if is == Liveness::Suspect {
+                let pause = node.evidence.next_pause(asked);
+                node.evidence.probe_by(now + pause);
+            }
+            is
+        })?;
         (is != was).then(|| Transition { node_id: node_id.clone(), to: is })
     }
 
     /// Our own loop stood still for this long: every lease is extended by as much.
     pub fn stalled(&mut self, now: Moment, stall: Duration) {
-        for node in self.nodes.values_mut() {
-            node.evidence.extend(stall, now);
-        }
-        let engines = self.engines_reported.values_mut().flat_map(BTreeMap::values_mut);
-        for reported in self.models_reported.values_mut().chain(engines) {
-            *reported = (*reported + stall).min(now);
-        }
+        self.nodes.change_all(|node| node.evidence.extend(stall, now));
+        self.models.extend(stall, now);
     }
 
     /// Applies what time alone changes. Nodes that go offline keep their reservations until
@@ -151,66 +153,51 @@ impl ServiceRegistry {
     pub fn expire(&mut self, now: Moment) -> Vec<Transition> {
         let timing = self.settings.timing;
         let mut transitions = Vec::new();
-        let mut fell_silent = false;
-        for (id, node) in &mut self.nodes {
-            let evidence = &mut node.evidence;
-            if evidence.offline_since.is_none()
-                && evidence.silent_since.is_none()
-                && now >= evidence.last_heartbeat + timing.silence()
-            {
-                let was = evidence.liveness();
-                evidence.silent_since = Some(now);
-                evidence.want_probe(now);
-                fell_silent = true;
-                if was == Liveness::Online {
-                    transitions.push(Transition { node_id: id.clone(), to: Liveness::Suspect });
-                }
+        let silent = self.nodes.due_silence(now, timing.silence());
+        let fell_silent = !silent.is_empty();
+        for id in silent {
+            let was = self.nodes.change(&id, |node| {
+                let was = node.evidence.liveness();
+                node.evidence.silent_since = Some(now);
+                node.evidence.want_probe(now);
+                was
+            });
+            if was == Some(Liveness::Online) {
+                transitions.push(Transition { node_id: id, to: Liveness::Suspect });
             }
         }
         if fell_silent {
             self.notice_mass_silence(now);
         }
-        let lease = self.lease();
-        for (id, node) in &mut self.nodes {
-            let evidence = &mut node.evidence;
-            if evidence.offline_since.is_none() && now >= evidence.last_life + lease {
-                evidence.offline_since = Some(now);
-                evidence.next_probe = None;
-                transitions.push(Transition { node_id: id.clone(), to: Liveness::Offline });
-            }
+        for id in self.nodes.due_offline(now, self.lease()) {
+            self.nodes.change(&id, |node| {
+                node.evidence.offline_since = Some(now);
+                node.evidence.next_probe = None;
+            });
+            transitions.push(Transition { node_id: id, to: Liveness::Offline });
         }
         self.review_mass_silence();
-        let is_over = |node: &Node| {
-            node.evidence.offline_since.is_some_and(|since| now >= since + FORGET_OFFLINE_AFTER)
-        };
-        let over: Vec<NodeId> =
-            self.nodes.iter().filter(|(_, node)| is_over(node)).map(|(id, _)| id.clone()).collect();
-        for id in over {
+        for id in self.nodes.due_forgetting(now, FORGET_OFFLINE_AFTER) {
             self.remove(&id);
             self.forgotten.push(id);
         }
-        let lease = self.lease();
-        self.models_reported.retain(|_, at| now < *at + lease);
-        self.engines_reported.retain(|_, engines| {
-            engines.retain(|_, at| now < *at + lease);
-            !engines.is_empty()
-        });
-        for (node_id, node) in &mut self.nodes {
-            if node.breaker.rest(now) {
-                let pools = node.pools.keys();
-                self.lifted_holds.extend(pools.map(|id| PoolKey::new(node_id.clone(), id.clone())));
-            }
+        self.models.expire(now, self.lease());
+        for node_id in self.nodes.due_rests(now) {
+            let pools = self.nodes.change(&node_id, |node| {
+                node.breaker.rest(now);
+                node.pools.keys().map(|id| PoolKey::new(node_id.clone(), id.clone())).collect::<Vec<_>>()
+            });
+            self.lifted_holds.extend(pools.into_iter().flatten());
         }
         while let Some((at, _)) = self.pool_alarms.first()
             && *at <= now
             && let Some((_, key)) = self.pool_alarms.pop_first()
         {
-            let Some(node) = self.nodes.get_mut(&key.node_id) else { continue };
-            if let Some(book) = node.pools.get_mut(&key.pool_id) {
+            let is_there = self.change_pool(&key, |book| {
                 book.held_until = book.held_until.filter(|until| *until > now);
                 book.breaker.rest(now);
-                self.lifted_holds.push(key);
-            }
+            });
+            self.lifted_holds.extend(is_there.map(|()| key));
         }
         transitions
     }
@@ -236,10 +223,8 @@ impl ServiceRegistry {
 
     fn notice_mass_silence(&mut self, now: Moment) {
         let interval = self.settings.timing.heartbeat_interval;
-        let recent = |at: Moment| now.since(at) <= interval;
-        let live = self.nodes.values().filter(|n| n.evidence.offline_since.is_none()).count();
-        let silent = self.nodes.values().filter(|n| n.evidence.silent_since.is_some_and(recent)).count();
-        let dial_failed = self.last_dial_failure.is_some_and(recent);
+        let dial_failed = self.last_dial_failure.is_some_and(|at| now.since(at) <= interval);
+        let (live, silent) = (self.nodes.live(), self.nodes.fell_silent_within(now, interval));
         if self.enforces(Rule::MassSilence) && live >= 3 && silent * 2 > live && !dial_failed {
             self.mass_silence_since.get_or_insert(now);
         }
@@ -247,9 +232,7 @@ impl ServiceRegistry {
 
     /// The guard ends when at most half of the nodes are silent.
     pub(super) fn review_mass_silence(&mut self) {
-        let live = self.nodes.values().filter(|n| n.evidence.offline_since.is_none()).count();
-        let is_silent = |n: &&Node| n.evidence.offline_since.is_none() && n.evidence.silent_since.is_some();
-        if self.nodes.values().filter(is_silent).count() * 2 <= live {
+        if self.nodes.live_and_silent() * 2 <= self.nodes.live() {
             self.mass_silence_since = None;
         }
     }
@@ -261,19 +244,38 @@ impl ServiceRegistry {
 
     /// When [`ServiceRegistry::expire`] or [`ServiceRegistry::take_due_probes`] has something to do next.
     pub fn next_deadline(&self) -> Option<Moment> {
-        let timing = self.settings.timing;
-        let lease = self.lease();
+        let silence = self.settings.timing.silence();
+        let of_nodes = self.nodes.next_due(silence, self.lease(), FORGET_OFFLINE_AFTER);
+        of_nodes.into_iter().chain(self.pool_alarms.first().map(|(at, _)| *at)).min()
+    }
+
+    /// Compares what is ordered and counted with a walk over everything, for the simulator and tests.
+    ///
+    /// # Errors
+    /// What differs.
+    pub fn check_order(&self) -> Result<(), String> {
+        self.nodes.check()?;
+        self.models.check()?;
+        let is_silent = |n: &&Node| n.evidence.offline_since.is_none() && n.evidence.silent_since.is_some();
+        let silent = self.nodes.values().filter(is_silent).count();
+        let live = self.nodes.values().filter(|n| n.evidence.offline_since.is_none()).count();
+        if (live, silent) != (self.nodes.live(), self.nodes.live_and_silent()) {
+            return Err(format!("{live} nodes are live and {silent} of them silent"));
+        }
+        let (silence, lease) = (self.settings.timing.silence(), self.lease());
         let of_node = |node: &Node| {
             let evidence = &node.evidence;
             let liveness = match (evidence.offline_since, evidence.silent_since) {
                 (Some(since), _) => since + FORGET_OFFLINE_AFTER,
                 (None, Some(_)) => evidence.last_life + lease,
-                (None, None) => (evidence.last_heartbeat + timing.silence()).min(evidence.last_life + lease),
+                (None, None) => (evidence.last_heartbeat + silence).min(evidence.last_life + lease),
             };
             let probe = evidence.next_probe.filter(|_| !evidence.probe_in_flight).unwrap_or(Moment::NEVER);
             liveness.min(probe).min(node.breaker.rests_until().unwrap_or(Moment::NEVER))
         };
         let of_pool = self.pool_alarms.first().map(|(at, _)| *at);
-        self.nodes.values().map(of_node).chain(of_pool).min()
+        let walked = self.nodes.values().map(of_node).chain(of_pool).min();
+        let kept = self.next_deadline();
+        if kept == walked { Ok(()) } else { Err(format!("due at {kept:?}, and {walked:?} by a walk")) }
     }
 }

@@ -5,7 +5,13 @@ use super::*;
 impl ServiceRegistry {
     /// Attempts that are reserved on the node.
     pub fn attempts_of(&self, node_id: &NodeId) -> Vec<AttemptId> {
-        self.reservations.iter().filter(|(_, r)| r.pool.node_id == *node_id).map(|(id, _)| *id).collect()
+        self.reservations.of_node(node_id).map(|(id, _)| id).collect()
+    }
+
+    /// Attempts that are reserved on one of its pools, as it was reported.
+    pub fn reserved_on(&self, pool: &PoolKey) -> impl Iterator<Item = &AttemptId> {
+        let book = self.nodes.get(&pool.node_id).and_then(|node| node.pools.get(&pool.pool_id));
+        book.into_iter().flat_map(|book| &book.reserved)
     }
 
     pub fn liveness(&self, node_id: &NodeId) -> Option<Liveness> {
@@ -64,67 +70,74 @@ impl ServiceRegistry {
 
     /// When any node last reported a pool that has or loads the model.
     pub fn model_reported(&self, model: &ModelRef) -> Option<Moment> {
-        self.models_reported.get(model).copied()
+        self.models.had(model)
     }
 
     /// The kinds of engines that had the model in a report since then.
     pub fn engines_since(&self, model: &ModelRef, since: Moment) -> impl Iterator<Item = EngineKind> {
-        let reported = self.engines_reported.get(model).into_iter().flatten();
-        reported.filter(move |(_, at)| **at >= since).map(|(engine, _)| *engine)
+        self.models.engines(model).filter(move |(_, at)| *at >= since).map(|(engine, _)| engine)
     }
 
-    /// Node ids that are online now; for messages.
-    pub fn online_nodes(&self) -> Vec<&NodeId> {
-        let online = |node: &&Node| node.evidence.liveness() == Liveness::Online;
-        self.nodes.values().filter(online).map(|node| &node.request.node_id).collect()
+    /// Node ids that are online now, in their order; for messages.
+    pub fn online_nodes(&self) -> impl Iterator<Item = &NodeId> {
+        self.nodes.of_liveness(Liveness::Online)
     }
 
     pub fn counts(&self) -> BTreeMap<Liveness, u32> {
-        let mut counts = BTreeMap::new();
-        for node in self.nodes.values() {
-            *counts.entry(node.evidence.liveness()).or_default() += 1;
-        }
-        counts
+        self.nodes.counts()
     }
 
     pub fn reservation_count(&self) -> usize {
         self.reservations.len()
     }
 
-    /// A copy for readers.
+    /// All nodes for readers; only what has changed since the last time is made anew.
+    pub fn snapshot(&mut self, now: Moment) -> ClusterSnapshot {
+        self.nodes.snapshot(now)
+    }
+
+    /// The same, all of it made anew: what a snapshot is held against.
     pub fn view(&self, now: Moment) -> ClusterView {
-        let nodes = self.nodes.values().map(|node| {
-            let pools = node.pools.values().map(|book| {
-                let total = book.slots_total();
-                PoolView {
-                    slots_total: total,
-                    slots_free: total.saturating_sub(book.slots_busy(true)),
-                    reservations: u32::try_from(book.reserved.len()).unwrap_or(u32::MAX),
-                    tripped: node.breaker.blocks() || book.breaker.blocks(),
-                    report: book.report.clone(),
-                }
-            });
-            let running: BTreeSet<AttemptId> =
-                node.pools.values().flat_map(|book| book.reserved.union(&book.reported)).copied().collect();
-            NodeView {
-                node_id: node.request.node_id.clone(),
-                machine_id: node.request.machine_id.clone(),
-                boot_id: node.request.boot_id,
-                address: node.request.address.clone(),
-                version: node.request.version.clone(),
-                liveness: node.evidence.liveness(),
-                intent: node.effective_intent(true),
-                labels: (*node.labels).clone(),
-                reason: node.evidence.reason(),
-                last_evidence_age_ms: now.millis_since(node.evidence.last_life),
-                report_seq: node.last_seq,
-                pools: pools.collect(),
-                gpus: node.gpus.clone(),
-                models: node.models.clone(),
-                capabilities: node.request.capabilities.clone(),
-                running_attempts: running.into_iter().collect(),
-            }
+        let nodes = self.nodes.values().map(|node| NodeView {
+            last_evidence_age_ms: now.millis_since(node.evidence.last_life),
+            ..node.view()
         });
         ClusterView { nodes: nodes.collect() }
+    }
+}
+
+impl Node {
+    /// A copy for readers, without its age.
+    pub(super) fn view(&self) -> NodeView {
+        let pools = self.pools.values().map(|book| {
+            let total = book.slots_total();
+            PoolView {
+                slots_total: total,
+                slots_free: total.saturating_sub(book.slots_busy(true)),
+                reservations: u32::try_from(book.reserved.len()).unwrap_or(u32::MAX),
+                tripped: self.breaker.blocks() || book.breaker.blocks(),
+                report: book.report.clone(),
+            }
+        });
+        let running: BTreeSet<AttemptId> =
+            self.pools.values().flat_map(|book| book.reserved.union(&book.reported)).copied().collect();
+        NodeView {
+            node_id: self.request.node_id.clone(),
+            machine_id: self.request.machine_id.clone(),
+            boot_id: self.request.boot_id,
+            address: self.request.address.clone(),
+            version: self.request.version.clone(),
+            liveness: self.evidence.liveness(),
+            intent: self.effective_intent(true),
+            labels: (*self.labels).clone(),
+            reason: self.evidence.reason(),
+            last_evidence_age_ms: 0,
+            report_seq: self.last_seq,
+            pools: pools.collect(),
+            gpus: self.gpus.clone(),
+            models: self.models.clone(),
+            capabilities: self.request.capabilities.clone(),
+            running_attempts: running.into_iter().collect(),
+        }
     }
 }

@@ -5,26 +5,21 @@ use super::*;
 impl ServiceRegistry {
     /// Claims a slot of a pool for an attempt. The caller has checked that one is free.
     pub fn reserve(&mut self, pool: &PoolKey, attempt: AttemptId) {
-        if let Some(node) = self.nodes.get_mut(&pool.node_id) {
-            node.reserved.insert(attempt);
+        self.reservations.insert(attempt, pool);
+        self.nodes.change(&pool.node_id, |node| {
             node.breaker.sent(attempt);
             if let Some(book) = node.pools.get_mut(&pool.pool_id) {
                 book.reserved.insert(attempt);
                 book.breaker.sent(attempt);
             }
-        }
-        let before =
-            self.reservations.insert(attempt, Reservation { pool: pool.clone(), accepted_after: None });
-        assert!(before.is_none(), "attempt {attempt} reserved twice");
+        });
     }
 
     /// The node took the attempt after having made the report of this number.
     pub fn accepted(&mut self, attempt: &AttemptId, accepted_after: u64) {
         if let Some(reservation) = self.reservations.get_mut(attempt) {
             reservation.accepted_after = Some(accepted_after);
-            if let Some(node) = self.nodes.get_mut(&reservation.pool.node_id) {
-                node.evidence.took_attempt();
-            }
+            self.nodes.change(&reservation.pool.node_id, |node| node.evidence.took_attempt());
         }
     }
 
@@ -32,9 +27,7 @@ impl ServiceRegistry {
     /// of its last report before the attempt ended. Releasing twice has no effect.
     pub fn release(&mut self, attempt: &AttemptId, final_report: Option<u64>) -> Option<PoolKey> {
         let reservation = self.reservations.remove(attempt)?;
-        let node = self.nodes.get_mut(&reservation.pool.node_id);
-        if let Some(node) = node {
-            node.reserved.remove(attempt);
+        self.nodes.change(&reservation.pool.node_id, |node| {
             node.breaker.over(attempt);
             if let Some(book) = node.pools.get_mut(&reservation.pool.pool_id) {
                 book.reserved.remove(attempt);
@@ -46,17 +39,23 @@ impl ServiceRegistry {
             if let Some(final_report) = final_report {
                 node.closed.insert(*attempt, final_report);
             }
-        }
+        });
         Some(reservation.pool)
     }
 
     /// The pool refused a dispatch: it counts as full until its next report or `until`.
     pub fn hold(&mut self, pool: &PoolKey, until: Moment) {
-        let book = self.nodes.get_mut(&pool.node_id).and_then(|node| node.pools.get_mut(&pool.pool_id));
-        if let Some(book) = book {
-            book.held_until = Some(until);
+        if self.change_pool(pool, |book| book.held_until = Some(until)).is_some() {
             self.pool_alarms.insert((until, pool.clone()));
         }
+    }
+
+    pub(super) fn change_pool<T>(
+        &mut self,
+        pool: &PoolKey,
+        change: impl FnOnce(&mut PoolBook) -> T,
+    ) -> Option<T> {
+        self.nodes.change(&pool.node_id, |node| node.pools.get_mut(&pool.pool_id).map(change))?
     }
 
     // ---- breakers ----
@@ -64,14 +63,16 @@ impl ServiceRegistry {
     /// The attempt got through to its engine: neither its pool nor its node has anything wrong.
     /// Returns whether a breaker of either was open.
     pub fn proven(&mut self, pool: &PoolKey) -> bool {
-        let Some(node) = self.nodes.get_mut(&pool.node_id) else { return false };
-        let mut was_open = node.breaker.blocks();
-        node.breaker.succeeded();
-        if let Some(book) = node.pools.get_mut(&pool.pool_id) {
-            was_open |= book.breaker.blocks();
-            book.breaker.succeeded();
-        }
-        was_open
+        let was_open = self.nodes.change(&pool.node_id, |node| {
+            let mut was_open = node.breaker.blocks();
+            node.breaker.succeeded();
+            if let Some(book) = node.pools.get_mut(&pool.pool_id) {
+                was_open |= book.breaker.blocks();
+                book.breaker.succeeded();
+            }
+            was_open
+        });
+        was_open.unwrap_or(false)
     }
 
     /// The engine of the pool failed the attempt with an error of its own. To be told before
@@ -88,16 +89,15 @@ impl ServiceRegistry {
             return false;
         }
         let task = Some(task).filter(|_| self.enforces(Rule::TaskCountsOnce));
-        let book = self.nodes.get_mut(&pool.node_id).and_then(|node| node.pools.get_mut(&pool.pool_id));
-        let until = book.and_then(|book| book.breaker.failed(now, attempt, task, dispatched));
+        let until =
+            self.change_pool(pool, |book| book.breaker.failed(now, attempt, task, dispatched)).flatten();
         until.is_some_and(|until| self.pool_alarms.insert((until, pool.clone())))
     }
 
     /// What the task had counted against the pool was the request's own fault. Returns whether the
     /// pool takes tasks again by that.
     pub fn pool_absolved(&mut self, pool: &PoolKey, task: TaskId) -> bool {
-        let book = self.nodes.get_mut(&pool.node_id).and_then(|node| node.pools.get_mut(&pool.pool_id));
-        book.is_some_and(|book| book.breaker.withdraw(task))
+        self.change_pool(pool, |book| book.breaker.withdraw(task)).unwrap_or(false)
     }
 
     /// The stream of the attempt broke. Returns whether this
@@ -112,14 +112,12 @@ impl ServiceRegistry {
         if !self.enforces(Rule::Breakers) {
             return false;
         }
-        let Some(node) = self.nodes.get_mut(node_id) else { return false };
-        node.breaker.failed(now, attempt, None, dispatched).is_some()
+        let until = self.nodes.change(node_id, |node| node.breaker.failed(now, attempt, None, dispatched));
+        until.flatten().is_some()
     }
 
     /// A stream of the node came to a whole end, whatever that was.
     pub fn stream_well(&mut self, node_id: &NodeId) {
-        if let Some(node) = self.nodes.get_mut(node_id) {
-            node.breaker.succeeded();
-        }
+        self.nodes.change(node_id, |node| node.breaker.succeeded());
     }
 }

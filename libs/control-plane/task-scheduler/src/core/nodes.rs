@@ -55,6 +55,7 @@ impl ControlCore {
                 self.counters.orphans += orphans.len() as u64;
                 self.await_ends(now, &vanished);
                 self.sync_node(node_id);
+                self.revive_lanes(now, node_id);
                 (orphans, intent)
             }
             Err(unknown) => {

@@ -53,6 +53,9 @@ impl ControlCore {
         }
         for node_id in std::mem::take(&mut self.dirty_pins) {
             let refusal = self.pin_refusal(now, &node_id);
+            if refusal.is_none() && self.lapsed.is_empty() {
+                continue;
+            }
             let waiting: Vec<TaskId> = self.pinned.get(&node_id).into_iter().flatten().copied().collect();
             for id in waiting {
                 let Some(task) = self.tasks.get(&id) else { continue };

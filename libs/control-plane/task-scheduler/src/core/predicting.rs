@@ -5,9 +5,12 @@
 
 use super::*;
 
-/// A forecast that is behind by so many changes for each task that waits is made anew: what it
-/// costs is spread over them.
+/// A forecast that is behind by one change for so many tasks that wait, or pools, is made anew, and
+/// one that time has shown wrong after a millisecond for so many pools: what it costs is spread over
+/// them.
 const CHANGES_A_TASK: usize = 16;
+/// Pools that a forecast looks at; of a model with more, every second, third and so on.
+const MOST_POOLS: usize = 256;
 /// Lanes with a forecast at a time; a forecast is cheap to make again.
 const MAX_FORECASTS: usize = 256;
 
@@ -32,44 +35,47 @@ impl ControlCore {
 
     /// The lane's forecast, made anew where the lane has changed.
     fn forecast(&mut self, now: Moment, model: &ModelRef) -> &mut Forecast {
-        let most = self.lane_depth(model) / CHANGES_A_TASK;
+        let pools = self.index.placeable_count(model);
+        let most = self.lane_depth(model).max(pools) / CHANGES_A_TASK;
         // What should have begun by now and has not shows that a task takes longer than was thought.
         let waits = !self.index.has_free(model);
         let first = self.queue.lane(model).and_then(Lane::first);
-        let is_old =
-            |known: &Forecast| known.behind > most || (waits && known.is_overdue(now, first.as_ref()));
+        let patience = Duration::from_millis((pools / CHANGES_A_TASK) as u64);
+        let is_overdue =
+            |known: &Forecast| known.is_overdue(now, first.as_ref()) && known.age(now) >= patience;
+        let is_old = |known: &Forecast| known.behind > most || (waits && is_overdue(known));
         if self.forecasts.get(model).is_none_or(is_old) {
             if self.forecasts.len() >= MAX_FORECASTS {
                 self.forecasts.clear();
             }
-            let made = self.make_forecast(now, model, &self.left_by_pool(now));
+            let made = self.make_forecast(now, model);
             self.forecasts.insert(model.clone(), made);
         }
         self.forecasts.get_mut(model).expect("made above")
     }
 
-    /// Milliseconds until each attempt ends, by its pool.
-    fn left_by_pool(&self, now: Moment) -> BTreeMap<&PoolKey, Vec<f64>> {
-        let mut busy: BTreeMap<&PoolKey, Vec<f64>> = BTreeMap::new();
-        for attempt in self.attempts.values() {
-            if let Some(service) = self.service_ms(&attempt.pool, attempt.task) {
-                let left = remaining_ms(service, now.millis_since(attempt.dispatched));
-                busy.entry(&attempt.pool).or_default().push(left);
-            }
-        }
-        busy
+    /// Milliseconds until each attempt on the pool ends.
+    fn left_on(&self, now: Moment, pool: &PoolKey) -> impl Iterator<Item = f64> {
+        let attempts = self.registry.reserved_on(pool).filter_map(|id| self.attempts.get(id));
+        attempts.filter_map(move |attempt| {
+            let service = self.service_ms(&attempt.pool, attempt.task)?;
+            Some(remaining_ms(service, now.millis_since(attempt.dispatched)))
+        })
     }
 
-    fn make_forecast(&self, now: Moment, model: &ModelRef, busy: &BTreeMap<&PoolKey, Vec<f64>>) -> Forecast {
+    fn make_forecast(&self, now: Moment, model: &ModelRef) -> Forecast {
         let mut forecast = Forecast::new(now);
         let waiting = u32::try_from(self.lane_depth(model) + 1).unwrap_or(u32::MAX);
-        for candidate in self.index.placeable(model) {
-            let taken = busy.get(&candidate.key).map_or(&[][..], Vec::as_slice).iter().copied();
+        // Of very many pools some stand for the others.
+        let each = self.index.placeable_count(model).div_ceil(MOST_POOLS).max(1);
+        for candidate in self.index.placeable_by(model, each) {
+            let taken = self.left_on(now, &candidate.key);
             let free = candidate.slots_total.saturating_sub(candidate.slots_busy);
             // More free slots than tasks that wait make no difference, and a node may say any number.
             let free = (0..free.min(waiting)).map(|_| 0.0);
             // Slots that somebody else has are not counted on.
-            forecast.pool(candidate.key.clone(), taken.chain(free));
+            let slots = taken.chain(free).flat_map(|ms| std::iter::repeat_n(ms, each));
+            forecast.pool(candidate.key.clone(), slots);
         }
         for id in self.queue.lane(model).map(|lane| lane.in_order()).unwrap_or_default() {
             // Who asks for certain pools may wait for them while others are idle.
@@ -134,9 +140,8 @@ impl ControlCore {
     pub fn metrics(&self, now: Moment) -> BTreeMap<TaskId, (TaskState, Metrics)> {
         let to_u32 = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         let mut reported = BTreeMap::new();
-        let busy = self.left_by_pool(now);
         for model in self.queue.models() {
-            let forecast = self.make_forecast(now, model, &busy);
+            let forecast = self.make_forecast(now, model);
             let queue_depth = to_u32(self.lane_depth(model));
             let in_order = self.queue.lane(model).map(|lane| lane.in_order()).unwrap_or_default();
             for (position, id) in in_order.into_iter().enumerate() {

@@ -25,7 +25,12 @@ impl ControlCore {
         }
     }
 
-    /// The nodes as of now.
+    /// The nodes as of now; only what has changed since the last time is made anew.
+    pub fn snapshot(&mut self, now: Moment) -> ClusterSnapshot {
+        self.registry.snapshot(now)
+    }
+
+    /// The same, all of it made anew: what a snapshot is held against.
     pub fn view(&self, now: Moment) -> ClusterView {
         self.registry.view(now)
     }

@@ -2,6 +2,9 @@
 
 use super::*;
 
+/// Nodes that a message names.
+const MOST_NAMED: usize = 16;
+
 impl ControlCore {
     /// Returns whom to tell of the task's place once the queue was served.
     pub(super) fn submit(
@@ -185,20 +188,14 @@ impl ControlCore {
         self.fail(now, victim, error, effects);
     }
 
-    /// Until when a task may wait for the model: as long as a node's lease after it was last reported,
-    /// and one after our own start, when the nodes have yet to come.
-    pub(super) fn model_lease(&self, model: &ModelRef) -> Moment {
-        let started = self.started.unwrap_or_default();
-        let since = self.registry.model_reported(model).map_or(started, |at| at.max(started));
-        since + self.registry.lease()
-    }
-
     pub(super) fn model_not_available(&self, model: &ModelRef) -> ErrorBody {
         if self.retired.contains(model) {
             return ErrorBody::new(ErrorCode::ModelNotAvailable, format!("model {model} is retired"));
         }
-        let online: Vec<&str> = self.registry.online_nodes().iter().map(|id| id.as_str()).collect();
-        let nodes = if online.is_empty() { "none".into() } else { online.join(", ") };
+        let mut online = self.registry.online_nodes();
+        let mut named: Vec<String> = online.by_ref().take(MOST_NAMED).map(ToString::to_string).collect();
+        named.extend(online.next().map(|_| "…".to_owned()));
+        let nodes = if named.is_empty() { "none".into() } else { named.join(", ") };
         ErrorBody::new(
             ErrorCode::ModelNotAvailable,
             format!("no node has reported a pool with model {model} lately (online nodes: {nodes})"),
@@ -220,10 +217,10 @@ impl ControlCore {
         self.queue.push(&task.model, task.priority, task.number, id, ask);
         self.dirty.insert(task.model.clone());
         self.touched.insert(id);
-        // A lane that has lapsed is looked at again for whoever comes to it.
-        self.lapsed.remove(&task.model);
         let again = task.last_dispatch.is_some();
         let model = task.model.clone();
+        // A lane that has lapsed is looked at again for whoever comes to it.
+        self.watch_lane(&model);
         if again {
             self.lane_changed(&model);
         }
@@ -316,7 +313,7 @@ impl ControlCore {
             effects.push(Effect::Reply { to, answer: Ok(Answer::Canceled) });
         }
         self.ended.push_back((now, id));
-        if self.ended.len() > MAX_RETAINED_TASKS {
+        if self.ended.len() > self.policy.retained_tasks {
             self.forget_oldest(effects);
         }
     }

@@ -49,14 +49,7 @@ impl ControlCore {
                 self.close(now, id, CloseReason::NodeLeft, effects);
             }
         }
-        let lapsed = std::mem::take(&mut self.lapsed);
-        let still = |model: &ModelRef| self.queue.lane(model).is_some() && self.is_lapsed(now, model);
-        self.lapsed = lapsed.into_iter().filter(still).collect();
-        let is_gone = |model: &&ModelRef| self.is_gone(now, model) && !self.lapsed.contains(*model);
-        let gone: Vec<ModelRef> = self.queue.models().filter(is_gone).cloned().collect();
-        for model in gone {
-            self.end_lane(now, &model, effects);
-        }
+        self.end_gone_lanes(now, effects);
         self.sessions.expire(now);
         while self.ended.front().is_some_and(|(at, _)| *at + self.policy.task_retention <= now) {
             self.forget_oldest(effects);
@@ -95,36 +88,5 @@ impl ControlCore {
         let message = format!("not started within {waited} ms ({why})");
         self.leave_queue(id);
         self.fail(now, id, ErrorBody::new(ErrorCode::DeadlineExceeded, message), effects);
-    }
-
-    /// Nothing is placed for the model, and it is not waited for any more.
-    pub(super) fn is_gone(&self, now: Moment, model: &ModelRef) -> bool {
-        self.retired.contains(model) || self.model_lease(model) <= now
-    }
-
-    /// The same, as far as only the lease says so.
-    fn is_lapsed(&self, now: Moment, model: &ModelRef) -> bool {
-        !self.retired.contains(model) && self.model_lease(model) <= now
-    }
-
-    /// Ends the tasks that wait for a model that is gone; those whose own node is suspect wait on.
-    pub(super) fn end_lane(&mut self, now: Moment, model: &ModelRef, effects: &mut Vec<Effect>) {
-        let Some(lane) = self.queue.lane(model) else { return };
-        let retired = self.retired.contains(model);
-        let waiting: Vec<TaskId> =
-            lane.waiting(Priority::Interactive).chain(lane.waiting(Priority::Batch)).collect();
-        for id in waiting {
-            let Some(task) = self.tasks.get(&id) else { continue };
-            if !retired && self.waits_for_suspect(task) {
-                continue;
-            }
-            let pinned = task.pinned_node().filter(|_| !retired && self.enforces(Rule::PinBeforeLease));
-            let refusal = pinned.and_then(|node_id| self.pin_refusal(now, node_id));
-            self.leave_queue(id);
-            self.fail(now, id, refusal.unwrap_or_else(|| self.model_not_available(model)), effects);
-        }
-        if self.queue.lane(model).is_some() {
-            self.lapsed.insert(model.clone());
-        }
     }
 }

@@ -1,0 +1,118 @@
+//! A node's whole report: what it runs, held against what we think it runs.
+
+use super::*;
+
+/// What a report is held against.
+struct Books<'r> {
+    reservations: &'r Reservations,
+    /// The numbers of reports count.
+    fenced: bool,
+    /// A pool that is named twice is one.
+    once: bool,
+}
+
+impl ServiceRegistry {
+    /// Takes a whole report.
+    pub fn heartbeat(
+        &mut self,
+        now: Moment,
+        node_id: &NodeId,
+        beat: Heartbeat,
+    ) -> Result<HeartbeatOutcome, NodeNotKnown> {
+        let node = self.nodes.get(node_id).ok_or(NodeNotKnown)?;
+        if node.epoch != beat.epoch {
+            return Err(NodeNotKnown);
+        }
+        if node.last_seq.is_some_and(|last| beat.seq <= last) {
+            return Ok(HeartbeatOutcome::Ignored);
+        }
+        let fenced = self.enforces(Rule::ReportSequence);
+        let books =
+            Books { fenced, once: self.enforces(Rule::PoolNamedTwice), reservations: &self.reservations };
+        let models = &mut self.models;
+        let taken = self.nodes.change(node_id, |node| {
+            let before = node.evidence.liveness();
+            node.evidence.heard(now);
+            node.last_seq = Some(beat.seq);
+            if beat.tokens_changed != node.tokens_changed {
+                node.tokens_changed = beat.tokens_changed;
+                node.evidence.ask_again(now);
+            }
+            node.reported(beat.intent, beat.intent_order);
+            node.gpus = beat.gpus;
+            node.models = beat.models;
+            let (listed, orphans) = node.take_pools(now, beat.seq, beat.pools, &books, models);
+            node.closed.forget_before(beat.seq);
+            let vanished = books.reservations.of_node(node_id).filter(|(attempt, reservation)| {
+                let accepted_after = reservation.accepted_after;
+                !listed.contains(attempt) && (!fenced || accepted_after.is_some_and(|after| after < beat.seq))
+            });
+            HeartbeatOutcome::Taken {
+                intent: node.order(),
+                returned: before != Liveness::Online,
+                vanished: vanished.map(|(attempt, _)| attempt).collect(),
+                orphans,
+            }
+        });
+        self.review_mass_silence();
+        taken.ok_or(NodeNotKnown)
+    }
+}
+
+impl Node {
+    /// Takes the pools of report `seq`. Returns the attempts that it lists, and those of them that
+    /// nobody here knows.
+    fn take_pools(
+        &mut self,
+        now: Moment,
+        seq: u64,
+        reports: Vec<PoolReport>,
+        books: &Books<'_>,
+        models: &mut Models,
+    ) -> (BTreeSet<AttemptId>, Vec<AttemptId>) {
+        let mut listed = BTreeSet::new();
+        let mut orphans = Vec::new();
+        let mut reserved: BTreeMap<PoolId, BTreeSet<AttemptId>> = BTreeMap::new();
+        for (attempt, reservation) in books.reservations.of_node(&self.request.node_id) {
+            reserved.entry(reservation.pool.pool_id.clone()).or_default().insert(attempt);
+        }
+        let mut pools: BTreeMap<PoolId, PoolBook> = BTreeMap::new();
+        for report in reports {
+            // No task can use what an engine of an unknown kind serves.
+            if let Some(engine) = report.engine {
+                for model in &report.models {
+                    // An engine is kept by its reports, whether or not it takes tasks at the moment.
+                    models.seen(now, model, engine, report.state.has_model());
+                }
+            }
+            let mut reported = BTreeSet::new();
+            for attempt in report.replicas.iter().flat_map(|r| &r.attempts) {
+                listed.insert(*attempt);
+                if books.fenced && self.closed.explains(attempt, seq) {
+                    continue;
+                }
+                reported.insert(*attempt);
+                if books.reservations.get(attempt).is_none() {
+                    orphans.push(*attempt);
+                }
+            }
+            if books.once
+                && let Some(book) = pools.get_mut(&report.pool_id)
+            {
+                // Named twice: one pool all the same.
+                book.join(report, reported);
+                continue;
+            }
+            let reserved = reserved.remove(&report.pool_id).unwrap_or_default();
+            let before = self.pools.remove(&report.pool_id);
+            // A pool that was away may have another engine: nothing is held against that one.
+            let away = |report: &PoolReport| !report.ready && !report.draining;
+            let same = before.filter(|book| !away(&book.report) && !away(&report));
+            let breaker = same.map(|book| book.breaker).unwrap_or_default();
+            let book = PoolBook { report, reserved, reported, held_until: None, breaker };
+            pools.insert(book.report.pool_id.clone(), book);
+        }
+        self.pools = pools;
+        (listed, orphans)
+    }
+}

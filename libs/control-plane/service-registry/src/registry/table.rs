@@ -1,0 +1,310 @@
+//! The nodes by id, and what is ordered and counted of them.
+//!
+//! What time does to a node stands in sets ordered by when it is due, so that nothing walks all
+//! nodes to find the one. A node is changed in one way only, [`NodeTable::change`], which enters it
+//! anew wherever it stands: no verb can make something due sooner and forget to say so. Moments are
+//! kept without the lease, which is one or two timeouts for all nodes at once.
+
+use pool_registry_types::snapshot::ClusterSnapshot;
+
+use super::*;
+
+type ByMoment = BTreeSet<(Moment, NodeId)>;
+
+/// How much of what readers were last shown of a node has changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Unshown {
+    Nothing,
+    /// Its last sign of life only.
+    Life,
+    Anything,
+}
+
+/// Where one node stands in the ordered sets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Entries {
+    /// Its last heartbeat, while it may still fall silent.
+    silence: Option<Moment>,
+    /// Its last sign of life, while it is not offline.
+    life: Option<Moment>,
+    offline: Option<Moment>,
+    /// When it is to be dialled.
+    probe: Option<Moment>,
+    /// When the pause of its breaker ends.
+    rest: Option<Moment>,
+    silent: Option<Moment>,
+    liveness: Option<Liveness>,
+}
+
+impl Entries {
+    fn of(node: &Node) -> Self {
+        let evidence = &node.evidence;
+        let live = evidence.offline_since.is_none();
+        Self {
+            silence: (live && evidence.silent_since.is_none()).then_some(evidence.last_heartbeat),
+            life: live.then_some(evidence.last_life),
+            offline: evidence.offline_since,
+            probe: evidence.next_probe.filter(|_| !evidence.probe_in_flight),
+            rest: node.breaker.rests_until(),
+            silent: evidence.silent_since,
+            liveness: Some(evidence.liveness()),
+        }
+    }
+
+    fn is_live_and_silent(&self) -> bool {
+        self.silent.is_some() && self.offline.is_none()
+    }
+}
+
+/// All nodes in the order of what is due, and their counts.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+struct Order {
+    silence: ByMoment,
+    life: ByMoment,
+    offline: ByMoment,
+    probe: ByMoment,
+    rest: ByMoment,
+    /// Since when nodes are silent; those for longer than anybody asks are left out.
+    silent: ByMoment,
+    by_liveness: BTreeMap<Liveness, BTreeSet<NodeId>>,
+    live_and_silent: usize,
+}
+
+impl Order {
+    fn enter(&mut self, id: &NodeId, was: Entries, is: Entries) {
+        move_entry(&mut self.silence, id, was.silence, is.silence);
+        move_entry(&mut self.life, id, was.life, is.life);
+        move_entry(&mut self.offline, id, was.offline, is.offline);
+        move_entry(&mut self.probe, id, was.probe, is.probe);
+        move_entry(&mut self.rest, id, was.rest, is.rest);
+        move_entry(&mut self.silent, id, was.silent, is.silent);
+        self.live_and_silent -= usize::from(was.is_live_and_silent());
+        self.live_and_silent += usize::from(is.is_live_and_silent());
+        if was.liveness != is.liveness {
+            if let Some(was) = was.liveness.and_then(|was| self.by_liveness.get_mut(&was)) {
+                was.remove(id);
+            }
+            if let Some(is) = is.liveness {
+                self.by_liveness.entry(is).or_default().insert(id.clone());
+            }
+        }
+    }
+}
+
+fn move_entry(set: &mut ByMoment, id: &NodeId, was: Option<Moment>, is: Option<Moment>) {
+    if was == is {
+        return;
+    }
+    if let Some(was) = was {
+        set.remove(&(was, id.clone()));
+    }
+    if let Some(is) = is {
+        set.insert((is, id.clone()));
+    }
+}
+
+/// The ids whose moments are at least `span` ago, in their own order.
+fn due(set: &ByMoment, now: Moment, span: Duration) -> Vec<NodeId> {
+    let due = set.iter().take_while(|(at, _)| *at + span <= now);
+    let mut ids: Vec<NodeId> = due.map(|(_, id)| id.clone()).collect();
+    ids.sort_unstable();
+    ids
+}
+
+fn first(set: &ByMoment, span: Duration) -> Option<Moment> {
+    set.first().map(|(at, _)| *at + span)
+}
+
+/// All nodes that are known.
+#[derive(Debug, Default)]
+pub(super) struct NodeTable {
+    nodes: BTreeMap<NodeId, Node>,
+    order: Order,
+    /// What readers were last shown, and the nodes of which that is not true any more.
+    shown: ClusterSnapshot,
+    unshown: BTreeSet<NodeId>,
+}
+
+impl NodeTable {
+    pub(super) fn get(&self, id: &NodeId) -> Option<&Node> {
+        self.nodes.get(id)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
+    pub(super) fn values(&self) -> impl Iterator<Item = &Node> {
+        self.nodes.values()
+    }
+
+    /// Takes a node in, in the place of one of the same id.
+    pub(super) fn insert(&mut self, mut node: Node) {
+        let id = node.request.node_id.clone();
+        let was = self.nodes.get(&id).map(|before| before.entries).unwrap_or_default();
+        node.entries = Entries::of(&node);
+        node.unshown = Unshown::Anything;
+        self.order.enter(&id, was, node.entries);
+        self.unshown.insert(id.clone());
+        self.nodes.insert(id, node);
+    }
+
+    pub(super) fn remove(&mut self, id: &NodeId) -> Option<Node> {
+        let node = self.nodes.remove(id)?;
+        self.order.enter(id, node.entries, Entries::default());
+        self.unshown.remove(id);
+        self.shown.remove(id);
+        Some(node)
+    }
+
+    /// Changes a node that is known.
+    pub(super) fn change<T>(&mut self, id: &NodeId, change: impl FnOnce(&mut Node) -> T) -> Option<T> {
+        self.change_and_show(id, Unshown::Anything, change)
+    }
+
+    /// A known node gave a sign of life at `at`.
+    pub(super) fn heard(&mut self, id: &NodeId, at: Moment) {
+        self.change_and_show(id, Unshown::Life, |node| node.evidence.last_life = at);
+    }
+
+    fn change_and_show<T>(
+        &mut self,
+        id: &NodeId,
+        unshown: Unshown,
+        change: impl FnOnce(&mut Node) -> T,
+    ) -> Option<T> {
+        let node = self.nodes.get_mut(id)?;
+        let result = change(node);
+        let is = Entries::of(node);
+        if node.entries != is {
+            self.order.enter(id, node.entries, is);
+            node.entries = is;
+        }
+        if node.unshown == Unshown::Nothing {
+            self.unshown.insert(id.clone());
+        }
+        node.unshown = node.unshown.max(unshown);
+        Some(result)
+    }
+
+    /// Changes each node.
+    pub(super) fn change_all(&mut self, mut change: impl FnMut(&mut Node)) {
+        let ids: Vec<NodeId> = self.nodes.keys().cloned().collect();
+        for id in &ids {
+            self.change(id, &mut change);
+        }
+    }
+
+    // ---- what is due ----
+
+    /// Those whose last heartbeat is so long ago that they fall silent.
+    pub(super) fn due_silence(&self, now: Moment, span: Duration) -> Vec<NodeId> {
+        due(&self.order.silence, now, span)
+    }
+
+    /// Those whose last sign of life is so long ago that they are offline.
+    pub(super) fn due_offline(&self, now: Moment, lease: Duration) -> Vec<NodeId> {
+        due(&self.order.life, now, lease)
+    }
+
+    /// Those that are offline for so long.
+    pub(super) fn due_forgetting(&self, now: Moment, span: Duration) -> Vec<NodeId> {
+        due(&self.order.offline, now, span)
+    }
+
+    pub(super) fn due_probes(&self, now: Moment) -> Vec<NodeId> {
+        due(&self.order.probe, now, Duration::ZERO)
+    }
+
+    /// Those whose breakers' pauses are over.
+    pub(super) fn due_rests(&self, now: Moment) -> Vec<NodeId> {
+        due(&self.order.rest, now, Duration::ZERO)
+    }
+
+    /// The next moment at which any of them is due.
+    pub(super) fn next_due(
+        &self,
+        silence: Duration,
+        lease: Duration,
+        forgetting: Duration,
+    ) -> Option<Moment> {
+        let order = &self.order;
+        let all = [
+            first(&order.silence, silence),
+            first(&order.life, lease),
+            first(&order.offline, forgetting),
+            first(&order.probe, Duration::ZERO),
+            first(&order.rest, Duration::ZERO),
+        ];
+        all.into_iter().flatten().min()
+    }
+
+    // ---- counts ----
+
+    pub(super) fn live(&self) -> usize {
+        self.order.life.len()
+    }
+
+    pub(super) fn live_and_silent(&self) -> usize {
+        self.order.live_and_silent
+    }
+
+    /// Nodes that fell silent at most so long ago. Time only goes on: what is longer ago is not
+    /// asked for again.
+    pub(super) fn fell_silent_within(&mut self, now: Moment, span: Duration) -> usize {
+        while self.order.silent.first().is_some_and(|(at, _)| now.since(*at) > span) {
+            self.order.silent.pop_first();
+        }
+        self.order.silent.len()
+    }
+
+    /// Ids of one liveness, in their order.
+    pub(super) fn of_liveness(&self, liveness: Liveness) -> impl Iterator<Item = &NodeId> {
+        self.order.by_liveness.get(&liveness).into_iter().flatten()
+    }
+
+    /// How many have which liveness, where any has.
+    pub(super) fn counts(&self) -> BTreeMap<Liveness, u32> {
+        let counts = self.order.by_liveness.iter().filter(|(_, ids)| !ids.is_empty());
+        counts.map(|(is, ids)| (*is, u32::try_from(ids.len()).unwrap_or(u32::MAX))).collect()
+    }
+
+    pub(super) fn longest_offline(&self) -> Option<&NodeId> {
+        self.order.offline.first().map(|(_, id)| id)
+    }
+
+    // ---- readers ----
+
+    /// All nodes, those made anew that have changed since the last time.
+    pub(super) fn snapshot(&mut self, now: Moment) -> ClusterSnapshot {
+        for id in std::mem::take(&mut self.unshown) {
+            let Some(node) = self.nodes.get_mut(&id) else { continue };
+            let last_evidence = node.evidence.last_life;
+            match std::mem::replace(&mut node.unshown, Unshown::Nothing) {
+                Unshown::Nothing => {}
+                Unshown::Life => self.shown.heard(&id, last_evidence),
+                Unshown::Anything => self.shown.put(node.view(), last_evidence),
+            }
+        }
+        self.shown.as_of(now)
+    }
+
+    /// Compares what is ordered and counted with a walk over all nodes.
+    ///
+    /// # Errors
+    /// What differs.
+    pub(super) fn check(&self) -> Result<(), String> {
+        let mut walked = Order::default();
+        for (id, node) in &self.nodes {
+            walked.enter(id, Entries::default(), Entries::of(node));
+        }
+        // What is left out of these on purpose, and what is empty and there all the same.
+        let silent = std::mem::take(&mut walked.silent);
+        if !self.order.silent.is_subset(&silent) {
+            return Err(format!("silent since {silent:?}, kept {:?}", self.order.silent));
+        }
+        let mut kept = Order { silent: BTreeSet::new(), ..self.order.clone() };
+        kept.by_liveness.retain(|_, ids| !ids.is_empty());
+        if kept == walked { Ok(()) } else { Err(format!("{kept:?} is kept, and {walked:?} is so")) }
+    }
+}

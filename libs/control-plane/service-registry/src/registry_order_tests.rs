@@ -1,0 +1,155 @@
+//! What is ordered and counted is what a walk over everything finds, whatever has happened.
+
+use super::*;
+
+#[derive(Debug, Clone)]
+enum Verb {
+    Register(u8, u8, bool),
+    Deregister(u8),
+    Beat(u8, Vec<u8>, bool),
+    Alive(u8),
+    DialFailed(u8),
+    Denied(u8),
+    Probed(u8, u8),
+    WantProbe(u8),
+    TokensChanged,
+    Want(u8, bool),
+    Reserve(u8, u8),
+    Accepted(u8),
+    Release(u8, bool),
+    Hold(u8),
+    PoolFailed(u8, u8),
+    StreamFailed(u8, u8),
+    Proven(u8),
+    Stalled(u16),
+    Tick(u16),
+    TakeProbes,
+}
+
+fn verbs() -> impl Strategy<Value = Vec<Verb>> {
+    let node = 0_u8..6;
+    let verb = prop_oneof![
+        3 => (node.clone(), 0_u8..2, any::<bool>()).prop_map(|(n, b, a)| Verb::Register(n, b, a)),
+        1 => node.clone().prop_map(Verb::Deregister),
+        6 => (node.clone(), prop::collection::vec(0_u8..12, 0..4), any::<bool>())
+            .prop_map(|(n, listed, tokens)| Verb::Beat(n, listed, tokens)),
+        2 => node.clone().prop_map(Verb::Alive),
+        1 => node.clone().prop_map(Verb::DialFailed),
+        1 => node.clone().prop_map(Verb::Denied),
+        4 => (node.clone(), 0_u8..4).prop_map(|(n, how)| Verb::Probed(n, how)),
+        1 => node.clone().prop_map(Verb::WantProbe),
+        1 => Just(Verb::TokensChanged),
+        1 => (node.clone(), any::<bool>()).prop_map(|(n, drains)| Verb::Want(n, drains)),
+        3 => (node.clone(), 0_u8..12).prop_map(|(n, k)| Verb::Reserve(n, k)),
+        1 => (0_u8..12).prop_map(Verb::Accepted),
+        2 => (0_u8..12, any::<bool>()).prop_map(|(k, closed)| Verb::Release(k, closed)),
+        1 => node.clone().prop_map(Verb::Hold),
+        3 => (node.clone(), 0_u8..12).prop_map(|(n, k)| Verb::PoolFailed(n, k)),
+        3 => (node.clone(), 0_u8..12).prop_map(|(n, k)| Verb::StreamFailed(n, k)),
+        1 => node.prop_map(Verb::Proven),
+        1 => (0_u16..3_000).prop_map(Verb::Stalled),
+        8 => (0_u16..3_000).prop_map(Verb::Tick),
+        3 => Just(Verb::TakeProbes),
+    ];
+    prop::collection::vec(verb, 1..120)
+}
+
+/// A registry of at most four nodes, and what the verbs need to know of it.
+struct Driven {
+    registry: ServiceRegistry,
+    now: u64,
+    seq: u64,
+    epochs: BTreeMap<String, Epoch>,
+    reserved: BTreeSet<u8>,
+}
+
+impl Driven {
+    fn apply(&mut self, verb: Verb) {
+        let (r, now, name) = (&mut self.registry, at(self.now), |n: u8| format!("n{n}"));
+        let id = |n: u8| node_id(&name(n));
+        let address = |n: u8| format!("http://n{n}");
+        match verb {
+            Verb::Register(n, boot, elsewhere) => {
+                let address = if elsewhere { "http://elsewhere".to_owned() } else { address(n) };
+                if let Ok(registered) = r.register(now, request(&name(n), boot.into(), &address)) {
+                    self.epochs.insert(name(n), registered.epoch);
+                }
+            }
+            Verb::Deregister(n) => drop(r.deregister(&id(n), None)),
+            Verb::Beat(n, listed, tokens) => {
+                self.seq += 1;
+                let listed: Vec<AttemptId> = listed.into_iter().map(|k| attempt(k.into())).collect();
+                if let Some(epoch) = self.epochs.get(&name(n)) {
+                    let tokens_changed = u64::from(tokens);
+                    let beat = Heartbeat { tokens_changed, ..beat(epoch, self.seq, &listed) };
+                    drop(r.heartbeat(now, &id(n), beat));
+                }
+            }
+            Verb::Alive(n) => r.alive(now, &id(n)),
+            Verb::DialFailed(n) => drop(r.dial_failed(now, &id(n), "refused".into())),
+            Verb::Denied(n) => drop(r.denied(now, &id(n), now, "401".into())),
+            Verb::Probed(n, how) => {
+                let outcome = match how {
+                    0 => ProbeOutcome::Failed("refused".into()),
+                    1 => ProbeOutcome::Inconclusive,
+                    2 => live(&name(n), 0),
+                    _ => live(&name(n), 1),
+                };
+                drop(r.probed(now, &id(n), &address(n), outcome));
+            }
+            Verb::WantProbe(n) => r.want_probe(now, &id(n)),
+            Verb::TokensChanged => r.tokens_changed(now),
+            Verb::Want(n, drains) => {
+                let intent = if drains { Intent::Draining } else { Intent::Serving };
+                drop(r.want(&id(n), intent));
+            }
+            Verb::Reserve(n, k) => {
+                if self.reserved.insert(k) {
+                    r.reserve(&pool(&name(n)), attempt(k.into()));
+                }
+            }
+            Verb::Accepted(k) => r.accepted(&attempt(k.into()), self.seq),
+            Verb::Release(k, closed) => {
+                self.reserved.remove(&k);
+                drop(r.release(&attempt(k.into()), closed.then_some(self.seq)));
+            }
+            Verb::Hold(n) => r.hold(&pool(&name(n)), now + Duration::from_millis(250)),
+            Verb::PoolFailed(n, k) => {
+                let task = TaskId(Uuid::from_u128(k.into()));
+                r.pool_failed(now, &pool(&name(n)), &attempt(k.into()), task, now);
+                r.pool_absolved(&pool(&name(n)), TaskId(Uuid::from_u128(u128::from(k) + 1)));
+            }
+            Verb::StreamFailed(n, k) => drop(r.stream_failed(now, &id(n), &attempt(k.into()), now)),
+            Verb::Proven(n) => drop(r.proven(&pool(&name(n)))),
+            Verb::Stalled(millis) => r.stalled(now, Duration::from_millis(millis.into())),
+            Verb::Tick(millis) => {
+                self.now += u64::from(millis);
+                drop(r.expire(at(self.now)));
+            }
+            Verb::TakeProbes => drop(r.take_due_probes(now)),
+        }
+    }
+}
+
+proptest! {
+    // CLOUD-1774
+    #[test]
+    fn what_is_ordered_and_counted_is_what_a_walk_finds_after_any_verbs(verbs in verbs()) {
+        let registry = registry_of(1, None);
+        let registry = ServiceRegistry { settings: Settings { max_nodes: 4, ..registry.settings }, ..registry };
+        let mut driven =
+            Driven { registry, now: 0, seq: 0, epochs: BTreeMap::new(), reserved: BTreeSet::new() };
+        for (n, verb) in verbs.into_iter().enumerate() {
+            driven.apply(verb.clone());
+            let (now, r) = (at(driven.now), &mut driven.registry);
+            prop_assert_eq!(r.check_order(), Ok(()), "after {:?}", verb);
+            if n % 3 == 0 {
+                // CLOUD-1775
+                prop_assert_eq!(r.snapshot(now).view(), r.view(now), "after {:?}", verb);
+            }
+            drop(r.expire(now));
+            drop(r.take_due_probes(now));
+            prop_assert!(r.next_deadline().is_none_or(|next| next > now), "what is due is done");
+        }
+    }
+}
