@@ -17,9 +17,10 @@ use crate::words;
 /// record.
 const ARROWS: &[(&str, &[&str])] = &[
     ("pool-registry-types", &[]),
+    ("task-stream", &["pool-registry-types"]),
     ("service-registry", &["pool-registry-types"]),
     ("multi-node-placement", &["pool-registry-types"]),
-    ("task-scheduler", &["pool-registry-types", "service-registry", "multi-node-placement"]),
+    ("task-scheduler", &["pool-registry-types", "task-stream", "service-registry", "multi-node-placement"]),
     ("handoff-watcher", &["pool-registry-types", "owned-tasks"]),
     ("node-core", &["pool-registry-types"]),
     ("node-registration", &["pool-registry-types"]),
@@ -42,6 +43,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         "orchestratord",
         &[
             "pool-registry-types",
+            "task-stream",
             "task-scheduler",
             "daemon-kit",
             "node-agent",
@@ -58,18 +60,19 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("fake-engine", &["atomic-file"]),
     ("fake-nvml", &[]),
     ("fake-nvml-bare", &[]),
-    ("sim", &["pool-registry-types", "service-registry", "task-scheduler", "node-core"]),
+    ("sim", &["pool-registry-types", "task-stream", "service-registry", "task-scheduler", "node-core"]),
     ("e2e-cloud", &["pool-registry-types", "test-certs"]),
-    ("load", &["pool-registry-types", "task-scheduler", "e2e-cloud"]),
+    ("load", &["pool-registry-types", "task-stream", "task-scheduler", "e2e-cloud"]),
     ("xtask", &["pool-registry-types", "test-certs", "atomic-file"]),
 ];
 
 /// Crates without clock, environment and disorder, and what they may use from outside.
 const PURE: &[(&str, &[&str])] = &[
     ("pool-registry-types", &["serde", "serde_json", "thiserror", "utoipa", "uuid"]),
+    ("task-stream", &["bytes", "serde", "thiserror"]),
     ("service-registry", &["thiserror"]),
     ("multi-node-placement", &["fixedbitset"]),
-    ("task-scheduler", &["serde_json", "thiserror", "uuid"]),
+    ("task-scheduler", &["thiserror", "uuid"]),
     ("node-core", &["thiserror"]),
 ];
 

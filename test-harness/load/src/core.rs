@@ -14,6 +14,7 @@ use pool_registry_types::node::{Capabilities, Heartbeat, Intent, LiveAnswer, Reg
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::{EngineKind, PoolReport, PoolState, ReplicaReport};
 use pool_registry_types::task::TaskRequest;
+use pool_registry_types::trace::TraceContext;
 use pool_registry_types::{
     AttemptId, BootId, Epoch, MachineId, ModelRef, Moment, NodeId, PoolId, ReplicaId, TaskId,
 };
@@ -21,6 +22,7 @@ use task_scheduler::{
     Answer, ControlCore, Dispatch, Effect, Event, FullLane, HowEnded, Policy, ProbeOutcome, ReplyTo,
     SessionPolicy, Strategy, Timing,
 };
+use task_stream::{BodyDigest, TaskSpec};
 use uuid::Uuid;
 
 use crate::{cpu, median};
@@ -350,8 +352,10 @@ impl Fleet {
     fn submission(&mut self, model: &str) -> Event {
         self.given += 1;
         let task_id = TaskId(Uuid::from_u128(u128::from(self.given)));
-        let request = Arc::new(TaskRequest::completion(name(model, ModelRef::new), "x"));
-        Event::Submit { reply: ReplyTo(self.given), task_id, request }
+        let request = TaskRequest::completion(name(model, ModelRef::new), "x");
+        let trace = TraceContext { traceparent: String::new(), correlation_id: task_id.to_string() };
+        let spec = TaskSpec::of(&request, task_id, BodyDigest::new([0; 32]), None, trace);
+        Event::Submit { reply: ReplyTo(self.given), spec: Arc::new(spec) }
     }
 
     fn dispatches(&mut self, effects: Vec<Effect>) -> Vec<Dispatch> {
@@ -464,7 +468,7 @@ impl Fleet {
     fn batch_of_waiting(&mut self, note: &mut impl FnMut(&'static str, Duration, usize)) {
         let submit: Vec<Event> = (0..BATCH).map(|_| self.submission("scarce")).collect();
         let ids = |event: &Event| match event {
-            Event::Submit { task_id, .. } => Some(*task_id),
+            Event::Submit { spec, .. } => Some(spec.task_id),
             _ => None,
         };
         let waiting: Vec<TaskId> = submit.iter().filter_map(ids).collect();

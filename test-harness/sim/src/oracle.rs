@@ -320,7 +320,7 @@ impl Oracle {
         if node.liveness != Liveness::Online || !pool.report.ready || pool.report.draining {
             return Err(format!("[5] dispatched to {} while {:?}", dispatch.pool, node.liveness));
         }
-        if !pool.report.models.contains(&dispatch.request.model_ref) {
+        if !pool.report.models.contains(&dispatch.spec.model_ref) {
             return Err(format!("[5] dispatched to {}, which lacks the model", dispatch.pool));
         }
         if self.denied.contains(&dispatch.pool.node_id) {

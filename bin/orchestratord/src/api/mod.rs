@@ -7,6 +7,7 @@ pub(crate) mod nodes;
 pub(crate) mod observe;
 pub(crate) mod pools;
 pub(crate) mod sessions;
+mod submission;
 pub(crate) mod tasks;
 
 use axum::extract::Query;

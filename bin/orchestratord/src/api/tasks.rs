@@ -5,9 +5,10 @@ use std::sync::Arc;
 use axum::Json;
 use axum::body::Body as HttpBody;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, State};
+use axum::extract::{Extension, Query, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use daemon_kit::correlation::RequestIds;
 use daemon_kit::{ApiError, Body, Caller, PathId};
 use pool_registry_types::placement::Explanation;
 use pool_registry_types::routes::headers;
@@ -16,9 +17,8 @@ use pool_registry_types::{ErrorBody, ErrorCode, ModelRef, NodeId, TaskId, routes
 use serde::Deserialize;
 use task_scheduler::{Answer, Event, TaskFilter};
 use utoipa::IntoParams;
-use uuid::Uuid;
 
-use super::{checked, defect};
+use super::{checked, defect, submission};
 use crate::app::state::AppState;
 use crate::services::readers::{self, Gauge};
 use crate::services::registry::unexpected;
@@ -36,18 +36,20 @@ pub(crate) async fn submit(
     State(state): State<AppState>,
     headers: HeaderMap,
     caller: Caller,
-    Body(request): Body<TaskRequest>,
+    Extension(ids): Extension<RequestIds>,
+    Body(mut request): Body<TaskRequest>,
 ) -> Result<Response, ApiError> {
     request.check()?;
-    let task_id = request.task_id.unwrap_or_else(|| TaskId(Uuid::new_v4()));
+    let spec = submission::facts(&mut request, &caller, ids);
+    let task_id = spec.task_id;
     // Whoever attaches to a task that is there has no other one.
     let known = state.streams.get(task_id).is_some();
     let permit = if known { None } else { state.quota.task(&caller)? };
-    let request = Arc::new(request);
+    let payload = submission::payload(request);
     // Whoever hangs up now may have been admitted: the task has its place all the same.
     let (control, streams) = (state.control.clone(), Arc::clone(&state.streams));
     let admission = owned_tasks::uninterrupted("admission of a task", async move {
-        let answer = control.call(move |reply| Event::Submit { reply, task_id, request }).await?;
+        let answer = control.submit(spec, payload).await?;
         if let Some(permit) = permit {
             streams.hold_permit(task_id, permit);
         }
@@ -153,10 +155,12 @@ pub(crate) async fn explain(
     responses((status = 200, body = Explanation), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn explain_request(
     State(state): State<AppState>,
-    Body(request): Body<TaskRequest>,
+    caller: Caller,
+    Extension(ids): Extension<RequestIds>,
+    Body(mut request): Body<TaskRequest>,
 ) -> Result<Json<Explanation>, ApiError> {
     request.check()?;
-    Ok(Json(state.control.explain_request(request).await?))
+    Ok(Json(state.control.explain_request(submission::facts(&mut request, &caller, ids)).await?))
 }
 
 /// How a stream is read.

@@ -77,14 +77,18 @@ impl Relays {
         control: &Control,
         stream: &TaskStream,
     ) -> (HowEnded, Option<u64>) {
+        let Some(payload) = stream.payload() else {
+            // The task has ended before this began: nobody waits for a word.
+            return (HowEnded::Closed, None);
+        };
         let mut watch = StreamWatch::new(self.clock.now(), dispatch.deadlines, dispatch.task_deadline);
         let resume = dispatch.resume.map(|mode| stream.sent(mode));
         if dispatch.resume != Some(ResumeMode::Append) {
             // They come again.
             stream.forget_unlogged();
         }
-        let accepting =
-            tokio::time::timeout_at(self.instant(watch.next_deadline()), self.link.infer(dispatch, resume));
+        let infer = self.link.infer(dispatch, &payload, resume);
+        let accepting = tokio::time::timeout_at(self.instant(watch.next_deadline()), infer);
         let taken = match accepting.await {
             Ok(Ok(taken)) => taken,
             Ok(Err(how)) => return (how, None),

@@ -9,8 +9,9 @@ use bytes::Bytes;
 use daemon_kit::Tokens;
 use daemon_kit::tls::{self, ClientTls, Connector};
 use futures::{Stream, StreamExt};
-use http_body_util::{BodyExt, BodyStream, Full};
-use hyper::{Request, header};
+use http_body_util::{BodyExt, BodyStream};
+use hyper::Request;
+use hyper::header::{self, HeaderValue};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
@@ -18,9 +19,12 @@ use node_agent::Agent;
 use pool_registry_types::node::{IntentOrder, LiveAnswer};
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
 use pool_registry_types::routes::{self, headers};
-use pool_registry_types::task::{InferRequest, Reasoning, Resume, TaskRequest};
+use pool_registry_types::task::Resume;
 use pool_registry_types::{ErrorBody, ErrorCode, PoolId, ReplicaId};
 use task_scheduler::{Dispatch, HowEnded, ProbeOutcome};
+use task_stream::Payload;
+
+use crate::services::attempt_body::AttemptBody;
 
 /// Bound of connecting to a node. Source: .specs/01 CLOUD-1501.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -55,36 +59,25 @@ pub(crate) enum NodeLink {
 
 impl NodeLink {
     /// Asks the node to run the attempt. The error is the attempt's end.
-    pub(crate) async fn infer(&self, dispatch: &Dispatch, resume: Option<Resume>) -> Result<Taken, HowEnded> {
-        let request = InferRequest {
-            task_id: dispatch.task,
-            attempt_id: dispatch.attempt,
-            node_id: dispatch.pool.node_id.clone(),
-            boot_id: dispatch.boot_id,
-            log_id: dispatch.log,
-            first_index: dispatch.first_index,
-            replica_hint: dispatch.warm_replica.clone(),
-            resume,
-            thoughts: dispatch.request.reasoning == Reasoning::Keep,
-            // What a node does not use is not sent: an older one would not know it.
-            task: TaskRequest {
-                session_id: None,
-                placement: None,
-                expected_tokens: None,
-                reasoning: Reasoning::Keep,
-                ..(*dispatch.request).clone()
-            },
+    pub(crate) async fn infer(
+        &self,
+        dispatch: &Dispatch,
+        payload: &Payload,
+        resume: Option<Resume>,
+    ) -> Result<Taken, HowEnded> {
+        let body = AttemptBody::new(dispatch, payload, resume.as_ref());
+        let agent = match self {
+            Self::Http(http) => return http.infer(dispatch, body).await,
+            Self::Local(agent) => agent,
         };
-        match self {
-            Self::Http(http) => http.infer(dispatch, &request).await,
-            Self::Local(agent) => match agent.infer(&dispatch.pool.pool_id, request, None) {
-                Ok(inference) => Ok(Taken {
-                    replica_id: inference.replica_id,
-                    report_seq: inference.report_seq,
-                    frames: Box::pin(inference.frames.map(|Ok(bytes)| Ok(bytes))),
-                }),
-                Err(error) => Err(refusal(error.code.http_status(), Some(error))),
-            },
+        let request = body.read().map_err(|error| HowEnded::OwnDefect(error.to_string()))?;
+        match agent.infer(&dispatch.pool.pool_id, request, Some(&dispatch.spec.trace.traceparent)) {
+            Ok(inference) => Ok(Taken {
+                replica_id: inference.replica_id,
+                report_seq: inference.report_seq,
+                frames: Box::pin(inference.frames.map(|Ok(bytes)| Ok(bytes))),
+            }),
+            Err(error) => Err(refusal(error.code.http_status(), Some(error))),
         }
     }
 
@@ -184,9 +177,9 @@ impl PoolOrder {
 /// Nodes behind HTTP.
 #[derive(Debug)]
 pub(crate) struct HttpLink {
-    streams: Client<Connector, Full<Bytes>>,
+    streams: Client<Connector, AttemptBody>,
     /// Keeps no connections.
-    fresh: Client<Connector, Full<Bytes>>,
+    fresh: Client<Connector, AttemptBody>,
     probes: reqwest::Client,
     tokens: Tokens,
 }
@@ -213,16 +206,23 @@ impl HttpLink {
         Ok(Self { streams, fresh, probes: tls.reqwest(probes).build()?, tokens })
     }
 
-    async fn infer(&self, dispatch: &Dispatch, request: &InferRequest) -> Result<Taken, HowEnded> {
-        let body = Bytes::from(serde_json::to_vec(request).expect("an infer request is always JSON"));
-        let response = match self.streams.request(self.call(dispatch, body.clone())?).await {
+    async fn infer(&self, dispatch: &Dispatch, body: AttemptBody) -> Result<Taken, HowEnded> {
+        let first = call(dispatch, self.tokens.authorization(), body.clone())?;
+        let response = match self.streams.request(first).await {
             Ok(response) => response,
             Err(error) if was_not_sent(&error) => return Err(not_sent(&error)),
             // A kept connection may have died unseen: only a fresh one says something of the node.
             // Should the node have taken the attempt after all, it refuses it now, at no cost.
-            Err(_) => self.fresh.request(self.call(dispatch, body)?).await.map_err(|error| {
-                if was_not_sent(&error) { not_sent(&error) } else { HowEnded::NoAnswer(tls::explain(&error)) }
-            })?,
+            Err(_) => {
+                let again = call(dispatch, self.tokens.authorization(), body)?;
+                self.fresh.request(again).await.map_err(|error| {
+                    if was_not_sent(&error) {
+                        not_sent(&error)
+                    } else {
+                        HowEnded::NoAnswer(tls::explain(&error))
+                    }
+                })?
+            }
         };
         let status = response.status();
         if !status.is_success() {
@@ -245,18 +245,6 @@ impl HttpLink {
             }
         });
         Ok(Taken { replica_id, report_seq, frames: Box::pin(frames) })
-    }
-
-    fn call(&self, dispatch: &Dispatch, body: Bytes) -> Result<Request<Full<Bytes>>, HowEnded> {
-        let url =
-            format!("{}{}", dispatch.address, routes::of_pool(routes::POOL_INFER, &dispatch.pool.pool_id));
-        let mut call = Request::post(url)
-            .header(header::CONTENT_TYPE, "application/json")
-            .header(headers::CORRELATION_ID, dispatch.task.to_string());
-        if let Some(value) = self.tokens.authorization() {
-            call = call.header(header::AUTHORIZATION, value);
-        }
-        call.body(Full::new(body)).map_err(|error| HowEnded::NeverSent(format!("unusable address: {error}")))
     }
 
     async fn order(
@@ -309,6 +297,24 @@ impl HttpLink {
         let status = response.status();
         Ok(if status.is_success() { Ok(()) } else { Err(denial(status.as_u16(), None)) })
     }
+}
+
+/// One attempt as a request, with the trace of whoever submitted the task.
+fn call(
+    dispatch: &Dispatch,
+    authorization: Option<HeaderValue>,
+    body: AttemptBody,
+) -> Result<Request<AttemptBody>, HowEnded> {
+    let url = format!("{}{}", dispatch.address, routes::of_pool(routes::POOL_INFER, &dispatch.pool.pool_id));
+    let trace = &dispatch.spec.trace;
+    let mut call = Request::post(url)
+        .header(header::CONTENT_TYPE, "application/json")
+        .header(headers::TRACEPARENT, &trace.traceparent)
+        .header(headers::CORRELATION_ID, &trace.correlation_id);
+    if let Some(value) = authorization {
+        call = call.header(header::AUTHORIZATION, value);
+    }
+    call.body(body).map_err(|error| HowEnded::NeverSent(format!("unusable address: {error}")))
 }
 
 /// Why a probe has shown nothing good.
@@ -388,7 +394,26 @@ fn was_not_sent(error: &hyper_util::client::legacy::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use task_stream::PayloadFormat;
+
     use super::*;
+    use crate::services::attempt_body::tests::{dispatch, spec};
+
+    // CLOUD-1146
+    #[test]
+    fn an_attempt_goes_out_under_the_trace_of_whoever_submitted_its_task() {
+        let payload = Payload { format: PayloadFormat::Native, bytes: Bytes::from_static(b"{\"a\":1}") };
+        // Whichever attempt of the task it is.
+        for attempt_number in [1, 2] {
+            let dispatch = Dispatch { attempt_number, ..dispatch(spec()) };
+            let body = AttemptBody::new(&dispatch, &payload, None);
+            let call = call(&dispatch, None, body).unwrap();
+            assert_eq!(call.uri(), "http://a/v2/pools/p/infer");
+            assert_eq!(call.headers()["traceparent"], "00-1-2-01");
+            assert_eq!(call.headers()["x-correlation-id"], "c-1");
+            assert!(!call.headers().contains_key(header::AUTHORIZATION));
+        }
+    }
 
     // CLOUD-1109
     #[test]

@@ -12,10 +12,10 @@ use std::sync::Arc;
 
 use daemon_kit::Clock;
 use pool_registry_types::placement::Explanation;
-use pool_registry_types::task::TaskRequest;
 use pool_registry_types::view::ClusterChange;
 use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, Moment, TaskId};
 use task_scheduler::{Answer, ControlCore, Effect, Event, HowEnded, ProbeOutcome, ReplyTo};
+use task_stream::{Payload, TaskSpec};
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -39,12 +39,13 @@ type Reply = Result<Answer, ErrorBody>;
 enum Message {
     Event(Event),
     Call { event: Box<dyn FnOnce(ReplyTo) -> Event + Send>, reply: oneshot::Sender<Reply> },
+    Submit { spec: Box<TaskSpec>, payload: Payload, reply: oneshot::Sender<Reply> },
 }
 
 /// What only the core can answer, and what changes nothing.
 enum Question {
     Explain(TaskId, oneshot::Sender<Result<Explanation, ErrorBody>>),
-    ExplainRequest(Box<TaskRequest>, oneshot::Sender<Explanation>),
+    ExplainRequest(Box<TaskSpec>, oneshot::Sender<Explanation>),
 }
 
 /// The way to the control loop.
@@ -83,12 +84,19 @@ impl Control {
         answer.await.unwrap_or_else(|_| Err(gone()))
     }
 
+    /// Submits a task. The payload is kept with the task's log, if it gets one.
+    pub(crate) async fn submit(&self, spec: TaskSpec, payload: Payload) -> Reply {
+        let (reply, answer) = oneshot::channel();
+        post(&self.mailbox, Message::Submit { spec: Box::new(spec), payload, reply })?;
+        answer.await.unwrap_or_else(|_| Err(gone()))
+    }
+
     pub(crate) async fn explain(&self, id: TaskId) -> Result<Explanation, ErrorBody> {
         self.ask(|reply| Question::Explain(id, reply)).await?
     }
 
-    pub(crate) async fn explain_request(&self, request: TaskRequest) -> Result<Explanation, ErrorBody> {
-        self.ask(|reply| Question::ExplainRequest(Box::new(request), reply)).await
+    pub(crate) async fn explain_request(&self, spec: TaskSpec) -> Result<Explanation, ErrorBody> {
+        self.ask(|reply| Question::ExplainRequest(Box::new(spec), reply)).await
     }
 
     /// What changes in the cluster from now on.
@@ -127,6 +135,8 @@ struct Loop {
     replies: HashMap<ReplyTo, oneshot::Sender<Reply>>,
     next_reply: u64,
     running: HashMap<AttemptId, CancellationToken>,
+    /// Of the task that is being submitted, until its log is opened.
+    payload: Option<Payload>,
 }
 
 /// The mailboxes, made before the loop because others need them first.
@@ -164,6 +174,7 @@ pub(crate) async fn run(
         replies: HashMap::new(),
         next_reply: 0,
         running: HashMap::new(),
+        payload: None,
     };
     this.work(inbox, stop).await;
     for closed in this.running.values() {
@@ -222,20 +233,32 @@ impl Loop {
         match message {
             Message::Event(event) => self.apply(event),
             Message::Call { event, reply } => {
-                self.next_reply += 1;
-                let to = ReplyTo(self.next_reply);
-                self.replies.insert(to, reply);
+                let to = self.reply_to(reply);
                 self.apply(event(to));
             }
+            Message::Submit { spec, payload, reply } => {
+                let reply = self.reply_to(reply);
+                self.payload = Some(payload);
+                self.apply(Event::Submit { reply, spec: Arc::from(spec) });
+                // A task that was refused, or is there already, has no log opened.
+                self.payload = None;
+            }
         }
+    }
+
+    fn reply_to(&mut self, reply: oneshot::Sender<Reply>) -> ReplyTo {
+        self.next_reply += 1;
+        let to = ReplyTo(self.next_reply);
+        self.replies.insert(to, reply);
+        to
     }
 
     fn answer(&self, question: Question) {
         match question {
             // Whoever asked may have gone.
             Question::Explain(id, reply) => drop(reply.send(self.core.explain_task(self.clock.now(), id))),
-            Question::ExplainRequest(request, reply) => {
-                drop(reply.send(self.core.explain_request(&request)));
+            Question::ExplainRequest(spec, reply) => {
+                drop(reply.send(self.core.explain_request(&spec)));
             }
         }
     }
@@ -283,7 +306,7 @@ impl Loop {
                     let _ = reply.send(answer);
                 }
             }
-            Effect::OpenLog { task, log } => streams.open(task, log),
+            Effect::OpenLog { task, log } => streams.open(task, log, self.payload.take()),
             Effect::Dispatch(dispatch) => {
                 tracing::debug!(task_id = %dispatch.task, attempt_id = %dispatch.attempt, node_id = %dispatch.pool.node_id, pool_id = %dispatch.pool.pool_id, "dispatched");
                 if let Some(stream) = streams.get(dispatch.task) {

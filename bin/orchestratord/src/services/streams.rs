@@ -1,4 +1,5 @@
-//! The tasks' logs: opened, written, kept after their end, and dropped.
+//! The tasks' logs: opened, written, kept after their end, and dropped. Beside each log stands the
+//! task's payload, until its end.
 //!
 //! Each log has its own lock, held while bytes are copied. Who reads them is not known here.
 
@@ -13,6 +14,7 @@ use pool_registry_types::sse::{self, Decoder, write_frame};
 use pool_registry_types::task::{Resume, ResumeMode};
 use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, TaskId};
 use task_scheduler::{Fence, TaskLog};
+use task_stream::Payload;
 use tokio::sync::futures::Notified;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
@@ -23,6 +25,8 @@ const MOST_READERS: usize = 64;
 #[derive(Debug)]
 pub(crate) struct TaskStream {
     log: Mutex<TaskLog>,
+    /// Dropped when the task has ended.
+    payload: Mutex<Option<Payload>>,
     /// For a task that may have to be continued from them.
     token_ids: Mutex<TokenIds>,
     /// Tokens so far that are left out of the log.
@@ -116,6 +120,11 @@ impl TaskStream {
         Resume { mode, text, reasoning, token_ids, tokens }
     }
 
+    /// What the task's engine is to work on; nothing when the task has ended.
+    pub(crate) fn payload(&self) -> Option<Payload> {
+        self.payload.lock().clone()
+    }
+
     pub(crate) fn count_unlogged(&self) {
         self.unlogged.fetch_add(1, Ordering::Relaxed);
     }
@@ -159,9 +168,10 @@ impl Streams {
         Self { table: Mutex::default(), ended_bytes_at_most }
     }
 
-    pub(crate) fn open(&self, task: TaskId, log: LogId) {
+    pub(crate) fn open(&self, task: TaskId, log: LogId, payload: Option<Payload>) {
         let stream = TaskStream {
             log: Mutex::new(TaskLog::new(log)),
+            payload: Mutex::new(payload),
             token_ids: Mutex::default(),
             unlogged: AtomicU64::new(0),
             changed: Notify::new(),
@@ -209,7 +219,7 @@ impl Streams {
         // A cancel that crosses an end says so twice.
         let Some(Entry::Stream(stream)) = table.tasks.get(&task) else { return };
         let stream = Arc::clone(stream);
-        drop(stream.permit.lock().take());
+        drop((stream.permit.lock().take(), stream.payload.lock().take()));
         let size = stream.log.lock().len_bytes();
         table.tasks.insert(task, Entry::Ended(stream));
         table.ended.push_back((task, size));
@@ -267,13 +277,14 @@ impl Streams {
 
 #[cfg(test)]
 mod tests {
+    use task_stream::PayloadFormat;
     use uuid::Uuid;
 
     use super::*;
 
     fn ended(streams: &Streams, n: u128, bytes: usize) -> TaskId {
         let (task, attempt) = (TaskId(Uuid::from_u128(n)), AttemptId(Uuid::from_u128(n)));
-        streams.open(task, LogId(Uuid::from_u128(n)));
+        streams.open(task, LogId(Uuid::from_u128(n)), None);
         let stream = streams.get(task).unwrap();
         stream.write(|log| {
             log.open(attempt);
@@ -293,7 +304,7 @@ mod tests {
     fn what_was_sent_is_read_from_the_log_with_its_ids_where_they_are_all_known() {
         let (task, attempt) = (TaskId(Uuid::from_u128(1)), AttemptId(Uuid::from_u128(1)));
         let streams = Streams::new(1_000);
-        streams.open(task, LogId(Uuid::from_u128(1)));
+        streams.open(task, LogId(Uuid::from_u128(1)), None);
         let stream = streams.get(task).unwrap();
         stream.write(|log| log.open(attempt));
         for (n, text) in ["{\"t\":\"a \\\"b\\\"\",\"i\":0}", "{\"t\":\" c\",\"i\":1}"].iter().enumerate() {
@@ -315,6 +326,32 @@ mod tests {
         stream.keep_ids(2, 5, &[10]);
         let sent = stream.sent(ResumeMode::Append);
         assert_eq!((sent.token_ids.len(), sent.tokens), (0, 5));
+    }
+
+    // CLOUD-1217
+    #[test]
+    fn a_payload_is_kept_until_its_task_ends_however_it_ends_and_no_longer() {
+        let streams = Streams::new(1_000);
+        let attempt = AttemptId(Uuid::from_u128(1));
+        for closed in [false, true] {
+            let task = TaskId(Uuid::from_u128(u128::from(closed)));
+            let bytes = bytes::Bytes::from(vec![b'x'; 10]);
+            let payload = Payload { format: PayloadFormat::Native, bytes: bytes.clone() };
+            streams.open(task, LogId(Uuid::from_u128(1)), Some(payload));
+            let stream = streams.get(task).unwrap();
+            stream.write(|log| log.open(attempt));
+            assert_eq!(stream.payload().unwrap().bytes.as_ptr(), bytes.as_ptr());
+            streams.fence(task, attempt);
+            assert!(stream.payload().is_some(), "another attempt may need it");
+            assert!(!bytes.is_unique());
+            if closed {
+                streams.close(task, &ErrorBody::new(ErrorCode::Canceled, "canceled"));
+            } else {
+                streams.ended(task);
+            }
+            assert_eq!(stream.payload(), None);
+            assert!(bytes.is_unique(), "the bytes are free");
+        }
     }
 
     // CLOUD-1609

@@ -6,7 +6,6 @@
 //! itself, [`placing`] starts what can start, and [`reading`] shows it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,11 +19,11 @@ use pool_registry_types::node::{
     Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, IntentOrder, Liveness, RegisterAnswer, RegisterRequest,
 };
 use pool_registry_types::placement::{Explanation, PoolName, PoolVerdict};
-use pool_registry_types::pool::{EngineKind, PoolReport, PoolState};
+use pool_registry_types::pool::{PoolReport, PoolState};
 use pool_registry_types::snapshot::ClusterSnapshot;
 use pool_registry_types::task::{
-    AttemptView, KvHint, Metrics, Priority, ResumeMode, SessionView, TaskAccepted, TaskPage, TaskRequest,
-    TaskState, TaskStreams, TaskSummary, TaskView, unsupported,
+    AttemptView, KvHint, Metrics, Priority, ResumeMode, SessionView, TaskAccepted, TaskPage, TaskState,
+    TaskStreams, TaskSummary, TaskView, unsupported,
 };
 use pool_registry_types::view::{ClusterChange, ClusterView};
 use pool_registry_types::{
@@ -32,6 +31,7 @@ use pool_registry_types::{
     TaskId, routes,
 };
 use service_registry::{HeartbeatOutcome, Rule, ServiceRegistry, Settings, Timing, Transition};
+use task_stream::{BodyDigest, TaskSpec};
 use uuid::Uuid;
 
 use crate::attempts::{
@@ -168,8 +168,11 @@ struct Task {
     model: ModelRef,
     priority: Priority,
     /// Dropped when the task has ended.
-    request: Option<Arc<TaskRequest>>,
-    fingerprint: u64,
+    spec: Option<Arc<TaskSpec>>,
+    /// By which a repeated `task_id` is told from a conflict.
+    digest: BodyDigest,
+    /// What its session's budget leaves, where it sets no bound on tokens itself.
+    budget_bound: Option<u32>,
     number: u64,
     admitted: Moment,
     last_dispatch: Option<Moment>,
@@ -237,7 +240,7 @@ impl Task {
     }
 
     fn pinned_node(&self) -> Option<&NodeId> {
-        self.request.as_ref()?.placement.as_ref()?.pinned_node()
+        self.spec.as_ref()?.placement.as_ref()?.pinned_node()
     }
 }
 
@@ -396,9 +399,7 @@ impl ControlCore {
             }
             Event::TokensChanged => self.registry.tokens_changed(now),
             Event::Alive { node_id } => self.registry.alive(now, &node_id),
-            Event::Submit { reply, task_id, request } => {
-                admitted = self.submit(now, reply, task_id, &request, &mut effects);
-            }
+            Event::Submit { reply, spec } => admitted = self.submit(now, reply, spec, &mut effects),
             Event::Cancel { reply, task_id } => self.cancel(now, reply, task_id, &mut effects),
             Event::Accepted { attempt, replica_id, report_seq } => {
                 self.registry.accepted(&attempt, report_seq);

@@ -118,7 +118,9 @@ fn what_no_engine_of_the_model_can_do_is_refused_at_once() {
     let reply = b.reply();
     b.apply(Event::Register { reply, request: register("a") });
     b.report("a", 1, PoolReport { engine: Some(EngineKind::OpenAi), ..report(2, &[]) });
-    let guided = TaskRequest { grammar: Some("root ::= \"a\"".into()), ..task() };
+    let lacking = Lacking { engine: EngineKind::OpenAi, field: "grammar".into() };
+    let engines = [EngineKind::LlamaCpp].into_iter().collect();
+    let guided = TaskSpec { engines, lacking: vec![lacking], ..task() };
     assert!(b.submit(guided.clone()).1.is_ok(), "other nodes may still come back");
     b.advance_to(TIMEOUT_MS + 1);
     b.report("a", 2, PoolReport { engine: Some(EngineKind::OpenAi), ..report(2, &[]) });

@@ -238,7 +238,7 @@ fn whoever_rejects_what_others_take_is_not_believed_and_is_left_alone_after_thre
     b.join("b", 4);
     let first_a = || {
         let placement = Some(serde_json::from_str(r#"{"prefer_pools":["a/pool-0"]}"#).unwrap());
-        TaskRequest { placement, ..task() }
+        TaskSpec { placement, ..task() }
     };
     for n in 1..=3 {
         assert!(!b.is_tripped(&pool("a", "pool-0")), "before task {n}");
@@ -492,10 +492,10 @@ fn what_others_expect_of_themselves_gets_nobodys_deadline_refused() {
     b.submit(task()).1.unwrap();
     b.serve(0, 100, 1_000, 11);
     for _ in 0..2 {
-        b.submit(TaskRequest { expected_tokens: Some(u32::MAX), ..task() }).1.unwrap();
+        b.submit(TaskSpec { expected_tokens: Some(u32::MAX), ..task() }).1.unwrap();
     }
     assert_eq!(b.dispatches.len(), 3, "both run");
-    let due = |deadline_ms| TaskRequest { deadline_ms: Some(deadline_ms), ..task() };
+    let due = |deadline_ms| TaskSpec { deadline_ms: Some(deadline_ms), ..task() };
     b.submit(due(60_000)).1.unwrap();
     // Each counts for eight times the mean of 11 tokens: 100 ms and 87 times 100 ms.
     let error = b.submit(due(1_000)).1.unwrap_err();
@@ -512,7 +512,7 @@ fn nobody_is_told_to_wait_longer_than_a_task_may() {
     b.submit(task()).1.unwrap();
     b.serve(0, 100, 1_000, 11);
     for _ in 0..5 {
-        let huge = TaskRequest { expected_tokens: Some(u32::MAX), ..task() };
+        let huge = TaskSpec { expected_tokens: Some(u32::MAX), ..task() };
         assert!(b.submit(huge).1.unwrap().backoff_ms <= 5_000);
     }
     let error = b.submit(task()).1.unwrap_err();
@@ -530,7 +530,7 @@ fn a_task_that_runs_longer_than_predicted_makes_no_wait_behind_it_look_short() {
     assert_eq!(b.submit(task()).1.unwrap().predicted_start_ms, Some(1_100));
     // Nothing has happened since, and the first one still runs.
     b.now += 10_000;
-    let error = b.submit(TaskRequest { deadline_ms: Some(100), ..task() }).1.unwrap_err();
+    let error = b.submit(TaskSpec { deadline_ms: Some(100), ..task() }).1.unwrap_err();
     assert_eq!(error.policy_label.as_deref(), Some("deadline"));
     assert!(error.retry_after_ms.is_some_and(|wait| wait >= 1_100), "{error:?}");
 }
@@ -594,7 +594,7 @@ fn effects_of(steps: &[Step], is_read: bool) -> Vec<Effect> {
         match *step {
             Step::Submit { deadline_ms, expected_tokens, batch } => {
                 let priority = if batch { Priority::Batch } else { Priority::Interactive };
-                drop(b.submit(TaskRequest { deadline_ms, expected_tokens, priority, ..task() }));
+                drop(b.submit(TaskSpec { deadline_ms, expected_tokens, priority, ..task() }));
             }
             Step::Start(n) => {
                 if let Some(attempt) = one_of(&running, n) {

@@ -1,11 +1,9 @@
 //! What operators and clients steer: drains, pins, sessions, continuation, deadlines, the full lane.
 
-use pool_registry_types::task::Determinism;
-
 use super::*;
 
-fn of_session(n: u128) -> TaskRequest {
-    TaskRequest { session_id: Some(SessionId(Uuid::from_u128(n))), ..task() }
+fn of_session(n: u128) -> TaskSpec {
+    TaskSpec { session_id: Some(SessionId(Uuid::from_u128(n))), ..task() }
 }
 
 impl Bench {
@@ -118,7 +116,7 @@ fn a_task_that_continues_goes_on_at_the_log_on_another_node() {
     let second = b.last_dispatch().clone();
     assert_eq!((second.first_index, second.resume), (3, Some(ResumeMode::Append)));
     assert_ne!(b.node_of(1), b.node_of(0));
-    let strict = TaskRequest { determinism: Determinism::Strict, seed: Some(1), ..continued() };
+    let strict = TaskSpec { continuation: Some(ResumeMode::Replay), ..task() };
     b.end(second.attempt, 9, HowEnded::Finished);
     assert!(!b.terminal.contains_key(&id));
     b.submit(strict).1.unwrap();
@@ -358,15 +356,16 @@ fn a_sessions_budgets_are_enforced_before_the_queue() {
     b.core.policy.admission_capacity = 100;
     b.join("a", 16);
     for _ in 0..8 {
-        b.submit(TaskRequest { max_tokens: Some(10), ..of_session(1) }).1.unwrap();
+        b.submit(TaskSpec { max_tokens: Some(10), ..of_session(1) }).1.unwrap();
     }
     assert_eq!(code(b.submit(of_session(1)).1), Some(ErrorCode::BudgetExceeded));
+    assert_eq!(b.last_dispatch().max_tokens, None, "bounded by the client");
     b.submit(of_session(2)).1.unwrap();
-    assert_eq!(b.last_dispatch().request.max_tokens, Some(1_000), "bounded by what is left");
+    assert_eq!(b.last_dispatch().max_tokens, Some(1_000), "bounded by what is left");
     assert_eq!(code(b.submit(of_session(2)).1), Some(ErrorCode::BudgetExceeded));
     b.end(b.last_dispatch().attempt, 400, HowEnded::Finished);
     b.submit(of_session(2)).1.unwrap();
-    assert_eq!(b.last_dispatch().request.max_tokens, Some(600));
+    assert_eq!(b.last_dispatch().max_tokens, Some(600));
     let reply = b.reply();
     b.apply(Event::DeleteSession { reply, session_id: SessionId(Uuid::from_u128(2)) });
     assert_eq!(b.replies[&reply], Ok(Answer::SessionDeleted));
@@ -390,7 +389,7 @@ fn a_session_returns_to_its_replica_until_the_engine_was_away() {
     assert_eq!(warm.warm_replica.as_ref().map(ReplicaId::as_str), Some("r0"));
     assert_eq!(b.node_of(2), "b", "a is as free");
     b.end(warm.attempt, 1, HowEnded::Finished);
-    b.submit(TaskRequest { kv_hint: KvHint::Cold, ..of_session(1) }).1.unwrap();
+    b.submit(TaskSpec { kv_hint: KvHint::Cold, ..of_session(1) }).1.unwrap();
     assert_eq!(b.node_of(3), "a", "who wants it cold is bound to nothing");
     b.end(b.last_dispatch().attempt, 1, HowEnded::Finished);
     let away = PoolReport { ready: false, state: PoolState::Loading, ..report(2, &[]) };
@@ -405,7 +404,7 @@ fn a_session_returns_to_its_replica_until_the_engine_was_away() {
 fn a_start_is_predicted_from_measured_paces_and_a_deadline_before_it_is_refused_at_once() {
     let mut b = Bench::new();
     b.join("a", 1);
-    b.submit(TaskRequest { max_tokens: Some(11), ..task() }).1.unwrap();
+    b.submit(TaskSpec { max_tokens: Some(11), ..task() }).1.unwrap();
     assert_eq!(b.submit(task()).1.unwrap().predicted_start_ms, None, "nothing was measured yet");
     b.serve(0, 100, 1_000, 11);
     // The second runs now, and was expected to take as long as the first.
@@ -416,10 +415,10 @@ fn a_start_is_predicted_from_measured_paces_and_a_deadline_before_it_is_refused_
     assert_eq!(state, TaskState::Queued);
     assert_eq!((metrics.queue_position, metrics.queue_depth), (0, 1));
     assert_eq!(metrics.predicted_start_ms, Some(600));
-    let error = b.submit(TaskRequest { deadline_ms: Some(1_000), ..task() }).1.unwrap_err();
+    let error = b.submit(TaskSpec { deadline_ms: Some(1_000), ..task() }).1.unwrap_err();
     assert_eq!((error.code, error.policy_label.as_deref()), (ErrorCode::AdmissionReject, Some("deadline")));
     assert_eq!(error.retry_after_ms, Some(1_700));
-    assert_eq!(code(b.submit(TaskRequest { deadline_ms: Some(1_800), ..task() }).1), None);
+    assert_eq!(code(b.submit(TaskSpec { deadline_ms: Some(1_800), ..task() }).1), None);
 }
 
 // CLOUD-1734
@@ -436,7 +435,7 @@ fn what_was_canceled_is_in_no_forecast_though_a_report_lists_it_still() {
     let reply = b.reply();
     b.apply(Event::Cancel { reply, task_id: long });
     b.end(attempt, 0, HowEnded::Closed);
-    assert_eq!(code(b.submit(TaskRequest { deadline_ms: Some(1_000), ..task() }).1), None);
+    assert_eq!(code(b.submit(TaskSpec { deadline_ms: Some(1_000), ..task() }).1), None);
 }
 
 // CLOUD-1735

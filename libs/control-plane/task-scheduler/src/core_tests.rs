@@ -1,9 +1,11 @@
 use pool_registry_types::error::EndCause;
 use pool_registry_types::node::{Capabilities, LiveAnswer};
 use pool_registry_types::pool::{EngineKind, PoolReport, PoolState, ReplicaReport};
-use pool_registry_types::task::Recovery;
+use pool_registry_types::task::Reasoning;
+use pool_registry_types::trace::TraceContext;
 use pool_registry_types::{BootId, MachineId, PoolId};
 use service_registry::ProbeOutcome;
+use task_stream::Lacking;
 
 use super::*;
 
@@ -196,10 +198,10 @@ impl Bench {
         self.apply(Event::Heartbeat { reply, node_id: NodeId::new(name).unwrap(), beat });
     }
 
-    fn submit(&mut self, task: TaskRequest) -> (TaskId, Result<TaskAccepted, ErrorBody>) {
+    fn submit(&mut self, task: TaskSpec) -> (TaskId, Result<TaskAccepted, ErrorBody>) {
         let task_id = TaskId(Uuid::from_u128(u128::from(self.next) + 1_000));
         let reply = self.reply();
-        self.apply(Event::Submit { reply, task_id, request: Arc::new(task) });
+        self.apply(Event::Submit { reply, spec: Arc::new(TaskSpec { task_id, ..task }) });
         let answer = match self.replies[&reply].clone() {
             Ok(Answer::Submitted(accepted)) => Ok(accepted),
             Ok(other) => panic!("not an answer to a submission: {other:?}"),
@@ -277,25 +279,45 @@ fn report(slots: u32, attempts: &[AttemptId]) -> PoolReport {
     }
 }
 
-fn task() -> TaskRequest {
-    TaskRequest::completion(ModelRef::new("m").unwrap(), "x")
+fn task() -> TaskSpec {
+    TaskSpec {
+        task_id: TaskId(Uuid::nil()),
+        model_ref: ModelRef::new("m").unwrap(),
+        engines: EngineKind::ALL.into_iter().collect(),
+        lacking: Vec::new(),
+        ctx: None,
+        priority: Priority::Interactive,
+        placement: None,
+        session_id: None,
+        kv_hint: KvHint::Reuse,
+        max_tokens: None,
+        expected_tokens: None,
+        deadline_ms: None,
+        first_token_ms: None,
+        token_idle_ms: None,
+        continuation: None,
+        reasoning: Reasoning::Keep,
+        caller: None,
+        trace: TraceContext { traceparent: String::new(), correlation_id: String::new() },
+        digest: BodyDigest::new([0; 32]),
+    }
 }
 
-fn batch() -> TaskRequest {
-    TaskRequest { priority: Priority::Batch, ..task() }
+fn batch() -> TaskSpec {
+    TaskSpec { priority: Priority::Batch, ..task() }
 }
 
 fn node(name: &str) -> NodeId {
     NodeId::new(name).unwrap()
 }
 
-fn pinned_to(name: &str) -> TaskRequest {
+fn pinned_to(name: &str) -> TaskSpec {
     let json = format!(r#"{{"mode":"pin","node_id":"{name}"}}"#);
-    TaskRequest { placement: Some(serde_json::from_str(&json).unwrap()), ..task() }
+    TaskSpec { placement: Some(serde_json::from_str(&json).unwrap()), ..task() }
 }
 
-fn continued() -> TaskRequest {
-    TaskRequest { recovery: Recovery::Continue, ..task() }
+fn continued() -> TaskSpec {
+    TaskSpec { continuation: Some(ResumeMode::Append), ..task() }
 }
 
 fn code(answer: Result<TaskAccepted, ErrorBody>) -> Option<ErrorCode> {
@@ -358,7 +380,7 @@ fn one_start_in_eight_is_batch_while_both_wait() {
         b.end(b.last_dispatch().attempt, 1, HowEnded::Finished);
     }
     let batches: Vec<usize> =
-        (0..b.dispatches.len()).filter(|n| b.dispatches[*n].request.priority == Priority::Batch).collect();
+        (0..b.dispatches.len()).filter(|n| b.dispatches[*n].spec.priority == Priority::Batch).collect();
     assert_eq!(batches, vec![8, 16]);
 }
 
@@ -616,7 +638,7 @@ fn a_task_waits_no_longer_than_its_deadline() {
     let mut b = Bench::new();
     b.join("a", 1);
     b.submit(task()).1.unwrap();
-    let (id, _) = b.submit(TaskRequest { deadline_ms: Some(100), ..task() });
+    let (id, _) = b.submit(TaskSpec { deadline_ms: Some(100), ..task() });
     b.advance_to(99);
     assert!(b.terminal.is_empty());
     b.advance_to(100);
@@ -641,14 +663,15 @@ fn an_unknown_model_is_queued_for_one_node_timeout_after_the_start_and_refused_l
 fn the_same_task_id_attaches_with_the_same_body_and_conflicts_with_another() {
     let mut b = Bench::new();
     let id = TaskId(Uuid::from_u128(5));
-    let mut outcome = |request: TaskRequest| {
+    let mut outcome = |digest: u8| {
         let reply = b.reply();
-        b.apply(Event::Submit { reply, task_id: id, request: Arc::new(request) });
+        let spec = TaskSpec { task_id: id, digest: BodyDigest::new([digest; 32]), ..task() };
+        b.apply(Event::Submit { reply, spec: Arc::new(spec) });
         b.replies[&reply].clone()
     };
-    assert!(outcome(task()).is_ok());
-    assert!(outcome(task()).is_ok());
-    assert_eq!(outcome(batch()).unwrap_err().code, ErrorCode::TaskConflict);
+    assert!(outcome(1).is_ok());
+    assert!(outcome(1).is_ok());
+    assert_eq!(outcome(2).unwrap_err().code, ErrorCode::TaskConflict);
     assert_eq!(b.core.counters().submitted, 1);
 }
 

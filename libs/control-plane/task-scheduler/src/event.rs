@@ -5,13 +5,14 @@ use std::sync::Arc;
 use pool_registry_types::node::{
     Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, IntentOrder, RegisterAnswer, RegisterRequest,
 };
-use pool_registry_types::task::{ResumeMode, TaskAccepted, TaskRequest};
+use pool_registry_types::task::{ResumeMode, TaskAccepted};
 use pool_registry_types::view::ClusterChange;
 use pool_registry_types::{
     AttemptId, BootId, Epoch, ErrorBody, LogId, ModelRef, Moment, NodeId, PoolKey, ReplicaId, SessionId,
     TaskId,
 };
 use service_registry::ProbeOutcome;
+use task_stream::TaskSpec;
 
 use crate::attempts::{CloseReason, HowEnded};
 use crate::watch::AttemptDeadlines;
@@ -49,11 +50,10 @@ pub enum Event {
     Alive {
         node_id: NodeId,
     },
-    /// A checked request.
+    /// The facts of a checked request.
     Submit {
         reply: ReplyTo,
-        task_id: TaskId,
-        request: Arc<TaskRequest>,
+        spec: Arc<TaskSpec>,
     },
     Cancel {
         reply: ReplyTo,
@@ -202,5 +202,7 @@ pub struct Dispatch {
     pub deadlines: AttemptDeadlines,
     /// When the task must be over; absent without a `deadline_ms`.
     pub task_deadline: Option<Moment>,
-    pub request: Arc<TaskRequest>,
+    /// What the session's budget leaves, where the client set no bound on tokens.
+    pub max_tokens: Option<u32>,
+    pub spec: Arc<TaskSpec>,
 }

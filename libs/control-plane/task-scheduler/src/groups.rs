@@ -12,8 +12,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use multi_node_placement::{Eligible, PoolIndex, TaskShape};
 use pool_registry_types::engines::EngineSet;
 use pool_registry_types::placement::PlacementConstraints;
-use pool_registry_types::task::{Priority, TaskRequest};
+use pool_registry_types::task::Priority;
 use pool_registry_types::{ModelRef, PoolKey, TaskId};
+use task_stream::TaskSpec;
 
 /// What decides which pools may take a task that has had no try.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -27,17 +28,17 @@ pub(crate) struct Ask {
 }
 
 impl Ask {
-    /// `constraints` of the request may be left out.
+    /// `constraints` of the task may be left out.
     pub(crate) fn of(
-        request: &TaskRequest,
+        spec: &TaskSpec,
         with_constraints: bool,
         tried: &[PoolKey],
         lacking: &[PoolKey],
     ) -> Self {
         Self {
-            engines: request.engines(),
-            ctx: request.ctx,
-            constraints: request.placement.clone().filter(|_| with_constraints),
+            engines: spec.engines,
+            ctx: spec.ctx,
+            constraints: spec.placement.clone().filter(|_| with_constraints),
             tried: tried.to_vec(),
             lacking: lacking.to_vec(),
         }

@@ -3,9 +3,10 @@
 //! The table speaks of kinds, not of engines that run: an engine of a kind that embeds may serve
 //! a model that does not, and says so itself. What is not proven is not claimed.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use utoipa::ToSchema;
 
+use crate::newer;
 use crate::pool::EngineKind;
 
 /// The language of grammars that an engine takes.
@@ -147,6 +148,20 @@ impl EngineSet {
 impl FromIterator<EngineKind> for EngineSet {
     fn from_iter<I: IntoIterator<Item = EngineKind>>(engines: I) -> Self {
         Self(engines.into_iter().fold(0, |bits, engine| bits | Self::bit(engine)))
+    }
+}
+
+/// As a list of names.
+impl Serialize for EngineSet {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(EngineKind::ALL.into_iter().filter(|engine| self.contains(*engine)))
+    }
+}
+
+/// Kinds that this reader does not know are left out.
+impl<'de> Deserialize<'de> for EngineSet {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        newer::entries::<D, EngineKind>(deserializer).map(Self::from_iter)
     }
 }
 

@@ -20,6 +20,7 @@ pub mod routes;
 pub mod snapshot;
 pub mod sse;
 pub mod task;
+pub mod trace;
 pub mod view;
 
 pub use error::{ErrorBody, ErrorCode};

@@ -326,17 +326,6 @@ impl TaskRequest {
         able.filter(named).collect()
     }
 
-    /// Whether [`TaskRequest::engines`] is the same for both, by all that it depends on.
-    pub fn asks_for_the_same_engines(&self, other: &Self) -> bool {
-        let of = |task: &Self| {
-            let input = (task.workload, task.prompt.is_some(), task.messages.is_some());
-            let options =
-                (task.grammar.is_some(), task.seed.is_some(), task.top_k.is_some(), task.min_p.is_some());
-            (task.engine, input, options, task.continuation())
-        };
-        of(self) == of(other)
-    }
-
     /// The first field that engines of the kind cannot honour; nothing when they can do it all.
     pub fn lacks(&self, engine: EngineKind) -> Option<&'static str> {
         let can = capabilities(engine);

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use pool_registry_types::node::{Capabilities, Intent, IntentOrder, Liveness, RegisterRequest};
 use pool_registry_types::placement::Labels;
-use pool_registry_types::pool::PoolState;
-use pool_registry_types::task::{Determinism, Priority, Recovery, ResumeMode, TaskRequest};
+use pool_registry_types::pool::{EngineKind, PoolState};
+use pool_registry_types::task::{KvHint, Priority, Reasoning, ResumeMode};
+use pool_registry_types::trace::TraceContext;
 use pool_registry_types::view::ClusterChange;
 use pool_registry_types::{
     AttemptId, BootId, ErrorBody, ErrorCode, MachineId, ModelRef, Moment, NodeId, SessionId, TaskId,
@@ -17,6 +18,7 @@ use task_scheduler::{
     Answer, CloseReason, ControlCore, Counters, Dispatch, Effect, Event, HowEnded, Overdue, Policy,
     ProbeOutcome, ReplyTo, SessionPolicy, StreamWatch, TaskLog,
 };
+use task_stream::{BodyDigest, TaskSpec};
 use uuid::Uuid;
 
 use super::{Call, CallAnswer, Caller, Conn, Loads, Piece, What, World};

@@ -624,7 +624,7 @@ impl World {
             node_id: &dispatch.pool.node_id,
             boot_id: dispatch.boot_id,
             attempt: dispatch.attempt,
-            model: Some(&dispatch.request.model_ref),
+            model: Some(&dispatch.spec.model_ref),
             task: Some(dispatch.task),
             hint: None,
         };

@@ -68,18 +68,18 @@ impl ControlCore {
             |pool: &PoolKey| self.loads_asked.get(pool).is_some_and(|asked| asked.times >= UNANSWERED_LIMIT);
         for priority in lane.order() {
             // What was looked at for one task is so for the next that asks for the same.
-            let mut looked_at: Vec<&TaskRequest> = Vec::new();
+            let mut looked_at: Vec<&TaskSpec> = Vec::new();
             for id in lane.waiting(priority).take(MOST_WALKED) {
                 let Some(task) = self.tasks.get(&id) else { continue };
-                let Some(request) = task.request.as_deref() else { continue };
+                let Some(spec) = task.spec.as_deref() else { continue };
                 if task.tried.is_empty() {
-                    if looked_at.iter().any(|other| asks_for_the_same(request, other)) {
+                    if looked_at.iter().any(|other| asks_for_the_same(spec, other)) {
                         continue;
                     }
                     if looked_at.len() >= MOST_DIFFERENT {
                         break;
                     }
-                    looked_at.push(request);
+                    looked_at.push(spec);
                 }
                 let Some(shape) = self.shape(now, task, None) else { continue };
                 let ToLoad { best: Some(pool), under_way } = choose_to_load(&self.index, &shape, &unanswered)
@@ -123,16 +123,16 @@ impl ControlCore {
         let Some(lane) = self.queue.lane(model) else { return false };
         let waiting = lane.order().into_iter().flat_map(|priority| lane.waiting(priority));
         // Many that ask for the same must not hide the one that does not.
-        let mut looked_at: Vec<&TaskRequest> = Vec::new();
+        let mut looked_at: Vec<&TaskSpec> = Vec::new();
         waiting.take(MOST_WALKED).any(|id| {
             let Some(task) = self.tasks.get(&id) else { return false };
-            let Some(request) = task.request.as_deref() else { return false };
+            let Some(spec) = task.spec.as_deref() else { return false };
             if task.tried.is_empty() {
-                if looked_at.iter().any(|other| asks_for_the_same(request, other)) {
+                if looked_at.iter().any(|other| asks_for_the_same(spec, other)) {
                     return false;
                 }
                 if looked_at.len() < MOST_DIFFERENT {
-                    looked_at.push(request);
+                    looked_at.push(spec);
                 }
             }
             let verdict = self.shape(now, task, None).and_then(|shape| explain_one(&self.index, key, &shape));

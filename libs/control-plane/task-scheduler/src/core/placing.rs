@@ -37,11 +37,11 @@ impl ControlCore {
                 Next::Group(id, _) | Next::OnItsOwn(id) => id,
             };
             let Some(task) = self.tasks.get(&id) else { continue };
-            let Some(request) = task.request.as_deref() else { continue };
+            let Some(spec) = task.spec.as_deref() else { continue };
             if task.pinned_node().is_some_and(|node_id| !self.has_free_on(node_id)) {
                 continue;
             }
-            let spread = self.spread_of(task.session, request);
+            let spread = self.spread_of(task.session, spec);
             let Some(shape) = self.shape(now, task, spread.as_ref()) else { continue };
             if let Ok(choice) = choose(&self.index, &shape) {
                 return Some((id, choice.pool));
@@ -57,8 +57,8 @@ impl ControlCore {
         task: &'a Task,
         spread: Option<&'a Spread>,
     ) -> Option<TaskShape<'a>> {
-        let request = task.request.as_deref()?;
-        let shape = self.shape_of(request, task.session, spread);
+        let spec = task.spec.as_deref()?;
+        let shape = self.shape_of(spec, task.session, spread);
         let may_repeat = task.not_before <= now;
         let apart = task.suspect && self.enforces(Rule::SuspectsApart);
         let apart_from: &[PoolKey] = if apart { &self.suspects_at } else { &[] };
@@ -67,19 +67,19 @@ impl ControlCore {
 
     pub(super) fn shape_of<'a>(
         &'a self,
-        request: &'a TaskRequest,
+        spec: &'a TaskSpec,
         session: Option<SessionId>,
         spread: Option<&'a Spread>,
     ) -> TaskShape<'a> {
-        let warm = session.filter(|_| request.kv_hint == KvHint::Reuse);
+        let warm = session.filter(|_| spec.kv_hint == KvHint::Reuse);
         TaskShape {
-            engines: request.engines(),
-            ctx: request.ctx,
-            constraints: request.placement.as_ref().filter(|_| self.enforces(Rule::PinsHold)),
+            engines: spec.engines,
+            ctx: spec.ctx,
+            constraints: spec.placement.as_ref().filter(|_| self.enforces(Rule::PinsHold)),
             warm: warm.and_then(|session| self.sessions.warm_replica(session)).map(|place| &place.pool),
             spread,
             draw: self.draw(),
-            ..TaskShape::plain(&request.model_ref)
+            ..TaskShape::plain(&spec.model_ref)
         }
     }
 
@@ -89,9 +89,9 @@ impl ControlCore {
         pools.into_iter().any(|pool| pool.availability == Availability::Placeable && pool.has_free_slot())
     }
 
-    /// Where the running tasks of the session are, by the label that the request spreads by.
-    pub(super) fn spread_of(&self, session: Option<SessionId>, request: &TaskRequest) -> Option<Spread> {
-        let spread_by = request.placement.as_ref()?.spread_by.as_ref()?;
+    /// Where the running tasks of the session are, by the label that the task spreads by.
+    pub(super) fn spread_of(&self, session: Option<SessionId>, spec: &TaskSpec) -> Option<Spread> {
+        let spread_by = spec.placement.as_ref()?.spread_by.as_ref()?;
         let mut spread = Spread::new();
         for node_id in self.sessions.running_on(session?) {
             let value = self.registry.labels(node_id).and_then(|labels| labels.get(spread_by)).cloned();
@@ -117,7 +117,7 @@ impl ControlCore {
         let mut deadlines = self.deadlines(id);
         let at_the_log = self.enforces(Rule::ContinueAtTheLog);
         let Some(task) = self.tasks.get_mut(&id) else { return };
-        let Some(request) = task.request.clone() else { return };
+        let Some(spec) = task.spec.clone() else { return };
         let first_index = if at_the_log { task.sent } else { 0 };
         let resume = task.continuation.filter(|_| task.sent > 0);
         if resume == Some(ResumeMode::Replay) {
@@ -151,12 +151,13 @@ impl ControlCore {
             boot_id,
             first_index,
             resume,
-            warm_replica: warm_replica.filter(|_| request.kv_hint == KvHint::Reuse),
+            warm_replica: warm_replica.filter(|_| spec.kv_hint == KvHint::Reuse),
             attempt_number: task.dispatches,
             queue_wait_ms: waited,
             deadlines,
             task_deadline: task.deadline,
-            request,
+            max_tokens: task.budget_bound,
+            spec,
         })));
         self.counters.dispatched += 1;
         self.counters.continued += u64::from(resume.is_some());
@@ -199,12 +200,12 @@ impl ControlCore {
         if !self.enforces(Rule::AttemptDeadlines) {
             return AttemptDeadlines::UNBOUNDED;
         }
-        let asked = self.tasks.get(&id).and_then(|task| task.request.as_ref()?.timeouts).unwrap_or_default();
+        let spec = self.tasks.get(&id).and_then(|task| task.spec.as_deref());
         let or = |asked: Option<u64>, default: Duration| asked.map_or(default, Duration::from_millis);
         AttemptDeadlines {
             acceptance: ACCEPTANCE_TIMEOUT,
-            first_token: or(asked.first_token_ms, self.policy.first_token_timeout),
-            token_idle: or(asked.token_idle_ms, self.policy.token_idle_timeout),
+            first_token: or(spec.and_then(|spec| spec.first_token_ms), self.policy.first_token_timeout),
+            token_idle: or(spec.and_then(|spec| spec.token_idle_ms), self.policy.token_idle_timeout),
             silence: SILENCE_TIMEOUT,
         }
     }
@@ -219,6 +220,6 @@ impl ControlCore {
 }
 
 /// Whether two tasks that failed on no pool yet have the same eligible ones.
-pub(super) fn asks_for_the_same(a: &TaskRequest, b: &TaskRequest) -> bool {
-    a.asks_for_the_same_engines(b) && a.ctx == b.ctx && a.placement == b.placement
+pub(super) fn asks_for_the_same(a: &TaskSpec, b: &TaskSpec) -> bool {
+    a.engines == b.engines && a.ctx == b.ctx && a.placement == b.placement
 }

@@ -18,10 +18,10 @@ impl ControlCore {
     /// Milliseconds from dispatch to end that the task will take on the pool.
     fn service_ms(&self, pool: &PoolKey, id: TaskId) -> Option<f64> {
         let task = self.tasks.get(&id)?;
-        let request = task.request.as_ref()?;
+        let spec = task.spec.as_ref()?;
         let pools = self.index.get(pool).and_then(|pool| pool.ctx_max);
-        let ctx_max = request.ctx.into_iter().chain(pools).min();
-        let (estimate, bound) = (request.expected_tokens, request.max_tokens);
+        let ctx_max = spec.ctx.into_iter().chain(pools).min();
+        let (estimate, bound) = (spec.expected_tokens, spec.max_tokens.or(task.budget_bound));
         let tokens = self.paces.tokens(&task.model, estimate, bound, ctx_max)?;
         self.paces.service_ms(pool, &task.model, tokens)
     }
@@ -79,7 +79,8 @@ impl ControlCore {
         }
         for id in self.queue.lane(model).map(|lane| lane.in_order()).unwrap_or_default() {
             // Who asks for certain pools may wait for them while others are idle.
-            let has_constraints = |task: &Task| task.request.as_ref().is_some_and(|r| r.placement.is_some());
+            let has_constraints =
+                |task: &Task| task.spec.as_ref().is_some_and(|spec| spec.placement.is_some());
             if !self.tasks.get(&id).is_some_and(has_constraints) {
                 forecast.start(id, |pool| self.service_ms(pool, id));
             }

@@ -74,21 +74,21 @@ impl ControlCore {
     }
 
     /// What each pool says to a task that is known, or nothing for one that is not. Errors:
-    /// `NOT_FOUND` for one whose request is not kept any more.
+    /// `NOT_FOUND` for one that has ended.
     pub fn explain_task(&self, now: Moment, id: TaskId) -> Result<Explanation, ErrorBody> {
         let task = self.tasks.get(&id);
         let task = task.ok_or_else(|| ErrorBody::new(ErrorCode::NotFound, format!("no task {id}")))?;
-        let spread = task.request.as_ref().and_then(|request| self.spread_of(task.session, request));
+        let spread = task.spec.as_ref().and_then(|spec| self.spread_of(task.session, spec));
         let shape = self.shape(now, task, spread.as_ref()).ok_or_else(|| {
             ErrorBody::new(ErrorCode::NotFound, format!("task {id} has ended: its request is not kept"))
         })?;
         Ok(self.explanation(Some(id), &shape))
     }
 
-    /// The same for a request that nobody has submitted.
-    pub fn explain_request(&self, request: &TaskRequest) -> Explanation {
-        let spread = self.spread_of(request.session_id, request);
-        self.explanation(None, &self.shape_of(request, request.session_id, spread.as_ref()))
+    /// The same for a task that nobody has submitted.
+    pub fn explain_request(&self, spec: &TaskSpec) -> Explanation {
+        let spread = self.spread_of(spec.session_id, spec);
+        self.explanation(None, &self.shape_of(spec, spec.session_id, spread.as_ref()))
     }
 
     fn explanation(&self, task_id: Option<TaskId>, shape: &TaskShape<'_>) -> Explanation {

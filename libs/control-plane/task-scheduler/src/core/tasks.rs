@@ -11,13 +11,12 @@ impl ControlCore {
         &mut self,
         now: Moment,
         to: ReplyTo,
-        id: TaskId,
-        request: &Arc<TaskRequest>,
+        spec: Arc<TaskSpec>,
         effects: &mut Vec<Effect>,
     ) -> Option<(ReplyTo, TaskId)> {
-        let fingerprint = fingerprint(request);
+        let id = spec.task_id;
         if let Some(task) = self.tasks.get(&id) {
-            let answer = if task.fingerprint == fingerprint {
+            let answer = if task.digest == spec.digest {
                 self.counters.attached += 1;
                 Ok(Answer::Submitted(self.accepted_body(now, id, false)))
             } else {
@@ -27,9 +26,9 @@ impl ControlCore {
             effects.push(Effect::Reply { to, answer });
             return None;
         }
-        let admitted = self.admissible(now, request).and_then(|dropped| {
-            let allowed = match request.session_id {
-                Some(session) => self.sessions.admit(now, session, id, request.max_tokens)?,
+        let admitted = self.admissible(now, &spec).and_then(|dropped| {
+            let allowed = match spec.session_id {
+                Some(session) => self.sessions.admit(now, session, id, spec.max_tokens)?,
                 None => None,
             };
             Ok((dropped, allowed))
@@ -45,28 +44,26 @@ impl ControlCore {
         if let Some(victim) = dropped {
             self.drop_for_a_newer(now, victim, effects);
         }
-        let mut request = Arc::clone(request);
-        if let Some(allowed) = allowed.filter(|_| request.max_tokens.is_none()) {
-            let bound = Some(u32::try_from(allowed).unwrap_or(u32::MAX));
-            request = Arc::new(TaskRequest { max_tokens: bound, ..(*request).clone() });
-        }
+        let unbounded = allowed.filter(|_| spec.max_tokens.is_none());
+        let budget_bound = unbounded.map(|allowed| u32::try_from(allowed).unwrap_or(u32::MAX));
         self.counters.submitted += 1;
         self.ids_given += 1;
-        let deadline = request.deadline_ms.map(|left| now + Duration::from_millis(left));
+        let deadline = spec.deadline_ms.map(|left| now + Duration::from_millis(left));
         let log = LogId(self.next_id());
         let task = Task {
             log,
-            model: request.model_ref.clone(),
-            priority: request.priority,
+            model: spec.model_ref.clone(),
+            priority: spec.priority,
             sent: 0,
             unlogged: 0,
             engine_failures: Vec::new(),
             ran: Duration::ZERO,
             predicted_ms: None,
-            session: request.session_id,
-            continuation: request.continuation(),
-            request: Some(request),
-            fingerprint,
+            session: spec.session_id,
+            continuation: spec.continuation,
+            digest: spec.digest,
+            budget_bound,
+            spec: Some(spec),
             number: self.ids_given,
             admitted: now,
             last_dispatch: None,
@@ -92,12 +89,12 @@ impl ControlCore {
     }
 
     /// Whether the task may be queued, and which waiting one has to go for it.
-    fn admissible(&mut self, now: Moment, request: &TaskRequest) -> Result<Option<TaskId>, ErrorBody> {
-        let model = &request.model_ref;
+    fn admissible(&mut self, now: Moment, spec: &TaskSpec) -> Result<Option<TaskId>, ErrorBody> {
+        let model = &spec.model_ref;
         if self.draining {
             return Err(ErrorBody::new(ErrorCode::Draining, "the control plane is shutting down"));
         }
-        let pinned = request.placement.as_ref().and_then(|constraints| constraints.pinned_node());
+        let pinned = spec.placement.as_ref().and_then(|constraints| constraints.pinned_node());
         let first = pinned.filter(|_| self.enforces(Rule::PinBeforeLease));
         if let Some(refusal) = first.and_then(|node_id| self.pin_refusal(now, node_id)) {
             return Err(refusal);
@@ -108,7 +105,7 @@ impl ControlCore {
         if self.is_gone(now, model) && !waits {
             return Err(self.model_not_available(model));
         }
-        if let Some(refusal) = self.engine_refusal(now, request) {
+        if let Some(refusal) = self.engine_refusal(now, spec) {
             return Err(refusal);
         }
         if let Some(refusal) = pinned.and_then(|node_id| self.pin_refusal(now, node_id)) {
@@ -116,23 +113,23 @@ impl ControlCore {
         }
         let reject = |core: &mut Self, label: &str, message: String| {
             let mut error = ErrorBody::new(ErrorCode::AdmissionReject, message);
-            error.retry_after_ms = Some(core.backoff_ms(now, model, request.priority));
+            error.retry_after_ms = Some(core.backoff_ms(now, model, spec.priority));
             error.policy_label = Some(label.into());
             error
         };
         // Where a task asks for certain pools, the lane's forecast says little about it.
-        if let Some(deadline_ms) = request.deadline_ms.filter(|_| request.placement.is_none())
+        if let Some(deadline_ms) = spec.deadline_ms.filter(|_| spec.placement.is_none())
             && !self.index.has_free(model)
             // What could be loaded may be faster than the forecast, which knows nothing of it.
             && !self.index.has_loadable(model)
-            && let Some(start_ms) = self.next_start_ms(now, model, request.priority)
+            && let Some(start_ms) = self.next_start_ms(now, model, spec.priority)
             && start_ms > deadline_ms
         {
             let message =
                 format!("deadline_ms: {deadline_ms} cannot be met, the task would start after {start_ms} ms");
             return Err(reject(self, "deadline", message));
         }
-        if let Some(deadline_ms) = request.deadline_ms
+        if let Some(deadline_ms) = spec.deadline_ms
             && self.index.placeable(model).next().is_none()
             && let Some(estimate) = self.index.load_estimate_ms(model)
             && estimate > deadline_ms
@@ -141,13 +138,13 @@ impl ControlCore {
                 format!("deadline_ms: {deadline_ms} cannot be met, the model loads in {estimate} ms");
             return Err(reject(self, "deadline", message));
         }
-        if self.queue.depth(model, request.priority) < self.policy.admission_capacity {
+        if self.queue.depth(model, spec.priority) < self.policy.admission_capacity {
             return Ok(None);
         }
         let full = format!("the queue of {model} holds {} tasks", self.policy.admission_capacity);
         match self.policy.full_lane {
             FullLane::Reject => Err(reject(self, "reject", full)),
-            FullLane::DropLru => match self.longest_waiting(model, request.priority) {
+            FullLane::DropLru => match self.longest_waiting(model, spec.priority) {
                 Some(victim) => Ok(Some(victim)),
                 None => Err(reject(self, "drop-lru", full)),
             },
@@ -156,21 +153,20 @@ impl ControlCore {
 
     /// What every engine of the model lacks for the task: it would wait for nothing. While nodes may
     /// still come back, nothing is known of what they lack.
-    fn engine_refusal(&self, now: Moment, request: &TaskRequest) -> Option<ErrorBody> {
-        if now < self.grace_end() || EngineKind::ALL.iter().all(|engine| request.lacks(*engine).is_none()) {
+    fn engine_refusal(&self, now: Moment, spec: &TaskSpec) -> Option<ErrorBody> {
+        if now < self.grace_end() || spec.lacking.is_empty() {
             return None;
         }
-        let able = request.engines();
         let since = now.before(self.policy.timing.node_timeout);
         let mut lacking = None;
-        for engine in self.registry.engines_since(&request.model_ref, since) {
-            if able.contains(engine) {
+        for engine in self.registry.engines_since(&spec.model_ref, since) {
+            if spec.engines.contains(engine) {
                 return None;
             }
             lacking = Some(engine);
         }
         let engine = lacking?;
-        Some(unsupported(request.lacks(engine).unwrap_or("engine"), engine))
+        Some(unsupported(spec.lacks(engine).unwrap_or("engine"), engine))
     }
 
     /// The task of the lane that waits longest and has not run yet: what has begun is not dropped.
@@ -212,8 +208,8 @@ impl ControlCore {
         }
         let with_constraints = self.policy.switched_off != Some(Rule::PinsHold);
         // What has had a try waits for its own pause, or must keep apart from others.
-        let plain = task.request.as_deref().filter(|_| task.tries == 0 && !task.suspect);
-        let ask = plain.map(|request| Ask::of(request, with_constraints, &task.tried, &task.lacking));
+        let plain = task.spec.as_deref().filter(|_| task.tries == 0 && !task.suspect);
+        let ask = plain.map(|spec| Ask::of(spec, with_constraints, &task.tried, &task.lacking));
         self.queue.push(&task.model, task.priority, task.number, id, ask);
         self.dirty.insert(task.model.clone());
         self.touched.insert(id);
@@ -302,7 +298,7 @@ impl ControlCore {
     ) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         task.stage = Stage::Ended { at: now, state, error };
-        task.request = None;
+        task.spec = None;
         self.touched.insert(id);
         if let Some(session) = task.session {
             self.sessions.ended(now, session, id, task.sent.saturating_add(task.unlogged), task.ran);
@@ -327,13 +323,4 @@ impl ControlCore {
             effects.push(Effect::Forget { task: id });
         }
     }
-}
-
-/// The body's identity for a repeated `task_id`; equal for equal bodies in this process.
-fn fingerprint(request: &TaskRequest) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    serde_json::to_vec(&TaskRequest { task_id: None, ..request.clone() })
-        .expect("a task request is always JSON")
-        .hash(&mut hasher);
-    hasher.finish()
 }

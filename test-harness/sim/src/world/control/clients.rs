@@ -15,21 +15,34 @@ impl World {
             self.coverage.hit("task: submitted twice");
         }
         let model = ModelRef::new(&format!("m{}", plan.model)).expect("a valid model");
-        let request = TaskRequest {
+        let mut digest = [0; 32];
+        digest[..16].copy_from_slice(id.0.as_bytes());
+        let spec = TaskSpec {
+            task_id: id,
+            model_ref: model,
+            engines: EngineKind::ALL.into_iter().collect(),
+            lacking: Vec::new(),
+            ctx: None,
             priority: if plan.batch { Priority::Batch } else { Priority::Interactive },
-            deadline_ms: plan.deadline_ms,
+            placement: plan.constraints,
             session_id: plan.session.map(|session| SessionId(Uuid::from_u128(session))),
-            recovery: if plan.recovery.is_some() { Recovery::Continue } else { Recovery::Fail },
-            determinism: match plan.recovery {
-                Some(Replays::FromTheStart) => Determinism::Strict,
-                _ => Determinism::BestEffort,
-            },
-            seed: plan.recovery.map(|_| 1),
-            placement: plan.constraints.clone(),
-            ..TaskRequest::completion(model, "x")
+            kv_hint: KvHint::Reuse,
+            max_tokens: None,
+            expected_tokens: None,
+            deadline_ms: plan.deadline_ms,
+            first_token_ms: None,
+            token_idle_ms: None,
+            continuation: plan.recovery.map(|replays| match replays {
+                Replays::FromTheStart => ResumeMode::Replay,
+                Replays::FromTheEnd => ResumeMode::Append,
+            }),
+            reasoning: Reasoning::Keep,
+            caller: None,
+            trace: TraceContext { traceparent: String::new(), correlation_id: id.to_string() },
+            digest: BodyDigest::new(digest),
         };
         let reply = self.reply_to(To::Client(id));
-        self.apply(Event::Submit { reply, task_id: id, request: Arc::new(request) });
+        self.apply(Event::Submit { reply, spec: Arc::new(spec) });
     }
 
     // ---- operators ----

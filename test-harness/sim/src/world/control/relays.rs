@@ -14,8 +14,7 @@ impl World {
             Some(ResumeMode::Replay) => self.coverage.hit("task: replayed"),
             None => {}
         }
-        if dispatch.request.placement.as_ref().is_some_and(|constraints| constraints.pinned_node().is_some())
-        {
+        if dispatch.spec.placement.as_ref().is_some_and(|constraints| constraints.pinned_node().is_some()) {
             self.coverage.hit("task: pinned");
         }
         if dispatch.warm_replica.is_some() {
