@@ -211,7 +211,7 @@ async fn pools(State(node): State<Node>) -> Json<NodePools> {
         gpus: node.agent.gpus(),
         intent: node.agent.intent(),
         handoff_problems: node.agent.problems(),
-        pools_file_problem: node.supervision.as_ref().and_then(|own| own.file_problem()),
+        pools_file_problem: node.own.file_problem(),
     })
 }
 
@@ -234,7 +234,7 @@ async fn drain(
     Body(drain): Body<PoolDrain>,
 ) -> Ordered {
     drain.check()?;
-    Ok((StatusCode::ACCEPTED, Json(node.agent.order_drain(&id, drain)?)))
+    Ok((StatusCode::ACCEPTED, Json(node.own.order_drain(&id, drain)?)))
 }
 
 /// The pool takes work again.
@@ -245,7 +245,7 @@ async fn reload(
     PathId(id): PathId<PoolId>,
     Body(reload): Body<PoolReload>,
 ) -> Ordered {
-    Ok((StatusCode::ACCEPTED, Json(node.agent.order_reload(&id, &reload)?)))
+    Ok((StatusCode::ACCEPTED, Json(node.own.order_reload(&id, &reload)?)))
 }
 
 /// Ends the engines that this node has started, and removes what is named.
@@ -256,14 +256,14 @@ async fn purge(
     PathId(id): PathId<PoolId>,
     Body(purge): Body<PoolPurge>,
 ) -> Ordered {
-    Ok((StatusCode::ACCEPTED, Json(node.agent.order_purge(&id, purge)?)))
+    Ok((StatusCode::ACCEPTED, Json(node.own.order_purge(&id, purge)?)))
 }
 
 /// A task waits for a pool that is `loadable`: its engines are started, and others make room.
 #[utoipa::path(post, path = paths::POOL_LOAD, params(("pool_id" = PoolId, Path)),
     responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 async fn load(State(node): State<Node>, PathId(id): PathId<PoolId>) -> Ordered {
-    Ok((StatusCode::ACCEPTED, Json(node.agent.order_load(&id)?)))
+    Ok((StatusCode::ACCEPTED, Json(node.own.order_load(&id)?)))
 }
 
 /// What the operator wants of this node from now on; written down when the answer comes.

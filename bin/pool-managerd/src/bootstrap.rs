@@ -9,7 +9,6 @@ use daemon_kit::connections::Counts;
 use daemon_kit::front::{Front, FrontError, Shown};
 use daemon_kit::serve;
 use handoff_watcher::{HandoffWatcher, watch::WatchError};
-use node_agent::supervisor::Supervision;
 use node_agent::{Agent, Identity, IntentFile, gpu};
 use node_registration::HttpControlPlane;
 use pool_registry_types::BootId;
@@ -66,9 +65,14 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let watcher =
         HandoffWatcher::new(&config.runtime_dir, config.engine_hosts.clone(), config.watch_interval)?;
     let (changes, watching) = watcher.start(&loops, stop.clone());
-    let supervision = config.supervision.as_ref();
-    let supervise = |own| Supervision::start(&agent, registry::supervision(&config, own), seed);
-    let supervision = supervision.map(supervise).transpose().map_err(|_| StartError::Client)?;
+    let own = match &config.supervision {
+        None => node_agent::Node::new(Arc::clone(&agent)),
+        Some(supervised) => {
+            let settings = registry::supervision(&config, supervised);
+            node_agent::Node::with_engines(Arc::clone(&agent), settings, seed)
+                .map_err(|_| StartError::Client)?
+        }
+    };
     agent.follow_handoffs(changes);
     agent.watch_gpus(gpus);
     let session = match &config.control_plane {
@@ -85,7 +89,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let counts = Arc::new(Counts::default());
     let node = Node {
         agent: Arc::clone(&agent),
-        supervision: supervision.clone(),
+        own: own.clone(),
         alone: session.is_none(),
         tokens: config.shared.tokens.clone(),
         connections: Arc::clone(&counts),
@@ -99,11 +103,11 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         origins: Vec::new(),
     };
     let beside = TaskTracker::new();
-    let (tokens, own, ended) = (config.shared.tokens.clone(), Arc::clone(&agent), stop.clone());
+    let (tokens, reported, ended) = (config.shared.tokens.clone(), Arc::clone(&agent), stop.clone());
     let telling = move || {
-        let own = Arc::clone(&own);
+        let reported = Arc::clone(&reported);
         tokens.clone().notify_changes(ended.clone(), move || {
-            own.tokens_changed();
+            reported.tokens_changed();
             std::future::ready(())
         })
     };
@@ -114,10 +118,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
 
     serve::stop_signal().await;
     tracing::info!("stopping: no new work");
-    agent.drain_and_leave(config.shared.shutdown_grace).await;
-    if let Some(supervision) = &supervision {
-        supervision.stop().await;
-    }
+    own.drain_and_leave(config.shared.shutdown_grace).await;
     if let Some(session) = session
         && tokio::time::timeout(LEAVE_TIMEOUT, session).await.is_err()
     {

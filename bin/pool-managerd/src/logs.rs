@@ -46,7 +46,7 @@ pub(crate) async fn logs(
     which: Result<Query<Which>, QueryRejection>,
 ) -> Result<Response, ApiError> {
     let Query(which) = which.map_err(|bad| ApiError::new(ErrorCode::InvalidParams, bad.body_text()))?;
-    let logs = node.supervision.as_ref().map(|own| own.logs(&id)).unwrap_or_default();
+    let logs = node.own.logs(&id);
     let path = match (&which.replica_id, logs.len()) {
         (_, 0) => Err(ApiError::new(ErrorCode::NotFound, format!("no engine of pool {id} has written here"))),
         (Some(replica), _) => logs.get(replica.as_str()).cloned().ok_or_else(|| {

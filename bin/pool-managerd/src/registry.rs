@@ -11,6 +11,7 @@ pub(crate) fn supervision(config: &Config, own: &Supervised) -> Settings {
     Settings {
         pools: own.pools.clone(),
         runtime_dir: config.runtime_dir.clone(),
+        engine_hosts: config.engine_hosts.clone(),
         models_dir: config.models_dir.clone(),
         packages_dir: own.packages_dir.clone(),
         logs_dir: own.logs_dir.clone(),

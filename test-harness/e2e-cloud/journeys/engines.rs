@@ -564,7 +564,7 @@ async fn an_engine_that_announces_itself_outlives_a_change_of_its_entry() {
 
 // CLOUD-2438
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_handoff_file_that_cannot_be_written_is_written_when_it_can() {
+async fn an_engine_serves_while_its_handoff_file_cannot_be_written_which_is_done_when_it_can() {
     let cluster = Cluster::without_nodes(Options {
         nodes: 1,
         engine: Engine::None,
@@ -578,9 +578,10 @@ async fn a_handoff_file_that_cannot_be_written_is_written_when_it_can() {
     cluster.add_node(0);
     let log = || std::fs::read_to_string(cluster.log("gpu-node-1")).unwrap_or_default();
     eventually("it says so", MINUTE, || async { log().contains("is not written").then_some(()) }).await;
-    std::fs::remove_dir_all(&in_its_place).unwrap();
     wait_state(&cluster, "pool-a", "ready", Duration::from_secs(15)).await;
     assert!(run(&cluster, "m-a", 8).await.completed());
+    std::fs::remove_dir_all(&in_its_place).unwrap();
+    eventually("it is written", MINUTE, || async { handoff(&cluster, "pool-a") }).await;
     assert_eq!(log().matches("is not written").count(), 1, "it is said once");
 }
 

@@ -56,7 +56,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let catalog = Arc::new(Catalog::open(&config.data_dir)?);
     let home = (!config.cloud_profile).then(|| Home::new(interval, &config.runtime_dir, front.loops.clone()));
     let link = match &home {
-        Some(home) => NodeLink::Local(Arc::clone(&home.agent)),
+        Some(home) => NodeLink::Local(home.node.clone()),
         None => NodeLink::Http(Box::new(HttpLink::new(&front.tls.client, tokens.clone())?)),
     };
     let streams = Arc::new(Streams::new(config.event_log_bytes));

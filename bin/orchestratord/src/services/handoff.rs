@@ -4,12 +4,11 @@
 //! loop where the network would be. The core cannot tell the difference.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use handoff_watcher::watch::WatchError;
 use handoff_watcher::{EngineHosts, HandoffWatcher};
-use node_agent::{Agent, Identity, IntentFile, gpu};
+use node_agent::{Agent, Identity, IntentFile, Node, gpu};
 use node_registration::{CallError, ControlPlane};
 use owned_tasks::Loops;
 use pool_registry_types::node::{Capabilities, Heartbeat, HeartbeatAnswer, RegisterAnswer, RegisterRequest};
@@ -31,13 +30,13 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// The local machine as a node.
 #[derive(Debug)]
 pub(crate) struct Home {
-    pub(crate) agent: Arc<Agent>,
+    pub(crate) node: Node,
 }
 
 /// The tasks of a running home node.
 #[derive(Debug)]
 pub(crate) struct Running {
-    agent: Arc<Agent>,
+    node: Node,
     session: JoinHandle<()>,
     watching: JoinHandle<()>,
     stop: CancellationToken,
@@ -63,31 +62,32 @@ impl Home {
         let identity = Identity { capabilities, ..identity };
         let agent = Agent::new(identity, interval, boot_id.0.as_u64_pair().0, intent_file, loops);
         agent.watch_gpus(gpus);
-        Self { agent }
+        Self { node: Node::new(agent) }
     }
 
     /// Watches the runtime directory and joins the control loop.
     pub(crate) fn start(&self, runtime_dir: &Path, control: Control) -> Result<Running, WatchError> {
         let stop = CancellationToken::new();
         let watcher = HandoffWatcher::new(runtime_dir, EngineHosts::default(), WATCH_INTERVAL)?;
-        let (changes, watching) = watcher.start(self.agent.loops(), stop.clone());
-        self.agent.follow_handoffs(changes);
-        let session = self.agent.keep_session(InProcess { control });
-        Ok(Running { agent: Arc::clone(&self.agent), session, watching, stop })
+        let agent = self.node.agent();
+        let (changes, watching) = watcher.start(agent.loops(), stop.clone());
+        agent.follow_handoffs(changes);
+        let session = agent.keep_session(InProcess { control });
+        Ok(Running { node: self.node.clone(), session, watching, stop })
     }
 }
 
 impl Running {
     /// Takes no new work, lets what runs finish for `grace`, leaves.
     pub(crate) async fn leave(self, grace: Duration) {
-        self.agent.drain_and_leave(grace).await;
+        self.node.drain_and_leave(grace).await;
         // The control loop answers in process; the bound is for the case that it is gone.
         let left = tokio::time::timeout(Duration::from_secs(1), self.session).await;
         if left.is_err() {
             tracing::warn!("the home node could not deregister");
         }
         self.stop.cancel();
-        self.agent.stop().await;
+        self.node.agent().stop().await;
         // A look at a dead mount may never end.
         let _ = tokio::time::timeout(Duration::from_secs(1), self.watching).await;
     }

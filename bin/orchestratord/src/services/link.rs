@@ -2,7 +2,6 @@
 //! process in the home profile.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,7 +14,7 @@ use hyper::header::{self, HeaderValue};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use node_agent::Agent;
+use node_agent::Node;
 use pool_registry_types::node::{IntentOrder, LiveAnswer};
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
 use pool_registry_types::routes::{self, headers};
@@ -54,7 +53,7 @@ pub(crate) struct Taken {
 pub(crate) enum NodeLink {
     Http(Box<HttpLink>),
     /// The home profile's one node.
-    Local(Arc<Agent>),
+    Local(Node),
 }
 
 impl NodeLink {
@@ -66,12 +65,12 @@ impl NodeLink {
         resume: Option<Resume>,
     ) -> Result<Taken, HowEnded> {
         let body = AttemptBody::new(dispatch, payload, resume.as_ref());
-        let agent = match self {
+        let node = match self {
             Self::Http(http) => return http.infer(dispatch, body).await,
-            Self::Local(agent) => agent,
+            Self::Local(node) => node,
         };
         let request = body.read().map_err(|error| HowEnded::OwnDefect(error.to_string()))?;
-        match agent.infer(&dispatch.pool.pool_id, request, Some(&dispatch.spec.trace.traceparent)) {
+        match node.agent().infer(&dispatch.pool.pool_id, request, Some(&dispatch.spec.trace.traceparent)) {
             Ok(inference) => Ok(Taken {
                 replica_id: inference.replica_id,
                 report_seq: inference.report_seq,
@@ -92,7 +91,7 @@ impl NodeLink {
                     Err(error) => Err(error),
                 }
             }
-            Self::Local(agent) => match agent.take_intent(order.clone()).await {
+            Self::Local(node) => match node.agent().take_intent(order.clone()).await {
                 Ok(true) => Ok(()),
                 Ok(false) => Err("it has registered anew".into()),
                 Err(error) => Err(error.to_string()),
@@ -110,12 +109,12 @@ impl NodeLink {
     ) -> Result<PoolOrdered, ErrorBody> {
         let http = match self {
             Self::Http(http) => http,
-            Self::Local(agent) => {
+            Self::Local(node) => {
                 return match order {
-                    PoolOrder::Drain(drain) => agent.order_drain(pool_id, *drain),
-                    PoolOrder::Reload(reload) => agent.order_reload(pool_id, reload),
-                    PoolOrder::Purge(purge) => agent.order_purge(pool_id, *purge),
-                    PoolOrder::Load => agent.order_load(pool_id),
+                    PoolOrder::Drain(drain) => node.order_drain(pool_id, *drain),
+                    PoolOrder::Reload(reload) => node.order_reload(pool_id, reload),
+                    PoolOrder::Purge(purge) => node.order_purge(pool_id, *purge),
+                    PoolOrder::Load => node.order_load(pool_id),
                 };
             }
         };
@@ -143,8 +142,8 @@ impl NodeLink {
     pub(crate) async fn probe(&self, address: &str, authorized: bool) -> ProbeOutcome {
         match self {
             Self::Http(http) => http.probe(address, authorized).await,
-            Self::Local(agent) => {
-                let identity = agent.identity();
+            Self::Local(node) => {
+                let identity = node.agent().identity();
                 let live = LiveAnswer { node_id: identity.node_id, boot_id: identity.boot_id };
                 ProbeOutcome::Answered { live, authorized: authorized.then_some(Ok(())) }
             }

@@ -3,33 +3,35 @@
 //! The core stands behind a mutex that is held for microseconds and never across an await:
 //! accepting an attempt and ending it are two short critical sections, without a task switch.
 
-use std::collections::{BTreeMap, HashMap};
+mod handoffs;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use handoff_watcher::{Change, Handoff, HandoffName};
+use handoff_watcher::{Handoff, HandoffName};
 use node_core::{
     BeatFailure, BindError, Busy, Declared, Identity, NodeCore, NodeEffect, Readiness, ReplicaSpec, Session,
 };
 use node_registration::{CallError, ControlPlane};
-use owned_tasks::{Loops, Panicked, blocking, caught};
+use owned_tasks::{Loops, blocking, caught};
 use parking_lot::Mutex;
 use pool_registry_types::node::{GpuHealth, GpuReport, Intent, IntentOrder, StagedModel};
 use pool_registry_types::pool::{EngineKind, PoolReport};
 use pool_registry_types::{AttemptId, Moment, PoolId, ReplicaId};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::handoffs::Announced;
 use crate::engines::{ApiKey, Endpoint, EngineClient};
 use crate::gpu::{self, GpuWatch};
 use crate::guard::processes;
 use crate::intent::IntentFile;
 use crate::models::Models;
 use crate::replica;
-use crate::supervisor::Supervision;
 
 /// Pause between two looks at the GPUs.
 const LOOK_AT_GPUS_EVERY: Duration = Duration::from_secs(5);
@@ -51,8 +53,8 @@ pub struct NodeCounters {
 /// A handoff that is watched.
 #[derive(Debug)]
 struct Watched {
+    handoff: Handoff,
     stop: CancellationToken,
-    pid: Option<u32>,
     /// Told when the engine is to be looked at now.
     look: Arc<Notify>,
     /// What its engine asks for.
@@ -70,9 +72,10 @@ pub struct Agent {
     slot_watchers: Mutex<BTreeMap<HandoffName, Arc<Notify>>>,
     pub(crate) cancels: Mutex<HashMap<AttemptId, CancellationToken>>,
     replicas: Mutex<BTreeMap<HandoffName, Watched>>,
-    /// What the handoff files say that are there.
-    announced: Mutex<BTreeMap<HandoffName, Handoff>>,
-    problems: Mutex<BTreeMap<String, String>>,
+    announced: Mutex<Announced>,
+    /// What is wrong with handoff files, and with engines that cannot be bound.
+    file_problems: Mutex<BTreeMap<String, String>>,
+    binding_problems: Mutex<BTreeMap<HandoffName, String>>,
     intent_file: IntentFile,
     taking_intent: tokio::sync::Mutex<()>,
     pub(crate) counters: Mutex<NodeCounters>,
@@ -87,7 +90,8 @@ pub struct Agent {
     gpu_faults: Mutex<BTreeMap<u32, u64>>,
     /// An engine that this node has started has ended.
     pub(crate) engine_has_ended: Notify,
-    supervision: OnceLock<Weak<Supervision>>,
+    /// The pools for which tasks wait, as the control plane has named them last.
+    waited_for: watch::Sender<BTreeSet<PoolId>>,
 }
 
 impl Agent {
@@ -111,8 +115,9 @@ impl Agent {
             slot_watchers: Mutex::new(BTreeMap::new()),
             cancels: Mutex::new(HashMap::new()),
             replicas: Mutex::new(BTreeMap::new()),
-            announced: Mutex::new(BTreeMap::new()),
-            problems: Mutex::new(BTreeMap::new()),
+            announced: Mutex::default(),
+            file_problems: Mutex::default(),
+            binding_problems: Mutex::default(),
             counters: Mutex::new(NodeCounters::default()),
             tracker: TaskTracker::new(),
             loops,
@@ -121,7 +126,7 @@ impl Agent {
             look_at_gpus: Notify::new(),
             gpu_faults: Mutex::default(),
             engine_has_ended: Notify::new(),
-            supervision: OnceLock::new(),
+            waited_for: watch::Sender::default(),
         })
     }
 
@@ -139,101 +144,6 @@ impl Agent {
     }
 
     // ---- replicas ----
-
-    /// Takes the changes of the runtime directory in until the watcher ends, or this agent stops. A
-    /// file whose change cannot be taken has that for a problem until it changes again.
-    pub fn follow_handoffs(self: &Arc<Self>, changes: mpsc::Receiver<Change>) {
-        let (agent, changes) = (Arc::clone(self), Arc::new(tokio::sync::Mutex::new(changes)));
-        let make = move || {
-            let (agent, changes) = (Arc::clone(&agent), Arc::clone(&changes));
-            async move {
-                let mut changes = changes.lock().await;
-                loop {
-                    let change = tokio::select! {
-                        () = agent.stop.cancelled() => return,
-                        change = changes.recv() => change,
-                    };
-                    let Some(change) = change else { return };
-                    let file = change.file().to_owned();
-                    let taking = caught("change of a handoff", async { agent.on_handoff(change) });
-                    if let Err(panicked) = taking.await {
-                        agent.problems.lock().insert(file, panicked.to_string());
-                    }
-                }
-            }
-        };
-        self.loops.start(&self.tracker, "handoffs", &self.stop, make);
-    }
-
-    /// Takes a change of the runtime directory in.
-    fn on_handoff(self: &Arc<Self>, change: Change) {
-        match change {
-            Change::Bound { file, handoff } => {
-                tracing::info!(file, pool_id = %handoff.pool_id, replica_id = %handoff.replica_id, "handoff seen");
-                self.problems.lock().remove(&file);
-                let mut announced = self.announced.lock();
-                announced.insert(handoff.name(), handoff.clone());
-                self.watch_replica(handoff);
-            }
-            Change::Unbound { file, handoff } => {
-                tracing::info!(file, pool_id = %handoff.pool_id, replica_id = %handoff.replica_id, "handoff gone");
-                let mut announced = self.announced.lock();
-                announced.remove(&handoff.name());
-                {
-                    let mut replicas = self.replicas.lock();
-                    if let Some(watched) = replicas.remove(&handoff.name()) {
-                        watched.stop.cancel();
-                    }
-                }
-                self.set_binding_problem(&handoff.name(), None);
-                self.unbind(&handoff.pool_id, &handoff.replica_id);
-            }
-            Change::Faulty { file, fault } => {
-                tracing::warn!(file, reason = %fault, "a handoff binds nothing");
-                self.problems.lock().insert(file, fault.to_string());
-            }
-            Change::Cleared { file } => {
-                self.problems.lock().remove(&file);
-            }
-        }
-    }
-
-    fn watch_replica(self: &Arc<Self>, handoff: Handoff) {
-        let (stop, look) = (self.stop.child_token(), Arc::new(Notify::new()));
-        {
-            let mut replicas = self.replicas.lock();
-            let watched =
-                Watched { stop: stop.clone(), pid: handoff.pid, look: Arc::clone(&look), key: None };
-            if let Some(before) = replicas.insert(handoff.name(), watched) {
-                before.stop.cancel();
-                // What the old words bound serves nothing until the new ones are proven.
-                let readiness = Readiness::Failed("its handoff was rewritten".into());
-                self.observed(&handoff.pool_id, &handoff.replica_id, readiness);
-            }
-        }
-        let (agent, name) = (Arc::clone(self), handoff.name());
-        let (watcher, ended) = (Arc::clone(self), stop.clone());
-        let make =
-            move || replica::watch(Arc::clone(&watcher), handoff.clone(), ended.clone(), Arc::clone(&look));
-        let gone = stop.clone();
-        // What a new watch sees is told by itself.
-        let send = move |panicked: Option<&Panicked>| {
-            if let Some(panicked) = panicked {
-                agent.watch_failed(&gone, &name, panicked);
-            }
-        };
-        owned_tasks::start(&self.tracker, "watch of a replica", &stop, make, send);
-    }
-
-    /// Nobody looks at the replica: it gets nothing until somebody does.
-    fn watch_failed(&self, stop: &CancellationToken, name: &HandoffName, panicked: &Panicked) {
-        let HandoffName { pool_id, replica_id } = name;
-        tracing::error!(%pool_id, %replica_id, "the replica is not ready: its watch has panicked");
-        self.observed_unless(stop, pool_id, replica_id, Readiness::Failed(panicked.to_string()));
-        if !stop.is_cancelled() {
-            self.set_binding_problem(name, Some(panicked.to_string()));
-        }
-    }
 
     /// The engine's key, as it was read at the last look.
     pub(crate) fn set_key(&self, name: &HandoffName, key: Option<ApiKey>) {
@@ -260,24 +170,11 @@ impl Agent {
         }
     }
 
-    /// Binds replicas of the pool again that were withdrawn while their handoff files stayed what
-    /// they were.
-    pub(crate) fn bind_announced(self: &Arc<Self>, pool_id: &PoolId) {
-        // Held all the while: no file comes or goes between the look and the watch.
-        let announced = self.announced.lock();
-        for handoff in announced.values().filter(|handoff| handoff.pool_id == *pool_id) {
-            let watched = self.replicas.lock().contains_key(&handoff.name());
-            if !watched {
-                self.watch_replica(handoff.clone());
-            }
-        }
-    }
-
     pub(crate) fn set_binding_problem(&self, name: &HandoffName, problem: Option<String>) {
-        let file = format!("{name}.json");
+        let mut problems = self.binding_problems.lock();
         match problem {
-            Some(problem) => self.problems.lock().insert(file, problem),
-            None => self.problems.lock().remove(&file),
+            Some(problem) => problems.insert(name.clone(), problem),
+            None => problems.remove(name),
         };
     }
 
@@ -383,28 +280,11 @@ impl Agent {
         self.change(|core, now| core.unbind(now, pool_id, replica_id));
     }
 
-    /// The replica takes nothing new from now on, whatever its handoff file says.
-    pub(crate) fn withdraw(&self, pool_id: &PoolId, replica_id: &ReplicaId) {
-        let name = HandoffName { pool_id: pool_id.clone(), replica_id: replica_id.clone() };
-        {
-            let mut replicas = self.replicas.lock();
-            if let Some(watched) = replicas.remove(&name) {
-                watched.stop.cancel();
-            }
-        }
-        self.set_binding_problem(&name, None);
-        self.unbind(pool_id, replica_id);
-    }
-
     // ---- engines that this node runs itself ----
 
-    pub(crate) fn set_supervision(&self, supervision: &Arc<Supervision>) {
-        // There is one for the life of an agent.
-        let _ = self.supervision.set(Arc::downgrade(supervision));
-    }
-
-    pub(crate) fn supervision(&self) -> Option<Arc<Supervision>> {
-        self.supervision.get()?.upgrade()
+    /// The pools for which tasks wait at the control plane, whenever it names them.
+    pub(crate) fn waited_for(&self) -> watch::Receiver<BTreeSet<PoolId>> {
+        self.waited_for.subscribe()
     }
 
     pub(crate) fn declare(&self, declared: BTreeMap<PoolId, Declared>) {
@@ -545,9 +425,8 @@ impl Agent {
                     });
                 }
                 NodeEffect::Waiting(pools) => {
-                    if let Some(supervision) = self.supervision() {
-                        supervision.waiting(pools);
-                    }
+                    // Where this node runs no engines nobody listens.
+                    self.waited_for.send_replace(pools.into_iter().collect());
                 }
                 NodeEffect::Register(_) | NodeEffect::Heartbeat(_) | NodeEffect::Deregister(_) => {
                     unreachable!("calls are made one at a time, when they are due")
@@ -604,7 +483,7 @@ impl Agent {
     // ---- stopping ----
 
     /// Takes no new work, lets what runs finish for `grace`, leaves the cluster.
-    pub async fn drain_and_leave(&self, grace: Duration) {
+    pub(crate) async fn drain_and_leave(&self, grace: Duration) {
         self.change(NodeCore::drain);
         let finished = async {
             while self.core.lock().running_count() > 0 {
@@ -650,7 +529,8 @@ impl Agent {
                 () = self.stop.cancelled() => return,
                 readings = watch.look(GPU_PATIENCE) => readings,
             };
-            let engines: Vec<u32> = self.replicas.lock().values().filter_map(|watched| watched.pid).collect();
+            let engines: Vec<u32> =
+                self.replicas.lock().values().filter_map(|watched| watched.handoff.pid).collect();
             let is_ours = |pid: u32| processes::belongs_to(pid, &engines);
             let gpus: Vec<GpuReport> =
                 readings.iter().map(|reading| gpu::report(reading, &is_ours)).collect();
@@ -675,7 +555,7 @@ impl Agent {
 
     /// No new work on the pool; what still runs after `grace` is ended. Returns whether there is
     /// such a pool.
-    pub fn drain_pool(self: &Arc<Self>, pool_id: &PoolId, grace: Option<Duration>) -> bool {
+    pub(crate) fn drain_pool(self: &Arc<Self>, pool_id: &PoolId, grace: Option<Duration>) -> bool {
         let known = self.change(|core, now| core.drain_pool(now, pool_id, grace.map(|grace| now + grace)));
         if let Some(grace) = grace.filter(|_| known) {
             let agent = Arc::clone(self);
@@ -695,7 +575,7 @@ impl Agent {
     }
 
     /// The pool takes work again. Returns whether there is such a pool.
-    pub fn reopen_pool(&self, pool_id: &PoolId) -> bool {
+    pub(crate) fn reopen_pool(&self, pool_id: &PoolId) -> bool {
         self.change(|core, now| core.reopen_pool(now, pool_id))
     }
 
@@ -784,7 +664,10 @@ impl Agent {
 
     /// Handoff files that bind nothing, and why.
     pub fn problems(&self) -> BTreeMap<String, String> {
-        self.problems.lock().clone()
+        let mut problems = self.file_problems.lock().clone();
+        let binding = self.binding_problems.lock();
+        problems.extend(binding.iter().map(|(name, problem)| (format!("{name}.json"), problem.clone())));
+        problems
     }
 }
 

@@ -1,16 +1,18 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use handoff_watcher::Fault;
+use handoff_watcher::{Change, Fault};
+use owned_tasks::Panicked;
 use pool_registry_types::node::{Capabilities, Heartbeat, HeartbeatAnswer, RegisterAnswer, RegisterRequest};
 use pool_registry_types::placement::Labels;
 use pool_registry_types::{BootId, Epoch, MachineId, ModelRef, NodeId};
+use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use super::*;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-fn agent(folder: &tempfile::TempDir) -> Arc<Agent> {
+pub(super) fn agent(folder: &tempfile::TempDir) -> Arc<Agent> {
     let node_id = NodeId::new("a").unwrap();
     let intent_file = IntentFile::new(folder.path(), &node_id);
     let identity = Identity {
@@ -25,7 +27,7 @@ fn agent(folder: &tempfile::TempDir) -> Arc<Agent> {
     Agent::new(identity, Duration::from_secs(10), 1, intent_file, Loops::default())
 }
 
-async fn until(what: &str, is: impl Fn() -> bool) {
+pub(super) async fn until(what: &str, is: impl Fn() -> bool) {
     let waiting = async {
         while !is() {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -123,4 +125,18 @@ async fn what_follows_the_handoffs_ends_with_the_agent_while_the_watcher_lives()
     until("it is taken", || agent.problems().contains_key("p-r0.json")).await;
     agent.stop().await;
     assert!(send.is_closed(), "nobody takes changes any more");
+}
+
+// CLOUD-2422
+#[tokio::test]
+async fn what_tasks_wait_for_is_heard_again_each_time_it_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let agent = agent(&folder);
+    let mut waited_for = agent.waited_for();
+    let pools = vec![PoolId::new("p").unwrap()];
+    for _ in 0..2 {
+        agent.carry_out(vec![NodeEffect::Waiting(pools.clone())]).await;
+        assert!(waited_for.has_changed().unwrap(), "the same pools as before renew what was wanted");
+        assert!(waited_for.borrow_and_update().iter().eq(&pools));
+    }
 }

@@ -2,7 +2,8 @@
 //!
 //! `node-core` decides (pools, slots, the session, engines) and is told the time; the simulator
 //! drives it as it is. [`agent`] is the shell around it: it watches replicas, keeps the session, and
-//! runs attempts on engines ([`infer`]) in their dialects ([`engines`]). What a node does not
+//! runs attempts on engines ([`infer`]) in their dialects ([`engines`]); [`Node`] owns it together with
+//! the supervision of the engines that the node runs itself ([`supervisor`]). What a node does not
 //! know is the cluster: it never sees another node or a queue.
 
 pub mod agent;
@@ -15,6 +16,7 @@ pub mod guard;
 pub mod infer;
 pub mod intent;
 pub mod models;
+mod node;
 mod orders;
 pub mod pools_file;
 mod replica;
@@ -24,4 +26,5 @@ pub mod supervisor;
 pub use crate::agent::Agent;
 pub use crate::infer::Inference;
 pub use crate::intent::IntentFile;
+pub use crate::node::Node;
 pub use node_core::Identity;

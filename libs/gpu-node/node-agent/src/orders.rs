@@ -4,23 +4,17 @@
 //! its pool drain and opens it again, and says that it cannot change or remove it. What the node
 //! has started itself is its supervisor's to change.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
 use pool_registry_types::{ErrorBody, ErrorCode, PoolId};
 
-use crate::agent::Agent;
-use crate::supervisor::Supervision;
+use crate::node::Node;
 
-impl Agent {
+impl Node {
     /// Errors: `NOT_FOUND`.
-    pub fn order_drain(
-        self: &Arc<Self>,
-        pool_id: &PoolId,
-        drain: PoolDrain,
-    ) -> Result<PoolOrdered, ErrorBody> {
-        let known = self.drain_pool(pool_id, drain.deadline_ms.map(Duration::from_millis));
+    pub fn order_drain(&self, pool_id: &PoolId, drain: PoolDrain) -> Result<PoolOrdered, ErrorBody> {
+        let known = self.agent().drain_pool(pool_id, drain.deadline_ms.map(Duration::from_millis));
         self.ordered(pool_id, known)
     }
 
@@ -30,13 +24,13 @@ impl Agent {
         if let Some(supervision) = self.supervising(pool_id) {
             supervision.reload(pool_id, reload)?;
             // It takes work again, as soon as something of it does.
-            self.reopen_pool(pool_id);
+            self.agent().reopen_pool(pool_id);
             return self.ordered(pool_id, true);
         }
         if reload.new_model_ref.is_some() {
             return Err(self.not_ours(pool_id, "new_model_ref: another model is loaded"));
         }
-        let known = self.reopen_pool(pool_id);
+        let known = self.agent().reopen_pool(pool_id);
         self.ordered(pool_id, known)
     }
 
@@ -58,19 +52,15 @@ impl Agent {
         self.ordered(pool_id, true)
     }
 
-    fn supervising(&self, pool_id: &PoolId) -> Option<Arc<Supervision>> {
-        self.supervision().filter(|supervision| supervision.supervises(pool_id))
-    }
-
     fn not_ours(&self, pool_id: &PoolId, what: &str) -> ErrorBody {
         let message =
             format!("{what} where the engine was started: this node only found it, by its handoff file");
-        ErrorBody::new(ErrorCode::Unsupported, message).at(&self.identity().node_id, pool_id)
+        ErrorBody::new(ErrorCode::Unsupported, message).at(&self.agent().identity().node_id, pool_id)
     }
 
     fn ordered(&self, pool_id: &PoolId, known: bool) -> Result<PoolOrdered, ErrorBody> {
-        let node_id = self.identity().node_id;
-        let pool = self.pools().into_iter().find(|pool| pool.pool_id == *pool_id).filter(|_| known);
+        let node_id = self.agent().identity().node_id;
+        let pool = self.agent().pools().into_iter().find(|pool| pool.pool_id == *pool_id).filter(|_| known);
         let pool = pool.ok_or_else(|| {
             ErrorBody::new(ErrorCode::NotFound, format!("no pool {pool_id} on this node"))
                 .at(&node_id, pool_id)

@@ -1,10 +1,11 @@
-//! One life of one engine: its guard, its first good health call, its handoff file, its end.
+//! One life of one engine: its guard, its first good health call, its handoff, its end.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use handoff_watcher::{HandoffName, handoff};
 use node_core::supervisor::{Happened, ReplicaKey, RunId};
 use owned_tasks::{Panicked, blocking, caught};
 use pool_registry_types::{PoolId, ReplicaId};
@@ -246,6 +247,8 @@ impl Supervision {
                         self.send(Happened::Alarmed { run, line }).await;
                     }
                     GuardReport::Crashed { signal } => {
+                        // Its helpers may hold its address for a moment longer.
+                        self.agent.withdraw(&replica_key.pool_id, &replica_key.replica_id);
                         has_culprit = Some(self.agent.engine_ended(replica_key, crash_name(signal)));
                     }
                     GuardReport::Ended { how, signal } => {
@@ -304,43 +307,71 @@ impl Supervision {
         self.settings.runtime_dir.join(format!("{replica_key}.json"))
     }
 
+    /// The engine takes attempts from now on.
     pub(crate) async fn publish(&self, run: RunId, replica_key: &ReplicaKey) {
-        let text = {
-            let state = self.state.lock();
-            let Some(life) = state.lives.get(&run) else { return };
-            let Some(spec) = state.specs.get(&life.fingerprint) else { return };
-            if life.url.is_empty() {
-                // An external engine that announces itself, and may have done so before.
-                drop(state);
-                self.agent.bind_announced(&replica_key.pool_id);
-                return;
+        let Some(published) = self.published(run, replica_key) else { return };
+        match published {
+            // An external engine that announces itself, and may have done so before.
+            Published::ByItself => self.agent.bind_announced(&replica_key.pool_id),
+            Published::ByUs { handoff, is_started } => {
+                if is_started {
+                    self.agent.engine_began(replica_key);
+                }
+                // By the rules for files: an external engine may be where none may be.
+                match handoff::parse(
+                    &replica_key.to_string(),
+                    handoff.as_bytes(),
+                    &self.settings.engine_hosts,
+                ) {
+                    Ok(own) => self.agent.announce(own),
+                    Err(fault) => {
+                        tracing::warn!(pool_id = %replica_key.pool_id, replica_id = %replica_key.replica_id, reason = %fault, "an engine is not bound");
+                        let (pool_id, replica_id) =
+                            (replica_key.pool_id.clone(), replica_key.replica_id.clone());
+                        let name = HandoffName { pool_id, replica_id };
+                        self.agent.set_binding_problem(&name, Some(fault.to_string()));
+                    }
+                }
+                self.write_handoff(run, replica_key, handoff).await;
             }
-            let ctx = match state.launches.get(&life.fingerprint) {
-                Some(Launch::Program(program)) => program.ctx(),
-                _ => spec.pool.ctx,
-            };
-            let mut handoff = json!({
-                "pool_id": replica_key.pool_id, "replica_id": replica_key.replica_id, "engine": spec.pool.engine,
-                "url": life.url, "models": spec.pool.models(),
-                "slots": life.facts.slots.unwrap_or(spec.pool.slots),
-            });
-            engines::set(&mut handoff, "engine_version", life.facts.version.clone());
-            engines::set(&mut handoff, "device_mask", spec.pool.mask());
-            engines::set(&mut handoff, "ctx_max", life.facts.ctx_max.or(ctx));
-            engines::set(&mut handoff, "pid", life.pid);
-            engines::set(&mut handoff, "api_key_file", spec.pool.api_key_file.clone());
-            if !matches!(spec.pool.provision, Provision::External { .. }) {
-                self.agent.engine_began(replica_key);
-            }
-            handoff.to_string()
+        }
+    }
+
+    /// What is to be told of the engine; nothing of one that is gone.
+    fn published(&self, run: RunId, replica_key: &ReplicaKey) -> Option<Published> {
+        let state = self.state.lock();
+        let life = state.lives.get(&run)?;
+        let spec = state.specs.get(&life.fingerprint)?;
+        if life.url.is_empty() {
+            return Some(Published::ByItself);
+        }
+        let ctx = match state.launches.get(&life.fingerprint) {
+            Some(Launch::Program(program)) => program.ctx(),
+            _ => spec.pool.ctx,
         };
+        let mut handoff = json!({
+            "pool_id": replica_key.pool_id, "replica_id": replica_key.replica_id, "engine": spec.pool.engine,
+            "url": life.url, "models": spec.pool.models(),
+            "slots": life.facts.slots.unwrap_or(spec.pool.slots),
+        });
+        engines::set(&mut handoff, "engine_version", life.facts.version.clone());
+        engines::set(&mut handoff, "device_mask", spec.pool.mask());
+        engines::set(&mut handoff, "ctx_max", life.facts.ctx_max.or(ctx));
+        engines::set(&mut handoff, "pid", life.pid);
+        engines::set(&mut handoff, "api_key_file", spec.pool.api_key_file.clone());
+        let is_started = !matches!(spec.pool.provision, Provision::External { .. });
+        Some(Published::ByUs { handoff: handoff.to_string(), is_started })
+    }
+
+    /// For other programs; nothing on this node waits for it.
+    async fn write_handoff(&self, run: RunId, replica_key: &ReplicaKey, text: String) {
         let path = self.handoff_path(replica_key);
         let written = blocking("handoff file", move || write_whole(&path, &text)).await;
         let was_missing = self.state.lock().unwritten.remove(&run).is_some();
         let written = written.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));
         if let Err(error) = written {
             if !was_missing {
-                tracing::error!(pool_id = %replica_key.pool_id, replica_id = %replica_key.replica_id, %error, "the handoff file is not written, and is tried again: the engine serves nobody");
+                tracing::error!(pool_id = %replica_key.pool_id, replica_id = %replica_key.replica_id, %error, "the handoff file is not written, and is tried again: the engine serves, and other programs do not find it");
             }
             self.state.lock().unwritten.insert(run, replica_key.clone());
         }
@@ -350,7 +381,10 @@ impl Supervision {
     pub(crate) async fn write_again(&self) {
         let missing = self.state.lock().unwritten.clone();
         for (run, replica_key) in missing {
-            self.publish(run, &replica_key).await;
+            match self.published(run, &replica_key) {
+                Some(Published::ByUs { handoff, .. }) => self.write_handoff(run, &replica_key, handoff).await,
+                _ => drop(self.state.lock().unwritten.remove(&run)),
+            }
         }
     }
 
@@ -460,6 +494,17 @@ impl Supervision {
 /// daemon.
 fn defect(panicked: Panicked) -> Option<Ended> {
     Some(Ended::plainly(panicked.to_string()))
+}
+
+/// By whom an engine becomes known.
+enum Published {
+    ByItself,
+    ByUs {
+        /// The content of its handoff file.
+        handoff: String,
+        /// This node has started it.
+        is_started: bool,
+    },
 }
 
 enum Opened {

@@ -9,4 +9,5 @@ mod life;
 mod provision;
 mod shell;
 
-pub use shell::{Settings, Supervision};
+pub use shell::Settings;
+pub(crate) use shell::Supervision;

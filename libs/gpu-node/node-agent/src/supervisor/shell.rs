@@ -1,15 +1,16 @@
 //! [`Supervision`]: the supervisor in the world. It reads the file of pools, looks at memory,
-//! owns the guards, writes and removes handoff files, and tells the node's core how each pool
-//! stands.
+//! owns the guards, announces engines in process and leaves their handoff files for other programs,
+//! and tells the node's core how each pool stands.
 //!
 //! One loop owns all decisions. What takes time (preparing, living) is a task that reports to
 //! the loop's mailbox; the loop itself only waits for small files.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use handoff_watcher::EngineHosts;
 use node_core::supervisor::{
     Device, DeviceReading, Happened, Ordered, PoolPlan, Prepared, ReplicaKey, RunId, Supervisor, Work,
 };
@@ -18,7 +19,7 @@ use parking_lot::Mutex;
 use pool_registry_types::pool::{PoolPurge, PoolReload};
 use pool_registry_types::{ErrorBody, ErrorCode, PoolId};
 use secrecy::SecretString;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::Agent;
@@ -42,6 +43,8 @@ pub struct Settings {
     /// The file of pools.
     pub pools: PathBuf,
     pub runtime_dir: PathBuf,
+    /// Where engines may be that others run.
+    pub engine_hosts: EngineHosts,
     pub models_dir: PathBuf,
     /// Engines from the package index.
     pub packages_dir: PathBuf,
@@ -72,9 +75,17 @@ pub(crate) struct State {
     pub(crate) unwritten: BTreeMap<RunId, ReplicaKey>,
 }
 
+/// What the loop is told.
+#[derive(Debug)]
+struct Inbox {
+    mailbox: mpsc::Receiver<Happened>,
+    /// The pools for which tasks wait at the control plane: what it has said last counts.
+    waited_for: watch::Receiver<BTreeSet<PoolId>>,
+}
+
 /// The engines of a node at work.
 #[derive(Debug)]
-pub struct Supervision {
+pub(crate) struct Supervision {
     pub(crate) agent: Arc<Agent>,
     pub(crate) settings: Settings,
     core: Mutex<Supervisor>,
@@ -86,7 +97,7 @@ pub struct Supervision {
 
 impl Supervision {
     /// Starts the loop; the agent answers for its pools from now on.
-    pub fn start(agent: &Arc<Agent>, settings: Settings, seed: u64) -> reqwest::Result<Arc<Self>> {
+    pub(crate) fn start(agent: &Arc<Agent>, settings: Settings, seed: u64) -> reqwest::Result<Arc<Self>> {
         let (mailbox, heard) = mpsc::channel(MAILBOX);
         let supervision = Arc::new(Self {
             agent: Arc::clone(agent),
@@ -97,12 +108,12 @@ impl Supervision {
             downloads: crate::download::client()?,
             stopped: CancellationToken::new(),
         });
-        agent.set_supervision(&supervision);
-        let (own, heard) = (Arc::clone(&supervision), Arc::new(tokio::sync::Mutex::new(heard)));
+        let inbox = Inbox { mailbox: heard, waited_for: agent.waited_for() };
+        let (own, inbox) = (Arc::clone(&supervision), Arc::new(tokio::sync::Mutex::new(inbox)));
         let mut is_first = true;
         let make = move || {
             let is_first = std::mem::replace(&mut is_first, false);
-            Arc::clone(&own).run(Arc::clone(&heard), is_first)
+            Arc::clone(&own).run(Arc::clone(&inbox), is_first)
         };
         // The stop is an event of the loop, after a panic too: it ends the engines.
         agent.loops().start(&agent.tracker, "supervisor", &CancellationToken::new(), make);
@@ -110,8 +121,9 @@ impl Supervision {
     }
 
     /// `is_first`: not started again after a panic, when what an earlier daemon left is ours already.
-    async fn run(self: Arc<Self>, heard: Arc<tokio::sync::Mutex<mpsc::Receiver<Happened>>>, is_first: bool) {
-        let mut heard = heard.lock().await;
+    async fn run(self: Arc<Self>, inbox: Arc<tokio::sync::Mutex<Inbox>>, is_first: bool) {
+        let mut inbox = inbox.lock().await;
+        let Inbox { mailbox, waited_for } = &mut *inbox;
         if is_first {
             if let Some(plans) = self.read_file().await {
                 self.handle_event(Happened::Configured(plans)).await;
@@ -136,7 +148,10 @@ impl Supervision {
                     self.release_kept_engines();
                     Happened::Shutdown
                 }
-                happened = heard.recv(), if !looks => happened.unwrap_or(Happened::Timer),
+                Ok(()) = waited_for.changed(), if !looks => {
+                    Happened::Waiting(waited_for.borrow_and_update().clone())
+                }
+                happened = mailbox.recv(), if !looks => happened.unwrap_or(Happened::Timer),
                 () = self.agent.work_ended(), if !looks => Happened::Timer,
                 () = tokio::time::sleep_until(next_look) => {
                     next_look = tokio::time::Instant::now() + LOOK_EVERY;
@@ -292,7 +307,7 @@ impl Supervision {
     }
 
     /// Why the file is not taken, if it is not.
-    pub fn file_problem(&self) -> Option<String> {
+    pub(crate) fn file_problem(&self) -> Option<String> {
         self.state.lock().problem.clone()
     }
 
@@ -357,12 +372,6 @@ impl Supervision {
     pub(crate) fn load(&self, pool_id: &PoolId) -> Result<(), ErrorBody> {
         self.known(pool_id)?;
         self.post(Happened::Load { pool_id: pool_id.clone() })
-    }
-
-    /// The pools for which tasks wait, as the control plane has just said. What finds no room is
-    /// said again with the next report, which must not wait for it.
-    pub(crate) fn waiting(&self, pools: Vec<PoolId>) {
-        let _ = self.post(Happened::Waiting(pools.into_iter().collect()));
     }
 
     /// The pool as it is, or will be when its reload is done.
@@ -476,7 +485,7 @@ impl Supervision {
     }
 
     /// Where the replicas of a pool write, by their ids.
-    pub fn logs(&self, pool_id: &PoolId) -> BTreeMap<String, PathBuf> {
+    pub(crate) fn logs(&self, pool_id: &PoolId) -> BTreeMap<String, PathBuf> {
         let prefix = format!("{pool_id}-");
         let entries = std::fs::read_dir(&self.settings.logs_dir).into_iter().flatten().flatten();
         let name = |entry: std::fs::DirEntry| {
@@ -491,7 +500,7 @@ impl Supervision {
     // ---- the end ----
 
     /// Ends every engine that is not to be kept. What runs on them was given its time before.
-    pub async fn stop(&self) {
+    pub(crate) async fn stop(&self) {
         self.stopped.cancel();
         let longest =
             self.state.lock().file.pools.values().map(|pool| pool.stop_grace_secs).max().unwrap_or(0);
