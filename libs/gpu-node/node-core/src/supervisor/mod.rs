@@ -6,6 +6,7 @@
 
 mod core;
 mod driver;
+mod driver_errors;
 mod exits;
 mod ledger;
 mod plan;
@@ -17,5 +18,6 @@ mod reconcile;
 mod tests;
 
 pub use core::{Happened, Ordered, Supervisor, Work};
+pub use driver_errors::fatal_driver_error;
 pub use ledger::DeviceReading;
 pub use plan::{Claim, Device, PoolPlan, Prepared, ReplicaKey, RunId};
