@@ -302,7 +302,7 @@ async fn infer(
     WrappedBody(request): WrappedBody<InferRequest>,
 ) -> Result<Response, ApiError> {
     let pool_id = id;
-    let inference = node.agent.infer(&pool_id, request, Some(&ids.traceparent))?;
+    let inference = node.agent.infer(&pool_id, request, Some(&ids.trace()))?;
     let mut response = (StatusCode::OK, HttpBody::from_stream(inference.frames)).into_response();
     let map = response.headers_mut();
     map.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));

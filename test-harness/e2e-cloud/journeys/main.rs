@@ -15,3 +15,4 @@ mod real_engine;
 mod security;
 mod steering;
 mod streams;
+mod trace;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use crate::fault::Fault;
+use crate::seen::Seen;
 use crate::slots::Slots;
 
 /// Tokens of prompt and answer together.
@@ -45,4 +46,6 @@ pub(crate) struct Engine {
     pub(crate) key: Option<String>,
     /// Connections that were made to it.
     pub(crate) connections: AtomicU64,
+    /// Traces and ids that came with its requests.
+    pub(crate) seen: Seen,
 }

@@ -2,14 +2,16 @@
 //! computes nothing, fails on demand.
 //!
 //! It stands beside the real engine in tests of failure and of speed, never instead of it.
-//! Faults are set at run time with `POST /fake/fault`. Each answer is the words `w0 w1 w2 …`,
-//! so that a reader sees at once whether one is missing or doubled.
+//! Faults are set at run time with `POST /fake/fault`, and `GET /fake/seen` shows which traces and ids
+//! came with its requests. Each answer is the words `w0 w1 w2 …`, so that a reader sees at once
+//! whether one is missing or doubled.
 
 mod answers;
 mod engine;
 mod fault;
 mod generation;
 mod kind;
+mod seen;
 mod slots;
 mod stream;
 
@@ -34,6 +36,7 @@ use serde_json::{Value, json};
 
 use crate::engine::{Engine, Kind};
 use crate::fault::Fault;
+use crate::seen::Seen;
 use crate::slots::Slots;
 
 /// A fake engine for tests and benchmarks.
@@ -98,10 +101,14 @@ async fn run(arguments: Arguments) -> std::io::Result<()> {
         fault: Mutex::new(Fault::None),
         key: arguments.api_key.clone(),
         connections: AtomicU64::new(0),
+        seen: Seen::default(),
     });
-    let own: Router<Arc<Engine>> =
-        Router::new().route("/fake/fault", post(set_fault)).route("/fake/busy", get(busy));
+    let own: Router<Arc<Engine>> = Router::new()
+        .route("/fake/fault", post(set_fault))
+        .route("/fake/busy", get(busy))
+        .route("/fake/seen", get(seen::seen));
     let guarded = kind::routes(arguments.engine).layer(from_fn_with_state(Arc::clone(&engine), guard));
+    let guarded = guarded.layer(from_fn_with_state(Arc::clone(&engine), seen::remember));
     let app = own.merge(guarded).with_state(Arc::clone(&engine));
     if let Some(dir) = &arguments.handoff_dir {
         write_handoff(&arguments, dir, &url)?;

@@ -6,13 +6,12 @@ use daemon_kit::Caller;
 use daemon_kit::correlation::RequestIds;
 use pool_registry_types::TaskId;
 use pool_registry_types::task::{Reasoning, TaskRequest};
-use pool_registry_types::trace::TraceContext;
 use sha2::{Digest, Sha256};
 use task_stream::{BodyDigest, Payload, PayloadFormat, TaskCaller, TaskSpec};
 use uuid::Uuid;
 
 /// The facts of a checked request. Its `task_id` is drawn where it has none.
-pub(super) fn facts(request: &mut TaskRequest, caller: &Caller, ids: RequestIds) -> TaskSpec {
+pub(super) fn facts(request: &mut TaskRequest, caller: &Caller, ids: &RequestIds) -> TaskSpec {
     // Two bodies are the same whether or not they name the task.
     let given = request.task_id.take();
     let digest = digest(request);
@@ -21,8 +20,7 @@ pub(super) fn facts(request: &mut TaskRequest, caller: &Caller, ids: RequestIds)
     let holder = caller.holder.as_deref();
     let caller =
         holder.map(|who| TaskCaller { name: who.name.clone(), fingerprint: who.fingerprint.clone() });
-    let trace = TraceContext { traceparent: ids.traceparent, correlation_id: ids.correlation_id };
-    TaskSpec::of(request, task_id, digest, caller, trace)
+    TaskSpec::of(request, task_id, digest, caller, ids.trace())
 }
 
 /// What a node needs of the request, as the client wrote it and with its defaults.
@@ -65,7 +63,7 @@ mod tests {
     }
 
     fn spec(mut request: TaskRequest) -> TaskSpec {
-        facts(&mut request, &Caller::default(), ids())
+        facts(&mut request, &Caller::default(), &ids())
     }
 
     // CLOUD-1202
@@ -106,7 +104,7 @@ mod tests {
         assert_eq!(first.trace.traceparent, "00-1-2-01");
         let own = TaskId(Uuid::from_u128(5));
         request.task_id = Some(own);
-        assert_eq!(facts(&mut request, &Caller::default(), ids()).task_id, own);
+        assert_eq!(facts(&mut request, &Caller::default(), &ids()).task_id, own);
         assert_eq!(request.task_id, Some(own), "the request is as it was");
     }
 

@@ -40,7 +40,7 @@ pub(crate) async fn submit(
     Body(mut request): Body<TaskRequest>,
 ) -> Result<Response, ApiError> {
     request.check()?;
-    let spec = submission::facts(&mut request, &caller, ids);
+    let spec = submission::facts(&mut request, &caller, &ids);
     let task_id = spec.task_id;
     // Whoever attaches to a task that is there has no other one.
     let known = state.streams.get(task_id).is_some();
@@ -160,7 +160,7 @@ pub(crate) async fn explain_request(
     Body(mut request): Body<TaskRequest>,
 ) -> Result<Json<Explanation>, ApiError> {
     request.check()?;
-    Ok(Json(state.control.explain_request(submission::facts(&mut request, &caller, ids)).await?))
+    Ok(Json(state.control.explain_request(submission::facts(&mut request, &caller, &ids)).await?))
 }
 
 /// How a stream is read.

@@ -116,10 +116,13 @@ pub(crate) mod tests {
 
     use super::*;
 
+    /// The trace of whoever submits.
+    pub(crate) const TRACEPARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+
     /// The facts of a plain completion.
     pub(crate) fn spec() -> TaskSpec {
         let request = TaskRequest::completion(ModelRef::new("m").unwrap(), "x");
-        let trace = TraceContext { traceparent: "00-1-2-01".into(), correlation_id: "c-1".into() };
+        let trace = TraceContext { traceparent: TRACEPARENT.into(), correlation_id: "c-1".into() };
         TaskSpec::of(&request, TaskId(Uuid::from_u128(1)), BodyDigest::new([0; 32]), None, trace)
     }
 

@@ -47,7 +47,8 @@ impl Relays {
     ) {
         let Some(stream) = self.streams.get(dispatch.task) else {
             // It is opened before the first dispatch, and kept while the task has not ended.
-            tracing::error!(task_id = %dispatch.task, "a task that runs has no log");
+            let trace = &dispatch.spec.trace;
+            tracing::error!(task_id = %dispatch.task, correlation_id = trace.correlation_id, trace_id = trace.trace_id(), "a task that runs has no log");
             let how = HowEnded::OwnDefect("a defect in the relay".into());
             let (attempt, tokens_written) = (dispatch.attempt, dispatch.first_index);
             let ended = Event::Ended { attempt, tokens_written, unlogged: 0, how, final_report: None };
@@ -68,6 +69,8 @@ impl Relays {
         }
         let (attempt, tokens_written) = (dispatch.attempt, fence.tokens_written);
         let unlogged = stream.unlogged();
+        let trace = &dispatch.spec.trace;
+        tracing::debug!(task_id = %dispatch.task, attempt_id = %attempt, node_id = %dispatch.pool.node_id, how = how.as_str(), correlation_id = trace.correlation_id, trace_id = trace.trace_id(), "the stream of an attempt has ended");
         control.send(Event::Ended { attempt, tokens_written, unlogged, how, final_report }).await;
     }
 

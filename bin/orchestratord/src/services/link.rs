@@ -19,9 +19,10 @@ use pool_registry_types::node::{IntentOrder, LiveAnswer};
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
 use pool_registry_types::routes::{self, headers};
 use pool_registry_types::task::Resume;
-use pool_registry_types::{ErrorBody, ErrorCode, PoolId, ReplicaId};
+use pool_registry_types::{ErrorBody, ErrorCode, PoolId, ReplicaId, TraceContext};
 use task_scheduler::{Dispatch, HowEnded, ProbeOutcome};
 use task_stream::Payload;
+use uuid::Uuid;
 
 use crate::services::attempt_body::AttemptBody;
 
@@ -70,7 +71,7 @@ impl NodeLink {
             Self::Local(node) => node,
         };
         let request = body.read().map_err(|error| HowEnded::OwnDefect(error.to_string()))?;
-        match node.agent().infer(&dispatch.pool.pool_id, request, Some(&dispatch.spec.trace.traceparent)) {
+        match node.agent().infer(&dispatch.pool.pool_id, request, Some(&dispatch.spec.trace)) {
             Ok(inference) => Ok(Taken {
                 replica_id: inference.replica_id,
                 report_seq: inference.report_seq,
@@ -206,14 +207,16 @@ impl HttpLink {
     }
 
     async fn infer(&self, dispatch: &Dispatch, body: AttemptBody) -> Result<Taken, HowEnded> {
-        let first = call(dispatch, self.tokens.authorization(), body.clone())?;
+        // One span an attempt, however often it is asked for.
+        let trace = dispatch.spec.trace.child(Uuid::new_v4().as_u64_pair().1);
+        let first = call(dispatch, &trace, self.tokens.authorization(), body.clone())?;
         let response = match self.streams.request(first).await {
             Ok(response) => response,
             Err(error) if was_not_sent(&error) => return Err(not_sent(&error)),
             // A kept connection may have died unseen: only a fresh one says something of the node.
             // Should the node have taken the attempt after all, it refuses it now, at no cost.
             Err(_) => {
-                let again = call(dispatch, self.tokens.authorization(), body)?;
+                let again = call(dispatch, &trace, self.tokens.authorization(), body)?;
                 self.fresh.request(again).await.map_err(|error| {
                     if was_not_sent(&error) {
                         not_sent(&error)
@@ -298,14 +301,14 @@ impl HttpLink {
     }
 }
 
-/// One attempt as a request, with the trace of whoever submitted the task.
+/// One attempt as a request.
 fn call(
     dispatch: &Dispatch,
+    trace: &TraceContext,
     authorization: Option<HeaderValue>,
     body: AttemptBody,
 ) -> Result<Request<AttemptBody>, HowEnded> {
     let url = format!("{}{}", dispatch.address, routes::of_pool(routes::POOL_INFER, &dispatch.pool.pool_id));
-    let trace = &dispatch.spec.trace;
     let mut call = Request::post(url)
         .header(header::CONTENT_TYPE, "application/json")
         .header(headers::TRACEPARENT, &trace.traceparent)
@@ -406,9 +409,13 @@ mod tests {
         for attempt_number in [1, 2] {
             let dispatch = Dispatch { attempt_number, ..dispatch(spec()) };
             let body = AttemptBody::new(&dispatch, &payload, None);
-            let call = call(&dispatch, None, body).unwrap();
+            let trace = dispatch.spec.trace.child(7);
+            let call = call(&dispatch, &trace, None, body).unwrap();
             assert_eq!(call.uri(), "http://a/v2/pools/p/infer");
-            assert_eq!(call.headers()["traceparent"], "00-1-2-01");
+            assert_eq!(
+                call.headers()["traceparent"],
+                "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000007-01"
+            );
             assert_eq!(call.headers()["x-correlation-id"], "c-1");
             assert!(!call.headers().contains_key(header::AUTHORIZATION));
         }

@@ -23,6 +23,7 @@ use tokio_util::task::TaskTracker;
 use crate::services::dispatch::Relays;
 use crate::services::link::PoolOrder;
 use crate::services::published::Published;
+use crate::services::streams::Submitted;
 
 /// Messages that wait for the loop; a full mailbox answers `OVERLOADED`. One message takes some
 /// microseconds, so this is a wait of some ten milliseconds.
@@ -136,7 +137,7 @@ struct Loop {
     next_reply: u64,
     running: HashMap<AttemptId, CancellationToken>,
     /// Of the task that is being submitted, until its log is opened.
-    payload: Option<Payload>,
+    submitted: Option<Submitted>,
 }
 
 /// The mailboxes, made before the loop because others need them first.
@@ -174,7 +175,7 @@ pub(crate) async fn run(
         replies: HashMap::new(),
         next_reply: 0,
         running: HashMap::new(),
-        payload: None,
+        submitted: None,
     };
     this.work(inbox, stop).await;
     for closed in this.running.values() {
@@ -238,10 +239,10 @@ impl Loop {
             }
             Message::Submit { spec, payload, reply } => {
                 let reply = self.reply_to(reply);
-                self.payload = Some(payload);
+                self.submitted = Some(Submitted { payload, trace: spec.trace.clone() });
                 self.apply(Event::Submit { reply, spec: Arc::from(spec) });
                 // A task that was refused, or is there already, has no log opened.
-                self.payload = None;
+                self.submitted = None;
             }
         }
     }
@@ -306,9 +307,13 @@ impl Loop {
                     let _ = reply.send(answer);
                 }
             }
-            Effect::OpenLog { task, log } => streams.open(task, log, self.payload.take()),
+            Effect::OpenLog { task, log } => match self.submitted.take() {
+                Some(submitted) => streams.open(task, log, submitted),
+                None => tracing::error!(task_id = %task, "a log is opened for a task that nobody submitted"),
+            },
             Effect::Dispatch(dispatch) => {
-                tracing::debug!(task_id = %dispatch.task, attempt_id = %dispatch.attempt, node_id = %dispatch.pool.node_id, pool_id = %dispatch.pool.pool_id, "dispatched");
+                let trace = &dispatch.spec.trace;
+                tracing::debug!(task_id = %dispatch.task, attempt_id = %dispatch.attempt, node_id = %dispatch.pool.node_id, pool_id = %dispatch.pool.pool_id, correlation_id = trace.correlation_id, trace_id = trace.trace_id(), "dispatched");
                 if let Some(stream) = streams.get(dispatch.task) {
                     stream.write(|log| log.open(dispatch.attempt));
                 }
@@ -318,7 +323,9 @@ impl Loop {
                 owned_tasks::task(&self.tracker, "relay", relay);
             }
             Effect::CloseAttempt { task, attempt, why } => {
-                tracing::info!(task_id = %task, attempt_id = %attempt, ?why, "an attempt is closed");
+                let stream = streams.get(task);
+                let trace = stream.as_ref().map(|stream| &stream.trace);
+                tracing::info!(task_id = %task, attempt_id = %attempt, ?why, correlation_id = trace.map(|trace| trace.correlation_id.as_str()), trace_id = trace.map(|trace| trace.trace_id()), "an attempt is closed");
                 let fence = streams.fence(task, attempt);
                 if fence.finished {
                     streams.ended(task);
@@ -328,12 +335,14 @@ impl Loop {
                 }
                 let how = if fence.finished { HowEnded::Finished } else { HowEnded::Closed };
                 let tokens_written = fence.tokens_written;
-                let unlogged = streams.get(task).map_or(0, |stream| stream.unlogged());
+                let unlogged = stream.map_or(0, |stream| stream.unlogged());
                 let ended = Event::Ended { attempt, tokens_written, unlogged, how, final_report: None };
                 events.push_back(ended);
             }
             Effect::CloseTask { task, error } => {
-                tracing::info!(task_id = %task, code = %error.code, reason = error.message, "a task ends with an error");
+                let stream = streams.get(task);
+                let trace = stream.as_ref().map(|stream| &stream.trace);
+                tracing::info!(task_id = %task, code = %error.code, reason = error.message, correlation_id = trace.map(|trace| trace.correlation_id.as_str()), trace_id = trace.map(|trace| trace.trace_id()), "a task ends with an error");
                 streams.close(task, &error);
             }
             Effect::Forget { task } => streams.forget(task),

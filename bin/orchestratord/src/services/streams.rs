@@ -12,7 +12,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use pool_registry_types::sse::{self, Decoder, write_frame};
 use pool_registry_types::task::{Resume, ResumeMode};
-use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, TaskId};
+use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, TaskId, TraceContext};
 use task_scheduler::{Fence, TaskLog};
 use task_stream::Payload;
 use tokio::sync::futures::Notified;
@@ -21,12 +21,21 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 /// Readers of one stream at once.
 const MOST_READERS: usize = 64;
 
+/// What the shell keeps of a submission, where the core keeps its facts.
+#[derive(Debug)]
+pub(crate) struct Submitted {
+    pub(crate) payload: Payload,
+    pub(crate) trace: TraceContext,
+}
+
 /// One task's log, and whoever waits for more of it.
 #[derive(Debug)]
 pub(crate) struct TaskStream {
     log: Mutex<TaskLog>,
     /// Dropped when the task has ended.
     payload: Mutex<Option<Payload>>,
+    /// That of the submission, for the log's lines of the task.
+    pub(crate) trace: TraceContext,
     /// For a task that may have to be continued from them.
     token_ids: Mutex<TokenIds>,
     /// Tokens so far that are left out of the log.
@@ -168,10 +177,11 @@ impl Streams {
         Self { table: Mutex::default(), ended_bytes_at_most }
     }
 
-    pub(crate) fn open(&self, task: TaskId, log: LogId, payload: Option<Payload>) {
+    pub(crate) fn open(&self, task: TaskId, log: LogId, submitted: Submitted) {
         let stream = TaskStream {
             log: Mutex::new(TaskLog::new(log)),
-            payload: Mutex::new(payload),
+            payload: Mutex::new(Some(submitted.payload)),
+            trace: submitted.trace,
             token_ids: Mutex::default(),
             unlogged: AtomicU64::new(0),
             changed: Notify::new(),
@@ -282,9 +292,18 @@ mod tests {
 
     use super::*;
 
+    fn payload(bytes: usize) -> Payload {
+        Payload { format: PayloadFormat::Native, bytes: vec![b'x'; bytes].into() }
+    }
+
+    fn submitted(payload: Payload) -> Submitted {
+        let trace = TraceContext { traceparent: String::new(), correlation_id: "c-1".into() };
+        Submitted { payload, trace }
+    }
+
     fn ended(streams: &Streams, n: u128, bytes: usize) -> TaskId {
         let (task, attempt) = (TaskId(Uuid::from_u128(n)), AttemptId(Uuid::from_u128(n)));
-        streams.open(task, LogId(Uuid::from_u128(n)), None);
+        streams.open(task, LogId(Uuid::from_u128(n)), submitted(payload(0)));
         let stream = streams.get(task).unwrap();
         stream.write(|log| {
             log.open(attempt);
@@ -304,7 +323,7 @@ mod tests {
     fn what_was_sent_is_read_from_the_log_with_its_ids_where_they_are_all_known() {
         let (task, attempt) = (TaskId(Uuid::from_u128(1)), AttemptId(Uuid::from_u128(1)));
         let streams = Streams::new(1_000);
-        streams.open(task, LogId(Uuid::from_u128(1)), None);
+        streams.open(task, LogId(Uuid::from_u128(1)), submitted(payload(0)));
         let stream = streams.get(task).unwrap();
         stream.write(|log| log.open(attempt));
         for (n, text) in ["{\"t\":\"a \\\"b\\\"\",\"i\":0}", "{\"t\":\" c\",\"i\":1}"].iter().enumerate() {
@@ -335,9 +354,9 @@ mod tests {
         let attempt = AttemptId(Uuid::from_u128(1));
         for closed in [false, true] {
             let task = TaskId(Uuid::from_u128(u128::from(closed)));
-            let bytes = bytes::Bytes::from(vec![b'x'; 10]);
-            let payload = Payload { format: PayloadFormat::Native, bytes: bytes.clone() };
-            streams.open(task, LogId(Uuid::from_u128(1)), Some(payload));
+            let payload = payload(10);
+            let bytes = payload.bytes.clone();
+            streams.open(task, LogId(Uuid::from_u128(1)), submitted(payload));
             let stream = streams.get(task).unwrap();
             stream.write(|log| log.open(attempt));
             assert_eq!(stream.payload().unwrap().bytes.as_ptr(), bytes.as_ptr());

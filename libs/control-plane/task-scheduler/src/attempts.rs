@@ -50,6 +50,28 @@ pub enum HowEnded {
     Closed,
 }
 
+impl HowEnded {
+    /// A word for logs, without what a node or an engine wrote: that may quote a prompt.
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Finished => "finished",
+            Self::Refused(_) => "refused",
+            Self::Denied(_) => "denied",
+            Self::Rejected(_) => "rejected",
+            Self::NodeFailed(_) => "node failed",
+            Self::OwnShortage { .. } => "own shortage",
+            Self::OwnDefect(_) => "own defect",
+            Self::NeverSent(_) => "never sent",
+            Self::NoAnswer(_) => "no answer",
+            Self::Broken(_) => "broken",
+            Self::NodeError(_) => "node error",
+            Self::TimedOut(_) => "timed out",
+            Self::TooLong => "too long",
+            Self::Closed => "closed",
+        }
+    }
+}
+
 /// Why the core closed an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum CloseReason {

@@ -160,7 +160,7 @@ impl Agent {
     /// Where a replica is and what it is asked with.
     pub(crate) fn endpoint(&self, name: &HandoffName, url: &str) -> Endpoint {
         let key = self.replicas.lock().get(name).and_then(|watched| watched.key.clone());
-        Endpoint { url: url.to_owned(), key }
+        Endpoint { key, ..Endpoint::new(url) }
     }
 
     /// The replica's engine is looked at now, not at the next tick.

@@ -23,12 +23,16 @@ use pool_registry_types::sse::{
 use pool_registry_types::task::{
     End, FinishReason, InferRequest, MAX_RESULT_BYTES, Reasoning, ResumeMode, TaskRequest,
 };
-use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, ModelRef, PoolId, ReplicaId};
+use pool_registry_types::{
+    AttemptId, ErrorBody, ErrorCode, LogId, ModelRef, PoolId, ReplicaId, TraceContext,
+};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use crate::agent::Agent;
-use crate::engines::client::with_causes;
+use crate::attempt_log::AttemptLog;
+use crate::engines::client::{attempt_headers, with_causes};
 use crate::engines::documents::{self, Document, DocumentError};
 use crate::engines::{
     self, Answer, CallError, Delta, Endpoint, EngineClient, EngineEvent, EngineRequest, Look, NotReady,
@@ -150,6 +154,7 @@ struct Generation {
 struct Slot {
     agent: Arc<Agent>,
     attempt: AttemptId,
+    log: AttemptLog,
     name: HandoffName,
     engine: EngineKind,
     at: Endpoint,
@@ -194,6 +199,7 @@ impl Drop for Slot {
     fn drop(&mut self) {
         if self.open {
             self.agent.counters.lock().canceled += 1;
+            self.log.abandoned();
             self.end(self.lost);
         }
     }
@@ -205,10 +211,9 @@ async fn open(
     request: EngineRequest,
     client: EngineClient,
     at: Endpoint,
-    traceparent: Option<String>,
     named: Option<(EngineKind, ModelRef, String)>,
 ) -> Result<Sent, NotSent> {
-    let sent = request.send(client.clone(), at.clone(), traceparent).await.map_err(NotSent::Unsent)?;
+    let sent = request.send(client.clone(), at.clone()).await.map_err(NotSent::Unsent)?;
     // A refusal speaks for itself, unless it is that there is no such thing.
     let in_question = sent.answer.fresh && matches!(sent.answer.status(), 200..=299 | 404);
     if let Some((engine, model, own)) = named.filter(|_| in_question) {
@@ -230,15 +235,17 @@ async fn open(
 }
 
 impl Agent {
-    /// Takes a slot for the attempt and starts it, or says why not. Errors: those of
-    /// [`node_core::NodeCore::accept`], and `UNSUPPORTED` for what the engine cannot do.
+    /// Takes a slot for the attempt and starts it, or says why not. `trace` is that of whoever asks:
+    /// the log names it, and a child of it goes to the engine with every request of the attempt.
+    /// Errors: those of [`node_core::NodeCore::accept`], and `UNSUPPORTED` for what the engine cannot do.
     pub fn infer(
         self: &Arc<Self>,
         pool_id: &PoolId,
         request: InferRequest,
-        traceparent: Option<&str>,
+        trace: Option<&TraceContext>,
     ) -> Result<Inference, ErrorBody> {
         request.check()?;
+        let log = AttemptLog::new(pool_id, &request, trace);
         let ask = Ask {
             node_id: &request.node_id,
             boot_id: request.boot_id,
@@ -249,12 +256,20 @@ impl Agent {
         };
         let now = self.now();
         let accepted = self.core.lock().accept(now, pool_id, &ask);
-        let accepted = accepted.inspect_err(|_| self.counters.lock().refused += 1)?;
+        let accepted = accepted.inspect_err(|error| {
+            self.counters.lock().refused += 1;
+            log.refused(error);
+        })?;
         let name = HandoffName { pool_id: pool_id.clone(), replica_id: accepted.replica_id.clone() };
-        let at = self.endpoint(&name, &accepted.url);
+        let mut at = self.endpoint(&name, &accepted.url);
+        if let Some(trace) = trace {
+            let (_, span_id) = Uuid::new_v4().as_u64_pair();
+            at.headers = attempt_headers(&trace.child(span_id), &request.attempt_id);
+        }
         let slot = Slot {
             agent: Arc::clone(self),
             attempt: request.attempt_id,
+            log,
             name,
             engine: accepted.engine,
             at,
@@ -262,7 +277,7 @@ impl Agent {
             lost: false,
         };
         let (replica_id, report_seq) = (accepted.replica_id.clone(), accepted.report_seq);
-        let generation = Generation::begin(slot, accepted, request, traceparent)?;
+        let generation = Generation::begin(slot, accepted, request)?;
         let frames = stream::unfold(generation, |mut generation| async move {
             generation.next().await.map(|bytes| (Ok(bytes), generation))
         });
@@ -283,12 +298,7 @@ enum Happened {
 
 impl Generation {
     /// Asks the engine, or says why not: then the slot is free again.
-    fn begin(
-        mut slot: Slot,
-        accepted: Accepted,
-        request: InferRequest,
-        traceparent: Option<&str>,
-    ) -> Result<Self, ErrorBody> {
+    fn begin(mut slot: Slot, accepted: Accepted, request: InferRequest) -> Result<Self, ErrorBody> {
         let InferRequest { task, resume, log_id, first_index, thoughts, .. } = request;
         // An older control plane does not read them.
         let reasoning = if thoughts { Reasoning::Keep } else { Reasoning::Drop };
@@ -307,10 +317,12 @@ impl Generation {
             Err(error) => {
                 slot.cleared();
                 slot.end(true);
+                slot.log.refused(&error);
                 return Err(error);
             }
         };
         slot.agent.counters.lock().accepted += 1;
+        slot.log.accepted(&accepted.replica_id);
         let cancel = CancellationToken::new();
         slot.agent.cancels.lock().insert(slot.attempt, cancel.clone());
         let sent = resume.as_ref().filter(|resume| resume.mode == ResumeMode::Append);
@@ -325,12 +337,11 @@ impl Generation {
         let named = accepted
             .names_from_engine
             .then(|| (accepted.engine, task.model_ref.clone(), accepted.model.clone()));
-        let traceparent = traceparent.map(str::to_owned);
         let phase = if complete {
             Phase::Complete
         } else {
             let client = slot.agent.client().clone();
-            Phase::Opening(Box::pin(open(asked, client, slot.at.clone(), traceparent, named)))
+            Phase::Opening(Box::pin(open(asked, client, slot.at.clone(), named)))
         };
         let mut keep_alive = interval_at(Instant::now() + KEEP_ALIVE_EVERY, KEEP_ALIVE_EVERY);
         keep_alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -837,6 +848,7 @@ impl Generation {
         counters.finished += 1;
         counters.tokens = counters.tokens.saturating_add(made_here);
         drop(counters);
+        self.slot.log.ended(tokens_out);
         self.last_words(out, "end", &data, seq);
     }
 
@@ -857,6 +869,7 @@ impl Generation {
         let data = serde_json::to_string(&error).unwrap_or_default();
         let seq = self.slot.end(engine_idle);
         self.slot.agent.counters.lock().failed += 1;
+        self.slot.log.failed(&error);
         let mut out = Vec::new();
         self.last_words(&mut out, "error", &data, seq);
         out

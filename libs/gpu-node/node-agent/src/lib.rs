@@ -7,6 +7,7 @@
 //! know is the cluster: it never sees another node or a queue.
 
 pub mod agent;
+mod attempt_log;
 mod crash;
 pub mod download;
 pub mod engines;

@@ -186,7 +186,7 @@ pub(crate) async fn endpoint(url: &str, key_file: Option<&Path>) -> Result<Endpo
             Some(read.map_err(|panicked| panicked.to_string())?.map_err(|error| error.to_string())?)
         }
     };
-    Ok(Endpoint { url: url.to_owned(), key })
+    Ok(Endpoint { key, ..Endpoint::new(url) })
 }
 
 /// Puts handoff and engine together. Without facts only what the handoff says by itself.

@@ -1,19 +1,24 @@
 //! Every answer says which request it belongs to.
 //!
 //! A correlation id is taken over from the request or drawn; a trace id is taken over from
-//! `traceparent` or drawn. Error bodies carry the correlation id too.
+//! `traceparent` or drawn. Error bodies carry the correlation id too, and the line that the log has
+//! of the request names both.
 
 use axum::Json;
 use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use pool_registry_types::ErrorBody;
 use pool_registry_types::routes::headers;
+use pool_registry_types::trace::{read_traceparent, traceparent};
+use pool_registry_types::{ErrorBody, TraceContext};
 use uuid::Uuid;
 
 /// Longest correlation id that is taken over, bytes.
 const MAX_ID_BYTES: usize = 128;
+
+/// `sampled`: whoever has begun a trace wants it kept.
+const FLAGS_OF_NEW_TRACES: u8 = 1;
 
 /// The ids of one request, for handlers that pass them on.
 #[derive(Debug, Clone)]
@@ -23,16 +28,35 @@ pub struct RequestIds {
     pub traceparent: String,
 }
 
-/// Reads or draws the ids, and writes them on the answer.
+impl RequestIds {
+    /// What goes along with whatever is done for the request.
+    pub fn trace(&self) -> TraceContext {
+        TraceContext { traceparent: self.traceparent.clone(), correlation_id: self.correlation_id.clone() }
+    }
+}
+
+/// Reads or draws the ids, writes them on the answer, and logs that it was given.
 pub async fn layer(mut request: Request, next: Next) -> Response {
     let ids = RequestIds {
         correlation_id: given_id(request.headers()).unwrap_or_else(|| Uuid::new_v4().to_string()),
         traceparent: given_trace(request.headers()).unwrap_or_else(new_trace),
     };
     request.extensions_mut().insert(ids.clone());
+    let (method, uri) = (request.method().clone(), request.uri().clone());
     let mut response = next.run(request).await;
-    if let Some(mut body) = response.extensions_mut().remove::<ErrorBody>() {
-        tracing::debug!(code = %body.code, correlation_id = ids.correlation_id, reason = body.message, "answered with an error");
+    let trace_id = ids.traceparent.get(3..35).unwrap_or_default();
+    let error = response.extensions_mut().remove::<ErrorBody>();
+    tracing::debug!(
+        %method,
+        path = uri.path(),
+        status = response.status().as_u16(),
+        code = error.as_ref().map(|body| body.code.as_str()),
+        reason = error.as_ref().map(|body| body.message.as_str()),
+        correlation_id = ids.correlation_id,
+        trace_id,
+        "a request is answered"
+    );
+    if let Some(mut body) = error {
         body.correlation_id = Some(ids.correlation_id.clone());
         let (parts, _) = response.into_parts();
         response = (parts.status, Json(body)).into_response();
@@ -42,7 +66,6 @@ pub async fn layer(mut request: Request, next: Next) -> Response {
             }
         }
     }
-    let trace_id = ids.traceparent.get(3..35).unwrap_or_default();
     set(response.headers_mut(), headers::CORRELATION_ID, &ids.correlation_id);
     set(response.headers_mut(), headers::TRACE_ID, trace_id);
     response
@@ -60,22 +83,100 @@ fn given_id(map: &HeaderMap) -> Option<String> {
     good.then(|| id.to_owned())
 }
 
-/// `00-<32 hex>-<16 hex>-<2 hex>`.
+/// The request's own trace. Of two nobody knows which one holds.
 fn given_trace(map: &HeaderMap) -> Option<String> {
-    let text = map.get(headers::TRACEPARENT)?.to_str().ok()?;
-    let parts: Vec<&str> = text.split('-').collect();
-    let hex = |part: &str, len| part.len() == len && part.bytes().all(|b| b.is_ascii_hexdigit());
-    match parts.as_slice() {
-        [version, trace, parent, flags]
-            if hex(version, 2) && hex(trace, 32) && hex(parent, 16) && hex(flags, 2) =>
-        {
-            Some(text.to_owned())
-        }
-        _ => None,
-    }
+    let mut given = map.get_all(headers::TRACEPARENT).iter();
+    let (only, None) = (given.next()?, given.next()) else { return None };
+    read_traceparent(only.to_str().ok()?)
 }
 
 fn new_trace() -> String {
-    let (trace, parent) = (Uuid::new_v4().simple().to_string(), Uuid::new_v4().simple().to_string());
-    format!("00-{trace}-{}-01", &parent[..16])
+    let (trace, parent) = (Uuid::new_v4(), Uuid::new_v4());
+    traceparent(trace.as_u128(), parent.as_u64_pair().1, FLAGS_OF_NEW_TRACES)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use axum::body::Body;
+    use axum::routing::get;
+    use axum::{Extension, Router, middleware};
+    use pool_registry_types::ErrorCode;
+    use tower::ServiceExt;
+
+    use super::*;
+    use crate::ApiError;
+
+    const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+
+    async fn ask(path: &str, headers: &[(&str, &str)]) -> Response {
+        let routes = Router::new()
+            .route("/ids", get(|Extension(ids): Extension<RequestIds>| async move { Json(ids.trace()) }))
+            .route("/bad", get(|| async { ApiError::new(ErrorCode::InvalidParams, "seed: a number") }))
+            .layer(middleware::from_fn(layer));
+        let mut request = axum::http::Request::builder().uri(path);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        routes.oneshot(request.body(Body::empty()).unwrap()).await.unwrap()
+    }
+
+    async fn trace_of(response: Response) -> TraceContext {
+        let body = axum::body::to_bytes(response.into_body(), 4096).await.unwrap();
+        serde_json::from_slice(&body).unwrap()
+    }
+
+    // CLOUD-1150
+    #[tokio::test]
+    async fn a_good_trace_is_handed_to_the_handler_and_a_bad_or_a_doubled_one_replaced() {
+        let (parent, other) = (format!("00-{TRACE}-00f067aa0ba902b7-00"), format!("00-{TRACE}-01-01"));
+        let trace =
+            trace_of(ask("/ids", &[("x-correlation-id", "abc"), ("traceparent", &parent)]).await).await;
+        assert_eq!(trace, TraceContext { traceparent: parent.clone(), correlation_id: "abc".into() });
+        let doubled = [("traceparent", parent.as_str()), ("traceparent", parent.as_str())];
+        for headers in [&doubled[..], &[("traceparent", other.as_str())], &[]] {
+            let response = ask("/ids", headers).await;
+            let shown = response.headers()["x-trace-id"].to_str().unwrap().to_owned();
+            let drawn = trace_of(response).await;
+            assert_eq!(
+                read_traceparent(&drawn.traceparent).as_ref(),
+                Some(&drawn.traceparent),
+                "it is valid"
+            );
+            assert!(drawn.trace_id() == shown && shown != TRACE, "{drawn:?} {shown}");
+        }
+    }
+
+    // CLOUD-1152
+    #[tokio::test]
+    async fn the_line_of_a_request_names_its_ids_and_an_error_its_reason_too() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let subscriber = tracing_subscriber::fmt()
+            .json()
+            .flatten_event(true)
+            .with_max_level(tracing::Level::DEBUG)
+            .with_writer(std::sync::Mutex::new(writer))
+            .finish();
+        let logging = tracing::subscriber::set_default(subscriber);
+        let parent = format!("00-{TRACE}-00f067aa0ba902b7-01");
+        let headers = [("x-correlation-id", "order-7"), ("traceparent", parent.as_str())];
+        for path in ["/ids", "/bad?token=x"] {
+            ask(path, &headers).await;
+        }
+        drop(logging);
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        let lines: Vec<serde_json::Value> =
+            text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let reported: Vec<_> = lines
+            .iter()
+            .map(|line| {
+                assert_eq!((&line["correlation_id"], &line["trace_id"]), (&"order-7".into(), &TRACE.into()));
+                (line["path"].as_str().unwrap(), line["status"].as_u64().unwrap(), line["code"].as_str())
+            })
+            .collect();
+        assert_eq!(reported, [("/ids", 200, None), ("/bad", 400, Some("INVALID_PARAMS"))], "{text}");
+        assert_eq!(lines[1]["reason"], "seed: a number");
+    }
 }

@@ -30,3 +30,4 @@ pub use ids::{
 };
 pub use moment::Moment;
 pub use retry::{Backoff, RetryPolicy};
+pub use trace::TraceContext;

@@ -72,5 +72,7 @@ pub mod headers {
     pub const CORRELATION_ID: &str = "x-correlation-id";
     pub const TRACE_ID: &str = "x-trace-id";
     pub const TRACEPARENT: &str = "traceparent";
+    /// To engines: the id of the attempt.
+    pub const REQUEST_ID: &str = "x-request-id";
     pub const BACKOFF_MS: &str = "x-backoff-ms";
 }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE};
-use http::{HeaderValue, Method, Request, Response, Uri};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::Incoming;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
@@ -23,6 +23,8 @@ use hyper_util::client::legacy::connect::{Connection, HttpConnector, HttpInfo, c
 use hyper_util::client::legacy::{Client, Error};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use parking_lot::Mutex;
+use pool_registry_types::routes::headers;
+use pool_registry_types::{AttemptId, TraceContext};
 use rustls_platform_verifier::BuilderVerifierExt;
 use serde_json::Value;
 use tokio::net::TcpStream;
@@ -49,12 +51,30 @@ pub struct Endpoint {
     /// `http://host:port`, optionally with a path; without a trailing slash.
     pub url: String,
     pub key: Option<ApiKey>,
+    /// What every request of one attempt carries; empty for looks.
+    pub headers: HeaderMap,
 }
 
 impl Endpoint {
     pub fn new(url: impl Into<String>) -> Self {
-        Self { url: url.into(), key: None }
+        Self { url: url.into(), key: None, headers: HeaderMap::new() }
     }
+}
+
+/// By what an engine's log and traces name an attempt. The request's id is the attempt's, not the
+/// correlation id: vLLM takes it for its own and fails on two that run under one, and a client may
+/// use a correlation id as often as it likes.
+pub(crate) fn attempt_headers(trace: &TraceContext, attempt: &AttemptId) -> HeaderMap {
+    let attempt = attempt.to_string();
+    let reported = [
+        (headers::TRACEPARENT, trace.traceparent.as_str()),
+        (headers::CORRELATION_ID, trace.correlation_id.as_str()),
+        (headers::REQUEST_ID, attempt.as_str()),
+    ];
+    let reported = reported.into_iter().filter(|(_, value)| !value.is_empty());
+    reported
+        .filter_map(|(name, value)| Some((HeaderName::from_static(name), HeaderValue::from_str(value).ok()?)))
+        .collect()
 }
 
 /// Why there is no answer.
@@ -230,17 +250,11 @@ impl EngineClient {
 
     /// Asks at a path below the endpoint's URL. Who calls bounds the time.
     pub async fn get(&self, at: &Endpoint, path: &str) -> Result<Answer, CallError> {
-        self.call(&Method::GET, at, path, Bytes::new(), None).await
+        self.call(&Method::GET, at, path, Bytes::new()).await
     }
 
-    pub async fn post(
-        &self,
-        at: &Endpoint,
-        path: &str,
-        body: &Value,
-        traceparent: Option<&str>,
-    ) -> Result<Answer, CallError> {
-        self.call(&Method::POST, at, path, Bytes::from(body.to_string()), traceparent).await
+    pub async fn post(&self, at: &Endpoint, path: &str, body: &Value) -> Result<Answer, CallError> {
+        self.call(&Method::POST, at, path, Bytes::from(body.to_string())).await
     }
 
     /// The JSON of an answer that is good.
@@ -258,15 +272,14 @@ impl EngineClient {
         at: &Endpoint,
         path: &str,
         body: Bytes,
-        traceparent: Option<&str>,
     ) -> Result<Answer, CallError> {
         let request = || {
             let mut request = Request::builder().method(method).uri(format!("{}{path}", at.url));
             if *method == Method::POST {
                 request = request.header(CONTENT_TYPE, HeaderValue::from_static("application/json"));
             }
-            if let Some(traceparent) = traceparent {
-                request = request.header("traceparent", traceparent);
+            for (name, value) in &at.headers {
+                request = request.header(name, value);
             }
             if let Some(key) = &at.key {
                 request = request.header(AUTHORIZATION, key.bearer());
@@ -419,7 +432,7 @@ mod tests {
         let (at, _) = engine(&[1]).await;
         let client = EngineClient::new();
         client.get(&at, "/").await.unwrap().bytes(2).await.unwrap();
-        let ended = client.post(&at, "/", &serde_json::json!({}), None).await;
+        let ended = client.post(&at, "/", &serde_json::json!({})).await;
         assert!(matches!(&ended, Err(CallError::Lost(_))), "{ended:?}");
         let never_there = EngineClient::new().get(&at, "/").await;
         assert!(matches!(&never_there, Err(CallError::Refused(_))), "{never_there:?}");

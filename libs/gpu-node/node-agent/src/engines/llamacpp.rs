@@ -137,7 +137,7 @@ impl Preparation {
         mut question: Value,
     ) -> Result<Value, Unsent> {
         question["model"] = json!(self.model);
-        read_answer(path, in_time(client.post(at, path, &question, None)).await?).await
+        read_answer(path, in_time(client.post(at, path, &question)).await?).await
     }
 }
 

@@ -175,17 +175,12 @@ impl EngineRequest {
     }
 
     /// Sends it, after what must be asked before.
-    pub(crate) async fn send(
-        mut self,
-        client: EngineClient,
-        at: Endpoint,
-        traceparent: Option<String>,
-    ) -> Result<Sent, Unsent> {
+    pub(crate) async fn send(mut self, client: EngineClient, at: Endpoint) -> Result<Sent, Unsent> {
         let splitter = match self.preparation.take() {
             Some(preparation) => preparation.complete(&client, &at, &mut self.body).await?,
             None => None,
         };
-        let answer = client.post(&at, &self.path, &self.body, traceparent.as_deref()).await?;
+        let answer = client.post(&at, &self.path, &self.body).await?;
         Ok(Sent { answer, splitter })
     }
 }

@@ -113,7 +113,7 @@ async fn facts(look: &Look<'_>) -> Result<EngineFacts, NotReady> {
 
 /// Why a model is not ready, as the repository has it.
 async fn not_ready(look: &Look<'_>, model: &ModelRef) -> String {
-    let index = look.client.post(look.at, "/v2/repository/index", &json!({}), None).await;
+    let index = look.client.post(look.at, "/v2/repository/index", &json!({})).await;
     let index = match index {
         Ok(answer) => answer.bytes(MAX_INDEX_BYTES).await.unwrap_or_default(),
         Err(_) => Default::default(),

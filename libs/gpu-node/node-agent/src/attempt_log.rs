@@ -1,0 +1,79 @@
+//! What the node's log says of an attempt: that it was accepted or refused, and how it ended.
+//!
+//! Each line names the attempt, and the client's request by its correlation id and its trace id, so
+//! that one search finds it in both daemons. What goes as it should is a `debug` line; a
+//! failure is an `info` line, which says its code and no more: an engine's message may quote a prompt.
+
+use std::time::Instant;
+
+use pool_registry_types::task::InferRequest;
+use pool_registry_types::{AttemptId, ErrorBody, PoolId, ReplicaId, TaskId, TraceContext};
+use tracing::field::debug;
+
+/// Writes the lines of one attempt.
+#[derive(Debug)]
+pub(crate) struct AttemptLog {
+    task_id: TaskId,
+    attempt_id: AttemptId,
+    pool_id: PoolId,
+    /// Absent where whoever asked for the attempt has none.
+    trace: Option<TraceContext>,
+    began: Instant,
+}
+
+/// One line: level and message, the fields of every attempt, and those of its own.
+macro_rules! line {
+    ($level:ident, $log:ident, $message:literal $(, $($field:tt)+)?) => {
+        tracing::$level!(
+            task_id = %$log.task_id,
+            attempt_id = %$log.attempt_id,
+            pool_id = %$log.pool_id,
+            $($($field)+,)?
+            correlation_id = $log.trace.as_ref().map(|trace| trace.correlation_id.as_str()),
+            trace_id = $log.trace.as_ref().map(TraceContext::trace_id),
+            $message
+        )
+    };
+}
+
+impl AttemptLog {
+    pub(crate) fn new(pool_id: &PoolId, request: &InferRequest, trace: Option<&TraceContext>) -> Self {
+        Self {
+            task_id: request.task_id,
+            attempt_id: request.attempt_id,
+            pool_id: pool_id.clone(),
+            trace: trace.cloned(),
+            began: Instant::now(),
+        }
+    }
+
+    pub(crate) fn accepted(&self, replica_id: &ReplicaId) {
+        line!(debug, self, "an attempt is accepted", replica_id = %replica_id);
+    }
+
+    pub(crate) fn refused(&self, error: &ErrorBody) {
+        line!(debug, self, "an attempt is refused", code = %error.code);
+    }
+
+    pub(crate) fn ended(&self, tokens_out: u64) {
+        line!(debug, self, "an attempt has ended", tokens_out, elapsed_ms = self.elapsed_ms());
+    }
+
+    pub(crate) fn failed(&self, error: &ErrorBody) {
+        let cause = error.cause.map(debug);
+        line!(info, self, "an attempt has failed", code = %error.code, cause, elapsed_ms = self.elapsed_ms());
+    }
+
+    /// Whoever read its stream has gone before its end, which ends it.
+    pub(crate) fn abandoned(&self) {
+        line!(debug, self, "an attempt is ended by its reader", elapsed_ms = self.elapsed_ms());
+    }
+
+    fn elapsed_ms(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+#[cfg(test)]
+#[path = "attempt_log_tests.rs"]
+mod tests;
