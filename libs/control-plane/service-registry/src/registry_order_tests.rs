@@ -148,6 +148,8 @@ proptest! {
                 prop_assert_eq!(r.snapshot(now).view(), r.view(now), "after {:?}", verb);
             }
             drop(r.expire(now));
+            // The first may have ended the guard of mass silence, by which more is due.
+            drop(r.expire(now));
             drop(r.take_due_probes(now));
             prop_assert!(r.next_deadline().is_none_or(|next| next > now), "what is due is done");
         }

@@ -20,50 +20,47 @@ pub(crate) struct Reservation {
     pub(crate) accepted_after: Option<u64>,
 }
 
-/// All claims, by attempt and by node. A claim may outlive its node.
+/// All claims, by node and attempt. A claim may outlive its node.
 #[derive(Debug, Default)]
 pub(crate) struct Reservations {
-    by_attempt: BTreeMap<AttemptId, Reservation>,
-    by_node: BTreeMap<NodeId, BTreeSet<AttemptId>>,
+    by_node: BTreeMap<NodeId, BTreeMap<AttemptId, Reservation>>,
+    node_of: BTreeMap<AttemptId, NodeId>,
 }
 
 impl Reservations {
     /// Panics where the attempt has a claim already.
     pub(crate) fn insert(&mut self, attempt: AttemptId, pool: &PoolKey) {
-        let reservation = Reservation { pool: pool.clone(), accepted_after: None };
-        let before = self.by_attempt.insert(attempt, reservation);
+        let before = self.node_of.insert(attempt, pool.node_id.clone());
         assert!(before.is_none(), "attempt {attempt} reserved twice");
-        self.by_node.entry(pool.node_id.clone()).or_default().insert(attempt);
+        let reservation = Reservation { pool: pool.clone(), accepted_after: None };
+        self.by_node.entry(pool.node_id.clone()).or_default().insert(attempt, reservation);
     }
 
     pub(crate) fn remove(&mut self, attempt: &AttemptId) -> Option<Reservation> {
-        let reservation = self.by_attempt.remove(attempt)?;
-        let node_id = &reservation.pool.node_id;
-        if let Some(of_node) = self.by_node.get_mut(node_id) {
-            of_node.remove(attempt);
-            if of_node.is_empty() {
-                self.by_node.remove(node_id);
-            }
+        let node_id = self.node_of.remove(attempt)?;
+        let of_node = self.by_node.get_mut(&node_id)?;
+        let reservation = of_node.remove(attempt);
+        if of_node.is_empty() {
+            self.by_node.remove(&node_id);
         }
-        Some(reservation)
+        reservation
     }
 
-    pub(crate) fn get(&self, attempt: &AttemptId) -> Option<&Reservation> {
-        self.by_attempt.get(attempt)
+    pub(crate) fn contains(&self, attempt: &AttemptId) -> bool {
+        self.node_of.contains_key(attempt)
     }
 
     pub(crate) fn get_mut(&mut self, attempt: &AttemptId) -> Option<&mut Reservation> {
-        self.by_attempt.get_mut(attempt)
+        self.by_node.get_mut(self.node_of.get(attempt)?)?.get_mut(attempt)
     }
 
-    /// Those of a node, whether or not it is known, with their attempts.
-    pub(crate) fn of_node(&self, node_id: &NodeId) -> impl Iterator<Item = (AttemptId, &Reservation)> {
-        let attempts = self.by_node.get(node_id).into_iter().flatten();
-        attempts.filter_map(|attempt| Some((*attempt, self.by_attempt.get(attempt)?)))
+    /// Those of a node, whether or not it is known.
+    pub(crate) fn of_node(&self, node_id: &NodeId) -> Option<&BTreeMap<AttemptId, Reservation>> {
+        self.by_node.get(node_id)
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.by_attempt.len()
+        self.node_of.len()
     }
 }
 

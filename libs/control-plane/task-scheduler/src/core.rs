@@ -27,8 +27,8 @@ use pool_registry_types::task::{
 };
 use pool_registry_types::view::{ClusterChange, ClusterView};
 use pool_registry_types::{
-    AttemptId, Epoch, ErrorBody, ErrorCode, LogId, ModelRef, Moment, NodeId, PoolKey, ReplicaId, SessionId,
-    TaskId, routes,
+    AttemptId, Epoch, ErrorBody, ErrorCode, LogId, ModelRef, Moment, NodeId, PoolId, PoolKey, ReplicaId,
+    SessionId, TaskId, routes,
 };
 use service_registry::{HeartbeatOutcome, Rule, ServiceRegistry, Settings, Timing, Transition};
 use task_stream::{BodyDigest, TaskSpec};
@@ -253,8 +253,8 @@ pub struct ControlCore {
     ids_given: u64,
     registry: ServiceRegistry,
     index: PoolIndex,
-    /// Which pools of a node the index has.
-    indexed: BTreeMap<NodeId, BTreeSet<PoolKey>>,
+    /// The pools of each node as they were last shown and indexed.
+    synced: BTreeMap<NodeId, BTreeMap<PoolId, nodes::Synced>>,
     /// Models for which a slot or a task has come.
     dirty: BTreeSet<ModelRef>,
     tasks: BTreeMap<TaskId, Task>,
@@ -299,9 +299,6 @@ pub struct ControlCore {
     retired: BTreeSet<ModelRef>,
     /// What followers were told last.
     shown_nodes: BTreeMap<NodeId, (Liveness, Intent)>,
-    shown_pools: BTreeMap<PoolKey, (PoolState, bool, Option<String>)>,
-    /// The replicas of each pool that took requests at its last report.
-    ready_replicas: BTreeMap<PoolKey, Vec<ReplicaId>>,
     changes: Vec<ClusterChange>,
     draining: bool,
     armed: Option<Moment>,
@@ -326,7 +323,7 @@ impl ControlCore {
             started: None,
             ids_given: 0,
             registry: ServiceRegistry::new(settings),
-            indexed: BTreeMap::new(),
+            synced: BTreeMap::new(),
             dirty: BTreeSet::new(),
             tasks: BTreeMap::new(),
             attempts: BTreeMap::new(),
@@ -352,8 +349,6 @@ impl ControlCore {
             grace_over: false,
             retired: BTreeSet::new(),
             shown_nodes: BTreeMap::new(),
-            shown_pools: BTreeMap::new(),
-            ready_replicas: BTreeMap::new(),
             changes: Vec::new(),
             draining: false,
             armed: None,

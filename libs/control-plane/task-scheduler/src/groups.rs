@@ -5,9 +5,10 @@
 //! others. A group knows which pools take it, and is passed over with one look at which of those
 //! are free; one that no placeable pool takes is not looked at at all. Tasks that bounced off the
 //! same pools at no cost are one group too. Those that have had a try wait each for their own pause,
-//! and are looked at one by one: they are few, as tries are.
+//! and are looked at one by one: they are few, as tries are. Some groups stay known when their last
+//! task has gone: the next one that asks for the same need not ask every pool.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use multi_node_placement::{Eligible, PoolIndex, TaskShape};
 use pool_registry_types::engines::EngineSet;
@@ -56,6 +57,9 @@ impl Ask {
     }
 }
 
+/// Groups of a lane that stay known without a task.
+const MAX_IDLE: usize = 4;
+
 /// Where a waiting task stands among the groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Member {
@@ -70,6 +74,12 @@ struct Group {
     eligible: Eligible,
 }
 
+impl Group {
+    fn is_empty(&self) -> bool {
+        self.waiting.iter().all(BTreeSet::is_empty)
+    }
+}
+
 /// The next one in the order of admission: of a group, or on its own.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Next<'g> {
@@ -82,6 +92,8 @@ pub(crate) enum Next<'g> {
 pub(crate) struct Groups {
     groups: Vec<Group>,
     vacant: Vec<usize>,
+    /// Groups that lost their last task, in the order in which they did; some have a task again.
+    idle: VecDeque<usize>,
     by_ask: BTreeMap<Ask, usize>,
     members: BTreeMap<TaskId, Member>,
     /// The groups that some placeable pool takes, by their oldest task, for each priority.
@@ -133,15 +145,24 @@ impl Groups {
             }
             Some(Member::Of(at)) => {
                 self.change(at, priority, |waiting| waiting.remove(&(number, task)));
-                if self.groups[at].waiting.iter().all(BTreeSet::is_empty) {
-                    let over = std::mem::take(&mut self.groups[at]);
-                    if let Some(ask) = &over.ask {
-                        self.by_ask.remove(ask);
-                    }
-                    self.fresh.remove(&at);
-                    self.vacant.push(at);
+                if self.groups[at].is_empty() {
+                    self.idle.push_back(at);
+                }
+                if self.idle.len() > MAX_IDLE {
+                    let oldest = self.idle.pop_front().filter(|at| self.groups[*at].is_empty());
+                    oldest.into_iter().for_each(|at| self.forget(at));
                 }
             }
+        }
+    }
+
+    /// Forgets a group without a task.
+    fn forget(&mut self, at: usize) {
+        // It may have been forgotten before.
+        if let Some(ask) = std::mem::take(&mut self.groups[at]).ask {
+            self.by_ask.remove(&ask);
+            self.fresh.remove(&at);
+            self.vacant.push(at);
         }
     }
 

@@ -13,6 +13,9 @@ use crate::groups::{Ask, Groups};
 /// While both priorities wait, every eighth start is a batch task. Source: .specs/01 CLOUD-1702.
 pub const BATCH_EVERY: u32 = 8;
 
+/// Lanes without a task of which something is still known; it is cheap to learn again.
+const MAX_IDLE: usize = 256;
+
 #[derive(Debug, Default)]
 pub(crate) struct Lane {
     interactive: BTreeSet<(u64, TaskId)>,
@@ -95,6 +98,8 @@ impl Lane {
 #[derive(Debug, Default)]
 pub(crate) struct Queue {
     lanes: BTreeMap<ModelRef, Lane>,
+    /// What lanes knew that nobody waits in any more: which pools take whom.
+    idle: BTreeMap<ModelRef, Groups>,
     len: usize,
 }
 
@@ -109,7 +114,10 @@ impl Queue {
         task: TaskId,
         ask: Option<Ask>,
     ) {
-        let lane = self.lanes.entry(model.clone()).or_default();
+        let lane = self.lanes.entry(model.clone()).or_insert_with(|| Lane {
+            groups: self.idle.remove(model).unwrap_or_default(),
+            ..Lane::default()
+        });
         let new = lane.of_mut(priority).insert((number, task));
         assert!(new, "task {task} queued twice");
         lane.groups.push(priority, number, task, ask);
@@ -123,8 +131,13 @@ impl Queue {
             lane.groups.remove(priority, number, task);
             self.len -= 1;
         }
-        if lane.is_empty() {
-            self.lanes.remove(model);
+        if lane.is_empty()
+            && let Some(lane) = self.lanes.remove(model)
+        {
+            if self.idle.len() >= MAX_IDLE {
+                self.idle.clear();
+            }
+            self.idle.insert(model.clone(), lane.groups);
         }
     }
 

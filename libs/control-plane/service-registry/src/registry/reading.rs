@@ -5,7 +5,7 @@ use super::*;
 impl ServiceRegistry {
     /// Attempts that are reserved on the node.
     pub fn attempts_of(&self, node_id: &NodeId) -> Vec<AttemptId> {
-        self.reservations.of_node(node_id).map(|(id, _)| id).collect()
+        self.reservations.of_node(node_id).into_iter().flat_map(BTreeMap::keys).copied().collect()
     }
 
     /// Attempts that are reserved on one of its pools, as it was reported.
@@ -25,10 +25,6 @@ impl ServiceRegistry {
     /// The number of the last report that was taken.
     pub fn report_seq(&self, node_id: &NodeId) -> Option<u64> {
         self.nodes.get(node_id)?.last_seq
-    }
-
-    pub fn pool_ids(&self, node_id: &NodeId) -> impl Iterator<Item = &PoolId> {
-        self.nodes.get(node_id).into_iter().flat_map(|node| node.pools.keys())
     }
 
     /// Whether the last attempt to dial the node has failed.
@@ -55,8 +51,17 @@ impl ServiceRegistry {
     /// The facts that placement uses, or nothing for a pool that is not there.
     pub fn pool_facts(&self, key: &PoolKey) -> Option<PoolFacts<'_>> {
         let node = self.nodes.get(&key.node_id)?;
-        let book = node.pools.get(&key.pool_id)?;
-        Some(PoolFacts {
+        Some(self.facts(node, node.pools.get(&key.pool_id)?))
+    }
+
+    /// The same of all pools of a node.
+    pub fn pools_facts(&self, node_id: &NodeId) -> impl Iterator<Item = (&PoolId, PoolFacts<'_>)> {
+        let nodes = self.nodes.get(node_id).into_iter();
+        nodes.flat_map(|node| node.pools.iter().map(|(id, book)| (id, self.facts(node, book))))
+    }
+
+    fn facts<'r>(&self, node: &'r Node, book: &'r PoolBook) -> PoolFacts<'r> {
+        PoolFacts {
             report: &book.report,
             labels: &node.labels,
             liveness: node.evidence.liveness(),
@@ -65,7 +70,7 @@ impl ServiceRegistry {
             slots_busy: book.slots_busy(self.enforces(Rule::UnionOfReservations)),
             held: book.held_until.is_some(),
             tripped: node.breaker.blocks() || book.breaker.blocks(),
-        })
+        }
     }
 
     /// When any node last reported a pool that has or loads the model.

@@ -5,10 +5,19 @@ use super::*;
 /// What a report is held against.
 struct Books<'r> {
     reservations: &'r Reservations,
+    of_node: Option<&'r BTreeMap<AttemptId, Reservation>>,
     /// The numbers of reports count.
     fenced: bool,
     /// A pool that is named twice is one.
     once: bool,
+}
+
+impl Books<'_> {
+    fn knows(&self, attempt: &AttemptId) -> bool {
+        // Mostly it is of this node.
+        self.of_node.is_some_and(|of_node| of_node.contains_key(attempt))
+            || self.reservations.contains(attempt)
+    }
 }
 
 impl ServiceRegistry {
@@ -27,8 +36,12 @@ impl ServiceRegistry {
             return Ok(HeartbeatOutcome::Ignored);
         }
         let fenced = self.enforces(Rule::ReportSequence);
-        let books =
-            Books { fenced, once: self.enforces(Rule::PoolNamedTwice), reservations: &self.reservations };
+        let books = Books {
+            reservations: &self.reservations,
+            of_node: self.reservations.of_node(node_id),
+            fenced,
+            once: self.enforces(Rule::PoolNamedTwice),
+        };
         let models = &mut self.models;
         let taken = self.nodes.change(node_id, |node| {
             let before = node.evidence.liveness();
@@ -43,14 +56,14 @@ impl ServiceRegistry {
             node.models = beat.models;
             let (listed, orphans) = node.take_pools(now, beat.seq, beat.pools, &books, models);
             node.closed.forget_before(beat.seq);
-            let vanished = books.reservations.of_node(node_id).filter(|(attempt, reservation)| {
+            let vanished = books.of_node.into_iter().flatten().filter(|(attempt, reservation)| {
                 let accepted_after = reservation.accepted_after;
                 !listed.contains(attempt) && (!fenced || accepted_after.is_some_and(|after| after < beat.seq))
             });
             HeartbeatOutcome::Taken {
                 intent: node.order(),
                 returned: before != Liveness::Online,
-                vanished: vanished.map(|(attempt, _)| attempt).collect(),
+                vanished: vanished.map(|(attempt, _)| *attempt).collect(),
                 orphans,
             }
         });
@@ -73,8 +86,8 @@ impl Node {
         let mut listed = BTreeSet::new();
         let mut orphans = Vec::new();
         let mut reserved: BTreeMap<PoolId, BTreeSet<AttemptId>> = BTreeMap::new();
-        for (attempt, reservation) in books.reservations.of_node(&self.request.node_id) {
-            reserved.entry(reservation.pool.pool_id.clone()).or_default().insert(attempt);
+        for (attempt, reservation) in books.of_node.into_iter().flatten() {
+            reserved.entry(reservation.pool.pool_id.clone()).or_default().insert(*attempt);
         }
         let mut pools: BTreeMap<PoolId, PoolBook> = BTreeMap::new();
         for report in reports {
@@ -92,7 +105,7 @@ impl Node {
                     continue;
                 }
                 reported.insert(*attempt);
-                if books.reservations.get(attempt).is_none() {
+                if !books.knows(attempt) {
                     orphans.push(*attempt);
                 }
             }

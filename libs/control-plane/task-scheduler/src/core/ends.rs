@@ -404,7 +404,7 @@ impl ControlCore {
                 self.counters.replaced += u64::from(outcome != Outcome::FreeRefusal);
                 if outcome == Outcome::FreeElsewhere {
                     // The node has failed it, whichever pool of it is asked.
-                    let of_node = self.indexed.get(&node_id).into_iter().flatten();
+                    let of_node = self.synced.get(&node_id).into_iter().flatten().map(|(_, pool)| pool.key());
                     let more: Vec<PoolKey> = of_node
                         .chain([&attempt.pool])
                         .filter(|key| !task.tried.contains(key))

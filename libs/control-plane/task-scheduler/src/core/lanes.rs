@@ -67,9 +67,9 @@ impl ControlCore {
         if self.lapsed.is_empty() {
             return;
         }
-        let pools = self.indexed.get(node_id).into_iter().flatten().filter_map(|key| self.index.get(key));
         let is_back = |model: &&ModelRef| self.lapsed.contains(*model) && !self.is_lapsed(now, model);
-        let back: Vec<ModelRef> = pools.flat_map(|pool| &pool.models).filter(is_back).cloned().collect();
+        let back: Vec<ModelRef> =
+            self.pools_of(node_id).flat_map(|pool| &pool.models).filter(is_back).cloned().collect();
         for model in back {
             self.watch_lane(&model);
         }

@@ -110,13 +110,11 @@ impl ControlCore {
     /// The pools of the node that it loads on demand and for which a task waits: one that it could
     /// run now, or when a slot is free.
     pub(super) fn waited_for(&self, now: Moment, node_id: &NodeId) -> Vec<PoolId> {
-        let waits = |key: &&PoolKey| {
-            let Some(pool) = self.index.get(key) else { return false };
+        let waits = |pool: &&Candidate| {
             pool.load_estimate_ms.is_some()
-                && pool.models.iter().any(|model| self.is_waited_for(now, model, key))
+                && pool.models.iter().any(|model| self.is_waited_for(now, model, &pool.key))
         };
-        let pools = self.indexed.get(node_id).into_iter().flatten();
-        pools.filter(waits).map(|key| key.pool_id.clone()).collect()
+        self.pools_of(node_id).filter(waits).map(|pool| pool.key.pool_id.clone()).collect()
     }
 
     fn is_waited_for(&self, now: Moment, model: &ModelRef, key: &PoolKey) -> bool {

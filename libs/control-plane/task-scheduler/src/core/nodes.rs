@@ -1,5 +1,7 @@
 //! What nodes say: registration, heartbeats, deregistration; and the index that follows from them.
 
+use service_registry::PoolFacts;
+
 use super::*;
 
 impl ControlCore {
@@ -136,11 +138,33 @@ impl ControlCore {
     pub(super) fn sync_node(&mut self, node_id: &NodeId) {
         self.dirty_pins.insert(node_id.clone());
         self.show_node(node_id);
-        let mut keys = self.indexed.remove(node_id).unwrap_or_default();
-        keys.extend(self.registry.pool_ids(node_id).map(|pool| PoolKey::new(node_id.clone(), pool.clone())));
-        for key in &keys {
-            self.sync_pool(key);
+        let pools = self.registry.pools_facts(node_id).map(|(id, facts)| {
+            let key = PoolKey::new(node_id.clone(), id.clone());
+            (id.clone(), Synced::of(key, &facts))
+        });
+        let is: BTreeMap<PoolId, Synced> = pools.collect();
+        let mut was = self.synced.get_mut(node_id).map(std::mem::take).unwrap_or_default();
+        let ids: BTreeSet<PoolId> = was.keys().chain(is.keys()).cloned().collect();
+        for id in ids {
+            let key = PoolKey::new(node_id.clone(), id.clone());
+            self.show_and_index(&key, was.remove(&id), is.get(&id));
         }
+        self.keep_synced(node_id, is);
+    }
+
+    fn keep_synced(&mut self, node_id: &NodeId, pools: BTreeMap<PoolId, Synced>) {
+        if pools.is_empty() {
+            self.synced.remove(node_id);
+        } else if let Some(known) = self.synced.get_mut(node_id) {
+            *known = pools;
+        } else {
+            self.synced.insert(node_id.clone(), pools);
+        }
+    }
+
+    /// The pools of a node as the index has them.
+    pub(super) fn pools_of(&self, node_id: &NodeId) -> impl Iterator<Item = &Candidate> {
+        self.synced.get(node_id).into_iter().flatten().map(|(_, pool)| &pool.candidate)
     }
 
     fn show_node(&mut self, node_id: &NodeId) {
@@ -156,22 +180,6 @@ impl ControlCore {
         self.changes.push(ClusterChange::Node { node_id: node_id.clone(), liveness, intent });
     }
 
-    fn show_pool(&mut self, key: &PoolKey, is: Option<(PoolState, bool, Option<String>)>) {
-        if self.shown_pools.get(key) == is.as_ref() {
-            return;
-        }
-        let (state, ready, preparation) = match is.clone() {
-            Some((state, ready, preparation)) => (Some(state), ready, preparation),
-            None => (None, false, None),
-        };
-        match is {
-            Some(is) => self.shown_pools.insert(key.clone(), is),
-            None => self.shown_pools.remove(key),
-        };
-        let (node_id, pool_id) = (key.node_id.clone(), key.pool_id.clone());
-        self.changes.push(ClusterChange::Pool { node_id, pool_id, state, ready, preparation });
-    }
-
     /// The same for one pool, and for its neighbours where the node's own breaker is open.
     pub(super) fn sync_pool_or_node(&mut self, key: &PoolKey) {
         if self.registry.has_open_breaker(&key.node_id) {
@@ -182,64 +190,43 @@ impl ControlCore {
     }
 
     pub(super) fn sync_pool(&mut self, key: &PoolKey) {
+        let is = self.registry.pool_facts(key).map(|facts| Synced::of(key.clone(), &facts));
+        let mut pools = self.synced.get_mut(&key.node_id).map(std::mem::take).unwrap_or_default();
+        let was = pools.remove(&key.pool_id);
+        self.show_and_index(key, was, is.as_ref());
+        pools.extend(is.map(|is| (key.pool_id.clone(), is)));
+        self.keep_synced(&key.node_id, pools);
+    }
+
+    fn show_and_index(&mut self, key: &PoolKey, was: Option<Synced>, is: Option<&Synced>) {
         // Who avoids a pool that failed it may take that one again once the others are out.
-        if let Some(before) = self.index.get(key) {
-            self.dirty.extend(before.models.iter().cloned());
+        self.dirty.extend(was.iter().flat_map(|was| &was.candidate.models).cloned());
+        let was = was.as_ref();
+        if was.map(|was| &was.shown) != is.map(|is| &is.shown) {
+            let (state, ready, preparation) = match is.map(|is| is.shown.clone()) {
+                Some((state, ready, preparation)) => (Some(state), ready, preparation),
+                None => (None, false, None),
+            };
+            let (node_id, pool_id) = (key.node_id.clone(), key.pool_id.clone());
+            self.changes.push(ClusterChange::Pool { node_id, pool_id, state, ready, preparation });
         }
-        let Some(facts) = self.registry.pool_facts(key) else {
-            if let Some(before) = self.index.get(key) {
-                before.models.iter().for_each(|model| drop(self.forecasts.remove(model)));
+        let Some(is) = is else {
+            for model in was.iter().flat_map(|was| &was.candidate.models) {
+                self.forecasts.remove(model);
             }
-            self.show_pool(key, None);
-            self.ready_replicas.remove(key);
             self.sessions.cooled(key, &[]);
             self.paces.forget(key);
             self.loads_asked.remove(key);
             self.index.remove(key);
             self.served.remove(key);
-            if let Some(keys) = self.indexed.get_mut(&key.node_id) {
-                keys.remove(key);
-            }
             return;
         };
-        let availability = match (facts.liveness, facts.intent) {
-            (Liveness::Offline, _) => Availability::Offline,
-            (Liveness::Suspect, _) => Availability::Suspect,
-            (Liveness::Online, Intent::Draining) => Availability::Draining,
-            (Liveness::Online, Intent::Serving) if facts.report.draining => Availability::Draining,
-            (Liveness::Online, Intent::Serving) if !facts.report.ready => unready(facts.report),
-            (Liveness::Online, Intent::Serving) if facts.tripped => Availability::Tripped,
-            (Liveness::Online, Intent::Serving) => Availability::Placeable,
-        };
-        let preparation = facts.report.supervised.as_ref().and_then(|own| own.preparation.clone());
-        let shown = (facts.report.state, facts.report.ready, preparation);
-        let serves = facts.report.ready || facts.report.draining;
-        let ready = facts.report.replicas.iter().filter(|replica| serves && replica.ready);
-        let ready: Vec<ReplicaId> = ready.map(|replica| replica.replica_id.clone()).collect();
-        let supervised = facts.report.supervised.as_ref();
-        let candidate = Candidate {
-            key: key.clone(),
-            availability,
-            engine: facts.report.engine,
-            models: facts.report.models.clone(),
-            ctx_max: facts.report.ctx_max,
-            device_mask: facts.report.device_mask.clone(),
-            labels: Arc::clone(facts.labels),
-            slots_total: facts.slots_total,
-            slots_busy: facts.slots_busy,
-            held: facts.held,
-            vram_free_bytes: facts.report.vram_free_bytes,
-            load_estimate_ms: supervised.and_then(|own| own.load_estimate_ms),
-            fits_now: supervised
-                .and_then(|own| own.memory_required_bytes)
-                .is_none_or(|needed| facts.report.vram_free_bytes.is_none_or(|free| needed <= free)),
-        };
-        self.show_pool(key, Some(shown));
         // A replica that was away may have another engine: its cache is another one.
-        if self.ready_replicas.get(key) != Some(&ready) {
-            self.sessions.cooled(key, &ready);
-            self.ready_replicas.insert(key.clone(), ready);
+        if was.map(|was| &was.ready) != Some(&is.ready) {
+            self.sessions.cooled(key, &is.ready);
         }
+        let candidate = &is.candidate;
+        let availability = candidate.availability;
         if (availability == Availability::Placeable && candidate.has_free_slot())
             || availability == Availability::Loadable
         {
@@ -248,14 +235,15 @@ impl ControlCore {
         if availability != Availability::Loadable {
             self.loads_asked.remove(key);
         }
-        self.forget_forecasts(&candidate);
-        self.index.upsert(candidate);
-        self.indexed.entry(key.node_id.clone()).or_default().insert(key.clone());
+        let was = was.map(|was| &was.candidate);
+        if was != Some(candidate) {
+            self.forget_forecasts(was, candidate);
+            self.index.upsert(candidate.clone());
+        }
     }
 
     /// Where a pool comes, goes or gets other slots, what was forecast for its models is worth nothing.
-    fn forget_forecasts(&mut self, is: &Candidate) {
-        let was = self.index.get(&is.key);
+    fn forget_forecasts(&mut self, was: Option<&Candidate>, is: &Candidate) {
         let slots = |c: &Candidate| (c.availability == Availability::Placeable).then_some(c.slots_total);
         let models = |c: &Candidate| c.models.clone();
         if was.map(|was| (slots(was), models(was))) == Some((slots(is), models(is))) {
@@ -277,6 +265,61 @@ impl ControlCore {
                 Liveness::Offline => self.counters.offlines += 1,
             }
         }
+    }
+}
+
+/// A pool as it was last shown to followers and indexed for placement.
+#[derive(Debug)]
+pub(super) struct Synced {
+    candidate: Candidate,
+    shown: (PoolState, bool, Option<String>),
+    /// Its replicas that took requests at its last report.
+    ready: Vec<ReplicaId>,
+}
+
+impl Synced {
+    fn of(key: PoolKey, facts: &PoolFacts<'_>) -> Self {
+        let availability = match (facts.liveness, facts.intent) {
+            (Liveness::Offline, _) => Availability::Offline,
+            (Liveness::Suspect, _) => Availability::Suspect,
+            (Liveness::Online, Intent::Draining) => Availability::Draining,
+            (Liveness::Online, Intent::Serving) if facts.report.draining => Availability::Draining,
+            (Liveness::Online, Intent::Serving) if !facts.report.ready => unready(facts.report),
+            (Liveness::Online, Intent::Serving) if facts.tripped => Availability::Tripped,
+            (Liveness::Online, Intent::Serving) => Availability::Placeable,
+        };
+        let supervised = facts.report.supervised.as_ref();
+        let serves = facts.report.ready || facts.report.draining;
+        let ready = facts.report.replicas.iter().filter(|replica| serves && replica.ready);
+        Self {
+            shown: (
+                facts.report.state,
+                facts.report.ready,
+                supervised.and_then(|own| own.preparation.clone()),
+            ),
+            ready: ready.map(|replica| replica.replica_id.clone()).collect(),
+            candidate: Candidate {
+                key,
+                availability,
+                engine: facts.report.engine,
+                models: facts.report.models.clone(),
+                ctx_max: facts.report.ctx_max,
+                device_mask: facts.report.device_mask.clone(),
+                labels: Arc::clone(facts.labels),
+                slots_total: facts.slots_total,
+                slots_busy: facts.slots_busy,
+                held: facts.held,
+                vram_free_bytes: facts.report.vram_free_bytes,
+                load_estimate_ms: supervised.and_then(|own| own.load_estimate_ms),
+                fits_now: supervised
+                    .and_then(|own| own.memory_required_bytes)
+                    .is_none_or(|needed| facts.report.vram_free_bytes.is_none_or(|free| needed <= free)),
+            },
+        }
+    }
+
+    pub(super) fn key(&self) -> &PoolKey {
+        &self.candidate.key
     }
 }
 

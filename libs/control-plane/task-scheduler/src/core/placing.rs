@@ -85,8 +85,8 @@ impl ControlCore {
 
     /// Whether any pool of the node takes tasks and has a free slot.
     fn has_free_on(&self, node_id: &NodeId) -> bool {
-        let pools = self.indexed.get(node_id).into_iter().flatten().filter_map(|key| self.index.get(key));
-        pools.into_iter().any(|pool| pool.availability == Availability::Placeable && pool.has_free_slot())
+        self.pools_of(node_id)
+            .any(|pool| pool.availability == Availability::Placeable && pool.has_free_slot())
     }
 
     /// Where the running tasks of the session are, by the label that the task spreads by.
