@@ -1,7 +1,7 @@
 //! One life of one engine: its guard, its first good health call, its handoff, its end.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -366,7 +366,10 @@ impl Supervision {
     /// For other programs; nothing on this node waits for it.
     async fn write_handoff(&self, run: RunId, replica_key: &ReplicaKey, text: String) {
         let path = self.handoff_path(replica_key);
-        let written = blocking("handoff file", move || write_whole(&path, &text)).await;
+        let written = blocking("handoff file", move || {
+            atomic_file::replace(&path, text.as_bytes(), atomic_file::BY_UMASK).map_err(io::Error::from)
+        })
+        .await;
         let was_missing = self.state.lock().unwritten.remove(&run).is_some();
         let written = written.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));
         if let Err(error) = written {
@@ -527,12 +530,4 @@ fn port(spec: &Spec, replica_id: &ReplicaId) -> Result<u16, String> {
         Some(port) => format!("ports: {port}: {error}"),
         None => format!("no free port: {error}"),
     })
-}
-
-fn write_whole(path: &Path, text: &str) -> io::Result<()> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    // Readers pass over names with a dot.
-    let draft = path.with_file_name(format!(".{name}.{}", std::process::id()));
-    std::fs::write(&draft, text)?;
-    std::fs::rename(&draft, path)
 }

@@ -57,9 +57,7 @@ pub(crate) async fn package(
     let args: Vec<String> = match pool.engine {
         EngineKind::LlamaCpp => {
             // Written anew each time: it belongs to this program, not to the package.
-            tokio::fs::write(&launcher, LLAMACPP_LAUNCHER)
-                .await
-                .map_err(|error| format!("provision: {}: {error}", launcher.display()))?;
+            put(launcher.clone(), LLAMACPP_LAUNCHER.to_owned()).await?;
             let words =
                 "--model {model_path} --alias {model} --port {port} --slots {slots} --ctx {ctx} --keep";
             std::iter::once(launcher.display().to_string())
@@ -130,7 +128,14 @@ async fn install(
         let last: String = text.trim().lines().last().unwrap_or("no message").chars().take(400).collect();
         return Err(format!("provision: pip failed: {last}"));
     }
-    tokio::fs::write(folder.join(STAMP), wanted).await.map_err(failed)
+    put(folder.join(STAMP), wanted.to_owned()).await
+}
+
+/// Replaces a file whole: another start may read it at this moment.
+async fn put(path: PathBuf, text: String) -> Result<(), String> {
+    let put = move || atomic_file::replace(&path, text.as_bytes(), atomic_file::BY_UMASK);
+    let put = owned_tasks::blocking("a package's file", put).await;
+    put.map_err(|panicked| panicked.to_string())?.map_err(|error| format!("provision: {error}"))
 }
 
 /// What is installed is others' code, and needs none of the daemon's tokens.

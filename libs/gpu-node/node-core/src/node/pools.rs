@@ -6,7 +6,7 @@ use std::time::Duration;
 use pool_registry_types::pool::{
     DrainProgress, EngineKind, PoolReport, PoolState, ReplicaReport, Supervised,
 };
-use pool_registry_types::{AttemptId, ModelRef, Moment, PoolId, ReplicaId, TaskId};
+use pool_registry_types::{AttemptId, Backoff, ModelRef, Moment, PoolId, ReplicaId, TaskId};
 
 /// Looks in a row without an answer, and the time without a byte of ours, after which an engine is
 /// not busy but away. Source: .specs/01 CLOUD-2495.
@@ -19,8 +19,7 @@ const RELEASED_WITHOUT_ANSWER: Duration = Duration::from_secs(30);
 /// Refusals in a row after which it counts no more that requests succeeded before.
 const REFUSALS_IN_A_ROW: usize = 3;
 /// How long a replica that refuses its operator is not tried; doubles each time.
-const FIRST_REFUSED: Duration = Duration::from_secs(10);
-const LONGEST_REFUSED: Duration = Duration::from_secs(300);
+const REFUSED_PAUSES: Backoff = Backoff::new(Duration::from_secs(10), Duration::from_secs(300));
 
 /// A replica as its handoff and its engine describe it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -292,7 +291,7 @@ impl Replica {
         }
         let flows = self.flowing.iter().any(|id| self.attempts.contains(id));
         let others = flows || (self.proven && tasks.len() < REFUSALS_IN_A_ROW);
-        let pause = (FIRST_REFUSED * 2_u32.pow(times.min(8))).min(LONGEST_REFUSED);
+        let pause = REFUSED_PAUSES.after(times);
         self.last_error = Some(reason.clone());
         self.ready &= others;
         let (until, times) = if others { (None, 0) } else { (Some(now + pause), times + 1) };

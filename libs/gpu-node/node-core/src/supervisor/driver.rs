@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use pool_registry_types::Moment;
+use pool_registry_types::{Backoff, Moment};
 
 use crate::supervisor::core::{Ordered, Supervisor, find};
 use crate::supervisor::ledger::DeviceReading;
@@ -17,10 +17,9 @@ use crate::supervisor::pool::{Blame, Slot};
 /// How long a report waits to be confirmed, and the pause between two looks at the GPUs meanwhile.
 const CONFIRMED_WITHIN: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// Between two restarts of a pool for reported errors; doubles each time, and begins anew after
-/// some time without any. Source: .specs/01 CLOUD-2414.
-const FIRST_GAP: Duration = Duration::from_secs(30);
-const LONGEST_GAP: Duration = Duration::from_secs(600);
+/// Between two restarts of a pool for reported errors; begins anew after some time without any.
+/// Source: .specs/01 CLOUD-2414.
+const GAPS: Backoff = Backoff::new(Duration::from_secs(30), Duration::from_secs(600));
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(3600);
 
 /// What an engine has written of its driver.
@@ -36,19 +35,20 @@ pub(super) struct Report {
 pub(super) struct Reported {
     /// The last one, which may still be to come.
     last: Option<Moment>,
-    /// Until the next one; zero before the first.
-    gap: Duration,
+    /// Gaps so far.
+    gaps: u32,
 }
 
 impl Reported {
     /// One more is needed: it is not made before [`Reported::earliest`].
     fn add(&mut self, now: Moment) {
         let before = self.last.filter(|last| now < *last + FORGOTTEN_AFTER);
-        self.gap = match before {
-            None => Duration::ZERO,
-            Some(_) => self.gap.saturating_mul(2).clamp(FIRST_GAP, LONGEST_GAP),
+        let Some(last) = before else {
+            (self.last, self.gaps) = (Some(now), 0);
+            return;
         };
-        self.last = Some(before.map_or(now, |last| now.max(last + self.gap)));
+        self.last = Some(now.max(last + GAPS.after(self.gaps)));
+        self.gaps = self.gaps.saturating_add(1);
     }
 
     /// When the engine may start again.

@@ -4,20 +4,18 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use pool_registry_types::Moment;
+use pool_registry_types::{Backoff, Moment};
 
 /// Exits are counted over this span. Source: .specs/01 CLOUD-2412.
 pub(super) const STORM_WINDOW: Duration = Duration::from_secs(60);
-/// First pause before a restart; doubles with each exit of the last minute. Source: .specs/01
-/// CLOUD-2411.
+/// First pause before a restart. Source: .specs/01 CLOUD-2411.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
-/// Longest pause before the restart of an engine that had been ready.
-const LONGEST_PAUSE_PROVEN: Duration = Duration::from_secs(5);
-/// Longest pause before the restart of an engine that has never been ready.
-const LONGEST_PAUSE_UNPROVEN: Duration = Duration::from_secs(60);
-/// How long a pool that was given up is left alone; doubles each time. Source: .specs/01 CLOUD-2412.
-const FIRST_COOL_DOWN: Duration = Duration::from_secs(60);
-const LONGEST_COOL_DOWN: Duration = Duration::from_secs(15 * 60);
+/// Before the restart of an engine that had been ready; by the exits of the last minute.
+const PROVEN: Backoff = Backoff::new(FIRST_PAUSE, Duration::from_secs(5));
+/// Before the restart of an engine that has never been ready.
+const UNPROVEN: Backoff = Backoff::new(FIRST_PAUSE, Duration::from_secs(60));
+/// How long a pool that was given up is left alone. Source: .specs/01 CLOUD-2412.
+const COOL_DOWNS: Backoff = Backoff::new(Duration::from_secs(60), Duration::from_secs(15 * 60));
 
 #[derive(Debug)]
 struct Exit {
@@ -46,9 +44,8 @@ impl Exits {
 
     /// Until the next start, before jitter. `proven`: an engine of the pool had been ready.
     pub(super) fn pause(&self, proven: bool) -> Duration {
-        let longest = if proven { LONGEST_PAUSE_PROVEN } else { LONGEST_PAUSE_UNPROVEN };
-        let doublings = self.0.len().saturating_sub(1).min(16);
-        FIRST_PAUSE.saturating_mul(1 << doublings).min(longest)
+        let earlier = u32::try_from(self.0.len().saturating_sub(1)).unwrap_or(u32::MAX);
+        if proven { PROVEN.after(earlier) } else { UNPROVEN.after(earlier) }
     }
 
     pub(super) fn clear(&mut self) {
@@ -59,17 +56,18 @@ impl Exits {
 /// How long a pool is left alone whose engines end too often.
 #[derive(Debug, Default)]
 pub(super) struct CoolDown {
-    /// The last one; zero before the first.
-    span: Duration,
+    /// How often there was one since the last reset.
+    times: u32,
     pub(super) until: Option<Moment>,
 }
 
 impl CoolDown {
     /// Begins the next one. Returns how long it is.
     pub(super) fn begin(&mut self, now: Moment) -> Duration {
-        self.span = self.span.saturating_mul(2).clamp(FIRST_COOL_DOWN, LONGEST_COOL_DOWN);
-        self.until = Some(now + self.span);
-        self.span
+        let span = COOL_DOWNS.after(self.times);
+        self.times = self.times.saturating_add(1);
+        self.until = Some(now + span);
+        span
     }
 
     /// Whether one has come to its end since the last question.
