@@ -69,7 +69,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 /// Crates without clock, environment and disorder, and what they may use from outside.
 const PURE: &[(&str, &[&str])] = &[
     ("pool-registry-types", &["serde", "serde_json", "thiserror", "utoipa", "uuid"]),
-    ("task-stream", &["bytes", "serde", "thiserror"]),
+    ("task-stream", &["bytes", "serde", "serde_json", "thiserror"]),
     ("service-registry", &["thiserror"]),
     ("multi-node-placement", &["fixedbitset"]),
     ("task-scheduler", &["thiserror", "uuid"]),

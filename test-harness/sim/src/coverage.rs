@@ -88,6 +88,14 @@ pub const REQUIRED: &[&str] = &[
     "core: pool loaded for a task",
     "core: pool unloaded",
     "message: load order lost",
+    "stream: connection broken",
+    "stream: frames doubled",
+    "stream: frame cut",
+    "stream: stop lost",
+    "stream: orphan after a lost stop",
+    "client: came back to another log",
+    "client: waker lost",
+    "client: reads in pieces",
 ];
 
 /// Counts by name.

@@ -199,6 +199,11 @@ pub struct Plan {
     pub lost: u32,
     pub doubled: u32,
     pub late: u32,
+    /// Of a thousand tokens on their way: lost with their connection. Three times as many come twice, and
+    /// eight times as many are cut.
+    pub stream_faults: u32,
+    /// Of a thousand stops: lost.
+    pub lost_stops: u32,
     /// Readers look at the control plane between its events.
     pub read: bool,
     /// First token and pace of engines, milliseconds, at most.
@@ -264,6 +269,7 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
     for node in &mut nodes {
         node.second = (!node.on_demand && peers.u8(..5) == 0).then(|| peers.usize(..models));
     }
+    let mut streams = fastrand::Rng::with_seed(seed ^ 0x6c6f_7374);
     let busy = r.u8(..3) == 0;
     let task_count = if busy { r.usize(100..160) } else { r.usize(40..80) };
     let tasks = (0..task_count)
@@ -351,6 +357,8 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
         doubled: if noisy { r.u32(..80) } else { 2 },
         late: if noisy { r.u32(..80) } else { 2 },
         read: false,
+        stream_faults: if streams.u8(..3) == 0 { streams.u32(1..8) } else { 0 },
+        lost_stops: if streams.u8(..3) == 0 { streams.u32(50..400) } else { 0 },
         first_token_ms: r.u64(20..3_000),
         pace_ms: r.u64(5..600),
     }

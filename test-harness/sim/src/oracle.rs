@@ -12,9 +12,11 @@ use pool_registry_types::view::{ClusterView, NodeView};
 use pool_registry_types::{
     AttemptId, ErrorBody, ErrorCode, ModelRef, Moment, NodeId, PoolId, PoolKey, TaskId,
 };
-use task_scheduler::{ControlCore, Dispatch, HowEnded, Overdue, TaskLog};
+use task_scheduler::{ControlCore, Dispatch, HowEnded, Overdue};
+use task_stream::TaskLog;
 
 use crate::draw::{MAX_TURNS, Plan, TaskPlan};
+use crate::transcript::{Transcript, Writer};
 
 /// What is known of one task.
 #[derive(Debug, Default)]
@@ -27,8 +29,8 @@ pub(crate) struct Seen {
     tried: Vec<PoolKey>,
     tries: u32,
     engine_deaths: u32,
-    read: u64,
-    tokens: u64,
+    /// What is read of its log as soon as it stands there.
+    transcript: Transcript,
     pub(crate) terminal: Option<String>,
     constraints: Option<PlacementConstraints>,
     continues: bool,
@@ -400,10 +402,10 @@ impl Oracle {
                 ));
             }
         }
-        if dispatch.first_index != seen.tokens {
+        if dispatch.first_index != seen.transcript.tokens {
             return Err(format!(
                 "[3] {} goes on at {} where {} was next",
-                dispatch.task, dispatch.first_index, seen.tokens
+                dispatch.task, dispatch.first_index, seen.transcript.tokens
             ));
         }
         let could_have_it = |other: &Seen| {
@@ -543,24 +545,13 @@ impl Oracle {
     }
 
     /// [1] [2] [3]: every frame once, in order, one terminal, nothing after it.
-    pub(crate) fn read(&mut self, task: TaskId, log: &TaskLog) -> Result<(), Broken> {
+    pub(crate) fn read(&mut self, task: TaskId, log: &TaskLog, writers: &[Writer]) -> Result<(), Broken> {
         let seen = self.tasks.get_mut(&task).ok_or("a log without a task")?;
-        let read = log.read_from(seen.read);
-        let text = std::str::from_utf8(read.bytes).map_err(|_| "a log that is no text")?;
-        for line in text.lines() {
-            if let Some(terminal) = &seen.terminal {
-                return Err(format!("[2] {task}: {line:?} after the terminal {terminal:?}"));
-            }
-            match line.strip_prefix("token ") {
-                Some(i) if i == seen.tokens.to_string() => seen.tokens += 1,
-                Some(i) => return Err(format!("[3] {task}: token {i} where {} was next", seen.tokens)),
-                None => {
-                    seen.terminal = Some(line.to_owned());
-                    seen.queued_since = None;
-                }
-            }
+        seen.transcript.read(log, usize::MAX, writers).map_err(|broken| format!("{broken} ({task})"))?;
+        if seen.transcript.terminal.is_some() {
+            seen.terminal.clone_from(&seen.transcript.terminal);
+            seen.queued_since = None;
         }
-        seen.read = read.next;
         Ok(())
     }
 
@@ -636,7 +627,7 @@ impl Oracle {
             ErrorCode::QueueFullDropLru if seen.dispatches > 0 => {
                 Err(format!("{task} has run, and was dropped for a newer one"))
             }
-            ErrorCode::WorkerReset if seen.tokens == 0 => {
+            ErrorCode::WorkerReset if seen.transcript.tokens == 0 => {
                 Err(format!("{task} ended with WORKER_RESET without a token"))
             }
             _ => Ok(()),

@@ -81,6 +81,8 @@ pub fn parse(text: &str) -> Result<Plan, String> {
         doubled: 0,
         late: 0,
         read: false,
+        stream_faults: 0,
+        lost_stops: 0,
         first_token_ms: 2_000,
         pace_ms: 500,
     };
@@ -213,6 +215,7 @@ mod tests {
     }
 
     // CLOUD-1900
+    // CLOUD-1905
     #[test]
     fn every_invariant_holds_in_the_first_schedules() {
         let (coverage, failure) = crate::run_seeds(1, 150, None, &|_| {});
@@ -237,6 +240,7 @@ mod tests {
         assert_ne!(trace(7), trace(8));
     }
 
+    // CLOUD-1610
     // CLOUD-1901
     #[test]
     fn every_rule_is_missed_when_it_is_switched_off() {

@@ -6,6 +6,7 @@
 
 mod control;
 mod node;
+mod streams;
 mod supervised;
 
 use std::cmp::Reverse;
@@ -14,16 +15,18 @@ use std::collections::{BTreeMap, BinaryHeap};
 use pool_registry_types::node::{
     Heartbeat, HeartbeatAnswer, Intent, IntentOrder, RegisterAnswer, RegisterRequest,
 };
-use pool_registry_types::{AttemptId, BootId, Epoch, ErrorBody, Moment, NodeId, ReplicaId, TaskId};
+use pool_registry_types::{AttemptId, BootId, Epoch, ErrorBody, LogId, Moment, NodeId, ReplicaId, TaskId};
 use task_scheduler::{Dispatch, HowEnded, ProbeOutcome, ReplyTo};
 use uuid::Uuid;
 
 use crate::coverage::Coverage;
 use crate::draw::{NodeFault, Plan, Step};
 use crate::oracle::{Broken, Oracle};
+use crate::transcript::Writer;
 use control::Control;
 use node::SimNode;
 use node_core::supervisor::RunId;
+use streams::{Client, Stop};
 
 /// A call of a node to the control plane.
 #[derive(Debug, Clone)]
@@ -36,7 +39,11 @@ pub(crate) enum Call {
 #[derive(Debug, Clone)]
 pub(crate) enum CallAnswer {
     Registered(Result<RegisterAnswer, ErrorBody>),
-    Heartbeat(Result<HeartbeatAnswer, ErrorBody>),
+    Heartbeat {
+        answer: Result<HeartbeatAnswer, ErrorBody>,
+        /// The report was taken, and not older than one taken before.
+        taken: bool,
+    },
     Deregistered,
 }
 
@@ -58,11 +65,8 @@ pub(crate) enum Piece {
     Refusal(ErrorBody),
     /// The node's answer before it takes an attempt.
     Answer(Box<HowEnded>),
-    Token(u64),
-    End(u64),
-    Error(ErrorBody),
-    FinalReport(u64),
-    KeepAlive,
+    /// Bytes of the node's event stream, cut anywhere.
+    Bytes(Vec<u8>),
     /// The connection is gone.
     Reset(&'static str),
 }
@@ -105,6 +109,19 @@ pub(crate) enum What {
     RelayTimer {
         life: u64,
         attempt: AttemptId,
+        armed: Moment,
+    },
+    /// The attempt has been over for a while.
+    StopDue {
+        node: usize,
+        boot: BootId,
+        attempt: AttemptId,
+        since: Moment,
+        stop: Stop,
+    },
+    ClientLooks {
+        task: TaskId,
+        look: u64,
     },
     Fence {
         life: u64,
@@ -239,8 +256,13 @@ pub(crate) struct Conn {
     /// What waits for the partition to heal.
     pub(crate) held: Vec<Piece>,
     pub(crate) drop_held: bool,
-    /// The node has sent the `end` frame.
+    /// The node has sent its final frame, or the `end` frame.
+    pub(crate) ended_at_node: bool,
     pub(crate) ended_well: bool,
+    /// Bytes that were cut off and come with the next ones.
+    pub(crate) tail: Vec<u8>,
+    /// It was lost on its way: nothing more comes through.
+    pub(crate) broken: bool,
 }
 
 /// Blocked directions of a node's link, counted.
@@ -305,6 +327,11 @@ pub struct World {
     pub(crate) double_reports: Vec<u32>,
     /// Draws what readers look at, so that they change nothing else.
     pub(crate) readers: fastrand::Rng,
+    /// Draws what becomes of streams.
+    pub(crate) streams: fastrand::Rng,
+    /// The attempts that were given each log, in their order.
+    pub(crate) writers: BTreeMap<LogId, Vec<Writer>>,
+    pub(crate) clients: BTreeMap<TaskId, Client>,
     /// Of all effects so far.
     pub(crate) digest: u64,
     pub(crate) conns: BTreeMap<u64, Conn>,
@@ -352,6 +379,9 @@ impl World {
             shortage: 0,
             double_reports: vec![0; plan.nodes.len()],
             readers: fastrand::Rng::with_seed(plan.seed),
+            streams: fastrand::Rng::with_seed(plan.seed ^ 0x7374_7265),
+            writers: BTreeMap::new(),
+            clients: BTreeMap::new(),
             digest: 0,
             conns: BTreeMap::new(),
             next_conn: 0,
@@ -397,7 +427,10 @@ impl World {
         }
         self.coverage.simulated_ms += self.now.as_millis();
         self.coverage.schedules += 1;
-        self.oracle.at_rest().map_err(|broken| format!("at rest: {broken}"))
+        self.oracle
+            .at_rest()
+            .and_then(|()| self.clients_at_rest())
+            .map_err(|broken| format!("at rest: {broken}"))
     }
 
     /// The horizon has passed, and every task has its end.
@@ -567,7 +600,11 @@ impl World {
             What::Heal(heal) => self.heal(heal),
             What::CallArrives { caller, call } => self.call_arrives(caller, call),
             What::ControlTimer { life, armed } => self.control_timer(life, armed),
-            What::RelayTimer { life, attempt } => self.relay_timer(life, attempt),
+            What::RelayTimer { life, attempt, armed } => self.relay_timer(life, attempt, armed),
+            What::StopDue { node, boot, attempt, since, stop } => {
+                self.stop_due(node, boot, attempt, since, stop);
+            }
+            What::ClientLooks { task, look } => self.client_looks(task, look),
             What::Fence { life, task, attempt } => self.fence(life, task, attempt),
             What::StreamArrives { conn, piece } => self.stream_arrives(conn, piece),
             What::ProbeAnswered { life, node_id, address, outcome } => {

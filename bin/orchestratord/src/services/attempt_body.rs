@@ -110,7 +110,7 @@ pub(crate) mod tests {
     use pool_registry_types::task::{ResumeMode, TaskRequest};
     use pool_registry_types::trace::TraceContext;
     use pool_registry_types::{ModelRef, PoolId, PoolKey};
-    use task_scheduler::AttemptDeadlines;
+    use task_stream::AttemptDeadlines;
     use task_stream::{BodyDigest, TaskSpec};
     use uuid::Uuid;
 
@@ -147,6 +147,7 @@ pub(crate) mod tests {
                 silence: Duration::ZERO,
             },
             task_deadline: None,
+            stops_overdue: true,
             max_tokens: None,
             spec: spec.into(),
         }

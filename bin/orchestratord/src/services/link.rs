@@ -39,14 +39,30 @@ const MAX_ERROR_BYTES: usize = 64 * 1024;
 /// Bound of reading it.
 const ERROR_BODY_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// The frames of an attempt; an error is a broken connection.
-pub(crate) type Frames = Pin<Box<dyn Stream<Item = Result<Bytes, String>> + Send>>;
+/// The bytes of an attempt; an error is a broken connection.
+type Frames = Pin<Box<dyn Stream<Item = Result<Bytes, String>> + Send>>;
 
 /// A node took an attempt.
 pub(crate) struct Taken {
     pub(crate) replica_id: ReplicaId,
     pub(crate) report_seq: u64,
-    pub(crate) frames: Frames,
+    pub(crate) exchange: Exchange,
+}
+
+/// The answer of a node that runs an attempt, as long as it lasts.
+pub(crate) struct Exchange(Frames);
+
+impl Exchange {
+    /// The next bytes; an error is a broken connection.
+    pub(crate) async fn next(&mut self) -> Option<Result<Bytes, String>> {
+        self.0.next().await
+    }
+
+    /// Ends the attempt at its node. An exchange has no word for that: the end of its connection is
+    /// the stop.
+    pub(crate) fn stop(self) {
+        drop(self.0);
+    }
 }
 
 /// How nodes are reached.
@@ -75,7 +91,7 @@ impl NodeLink {
             Ok(inference) => Ok(Taken {
                 replica_id: inference.replica_id,
                 report_seq: inference.report_seq,
-                frames: Box::pin(inference.frames.map(|Ok(bytes)| Ok(bytes))),
+                exchange: Exchange(Box::pin(inference.frames.map(|Ok(bytes)| Ok(bytes)))),
             }),
             Err(error) => Err(refusal(error.code.http_status(), Some(error))),
         }
@@ -246,7 +262,7 @@ impl HttpLink {
                 Err(error) => Some(Err(tls::explain(&error))),
             }
         });
-        Ok(Taken { replica_id, report_seq, frames: Box::pin(frames) })
+        Ok(Taken { replica_id, report_seq, exchange: Exchange(Box::pin(frames)) })
     }
 
     async fn order(

@@ -334,8 +334,7 @@ impl Loop {
                     closed.cancel();
                 }
                 let how = if fence.finished { HowEnded::Finished } else { HowEnded::Closed };
-                let tokens_written = fence.tokens_written;
-                let unlogged = stream.map_or(0, |stream| stream.unlogged());
+                let (tokens_written, unlogged) = (fence.tokens_written, fence.unlogged);
                 let ended = Event::Ended { attempt, tokens_written, unlogged, how, final_report: None };
                 events.push_back(ended);
             }

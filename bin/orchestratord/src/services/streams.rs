@@ -1,25 +1,26 @@
 //! The tasks' logs: opened, written, kept after their end, and dropped. Beside each log stands the
 //! task's payload, until its end.
 //!
-//! Each log has its own lock, held while bytes are copied. Who reads them is not known here.
+//! Each log has its own lock, held while references to its bytes are taken. Who reads them is not known
+//! here.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 use pool_registry_types::sse::{self, Decoder, write_frame};
 use pool_registry_types::task::{Resume, ResumeMode};
 use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, TaskId, TraceContext};
-use task_scheduler::{Fence, TaskLog};
-use task_stream::Payload;
+use task_stream::{AppendError, Fence, Payload, Staged, TaskLog};
 use tokio::sync::futures::Notified;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 /// Readers of one stream at once.
 const MOST_READERS: usize = 64;
+/// Bytes that a reader is given at once.
+const READ_BYTES: usize = 64 * 1024;
 
 /// What the shell keeps of a submission, where the core keeps its facts.
 #[derive(Debug)]
@@ -36,24 +37,10 @@ pub(crate) struct TaskStream {
     payload: Mutex<Option<Payload>>,
     /// That of the submission, for the log's lines of the task.
     pub(crate) trace: TraceContext,
-    /// For a task that may have to be continued from them.
-    token_ids: Mutex<TokenIds>,
-    /// Tokens so far that are left out of the log.
-    unlogged: AtomicU64,
     changed: Notify,
     /// Among the tasks of its token; free when the task has ended.
     permit: Mutex<Option<OwnedSemaphorePermit>>,
     readers: Arc<Semaphore>,
-}
-
-/// The engine's ids of the tokens in the log, from the first frame on.
-#[derive(Debug, Default)]
-struct TokenIds {
-    ids: Vec<u32>,
-    /// Frames that said how many tokens there are, without a gap.
-    frames: u64,
-    /// Tokens up to the last of them; as many as there are ids where those are all known.
-    count: u64,
 }
 
 impl TaskStream {
@@ -75,27 +62,37 @@ impl TaskStream {
         result
     }
 
+    /// Takes over what a relay has read, and wakes the readers where there is something for them.
+    pub(crate) fn take(&self, staged: &mut Staged) -> Result<(), AppendError> {
+        let has_frames = staged.has_frames();
+        let taken = staged.append_to(&mut self.log.lock());
+        if has_frames {
+            self.changed.notify_waiters();
+        }
+        taken
+    }
+
+    /// The attempt may write no more.
+    pub(crate) fn fence(&self, attempt: AttemptId) -> Fence {
+        self.log.lock().fence(attempt)
+    }
+
+    /// The stream begins anew, thoughts that were left out of it included.
+    pub(crate) fn forget_unlogged(&self) {
+        self.log.lock().forget_unlogged();
+    }
+
     /// The frames from `next` on, the index to read after them, and whether that was the end; or
     /// the next change, when there are none yet.
     pub(crate) fn read(&self, next: u64) -> Result<(Bytes, u64, bool), Notified<'_>> {
         // Before the look: it hears of every change from its making on, so none is missed.
         let changed = self.changed.notified();
-        let log = self.log.lock();
-        let read = log.read_from(next);
-        if read.bytes.is_empty() && !read.finished {
+        let read = self.log.lock().read_from(next, READ_BYTES);
+        if read.is_empty() && !read.finished {
             return Err(changed);
         }
-        Ok((Bytes::copy_from_slice(read.bytes), read.next, read.finished))
-    }
-
-    /// Remembers the ids of the tokens that frame `index` has brought, and the count of all so far.
-    pub(crate) fn keep_ids(&self, index: u64, count: u64, ids: &[u32]) {
-        let mut known = self.token_ids.lock();
-        if known.frames == index {
-            known.frames += 1;
-            known.count = count;
-            known.ids.extend_from_slice(ids);
-        }
+        let (next, finished) = (read.next, read.finished);
+        Ok((read.into_bytes(), next, finished))
     }
 
     /// What has been sent so far, for the attempt that goes on from it.
@@ -106,11 +103,16 @@ impl TaskStream {
             t: Cow<'t, str>,
         }
         let (mut decoder, mut text, mut reasoning) = (Decoder::new(), String::new(), String::new());
-        let frames = {
+        let (read, tokens, token_ids) = {
             let log = self.log.lock();
-            decoder.push(log.read_from(0).bytes);
-            log.next_index()
+            let frames = log.next_index();
+            let known = log.token_ids();
+            // An engine that does not say how many tokens a frame has sends one in each, mostly.
+            let tokens = known.count(frames).unwrap_or_else(|| frames.saturating_add(log.unlogged()));
+            let token_ids = known.all(frames).map(<[u32]>::to_vec).unwrap_or_default();
+            (log.read_from(0, usize::MAX), tokens, token_ids)
         };
+        read.pieces().for_each(|piece| decoder.push(piece));
         // Every frame in the log was read before it was put there.
         while let Ok(Some(frame)) = decoder.next_frame() {
             let piece = frame.data.as_deref().and_then(|data| serde_json::from_str::<Text<'_>>(data).ok());
@@ -120,31 +122,12 @@ impl TaskStream {
                 _ => {}
             }
         }
-        let known = self.token_ids.lock();
-        // An engine that does not say how many tokens a frame has sends one in each, mostly.
-        let counted = known.frames == frames;
-        let tokens = if counted { known.count } else { frames.saturating_add(self.unlogged()) };
-        let all = counted && known.ids.len() as u64 == tokens;
-        let token_ids = if all { known.ids.clone() } else { Vec::new() };
         Resume { mode, text, reasoning, token_ids, tokens }
     }
 
     /// What the task's engine is to work on; nothing when the task has ended.
     pub(crate) fn payload(&self) -> Option<Payload> {
         self.payload.lock().clone()
-    }
-
-    pub(crate) fn count_unlogged(&self) {
-        self.unlogged.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// The stream begins anew, thoughts that were left out of it included.
-    pub(crate) fn forget_unlogged(&self) {
-        self.unlogged.store(0, Ordering::Relaxed);
-    }
-
-    pub(crate) fn unlogged(&self) -> u64 {
-        self.unlogged.load(Ordering::Relaxed)
     }
 }
 
@@ -182,8 +165,6 @@ impl Streams {
             log: Mutex::new(TaskLog::new(log)),
             payload: Mutex::new(Some(submitted.payload)),
             trace: submitted.trace,
-            token_ids: Mutex::default(),
-            unlogged: AtomicU64::new(0),
             changed: Notify::new(),
             permit: Mutex::default(),
             readers: Arc::new(Semaphore::new(MOST_READERS)),
@@ -207,8 +188,8 @@ impl Streams {
 
     /// Ends an attempt's right to write.
     pub(crate) fn fence(&self, task: TaskId, attempt: AttemptId) -> Fence {
-        self.get(task)
-            .map_or(Fence { tokens_written: 0, finished: false }, |stream| stream.log.lock().fence(attempt))
+        let none = Fence { tokens_written: 0, unlogged: 0, finished: false };
+        self.get(task).map_or(none, |stream| stream.fence(attempt))
     }
 
     /// Appends the control plane's own terminal error.
@@ -218,7 +199,7 @@ impl Streams {
         stream.write(|log| {
             let mut frame = Vec::with_capacity(data.len() + 64);
             write_frame(&mut frame, Some((&log.id(), log.next_index())), "error", &data);
-            log.close(&frame);
+            log.close(frame.into());
         });
         self.ended(task);
     }
@@ -287,7 +268,7 @@ impl Streams {
 
 #[cfg(test)]
 mod tests {
-    use task_stream::PayloadFormat;
+    use task_stream::{PayloadFormat, Segment};
     use uuid::Uuid;
 
     use super::*;
@@ -307,7 +288,7 @@ mod tests {
         let stream = streams.get(task).unwrap();
         stream.write(|log| {
             log.open(attempt);
-            log.finish(attempt, 0, &vec![b'x'; bytes]).unwrap();
+            log.finish(attempt, Segment::frame(0, vec![b'x'; bytes].into())).unwrap();
         });
         streams.ended(task);
         streams.ended(task);
@@ -332,17 +313,18 @@ mod tests {
                 write_frame(&mut frame, None, "started", "{\"t\":\"not a token\"}");
             }
             write_frame(&mut frame, Some((&LogId(Uuid::from_u128(1)), n as u64)), "token", text);
-            stream.write(|log| log.append(attempt, n as u64, &frame)).unwrap();
+            stream.write(|log| log.append(attempt, Segment::frame(n as u64, frame.into()))).unwrap();
         }
-        stream.keep_ids(0, 2, &[7, 8]);
+        stream.write(|log| log.keep_ids(0, 2, &[7, 8]));
         let sent = stream.sent(ResumeMode::Append);
         assert_eq!((sent.text.as_str(), sent.token_ids.len(), sent.tokens), ("a \"b\" c", 0, 2));
-        stream.keep_ids(1, 3, &[9]);
+        stream.write(|log| log.keep_ids(1, 3, &[9]));
         let sent = stream.sent(ResumeMode::Append);
         assert_eq!((sent.token_ids, sent.tokens), (vec![7, 8, 9], 3));
         // Half a character has a token and no frame, and its id never comes.
-        stream.write(|log| log.append(attempt, 2, b"event: token\ndata: {\"t\":\"x\",\"i\":2}\n\n")).unwrap();
-        stream.keep_ids(2, 5, &[10]);
+        let half = Segment::frame(2, "event: token\ndata: {\"t\":\"x\",\"i\":2}\n\n".into());
+        stream.write(|log| log.append(attempt, half)).unwrap();
+        stream.write(|log| log.keep_ids(2, 5, &[10]));
         let sent = stream.sent(ResumeMode::Append);
         assert_eq!((sent.token_ids.len(), sent.tokens), (0, 5));
     }
@@ -376,7 +358,8 @@ mod tests {
     // CLOUD-1609
     #[test]
     fn ended_streams_take_so_much_room_and_the_oldest_goes_first() {
-        let streams = Streams::new(250);
+        // Each takes 100 bytes and what its segment costs.
+        let streams = Streams::new(400);
         let tasks: Vec<TaskId> = (1..=3).map(|n| ended(&streams, n, 100)).collect();
         assert_eq!(code(&streams, tasks[0]), Some(ErrorCode::EventsExpired));
         assert_eq!(code(&streams, tasks[1]), None);

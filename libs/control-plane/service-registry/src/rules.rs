@@ -60,10 +60,12 @@ pub enum Rule {
     PoolNamedTwice,
     /// What we could not do ourselves is held against no node and costs no try.
     OwnShortageIsNoEvidence,
+    /// An attempt that takes too long is stopped at its node too.
+    OverdueIsStopped,
 }
 
 impl Rule {
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 28] = [
         Self::UnionOfReservations,
         Self::AttemptDeadlines,
         Self::ReportSequence,
@@ -91,5 +93,6 @@ impl Rule {
         Self::GuardEndsByTheWell,
         Self::PoolNamedTwice,
         Self::OwnShortageIsNoEvidence,
+        Self::OverdueIsStopped,
     ];
 }

@@ -31,18 +31,17 @@ use pool_registry_types::{
     SessionId, TaskId, routes,
 };
 use service_registry::{HeartbeatOutcome, Rule, ServiceRegistry, Settings, Timing, Transition};
-use task_stream::{BodyDigest, TaskSpec};
+use task_stream::{AttemptDeadlines, BodyDigest, HowEnded, Overdue, TaskSpec};
 use uuid::Uuid;
 
 use crate::attempts::{
-    Attempt, AttemptRecord, CloseReason, Evidence, HowEnded, MAX_ENGINE_DEATHS, MAX_TRIES, Outcome, classify,
+    Attempt, AttemptRecord, CloseReason, Evidence, MAX_ENGINE_DEATHS, MAX_TRIES, Outcome, classify,
 };
 use crate::event::{Answer, Dispatch, Effect, Event, ReplyTo};
 use crate::groups::{Ask, Next};
 use crate::pace::{Forecast, Measurement, Paces, remaining_ms};
 use crate::queue::{Lane, Queue};
 use crate::sessions::{SessionPolicy, Sessions};
-use crate::watch::{AttemptDeadlines, Overdue};
 
 mod ends;
 mod lanes;

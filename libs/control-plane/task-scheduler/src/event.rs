@@ -12,10 +12,9 @@ use pool_registry_types::{
     TaskId,
 };
 use service_registry::ProbeOutcome;
-use task_stream::TaskSpec;
+use task_stream::{Assignment, AttemptDeadlines, HowEnded, TaskSpec};
 
-use crate::attempts::{CloseReason, HowEnded};
-use crate::watch::AttemptDeadlines;
+use crate::attempts::CloseReason;
 
 /// Whom an answer is for; the shell gives the number and keeps what it stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -204,5 +203,25 @@ pub struct Dispatch {
     pub task_deadline: Option<Moment>,
     /// What the session's budget leaves, where the client set no bound on tokens.
     pub max_tokens: Option<u32>,
+    /// Only false with [`crate::Rule::OverdueIsStopped`] switched off.
+    pub stops_overdue: bool,
     pub spec: Arc<TaskSpec>,
+}
+
+impl Dispatch {
+    /// What the attempt's relay needs to know of it.
+    pub fn assignment(&self) -> Assignment {
+        Assignment {
+            attempt: self.attempt,
+            log: self.log,
+            pool: self.pool.clone(),
+            first_index: self.first_index,
+            attempt_number: self.attempt_number,
+            queue_wait_ms: self.queue_wait_ms,
+            warm_replica: self.warm_replica.clone(),
+            deadlines: self.deadlines,
+            task_deadline: self.task_deadline,
+            stops_overdue: self.stops_overdue,
+        }
+    }
 }

@@ -86,7 +86,7 @@ pub struct Decoder {
 }
 
 /// What may stand before the first line.
-const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+pub const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 impl Decoder {
     pub fn new() -> Self {
@@ -152,37 +152,48 @@ impl Decoder {
             end = start + text.len();
         }
         (self.start, self.searched) = (end, end);
-        let raw = &self.buffer[start..end];
-        std::str::from_utf8(raw).map(|text| parse(raw, text)).map_err(|_| SseError::NotUtf8)
+        read_frame(&self.buffer[start..end])
     }
 
     /// The end of the first empty line at or after `start`.
     fn find_end(&mut self) -> Option<usize> {
-        let bytes = &self.buffer;
-        let mut at = self.searched;
-        while let Some(offset) = bytes[at..].iter().position(|b| matches!(b, b'\n' | b'\r')) {
-            let line_end = at + offset;
-            let empty =
-                bytes[self.start..line_end].last().is_none_or(|before| matches!(before, b'\n' | b'\r'));
-            at = line_end + 1;
-            if bytes[line_end] == b'\r' {
-                match bytes.get(at) {
-                    Some(b'\n') => at += 1,
-                    Some(_) => {}
-                    // The other half of a line end may come.
-                    None => {
-                        self.searched = line_end;
-                        return None;
-                    }
+        let mut searched = self.searched - self.start;
+        let end = frame_end(&self.buffer[self.start..], &mut searched);
+        self.searched = self.start + searched;
+        end.map(|end| self.start + end)
+    }
+}
+
+/// Where the frame ends with which `bytes` begin, its empty line included; nothing while that has not
+/// come. What lies before `searched` was looked at the last time, which spares looking twice.
+pub fn frame_end(bytes: &[u8], searched: &mut usize) -> Option<usize> {
+    let mut at = *searched;
+    while let Some(offset) = bytes[at..].iter().position(|b| matches!(b, b'\n' | b'\r')) {
+        let line_end = at + offset;
+        let empty = bytes[..line_end].last().is_none_or(|before| matches!(before, b'\n' | b'\r'));
+        at = line_end + 1;
+        if bytes[line_end] == b'\r' {
+            match bytes.get(at) {
+                Some(b'\n') => at += 1,
+                Some(_) => {}
+                // The other half of a line end may come.
+                None => {
+                    *searched = line_end;
+                    return None;
                 }
             }
-            if empty {
-                return Some(at);
-            }
         }
-        self.searched = bytes.len();
-        None
+        if empty {
+            return Some(at);
+        }
     }
+    *searched = bytes.len();
+    None
+}
+
+/// Reads one whole frame. Errors: [`SseError::NotUtf8`].
+pub fn read_frame(raw: &[u8]) -> Result<Frame<'_>, SseError> {
+    std::str::from_utf8(raw).map(|text| parse(raw, text)).map_err(|_| SseError::NotUtf8)
 }
 
 fn parse<'a>(raw: &'a [u8], text: &'a str) -> Frame<'a> {

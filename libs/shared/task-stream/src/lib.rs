@@ -1,12 +1,26 @@
 //! A task apart from its client's connection: what is known of it, and its bytes.
 //!
 //! [`TaskSpec`] is what schedulers know of a task: small, copied at little cost, and serialisable.
-//! [`Payload`] is what its engine is to work on: opaque bytes that no core reads. There is no I/O,
-//! no clock and no decision here. The idea needed to read it: *the core holds facts, the stream
-//! holds bytes*.
+//! [`Payload`] is what its engine is to work on: opaque bytes that no core reads. [`TaskLog`] keeps
+//! the frames of its answer in shared segments, [`Relay`] carries one attempt's stream into it, and
+//! [`StreamWatch`] holds the attempt's deadlines. All are values: they do no I/O, read no clock and
+//! wake nobody; `orchestratord` and the simulator are shells around the same ones. The ideas needed
+//! to read it: *the core holds facts, the stream holds bytes*, and *an attempt ends by what its node
+//! reported, or with a stop*.
 
+mod end;
+mod frames;
+mod log;
 mod payload;
+mod relay;
 mod spec;
+mod token_ids;
+mod watch;
 
+pub use end::HowEnded;
+pub use log::{AppendError, Fence, MAX_LOG_BYTES, Read, Segment, TaskLog};
 pub use payload::{Payload, PayloadFormat};
+pub use relay::{Action, Assignment, Relay, Staged};
 pub use spec::{BodyDigest, InvalidDigest, Lacking, TaskCaller, TaskSpec};
+pub use token_ids::TokenIds;
+pub use watch::{AttemptDeadlines, Overdue, QUIET, StreamWatch};

@@ -16,14 +16,16 @@ use pool_registry_types::{
 };
 use task_scheduler::{
     Answer, CloseReason, ControlCore, Counters, Dispatch, Effect, Event, HowEnded, Overdue, Policy,
-    ProbeOutcome, ReplyTo, SessionPolicy, StreamWatch, TaskLog,
+    ProbeOutcome, ReplyTo, SessionPolicy,
 };
-use task_stream::{BodyDigest, TaskSpec};
+use task_stream::{Action, BodyDigest, TaskLog, TaskSpec};
 use uuid::Uuid;
 
+use super::streams::{STOPPED_WITHIN_MS, Stop};
 use super::{Call, CallAnswer, Caller, Conn, Loads, Piece, What, World};
 use crate::draw::{MAX_TURNS, Replays};
 use crate::oracle::Life;
+use crate::transcript::Writer;
 
 mod clients;
 mod relays;
@@ -34,10 +36,11 @@ struct Relay {
     task: TaskId,
     node_id: NodeId,
     conn: u64,
-    watch: StreamWatch,
+    relay: task_stream::Relay,
+    /// The moment at which it is to be called.
+    armed: Moment,
     accepted: bool,
-    /// The final frame that came; the final report number is awaited.
-    last: Option<HowEnded>,
+    stop: Stop,
 }
 
 #[derive(Debug, Clone)]
@@ -65,6 +68,14 @@ pub(crate) struct Control {
     relays: BTreeMap<AttemptId, Relay>,
     replies: BTreeMap<ReplyTo, To>,
     next_reply: u64,
+    /// The last report was taken.
+    report_taken: bool,
+}
+
+impl Control {
+    pub(crate) fn log(&self, task: TaskId) -> Option<&TaskLog> {
+        self.logs.get(&task)
+    }
 }
 
 impl World {
@@ -99,6 +110,7 @@ impl World {
             relays: BTreeMap::new(),
             replies: BTreeMap::new(),
             next_reply: 0,
+            report_taken: false,
         });
         let life = self.lives;
         self.note(|_| format!("the control plane starts, life {life}"));
@@ -174,6 +186,7 @@ impl World {
             // Taken or not is seen from the number of the last report.
             let taken =
                 before.report_seq != Some(*seq) && control.core.registry().report_seq(node_id) == Some(*seq);
+            control.report_taken = taken;
             if let Some(life) = self.oracle.life.get_mut(node_id)
                 && taken
             {
@@ -311,6 +324,7 @@ impl World {
                 if let Some(control) = self.control.as_mut() {
                     control.logs.insert(task, TaskLog::new(log));
                 }
+                self.opened(task, log);
             }
             Effect::Dispatch(dispatch) => self.dispatch(life, *dispatch),
             Effect::CloseAttempt { task, attempt, why } => {
@@ -453,7 +467,8 @@ impl World {
                     Answer::Heartbeat(answer) => answer,
                     other => unreachable!("not an answer to a heartbeat: {other:?}"),
                 });
-                self.send_answer(caller, CallAnswer::Heartbeat(answer));
+                let taken = self.control.as_ref().is_some_and(|control| control.report_taken);
+                self.send_answer(caller, CallAnswer::Heartbeat { answer, taken });
             }
             (To::Caller(caller, Kind::Deregister), _) => self.send_answer(caller, CallAnswer::Deregistered),
             (To::Operator, answer) => self.note(|_| format!("the operator is answered: {answer:?}")),

@@ -11,23 +11,29 @@ use pool_registry_types::error::EndCause;
 use pool_registry_types::node::{Capabilities, Intent, IntentOrder, LiveAnswer};
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::{EngineKind, PoolState};
+use pool_registry_types::sse::write_frame;
 use pool_registry_types::task::ResumeMode;
 use pool_registry_types::{
-    AttemptId, BootId, ErrorBody, ErrorCode, LabelName, MachineId, ModelRef, Moment, PoolId, ReplicaId,
-    TaskId,
+    AttemptId, BootId, ErrorBody, ErrorCode, LabelName, LogId, MachineId, ModelRef, Moment, PoolId,
+    ReplicaId, TaskId,
 };
 use task_scheduler::{HowEnded, ProbeOutcome, ReplyTo};
 use uuid::Uuid;
 
 use super::supervised::Supervision;
 use super::{Call, CallAnswer, Caller, Piece, What, World};
-use crate::draw::{NodeFault, NodePlan, ZONES};
+use crate::draw::{NodeFault, NodePlan, Replays, ZONES};
+use crate::transcript::token;
 
 /// A request that an engine works on.
 #[derive(Debug)]
 pub(crate) struct Run {
     pub(crate) conn: u64,
     task: TaskId,
+    log: LogId,
+    pub(crate) began: Moment,
+    /// Its tokens come with their ids.
+    with_ids: bool,
     /// A replay that will not begin with what had been sent.
     differs: bool,
     pub(crate) replica: ReplicaId,
@@ -37,6 +43,12 @@ pub(crate) struct Run {
     /// Brings the engine down from within.
     crashes: bool,
     hung: bool,
+}
+
+/// How an attempt ends at its node.
+enum Last {
+    End(u64),
+    Error(ErrorBody),
 }
 
 /// One machine: process, engines, and what is wrong with them.
@@ -59,6 +71,10 @@ pub(crate) struct SimNode {
     ghosts: BTreeMap<AttemptId, (ReplicaId, Moment)>,
     engine_down: bool,
     call_under_way: Option<u64>,
+    /// When that was made.
+    call_made: Moment,
+    /// When the last report was made whose answer came.
+    pub(crate) answered: Option<Moment>,
     /// Where the node starts its engine itself.
     pub(crate) supervision: Option<Supervision>,
 }
@@ -80,6 +96,8 @@ impl SimNode {
             ghosts: BTreeMap::new(),
             engine_down: false,
             call_under_way: None,
+            call_made: Moment::ZERO,
+            answered: None,
             supervision: None,
         }
     }
@@ -156,6 +174,7 @@ impl World {
             self.next_call += 1;
             let caller = Caller { node, boot, call: self.next_call };
             self.nodes[node].call_under_way = Some(caller.call);
+            self.nodes[node].call_made = now;
             match effect {
                 NodeEffect::Register(request) => self.send_call(caller, Call::Register(request)),
                 NodeEffect::Heartbeat(mut beat) => {
@@ -275,7 +294,10 @@ impl World {
         let Some(core) = sim.core.as_mut() else { return };
         let effects = match answer {
             CallAnswer::Registered(answer) => core.registered(now, answer.map_err(Some)),
-            CallAnswer::Heartbeat(answer) => {
+            CallAnswer::Heartbeat { answer, taken } => {
+                if taken && answer.is_ok() {
+                    sim.answered = Some(sim.call_made);
+                }
                 let unknown = |body: ErrorBody| match body.code {
                     ErrorCode::NodeUnknown => BeatFailure::Unknown,
                     _ => BeatFailure::Failed,
@@ -506,7 +528,7 @@ impl World {
             };
             let error =
                 ErrorBody::new(ErrorCode::WorkerReset, "the engine died").with_cause(EndCause::EngineDied);
-            self.end_run(node, attempt, Piece::Error(ErrorBody { crash, ..error }), true);
+            self.end_run(node, attempt, Last::Error(ErrorBody { crash, ..error }), true);
         }
     }
 
@@ -536,7 +558,7 @@ impl World {
         }
         if self.nodes[node].sick > 0 {
             let error = ErrorBody::new(ErrorCode::WorkerReset, "HTTP 500").with_cause(EndCause::Engine5xx);
-            return self.end_run(node, attempt, Piece::Error(error), true);
+            return self.end_run(node, attempt, Last::Error(error), true);
         }
         let Some(run) = self.nodes[node].runs.get_mut(&attempt) else { return };
         if run.poison || run.crashes {
@@ -550,18 +572,19 @@ impl World {
         if run.differs {
             let error = ErrorBody::new(ErrorCode::WorkerReset, "the replay differs");
             let error = error.with_cause(EndCause::ReplayDiffers);
-            return self.end_run(node, attempt, Piece::Error(error), false);
+            return self.end_run(node, attempt, Last::Error(error), false);
         }
         let (conn, i, task) = (run.conn, run.next, run.task);
+        let (log, with_ids) = (run.log, run.with_ids);
         if self.plan.tasks[self.names[&task]].bad {
             self.coverage.hit("task: bad for every engine");
             let error =
                 ErrorBody::new(ErrorCode::WorkerReset, "a bad request").with_cause(EndCause::Engine5xx);
-            return self.end_run(node, attempt, Piece::Error(error), true);
+            return self.end_run(node, attempt, Last::Error(error), true);
         }
         let Some(run) = self.nodes[node].runs.get_mut(&attempt) else { return };
         if i >= run.tokens {
-            return self.end_run(node, attempt, Piece::End(i), true);
+            return self.end_run(node, attempt, Last::End(i), true);
         }
         run.next += 1;
         let now = self.now;
@@ -570,13 +593,14 @@ impl World {
         }
         let odd = self.plan.nodes[node].odd;
         self.voices.entry(task).or_insert(odd);
-        self.send_piece(conn, Piece::Token(i));
+        let node_id = self.node_id(node);
+        self.send_bytes(conn, &token(log, attempt, &node_id, i, with_ids), true);
         let wait = self.random.u64(..=pace);
         self.after_ms(wait, What::EngineStep { node, boot, attempt });
     }
 
     /// The last words of an attempt: the final frame and the closing comment.
-    fn end_run(&mut self, node: usize, attempt: AttemptId, last: Piece, idle: bool) {
+    fn end_run(&mut self, node: usize, attempt: AttemptId, last: Last, idle: bool) {
         let Some(run) = self.nodes[node].runs.remove(&attempt) else { return };
         let now = self.now;
         let Some(core) = self.nodes[node].core.as_mut() else { return };
@@ -584,21 +608,30 @@ impl World {
         if !idle {
             self.haunt(node, attempt, run.replica.clone());
         }
-        let ended_well = matches!(last, Piece::End(_));
+        let ended_well = matches!(last, Last::End(_));
         if ended_well && let Some(core) = self.nodes[node].core.as_mut() {
             core.cleared(&attempt);
         }
-        self.send_piece(run.conn, last);
-        self.send_piece(run.conn, Piece::FinalReport(seq));
+        let mut frame = Vec::new();
+        match &last {
+            Last::End(i) => write_frame(&mut frame, Some((&run.log, *i)), "end", "{}"),
+            Last::Error(error) => {
+                let data = serde_json::to_string(error).expect("an error is always JSON");
+                write_frame(&mut frame, None, "error", &data);
+            }
+        }
+        self.send_bytes(run.conn, &frame, false);
+        self.send_bytes(run.conn, format!(": report-seq {seq}\n\n").as_bytes(), false);
         if let Some(conn) = self.conns.get_mut(&run.conn) {
             conn.node_open = false;
+            conn.ended_at_node = true;
             conn.ended_well = ended_well;
         }
     }
 
     fn cancel_run(&mut self, node: usize, attempt: AttemptId) {
         let error = ErrorBody::new(ErrorCode::Canceled, "canceled").with_cause(EndCause::Canceled);
-        self.end_run(node, attempt, Piece::Error(error), false);
+        self.end_run(node, attempt, Last::Error(error), false);
     }
 
     // ---- streams ----
@@ -608,6 +641,7 @@ impl World {
         let dispatch = c.dispatch.clone();
         let plan = &self.plan.tasks[self.names[&dispatch.task]];
         let (tokens, poison, crashes) = (plan.tokens, plan.poison, plan.crashes);
+        let with_ids = plan.recovery == Some(Replays::FromTheEnd);
         let hung = self.nodes[node].hung > 0;
         let boot = self.nodes[node].boot;
         let now = self.now;
@@ -634,6 +668,9 @@ impl World {
                 let run = Run {
                     conn,
                     task: dispatch.task,
+                    log: dispatch.log,
+                    began: now,
+                    with_ids,
                     differs,
                     replica: accepted.replica_id.clone(),
                     next: dispatch.first_index,
@@ -676,7 +713,7 @@ impl World {
 
     fn keep_alive(&mut self, conn: u64) {
         if self.conns.get(&conn).is_some_and(|c| c.node_open) {
-            self.send_piece(conn, Piece::KeepAlive);
+            self.send_bytes(conn, b": ka\n\n", false);
             self.after_ms(1_000, What::KeepAlive { conn });
         }
     }

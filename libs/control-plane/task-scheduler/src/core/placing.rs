@@ -116,6 +116,7 @@ impl ControlCore {
         self.leave_queue_to_start(id);
         let mut deadlines = self.deadlines(id);
         let at_the_log = self.enforces(Rule::ContinueAtTheLog);
+        let stops_overdue = self.enforces(Rule::OverdueIsStopped);
         let Some(task) = self.tasks.get_mut(&id) else { return };
         let Some(spec) = task.spec.clone() else { return };
         let first_index = if at_the_log { task.sent } else { 0 };
@@ -156,6 +157,7 @@ impl ControlCore {
             queue_wait_ms: waited,
             deadlines,
             task_deadline: task.deadline,
+            stops_overdue,
             max_tokens: task.budget_bound,
             spec,
         })));

@@ -1,5 +1,7 @@
 //! Who calls from outside: clients with their tasks, operators with their orders.
 
+use pool_registry_types::sse::write_frame;
+
 use super::*;
 
 impl World {
@@ -199,14 +201,19 @@ impl World {
         if log.is_finished() {
             return self.check(Err(format!("[2] {task} is closed a second time")));
         }
-        log.close(format!("error {}\n", error.code).as_bytes());
+        let mut frame = Vec::new();
+        let data = serde_json::to_string(error).expect("an error is always JSON");
+        write_frame(&mut frame, Some((&log.id(), log.next_index())), "error", &data);
+        log.close(frame.into());
         self.read(task);
     }
 
     pub(super) fn read(&mut self, task: TaskId) {
         if let Some(log) = self.control.as_ref().and_then(|c| c.logs.get(&task)) {
-            let read = self.oracle.read(task, log);
+            let writers = self.writers.get(&log.id()).map_or(&[][..], Vec::as_slice);
+            let read = self.oracle.read(task, log, writers);
             self.check(read);
         }
+        self.wake_client(task);
     }
 }

@@ -1,4 +1,5 @@
-//! Attempts as the control plane relays them: dispatched, read into logs, fenced.
+//! The shell of the relays: attempts dispatched, carried into logs by the production relay, ended and
+//! stopped.
 
 use super::*;
 
@@ -28,14 +29,27 @@ impl World {
         let (task, attempt) = (dispatch.task, dispatch.attempt);
         let Some(log) = control.logs.get_mut(&task) else { return };
         log.open(attempt);
+        let ids = (0..).take(usize::try_from(dispatch.first_index).unwrap_or(usize::MAX));
+        if dispatch.resume == Some(ResumeMode::Append)
+            && log.token_ids().all(dispatch.first_index) != Some(&ids.collect::<Vec<u32>>())
+        {
+            return self.check(Err(format!("[3] {task} goes on without the ids of its tokens")));
+        }
+        let node_id = dispatch.pool.node_id.clone();
+        self.writers.entry(dispatch.log).or_default().push(Writer {
+            attempt,
+            node_id: node_id.clone(),
+            first_index: dispatch.first_index,
+            number: dispatch.attempt_number,
+        });
         self.next_conn += 1;
         let conn = self.next_conn;
-        let watch = StreamWatch::new(now, dispatch.deadlines, dispatch.task_deadline);
-        let first_check = watch.next_deadline();
-        let node_id = dispatch.pool.node_id.clone();
         let node: usize = node_id.as_str()[1..].parse().expect("simulated ids are n<number>");
-        control.relays.insert(attempt, Relay { task, node_id, conn, watch, accepted: false, last: None });
-        self.at(first_check, What::RelayTimer { life, attempt });
+        let relay = task_stream::Relay::new(now, dispatch.assignment());
+        let control = self.control.as_mut().expect("it has just dispatched");
+        let stop = Stop::NotNeeded;
+        let relay = Relay { task, node_id, conn, relay, armed: now, accepted: false, stop };
+        control.relays.insert(attempt, relay);
         self.conns.insert(
             conn,
             Conn {
@@ -47,9 +61,13 @@ impl World {
                 not_before: now,
                 held: Vec::new(),
                 drop_held: false,
+                ended_at_node: false,
                 ended_well: false,
+                tail: Vec::new(),
+                broken: false,
             },
         );
+        self.act(attempt);
         if self.shortage > 0 {
             let how = HowEnded::OwnShortage { reason: "too many open files".into(), everywhere: true };
             self.after_ms(1, What::StreamArrives { conn, piece: Piece::Answer(Box::new(how)) });
@@ -63,109 +81,117 @@ impl World {
 
     pub(crate) fn stream_arrives(&mut self, conn: u64, piece: Piece) {
         let Some(c) = self.conns.get(&conn) else { return };
-        let (attempt, task, life) = (c.dispatch.attempt, c.dispatch.task, c.life);
-        let (open, node_id) = (c.cp_open, c.dispatch.pool.node_id.clone());
+        let (attempt, task, life, open) = (c.dispatch.attempt, c.dispatch.task, c.life, c.cp_open);
         let now = self.now;
-        if !open && matches!(piece, Piece::Token(0)) {
+        if !open && matches!(&piece, Piece::Bytes(bytes) if is_first_token(bytes)) {
             self.coverage.hit("race: first token crossed a close");
         }
         let Some(control) = self.control.as_mut().filter(|control| open && control.life == life) else {
             return;
         };
         let Some(relay) = control.relays.get_mut(&attempt) else { return };
-        let Some(_) = control.logs.get_mut(&task) else { return };
-        if relay.watch.bytes(now) {
-            self.apply(Event::Heard { attempt });
-        }
-        let Some(control) = self.control.as_mut() else { return };
-        let Some(relay) = control.relays.get_mut(&attempt) else { return };
         let Some(log) = control.logs.get_mut(&task) else { return };
         match piece {
             Piece::Headers { report_seq, replica_id } => {
-                relay.watch.accepted(now);
                 relay.accepted = true;
-                self.oracle.accepted(task);
-                self.apply(Event::Accepted { attempt, replica_id, report_seq });
+                relay.relay.accepted(now, replica_id, report_seq);
             }
-            Piece::Refusal(body) => self.end_relay(attempt, HowEnded::Refused(body), None),
-            Piece::Answer(how) => self.end_relay(attempt, *how, None),
-            Piece::Token(i) => {
-                let first = relay.watch.token(now);
-                match log.append(attempt, i, format!("token {i}\n").as_bytes()) {
-                    Ok(()) => {
-                        self.oracle.life.entry(node_id.clone()).and_modify(|l| l.any = now);
-                        self.oracle.got_through(now, task, first);
-                        self.read(task);
-                        let event = if first { Event::Started { attempt } } else { Event::Alive { node_id } };
-                        self.apply(event);
+            Piece::Refusal(body) => relay.relay.not_accepted(HowEnded::Refused(body)),
+            Piece::Answer(how) => relay.relay.not_accepted(*how),
+            Piece::Bytes(bytes) => relay.relay.chunk(now, &bytes),
+            Piece::Reset(reason) if relay.accepted => relay.relay.closed(reason.into()),
+            Piece::Reset(reason) => relay.relay.not_accepted(HowEnded::NeverSent(reason.into())),
+        }
+        let (before, was_finished) = (log.next_index(), log.is_finished());
+        relay.relay.flush(now, |staged| staged.append_to(log));
+        let (after, is_finished) = (log.next_index(), log.is_finished());
+        if after > before {
+            if !is_finished || after - before > 1 {
+                self.oracle.got_through(now, task, false);
+            }
+            if is_finished && !was_finished {
+                self.note(|w| format!("t{} ends: {} tokens", w.names[&task], after - 1));
+            }
+            self.read(task);
+        }
+        self.act(attempt);
+    }
+
+    /// Carries out what the attempt's relay asks for.
+    fn act(&mut self, attempt: AttemptId) {
+        let now = self.now;
+        loop {
+            let Some(control) = self.control.as_mut() else { return };
+            let life = control.life;
+            let Some(relay) = control.relays.get_mut(&attempt) else { return };
+            let Some(action) = relay.relay.next_action() else { return };
+            let (task, node_id) = (relay.task, relay.node_id.clone());
+            match action {
+                Action::Arm(at) => {
+                    relay.armed = at;
+                    self.at(at, What::RelayTimer { life, attempt, armed: at });
+                }
+                Action::Accepted { replica_id, report_seq } => {
+                    self.oracle.accepted(task);
+                    self.apply(Event::Accepted { attempt, replica_id, report_seq });
+                }
+                Action::Started => {
+                    self.oracle.life.entry(node_id).and_modify(|life| life.any = now);
+                    self.oracle.got_through(now, task, true);
+                    self.apply(Event::Started { attempt });
+                }
+                Action::Alive => {
+                    self.oracle.life.entry(node_id.clone()).and_modify(|life| life.any = now);
+                    self.apply(Event::Alive { node_id });
+                }
+                Action::Quiet => self.apply(Event::Quiet { attempt }),
+                Action::Heard => self.apply(Event::Heard { attempt }),
+                Action::Stop => {
+                    let conn = relay.conn;
+                    let is_lost = self.streams.u32(..1_000) < self.plan.lost_stops;
+                    relay.stop = if is_lost { Stop::Lost } else { Stop::Sent };
+                    if is_lost {
+                        // The node notices nothing.
+                        self.coverage.hit("stream: stop lost");
+                        self.conns.entry(conn).and_modify(|c| c.cp_open = false);
+                    } else {
+                        self.drop_conn(conn);
                     }
-                    Err(refused) => self.check(Err(format!("[3] {task}: {refused}"))),
                 }
-            }
-            Piece::End(i) => {
-                if log.finish(attempt, i, b"end\n").is_ok() {
-                    relay.last = Some(HowEnded::Finished);
-                    self.note(|w| format!("t{} ends: {i} tokens", w.names[&task]));
-                    self.read(task);
-                }
-            }
-            Piece::Error(body) => relay.last = Some(HowEnded::NodeError(body)),
-            Piece::FinalReport(seq) => {
-                let how = relay.last.take().unwrap_or_else(|| HowEnded::Broken("no final frame".into()));
-                self.end_relay(attempt, how, Some(seq));
-            }
-            Piece::KeepAlive => {}
-            Piece::Reset(reason) => {
-                let how = match relay.last.take() {
-                    Some(last) => last,
-                    None if relay.accepted => HowEnded::Broken(reason.into()),
-                    None => HowEnded::NeverSent(reason.into()),
-                };
-                self.end_relay(attempt, how, None);
+                Action::Ended { how, final_report } => return self.end_relay(attempt, how, final_report),
             }
         }
     }
 
-    pub(crate) fn relay_timer(&mut self, life: u64, attempt: AttemptId) {
+    pub(crate) fn relay_timer(&mut self, life: u64, attempt: AttemptId, armed: Moment) {
         let now = self.now;
-        let Some(control) = self.control.as_ref().filter(|control| control.life == life) else { return };
-        let Some(relay) = control.relays.get(&attempt) else { return };
-        match relay.watch.overdue(now) {
-            Some(overdue) => {
-                let how = relay.last.clone().unwrap_or(HowEnded::TimedOut(overdue));
-                self.end_relay(attempt, how, None);
-            }
-            None => {
-                let control = self.control.as_mut().filter(|control| control.life == life);
-                let Some(relay) = control.and_then(|control| control.relays.get_mut(&attempt)) else {
-                    return;
-                };
-                let quiet = relay.watch.grows_quiet(now);
-                let next = relay.watch.next_deadline();
-                self.at(next, What::RelayTimer { life, attempt });
-                if quiet {
-                    self.apply(Event::Quiet { attempt });
-                }
-            }
-        }
+        let control = self.control.as_mut().filter(|control| control.life == life);
+        let relay = control.and_then(|control| control.relays.get_mut(&attempt));
+        let Some(relay) = relay.filter(|relay| relay.armed == armed) else { return };
+        relay.relay.timer(now);
+        self.act(attempt);
     }
 
     pub(crate) fn fence(&mut self, life: u64, task: TaskId, attempt: AttemptId) {
-        let Some(control) = self.control.as_ref().filter(|control| control.life == life) else { return };
-        if let Some(relay) = control.relays.get(&attempt) {
-            if relay.last.is_some() || control.logs.get(&task).is_some_and(TaskLog::is_finished) {
-                self.coverage.hit("race: end crossed a close");
-            }
-            self.end_relay(attempt, HowEnded::Closed, None);
+        let Some(control) = self.control.as_mut().filter(|control| control.life == life) else { return };
+        let Some(relay) = control.relays.get_mut(&attempt) else { return };
+        // Over at its node, and the last bytes are still to come.
+        let has_ended = self.conns.get(&relay.conn).is_some_and(|c| c.ended_at_node);
+        let is_finished = control.logs.get(&task).is_some_and(TaskLog::is_finished);
+        relay.relay.close();
+        if has_ended || is_finished {
+            self.coverage.hit("race: end crossed a close");
         }
+        self.act(attempt);
     }
 
-    /// Fences the log, tells the core, drops the connection.
+    /// Fences the log and tells the core.
     fn end_relay(&mut self, attempt: AttemptId, how: HowEnded, final_report: Option<u64>) {
         let Some(control) = self.control.as_mut() else { return };
         let Some(relay) = control.relays.remove(&attempt) else { return };
         let Some(log) = control.logs.get_mut(&relay.task) else { return };
         let fence = log.fence(attempt);
+        let is_the_nodes_own = !how.may_still_run();
         let how = if fence.finished { HowEnded::Finished } else { how };
         self.note(|w| format!("t{} attempt over: {}", w.names[&relay.task], brief_end(&how)));
         if let HowEnded::NodeError(body) = &how
@@ -178,9 +204,14 @@ impl World {
             });
         }
         let failed = self.oracle.ended(self.now, relay.task, attempt, &how, fence.tokens_written);
-        self.drop_conn(relay.conn);
-        let tokens_written = fence.tokens_written;
-        self.apply(Event::Ended { attempt, tokens_written, unlogged: 0, how, final_report });
+        if is_the_nodes_own {
+            self.drop_conn(relay.conn);
+        }
+        let node: usize = relay.node_id.as_str()[1..].parse().expect("simulated ids are n<number>");
+        let (boot, since, stop) = (self.nodes[node].boot, self.now, relay.stop);
+        self.after_ms(STOPPED_WITHIN_MS, What::StopDue { node, boot, attempt, since, stop });
+        let (tokens_written, unlogged) = (fence.tokens_written, fence.unlogged);
+        self.apply(Event::Ended { attempt, tokens_written, unlogged, how, final_report });
         if let (Some(pool), Some(control)) = (failed, self.control.as_ref()) {
             let tripped = control.core.registry().pool_facts(&pool).is_some_and(|facts| facts.tripped);
             let early = self.oracle.tripped_early(&pool, tripped);
@@ -212,4 +243,9 @@ impl World {
             self.apply(Event::Probed { node_id, address, outcome });
         }
     }
+}
+
+fn is_first_token(bytes: &[u8]) -> bool {
+    let first = b":0\nevent: token\n";
+    bytes.windows(first.len()).any(|window| window == first)
 }

@@ -25,7 +25,8 @@ pub struct AttemptDeadlines {
 pub const QUIET: Duration = Duration::from_secs(3);
 
 impl AttemptDeadlines {
-    pub(crate) const UNBOUNDED: Self = {
+    /// None that ever passes.
+    pub const UNBOUNDED: Self = {
         let never = Duration::from_secs(100 * 365 * 24 * 3600);
         Self { acceptance: never, first_token: never, token_idle: never, silence: never }
     };

@@ -1,0 +1,505 @@
+//! The relay of one attempt: from the node's stream into the task's log.
+//!
+//! A [`Relay`] is told what comes of the node and when, and says what is to be done, as [`Action`]s;
+//! the shell around it owns the connection, the log's lock and the timer. It looks at frames and does
+//! not rewrite them: it adds the event `started` before the first one and leaves out what is meant for
+//! the control plane only. Bytes are given with [`Relay::chunk`] as they arrive, and what has arrived
+//! together goes into the log together, with [`Relay::flush`].
+//!
+//! An attempt ends in one place, [`Relay::end`]: by its node's own end, error or refusal, or with an
+//! [`Action::Stop`] before it. To let go of a stream stops nothing by itself.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use bytes::Bytes;
+use pool_registry_types::sse::{
+    ENGINE_WORKS, Frame, TOKEN_IDS, UNLOGGED_THOUGHT, parse_event_id, write_frame,
+};
+use pool_registry_types::task::Started;
+use pool_registry_types::{AttemptId, ErrorBody, LogId, Moment, PoolKey, ReplicaId};
+
+use crate::end::HowEnded;
+use crate::frames::FrameBuffer;
+use crate::log::{AppendError, Segment, TaskLog};
+use crate::watch::{AttemptDeadlines, StreamWatch};
+
+/// The events of a node that are kept, each with its place in the log.
+const NUMBERED: [&str; 4] = ["token", "reasoning", "result", "end"];
+/// Tokens prove that a node lives; telling so once in this span is enough.
+const ALIVE_EVERY: Duration = Duration::from_secs(1);
+/// Longest run of frames that is kept as one segment, bytes, before the frame that ends it.
+const RUN_BYTES: usize = 64 * 1024;
+
+/// What a relay is to carry, and how long each step may take.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Assignment {
+    pub attempt: AttemptId,
+    pub log: LogId,
+    pub pool: PoolKey,
+    /// Frames that stand in the log already.
+    pub first_index: u64,
+    /// 1 for the first attempt of the task.
+    pub attempt_number: u32,
+    /// Milliseconds from admission to the dispatch.
+    pub queue_wait_ms: u64,
+    /// Where the session's context is, if it is on this pool.
+    pub warm_replica: Option<ReplicaId>,
+    pub deadlines: AttemptDeadlines,
+    pub task_deadline: Option<Moment>,
+    /// Whether an attempt that is over in time is stopped too; false in a mutant only.
+    pub stops_overdue: bool,
+}
+
+/// What the shell is to do, in this order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Tell the core: the node took the attempt.
+    Accepted { replica_id: ReplicaId, report_seq: u64 },
+    /// Tell the core: the first token that a reader sees is in the log.
+    Started,
+    /// Tell the core: tokens come (told at most once a second).
+    Alive,
+    /// Tell the core: nothing came for [`crate::QUIET`].
+    Quiet,
+    /// Tell the core: something came on a stream that had been quiet.
+    Heard,
+    /// Call [`Relay::timer`] at this moment, and not at the one named before.
+    Arm(Moment),
+    /// End the attempt at its node, which may work on it still.
+    Stop,
+    /// The attempt is over: fence the log, then tell the core.
+    Ended {
+        how: HowEnded,
+        /// The number of the node's last report before the end, if it has said so.
+        final_report: Option<u64>,
+    },
+}
+
+/// What a relay has taken and the log has not yet.
+#[derive(Debug)]
+pub struct Staged {
+    attempt: AttemptId,
+    segments: Vec<Segment>,
+    /// The last segment ends with the terminal frame.
+    terminal: bool,
+    /// For each frame whose tokens are known: its index, the count of all, and how many of `ids`.
+    marks: Vec<(u64, u64, usize)>,
+    ids: Vec<u32>,
+    unlogged: u64,
+}
+
+impl Staged {
+    fn is_empty(&self) -> bool {
+        !self.has_frames() && self.unlogged == 0
+    }
+
+    /// Whether there is something that readers wait for.
+    pub fn has_frames(&self) -> bool {
+        !self.segments.is_empty()
+    }
+
+    /// Moves everything into the log.
+    pub fn append_to(&mut self, log: &mut TaskLog) -> Result<(), AppendError> {
+        log.count_unlogged(self.attempt, std::mem::take(&mut self.unlogged));
+        let last = self.segments.len().saturating_sub(1);
+        for (n, segment) in self.segments.drain(..).enumerate() {
+            if self.terminal && n == last {
+                log.finish(self.attempt, segment)?;
+            } else {
+                log.append(self.attempt, segment)?;
+            }
+        }
+        let mut ids = self.ids.as_slice();
+        for (index, count, brought) in self.marks.drain(..) {
+            let (own, others) = ids.split_at(brought);
+            log.keep_ids(index, count, own);
+            ids = others;
+        }
+        self.ids.clear();
+        Ok(())
+    }
+}
+
+/// What the frames since the last settling brought.
+#[derive(Debug, Clone, Copy, Default)]
+struct News {
+    /// Tokens, thoughts or results for the log.
+    tokens: bool,
+    /// Thoughts that are left out of it.
+    unlogged: bool,
+    /// Events of the engine that bring nothing.
+    works: bool,
+}
+
+/// The node's stream as far as it was read.
+#[derive(Debug)]
+struct Reading {
+    replica_id: Option<ReplicaId>,
+    /// The next frame of the attempt: what stands before it was taken.
+    taken: u64,
+    started: bool,
+    /// The final frame, once it came.
+    last: Option<HowEnded>,
+    final_report: Option<u64>,
+    /// What ends the attempt, once what was taken before it is in the log.
+    broken: Option<HowEnded>,
+    /// The count of all tokens up to the frame that comes next, and the ids of its own.
+    count: Option<u64>,
+    ids: Vec<u32>,
+    news: News,
+    /// Where the frames of the present run end in it.
+    ends: Vec<u32>,
+    staged: Staged,
+}
+
+/// What becomes of a frame.
+enum FrameSink {
+    /// It is for the log, with the bytes of the event `started` before it.
+    First(Vec<u8>),
+    Next,
+    /// It ends the log.
+    Last(Option<Vec<u8>>),
+    Nowhere,
+}
+
+/// One attempt's way into its log.
+#[derive(Debug)]
+pub struct Relay {
+    assignment: Assignment,
+    watch: StreamWatch,
+    frames: FrameBuffer,
+    reading: Reading,
+    alive_sent: Moment,
+    armed: Moment,
+    /// Why the node's stream has ended.
+    closed: Option<String>,
+    ended: bool,
+    actions: VecDeque<Action>,
+}
+
+impl Relay {
+    /// The attempt is about to be sent. Its timer is to be armed by the first action.
+    pub fn new(now: Moment, assignment: Assignment) -> Self {
+        let watch = StreamWatch::new(now, assignment.deadlines, assignment.task_deadline);
+        let armed = watch.next_deadline();
+        let reading = Reading {
+            replica_id: None,
+            taken: assignment.first_index,
+            started: false,
+            last: None,
+            final_report: None,
+            broken: None,
+            count: None,
+            ids: Vec::new(),
+            news: News::default(),
+            ends: Vec::new(),
+            staged: Staged {
+                attempt: assignment.attempt,
+                segments: Vec::new(),
+                terminal: false,
+                marks: Vec::new(),
+                ids: Vec::new(),
+                unlogged: 0,
+            },
+        };
+        Self {
+            assignment,
+            watch,
+            frames: FrameBuffer::default(),
+            reading,
+            alive_sent: now,
+            armed,
+            closed: None,
+            ended: false,
+            actions: VecDeque::from([Action::Arm(armed)]),
+        }
+    }
+
+    pub fn next_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// The node took the attempt.
+    pub fn accepted(&mut self, now: Moment, replica_id: ReplicaId, report_seq: u64) {
+        if self.ended {
+            return;
+        }
+        self.watch.accepted(now);
+        self.alive_sent = now;
+        self.reading.replica_id = Some(replica_id.clone());
+        self.actions.push_back(Action::Accepted { replica_id, report_seq });
+        self.arm_sooner();
+    }
+
+    /// The node did not take the attempt, or it is not known whether it did.
+    pub fn not_accepted(&mut self, how: HowEnded) {
+        self.end(how);
+    }
+
+    /// Bytes of the node's stream have arrived; they count with the next [`Relay::flush`].
+    pub fn chunk(&mut self, now: Moment, bytes: &[u8]) {
+        if self.ended {
+            return;
+        }
+        if self.watch.bytes(now) {
+            self.actions.push_back(Action::Heard);
+        }
+        self.frames.push(bytes);
+        self.read();
+    }
+
+    /// The node's stream has ended, which counts with the next [`Relay::flush`].
+    pub fn closed(&mut self, reason: String) {
+        self.closed.get_or_insert(reason);
+    }
+
+    /// Nothing more has arrived for now. `write` is called where there is something for the log, and
+    /// hands it over with [`Staged::append_to`].
+    pub fn flush(&mut self, now: Moment, write: impl FnOnce(&mut Staged) -> Result<(), AppendError>) {
+        if self.ended {
+            return;
+        }
+        self.seal();
+        let news = std::mem::take(&mut self.reading.news);
+        if !self.reading.staged.is_empty()
+            && let Err(error) = write(&mut self.reading.staged)
+        {
+            // The final frame is not in the log either.
+            self.reading.last = None;
+            return self.end(append_error(error));
+        }
+        if let Some(how) = self.reading.broken.take() {
+            return self.end(how);
+        }
+        if news.unlogged {
+            self.watch.unlogged(now);
+        } else if news.works {
+            self.watch.works(now);
+        }
+        if news.tokens || news.unlogged {
+            let is_due = now.since(self.alive_sent) >= ALIVE_EVERY;
+            if news.tokens && self.watch.token(now) {
+                self.actions.push_back(Action::Started);
+            } else if is_due {
+                self.actions.push_back(Action::Alive);
+            }
+            if is_due {
+                self.alive_sent = now;
+            }
+        }
+        // A stream that never pauses never lets the timer ring.
+        if let Some(overdue) = self.watch.overdue(now) {
+            return self.end(HowEnded::TimedOut(overdue));
+        }
+        if let Some(reason) = self.closed.take() {
+            return self.end(HowEnded::Broken(reason));
+        }
+        if self.reading.final_report.is_some() {
+            return self.end(HowEnded::Broken("its last report number came without a final frame".into()));
+        }
+        self.arm_sooner();
+    }
+
+    /// The moment of [`Action::Arm`] has come.
+    pub fn timer(&mut self, now: Moment) {
+        if self.ended {
+            return;
+        }
+        if let Some(overdue) = self.watch.overdue(now) {
+            return self.end(HowEnded::TimedOut(overdue));
+        }
+        if self.watch.grows_quiet(now) {
+            self.actions.push_back(Action::Quiet);
+        }
+        self.armed = self.watch.next_deadline();
+        self.actions.push_back(Action::Arm(self.armed));
+    }
+
+    /// The core wants the attempt's end, whatever came of it.
+    pub fn close(&mut self) {
+        self.reading.last = None;
+        self.end(HowEnded::Closed);
+    }
+
+    /// The shell has failed by a defect of its own.
+    pub fn failed(&mut self, reason: String) {
+        self.end(HowEnded::OwnDefect(reason));
+    }
+
+    /// The end of the attempt: the node's final frame if one came, else what is known.
+    fn end(&mut self, otherwise: HowEnded) {
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
+        let how = self.reading.last.take().unwrap_or(otherwise);
+        let is_mutant = !self.assignment.stops_overdue && matches!(how, HowEnded::TimedOut(_));
+        if how.may_still_run() && !is_mutant {
+            self.actions.push_back(Action::Stop);
+        }
+        self.actions.push_back(Action::Ended { how, final_report: self.reading.final_report });
+    }
+
+    /// Arms the timer anew where it would ring too late; a token mostly moves it to later.
+    fn arm_sooner(&mut self) {
+        let next = self.watch.next_deadline();
+        if next < self.armed {
+            self.armed = next;
+            self.actions.push_back(Action::Arm(next));
+        }
+    }
+
+    /// Takes all whole frames.
+    fn read(&mut self) {
+        while self.reading.broken.is_none() {
+            let frame = match self.frames.frame() {
+                Ok(Some(frame)) => frame,
+                Ok(None) => break,
+                Err(error) => {
+                    self.reading.broken = Some(HowEnded::Broken(error.to_string()));
+                    break;
+                }
+            };
+            let len = frame.raw.len();
+            let sink = match self.reading.sink(&self.assignment, &frame) {
+                Ok(sink) => sink,
+                Err(how) => {
+                    self.reading.broken = Some(how);
+                    break;
+                }
+            };
+            let (started, is_last) = match sink {
+                FrameSink::Nowhere => {
+                    self.seal();
+                    self.frames.skip(len);
+                    continue;
+                }
+                FrameSink::First(started) => (Some(started), false),
+                FrameSink::Last(started) => (started, true),
+                FrameSink::Next => (None, false),
+            };
+            self.reading.taken += 1;
+            let run = self.frames.keep(len);
+            self.reading.ends.push(u32::try_from(run).expect("a run is at most 64 KiB and one frame long"));
+            self.reading.staged.terminal |= is_last;
+            if let Some(mut bytes) = started {
+                // The only frame that is copied once more.
+                bytes.extend_from_slice(&self.frames.take_run());
+                self.reading.ends.clear();
+                let segment = Segment::frame(self.reading.taken - 1, bytes.into());
+                self.reading.staged.segments.push(segment);
+            } else if run >= RUN_BYTES {
+                self.seal();
+            }
+        }
+    }
+
+    /// The frames that were kept in a row become a segment.
+    fn seal(&mut self) {
+        let reading = &mut self.reading;
+        if reading.ends.is_empty() {
+            return;
+        }
+        let first = reading.taken - reading.ends.len() as u64;
+        let bytes: Bytes = self.frames.take_run();
+        reading.staged.segments.push(Segment::new(first, bytes, &reading.ends));
+        reading.ends.clear();
+    }
+}
+
+impl Reading {
+    /// Looks at a frame once and says where it goes. The error ends the attempt.
+    fn sink(&mut self, assignment: &Assignment, frame: &Frame<'_>) -> Result<FrameSink, HowEnded> {
+        let Some(data) = &frame.data else {
+            self.comment(frame.comment.unwrap_or_default());
+            return Ok(FrameSink::Nowhere);
+        };
+        if self.last.is_some() {
+            return Err(HowEnded::Broken("something followed the final frame".into()));
+        }
+        if frame.event == "error" {
+            // Not written: the core may place the task again, and writes what is final itself.
+            let error: ErrorBody = serde_json::from_str(data)
+                .map_err(|error| HowEnded::Broken(format!("an unreadable error frame: {error}")))?;
+            self.last = Some(HowEnded::NodeError(error));
+            return Ok(FrameSink::Nowhere);
+        }
+        if frame.id.is_none() && !NUMBERED.contains(&frame.event) {
+            // Of a newer node, and no part of what is kept.
+            return Ok(FrameSink::Nowhere);
+        }
+        let index = match frame.id.and_then(parse_event_id) {
+            Some((log, index)) if log == assignment.log => index,
+            _ => return Err(HowEnded::Broken("a frame without its id".into())),
+        };
+        let count = self.count.take();
+        let is_last = match frame.event {
+            "token" | "reasoning" | "result" => false,
+            "end" => true,
+            other => return Err(HowEnded::Broken(format!("an unknown event {other:?}"))),
+        };
+        if index < self.taken {
+            // It came before; so did the ids of its tokens.
+            return Ok(FrameSink::Nowhere);
+        }
+        if index > self.taken {
+            let error = AppendError::Gap { expected: self.taken, got: index };
+            return Err(HowEnded::Broken(error.to_string()));
+        }
+        let started = (!std::mem::replace(&mut self.started, true)).then(|| self.started(assignment));
+        if is_last {
+            self.last = Some(HowEnded::Finished);
+            return Ok(FrameSink::Last(started));
+        }
+        if let Some(count) = count {
+            self.staged.marks.push((index, count, self.ids.len()));
+            self.staged.ids.extend_from_slice(&self.ids);
+        }
+        self.news.tokens = true;
+        Ok(started.map_or(FrameSink::Next, FrameSink::First))
+    }
+
+    fn comment(&mut self, text: &str) {
+        if let Some(text) = text.strip_prefix(TOKEN_IDS) {
+            let (count, ids) = text.split_once(' ').unwrap_or((text, ""));
+            self.count = count.parse().ok();
+            self.ids.clear();
+            self.ids.extend(ids.split(',').filter_map(|id| id.parse::<u32>().ok()));
+        } else if let Some(seq) = text.strip_prefix("report-seq ") {
+            // A newer node may say more after the number.
+            self.final_report = seq.split(' ').next().and_then(|seq| seq.parse().ok());
+        } else if text == UNLOGGED_THOUGHT {
+            self.staged.unlogged += 1;
+            self.news.unlogged = true;
+        } else if text == ENGINE_WORKS {
+            self.news.works = true;
+        }
+    }
+
+    fn started(&self, assignment: &Assignment) -> Vec<u8> {
+        let mut frame = Vec::with_capacity(512);
+        let Some(replica_id) = self.replica_id.clone() else { return frame };
+        let started = Started {
+            queue_wait_ms: assignment.queue_wait_ms,
+            node_id: assignment.pool.node_id.clone(),
+            pool_id: assignment.pool.pool_id.clone(),
+            kv_warmth: assignment.warm_replica.as_ref() == Some(&replica_id),
+            replica_id,
+            attempt: assignment.attempt_number,
+        };
+        write_frame(&mut frame, None, "started", &serde_json::to_string(&started).unwrap_or_default());
+        frame
+    }
+}
+
+fn append_error(error: AppendError) -> HowEnded {
+    match error {
+        AppendError::Full => HowEnded::TooLong,
+        AppendError::Fenced => HowEnded::Closed,
+        AppendError::Gap { .. } => HowEnded::Broken(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+#[path = "relay_tests.rs"]
+mod tests;
