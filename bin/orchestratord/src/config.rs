@@ -67,10 +67,10 @@ pub(crate) struct Settings {
     /// Bytes that the streams of ended tasks take together at most; each is a byte of memory.
     #[arg(long, env = "ORCHESTRATORD_EVENT_LOG_BYTES", default_value_t = 32 * 1024 * 1024, value_parser = clap::value_parser!(u64).range(1..))]
     event_log_bytes: u64,
-    /// Nodes that are known at a time at most; each takes some COSTN KB of memory with eight pools.
+    /// Nodes that are known at a time at most; each with eight pools takes some 16 KB of memory.
     #[arg(long, env = "ORCHESTRATORD_MAX_NODES", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     max_nodes: u32,
-    /// Ended tasks that can be read at a time at most; each takes some COSTT KB of memory beside its stream.
+    /// Ended tasks that can be read at a time at most; each takes some 3 KB of memory beside its stream.
     #[arg(long, env = "ORCHESTRATORD_RETAINED_TASKS", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     retained_tasks: u32,
     /// The directory of what outlives this process: entries of models, artifacts.
@@ -296,6 +296,8 @@ mod tests {
         assert!(!config.cloud_profile && config.shared.tokens.is_empty());
         assert_eq!(config.shared.front.addr.to_string(), "127.0.0.1:8080");
         assert_eq!(config.policy.timing.node_timeout, Duration::from_secs(30));
+        assert_eq!((config.policy.max_nodes, config.policy.retained_tasks), (10_000, 10_000));
+        assert_eq!(config.event_log_bytes, 32 << 20);
     }
 
     // CLOUD-1301

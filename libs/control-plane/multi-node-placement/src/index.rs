@@ -229,6 +229,14 @@ impl PoolIndex {
             return;
         }
         let last_taken = before.map_or(0, |entry| entry.last_taken);
+        let stays = |entry: &Entry| {
+            entry.candidate.availability == candidate.availability
+                && entry.candidate.takes_the_same(&candidate)
+        };
+        if before.is_some_and(stays) {
+            self.reorder(candidate, last_taken);
+            return;
+        }
         if before.is_some_and(|entry| entry.candidate.takes_the_same(&candidate)) {
             self.take_out(&candidate.key.clone());
         } else {
@@ -236,6 +244,42 @@ impl PoolIndex {
             self.version += 1;
         }
         self.insert(candidate, last_taken);
+    }
+
+    /// Takes the facts of a known pool that stands as before and takes the same tasks: only its
+    /// order among the free ones may be another.
+    fn reorder(&mut self, candidate: Candidate, last_taken: u64) {
+        let score = self.score(&candidate, last_taken);
+        let Some(entry) = self.pools.get(&candidate.key) else { return };
+        let before = self.score(&entry.candidate, entry.last_taken);
+        let (was_free, is_free) = (entry.candidate.has_free_slot(), candidate.has_free_slot());
+        if candidate.availability == Availability::Placeable && (was_free || is_free) {
+            for model in &candidate.models {
+                let Some(pools) = self.by_model.get_mut(model) else { continue };
+                if score.rank == Rank::Random {
+                    // What has changed goes to the end: another draw is another pool.
+                    pools.bag.remove(&score.key);
+                    if is_free {
+                        pools.bag.insert(score.key.clone());
+                    }
+                } else if !is_free || score != before {
+                    pools.free.remove(&before);
+                    if is_free {
+                        pools.free.insert(score.clone());
+                    }
+                } else if !was_free {
+                    pools.free.insert(score.clone());
+                }
+                if was_free != is_free
+                    && let Some(number) = pools.placeable.get(&score.key)
+                {
+                    pools.free_bits.set(*number, is_free);
+                }
+            }
+        }
+        if let Some(entry) = self.pools.get_mut(&score.key) {
+            *entry = Entry { candidate, last_taken };
+        }
     }
 
     fn insert(&mut self, candidate: Candidate, last_taken: u64) {
@@ -310,8 +354,8 @@ impl PoolIndex {
     /// The pool was given a task: it is the last among its equals.
     pub fn taken(&mut self, key: &PoolKey) {
         self.taken += 1;
-        if let Some(entry) = self.take_out(key) {
-            self.insert(entry.candidate, self.taken);
+        if let Some(entry) = self.pools.get(key) {
+            self.reorder(entry.candidate.clone(), self.taken);
         }
     }
 

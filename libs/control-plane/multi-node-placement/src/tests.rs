@@ -5,7 +5,7 @@ use pool_registry_types::engines::EngineSet;
 use pool_registry_types::placement::{Labels, PlacementConstraints, Refusal};
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{LabelName, ModelRef, NodeId, PoolId, PoolKey};
-use proptest::prelude::{Just, any, prop, prop_assert, proptest};
+use proptest::prelude::{Just, any, prop, prop_assert, prop_assert_eq, proptest};
 use proptest::strategy::Strategy as _;
 
 use super::Strategy;
@@ -290,6 +290,8 @@ fn any_candidate() -> impl proptest::strategy::Strategy<Value = Candidate> {
             Availability::Suspect,
             Availability::Draining,
             Availability::NotReady,
+            Availability::Loading,
+            Availability::Loadable,
             Availability::Tripped,
         ]),
         any::<bool>(),
@@ -356,6 +358,18 @@ proptest! {
         let shape = TaskShape { engines, ctx, constraints, tried: &tried, may_repeat, draw, ..TaskShape::plain(&m) };
         let walked: Vec<_> =
             explain(&index, &shape).map(|verdict| (&verdict.candidate.key, verdict.refusal)).collect();
+        let mut counts: BTreeMap<Refusal, u32> = BTreeMap::new();
+        walked.iter().filter_map(|(_, refusal)| *refusal).for_each(|r| *counts.entry(r).or_default() += 1);
+        let parts: Vec<String> = counts.iter().map(|(refusal, n)| format!("{n} {refusal}")).collect();
+        let reported = if parts.is_empty() { "no pools known".into() } else { format!("pools: {}", parts.join(", ")) };
+        prop_assert_eq!(count_refusals(&index, &shape), reported);
+        let loadable = |c: &Candidate| c.availability == Availability::Loadable && c.models.contains(&m);
+        prop_assert_eq!(index.has_loadable(&m), index.all().any(loadable));
+        // The free ones are those that a walk finds, each once.
+        let mut free: Vec<&PoolKey> = index.of_model(&m).into_iter().flat_map(|pools| pools.free(draw)).collect();
+        free.sort();
+        let takes = |c: &&Candidate| c.availability == Availability::Placeable && c.has_free_slot() && c.models.contains(&m);
+        prop_assert_eq!(free, index.all().filter(takes).map(|c| &c.key).collect::<Vec<_>>());
         let eligible: Vec<&PoolKey> =
             walked.iter().filter(|(_, refusal)| refusal.is_none()).map(|(key, _)| *key).collect();
         let full = walked.iter().any(|(_, refusal)| *refusal == Some(Refusal::SlotsFull));

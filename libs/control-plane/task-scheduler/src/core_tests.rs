@@ -9,6 +9,8 @@ use task_stream::Lacking;
 
 use super::*;
 
+#[path = "core_fleet_tests.rs"]
+mod fleet;
 #[path = "core_loading_tests.rs"]
 mod loading;
 #[path = "core_peers_tests.rs"]

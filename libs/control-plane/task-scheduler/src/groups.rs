@@ -92,7 +92,7 @@ pub(crate) enum Next<'g> {
 pub(crate) struct Groups {
     groups: Vec<Group>,
     vacant: Vec<usize>,
-    /// Groups that lost their last task, in the order in which they did; some have a task again.
+    /// Groups that lost their last task, each once; some have a task again.
     idle: VecDeque<usize>,
     by_ask: BTreeMap<Ask, usize>,
     members: BTreeMap<TaskId, Member>,
@@ -145,7 +145,7 @@ impl Groups {
             }
             Some(Member::Of(at)) => {
                 self.change(at, priority, |waiting| waiting.remove(&(number, task)));
-                if self.groups[at].is_empty() {
+                if self.groups[at].is_empty() && !self.idle.contains(&at) {
                     self.idle.push_back(at);
                 }
                 if self.idle.len() > MAX_IDLE {
@@ -158,7 +158,6 @@ impl Groups {
 
     /// Forgets a group without a task.
     fn forget(&mut self, at: usize) {
-        // It may have been forgotten before.
         if let Some(ask) = std::mem::take(&mut self.groups[at]).ask {
             self.by_ask.remove(&ask);
             self.fresh.remove(&at);

@@ -138,18 +138,26 @@ impl ControlCore {
     pub(super) fn sync_node(&mut self, node_id: &NodeId) {
         self.dirty_pins.insert(node_id.clone());
         self.show_node(node_id);
-        let pools = self.registry.pools_facts(node_id).map(|(id, facts)| {
-            let key = PoolKey::new(node_id.clone(), id.clone());
-            (id.clone(), Synced::of(key, &facts))
-        });
-        let is: BTreeMap<PoolId, Synced> = pools.collect();
-        let mut was = self.synced.get_mut(node_id).map(std::mem::take).unwrap_or_default();
-        let ids: BTreeSet<PoolId> = was.keys().chain(is.keys()).cloned().collect();
-        for id in ids {
-            let key = PoolKey::new(node_id.clone(), id.clone());
-            self.show_and_index(&key, was.remove(&id), is.get(&id));
+        let mut pools = self.synced.get_mut(node_id).map(std::mem::take).unwrap_or_default();
+        // What differs; nothing for a pool that is gone.
+        let mut differs: BTreeMap<PoolId, Option<Synced>> =
+            pools.keys().map(|id| (id.clone(), None)).collect();
+        for (id, facts) in self.registry.pools_facts(node_id) {
+            match pools.get(id) {
+                Some(known) if known.is_of(&facts) => drop(differs.remove(id)),
+                _ => {
+                    let key = PoolKey::new(node_id.clone(), id.clone());
+                    differs.insert(id.clone(), Some(Synced::of(key, &facts)));
+                }
+            }
         }
-        self.keep_synced(node_id, is);
+        self.dirty.extend(pools.values().flat_map(|pool| &pool.candidate.models).cloned());
+        for (id, is) in differs {
+            let key = PoolKey::new(node_id.clone(), id.clone());
+            self.show_and_index(&key, pools.remove(&id).as_ref(), is.as_ref());
+            pools.extend(is.map(|is| (id, is)));
+        }
+        self.keep_synced(node_id, pools);
     }
 
     fn keep_synced(&mut self, node_id: &NodeId, pools: BTreeMap<PoolId, Synced>) {
@@ -193,15 +201,14 @@ impl ControlCore {
         let is = self.registry.pool_facts(key).map(|facts| Synced::of(key.clone(), &facts));
         let mut pools = self.synced.get_mut(&key.node_id).map(std::mem::take).unwrap_or_default();
         let was = pools.remove(&key.pool_id);
-        self.show_and_index(key, was, is.as_ref());
+        // Who avoids a pool that failed it may take that one again once the others are out.
+        self.dirty.extend(was.iter().flat_map(|was| &was.candidate.models).cloned());
+        self.show_and_index(key, was.as_ref(), is.as_ref());
         pools.extend(is.map(|is| (key.pool_id.clone(), is)));
         self.keep_synced(&key.node_id, pools);
     }
 
-    fn show_and_index(&mut self, key: &PoolKey, was: Option<Synced>, is: Option<&Synced>) {
-        // Who avoids a pool that failed it may take that one again once the others are out.
-        self.dirty.extend(was.iter().flat_map(|was| &was.candidate.models).cloned());
-        let was = was.as_ref();
+    fn show_and_index(&mut self, key: &PoolKey, was: Option<&Synced>, is: Option<&Synced>) {
         if was.map(|was| &was.shown) != is.map(|is| &is.shown) {
             let (state, ready, preparation) = match is.map(|is| is.shown.clone()) {
                 Some((state, ready, preparation)) => (Some(state), ready, preparation),
@@ -279,28 +286,13 @@ pub(super) struct Synced {
 
 impl Synced {
     fn of(key: PoolKey, facts: &PoolFacts<'_>) -> Self {
-        let availability = match (facts.liveness, facts.intent) {
-            (Liveness::Offline, _) => Availability::Offline,
-            (Liveness::Suspect, _) => Availability::Suspect,
-            (Liveness::Online, Intent::Draining) => Availability::Draining,
-            (Liveness::Online, Intent::Serving) if facts.report.draining => Availability::Draining,
-            (Liveness::Online, Intent::Serving) if !facts.report.ready => unready(facts.report),
-            (Liveness::Online, Intent::Serving) if facts.tripped => Availability::Tripped,
-            (Liveness::Online, Intent::Serving) => Availability::Placeable,
-        };
         let supervised = facts.report.supervised.as_ref();
-        let serves = facts.report.ready || facts.report.draining;
-        let ready = facts.report.replicas.iter().filter(|replica| serves && replica.ready);
         Self {
-            shown: (
-                facts.report.state,
-                facts.report.ready,
-                supervised.and_then(|own| own.preparation.clone()),
-            ),
-            ready: ready.map(|replica| replica.replica_id.clone()).collect(),
+            shown: (facts.report.state, facts.report.ready, preparation(facts).cloned()),
+            ready: ready(facts).cloned().collect(),
             candidate: Candidate {
                 key,
-                availability,
+                availability: availability(facts),
                 engine: facts.report.engine,
                 models: facts.report.models.clone(),
                 ctx_max: facts.report.ctx_max,
@@ -311,16 +303,75 @@ impl Synced {
                 held: facts.held,
                 vram_free_bytes: facts.report.vram_free_bytes,
                 load_estimate_ms: supervised.and_then(|own| own.load_estimate_ms),
-                fits_now: supervised
-                    .and_then(|own| own.memory_required_bytes)
-                    .is_none_or(|needed| facts.report.vram_free_bytes.is_none_or(|free| needed <= free)),
+                fits_now: fits_now(facts),
             },
         }
+    }
+
+    /// Whether [`Synced::of`] these facts is this.
+    fn is_of(&self, facts: &PoolFacts<'_>) -> bool {
+        let Candidate {
+            key: _,
+            availability: stands,
+            engine,
+            models,
+            ctx_max,
+            device_mask,
+            labels,
+            slots_total,
+            slots_busy,
+            held,
+            vram_free_bytes,
+            load_estimate_ms,
+            fits_now: fits,
+        } = &self.candidate;
+        let (report, supervised) = (facts.report, facts.report.supervised.as_ref());
+        *stands == availability(facts)
+            && (*slots_total, *slots_busy, *held) == (facts.slots_total, facts.slots_busy, facts.held)
+            && (*engine, *ctx_max, *vram_free_bytes)
+                == (report.engine, report.ctx_max, report.vram_free_bytes)
+            && *load_estimate_ms == supervised.and_then(|own| own.load_estimate_ms)
+            && *fits == fits_now(facts)
+            && *models == report.models
+            && *device_mask == report.device_mask
+            && labels == facts.labels
+            && (self.shown.0, self.shown.1) == (report.state, report.ready)
+            && self.shown.2.as_ref() == preparation(facts)
+            && self.ready.iter().eq(ready(facts))
     }
 
     pub(super) fn key(&self) -> &PoolKey {
         &self.candidate.key
     }
+}
+
+fn availability(facts: &PoolFacts<'_>) -> Availability {
+    match (facts.liveness, facts.intent) {
+        (Liveness::Offline, _) => Availability::Offline,
+        (Liveness::Suspect, _) => Availability::Suspect,
+        (Liveness::Online, Intent::Draining) => Availability::Draining,
+        (Liveness::Online, Intent::Serving) if facts.report.draining => Availability::Draining,
+        (Liveness::Online, Intent::Serving) if !facts.report.ready => unready(facts.report),
+        (Liveness::Online, Intent::Serving) if facts.tripped => Availability::Tripped,
+        (Liveness::Online, Intent::Serving) => Availability::Placeable,
+    }
+}
+
+/// What is done before its engine starts.
+fn preparation<'r>(facts: &PoolFacts<'r>) -> Option<&'r String> {
+    facts.report.supervised.as_ref()?.preparation.as_ref()
+}
+
+/// Its replicas that take requests.
+fn ready<'r>(facts: &PoolFacts<'r>) -> impl Iterator<Item = &'r ReplicaId> {
+    let serves = facts.report.ready || facts.report.draining;
+    facts.report.replicas.iter().filter(move |replica| serves && replica.ready).map(|r| &r.replica_id)
+}
+
+/// Whether the memory that its engine takes is free already.
+fn fits_now(facts: &PoolFacts<'_>) -> bool {
+    let needed = facts.report.supervised.as_ref().and_then(|own| own.memory_required_bytes);
+    needed.is_none_or(|needed| facts.report.vram_free_bytes.is_none_or(|free| needed <= free))
 }
 
 /// How a pool stands that takes no requests at the moment.

@@ -1,0 +1,67 @@
+//! What holds when there are many nodes.
+
+use super::*;
+
+fn fleet(nodes: usize) -> Bench {
+    let mut b = Bench::new();
+    b.core = ControlCore::new(Policy { max_nodes: nodes, admission_capacity: 10_000, ..policy() }, 7);
+    for n in 0..nodes {
+        b.join(&format!("n{n}"), 1);
+    }
+    b
+}
+
+// CLOUD-1776
+#[test]
+fn some_of_very_many_pools_stand_for_the_others_in_a_forecast() {
+    const NODES: usize = 300;
+    let mut b = fleet(NODES);
+    b.submit(task()).1.unwrap();
+    b.serve(0, 100, 900, 10);
+    for _ in 0..NODES {
+        b.submit(task()).1.unwrap();
+    }
+    assert_eq!(b.dispatches.len(), NODES + 1);
+    // Each slot takes a second for a task: so many start after one, and the others after two.
+    let starts: Vec<u64> =
+        (0..NODES * 3 / 2).map(|_| b.submit(task()).1.unwrap().predicted_start_ms.unwrap()).collect();
+    assert!(starts[..NODES].iter().all(|start| *start == 1_000), "{starts:?}");
+    assert!(starts[NODES..].iter().all(|start| *start == 2_000), "{starts:?}");
+}
+
+// CLOUD-1774
+#[test]
+fn a_refusal_names_some_of_very_many_nodes() {
+    let mut b = fleet(100);
+    let other = TaskSpec { model_ref: ModelRef::new("other").unwrap(), ..task() };
+    b.advance_to(20_000);
+    for n in 0..100 {
+        b.beat(&format!("n{n}"), 2, 1, &[]);
+    }
+    b.advance_to(TIMEOUT_MS + 1_000);
+    let error = b.submit(other).1.unwrap_err();
+    assert_eq!(error.code, ErrorCode::ModelNotAvailable);
+    assert_eq!(error.message.matches(", n").count(), 15, "{}", error.message);
+}
+
+// CLOUD-1774
+#[test]
+fn a_lane_waits_as_long_as_its_model_is_reported_and_ends_with_its_lease() {
+    let mut b = fleet(2);
+    for _ in 0..3 {
+        b.submit(task()).1.unwrap();
+    }
+    let (waits, _) = b.submit(task());
+    for beat in 2..=6 {
+        b.advance_to(beat * 10_000);
+        b.beat("n0", beat, 1, &[b.dispatches[0].attempt]);
+    }
+    assert!(!b.terminal.contains_key(&waits));
+    let without_model = PoolReport { models: vec![ModelRef::new("other").unwrap()], ..report(1, &[]) };
+    b.now = 60_001;
+    b.report("n0", 7, without_model);
+    b.advance_to(60_000 + TIMEOUT_MS - 1);
+    assert!(!b.terminal.contains_key(&waits));
+    b.advance_to(60_000 + TIMEOUT_MS);
+    assert_eq!(b.terminal.get(&waits), Some(&ErrorCode::ModelNotAvailable));
+}
