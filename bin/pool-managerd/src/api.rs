@@ -23,7 +23,7 @@ use utoipa::{OpenApi, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::node::Node;
+use crate::state::AppState;
 
 /// What each route needs. Only the control plane and operators call a node.
 pub(crate) fn needs(_: &Method, path: &str) -> Need {
@@ -34,7 +34,7 @@ pub(crate) fn needs(_: &Method, path: &str) -> Need {
 }
 
 /// The second listener: the metrics and the probes.
-pub(crate) fn open_router(node: Node) -> Router {
+pub(crate) fn open_router(node: AppState) -> Router {
     Router::new()
         .route(paths::METRICS, get(metrics))
         .route(paths::HEALTH_LIVE, get(live))
@@ -49,7 +49,7 @@ pub(crate) fn open_router(node: Node) -> Router {
 ))]
 struct Document;
 
-pub(crate) fn router(node: Node) -> Router {
+pub(crate) fn router(node: AppState) -> Router {
     parts().0.with_state(node)
 }
 
@@ -59,7 +59,7 @@ pub(crate) fn document() -> String {
     format!("{:#}", daemon_kit::document::finish(document, needs))
 }
 
-fn parts() -> (Router<Node>, utoipa::openapi::OpenApi) {
+fn parts() -> (Router<AppState>, utoipa::openapi::OpenApi) {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(live))
         .routes(routes!(ready))
@@ -79,14 +79,14 @@ fn parts() -> (Router<Node>, utoipa::openapi::OpenApi) {
 
 /// Who answers here.
 #[utoipa::path(get, path = paths::HEALTH_LIVE, responses((status = 200, body = LiveAnswer)))]
-async fn live(State(node): State<Node>) -> Json<LiveAnswer> {
+async fn live(State(node): State<AppState>) -> Json<LiveAnswer> {
     let identity = node.agent.identity();
     Json(LiveAnswer { node_id: identity.node_id, boot_id: identity.boot_id })
 }
 
 /// Whether the node is part of the cluster, and looks after all that it should.
 #[utoipa::path(get, path = paths::HEALTH_READY, responses((status = 200), (status = 503, body = ErrorBody)))]
-async fn ready(State(node): State<Node>) -> Result<StatusCode, ApiError> {
+async fn ready(State(node): State<AppState>) -> Result<StatusCode, ApiError> {
     if let Some(problem) = node.agent.loops().problem() {
         return Err(ApiError::new(ErrorCode::PoolUnready, problem));
     }
@@ -100,7 +100,7 @@ async fn ready(State(node): State<Node>) -> Result<StatusCode, ApiError> {
 
 /// Prometheus text.
 #[utoipa::path(get, path = paths::METRICS, responses((status = 200, content_type = "text/plain"), (status = 401, body = ErrorBody)))]
-async fn metrics(State(node): State<Node>) -> Response {
+async fn metrics(State(node): State<AppState>) -> Response {
     let identity = node.agent.identity();
     let node_id: &[(&'static str, &str)] = &[("node_id", identity.node_id.as_str())];
     let counters = node.agent.counters();
@@ -205,7 +205,7 @@ pub(crate) struct NodePools {
 }
 
 #[utoipa::path(get, path = paths::POOLS, responses((status = 200, body = NodePools), (status = 401, body = ErrorBody)))]
-async fn pools(State(node): State<Node>) -> Json<NodePools> {
+async fn pools(State(node): State<AppState>) -> Json<NodePools> {
     Json(NodePools {
         pools: node.agent.pools(),
         gpus: node.agent.gpus(),
@@ -218,7 +218,10 @@ async fn pools(State(node): State<Node>) -> Json<NodePools> {
 /// One pool.
 #[utoipa::path(get, path = paths::POOL_STATUS, params(("pool_id" = PoolId, Path)),
     responses((status = 200, body = PoolReport), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody)))]
-async fn status(State(node): State<Node>, PathId(id): PathId<PoolId>) -> Result<Json<PoolReport>, ApiError> {
+async fn status(
+    State(node): State<AppState>,
+    PathId(id): PathId<PoolId>,
+) -> Result<Json<PoolReport>, ApiError> {
     let pool = node.agent.pools().into_iter().find(|pool| pool.pool_id == id);
     pool.map(Json).ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("no pool {id} on this node")))
 }
@@ -229,7 +232,7 @@ type Ordered = Result<(StatusCode, Json<PoolOrdered>), ApiError>;
 #[utoipa::path(post, path = paths::POOL_DRAIN, params(("pool_id" = PoolId, Path)), request_body = PoolDrain,
     responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody)))]
 async fn drain(
-    State(node): State<Node>,
+    State(node): State<AppState>,
     PathId(id): PathId<PoolId>,
     Body(drain): Body<PoolDrain>,
 ) -> Ordered {
@@ -241,7 +244,7 @@ async fn drain(
 #[utoipa::path(post, path = paths::POOL_RELOAD, params(("pool_id" = PoolId, Path)), request_body = PoolReload,
     responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody)))]
 async fn reload(
-    State(node): State<Node>,
+    State(node): State<AppState>,
     PathId(id): PathId<PoolId>,
     Body(reload): Body<PoolReload>,
 ) -> Ordered {
@@ -252,7 +255,7 @@ async fn reload(
 #[utoipa::path(post, path = paths::POOL_PURGE, params(("pool_id" = PoolId, Path)), request_body = PoolPurge,
     responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
 async fn purge(
-    State(node): State<Node>,
+    State(node): State<AppState>,
     PathId(id): PathId<PoolId>,
     Body(purge): Body<PoolPurge>,
 ) -> Ordered {
@@ -262,14 +265,17 @@ async fn purge(
 /// A task waits for a pool that is `loadable`: its engines are started, and others make room.
 #[utoipa::path(post, path = paths::POOL_LOAD, params(("pool_id" = PoolId, Path)),
     responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
-async fn load(State(node): State<Node>, PathId(id): PathId<PoolId>) -> Ordered {
+async fn load(State(node): State<AppState>, PathId(id): PathId<PoolId>) -> Ordered {
     Ok((StatusCode::ACCEPTED, Json(node.own.order_load(&id)?)))
 }
 
 /// What the operator wants of this node from now on; written down when the answer comes.
 #[utoipa::path(post, path = paths::INTENT, request_body = IntentOrder,
     responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody)))]
-async fn intent(State(node): State<Node>, Body(order): Body<IntentOrder>) -> Result<StatusCode, ApiError> {
+async fn intent(
+    State(node): State<AppState>,
+    Body(order): Body<IntentOrder>,
+) -> Result<StatusCode, ApiError> {
     match node.agent.take_intent(order).await {
         Ok(true) => Ok(StatusCode::NO_CONTENT),
         Ok(false) => Err(ApiError::new(ErrorCode::WrongNode, "epoch: not the registration that holds")),
@@ -287,7 +293,7 @@ pub(crate) struct NodeModels {
 }
 
 #[utoipa::path(get, path = paths::MODELS, responses((status = 200, body = NodeModels), (status = 401, body = ErrorBody)))]
-async fn models(State(node): State<Node>) -> Json<NodeModels> {
+async fn models(State(node): State<AppState>) -> Json<NodeModels> {
     Json(NodeModels { models: node.agent.models() })
 }
 
@@ -296,7 +302,7 @@ async fn models(State(node): State<Node>) -> Json<NodeModels> {
     responses((status = 200, content_type = "text/event-stream"), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
               (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
 async fn infer(
-    State(node): State<Node>,
+    State(node): State<AppState>,
     PathId(id): PathId<PoolId>,
     Extension(ids): Extension<RequestIds>,
     WrappedBody(request): WrappedBody<InferRequest>,

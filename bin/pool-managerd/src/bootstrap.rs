@@ -18,7 +18,7 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::config::Config;
-use crate::node::Node;
+use crate::state::App;
 use crate::{api, registry};
 
 /// How long leaving the cluster may take, once attempts have finished.
@@ -87,13 +87,13 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         None => None,
     };
     let counts = Arc::new(Counts::default());
-    let node = Node {
+    let node = Arc::new(App {
         agent: Arc::clone(&agent),
         own: own.clone(),
         alone: session.is_none(),
         tokens: config.shared.tokens.clone(),
         connections: Arc::clone(&counts),
-    };
+    });
     let gate = Gate {
         tokens: config.shared.tokens.clone(),
         needs: api::needs,

@@ -16,7 +16,7 @@ use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt, SeekFrom};
 use utoipa::IntoParams;
 
-use crate::node::Node;
+use crate::state::AppState;
 
 /// Bytes of the log's end that are given.
 const LAST_BYTES: u64 = 64 * 1024;
@@ -40,7 +40,7 @@ pub(crate) struct Which {
 #[utoipa::path(get, path = paths::POOL_LOGS, params(("pool_id" = PoolId, Path), Which),
     responses((status = 200, content_type = "text/plain"), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody)))]
 pub(crate) async fn logs(
-    State(node): State<Node>,
+    State(node): State<AppState>,
     PathId(id): PathId<PoolId>,
     caller: Caller,
     which: Result<Query<Which>, QueryRejection>,
@@ -58,7 +58,7 @@ pub(crate) async fn logs(
             Err(ApiError::new(ErrorCode::InvalidParams, format!("replica_id: name one of {all}")))
         }
     }?;
-    let admitted = (node.tokens, caller);
+    let admitted = (node.tokens.clone(), caller);
     let reading = Reading { path, file: None, at: 0, follow: which.follow, started: false, admitted };
     let pieces = stream::unfold(reading, |mut reading| async move {
         reading.next().await.map(|piece| (Ok::<_, std::io::Error>(piece), reading))

@@ -5,8 +5,8 @@ mod bootstrap;
 mod config;
 mod logs;
 mod models;
-mod node;
 mod registry;
+mod state;
 
 use std::process::ExitCode;
 

@@ -55,9 +55,14 @@ fn handoff(cluster: &Cluster, pool_id: &str) -> Option<Value> {
     serde_json::from_str(&std::fs::read_to_string(file).ok()?).ok()
 }
 
-fn engine_pid(cluster: &Cluster, pool_id: &str) -> i32 {
-    let pid = handoff(cluster, pool_id).and_then(|handoff| handoff["pid"].as_i64()).expect("its handoff");
-    i32::try_from(pid).expect("process ids are small")
+/// As its handoff says, which is written at the moment at which the node begins to serve it.
+async fn engine_pid(cluster: &Cluster, pool_id: &str) -> i32 {
+    eventually("the handoff of an engine that lives", Duration::from_secs(5), || async {
+        let pid = handoff(cluster, pool_id)?["pid"].as_i64()?;
+        let pid = i32::try_from(pid).expect("process ids are small");
+        Path::new(&format!("/proc/{pid}")).exists().then_some(pid)
+    })
+    .await
 }
 
 fn send(pid: i32, signal: Signal) {
@@ -94,13 +99,13 @@ async fn a_killed_engine_is_started_again_while_its_neighbour_serves() {
     }
     cluster.wait_online(0).await;
     assert!(run(&cluster, "tiny-a", 16).await.completed());
-    let (before, neighbour) = (engine_pid(&cluster, "pool-a"), engine_pid(&cluster, "pool-b"));
+    let (before, neighbour) = (engine_pid(&cluster, "pool-a").await, engine_pid(&cluster, "pool-b").await);
     send(before, Signal::SIGKILL);
     let killed = Instant::now();
     assert!(run(&cluster, "tiny-a", 16).await.completed(), "a task that comes meanwhile waits");
     let recovered = killed.elapsed();
-    assert_ne!(engine_pid(&cluster, "pool-a"), before);
-    assert_eq!(engine_pid(&cluster, "pool-b"), neighbour);
+    assert_ne!(engine_pid(&cluster, "pool-a").await, before);
+    assert_eq!(engine_pid(&cluster, "pool-b").await, neighbour);
     assert!(run(&cluster, "tiny-b", 16).await.completed());
     let status = pool(&cluster, "pool-a").await.unwrap();
     assert_eq!(status["supervised"]["restarts"], 1);
@@ -127,7 +132,7 @@ async fn ten_kills_in_a_minute_end_in_a_failed_pool_until_it_is_reloaded() {
             assert!(kill > 10, "given up after {} kills", kill - 1);
             break;
         }
-        send(engine_pid(&cluster, "pool-a"), Signal::SIGKILL);
+        send(engine_pid(&cluster, "pool-a").await, Signal::SIGKILL);
         eventually("the kill is seen", Duration::from_secs(5), || async {
             pool(&cluster, "pool-a").await.filter(|pool| pool["ready"] == false)
         })
@@ -151,7 +156,7 @@ async fn a_grammar_that_speaks_of_a_driver_error_restarts_no_engine() {
     let cluster = node_with(real_engine::pool("pool-a", "tiny-a", "")).await;
     wait_state(&cluster, "pool-a", "ready", MINUTE).await;
     cluster.wait_online(0).await;
-    let before = engine_pid(&cluster, "pool-a");
+    let before = engine_pid(&cluster, "pool-a").await;
     let grammar = "root ::= (\nCUDA error: an illegal memory access was encountered\n";
     for _ in 0..12 {
         let task = json!({"model_ref": "tiny-a", "prompt": "once", "max_tokens": 4, "grammar": grammar});
@@ -165,7 +170,7 @@ async fn a_grammar_that_speaks_of_a_driver_error_restarts_no_engine() {
     assert!(run(&cluster, "tiny-a", 8).await.completed());
     let status = pool(&cluster, "pool-a").await.unwrap();
     assert_eq!((&status["state"], supervised(&status, "restarts")), (&json!("ready"), 0));
-    assert_eq!(engine_pid(&cluster, "pool-a"), before);
+    assert_eq!(engine_pid(&cluster, "pool-a").await, before);
 }
 
 // CLOUD-1552, CLOUD-2412, CLOUD-2416
@@ -242,7 +247,7 @@ async fn no_process_of_an_engine_outlives_its_daemon_or_its_guard() {
     cluster.start_daemon(0);
     wait_state(&cluster, "pool-a", "ready", MINUTE).await;
     let before = tagged(&variable);
-    let engine = engine_pid(&cluster, "pool-a");
+    let engine = engine_pid(&cluster, "pool-a").await;
     send(parent(engine), Signal::SIGKILL);
     eventually("the engine runs anew", MINUTE, || async {
         let now = tagged(&variable);
@@ -272,7 +277,7 @@ async fn a_kept_engine_is_taken_over_by_the_next_daemon() {
     let mut cluster = node_with(forking_pool(folder.path(), &tag, "keep_on_exit = true")).await;
     wait_state(&cluster, "pool-a", "ready", MINUTE).await;
     cluster.wait_online(0).await;
-    let (engine, all) = (engine_pid(&cluster, "pool-a"), tagged(&variable));
+    let (engine, all) = (engine_pid(&cluster, "pool-a").await, tagged(&variable));
     let engine_url = handoff(&cluster, "pool-a").unwrap()["url"].as_str().unwrap().to_owned();
     let slow = json!({"kind": "slow", "pace_ms": 50});
     assert_eq!(Client::new(&engine_url, None).post("/fake/fault", &slow).await.status(), 204);
@@ -292,7 +297,7 @@ async fn a_kept_engine_is_taken_over_by_the_next_daemon() {
     assert_eq!(lost.error(), Some("WORKER_RESET"), "its stream has ended");
     cluster.start_daemon(0);
     wait_state(&cluster, "pool-a", "ready", MINUTE).await;
-    assert_eq!((engine_pid(&cluster, "pool-a"), &tagged(&variable)), (engine, &all), "the same engine");
+    assert_eq!((engine_pid(&cluster, "pool-a").await, &tagged(&variable)), (engine, &all), "the same engine");
     eventually("its slots are free again", Duration::from_secs(5), || async {
         pool(&cluster, "pool-a").await.filter(|pool| pool["replicas"][0]["slots_free"] == 4)
     })
@@ -326,7 +331,7 @@ async fn a_signal_to_a_guard_without_a_daemon_ends_its_engine_in_order() {
     let variable = format!("E2E_MARK={tag}");
     let mut cluster = node_with(forking_pool(folder.path(), &tag, "keep_on_exit = true")).await;
     wait_state(&cluster, "pool-a", "ready", MINUTE).await;
-    let guard = parent(engine_pid(&cluster, "pool-a"));
+    let guard = parent(engine_pid(&cluster, "pool-a").await);
     cluster.nodes[0].daemon.as_mut().unwrap().kill();
     assert!(tagged(&variable).len() >= 4, "it is kept");
     send(guard, Signal::SIGTERM);
@@ -475,7 +480,7 @@ async fn a_reload_under_load_fails_no_task_and_a_failing_one_changes_nothing() {
             done
         }));
     }
-    let before = engine_pid(&cluster, "pool-a");
+    let before = engine_pid(&cluster, "pool-a").await;
     assert_eq!(reload("tiny-b").await, 202);
     let status = eventually("the new model serves", MINUTE, || async {
         pool(&cluster, "pool-a").await.filter(|pool| pool["ready"] == true && pool["models"][0] == "tiny-b")
@@ -516,7 +521,7 @@ async fn a_changed_file_is_taken_without_a_restart_and_a_bad_one_says_why_and_ch
     let first = fake("pool-a", "m-a", "");
     let cluster = node_with(first.clone()).await;
     wait_state(&cluster, "pool-a", "ready", MINUTE).await;
-    let before = engine_pid(&cluster, "pool-a");
+    let before = engine_pid(&cluster, "pool-a").await;
     let write = |text: &str| std::fs::write(cluster.pools_file(0), text).unwrap();
     let problem = || async {
         let pools = cluster.node_client(0).get_json("/v2/pools").await?;
@@ -528,10 +533,10 @@ async fn a_changed_file_is_taken_without_a_restart_and_a_bad_one_says_why_and_ch
     })
     .await;
     assert!(reported.contains("line") && reported.contains("column"), "{reported}");
-    assert_eq!(engine_pid(&cluster, "pool-a"), before);
+    assert_eq!(engine_pid(&cluster, "pool-a").await, before);
     write(&(first.clone() + &fake("pool-b", "m-b", "")));
     wait_state(&cluster, "pool-b", "ready", MINUTE).await;
-    assert_eq!((problem().await.unwrap(), engine_pid(&cluster, "pool-a")), (String::new(), before));
+    assert_eq!((problem().await.unwrap(), engine_pid(&cluster, "pool-a").await), (String::new(), before));
     write(&fake("pool-b", "m-b", ""));
     eventually("the pool that is not in the file goes", Duration::from_secs(10), || async {
         (pool(&cluster, "pool-a").await.is_none_or(|pool| pool["pool_id"] != "pool-a")).then_some(())

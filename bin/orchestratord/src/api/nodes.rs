@@ -50,7 +50,7 @@ pub(crate) async fn register(
         return Err(ApiError::new(ErrorCode::InvalidParams, format!("labels: at most {MAX_CONSTRAINTS}")));
     }
     let node_id = request.node_id.clone();
-    let answer = state.service_registry.register(request).await.inspect_err(|error| {
+    let answer = state.control.register(request).await.inspect_err(|error| {
         tracing::warn!(%node_id, code = %error.code, reason = error.message, "a registration was refused");
     })?;
     tracing::info!(%node_id, epoch = %answer.epoch, "a node registered");
@@ -67,7 +67,7 @@ pub(crate) async fn heartbeat(
     Body(beat): Body<Heartbeat>,
 ) -> Result<Json<HeartbeatAnswer>, ApiError> {
     require_cloud(&state)?;
-    Ok(Json(state.service_registry.heartbeat(id, beat).await?))
+    Ok(Json(state.control.heartbeat(id, beat).await?))
 }
 
 #[derive(Debug, Deserialize, IntoParams)]
@@ -91,7 +91,7 @@ pub(crate) async fn deregister(
     caller.may_send_away(&id)?;
     let Deregistration { epoch } = checked(query)?;
     tracing::info!(node_id = %id, "a node is deregistered");
-    state.service_registry.deregister(id, epoch).await?;
+    state.control.deregister(id, epoch).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -113,7 +113,7 @@ pub(crate) async fn drain(
     PathId(id): PathId<NodeId>,
 ) -> Result<(StatusCode, Json<IntentAnswer>), ApiError> {
     tracing::info!(node_id = %id, "a node is drained");
-    Ok((StatusCode::ACCEPTED, Json(state.service_registry.want(id, Intent::Draining).await?)))
+    Ok((StatusCode::ACCEPTED, Json(state.control.want(id, Intent::Draining).await?)))
 }
 
 /// The node takes work again.
@@ -124,5 +124,5 @@ pub(crate) async fn resume(
     PathId(id): PathId<NodeId>,
 ) -> Result<(StatusCode, Json<IntentAnswer>), ApiError> {
     tracing::info!(node_id = %id, "a node is resumed");
-    Ok((StatusCode::ACCEPTED, Json(state.service_registry.want(id, Intent::Serving).await?)))
+    Ok((StatusCode::ACCEPTED, Json(state.control.want(id, Intent::Serving).await?)))
 }

@@ -54,7 +54,7 @@ const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(10);
 /// with an event `missed` how many were lost, and looks at the lists again. Ends with the token.
 #[utoipa::path(get, path = paths::EVENTS, tag = "observe", responses((status = 200, content_type = "text/event-stream"), (status = 401, body = ErrorBody)))]
 pub(crate) async fn events(State(state): State<AppState>, caller: Caller) -> Response {
-    let following = (state.control.follow(), state.tokens, caller);
+    let following = (state.control.follow(), state.tokens.clone(), caller);
     let stream = futures::stream::unfold(following, |(mut changes, tokens, caller)| async move {
         if !tokens.still_admit(&caller) {
             return None;

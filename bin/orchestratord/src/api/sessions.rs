@@ -6,10 +6,8 @@ use axum::http::StatusCode;
 use daemon_kit::{ApiError, PathId};
 use pool_registry_types::task::SessionView;
 use pool_registry_types::{ErrorBody, ErrorCode, SessionId, routes as paths};
-use task_scheduler::{Answer, Event};
 
 use crate::app::state::AppState;
-use crate::services::registry::unexpected;
 
 /// What the session may still use, and where it is warm.
 #[utoipa::path(get, path = paths::SESSION, tag = "sessions", params(("session_id" = Uuid, Path)),
@@ -29,8 +27,6 @@ pub(crate) async fn delete(
     State(state): State<AppState>,
     PathId(session_id): PathId<SessionId>,
 ) -> Result<StatusCode, ApiError> {
-    match state.control.call(move |reply| Event::DeleteSession { reply, session_id }).await? {
-        Answer::SessionDeleted => Ok(StatusCode::NO_CONTENT),
-        other => Err(unexpected(&other).into()),
-    }
+    state.control.delete_session(session_id).await?;
+    Ok(StatusCode::NO_CONTENT)
 }

@@ -15,13 +15,12 @@ use pool_registry_types::routes::headers;
 use pool_registry_types::task::{TaskAccepted, TaskPage, TaskRequest, TaskState, TaskView};
 use pool_registry_types::{ErrorBody, ErrorCode, ModelRef, NodeId, TaskId, routes as paths};
 use serde::Deserialize;
-use task_scheduler::{Answer, Event, TaskFilter};
+use task_scheduler::TaskFilter;
 use utoipa::IntoParams;
 
 use super::{checked, defect, submission};
 use crate::app::state::AppState;
 use crate::services::readers::{self, Gauge};
-use crate::services::registry::unexpected;
 
 /// Tasks on one page, unless another number is asked for; and the most.
 const PAGE: usize = 50;
@@ -56,10 +55,7 @@ pub(crate) async fn submit(
         Ok::<_, ErrorBody>(answer)
     });
     let answered = admission.await.map_err(|_| defect())?;
-    let accepted = match answered? {
-        Answer::Submitted(accepted) => accepted,
-        other => return Err(unexpected(&other).into()),
-    };
+    let accepted = answered?;
     let mut response = if wants_stream(&headers) {
         stream(&state, task_id, None, false)?
     } else {
@@ -210,9 +206,6 @@ pub(crate) async fn cancel(
     State(state): State<AppState>,
     PathId(id): PathId<TaskId>,
 ) -> Result<StatusCode, ApiError> {
-    let task_id = id;
-    match state.control.call(move |reply| Event::Cancel { reply, task_id }).await? {
-        Answer::Canceled => Ok(StatusCode::NO_CONTENT),
-        other => Err(unexpected(&other).into()),
-    }
+    state.control.cancel(id).await?;
+    Ok(StatusCode::NO_CONTENT)
 }

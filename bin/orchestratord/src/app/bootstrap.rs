@@ -16,14 +16,15 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::app::router;
-use crate::app::state::AppState;
+use crate::app::state::App;
 use crate::config::Config;
 use crate::services::artifacts::Artifacts;
 use crate::services::catalog::{Catalog, CatalogError, ModelState};
+use crate::services::control::{self, Control};
 use crate::services::dispatch::Relays;
 use crate::services::handoff::Home;
 use crate::services::link::{HttpLink, NodeLink};
-use crate::services::placement::{self, Control};
+use crate::services::placement;
 use crate::services::registry::ServiceRegistryHandle;
 use crate::services::streams::Streams;
 
@@ -64,7 +65,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let relays = Arc::new(Relays { clock, link, streams: Arc::clone(&streams) });
     let strategy = config.policy.strategy.as_str();
     let core = ControlCore::new(config.policy, Uuid::new_v4().as_u64_pair().0);
-    let (control, inbox) = placement::mailbox(clock);
+    let (control, inbox) = control::mailbox(clock);
     let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
     let loop_stop = CancellationToken::new();
     let deciding =
@@ -82,7 +83,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     tracing::info!(bound = %front.bound, profile, strategy, "orchestratord starts");
     let quota = Arc::new(Quota::new(config.requests_per_second, config.tasks_per_token));
     let counts = Arc::new(Counts::default());
-    let state = AppState {
+    let state = Arc::new(App {
         service_registry: ServiceRegistryHandle::new(control.clone()),
         control: control.clone(),
         streams,
@@ -96,7 +97,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         tokens: tokens.clone(),
         connections: Arc::clone(&counts),
         loops: front.loops.clone(),
-    };
+    });
     let gate = Gate {
         tokens,
         needs: router::needs,

@@ -10,14 +10,16 @@ use owned_tasks::Loops;
 use crate::services::addresses::NodeAddresses;
 use crate::services::artifacts::Artifacts;
 use crate::services::catalog::Catalog;
+use crate::services::control::Control;
 use crate::services::dispatch::Relays;
-use crate::services::placement::Control;
 use crate::services::registry::ServiceRegistryHandle;
 use crate::services::streams::Streams;
 
 /// Shared by all requests.
-#[derive(Debug, Clone)]
-pub(crate) struct AppState {
+pub(crate) type AppState = Arc<App>;
+
+#[derive(Debug)]
+pub(crate) struct App {
     /// The nodes: the registry itself lives in the control core, in its one owner.
     pub(crate) service_registry: ServiceRegistryHandle,
     /// Tasks and sessions.

@@ -16,8 +16,8 @@ use task_stream::{Action, Relay};
 use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
 
+use crate::services::control::Control;
 use crate::services::link::{Exchange, NodeLink, Taken};
-use crate::services::placement::Control;
 use crate::services::streams::{Streams, TaskStream};
 
 /// Pieces of a stream that are taken together when they have arrived already.

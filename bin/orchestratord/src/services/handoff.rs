@@ -13,13 +13,12 @@ use node_registration::{CallError, ControlPlane};
 use owned_tasks::Loops;
 use pool_registry_types::node::{Capabilities, Heartbeat, HeartbeatAnswer, RegisterAnswer, RegisterRequest};
 use pool_registry_types::placement::Labels;
-use pool_registry_types::{BootId, Epoch, ErrorBody, ErrorCode, MachineId, NodeId};
-use task_scheduler::{Answer, Event};
+use pool_registry_types::{BootId, Epoch, MachineId, NodeId};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::services::placement::Control;
+use crate::services::control::Control;
 
 /// The one node's name, and what stands for its address.
 const HOME_NODE: &str = "home";
@@ -98,34 +97,17 @@ struct InProcess {
     control: Control,
 }
 
-fn unexpected(answer: &Answer) -> CallError {
-    CallError::Refused(ErrorBody::new(
-        ErrorCode::Internal,
-        format!("not the answer that was asked for: {answer:?}"),
-    ))
-}
-
 impl ControlPlane for InProcess {
     async fn register(&self, request: RegisterRequest) -> Result<RegisterAnswer, CallError> {
-        match self.control.call(|reply| Event::Register { reply, request }).await {
-            Ok(Answer::Registered(answer)) => Ok(answer),
-            Ok(other) => Err(unexpected(&other)),
-            Err(error) => Err(CallError::Refused(error)),
-        }
+        self.control.register(request).await.map_err(CallError::Refused)
     }
 
     async fn heartbeat(&self, node_id: &NodeId, beat: Heartbeat) -> Result<HeartbeatAnswer, CallError> {
-        let node_id = node_id.clone();
-        match self.control.call(|reply| Event::Heartbeat { reply, node_id, beat }).await {
-            Ok(Answer::Heartbeat(answer)) => Ok(answer),
-            Ok(other) => Err(unexpected(&other)),
-            Err(error) => Err(CallError::Refused(error)),
-        }
+        self.control.heartbeat(node_id.clone(), beat).await.map_err(CallError::Refused)
     }
 
     async fn deregister(&self, node_id: &NodeId, epoch: &Epoch) -> Result<(), CallError> {
-        let (node_id, epoch) = (node_id.clone(), Some(epoch.clone()));
-        let answer = self.control.call(|reply| Event::Deregister { reply, node_id, epoch }).await;
-        answer.map(|_| ()).map_err(CallError::Refused)
+        let left = self.control.deregister(node_id.clone(), Some(epoch.clone())).await;
+        left.map_err(CallError::Refused)
     }
 }

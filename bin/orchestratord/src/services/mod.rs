@@ -4,6 +4,7 @@ pub(crate) mod addresses;
 pub(crate) mod artifacts;
 pub(crate) mod attempt_body;
 pub(crate) mod catalog;
+pub(crate) mod control;
 pub(crate) mod dispatch;
 pub(crate) mod handoff;
 pub(crate) mod link;

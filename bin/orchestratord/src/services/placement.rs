@@ -11,121 +11,18 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use daemon_kit::Clock;
-use pool_registry_types::placement::Explanation;
-use pool_registry_types::view::ClusterChange;
-use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, Moment, TaskId};
-use task_scheduler::{Answer, ControlCore, Effect, Event, HowEnded, ProbeOutcome, ReplyTo};
-use task_stream::{Payload, TaskSpec};
-use tokio::sync::{broadcast, mpsc, oneshot};
+use pool_registry_types::{AttemptId, Moment};
+use task_scheduler::{ControlCore, Effect, Event, HowEnded, ProbeOutcome, ReplyTo};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::services::control::{Control, Inbox, Message, Question, Reply};
 use crate::services::dispatch::Relays;
 use crate::services::link::PoolOrder;
-use crate::services::published::Published;
 use crate::services::streams::Submitted;
 
-/// Messages that wait for the loop; a full mailbox answers `OVERLOADED`. One message takes some
-/// microseconds, so this is a wait of some ten milliseconds.
-const MAILBOX: usize = 8192;
-/// Questions that wait for the loop; one may take a millisecond in a large cluster.
-const QUESTIONS: usize = 64;
 /// Messages that are handled before a question is answered, where both wait.
 const MESSAGES_A_QUESTION: u32 = 64;
-/// Changes that a follower may lag behind before it misses some.
-const CHANGES: usize = 4096;
-
-type Reply = Result<Answer, ErrorBody>;
-
-enum Message {
-    Event(Event),
-    Call { event: Box<dyn FnOnce(ReplyTo) -> Event + Send>, reply: oneshot::Sender<Reply> },
-    Submit { spec: Box<TaskSpec>, payload: Payload, reply: oneshot::Sender<Reply> },
-}
-
-/// What only the core can answer, and what changes nothing.
-enum Question {
-    Explain(TaskId, oneshot::Sender<Result<Explanation, ErrorBody>>),
-    ExplainRequest(Box<TaskSpec>, oneshot::Sender<Explanation>),
-}
-
-/// The way to the control loop.
-#[derive(Debug, Clone)]
-pub(crate) struct Control {
-    mailbox: mpsc::Sender<Message>,
-    questions: mpsc::Sender<Question>,
-    changes: broadcast::Sender<ClusterChange>,
-    /// What readers are answered from, without the loop.
-    pub(crate) published: Arc<Published>,
-}
-
-impl std::fmt::Debug for Message {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Message")
-    }
-}
-
-impl std::fmt::Debug for Question {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Question")
-    }
-}
-
-impl Control {
-    /// Tells what happened. Waits for room, because it must not be lost.
-    pub(crate) async fn send(&self, event: Event) {
-        // The loop ends last; without it nobody needs to know.
-        let _ = self.mailbox.send(Message::Event(event)).await;
-    }
-
-    /// Asks for a decision. Errors: the decision's own, and `OVERLOADED`.
-    pub(crate) async fn call(&self, event: impl FnOnce(ReplyTo) -> Event + Send + 'static) -> Reply {
-        let (reply, answer) = oneshot::channel();
-        post(&self.mailbox, Message::Call { event: Box::new(event), reply })?;
-        answer.await.unwrap_or_else(|_| Err(gone()))
-    }
-
-    /// Submits a task. The payload is kept with the task's log, if it gets one.
-    pub(crate) async fn submit(&self, spec: TaskSpec, payload: Payload) -> Reply {
-        let (reply, answer) = oneshot::channel();
-        post(&self.mailbox, Message::Submit { spec: Box::new(spec), payload, reply })?;
-        answer.await.unwrap_or_else(|_| Err(gone()))
-    }
-
-    pub(crate) async fn explain(&self, id: TaskId) -> Result<Explanation, ErrorBody> {
-        self.ask(|reply| Question::Explain(id, reply)).await?
-    }
-
-    pub(crate) async fn explain_request(&self, spec: TaskSpec) -> Result<Explanation, ErrorBody> {
-        self.ask(|reply| Question::ExplainRequest(Box::new(spec), reply)).await
-    }
-
-    /// What changes in the cluster from now on.
-    pub(crate) fn follow(&self) -> broadcast::Receiver<ClusterChange> {
-        self.changes.subscribe()
-    }
-
-    async fn ask<T>(&self, question: impl FnOnce(oneshot::Sender<T>) -> Question) -> Result<T, ErrorBody> {
-        let (reply, answer) = oneshot::channel();
-        post(&self.questions, question(reply))?;
-        answer.await.map_err(|_| gone())
-    }
-}
-
-fn post<T>(mailbox: &mpsc::Sender<T>, message: T) -> Result<(), ErrorBody> {
-    mailbox.try_send(message).map_err(|error| match error {
-        mpsc::error::TrySendError::Full(_) => {
-            let message = "the control loop has more to do than it can hold";
-            ErrorBody::new(ErrorCode::Overloaded, message).retry_after_ms(100)
-        }
-        mpsc::error::TrySendError::Closed(_) => gone(),
-    })
-}
-
-fn gone() -> ErrorBody {
-    ErrorBody::new(ErrorCode::Draining, "the control plane is shutting down")
-}
-
 /// The loop's own state beside the core.
 struct Loop {
     core: ControlCore,
@@ -133,27 +30,11 @@ struct Loop {
     control: Control,
     relays: Arc<Relays>,
     tracker: TaskTracker,
-    replies: HashMap<ReplyTo, oneshot::Sender<Reply>>,
+    replies: HashMap<ReplyTo, Reply>,
     next_reply: u64,
     running: HashMap<AttemptId, CancellationToken>,
     /// Of the task that is being submitted, until its log is opened.
     submitted: Option<Submitted>,
-}
-
-/// The mailboxes, made before the loop because others need them first.
-pub(crate) fn mailbox(clock: Clock) -> (Control, Inbox) {
-    let (mailbox, messages) = mpsc::channel(MAILBOX);
-    let (ask, questions) = mpsc::channel(QUESTIONS);
-    let (changes, _) = broadcast::channel(CHANGES);
-    let published = Arc::new(Published::new(clock));
-    (Control { mailbox, questions: ask, changes, published }, Inbox { messages, questions })
-}
-
-/// The loop's end of the mailboxes.
-#[derive(Debug)]
-pub(crate) struct Inbox {
-    messages: mpsc::Receiver<Message>,
-    questions: mpsc::Receiver<Question>,
 }
 
 /// Runs until `stop`. Relays and probes belong to `tracker`.
@@ -247,7 +128,7 @@ impl Loop {
         }
     }
 
-    fn reply_to(&mut self, reply: oneshot::Sender<Reply>) -> ReplyTo {
+    fn reply_to(&mut self, reply: Reply) -> ReplyTo {
         self.next_reply += 1;
         let to = ReplyTo(self.next_reply);
         self.replies.insert(to, reply);
@@ -367,8 +248,7 @@ impl Loop {
                     control.send(Event::IntentDelivered { reply: to, node_id, order, outcome }).await;
                 });
             }
-            // Without followers nobody is told.
-            Effect::Changed(change) => drop(self.control.changes.send(change)),
+            Effect::Changed(change) => self.control.publish(change),
             Effect::Probe { node_id, address, authorized } => {
                 let (relays, control) = (Arc::clone(&self.relays), self.control.clone());
                 owned_tasks::task(&self.tracker, "probe", async move {

@@ -15,7 +15,7 @@ use pool_registry_types::task::{Metrics, TaskState};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
-use crate::services::placement::Control;
+use crate::services::control::Control;
 use crate::services::streams::TaskStream;
 
 /// Pause between two comments on a quiet stream.

@@ -6,15 +6,11 @@
 
 use std::sync::Arc;
 
-use pool_registry_types::node::{
-    Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, RegisterAnswer, RegisterRequest,
-};
 use pool_registry_types::snapshot::ClusterSnapshot;
 use pool_registry_types::view::{NodeView, PoolOfNode};
-use pool_registry_types::{Epoch, ErrorBody, ErrorCode, NodeId, PoolId};
-use task_scheduler::{Answer, Event};
+use pool_registry_types::{ErrorBody, ErrorCode, NodeId, PoolId};
 
-use crate::services::placement::Control;
+use crate::services::control::Control;
 
 /// The registry of nodes, as handlers use it.
 #[derive(Debug, Clone)]
@@ -22,48 +18,9 @@ pub(crate) struct ServiceRegistryHandle {
     control: Control,
 }
 
-/// The core answered something else than what was asked: a defect.
-pub(crate) fn unexpected(answer: &Answer) -> ErrorBody {
-    tracing::error!(?answer, "not the answer that was asked for");
-    ErrorBody::new(ErrorCode::Internal, "a defect in the server, see its log")
-}
-
 impl ServiceRegistryHandle {
     pub(crate) fn new(control: Control) -> Self {
         Self { control }
-    }
-
-    pub(crate) async fn register(&self, request: RegisterRequest) -> Result<RegisterAnswer, ErrorBody> {
-        match self.control.call(|reply| Event::Register { reply, request }).await? {
-            Answer::Registered(answer) => Ok(answer),
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    pub(crate) async fn heartbeat(
-        &self,
-        node_id: NodeId,
-        beat: Heartbeat,
-    ) -> Result<HeartbeatAnswer, ErrorBody> {
-        match self.control.call(|reply| Event::Heartbeat { reply, node_id, beat }).await? {
-            Answer::Heartbeat(answer) => Ok(answer),
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    pub(crate) async fn deregister(&self, node_id: NodeId, epoch: Option<Epoch>) -> Result<(), ErrorBody> {
-        match self.control.call(|reply| Event::Deregister { reply, node_id, epoch }).await? {
-            Answer::Deregistered => Ok(()),
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    /// An operator's order for a node.
-    pub(crate) async fn want(&self, node_id: NodeId, intent: Intent) -> Result<IntentAnswer, ErrorBody> {
-        match self.control.call(move |reply| Event::Want { reply, node_id, intent }).await? {
-            Answer::Intent(answer) => Ok(answer),
-            other => Err(unexpected(&other)),
-        }
     }
 
     /// All nodes, at most 100 ms old, with every change of them that was answered.

@@ -7,8 +7,10 @@ use daemon_kit::connections::Counts;
 use node_agent::Agent;
 
 /// Shared by all requests.
-#[derive(Debug, Clone)]
-pub(crate) struct Node {
+pub(crate) type AppState = Arc<App>;
+
+#[derive(Debug)]
+pub(crate) struct App {
     pub(crate) agent: Arc<Agent>,
     /// The agent's owner, for what its supervision has a say in.
     pub(crate) own: node_agent::Node,
