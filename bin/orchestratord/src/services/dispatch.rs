@@ -95,7 +95,7 @@ impl Relays {
         }
         let (tokens_written, unlogged) = (fence.tokens_written, fence.unlogged);
         let (node_id, trace) = (&carrier.dispatch.pool.node_id, &carrier.dispatch.spec.trace);
-        tracing::debug!(task_id = %task, attempt_id = %attempt, %node_id, how = how.as_str(), correlation_id = trace.correlation_id, trace_id = trace.trace_id(), "the stream of an attempt has ended");
+        tracing::debug!(task_id = %task, attempt_id = %attempt, %node_id, how = how.as_str(), correlation_id = trace.correlation_id, trace_id = trace.trace_id(), "a relay has ended");
         let ended = Event::Ended { attempt, tokens_written, unlogged, how, final_report };
         carrier.control.send(ended).await;
     }

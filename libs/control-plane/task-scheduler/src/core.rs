@@ -27,8 +27,8 @@ use pool_registry_types::task::{
 };
 use pool_registry_types::view::{ClusterChange, ClusterView};
 use pool_registry_types::{
-    AttemptId, Epoch, ErrorBody, ErrorCode, LogId, ModelRef, Moment, NodeId, PoolId, PoolKey, ReplicaId,
-    SessionId, TaskId, routes,
+    AttemptId, Backoff, Epoch, ErrorBody, ErrorCode, LogId, ModelRef, Moment, NodeId, PoolId, PoolKey,
+    ReplicaId, SessionId, TaskId, routes,
 };
 use service_registry::{HeartbeatOutcome, Rule, ServiceRegistry, Settings, Timing, Transition};
 use task_stream::{AttemptDeadlines, BodyDigest, HowEnded, Overdue, TaskSpec};
@@ -58,10 +58,10 @@ pub use reading::{TaskFilter, TaskList, TaskRecord};
 
 /// A pool that refused a dispatch counts as full this long, or until its next report.
 const HOLD: Duration = Duration::from_millis(250);
-/// Longest pause in which nothing is placed because we have nothing to dial with; the first is [`HOLD`].
-const LONGEST_SHORTAGE: Duration = Duration::from_secs(4);
-/// First pause before a pool that failed a task is given it again; doubles each time.
-const RETRY_BACKOFF: Duration = Duration::from_millis(250);
+/// In which nothing is placed because we have nothing to dial with, by how often that came in a row.
+const SHORTAGE_PAUSES: Backoff = Backoff::new(HOLD, Duration::from_secs(4));
+/// Before a pool that failed a task is given it again, by the task's tries so far.
+const RETRY_PAUSES: Backoff = Backoff::new(Duration::from_millis(250), Duration::from_secs(1));
 /// How long the stream of an attempt that a report does not list may still bring its end: the
 /// report and the stream are two connections, and the report may be the faster one.
 /// Source: .specs/01 CLOUD-1407.
@@ -286,8 +286,8 @@ pub struct ControlCore {
     leases: lanes::Leases,
     /// We have nothing to dial with: nothing is placed before this.
     short_until: Option<Moment>,
-    /// The last pause for that; none after an attempt was taken.
-    short_pause: Duration,
+    /// How often in a row; none after an attempt was taken.
+    shortages: u32,
     /// Where tasks run of which each may have brought an engine down; one entry an attempt.
     suspects_at: Vec<PoolKey>,
     /// Tasks that have come, gone or changed since [`ControlCore::take_changed`].
@@ -342,7 +342,7 @@ impl ControlCore {
             lapsed: BTreeSet::new(),
             leases: lanes::Leases::default(),
             short_until: None,
-            short_pause: Duration::ZERO,
+            shortages: 0,
             suspects_at: Vec::new(),
             touched: BTreeSet::new(),
             grace_over: false,
@@ -397,7 +397,7 @@ impl ControlCore {
             Event::Cancel { reply, task_id } => self.cancel(now, reply, task_id, &mut effects),
             Event::Accepted { attempt, replica_id, report_seq } => {
                 self.registry.accepted(&attempt, report_seq);
-                self.short_pause = Duration::ZERO;
+                self.shortages = 0;
                 if self.short_until.take().is_some() {
                     self.dirty.extend(self.queue.models().cloned());
                 }

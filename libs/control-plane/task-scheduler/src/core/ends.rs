@@ -279,8 +279,8 @@ impl ControlCore {
                     self.registry.hold(&attempt.pool, now + HOLD);
                 } else if self.short_until.is_none() {
                     // Those that were under way together are one shortage.
-                    self.short_pause = (self.short_pause * 2).clamp(HOLD, LONGEST_SHORTAGE);
-                    self.short_until = Some(now + self.short_pause);
+                    self.short_until = Some(now + SHORTAGE_PAUSES.after(self.shortages));
+                    self.shortages = self.shortages.saturating_add(1);
                 }
             }
             HowEnded::NoAnswer(_) | HowEnded::TimedOut(Overdue::Acceptance) => {
@@ -443,7 +443,7 @@ impl ControlCore {
                     let error = exhausted(task, error);
                     self.fail(now, id_of_task, error, effects);
                 } else {
-                    task.not_before = now + RETRY_BACKOFF * 2_u32.pow(tries - 1);
+                    task.not_before = now + RETRY_PAUSES.after(tries - 1);
                     self.counters.replaced += 1;
                     self.enqueue(now, id_of_task, now + self.policy.queue_timeout);
                 }
