@@ -64,8 +64,8 @@ pub(crate) struct Settings {
     /// Seconds that an ended task can be read.
     #[arg(long, env = "ORCHESTRATORD_TASK_RETENTION_SECS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     task_retention_secs: u64,
-    /// Bytes that the streams of ended tasks take together at most; each is a byte of memory.
-    #[arg(long, env = "ORCHESTRATORD_EVENT_LOG_BYTES", default_value_t = 32 * 1024 * 1024, value_parser = clap::value_parser!(u64).range(1..))]
+    /// Bytes that the streams of ended tasks take together at most; each is a byte of memory. 0 keeps none.
+    #[arg(long, env = "ORCHESTRATORD_EVENT_LOG_BYTES", default_value_t = 32 * 1024 * 1024)]
     event_log_bytes: u64,
     /// Nodes that are known at a time at most; each with eight pools takes some 16 KB of memory.
     #[arg(long, env = "ORCHESTRATORD_MAX_NODES", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
@@ -316,9 +316,11 @@ mod tests {
         assert!(error(&["--cors-origins", "*"]).contains("ORCHESTRATORD_CORS_ORIGINS"));
         assert!(error(&["--node-addresses", "10.0.0.0/99"]).contains("ORCHESTRATORD_NODE_ADDRESSES"));
         assert!(error(&["--session-max-turns", "0"]).contains("session-max-turns"));
-        for bound in ["max-nodes", "retained-tasks", "event-log-bytes"] {
+        for bound in ["max-nodes", "retained-tasks"] {
             assert!(error(&[&format!("--{bound}"), "0"]).contains(bound));
         }
+        // No ended stream is kept.
+        assert_eq!(check(&["--event-log-bytes", "0"]).unwrap().event_log_bytes, 0);
         assert_eq!(
             check(&["--placement-strategy", "round-robin"]).unwrap().policy.strategy,
             Strategy::RoundRobin

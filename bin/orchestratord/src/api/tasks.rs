@@ -42,7 +42,7 @@ pub(crate) async fn submit(
     let spec = submission::facts(&mut request, &caller, &ids);
     let task_id = spec.task_id;
     // Whoever attaches to a task that is there has no other one.
-    let known = state.streams.get(task_id).is_some();
+    let known = state.streams.get(task_id).is_some() || state.control.published.task(task_id).is_some();
     let permit = if known { None } else { state.quota.task(&caller)? };
     let payload = submission::payload(request);
     // Whoever hangs up now may have been admitted: the task has its place all the same.

@@ -89,7 +89,11 @@ impl Relays {
             }
         };
         let fence = carrier.stream.fence(attempt);
-        let how = if fence.finished { HowEnded::Finished } else { how };
+        let how = match how {
+            _ if fence.finished => HowEnded::Finished,
+            HowEnded::Finished => HowEnded::OwnDefect("an end that its log does not have".into()),
+            how => how,
+        };
         if fence.finished {
             self.streams.ended(task);
         }
@@ -137,7 +141,7 @@ impl Carrier {
         let resume = self.dispatch.resume.map(|mode| self.stream.sent(mode));
         if self.dispatch.resume != Some(ResumeMode::Append) {
             // They come again.
-            self.stream.forget_unlogged();
+            self.stream.forget_unlogged(self.dispatch.attempt);
         }
         if let Some(end) = self.act().await {
             return Some(end);

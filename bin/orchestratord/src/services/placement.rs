@@ -222,7 +222,7 @@ impl Loop {
             Effect::CloseTask { task, error } => {
                 let stream = streams.get(task);
                 let trace = stream.as_ref().map(|stream| &stream.trace);
-                tracing::info!(task_id = %task, code = %error.code, reason = error.message, correlation_id = trace.map(|trace| trace.correlation_id.as_str()), trace_id = trace.map(|trace| trace.trace_id()), "a task ends with an error");
+                tracing::info!(task_id = %task, code = %error.code, cause = ?error.cause, correlation_id = trace.map(|trace| trace.correlation_id.as_str()), trace_id = trace.map(|trace| trace.trace_id()), "a task ends with an error");
                 streams.close(task, &error);
             }
             Effect::Forget { task } => streams.forget(task),

@@ -44,7 +44,8 @@ pub(crate) struct TaskStream {
 }
 
 impl TaskStream {
-    /// Changes the log and wakes its readers.
+    /// A place among the readers.
+    ///
     /// # Errors
     /// `RATE_LIMITED` when so many read it that one more would be too many.
     pub(crate) fn reader(&self) -> Result<OwnedSemaphorePermit, ErrorBody> {
@@ -56,6 +57,7 @@ impl TaskStream {
         })
     }
 
+    /// Changes the log and wakes its readers.
     pub(crate) fn write<T>(&self, change: impl FnOnce(&mut TaskLog) -> T) -> T {
         let result = change(&mut self.log.lock());
         self.changed.notify_waiters();
@@ -78,8 +80,8 @@ impl TaskStream {
     }
 
     /// The stream begins anew, thoughts that were left out of it included.
-    pub(crate) fn forget_unlogged(&self) {
-        self.log.lock().forget_unlogged();
+    pub(crate) fn forget_unlogged(&self, attempt: AttemptId) {
+        self.log.lock().forget_unlogged(attempt);
     }
 
     /// The frames from `next` on, the index to read after them, and whether that was the end; or
@@ -143,9 +145,17 @@ enum Entry {
 #[derive(Debug, Default)]
 struct Table {
     tasks: HashMap<TaskId, Entry>,
-    /// Ended streams, oldest first, with their sizes.
-    ended: VecDeque<(TaskId, usize)>,
+    /// Ended streams, oldest first, each with its log and its size: a task may be forgotten and come
+    /// again under its id.
+    ended: VecDeque<(TaskId, LogId, usize)>,
     ended_bytes: usize,
+}
+
+impl Table {
+    /// Whether the log is that of the task, and counts as ended.
+    fn has_ended(&self, task: TaskId, log: LogId) -> bool {
+        matches!(self.tasks.get(&task), Some(Entry::Ended(stream)) if stream.log.lock().id() == log)
+    }
 }
 
 /// All logs.
@@ -210,32 +220,43 @@ impl Streams {
         // A cancel that crosses an end says so twice.
         let Some(Entry::Stream(stream)) = table.tasks.get(&task) else { return };
         let stream = Arc::clone(stream);
-        drop((stream.permit.lock().take(), stream.payload.lock().take()));
-        let size = stream.log.lock().len_bytes();
+        let over = (stream.permit.lock().take(), stream.payload.lock().take());
+        let (log, size) = {
+            let log = stream.log.lock();
+            (log.id(), log.len_bytes())
+        };
         table.tasks.insert(task, Entry::Ended(stream));
-        table.ended.push_back((task, size));
+        table.ended.push_back((task, log, size));
         table.ended_bytes += size;
+        let mut evicted = Vec::new();
         while table.ended_bytes > self.ended_bytes_at_most
-            && let Some((oldest, size)) = table.ended.pop_front()
+            && let Some((oldest, log, size)) = table.ended.pop_front()
         {
             table.ended_bytes -= size;
-            if let Some(entry) = table.tasks.get_mut(&oldest) {
-                *entry = Entry::Evicted;
+            if table.has_ended(oldest, log)
+                && let Some(entry) = table.tasks.get_mut(&oldest)
+            {
+                evicted.push(std::mem::replace(entry, Entry::Evicted));
             }
         }
+        // What they hold is given back when nobody waits for the table.
+        drop(table);
+        drop((over, evicted));
     }
 
     /// The task's retention is over.
     pub(crate) fn forget(&self, task: TaskId) {
         let mut table = self.table.lock();
-        table.tasks.remove(&task);
+        let forgotten = table.tasks.remove(&task);
         // Tasks are forgotten in the order in which they ended.
-        while let Some((oldest, size)) = table.ended.front().copied()
-            && !table.tasks.contains_key(&oldest)
+        while let Some((oldest, log, size)) = table.ended.front().copied()
+            && !table.has_ended(oldest, log)
         {
             table.ended_bytes -= size;
             table.ended.pop_front();
         }
+        drop(table);
+        drop(forgotten);
     }
 
     /// The task's stream, and the frame with which a reader begins: the first, or the one after
@@ -327,6 +348,22 @@ mod tests {
         stream.write(|log| log.keep_ids(2, 5, &[10]));
         let sent = stream.sent(ResumeMode::Append);
         assert_eq!((sent.token_ids.len(), sent.tokens), (0, 5));
+    }
+
+    // CLOUD-1609
+    #[test]
+    fn a_task_that_comes_again_under_its_id_is_not_evicted_for_the_one_before() {
+        let streams = Streams::new(350);
+        // The second has ended before the first in the core's books, and is forgotten first.
+        let (first, second) = (ended(&streams, 1, 100), ended(&streams, 2, 100));
+        streams.forget(second);
+        streams.open(second, LogId(Uuid::from_u128(9)), submitted(payload(0)));
+        // Room is made twice: of the first, and of what was the second's.
+        let third = ended(&streams, 3, 100);
+        let fourth = ended(&streams, 4, 100);
+        assert_eq!(code(&streams, first), Some(ErrorCode::EventsExpired));
+        assert_eq!([second, third, fourth].map(|task| code(&streams, task)), [None; 3]);
+        assert!(streams.get(second).unwrap().payload().is_some(), "it runs");
     }
 
     // CLOUD-1217

@@ -1,7 +1,8 @@
 //! Which nodes are alive, what their pools hold, which slots are taken.
 //!
 //! A [`ServiceRegistry`] is a value that is told what happened and when; it performs nothing. It does
-//! not know tasks: an attempt is an id that holds a slot. The idea needed to read it: the node
+//! not know what tasks ask for: an attempt is an id that holds a slot, and a task an id by which failures
+//! are told apart. The idea needed to read it: the node
 //! reports what it runs, the control plane remembers what it sent, and the truth about a slot
 //! is the union of the two, fenced by the number of the report (see [`reservations`]).
 

@@ -1,4 +1,5 @@
-//! [`ControlCore`]: `apply` and `next_deadline`; whatever else it answers is read, and changes nothing.
+//! [`ControlCore`]: `apply` decides, and `next_deadline` says when it wants to be called again. What
+//! else it answers is read, or handed over for readers, and changes no decision.
 //!
 //! Every event is handled, then time is let pass, then the queue is served: whatever freed a
 //! slot or brought a pool places a waiting task in the same `apply`. The rooms: [`nodes`] takes
@@ -23,7 +24,7 @@ use pool_registry_types::pool::{PoolReport, PoolState};
 use pool_registry_types::snapshot::ClusterSnapshot;
 use pool_registry_types::task::{
     AttemptView, KvHint, Metrics, Priority, ResumeMode, SessionView, TaskAccepted, TaskPage, TaskState,
-    TaskStreams, TaskSummary, TaskView, unsupported,
+    TaskStreams, TaskSummary, TaskView, Workload, unsupported,
 };
 use pool_registry_types::view::{ClusterChange, ClusterView};
 use pool_registry_types::{
@@ -234,6 +235,14 @@ struct Served {
 }
 
 impl Task {
+    /// What it shares with others that ask for the same; nothing for a task that waits for its own
+    /// pause since it has had a try, or that must keep apart from others.
+    fn ask(&self, policy: &Policy) -> Option<Ask> {
+        let with_constraints = policy.switched_off != Some(Rule::PinsHold);
+        let plain = self.spec.as_deref().filter(|_| self.tries == 0 && !self.suspect);
+        plain.map(|spec| Ask::of(spec, with_constraints, &self.tried, &self.lacking))
+    }
+
     fn is_queued(&self) -> bool {
         matches!(self.stage, Stage::Queued)
     }

@@ -366,6 +366,10 @@ fn a_sessions_budgets_are_enforced_before_the_queue() {
     b.end(b.last_dispatch().attempt, 400, HowEnded::Finished);
     b.submit(of_session(2)).1.unwrap();
     assert_eq!(b.last_dispatch().max_tokens, Some(600));
+    // What makes no tokens knows no bound of them, and holds none.
+    let workload = Workload::Embedding;
+    b.submit(TaskSpec { workload, ..of_session(2) }).1.unwrap();
+    assert_eq!((b.last_dispatch().spec.workload, b.last_dispatch().max_tokens), (workload, None));
     let reply = b.reply();
     b.apply(Event::DeleteSession { reply, session_id: SessionId(Uuid::from_u128(2)) });
     assert_eq!(b.replies[&reply], Ok(Answer::SessionDeleted));

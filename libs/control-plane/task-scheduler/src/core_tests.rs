@@ -292,6 +292,7 @@ fn task() -> TaskSpec {
         placement: None,
         session_id: None,
         kv_hint: KvHint::Reuse,
+        workload: Workload::Completion,
         max_tokens: None,
         expected_tokens: None,
         deadline_ms: None,

@@ -2,7 +2,7 @@
 //!
 //! [`ControlCore`] is told an [`Event`] and the time, and answers with [`Effect`]s; it reads no
 //! clock, draws no chance and performs nothing. Tokens never pass through it: they go from a
-//! node into a [`TaskLog`], and the core learns only of an attempt's acceptance, first token
+//! node into a [`task_stream::TaskLog`], and the core learns only of an attempt's acceptance, first token
 //! and end. The idea needed to read it: *the core never places a task again on its own belief*.
 //! It asks for an attempt to be closed, the relay fences the log, and only the answer to that
 //! ([`Event::Ended`]) moves the task on.

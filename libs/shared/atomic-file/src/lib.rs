@@ -37,17 +37,29 @@ impl From<WriteError> for io::Error {
 /// # Errors
 /// What was there is still there; but for the last flush, after which either may be there.
 pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<(), WriteError> {
+    swap(path, bytes, mode, true)?;
+    flush_folder(folder_of(path))
+}
+
+fn swap(path: &Path, bytes: &[u8], mode: u32, flushed: bool) -> Result<(), WriteError> {
     let failed = |cause| WriteError { path: path.to_owned(), cause };
-    let folder = folder_of(path);
-    fs::create_dir_all(folder).map_err(failed)?;
+    fs::create_dir_all(folder_of(path)).map_err(failed)?;
     let draft = draft_of(path);
-    let written = write(&draft, bytes, mode).and_then(|()| fs::rename(&draft, path));
+    let written = write(&draft, bytes, mode, flushed).and_then(|()| fs::rename(&draft, path));
     if let Err(cause) = written {
         // Why it failed is what matters.
         let _ = fs::remove_file(&draft);
         return Err(failed(cause));
     }
-    flush_folder(folder)
+    Ok(())
+}
+
+/// The same for what nobody needs after a crash: nothing is flushed, so that no slow disk is waited for.
+///
+/// # Errors
+/// What was there is still there.
+pub fn replace_in_memory(path: &Path, bytes: &[u8], mode: u32) -> Result<(), WriteError> {
+    swap(path, bytes, mode, false)
 }
 
 /// Removes `path`, where it is; on the disk when this returns.
@@ -73,7 +85,13 @@ pub fn remove(path: &Path) -> Result<(), WriteError> {
 /// # Errors
 /// The system's; the names are as they were made, and may be lost in a crash.
 pub fn flush_folder(folder: &Path) -> Result<(), WriteError> {
-    let flushed = File::open(folder).and_then(|folder| folder.sync_all());
+    let flushed = File::open(folder).and_then(|folder| match folder.sync_all() {
+        // A file system that cannot do it for a folder: its names are as safe as they get there.
+        Err(cause) if matches!(cause.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => {
+            Ok(())
+        }
+        flushed => flushed,
+    });
     flushed.map_err(|cause| WriteError { path: folder.to_owned(), cause })
 }
 
@@ -90,7 +108,7 @@ fn draft_of(path: &Path) -> PathBuf {
     path.with_file_name(format!(".{name}.{}-{n}.tmp", std::process::id()))
 }
 
-fn write(draft: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+fn write(draft: &Path, bytes: &[u8], mode: u32, flushed: bool) -> io::Result<()> {
     // One that a killed process of the same number has left may be open to others: it is not reused.
     match fs::remove_file(draft) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -98,7 +116,7 @@ fn write(draft: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     }
     let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(draft)?;
     file.write_all(bytes)?;
-    file.sync_all()
+    if flushed { file.sync_all() } else { Ok(()) }
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use pool_registry_types::routes::headers;
 use pool_registry_types::trace::{read_traceparent, traceparent};
-use pool_registry_types::{ErrorBody, TraceContext};
+use pool_registry_types::{ErrorBody, ErrorCode, TraceContext};
 use uuid::Uuid;
 
 /// Longest correlation id that is taken over, bytes.
@@ -51,7 +51,8 @@ pub async fn layer(mut request: Request, next: Next) -> Response {
         path = uri.path(),
         status = response.status().as_u16(),
         code = error.as_ref().map(|body| body.code.as_str()),
-        reason = error.as_ref().map(|body| body.message.as_str()),
+        // What is wrong with a body may quote it.
+        reason = error.as_ref().filter(|body| body.code != ErrorCode::InvalidParams).map(|body| body.message.as_str()),
         correlation_id = ids.correlation_id,
         trace_id,
         "a request is answered"
@@ -114,6 +115,7 @@ mod tests {
         let routes = Router::new()
             .route("/ids", get(|Extension(ids): Extension<RequestIds>| async move { Json(ids.trace()) }))
             .route("/bad", get(|| async { ApiError::new(ErrorCode::InvalidParams, "seed: a number") }))
+            .route("/full", get(|| async { ApiError::new(ErrorCode::Overloaded, "too much to do") }))
             .layer(middleware::from_fn(layer));
         let mut request = axum::http::Request::builder().uri(path);
         for (name, value) in headers {
@@ -150,7 +152,7 @@ mod tests {
 
     // CLOUD-1152
     #[tokio::test]
-    async fn the_line_of_a_request_names_its_ids_and_an_error_its_reason_too() {
+    async fn the_line_of_a_request_names_its_ids_and_an_error_its_reason_unless_that_may_quote_a_body() {
         let (mut reader, writer) = std::io::pipe().unwrap();
         let subscriber = tracing_subscriber::fmt()
             .json()
@@ -161,7 +163,7 @@ mod tests {
         let logging = tracing::subscriber::set_default(subscriber);
         let parent = format!("00-{TRACE}-00f067aa0ba902b7-01");
         let headers = [("x-correlation-id", "order-7"), ("traceparent", parent.as_str())];
-        for path in ["/ids", "/bad?token=x"] {
+        for path in ["/ids", "/bad?token=x", "/full"] {
             ask(path, &headers).await;
         }
         drop(logging);
@@ -176,7 +178,9 @@ mod tests {
                 (line["path"].as_str().unwrap(), line["status"].as_u64().unwrap(), line["code"].as_str())
             })
             .collect();
-        assert_eq!(reported, [("/ids", 200, None), ("/bad", 400, Some("INVALID_PARAMS"))], "{text}");
-        assert_eq!(lines[1]["reason"], "seed: a number");
+        let (bad, full) = (("/bad", 400, Some("INVALID_PARAMS")), ("/full", 503, Some("OVERLOADED")));
+        assert_eq!(reported, [("/ids", 200, None), bad, full], "{text}");
+        assert!(!text.contains("seed: a number"), "it may quote what came: {text}");
+        assert_eq!(lines[2]["reason"], "too much to do");
     }
 }

@@ -1,8 +1,8 @@
 //! What both daemons do identically at their edges.
 //!
 //! Logs, tokens and who may call, TLS, connections and their bounds, the audit log, correlation
-//! ids, errors as answers, bodies as values, listening and stopping. Nothing here knows what a task
-//! is.
+//! ids, errors as answers, bodies as values, listening and stopping. Of tasks it knows only how many a token
+//! may have at once.
 
 mod activity;
 pub mod answer;

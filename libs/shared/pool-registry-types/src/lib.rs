@@ -2,8 +2,8 @@
 //!
 //! Everything here is data: identifiers that cannot be built wrong, the bodies that cross
 //! the network, the table of errors, the event-stream format, the view that readers get, and what
-//! everybody reckons time by: the [`Moment`], and the pauses between tries. There is no I/O, no clock and no decision in this crate. The one idea needed to read it:
-//! a value that exists is valid, because every constructor checks.
+//! everybody reckons time by: the [`Moment`], and the pauses between tries. There
+//! is no I/O, no clock and no decision in this crate. The one idea needed to read it: a value that exists is valid, because every constructor checks.
 
 pub mod constraints;
 pub mod engines;

@@ -21,6 +21,10 @@ const SEGMENT_BYTES: usize = size_of::<Segment>();
 const SMALL_BYTES: usize = 1024;
 /// ... so many at once.
 const JOINED_AT_ONCE: usize = 64;
+/// ... or so many where a larger one follows them.
+const JOINED_BEFORE_A_LARGE_ONE: usize = 8;
+/// A log that ends with fewer bytes is joined whole.
+const COMPACT_BYTES: usize = 64 * 1024;
 
 /// Why frames were not appended. The attempt is over in each case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -198,9 +202,11 @@ impl TaskLog {
         self.unlogged
     }
 
-    /// The stream begins anew, thoughts that were left out of it included.
-    pub fn forget_unlogged(&mut self) {
-        self.unlogged = 0;
+    /// The attempt begins the stream anew, thoughts that were left out of it included.
+    pub fn forget_unlogged(&mut self, attempt: AttemptId) {
+        if self.writer == Some(attempt) {
+            self.unlogged = 0;
+        }
     }
 
     /// Lets an attempt write. The one before it must have been fenced.
@@ -236,6 +242,7 @@ impl TaskLog {
         self.append(attempt, segment)?;
         self.finished = true;
         self.writer = None;
+        self.compact();
         Ok(())
     }
 
@@ -266,11 +273,25 @@ impl TaskLog {
         assert!(!self.finished, "log {} is finished already", self.id);
         self.push(Segment::frame(self.next_index(), frame));
         self.finished = true;
+        self.compact();
+    }
+
+    /// A short log that has ended takes one allocation as long as it is: the blocks that its frames
+    /// were read into may be much longer.
+    fn compact(&mut self) {
+        if self.bytes <= COMPACT_BYTES {
+            self.small = self.segments.len();
+            self.join_small();
+        }
     }
 
     fn push(&mut self, segment: Segment) {
         self.bytes += segment.bytes.len();
-        self.small = if segment.bytes.len() < SMALL_BYTES { self.small + 1 } else { 0 };
+        let is_small = segment.bytes.len() < SMALL_BYTES;
+        if !is_small && self.small >= JOINED_BEFORE_A_LARGE_ONE {
+            self.join_small();
+        }
+        self.small = if is_small { self.small + 1 } else { 0 };
         self.segments.push(segment);
         if self.small == JOINED_AT_ONCE {
             self.join_small();

@@ -84,7 +84,7 @@ pub struct Staged {
     /// The last segment ends with the terminal frame.
     terminal: bool,
     /// For each frame whose tokens are known: its index, the count of all, and how many of `ids`.
-    marks: Vec<(u64, u64, usize)>,
+    counted: Vec<(u64, u64, usize)>,
     ids: Vec<u32>,
     unlogged: u64,
 }
@@ -111,7 +111,7 @@ impl Staged {
             }
         }
         let mut ids = self.ids.as_slice();
-        for (index, count, brought) in self.marks.drain(..) {
+        for (index, count, brought) in self.counted.drain(..) {
             let (own, others) = ids.split_at(brought);
             log.keep_ids(index, count, own);
             ids = others;
@@ -121,7 +121,7 @@ impl Staged {
     }
 }
 
-/// What the frames since the last settling brought.
+/// What the frames since the last flush brought.
 #[derive(Debug, Clone, Copy, Default)]
 struct News {
     /// Tokens, thoughts or results for the log.
@@ -198,7 +198,7 @@ impl Relay {
                 attempt: assignment.attempt,
                 segments: Vec::new(),
                 terminal: false,
-                marks: Vec::new(),
+                counted: Vec::new(),
                 ids: Vec::new(),
                 unlogged: 0,
             },
@@ -332,12 +332,23 @@ impl Relay {
         if std::mem::replace(&mut self.ended, true) {
             return;
         }
-        let how = self.reading.last.take().unwrap_or(otherwise);
+        let how = match self.reading.last.take() {
+            // Taken, and not in the log: the readers have no end yet.
+            Some(HowEnded::Finished) if self.has_unwritten_end() => otherwise,
+            Some(last) => last,
+            None => otherwise,
+        };
         let is_mutant = !self.assignment.stops_overdue && matches!(how, HowEnded::TimedOut(_));
         if how.may_still_run() && !is_mutant {
             self.actions.push_back(Action::Stop);
         }
         self.actions.push_back(Action::Ended { how, final_report: self.reading.final_report });
+    }
+
+    /// Whether the terminal frame waits for the log.
+    fn has_unwritten_end(&self) -> bool {
+        let reading = &self.reading;
+        reading.staged.terminal && (reading.staged.has_frames() || !reading.ends.is_empty())
     }
 
     /// Arms the timer anew where it would ring too late; a token mostly moves it to later.
@@ -452,7 +463,7 @@ impl Reading {
             return Ok(FrameSink::Last(started));
         }
         if let Some(count) = count {
-            self.staged.marks.push((index, count, self.ids.len()));
+            self.staged.counted.push((index, count, self.ids.len()));
             self.staged.ids.extend_from_slice(&self.ids);
         }
         self.news.tokens = true;

@@ -297,6 +297,26 @@ fn the_timer_is_armed_sooner_where_something_is_due_sooner_and_a_token_leaves_it
     assert_eq!(armed(&mut bench.relay), [Action::Arm(at(8_500))]);
 }
 
+// CLOUD-1610
+#[test]
+fn an_end_that_was_read_and_is_not_in_the_log_is_none() {
+    let mut bench = Bench::accepted(0);
+    bench.relay.chunk(at(2), &token(0));
+    bench.relay.chunk(at(2), &event("end", 1));
+    bench.relay.failed("a panic".into());
+    bench.collect();
+    assert_eq!(bench.done, [Action::Stop, ended(HowEnded::OwnDefect("a panic".into()))]);
+    assert!(!bench.log.is_finished());
+    // The node's own error was read: it holds whether or not anything is in the log.
+    let body = ErrorBody::new(ErrorCode::WorkerReset, "x");
+    let frame = format!("event: error\ndata: {}\n\n", serde_json::to_string(&body).unwrap());
+    let mut bench = Bench::accepted(0);
+    bench.relay.chunk(at(2), frame.as_bytes());
+    bench.relay.failed("a panic".into());
+    bench.collect();
+    assert_eq!(bench.done, [ended(HowEnded::NodeError(body))]);
+}
+
 #[derive(Debug, Clone)]
 enum Input {
     Accepted,
@@ -363,7 +383,13 @@ proptest! {
             prop_assert_eq!(end + 1, bench.done.len(), "nothing follows the end");
             let Action::Ended { how, .. } = &bench.done[end] else { unreachable!() };
             let stopped = bench.done[..end].contains(&Action::Stop);
-            prop_assert_eq!(stopped, how.may_still_run(), "{:?}", how);
+            // By the node's own word, or with a stop: named one by one, whatever the code says of them.
+            let by_the_node = matches!(
+                how,
+                HowEnded::Finished | HowEnded::Refused(_) | HowEnded::NeverSent(_) | HowEnded::NodeError(_)
+            );
+            prop_assert_eq!(stopped, !by_the_node, "{:?}", how);
+            prop_assert_eq!(bench.log.is_finished(), *how == HowEnded::Finished, "{:?}", how);
         }
         let expected: Vec<u8> = (0..bench.log.next_index()).flat_map(token).collect();
         let text = bench.read(0);

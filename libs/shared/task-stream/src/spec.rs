@@ -10,7 +10,7 @@ use std::str::FromStr;
 use pool_registry_types::engines::EngineSet;
 use pool_registry_types::placement::PlacementConstraints;
 use pool_registry_types::pool::EngineKind;
-use pool_registry_types::task::{KvHint, Priority, Reasoning, ResumeMode, TaskRequest};
+use pool_registry_types::task::{KvHint, Priority, Reasoning, ResumeMode, TaskRequest, Workload};
 use pool_registry_types::trace::TraceContext;
 use pool_registry_types::{ModelRef, SessionId, TaskId};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
@@ -37,6 +37,8 @@ pub struct TaskSpec {
     pub session_id: Option<SessionId>,
     #[serde(default)]
     pub kv_hint: KvHint,
+    #[serde(default)]
+    pub workload: Workload,
     /// The client's bound on tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_tokens: Option<u32>,
@@ -101,6 +103,7 @@ impl TaskSpec {
             placement: request.placement.clone(),
             session_id: request.session_id,
             kv_hint: request.kv_hint,
+            workload: request.workload,
             max_tokens: request.max_tokens,
             expected_tokens: request.expected_tokens,
             deadline_ms: request.deadline_ms,
@@ -216,6 +219,7 @@ mod tests {
             priority: Priority::Batch,
             placement: Some(serde_json::from_value(json!({"mode": "pin", "node_id": "a"})).unwrap()),
             kv_hint: KvHint::Cold,
+            workload: Workload::Embedding,
             max_tokens: Some(10),
             expected_tokens: Some(5),
             deadline_ms: Some(1_000),
@@ -233,7 +237,7 @@ mod tests {
         let timeouts = (spec.first_token_ms, spec.token_idle_ms, spec.deadline_ms);
         assert_eq!(timeouts, (Some(20), Some(30), Some(1_000)));
         assert_eq!((spec.max_tokens, spec.expected_tokens, spec.ctx), (Some(10), Some(5), Some(4_096)));
-        assert_eq!(spec.continuation, Some(ResumeMode::Append));
+        assert_eq!((spec.continuation, spec.workload), (Some(ResumeMode::Append), Workload::Embedding));
         assert_eq!((spec.priority, spec.reasoning), (Priority::Batch, Reasoning::Drop));
         assert_eq!((spec.kv_hint, spec.placement.clone()), (KvHint::Cold, rich().placement));
         let written = serde_json::to_string(&spec).unwrap();

@@ -8,7 +8,7 @@ use std::time::Duration;
 use pool_registry_types::node::{Capabilities, Intent, IntentOrder, Liveness, RegisterRequest};
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::{EngineKind, PoolState};
-use pool_registry_types::task::{KvHint, Priority, Reasoning, ResumeMode};
+use pool_registry_types::task::{KvHint, Priority, Reasoning, ResumeMode, Workload};
 use pool_registry_types::trace::TraceContext;
 use pool_registry_types::view::ClusterChange;
 use pool_registry_types::{

@@ -75,6 +75,14 @@ impl ControlCore {
         }
     }
 
+    /// A task has left the model's lane.
+    pub(super) fn left_lane(&mut self, model: &ModelRef) {
+        self.lane_changed(model);
+        if self.queue.lane(model).is_none() {
+            self.lapsed.remove(model);
+        }
+    }
+
     /// Ends the lanes whose models are gone.
     pub(super) fn end_gone_lanes(&mut self, now: Moment, effects: &mut Vec<Effect>) {
         let lease = self.registry.lease();

@@ -151,7 +151,9 @@ impl ControlCore {
                 }
             }
         }
-        self.dirty.extend(pools.values().flat_map(|pool| &pool.candidate.models).cloned());
+        // Of a pool that is as it was, no lane learns anything.
+        let before = differs.keys().filter_map(|id| pools.get(id)).flat_map(|pool| &pool.candidate.models);
+        self.dirty.extend(before.cloned());
         for (id, is) in differs {
             let key = PoolKey::new(node_id.clone(), id.clone());
             self.show_and_index(&key, pools.remove(&id).as_ref(), is.as_ref());

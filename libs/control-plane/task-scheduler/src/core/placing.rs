@@ -195,7 +195,7 @@ impl ControlCore {
         self.alarms.remove(&(task.wait_until, id));
         self.alarms.remove(&(task.not_before, id));
         let model = task.model.clone();
-        self.lane_changed(&model);
+        self.left_lane(&model);
     }
 
     pub(super) fn deadlines(&self, id: TaskId) -> AttemptDeadlines {

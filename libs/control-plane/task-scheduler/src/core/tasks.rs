@@ -28,7 +28,14 @@ impl ControlCore {
         }
         let admitted = self.admissible(now, &spec).and_then(|dropped| {
             let allowed = match spec.session_id {
-                Some(session) => self.sessions.admit(now, session, id, spec.max_tokens)?,
+                // Only a completion makes tokens, and knows a bound of them.
+                Some(session) if spec.workload == Workload::Completion => {
+                    self.sessions.admit(now, session, id, spec.max_tokens)?
+                }
+                Some(session) => {
+                    self.sessions.admit(now, session, id, Some(0))?;
+                    None
+                }
                 None => None,
             };
             Ok((dropped, allowed))
@@ -206,10 +213,7 @@ impl ControlCore {
         if task.not_before > now {
             self.alarms.insert((task.not_before, id));
         }
-        let with_constraints = self.policy.switched_off != Some(Rule::PinsHold);
-        // What has had a try waits for its own pause, or must keep apart from others.
-        let plain = task.spec.as_deref().filter(|_| task.tries == 0 && !task.suspect);
-        let ask = plain.map(|spec| Ask::of(spec, with_constraints, &task.tried, &task.lacking));
+        let ask = task.ask(&self.policy);
         self.queue.push(&task.model, task.priority, task.number, id, ask);
         self.dirty.insert(task.model.clone());
         self.touched.insert(id);
@@ -271,7 +275,7 @@ impl ControlCore {
         self.alarms.remove(&(task.wait_until, id));
         self.alarms.remove(&(task.not_before, id));
         let model = task.model.clone();
-        self.lane_changed(&model);
+        self.left_lane(&model);
     }
 
     /// Ends a task that has no attempt with a terminal error of ours.

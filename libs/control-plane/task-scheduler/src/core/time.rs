@@ -31,11 +31,12 @@ impl ControlCore {
             self.short_until = None;
             self.dirty.extend(self.queue.models().cloned());
         }
+        let mut counted = BTreeMap::new();
         while let Some((at, id)) = self.alarms.first().copied()
             && at <= now
         {
             self.alarms.pop_first();
-            self.alarm(now, id, effects);
+            self.alarm(now, id, &mut counted, effects);
         }
         while let Some((at, id)) = self.vanishing.first().copied()
             && at <= now
@@ -57,7 +58,16 @@ impl ControlCore {
     }
 
     /// A queued task's wait, or its backoff, is over.
-    pub(super) fn alarm(&mut self, now: Moment, id: TaskId, effects: &mut Vec<Effect>) {
+    ///
+    /// Tasks that came together are over together: what refused them is counted once for all that ask
+    /// for the same.
+    fn alarm(
+        &mut self,
+        now: Moment,
+        id: TaskId,
+        counted: &mut BTreeMap<(ModelRef, Ask), String>,
+        effects: &mut Vec<Effect>,
+    ) {
         let Some(task) = self.tasks.get(&id) else { return };
         if !task.is_queued() {
             return;
@@ -83,8 +93,14 @@ impl ControlCore {
         }
         let Some(task) = self.tasks.get(&id) else { return };
         let waited = now.millis_since(task.admitted);
-        let shape = self.shape(now, task, None);
-        let why = shape.map_or_else(String::new, |shape| count_refusals(&self.index, &shape));
+        let count = || {
+            let shape = self.shape(now, task, None);
+            shape.map_or_else(String::new, |shape| count_refusals(&self.index, &shape))
+        };
+        let why = match task.ask(&self.policy) {
+            Some(ask) => counted.entry((task.model.clone(), ask)).or_insert_with(count).clone(),
+            None => count(),
+        };
         let message = format!("not started within {waited} ms ({why})");
         self.leave_queue(id);
         self.fail(now, id, ErrorBody::new(ErrorCode::DeadlineExceeded, message), effects);

@@ -363,11 +363,12 @@ impl Supervision {
         Some(Published::ByUs { handoff: handoff.to_string(), is_started })
     }
 
-    /// For other programs; nothing on this node waits for it.
+    /// For other programs: the engine serves before it is written.
     async fn write_handoff(&self, run: RunId, replica_key: &ReplicaKey, text: String) {
         let path = self.handoff_path(replica_key);
         let written = blocking("handoff file", move || {
-            atomic_file::replace(&path, text.as_bytes(), atomic_file::BY_UMASK).map_err(io::Error::from)
+            atomic_file::replace_in_memory(&path, text.as_bytes(), atomic_file::BY_UMASK)
+                .map_err(io::Error::from)
         })
         .await;
         let was_missing = self.state.lock().unwritten.remove(&run).is_some();

@@ -29,6 +29,7 @@ impl World {
             placement: plan.constraints,
             session_id: plan.session.map(|session| SessionId(Uuid::from_u128(session))),
             kv_hint: KvHint::Reuse,
+            workload: Workload::Completion,
             max_tokens: None,
             expected_tokens: None,
             deadline_ms: plan.deadline_ms,
