@@ -73,7 +73,7 @@ const PURE: &[(&str, &[&str])] = &[
     ("service-registry", &["thiserror"]),
     ("multi-node-placement", &["fixedbitset"]),
     ("task-scheduler", &["thiserror", "uuid"]),
-    ("node-core", &["thiserror"]),
+    ("node-core", &["bytes", "thiserror"]),
 ];
 
 /// Crates that must not be built with these, however far below them: what a core needs of the world

@@ -13,6 +13,7 @@ use daemon_kit::correlation::RequestIds;
 use daemon_kit::metrics::Page;
 use daemon_kit::tokens::Scope;
 use daemon_kit::{ApiError, Body, PathId, WrappedBody};
+use node_agent::Retention;
 use pool_registry_types::node::{GpuReport, Intent, IntentOrder, LiveAnswer, StagedModel};
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload, PoolReport};
 use pool_registry_types::routes::headers;
@@ -136,6 +137,12 @@ async fn metrics(State(node): State<AppState>) -> Response {
         "Attempts that hold a slot.",
         node_id,
         node.agent.running() as f64,
+    );
+    page.gauge(
+        "llorch_node_held_bytes",
+        "Bytes of attempts' streams that their readers have not taken yet.",
+        node_id,
+        node.agent.held_bytes() as f64,
     );
     page.gauge(
         "llorch_node_registered",
@@ -308,8 +315,9 @@ async fn infer(
     WrappedBody(request): WrappedBody<InferRequest>,
 ) -> Result<Response, ApiError> {
     let pool_id = id;
-    let inference = node.agent.infer(&pool_id, request, Some(&ids.trace()))?;
-    let mut response = (StatusCode::OK, HttpBody::from_stream(inference.frames)).into_response();
+    let inference = node.agent.infer(&pool_id, request, Retention::Attached, Some(&ids.trace()))?;
+    let mut response =
+        (StatusCode::OK, HttpBody::from_stream(inference.reader.into_exchange())).into_response();
     let map = response.headers_mut();
     map.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     map.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));

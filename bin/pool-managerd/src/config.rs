@@ -53,6 +53,11 @@ pub(crate) struct Settings {
     /// Seconds between two heartbeats, until the control plane's answer says otherwise.
     #[arg(long, env = "POOL_MANAGERD_HEARTBEAT_INTERVAL_SECS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     heartbeat_interval_secs: u64,
+    /// Bytes of attempts' streams that are kept in memory for their readers, all together; beyond it
+    /// the oldest that have ended go, then new attempts are refused. Costs that much memory at most,
+    /// and 8 MiB more for each attempt that runs.
+    #[arg(long, env = "POOL_MANAGERD_HELD_BYTES", default_value_t = 256 * 1024 * 1024, value_parser = clap::value_parser!(u64).range(16 * 1024 * 1024..=1024 * 1024 * 1024 * 1024))]
+    held_bytes: u64,
     /// A TOML file of the pools whose engines this node runs itself [default: none, engines are only found].
     #[arg(long, env = "POOL_MANAGERD_POOLS")]
     pools: Option<PathBuf>,
@@ -130,6 +135,8 @@ pub(crate) struct Config {
     pub(crate) watch_interval: Duration,
     pub(crate) engine_hosts: EngineHosts,
     pub(crate) heartbeat_interval: Duration,
+    /// What streams that are kept may take together.
+    pub(crate) held_bytes: usize,
     pub(crate) nvml_lib: Option<PathBuf>,
     /// Absent: this node runs no engines of its own.
     pub(crate) supervision: Option<Supervised>,
@@ -286,6 +293,7 @@ impl Daemon for Settings {
                 .engine_hosts
                 .map_or_else(EngineHosts::default, |list| EngineHosts::parse(&list)),
             heartbeat_interval: Duration::from_secs(self.heartbeat_interval_secs),
+            held_bytes: usize::try_from(self.held_bytes).unwrap_or(usize::MAX),
             nvml_lib: self.nvml_lib,
             supervision,
             control_name: self.tls_control_name,

@@ -254,6 +254,7 @@ impl Fleet {
                 slots_free: 0,
                 slots_foreign: 0,
                 attempts,
+                held: vec![],
             }],
             last_error: None,
             warning: None,

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use node_core::attempts::HELD_BYTES;
 use pool_registry_types::ErrorCode;
 use pool_registry_types::placement::PlacementConstraints;
 use task_scheduler::{FullLane, Rule, Strategy, Timing};
@@ -204,6 +205,12 @@ pub struct Plan {
     pub stream_faults: u32,
     /// Of a thousand stops: lost.
     pub lost_stops: u32,
+    /// Of a thousand attempts: kept by their nodes over the loss of their connections; and of a thousand
+    /// tokens of those on their way: lost with their connection.
+    pub kept: u32,
+    pub link_breaks: u32,
+    /// What all streams of a node may take, bytes.
+    pub held_bytes: usize,
     /// Readers look at the control plane between its events.
     pub read: bool,
     /// First token and pace of engines, milliseconds, at most.
@@ -270,6 +277,7 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
         node.second = (!node.on_demand && peers.u8(..5) == 0).then(|| peers.usize(..models));
     }
     let mut streams = fastrand::Rng::with_seed(seed ^ 0x6c6f_7374);
+    let mut keeping = fastrand::Rng::with_seed(seed ^ 0x6865_6c64);
     let busy = r.u8(..3) == 0;
     let task_count = if busy { r.usize(100..160) } else { r.usize(40..80) };
     let tasks = (0..task_count)
@@ -359,6 +367,9 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
         read: false,
         stream_faults: if streams.u8(..3) == 0 { streams.u32(1..8) } else { 0 },
         lost_stops: if streams.u8(..3) == 0 { streams.u32(50..400) } else { 0 },
+        kept: [0, 500, 1_000][keeping.usize(..3)],
+        link_breaks: if keeping.bool() { keeping.u32(1..40) } else { 0 },
+        held_bytes: if keeping.bool() { keeping.usize(10_000..100_000) } else { HELD_BYTES },
         first_token_ms: r.u64(20..3_000),
         pace_ms: r.u64(5..600),
     }

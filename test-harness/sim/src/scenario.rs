@@ -9,6 +9,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use node_core::attempts::HELD_BYTES;
 use task_scheduler::{FullLane, Strategy, Timing};
 
 use crate::draw::{NodeFault, NodePlan, Plan, Replays, Step, TaskPlan};
@@ -83,6 +84,9 @@ pub fn parse(text: &str) -> Result<Plan, String> {
         read: false,
         stream_faults: 0,
         lost_stops: 0,
+        kept: 0,
+        link_breaks: 0,
+        held_bytes: HELD_BYTES,
         first_token_ms: 2_000,
         pace_ms: 500,
     };

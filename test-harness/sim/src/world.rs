@@ -5,6 +5,7 @@
 //! the plan's seed.
 
 mod control;
+mod held;
 mod node;
 mod streams;
 mod supervised;
@@ -24,6 +25,7 @@ use crate::draw::{NodeFault, Plan, Step};
 use crate::oracle::{Broken, Oracle};
 use crate::transcript::Writer;
 use control::Control;
+use held::{Closing, Keeps};
 use node::SimNode;
 use node_core::supervisor::RunId;
 use streams::{Client, Stop};
@@ -137,6 +139,29 @@ pub(crate) enum What {
     },
     DropArrives {
         conn: u64,
+    },
+    /// The stream of a kept attempt is to be asked for, and is asked for from a record on.
+    ResumeDue {
+        life: u64,
+        attempt: AttemptId,
+    },
+    ResumeArrives {
+        conn: u64,
+        from: u64,
+    },
+    /// A stop comes once more.
+    StopAgain {
+        node: usize,
+        boot: BootId,
+        attempt: AttemptId,
+    },
+    /// What a node keeps is to be gone by now.
+    HeldDue {
+        node: usize,
+        boot: BootId,
+        attempt: AttemptId,
+        since: Moment,
+        keeps: Keeps,
     },
     ProbeArrives {
         life: u64,
@@ -263,6 +288,11 @@ pub(crate) struct Conn {
     pub(crate) tail: Vec<u8>,
     /// It was lost on its way: nothing more comes through.
     pub(crate) broken: bool,
+    /// Its node keeps the attempt, whatever becomes of the connection.
+    pub(crate) keeps: bool,
+    /// Where its reader stands; absent while there is none.
+    pub(crate) cursor: Option<node_core::Cursor>,
+    pub(crate) closing: Closing,
 }
 
 /// Blocked directions of a node's link, counted.
@@ -327,6 +357,8 @@ pub struct World {
     pub(crate) double_reports: Vec<u32>,
     /// Draws what readers look at, so that they change nothing else.
     pub(crate) readers: fastrand::Rng,
+    /// Draws which attempts are kept, and what becomes of their connections.
+    pub(crate) keeping: fastrand::Rng,
     /// Draws what becomes of streams.
     pub(crate) streams: fastrand::Rng,
     /// The attempts that were given each log, in their order.
@@ -380,6 +412,7 @@ impl World {
             double_reports: vec![0; plan.nodes.len()],
             readers: fastrand::Rng::with_seed(plan.seed),
             streams: fastrand::Rng::with_seed(plan.seed ^ 0x7374_7265),
+            keeping: fastrand::Rng::with_seed(plan.seed ^ 0x6b65_6570),
             writers: BTreeMap::new(),
             clients: BTreeMap::new(),
             digest: 0,
@@ -604,6 +637,10 @@ impl World {
             What::StopDue { node, boot, attempt, since, stop } => {
                 self.stop_due(node, boot, attempt, since, stop);
             }
+            What::ResumeDue { life, attempt } => self.resume_due(life, attempt),
+            What::HeldDue { node, boot, attempt, since, keeps } => {
+                self.held_due(node, boot, attempt, since, keeps);
+            }
             What::ClientLooks { task, look } => self.client_looks(task, look),
             What::Fence { life, task, attempt } => self.fence(life, task, attempt),
             What::StreamArrives { conn, piece } => self.stream_arrives(conn, piece),
@@ -805,6 +842,7 @@ fn is_for_control(what: &What) -> bool {
         What::CallArrives { .. }
             | What::ControlTimer { .. }
             | What::RelayTimer { .. }
+            | What::ResumeDue { .. }
             | What::Fence { .. }
             | What::StreamArrives { .. }
             | What::ProbeAnswered { .. }

@@ -14,7 +14,7 @@ use hyper::header::{self, HeaderValue};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use node_agent::Node;
+use node_agent::{AttemptReader, Node, Retention};
 use pool_registry_types::node::{IntentOrder, LiveAnswer};
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
 use pool_registry_types::routes::{self, headers};
@@ -49,19 +49,30 @@ pub(crate) struct Taken {
     pub(crate) exchange: Exchange,
 }
 
-/// The answer of a node that runs an attempt, as long as it lasts.
-pub(crate) struct Exchange(Frames);
+/// The answer of a node that runs an attempt, as long as it lasts. Dropped before the end of the
+/// attempt it stops nothing by itself.
+pub(crate) enum Exchange {
+    Http(Frames),
+    /// Of the node in this process: its bytes are the node's own, and are copied nowhere.
+    Local(AttemptReader),
+}
 
 impl Exchange {
     /// The next bytes; an error is a broken connection.
     pub(crate) async fn next(&mut self) -> Option<Result<Bytes, String>> {
-        self.0.next().await
+        match self {
+            Self::Http(frames) => frames.next().await,
+            Self::Local(reader) => reader.next().await.map(Ok),
+        }
     }
 
-    /// Ends the attempt at its node. An exchange has no word for that: the end of its connection is
+    /// Ends the attempt at its node. Over HTTP there is no word for that: the end of the connection is
     /// the stop.
     pub(crate) fn stop(self) {
-        drop(self.0);
+        match self {
+            Self::Http(frames) => drop(frames),
+            Self::Local(reader) => reader.stop(),
+        }
     }
 }
 
@@ -87,11 +98,13 @@ impl NodeLink {
             Self::Local(node) => node,
         };
         let request = body.read().map_err(|error| HowEnded::OwnDefect(error.to_string()))?;
-        match node.agent().infer(&dispatch.pool.pool_id, request, Some(&dispatch.spec.trace)) {
+        // A relay of this process never comes again: what it has taken need not be kept.
+        let retention = Retention::Attached;
+        match node.agent().infer(&dispatch.pool.pool_id, request, retention, Some(&dispatch.spec.trace)) {
             Ok(inference) => Ok(Taken {
                 replica_id: inference.replica_id,
                 report_seq: inference.report_seq,
-                exchange: Exchange(Box::pin(inference.frames.map(|Ok(bytes)| Ok(bytes)))),
+                exchange: Exchange::Local(inference.reader),
             }),
             Err(error) => Err(refusal(error.code.http_status(), Some(error))),
         }
@@ -262,7 +275,7 @@ impl HttpLink {
                 Err(error) => Some(Err(tls::explain(&error))),
             }
         });
-        Ok(Taken { replica_id, report_seq, exchange: Exchange(Box::pin(frames)) })
+        Ok(Taken { replica_id, report_seq, exchange: Exchange::Http(Box::pin(frames)) })
     }
 
     async fn order(

@@ -70,6 +70,7 @@ fn report(slots: u32, attempts: &[AttemptId]) -> PoolReport {
             slots_free: 0,
             slots_foreign: 0,
             attempts: attempts.to_vec(),
+            held: vec![],
         }],
         last_error: None,
         warning: None,
@@ -575,6 +576,7 @@ fn an_attempt_at_a_replica_that_is_not_ready_takes_no_slot_of_the_one_that_is() 
         slots_free: 0,
         slots_foreign: 0,
         attempts: attempts.to_vec(),
+        held: vec![],
     };
     let mut r = registry();
     let epoch = join(&mut r, at(0), "a");
@@ -592,6 +594,25 @@ fn an_attempt_at_a_replica_that_is_not_ready_takes_no_slot_of_the_one_that_is() 
     assert_eq!(busy(&r, "a"), 1, "what was sent and is not reported yet takes the slot");
     assert_eq!(send(&mut r, 3, vec![replica("r0", false, &[gone]), replica("r1", true, &[here])]), (1, 1));
     assert_eq!(send(&mut r, 4, vec![replica("r0", true, &[gone]), replica("r1", true, &[here])]), (2, 2));
+}
+
+// CLOUD-1566
+#[test]
+fn an_attempt_whose_end_its_node_has_kept_has_not_vanished() {
+    for (switched_off, vanishes) in [(None, false), (Some(Rule::HeldIsListed), true)] {
+        let mut r = registry_of(1, switched_off);
+        let epoch = join(&mut r, at(0), "a");
+        r.heartbeat(at(0), &node_id("a"), beat(&epoch, 1, &[])).unwrap();
+        r.reserve(&pool("a"), attempt(1));
+        r.accepted(&attempt(1), 1);
+        let mut kept = report(4, &[]);
+        kept.replicas[0].held = vec![attempt(1), attempt(9)];
+        let kept = Heartbeat { pools: vec![kept], ..beat(&epoch, 2, &[]) };
+        let (vanished, orphans) = taken(r.heartbeat(at(1), &node_id("a"), kept));
+        assert_eq!((vanished == [attempt(1)], orphans), (vanishes, vec![]), "{switched_off:?}");
+        let (vanished, _) = taken(r.heartbeat(at(2), &node_id("a"), beat(&epoch, 3, &[])));
+        assert_eq!(vanished, [attempt(1)], "it is in neither list");
+    }
 }
 
 // CLOUD-1310

@@ -62,10 +62,12 @@ pub enum Rule {
     OwnShortageIsNoEvidence,
     /// An attempt that takes too long is stopped at its node too.
     OverdueIsStopped,
+    /// An attempt whose end its node has kept has not vanished.
+    HeldIsListed,
 }
 
 impl Rule {
-    pub const ALL: [Self; 28] = [
+    pub const ALL: [Self; 29] = [
         Self::UnionOfReservations,
         Self::AttemptDeadlines,
         Self::ReportSequence,
@@ -94,5 +96,6 @@ impl Rule {
         Self::PoolNamedTwice,
         Self::OwnShortageIsNoEvidence,
         Self::OverdueIsStopped,
+        Self::HeldIsListed,
     ];
 }

@@ -273,6 +273,7 @@ fn report(slots: u32, attempts: &[AttemptId]) -> PoolReport {
             slots_free: 0,
             slots_foreign: 0,
             attempts: attempts.to_vec(),
+            held: vec![],
         }],
         last_error: None,
         warning: None,

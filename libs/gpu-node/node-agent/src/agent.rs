@@ -32,6 +32,7 @@ use crate::guard::processes;
 use crate::intent::IntentFile;
 use crate::models::Models;
 use crate::replica;
+use crate::slot::Signals;
 
 /// Pause between two looks at the GPUs.
 const LOOK_AT_GPUS_EVERY: Duration = Duration::from_secs(5);
@@ -70,7 +71,8 @@ pub struct Agent {
     client: EngineClient,
     /// Who follows the slots of a replica that are to be released, and learns of more.
     slot_watchers: Mutex<BTreeMap<HandoffName, Arc<Notify>>>,
-    pub(crate) cancels: Mutex<HashMap<AttemptId, CancellationToken>>,
+    /// Of the attempts that run.
+    pub(crate) drivers: Mutex<HashMap<AttemptId, Arc<Signals>>>,
     replicas: Mutex<BTreeMap<HandoffName, Watched>>,
     announced: Mutex<Announced>,
     /// What is wrong with handoff files, and with engines that cannot be bound.
@@ -113,7 +115,7 @@ impl Agent {
             wake: Notify::new(),
             client: EngineClient::new(),
             slot_watchers: Mutex::new(BTreeMap::new()),
-            cancels: Mutex::new(HashMap::new()),
+            drivers: Mutex::new(HashMap::new()),
             replicas: Mutex::new(BTreeMap::new()),
             announced: Mutex::default(),
             file_problems: Mutex::default(),
@@ -141,6 +143,11 @@ impl Agent {
 
     pub(crate) fn client(&self) -> &EngineClient {
         &self.client
+    }
+
+    /// The streams that are kept take at most so many bytes together.
+    pub fn bound_held(&self, bytes: usize) {
+        self.with_core(|core, _| core.bound_held(bytes));
     }
 
     // ---- replicas ----
@@ -324,6 +331,20 @@ impl Agent {
         change(&mut self.core.lock(), now)
     }
 
+    /// Changes the core, and wakes the session where something is due sooner by it.
+    pub(crate) fn change_deadlines<T>(&self, change: impl FnOnce(&mut NodeCore, Moment) -> T) -> T {
+        let now = self.now();
+        let mut core = self.core.lock();
+        let before = core.next_deadline();
+        let result = change(&mut core, now);
+        let after = core.next_deadline();
+        drop(core);
+        if after.is_some_and(|after| before.is_none_or(|before| after < before)) {
+            self.wake.notify_one();
+        }
+        result
+    }
+
     /// Changes the core, and wakes the session, which may have something to say about it.
     pub(crate) fn change<T>(&self, change: impl FnOnce(&mut NodeCore, Moment) -> T) -> T {
         let now = self.now();
@@ -415,6 +436,7 @@ impl Agent {
         for effect in effects {
             match effect {
                 NodeEffect::Cancel(attempt) => self.cancel(&attempt, "the control plane does not know it"),
+                NodeEffect::Unread(attempt) => self.cancel(&attempt, "nobody has read it for its time"),
                 NodeEffect::TakeIntent(order) => {
                     // A disk that hangs must not keep the next heartbeat.
                     let agent = Arc::clone(self);
@@ -474,19 +496,19 @@ impl Agent {
 
     /// Ends an attempt at its engine.
     fn cancel(&self, attempt: &AttemptId, reason: &str) {
-        if let Some(cancel) = self.cancels.lock().get(attempt) {
+        if let Some(signals) = self.drivers.lock().get(attempt) {
             tracing::info!(attempt_id = %attempt, reason, "an attempt is ended");
-            cancel.cancel();
+            signals.cancel.cancel();
         }
     }
 
     // ---- stopping ----
 
-    /// Takes no new work, lets what runs finish for `grace`, leaves the cluster.
+    /// Takes no new work, lets what runs finish and its end be read for `grace`, leaves the cluster.
     pub(crate) async fn drain_and_leave(&self, grace: Duration) {
         self.change(NodeCore::drain);
         let finished = async {
-            while self.core.lock().running_count() > 0 {
+            while self.with_core(|core, now| core.running_count() > 0 || core.held().awaits_done(now)) {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
@@ -502,8 +524,8 @@ impl Agent {
     /// Ends everything that is left.
     pub async fn stop(&self) {
         self.stop.cancel();
-        for cancel in self.cancels.lock().values() {
-            cancel.cancel();
+        for signals in self.drivers.lock().values() {
+            signals.cancel.cancel();
         }
         self.tracker.close();
         if tokio::time::timeout(Duration::from_secs(5), self.tracker.wait()).await.is_err() {
@@ -619,6 +641,11 @@ impl Agent {
     }
 
     // ---- reading ----
+
+    /// What the streams that are kept take together, bytes.
+    pub fn held_bytes(&self) -> usize {
+        self.core.lock().held().bytes()
+    }
 
     pub fn identity(&self) -> Identity {
         self.core.lock().identity().clone()

@@ -76,4 +76,4 @@ impl AttemptLog {
 
 #[cfg(test)]
 #[path = "attempt_log_tests.rs"]
-mod tests;
+pub(crate) mod tests;

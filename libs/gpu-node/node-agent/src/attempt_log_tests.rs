@@ -22,7 +22,7 @@ use uuid::Uuid;
 use super::*;
 use crate::IntentFile;
 use crate::agent::Agent;
-use node_core::{Identity, Readiness, ReplicaSpec};
+use node_core::{Identity, Readiness, ReplicaSpec, Retention};
 
 const PROMPT: &str = "a secret of the client's";
 const ANSWERS: [(&str, &str, &str); 5] = [
@@ -84,7 +84,7 @@ async fn serve(mut stream: BufReader<TcpStream>, seen: Seen) {
 }
 
 /// A node whose one pool `p` has this engine, which gave the name of its model itself.
-fn node(folder: &tempfile::TempDir, url: String) -> Arc<Agent> {
+pub(crate) fn node(folder: &tempfile::TempDir, url: String) -> Arc<Agent> {
     let node_id = NodeId::new("a").unwrap();
     let intent_file = IntentFile::new(folder.path(), &node_id);
     let identity = Identity {
@@ -115,11 +115,11 @@ fn node(folder: &tempfile::TempDir, url: String) -> Arc<Agent> {
     agent
 }
 
-fn pool() -> PoolId {
+pub(crate) fn pool() -> PoolId {
     PoolId::new("p").unwrap()
 }
 
-fn asked(attempt: u128, task: TaskRequest, resume: Option<Resume>) -> InferRequest {
+pub(crate) fn asked(attempt: u128, task: TaskRequest, resume: Option<Resume>) -> InferRequest {
     InferRequest {
         task_id: TaskId(Uuid::from_u128(0xa)),
         attempt_id: AttemptId(Uuid::from_u128(attempt)),
@@ -167,8 +167,8 @@ fn trace() -> TraceContext {
 }
 
 async fn run(agent: &Arc<Agent>, request: InferRequest, trace: Option<&TraceContext>) -> String {
-    let frames = agent.infer(&pool(), request, trace).unwrap().frames;
-    let pieces: Vec<_> = frames.map(|Ok(bytes)| bytes).collect().await;
+    let exchange = agent.infer(&pool(), request, Retention::Attached, trace).unwrap().reader.into_exchange();
+    let pieces: Vec<_> = exchange.map(|Ok(bytes)| bytes).collect().await;
     String::from_utf8(pieces.concat()).unwrap()
 }
 
@@ -226,10 +226,10 @@ async fn each_line_of_an_attempt_names_its_ids_and_nothing_of_its_prompt() {
     let agent = node(&folder, url);
     let trace = trace();
     run(&agent, continued(1), Some(&trace)).await;
-    let again = agent.infer(&pool(), continued(1), Some(&trace)).unwrap_err();
+    let again = agent.infer(&pool(), continued(1), Retention::Attached, Some(&trace)).unwrap_err();
     assert_eq!(again.code.as_str(), "ATTEMPT_DUPLICATE");
     assert!(run(&agent, refused(2), Some(&trace)).await.contains("event: error"));
-    drop(agent.infer(&pool(), continued(3), Some(&trace)).unwrap());
+    agent.infer(&pool(), continued(3), Retention::Attached, Some(&trace)).unwrap().reader.stop();
     drop(logging);
     let mut text = String::new();
     reader.read_to_string(&mut text).unwrap();

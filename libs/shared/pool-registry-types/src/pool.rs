@@ -226,4 +226,22 @@ pub struct ReplicaReport {
     pub slots_foreign: u32,
     #[serde(default, deserialize_with = "newer::entries")]
     pub attempts: Vec<AttemptId>,
+    /// Attempts that have ended, and whose streams are kept for the control plane until it has them.
+    #[serde(default, deserialize_with = "newer::entries", skip_serializing_if = "Vec::is_empty")]
+    pub held: Vec<AttemptId>,
+}
+
+impl ReplicaReport {
+    /// Of a replica that takes no requests and has no slots.
+    pub fn without_slots(replica_id: ReplicaId) -> Self {
+        Self {
+            replica_id,
+            ready: false,
+            slots_total: 0,
+            slots_free: 0,
+            slots_foreign: 0,
+            attempts: Vec::new(),
+            held: Vec::new(),
+        }
+    }
 }

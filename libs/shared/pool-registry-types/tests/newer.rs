@@ -66,6 +66,8 @@ fn a_newer_writer_says_how_its_node_is() {
             "attempts": [attempt],
         })
     };
+    let mut with_held = replica("r1", 2, "7f3b1c52-64a5-4c56-9e1e-0a3e0f3d2b13");
+    with_held["held"] = json!(["7f3b1c52-64a5-4c56-9e1e-0a3e0f3d2b15"]);
     let beat: Heartbeat = reads(
         "heartbeat.json",
         json!({
@@ -80,7 +82,7 @@ fn a_newer_writer_says_how_its_node_is() {
                 {
                     "pool_id": "pool-2", "state": "unknown", "ready": false, "draining": false,
                     "engine": "llamacpp", "models": ["smollm2-135m"],
-                    "replicas": [replica("r1", 2, "7f3b1c52-64a5-4c56-9e1e-0a3e0f3d2b13")],
+                    "replicas": [with_held],
                     "supervised": {"fits": true, "restarts": 0, "unloads": 0, "log_tail": ["a line"]},
                 },
             ],

@@ -65,6 +65,14 @@ impl FrameBuffer {
         self.bytes.advance(len);
     }
 
+    /// What comes next is another stream: what was not taken of this one is left. A run must have been
+    /// taken.
+    pub(crate) fn restart(&mut self) {
+        debug_assert_eq!(self.run, 0, "a run that was not taken is left");
+        self.bytes.clear();
+        (self.searched, self.begun) = (0, false);
+    }
+
     /// The run, which begins anew.
     pub(crate) fn take_run(&mut self) -> Bytes {
         self.bytes.split_to(std::mem::take(&mut self.run)).freeze()

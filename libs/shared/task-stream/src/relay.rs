@@ -147,6 +147,9 @@ struct Reading {
     /// The count of all tokens up to the frame that comes next, and the ids of its own.
     count: Option<u64>,
     ids: Vec<u32>,
+    /// Thoughts since the last frame that are left out of the log, and how many of them come again.
+    thoughts: u64,
+    repeated: u64,
     news: News,
     /// Where the frames of the present run end in it.
     ends: Vec<u32>,
@@ -192,6 +195,8 @@ impl Relay {
             broken: None,
             count: None,
             ids: Vec::new(),
+            thoughts: 0,
+            repeated: 0,
             news: News::default(),
             ends: Vec::new(),
             staged: Staged {
@@ -252,6 +257,27 @@ impl Relay {
     /// The node's stream has ended, which counts with the next [`Relay::flush`].
     pub fn closed(&mut self, reason: String) {
         self.closed.get_or_insert(reason);
+    }
+
+    /// The node's stream has broken, and its node may have kept it: the next bytes are of another stream
+    /// of the same attempt. Returns the record with which that is to begin, comments before it included;
+    /// nothing where the attempt is over.
+    pub fn resume(&mut self) -> Option<u64> {
+        if self.ended || self.reading.broken.is_some() {
+            return None;
+        }
+        self.seal();
+        self.frames.restart();
+        self.closed = None;
+        let reading = &mut self.reading;
+        // What stands behind the last frame that was taken comes again.
+        if matches!(reading.last, Some(HowEnded::NodeError(_))) {
+            reading.last = None;
+        }
+        reading.count = None;
+        reading.ids.clear();
+        reading.repeated = reading.thoughts;
+        Some(reading.taken)
     }
 
     /// Nothing more has arrived for now. `write` is called where there is something for the log, and
@@ -390,6 +416,7 @@ impl Relay {
                 FrameSink::Next => (None, false),
             };
             self.reading.taken += 1;
+            (self.reading.thoughts, self.reading.repeated) = (0, 0);
             let run = self.frames.keep(len);
             self.reading.ends.push(u32::try_from(run).expect("a run is at most 64 KiB and one frame long"));
             self.reading.staged.terminal |= is_last;
@@ -479,7 +506,10 @@ impl Reading {
         } else if let Some(seq) = text.strip_prefix("report-seq ") {
             // A newer node may say more after the number.
             self.final_report = seq.split(' ').next().and_then(|seq| seq.parse().ok());
+        } else if text == UNLOGGED_THOUGHT && self.repeated > 0 {
+            self.repeated -= 1;
         } else if text == UNLOGGED_THOUGHT {
+            self.thoughts += 1;
             self.staged.unlogged += 1;
             self.news.unlogged = true;
         } else if text == ENGINE_WORKS {

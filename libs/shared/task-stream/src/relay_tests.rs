@@ -398,3 +398,25 @@ proptest! {
         }
     }
 }
+
+// CLOUD-1560
+#[test]
+fn a_relay_goes_on_in_another_stream_of_its_attempt_without_gap_or_repeat() {
+    let mut bench = Bench::accepted(0);
+    bench.take(2, &[token(0), b": thought\n\n: thought\n\n".to_vec(), token(1)[..20].to_vec()].concat());
+    bench.relay.closed("connection reset".into());
+    assert_eq!(bench.relay.resume(), Some(1));
+    bench.flush(3);
+    let thoughts = b": thought\n\n: thought\n\n: thought\n\n";
+    bench.take(4, &[thoughts.to_vec(), token(1), b": thought\n\n".to_vec()].concat());
+    assert_eq!((bench.log.next_index(), bench.log.unlogged()), (2, 4));
+    assert_eq!(bench.relay.resume(), Some(2));
+    bench.take(5, &[b": thought\n\n".to_vec(), token(2), event("end", 3)].concat());
+    assert_eq!((bench.log.next_index(), bench.log.unlogged()), (4, 4));
+    // The number behind the final frame was lost.
+    assert_eq!(bench.relay.resume(), Some(4));
+    bench.take(6, b": report-seq 8\n\n");
+    let end = Action::Ended { how: HowEnded::Finished, final_report: Some(8) };
+    assert_eq!(bench.done.last(), Some(&end));
+    assert_eq!(bench.relay.resume(), None);
+}

@@ -21,6 +21,7 @@ use task_scheduler::{
 use task_stream::{Action, BodyDigest, TaskLog, TaskSpec};
 use uuid::Uuid;
 
+use super::held::Closing;
 use super::streams::{STOPPED_WITHIN_MS, Stop};
 use super::{Call, CallAnswer, Caller, Conn, Loads, Piece, What, World};
 use crate::draw::{MAX_TURNS, Replays};
@@ -124,7 +125,7 @@ impl World {
         self.note(|_| "the control plane dies".into());
         let conns: Vec<u64> = self.conns.keys().copied().collect();
         for conn in conns {
-            self.drop_conn(conn);
+            self.drop_conn(conn, Closing::Lost);
         }
     }
 
@@ -264,10 +265,15 @@ impl World {
             let conn = self.conns.get(&relay.conn);
             let node = conn.map(|c| &self.nodes[c.node]);
             let runs = node.is_some_and(|n| n.core.as_ref().is_some_and(|core| core.is_running(attempt)));
+            let is_held =
+                node.is_some_and(|n| n.core.as_ref().is_some_and(|core| core.held().has_ended(attempt)));
             let ended_well = conn.is_some_and(|c| c.ended_well && self.links[c.node].is_calm(self.now));
             match why {
                 CloseReason::Vanished if runs => {
                     broken = Some(format!("[8] a report ended attempt {attempt}, which runs"));
+                }
+                CloseReason::Vanished if is_held => {
+                    broken = Some(format!("[8] a report ended attempt {attempt}, whose end is kept"));
                 }
                 CloseReason::Vanished | CloseReason::NodeLeft if ended_well => {
                     broken = Some(format!("[8] a report took the end of attempt {attempt} away"));

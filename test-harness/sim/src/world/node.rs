@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use node_core::supervisor::Happened;
 use node_core::{
-    Ask, BeatFailure, Busy, Identity, NodeCore, NodeEffect, Readiness, ReplicaSpec, Session, Verdict,
+    Ask, BeatFailure, Busy, Cursor, Identity, NodeCore, NodeEffect, Readiness, ReplicaSpec, Retention,
+    Session, Verdict,
 };
 use pool_registry_types::error::EndCause;
 use pool_registry_types::node::{Capabilities, Intent, IntentOrder, LiveAnswer};
@@ -20,6 +21,7 @@ use pool_registry_types::{
 use task_scheduler::{HowEnded, ProbeOutcome, ReplyTo};
 use uuid::Uuid;
 
+use super::held::Closing;
 use super::supervised::Supervision;
 use super::{Call, CallAnswer, Caller, Piece, What, World};
 use crate::draw::{NodeFault, NodePlan, Replays, ZONES};
@@ -60,6 +62,8 @@ pub(crate) struct SimNode {
     /// What comes while the process is stopped.
     pub(crate) deferred: Vec<What>,
     pub(crate) runs: BTreeMap<AttemptId, Run>,
+    /// Attempts that it has kept after their end.
+    pub(crate) ended: Vec<AttemptId>,
     pub(crate) hung: u32,
     pub(crate) slow: u32,
     pub(crate) sick: u32,
@@ -87,6 +91,7 @@ impl SimNode {
             stopped: 0,
             deferred: Vec::new(),
             runs: BTreeMap::new(),
+            ended: Vec::new(),
             hung: 0,
             slow: 0,
             sick: 0,
@@ -150,7 +155,9 @@ impl World {
         if asked == Intent::Draining {
             self.coverage.hit("core: drain kept over a restart");
         }
-        let core = Some(NodeCore::new(identity, session, asked));
+        let mut core = NodeCore::new(identity, session, asked);
+        core.bound_held(self.plan.held_bytes);
+        let core = Some(core);
         self.nodes[node] = SimNode { core, boot, slow, sick, busy, ..SimNode::down() };
         self.note(|_| format!("n{node} starts"));
         let load = self.random.u64(10..3_000);
@@ -171,6 +178,10 @@ impl World {
         loop {
             let Some(core) = self.nodes[node].core.as_mut() else { return };
             let Some(effect) = core.due(now) else { break };
+            if matches!(effect, NodeEffect::Unread(_)) {
+                self.obey(node, effect);
+                continue;
+            }
             self.next_call += 1;
             let caller = Caller { node, boot, call: self.next_call };
             self.nodes[node].call_under_way = Some(caller.call);
@@ -198,17 +209,19 @@ impl World {
             What::AnswerArrives { caller, .. } | What::CallTimesOut { caller } => {
                 (caller.node, Some(caller.boot))
             }
-            What::OpenArrives { conn } | What::DropArrives { conn } | What::KeepAlive { conn } => {
-                match self.conns.get(conn) {
-                    Some(c) => (c.node, None),
-                    None => return,
-                }
-            }
+            What::OpenArrives { conn }
+            | What::DropArrives { conn }
+            | What::ResumeArrives { conn, .. }
+            | What::KeepAlive { conn } => match self.conns.get(conn) {
+                Some(c) => (c.node, None),
+                None => return,
+            },
             What::ProbeArrives { node, .. }
             | What::IntentArrives { node, .. }
             | What::LoadArrives { node } => (*node, None),
             What::NodeTimer { node, boot, .. }
             | What::EngineStep { node, boot, .. }
+            | What::StopAgain { node, boot, .. }
             | What::SlotReleased { node, boot, .. }
             | What::EngineBack { node, boot }
             | What::EngineLoaded { node, boot, .. }
@@ -238,6 +251,8 @@ impl World {
             What::CallTimesOut { caller } => self.call_times_out(node, caller),
             What::OpenArrives { conn } => self.open_arrives(node, conn),
             What::DropArrives { conn } => self.drop_arrives(node, conn),
+            What::ResumeArrives { conn, from } => self.resume_arrives(node, conn, from),
+            What::StopAgain { attempt, .. } => self.closing_arrives(node, attempt, Closing::Stop),
             What::KeepAlive { conn } => self.keep_alive(conn),
             What::ProbeArrives { life, address, authorized, .. } => {
                 self.probe_arrives(life, node, address, authorized);
@@ -272,7 +287,10 @@ impl World {
                 self.pump(node);
             }
             What::LeaveNow { boot, down_ms, grace_end, .. } => {
-                if !self.nodes[node].runs.is_empty() && self.now < grace_end {
+                let now = self.now;
+                let core = self.nodes[node].core.as_ref();
+                let awaits = core.is_some_and(|core| core.held().awaits_done(now));
+                if (awaits || !self.nodes[node].runs.is_empty()) && now < grace_end {
                     return self.after_ms(20, What::LeaveNow { node, boot, down_ms, grace_end });
                 }
                 if let Some(core) = self.nodes[node].core.as_mut() {
@@ -320,6 +338,10 @@ impl World {
         match effect {
             NodeEffect::Cancel(attempt) => {
                 self.coverage.hit("core: orphan ended");
+                self.cancel_run(node, attempt);
+            }
+            NodeEffect::Unread(attempt) => {
+                self.coverage.hit("stream: stopped without a reader");
                 self.cancel_run(node, attempt);
             }
             NodeEffect::TakeIntent(order) => drop(self.take_intent(node, &order)),
@@ -474,7 +496,7 @@ impl World {
     }
 
     /// The engine goes on for a while with what was broken off.
-    fn haunt(&mut self, node: usize, attempt: AttemptId, replica: ReplicaId) {
+    pub(super) fn haunt(&mut self, node: usize, attempt: AttemptId, replica: ReplicaId) {
         let boot = self.nodes[node].boot;
         self.nodes[node].ghosts.insert(attempt, (replica, self.now));
         let drawn = self.random.u64(10..=500);
@@ -594,7 +616,8 @@ impl World {
         let odd = self.plan.nodes[node].odd;
         self.voices.entry(task).or_insert(odd);
         let node_id = self.node_id(node);
-        self.send_bytes(conn, &token(log, attempt, &node_id, i, with_ids), true);
+        let made = token(log, attempt, &node_id, i, with_ids);
+        self.append(node, attempt, conn, (i, made, true));
         let wait = self.random.u64(..=pace);
         self.after_ms(wait, What::EngineStep { node, boot, attempt });
     }
@@ -620,8 +643,9 @@ impl World {
                 write_frame(&mut frame, None, "error", &data);
             }
         }
-        self.send_bytes(run.conn, &frame, false);
-        self.send_bytes(run.conn, format!(": report-seq {seq}\n\n").as_bytes(), false);
+        self.append(node, attempt, run.conn, (run.next, frame, true));
+        let seq = format!(": report-seq {seq}\n\n").into_bytes();
+        self.finish(node, attempt, run.conn, (run.next + 1, seq));
         if let Some(conn) = self.conns.get_mut(&run.conn) {
             conn.node_open = false;
             conn.ended_at_node = true;
@@ -638,7 +662,7 @@ impl World {
 
     fn open_arrives(&mut self, node: usize, conn: u64) {
         let Some(c) = self.conns.get(&conn) else { return };
-        let dispatch = c.dispatch.clone();
+        let (dispatch, keeps) = (c.dispatch.clone(), c.keeps);
         let plan = &self.plan.tasks[self.names[&dispatch.task]];
         let (tokens, poison, crashes) = (plan.tokens, plan.poison, plan.crashes);
         let with_ids = plan.recovery == Some(Replays::FromTheEnd);
@@ -661,6 +685,8 @@ impl World {
             model: Some(&dispatch.spec.model_ref),
             task: Some(dispatch.task),
             hint: None,
+            first_index: dispatch.first_index,
+            retention: if keeps { Retention::Keep } else { Retention::Attached },
         };
         match core.accept(now, &dispatch.pool.pool_id, &ask) {
             Err(refusal) => self.send_piece(conn, Piece::Refusal(refusal)),
@@ -682,7 +708,7 @@ impl World {
                 self.nodes[node].runs.insert(dispatch.attempt, run);
                 self.check_slots(node, &accepted.replica_id);
                 if let Some(c) = self.conns.get_mut(&conn) {
-                    c.node_open = true;
+                    (c.node_open, c.cursor) = (true, Some(Cursor::first()));
                 }
                 let report_seq = accepted.report_seq;
                 self.send_piece(conn, Piece::Headers { report_seq, replica_id: accepted.replica_id });
@@ -722,6 +748,16 @@ impl World {
     fn drop_arrives(&mut self, node: usize, conn: u64) {
         let Some(c) = self.conns.remove(&conn) else { return };
         let (attempt, now) = (c.dispatch.attempt, self.now);
+        if c.keeps {
+            self.closing_arrives(node, attempt, c.closing);
+            if let Some(cursor) = c.cursor.filter(|_| c.closing == Closing::Lost) {
+                self.detach(now, node, attempt, &cursor);
+            }
+            return;
+        }
+        if let Some(core) = self.nodes[node].core.as_mut().filter(|_| c.node_open) {
+            core.stopped(&attempt);
+        }
         if c.node_open
             && let Some(run) = self.nodes[node].runs.remove(&attempt)
         {

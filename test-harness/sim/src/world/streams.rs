@@ -36,16 +36,17 @@ impl World {
     /// Sends bytes of a stream to the control plane, as they are or as the schedule spoils them.
     /// `whole` frames may come twice, and what follows them may be cut off and come later.
     pub(crate) fn send_bytes(&mut self, conn: u64, bytes: &[u8], whole: bool) {
+        let keeps = self.conns.get(&conn).is_some_and(|c| c.keeps);
+        if whole && keeps && self.keeping.u32(..1_000) < self.plan.link_breaks {
+            return self.breaks(conn);
+        }
         let rate = if whole { self.plan.stream_faults } else { 0 };
         let drawn = if rate > 0 { self.streams.u32(..1_000) } else { 1_000 };
         let Some(c) = self.conns.get_mut(&conn).filter(|c| !c.broken) else { return };
         let mut all = std::mem::take(&mut c.tail);
         all.extend_from_slice(bytes);
         if drawn < rate {
-            // Lost, and with them the connection; the node learns it by the stop.
-            c.broken = true;
-            self.coverage.hit("stream: connection broken");
-            return self.send_piece(conn, Piece::Reset("connection reset"));
+            return self.breaks(conn);
         }
         if drawn < rate * 4 {
             all.extend_from_slice(bytes);
@@ -57,6 +58,16 @@ impl World {
         if !all.is_empty() {
             self.send_piece(conn, Piece::Bytes(all));
         }
+    }
+
+    /// What is on its way is lost, and with it the connection; the node learns it by the stop, or at once
+    /// where it keeps the attempt.
+    fn breaks(&mut self, conn: u64) {
+        let Some(c) = self.conns.get_mut(&conn).filter(|c| !c.broken) else { return };
+        (c.broken, c.tail) = (true, Vec::new());
+        self.coverage.hit("stream: connection broken");
+        self.send_piece(conn, Piece::Reset("connection reset"));
+        self.reader_lost(conn);
     }
 
     /// An attempt that the control plane has ended runs on no node that is reached: its stop arrives

@@ -10,6 +10,8 @@ struct Books<'r> {
     fenced: bool,
     /// A pool that is named twice is one.
     once: bool,
+    /// What a node has kept the end of is there.
+    held: bool,
 }
 
 impl Books<'_> {
@@ -41,6 +43,7 @@ impl ServiceRegistry {
             of_node: self.reservations.of_node(node_id),
             fenced,
             once: self.enforces(Rule::PoolNamedTwice),
+            held: self.enforces(Rule::HeldIsListed),
         };
         let models = &mut self.models;
         let taken = self.nodes.change(node_id, |node| {
@@ -73,8 +76,8 @@ impl ServiceRegistry {
 }
 
 impl Node {
-    /// Takes the pools of report `seq`. Returns the attempts that it lists, and those of them that
-    /// nobody here knows.
+    /// Takes the pools of report `seq`. Returns the attempts that it lists, those included whose end the
+    /// node has kept, and the orphans: those that run and that nobody here knows.
     fn take_pools(
         &mut self,
         now: Moment,
@@ -97,6 +100,9 @@ impl Node {
                     // An engine is kept by its reports, whether or not it takes tasks at the moment.
                     models.seen(now, model, engine, report.state.has_model());
                 }
+            }
+            if books.held {
+                listed.extend(report.replicas.iter().flat_map(|replica| &replica.held));
             }
             let mut reported = BTreeSet::new();
             for attempt in report.replicas.iter().flat_map(|r| &r.attempts) {

@@ -7,6 +7,7 @@
 
 mod crash;
 mod pools;
+mod streams;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -22,11 +23,13 @@ use pool_registry_types::{
     TaskId,
 };
 
+use crate::attempts::{Held, Retention, Start};
 use crate::session::{Action, BeatFailure, Session};
 use crash::Engines;
 pub use crash::Verdict;
 pub use pools::{BindError, Busy, Declared, Readiness, ReplicaSpec};
 use pools::{Circumstances, Drain, Pool, Replica};
+use streams::held_is_full;
 
 /// How many attempt ids are remembered, so that none runs twice. Source: .specs/01 CLOUD-1507.
 const REMEMBERED_ATTEMPTS: usize = 10_000;
@@ -56,6 +59,8 @@ pub enum NodeEffect {
     Deregister(Epoch),
     /// End the attempt at its engine; the control plane does not know it.
     Cancel(AttemptId),
+    /// End the attempt at its engine; nobody has read it for its time.
+    Unread(AttemptId),
     /// Write down what the operator wants, then call [`NodeCore::set_intent`].
     TakeIntent(IntentOrder),
     /// The pools for which tasks wait at the control plane; all of them.
@@ -87,6 +92,9 @@ pub struct Ask<'a> {
     pub model: Option<&'a ModelRef>,
     pub task: Option<TaskId>,
     pub hint: Option<&'a ReplicaId>,
+    /// The index of its first frame.
+    pub first_index: u64,
+    pub retention: Retention,
 }
 
 /// Where an attempt runs.
@@ -114,6 +122,7 @@ pub struct NodeCore {
     seq: u64,
     pools: BTreeMap<PoolId, Pool>,
     running: BTreeMap<AttemptId, RunningAttempt>,
+    held: Held,
     seen: BTreeSet<AttemptId>,
     seen_order: VecDeque<AttemptId>,
     gpus: Vec<GpuReport>,
@@ -141,6 +150,7 @@ impl NodeCore {
             seq: 0,
             pools: BTreeMap::new(),
             running: BTreeMap::new(),
+            held: Held::default(),
             seen: BTreeSet::new(),
             seen_order: VecDeque::new(),
             gpus: Vec::new(),
@@ -165,6 +175,9 @@ impl NodeCore {
 
     /// What is due now; to be asked for after every change and at [`NodeCore::next_deadline`].
     pub fn due(&mut self, now: Moment) -> Option<NodeEffect> {
+        if let Some(attempt) = self.held.expired(now) {
+            return Some(NodeEffect::Unread(attempt));
+        }
         let action = self.session.next_action(now)?;
         Some(match action {
             Action::Register => NodeEffect::Register(RegisterRequest {
@@ -184,7 +197,7 @@ impl NodeCore {
     }
 
     pub fn next_deadline(&self) -> Option<Moment> {
-        self.session.next_deadline()
+        self.session.next_deadline().into_iter().chain(self.held.next_deadline()).min()
     }
 
     fn report(&mut self, now: Moment, epoch: Epoch) -> Heartbeat {
@@ -595,6 +608,9 @@ impl NodeCore {
         if let Some(model) = ask.model.filter(|model| !pool.serves(model)) {
             return refuse(ErrorCode::PoolUnready, format!("{pool_id} does not serve {model}"));
         }
+        if self.held.is_full() {
+            return refuse(ErrorCode::ReplicaExhausted, held_is_full(&self.held));
+        }
         let Some((replica_id, replica)) = pool.take_slot(ask.attempt, ask.model, ask.hint) else {
             return refuse(ErrorCode::ReplicaExhausted, format!("every slot of {pool_id} is taken"));
         };
@@ -612,14 +628,29 @@ impl NodeCore {
         let (pool, replica) = replica_key;
         let running = RunningAttempt { pool, replica, task: ask.task, accepted: now, over: false };
         self.running.insert(ask.attempt, running);
-        self.seen.insert(ask.attempt);
-        self.seen_order.push_back(ask.attempt);
+        let start = Start {
+            pool_id: pool_id.clone(),
+            replica_id: accepted.replica_id.clone(),
+            report_seq: self.seq,
+            first_index: ask.first_index,
+            retention: ask.retention,
+        };
+        self.held.begin(ask.attempt, start);
+        self.remember(ask.attempt);
+        Ok(accepted)
+    }
+
+    /// It is never accepted from now on.
+    fn remember(&mut self, attempt: AttemptId) {
+        if !self.seen.insert(attempt) {
+            return;
+        }
+        self.seen_order.push_back(attempt);
         if self.seen_order.len() > REMEMBERED_ATTEMPTS
             && let Some(oldest) = self.seen_order.pop_front()
         {
             self.seen.remove(&oldest);
         }
-        Ok(accepted)
     }
 
     /// The attempt has ended and its engine's slot is free. Returns the final report number: that
@@ -689,7 +720,9 @@ impl NodeCore {
                 (None, None) => None,
             }
         };
-        self.pool_ids().into_iter().filter_map(report).collect()
+        let mut reports: Vec<PoolReport> = self.pool_ids().into_iter().filter_map(report).collect();
+        self.report_held(&mut reports);
+        reports
     }
 
     /// Free memory of all healthy GPUs, bytes; unknown without any.

@@ -354,12 +354,8 @@ impl Replica {
     /// The replica, and what runs at its old address: that takes no slot.
     fn reports(&self) -> impl Iterator<Item = ReplicaReport> {
         let elsewhere = (!self.elsewhere.is_empty()).then(|| ReplicaReport {
-            replica_id: self.spec.replica_id.clone(),
-            ready: false,
-            slots_total: 0,
-            slots_free: 0,
-            slots_foreign: 0,
             attempts: self.elsewhere.iter().copied().collect(),
+            ..ReplicaReport::without_slots(self.spec.replica_id.clone())
         });
         std::iter::once(self.report()).chain(elsewhere)
     }
@@ -374,6 +370,7 @@ impl Replica {
             // A slot that is being released is busy with nothing of ours any more.
             slots_foreign: self.foreign.saturating_add(releasing).min(self.spec.slots),
             attempts: self.attempts.iter().copied().collect(),
+            held: Vec::new(),
         }
     }
 }

@@ -1,5 +1,6 @@
 use std::time::Duration;
 
+use crate::attempts::{Cursor, Piece};
 use pool_registry_types::ModelRef;
 use pool_registry_types::pool::PoolState;
 use proptest::prelude::*;
@@ -67,8 +68,16 @@ fn serving(replicas: u32, slots: u32) -> NodeCore {
 
 fn accept(node: &mut NodeCore, n: u128) -> Result<Accepted, ErrorCode> {
     let node_id = NodeId::new("a").unwrap();
-    let ask =
-        Ask { node_id: &node_id, boot_id: boot(), attempt: attempt(n), model: None, task: None, hint: None };
+    let ask = Ask {
+        node_id: &node_id,
+        boot_id: boot(),
+        attempt: attempt(n),
+        model: None,
+        task: None,
+        hint: None,
+        first_index: 0,
+        retention: Retention::Attached,
+    };
     node.accept(at(0), &pool_id(), &ask).map_err(|error| error.code)
 }
 
@@ -98,6 +107,8 @@ fn a_hinted_replica_is_taken_while_it_has_a_slot() {
             model: None,
             task: None,
             hint: Some(&hint),
+            first_index: 0,
+            retention: Retention::Attached,
         };
         assert_eq!(node.accept(at(0), &pool_id(), &ask).unwrap().replica_id, hint);
     }
@@ -108,6 +119,8 @@ fn a_hinted_replica_is_taken_while_it_has_a_slot() {
         model: None,
         task: None,
         hint: Some(&hint),
+        first_index: 0,
+        retention: Retention::Attached,
     };
     assert_eq!(node.accept(at(0), &pool_id(), &ask).unwrap().replica_id, replica_id(0));
 }
@@ -133,6 +146,8 @@ fn requests_for_another_node_or_boot_are_refused() {
         model: None,
         task: None,
         hint: None,
+        first_index: 0,
+        retention: Retention::Attached,
     };
     assert_eq!(node.accept(at(0), &pool_id(), &ask(&other, 1)).unwrap_err().code, ErrorCode::WrongNode);
     assert_eq!(node.accept(at(0), &pool_id(), &ask(&me, 2)).unwrap_err().code, ErrorCode::WrongNode);
@@ -307,6 +322,8 @@ fn a_change_of_what_the_engine_says_takes_nothing_out_of_service_and_counts_for_
         model,
         task: None,
         hint: None,
+        first_index: 0,
+        retention: Retention::Attached,
     };
     let refused = node.accept(at(11), &pool_id(), &ask(2, Some(&old))).unwrap_err();
     assert_eq!(refused.code, ErrorCode::PoolUnready, "asked for by a report of before");
@@ -370,7 +387,16 @@ fn the_tries_of_one_task_are_one_refusal_and_a_stream_that_runs_is_a_success() {
     let refused = |node: &mut NodeCore, n: u32, task: u32| {
         let (id, now) = (attempt(n.into()), at(n.into()));
         let task = Some(TaskId(Uuid::from_u128(task.into())));
-        let ask = Ask { node_id: &node_id, boot_id: boot(), attempt: id, model: None, task, hint: None };
+        let ask = Ask {
+            node_id: &node_id,
+            boot_id: boot(),
+            attempt: id,
+            model: None,
+            task,
+            hint: None,
+            first_index: 0,
+            retention: Retention::Attached,
+        };
         node.accept(at(0), &pool_id(), &ask).unwrap();
         node.refused_operator(now, &id, "HTTP 404");
         node.ended(&id);
@@ -452,6 +478,8 @@ fn a_task_goes_to_the_replica_that_has_its_model_and_to_no_other_of_its_pool() {
         model: Some(model),
         task: None,
         hint: None,
+        first_index: 0,
+        retention: Retention::Attached,
     };
     // A stream runs on the second one, which answers no looks; the first one comes back as another.
     let second = Ask { hint: Some(&replica_id(1)), ..ask(1, &x) };
@@ -718,8 +746,16 @@ proptest! {
 
 fn accept_at(node: &mut NodeCore, millis: u64, n: u128) {
     let node_id = NodeId::new("a").unwrap();
-    let ask =
-        Ask { node_id: &node_id, boot_id: boot(), attempt: attempt(n), model: None, task: None, hint: None };
+    let ask = Ask {
+        node_id: &node_id,
+        boot_id: boot(),
+        attempt: attempt(n),
+        model: None,
+        task: None,
+        hint: None,
+        first_index: 0,
+        retention: Retention::Attached,
+    };
     node.accept(at(millis), &pool_id(), &ask).unwrap();
 }
 
@@ -771,4 +807,64 @@ fn an_end_that_is_no_crash_or_another_engines_names_nobody() {
     assert_eq!(node.verdict(&attempt(3)), Verdict::Awaited);
     assert_eq!(node.engine_ended(at(1_500), &pool_id(), &replica_id(0), Some("SIGABRT")), 1);
     assert_eq!(crash(&node, 3), Some(("SIGABRT".into(), 1, true)));
+}
+
+/// What an attempt has made, so many bytes in one frame.
+fn made(bytes: usize) -> Piece {
+    let mut ends = crate::Ends::default();
+    ends.push(bytes);
+    Piece::new(0, vec![b'x'; bytes].into(), ends)
+}
+
+// CLOUD-1566
+#[test]
+fn a_report_lists_what_runs_and_what_has_ended_and_is_kept_and_never_one_twice() {
+    let mut node = serving(1, 4);
+    accept(&mut node, 1).unwrap();
+    accept(&mut node, 2).unwrap();
+    let lists = |node: &NodeCore| {
+        let replica = node.pool_reports(at(1))[0].replicas[0].clone();
+        (replica.attempts, replica.held)
+    };
+    assert_eq!(lists(&node), (vec![attempt(1), attempt(2)], vec![]));
+    node.ended(&attempt(1));
+    // No report falls between the end and the last bytes.
+    assert_eq!(lists(&node), (vec![attempt(2)], vec![attempt(1)]));
+    node.held_mut().finish(at(1), &attempt(1), Some(made(4)));
+    node.ended_before_release(at(1), &attempt(2));
+    assert_eq!(lists(&node), (vec![], vec![attempt(1), attempt(2)]));
+    node.held_mut().done(&attempt(1));
+    node.stopped(&attempt(2));
+    assert_eq!(lists(&node), (vec![], vec![]));
+}
+
+// CLOUD-1565
+#[test]
+fn a_node_whose_memory_for_streams_is_full_refuses_what_is_new_and_says_why() {
+    let mut node = serving(1, 4);
+    node.bound_held(4_000);
+    accept(&mut node, 1).unwrap();
+    node.held_mut().append(at(0), &attempt(1), made(4_000)).unwrap();
+    assert_eq!(accept(&mut node, 2), Err(ErrorCode::ReplicaExhausted));
+    let warning = node.pool_reports(at(0))[0].warning.clone().unwrap();
+    assert!(warning.contains("the most is 4000"), "{warning}");
+    node.ended(&attempt(1));
+    node.held_mut().finish(at(1), &attempt(1), None);
+    accept(&mut node, 2).unwrap();
+    assert_eq!(node.pool_reports(at(0))[0].warning, None);
+}
+
+// CLOUD-1563
+#[test]
+fn a_node_asks_for_the_end_of_what_nobody_reads_when_it_is_due() {
+    let mut node = serving(1, 4);
+    while node.due(at(0)).is_some() {}
+    accept(&mut node, 1).unwrap();
+    node.held_mut().detach(at(0), &attempt(1), &Cursor::first());
+    assert!(node.next_deadline().is_some_and(|due| due <= at(15_000)));
+    let unread: Vec<NodeEffect> = std::iter::from_fn(|| node.due(at(15_000)))
+        .filter(|effect| matches!(effect, NodeEffect::Unread(_)))
+        .take(2)
+        .collect();
+    assert_eq!(unread, [NodeEffect::Unread(attempt(1))]);
 }

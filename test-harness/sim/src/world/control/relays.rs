@@ -42,6 +42,7 @@ impl World {
             first_index: dispatch.first_index,
             number: dispatch.attempt_number,
         });
+        let keeps = self.plan.kept > 0 && self.keeping.u32(..1_000) < self.plan.kept;
         self.next_conn += 1;
         let conn = self.next_conn;
         let node: usize = node_id.as_str()[1..].parse().expect("simulated ids are n<number>");
@@ -65,6 +66,9 @@ impl World {
                 ended_well: false,
                 tail: Vec::new(),
                 broken: false,
+                keeps,
+                cursor: None,
+                closing: Closing::Lost,
             },
         );
         self.act(attempt);
@@ -89,6 +93,11 @@ impl World {
         let Some(control) = self.control.as_mut().filter(|control| open && control.life == life) else {
             return;
         };
+        let Some(relay) = control.relays.get(&attempt) else { return };
+        if matches!(piece, Piece::Reset(_)) && relay.accepted && self.resumes(life, attempt, conn) {
+            return;
+        }
+        let Some(control) = self.control.as_mut() else { return };
         let Some(relay) = control.relays.get_mut(&attempt) else { return };
         let Some(log) = control.logs.get_mut(&task) else { return };
         match piece {
@@ -155,7 +164,8 @@ impl World {
                         self.coverage.hit("stream: stop lost");
                         self.conns.entry(conn).and_modify(|c| c.cp_open = false);
                     } else {
-                        self.drop_conn(conn);
+                        self.drop_conn(conn, Closing::Stop);
+                        self.stop_again(conn);
                     }
                 }
                 Action::Ended { how, final_report } => return self.end_relay(attempt, how, final_report),
@@ -216,7 +226,7 @@ impl World {
         }
         let failed = self.oracle.ended(self.now, relay.task, attempt, &how, fence.tokens_written);
         if is_the_nodes_own {
-            self.drop_conn(relay.conn);
+            self.done(relay.conn);
         }
         let node: usize = relay.node_id.as_str()[1..].parse().expect("simulated ids are n<number>");
         let (boot, since, stop) = (self.nodes[node].boot, self.now, relay.stop);
@@ -232,10 +242,43 @@ impl World {
         self.check(poison);
     }
 
-    pub(super) fn drop_conn(&mut self, conn: u64) {
+    /// The record with which the relay of a kept attempt goes on, and its connection.
+    pub(crate) fn resume_from(&mut self, life: u64, attempt: AttemptId) -> Option<(u64, u64)> {
+        let control = self.control.as_mut().filter(|control| control.life == life)?;
+        let relay = control.relays.get_mut(&attempt)?;
+        Some((relay.conn, relay.relay.resume()?))
+    }
+
+    /// The end of an attempt has come: its node may drop what it keeps, if that arrives.
+    fn done(&mut self, conn: u64) {
+        let keeps = self.conns.get(&conn).is_some_and(|c| c.keeps);
+        if keeps && self.keeping.u8(..16) == 0 {
+            self.coverage.hit("stream: done lost");
+            self.conns.entry(conn).and_modify(|c| c.cp_open = false);
+        } else {
+            self.drop_conn(conn, Closing::Done);
+        }
+    }
+
+    /// Now and then a stop arrives twice, the second time after whatever came meanwhile.
+    fn stop_again(&mut self, conn: u64) {
+        let Some(c) = self.conns.get(&conn).filter(|c| c.keeps) else { return };
+        let (node, attempt) = (c.node, c.dispatch.attempt);
+        if self.keeping.u8(..4) == 0 && !self.links[node].blocked() {
+            self.coverage.hit("stream: stop doubled");
+            let wait = self.keeping.u64(1..3_000);
+            let boot = self.nodes[node].boot;
+            self.after_ms(wait, What::StopAgain { node, boot, attempt });
+        }
+    }
+
+    pub(super) fn drop_conn(&mut self, conn: u64, closing: Closing) {
         let delay = self.delay();
         let Some(c) = self.conns.get_mut(&conn) else { return };
-        c.cp_open = false;
+        // What was sent before the end of a process arrives all the same.
+        if std::mem::replace(&mut c.cp_open, false) {
+            c.closing = closing;
+        }
         if self.links[c.node].blocked() {
             c.drop_held = true;
         } else {

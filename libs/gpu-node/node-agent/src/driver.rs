@@ -1,0 +1,496 @@
+//! The driver of one attempt: it owns the exchange with the engine, and appends what comes of it to
+//! the attempt's buffer as final frames.
+//!
+//! It is a value that somebody polls: the attempt's only reader, in its own task, for as long as there
+//! is one (so a token wakes one task and not two), and else a task of its own ([`Driver::run`]). A
+//! reader that does not read holds its engine back as its connection always did; a driver with a task
+//! of its own waits for a reader that is more than 8 MiB behind.
+
+mod answer;
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt};
+use http_body_util::BodyStream;
+use hyper::body::Incoming;
+use node_core::{Accepted, Ends, Piece, Readiness};
+use pool_registry_types::error::EndCause;
+use pool_registry_types::pool::EngineKind;
+use pool_registry_types::sse::{Decoder, write_frame};
+use pool_registry_types::task::{FinishReason, InferRequest, Reasoning, ResumeMode, TaskRequest};
+use pool_registry_types::{ErrorBody, ErrorCode, LogId, ModelRef};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
+
+use crate::engines::client::with_causes;
+use crate::engines::documents::{self, Document, DocumentError};
+use crate::engines::{
+    self, Answer, CallError, Endpoint, EngineClient, EngineRequest, Look, NotReady, Reader, Refusal, Reply,
+    Sent, Unsent, Whose,
+};
+use crate::slot::Slot;
+
+/// Longest wait for the word of an engine that it still has the model, beside which its answer waits.
+const IDENTITY_TIMEOUT: Duration = Duration::from_secs(1);
+/// Pause between two comments to a reader that say that the node lives.
+pub(crate) const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(1);
+/// Bytes prove that an engine lives; saying so once in this span is enough.
+const HEARD_EVERY: Duration = Duration::from_millis(500);
+
+type Pieces = Pin<Box<dyn Stream<Item = Result<Bytes, String>> + Send>>;
+type Opening = Pin<Box<dyn Future<Output = Result<Sent, NotSent>> + Send>>;
+
+/// Why the engine has not answered the attempt.
+enum NotSent {
+    Unsent(Unsent),
+    /// Another engine answers at its place than the one that was bound.
+    Changed(String),
+}
+
+enum Phase {
+    /// Everything was sent before; only the end was lost.
+    Complete,
+    Opening(Opening),
+    Refused(Pin<Box<dyn Future<Output = Refusal> + Send>>),
+    Streaming(Pieces),
+    /// The answer is one document, of which nothing is appended before it is whole.
+    Reading(Pin<Box<dyn Future<Output = Result<Document, DocumentError>> + Send>>),
+    /// The engine's connection was lost, and how it has ended is to be said with it.
+    Lost {
+        error: Box<ErrorBody>,
+        until: Instant,
+    },
+    /// The last bytes were made.
+    Over,
+}
+
+/// How the bytes of an answer are cut into events.
+enum Framing {
+    /// Its first byte will show it.
+    Open,
+    Events,
+    /// One JSON object, whose end is that of the message.
+    Whole(Vec<u8>),
+}
+
+/// What was sent before and has not come again.
+#[derive(Debug, Default)]
+struct Unrepeated {
+    thought: String,
+    text: String,
+}
+
+/// Which event a piece becomes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Token,
+    Reasoning,
+}
+
+/// Works on one attempt until it has ended, and appends what its engine makes to its buffer.
+pub(crate) struct Driver {
+    slot: Slot,
+    phase: Phase,
+    framing: Framing,
+    decoder: Decoder,
+    reader: Reader,
+    reply: &'static Reply,
+    /// For an engine that turns out not to have it.
+    path: String,
+    /// Results that a document must have.
+    asked: usize,
+    log_id: LogId,
+    /// What was made and is not appended yet.
+    out: Output,
+    /// Only where the stream is replayed.
+    unrepeated: Unrepeated,
+    /// Thoughts are written into the log.
+    keeps_thoughts: bool,
+    /// Tokens that earlier attempts have sent and this one does not make again.
+    tokens_before: u64,
+    started: Instant,
+    first_token: Option<Instant>,
+    heard_sent: Option<Instant>,
+    keep_alive: Interval,
+}
+
+/// What one step of a driver has come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// There is more in the buffer.
+    Appended,
+    /// Nothing came for a while; the node lives.
+    Quiet,
+    /// The attempt has ended, and its last bytes are in the buffer.
+    Over,
+}
+
+/// Frames and comments on their way into the buffer.
+#[derive(Debug)]
+struct Output {
+    first: u64,
+    bytes: Vec<u8>,
+    ends: Ends,
+}
+
+impl Output {
+    /// `first` is the index of the next frame.
+    fn new(first: u64) -> Self {
+        Self { first, bytes: Vec::new(), ends: Ends::default() }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// The index of the next frame.
+    fn next(&self) -> u64 {
+        self.first + self.ends.frames()
+    }
+
+    fn frame(&mut self, log_id: &LogId, event: &str, data: &str) {
+        let index = self.next();
+        write_frame(&mut self.bytes, Some((log_id, index)), event, data);
+        self.ends.push(self.bytes.len());
+    }
+
+    fn take(&mut self) -> Piece {
+        let taken = std::mem::replace(self, Self::new(self.next()));
+        Piece::new(taken.first, taken.bytes.into(), taken.ends)
+    }
+}
+
+/// Sends the request. A name that came from the engine holds for the process that gave it: over a
+/// connection that is new, whoever answers is asked whether it still has it.
+async fn open(
+    request: EngineRequest,
+    client: EngineClient,
+    at: Endpoint,
+    named: Option<(EngineKind, ModelRef, String)>,
+) -> Result<Sent, NotSent> {
+    let sent = request.send(client.clone(), at.clone()).await.map_err(NotSent::Unsent)?;
+    // A refusal speaks for itself, unless it is that there is no such thing.
+    let in_question = sent.answer.fresh && matches!(sent.answer.status(), 200..=299 | 404);
+    if let Some((engine, model, own)) = named.filter(|_| in_question) {
+        let look = Look { client: &client, at: &at, models: &[] };
+        let looking = engines::facts(engine, &look);
+        let late = |_| Err(NotReady::Silent(String::new()));
+        let looked = tokio::time::timeout(IDENTITY_TIMEOUT, looking).await.unwrap_or_else(late);
+        let changed = match looked {
+            Ok(facts) => facts.models.get(&model) != Some(&own),
+            // A busy one is not another one.
+            Err(NotReady::Silent(_) | NotReady::Unasked(_)) => false,
+            Err(NotReady::Loading | NotReady::Failed(_) | NotReady::Gone(_)) => true,
+        };
+        if changed {
+            return Err(NotSent::Changed(format!("the engine does not have {model} any more")));
+        }
+    }
+    Ok(sent)
+}
+
+enum Happened {
+    Answered(Result<Sent, NotSent>),
+    Refused(Refusal),
+    Chunk(Option<Result<Bytes, String>>),
+    Document(Result<Document, DocumentError>),
+    /// It is known how the engine has ended, or will not be.
+    Ended(Box<ErrorBody>),
+    Canceled,
+}
+
+impl Driver {
+    /// Asks the engine, or says why not: then the slot is free again.
+    pub(crate) fn begin(
+        mut slot: Slot,
+        accepted: Accepted,
+        request: InferRequest,
+    ) -> Result<Self, ErrorBody> {
+        let InferRequest { task, resume, log_id, first_index, thoughts, .. } = request;
+        // An older control plane does not read them.
+        let reasoning = if thoughts { Reasoning::Keep } else { Reasoning::Drop };
+        let task = TaskRequest { reasoning, ..task };
+        let asked =
+            engines::request(accepted.engine, &task, &accepted.model, accepted.ctx_max, resume.as_ref());
+        let asked = asked.and_then(|asked| {
+            if slot.agent.with_core(|core, now| core.is_lacking(now, &slot.attempt, &asked.path)) {
+                let message = format!("the engine has no {}", asked.path);
+                return Err(ErrorBody::new(ErrorCode::Unsupported, message));
+            }
+            Ok(asked)
+        });
+        let asked = match asked {
+            Ok(asked) => asked,
+            Err(error) => {
+                slot.cleared();
+                slot.end(true);
+                slot.agent.stop_attempt(&slot.attempt);
+                slot.finish(None);
+                slot.log.refused(&error);
+                return Err(error);
+            }
+        };
+        slot.agent.counters.lock().accepted += 1;
+        slot.log.accepted(&accepted.replica_id);
+        let sent = resume.as_ref().filter(|resume| resume.mode == ResumeMode::Append);
+        let left = engines::tokens_left(&task, accepted.ctx_max, sent);
+        let complete = sent.is_some() && left == Some(0);
+        let tokens_before = sent.map_or(0, |sent| sent.tokens);
+        let replayed = resume.filter(|resume| resume.mode == ResumeMode::Replay);
+        let unrepeated = replayed.map(|resume| Unrepeated { thought: resume.reasoning, text: resume.text });
+        let (reply, path) = (asked.reply, asked.path.clone().into_owned());
+        let reader = Reader::new(reply, asked.wants_ids).bounded_by(left);
+        let inputs = task.inputs.as_ref().map_or(0, |inputs| inputs.texts().len());
+        let named = accepted
+            .names_from_engine
+            .then(|| (accepted.engine, task.model_ref.clone(), accepted.model.clone()));
+        let phase = if complete {
+            Phase::Complete
+        } else {
+            let client = slot.agent.client().clone();
+            Phase::Opening(Box::pin(open(asked, client, slot.at.clone(), named)))
+        };
+        let mut keep_alive = interval_at(Instant::now() + KEEP_ALIVE_EVERY, KEEP_ALIVE_EVERY);
+        keep_alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Ok(Self {
+            slot,
+            phase,
+            framing: Framing::Events,
+            decoder: Decoder::lossy(),
+            reader,
+            reply,
+            path,
+            asked: inputs,
+            log_id,
+            out: Output::new(first_index),
+            unrepeated: unrepeated.unwrap_or_default(),
+            keeps_thoughts: thoughts,
+            tokens_before,
+            started: Instant::now(),
+            first_token: None,
+            heard_sent: None,
+            keep_alive,
+        })
+    }
+
+    /// Goes on until there is something to append, and appends it. Dropped while it waits, it loses
+    /// nothing: the next call goes on.
+    pub(crate) async fn step(&mut self) -> Step {
+        loop {
+            if !self.out.is_empty() {
+                match self.flush() {
+                    Some(step) => return step,
+                    None => continue,
+                }
+            }
+            let cancel = &self.slot.signals.cancel;
+            let happened = match &mut self.phase {
+                Phase::Over => return Step::Over,
+                Phase::Complete => {
+                    self.finish(0, None, FinishReason::Length);
+                    continue;
+                }
+                Phase::Opening(answer) => tokio::select! {
+                    biased;
+                    () = cancel.cancelled() => Happened::Canceled,
+                    answer = answer => Happened::Answered(answer),
+                    _ = self.keep_alive.tick() => return Step::Quiet,
+                },
+                Phase::Refused(reading) => tokio::select! {
+                    biased;
+                    body = reading => Happened::Refused(body),
+                    _ = self.keep_alive.tick() => return Step::Quiet,
+                },
+                Phase::Streaming(pieces) => tokio::select! {
+                    biased;
+                    () = cancel.cancelled() => Happened::Canceled,
+                    chunk = pieces.next() => Happened::Chunk(chunk),
+                    _ = self.keep_alive.tick() => return Step::Quiet,
+                },
+                Phase::Reading(document) => tokio::select! {
+                    biased;
+                    () = cancel.cancelled() => Happened::Canceled,
+                    document = document => Happened::Document(document),
+                    _ = self.keep_alive.tick() => return Step::Quiet,
+                },
+                Phase::Lost { error, until } => tokio::select! {
+                    biased;
+                    crash = self.slot.agent.crash_of(&self.slot.attempt, *until) => {
+                        Happened::Ended(Box::new(ErrorBody { crash, ..(**error).clone() }))
+                    }
+                    _ = self.keep_alive.tick() => return Step::Quiet,
+                },
+            };
+            match happened {
+                Happened::Canceled if self.slot.is_stopped() => self.phase = Phase::Over,
+                Happened::Canceled => {
+                    let error = ErrorBody::new(ErrorCode::Canceled, "the node was told to end this attempt");
+                    self.fail(error.with_cause(EndCause::Canceled), false);
+                }
+                Happened::Answered(answer) => self.answered(answer),
+                Happened::Refused(refusal) => {
+                    let path = self.path.clone();
+                    self.refused(refusal, Some(&path));
+                }
+                Happened::Chunk(chunk) => self.chunks(chunk).await,
+                Happened::Document(document) => self.document(document),
+                Happened::Ended(error) => self.close(*error, true),
+            }
+        }
+    }
+
+    /// Appends what was made. Nothing where it did not fit, and the attempt ends with that.
+    fn flush(&mut self) -> Option<Step> {
+        let piece = self.out.take();
+        if matches!(self.phase, Phase::Over) {
+            self.slot.finish(Some(piece));
+            return Some(Step::Over);
+        }
+        let first = piece.first();
+        match self.slot.append(piece) {
+            Ok(()) => Some(Step::Appended),
+            Err(error) => {
+                self.out = Output::new(first);
+                self.close(ErrorBody::new(ErrorCode::PayloadTooLarge, error.to_string()), false);
+                None
+            }
+        }
+    }
+
+    /// Goes on without being asked, until the attempt has ended.
+    pub(crate) async fn run(mut self) {
+        loop {
+            self.slot.room().await;
+            if self.step().await == Step::Over {
+                return;
+            }
+        }
+    }
+
+    fn answered(&mut self, sent: Result<Sent, NotSent>) {
+        let Sent { answer, splitter } = match sent {
+            Ok(sent) => sent,
+            Err(NotSent::Unsent(Unsent::Refused { path, refusal })) => {
+                return self.refused(refusal, Some(path));
+            }
+            Err(NotSent::Unsent(Unsent::Call(error))) => return self.not_sent(error),
+            Err(NotSent::Changed(why)) => {
+                self.slot.engine_suspected();
+                return self.fail(ErrorBody::new(ErrorCode::PoolUnready, why), false);
+            }
+        };
+        self.heard();
+        self.reader.split_by(splitter);
+        if !(200..300).contains(&answer.status()) {
+            self.phase = Phase::Refused(Box::pin(engines::refused(answer)));
+            return;
+        }
+        let headers = answer.response.headers();
+        let kind = headers.get("content-type").and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let kind = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+        let bad = |message: String| {
+            Some(ErrorBody::new(ErrorCode::WorkerReset, message).with_cause(EndCause::Engine5xx))
+        };
+        let problem = match kind.as_str() {
+            "application/json" | "" => None,
+            "text/event-stream" | "text/plain" | "application/octet-stream" if !self.reply.is_document => {
+                None
+            }
+            _ => bad(format!("the engine answered {kind}, which is not {}", self.reply.name)),
+        };
+        // A message without a length ends where its connection does, by death too.
+        let ends_by_itself =
+            ["transfer-encoding", "content-length"].into_iter().any(|name| headers.contains_key(name));
+        let problem = problem.or_else(|| match self.reply.ends_by_closing && !ends_by_itself {
+            true => bad("the engine's stream has neither an end marker nor an end of its own".to_owned()),
+            false => None,
+        });
+        if let Some(error) = problem {
+            return self.fail(error, false);
+        }
+        self.framing = if kind == "text/event-stream" { Framing::Events } else { Framing::Open };
+        self.phase = if self.reply.is_document {
+            Phase::Reading(Box::pin(documents::read(answer, self.reply, self.asked)))
+        } else {
+            Phase::Streaming(pieces(answer))
+        };
+    }
+
+    /// The engine could not be asked.
+    fn not_sent(&mut self, error: CallError) {
+        let unready = |why: String| ErrorBody::new(ErrorCode::PoolUnready, why);
+        if matches!(error, CallError::Refused(_) | CallError::Unreachable(_) | CallError::Ours(_)) {
+            self.slot.cleared();
+        }
+        let (error, idle) = match error {
+            CallError::Refused(why) => {
+                self.slot.engine_gone(Readiness::Gone(why.clone()));
+                (unready(format!("the engine cannot be reached: {why}")), true)
+            }
+            CallError::Unreachable(why) => {
+                self.slot.engine_gone(Readiness::Failed(why.clone()));
+                (unready(format!("the engine cannot be reached: {why}")), true)
+            }
+            CallError::Silent(why) => {
+                self.slot.engine_gone(Readiness::Silent(why.clone()));
+                (unready(format!("the engine does not answer: {why}")), false)
+            }
+            CallError::Ours(why) => (unready(format!("the node cannot reach its engine: {why}")), true),
+            CallError::Lost(why) => {
+                self.slot.engine_gone(Readiness::Failed(why.clone()));
+                let message = format!("the engine's connection was lost: {why}");
+                let error = ErrorBody::new(ErrorCode::WorkerReset, message);
+                (error.with_cause(EndCause::EngineDied), true)
+            }
+        };
+        self.fail(error, idle);
+    }
+
+    /// The engine does not do what was asked of it. `path`: what it answered with this status; what
+    /// it says inside of an answer is not about that.
+    fn refused(&mut self, refusal: Refusal, path: Option<&str>) {
+        let Refusal { whose, mut error } = refusal;
+        if let Some(key) = &self.slot.at.key {
+            error.message = key.hidden_in(&error.message);
+        }
+        let attempt = self.slot.attempt;
+        match whose {
+            Whose::Operator => {
+                self.slot.agent.change(|core, now| core.refused_operator(now, &attempt, &error.message));
+            }
+            Whose::Missing => {
+                if let Some(path) = path {
+                    self.slot.agent.with_core(|core, now| core.lacks(now, &attempt, path));
+                }
+            }
+            Whose::Client | Whose::Engine | Whose::Busy | Whose::Nobody => {}
+        }
+        self.slot.cleared();
+        self.fail(error, true);
+    }
+
+    /// The engine lives, whatever looks at it say.
+    fn heard(&mut self) {
+        if self.heard_sent.is_none_or(|reported| reported.elapsed() >= HEARD_EVERY) {
+            self.heard_sent = Some(Instant::now());
+            let attempt = self.slot.attempt;
+            if self.slot.agent.with_core(|core, now| core.heard(now, &attempt)) {
+                self.slot.agent.report_now();
+            }
+        }
+    }
+}
+
+/// The body of an answer, piece by piece.
+fn pieces(answer: Answer) -> Pieces {
+    let frames = BodyStream::new(answer.response.into_body());
+    Box::pin(frames.filter_map(
+        |frame: Result<hyper::body::Frame<Bytes>, <Incoming as hyper::body::Body>::Error>| {
+            std::future::ready(match frame {
+                Ok(frame) => frame.into_data().ok().map(Ok),
+                Err(error) => Some(Err(with_causes(&error))),
+            })
+        },
+    ))
+}

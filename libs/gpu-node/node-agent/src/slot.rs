@@ -1,0 +1,128 @@
+//! The slot of an attempt, and the attempt's entry in the node's books: given back whatever happens.
+
+use std::sync::Arc;
+
+use handoff_watcher::HandoffName;
+use node_core::{Piece, Readiness, TooLong};
+use pool_registry_types::AttemptId;
+use pool_registry_types::pool::EngineKind;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::agent::Agent;
+use crate::attempt_log::AttemptLog;
+use crate::engines::Endpoint;
+
+/// What an attempt's driver and its reader tell each other, and others the driver.
+#[derive(Debug, Default)]
+pub(crate) struct Signals {
+    /// The driver is to end the attempt.
+    pub(crate) cancel: CancellationToken,
+    /// There is more in the buffer, or its end.
+    pub(crate) appended: Notify,
+    /// There is less in it.
+    pub(crate) taken: Notify,
+}
+
+/// The slot of an attempt. Dropped without an end, it is given back once the engine is done with it.
+pub(crate) struct Slot {
+    pub(crate) agent: Arc<Agent>,
+    pub(crate) attempt: AttemptId,
+    pub(crate) log: AttemptLog,
+    pub(crate) name: HandoffName,
+    pub(crate) engine: EngineKind,
+    pub(crate) at: Endpoint,
+    pub(crate) signals: Arc<Signals>,
+    open: bool,
+    /// Its last bytes are in the buffer.
+    finished: bool,
+    /// The connection to the engine is lost: it has nothing more to do with the attempt.
+    pub(crate) lost: bool,
+}
+
+impl Slot {
+    pub(crate) fn new(
+        agent: Arc<Agent>,
+        attempt: AttemptId,
+        log: AttemptLog,
+        name: HandoffName,
+        engine: EngineKind,
+        at: Endpoint,
+    ) -> Self {
+        let signals = Arc::new(Signals::default());
+        agent.drivers.lock().insert(attempt, Arc::clone(&signals));
+        Self { agent, attempt, log, name, engine, at, signals, open: true, finished: false, lost: false }
+    }
+
+    /// Appends what was made to the attempt's buffer.
+    pub(crate) fn append(&self, piece: Piece) -> Result<(), TooLong> {
+        let appended = self.agent.with_core(|core, now| core.held_mut().append(now, &self.attempt, piece));
+        self.signals.appended.notify_one();
+        appended
+    }
+
+    /// The attempt has ended, with these bytes or, where the driver is dropped, without any.
+    pub(crate) fn finish(&mut self, last: Option<Piece>) {
+        if std::mem::replace(&mut self.finished, true) {
+            return;
+        }
+        self.agent.change_deadlines(|core, now| core.held_mut().finish(now, &self.attempt, last));
+        self.agent.drivers.lock().remove(&self.attempt);
+        self.signals.appended.notify_one();
+    }
+
+    /// Whether it was stopped: nobody wants to know how it ends.
+    pub(crate) fn is_stopped(&self) -> bool {
+        !self.agent.core.lock().held().contains(&self.attempt)
+    }
+
+    /// Waits until the reader is not too far behind, or the attempt is to end.
+    pub(crate) async fn room(&self) {
+        while !self.agent.core.lock().held().has_room(&self.attempt) {
+            tokio::select! {
+                () = self.signals.cancel.cancelled() => return,
+                () = self.signals.taken.notified() => {}
+            }
+        }
+    }
+
+    /// Ends the attempt at its engine. Returns the final report number.
+    pub(crate) fn end(&mut self, engine_idle: bool) -> u64 {
+        self.open = false;
+        if engine_idle {
+            let seq = self.agent.core.lock().ended(&self.attempt);
+            self.agent.notify_work_ended();
+            return seq;
+        }
+        let seq = self.agent.with_core(|core, now| core.ended_before_release(now, &self.attempt));
+        self.agent.watch_slots(self.name.clone(), self.at.key.clone());
+        seq
+    }
+
+    /// The engine cannot be reached: said before the attempt's end, so that nothing is sent there.
+    pub(crate) fn engine_gone(&self, readiness: Readiness) {
+        self.agent.observed(&self.name.pool_id, &self.name.replica_id, readiness);
+        self.agent.look_now(&self.name);
+    }
+
+    /// The engine is done with the attempt, or never had it.
+    pub(crate) fn cleared(&self) {
+        self.agent.with_core(|core, _| core.cleared(&self.attempt));
+    }
+
+    /// Its connection was lost: whether it lives is looked at now.
+    pub(crate) fn engine_suspected(&self) {
+        self.agent.look_now(&self.name);
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        if self.open {
+            self.agent.counters.lock().canceled += 1;
+            self.log.abandoned();
+            self.end(self.lost);
+        }
+        self.finish(None);
+    }
+}

@@ -1,0 +1,481 @@
+//! What a node keeps of its attempts' streams: bytes by index, who reads them, and what goes when.
+//!
+//! A *driver* appends to an attempt's buffer, a *reader* takes from it by its [`Cursor`]. A reader that
+//! goes ends nothing: it may come again, at the record that it wants next. An attempt ends by its
+//! driver, or is stopped: by an order, because nobody has read it for [`DETACHED`], or because its
+//! reader has left its window full for [`WINDOW_FULL`]. What has ended stays until it is *done*, for at
+//! most [`ENDED`].
+//!
+//! Records are the attempt's own frames, counted from its first index; a comment belongs to the frame
+//! that follows it and comes again with it. What a record means is not known here. Nothing is copied:
+//! a reader takes the bytes that the driver has given.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use bytes::Bytes;
+use pool_registry_types::{AttemptId, Moment, PoolId, ReplicaId};
+
+/// Most bytes that are kept of one attempt, and most that a reader may be behind. Source: .specs/01
+/// CLOUD-1561.
+pub const MAX_ATTEMPT_BYTES: usize = 8 * 1024 * 1024;
+/// What all attempts take together unless a setting says otherwise, bytes.
+pub const HELD_BYTES: usize = 256 * 1024 * 1024;
+/// How long an attempt runs on without a reader: longer than a control plane waits for a connection.
+const DETACHED: Duration = Duration::from_secs(15);
+/// How long a reader may leave its window full.
+const WINDOW_FULL: Duration = Duration::from_secs(30);
+/// How long an attempt that has ended is kept for a reader to come again.
+const ENDED: Duration = Duration::from_secs(60);
+/// How long a node that leaves waits for what has ended to be done, after the last end.
+const DONE_WITHIN: Duration = Duration::from_secs(2);
+/// What an attempt, and each of its pieces, takes beside its bytes.
+const ATTEMPT_BYTES: usize = 512;
+const PIECE_BYTES: usize = 96;
+
+/// How much of an attempt's stream is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retention {
+    /// All of it until the attempt is done: a reader may come again at any record.
+    Keep,
+    /// What was not handed over yet. The attempt is done with its last byte.
+    Attached,
+}
+
+/// Where frames end in the bytes of a piece.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ends {
+    /// Of all frames but the last one; mostly none, which allocates nothing.
+    inner: Vec<u32>,
+    last: Option<u32>,
+}
+
+impl Ends {
+    /// One frame more ends at this byte.
+    pub fn push(&mut self, end: usize) {
+        let end = u32::try_from(end).expect("a piece is far below 4 GiB");
+        self.inner.extend(self.last.replace(end));
+    }
+
+    pub fn frames(&self) -> u64 {
+        self.inner.len() as u64 + u64::from(self.last.is_some())
+    }
+
+    /// Where the first `frames` frames end.
+    fn end_of(&self, frames: u64) -> usize {
+        let Some(index) = frames.checked_sub(1).and_then(|index| usize::try_from(index).ok()) else {
+            return 0;
+        };
+        self.inner.get(index).copied().or(self.last).unwrap_or(0) as usize
+    }
+}
+
+/// Bytes that came together: whole frames, each with the comments before it, and comments that
+/// belong to the frame that comes next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece {
+    first: u64,
+    bytes: Bytes,
+    ends: Ends,
+}
+
+impl Piece {
+    /// `first` is the index of the first frame in it, or of the next one where there is none.
+    pub fn new(first: u64, bytes: Bytes, ends: Ends) -> Self {
+        Self { first, bytes, ends }
+    }
+
+    pub fn first(&self) -> u64 {
+        self.first
+    }
+
+    /// The index behind the last frame.
+    pub fn next(&self) -> u64 {
+        self.first + self.ends.frames()
+    }
+
+    fn cost(&self) -> usize {
+        self.bytes.len() + PIECE_BYTES
+    }
+}
+
+/// The stream has grown past what is kept of an attempt; the piece was not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the answer has more than {MAX_ATTEMPT_BYTES} bytes, which is the most that is kept of an attempt")]
+pub struct TooLong;
+
+/// Why a reader cannot go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ResumeError {
+    /// It was never accepted in this boot, and never will be.
+    #[error("the attempt was never accepted here")]
+    Unknown,
+    /// It was, and is not held from that record on any more.
+    #[error("the attempt is not held from there any more")]
+    Gone,
+}
+
+/// Where a reader stands. Void once the attempt was given another reader.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cursor {
+    reader: u32,
+    /// Pieces of the attempt that it has taken or passed over.
+    piece: u64,
+    /// Bytes of the next one that it does not want.
+    offset: usize,
+}
+
+impl Cursor {
+    /// Of the reader that an attempt is accepted with.
+    pub fn first() -> Self {
+        Self { reader: 0, piece: 0, offset: 0 }
+    }
+}
+
+/// What a reader finds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Taken {
+    Bytes(Bytes),
+    /// Nothing for now.
+    Waiting,
+    /// All was handed over, or the attempt is not held any more.
+    Over,
+    /// Another reader follows the attempt.
+    Replaced,
+}
+
+/// A reader goes on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resumed {
+    pub cursor: Cursor,
+    pub replica_id: ReplicaId,
+    /// The number of the last report made before the acceptance.
+    pub report_seq: u64,
+}
+
+/// An attempt as it is accepted.
+#[derive(Debug, Clone)]
+pub(crate) struct Start {
+    pub(crate) pool_id: PoolId,
+    pub(crate) replica_id: ReplicaId,
+    pub(crate) report_seq: u64,
+    pub(crate) first_index: u64,
+    pub(crate) retention: Retention,
+}
+
+#[derive(Debug)]
+struct Entry {
+    start: Start,
+    pieces: VecDeque<Piece>,
+    /// Pieces before the first one that is still here.
+    dropped: u64,
+    /// The first record that is still here, and the one that comes next.
+    first: u64,
+    next: u64,
+    /// Of the pieces that are here.
+    bytes: usize,
+    /// The number of the present reader.
+    reader: u32,
+    detached: Option<Moment>,
+    full: Option<Moment>,
+    ended: Option<Moment>,
+    /// It was asked to end.
+    stopping: bool,
+    /// As it stands in [`Held::due`].
+    due: Option<Moment>,
+}
+
+impl Entry {
+    fn cost(&self) -> usize {
+        ATTEMPT_BYTES + self.bytes + self.pieces.len() * PIECE_BYTES
+    }
+
+    fn deadline(&self) -> Option<Moment> {
+        if let Some(ended) = self.ended {
+            return Some(ended + ENDED);
+        }
+        let detached = self.detached.map(|since| since + DETACHED);
+        let full = self.full.map(|since| since + WINDOW_FULL);
+        detached.into_iter().chain(full).min().filter(|_| !self.stopping)
+    }
+}
+
+/// All attempts of a node whose bytes it has.
+#[derive(Debug)]
+pub struct Held {
+    entries: BTreeMap<AttemptId, Entry>,
+    /// When something is to be dropped or stopped.
+    due: BTreeSet<(Moment, AttemptId)>,
+    /// What has ended, the oldest first.
+    ended: BTreeSet<(Moment, AttemptId)>,
+    /// What all of them take.
+    bytes: usize,
+    bound: usize,
+}
+
+impl Default for Held {
+    fn default() -> Self {
+        Self {
+            entries: BTreeMap::new(),
+            due: BTreeSet::new(),
+            ended: BTreeSet::new(),
+            bytes: 0,
+            bound: HELD_BYTES,
+        }
+    }
+}
+
+impl Held {
+    pub(crate) fn set_bound(&mut self, bytes: usize) {
+        self.bound = bytes;
+    }
+
+    /// What all attempts take together, bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub fn bound(&self) -> usize {
+        self.bound
+    }
+
+    pub fn contains(&self, attempt: &AttemptId) -> bool {
+        self.entries.contains_key(attempt)
+    }
+
+    /// Whether the attempt has ended and is kept for a reader.
+    pub fn has_ended(&self, attempt: &AttemptId) -> bool {
+        self.entries.get(attempt).is_some_and(|entry| entry.ended.is_some())
+    }
+
+    /// Since when nobody reads the attempt.
+    pub fn detached_since(&self, attempt: &AttemptId) -> Option<Moment> {
+        self.entries.get(attempt)?.detached
+    }
+
+    /// Whether an attempt ended so lately that a node which leaves waits until it is done.
+    pub fn awaits_done(&self, now: Moment) -> bool {
+        self.ended.last().is_some_and(|(ended, _)| now < *ended + DONE_WITHIN)
+    }
+
+    /// When something is to be dropped or stopped next.
+    pub fn next_deadline(&self) -> Option<Moment> {
+        self.due.first().map(|(at, _)| *at)
+    }
+
+    /// The attempts and where each runs or ran.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&AttemptId, &PoolId, &ReplicaId)> {
+        self.entries.iter().map(|(id, entry)| (id, &entry.start.pool_id, &entry.start.replica_id))
+    }
+
+    // ---- the driver ----
+
+    /// Whether there is no room for another attempt, when all that has ended is dropped.
+    pub(crate) fn is_full(&mut self) -> bool {
+        self.make_room(self.bound.saturating_sub(ATTEMPT_BYTES));
+        self.exceeds()
+    }
+
+    /// Whether what is here leaves no room for another attempt.
+    pub(crate) fn exceeds(&self) -> bool {
+        self.bytes + ATTEMPT_BYTES > self.bound
+    }
+
+    /// An attempt is accepted, with its first reader.
+    pub(crate) fn begin(&mut self, attempt: AttemptId, start: Start) {
+        let entry = Entry {
+            pieces: VecDeque::new(),
+            dropped: 0,
+            first: start.first_index,
+            next: start.first_index,
+            bytes: 0,
+            reader: Cursor::first().reader,
+            detached: None,
+            full: None,
+            ended: None,
+            stopping: false,
+            due: None,
+            start,
+        };
+        self.bytes += entry.cost();
+        self.entries.insert(attempt, entry);
+    }
+
+    /// Whether the driver may go on: the reader is not too far behind. What makes the window full is
+    /// taken all the same, so it is full by one piece more.
+    pub fn has_room(&self, attempt: &AttemptId) -> bool {
+        self.entries
+            .get(attempt)
+            .is_none_or(|entry| entry.start.retention == Retention::Keep || entry.bytes < MAX_ATTEMPT_BYTES)
+    }
+
+    /// Takes what the driver has made. What is not held any more is nobody's.
+    pub fn append(&mut self, now: Moment, attempt: &AttemptId, piece: Piece) -> Result<(), TooLong> {
+        let Some(entry) = self.entries.get(attempt) else { return Ok(()) };
+        let kept = entry.start.retention == Retention::Keep;
+        if kept && entry.bytes + piece.bytes.len() > MAX_ATTEMPT_BYTES {
+            return Err(TooLong);
+        }
+        self.push(attempt, piece);
+        if !kept && !self.has_room(attempt) {
+            self.change(attempt, |entry| entry.full = entry.full.or(Some(now)));
+        }
+        self.make_room(self.bound);
+        Ok(())
+    }
+
+    /// The attempt has ended, with these last bytes or, where its driver has failed, without any.
+    pub fn finish(&mut self, now: Moment, attempt: &AttemptId, last: Option<Piece>) {
+        if self.entries.get(attempt).is_none_or(|entry| entry.ended.is_some()) {
+            return;
+        }
+        if let Some(piece) = last {
+            self.push(attempt, piece);
+        }
+        self.change(attempt, |entry| entry.ended = Some(now));
+        self.ended.insert((now, *attempt));
+        self.make_room(self.bound);
+    }
+
+    fn push(&mut self, attempt: &AttemptId, piece: Piece) {
+        let Some(entry) = self.entries.get_mut(attempt) else { return };
+        debug_assert_eq!(piece.first, entry.next, "a piece of attempt {attempt} is out of order");
+        self.bytes += piece.cost();
+        entry.next = piece.next();
+        entry.bytes += piece.bytes.len();
+        entry.pieces.push_back(piece);
+    }
+
+    // ---- the reader ----
+
+    /// Hands over what comes next, whole pieces as the driver gave them.
+    pub fn take(&mut self, attempt: &AttemptId, cursor: &mut Cursor) -> Taken {
+        loop {
+            let Some(entry) = self.entries.get_mut(attempt) else { return Taken::Over };
+            if entry.reader != cursor.reader {
+                return Taken::Replaced;
+            }
+            let at = usize::try_from(cursor.piece - entry.dropped).unwrap_or(usize::MAX);
+            let Some(piece) = entry.pieces.get(at) else {
+                let is_over = entry.ended.is_some();
+                if is_over && entry.start.retention == Retention::Attached {
+                    self.remove(attempt);
+                }
+                return if is_over { Taken::Over } else { Taken::Waiting };
+            };
+            let bytes = piece.bytes.slice(cursor.offset..);
+            (cursor.piece, cursor.offset) = (cursor.piece + 1, 0);
+            if entry.start.retention == Retention::Attached {
+                self.drop_first(attempt);
+            }
+            if !bytes.is_empty() {
+                return Taken::Bytes(bytes);
+            }
+        }
+    }
+
+    /// The first piece was handed over, and will not be asked for again.
+    fn drop_first(&mut self, attempt: &AttemptId) {
+        let Some(entry) = self.entries.get_mut(attempt) else { return };
+        let Some(piece) = entry.pieces.pop_front() else { return };
+        self.bytes -= piece.cost();
+        entry.bytes -= piece.bytes.len();
+        entry.dropped += 1;
+        entry.first = piece.next();
+        if entry.ended.is_some() && entry.pieces.is_empty() {
+            self.remove(attempt);
+        } else if entry.full.is_some() && entry.bytes < MAX_ATTEMPT_BYTES {
+            self.change(attempt, |entry| entry.full = None);
+        }
+    }
+
+    /// The reader goes. Returns whether the attempt goes on without it, or with another one.
+    pub fn detach(&mut self, now: Moment, attempt: &AttemptId, cursor: &Cursor) -> bool {
+        let Some(entry) = self.entries.get(attempt) else { return false };
+        let goes_on = entry.ended.is_none();
+        if entry.reader == cursor.reader {
+            self.change(attempt, |entry| entry.detached = Some(now));
+        }
+        goes_on
+    }
+
+    /// Another reader follows the attempt from the record `from` on, with the comments before it; the
+    /// one before it is void.
+    pub(crate) fn resume(&mut self, attempt: &AttemptId, from: u64) -> Result<Resumed, ResumeError> {
+        let entry = self.entries.get(attempt).ok_or(ResumeError::Gone)?;
+        if from < entry.first || from > entry.next {
+            return Err(ResumeError::Gone);
+        }
+        // Comments behind the frame before it may end an earlier piece.
+        let at = entry.pieces.partition_point(|piece| piece.next() < from);
+        let unwanted = |piece: &Piece| piece.ends.end_of(from.saturating_sub(piece.first));
+        let cursor = Cursor {
+            reader: entry.reader + 1,
+            piece: entry.dropped + at as u64,
+            offset: entry.pieces.get(at).map_or(0, unwanted),
+        };
+        let (replica_id, report_seq) = (entry.start.replica_id.clone(), entry.start.report_seq);
+        self.change(attempt, |entry| (entry.reader, entry.detached) = (cursor.reader, None));
+        Ok(Resumed { cursor, replica_id, report_seq })
+    }
+
+    // ---- the end ----
+
+    /// Nobody will ask for the attempt's bytes again. One that runs is stopped, not done.
+    pub fn done(&mut self, attempt: &AttemptId) {
+        if self.has_ended(attempt) {
+            self.remove(attempt);
+        }
+    }
+
+    pub(crate) fn remove(&mut self, attempt: &AttemptId) {
+        let Some(entry) = self.entries.remove(attempt) else { return };
+        self.bytes -= entry.cost();
+        if let Some(at) = entry.due {
+            self.due.remove(&(at, *attempt));
+        }
+        if let Some(at) = entry.ended {
+            self.ended.remove(&(at, *attempt));
+        }
+    }
+
+    /// Drops what has ended long enough ago. Returns an attempt that runs and is to be stopped; to be
+    /// called until it returns none.
+    pub(crate) fn expired(&mut self, now: Moment) -> Option<AttemptId> {
+        loop {
+            let (at, attempt) = *self.due.first()?;
+            if at > now {
+                return None;
+            }
+            if !self.has_ended(&attempt) {
+                self.change(&attempt, |entry| entry.stopping = true);
+                return Some(attempt);
+            }
+            self.remove(&attempt);
+        }
+    }
+
+    /// Drops what has ended, the oldest first, until no more than that is taken. What runs stays.
+    fn make_room(&mut self, most: usize) {
+        while self.bytes > most
+            && let Some((_, oldest)) = self.ended.first().copied()
+        {
+            self.remove(&oldest);
+        }
+    }
+
+    /// Changes what decides about an attempt's deadline.
+    fn change(&mut self, attempt: &AttemptId, change: impl FnOnce(&mut Entry)) {
+        let Some(entry) = self.entries.get_mut(attempt) else { return };
+        change(entry);
+        let due = entry.deadline();
+        if let Some(before) = std::mem::replace(&mut entry.due, due) {
+            self.due.remove(&(before, *attempt));
+        }
+        self.due.extend(due.map(|at| (at, *attempt)));
+    }
+}
+
+#[cfg(test)]
+#[path = "attempts_tests.rs"]
+mod tests;

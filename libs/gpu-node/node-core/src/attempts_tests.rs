@@ -1,0 +1,243 @@
+use proptest::prelude::*;
+use uuid::Uuid;
+
+use super::*;
+
+fn id(n: u128) -> AttemptId {
+    AttemptId(Uuid::from_u128(n))
+}
+
+fn at(ms: u64) -> Moment {
+    Moment::from_millis(ms)
+}
+
+fn start(retention: Retention) -> Start {
+    Start {
+        pool_id: PoolId::new("p").unwrap(),
+        replica_id: ReplicaId::new("r0").unwrap(),
+        report_seq: 7,
+        first_index: 3,
+        retention,
+    }
+}
+
+fn held(retention: Retention) -> Held {
+    let mut held = Held::default();
+    held.begin(id(1), start(retention));
+    held
+}
+
+/// Frames in a row, and what stands behind the last one.
+fn piece(first: u64, frames: &[&str], behind: &str) -> Piece {
+    let (mut bytes, mut ends) = (String::new(), Ends::default());
+    for frame in frames {
+        bytes.push_str(frame);
+        ends.push(bytes.len());
+    }
+    bytes.push_str(behind);
+    Piece::new(first, bytes.into(), ends)
+}
+
+fn large(first: u64, bytes: usize) -> Piece {
+    let mut ends = Ends::default();
+    ends.push(bytes);
+    Piece::new(first, vec![b'x'; bytes].into(), ends)
+}
+
+/// All that there is for the reader.
+fn read(held: &mut Held, attempt: u128, cursor: &mut Cursor) -> String {
+    let mut all = String::new();
+    while let Taken::Bytes(bytes) = held.take(&id(attempt), cursor) {
+        all.push_str(std::str::from_utf8(&bytes).unwrap());
+    }
+    all
+}
+
+// CLOUD-1560
+#[test]
+fn a_reader_that_comes_again_gets_everything_from_its_record_on_with_the_comments_before_it() {
+    let mut held = held(Retention::Keep);
+    held.append(at(0), &id(1), piece(3, &["a", "ids b"], "thought ")).unwrap();
+    held.append(at(0), &id(1), piece(5, &[], "works ")).unwrap();
+    held.append(at(0), &id(1), piece(5, &["c"], "")).unwrap();
+    held.finish(at(1), &id(1), Some(piece(6, &["end"], " seq 9")));
+    assert_eq!(read(&mut held, 1, &mut Cursor::first()), "aids bthought works cend seq 9");
+    let from = |held: &mut Held, from| {
+        let mut resumed = held.resume(&id(1), from).unwrap();
+        assert_eq!((resumed.replica_id.as_str(), resumed.report_seq), ("r0", 7));
+        read(held, 1, &mut resumed.cursor)
+    };
+    assert_eq!(from(&mut held, 3), "aids bthought works cend seq 9");
+    assert_eq!(from(&mut held, 4), "ids bthought works cend seq 9");
+    assert_eq!(from(&mut held, 5), "thought works cend seq 9");
+    assert_eq!(from(&mut held, 7), " seq 9");
+    assert_eq!(held.resume(&id(1), 2), Err(ResumeError::Gone));
+    assert_eq!(held.resume(&id(1), 8), Err(ResumeError::Gone));
+    assert_eq!(held.take(&id(1), &mut Cursor::first()), Taken::Replaced);
+    held.done(&id(1));
+    assert_eq!((held.bytes(), held.next_deadline()), (0, None));
+}
+
+// CLOUD-1560
+#[test]
+fn bytes_are_handed_over_as_they_were_given() {
+    let mut held = held(Retention::Keep);
+    let given = Bytes::from(vec![b'x'; 5_000]);
+    let mut ends = Ends::default();
+    ends.push(given.len());
+    held.append(at(0), &id(1), Piece::new(3, given.clone(), ends)).unwrap();
+    let Taken::Bytes(bytes) = held.take(&id(1), &mut Cursor::first()) else { panic!("nothing is there") };
+    assert_eq!(bytes.as_ptr(), given.as_ptr());
+}
+
+// CLOUD-1562
+#[test]
+fn an_attached_attempt_keeps_what_was_not_handed_over_and_is_done_with_its_last_byte() {
+    let (mut held, mut cursor) = (held(Retention::Attached), Cursor::first());
+    held.append(at(0), &id(1), piece(3, &["a"], "")).unwrap();
+    held.append(at(0), &id(1), piece(4, &["b"], "")).unwrap();
+    assert_eq!(held.take(&id(1), &mut cursor), Taken::Bytes("a".into()));
+    assert!(held.detach(at(5), &id(1), &cursor));
+    assert_eq!(held.resume(&id(1), 3), Err(ResumeError::Gone));
+    let mut cursor = held.resume(&id(1), 4).unwrap().cursor;
+    assert_eq!(held.take(&id(1), &mut cursor), Taken::Bytes("b".into()));
+    assert_eq!(held.take(&id(1), &mut cursor), Taken::Waiting);
+    held.finish(at(9), &id(1), Some(piece(5, &["end"], "")));
+    assert_eq!(held.take(&id(1), &mut cursor), Taken::Bytes("end".into()));
+    assert!(!held.contains(&id(1)));
+    assert_eq!(held.take(&id(1), &mut cursor), Taken::Over);
+    assert_eq!((held.bytes(), held.next_deadline()), (0, None));
+}
+
+// CLOUD-1561
+#[test]
+fn a_kept_attempt_ends_as_too_long_and_an_attached_one_holds_its_driver_back() {
+    let mut kept = held(Retention::Keep);
+    kept.append(at(0), &id(1), large(3, MAX_ATTEMPT_BYTES)).unwrap();
+    assert!(kept.has_room(&id(1)));
+    assert_eq!(kept.append(at(0), &id(1), piece(4, &["x"], "")), Err(TooLong));
+    kept.finish(at(0), &id(1), Some(piece(4, &["error"], "")));
+    let mut resumed = kept.resume(&id(1), 4).unwrap();
+    assert_eq!(read(&mut kept, 1, &mut resumed.cursor), "error");
+
+    let (mut held, mut cursor) = (held(Retention::Attached), Cursor::first());
+    held.append(at(0), &id(1), large(3, MAX_ATTEMPT_BYTES - 1)).unwrap();
+    assert!(held.has_room(&id(1)) && held.next_deadline().is_none());
+    held.append(at(2), &id(1), piece(4, &["x"], "")).unwrap();
+    assert!(!held.has_room(&id(1)));
+    assert_eq!(held.next_deadline(), Some(at(30_002)));
+    assert!(matches!(held.take(&id(1), &mut cursor), Taken::Bytes(_)));
+    assert!(held.has_room(&id(1)) && held.next_deadline().is_none());
+    held.append(at(3), &id(1), large(5, MAX_ATTEMPT_BYTES)).unwrap();
+    assert_eq!(held.expired(at(30_002)), None);
+    assert_eq!(held.expired(at(30_003)), Some(id(1)));
+    assert_eq!(held.expired(at(30_003)), None);
+}
+
+// CLOUD-1563
+#[test]
+fn an_attempt_without_a_reader_is_stopped_after_fifteen_seconds_unless_one_comes() {
+    let mut held = held(Retention::Keep);
+    assert!(held.detach(at(1_000), &id(1), &Cursor::first()));
+    assert_eq!(held.next_deadline(), Some(at(16_000)));
+    let cursor = held.resume(&id(1), 3).unwrap().cursor;
+    // The reader that was replaced goes late, which is nothing to the other one.
+    assert!(held.detach(at(2_000), &id(1), &Cursor::first()));
+    assert_eq!(held.next_deadline(), None);
+    assert!(held.detach(at(3_000), &id(1), &cursor));
+    assert_eq!(held.expired(at(17_999)), None);
+    assert_eq!(held.expired(at(18_000)), Some(id(1)));
+    assert_eq!(held.expired(at(99_000)), None, "it is asked to end once");
+    held.finish(at(18_010), &id(1), None);
+    assert_eq!(held.next_deadline(), Some(at(78_010)));
+}
+
+// CLOUD-1564
+#[test]
+fn what_has_ended_goes_after_a_minute_and_what_runs_is_not_done() {
+    let mut held = held(Retention::Keep);
+    held.done(&id(1));
+    assert!(held.contains(&id(1)));
+    held.finish(at(5), &id(1), Some(piece(3, &["end"], "")));
+    held.finish(at(6), &id(1), Some(piece(4, &["end"], "")));
+    assert!(!held.detach(at(7), &id(1), &Cursor::first()), "nothing goes on");
+    assert_eq!(held.expired(at(60_004)), None);
+    assert!(held.has_ended(&id(1)));
+    assert_eq!(held.expired(at(60_005)), None);
+    assert!(!held.contains(&id(1)));
+    assert_eq!(held.bytes(), 0);
+}
+
+// CLOUD-1568
+#[test]
+fn who_leaves_waits_two_seconds_for_what_has_ended_to_be_done() {
+    let mut held = held(Retention::Keep);
+    assert!(!held.awaits_done(at(0)), "what runs is waited for by others");
+    held.finish(at(5), &id(1), None);
+    assert!(held.awaits_done(at(2_004)) && !held.awaits_done(at(2_005)));
+    held.done(&id(1));
+    assert!(!held.awaits_done(at(6)));
+}
+
+// CLOUD-1565
+#[test]
+fn beyond_the_bound_the_oldest_that_has_ended_goes_first_and_then_nothing_new_comes() {
+    let mut held = Held::default();
+    held.set_bound(10_000);
+    for n in 1..=3 {
+        held.begin(id(n), start(Retention::Keep));
+        held.append(at(0), &id(n), large(3, 2_000)).unwrap();
+    }
+    held.finish(at(2), &id(2), None);
+    held.finish(at(1), &id(3), None);
+    assert!(!held.is_full());
+    held.append(at(3), &id(1), large(4, 3_000)).unwrap();
+    assert!(held.contains(&id(2)) && !held.contains(&id(3)));
+    held.append(at(3), &id(1), large(5, 9_000)).unwrap();
+    assert!(held.contains(&id(1)) && !held.contains(&id(2)), "what runs stays");
+    assert!(held.is_full());
+    held.finish(at(4), &id(1), None);
+    assert!(!held.is_full(), "what has ended makes room");
+}
+
+proptest! {
+    // CLOUD-1560
+    // CLOUD-1565
+    #[test]
+    fn readers_that_come_and_go_see_each_record_once_and_the_books_balance(
+        steps in prop::collection::vec((0_u8..4, 0_usize..4), 0..120),
+        attached in any::<bool>(),
+    ) {
+        let mut held = Held::default();
+        let retention = if attached { Retention::Attached } else { Retention::Keep };
+        held.begin(id(1), start(retention));
+        let (mut cursor, mut next, mut seen) = (Cursor::first(), 3_u64, String::new());
+        let mut written = String::new();
+        for (now, (what, n)) in (0..).zip(steps) {
+            match what {
+                0 | 1 => {
+                    let frames: Vec<String> = (0..n as u64).map(|i| format!("[{}]", next + i)).collect();
+                    let frames: Vec<&str> = frames.iter().map(String::as_str).collect();
+                    written.push_str(&frames.concat());
+                    held.append(at(now), &id(1), piece(next, &frames, "")).unwrap();
+                    next += n as u64;
+                }
+                2 => if let Taken::Bytes(bytes) = held.take(&id(1), &mut cursor) {
+                    seen.push_str(std::str::from_utf8(&bytes).unwrap());
+                },
+                _ => {
+                    held.detach(at(now), &id(1), &cursor);
+                    let from = 3 + seen.matches('[').count() as u64;
+                    cursor = held.resume(&id(1), from).unwrap().cursor;
+                }
+            }
+            let entry = &held.entries[&id(1)];
+            let pieces: usize = entry.pieces.iter().map(Piece::cost).sum();
+            prop_assert_eq!(held.bytes(), ATTEMPT_BYTES + pieces);
+        }
+        seen.push_str(&read(&mut held, 1, &mut cursor));
+        prop_assert_eq!(seen, written);
+        held.remove(&id(1));
+        prop_assert_eq!((held.bytes(), held.next_deadline()), (0, None));
+    }
+}

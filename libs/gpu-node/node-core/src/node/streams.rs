@@ -1,0 +1,69 @@
+//! The streams of a node's attempts: who may read on, and what a report says of those that are kept.
+
+use pool_registry_types::AttemptId;
+use pool_registry_types::pool::{PoolReport, ReplicaReport};
+
+use super::NodeCore;
+use crate::attempts::{Held, ResumeError, Resumed};
+
+impl NodeCore {
+    /// What is kept of the attempts' streams.
+    pub fn held(&self) -> &Held {
+        &self.held
+    }
+
+    pub fn held_mut(&mut self) -> &mut Held {
+        &mut self.held
+    }
+
+    /// All attempts together take at most so many bytes.
+    pub fn bound_held(&mut self, bytes: usize) {
+        self.held.set_bound(bytes);
+    }
+
+    /// A reader goes on with the attempt, from the record `from` on. What was never accepted never will
+    /// be: whoever asks for it places its task elsewhere.
+    pub fn resume(&mut self, attempt: &AttemptId, from: u64) -> Result<Resumed, ResumeError> {
+        if !self.seen.contains(attempt) {
+            self.remember(*attempt);
+            return Err(ResumeError::Unknown);
+        }
+        self.held.resume(attempt, from)
+    }
+
+    /// Nobody wants the attempt any more, whether or not it has come: the shell ends what runs of it.
+    pub fn stopped(&mut self, attempt: &AttemptId) {
+        self.remember(*attempt);
+        self.held.remove(attempt);
+    }
+
+    /// Adds the attempts that have ended and are kept for a reader, and that there is room for no other.
+    pub(super) fn report_held(&self, reports: &mut [PoolReport]) {
+        let runs = |attempt: &AttemptId| self.running.get(attempt).is_some_and(|running| !running.over);
+        for (attempt, pool_id, replica_id) in self.held.iter().filter(|(attempt, ..)| !runs(attempt)) {
+            let Some(report) = reports.iter_mut().find(|report| report.pool_id == *pool_id) else { continue };
+            match report.replicas.iter_mut().find(|replica| replica.replica_id == *replica_id) {
+                Some(replica) => replica.held.push(*attempt),
+                // It is gone, and what it has made is not.
+                None => report.replicas.push(ReplicaReport {
+                    held: vec![*attempt],
+                    ..ReplicaReport::without_slots(replica_id.clone())
+                }),
+            }
+        }
+        if self.held.exceeds() {
+            for report in reports {
+                report.warning.get_or_insert_with(|| held_is_full(&self.held));
+            }
+        }
+    }
+}
+
+/// Why nothing new is taken.
+pub(super) fn held_is_full(held: &Held) -> String {
+    format!(
+        "streams that nobody has read yet take {} bytes of memory, the most is {}",
+        held.bytes(),
+        held.bound()
+    )
+}

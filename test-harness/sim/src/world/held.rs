@@ -1,0 +1,216 @@
+//! Streams that nodes keep: every attempt's bytes go through its node's buffer, by the production code,
+//! and from there over its connection. Of those that are kept a lost connection ends nothing: the
+//! control plane asks for the rest, or the node stops what nobody reads.
+
+use std::time::Duration;
+
+use node_core::{Cursor, Ends, Piece, Taken};
+use pool_registry_types::{AttemptId, BootId, Moment};
+
+use super::{Piece as Sent, What, World};
+
+/// An attempt without a reader is stopped after 15 s, one that has ended is dropped after 60 s; the
+/// node looks at least once a second.
+const DETACHED_WITHIN: Duration = Duration::from_millis(17_000);
+const DROPPED_WITHIN: Duration = Duration::from_millis(62_000);
+/// A control plane tries as often to have a stream resumed.
+const RESUMES_EVERY_MS: u64 = 500;
+
+/// The last that a control plane has to do with an attempt's connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Closing {
+    /// It orders the attempt's end.
+    Stop,
+    /// It has the attempt's end.
+    Done,
+    /// It is no more.
+    Lost,
+}
+
+/// How long a node may keep something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Keeps {
+    Detached,
+    Ended,
+}
+
+impl World {
+    /// The driver of an attempt has made a frame, or comments, which go on to the reader if there is one.
+    pub(super) fn append(&mut self, node: usize, attempt: AttemptId, conn: u64, made: (u64, Vec<u8>, bool)) {
+        let now = self.now;
+        let (first, bytes, is_frame) = made;
+        let mut ends = Ends::default();
+        if is_frame {
+            ends.push(bytes.len());
+        }
+        let Some(core) = self.nodes[node].core.as_mut() else { return };
+        let appended = core.held_mut().append(now, &attempt, Piece::new(first, bytes.into(), ends));
+        if appended.is_err() {
+            self.check(Err(format!("[10] attempt {attempt} is too long for n{node}")));
+        }
+        self.hand_over(node, attempt, conn);
+        self.check_held(node);
+    }
+
+    /// The driver has ended; its last bytes were appended but for these.
+    pub(super) fn finish(&mut self, node: usize, attempt: AttemptId, conn: u64, last: (u64, Vec<u8>)) {
+        let now = self.now;
+        let Some(core) = self.nodes[node].core.as_mut() else { return };
+        let last = Piece::new(last.0, last.1.into(), Ends::default());
+        core.held_mut().finish(now, &attempt, Some(last));
+        self.hand_over(node, attempt, conn);
+        self.check_held(node);
+        let boot = self.nodes[node].boot;
+        if self.nodes[node].core.as_ref().is_some_and(|core| core.held().has_ended(&attempt)) {
+            self.nodes[node].ended.push(attempt);
+            self.at(
+                now + DROPPED_WITHIN,
+                What::HeldDue { node, boot, attempt, since: now, keeps: Keeps::Ended },
+            );
+        }
+    }
+
+    /// What the reader has not had yet goes over its connection.
+    fn hand_over(&mut self, node: usize, attempt: AttemptId, conn: u64) {
+        loop {
+            let Some(cursor) = self.conns.get_mut(&conn).and_then(|c| c.cursor.as_mut()) else { return };
+            let Some(core) = self.nodes[node].core.as_mut() else { return };
+            let Taken::Bytes(bytes) = core.held_mut().take(&attempt, cursor) else { return };
+            let is_token = bytes.windows(TOKEN.len()).any(|window| window == TOKEN);
+            self.send_bytes(conn, &bytes, is_token);
+        }
+    }
+
+    /// The connection of an attempt is gone at its node. One that is kept goes on without a reader.
+    pub(super) fn reader_lost(&mut self, conn: u64) {
+        let now = self.now;
+        let Some(c) = self.conns.get_mut(&conn).filter(|c| c.keeps) else { return };
+        let (node, attempt) = (c.node, c.dispatch.attempt);
+        let Some(cursor) = c.cursor.take() else { return };
+        self.detach(now, node, attempt, &cursor);
+    }
+
+    pub(super) fn detach(&mut self, now: Moment, node: usize, attempt: AttemptId, cursor: &Cursor) {
+        let boot = self.nodes[node].boot;
+        let Some(core) = self.nodes[node].core.as_mut() else { return };
+        if core.held_mut().detach(now, &attempt, cursor) {
+            self.coverage.hit("stream: attempt without a reader");
+            let due = What::HeldDue { node, boot, attempt, since: now, keeps: Keeps::Detached };
+            self.at(now + DETACHED_WITHIN, due);
+        }
+        self.pump(node);
+    }
+
+    // ---- the control plane's side ----
+
+    /// The connection of a kept attempt has broken: its node is asked for the rest. Returns whether it
+    /// will be.
+    pub(super) fn resumes(&mut self, life: u64, attempt: AttemptId, conn: u64) -> bool {
+        let keeps = self.conns.get(&conn).is_some_and(|c| c.keeps && c.cp_open);
+        if keeps {
+            let wait = self.keeping.u64(1..=RESUMES_EVERY_MS);
+            self.after_ms(wait, What::ResumeDue { life, attempt });
+        }
+        keeps
+    }
+
+    pub(crate) fn resume_due(&mut self, life: u64, attempt: AttemptId) {
+        let Some((conn, from)) = self.resume_from(life, attempt) else { return };
+        let Some(c) = self.conns.get(&conn) else { return };
+        if self.links[c.node].blocked() {
+            return self.after_ms(RESUMES_EVERY_MS, What::ResumeDue { life, attempt });
+        }
+        let delay = self.delay();
+        self.after_ms(delay, What::ResumeArrives { conn, from });
+    }
+
+    // ---- the node's side ----
+
+    pub(super) fn resume_arrives(&mut self, node: usize, conn: u64, from: u64) {
+        let Some(c) = self.conns.get(&conn) else { return };
+        let attempt = c.dispatch.attempt;
+        let resumed = self.nodes[node].core.as_mut().map(|core| core.resume(&attempt, from));
+        let Some(c) = self.conns.get_mut(&conn) else { return };
+        (c.broken, c.tail) = (false, Vec::new());
+        match resumed {
+            Some(Ok(resumed)) => {
+                c.cursor = Some(resumed.cursor);
+                self.coverage.hit("stream: resumed");
+                if c.ended_at_node {
+                    self.coverage.hit("stream: end kept for its reader");
+                }
+                self.hand_over(node, attempt, conn);
+                self.pump(node);
+            }
+            // Another boot, or too late.
+            Some(Err(_)) | None => {
+                c.keeps = false;
+                self.send_piece(conn, Sent::Reset("not held any more"));
+            }
+        }
+    }
+
+    /// The connection of a kept attempt is closed, for the reason that the control plane has left.
+    pub(super) fn closing_arrives(&mut self, node: usize, attempt: AttemptId, closing: Closing) {
+        let now = self.now;
+        let Some(core) = self.nodes[node].core.as_mut() else { return };
+        match closing {
+            Closing::Done => core.held_mut().done(&attempt),
+            Closing::Lost => {}
+            Closing::Stop => {
+                core.stopped(&attempt);
+                if let Some(run) = self.nodes[node].runs.remove(&attempt) {
+                    if let Some(core) = self.nodes[node].core.as_mut() {
+                        core.ended_before_release(now, &attempt);
+                    }
+                    self.haunt(node, attempt, run.replica);
+                }
+            }
+        }
+    }
+
+    // ---- the oracle ----
+
+    /// [10] What a node keeps is bounded: what has ended goes before the bound is passed.
+    fn check_held(&mut self, node: usize) {
+        let sim = &mut self.nodes[node];
+        let Some(core) = sim.core.as_ref() else { return };
+        let held = core.held();
+        sim.ended.retain(|attempt| held.has_ended(attempt));
+        let broken = (held.bytes() > held.bound() && !sim.ended.is_empty()).then(|| {
+            format!("[10] n{node} keeps {} bytes of {} and what has ended", held.bytes(), held.bound())
+        });
+        self.check(broken.map_or(Ok(()), Err));
+    }
+
+    /// [10] Nothing runs without a reader, or is kept after its end, for longer than its time.
+    pub(crate) fn held_due(
+        &mut self,
+        node: usize,
+        boot: BootId,
+        attempt: AttemptId,
+        since: Moment,
+        keeps: Keeps,
+    ) {
+        let sim = &self.nodes[node];
+        let Some(core) = sim.core.as_ref().filter(|_| sim.boot == boot) else { return };
+        let is_kept = match keeps {
+            Keeps::Detached => {
+                core.held().detached_since(&attempt) == Some(since) && sim.runs.contains_key(&attempt)
+            }
+            Keeps::Ended => core.held().has_ended(&attempt),
+        };
+        if !is_kept {
+            return;
+        }
+        if sim.stopped > 0 {
+            return self.after_ms(3_000, What::HeldDue { node, boot, attempt, since, keeps });
+        }
+        self.check(Err(format!(
+            "[10] n{node} keeps attempt {attempt} since {} ms ({keeps:?})",
+            since.as_millis()
+        )));
+    }
+}
+
+const TOKEN: &[u8] = b"\nevent: token\n";
