@@ -7,9 +7,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use pool_registry_types::{Backoff, Moment};
+use pool_registry_types::Moment;
 
-use crate::supervisor::core::{Ordered, Supervisor, find};
+use crate::supervisor::core::{Supervisor, find};
+use crate::supervisor::driver_reports::Report;
+use crate::supervisor::event::Ordered;
 use crate::supervisor::ledger::DeviceReading;
 use crate::supervisor::plan::{Device, ReplicaKey, RunId};
 use crate::supervisor::pool::{Blame, Slot};
@@ -17,45 +19,6 @@ use crate::supervisor::pool::{Blame, Slot};
 /// How long a report waits to be confirmed, and the pause between two looks at the GPUs meanwhile.
 const CONFIRMED_WITHIN: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// Between two restarts of a pool for reported errors; begins anew after some time without any.
-/// Source: .specs/01 CLOUD-2414.
-const GAPS: Backoff = Backoff::new(Duration::from_secs(30), Duration::from_secs(600));
-const FORGOTTEN_AFTER: Duration = Duration::from_secs(3600);
-
-/// What an engine has written of its driver.
-#[derive(Debug)]
-pub(super) struct Report {
-    line: String,
-    until: Moment,
-    look_at: Moment,
-}
-
-/// The restarts of a pool for errors that its engines reported.
-#[derive(Debug, Default)]
-pub(super) struct Reported {
-    /// The last one, which may still be to come.
-    last: Option<Moment>,
-    /// Gaps so far.
-    gaps: u32,
-}
-
-impl Reported {
-    /// One more is needed: it is not made before [`Reported::earliest`].
-    fn add(&mut self, now: Moment) {
-        let before = self.last.filter(|last| now < *last + FORGOTTEN_AFTER);
-        let Some(last) = before else {
-            (self.last, self.gaps) = (Some(now), 0);
-            return;
-        };
-        self.last = Some(now.max(last + GAPS.after(self.gaps)));
-        self.gaps = self.gaps.saturating_add(1);
-    }
-
-    /// When the engine may start again.
-    pub(super) fn earliest(&self) -> Moment {
-        self.last.unwrap_or(Moment::ZERO)
-    }
-}
 
 impl Supervisor {
     pub(super) fn devices(

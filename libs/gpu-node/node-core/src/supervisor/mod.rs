@@ -7,6 +7,8 @@
 mod core;
 mod driver;
 mod driver_errors;
+mod driver_reports;
+mod event;
 mod exits;
 mod ledger;
 mod plan;
@@ -17,7 +19,8 @@ mod reconcile;
 #[cfg(test)]
 mod tests;
 
-pub use core::{Happened, Ordered, Supervisor, Work};
+pub use core::Supervisor;
 pub use driver_errors::fatal_driver_error;
+pub use event::{Happened, Ordered, Work};
 pub use ledger::DeviceReading;
 pub use plan::{Claim, Device, PoolPlan, Prepared, ReplicaKey, RunId};

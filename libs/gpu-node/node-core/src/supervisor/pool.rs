@@ -5,11 +5,13 @@ use std::time::Duration;
 
 use pool_registry_types::{Moment, PoolId, ReplicaId};
 
-use crate::supervisor::core::{DEMAND_LIFE, Ordered, Work};
-use crate::supervisor::driver::{Report, Reported};
+use crate::supervisor::driver_reports::{Report, Reported};
+use crate::supervisor::event::{Ordered, Work};
 use crate::supervisor::exits::{CoolDown, Exits, STORM_WINDOW};
 use crate::supervisor::plan::{Claim, Device, PoolPlan, Prepared, ReplicaKey, RunId};
 
+/// How long a demand to load holds without being repeated. Source: .specs/01 CLOUD-2422.
+pub(super) const DEMAND_LIFE: Duration = Duration::from_secs(15);
 /// A pool that was loaded for somebody may wait this long for its first attempt before it
 /// counts as idle.
 pub(super) const FIRST_WORK_PATIENCE: Duration = Duration::from_secs(5);

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use pool_registry_types::{Moment, PoolId};
 
-use crate::supervisor::core::{Ordered, Supervisor};
+use crate::supervisor::core::Supervisor;
+use crate::supervisor::event::Ordered;
 use crate::supervisor::ledger::{Ledger, Shortage};
 use crate::supervisor::plan::{Claim, Device, ReplicaKey};
 use crate::supervisor::pool::{
@@ -231,7 +232,7 @@ impl Supervisor {
         }
     }
 
-    /// When [`crate::supervisor::core::Happened::Timer`] is due.
+    /// When [`crate::supervisor::event::Happened::Timer`] is due.
     pub fn next_deadline(&self, now: Moment) -> Option<Moment> {
         // What is past was reconciled, or waits for something else than time.
         self.pools.values().flat_map(Pool::deadlines).filter(|at| *at > now).min()
@@ -390,7 +391,7 @@ impl Pool {
             all.push(*since + self.serving.plan.load_timeout + self.serving.plan.drain_timeout);
         }
         all.extend(self.demand.filter(|at| *at != Moment::NEVER));
-        all.extend(self.waited_for.map(|reported| reported + super::core::DEMAND_LIFE));
+        all.extend(self.waited_for.map(|reported| reported + super::pool::DEMAND_LIFE));
         all.extend(self.cool_down.until.filter(|_| !self.purging));
         let next = self.reload.iter().filter_map(|reload| reload.next.as_ref());
         for generation in std::iter::once(&self.serving).chain(next) {

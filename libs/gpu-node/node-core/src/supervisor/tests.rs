@@ -7,10 +7,13 @@ use pool_registry_types::pool::{EngineKind, PoolState};
 use pool_registry_types::{ModelRef, Moment, PoolId};
 use proptest::prelude::*;
 
-use super::core::{Happened, Ordered, Supervisor, Work};
+use super::core::Supervisor;
+use super::event::{Happened, Ordered, Work};
 use super::ledger::DeviceReading;
 use super::plan::{Claim, Device, PoolPlan, Prepared, ReplicaKey, RunId};
 
+mod driver;
+mod exits;
 mod reloads;
 mod turns;
 
@@ -286,112 +289,6 @@ impl Machine {
     }
 }
 
-// CLOUD-2411
-#[test]
-fn an_engine_that_ends_is_started_again_after_a_growing_pause() {
-    let mut machine = Machine::new(&[("a", plan("a", 400, false))]);
-    machine.pass(1_500);
-    assert!(machine.is_up("a"));
-    let mut pauses = Vec::new();
-    for _ in 0..4 {
-        let before = machine.now;
-        machine.kill("a");
-        assert!(!machine.is_up("a"), "a dead engine is withdrawn at once");
-        while !machine.is_up("a") {
-            machine.pass(50);
-        }
-        pauses.push(machine.now - before - LOAD_MS);
-    }
-    assert!(pauses.windows(2).all(|pair| pair[0] < pair[1]), "{pauses:?}");
-    assert!(pauses[0] <= 350 && pauses[3] <= 1_750, "{pauses:?}");
-}
-
-// CLOUD-2412
-#[test]
-fn ten_exits_in_a_minute_end_in_a_failed_pool_that_shows_its_last_lines() {
-    let mut machine = Machine::new(&[("a", plan("a", 400, false))]);
-    for n in 1..=10 {
-        while !machine.is_up("a") {
-            machine.pass(50);
-            assert!(machine.now < 60_000, "only {n} kills in a minute");
-        }
-        machine.kill("a");
-    }
-    let (state, error) = machine.state("a");
-    assert_eq!(state, PoolState::Failed);
-    assert!(error.unwrap().contains("10 times within 60 s"));
-    let declared = machine.core.declared(&BTreeMap::new());
-    assert_eq!(declared[&id("a")].supervised.log_tail, ["its last line"]);
-    machine.pass(59_000);
-    assert_eq!(machine.starts("a"), 10, "it stays as it is");
-    machine.send(Happened::Revive { pool_id: id("a") });
-    machine.pass(2_000);
-    assert!(machine.is_up("a"));
-}
-
-// CLOUD-2412
-#[test]
-fn a_pool_that_was_given_up_is_tried_again_after_a_cool_down_that_doubles() {
-    let mut machine = Machine::new(&[("a", plan("a", 400, false))]);
-    let mut waits = Vec::new();
-    for _ in 0..6 {
-        machine.wear_out("a");
-        let next = machine.core.next_deadline(Moment::from_millis(machine.now)).unwrap();
-        let span = next.millis_since(Moment::from_millis(machine.now)) / 1_000;
-        assert!(machine.state("a").1.unwrap().contains(&format!("is tried again in {span} s")));
-        waits.push((machine.back_after("a") - LOAD_MS) / 1_000);
-    }
-    assert_eq!(waits, [60, 120, 240, 480, 900, 900]);
-    // A life that serves for long enough makes the next one the first again.
-    machine.pass(61_000);
-    machine.wear_out("a");
-    assert_eq!((machine.back_after("a") - LOAD_MS) / 1_000, 60);
-    // An order acts at once, and makes it the first again too.
-    machine.wear_out("a");
-    machine.send(Happened::Revive { pool_id: id("a") });
-    assert!(machine.back_after("a") <= LOAD_MS + 100);
-    machine.wear_out("a");
-    assert_eq!((machine.back_after("a") - LOAD_MS) / 1_000, 60);
-}
-
-// CLOUD-2412
-#[test]
-fn a_purged_pool_is_not_tried_again_although_it_had_been_given_up() {
-    let mut machine = Machine::new(&[("a", plan("a", 400, false))]);
-    machine.wear_out("a");
-    machine.send(Happened::Purge { pool_id: id("a") });
-    let starts = machine.starts("a");
-    machine.pass(120_000);
-    assert_eq!((machine.state("a").0, machine.starts("a")), (PoolState::Failed, starts));
-}
-
-// CLOUD-2412
-#[test]
-fn deaths_with_a_culprit_give_no_pool_up_and_pause_as_others_do() {
-    let mut machine = Machine::new(&[("a", PoolPlan { exit_limit: 3, ..plan("a", 400, false) })]);
-    let mut pauses = Vec::new();
-    for _ in 0..5 {
-        machine.back_after("a");
-        let run = machine.serving("a").unwrap();
-        machine.end_by(run, "it was killed by SIGSEGV", true);
-        assert_ne!(machine.state("a").0, PoolState::Failed);
-        pauses.push(machine.back_after("a") - LOAD_MS);
-    }
-    assert!(pauses.windows(2).all(|pair| pair[0] < pair[1]), "{pauses:?}");
-    machine.wear_out("a");
-    assert!(machine.state("a").1.unwrap().contains("3 times within 60 s"), "those without one count");
-}
-
-// CLOUD-2413
-#[test]
-fn an_engine_that_never_gets_ready_is_stopped_and_counts_as_ended() {
-    let slow = PoolPlan { load_timeout: Duration::from_millis(500), ..plan("a", 400, false) };
-    let mut machine = Machine::new(&[("a", slow)]);
-    machine.pass(1_000);
-    assert!(machine.starts("a") >= 1 && !machine.is_up("a"));
-    assert!(machine.state("a").1.unwrap().contains("not ready within 0 s"));
-}
-
 // CLOUD-2420
 #[test]
 fn a_pool_is_loaded_when_a_task_waits_and_unloaded_when_nothing_does() {
@@ -568,108 +465,7 @@ fn a_pool_of_which_only_a_part_is_loaded_makes_room_as_well() {
     }
 }
 
-// CLOUD-2414
-#[test]
-fn an_engine_whose_gpu_is_sick_takes_nothing_new_before_it_is_started_again() {
-    let mut machine = Machine::new(&[("a", plan("a", 400, false))]);
-    machine.pass(1_500);
-    let run = machine.serving("a").unwrap();
-    machine.engines.get_mut(&run).unwrap().running = 1;
-    machine.report_use();
-    machine.faults += 1;
-    machine.look();
-    assert!(machine.is_up("a"), "an error of the driver alone is none of the engine's");
-    machine.send(Happened::Alarmed { run, line: DRIVER_ERROR.into() });
-    assert!(!machine.is_up("a") && machine.engines.contains_key(&run), "what runs may finish");
-    machine.engines.get_mut(&run).unwrap().running = 0;
-    machine.pass(1_000);
-    assert!(machine.state("a").1.unwrap().contains("CUDA error"));
-    machine.pass(1_000);
-    assert!(machine.is_up("a"));
-    machine.healthy = false;
-    machine.pass(1_000);
-    assert!(!machine.is_up("a"));
-    assert!(machine.state("a").1.unwrap().contains("GPU0 is lost"));
-    machine.healthy = true;
-    machine.pass(3_000);
-    assert!(machine.is_up("a"));
-}
-
 const DRIVER_ERROR: &str = "CUDA error: an illegal memory access was encountered";
-
-// CLOUD-2414
-#[test]
-fn a_line_that_no_driver_confirms_decides_nothing() {
-    let mut machine = Machine::new(&[]);
-    machine.faults = 3;
-    machine.look();
-    machine.configure(&[("a", plan("a", 400, false))]);
-    machine.pass(1_500);
-    let run = machine.serving("a").unwrap();
-    for _ in 0..12 {
-        machine.send(Happened::Alarmed { run, line: DRIVER_ERROR.into() });
-        machine.pass(2_000);
-    }
-    assert_eq!((machine.serving("a"), machine.starts("a")), (Some(run), 1), "what is older proves nothing");
-    // What the driver says in time counts, and what it says later does not.
-    machine.pass(6_000);
-    machine.faults += 1;
-    machine.pass(500);
-    assert_eq!(machine.serving("a"), Some(run));
-    let mut machine = Machine::new(&[("a", plan("a", 400, false))]);
-    machine.pass(1_500);
-    let run = machine.serving("a").unwrap();
-    machine.send(Happened::Alarmed { run, line: DRIVER_ERROR.into() });
-    machine.pass(2_000);
-    machine.faults += 1;
-    machine.look();
-    assert!(!machine.is_up("a"));
-}
-
-// CLOUD-2414
-#[test]
-fn without_a_driver_an_engine_that_serves_is_believed_and_not_its_line() {
-    let mut machine = Machine::new(&[]);
-    machine.blind = true;
-    machine.look();
-    machine.configure(&[("a", plan("a", 400, false))]);
-    machine.pass(1_500);
-    let run = machine.serving("a").unwrap();
-    machine.send(Happened::Alarmed { run, line: DRIVER_ERROR.into() });
-    machine.pass(3_000);
-    assert_eq!(machine.serving("a"), Some(run));
-    machine.silent = true;
-    machine.report_use();
-    assert!(!machine.is_up("a"), "it says so, and serves nobody");
-}
-
-// CLOUD-2414
-#[test]
-fn restarts_for_reported_errors_keep_apart_and_give_no_pool_up() {
-    let mut machine = Machine::new(&[("a", PoolPlan { exit_limit: 2, ..plan("a", 400, false) })]);
-    let mut pauses = Vec::new();
-    let mut report = |machine: &mut Machine| {
-        machine.back_after("a");
-        let run = machine.serving("a").unwrap();
-        machine.faults += 1;
-        machine.look();
-        machine.send(Happened::Alarmed { run, line: DRIVER_ERROR.into() });
-        assert!(!machine.is_up("a"), "a confirmed error takes it out at once");
-        pauses.push((machine.back_after("a") - LOAD_MS) / 1_000);
-        assert_ne!(machine.state("a").0, PoolState::Failed);
-    };
-    for _ in 0..7 {
-        report(&mut machine);
-    }
-    machine.pass(3_700_000);
-    report(&mut machine);
-    // The first after an hour without is made at once.
-    let expected = [0, 30, 60, 120, 240, 480, 600, 0];
-    for (pause, gap) in pauses.iter().zip(expected) {
-        assert!((gap.max(2) - 2..=gap + 1).contains(pause), "{pauses:?}");
-    }
-    assert_eq!(pauses.len(), expected.len());
-}
 
 #[derive(Debug, Clone)]
 enum Act {
