@@ -1,0 +1,66 @@
+//! What can be read of the node: the reports of its pools, and single facts.
+
+use pool_registry_types::node::{GpuReport, Intent};
+use pool_registry_types::pool::PoolReport;
+use pool_registry_types::{AttemptId, Moment, PoolId, ReplicaId};
+
+use super::NodeCore;
+use super::pools::Circumstances;
+use super::replica::Replica;
+
+impl NodeCore {
+    pub fn is_running(&self, attempt: &AttemptId) -> bool {
+        self.running.contains_key(attempt)
+    }
+
+    pub fn running_count(&self) -> usize {
+        self.running.values().filter(|running| !running.over).count()
+    }
+
+    pub fn pool_reports(&self, now: Moment) -> Vec<PoolReport> {
+        let report = |id: &PoolId| {
+            let (pool, declared) = (self.pools.get(id), self.declared.get(id));
+            let accepted = |id| self.running.get(id).map(|running| running.accepted);
+            let drains = pool.filter(|pool| pool.drain.is_some());
+            let around = Circumstances {
+                now,
+                node_drains: self.intent() == Intent::Draining,
+                vram_free_bytes: self.vram_free_bytes(),
+                // Only a drain shows it.
+                oldest: drains.and_then(|pool| pool.running().filter_map(accepted).min()),
+            };
+            let drained = self.drains_away.contains_key(id);
+            let around =
+                Circumstances { node_drains: around.node_drains || (pool.is_none() && drained), ..around };
+            match (pool, declared) {
+                (Some(pool), declared) => Some(pool.report(id, &around, declared)),
+                (None, Some(declared)) => Some(declared.report(id, &around)),
+                (None, None) => None,
+            }
+        };
+        let mut reports: Vec<PoolReport> = self.pool_ids().into_iter().filter_map(report).collect();
+        self.report_held(&mut reports);
+        reports
+    }
+
+    /// Free memory of all healthy GPUs, bytes; unknown without any.
+    fn vram_free_bytes(&self) -> Option<u64> {
+        let free = |gpu: &GpuReport| gpu.vram_total_bytes.saturating_sub(gpu.vram_used_bytes);
+        (!self.gpus.is_empty()).then(|| self.gpus.iter().map(free).sum())
+    }
+
+    pub fn gpus(&self) -> &[GpuReport] {
+        &self.gpus
+    }
+
+    /// Whether the replica takes attempts.
+    pub fn is_ready(&self, pool_id: &PoolId, replica_id: &ReplicaId) -> bool {
+        let replica = self.pools.get(pool_id).and_then(|pool| pool.replicas.get(replica_id));
+        replica.is_some_and(Replica::is_ready)
+    }
+
+    /// Requests of one replica at the moment: running here, being released, foreign.
+    pub fn slots_in_use(&self, pool_id: &PoolId, replica_id: &ReplicaId) -> Option<u32> {
+        Some(self.pools.get(pool_id)?.replicas.get(replica_id)?.busy())
+    }
+}
