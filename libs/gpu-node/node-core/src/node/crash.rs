@@ -9,8 +9,6 @@ use std::time::Duration;
 use pool_registry_types::error::EngineCrash;
 use pool_registry_types::{AttemptId, Moment, PoolId, ReplicaId};
 
-use super::NodeCore;
-
 /// Attempts that were accepted within this span before an engine's end may have brought it about.
 /// Source: .specs/01 CLOUD-2416.
 const SUSPECT_FOR: Duration = Duration::from_secs(2);
@@ -58,25 +56,20 @@ impl Engines {
     pub(super) fn keep(&mut self, is_there: impl Fn(&PoolId) -> bool) {
         self.0.retain(|(pool_id, _), engine| engine.runs || is_there(pool_id));
     }
-}
 
-impl NodeCore {
-    /// An engine that this node has started takes attempts from now on.
-    pub fn engine_began(&mut self, pool_id: &PoolId, replica_id: &ReplicaId) {
-        self.engines.0.entry((pool_id.clone(), replica_id.clone())).or_default().runs = true;
+    pub(super) fn began(&mut self, replica_key: (PoolId, ReplicaId)) {
+        self.0.entry(replica_key).or_default().runs = true;
     }
 
     /// The engine has ended; `signal` is that of a crash. Returns how many attempts may have brought
     /// the crash about.
-    pub fn engine_ended(
+    pub(super) fn ended(
         &mut self,
         now: Moment,
-        pool_id: &PoolId,
-        replica_id: &ReplicaId,
+        replica_key: &(PoolId, ReplicaId),
         signal: Option<&'static str>,
     ) -> usize {
-        let engine = self.engines.0.get_mut(&(pool_id.clone(), replica_id.clone()));
-        let Some(engine) = engine.filter(|engine| engine.runs) else { return 0 };
+        let Some(engine) = self.0.get_mut(replica_key).filter(|engine| engine.runs) else { return 0 };
         let late =
             std::mem::take(&mut engine.accepted).into_iter().filter(|(at, _)| now <= *at + SUSPECT_FOR);
         let suspects: BTreeSet<AttemptId> = match signal {
@@ -89,22 +82,21 @@ impl NodeCore {
         count
     }
 
-    /// The engine has done all that the attempt asked, or was never reached by it: whatever ends the
-    /// engine later, it was not this.
-    pub fn cleared(&mut self, attempt: &AttemptId) {
-        let Some(running) = self.running.get(attempt) else { return };
-        if let Some(engine) = self.engines.0.get_mut(&(running.pool.clone(), running.replica.clone())) {
+    /// Whatever ends the engine later, it was not this attempt.
+    pub(super) fn cleared(&mut self, replica_key: &(PoolId, ReplicaId), attempt: &AttemptId) {
+        if let Some(engine) = self.0.get_mut(replica_key) {
             engine.accepted.retain(|(_, id)| id != attempt);
         }
     }
 
-    /// How the engine has ended that a running attempt was given to.
-    pub fn verdict(&self, attempt: &AttemptId) -> Verdict {
-        let engine = self.running.get(attempt).and_then(|running| {
-            let engine = self.engines.0.get(&(running.pool.clone(), running.replica.clone()))?;
-            Some((running.accepted, engine))
-        });
-        let Some((accepted, engine)) = engine else { return Verdict::Known(None) };
+    /// How the engine has ended that the attempt was given to at `accepted`.
+    pub(super) fn verdict(
+        &self,
+        accepted: Moment,
+        replica_key: &(PoolId, ReplicaId),
+        attempt: &AttemptId,
+    ) -> Verdict {
+        let Some(engine) = self.0.get(replica_key) else { return Verdict::Known(None) };
         // An older end was that of another engine.
         match engine.last_end.as_ref().filter(|end| accepted <= end.at) {
             Some(end) => Verdict::Known(end.signal.map(|signal| EngineCrash {

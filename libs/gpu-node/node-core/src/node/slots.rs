@@ -1,8 +1,9 @@
-//! Who holds a slot: attempts are accepted, and end.
+//! Who holds a slot: attempts are accepted, and end, by themselves or with their engine.
 
 use pool_registry_types::node::Intent;
-use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, Moment, PoolId};
+use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, Moment, PoolId, ReplicaId};
 
+use super::crash::Verdict;
 use super::replica::Replica;
 use super::streams::held_is_full;
 use super::{Accepted, Ask, NodeCore, RunningAttempt};
@@ -134,5 +135,37 @@ impl NodeCore {
         let replica =
             running.and_then(|running| self.pools.get(&running.pool)?.replicas.get(&running.replica));
         replica.is_some_and(|replica| replica.is_elsewhere(attempt))
+    }
+
+    // ---- the ends of engines ----
+
+    /// An engine that this node has started takes attempts from now on.
+    pub fn engine_began(&mut self, pool_id: &PoolId, replica_id: &ReplicaId) {
+        self.engines.began((pool_id.clone(), replica_id.clone()));
+    }
+
+    /// The engine has ended; `signal` is that of a crash. Returns how many attempts may have brought
+    /// the crash about.
+    pub fn engine_ended(
+        &mut self,
+        now: Moment,
+        pool_id: &PoolId,
+        replica_id: &ReplicaId,
+        signal: Option<&'static str>,
+    ) -> usize {
+        self.engines.ended(now, &(pool_id.clone(), replica_id.clone()), signal)
+    }
+
+    /// The engine has done all that the attempt asked, or was never reached by it: whatever ends the
+    /// engine later, it was not this.
+    pub fn cleared(&mut self, attempt: &AttemptId) {
+        let Some(running) = self.running.get(attempt) else { return };
+        self.engines.cleared(&(running.pool.clone(), running.replica.clone()), attempt);
+    }
+
+    /// How the engine has ended that a running attempt was given to.
+    pub fn verdict(&self, attempt: &AttemptId) -> Verdict {
+        let Some(running) = self.running.get(attempt) else { return Verdict::Known(None) };
+        self.engines.verdict(running.accepted, &(running.pool.clone(), running.replica.clone()), attempt)
     }
 }
