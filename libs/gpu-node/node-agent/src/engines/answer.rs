@@ -10,12 +10,11 @@ use pool_registry_types::sse::Frame;
 use pool_registry_types::task::FinishReason;
 
 use super::json::Json;
-use super::refusal::Refusal;
-use super::thoughts::Splitter;
-use super::{llamacpp, refusal};
+use super::refusal::{self, Refusal, shown};
+use super::thoughts::{Delta, Splitter};
 
-/// Characters of what an engine wrote that are shown.
-const SHOWN: usize = 500;
+/// Reads the ids of the tokens of an event, and the count of all so far.
+pub(super) type TokenIds = fn(Json<'_>) -> (Vec<u32>, u32);
 
 /// The shape of an answer: how its events are read, and how it ends.
 #[derive(Debug)]
@@ -27,33 +26,13 @@ pub struct Reply {
     /// No event is the last one: the stream is whole when its message ends in order.
     pub ends_by_closing: bool,
     pub(super) read: fn(&mut Reader, Json<'_>) -> EngineEvent,
+    /// Absent where no event has ids.
+    pub(super) token_ids: Option<TokenIds>,
 }
 
 impl PartialEq for Reply {
     fn eq(&self, other: &Self) -> bool {
         self.name == other.name
-    }
-}
-
-/// What one event brings: thoughts come before text.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Delta {
-    pub thought: String,
-    pub text: String,
-}
-
-impl Delta {
-    pub fn text(text: impl Into<String>) -> Self {
-        Self { text: text.into(), ..Self::default() }
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.thought.is_empty() && self.text.is_empty()
-    }
-
-    fn append(&mut self, other: &Self) {
-        self.thought.push_str(&other.thought);
-        self.text.push_str(&other.text);
     }
 }
 
@@ -173,7 +152,7 @@ impl Reader {
         let Some(data) = &frame.data else { return EngineEvent::Nothing };
         let data = data.trim();
         if frame.event == "error" {
-            return Json::object(data).map_or_else(|| failed(data), |event| refusal::in_stream(event));
+            return Json::object(data).map_or_else(|| failed(data), error_event);
         }
         match data {
             "" => return EngineEvent::Nothing,
@@ -188,11 +167,11 @@ impl Reader {
             return failed(&format!("unreadable event: {data}"));
         };
         if event.get("error").says_something() || event.get("object").text().as_deref() == Some("error") {
-            return refusal::in_stream(event);
+            return error_event(event);
         }
         self.events += 1;
-        if let Some((ids, count)) = &mut self.ids {
-            let (new, all) = llamacpp::token_ids(event);
+        if let Some(((ids, count), token_ids)) = self.ids.as_mut().zip(self.reply.token_ids) {
+            let (new, all) = token_ids(event);
             ids.extend(&new);
             *count = u64::from(all).max(count.saturating_add(new.len() as u64));
         }
@@ -250,19 +229,22 @@ fn carries(frame: &Frame<'_>) -> bool {
 /// Errors that some servers write beside the standard: a field of that name, or a bare object.
 fn error_in_a_line(line: &str) -> Option<EngineEvent> {
     if let Some(reported) = line.strip_prefix("error:") {
-        return Some(Json::object(reported).map_or_else(|| failed(reported.trim()), refusal::in_stream));
+        return Some(Json::object(reported).map_or_else(|| failed(reported.trim()), error_event));
     }
     let bare = Json::object(line).filter(|event| event.get("error").says_something())?;
-    Some(refusal::in_stream(bare))
+    Some(error_event(bare))
+}
+
+/// An error event: a refusal or a failure.
+fn error_event(event: Json<'_>) -> EngineEvent {
+    match refusal::in_stream(event) {
+        Some(refusal) => EngineEvent::Refused(Box::new(refusal)),
+        None => EngineEvent::Failed(refusal::reported(event)),
+    }
 }
 
 fn failed(what: &str) -> EngineEvent {
     EngineEvent::Failed(shown(what))
-}
-
-/// As much of an engine's words as is shown.
-pub(super) fn shown(text: &str) -> String {
-    text.chars().take(SHOWN).collect()
 }
 
 /// The text of a string, of parts with a text each, or of a number that stands where a text should.

@@ -7,6 +7,7 @@
 //! process. Every body is bounded while it is read.
 
 use std::collections::BTreeSet;
+use std::fmt::Write;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -42,6 +43,8 @@ const CLOSED_SAYS_SO: Duration = Duration::from_secs(1);
 const MOST_IDLE: usize = 64;
 /// Longest answer to a question of ours, bytes: of metrics, mostly.
 const MAX_ANSWER_BYTES: usize = 4 * 1024 * 1024;
+/// Longest error body of an engine that is read, bytes.
+pub(super) const MAX_ERROR_BYTES: usize = 16 * 1024;
 /// Causes that are told of one error.
 const MOST_CAUSES: usize = 8;
 
@@ -330,6 +333,19 @@ pub enum Question {
     Status(u16),
     #[error("{0}")]
     Bad(String),
+}
+
+/// A model's name as one segment of a path, or as a value of a query.
+pub(super) fn percent_encoded(model: &str) -> String {
+    model.bytes().fold(String::new(), |mut path, byte| {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            path.push(char::from(byte));
+        } else {
+            // Writing to a String cannot fail.
+            let _ = write!(path, "%{byte:02X}");
+        }
+        path
+    })
 }
 
 fn classify(error: &Error) -> CallError {

@@ -11,7 +11,8 @@ use pool_registry_types::task::{ChatMessage, FinishReason, Role, TaskRequest, Wo
 use pool_registry_types::{ErrorCode, ModelRef};
 use serde_json::json;
 
-use super::answer::{Delta, EngineEvent, Reader, Reply};
+use super::answer::{EngineEvent, Reader, Reply};
+use super::thoughts::Delta;
 use super::{documents, llamacpp, openai, refusal, request, tgi, triton};
 
 /// What a whole stream says, and how it is taken when it then ends in order.

@@ -8,17 +8,22 @@ use pool_registry_types::task::{EmbeddingResult, Inputs, RerankResult};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::EngineRequest;
 use super::answer::{EngineEvent, Reader, Reply};
 use super::client::{Answer, BodyError};
+use super::dialect::EngineRequest;
 use super::json::{Json, typed};
 
 /// `/v1/embeddings`.
-pub static EMBEDDING: Reply =
-    Reply { name: "an embedding", is_document: true, ends_by_closing: false, read: no_stream };
+pub static EMBEDDING: Reply = Reply {
+    name: "an embedding",
+    is_document: true,
+    ends_by_closing: false,
+    read: no_stream,
+    token_ids: None,
+};
 /// `/v1/rerank`.
 pub static RERANK: Reply =
-    Reply { name: "a ranking", is_document: true, ends_by_closing: false, read: no_stream };
+    Reply { name: "a ranking", is_document: true, ends_by_closing: false, read: no_stream, token_ids: None };
 
 fn no_stream(_: &mut Reader, _: Json<'_>) -> EngineEvent {
     EngineEvent::Failed("it streams what is one document".into())

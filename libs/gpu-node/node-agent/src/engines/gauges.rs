@@ -1,6 +1,9 @@
 //! Gauges in an engine's metrics, as Prometheus writes them.
 
-use super::{Busy, CallError, Look, Question};
+use node_core::Busy;
+
+use super::client::{CallError, MAX_ERROR_BYTES, Question};
+use super::dialect::Look;
 
 /// The sum of a gauge's series, as a count of requests, at most `u32::MAX`; nothing where it has
 /// none. An engine that runs in several processes has one series for each.
@@ -27,7 +30,7 @@ pub(super) async fn busy(look: &Look<'_>, running: &str, waiting: &str) -> Busy 
         Ok(answer) if answer.status() == 200 => answer,
         Ok(answer) => {
             let status = answer.status();
-            drop(answer.bytes(super::MAX_ERROR_BYTES).await);
+            drop(answer.bytes(MAX_ERROR_BYTES).await);
             return unanswered(&Question::Status(status));
         }
         Err(error) => return unanswered(&Question::Unanswered(error)),

@@ -7,8 +7,9 @@
 
 use std::borrow::Cow;
 
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// How deep a document is looked into that a strict parser refuses.
 const MOST_DEPTH: u32 = 32;
@@ -28,6 +29,22 @@ pub(crate) fn document(bytes: &[u8]) -> Result<Value, String> {
 pub(crate) fn typed<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     serde_json::from_slice(bytes)
         .or_else(|_| serde_json::from_value(document(bytes)?).map_err(|error| error.to_string()))
+}
+
+/// Sets a field that has a value.
+pub(crate) fn set<T: Serialize>(body: &mut Value, name: &str, value: Option<T>) {
+    if let Some(value) = value {
+        body[name] = json!(value);
+    }
+}
+
+/// A count in a document of an engine: at most `u32::MAX`, and 0 is as good as unknown.
+pub(super) fn positive(value: &Value) -> Option<u32> {
+    let count = value.as_u64().or_else(|| {
+        let float = value.as_f64().filter(|float| float.is_finite() && *float >= 1.0)?;
+        format!("{:.0}", float.floor().min(f64::from(u32::MAX))).parse().ok()
+    })?;
+    Some(u32::try_from(count).unwrap_or(u32::MAX)).filter(|count| *count > 0)
 }
 
 /// A value inside a text; absent where nothing was found.
@@ -262,10 +279,8 @@ fn unit_of_low(hex: &str) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-    use serde_json::{Value, json};
-
     use super::*;
+    use proptest::prelude::*;
 
     // CLOUD-1522
     #[test]

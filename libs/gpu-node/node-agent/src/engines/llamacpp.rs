@@ -4,23 +4,24 @@
 //! the model's name, queues beyond its slots without a word, and says how busy it is in its
 //! metrics and its slots.
 
+pub(super) mod preparation;
+
 use futures::FutureExt;
+use node_core::Busy;
+use pool_registry_types::ErrorBody;
 use pool_registry_types::engines::capabilities;
-use pool_registry_types::error::EndCause;
 use pool_registry_types::pool::EngineKind;
-use pool_registry_types::task::{FinishReason, KvHint, Resume, ResumeMode};
-use pool_registry_types::{ErrorBody, ErrorCode};
+use pool_registry_types::task::{FinishReason, KvHint, ResumeMode};
 use serde_json::{Value, json};
 
-use super::answer::{Delta, EngineEvent, Reader, Reply, text_of};
-use super::client::{Endpoint, EngineClient};
-use super::json::{Json, document};
-use super::refusal::{Refusal, Whose};
-use super::thoughts::{Splitter, Template};
-use super::{
-    Answer, Asked, Busy, CallError, Dialect, EngineFacts, EngineRequest, Look, NotReady, Unsent, gauges,
-    health, listed, openai, percent_encoded, positive, refused, set,
-};
+use self::preparation::Preparation;
+pub use self::preparation::Unsent;
+use super::answer::{EngineEvent, Reader, Reply, text_of};
+use super::dialect::{Asked, Dialect, EngineFacts, EngineRequest, Look, NotReady, health};
+use super::gauges;
+use super::json::{Json, positive, set};
+use super::openai::{self, listed};
+use super::thoughts::Delta;
 use crate::pools_file::PoolSpec;
 
 pub(super) static DIALECT: Dialect = Dialect {
@@ -35,152 +36,16 @@ pub(super) static DIALECT: Dialect = Dialect {
 };
 
 /// `/completion`: ends with `"stop": true`, without a marker.
-pub(super) static COMPLETION: Reply =
-    Reply { name: "llama.cpp's completion", is_document: false, ends_by_closing: false, read };
-
-/// What `/completion` cannot take as it is: messages, and what was sent before.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Preparation {
-    /// To be written out by the model's own template; absent where there is a prompt.
-    messages: Option<Value>,
-    prompt: String,
-    sent: Option<Resume>,
-    /// Thoughts were left out of what was sent.
-    drops_thoughts: bool,
-    /// For the questions: an engine with several models asks which.
-    model: String,
-}
+pub(super) static COMPLETION: Reply = Reply {
+    name: "llama.cpp's completion",
+    is_document: false,
+    ends_by_closing: false,
+    read,
+    token_ids: Some(token_ids),
+};
 
 /// What is read of the last event; all of it would repeat the prompt and the settings.
 const READ: [&str; 6] = ["content", "stop", "stop_type", "tokens", "tokens_predicted", "error"];
-
-/// Longest wait for a question that precedes the request: a router may load the model for it.
-const PREPARATION_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(60);
-/// Longest answer to one, bytes: a prompt that is written out.
-const MAX_PREPARATION_BYTES: usize = 16 * 1024 * 1024;
-
-impl Preparation {
-    /// Fills in the body's prompt. Returns how thoughts are told from the text that comes.
-    pub(super) async fn complete(
-        self,
-        client: &EngineClient,
-        at: &Endpoint,
-        body: &mut Value,
-    ) -> Result<Option<Splitter>, Unsent> {
-        let mut prompt = self.prompt.clone();
-        let mut splitter = None;
-        if let Some(messages) = &self.messages {
-            let written = self.ask(client, at, APPLY_TEMPLATE, json!({ "messages": messages })).await?;
-            let Some(written) = written["prompt"].as_str() else { return Err(unwritten()) };
-            prompt = written.to_owned();
-            splitter = match self.template(client, at).await? {
-                Template::Plain => None,
-                Template::Delimited(delimiters) => {
-                    // Where they are control tokens it leaves them out of its text unless told to
-                    // keep them.
-                    body["preserved_tokens"] = json!([delimiters.open, delimiters.close]);
-                    Some(Splitter::after(delimiters, &prompt))
-                }
-                Template::Unknown => return Err(cannot(ErrorCode::Unsupported, UNKNOWN_DELIMITERS)),
-            };
-        }
-        let Some(sent) = &self.sent else {
-            body["prompt"] = json!(prompt);
-            return Ok(splitter);
-        };
-        // The very tokens are better than their text, which may be cut into others; but only
-        // where they are all there, and where they read as what was sent.
-        if !sent.token_ids.is_empty() {
-            let written = self.ask(client, at, "/detokenize", json!({ "tokens": sent.token_ids })).await?;
-            let mut read = splitter.clone();
-            if let Some(text) = written["content"].as_str()
-                && self.reads_as_sent(text, read.as_mut(), sent)
-            {
-                let ids = sent.token_ids.iter().map(|id| json!(id));
-                body["prompt"] = std::iter::once(json!(prompt)).chain(ids).collect();
-                return Ok(read);
-            }
-        }
-        let Some(splitter) = splitter else {
-            body["prompt"] = json!(prompt + &sent.text);
-            return Ok(None);
-        };
-        if self.drops_thoughts {
-            // What the model had thought is not known any more: from the text alone it would go on
-            // to another one.
-            return Err(cannot(ErrorCode::WorkerReset, FORGOTTEN));
-        }
-        let (written, read) = splitter.written_out(&sent.reasoning, &sent.text);
-        body["prompt"] = json!(prompt + &written);
-        Ok(Some(read))
-    }
-
-    fn reads_as_sent(&self, raw: &str, splitter: Option<&mut Splitter>, sent: &Resume) -> bool {
-        let Some(splitter) = splitter else { return raw == sent.text };
-        let read = splitter.push(raw);
-        read.text == sent.text && (self.drops_thoughts || read.thought == sent.reasoning)
-    }
-
-    async fn template(&self, client: &EngineClient, at: &Endpoint) -> Result<Template, Unsent> {
-        // A router has one for each model; what serves a single one passes the question over.
-        let path = format!("/props?model={}", percent_encoded(&self.model));
-        let props = read_answer(PROPS, in_time(client.get(at, &path)).await?).await?;
-        // Not told, it may be any.
-        Ok(props["chat_template"].as_str().map_or(Template::Unknown, Template::of))
-    }
-
-    async fn ask(
-        &self,
-        client: &EngineClient,
-        at: &Endpoint,
-        path: &'static str,
-        mut question: Value,
-    ) -> Result<Value, Unsent> {
-        question["model"] = json!(self.model);
-        read_answer(path, in_time(client.post(at, path, &question)).await?).await
-    }
-}
-
-const APPLY_TEMPLATE: &str = "/apply-template";
-const PROPS: &str = "/props";
-
-/// The answer to a question before the request.
-async fn read_answer(path: &'static str, answer: Answer) -> Result<Value, Unsent> {
-    if !(200..300).contains(&answer.status()) {
-        return Err(Unsent::Refused { path, refusal: refused(answer).await });
-    }
-    let reading = async {
-        let bytes = answer.bytes(MAX_PREPARATION_BYTES).await;
-        bytes.map_err(|error| CallError::Lost(error.to_string()))
-    };
-    Ok(document(&in_time(reading).await?).unwrap_or_default())
-}
-
-/// The engine did not write the messages out.
-fn unwritten() -> Unsent {
-    let error = ErrorBody::new(ErrorCode::WorkerReset, "the engine's template gave no prompt");
-    let error = error.with_cause(EndCause::Engine5xx);
-    Unsent::Refused { path: APPLY_TEMPLATE, refusal: Refusal { whose: Whose::Engine, error } }
-}
-
-const UNKNOWN_DELIMITERS: &str = "recovery: the model's template shows that it thinks, and not in a way that is known \
-    here, so that its messages cannot be continued as text";
-const FORGOTTEN: &str = "the stream cannot go on: the thoughts before it were left out, and their tokens are not \
-    all known";
-
-/// A refusal of our own.
-fn cannot(code: ErrorCode, message: &str) -> Unsent {
-    let mut error = ErrorBody::new(code, message);
-    if code == ErrorCode::WorkerReset {
-        error.cause = Some(EndCause::ReplayDiffers);
-    }
-    Unsent::Refused { path: APPLY_TEMPLATE, refusal: Refusal { whose: Whose::Client, error } }
-}
-
-async fn in_time<T>(asking: impl Future<Output = Result<T, CallError>>) -> Result<T, CallError> {
-    let late = |_| Err(CallError::Silent("a question before the request was not answered in time".into()));
-    tokio::time::timeout(PREPARATION_TIMEOUT, asking).await.unwrap_or_else(late)
-}
 
 fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {
     let Asked { task, model, sent, .. } = *asked;
@@ -240,7 +105,7 @@ fn read(reader: &mut Reader, event: Json<'_>) -> EngineEvent {
 }
 
 /// The ids of the tokens of an event, and the count of all so far; none where it does not say.
-pub(super) fn token_ids(event: Json<'_>) -> (Vec<u32>, u32) {
+fn token_ids(event: Json<'_>) -> (Vec<u32>, u32) {
     let ids = event.get("tokens").items().filter_map(Json::count).collect();
     (ids, event.get("tokens_predicted").count().unwrap_or(0))
 }
@@ -311,9 +176,11 @@ fn command_line(pool: &PoolSpec) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use pool_registry_types::ModelRef;
-    use pool_registry_types::task::TaskRequest;
+    use pool_registry_types::task::{Resume, TaskRequest};
 
+    use super::preparation::{APPLY_TEMPLATE, PROPS};
     use super::*;
+    use crate::engines::{Endpoint, EngineClient, Whose};
 
     fn asked<'a>(task: &'a TaskRequest, ctx_max: Option<u32>, sent: Option<&'a Resume>) -> EngineRequest {
         request(&Asked { task, model: "m", ctx_max, sent }).unwrap()

@@ -4,17 +4,19 @@
 //! say how busy they are.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 
 use futures::FutureExt;
-use pool_registry_types::ErrorBody;
 use pool_registry_types::engines::capabilities;
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::task::FinishReason;
+use pool_registry_types::{ErrorBody, ModelRef};
 use serde_json::{Value, json};
 
-use super::answer::{Delta, EngineEvent, Reader, Reply, text_of};
-use super::json::Json;
-use super::{Asked, Dialect, EngineFacts, EngineRequest, Look, NotReady, context, listed, set};
+use super::answer::{EngineEvent, Reader, Reply, text_of};
+use super::dialect::{Asked, Dialect, EngineFacts, EngineRequest, Look, NotReady, tokens_left};
+use super::json::{Json, positive, set};
+use super::thoughts::Delta;
 
 pub(super) static DIALECT: Dialect = Dialect {
     capabilities: capabilities(EngineKind::OpenAi),
@@ -31,14 +33,17 @@ pub(super) static DIALECT: Dialect = Dialect {
 
 /// `/v1/completions`.
 pub(super) static COMPLETION: Reply =
-    Reply { name: "OpenAI's completion", is_document: false, ends_by_closing: false, read };
+    Reply { name: "OpenAI's completion", is_document: false, ends_by_closing: false, read, token_ids: None };
 /// `/v1/chat/completions`.
 pub(super) static CHAT: Reply =
-    Reply { name: "OpenAI's chat", is_document: false, ends_by_closing: false, read };
+    Reply { name: "OpenAI's chat", is_document: false, ends_by_closing: false, read, token_ids: None };
 
 /// The names under which servers write thoughts, the first that says anything counts. Source:
 /// llama.cpp, SGLang, TensorRT-LLM, LM Studio; vLLM, Ollama, OpenRouter; OpenRouter; Ollama.
 const THOUGHTS: [&str; 4] = ["reasoning_content", "reasoning", "reasoning_details", "thinking"];
+
+/// Names of one engine that are taken.
+const MOST_MODELS: usize = 1024;
 
 fn common(asked: &Asked<'_>, bound: Option<u64>) -> Value {
     let task = asked.task;
@@ -58,7 +63,7 @@ fn common(asked: &Asked<'_>, bound: Option<u64>) -> Value {
 }
 
 pub(super) fn chat(asked: &Asked<'_>) -> EngineRequest {
-    let mut body = common(asked, super::tokens_left(asked.task, None, None));
+    let mut body = common(asked, tokens_left(asked.task, None, None));
     body["messages"] = json!(asked.task.messages);
     EngineRequest::whole("/v1/chat/completions", body, &CHAT)
 }
@@ -141,6 +146,32 @@ async fn facts(look: &Look<'_>) -> Result<EngineFacts, NotReady> {
     let list = look.json("/v1/models").await?;
     let (models, own_model) = listed(&list);
     Ok(EngineFacts { models, own_model, ctx_max: context(&list), ..EngineFacts::default() })
+}
+
+/// What a list of models in OpenAI's form says: each name with the one that it goes by, and the
+/// first model that is no adapter.
+pub(super) fn listed(list: &Value) -> (BTreeMap<ModelRef, String>, Option<String>) {
+    let mut names = BTreeMap::new();
+    let mut own = None;
+    for model in list["data"].as_array().into_iter().flatten().take(MOST_MODELS) {
+        let Some(id) = model["id"].as_str() else { continue };
+        if own.is_none() && model["parent"].is_null() {
+            own = Some(id.to_owned());
+        }
+        let aliases = model["aliases"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        for name in std::iter::once(id).chain(aliases).filter_map(|name| ModelRef::new(name).ok()) {
+            if names.len() < MOST_MODELS {
+                names.entry(name).or_insert_with(|| id.to_owned());
+            }
+        }
+    }
+    (names, own)
+}
+
+/// The context of the first model that has one: adapters are listed without it.
+pub(super) fn context(list: &Value) -> Option<u32> {
+    let models = list["data"].as_array()?;
+    models.iter().find_map(|model| positive(&model["max_model_len"]))
 }
 
 #[cfg(test)]

@@ -5,12 +5,18 @@
 //! is not there is something that this engine cannot do. Everything else is the engine's own.
 
 use std::borrow::Cow;
+use std::time::Duration;
 
 use pool_registry_types::error::EndCause;
 use pool_registry_types::{ErrorBody, ErrorCode};
 
-use super::answer::{EngineEvent, shown};
+use super::client::{Answer, MAX_ERROR_BYTES};
 use super::json::Json;
+
+/// Longest wait for what an engine says of its refusal.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(3);
+/// Characters of what an engine wrote that are shown.
+const SHOWN: usize = 500;
 
 /// Whose a refusal is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,6 +119,13 @@ fn message_of(answer: Json<'_>) -> Option<String> {
     places.into_iter().find_map(Json::word).map(Cow::into_owned)
 }
 
+/// An engine's refusal as ours.
+pub async fn refused(answer: Answer) -> Refusal {
+    let status = answer.status();
+    let body = answer.beginning(MAX_ERROR_BYTES, REFUSAL_TIMEOUT).await;
+    refusal(status, &String::from_utf8_lossy(&body))
+}
+
 /// An engine's refusal: its status, and its body as far as it was read.
 pub(crate) fn refusal(status: u16, body: &str) -> Refusal {
     match Json::object(body) {
@@ -171,15 +184,20 @@ fn by_status(status: u16, message: &str, named: Named) -> Refusal {
     Refusal { whose, error }
 }
 
+/// As much of an engine's words as is shown.
+pub(super) fn shown(text: &str) -> String {
+    text.chars().take(SHOWN).collect()
+}
+
 /// The words of an error event, as they are shown.
-fn reported(event: Json<'_>) -> String {
+pub(super) fn reported(event: Json<'_>) -> String {
     message_of(event).map_or_else(|| "an error without a message".to_owned(), |text| shown(&text))
 }
 
-/// An error event: a refusal where a status says so, beside it or in it, else a failure.
-pub(super) fn in_stream(event: Json<'_>) -> EngineEvent {
+/// The refusal that an error event is, where a status says so, beside it or in it. Any other is a
+/// failure.
+pub(super) fn in_stream(event: Json<'_>) -> Option<Refusal> {
     let error = event.get("error");
-    let failed = || EngineEvent::Failed(reported(event));
     let by_type = match event.get("error_type").text().as_deref() {
         Some("validation" | "template_error" | "tool_error") => Some(422),
         Some("overloaded") => Some(429),
@@ -202,16 +220,13 @@ pub(super) fn in_stream(event: Json<'_>) -> EngineEvent {
             let no_model = [error, event].iter().any(|it| it.get("code").text().as_deref() == Some(NO_MODEL));
             let mut refused = classify_answer(if no_model { 404 } else { 500 }, event);
             if refused.whose == Whose::Engine {
-                return failed();
+                return None;
             }
             refused.error.message = format!("the engine answered: {}", reported(event));
             refused
         }
     };
-    if refused.whose != Whose::Engine {
-        return EngineEvent::Refused(Box::new(refused));
-    }
-    failed()
+    (refused.whose != Whose::Engine).then_some(refused)
 }
 
 #[cfg(test)]
@@ -415,10 +430,8 @@ mod tests {
     // CLOUD-2494
     #[test]
     fn an_error_event_without_a_status_is_known_by_its_words() {
-        let code = |event: &str| match in_stream(Json::object(event).unwrap()) {
-            EngineEvent::Refused(refusal) => Some((refusal.whose, refusal.error.code)),
-            EngineEvent::Failed(_) => None,
-            other => panic!("{other:?}"),
+        let code = |event: &str| {
+            in_stream(Json::object(event).unwrap()).map(|refusal| (refusal.whose, refusal.error.code))
         };
         let too_long = Some((Whose::Client, ErrorCode::ContextTooLong));
         let denied = Some((Whose::Operator, ErrorCode::WorkerReset));

@@ -12,7 +12,8 @@ use pool_registry_types::sse::{Decoder, MAX_FRAME_BYTES, SseError};
 use pool_registry_types::task::FinishReason;
 use proptest::prelude::*;
 
-use super::answer::{Delta, EngineEvent, Reader, Reply};
+use super::answer::{EngineEvent, Reader, Reply};
+use super::thoughts::Delta;
 use super::{llamacpp, openai, tgi, triton};
 
 /// How a stream is taken.

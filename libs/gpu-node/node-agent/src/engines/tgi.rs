@@ -10,18 +10,18 @@
 use std::collections::BTreeMap;
 
 use futures::FutureExt;
+use node_core::Busy;
 use pool_registry_types::engines::capabilities;
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::task::FinishReason;
 use pool_registry_types::{ErrorBody, ModelRef};
 use serde_json::{Value, json};
 
-use super::answer::{Delta, EngineEvent, Reader, Reply, text_of};
-use super::json::Json;
-use super::{
-    Asked, Busy, Dialect, EngineFacts, EngineRequest, Look, gauges, health, openai, positive, set,
-    tokens_left,
-};
+use super::answer::{EngineEvent, Reader, Reply, text_of};
+use super::dialect::{Asked, Dialect, EngineFacts, EngineRequest, Look, health, tokens_left};
+use super::json::{Json, positive, set};
+use super::thoughts::Delta;
+use super::{gauges, openai};
 use crate::pools_file::PoolSpec;
 
 pub(super) static DIALECT: Dialect = Dialect {
@@ -37,8 +37,13 @@ pub(super) static DIALECT: Dialect = Dialect {
 };
 
 /// `/generate_stream`: the last event has the whole text, without a marker.
-pub(super) static GENERATE: Reply =
-    Reply { name: "TGI's generate_stream", is_document: false, ends_by_closing: false, read };
+pub(super) static GENERATE: Reply = Reply {
+    name: "TGI's generate_stream",
+    is_document: false,
+    ends_by_closing: false,
+    read,
+    token_ids: None,
+};
 
 /// The name under which its chat takes every request: any other is an adapter's.
 const ANY_MODEL: &str = "tgi";

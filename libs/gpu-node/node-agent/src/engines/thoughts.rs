@@ -4,7 +4,27 @@
 //! text: the template's delimiters do. Only pairs that are known are used; a template that speaks of
 //! thoughts in another way is not guessed at.
 
-use super::answer::Delta;
+/// What one event brings: thoughts come before text.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Delta {
+    pub thought: String,
+    pub text: String,
+}
+
+impl Delta {
+    pub fn text(text: impl Into<String>) -> Self {
+        Self { text: text.into(), ..Self::default() }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.thought.is_empty() && self.text.is_empty()
+    }
+
+    pub(super) fn append(&mut self, other: &Self) {
+        self.thought.push_str(&other.thought);
+        self.text.push_str(&other.text);
+    }
+}
 
 /// What stands before and after the thoughts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -18,9 +18,11 @@ use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{ErrorBody, ErrorCode, ModelRef};
 use serde_json::{Value, json};
 
-use super::answer::{Delta, EngineEvent, Reader, Reply, text_of};
-use super::json::Json;
-use super::{Asked, Dialect, EngineFacts, EngineRequest, Look, NotReady, percent_encoded, set};
+use super::answer::{EngineEvent, Reader, Reply, text_of};
+use super::client::{MAX_ERROR_BYTES, percent_encoded};
+use super::dialect::{Asked, Dialect, EngineFacts, EngineRequest, Look, NotReady};
+use super::json::{Json, document, set};
+use super::thoughts::Delta;
 
 pub(super) static DIALECT: Dialect = Dialect {
     capabilities: capabilities(EngineKind::Triton),
@@ -39,8 +41,13 @@ pub(super) static DIALECT: Dialect = Dialect {
 };
 
 /// `/generate_stream`: ends by closing.
-pub(super) static GENERATE: Reply =
-    Reply { name: "Triton's generate_stream", is_document: false, ends_by_closing: true, read };
+pub(super) static GENERATE: Reply = Reply {
+    name: "Triton's generate_stream",
+    is_document: false,
+    ends_by_closing: true,
+    read,
+    token_ids: None,
+};
 
 fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {
     let Asked { task, sent, .. } = *asked;
@@ -86,7 +93,7 @@ async fn health(look: &Look<'_>) -> Result<(), NotReady> {
     let ready = async |path: &str| -> Result<bool, NotReady> {
         let answer = look.client.get(look.at, path).await?;
         let status = answer.status();
-        let _ = answer.bytes(super::MAX_ERROR_BYTES).await;
+        let _ = answer.bytes(MAX_ERROR_BYTES).await;
         match status {
             200..=299 => Ok(true),
             // Its word for not yet, of the server and of a model.
@@ -118,7 +125,7 @@ async fn not_ready(look: &Look<'_>, model: &ModelRef) -> String {
         Ok(answer) => answer.bytes(MAX_INDEX_BYTES).await.unwrap_or_default(),
         Err(_) => Default::default(),
     };
-    why_not(&super::json::document(&index).unwrap_or_default(), model)
+    why_not(&document(&index).unwrap_or_default(), model)
 }
 
 /// Longest list of a repository that is read, bytes.

@@ -8,15 +8,18 @@
 //! It says how long its context is, not how many requests it takes at a time: the handoff does.
 
 use futures::FutureExt;
+use node_core::Busy;
 use pool_registry_types::ErrorBody;
 use pool_registry_types::engines::capabilities;
 use pool_registry_types::pool::EngineKind;
 use serde_json::{Value, json};
 
-use super::{
-    Asked, Busy, Dialect, EngineFacts, EngineRequest, Look, NotReady, Quiet, context, gauges, health, listed,
-    openai, set,
+use super::dialect::{
+    Asked, Dialect, EngineFacts, EngineRequest, Look, NotReady, Quiet, health, tokens_left,
 };
+use super::gauges;
+use super::json::set;
+use super::openai::{self, context, listed};
 use crate::pools_file::PoolSpec;
 
 pub(super) static DIALECT: Dialect = Dialect {
@@ -44,7 +47,7 @@ fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {
     let task = asked.task;
     let mut request = match &task.prompt {
         Some(prompt) => {
-            let left = super::tokens_left(task, None, asked.sent);
+            let left = tokens_left(task, None, asked.sent);
             let mut request = openai::text(asked, prompt, left);
             if left.is_none() {
                 // Said to be nothing, it is what the prompt leaves of the context. Unsaid it is 16,
