@@ -1,9 +1,12 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use handoff_watcher::{Change, Fault};
+use node_core::{NodeEffect, Readiness, ReplicaSpec};
+use node_registration::{CallError, ControlPlane};
 use owned_tasks::Panicked;
 use pool_registry_types::node::{Capabilities, Heartbeat, HeartbeatAnswer, RegisterAnswer, RegisterRequest};
 use pool_registry_types::placement::Labels;
+use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{BootId, Epoch, MachineId, ModelRef, NodeId};
 use tokio::sync::mpsc;
 use uuid::Uuid;

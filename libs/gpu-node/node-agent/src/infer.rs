@@ -20,11 +20,11 @@ use pool_registry_types::task::InferRequest;
 use pool_registry_types::{AttemptId, ErrorBody, PoolId, ReplicaId, TraceContext};
 use uuid::Uuid;
 
-use crate::agent::Agent;
+use crate::agent::{Agent, Signals};
 use crate::attempt_log::AttemptLog;
 use crate::driver::{Driver, KEEP_ALIVE_EVERY, Step};
 use crate::engines::client::attempt_headers;
-use crate::slot::{Signals, Slot};
+use crate::slot::Slot;
 
 /// Proves that the node lives; made for each reader, and not kept.
 const KEEP_ALIVE: &[u8] = b": ka\n\n";

@@ -6,23 +6,10 @@ use handoff_watcher::HandoffName;
 use node_core::{Piece, Readiness, TooLong};
 use pool_registry_types::AttemptId;
 use pool_registry_types::pool::EngineKind;
-use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
 
-use crate::agent::Agent;
+use crate::agent::{Agent, Signals};
 use crate::attempt_log::AttemptLog;
 use crate::engines::Endpoint;
-
-/// What an attempt's driver and its reader tell each other, and others the driver.
-#[derive(Debug, Default)]
-pub(crate) struct Signals {
-    /// The driver is to end the attempt.
-    pub(crate) cancel: CancellationToken,
-    /// There is more in the buffer, or its end.
-    pub(crate) appended: Notify,
-    /// There is less in it.
-    pub(crate) taken: Notify,
-}
 
 /// The slot of an attempt. Dropped without an end, it is given back once the engine is done with it.
 pub(crate) struct Slot {

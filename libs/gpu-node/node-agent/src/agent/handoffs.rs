@@ -4,7 +4,6 @@
 //! Both are one handoff, and from there on the engines are alike. The file of an engine of our own is
 //! for other programs: neither what it says nor whether it is there changes anything here.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use handoff_watcher::{Change, Handoff, HandoffName};
@@ -16,48 +15,6 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Agent, Watched};
 use crate::replica;
-
-/// The handoffs that hold now. One of our own goes before a file of its name.
-#[derive(Debug, Default)]
-pub(super) struct Announced {
-    files: BTreeMap<HandoffName, Handoff>,
-    own: BTreeMap<HandoffName, Handoff>,
-    /// Our own that were withdrawn before their files were seen: a look at the directory that began
-    /// before may still tell of them.
-    withdrawn: BTreeMap<HandoffName, Handoff>,
-}
-
-impl Announced {
-    /// A file says this. Returns whether it counts.
-    fn seen(&mut self, handoff: &Handoff) -> bool {
-        let name = handoff.name();
-        if self.withdrawn.get(&name) == Some(handoff) {
-            return false;
-        }
-        self.withdrawn.remove(&name);
-        self.files.insert(name.clone(), handoff.clone());
-        !self.own.contains_key(&name)
-    }
-
-    /// The file is gone. Returns whether that counts.
-    fn gone(&mut self, name: &HandoffName) -> bool {
-        self.withdrawn.remove(name);
-        self.files.remove(name);
-        !self.own.contains_key(name)
-    }
-
-    fn announce(&mut self, handoff: Handoff) {
-        self.withdrawn.remove(&handoff.name());
-        self.own.insert(handoff.name(), handoff);
-    }
-
-    fn withdraw(&mut self, name: &HandoffName) {
-        let own = self.own.remove(name);
-        // Without a process id a file of the same words may be somebody else's.
-        let unseen = own.filter(|own| own.pid.is_some() && self.files.get(name) != Some(own));
-        self.withdrawn.extend(unseen.map(|own| (name.clone(), own)));
-    }
-}
 
 impl Agent {
     /// Takes the changes of the runtime directory in until the watcher ends, or this agent stops. A
