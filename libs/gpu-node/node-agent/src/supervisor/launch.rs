@@ -4,8 +4,6 @@
 //! unless the file allows it and the daemon does not forbid it.
 
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -15,13 +13,13 @@ use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{ModelRef, PoolId};
 use tokio::process::Command;
 
-use crate::download::Hub;
 use crate::engines::{Quiet, dialect};
 use crate::gguf::{self, GgufHeader};
 use crate::models::{Manifest, ModelError, Models};
-use crate::pools_file::{ModelSpec, PoolSpec, Provision, Provisioning};
+use crate::pools_file::{ModelSpec, PoolSpec, Provision};
 use crate::source::ModelSource;
-use crate::supervisor::provision;
+use crate::supervisor::programs::{on_path, without_secrets};
+use crate::supervisor::provision::{self, Sources};
 
 /// Context of one slot where the file says nothing and the model could do more: models say what
 /// they were trained for, which would fill a GPU with cache.
@@ -66,16 +64,6 @@ pub(crate) struct Program {
     model_path: PathBuf,
     /// Tokens of one slot.
     ctx: Option<u32>,
-}
-
-/// Where things lie, and what may be fetched.
-#[derive(Debug, Clone)]
-pub(crate) struct Sources<'a> {
-    pub(crate) models_dir: &'a Path,
-    pub(crate) packages_dir: &'a Path,
-    pub(crate) allowed: Provisioning,
-    pub(crate) hub: Hub<'a>,
-    pub(crate) client: &'a reqwest::Client,
 }
 
 /// Finds everything that a start needs. `progress` is told what takes its time.
@@ -140,7 +128,7 @@ async fn quiet_flag(
     let words: Vec<&String> = words.collect();
     for help in quiet.help {
         let mut command = Command::new(program);
-        provision::without_secrets(&mut command);
+        without_secrets(&mut command);
         command
             .args(&words)
             .arg(help)
@@ -189,47 +177,10 @@ fn claim(pool: &PoolSpec, memory: Option<u64>) -> Claim {
     pool.devices.iter().zip(&shares).map(|(n, share)| (Device::Gpu(*n), part(*share))).collect()
 }
 
-/// [`find_program`] on a thread that may wait for a disk.
-pub(crate) async fn on_path(name: &str) -> Result<PathBuf, String> {
-    let (name, path) = (name.to_owned(), std::env::var_os("PATH"));
-    let found =
-        owned_tasks::blocking("search of the PATH", move || find_program(&name, path.as_deref())).await;
-    found.unwrap_or_else(|_| Err("provision.program: the PATH could not be searched".into()))
-}
-
 /// The model as it is staged, looked for on a thread that may wait for a disk.
 async fn staged(models_dir: &Path, name: &ModelRef) -> Option<(PathBuf, Manifest)> {
     let (models, name) = (Models::new(models_dir), name.clone());
     owned_tasks::blocking("search of a model", move || models.find(&name)).await.ok().flatten()
-}
-
-/// A program by its path, or by its name on the PATH.
-pub(crate) fn find_program(name: &str, path: Option<&OsStr>) -> Result<PathBuf, String> {
-    let runs = |path: &Path| {
-        std::fs::metadata(path).is_ok_and(|about| about.is_file() && about.permissions().mode() & 0o111 != 0)
-    };
-    if name.contains('/') {
-        let path = PathBuf::from(name);
-        return match std::fs::metadata(&path) {
-            Ok(_) if runs(&path) => Ok(path),
-            Ok(_) => Err(format!("provision.program: {name} is no executable file; run: chmod +x {name}")),
-            Err(error) => Err(format!("provision.program: {name}: {error}")),
-        };
-    }
-    let folders = path.map(std::env::split_paths).into_iter().flatten();
-    let found = folders.map(|folder| folder.join(name)).find(|path| runs(path));
-    found.ok_or_else(|| format!("provision.program: {name} is not on the PATH; {}", how_to_get(name)))
-}
-
-fn how_to_get(name: &str) -> String {
-    match name {
-        "llama-server" => {
-            "build llama.cpp, or use provision = { mode = \"package\" } with installs = true".into()
-        }
-        "vllm" => "run: python3 -m pip install vllm".into(),
-        "python3" => "run: apt-get install python3 python3-pip".into(),
-        _ => "install it, or give its path".into(),
-    }
 }
 
 /// The command line of engines that are known.
@@ -460,16 +411,5 @@ mod tests {
             let args = [script.as_str(), "serve", "{model_id}", "--port", "{port}"].map(str::to_owned);
             assert_eq!(quiet_flag(Path::new("/bin/sh"), &args, &[], quiet).await, expected, "{name}");
         }
-    }
-
-    // CLOUD-2444
-    #[test]
-    fn a_missing_program_is_named_with_what_brings_it() {
-        let none = |name: &str| find_program(name, Some(OsStr::new("/nowhere"))).unwrap_err();
-        assert!(none("llama-server").contains("mode = \"package\""));
-        assert!(none("/no/such").contains("No such file"));
-        let plain = tempfile::NamedTempFile::new().unwrap();
-        assert!(none(&plain.path().display().to_string()).contains("chmod +x"));
-        assert_eq!(find_program("sh", Some(OsStr::new("/nowhere:/bin"))).unwrap(), PathBuf::from("/bin/sh"));
     }
 }

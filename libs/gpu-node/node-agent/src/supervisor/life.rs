@@ -20,6 +20,7 @@ use crate::pools_file::Provision;
 use crate::replica::endpoint;
 use crate::supervisor::launch::{self, Launch, Spec};
 use crate::supervisor::shell::Supervision;
+use crate::supervisor::state::Life;
 
 /// Pause between two looks at an engine that loads.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -29,33 +30,6 @@ const LOG_BYTES: u64 = 10 * 1024 * 1024;
 const TAIL_LINES: usize = 20;
 /// Longest path of a Unix socket, bytes. Source: unix(7).
 const LONGEST_SOCKET: usize = 107;
-
-/// What the loop knows of a life that is under way.
-#[derive(Debug)]
-pub(crate) struct Life {
-    pub(crate) stop: CancellationToken,
-    /// The daemon ends and the engine does not.
-    pub(crate) release: CancellationToken,
-    pub(crate) keep: bool,
-    pub(crate) fingerprint: u64,
-    url: String,
-    pid: Option<u32>,
-    facts: EngineFacts,
-}
-
-impl Life {
-    fn new(keep: bool, fingerprint: u64) -> Self {
-        Self {
-            stop: CancellationToken::new(),
-            release: CancellationToken::new(),
-            keep,
-            fingerprint,
-            url: String::new(),
-            pid: None,
-            facts: EngineFacts::default(),
-        }
-    }
-}
 
 /// How a life has ended.
 struct Ended {

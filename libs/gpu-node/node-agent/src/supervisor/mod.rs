@@ -6,8 +6,10 @@
 
 mod launch;
 mod life;
+mod programs;
 mod provision;
 mod shell;
+mod state;
 
 pub use shell::Settings;
 pub(crate) use shell::Supervision;

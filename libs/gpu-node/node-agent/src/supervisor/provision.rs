@@ -10,9 +10,10 @@ use std::time::Duration;
 use pool_registry_types::pool::EngineKind;
 use tokio::process::Command;
 
+use crate::download::Hub;
 use crate::engines::vllm;
-use crate::pools_file::PoolSpec;
-use crate::supervisor::launch::{Sources, on_path};
+use crate::pools_file::{PoolSpec, Provisioning};
+use crate::supervisor::programs::{on_path, without_secrets};
 
 /// What is installed for llama.cpp, with its hash.
 const LLAMACPP_LOCK: &str = include_str!("../../../../../deploy/engines/requirements.lock");
@@ -23,6 +24,16 @@ const STAMP: &str = "installed.lock";
 const INSTALL_TIMEOUT: Duration = Duration::from_secs(3600);
 /// Longest look at a Python.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Where things lie, and what may be fetched.
+#[derive(Debug, Clone)]
+pub(crate) struct Sources<'a> {
+    pub(crate) models_dir: &'a Path,
+    pub(crate) packages_dir: &'a Path,
+    pub(crate) allowed: Provisioning,
+    pub(crate) hub: Hub<'a>,
+    pub(crate) client: &'a reqwest::Client,
+}
 
 /// Program, arguments and environment of a packaged engine; it is installed where it is missing
 /// and that is allowed.
@@ -136,11 +147,6 @@ async fn put(path: PathBuf, text: String) -> Result<(), String> {
     let put = move || atomic_file::replace(&path, text.as_bytes(), atomic_file::BY_UMASK);
     let put = owned_tasks::blocking("a package's file", put).await;
     put.map_err(|panicked| panicked.to_string())?.map_err(|error| format!("provision: {error}"))
-}
-
-/// What is installed is others' code, and needs none of the daemon's tokens.
-pub(crate) fn without_secrets(command: &mut Command) {
-    command.env_remove("LLORCH_API_TOKEN").env_remove("LLORCH_API_TOKEN_FILE").env_remove("HF_TOKEN");
 }
 
 async fn look(python: &Path, code: &str) -> Result<(), ()> {

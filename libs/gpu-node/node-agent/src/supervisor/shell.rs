@@ -28,9 +28,9 @@ use crate::pools_file::{
     LoadWhen, MAX_BYTES, ModelSpec, PoolSpec, PoolsFile, PoolsFileError, Provision, Provisioning,
 };
 use crate::source::ModelSource;
-use crate::supervisor::launch::{self, Launch, Sources, Spec};
-use crate::supervisor::life::Life;
-use crate::supervisor::provision;
+use crate::supervisor::launch::{self, Launch, Spec};
+use crate::supervisor::provision::{self, Sources};
+use crate::supervisor::state::State;
 
 /// Pause between two looks at the file of pools and at memory.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -59,22 +59,6 @@ pub struct Settings {
     pub hub_token: Option<SecretString>,
 }
 
-#[derive(Debug, Default)]
-pub(crate) struct State {
-    /// The file as it was taken last.
-    file: PoolsFile,
-    text: Option<String>,
-    pub(crate) problem: Option<String>,
-    /// All plans that the supervisor may still ask for, by fingerprint.
-    pub(crate) specs: BTreeMap<u64, Spec>,
-    pub(crate) launches: BTreeMap<u64, Launch>,
-    pub(crate) lives: BTreeMap<RunId, Life>,
-    under_way: BTreeMap<PoolId, String>,
-    purges: BTreeMap<PoolId, PoolPurge>,
-    /// Engines whose handoff file could not be written yet.
-    pub(crate) unwritten: BTreeMap<RunId, ReplicaKey>,
-}
-
 /// What the loop is told.
 #[derive(Debug)]
 struct Inbox {
@@ -89,7 +73,7 @@ pub(crate) struct Supervision {
     pub(crate) agent: Arc<Agent>,
     pub(crate) settings: Settings,
     core: Mutex<Supervisor>,
-    pub(crate) state: Mutex<State>,
+    pub(super) state: Mutex<State>,
     pub(crate) mailbox: mpsc::Sender<Happened>,
     downloads: reqwest::Client,
     stopped: CancellationToken,
