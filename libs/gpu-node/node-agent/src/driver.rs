@@ -14,7 +14,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use http_body_util::BodyStream;
-use hyper::body::Incoming;
+use hyper::body::Frame;
 use node_core::{Accepted, Ends, Piece, Readiness};
 use pool_registry_types::error::EndCause;
 use pool_registry_types::pool::EngineKind;
@@ -23,7 +23,6 @@ use pool_registry_types::task::{FinishReason, InferRequest, Reasoning, ResumeMod
 use pool_registry_types::{ErrorBody, ErrorCode, LogId, ModelRef};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 
-use crate::engines::client::with_causes;
 use crate::engines::documents::{self, Document, DocumentError};
 use crate::engines::{
     self, Answer, CallError, Endpoint, EngineClient, EngineRequest, Look, NotReady, Reader, Refusal, Reply,
@@ -38,7 +37,7 @@ pub(crate) const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(1);
 /// Bytes prove that an engine lives; saying so once in this span is enough.
 const HEARD_EVERY: Duration = Duration::from_millis(500);
 
-type Pieces = Pin<Box<dyn Stream<Item = Result<Bytes, String>> + Send>>;
+type Pieces = Pin<Box<dyn Stream<Item = hyper::Result<Bytes>> + Send>>;
 type Opening = Pin<Box<dyn Future<Output = Result<Sent, NotSent>> + Send>>;
 
 /// Why the engine has not answered the attempt.
@@ -193,7 +192,7 @@ async fn open(
 enum Happened {
     Answered(Result<Sent, NotSent>),
     Refused(Refusal),
-    Chunk(Option<Result<Bytes, String>>),
+    Chunk(Option<hyper::Result<Bytes>>),
     Document(Result<Document, DocumentError>),
     /// It is known how the engine has ended, or will not be.
     Ended(Box<ErrorBody>),
@@ -485,12 +484,7 @@ impl Driver {
 /// The body of an answer, piece by piece.
 fn pieces(answer: Answer) -> Pieces {
     let frames = BodyStream::new(answer.response.into_body());
-    Box::pin(frames.filter_map(
-        |frame: Result<hyper::body::Frame<Bytes>, <Incoming as hyper::body::Body>::Error>| {
-            std::future::ready(match frame {
-                Ok(frame) => frame.into_data().ok().map(Ok),
-                Err(error) => Some(Err(with_causes(&error))),
-            })
-        },
-    ))
+    Box::pin(frames.filter_map(|frame: hyper::Result<Frame<Bytes>>| {
+        std::future::ready(frame.map(|frame| frame.into_data().ok()).transpose())
+    }))
 }

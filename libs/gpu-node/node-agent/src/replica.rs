@@ -10,15 +10,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use handoff_watcher::{Handoff, HandoffName, MAX_SLOTS};
-use node_core::{Busy, Readiness, ReplicaSpec};
-use owned_tasks::blocking;
+use node_core::{BindError, Busy, Readiness, ReplicaSpec};
+use owned_tasks::{Panicked, blocking};
 use pool_registry_types::Backoff;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::Agent;
-use crate::engines::{self, ApiKey, Endpoint, EngineFacts, Look, NotReady};
+use crate::engines::{self, ApiKey, Endpoint, EngineFacts, KeyError, Look, NotReady};
 
 /// Pause between two looks at an engine that is not ready.
 const LOOK_EVERY_UNREADY: Duration = Duration::from_millis(250);
@@ -53,7 +53,7 @@ async fn watch_health(agent: &Agent, handoff: &Handoff, stop: &CancellationToken
                 let look = Look { client: agent.client(), at: &at, models: &models };
                 readiness(agent, handoff, stop, engines::probe(handoff.engine, &look).await)
             }
-            Err(why) => Some(Readiness::Failed(why)),
+            Err(error) => Some(Readiness::Failed(error.to_string())),
         };
         if let Some(readiness) = readiness {
             agent.observed_unless(stop, pool_id, replica_id, readiness.clone());
@@ -107,11 +107,9 @@ fn readiness(
     Some(match looked {
         Ok(facts) => {
             let bound = spec(handoff, Some(facts)).and_then(|spec| {
-                agent
-                    .bind_unless(stop, &handoff.pool_id, spec, Some(Readiness::Ready))
-                    .map_err(|error| error.to_string())
+                Ok(agent.bind_unless(stop, &handoff.pool_id, spec, Some(Readiness::Ready))?)
             });
-            bound.map_or_else(Readiness::Failed, |()| Readiness::Ready)
+            bound.map_or_else(|error| Readiness::Failed(error.to_string()), |()| Readiness::Ready)
         }
         Err(NotReady::Loading) => Readiness::Loading,
         Err(NotReady::Failed(why)) => Readiness::Failed(why),
@@ -176,21 +174,43 @@ pub(crate) async fn watch_slots(agent: &Agent, name: &HandoffName, key: Option<A
     agent.notify_work_ended();
 }
 
+/// Why an engine's key is not known.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum EndpointError {
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    #[error(transparent)]
+    Panicked(#[from] Panicked),
+}
+
 /// Where an engine is, with its key as the file has it now.
-pub(crate) async fn endpoint(url: &str, key_file: Option<&Path>) -> Result<Endpoint, String> {
+pub(crate) async fn endpoint(url: &str, key_file: Option<&Path>) -> Result<Endpoint, EndpointError> {
     let key = match key_file {
         None => None,
         Some(path) => {
             let path = path.to_owned();
-            let read = blocking("file of a key", move || ApiKey::read(&path)).await;
-            Some(read.map_err(|panicked| panicked.to_string())?.map_err(|error| error.to_string())?)
+            Some(blocking("file of a key", move || ApiKey::read(&path)).await??)
         }
     };
     Ok(Endpoint { key, ..Endpoint::new(url) })
 }
 
+/// Why a replica is not bound.
+#[derive(Debug, thiserror::Error)]
+enum Unbound {
+    #[error("neither the handoff nor the engine names a model")]
+    NoModel,
+    #[error("neither the handoff nor the engine says how many slots there are")]
+    NoSlots,
+    /// The engine was not asked yet.
+    #[error("the handoff does not say how many slots there are")]
+    NoSlotsInHandoff,
+    #[error(transparent)]
+    Refused(#[from] BindError),
+}
+
 /// Puts handoff and engine together. Without facts only what the handoff says by itself.
-fn spec(handoff: &Handoff, facts: Option<EngineFacts>) -> Result<ReplicaSpec, String> {
+fn spec(handoff: &Handoff, facts: Option<EngineFacts>) -> Result<ReplicaSpec, Unbound> {
     let named = handoff.model_names();
     let asked = facts.is_some();
     let facts = facts.unwrap_or_default();
@@ -224,15 +244,14 @@ fn spec(handoff: &Handoff, facts: Option<EngineFacts>) -> Result<ReplicaSpec, St
         (named, engine_names)
     };
     if models.is_empty() {
-        return Err("neither the handoff nor the engine names a model".into());
+        return Err(Unbound::NoModel);
     }
     let smaller = |file: Option<u32>, engine: Option<u32>| match (file, engine) {
         (Some(file), Some(engine)) => Some(file.min(engine)),
         (file, engine) => file.or(engine),
     };
     let Some(slots) = smaller(handoff.slots, facts.slots) else {
-        let who = if asked { "neither the handoff nor the engine says" } else { "the handoff does not say" };
-        return Err(format!("{who} how many slots there are"));
+        return Err(if asked { Unbound::NoSlots } else { Unbound::NoSlotsInHandoff });
     };
     Ok(ReplicaSpec {
         replica_id: handoff.replica_id.clone(),
@@ -304,8 +323,13 @@ mod tests {
     #[test]
     fn what_neither_says_is_unknown_and_what_is_needed_is_named() {
         let none = EngineFacts { slots: None, ..facts(&[("m", "m")]) };
-        assert!(spec(&handoff(""), Some(none)).unwrap_err().contains("slots"));
-        assert!(spec(&handoff(r#","slots":1"#), Some(EngineFacts::default())).unwrap_err().contains("model"));
+        assert!(spec(&handoff(""), Some(none)).unwrap_err().to_string().contains("slots"));
+        assert!(
+            spec(&handoff(r#","slots":1"#), Some(EngineFacts::default()))
+                .unwrap_err()
+                .to_string()
+                .contains("model")
+        );
         let huge = EngineFacts { slots: Some(u32::MAX), ..facts(&[("m", "m")]) };
         assert_eq!(spec(&handoff(""), Some(huge)).unwrap().slots, MAX_SLOTS);
     }

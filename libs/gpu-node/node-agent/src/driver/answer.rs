@@ -7,6 +7,7 @@ use pool_registry_types::sse::{
 use pool_registry_types::task::{End, MAX_RESULT_BYTES};
 
 use super::*;
+use crate::engines::client::with_causes;
 use crate::engines::{Delta, EngineEvent};
 
 /// What some servers begin a text with.
@@ -21,7 +22,7 @@ const END_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl Driver {
     /// Takes a piece of the engine's stream, and with it what has arrived already.
-    pub(super) async fn chunks(&mut self, first: Option<Result<Bytes, String>>) {
+    pub(super) async fn chunks(&mut self, first: Option<hyper::Result<Bytes>>) {
         self.chunk(first);
         let mut patient = true;
         for _ in 0..MOST_PIECES_AT_ONCE {
@@ -41,10 +42,10 @@ impl Driver {
         }
     }
 
-    fn chunk(&mut self, chunk: Option<Result<Bytes, String>>) {
+    fn chunk(&mut self, chunk: Option<hyper::Result<Bytes>>) {
         let bytes = match chunk {
             Some(Ok(bytes)) => bytes,
-            Some(Err(why)) => return self.ended(Some(why)),
+            Some(Err(error)) => return self.ended(Some(&error)),
             None => {
                 if self.last_events() {
                     self.ended(None);
@@ -131,14 +132,15 @@ impl Driver {
     }
 
     /// Nothing follows: in order, or because the connection was lost.
-    fn ended(&mut self, lost: Option<String>) {
+    fn ended(&mut self, lost: Option<&hyper::Error>) {
         let end = if lost.is_some() { self.reader.lost() } else { self.reader.closed() };
         if let Some(end) = end {
             self.reported(end);
             return;
         }
         self.slot.engine_suspected();
-        let reason = lost.unwrap_or_else(|| "it closed the stream without its end marker".to_owned());
+        let unmarked = || "it closed the stream without its end marker".to_owned();
+        let reason = lost.map_or_else(unmarked, |error| with_causes(error));
         let error = ErrorBody::new(ErrorCode::WorkerReset, format!("the engine died: {reason}"));
         self.fail(error.with_cause(EndCause::EngineDied), true);
     }

@@ -141,9 +141,9 @@ impl Answer {
         }
     }
 
-    async fn json(self) -> Result<Value, String> {
-        let bytes = self.bytes(MAX_ANSWER_BYTES).await.map_err(|error| error.to_string())?;
-        super::json::document(&bytes).map_err(|error| format!("unreadable: {error}"))
+    async fn json(self) -> Result<Value, BadAnswer> {
+        let bytes = self.bytes(MAX_ANSWER_BYTES).await?;
+        super::json::document(&bytes).map_err(BadAnswer::Unreadable)
     }
 }
 
@@ -154,6 +154,15 @@ pub enum BodyError {
     TooLong { most: usize },
     #[error("its answer was cut off: {0}")]
     Lost(String),
+}
+
+/// Why an answer is no JSON.
+#[derive(Debug, thiserror::Error)]
+pub enum BadAnswer {
+    #[error(transparent)]
+    Body(#[from] BodyError),
+    #[error("unreadable: {0}")]
+    Unreadable(serde_json::Error),
 }
 
 /// The ends of connections over which an answer came.
@@ -325,14 +334,14 @@ impl EngineClient {
 }
 
 /// Why a question has no JSON as its answer.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum Question {
     #[error("{0}")]
     Unanswered(CallError),
     #[error("HTTP {0}")]
     Status(u16),
     #[error("{0}")]
-    Bad(String),
+    Bad(BadAnswer),
 }
 
 /// A model's name as one segment of a path, or as a value of a query.

@@ -4,6 +4,7 @@
 //! A document is read whole, within a bound, and must answer all that was asked, once: what is
 //! missing cannot be asked again for a part.
 
+use owned_tasks::Panicked;
 use pool_registry_types::task::{EmbeddingResult, Inputs, RerankResult};
 use serde::Deserialize;
 use serde_json::json;
@@ -45,12 +46,28 @@ pub struct Document {
 /// Why there is no document.
 #[derive(Debug, thiserror::Error)]
 pub enum DocumentError {
+    /// The connection broke.
     #[error("{0}")]
-    Lost(String),
+    Lost(BodyError),
+    /// Fewer inputs make a shorter one.
     #[error("its answer is longer than {MAX_DOCUMENT_BYTES} bytes")]
     TooLong,
+    /// It is whole, and not what was asked for.
     #[error("its answer is unreadable: {0}")]
-    Unreadable(String),
+    Unreadable(Unreadable),
+}
+
+/// What is amiss with a whole document.
+#[derive(Debug, thiserror::Error)]
+pub enum Unreadable {
+    #[error("{0}")]
+    Json(serde_json::Error),
+    #[error("{count} results for {asked} inputs, or one of them twice")]
+    Count { count: usize, asked: usize },
+    #[error("its vectors are empty, of different lengths, or no numbers")]
+    Vectors,
+    #[error("{0}")]
+    Panicked(Panicked),
 }
 
 pub(super) fn request(model: &str, inputs: &Inputs) -> EngineRequest {
@@ -70,11 +87,11 @@ pub(super) fn request(model: &str, inputs: &Inputs) -> EngineRequest {
 pub async fn read(answer: Answer, reply: &'static Reply, asked: usize) -> Result<Document, DocumentError> {
     let body = answer.bytes(MAX_DOCUMENT_BYTES).await.map_err(|error| match error {
         BodyError::TooLong { .. } => DocumentError::TooLong,
-        BodyError::Lost(_) => DocumentError::Lost(error.to_string()),
+        BodyError::Lost(_) => DocumentError::Lost(error),
     })?;
     // A document of this length takes a good part of a second.
     let parsing = owned_tasks::blocking("answer of an engine", move || parse(reply, asked, &body));
-    let parsed = parsing.await.map_err(|panicked| DocumentError::Unreadable(panicked.to_string()))?;
+    let parsed = parsing.await.unwrap_or_else(|panicked| Err(Unreadable::Panicked(panicked)));
     parsed.map_err(DocumentError::Unreadable)
 }
 
@@ -119,33 +136,33 @@ impl Usage {
     }
 }
 
-fn parse(reply: &Reply, asked: usize, body: &[u8]) -> Result<Document, String> {
+fn parse(reply: &Reply, asked: usize, body: &[u8]) -> Result<Document, Unreadable> {
     let (results, tokens_in) = if *reply == EMBEDDING {
-        let answer: Embeddings = typed(body)?;
+        let answer: Embeddings = typed(body).map_err(Unreadable::Json)?;
         (embeddings(answer.data, asked)?, Usage::tokens_in(answer.usage))
     } else {
-        let answer: Ranks = typed(body)?;
+        let answer: Ranks = typed(body).map_err(Unreadable::Json)?;
         (ranks(answer.results, asked)?, Usage::tokens_in(answer.usage))
     };
     Ok(Document { results, tokens_in })
 }
 
-fn embeddings(mut data: Vec<Embedding>, asked: usize) -> Result<Vec<String>, String> {
+fn embeddings(mut data: Vec<Embedding>, asked: usize) -> Result<Vec<String>, Unreadable> {
     data.sort_by_key(|embedding| embedding.index);
     each_once(data.iter().map(|embedding| embedding.index), asked)?;
     let length = data.first().map_or(0, |first| first.embedding.len());
     let whole = |vector: &Vec<f32>| vector.len() == length && vector.iter().all(|x| x.is_finite());
     if length == 0 || !data.iter().all(|embedding| whole(&embedding.embedding)) {
-        return Err("its vectors are empty, of different lengths, or no numbers".into());
+        return Err(Unreadable::Vectors);
     }
     let results = data
         .into_iter()
         .zip(0..)
         .map(|(embedding, i)| serde_json::to_string(&EmbeddingResult { i, embedding: embedding.embedding }));
-    results.collect::<Result<_, _>>().map_err(|error| error.to_string())
+    results.collect::<Result<_, _>>().map_err(Unreadable::Json)
 }
 
-fn ranks(mut results: Vec<Rank>, asked: usize) -> Result<Vec<String>, String> {
+fn ranks(mut results: Vec<Rank>, asked: usize) -> Result<Vec<String>, Unreadable> {
     results.sort_by_key(|rank| rank.index);
     each_once(results.iter().map(|rank| rank.index), asked)?;
     // Equal ones stay in the order in which they were given.
@@ -154,14 +171,14 @@ fn ranks(mut results: Vec<Rank>, asked: usize) -> Result<Vec<String>, String> {
         let document = rank.index as u64;
         serde_json::to_string(&RerankResult { i, document, score: rank.relevance_score })
     });
-    results.collect::<Result<_, _>>().map_err(|error| error.to_string())
+    results.collect::<Result<_, _>>().map_err(Unreadable::Json)
 }
 
 /// Sorted indices that are 0, 1, 2 … `asked` − 1.
-fn each_once(indices: impl ExactSizeIterator<Item = usize>, asked: usize) -> Result<(), String> {
+fn each_once(indices: impl ExactSizeIterator<Item = usize>, asked: usize) -> Result<(), Unreadable> {
     let count = indices.len();
     if count != asked || !indices.eq(0..asked) {
-        return Err(format!("{count} results for {asked} inputs, or one of them twice"));
+        return Err(Unreadable::Count { count, asked });
     }
     Ok(())
 }
@@ -170,8 +187,8 @@ fn each_once(indices: impl ExactSizeIterator<Item = usize>, asked: usize) -> Res
 mod tests {
     use super::*;
 
-    fn reported(reply: &Reply, asked: usize, body: &str) -> Result<Document, String> {
-        parse(reply, asked, body.as_bytes())
+    fn reported(reply: &Reply, asked: usize, body: &str) -> Option<Document> {
+        parse(reply, asked, body.as_bytes()).ok()
     }
 
     // CLOUD-2482
@@ -183,7 +200,7 @@ mod tests {
             "usage":{"prompt_tokens":7,"total_tokens":7}}"#;
         let results =
             vec![r#"{"i":0,"embedding":[0.1,2.0]}"#.into(), r#"{"i":1,"embedding":[0.5,-1.0]}"#.into()];
-        assert_eq!(reported(&EMBEDDING, 2, body), Ok(Document { results, tokens_in: Some(7) }));
+        assert_eq!(reported(&EMBEDDING, 2, body), Some(Document { results, tokens_in: Some(7) }));
     }
 
     // CLOUD-1522
@@ -191,8 +208,8 @@ mod tests {
     fn what_stands_beside_the_results_is_stepped_over_and_they_are_not() {
         let beside = "\u{feff}{\"x\":NaN,\"data\":[{\"index\":0,\"embedding\":[1.5],\"y\":Infinity}]}";
         let results = vec![r#"{"i":0,"embedding":[1.5]}"#.into()];
-        assert_eq!(reported(&EMBEDDING, 1, beside), Ok(Document { results, tokens_in: None }));
-        assert!(reported(&EMBEDDING, 1, r#"{"data":[{"index":0,"embedding":[NaN]}]}"#).is_err());
+        assert_eq!(reported(&EMBEDDING, 1, beside), Some(Document { results, tokens_in: None }));
+        assert!(reported(&EMBEDDING, 1, r#"{"data":[{"index":0,"embedding":[NaN]}]}"#).is_none());
     }
 
     // CLOUD-2482
@@ -202,7 +219,7 @@ mod tests {
             {"index":1,"document":{"text":"b"},"relevance_score":0.9}],"usage":{"total_tokens":5}}"#;
         let results =
             vec![r#"{"i":0,"document":1,"score":0.9}"#.into(), r#"{"i":1,"document":0,"score":0.1}"#.into()];
-        assert_eq!(reported(&RERANK, 2, body), Ok(Document { results, tokens_in: Some(5) }));
+        assert_eq!(reported(&RERANK, 2, body), Some(Document { results, tokens_in: Some(5) }));
     }
 
     // CLOUD-2482
@@ -213,8 +230,8 @@ mod tests {
         let uneven = r#"{"data":[{"index":0,"embedding":[1.0]},{"index":1,"embedding":[1.0,2.0]}]}"#;
         let of_tokens = r#"{"data":[{"index":0,"embedding":[[1.0],[2.0]]}]}"#;
         for (asked, body) in [(2, one), (2, twice), (2, uneven), (1, of_tokens), (1, "{"), (1, "{}")] {
-            assert!(reported(&EMBEDDING, asked, body).is_err(), "{body}");
+            assert!(reported(&EMBEDDING, asked, body).is_none(), "{body}");
         }
-        assert!(reported(&RERANK, 1, r#"{"results":[]}"#).is_err());
+        assert!(reported(&RERANK, 1, r#"{"results":[]}"#).is_none());
     }
 }

@@ -16,19 +16,18 @@ const MOST_DEPTH: u32 = 32;
 
 /// A whole answer. What a strict parser refuses in it is `null`, and everything beside that is as
 /// it stands there. Error: it is not whole, or no object and no list.
-pub(crate) fn document(bytes: &[u8]) -> Result<Value, String> {
+pub(crate) fn document(bytes: &[u8]) -> serde_json::Result<Value> {
     let text = String::from_utf8_lossy(bytes);
     let text = text.trim_start_matches('\u{feff}').trim();
     serde_json::from_str(text).or_else(|error| {
         let whole = text.starts_with(['{', '[']) && value_end(text.as_bytes(), 0) == Some(text.len());
-        whole.then(|| Json(text).value(MOST_DEPTH)).ok_or_else(|| error.to_string())
+        whole.then(|| Json(text).value(MOST_DEPTH)).ok_or(error)
     })
 }
 
 /// [`document`], as a type.
-pub(crate) fn typed<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
-    serde_json::from_slice(bytes)
-        .or_else(|_| serde_json::from_value(document(bytes)?).map_err(|error| error.to_string()))
+pub(crate) fn typed<T: DeserializeOwned>(bytes: &[u8]) -> serde_json::Result<T> {
+    serde_json::from_slice(bytes).or_else(|_| serde_json::from_value(document(bytes)?))
 }
 
 /// Sets a field that has a value.

@@ -38,7 +38,7 @@ pub use self::client::{Answer, CallError, Endpoint, EngineClient, Question};
 pub(crate) use self::dialect::Asked;
 pub use self::dialect::{Dialect, EngineFacts, EngineRequest, Look, NotReady, Quiet, Sent, tokens_left};
 pub(crate) use self::json::set;
-pub use self::key::ApiKey;
+pub use self::key::{ApiKey, KeyError};
 pub use self::llamacpp::Unsent;
 pub use self::refusal::{Refusal, Whose, refused};
 pub use self::thoughts::Delta;
