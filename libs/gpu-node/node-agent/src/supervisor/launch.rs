@@ -4,22 +4,26 @@
 //! unless the file allows it and the daemon does not forbid it.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
 use node_core::supervisor::{Claim, Device, Prepared, ReplicaKey};
+use owned_tasks::Panicked;
 use pool_registry_types::pool::EngineKind;
-use pool_registry_types::{ModelRef, PoolId};
+use pool_registry_types::{Digest, ModelRef, PoolId};
 use tokio::process::Command;
 
+use crate::engines::client::with_causes;
 use crate::engines::{Quiet, dialect};
-use crate::gguf::{self, GgufHeader};
+use crate::gguf::{self, GgufError, GgufHeader};
 use crate::models::{Manifest, ModelError, Models};
 use crate::pools_file::{ModelSpec, PoolSpec, Provision};
-use crate::source::ModelSource;
-use crate::supervisor::programs::{on_path, without_secrets};
-use crate::supervisor::provision::{self, Sources};
+use crate::source::{BadSource, ModelSource};
+use crate::supervisor::programs::{ProgramError, on_path, without_secrets};
+use crate::supervisor::provision::{self, PackageError, Sources};
 
 /// Context of one slot where the file says nothing and the model could do more: models say what
 /// they were trained for, which would fill a GPU with cache.
@@ -66,12 +70,68 @@ pub(crate) struct Program {
     ctx: Option<u32>,
 }
 
+/// Why a pool cannot be prepared.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PrepareError {
+    /// An order may have crossed a change of the file.
+    #[error("its plan is not known any more: give the order again")]
+    UnknownPlan,
+    #[error(transparent)]
+    Program(#[from] ProgramError),
+    #[error(transparent)]
+    Package(#[from] PackageError),
+    #[error(transparent)]
+    Source(#[from] BadSource),
+    #[error(
+        "model: {0} has no entry in [models] and is not staged; run: pool-managerd models stage {0} FILE"
+    )]
+    NotStaged(ModelRef),
+    #[error(
+        "model: {model} is not staged and provisioning.downloads is off; run: pool-managerd models stage {model} {origin}"
+    )]
+    DownloadsOff { model: ModelRef, origin: String },
+    #[error(
+        "model: {model} is staged with {staged}, expected {expected}: purge it, or give the new one another name"
+    )]
+    StagedOther { model: ModelRef, staged: Digest, expected: Digest },
+    #[error("model: {0}")]
+    Model(ModelError),
+    #[error("model: {}: {error}", path.display())]
+    Unopened { path: PathBuf, error: io::Error },
+    #[error("model: {}: {}", path.display(), with_causes(error))]
+    Header { path: PathBuf, error: GgufError },
+    #[error("model: its digest could not be reckoned")]
+    NoDigest,
+    #[error("model: its header could not be read")]
+    NoHeader,
+    #[error(transparent)]
+    Panicked(#[from] Panicked),
+}
+
+impl PrepareError {
+    /// Whether its operator must do something. All else may do when it is tried again.
+    pub(super) fn is_operators(&self) -> bool {
+        match self {
+            Self::Package(error) => error.is_operators(),
+            Self::UnknownPlan
+            | Self::Program(_)
+            | Self::Source(_)
+            | Self::NotStaged(_)
+            | Self::DownloadsOff { .. }
+            | Self::StagedOther { .. }
+            | Self::Unopened { .. }
+            | Self::Header { .. } => true,
+            Self::Model(_) | Self::NoDigest | Self::NoHeader | Self::Panicked(_) => false,
+        }
+    }
+}
+
 /// Finds everything that a start needs. `progress` is told what takes its time.
 pub(crate) async fn prepare(
     spec: &Spec,
     sources: &Sources<'_>,
     progress: &(dyn Fn(String) + Send + Sync),
-) -> Result<(Prepared, Launch), String> {
+) -> Result<(Prepared, Launch), PrepareError> {
     let pool = &spec.pool;
     let found = match &pool.provision {
         Provision::External { url } => {
@@ -237,18 +297,14 @@ async fn model_file(
     spec: &Spec,
     sources: &Sources<'_>,
     progress: &(dyn Fn(String) + Send + Sync),
-) -> Result<(PathBuf, Option<GgufHeader>), String> {
+) -> Result<(PathBuf, Option<GgufHeader>), PrepareError> {
     let name = &spec.pool.model;
     let path = match &spec.model {
         None => match staged(sources.models_dir, name).await {
             Some((path, _)) => path,
-            None => {
-                return Err(format!(
-                    "model: {name} has no entry in [models] and is not staged; run: pool-managerd models stage {name} FILE"
-                ));
-            }
+            None => return Err(PrepareError::NotStaged(name.clone())),
         },
-        Some(model) => match ModelSource::parse(&model.source).map_err(|error| error.to_string())? {
+        Some(model) => match ModelSource::parse(&model.source)? {
             ModelSource::File(path) => {
                 if let Some(expected) = &model.digest {
                     verify_in_place(&path, expected).await?;
@@ -272,23 +328,21 @@ async fn downloaded(
     remote: &ModelSource,
     sources: &Sources<'_>,
     progress: &(dyn Fn(String) + Send + Sync),
-) -> Result<PathBuf, String> {
+) -> Result<PathBuf, PrepareError> {
     let models = Models::new(sources.models_dir);
     loop {
         if let Some((path, manifest)) = staged(sources.models_dir, name).await {
             return match model.digest.as_ref().filter(|expected| **expected != manifest.digest) {
                 None => Ok(path),
-                Some(expected) => Err(format!(
-                    "model: {name} is staged with {}, expected {expected}: purge it, or give the new one another name",
-                    manifest.digest
-                )),
+                Some(expected) => Err(PrepareError::StagedOther {
+                    model: name.clone(),
+                    staged: manifest.digest,
+                    expected: expected.clone(),
+                }),
             };
         }
         if !sources.allowed.downloads {
-            return Err(format!(
-                "model: {name} is not staged and provisioning.downloads is off; run: pool-managerd models stage {name} {}",
-                model.source
-            ));
+            return Err(PrepareError::DownloadsOff { model: name.clone(), origin: model.source.clone() });
         }
         let mut reported = |done: u64, all: Option<u64>| {
             let all = all.map_or_else(|| "?".into(), |all| (all / 1_048_576).to_string());
@@ -301,32 +355,28 @@ async fn downloaded(
                 progress(format!("waits for another download of {name}"));
                 tokio::time::sleep(BUSY_PAUSE).await;
             }
-            Err(error) => return Err(format!("model: {error}")),
+            Err(error) => return Err(PrepareError::Model(error)),
         }
     }
 }
 
-async fn verify_in_place(path: &Path, expected: &pool_registry_types::Digest) -> Result<(), String> {
+async fn verify_in_place(path: &Path, expected: &Digest) -> Result<(), PrepareError> {
     let (path, expected) = (path.to_owned(), expected.clone());
     let check = move || crate::models::check_digest(&path, &expected);
     let checked = owned_tasks::blocking("digest of a model", check).await;
-    match checked {
-        Ok(result) => result.map_err(|error| format!("model: {error}")),
-        Err(_) => Err("model: its digest could not be reckoned".into()),
-    }
+    checked.map_err(|_| PrepareError::NoDigest)?.map_err(PrepareError::Model)
 }
 
-async fn read_header(path: &Path) -> Result<GgufHeader, String> {
+async fn read_header(path: &Path) -> Result<GgufHeader, PrepareError> {
     let path = path.to_owned();
     let read = move || {
-        let file =
-            std::fs::File::open(&path).map_err(|error| format!("model: {}: {error}", path.display()))?;
-        let header = GgufHeader::read(std::io::BufReader::new(file));
-        header.map_err(|error| format!("model: {}: {error}", path.display()))
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) => return Err(PrepareError::Unopened { path, error }),
+        };
+        GgufHeader::read(BufReader::new(file)).map_err(|error| PrepareError::Header { path, error })
     };
-    owned_tasks::blocking("header of a model", read)
-        .await
-        .unwrap_or_else(|_| Err("model: its header could not be read".into()))
+    owned_tasks::blocking("header of a model", read).await.unwrap_or(Err(PrepareError::NoHeader))
 }
 
 /// For messages: where a pool's replica writes.

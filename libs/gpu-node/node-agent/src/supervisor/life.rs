@@ -31,6 +31,26 @@ const TAIL_LINES: usize = 20;
 /// Longest path of a Unix socket, bytes. Source: unix(7).
 const LONGEST_SOCKET: usize = 107;
 
+/// Why an engine was not started.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error("its guard does not start: {0}")]
+    Guard(io::Error),
+    #[error("keep_on_exit: {0}")]
+    Folder(io::Error),
+    #[error(
+        "keep_on_exit: {} is longer than {LONGEST_SOCKET} bytes, which is the most for a socket: choose a shorter POOL_MANAGERD_RUNTIME_DIR",
+        .0.display()
+    )]
+    LongSocket(PathBuf),
+    #[error("ports: {0} is in use by another program; find it with: ss -ltnp sport = :{0}")]
+    PortTaken(u16),
+    #[error("ports: {port}: {error}")]
+    Port { port: u16, error: io::Error },
+    #[error("no free port: {0}")]
+    NoPort(io::Error),
+}
+
 /// How a life has ended.
 struct Ended {
     how: String,
@@ -95,7 +115,7 @@ impl Supervision {
                         supervision.live(run, &replica_key, &spec, *guarded, stop, release).await
                     }
                     Ok(Opened::Elsewhere) => supervision.live_elsewhere(run, stop, release).await,
-                    Err(how) => Some(Ended::plainly(how)),
+                    Err(error) => Some(Ended::plainly(error.to_string())),
                 }
             };
             let ended = caught("life of an engine", life).await.unwrap_or_else(defect);
@@ -124,7 +144,7 @@ impl Supervision {
         replica_key: &ReplicaKey,
         spec: &Spec,
         launch: &Launch,
-    ) -> Result<Opened, String> {
+    ) -> Result<Opened, StartError> {
         let program = match launch {
             Launch::External { url } => {
                 let url = url.as_deref().unwrap_or_default().trim_end_matches('/').to_owned();
@@ -164,26 +184,21 @@ impl Supervision {
             run_tag: format!("{}{life_id}", self.run_tag_prefix()),
         };
         let guarded = Guarded::start(&self.settings.program, &guard_spec).await;
-        guarded
-            .map(|guarded| Opened::Guard(Box::new(guarded)))
-            .map_err(|error| format!("its guard does not start: {error}"))
+        guarded.map(|guarded| Opened::Guard(Box::new(guarded))).map_err(StartError::Guard)
     }
 
     /// Of this one life: the guard of another one that ends meanwhile takes only its own away.
-    fn socket(&self, replica_key: &ReplicaKey, life_id: uuid::Uuid) -> Result<PathBuf, String> {
+    fn socket(&self, replica_key: &ReplicaKey, life_id: uuid::Uuid) -> Result<PathBuf, StartError> {
         let folder = self.guards();
         let folder = folder.canonicalize().or_else(|_| {
             std::fs::create_dir_all(&folder)?;
             folder.canonicalize()
         });
         let (short, ..) = life_id.as_fields();
-        let path = folder.map_err(|error| format!("keep_on_exit: {error}"))?;
+        let path = folder.map_err(StartError::Folder)?;
         let path = path.join(format!("{replica_key}.{short:08x}.sock"));
         if path.as_os_str().len() > LONGEST_SOCKET {
-            return Err(format!(
-                "keep_on_exit: {} is longer than {LONGEST_SOCKET} bytes, which is the most for a socket: choose a shorter POOL_MANAGERD_RUNTIME_DIR",
-                path.display()
-            ));
+            return Err(StartError::LongSocket(path));
         }
         Ok(path)
     }
@@ -492,17 +507,15 @@ enum Opened {
 }
 
 /// The replica's own port, or any that is free.
-fn port(spec: &Spec, replica_id: &ReplicaId) -> Result<u16, String> {
+fn port(spec: &Spec, replica_id: &ReplicaId) -> Result<u16, StartError> {
     let n = replica_id.as_str().strip_prefix('r').and_then(|n| n.parse::<usize>().ok());
     // Beside the replica that it replaces it cannot have the same one.
     let wanted = n.and_then(|n| spec.pool.ports.get(n)).copied();
     let listener = std::net::TcpListener::bind(("127.0.0.1", wanted.unwrap_or(0)));
     let port = listener.and_then(|listener| listener.local_addr()).map(|at| at.port());
     port.map_err(|error| match wanted {
-        Some(port) if error.kind() == io::ErrorKind::AddrInUse => {
-            format!("ports: {port} is in use by another program; find it with: ss -ltnp sport = :{port}")
-        }
-        Some(port) => format!("ports: {port}: {error}"),
-        None => format!("no free port: {error}"),
+        Some(port) if error.kind() == io::ErrorKind::AddrInUse => StartError::PortTaken(port),
+        Some(port) => StartError::Port { port, error },
+        None => StartError::NoPort(error),
     })
 }

@@ -1,21 +1,35 @@
 //! Programs of others: where they are, and what they must not see.
 
 use std::ffi::OsStr;
+use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use tokio::process::Command;
 
+/// Why a program is not to be had. Its operator can do something about it.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ProgramError {
+    #[error("provision.program: {name} is no executable file; run: chmod +x {name}")]
+    NotExecutable { name: String },
+    #[error("provision.program: {name}: {error}")]
+    Unusable { name: String, error: io::Error },
+    #[error("provision.program: {name} is not on the PATH; {}", how_to_get(name))]
+    NotFound { name: String },
+    #[error("provision.program: the PATH could not be searched")]
+    Unsearched,
+}
+
 /// [`find_program`] on a thread that may wait for a disk.
-pub(crate) async fn on_path(name: &str) -> Result<PathBuf, String> {
+pub(crate) async fn on_path(name: &str) -> Result<PathBuf, ProgramError> {
     let (name, path) = (name.to_owned(), std::env::var_os("PATH"));
     let found =
         owned_tasks::blocking("search of the PATH", move || find_program(&name, path.as_deref())).await;
-    found.unwrap_or_else(|_| Err("provision.program: the PATH could not be searched".into()))
+    found.unwrap_or(Err(ProgramError::Unsearched))
 }
 
 /// A program by its path, or by its name on the PATH.
-pub(crate) fn find_program(name: &str, path: Option<&OsStr>) -> Result<PathBuf, String> {
+pub(crate) fn find_program(name: &str, path: Option<&OsStr>) -> Result<PathBuf, ProgramError> {
     let runs = |path: &Path| {
         std::fs::metadata(path).is_ok_and(|about| about.is_file() && about.permissions().mode() & 0o111 != 0)
     };
@@ -23,23 +37,21 @@ pub(crate) fn find_program(name: &str, path: Option<&OsStr>) -> Result<PathBuf, 
         let path = PathBuf::from(name);
         return match std::fs::metadata(&path) {
             Ok(_) if runs(&path) => Ok(path),
-            Ok(_) => Err(format!("provision.program: {name} is no executable file; run: chmod +x {name}")),
-            Err(error) => Err(format!("provision.program: {name}: {error}")),
+            Ok(_) => Err(ProgramError::NotExecutable { name: name.to_owned() }),
+            Err(error) => Err(ProgramError::Unusable { name: name.to_owned(), error }),
         };
     }
     let folders = path.map(std::env::split_paths).into_iter().flatten();
     let found = folders.map(|folder| folder.join(name)).find(|path| runs(path));
-    found.ok_or_else(|| format!("provision.program: {name} is not on the PATH; {}", how_to_get(name)))
+    found.ok_or_else(|| ProgramError::NotFound { name: name.to_owned() })
 }
 
-fn how_to_get(name: &str) -> String {
+fn how_to_get(name: &str) -> &'static str {
     match name {
-        "llama-server" => {
-            "build llama.cpp, or use provision = { mode = \"package\" } with installs = true".into()
-        }
-        "vllm" => "run: python3 -m pip install vllm".into(),
-        "python3" => "run: apt-get install python3 python3-pip".into(),
-        _ => "install it, or give its path".into(),
+        "llama-server" => "build llama.cpp, or use provision = { mode = \"package\" } with installs = true",
+        "vllm" => "run: python3 -m pip install vllm",
+        "python3" => "run: apt-get install python3 python3-pip",
+        _ => "install it, or give its path",
     }
 }
 
@@ -55,7 +67,7 @@ mod tests {
     // CLOUD-2444
     #[test]
     fn a_missing_program_is_named_with_what_brings_it() {
-        let none = |name: &str| find_program(name, Some(OsStr::new("/nowhere"))).unwrap_err();
+        let none = |name: &str| find_program(name, Some(OsStr::new("/nowhere"))).unwrap_err().to_string();
         assert!(none("llama-server").contains("mode = \"package\""));
         assert!(none("/no/such").contains("No such file"));
         let plain = tempfile::NamedTempFile::new().unwrap();

@@ -3,17 +3,20 @@
 //! llama.cpp's server comes as one wheel, checked by its hash, with our own launcher beside it;
 //! vLLM by the version that the pool names.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use atomic_file::WriteError;
+use owned_tasks::Panicked;
 use pool_registry_types::pool::EngineKind;
 use tokio::process::Command;
 
 use crate::download::Hub;
 use crate::engines::vllm;
 use crate::pools_file::{PoolSpec, Provisioning};
-use crate::supervisor::programs::{on_path, without_secrets};
+use crate::supervisor::programs::{ProgramError, on_path, without_secrets};
 
 /// What is installed for llama.cpp, with its hash.
 const LLAMACPP_LOCK: &str = include_str!("../../../../../deploy/engines/requirements.lock");
@@ -35,6 +38,39 @@ pub(crate) struct Sources<'a> {
     pub(crate) client: &'a reqwest::Client,
 }
 
+/// Why a packaged engine is not to be had.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PackageError {
+    #[error(transparent)]
+    Program(#[from] ProgramError),
+    #[error("provision: {what} is not installed in {} and provisioning.installs is off; set it to true", folder.display())]
+    InstallsOff { what: String, folder: PathBuf },
+    #[error("provision: {} is older than Python 3.10; run: apt-get install python3", .0.display())]
+    OldPython(PathBuf),
+    #[error("provision: Python has no pip; run: apt-get install python3-pip")]
+    NoPip,
+    #[error("provision: {}: {error}", folder.display())]
+    Disk { folder: PathBuf, error: io::Error },
+    #[error("provision: {0}")]
+    File(WriteError),
+    #[error("provision: pip failed: {0}")]
+    Pip(String),
+    #[error("provision: the installation did not end within an hour")]
+    TooSlow,
+    #[error("provision: {0}")]
+    Panicked(Panicked),
+}
+
+impl PackageError {
+    /// Whether its operator must do something. All else may do when it is tried again.
+    pub(super) fn is_operators(&self) -> bool {
+        match self {
+            Self::Program(_) | Self::InstallsOff { .. } | Self::OldPython(_) | Self::NoPip => true,
+            Self::Disk { .. } | Self::File(_) | Self::Pip(_) | Self::TooSlow | Self::Panicked(_) => false,
+        }
+    }
+}
+
 /// Program, arguments and environment of a packaged engine; it is installed where it is missing
 /// and that is allowed.
 pub(crate) async fn package(
@@ -42,7 +78,7 @@ pub(crate) async fn package(
     version: Option<&str>,
     sources: &Sources<'_>,
     progress: &(dyn Fn(String) + Send + Sync),
-) -> Result<(PathBuf, Vec<String>, Vec<(String, String)>), String> {
+) -> Result<(PathBuf, Vec<String>, Vec<(String, String)>), PackageError> {
     let python = on_path("python3").await?;
     let wanted = match (pool.engine, version) {
         (EngineKind::LlamaCpp, None) => LLAMACPP_LOCK.to_owned(),
@@ -55,10 +91,7 @@ pub(crate) async fn package(
         if !sources.allowed.installs {
             let line = wanted.lines().find(|line| !line.starts_with('#')).unwrap_or_default();
             let what = line.split_whitespace().next().unwrap_or_default();
-            return Err(format!(
-                "provision: {what} is not installed in {} and provisioning.installs is off; set it to true",
-                folder.display()
-            ));
+            return Err(PackageError::InstallsOff { what: what.to_owned(), folder });
         }
         install(&python, &folder, &wanted, progress).await?;
     }
@@ -93,15 +126,15 @@ async fn install(
     folder: &Path,
     wanted: &str,
     progress: &(dyn Fn(String) + Send + Sync),
-) -> Result<(), String> {
-    look(python, "import sys; sys.exit(sys.version_info < (3, 10))").await.map_err(|_| {
-        format!("provision: {} is older than Python 3.10; run: apt-get install python3", python.display())
-    })?;
-    look(python, "import pip")
-        .await
-        .map_err(|_| "provision: Python has no pip; run: apt-get install python3-pip".to_owned())?;
+) -> Result<(), PackageError> {
+    if !runs(python, "import sys; sys.exit(sys.version_info < (3, 10))").await {
+        return Err(PackageError::OldPython(python.to_owned()));
+    }
+    if !runs(python, "import pip").await {
+        return Err(PackageError::NoPip);
+    }
     progress("installs the engine from the package index".into());
-    let failed = |error: std::io::Error| format!("provision: {}: {error}", folder.display());
+    let failed = |error| PackageError::Disk { folder: folder.to_owned(), error };
     // One installation of a folder at a time, whatever pools and daemons there are.
     let parent = folder.parent().unwrap_or(Path::new("."));
     tokio::fs::create_dir_all(parent).await.map_err(failed)?;
@@ -111,7 +144,7 @@ async fn install(
         lock.lock().map(|()| lock)
     })
     .await;
-    let _lock = lock.map_err(|error| format!("provision: {error}"))?.map_err(failed)?;
+    let _lock = lock.map_err(PackageError::Panicked)?.map_err(failed)?;
     if tokio::fs::read_to_string(folder.join(STAMP)).await.is_ok_and(|have| have == wanted) {
         return Ok(());
     }
@@ -132,24 +165,25 @@ async fn install(
     let output = match ended {
         Ok(Ok(output)) => output,
         Ok(Err(error)) => return Err(failed(error)),
-        Err(_) => return Err("provision: the installation did not end within an hour".into()),
+        Err(_) => return Err(PackageError::TooSlow),
     };
     if !output.status.success() {
         let text = String::from_utf8_lossy(&output.stderr);
         let last: String = text.trim().lines().last().unwrap_or("no message").chars().take(400).collect();
-        return Err(format!("provision: pip failed: {last}"));
+        return Err(PackageError::Pip(last));
     }
     put(folder.join(STAMP), wanted.to_owned()).await
 }
 
 /// Replaces a file whole: another start may read it at this moment.
-async fn put(path: PathBuf, text: String) -> Result<(), String> {
+async fn put(path: PathBuf, text: String) -> Result<(), PackageError> {
     let put = move || atomic_file::replace(&path, text.as_bytes(), atomic_file::BY_UMASK);
     let put = owned_tasks::blocking("a package's file", put).await;
-    put.map_err(|panicked| panicked.to_string())?.map_err(|error| format!("provision: {error}"))
+    put.map_err(PackageError::Panicked)?.map_err(PackageError::File)
 }
 
-async fn look(python: &Path, code: &str) -> Result<(), ()> {
+/// Whether the code runs to a good end.
+async fn runs(python: &Path, code: &str) -> bool {
     let mut command = Command::new(python);
     without_secrets(&mut command);
     command
@@ -158,8 +192,6 @@ async fn look(python: &Path, code: &str) -> Result<(), ()> {
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .kill_on_drop(true);
-    match tokio::time::timeout(LOOK_TIMEOUT, command.status()).await {
-        Ok(Ok(status)) if status.success() => Ok(()),
-        _ => Err(()),
-    }
+    let ended = tokio::time::timeout(LOOK_TIMEOUT, command.status()).await;
+    matches!(ended, Ok(Ok(status)) if status.success())
 }

@@ -6,15 +6,18 @@
 //! the loop's mailbox; the loop itself only waits for small files.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use handoff_watcher::EngineHosts;
 use node_core::supervisor::{
-    Device, DeviceReading, Happened, Ordered, PoolPlan, Prepared, ReplicaKey, RunId, Supervisor, Work,
+    Device, DeviceReading, Happened, Ordered, PoolPlan, Prepared, ReplicaKey, RunId, Supervisor, Unprepared,
+    Work,
 };
-use owned_tasks::{blocking, caught};
+use owned_tasks::{Panicked, blocking, caught};
 use parking_lot::Mutex;
 use pool_registry_types::pool::{PoolPurge, PoolReload};
 use pool_registry_types::{ErrorBody, ErrorCode, PoolId};
@@ -28,7 +31,7 @@ use crate::pools_file::{
     LoadWhen, MAX_BYTES, ModelSpec, PoolSpec, PoolsFile, PoolsFileError, Provision, Provisioning,
 };
 use crate::source::ModelSource;
-use crate::supervisor::launch::{self, Launch, Spec};
+use crate::supervisor::launch::{self, Launch, PrepareError, Spec};
 use crate::supervisor::provision::{self, Sources};
 use crate::supervisor::state::State;
 
@@ -231,7 +234,7 @@ impl Supervision {
     async fn read_file(&self) -> Option<BTreeMap<PoolId, PoolPlan>> {
         let path = self.settings.pools.clone();
         let read = blocking("file of pools", move || read_bounded(&path)).await;
-        let text = read.unwrap_or_else(|panicked| Err(panicked.to_string()));
+        let text = read.unwrap_or_else(|panicked| Err(ReadError::Panicked(panicked)));
         let outcome = match text {
             Ok(text) if self.state.lock().text.as_ref() == Some(&text) => return None,
             Ok(text) => {
@@ -239,10 +242,11 @@ impl Supervision {
                 self.state.lock().text = Some(text);
                 parsed
             }
-            Err(reason) => {
+            Err(error) => {
                 // Read again when it can be.
                 self.state.lock().text = None;
-                Err(PoolsFileError::Unreadable { path: self.settings.pools.clone(), reason })
+                let path = self.settings.pools.clone();
+                Err(PoolsFileError::Unreadable { path, reason: error.to_string() })
             }
         };
         match outcome {
@@ -303,28 +307,37 @@ impl Supervision {
         let supervision = Arc::clone(self);
         owned_tasks::task(&self.agent.tracker, "preparing of a pool", async move {
             let find = async {
-                // An order may have crossed a change of the file.
-                let spec = spec.ok_or("its plan is not known any more: give the order again")?;
+                let spec = spec.ok_or(PrepareError::UnknownPlan)?;
                 supervision.find_everything(&pool_id, &spec).await
             };
             let outcome = tokio::select! {
                 () = supervision.stopped.cancelled() => return,
                 outcome = caught("preparing of a pool", find) => outcome,
             };
-            let outcome = outcome.unwrap_or_else(|panicked| Err(panicked.to_string()));
+            let outcome = outcome.unwrap_or_else(|panicked| Err(PrepareError::Panicked(panicked)));
             supervision.state.lock().under_way.remove(&pool_id);
             let outcome = outcome.map(|(prepared, launch)| {
                 supervision.state.lock().launches.insert(fingerprint, launch);
                 prepared
             });
-            if let Err(reason) = &outcome {
-                tracing::warn!(%pool_id, reason, "the pool cannot be started");
-            }
+            let outcome = outcome.map_err(|error| {
+                let reason = error.to_string();
+                if error.is_operators() {
+                    tracing::error!(%pool_id, reason, "the pool cannot be started");
+                } else {
+                    tracing::warn!(%pool_id, reason, "the pool cannot be started");
+                }
+                Unprepared { reason }
+            });
             supervision.send(Happened::Prepared { pool_id, fingerprint, outcome }).await;
         });
     }
 
-    async fn find_everything(&self, pool_id: &PoolId, spec: &Spec) -> Result<(Prepared, Launch), String> {
+    async fn find_everything(
+        &self,
+        pool_id: &PoolId,
+        spec: &Spec,
+    ) -> Result<(Prepared, Launch), PrepareError> {
         let mut allowed = self.state.lock().file.provisioning;
         if self.settings.forbid_provisioning {
             allowed = Provisioning::default();
@@ -521,13 +534,23 @@ fn spec_of(file: &PoolsFile, id: &PoolId) -> Option<Spec> {
     Some(Spec { model: file.models.get(&pool.model).cloned(), pool })
 }
 
-fn read_bounded(path: &std::path::Path) -> Result<String, String> {
-    use std::io::Read;
-    let file = std::fs::File::open(path).map_err(|error| error.to_string())?;
+/// Why the file of pools cannot be read.
+#[derive(Debug, thiserror::Error)]
+enum ReadError {
+    #[error("{0}")]
+    Io(io::Error),
+    #[error("larger than {MAX_BYTES} bytes")]
+    TooLarge,
+    #[error("{0}")]
+    Panicked(Panicked),
+}
+
+fn read_bounded(path: &Path) -> Result<String, ReadError> {
     let mut text = String::new();
-    file.take(MAX_BYTES + 1).read_to_string(&mut text).map_err(|error| error.to_string())?;
+    let file = File::open(path).map_err(ReadError::Io)?;
+    file.take(MAX_BYTES + 1).read_to_string(&mut text).map_err(ReadError::Io)?;
     if text.len() as u64 > MAX_BYTES {
-        return Err(format!("larger than {MAX_BYTES} bytes"));
+        return Err(ReadError::TooLarge);
     }
     Ok(text)
 }

@@ -17,7 +17,7 @@ use crate::jitter::Jitter;
 use crate::supervisor::event::{Happened, Ordered, Work};
 use crate::supervisor::exits::STORM_WINDOW;
 use crate::supervisor::ledger::Ledger;
-use crate::supervisor::plan::{PoolPlan, Prepared, ReplicaKey, RunId};
+use crate::supervisor::plan::{PoolPlan, Prepared, ReplicaKey, RunId, Unprepared};
 use crate::supervisor::pool::{Blame, DEMAND_LIFE, Generation, Pool, Preparation, Reload, Slot, Stage, Way};
 
 /// Pause before a preparation that failed is tried again.
@@ -127,7 +127,7 @@ impl Supervisor {
         now: Moment,
         pool_id: &PoolId,
         fingerprint: u64,
-        outcome: Result<Prepared, String>,
+        outcome: Result<Prepared, Unprepared>,
         out: &mut Vec<Ordered>,
     ) {
         let Some(pool) = self.pools.get_mut(pool_id) else { return };
@@ -135,8 +135,8 @@ impl Supervisor {
         if let Some(next) = next.filter(|next| next.plan.fingerprint == fingerprint) {
             match outcome {
                 Ok(prepared) => next.preparation = Preparation::Done(prepared),
-                Err(why) => {
-                    pool.reload_error = Some(why);
+                Err(error) => {
+                    pool.reload_error = Some(error.reason);
                     pool.reload = None;
                 }
             }
@@ -149,8 +149,8 @@ impl Supervisor {
             match outcome {
                 // Its time runs from when it could start.
                 Ok(_) => *since = now,
-                Err(why) => {
-                    pool.reload_error = Some(why);
+                Err(error) => {
+                    pool.reload_error = Some(error.reason);
                     pool.go_back(now, pool_id, out);
                     return;
                 }
@@ -170,7 +170,7 @@ impl Supervisor {
                 }
                 Preparation::Done(prepared)
             }
-            Err(why) => Preparation::Failed { why, again: now + PREPARE_AGAIN },
+            Err(error) => Preparation::Failed { why: error.reason, again: now + PREPARE_AGAIN },
         };
     }
 

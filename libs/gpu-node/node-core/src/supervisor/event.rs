@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use pool_registry_types::PoolId;
 
 use crate::supervisor::ledger::DeviceReading;
-use crate::supervisor::plan::{Device, PoolPlan, Prepared, ReplicaKey, RunId};
+use crate::supervisor::plan::{Device, PoolPlan, Prepared, ReplicaKey, RunId, Unprepared};
 
 /// Something happened.
 #[derive(Debug, Clone)]
@@ -17,7 +17,7 @@ pub enum Happened {
     Prepared {
         pool_id: PoolId,
         fingerprint: u64,
-        outcome: Result<Prepared, String>,
+        outcome: Result<Prepared, Unprepared>,
     },
     /// The engine answered its health call for the first time.
     Ready {

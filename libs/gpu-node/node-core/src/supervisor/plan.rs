@@ -65,6 +65,14 @@ pub struct Prepared {
     pub ctx_max: Option<u32>,
 }
 
+/// A plan could not be prepared; it is tried again after a while.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{reason}")]
+pub struct Unprepared {
+    /// For the pool's operator: what is missing, and what brings it.
+    pub reason: String,
+}
+
 /// One life of one engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RunId(pub u64);

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use super::core::Supervisor;
 use super::event::{Happened, Ordered, Work};
 use super::ledger::DeviceReading;
-use super::plan::{Claim, Device, PoolPlan, Prepared, ReplicaKey, RunId};
+use super::plan::{Claim, Device, PoolPlan, Prepared, ReplicaKey, RunId, Unprepared};
 
 mod driver;
 mod exits;
@@ -139,7 +139,7 @@ impl Machine {
                     let claim = Claim::from([(device, plan.fingerprint * MIB)]);
                     self.preparations += 1;
                     let outcome = match self.missing.contains(&plan.fingerprint) {
-                        true => Err("there is no such model".to_owned()),
+                        true => Err(Unprepared { reason: "there is no such model".into() }),
                         false => Ok(Prepared { claim, ctx_max: Some(512) }),
                     };
                     self.send(Happened::Prepared { pool_id, fingerprint: plan.fingerprint, outcome });
