@@ -1,4 +1,5 @@
-//! The shell around [`NodeCore`]: time, tasks and calls.
+//! The shell around [`NodeCore`]: time, tasks and calls. Its session, its replicas and what it looks at
+//! have files of their own.
 //!
 //! The core stands behind a mutex that is held for microseconds and never across an await:
 //! accepting an attempt and ending it are two short critical sections, without a task switch.
@@ -131,7 +132,7 @@ impl Agent {
         })
     }
 
-    pub fn now(&self) -> Moment {
+    pub(crate) fn now(&self) -> Moment {
         Moment::from_millis(u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX))
     }
 

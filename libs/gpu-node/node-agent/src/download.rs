@@ -41,7 +41,7 @@ pub struct Hub<'a> {
 
 /// A file on a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Remote {
+pub(crate) struct Remote {
     pub url: String,
     /// The file's name.
     pub file: String,
@@ -96,13 +96,13 @@ pub fn client() -> reqwest::Result<Client> {
 }
 
 /// Bytes that the file system of the folder has for us.
-pub fn free_bytes(folder: &Path) -> io::Result<u64> {
+pub(crate) fn free_bytes(folder: &Path) -> io::Result<u64> {
     let about = nix::sys::statvfs::statvfs(folder)?;
     Ok(about.blocks_available() * about.fragment_size())
 }
 
 /// Says before anything is written whether so many bytes fit.
-pub fn check_space(folder: &Path, needed: u64) -> Result<(), DownloadError> {
+pub(crate) fn check_space(folder: &Path, needed: u64) -> Result<(), DownloadError> {
     let disk = |source| DownloadError::Disk { path: folder.to_owned(), source };
     let free = free_bytes(folder).map_err(disk)?;
     if free < needed.saturating_add(SPARE_BYTES) {
@@ -112,7 +112,7 @@ pub fn check_space(folder: &Path, needed: u64) -> Result<(), DownloadError> {
 }
 
 /// Finds the file that a source names; a file on this machine is none.
-pub async fn resolve(
+pub(crate) async fn resolve(
     client: &Client,
     hub: &Hub<'_>,
     source: &ModelSource,
@@ -216,7 +216,7 @@ impl Part<'_> {
 
 /// Downloads into `path`, going on where an earlier try has stopped. Returns how many bytes that
 /// had left. `progress` is told the bytes done and, where the server says so, all of them.
-pub async fn download(
+pub(crate) async fn download(
     client: &Client,
     hub: &Hub<'_>,
     remote: &Remote,

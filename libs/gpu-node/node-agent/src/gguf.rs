@@ -271,7 +271,7 @@ impl GgufHeader {
     /// Bytes of the cache for so many tokens, keys and values in 16 bits:
     /// layers × tokens × heads of keys and values × (length of a key + of a value) × 2. Absent where
     /// the header does not say; what is more than a number holds is the largest number, not nothing.
-    pub fn kv_cache_bytes(&self, tokens: u64) -> Option<u64> {
+    pub(crate) fn kv_cache_bytes(&self, tokens: u64) -> Option<u64> {
         let heads = self.head_count_kv.or(self.head_count)?;
         let of_head = || self.embedding_length?.checked_div(self.head_count?);
         let key = self.key_length.or_else(of_head)?;

@@ -27,7 +27,7 @@ const INVENTORY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// One look at one device.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct GpuReading {
+pub(crate) struct GpuReading {
     pub device_id: u32,
     pub vram_used_bytes: u64,
     pub vram_total_bytes: u64,
@@ -45,7 +45,7 @@ pub struct GpuReading {
 }
 
 /// What is asked about GPUs.
-pub trait GpuProbe: Send {
+pub(crate) trait GpuProbe: Send {
     /// What the devices are; asked once.
     fn inventory(&self) -> Vec<GpuCapability>;
 
@@ -55,7 +55,7 @@ pub trait GpuProbe: Send {
 
 /// Who wants to know how the GPUs are.
 #[derive(Debug)]
-pub struct Questions {
+pub(crate) struct Questions {
     asked: Receiver<()>,
     answers: mpsc::Sender<Vec<GpuReading>>,
     /// A question that has no answer yet.
@@ -78,7 +78,7 @@ impl Questions {
 
 /// A machine without GPUs.
 #[derive(Debug, Default, Clone)]
-pub struct NoGpus;
+pub(crate) struct NoGpus;
 
 impl GpuProbe for NoGpus {
     fn inventory(&self) -> Vec<GpuCapability> {
@@ -92,7 +92,7 @@ impl GpuProbe for NoGpus {
 
 /// NVIDIA's driver.
 #[derive(Debug)]
-pub struct NvmlGpus {
+pub(crate) struct NvmlGpus {
     lib: Option<PathBuf>,
     /// Absent while the driver is gone.
     nvml: Option<Nvml>,
@@ -108,7 +108,7 @@ fn open(lib: Option<&PathBuf>) -> Result<Nvml, NvmlError> {
 
 /// Why no GPU is seen.
 #[derive(Debug, thiserror::Error)]
-pub enum GpuError {
+pub(crate) enum GpuError {
     /// It is not there, or cannot be started.
     #[error("no driver: {0}")]
     Driver(NvmlError),
@@ -118,7 +118,7 @@ pub enum GpuError {
 
 impl NvmlGpus {
     /// Loads the driver's library, from `lib` or from where the system keeps it.
-    pub fn load(lib: Option<PathBuf>) -> Result<Self, GpuError> {
+    pub(crate) fn load(lib: Option<PathBuf>) -> Result<Self, GpuError> {
         let nvml = open(lib.as_ref()).map_err(GpuError::Driver)?;
         let count = nvml.device_count().map_err(GpuError::Devices)?;
         let inventory = (0..count).filter_map(|n| capability(&nvml, n)).collect();
@@ -297,7 +297,7 @@ fn number(xid: XidError) -> u64 {
 
 /// A reading as the node reports it. `is_ours` says whether a process is one of our engines';
 /// what others hold is unaccounted.
-pub fn report(reading: &GpuReading, is_ours: &dyn Fn(u32) -> bool) -> GpuReport {
+pub(crate) fn report(reading: &GpuReading, is_ours: &dyn Fn(u32) -> bool) -> GpuReport {
     let strangers = reading.processes.as_ref().map(|all| {
         let theirs = all.iter().filter(|(pid, _)| !is_ours(*pid)).filter_map(|(_, bytes)| *bytes);
         theirs.fold(0_u64, u64::saturating_add)
@@ -374,7 +374,7 @@ impl GpuWatch {
 
     /// One look. Where the driver does not answer in time its devices are unresponsive, with the
     /// memory that was seen last, and it is not asked again before it has answered.
-    pub async fn look(&mut self, patience: Duration) -> Vec<GpuReading> {
+    pub(crate) async fn look(&mut self, patience: Duration) -> Vec<GpuReading> {
         if !self.under_way {
             self.under_way = !matches!(self.asks.try_send(()), Err(TrySendError::Disconnected(())));
         }

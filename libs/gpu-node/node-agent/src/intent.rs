@@ -21,13 +21,13 @@ impl IntentFile {
         Self { path: runtime_dir.join(format!(".{node_id}.draining")) }
     }
 
-    pub fn read(&self) -> Intent {
+    pub(crate) fn read(&self) -> Intent {
         // What cannot be read may be a drain: a node that does nothing is the smaller harm.
         if self.path.try_exists().unwrap_or(true) { Intent::Draining } else { Intent::Serving }
     }
 
     /// On the disk when it returns.
-    pub fn write(&self, intent: Intent) -> io::Result<()> {
+    pub(crate) fn write(&self, intent: Intent) -> io::Result<()> {
         let text = b"this node takes no work until it is resumed\n";
         let kept = match intent {
             Intent::Draining => atomic_file::replace(&self.path, text, atomic_file::BY_UMASK),

@@ -6,17 +6,17 @@
 //! the supervision of the engines that the node runs itself ([`supervisor`]). What a node does not
 //! know is the cluster: it never sees another node or a queue.
 
-pub mod agent;
+mod agent;
 mod attempt_log;
 mod crash;
 pub mod download;
 mod driver;
-pub mod engines;
+mod engines;
 pub mod gguf;
 pub mod gpu;
 pub mod guard;
-pub mod infer;
-pub mod intent;
+mod infer;
+mod intent;
 pub mod models;
 mod node;
 mod orders;

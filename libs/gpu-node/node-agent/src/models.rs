@@ -150,7 +150,7 @@ impl Models {
     }
 
     /// The same, as the node reports it.
-    pub fn report(&self) -> Result<Vec<StagedModel>, ModelError> {
+    pub(crate) fn report(&self) -> Result<Vec<StagedModel>, ModelError> {
         let of = |m: Manifest| StagedModel { model_id: m.model_id, digest: m.digest, bytes: m.bytes };
         Ok(self.list()?.into_iter().map(of).collect())
     }
@@ -160,13 +160,13 @@ impl Models {
     }
 
     /// Where the model's file lies and what its manifest says, if it is here whole.
-    pub fn find(&self, model: &ModelRef) -> Option<(PathBuf, Manifest)> {
+    pub(crate) fn find(&self, model: &ModelRef) -> Option<(PathBuf, Manifest)> {
         let manifest = self.get(model)?;
         Some((self.folder.join(folder_name(model)).join(&manifest.file), manifest))
     }
 
     /// Removes a model and whatever an interrupted copy of it has left.
-    pub fn remove(&self, model: &ModelRef) -> Result<(), ModelError> {
+    pub(crate) fn remove(&self, model: &ModelRef) -> Result<(), ModelError> {
         let _one = self.lock(model)?;
         let name = folder_name(model);
         for folder in [name.clone(), format!(".{name}.staging"), format!(".{name}.broken")] {
@@ -392,7 +392,7 @@ fn whole(folder: &Path) -> Option<Manifest> {
 }
 
 /// Reads a file and compares it with its digest.
-pub fn check_digest(path: &Path, expected: &Digest) -> Result<(), ModelError> {
+pub(crate) fn check_digest(path: &Path, expected: &Digest) -> Result<(), ModelError> {
     expect(path, expected, digest_of(path)?)
 }
 

@@ -14,7 +14,7 @@ use sha2::{Digest as _, Sha256};
 use utoipa::{PartialSchema, ToSchema};
 
 /// Largest file of pools that is read, bytes.
-pub const MAX_BYTES: u64 = 1024 * 1024;
+pub(crate) const MAX_BYTES: u64 = 1024 * 1024;
 /// Most replicas of a pool.
 const MAX_REPLICAS: u32 = 64;
 /// Memory of each GPU that is left to others unless the file says otherwise, bytes.

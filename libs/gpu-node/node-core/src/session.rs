@@ -18,7 +18,7 @@ const COALESCE: Duration = Duration::from_millis(50);
 
 /// What the shell is to do now. One call is under way at a time.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Action {
+pub(crate) enum Action {
     Register,
     Heartbeat { epoch: Epoch },
     Deregister { epoch: Epoch },
@@ -61,7 +61,7 @@ impl Session {
     }
 
     /// What is due now. The caller performs it and tells the outcome.
-    pub fn next_action(&mut self, now: Moment) -> Option<Action> {
+    pub(crate) fn next_action(&mut self, now: Moment) -> Option<Action> {
         match &mut self.state {
             State::Unregistered { next_try } if *next_try <= now => {
                 self.state = State::Registering;
@@ -82,7 +82,7 @@ impl Session {
     }
 
     /// When [`Session::next_action`] has something next.
-    pub fn next_deadline(&self) -> Option<Moment> {
+    pub(crate) fn next_deadline(&self) -> Option<Moment> {
         match &self.state {
             State::Unregistered { next_try } => Some(*next_try),
             State::Registered { next_beat, beating: false, .. } => Some(*next_beat),
@@ -91,7 +91,7 @@ impl Session {
     }
 
     /// The answer to [`Action::Register`]; `Err(None)` when none came.
-    pub fn registered(&mut self, now: Moment, answer: Result<RegisterAnswer, Option<ErrorBody>>) {
+    pub(crate) fn registered(&mut self, now: Moment, answer: Result<RegisterAnswer, Option<ErrorBody>>) {
         if self.state != State::Registering {
             return;
         }
@@ -116,7 +116,7 @@ impl Session {
     }
 
     /// The answer to [`Action::Heartbeat`].
-    pub fn heartbeat_answered(&mut self, now: Moment, answer: Result<&HeartbeatAnswer, BeatFailure>) {
+    pub(crate) fn heartbeat_answered(&mut self, now: Moment, answer: Result<&HeartbeatAnswer, BeatFailure>) {
         let tick = self.jittered_interval();
         let State::Registered { next_beat, beating, .. } = &mut self.state else { return };
         *beating = false;
@@ -140,7 +140,7 @@ impl Session {
     }
 
     /// Something worth a report at once has changed.
-    pub fn poke(&mut self, now: Moment) {
+    pub(crate) fn poke(&mut self, now: Moment) {
         if let State::Registered { next_beat, .. } = &mut self.state {
             let soon = now + COALESCE;
             *next_beat = (*next_beat).min(soon);
@@ -148,7 +148,7 @@ impl Session {
     }
 
     /// Ends the session: deregisters when there is a registration.
-    pub fn leave(&mut self) {
+    pub(crate) fn leave(&mut self) {
         self.state = match std::mem::replace(&mut self.state, State::Left) {
             State::Registered { epoch, .. } => State::Leaving { epoch, sent: false },
             _ => State::Left,
@@ -156,7 +156,7 @@ impl Session {
     }
 
     /// The outcome of [`Action::Deregister`] does not matter: the node goes.
-    pub fn deregistered(&mut self) {
+    pub(crate) fn deregistered(&mut self) {
         self.state = State::Left;
     }
 

@@ -18,7 +18,7 @@ pub(super) type TokenIds = fn(Json<'_>) -> (Vec<u32>, u32);
 
 /// The shape of an answer: how its events are read, and how it ends.
 #[derive(Debug)]
-pub struct Reply {
+pub(crate) struct Reply {
     /// For messages and tests.
     pub name: &'static str,
     /// One JSON document instead of a stream.
@@ -38,7 +38,7 @@ impl PartialEq for Reply {
 
 /// What one event of an engine says.
 #[derive(Debug, Clone, PartialEq)]
-pub enum EngineEvent {
+pub(crate) enum EngineEvent {
     /// Nothing that comes from the model.
     Nothing,
     /// The model works; there may be nothing to read in it.
@@ -53,7 +53,7 @@ pub enum EngineEvent {
 
 /// Reads a stream; remembers what an end refers back to.
 #[derive(Debug)]
-pub struct Reader {
+pub(crate) struct Reader {
     reply: &'static Reply,
     /// Events of the model.
     events: u64,
@@ -75,7 +75,7 @@ pub struct Reader {
 }
 
 impl Reader {
-    pub fn new(reply: &'static Reply, wants_ids: bool) -> Self {
+    pub(crate) fn new(reply: &'static Reply, wants_ids: bool) -> Self {
         Self {
             reply,
             events: 0,
@@ -90,12 +90,12 @@ impl Reader {
     }
 
     #[must_use]
-    pub fn bounded_by(mut self, bound: Option<u64>) -> Self {
+    pub(crate) fn bounded_by(mut self, bound: Option<u64>) -> Self {
         self.bound = bound;
         self
     }
 
-    pub fn split_by(&mut self, splitter: Option<Splitter>) {
+    pub(crate) fn split_by(&mut self, splitter: Option<Splitter>) {
         self.splitter = splitter;
     }
 
@@ -106,25 +106,25 @@ impl Reader {
 
     /// The ids of the tokens since they were taken last, and the count of all tokens so far;
     /// nothing where they are not wanted.
-    pub fn take_ids(&mut self) -> Option<(Vec<u32>, u64)> {
+    pub(crate) fn take_ids(&mut self) -> Option<(Vec<u32>, u64)> {
         self.ids.as_mut().map(|(ids, count)| (std::mem::take(ids), *count))
     }
 
     /// The stream has ended in order, after its last event. Returns what an end event would have
     /// said where none is written; nothing where that end is none.
-    pub fn closed(&mut self) -> Option<EngineEvent> {
+    pub(crate) fn closed(&mut self) -> Option<EngineEvent> {
         let whole = self.finish_reason.is_some() || (self.reply.ends_by_closing && self.events > 0);
         whole.then(|| self.end(Delta::default(), self.counted, self.finish_reason))
     }
 
     /// The connection was lost. What has said why it ended is whole all the same.
-    pub fn lost(&mut self) -> Option<EngineEvent> {
+    pub(crate) fn lost(&mut self) -> Option<EngineEvent> {
         self.finish_reason?;
         self.closed()
     }
 
     /// The answer was one whole document that ended in order, and did not say why it ends.
-    pub fn closed_whole(&mut self) -> EngineEvent {
+    pub(crate) fn closed_whole(&mut self) -> EngineEvent {
         match self.closed() {
             Some(end) => end,
             None if self.is_empty() => EngineEvent::Failed("its answer is a document without a text".into()),
@@ -133,7 +133,7 @@ impl Reader {
     }
 
     /// What stands at an orderly end without its empty line.
-    pub fn read_last(&mut self, frame: &Frame<'_>) -> EngineEvent {
+    pub(crate) fn read_last(&mut self, frame: &Frame<'_>) -> EngineEvent {
         let over = self.finish_reason.is_some();
         match self.read(frame) {
             EngineEvent::Failed(_) | EngineEvent::Refused(_) if over => EngineEvent::Nothing,
@@ -143,7 +143,7 @@ impl Reader {
         }
     }
 
-    pub fn read(&mut self, frame: &Frame<'_>) -> EngineEvent {
+    pub(crate) fn read(&mut self, frame: &Frame<'_>) -> EngineEvent {
         if let Some(line) = frame.unknown
             && let Some(error) = error_in_a_line(line)
         {

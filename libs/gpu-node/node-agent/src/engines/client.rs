@@ -50,7 +50,7 @@ const MOST_CAUSES: usize = 8;
 
 /// Where an engine is, and what it is asked with.
 #[derive(Debug, Clone)]
-pub struct Endpoint {
+pub(crate) struct Endpoint {
     /// `http://host:port`, optionally with a path; without a trailing slash.
     pub url: String,
     pub key: Option<ApiKey>,
@@ -59,7 +59,7 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    pub fn new(url: impl Into<String>) -> Self {
+    pub(crate) fn new(url: impl Into<String>) -> Self {
         Self { url: url.into(), key: None, headers: HeaderMap::new() }
     }
 }
@@ -82,7 +82,7 @@ pub(crate) fn attempt_headers(trace: &TraceContext, attempt: &AttemptId) -> Head
 
 /// Why there is no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum CallError {
+pub(crate) enum CallError {
     /// Nothing listens there.
     #[error("{0}")]
     Refused(String),
@@ -102,14 +102,14 @@ pub enum CallError {
 
 /// The head of an answer, and its body.
 #[derive(Debug)]
-pub struct Answer {
+pub(crate) struct Answer {
     pub response: Response<Incoming>,
     /// Nothing was asked over its connection before: it may be another process than the last one.
     pub fresh: bool,
 }
 
 impl Answer {
-    pub fn status(&self) -> u16 {
+    pub(crate) fn status(&self) -> u16 {
         self.response.status().as_u16()
     }
 
@@ -133,7 +133,7 @@ impl Answer {
     }
 
     /// The whole body, of at most `most` bytes.
-    pub async fn bytes(self, most: usize) -> Result<Bytes, BodyError> {
+    pub(crate) async fn bytes(self, most: usize) -> Result<Bytes, BodyError> {
         match Limited::new(self.response.into_body(), most).collect().await {
             Ok(body) => Ok(body.to_bytes()),
             Err(error) if error.is::<LengthLimitError>() => Err(BodyError::TooLong { most }),
@@ -149,7 +149,7 @@ impl Answer {
 
 /// Why there is no whole body.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum BodyError {
+pub(crate) enum BodyError {
     #[error("its answer is longer than {most} bytes")]
     TooLong { most: usize },
     #[error("its answer was cut off: {0}")]
@@ -158,7 +158,7 @@ pub enum BodyError {
 
 /// Why an answer is no JSON.
 #[derive(Debug, thiserror::Error)]
-pub enum BadAnswer {
+pub(crate) enum BadAnswer {
     #[error(transparent)]
     Body(#[from] BodyError),
     #[error("unreadable: {0}")]
@@ -213,7 +213,7 @@ fn both(about: &HttpInfo) -> Ends {
 
 /// Calls engines.
 #[derive(Debug, Clone)]
-pub struct EngineClient {
+pub(crate) struct EngineClient {
     kept: Client<Connector, Full<Bytes>>,
     /// Makes a connection for each call.
     fresh: Client<Connector, Full<Bytes>>,
@@ -227,7 +227,7 @@ impl Default for EngineClient {
 }
 
 impl EngineClient {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut http = HttpConnector::new();
         http.set_nodelay(true);
         http.set_connect_timeout(Some(CONNECT_TIMEOUT));
@@ -261,16 +261,16 @@ impl EngineClient {
     }
 
     /// Asks at a path below the endpoint's URL. Who calls bounds the time.
-    pub async fn get(&self, at: &Endpoint, path: &str) -> Result<Answer, CallError> {
+    pub(crate) async fn get(&self, at: &Endpoint, path: &str) -> Result<Answer, CallError> {
         self.call(&Method::GET, at, path, Bytes::new()).await
     }
 
-    pub async fn post(&self, at: &Endpoint, path: &str, body: &Value) -> Result<Answer, CallError> {
+    pub(crate) async fn post(&self, at: &Endpoint, path: &str, body: &Value) -> Result<Answer, CallError> {
         self.call(&Method::POST, at, path, Bytes::from(body.to_string())).await
     }
 
     /// The JSON of an answer that is good.
-    pub async fn get_json(&self, at: &Endpoint, path: &str) -> Result<Value, Question> {
+    pub(crate) async fn get_json(&self, at: &Endpoint, path: &str) -> Result<Value, Question> {
         let answer = self.get(at, path).await.map_err(Question::Unanswered)?;
         match answer.status() {
             200..=299 => answer.json().await.map_err(Question::Bad),
@@ -335,7 +335,7 @@ impl EngineClient {
 
 /// Why a question has no JSON as its answer.
 #[derive(Debug, thiserror::Error)]
-pub enum Question {
+pub(crate) enum Question {
     #[error("{0}")]
     Unanswered(CallError),
     #[error("HTTP {0}")]

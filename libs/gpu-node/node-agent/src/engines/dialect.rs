@@ -17,7 +17,7 @@ use super::thoughts::Splitter;
 use crate::pools_file::PoolSpec;
 
 /// Everything that makes an engine differ from others.
-pub struct Dialect {
+pub(crate) struct Dialect {
     pub capabilities: EngineCapabilities,
     /// The request for a completion.
     pub(super) request: fn(&Asked<'_>) -> Result<EngineRequest, ErrorBody>,
@@ -38,7 +38,7 @@ pub struct Dialect {
 
 /// The flags that keep prompts out of a server's log.
 #[derive(Debug)]
-pub struct Quiet {
+pub(crate) struct Quiet {
     /// How it is asked for its flags, one way after the other.
     pub help: &'static [&'static str],
     /// The first of these that it has is given.
@@ -70,7 +70,7 @@ impl Asked<'_> {
 
 /// One look at one engine.
 #[derive(Debug, Clone, Copy)]
-pub struct Look<'a> {
+pub(crate) struct Look<'a> {
     pub client: &'a EngineClient,
     pub at: &'a Endpoint,
     /// The models that its handoff names.
@@ -85,7 +85,7 @@ impl Look<'_> {
 
 /// What to POST to an engine, below its URL.
 #[derive(Debug, Clone, PartialEq)]
-pub struct EngineRequest {
+pub(crate) struct EngineRequest {
     pub path: Cow<'static, str>,
     pub body: Value,
     pub reply: &'static Reply,
@@ -97,7 +97,7 @@ pub struct EngineRequest {
 
 /// A request that the engine has answered.
 #[derive(Debug)]
-pub struct Sent {
+pub(crate) struct Sent {
     pub answer: Answer,
     /// How thoughts are told from the text that comes.
     pub splitter: Option<Splitter>,
@@ -122,7 +122,7 @@ impl EngineRequest {
 
 /// What an engine says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct EngineFacts {
+pub(crate) struct EngineFacts {
     /// The names by which it takes requests, each with the one that it goes by in them: an alias
     /// is one more name of the same model.
     pub models: BTreeMap<ModelRef, String>,
@@ -135,7 +135,7 @@ pub struct EngineFacts {
 
 /// Why an engine takes no requests.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum NotReady {
+pub(crate) enum NotReady {
     /// It answers that it loads its model.
     Loading,
     /// It says so itself, or cannot be reached.
@@ -169,7 +169,7 @@ impl From<CallError> for NotReady {
 }
 
 /// How many tokens may still come; 0 when all were sent and only the end was lost.
-pub fn tokens_left(task: &TaskRequest, ctx_max: Option<u32>, sent: Option<&Resume>) -> Option<u64> {
+pub(crate) fn tokens_left(task: &TaskRequest, ctx_max: Option<u32>, sent: Option<&Resume>) -> Option<u64> {
     let bound = task.max_tokens.or(ctx_max).map(u64::from)?;
     Some(bound.saturating_sub(sent.map_or(0, |sent| sent.tokens)))
 }

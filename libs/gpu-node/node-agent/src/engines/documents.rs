@@ -15,7 +15,7 @@ use super::dialect::EngineRequest;
 use super::json::{Json, typed};
 
 /// `/v1/embeddings`.
-pub static EMBEDDING: Reply = Reply {
+pub(crate) static EMBEDDING: Reply = Reply {
     name: "an embedding",
     is_document: true,
     ends_by_closing: false,
@@ -23,7 +23,7 @@ pub static EMBEDDING: Reply = Reply {
     token_ids: None,
 };
 /// `/v1/rerank`.
-pub static RERANK: Reply =
+pub(crate) static RERANK: Reply =
     Reply { name: "a ranking", is_document: true, ends_by_closing: false, read: no_stream, token_ids: None };
 
 fn no_stream(_: &mut Reader, _: Json<'_>) -> EngineEvent {
@@ -36,7 +36,7 @@ const MAX_DOCUMENT_BYTES: usize = 64 * 1024 * 1024;
 
 /// What a document says.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Document {
+pub(crate) struct Document {
     /// The data of one `result` event each.
     pub results: Vec<String>,
     /// Tokens of the inputs, where the engine says.
@@ -45,7 +45,7 @@ pub struct Document {
 
 /// Why there is no document.
 #[derive(Debug, thiserror::Error)]
-pub enum DocumentError {
+pub(crate) enum DocumentError {
     /// The connection broke.
     #[error("{0}")]
     Lost(BodyError),
@@ -59,7 +59,7 @@ pub enum DocumentError {
 
 /// What is amiss with a whole document.
 #[derive(Debug, thiserror::Error)]
-pub enum Unreadable {
+pub(crate) enum Unreadable {
     #[error("{0}")]
     Json(serde_json::Error),
     #[error("{count} results for {asked} inputs, or one of them twice")]
@@ -84,7 +84,11 @@ pub(super) fn request(model: &str, inputs: &Inputs) -> EngineRequest {
 }
 
 /// Reads the answer to a request for `asked` results.
-pub async fn read(answer: Answer, reply: &'static Reply, asked: usize) -> Result<Document, DocumentError> {
+pub(crate) async fn read(
+    answer: Answer,
+    reply: &'static Reply,
+    asked: usize,
+) -> Result<Document, DocumentError> {
     let body = answer.bytes(MAX_DOCUMENT_BYTES).await.map_err(|error| match error {
         BodyError::TooLong { .. } => DocumentError::TooLong,
         BodyError::Lost(_) => DocumentError::Lost(error),

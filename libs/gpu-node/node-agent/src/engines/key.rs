@@ -11,14 +11,14 @@ const MAX_BYTES: u64 = 4096;
 /// Why a file gives no key. Names the file and never shows what is in it.
 #[derive(Debug, thiserror::Error)]
 #[error("api_key_file: {}: {why}", path.display())]
-pub struct KeyError {
+pub(crate) struct KeyError {
     pub path: PathBuf,
     pub why: NoKey,
 }
 
 /// What is wrong with a file of a key.
 #[derive(Debug, thiserror::Error)]
-pub enum NoKey {
+pub(crate) enum NoKey {
     #[error("{0}")]
     Unreadable(io::Error),
     #[error("is no regular file")]
@@ -29,7 +29,7 @@ pub enum NoKey {
 
 /// What is sent as bearer token to one engine. Never shown.
 #[derive(Clone, PartialEq, Eq)]
-pub struct ApiKey(HeaderValue);
+pub(crate) struct ApiKey(HeaderValue);
 
 impl std::fmt::Debug for ApiKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -39,7 +39,7 @@ impl std::fmt::Debug for ApiKey {
 
 impl ApiKey {
     /// The key that the file holds: one line of visible ASCII.
-    pub fn read(path: &Path) -> Result<Self, KeyError> {
+    pub(crate) fn read(path: &Path) -> Result<Self, KeyError> {
         Self::read_from(path).map_err(|why| KeyError { path: path.to_owned(), why })
     }
 
@@ -61,7 +61,7 @@ impl ApiKey {
     }
 
     /// A text of the engine's without the key, which some repeat as they refuse it.
-    pub fn hidden_in(&self, text: &str) -> String {
+    pub(crate) fn hidden_in(&self, text: &str) -> String {
         let bearer = self.0.to_str().unwrap_or_default();
         text.replace(bearer.strip_prefix("Bearer ").unwrap_or(bearer), "…")
     }

@@ -15,7 +15,7 @@ use pool_registry_types::task::{FinishReason, KvHint, ResumeMode};
 use serde_json::{Value, json};
 
 use self::preparation::Preparation;
-pub use self::preparation::Unsent;
+pub(crate) use self::preparation::Unsent;
 use super::answer::{EngineEvent, Reader, Reply, text_of};
 use super::dialect::{Asked, Dialect, EngineFacts, EngineRequest, Look, NotReady, health};
 use super::gauges;

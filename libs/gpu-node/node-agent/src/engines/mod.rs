@@ -7,9 +7,9 @@
 //! embeddings and ranks are no streams and the same with all: [`documents`].
 
 mod answer;
-pub mod client;
+pub(crate) mod client;
 mod dialect;
-pub mod documents;
+pub(crate) mod documents;
 mod gauges;
 mod json;
 mod key;
@@ -33,15 +33,17 @@ use pool_registry_types::pool::EngineKind;
 use pool_registry_types::task::{Resume, ResumeMode, TaskRequest, unsupported};
 use pool_registry_types::{ErrorBody, ErrorCode};
 
-pub use self::answer::{EngineEvent, Reader, Reply};
-pub use self::client::{Answer, CallError, Endpoint, EngineClient, Question};
+pub(crate) use self::answer::{EngineEvent, Reader, Reply};
+pub(crate) use self::client::{Answer, CallError, Endpoint, EngineClient};
 pub(crate) use self::dialect::Asked;
-pub use self::dialect::{Dialect, EngineFacts, EngineRequest, Look, NotReady, Quiet, Sent, tokens_left};
+pub(crate) use self::dialect::{
+    Dialect, EngineFacts, EngineRequest, Look, NotReady, Quiet, Sent, tokens_left,
+};
 pub(crate) use self::json::set;
-pub use self::key::{ApiKey, KeyError};
-pub use self::llamacpp::Unsent;
-pub use self::refusal::{Refusal, Whose, refused};
-pub use self::thoughts::Delta;
+pub(crate) use self::key::{ApiKey, KeyError};
+pub(crate) use self::llamacpp::Unsent;
+pub(crate) use self::refusal::{Refusal, Whose, refused};
+pub(crate) use self::thoughts::Delta;
 
 /// Bound of one look at whether an engine is up.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -49,7 +51,7 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The dialect of an engine.
-pub const fn dialect(engine: EngineKind) -> &'static Dialect {
+pub(crate) const fn dialect(engine: EngineKind) -> &'static Dialect {
     match engine {
         EngineKind::LlamaCpp => &llamacpp::DIALECT,
         EngineKind::Vllm => &vllm::DIALECT,
@@ -62,7 +64,7 @@ pub const fn dialect(engine: EngineKind) -> &'static Dialect {
 /// The request for a task, in the engine's dialect. `model` is the engine's own name for the
 /// task's; `ctx_max` bounds what has no bound. A replay is asked like a first run; what is appended
 /// to goes on from what was sent. Error: `UNSUPPORTED` for what the engine cannot do.
-pub fn request(
+pub(crate) fn request(
     engine: EngineKind,
     task: &TaskRequest,
     model: &str,
@@ -80,7 +82,7 @@ pub fn request(
 }
 
 /// One look: is the engine up, and what does it say of itself.
-pub async fn probe(engine: EngineKind, look: &Look<'_>) -> Result<EngineFacts, NotReady> {
+pub(crate) async fn probe(engine: EngineKind, look: &Look<'_>) -> Result<EngineFacts, NotReady> {
     let late = || {
         let why = format!("no answer to a health call within {} s", PROBE_TIMEOUT.as_secs());
         Err(NotReady::Silent(why))
@@ -93,12 +95,12 @@ pub async fn probe(engine: EngineKind, look: &Look<'_>) -> Result<EngineFacts, N
 }
 
 /// What the engine says of itself, up or not. Who calls bounds the time.
-pub async fn facts(engine: EngineKind, look: &Look<'_>) -> Result<EngineFacts, NotReady> {
+pub(crate) async fn facts(engine: EngineKind, look: &Look<'_>) -> Result<EngineFacts, NotReady> {
     (dialect(engine).facts)(look).await
 }
 
 /// The engine's busy requests.
-pub async fn busy(engine: EngineKind, look: &Look<'_>) -> Busy {
+pub(crate) async fn busy(engine: EngineKind, look: &Look<'_>) -> Busy {
     let Some(ask) = dialect(engine).busy else { return Busy::CannotTell };
     tokio::time::timeout(BUSY_TIMEOUT, ask(look)).await.unwrap_or(Busy::NoAnswer)
 }
@@ -110,7 +112,7 @@ pub(crate) fn describe(error: reqwest::Error) -> String {
 
 /// The end of an attempt whose engine wrote more in one event than is read of one. Every engine
 /// would: it is final.
-pub fn too_long() -> ErrorBody {
+pub(crate) fn too_long() -> ErrorBody {
     let most = pool_registry_types::sse::MAX_FRAME_BYTES;
     let message = format!("the engine's answer has one event of more than {most} bytes, which is the most");
     ErrorBody::new(ErrorCode::PayloadTooLarge, message)

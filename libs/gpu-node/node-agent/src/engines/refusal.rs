@@ -20,7 +20,7 @@ const SHOWN: usize = 500;
 
 /// Whose a refusal is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Whose {
+pub(crate) enum Whose {
     /// Final: every engine would say so.
     Client,
     /// The engine failed.
@@ -37,7 +37,7 @@ pub enum Whose {
 
 /// A refusal as the control plane hears of it.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Refusal {
+pub(crate) struct Refusal {
     pub whose: Whose,
     pub error: ErrorBody,
 }
@@ -120,7 +120,7 @@ fn message_of(answer: Json<'_>) -> Option<String> {
 }
 
 /// An engine's refusal as ours.
-pub async fn refused(answer: Answer) -> Refusal {
+pub(crate) async fn refused(answer: Answer) -> Refusal {
     let status = answer.status();
     let body = answer.beginning(MAX_ERROR_BYTES, REFUSAL_TIMEOUT).await;
     refusal(status, &String::from_utf8_lossy(&body))

@@ -6,17 +6,17 @@
 
 /// What one event brings: thoughts come before text.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Delta {
+pub(crate) struct Delta {
     pub thought: String,
     pub text: String,
 }
 
 impl Delta {
-    pub fn text(text: impl Into<String>) -> Self {
+    pub(crate) fn text(text: impl Into<String>) -> Self {
         Self { text: text.into(), ..Self::default() }
     }
 
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.thought.is_empty() && self.text.is_empty()
     }
 
@@ -93,7 +93,7 @@ enum Section {
 
 /// Separates thoughts from text as it comes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Splitter {
+pub(crate) struct Splitter {
     delimiters: Delimiters,
     section: Section,
     /// What may be the beginning of a delimiter, or white space before one.

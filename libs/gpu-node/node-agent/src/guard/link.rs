@@ -25,7 +25,7 @@ const KILL_EVERY: Duration = Duration::from_millis(50);
 
 /// A guard that this daemon owns.
 #[derive(Debug)]
-pub struct Guarded {
+pub(crate) struct Guarded {
     reported: Lines<BufReader<OwnedReadHalf>>,
     orders: OwnedWriteHalf,
     /// Absent where an earlier daemon has started it.
@@ -35,7 +35,7 @@ pub struct Guarded {
 
 impl Guarded {
     /// Starts a guard with what it is to guard. `program` is this program itself.
-    pub async fn start(program: &Path, guard_spec: &GuardSpec) -> io::Result<Self> {
+    pub(crate) async fn start(program: &Path, guard_spec: &GuardSpec) -> io::Result<Self> {
         let (ours, theirs) = StdStream::pair()?;
         ours.set_nonblocking(true)?;
         let mut command = Command::new(program);
@@ -63,7 +63,7 @@ impl Guarded {
     }
 
     /// Takes over a guard that waits for the next daemon. Returns what it was told about its engine.
-    pub async fn take_over(socket: &Path) -> io::Result<(Self, u32, String)> {
+    pub(crate) async fn take_over(socket: &Path) -> io::Result<(Self, u32, String)> {
         let (reading, orders) = UnixStream::connect(socket).await?.into_split();
         let mut guarded =
             Self { reported: BufReader::new(reading).lines(), orders, child: None, run_tag: None };
@@ -79,7 +79,7 @@ impl Guarded {
     }
 
     /// What the guard says next. The last word is always [`GuardReport::Ended`].
-    pub async fn heard(&mut self) -> GuardReport {
+    pub(crate) async fn heard(&mut self) -> GuardReport {
         loop {
             let line = self.reported.next_line().await;
             match line {
@@ -101,7 +101,7 @@ impl Guarded {
     }
 
     /// Asks for the engine's end; [`GuardReport::Ended`] follows.
-    pub async fn stop(&mut self) {
+    pub(crate) async fn stop(&mut self) {
         let mut line = serde_json::to_vec(&Order::Stop).unwrap_or_default();
         line.push(b'\n');
         // A guard that does not read any more has ended, and says so or is found out.
@@ -128,7 +128,7 @@ impl Guarded {
     }
 
     /// Waits for the guard's own end, after its last word.
-    pub async fn reap(mut self) {
+    pub(crate) async fn reap(mut self) {
         if let Some(child) = &mut self.child {
             let _ = tokio::time::timeout(Duration::from_secs(5), child.wait()).await;
         }

@@ -7,9 +7,9 @@
 //! is left. [`inside`] is the process, [`link`] the daemon's end.
 
 pub mod inside;
-pub mod link;
-pub mod output;
-pub mod processes;
+pub(crate) mod link;
+pub(crate) mod output;
+pub(crate) mod processes;
 
 use std::path::PathBuf;
 
@@ -17,13 +17,13 @@ use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
 /// The word by which the program knows that it is to be a guard.
-pub const COMMAND: &str = "guard";
+pub(crate) const COMMAND: &str = "guard";
 /// The variable by which every process of an engine is known, whoever its parent is.
-pub const RUN_TAG: &str = "LLAMA_ORCH_RUN";
+pub(crate) const RUN_TAG: &str = "LLAMA_ORCH_RUN";
 
 /// What a guard is told first.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct GuardSpec {
+pub(crate) struct GuardSpec {
     pub program: PathBuf,
     pub args: Vec<String>,
     pub env: Vec<(String, String)>,
@@ -44,7 +44,7 @@ pub struct GuardSpec {
 /// What a guard is told after that.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Order {
+pub(crate) enum Order {
     /// End the engine.
     Stop,
 }
@@ -52,7 +52,7 @@ pub enum Order {
 /// What a guard says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum GuardReport {
+pub(crate) enum GuardReport {
     /// To every daemon, first.
     Started {
         pid: u32,
@@ -81,7 +81,7 @@ const CRASHES: [Signal; 5] =
 const SHELL_SIGNALS: i32 = 128;
 
 /// The name of the signal, if an engine has crashed by it.
-pub fn crash_name(signal: i32) -> Option<&'static str> {
+pub(crate) fn crash_name(signal: i32) -> Option<&'static str> {
     CRASHES.into_iter().find(|crash| *crash as i32 == signal).map(Signal::as_str)
 }
 

@@ -12,14 +12,14 @@ use std::path::{Path, PathBuf};
 use node_core::supervisor::fatal_driver_error;
 
 /// Files of earlier output that are kept beside the present one.
-pub const KEPT_FILES: u32 = 3;
+pub(crate) const KEPT_FILES: u32 = 3;
 /// Longest line that is read as one, bytes.
 const LONGEST_LINE: u64 = 16 * 1024;
 /// Its owner's only: an engine may write what clients have sent.
 const MODE: u32 = 0o600;
 
 /// The name of an earlier file: `x.log.1` is the one before the present.
-pub fn earlier(log: &Path, n: u32) -> PathBuf {
+pub(crate) fn earlier(log: &Path, n: u32) -> PathBuf {
     let mut name = log.as_os_str().to_owned();
     name.push(format!(".{n}"));
     PathBuf::from(name)
@@ -96,7 +96,7 @@ pub(crate) fn copy(output: impl Read, log: &Path, limit: u64, mut alarm: impl Fn
 }
 
 /// The last lines of a log, of this life of its engine only: each begins with [`HEADING`].
-pub fn tail(log: &Path, lines: usize) -> Vec<String> {
+pub(crate) fn tail(log: &Path, lines: usize) -> Vec<String> {
     let read = || -> std::io::Result<String> {
         use std::io::{Seek, SeekFrom};
         let mut file = File::open(log)?;
@@ -114,7 +114,7 @@ pub fn tail(log: &Path, lines: usize) -> Vec<String> {
 }
 
 /// What each life of an engine begins with in its log.
-pub const HEADING: &str = "==== llama-orch starts ";
+pub(crate) const HEADING: &str = "==== llama-orch starts ";
 
 pub(crate) fn write_heading(log: &Path, what: &str) {
     if let Some(folder) = log.parent() {

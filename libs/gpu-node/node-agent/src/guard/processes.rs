@@ -26,7 +26,7 @@ fn lineage(pid: u32) -> impl Iterator<Item = u32> {
 }
 
 /// Everything that descends from the process, itself not included.
-pub fn descendants(of: u32) -> Vec<u32> {
+pub(crate) fn descendants(of: u32) -> Vec<u32> {
     let mut children: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
     for pid in all() {
         if let Some(parent) = parent(pid) {
@@ -45,18 +45,18 @@ pub fn descendants(of: u32) -> Vec<u32> {
 }
 
 /// The processes that carry the run tag, or one that begins so, whoever their parent is.
-pub fn tagged(run_tag: &str) -> Vec<u32> {
+pub(crate) fn tagged(run_tag: &str) -> Vec<u32> {
     let wanted = format!("{RUN_TAG}={run_tag}");
     all().filter(|pid| carries(*pid, &wanted)).collect()
 }
 
 /// Whether the process is, or descends from, one of the engines, or carries a run tag of ours.
-pub fn belongs_to(pid: u32, engines: &[u32]) -> bool {
+pub(crate) fn belongs_to(pid: u32, engines: &[u32]) -> bool {
     carries(pid, &format!("{RUN_TAG}=")) || lineage(pid).any(|pid| engines.contains(&pid))
 }
 
 /// Whether the process descends from a living guard.
-pub fn is_guarded(pid: u32) -> bool {
+pub(crate) fn is_guarded(pid: u32) -> bool {
     let is_guard = |pid: u32| {
         let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         words.split(|byte| *byte == 0).nth(1) == Some(COMMAND.as_bytes())
@@ -65,7 +65,7 @@ pub fn is_guarded(pid: u32) -> bool {
 }
 
 /// Sends the signal to each; one that is gone already is as good.
-pub fn signal_all(pids: &[u32], signal: Signal) {
+pub(crate) fn signal_all(pids: &[u32], signal: Signal) {
     for pid in pids.iter().filter_map(|pid| i32::try_from(*pid).ok()) {
         let _ = kill(Pid::from_raw(pid), signal);
     }

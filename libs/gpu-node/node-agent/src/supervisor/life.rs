@@ -33,7 +33,7 @@ const LONGEST_SOCKET: usize = 107;
 
 /// Why an engine was not started.
 #[derive(Debug, thiserror::Error)]
-enum StartError {
+enum LaunchError {
     #[error("its guard does not start: {0}")]
     Guard(io::Error),
     #[error("keep_on_exit: {0}")]
@@ -144,7 +144,7 @@ impl Supervision {
         replica_key: &ReplicaKey,
         spec: &Spec,
         launch: &Launch,
-    ) -> Result<Opened, StartError> {
+    ) -> Result<Opened, LaunchError> {
         let program = match launch {
             Launch::External { url } => {
                 let url = url.as_deref().unwrap_or_default().trim_end_matches('/').to_owned();
@@ -184,21 +184,21 @@ impl Supervision {
             run_tag: format!("{}{life_id}", self.run_tag_prefix()),
         };
         let guarded = Guarded::start(&self.settings.program, &guard_spec).await;
-        guarded.map(|guarded| Opened::Guard(Box::new(guarded))).map_err(StartError::Guard)
+        guarded.map(|guarded| Opened::Guard(Box::new(guarded))).map_err(LaunchError::Guard)
     }
 
     /// Of this one life: the guard of another one that ends meanwhile takes only its own away.
-    fn socket(&self, replica_key: &ReplicaKey, life_id: uuid::Uuid) -> Result<PathBuf, StartError> {
+    fn socket(&self, replica_key: &ReplicaKey, life_id: uuid::Uuid) -> Result<PathBuf, LaunchError> {
         let folder = self.guards();
         let folder = folder.canonicalize().or_else(|_| {
             std::fs::create_dir_all(&folder)?;
             folder.canonicalize()
         });
         let (short, ..) = life_id.as_fields();
-        let path = folder.map_err(StartError::Folder)?;
+        let path = folder.map_err(LaunchError::Folder)?;
         let path = path.join(format!("{replica_key}.{short:08x}.sock"));
         if path.as_os_str().len() > LONGEST_SOCKET {
-            return Err(StartError::LongSocket(path));
+            return Err(LaunchError::LongSocket(path));
         }
         Ok(path)
     }
@@ -507,15 +507,15 @@ enum Opened {
 }
 
 /// The replica's own port, or any that is free.
-fn port(spec: &Spec, replica_id: &ReplicaId) -> Result<u16, StartError> {
+fn port(spec: &Spec, replica_id: &ReplicaId) -> Result<u16, LaunchError> {
     let n = replica_id.as_str().strip_prefix('r').and_then(|n| n.parse::<usize>().ok());
     // Beside the replica that it replaces it cannot have the same one.
     let wanted = n.and_then(|n| spec.pool.ports.get(n)).copied();
     let listener = std::net::TcpListener::bind(("127.0.0.1", wanted.unwrap_or(0)));
     let port = listener.and_then(|listener| listener.local_addr()).map(|at| at.port());
     port.map_err(|error| match wanted {
-        Some(port) if error.kind() == io::ErrorKind::AddrInUse => StartError::PortTaken(port),
-        Some(port) => StartError::Port { port, error },
-        None => StartError::NoPort(error),
+        Some(port) if error.kind() == io::ErrorKind::AddrInUse => LaunchError::PortTaken(port),
+        Some(port) => LaunchError::Port { port, error },
+        None => LaunchError::NoPort(error),
     })
 }

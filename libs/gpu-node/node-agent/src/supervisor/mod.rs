@@ -2,7 +2,8 @@
 //!
 //! `node-core` decides ([`node_core::supervisor`]). [`shell`] is the supervisor in the world:
 //! [`launch`] finds what a start needs, [`provision`] installs, and [`life`] follows one engine from
-//! its guard to its end.
+//! its guard to its end. What several of them use is below them: [`programs`] of others, and the
+//! [`state`] of the loop.
 
 mod launch;
 mod life;

@@ -4,6 +4,9 @@
 //! only if [`NodeCore::accept`] gives it one. Each report has a number, given when the report
 //! is made; acceptance and end of an attempt name the last number before them, and that is all
 //! the control plane needs to reconcile the two books.
+//!
+//! This file has the types and the session; the rest stands by its subject: what is bound, what looks
+//! bring, who holds a slot, what is kept, and what can be read.
 
 mod binding;
 mod crash;

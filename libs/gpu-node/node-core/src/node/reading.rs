@@ -58,9 +58,4 @@ impl NodeCore {
         let replica = self.pools.get(pool_id).and_then(|pool| pool.replicas.get(replica_id));
         replica.is_some_and(Replica::is_ready)
     }
-
-    /// Requests of one replica at the moment: running here, being released, foreign.
-    pub fn slots_in_use(&self, pool_id: &PoolId, replica_id: &ReplicaId) -> Option<u32> {
-        Some(self.pools.get(pool_id)?.replicas.get(replica_id)?.busy())
-    }
 }

@@ -49,7 +49,7 @@ const RELEASE_PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Shortage {
     /// Never, whoever makes room.
-    pub for_ever: bool,
+    pub(super) for_ever: bool,
     /// For people.
     text: String,
 }

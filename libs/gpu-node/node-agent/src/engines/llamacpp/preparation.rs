@@ -28,7 +28,7 @@ pub(crate) struct Preparation {
 
 /// Why a request has no answer.
 #[derive(Debug)]
-pub enum Unsent {
+pub(crate) enum Unsent {
     Call(CallError),
     /// An earlier question, at this path, was refused.
     Refused {
