@@ -140,7 +140,7 @@ async fn metrics(State(node): State<AppState>) -> Response {
     );
     page.gauge(
         "llorch_node_held_bytes",
-        "Bytes of attempts' streams that their readers have not taken yet.",
+        "Memory of attempts' streams that are kept for their readers, bytes.",
         node_id,
         node.agent.held_bytes() as f64,
     );
@@ -312,10 +312,11 @@ async fn infer(
     State(node): State<AppState>,
     PathId(id): PathId<PoolId>,
     Extension(ids): Extension<RequestIds>,
-    WrappedBody(request): WrappedBody<InferRequest>,
+    body: WrappedBody<InferRequest>,
 ) -> Result<Response, ApiError> {
     let pool_id = id;
-    let inference = node.agent.infer(&pool_id, request, Retention::Attached, Some(&ids.trace()))?;
+    let trace = ids.trace();
+    let inference = node.agent.infer(&pool_id, body.value, body.bytes, Retention::Attached, Some(&trace))?;
     let mut response =
         (StatusCode::OK, HttpBody::from_stream(inference.reader.into_exchange())).into_response();
     let map = response.headers_mut();

@@ -59,7 +59,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let seed = boot_id.0.as_u64_pair().0;
     let intent_file = IntentFile::new(&config.runtime_dir, &config.node_id);
     let agent = Agent::new(identity, config.heartbeat_interval, seed, intent_file, loops.clone());
-    agent.bound_held(config.held_bytes);
+    agent.keep_streams(config.held_bytes);
     agent.watch_models(config.models_dir.clone());
     let stop = CancellationToken::new();
 

@@ -54,8 +54,8 @@ pub(crate) struct Settings {
     #[arg(long, env = "POOL_MANAGERD_HEARTBEAT_INTERVAL_SECS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     heartbeat_interval_secs: u64,
     /// Bytes of attempts' streams that are kept in memory for their readers, all together; beyond it
-    /// the oldest that have ended go, then new attempts are refused. Costs that much memory at most,
-    /// and 8 MiB more for each attempt that runs.
+    /// the oldest that have ended go, then new attempts are refused. What runs goes on, so that each
+    /// running attempt may take 8 MiB beyond it.
     #[arg(long, env = "POOL_MANAGERD_HELD_BYTES", default_value_t = 256 * 1024 * 1024, value_parser = clap::value_parser!(u64).range(16 * 1024 * 1024..=1024 * 1024 * 1024 * 1024))]
     held_bytes: u64,
     /// A TOML file of the pools whose engines this node runs itself [default: none, engines are only found].

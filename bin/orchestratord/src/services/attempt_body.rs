@@ -76,6 +76,11 @@ impl AttemptBody {
         self.pieces.as_slice()
     }
 
+    /// What is left of it, bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.pieces().iter().map(Bytes::len).sum()
+    }
+
     /// For a node in this process, which gets a message and no bytes.
     pub(crate) fn read(&self) -> Result<InferRequest, serde_json::Error> {
         serde_json::from_slice(&self.pieces().concat())
@@ -98,7 +103,7 @@ impl Body for AttemptBody {
     }
 
     fn size_hint(&self) -> SizeHint {
-        SizeHint::with_exact(self.pieces().iter().map(|piece| piece.len() as u64).sum())
+        SizeHint::with_exact(self.len() as u64)
     }
 }
 

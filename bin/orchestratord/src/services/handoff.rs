@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use handoff_watcher::watch::WatchError;
 use handoff_watcher::{EngineHosts, HandoffWatcher};
-use node_agent::{Agent, Identity, IntentFile, Node, gpu};
+use node_agent::{Agent, HELD_BYTES, Identity, IntentFile, Node, gpu};
 use node_registration::{CallError, ControlPlane};
 use owned_tasks::Loops;
 use pool_registry_types::node::{Capabilities, Heartbeat, HeartbeatAnswer, RegisterAnswer, RegisterRequest};
@@ -61,6 +61,7 @@ impl Home {
         let identity = Identity { capabilities, ..identity };
         let agent = Agent::new(identity, interval, boot_id.0.as_u64_pair().0, intent_file, loops);
         agent.watch_gpus(gpus);
+        agent.keep_streams(HELD_BYTES);
         Self { node: Node::new(agent) }
     }
 

@@ -49,8 +49,8 @@ pub(crate) struct Taken {
     pub(crate) exchange: Exchange,
 }
 
-/// The answer of a node that runs an attempt, as long as it lasts. Dropped before the end of the
-/// attempt it stops nothing by itself.
+/// The answer of a node that runs an attempt, as long as it lasts. Who has no use for the rest stops it:
+/// the node in this process would go on for a while.
 pub(crate) enum Exchange {
     Http(Frames),
     /// Of the node in this process: its bytes are the node's own, and are copied nowhere.
@@ -100,7 +100,8 @@ impl NodeLink {
         let request = body.read().map_err(|error| HowEnded::OwnDefect(error.to_string()))?;
         // A relay of this process never comes again: what it has taken need not be kept.
         let retention = Retention::Attached;
-        match node.agent().infer(&dispatch.pool.pool_id, request, retention, Some(&dispatch.spec.trace)) {
+        let trace = Some(&dispatch.spec.trace);
+        match node.agent().infer(&dispatch.pool.pool_id, request, body.len(), retention, trace) {
             Ok(inference) => Ok(Taken {
                 replica_id: inference.replica_id,
                 report_seq: inference.report_seq,

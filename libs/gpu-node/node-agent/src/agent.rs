@@ -12,10 +12,11 @@ mod watches;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use handoff_watcher::{Handoff, HandoffName};
-use node_core::{Declared, Identity, NodeCore, Session};
+use node_core::{Declared, Identity, NodeCore, Retention, Session};
 use owned_tasks::Loops;
 use parking_lot::Mutex;
 use pool_registry_types::node::{GpuReport, Intent, StagedModel};
@@ -60,6 +61,26 @@ pub(crate) struct Signals {
     pub(crate) appended: Notify,
     /// There is less in it.
     pub(crate) taken: Notify,
+    /// The reader that the attempt was accepted with polls the driver.
+    pub(crate) polled_by_reader: AtomicBool,
+}
+
+impl Signals {
+    /// Of an attempt that is accepted.
+    pub(crate) fn of(retention: Retention) -> Self {
+        Self { polled_by_reader: AtomicBool::new(retention == Retention::Attached), ..Self::default() }
+    }
+
+    /// Wakes the readers. One that polls the driver is awake.
+    pub(crate) fn there_is_more(&self) {
+        if !self.is_polled_by_reader() {
+            self.appended.notify_waiters();
+        }
+    }
+
+    pub(crate) fn is_polled_by_reader(&self) -> bool {
+        self.polled_by_reader.load(Ordering::Relaxed)
+    }
 }
 
 /// One node at work.
@@ -73,6 +94,8 @@ pub struct Agent {
     slot_watchers: Mutex<BTreeMap<HandoffName, Arc<Notify>>>,
     /// Of the attempts that run.
     pub(crate) drivers: Mutex<HashMap<AttemptId, Arc<Signals>>>,
+    /// A stream that is kept is due sooner than any was.
+    held_sooner: Notify,
     replicas: Mutex<BTreeMap<HandoffName, Watched>>,
     announced: Mutex<Announced>,
     /// What is wrong with handoff files, and with engines that cannot be bound.
@@ -116,6 +139,7 @@ impl Agent {
             client: EngineClient::new(),
             slot_watchers: Mutex::new(BTreeMap::new()),
             drivers: Mutex::new(HashMap::new()),
+            held_sooner: Notify::new(),
             replicas: Mutex::new(BTreeMap::new()),
             announced: Mutex::default(),
             file_problems: Mutex::default(),
@@ -145,9 +169,34 @@ impl Agent {
         &self.client
     }
 
-    /// The streams that are kept take at most so many bytes together.
-    pub fn bound_held(&self, bytes: usize) {
+    /// Keeps attempts' streams until the agent stops: at most so many bytes together, and each for its
+    /// time.
+    pub fn keep_streams(self: &Arc<Self>, bytes: usize) {
         self.with_core(|core, _| core.bound_held(bytes));
+        let agent = Arc::clone(self);
+        let make = move || Arc::clone(&agent).run_held();
+        self.loops.start(&self.tracker, "streams that are kept", &self.stop, make);
+    }
+
+    /// Ends what nobody has read for its time, and drops what has been kept for its time. Returns when
+    /// something is due next.
+    pub(crate) fn expire_held(&self, now: Moment) -> Option<Moment> {
+        while let Some(attempt) = self.with_core(|core, _| core.held_mut().expired(now)) {
+            self.cancel(&attempt, "nobody has read it for its time");
+        }
+        self.core.lock().held().next_deadline()
+    }
+
+    async fn run_held(self: Arc<Self>) {
+        loop {
+            let next = self.expire_held(self.now());
+            let pause = next.map_or(Duration::from_secs(3600), |at| at.since(self.now()));
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                () = self.held_sooner.notified() => {}
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
     }
 
     // ---- engines that this node runs itself ----
@@ -187,27 +236,32 @@ impl Agent {
     /// Changes the core where nothing of it is reported by itself.
     pub(crate) fn with_core<T>(&self, change: impl FnOnce(&mut NodeCore, Moment) -> T) -> T {
         let now = self.now();
-        change(&mut self.core.lock(), now)
+        let mut core = self.core.lock();
+        let result = change(&mut core, now);
+        let removed = core.held_mut().take_removed();
+        drop(core);
+        // Megabytes in small pieces, at times: nobody waits for the core meanwhile.
+        drop(removed);
+        result
     }
 
-    /// Changes the core, and wakes the session where something is due sooner by it.
-    pub(crate) fn change_deadlines<T>(&self, change: impl FnOnce(&mut NodeCore, Moment) -> T) -> T {
-        let now = self.now();
-        let mut core = self.core.lock();
-        let before = core.next_deadline();
-        let result = change(&mut core, now);
-        let after = core.next_deadline();
-        drop(core);
-        if after.is_some_and(|after| before.is_none_or(|before| after < before)) {
-            self.wake.notify_one();
+    /// Changes what is kept of the streams, and sees to it that what is due sooner by that is done then.
+    pub(crate) fn change_held<T>(&self, change: impl FnOnce(&mut NodeCore, Moment) -> T) -> T {
+        let (result, is_sooner) = self.with_core(|core, now| {
+            let before = core.held().next_deadline();
+            let result = change(core, now);
+            let after = core.held().next_deadline();
+            (result, after.is_some_and(|after| before.is_none_or(|before| after < before)))
+        });
+        if is_sooner {
+            self.held_sooner.notify_one();
         }
         result
     }
 
     /// Changes the core, and wakes the session, which may have something to say about it.
     pub(crate) fn change<T>(&self, change: impl FnOnce(&mut NodeCore, Moment) -> T) -> T {
-        let now = self.now();
-        let result = change(&mut self.core.lock(), now);
+        let result = self.with_core(change);
         self.wake.notify_one();
         result
     }

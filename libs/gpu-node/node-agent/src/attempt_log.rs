@@ -64,9 +64,9 @@ impl AttemptLog {
         line!(info, self, "an attempt has failed", code = %error.code, cause, elapsed_ms = self.elapsed_ms());
     }
 
-    /// Whoever read its stream has gone before its end, which ends it.
+    /// It was stopped before its end: by its reader, by an order, or by a defect.
     pub(crate) fn abandoned(&self) {
-        line!(debug, self, "an attempt is ended by its reader", elapsed_ms = self.elapsed_ms());
+        line!(debug, self, "an attempt is stopped before its end", elapsed_ms = self.elapsed_ms());
     }
 
     fn elapsed_ms(&self) -> u64 {

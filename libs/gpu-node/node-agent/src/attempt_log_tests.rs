@@ -167,7 +167,8 @@ fn trace() -> TraceContext {
 }
 
 async fn run(agent: &Arc<Agent>, request: InferRequest, trace: Option<&TraceContext>) -> String {
-    let exchange = agent.infer(&pool(), request, Retention::Attached, trace).unwrap().reader.into_exchange();
+    let exchange =
+        agent.infer(&pool(), request, 100, Retention::Attached, trace).unwrap().reader.into_exchange();
     let pieces: Vec<_> = exchange.map(|Ok(bytes)| bytes).collect().await;
     String::from_utf8(pieces.concat()).unwrap()
 }
@@ -226,10 +227,10 @@ async fn each_line_of_an_attempt_names_its_ids_and_nothing_of_its_prompt() {
     let agent = node(&folder, url);
     let trace = trace();
     run(&agent, continued(1), Some(&trace)).await;
-    let again = agent.infer(&pool(), continued(1), Retention::Attached, Some(&trace)).unwrap_err();
+    let again = agent.infer(&pool(), continued(1), 100, Retention::Attached, Some(&trace)).unwrap_err();
     assert_eq!(again.code.as_str(), "ATTEMPT_DUPLICATE");
     assert!(run(&agent, refused(2), Some(&trace)).await.contains("event: error"));
-    agent.infer(&pool(), continued(3), Retention::Attached, Some(&trace)).unwrap().reader.stop();
+    agent.infer(&pool(), continued(3), 100, Retention::Attached, Some(&trace)).unwrap().reader.stop();
     drop(logging);
     let mut text = String::new();
     reader.read_to_string(&mut text).unwrap();
@@ -257,7 +258,7 @@ async fn each_line_of_an_attempt_names_its_ids_and_nothing_of_its_prompt() {
         ('2', "DEBUG", "an attempt is accepted"),
         ('2', "INFO", "an attempt has failed"),
         ('3', "DEBUG", "an attempt is accepted"),
-        ('3', "DEBUG", "an attempt is ended by its reader"),
+        ('3', "DEBUG", "an attempt is stopped before its end"),
     ];
     assert_eq!(reported, expected, "{text}");
 }

@@ -1,10 +1,10 @@
 //! The driver of one attempt: it owns the exchange with the engine, and appends what comes of it to
 //! the attempt's buffer as final frames.
 //!
-//! It is a value that somebody polls: the attempt's only reader, in its own task, for as long as there
-//! is one (so a token wakes one task and not two), and else a task of its own ([`Driver::run`]). A
-//! reader that does not read holds its engine back as its connection always did; a driver with a task
-//! of its own waits for a reader that is more than 8 MiB behind.
+//! It is a value that somebody polls: a task of its own ([`Driver::run`]), or the only reader of an
+//! attached attempt, so that a token wakes one task and not two. A reader that does not read holds its
+//! engine back as its connection always did; a driver with a task of its own waits for the reader of an
+//! attached attempt that is more than 8 MiB behind.
 
 mod answer;
 
@@ -111,7 +111,8 @@ pub(crate) struct Driver {
     started: Instant,
     first_token: Option<Instant>,
     heard_sent: Option<Instant>,
-    keep_alive: Interval,
+    /// Absent where the driver's task is its own: readers have theirs.
+    keep_alive: Option<Interval>,
 }
 
 /// What one step of a driver has come to.
@@ -156,7 +157,7 @@ impl Output {
 
     fn take(&mut self) -> Piece {
         let taken = std::mem::replace(self, Self::new(self.next()));
-        Piece::new(taken.first, taken.bytes.into(), taken.ends)
+        Piece::new(taken.first, taken.bytes, taken.ends)
     }
 }
 
@@ -269,7 +270,7 @@ impl Driver {
             started: Instant::now(),
             first_token: None,
             heard_sent: None,
-            keep_alive,
+            keep_alive: Some(keep_alive),
         })
     }
 
@@ -294,31 +295,31 @@ impl Driver {
                     biased;
                     () = cancel.cancelled() => Happened::Canceled,
                     answer = answer => Happened::Answered(answer),
-                    _ = self.keep_alive.tick() => return Step::Quiet,
+                    () = tick(self.keep_alive.as_mut()) => return Step::Quiet,
                 },
                 Phase::Refused(reading) => tokio::select! {
                     biased;
                     body = reading => Happened::Refused(body),
-                    _ = self.keep_alive.tick() => return Step::Quiet,
+                    () = tick(self.keep_alive.as_mut()) => return Step::Quiet,
                 },
                 Phase::Streaming(pieces) => tokio::select! {
                     biased;
                     () = cancel.cancelled() => Happened::Canceled,
                     chunk = pieces.next() => Happened::Chunk(chunk),
-                    _ = self.keep_alive.tick() => return Step::Quiet,
+                    () = tick(self.keep_alive.as_mut()) => return Step::Quiet,
                 },
                 Phase::Reading(document) => tokio::select! {
                     biased;
                     () = cancel.cancelled() => Happened::Canceled,
                     document = document => Happened::Document(document),
-                    _ = self.keep_alive.tick() => return Step::Quiet,
+                    () = tick(self.keep_alive.as_mut()) => return Step::Quiet,
                 },
                 Phase::Lost { error, until } => tokio::select! {
                     biased;
                     crash = self.slot.agent.crash_of(&self.slot.attempt, *until) => {
                         Happened::Ended(Box::new(ErrorBody { crash, ..(**error).clone() }))
                     }
-                    _ = self.keep_alive.tick() => return Step::Quiet,
+                    () = tick(self.keep_alive.as_mut()) => return Step::Quiet,
                 },
             };
             match happened {
@@ -359,6 +360,7 @@ impl Driver {
 
     /// Goes on without being asked, until the attempt has ended.
     pub(crate) async fn run(mut self) {
+        self.keep_alive = None;
         loop {
             self.slot.room().await;
             if self.step().await == Step::Over {
@@ -368,6 +370,8 @@ impl Driver {
     }
 
     fn answered(&mut self, sent: Result<Sent, NotSent>) {
+        let attempt = self.slot.attempt;
+        self.slot.agent.with_core(|core, _| core.held_mut().count_payload(&attempt, 0));
         let Sent { answer, splitter } = match sent {
             Ok(sent) => sent,
             Err(NotSent::Unsent(Unsent::Refused { path, refusal })) => {
@@ -478,6 +482,14 @@ impl Driver {
                 self.slot.agent.report_now();
             }
         }
+    }
+}
+
+/// Where there is a timer, its next tick.
+async fn tick(timer: Option<&mut Interval>) {
+    match timer {
+        Some(timer) => drop(timer.tick().await),
+        None => std::future::pending().await,
     }
 }
 

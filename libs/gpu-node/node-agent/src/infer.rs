@@ -2,14 +2,15 @@
 //!
 //! The answer's headers go out when the slot is taken, before any prefill. From then on a comment every
 //! second proves that the node lives. The attempt's [`Driver`] appends to a buffer, and an
-//! [`AttemptReader`] follows it. While there is a reader that the attempt was accepted with, the driver
-//! is polled by it: no task, no channel and no wake-up stand between them. A reader that is dropped ends
-//! nothing: the driver then gets a task of its own, and another reader may come. What ends an attempt is
-//! its driver, or a stop.
+//! [`AttemptReader`] follows it. The driver of an attached attempt is polled by the reader that the
+//! attempt was accepted with, for as long as there is that: no task, no channel and no wake-up stand
+//! between them. Any other driver has a task of its own. A reader that is dropped ends nothing, and
+//! another one may come. What ends an attempt is its driver, or a stop.
 
 use std::convert::Infallible;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -106,29 +107,35 @@ struct Following {
 
 impl Following {
     async fn next(&mut self) -> Option<Bytes> {
+        let lives = || Some(Bytes::from_static(KEEP_ALIVE));
         loop {
-            let taken = self.agent.core.lock().held_mut().take(&self.attempt, &mut self.cursor);
-            match taken {
-                Taken::Bytes(bytes) => {
-                    if let Some(signals) = self.signals.as_ref().filter(|_| self.driver.is_none()) {
-                        signals.taken.notify_one();
-                    }
-                    return Some(bytes);
-                }
-                Taken::Over | Taken::Replaced => return None,
-                Taken::Waiting => {}
-            }
-            let lives = || Some(Bytes::from_static(KEEP_ALIVE));
+            // What a driver of its own has made it has taken before.
             if let Some(driver) = &mut self.driver {
                 match driver.step().await {
                     Step::Appended => {}
                     Step::Quiet => return lives(),
                     Step::Over => self.driver = None,
                 }
-                continue;
             }
-            let appended = self.signals.as_ref()?.appended.notified();
-            if tokio::time::timeout(KEEP_ALIVE_EVERY, appended).await.is_err() {
+            let signals = self.signals.as_ref().filter(|_| self.driver.is_none());
+            // Before the look, so that nothing is appended between it and the wait.
+            let mut appended = pin!(signals.map(|signals| signals.appended.notified()));
+            if let Some(appended) = appended.as_mut().as_pin_mut() {
+                appended.enable();
+            }
+            let taken = self.agent.core.lock().held_mut().take(&self.attempt, &mut self.cursor);
+            match taken {
+                Taken::Bytes(bytes) => {
+                    if let Some(signals) = signals {
+                        signals.taken.notify_one();
+                    }
+                    return Some(bytes);
+                }
+                Taken::Over | Taken::Replaced => return None,
+                Taken::Waiting if self.driver.is_some() => continue,
+                Taken::Waiting => {}
+            }
+            if tokio::time::timeout(KEEP_ALIVE_EVERY, appended.as_pin_mut()?).await.is_err() {
                 return lives();
             }
         }
@@ -137,24 +144,29 @@ impl Following {
 
 impl Drop for Following {
     fn drop(&mut self) {
+        if let (Some(_), Some(signals)) = (&self.driver, &self.signals) {
+            signals.polled_by_reader.store(false, Ordering::Relaxed);
+        }
         let goes_on =
-            self.agent.change_deadlines(|core, now| core.held_mut().detach(now, &self.attempt, &self.cursor));
+            self.agent.change_held(|core, now| core.held_mut().detach(now, &self.attempt, &self.cursor));
         // Without anybody who polls it, it would stand still. One that was stopped is dropped, which ends
         // what it does.
         if let Some(driver) = self.driver.take().filter(|_| goes_on) {
-            owned_tasks::task(&self.agent.tracker, "attempt without the reader it began with", driver.run());
+            self.agent.drive(driver);
         }
     }
 }
 
 impl Agent {
     /// Takes a slot for the attempt and starts it, or says why not. `trace` is that of whoever asks:
-    /// the log names it, and a child of it goes to the engine with every request of the attempt.
+    /// the log names it, and a child of it goes to the engine with every request of the attempt. Until
+    /// the engine has answered, the request takes `payload_bytes` of what may be held.
     /// Errors: those of [`node_core::NodeCore::accept`], and `UNSUPPORTED` for what the engine cannot do.
     pub fn infer(
         self: &Arc<Self>,
         pool_id: &PoolId,
         request: InferRequest,
+        payload_bytes: usize,
         retention: Retention,
         trace: Option<&TraceContext>,
     ) -> Result<Inference, ErrorBody> {
@@ -172,7 +184,18 @@ impl Agent {
             retention,
         };
         let now = self.now();
-        let accepted = self.core.lock().accept(now, pool_id, &ask);
+        let signals = Arc::new(Signals::of(retention));
+        let accepted = {
+            // Whoever asks for the attempt as soon as it is accepted finds what it is followed by.
+            let mut drivers = self.drivers.lock();
+            let mut core = self.core.lock();
+            let accepted = core.accept(now, pool_id, &ask);
+            if accepted.is_ok() {
+                core.held_mut().count_payload(&attempt, payload_bytes);
+                drivers.insert(attempt, Arc::clone(&signals));
+            }
+            accepted
+        };
         let accepted = accepted.inspect_err(|error| {
             self.counters.lock().refused += 1;
             log.refused(error);
@@ -183,19 +206,38 @@ impl Agent {
             let (_, span_id) = Uuid::new_v4().as_u64_pair();
             at.headers = attempt_headers(&trace.child(span_id), &attempt);
         }
-        let slot = Slot::new(Arc::clone(self), attempt, log, name, accepted.engine, at);
-        let signals = Arc::clone(&slot.signals);
+        let slot = Slot::new(Arc::clone(self), attempt, Arc::clone(&signals), log, name, accepted.engine, at);
         let (replica_id, report_seq) = (accepted.replica_id.clone(), accepted.report_seq);
         let driver = Driver::begin(slot, accepted, request)?;
-        let reader = self.reader(attempt, Cursor::first(), Some(driver), Some(signals));
+        let polled = match retention {
+            Retention::Attached => Some(driver),
+            // Another reader may come while this one stands still, and must not stand still with it.
+            Retention::Keep => {
+                self.drive(driver);
+                None
+            }
+        };
+        let reader = self.reader(attempt, Cursor::first(), polled, Some(signals));
         Ok(Inference { replica_id, report_seq, reader })
     }
 
+    /// The driver goes on by itself.
+    fn drive(&self, driver: Driver) {
+        owned_tasks::task(&self.tracker, "driver of an attempt", driver.run());
+    }
+
     /// Another reader follows the attempt, from its record `from` on. The one before it ends without a
-    /// final frame.
+    /// final frame. An attached attempt is its first reader's until that is dropped: until then `Gone`.
     pub fn resume(self: &Arc<Self>, attempt: &AttemptId, from: u64) -> Result<Inference, ResumeError> {
         let signals = self.drivers.lock().get(attempt).cloned();
-        let resumed = self.change_deadlines(|core, _| core.resume(attempt, from))?;
+        if signals.as_ref().is_some_and(|signals| signals.is_polled_by_reader()) {
+            return Err(ResumeError::Gone);
+        }
+        let resumed = self.change_held(|core, _| core.resume(attempt, from))?;
+        if let Some(signals) = &signals {
+            // The one before it learns that it is that.
+            signals.appended.notify_waiters();
+        }
         let reader = self.reader(*attempt, resumed.cursor, None, signals);
         Ok(Inference { replica_id: resumed.replica_id, report_seq: resumed.report_seq, reader })
     }
@@ -225,7 +267,7 @@ impl Agent {
         let bytes = stream::unfold(following, |mut following| async move {
             following.next().await.map(|bytes| (bytes, following))
         });
-        AttemptReader { agent: Arc::clone(self), attempt, bytes: Box::pin(bytes) }
+        AttemptReader { agent: Arc::clone(self), attempt, bytes: Box::pin(bytes.fuse()) }
     }
 }
 

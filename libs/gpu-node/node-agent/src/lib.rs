@@ -30,4 +30,5 @@ pub use crate::agent::Agent;
 pub use crate::infer::{AttemptReader, ExchangeBody, Inference};
 pub use crate::intent::IntentFile;
 pub use crate::node::Node;
+pub use node_core::attempts::HELD_BYTES;
 pub use node_core::{Identity, Retention};

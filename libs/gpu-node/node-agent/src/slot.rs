@@ -31,20 +31,19 @@ impl Slot {
     pub(crate) fn new(
         agent: Arc<Agent>,
         attempt: AttemptId,
+        signals: Arc<Signals>,
         log: AttemptLog,
         name: HandoffName,
         engine: EngineKind,
         at: Endpoint,
     ) -> Self {
-        let signals = Arc::new(Signals::default());
-        agent.drivers.lock().insert(attempt, Arc::clone(&signals));
         Self { agent, attempt, log, name, engine, at, signals, open: true, finished: false, lost: false }
     }
 
     /// Appends what was made to the attempt's buffer.
     pub(crate) fn append(&self, piece: Piece) -> Result<(), TooLong> {
-        let appended = self.agent.with_core(|core, now| core.held_mut().append(now, &self.attempt, piece));
-        self.signals.appended.notify_one();
+        let appended = self.agent.change_held(|core, now| core.held_mut().append(now, &self.attempt, piece));
+        self.signals.there_is_more();
         appended
     }
 
@@ -53,9 +52,9 @@ impl Slot {
         if std::mem::replace(&mut self.finished, true) {
             return;
         }
-        self.agent.change_deadlines(|core, now| core.held_mut().finish(now, &self.attempt, last));
+        self.agent.change_held(|core, now| core.held_mut().finish(now, &self.attempt, last));
         self.agent.drivers.lock().remove(&self.attempt);
-        self.signals.appended.notify_one();
+        self.signals.there_is_more();
     }
 
     /// Whether it was stopped: nobody wants to know how it ends.

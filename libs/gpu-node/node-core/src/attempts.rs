@@ -77,12 +77,14 @@ pub struct Piece {
     first: u64,
     bytes: Bytes,
     ends: Ends,
+    /// Memory that the bytes take.
+    room: usize,
 }
 
 impl Piece {
     /// `first` is the index of the first frame in it, or of the next one where there is none.
-    pub fn new(first: u64, bytes: Bytes, ends: Ends) -> Self {
-        Self { first, bytes, ends }
+    pub fn new(first: u64, bytes: Vec<u8>, ends: Ends) -> Self {
+        Self { first, room: bytes.capacity(), bytes: bytes.into(), ends }
     }
 
     pub fn first(&self) -> u64 {
@@ -95,7 +97,7 @@ impl Piece {
     }
 
     fn cost(&self) -> usize {
-        self.bytes.len() + PIECE_BYTES
+        self.room + PIECE_BYTES
     }
 }
 
@@ -174,20 +176,43 @@ struct Entry {
     next: u64,
     /// Of the pieces that are here.
     bytes: usize,
+    /// Memory that they take, what each takes beside its bytes included.
+    room: usize,
+    /// Of its request, until the engine has it.
+    payload: usize,
     /// The number of the present reader.
     reader: u32,
     detached: Option<Moment>,
     full: Option<Moment>,
     ended: Option<Moment>,
+    /// The present reader has had all of it.
+    read: bool,
     /// It was asked to end.
     stopping: bool,
-    /// As it stands in [`Held::due`].
+    /// As it stands in [`Held::due`] and in [`Held::spare`].
     due: Option<Moment>,
+    spare: Option<Moment>,
 }
 
 impl Entry {
     fn cost(&self) -> usize {
-        ATTEMPT_BYTES + self.bytes + self.pieces.len() * PIECE_BYTES
+        ATTEMPT_BYTES + self.payload + self.room
+    }
+
+    /// Since when it may go to make room: it has ended, and no reader is on its way through it.
+    fn spare(&self) -> Option<Moment> {
+        self.ended.filter(|_| self.read || self.detached.is_some())
+    }
+
+    /// Returns the memory that it takes.
+    fn push(&mut self, attempt: &AttemptId, piece: Piece) -> usize {
+        debug_assert_eq!(piece.first, self.next, "a piece of attempt {attempt} is out of order");
+        let cost = piece.cost();
+        self.next = piece.next();
+        self.bytes += piece.bytes.len();
+        self.room += cost;
+        self.pieces.push_back(piece);
+        cost
     }
 
     fn deadline(&self) -> Option<Moment> {
@@ -206,11 +231,15 @@ pub struct Held {
     entries: BTreeMap<AttemptId, Entry>,
     /// When something is to be dropped or stopped.
     due: BTreeSet<(Moment, AttemptId)>,
-    /// What has ended, the oldest first.
+    /// What has ended, the oldest first, and those of it that may go to make room.
     ended: BTreeSet<(Moment, AttemptId)>,
-    /// What all of them take.
+    spare: BTreeSet<(Moment, AttemptId)>,
+    /// What all of them take, and what those do that may go.
     bytes: usize,
+    spare_bytes: usize,
     bound: usize,
+    /// What was removed, and is still to be freed.
+    removed: Vec<VecDeque<Piece>>,
 }
 
 impl Default for Held {
@@ -219,8 +248,11 @@ impl Default for Held {
             entries: BTreeMap::new(),
             due: BTreeSet::new(),
             ended: BTreeSet::new(),
+            spare: BTreeSet::new(),
             bytes: 0,
+            spare_bytes: 0,
             bound: HELD_BYTES,
+            removed: Vec::new(),
         }
     }
 }
@@ -270,15 +302,9 @@ impl Held {
 
     // ---- the driver ----
 
-    /// Whether there is no room for another attempt, when all that has ended is dropped.
-    pub(crate) fn is_full(&mut self) -> bool {
-        self.make_room(self.bound.saturating_sub(ATTEMPT_BYTES));
-        self.exceeds()
-    }
-
-    /// Whether what is here leaves no room for another attempt.
-    pub(crate) fn exceeds(&self) -> bool {
-        self.bytes + ATTEMPT_BYTES > self.bound
+    /// Whether there is no room for another attempt, whatever is removed that may go.
+    pub(crate) fn is_full(&self) -> bool {
+        self.bytes - self.spare_bytes + ATTEMPT_BYTES > self.bound
     }
 
     /// An attempt is accepted, with its first reader.
@@ -289,16 +315,29 @@ impl Held {
             first: start.first_index,
             next: start.first_index,
             bytes: 0,
+            room: 0,
+            payload: 0,
             reader: Cursor::first().reader,
             detached: None,
             full: None,
             ended: None,
+            read: false,
             stopping: false,
             due: None,
+            spare: None,
             start,
         };
         self.bytes += entry.cost();
         self.entries.insert(attempt, entry);
+        self.make_room();
+    }
+
+    /// The attempt's request takes so many bytes, until the engine has it: 0 from then on.
+    pub fn count_payload(&mut self, attempt: &AttemptId, bytes: usize) {
+        let Some(entry) = self.entries.get_mut(attempt) else { return };
+        self.bytes = self.bytes - entry.payload + bytes;
+        entry.payload = bytes;
+        self.make_room();
     }
 
     /// Whether the driver may go on: the reader is not too far behind. What makes the window full is
@@ -311,39 +350,29 @@ impl Held {
 
     /// Takes what the driver has made. What is not held any more is nobody's.
     pub fn append(&mut self, now: Moment, attempt: &AttemptId, piece: Piece) -> Result<(), TooLong> {
-        let Some(entry) = self.entries.get(attempt) else { return Ok(()) };
+        let Some(entry) = self.entries.get_mut(attempt) else { return Ok(()) };
         let kept = entry.start.retention == Retention::Keep;
         if kept && entry.bytes + piece.bytes.len() > MAX_ATTEMPT_BYTES {
             return Err(TooLong);
         }
-        self.push(attempt, piece);
-        if !kept && !self.has_room(attempt) {
-            self.change(attempt, |entry| entry.full = entry.full.or(Some(now)));
+        self.bytes += entry.push(attempt, piece);
+        if !kept && entry.bytes >= MAX_ATTEMPT_BYTES && entry.full.is_none() {
+            self.change(attempt, |entry| entry.full = Some(now));
         }
-        self.make_room(self.bound);
+        self.make_room();
         Ok(())
     }
 
     /// The attempt has ended, with these last bytes or, where its driver has failed, without any.
     pub fn finish(&mut self, now: Moment, attempt: &AttemptId, last: Option<Piece>) {
-        if self.entries.get(attempt).is_none_or(|entry| entry.ended.is_some()) {
-            return;
-        }
+        let Some(entry) = self.entries.get_mut(attempt).filter(|entry| entry.ended.is_none()) else { return };
         if let Some(piece) = last {
-            self.push(attempt, piece);
+            self.bytes += entry.push(attempt, piece);
         }
+        self.bytes -= std::mem::take(&mut entry.payload);
         self.change(attempt, |entry| entry.ended = Some(now));
         self.ended.insert((now, *attempt));
-        self.make_room(self.bound);
-    }
-
-    fn push(&mut self, attempt: &AttemptId, piece: Piece) {
-        let Some(entry) = self.entries.get_mut(attempt) else { return };
-        debug_assert_eq!(piece.first, entry.next, "a piece of attempt {attempt} is out of order");
-        self.bytes += piece.cost();
-        entry.next = piece.next();
-        entry.bytes += piece.bytes.len();
-        entry.pieces.push_back(piece);
+        self.make_room();
     }
 
     // ---- the reader ----
@@ -357,11 +386,14 @@ impl Held {
             }
             let at = usize::try_from(cursor.piece - entry.dropped).unwrap_or(usize::MAX);
             let Some(piece) = entry.pieces.get(at) else {
-                let is_over = entry.ended.is_some();
-                if is_over && entry.start.retention == Retention::Attached {
-                    self.remove(attempt);
+                if entry.ended.is_none() {
+                    return Taken::Waiting;
                 }
-                return if is_over { Taken::Over } else { Taken::Waiting };
+                match entry.start.retention {
+                    Retention::Attached => self.remove(attempt),
+                    Retention::Keep => self.change(attempt, |entry| entry.read = true),
+                }
+                return Taken::Over;
             };
             let bytes = piece.bytes.slice(cursor.offset..);
             (cursor.piece, cursor.offset) = (cursor.piece + 1, 0);
@@ -379,6 +411,7 @@ impl Held {
         let Some(entry) = self.entries.get_mut(attempt) else { return };
         let Some(piece) = entry.pieces.pop_front() else { return };
         self.bytes -= piece.cost();
+        entry.room -= piece.cost();
         entry.bytes -= piece.bytes.len();
         entry.dropped += 1;
         entry.first = piece.next();
@@ -415,7 +448,9 @@ impl Held {
             offset: entry.pieces.get(at).map_or(0, unwanted),
         };
         let (replica_id, report_seq) = (entry.start.replica_id.clone(), entry.start.report_seq);
-        self.change(attempt, |entry| (entry.reader, entry.detached) = (cursor.reader, None));
+        self.change(attempt, |entry| {
+            (entry.reader, entry.detached, entry.read) = (cursor.reader, None, false);
+        });
         Ok(Resumed { cursor, replica_id, report_seq })
     }
 
@@ -437,11 +472,24 @@ impl Held {
         if let Some(at) = entry.ended {
             self.ended.remove(&(at, *attempt));
         }
+        if let Some(at) = entry.spare {
+            self.spare.remove(&(at, *attempt));
+            self.spare_bytes -= entry.cost();
+        }
+        if !entry.pieces.is_empty() {
+            self.removed.push(entry.pieces);
+        }
+    }
+
+    /// What was removed since the last call. To free it takes its time, for which nobody who wants the
+    /// node's core should wait: whoever has changed something takes this, and drops it outside.
+    pub fn take_removed(&mut self) -> Vec<VecDeque<Piece>> {
+        std::mem::take(&mut self.removed)
     }
 
     /// Drops what has ended long enough ago. Returns an attempt that runs and is to be stopped; to be
     /// called until it returns none.
-    pub(crate) fn expired(&mut self, now: Moment) -> Option<AttemptId> {
+    pub fn expired(&mut self, now: Moment) -> Option<AttemptId> {
         loop {
             let (at, attempt) = *self.due.first()?;
             if at > now {
@@ -455,24 +503,34 @@ impl Held {
         }
     }
 
-    /// Drops what has ended, the oldest first, until no more than that is taken. What runs stays.
-    fn make_room(&mut self, most: usize) {
-        while self.bytes > most
-            && let Some((_, oldest)) = self.ended.first().copied()
+    /// Removes what may go, the oldest first, until no more than the bound is taken. What runs stays, and
+    /// what has ended while its reader is on its way through it.
+    fn make_room(&mut self) {
+        while self.bytes > self.bound
+            && let Some((_, oldest)) = self.spare.first().copied()
         {
             self.remove(&oldest);
         }
     }
 
-    /// Changes what decides about an attempt's deadline.
+    /// Changes what decides about an attempt's deadline, and whether it may go.
     fn change(&mut self, attempt: &AttemptId, change: impl FnOnce(&mut Entry)) {
         let Some(entry) = self.entries.get_mut(attempt) else { return };
         change(entry);
-        let due = entry.deadline();
+        let (due, spare) = (entry.deadline(), entry.spare());
         if let Some(before) = std::mem::replace(&mut entry.due, due) {
             self.due.remove(&(before, *attempt));
         }
         self.due.extend(due.map(|at| (at, *attempt)));
+        // Nothing comes to it or goes from it while it may go.
+        if let Some(before) = std::mem::replace(&mut entry.spare, spare) {
+            self.spare.remove(&(before, *attempt));
+            self.spare_bytes -= entry.cost();
+        }
+        if let Some(at) = spare {
+            self.spare.insert((at, *attempt));
+            self.spare_bytes += entry.cost();
+        }
     }
 }
 

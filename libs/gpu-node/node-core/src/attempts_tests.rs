@@ -41,7 +41,7 @@ fn piece(first: u64, frames: &[&str], behind: &str) -> Piece {
 fn large(first: u64, bytes: usize) -> Piece {
     let mut ends = Ends::default();
     ends.push(bytes);
-    Piece::new(first, vec![b'x'; bytes].into(), ends)
+    Piece::new(first, vec![b'x'; bytes], ends)
 }
 
 /// All that there is for the reader.
@@ -82,12 +82,13 @@ fn a_reader_that_comes_again_gets_everything_from_its_record_on_with_the_comment
 #[test]
 fn bytes_are_handed_over_as_they_were_given() {
     let mut held = held(Retention::Keep);
-    let given = Bytes::from(vec![b'x'; 5_000]);
+    let given = vec![b'x'; 5_000];
+    let address = given.as_ptr();
     let mut ends = Ends::default();
     ends.push(given.len());
-    held.append(at(0), &id(1), Piece::new(3, given.clone(), ends)).unwrap();
+    held.append(at(0), &id(1), Piece::new(3, given, ends)).unwrap();
     let Taken::Bytes(bytes) = held.take(&id(1), &mut Cursor::first()) else { panic!("nothing is there") };
-    assert_eq!(bytes.as_ptr(), given.as_ptr());
+    assert_eq!(bytes.as_ptr(), address);
 }
 
 // CLOUD-1562
@@ -181,23 +182,79 @@ fn who_leaves_waits_two_seconds_for_what_has_ended_to_be_done() {
 
 // CLOUD-1565
 #[test]
-fn beyond_the_bound_the_oldest_that_has_ended_goes_first_and_then_nothing_new_comes() {
+fn beyond_the_bound_the_oldest_that_has_ended_and_is_not_read_goes_first_and_then_nothing_new_comes() {
     let mut held = Held::default();
     held.set_bound(10_000);
     for n in 1..=3 {
         held.begin(id(n), start(Retention::Keep));
         held.append(at(0), &id(n), large(3, 2_000)).unwrap();
     }
-    held.finish(at(2), &id(2), None);
-    held.finish(at(1), &id(3), None);
+    for (now, n) in [(2, 2), (1, 3)] {
+        held.finish(at(now), &id(n), None);
+        held.detach(at(now), &id(n), &Cursor::first());
+    }
     assert!(!held.is_full());
     held.append(at(3), &id(1), large(4, 3_000)).unwrap();
     assert!(held.contains(&id(2)) && !held.contains(&id(3)));
+    assert_eq!(held.take_removed().len(), 1, "to be freed by whoever has the time");
     held.append(at(3), &id(1), large(5, 9_000)).unwrap();
     assert!(held.contains(&id(1)) && !held.contains(&id(2)), "what runs stays");
     assert!(held.is_full());
-    held.finish(at(4), &id(1), None);
-    assert!(!held.is_full(), "what has ended makes room");
+    // What ends beyond the bound is not gone before its reader has had it.
+    held.finish(at(4), &id(1), Some(piece(6, &["end"], "")));
+    assert!(held.is_full());
+    assert!(read(&mut held, 1, &mut Cursor::first()).ends_with("end"));
+    assert!(!held.is_full(), "what was read to its end makes room");
+    held.begin(id(4), start(Retention::Keep));
+    assert!(!held.contains(&id(1)));
+}
+
+// CLOUD-1565
+#[test]
+fn a_reader_that_comes_again_keeps_what_has_ended_from_making_room() {
+    let mut held = held(Retention::Keep);
+    held.set_bound(1_000);
+    held.append(at(0), &id(1), large(3, 2_000)).unwrap();
+    held.finish(at(1), &id(1), None);
+    held.set_bound(10_000);
+    held.detach(at(1), &id(1), &Cursor::first());
+    let mut cursor = held.resume(&id(1), 3).unwrap().cursor;
+    held.set_bound(1_000);
+    held.begin(id(2), start(Retention::Keep));
+    assert_eq!(read(&mut held, 1, &mut cursor).len(), 2_000);
+    held.begin(id(3), start(Retention::Keep));
+    assert!(!held.contains(&id(1)));
+}
+
+// CLOUD-1565
+#[test]
+fn memory_that_a_piece_takes_beyond_its_bytes_is_counted() {
+    let mut held = held(Retention::Keep);
+    let mut bytes = Vec::with_capacity(5_000);
+    bytes.push(b'x');
+    let taken = bytes.capacity();
+    held.append(at(0), &id(1), Piece::new(3, bytes, Ends::default())).unwrap();
+    assert_eq!(held.bytes(), ATTEMPT_BYTES + taken + PIECE_BYTES);
+}
+
+// CLOUD-1565
+#[test]
+fn a_request_takes_room_until_its_engine_has_it_or_it_has_ended() {
+    let mut held = Held::default();
+    held.set_bound(10_000);
+    for (attempt, ends) in [(1, false), (2, true)] {
+        held.begin(id(attempt), start(Retention::Keep));
+        held.count_payload(&id(attempt), 9_500);
+        assert!(held.is_full(), "of attempt {attempt}");
+        if ends {
+            held.finish(at(1), &id(attempt), None);
+        } else {
+            held.count_payload(&id(attempt), 0);
+        }
+        assert!(!held.is_full(), "of attempt {attempt}");
+        assert_eq!(held.bytes(), 512, "of attempt {attempt}");
+        held.remove(&id(attempt));
+    }
 }
 
 proptest! {
@@ -205,7 +262,7 @@ proptest! {
     // CLOUD-1565
     #[test]
     fn readers_that_come_and_go_see_each_record_once_and_the_books_balance(
-        steps in prop::collection::vec((0_u8..4, 0_usize..4), 0..120),
+        steps in prop::collection::vec((0_u8..5, 0_usize..4), 0..120),
         attached in any::<bool>(),
     ) {
         let mut held = Held::default();
@@ -225,6 +282,7 @@ proptest! {
                 2 => if let Taken::Bytes(bytes) = held.take(&id(1), &mut cursor) {
                     seen.push_str(std::str::from_utf8(&bytes).unwrap());
                 },
+                3 => held.count_payload(&id(1), n),
                 _ => {
                     held.detach(at(now), &id(1), &cursor);
                     let from = 3 + seen.matches('[').count() as u64;
@@ -233,7 +291,7 @@ proptest! {
             }
             let entry = &held.entries[&id(1)];
             let pieces: usize = entry.pieces.iter().map(Piece::cost).sum();
-            prop_assert_eq!(held.bytes(), ATTEMPT_BYTES + pieces);
+            prop_assert_eq!(held.bytes(), ATTEMPT_BYTES + entry.payload + pieces);
         }
         seen.push_str(&read(&mut held, 1, &mut cursor));
         prop_assert_eq!(seen, written);

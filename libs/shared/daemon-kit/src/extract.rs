@@ -28,7 +28,11 @@ pub struct Body<T>(pub T);
 
 /// The parsed body of the hop to a node, which wraps a client's.
 #[derive(Debug)]
-pub struct WrappedBody<T>(pub T);
+pub struct WrappedBody<T> {
+    pub value: T,
+    /// Its length as it came.
+    pub bytes: usize,
+}
 
 /// The bytes of a client's body, as they came.
 #[derive(Debug)]
@@ -54,7 +58,8 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for WrappedBody<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
-        read(request, MAX_BODY_BYTES + INFER_OVERHEAD_BYTES).await.map(Self)
+        let body = collect(request, MAX_BODY_BYTES + INFER_OVERHEAD_BYTES).await?;
+        Ok(Self { value: parse(&body)?, bytes: body.len() })
     }
 }
 

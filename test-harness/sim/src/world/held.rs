@@ -44,7 +44,7 @@ impl World {
             ends.push(bytes.len());
         }
         let Some(core) = self.nodes[node].core.as_mut() else { return };
-        let appended = core.held_mut().append(now, &attempt, Piece::new(first, bytes.into(), ends));
+        let appended = core.held_mut().append(now, &attempt, Piece::new(first, bytes, ends));
         if appended.is_err() {
             self.check(Err(format!("[10] attempt {attempt} is too long for n{node}")));
         }
@@ -56,7 +56,7 @@ impl World {
     pub(super) fn finish(&mut self, node: usize, attempt: AttemptId, conn: u64, last: (u64, Vec<u8>)) {
         let now = self.now;
         let Some(core) = self.nodes[node].core.as_mut() else { return };
-        let last = Piece::new(last.0, last.1.into(), Ends::default());
+        let last = Piece::new(last.0, last.1, Ends::default());
         core.held_mut().finish(now, &attempt, Some(last));
         self.hand_over(node, attempt, conn);
         self.check_held(node);
@@ -177,9 +177,16 @@ impl World {
         let Some(core) = sim.core.as_ref() else { return };
         let held = core.held();
         sim.ended.retain(|attempt| held.has_ended(attempt));
-        let broken = (held.bytes() > held.bound() && !sim.ended.is_empty()).then(|| {
-            format!("[10] n{node} keeps {} bytes of {} and what has ended", held.bytes(), held.bound())
-        });
+        // What has ended and has a reader on its way may stay.
+        let unread = |attempt: &&AttemptId| held.detached_since(attempt).is_some();
+        let broken =
+            (held.bytes() > held.bound()).then(|| sim.ended.iter().find(unread)).flatten().map(|ended| {
+                format!(
+                    "[10] n{node} keeps {} bytes of {} and {ended}, which has ended and nobody reads",
+                    held.bytes(),
+                    held.bound()
+                )
+            });
         self.check(broken.map_or(Ok(()), Err));
     }
 

@@ -130,6 +130,11 @@ fn replicas(plan: &NodePlan) -> Vec<(ReplicaId, usize)> {
     of('r', plan.model).chain(plan.second.into_iter().flat_map(|model| of('s', model))).collect()
 }
 
+/// When something is due at a node, for its session or of what it keeps.
+fn next_deadline(core: &NodeCore) -> Option<Moment> {
+    core.next_deadline().into_iter().chain(core.held().next_deadline()).min()
+}
+
 impl World {
     pub(crate) fn start_node(&mut self, node: usize) {
         if self.nodes[node].core.is_some() {
@@ -175,13 +180,15 @@ impl World {
     pub(crate) fn pump(&mut self, node: usize) {
         let now = self.now;
         let boot = self.nodes[node].boot;
+        while let Some(attempt) = self.nodes[node].core.as_mut().and_then(|core| core.held_mut().expired(now))
+        {
+            self.coverage.hit("stream: stopped without a reader");
+            self.cancel_run(node, attempt);
+        }
         loop {
             let Some(core) = self.nodes[node].core.as_mut() else { return };
+            drop(core.held_mut().take_removed());
             let Some(effect) = core.due(now) else { break };
-            if matches!(effect, NodeEffect::Unread(_)) {
-                self.obey(node, effect);
-                continue;
-            }
             self.next_call += 1;
             let caller = Caller { node, boot, call: self.next_call };
             self.nodes[node].call_under_way = Some(caller.call);
@@ -198,7 +205,7 @@ impl World {
                 other => self.obey(node, other),
             }
         }
-        let next = self.nodes[node].core.as_ref().and_then(NodeCore::next_deadline);
+        let next = self.nodes[node].core.as_ref().and_then(next_deadline);
         if let Some(armed) = next {
             self.at(armed, What::NodeTimer { node, boot, armed });
         }
@@ -261,7 +268,7 @@ impl World {
                 self.intent_arrives(life, node, to, order);
             }
             What::NodeTimer { armed, .. } => {
-                if self.nodes[node].core.as_ref().and_then(NodeCore::next_deadline) == Some(armed) {
+                if self.nodes[node].core.as_ref().and_then(next_deadline) == Some(armed) {
                     self.pump(node);
                 }
             }
@@ -338,10 +345,6 @@ impl World {
         match effect {
             NodeEffect::Cancel(attempt) => {
                 self.coverage.hit("core: orphan ended");
-                self.cancel_run(node, attempt);
-            }
-            NodeEffect::Unread(attempt) => {
-                self.coverage.hit("stream: stopped without a reader");
                 self.cancel_run(node, attempt);
             }
             NodeEffect::TakeIntent(order) => drop(self.take_intent(node, &order)),

@@ -89,7 +89,6 @@ impl Agent {
         for effect in effects {
             match effect {
                 NodeEffect::Cancel(attempt) => self.cancel(&attempt, "the control plane does not know it"),
-                NodeEffect::Unread(attempt) => self.cancel(&attempt, "nobody has read it for its time"),
                 NodeEffect::TakeIntent(order) => {
                     // A disk that hangs must not keep the next heartbeat.
                     let agent = Arc::clone(self);

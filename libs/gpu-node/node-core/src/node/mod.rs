@@ -17,7 +17,7 @@ mod replica;
 mod slots;
 mod streams;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::BTreeMap;
 
 use pool_registry_types::node::{
     Capabilities, GpuReport, Heartbeat, HeartbeatAnswer, Intent, IntentOrder, RegisterAnswer,
@@ -36,6 +36,7 @@ pub use crash::Verdict;
 pub use pools::Declared;
 use pools::{Drain, Pool};
 pub use replica::{BindError, Busy, Readiness, ReplicaSpec};
+use streams::Remembered;
 
 /// Who this node is.
 #[derive(Debug, Clone)]
@@ -60,8 +61,6 @@ pub enum NodeEffect {
     Deregister(Epoch),
     /// End the attempt at its engine; the control plane does not know it.
     Cancel(AttemptId),
-    /// End the attempt at its engine; nobody has read it for its time.
-    Unread(AttemptId),
     /// Write down what the operator wants, then call [`NodeCore::set_intent`].
     TakeIntent(IntentOrder),
     /// The pools for which tasks wait at the control plane; all of them.
@@ -124,8 +123,9 @@ pub struct NodeCore {
     pools: BTreeMap<PoolId, Pool>,
     running: BTreeMap<AttemptId, RunningAttempt>,
     held: Held,
-    seen: BTreeSet<AttemptId>,
-    seen_order: VecDeque<AttemptId>,
+    /// Attempts that were, and those that never will be.
+    accepted: Remembered,
+    refused: Remembered,
     gpus: Vec<GpuReport>,
     models: Vec<StagedModel>,
     /// Drains of pools whose engines are away: they hold for those that come next.
@@ -152,8 +152,8 @@ impl NodeCore {
             pools: BTreeMap::new(),
             running: BTreeMap::new(),
             held: Held::default(),
-            seen: BTreeSet::new(),
-            seen_order: VecDeque::new(),
+            accepted: Remembered::default(),
+            refused: Remembered::default(),
             gpus: Vec::new(),
             models: Vec::new(),
             drains_away: BTreeMap::new(),
@@ -176,9 +176,6 @@ impl NodeCore {
 
     /// What is due now; to be asked for after every change and at [`NodeCore::next_deadline`].
     pub fn due(&mut self, now: Moment) -> Option<NodeEffect> {
-        if let Some(attempt) = self.held.expired(now) {
-            return Some(NodeEffect::Unread(attempt));
-        }
         let action = self.session.next_action(now)?;
         Some(match action {
             Action::Register => NodeEffect::Register(RegisterRequest {
@@ -198,7 +195,7 @@ impl NodeCore {
     }
 
     pub fn next_deadline(&self) -> Option<Moment> {
-        self.session.next_deadline().into_iter().chain(self.held.next_deadline()).min()
+        self.session.next_deadline()
     }
 
     fn report(&mut self, now: Moment, epoch: Epoch) -> Heartbeat {

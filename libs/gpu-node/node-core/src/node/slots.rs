@@ -9,9 +9,6 @@ use super::streams::held_is_full;
 use super::{Accepted, Ask, NodeCore, RunningAttempt};
 use crate::attempts::Start;
 
-/// How many attempt ids are remembered, so that none runs twice. Source: .specs/01 CLOUD-1507.
-const REMEMBERED_ATTEMPTS: usize = 10_000;
-
 impl NodeCore {
     /// Gives the attempt a slot, or says why not. Errors: `WRONG_NODE`, `ATTEMPT_DUPLICATE`,
     /// `POOL_UNREADY`, `REPLICA_EXHAUSTED`.
@@ -22,7 +19,7 @@ impl NodeCore {
             let message = format!("this is {} in boot {}", self.identity.node_id, self.identity.boot_id);
             return refuse(ErrorCode::WrongNode, message);
         }
-        if self.seen.contains(&ask.attempt) {
+        if self.was_accepted(&ask.attempt) || self.refused.contains(&ask.attempt) {
             return refuse(ErrorCode::AttemptDuplicate, format!("attempt {} was seen before", ask.attempt));
         }
         if self.intent() == Intent::Draining {
@@ -69,21 +66,8 @@ impl NodeCore {
             retention: ask.retention,
         };
         self.held.begin(ask.attempt, start);
-        self.remember(ask.attempt);
+        self.accepted.remember(ask.attempt);
         Ok(accepted)
-    }
-
-    /// It is never accepted from now on.
-    pub(super) fn remember(&mut self, attempt: AttemptId) {
-        if !self.seen.insert(attempt) {
-            return;
-        }
-        self.seen_order.push_back(attempt);
-        if self.seen_order.len() > REMEMBERED_ATTEMPTS
-            && let Some(oldest) = self.seen_order.pop_front()
-        {
-            self.seen.remove(&oldest);
-        }
     }
 
     /// The attempt has ended and its engine's slot is free. Returns the final report number: that

@@ -1,10 +1,40 @@
 //! The streams of a node's attempts: who may read on, and what a report says of those that are kept.
 
-use pool_registry_types::AttemptId;
-use pool_registry_types::pool::{PoolReport, ReplicaReport};
+use std::collections::{BTreeSet, VecDeque};
+
+use pool_registry_types::pool::{PoolReport, PoolState, ReplicaReport};
+use pool_registry_types::{AttemptId, PoolId};
 
 use super::NodeCore;
 use crate::attempts::{Held, ResumeError, Resumed};
+
+/// How many attempt ids are remembered, so that none runs twice. Source: .specs/01 CLOUD-1507.
+const REMEMBERED_ATTEMPTS: usize = 10_000;
+
+/// The last ids of a kind.
+#[derive(Debug, Default)]
+pub(super) struct Remembered {
+    ids: BTreeSet<AttemptId>,
+    order: VecDeque<AttemptId>,
+}
+
+impl Remembered {
+    pub(super) fn remember(&mut self, attempt: AttemptId) {
+        if !self.ids.insert(attempt) {
+            return;
+        }
+        self.order.push_back(attempt);
+        if self.order.len() > REMEMBERED_ATTEMPTS
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.ids.remove(&oldest);
+        }
+    }
+
+    pub(super) fn contains(&self, attempt: &AttemptId) -> bool {
+        self.ids.contains(attempt)
+    }
+}
 
 impl NodeCore {
     /// What is kept of the attempts' streams.
@@ -24,24 +54,36 @@ impl NodeCore {
     /// A reader goes on with the attempt, from the record `from` on. What was never accepted never will
     /// be: whoever asks for it places its task elsewhere.
     pub fn resume(&mut self, attempt: &AttemptId, from: u64) -> Result<Resumed, ResumeError> {
-        if !self.seen.contains(attempt) {
-            self.remember(*attempt);
+        if !self.was_accepted(attempt) {
+            self.refused.remember(*attempt);
             return Err(ResumeError::Unknown);
         }
         self.held.resume(attempt, from)
     }
 
+    /// Whether the attempt was accepted in this boot, as far as that is remembered: what runs or is held
+    /// is whatever came since.
+    pub(super) fn was_accepted(&self, attempt: &AttemptId) -> bool {
+        self.running.contains_key(attempt) || self.held.contains(attempt) || self.accepted.contains(attempt)
+    }
+
     /// Nobody wants the attempt any more, whether or not it has come: the shell ends what runs of it.
     pub fn stopped(&mut self, attempt: &AttemptId) {
-        self.remember(*attempt);
+        if !self.was_accepted(attempt) {
+            self.refused.remember(*attempt);
+        }
         self.held.remove(attempt);
     }
 
     /// Adds the attempts that have ended and are kept for a reader, and that there is room for no other.
-    pub(super) fn report_held(&self, reports: &mut [PoolReport]) {
+    pub(super) fn report_held(&self, reports: &mut Vec<PoolReport>) {
         let runs = |attempt: &AttemptId| self.running.get(attempt).is_some_and(|running| !running.over);
         for (attempt, pool_id, replica_id) in self.held.iter().filter(|(attempt, ..)| !runs(attempt)) {
-            let Some(report) = reports.iter_mut().find(|report| report.pool_id == *pool_id) else { continue };
+            let index = reports.iter().position(|report| report.pool_id == *pool_id).unwrap_or_else(|| {
+                reports.push(removed(pool_id));
+                reports.len() - 1
+            });
+            let report = &mut reports[index];
             match report.replicas.iter_mut().find(|replica| replica.replica_id == *replica_id) {
                 Some(replica) => replica.held.push(*attempt),
                 // It is gone, and what it has made is not.
@@ -51,11 +93,32 @@ impl NodeCore {
                 }),
             }
         }
-        if self.held.exceeds() {
+        if self.held.is_full() {
             for report in reports {
                 report.warning.get_or_insert_with(|| held_is_full(&self.held));
             }
         }
+    }
+}
+
+/// A pool whose engines are gone, and not what they have made.
+fn removed(pool_id: &PoolId) -> PoolReport {
+    PoolReport {
+        pool_id: pool_id.clone(),
+        state: PoolState::Draining,
+        ready: false,
+        draining: true,
+        engine: None,
+        engine_version: None,
+        models: Vec::new(),
+        device_mask: None,
+        ctx_max: None,
+        vram_free_bytes: None,
+        replicas: Vec::new(),
+        last_error: None,
+        warning: None,
+        drain: None,
+        supervised: None,
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 use pool_registry_types::pool::PoolState;
 use pool_registry_types::{ErrorCode, ModelRef};
 use proptest::prelude::*;
+use streams::read_to_its_end;
 use uuid::Uuid;
 
 use super::*;
@@ -304,6 +305,7 @@ fn a_removed_handoff_lets_what_runs_finish_and_gives_its_slots_to_nobody_twice()
     assert_eq!(accept(&mut node, 3), Err(ErrorCode::ReplicaExhausted), "the slot is still taken");
     node.unbind(at(0), &pool_id(), &replica_id(0));
     node.ended_before_release(at(0), &attempt(1));
+    read_to_its_end(&mut node, 1);
     counted(&mut node, 0, Busy::Reported(0));
     assert!(node.pool_reports(at(0)).is_empty());
     assert_eq!(node.running_count(), 0);
@@ -338,6 +340,7 @@ fn a_drained_pool_takes_nothing_shows_what_is_left_and_reopens() {
     assert_eq!(node.past_their_drain(at(1_100)), [attempt(1)]);
     // Its engine is exchanged: the drain holds for the new one, until the pool is opened again.
     node.ended(&attempt(1));
+    read_to_its_end(&mut node, 1);
     let spec = spec(0, 4);
     node.unbind(at(1_150), &pool_id(), &spec.replica_id);
     assert!(node.pool_reports(at(1_150)).is_empty());

@@ -1,13 +1,20 @@
 //! The streams that are kept, as reports and acceptance see them.
 
 use super::*;
-use crate::attempts::{Cursor, Piece};
+use crate::attempts::{Cursor, Piece, ResumeError, Taken};
 
 /// What an attempt has made, so many bytes in one frame.
 fn made(bytes: usize) -> Piece {
     let mut ends = crate::Ends::default();
     ends.push(bytes);
-    Piece::new(0, vec![b'x'; bytes].into(), ends)
+    Piece::new(0, vec![b'x'; bytes], ends)
+}
+
+/// Whoever reads an attempt that has ended has all of it.
+pub(super) fn read_to_its_end(node: &mut NodeCore, n: u128) {
+    node.held_mut().finish(at(1), &attempt(n), None);
+    let mut cursor = Cursor::first();
+    while let Taken::Bytes(_) = node.held_mut().take(&attempt(n), &mut cursor) {}
 }
 
 // CLOUD-1566
@@ -43,22 +50,49 @@ fn a_node_whose_memory_for_streams_is_full_refuses_what_is_new_and_says_why() {
     let warning = node.pool_reports(at(0))[0].warning.clone().unwrap();
     assert!(warning.contains("the most is 4000"), "{warning}");
     node.ended(&attempt(1));
-    node.held_mut().finish(at(1), &attempt(1), None);
+    read_to_its_end(&mut node, 1);
     accept(&mut node, 2).unwrap();
     assert_eq!(node.pool_reports(at(0))[0].warning, None);
 }
 
-// CLOUD-1563
+// CLOUD-1507
+// CLOUD-1567
 #[test]
-fn a_node_asks_for_the_end_of_what_nobody_reads_when_it_is_due() {
+fn whatever_else_is_asked_for_an_attempt_that_was_accepted_is_known_and_is_not_accepted_again() {
     let mut node = serving(1, 4);
-    while node.due(at(0)).is_some() {}
     accept(&mut node, 1).unwrap();
-    node.held_mut().detach(at(0), &attempt(1), &Cursor::first());
-    assert!(node.next_deadline().is_some_and(|due| due <= at(15_000)));
-    let unread: Vec<NodeEffect> = std::iter::from_fn(|| node.due(at(15_000)))
-        .filter(|effect| matches!(effect, NodeEffect::Unread(_)))
-        .take(2)
-        .collect();
-    assert_eq!(unread, [NodeEffect::Unread(attempt(1))]);
+    for n in 100..10_200 {
+        assert_eq!(node.resume(&attempt(n), 0), Err(ResumeError::Unknown));
+        node.stopped(&attempt(n));
+    }
+    assert!(node.resume(&attempt(1), 0).is_ok());
+    assert_eq!(accept(&mut node, 1), Err(ErrorCode::AttemptDuplicate));
+    assert_eq!(accept(&mut node, 10_199), Err(ErrorCode::AttemptDuplicate), "it was asked for before");
+    // Also of ten thousand that were accepted since, the first is known while it runs or is held.
+    for n in 20_000..30_100 {
+        accept(&mut node, n).unwrap();
+        node.held_mut().finish(at(1), &attempt(n), None);
+        node.held_mut().done(&attempt(n));
+        node.ended(&attempt(n));
+    }
+    assert_eq!(accept(&mut node, 1), Err(ErrorCode::AttemptDuplicate), "it runs");
+    node.ended(&attempt(1));
+    node.held_mut().finish(at(1), &attempt(1), Some(made(4)));
+    assert!(node.resume(&attempt(1), 0).is_ok(), "it is held");
+    assert_eq!(accept(&mut node, 1), Err(ErrorCode::AttemptDuplicate));
+}
+
+// CLOUD-1566
+#[test]
+fn what_a_pool_has_made_is_listed_also_when_the_pool_is_gone() {
+    let mut node = serving(1, 4);
+    accept(&mut node, 1).unwrap();
+    node.unbind(at(1), &pool_id(), &replica_id(0));
+    node.held_mut().finish(at(1), &attempt(1), Some(made(4)));
+    node.ended(&attempt(1));
+    let reports = node.pool_reports(at(1));
+    assert_eq!(reports[0].replicas[0].held, [attempt(1)]);
+    assert!(!reports[0].ready && reports[0].replicas[0].slots_total == 0);
+    node.held_mut().done(&attempt(1));
+    assert!(node.pool_reports(at(1)).is_empty());
 }
