@@ -1,5 +1,7 @@
 //! A client that costs little: one request, its stream read for token markers, times taken.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -26,6 +28,8 @@ pub(crate) struct Caller {
     /// What stands once in each token's event, and in no other.
     token_marker: &'static [u8],
     task: fn(u32) -> Value,
+    /// Tokens that all its requests have brought so far.
+    all: Arc<AtomicU64>,
 }
 
 fn client() -> Client<HttpConnector, Full<Bytes>> {
@@ -43,6 +47,7 @@ impl Caller {
             authorization: None,
             token_marker: b"\"stop\":false",
             task: |tokens| json!({"prompt": "x", "stream": true, "n_predict": tokens}),
+            all: Arc::default(),
         }
     }
 
@@ -54,7 +59,13 @@ impl Caller {
             authorization: Some(format!("Bearer {token}")),
             token_marker: b"event: token",
             task: |tokens| json!({"model_ref": "fake-model", "prompt": "x", "max_tokens": tokens}),
+            all: Arc::default(),
         }
+    }
+
+    /// Tokens that this caller and its clones have seen.
+    pub(crate) fn tokens_seen(&self) -> u64 {
+        self.all.load(Ordering::Relaxed)
     }
 
     /// One request to its end. Panics on anything but a whole answer.
@@ -78,6 +89,7 @@ impl Caller {
             tail.extend_from_slice(&data);
             let (found, keep) = count(&tail, self.token_marker);
             seen += found;
+            self.all.fetch_add(found as u64, Ordering::Relaxed);
             tail.drain(..keep);
             if seen > 0 {
                 first.get_or_insert_with(|| start.elapsed());

@@ -68,7 +68,7 @@ async fn main() -> ExitCode {
     let ours = Caller::cluster(&cluster.client.base, e2e_cloud::cluster::TOKEN);
     let idle = memory(&cluster);
     // Before the load, whose ended tasks are kept for their readers.
-    let open = open_streams(&cluster, &ours).await;
+    let open = open_streams(&cluster, &ours, &arguments).await;
 
     for clients in [1, 32] {
         let added = first_tokens(&bare, &ours, clients, &arguments).await;
@@ -187,13 +187,17 @@ async fn tokens(cluster: &Cluster, bare: &Caller, ours: &Caller, arguments: &Arg
     );
 }
 
-/// Both daemons' resident memory while 500 slow streams are open, in MB.
-async fn open_streams(cluster: &Cluster, ours: &Caller) -> (f64, f64) {
-    cluster.fault(0, json!({"kind": "slow", "pace_ms": 200})).await;
+/// What 500 streams of 10 tokens a second cost. Returns both daemons' resident memory while they are
+/// open, in MB.
+async fn open_streams(cluster: &Cluster, ours: &Caller, arguments: &Arguments) -> (f64, f64) {
+    cluster.fault(0, json!({"kind": "slow", "pace_ms": 100})).await;
+    let repetitions = u64::try_from(arguments.repetitions).expect("a small number");
+    // Long enough for all measurements, what comes before and a machine that is slow.
+    let tokens = u32::try_from((repetitions * arguments.seconds + 5) * 10).expect("minutes at most");
     let runs: Vec<_> = (0..500)
         .map(|_| {
             let ours = ours.clone();
-            tokio::spawn(async move { ours.run(25).await })
+            tokio::spawn(async move { ours.run(tokens).await })
         })
         .collect();
     e2e_cloud::eventually("500 streams are open", Duration::from_secs(20), || async {
@@ -203,8 +207,25 @@ async fn open_streams(cluster: &Cluster, ours: &Caller) -> (f64, f64) {
     .await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     let memory = memory(cluster);
+    let (mut control, mut node, mut pace) = (vec![], vec![], vec![]);
+    for _ in 0..arguments.repetitions {
+        let (before, seen, start) = (cpu_of(cluster), ours.tokens_seen(), Instant::now());
+        tokio::time::sleep(Duration::from_secs(arguments.seconds)).await;
+        let after = cpu_of(cluster);
+        let seen = (ours.tokens_seen() - seen) as f64;
+        control.push((after.0 - before.0).as_secs_f64() * 1e6 / seen);
+        node.push((after.1 - before.1).as_secs_f64() * 1e6 / seen);
+        pace.push(seen / start.elapsed().as_secs_f64());
+    }
+    println!(
+        "paced tokens, 500 streams of 10 a second: {:.0}/s; CPU a token: orchestratord {:.1} µs, pool-managerd {:.1} µs",
+        median(pace),
+        median(control),
+        median(node)
+    );
+    let expected = usize::try_from(tokens).expect("a small number");
     for run in runs {
-        assert_eq!(run.await.expect("a client does not panic").tokens, 25);
+        assert_eq!(run.await.expect("a client does not panic").tokens, expected);
     }
     cluster.fault(0, json!({"kind": "none"})).await;
     memory
