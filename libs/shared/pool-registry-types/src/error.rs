@@ -6,9 +6,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
+use crate::engines::EngineKind;
 use crate::ids::{NodeId, PoolId};
 use crate::newer;
-use crate::pool::EngineKind;
 
 macro_rules! codes {
     ($($(#[$doc:meta])* $variant:ident = $text:literal, $status:literal, $retriable:literal;)*) => {

@@ -1,12 +1,26 @@
-//! What is embedded or ranked, and what comes of it.
+//! What kind of work a task is; what is embedded or ranked, and what comes of it.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::task::Workload;
-
 /// Most texts that one task embeds, and most documents that it ranks.
 pub const MAX_INPUTS: usize = 2048;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Workload {
+    /// Of a prompt or of messages: a stream of tokens.
+    #[default]
+    Completion,
+    /// One vector for each text.
+    Embedding,
+    /// Documents in the order in which they answer a query.
+    Rerank,
+}
+
+impl Workload {
+    pub const ALL: [Self; 3] = [Self::Completion, Self::Embedding, Self::Rerank];
+}
 
 /// For the documents only: their way of saying that a text is not empty.
 #[derive(Debug, ToSchema)]

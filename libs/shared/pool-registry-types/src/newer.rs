@@ -7,20 +7,12 @@
 //! CLOUD-1109.
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
 
 use serde::de::{DeserializeOwned, Deserializer, Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, forward_to_deserialize_any};
 use serde_json::{Map, Value};
-
-use crate::ids::LabelName;
-use crate::placement::Labels;
-use crate::pool::EngineKind;
-use crate::task::{
-    ChatMessage, Determinism, KvHint, Priority, Reasoning, Recovery, RerankInputs, TaskRequest, Timeouts,
-};
 
 /// A value that reads as absent where it is not what this reader knows.
 pub(crate) fn option<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
@@ -62,52 +54,15 @@ where
     deserializer.deserialize_seq(Entries(PhantomData))
 }
 
-/// Labels without those that this reader cannot take.
-pub(crate) fn labels<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Labels, D::Error> {
-    let mut labels = Labels::new();
-    for (name, value) in BTreeMap::<String, Value>::deserialize(deserializer)? {
-        if let (Ok(name), Ok(value)) = (LabelName::new(&name), serde_json::from_value(value)) {
-            labels.insert(name, value);
-        }
-    }
-    Ok(labels)
-}
-
-/// The task of an attempt, which a client wrote and a control plane has checked: what this node
-/// does not know of it is left out. What says how the task is to be run, and not only how well (its
-/// workload, its inputs, the role of a message), must be known.
-pub(crate) fn task<'de, D: Deserializer<'de>>(deserializer: D) -> Result<TaskRequest, D::Error> {
-    let mut task = Map::<String, Value>::deserialize(deserializer)?;
-    keep_fields_of::<TaskRequest>(&mut task);
-    // That it came here is all that its constraints were for.
-    task.remove("placement");
-    drop_unknown::<EngineKind>(&mut task, "engine");
-    drop_unknown::<Priority>(&mut task, "priority");
-    drop_unknown::<Determinism>(&mut task, "determinism");
-    drop_unknown::<Recovery>(&mut task, "recovery");
-    drop_unknown::<Reasoning>(&mut task, "reasoning");
-    drop_unknown::<KvHint>(&mut task, "kv_hint");
-    if let Some(Value::Object(timeouts)) = task.get_mut("timeouts") {
-        keep_fields_of::<Timeouts>(timeouts);
-    }
-    for message in task.get_mut("messages").and_then(Value::as_array_mut).into_iter().flatten() {
-        if let Value::Object(message) = message {
-            keep_fields_of::<ChatMessage>(message);
-        }
-    }
-    if let Some(Value::Object(rerank)) = task.get_mut("inputs").and_then(|inputs| inputs.get_mut("rerank")) {
-        keep_fields_of::<RerankInputs>(rerank);
-    }
-    serde_json::from_value(Value::Object(task)).map_err(D::Error::custom)
-}
-
-fn drop_unknown<T: DeserializeOwned>(object: &mut Map<String, Value>, name: &str) {
+/// Leaves a field out whose value this reader does not know.
+pub(crate) fn drop_unknown<T: DeserializeOwned>(object: &mut Map<String, Value>, name: &str) {
     if object.get(name).is_some_and(|value| T::deserialize(value).is_err()) {
         object.remove(name);
     }
 }
 
-fn keep_fields_of<T: DeserializeOwned>(object: &mut Map<String, Value>) {
+/// Leaves out the fields that `T` does not have.
+pub(crate) fn keep_fields_of<T: DeserializeOwned>(object: &mut Map<String, Value>) {
     let names: Cell<&'static [&'static str]> = Cell::new(&[]);
     // It never gives a value: the names are all that is asked for.
     let _ = T::deserialize(FieldNames(&names));

@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 
 use crate::ids::{AttemptId, BootId, Digest, Epoch, MachineId, ModelRef, NodeId, PoolId};
 use crate::newer;
-use crate::placement::Labels;
+use crate::placement::{Labels, labels_of_newer};
 use crate::pool::PoolReport;
 
 /// What the control plane observes of a node.
@@ -48,7 +48,7 @@ pub struct RegisterRequest {
     pub version: String,
     #[serde(default)]
     pub intent: Intent,
-    #[serde(default, deserialize_with = "newer::labels", skip_serializing_if = "Labels::is_empty")]
+    #[serde(default, deserialize_with = "labels_of_newer", skip_serializing_if = "Labels::is_empty")]
     pub labels: Labels,
     #[serde(default, deserialize_with = "newer::entries")]
     pub pools: Vec<PoolId>,

@@ -8,17 +8,29 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::Value;
 use utoipa::ToSchema;
 
+use crate::engines::EngineKind;
 use crate::error::{ErrorBody, ErrorCode};
 use crate::ids::{InvalidId, LabelName, ModelRef, NodeId, PoolId, PoolKey, TaskId};
-use crate::pool::EngineKind;
 
 /// Most pools in one list of a request, and most labels.
 pub const MAX_CONSTRAINTS: usize = 64;
 
 /// What an operator says of a node: `zone=a`, `tier=fast`.
 pub type Labels = BTreeMap<LabelName, LabelName>;
+
+/// Labels without those that this reader cannot take.
+pub(crate) fn labels_of_newer<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Labels, D::Error> {
+    let mut labels = Labels::new();
+    for (name, value) in BTreeMap::<String, Value>::deserialize(deserializer)? {
+        if let (Ok(name), Ok(value)) = (LabelName::new(&name), serde_json::from_value(value)) {
+            labels.insert(name, value);
+        }
+    }
+    Ok(labels)
+}
 
 /// Pools by name: `pool` means every pool of that name, `node/pool` one.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]

@@ -3,44 +3,11 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+pub use crate::engines::EngineKind;
 use crate::error::{ErrorBody, ErrorCode};
 use crate::ids::{AttemptId, ModelRef, NodeId, PoolId, ReplicaId};
 use crate::newer;
 use crate::task::MAX_WAIT_MS;
-
-/// The engines whose dialects the nodes speak.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum EngineKind {
-    LlamaCpp,
-    Vllm,
-    /// Hugging Face's text-generation-inference.
-    Tgi,
-    /// Triton's generate extension.
-    Triton,
-    /// Any server with OpenAI's API.
-    OpenAi,
-}
-
-impl EngineKind {
-    pub const ALL: [Self; 5] = [Self::LlamaCpp, Self::Vllm, Self::Tgi, Self::Triton, Self::OpenAi];
-
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::LlamaCpp => "llamacpp",
-            Self::Vllm => "vllm",
-            Self::Tgi => "tgi",
-            Self::Triton => "triton",
-            Self::OpenAi => "openai",
-        }
-    }
-}
-
-impl std::fmt::Display for EngineKind {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]

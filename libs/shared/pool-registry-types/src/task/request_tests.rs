@@ -1,6 +1,7 @@
 //! What a task may ask, and what it is refused for.
 
 use super::*;
+use crate::inputs::{MAX_INPUTS, RerankInputs};
 
 fn request() -> TaskRequest {
     TaskRequest::completion(ModelRef::new("m").unwrap(), "hello")
