@@ -164,6 +164,11 @@ impl ErrorBody {
         }
     }
 
+    /// `INVALID_PARAMS`; the message begins with the name of the field.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::new(ErrorCode::InvalidParams, message)
+    }
+
     #[must_use]
     pub fn at(mut self, node_id: &NodeId, pool_id: &PoolId) -> Self {
         self.node_id = Some(node_id.clone());

@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::error::ErrorBody;
+
 /// Most texts that one task embeds, and most documents that it ranks.
 pub const MAX_INPUTS: usize = 2048;
 
@@ -56,23 +58,24 @@ impl Inputs {
         }
     }
 
-    pub(crate) fn check(&self, workload: Workload) -> Result<(), String> {
+    /// Errors: `INVALID_PARAMS`, naming the field.
+    pub(crate) fn check(&self, workload: Workload) -> Result<(), ErrorBody> {
         let name = match (self, workload) {
             (Self::Embedding(_), Workload::Embedding) => "inputs.embedding",
             (Self::Rerank(rerank), Workload::Rerank) => {
                 if rerank.query.is_empty() {
-                    return Err("inputs.rerank.query: an empty text ranks nothing".into());
+                    return Err(ErrorBody::invalid("inputs.rerank.query: an empty text ranks nothing"));
                 }
                 "inputs.rerank.documents"
             }
-            _ => return Err("inputs: must be those of the workload".into()),
+            _ => return Err(ErrorBody::invalid("inputs: must be those of the workload")),
         };
         let texts = self.texts();
         if !(1..=MAX_INPUTS).contains(&texts.len()) {
-            return Err(format!("{name}: must be 1 to {MAX_INPUTS} texts"));
+            return Err(ErrorBody::invalid(format!("{name}: must be 1 to {MAX_INPUTS} texts")));
         }
         match texts.iter().position(String::is_empty) {
-            Some(n) => Err(format!("{name}[{n}]: must not be empty")),
+            Some(n) => Err(ErrorBody::invalid(format!("{name}[{n}]: must not be empty"))),
             None => Ok(()),
         }
     }

@@ -12,7 +12,7 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use crate::engines::EngineKind;
-use crate::error::{ErrorBody, ErrorCode};
+use crate::error::ErrorBody;
 use crate::ids::{InvalidId, LabelName, ModelRef, NodeId, PoolId, PoolKey, TaskId};
 
 /// Most pools in one list of a request, and most labels.
@@ -152,7 +152,7 @@ impl Default for PlacementConstraints {
 impl PlacementConstraints {
     /// Finds contradictions; `has_session` says whether the task belongs to a session.
     pub fn check(&self, has_session: bool) -> Result<(), ErrorBody> {
-        let invalid = |message: &str| Err(ErrorBody::new(ErrorCode::InvalidParams, message));
+        let invalid = |message: &str| Err(ErrorBody::invalid(message));
         match self.mode {
             PlacementMode::Pin if self.node_id.is_none() && self.pin_pool_id.is_none() => {
                 return invalid("placement.mode: a pin needs node_id or pin_pool_id");

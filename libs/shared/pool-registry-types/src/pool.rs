@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub use crate::engines::EngineKind;
-use crate::error::{ErrorBody, ErrorCode};
+use crate::error::ErrorBody;
 use crate::ids::{AttemptId, ModelRef, NodeId, PoolId, ReplicaId};
 use crate::newer;
 use crate::task::MAX_WAIT_MS;
@@ -142,7 +142,7 @@ impl PoolDrain {
     pub fn check(&self) -> Result<(), ErrorBody> {
         if self.deadline_ms.is_some_and(|deadline| deadline > MAX_WAIT_MS) {
             let message = format!("deadline_ms: must be at most {MAX_WAIT_MS} milliseconds");
-            return Err(ErrorBody::new(ErrorCode::InvalidParams, message));
+            return Err(ErrorBody::invalid(message));
         }
         Ok(())
     }

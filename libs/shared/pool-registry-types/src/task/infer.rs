@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use crate::engines::EngineKind;
-use crate::error::{ErrorBody, ErrorCode};
+use crate::error::ErrorBody;
 use crate::ids::{AttemptId, BootId, LogId, NodeId, ReplicaId, TaskId};
 use crate::inputs::RerankInputs;
 use crate::newer::{self, drop_unknown, keep_fields_of};
@@ -58,7 +58,7 @@ impl InferRequest {
         ];
         if let Some((field, _)) = counts.into_iter().find(|(_, count)| *count > MAX_INDEX) {
             let message = format!("{field}: must be at most {MAX_INDEX}");
-            return Err(ErrorBody::new(ErrorCode::InvalidParams, message));
+            return Err(ErrorBody::invalid(message));
         }
         self.task.check()
     }

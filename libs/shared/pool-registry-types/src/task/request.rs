@@ -234,10 +234,8 @@ impl TaskRequest {
 
     /// Finds what the types cannot. The error is `INVALID_PARAMS` or `UNSUPPORTED` and names the field.
     pub fn check(&self) -> Result<(), ErrorBody> {
-        let invalid = |message: String| Err(ErrorBody::new(ErrorCode::InvalidParams, message));
-        if let Err(message) = self.check_input() {
-            return invalid(message);
-        }
+        let invalid = |message: String| Err(ErrorBody::invalid(message));
+        self.check_input()?;
         for (field, value, most) in
             [("temperature", self.temperature, 5.0), ("top_p", self.top_p, 1.0), ("min_p", self.min_p, 1.0)]
         {
@@ -260,9 +258,7 @@ impl TaskRequest {
         if self.stop.iter().any(String::is_empty) {
             return invalid("stop: an empty text would stop at once".into());
         }
-        if let Err(message) = self.check_constraints() {
-            return invalid(message);
-        }
+        self.check_constraints()?;
         let timeouts = self.timeouts.unwrap_or_default();
         for (field, value) in [
             ("deadline_ms", self.deadline_ms),
@@ -288,12 +284,12 @@ impl TaskRequest {
     }
 
     /// That what the engine compiles is within its bounds.
-    fn check_constraints(&self) -> Result<(), String> {
+    fn check_constraints(&self) -> Result<(), ErrorBody> {
         let grammar = self.grammar.as_deref().unwrap_or_default();
         constraints::check(DecodingConstraint::Grammar, grammar.as_bytes())
-            .map_err(|error| format!("grammar: {error}"))?;
+            .map_err(|error| ErrorBody::invalid(format!("grammar: {error}")))?;
         constraints::check(DecodingConstraint::StopList, self.stop.concat().as_bytes())
-            .map_err(|error| format!("stop: {error}"))
+            .map_err(|error| ErrorBody::invalid(format!("stop: {error}")))
     }
 
     /// Whether a lost stream is run again from the start: same seed, same text.
@@ -347,23 +343,24 @@ impl TaskRequest {
     }
 
     /// What the task works on, and that the options are those of its workload.
-    fn check_input(&self) -> Result<(), String> {
+    fn check_input(&self) -> Result<(), ErrorBody> {
         let completes = self.workload == Workload::Completion;
+        let invalid = |message: &str| Err(ErrorBody::invalid(message));
         match (completes, &self.prompt, &self.messages, &self.inputs) {
             (true, Some(_), Some(_), _) => {
-                return Err("prompt and messages: give exactly one of them".into());
+                return invalid("prompt and messages: give exactly one of them");
             }
-            (true, .., Some(_)) => return Err("inputs: a completion has a prompt or messages".into()),
+            (true, .., Some(_)) => return invalid("inputs: a completion has a prompt or messages"),
             (true, None, None, None) => {
-                return Err("prompt or messages: one of them is required".into());
+                return invalid("prompt or messages: one of them is required");
             }
             (true, None, Some(messages), None) if messages.is_empty() => {
-                return Err("messages: at least one message is required".into());
+                return invalid("messages: at least one message is required");
             }
             (true, ..) => return Ok(()),
             (false, None, None, Some(inputs)) => inputs.check(self.workload)?,
-            (false, .., None) => return Err("inputs: required by this workload".into()),
-            (false, ..) => return Err("prompt and messages: this workload has inputs".into()),
+            (false, .., None) => return invalid("inputs: required by this workload"),
+            (false, ..) => return invalid("prompt and messages: this workload has inputs"),
         }
         let options = [
             ("max_tokens", self.max_tokens.is_some()),
@@ -378,7 +375,7 @@ impl TaskRequest {
             ("reasoning", self.reasoning == Reasoning::Drop),
         ];
         match options.into_iter().find(|(_, given)| *given) {
-            Some((field, _)) => Err(format!("{field}: only of a completion")),
+            Some((field, _)) => invalid(&format!("{field}: only of a completion")),
             None => Ok(()),
         }
     }
