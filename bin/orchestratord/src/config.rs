@@ -12,7 +12,7 @@ use clap::{CommandFactory, Parser};
 use daemon_kit::settings::{self, Daemon, Own, Shared, SharedError, SharedSettings};
 use task_scheduler::{FullLane, Policy, SessionPolicy, Strategy, Timing};
 
-use crate::services::addresses::NodeAddresses;
+use crate::services::addresses::{NodeAddresses, PlaceError};
 use crate::token;
 
 /// The settings as they are given.
@@ -177,7 +177,7 @@ pub(crate) enum ConfigError {
     #[error("ORCHESTRATORD_CORS_ORIGINS: {0:?} is no origin, as https://host:port")]
     Origin(String),
     #[error("ORCHESTRATORD_NODE_ADDRESSES: {0}")]
-    NodeAddresses(String),
+    NodeAddresses(#[from] PlaceError),
 }
 
 impl CommandFactory for Settings {
@@ -227,8 +227,7 @@ impl Daemon for Settings {
         let origins = self.cors_origins.as_deref().map(origins).transpose()?.unwrap_or_default();
         let node_addresses = self.node_addresses.as_deref().unwrap_or_default();
         let needs_https = shared.requires_tls || shared.front.tls.client_ca.is_some();
-        let node_addresses =
-            NodeAddresses::parse(node_addresses, needs_https).map_err(ConfigError::NodeAddresses)?;
+        let node_addresses = NodeAddresses::parse(node_addresses, needs_https)?;
         let policy = Policy {
             timing: Timing {
                 heartbeat_interval: Duration::from_secs(interval),

@@ -5,6 +5,28 @@ use std::net::{IpAddr, Ipv6Addr};
 use axum::http::Uri;
 use ipnet::IpNet;
 
+/// Why an entry of the list of places is none.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum PlaceError {
+    #[error("{0:?} is no network")]
+    Network(String),
+    #[error("{0:?} is no network, address, name or *.suffix")]
+    Host(String),
+}
+
+/// Why an address of a node is not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum AddressError {
+    #[error("must be http://host:port or https://host:port")]
+    Form,
+    #[error("must be https://: this control plane calls nodes by TLS only")]
+    PlainHttp,
+    #[error("{0} is no address of a node")]
+    NeverANode(String),
+    #[error("{0} is not among ORCHESTRATORD_NODE_ADDRESSES")]
+    NotAllowed(String),
+}
+
 /// Longest address, bytes.
 const LONGEST: usize = 300;
 
@@ -26,13 +48,14 @@ enum AllowedHost {
 
 impl NodeAddresses {
     /// A comma-separated list of networks, addresses, names and `*.suffix`es.
-    pub(crate) fn parse(list: &str, tls_only: bool) -> Result<Self, String> {
-        let entry = |text: &str| -> Result<AllowedHost, String> {
+    pub(crate) fn parse(list: &str, tls_only: bool) -> Result<Self, PlaceError> {
+        let entry = |text: &str| -> Result<AllowedHost, PlaceError> {
             if let Ok(ip) = text.parse::<IpAddr>() {
                 return Ok(AllowedHost::Network(ip.into()));
             }
             if text.contains('/') {
-                return text.parse().map(AllowedHost::Network).map_err(|_| format!("{text:?} is no network"));
+                let network = text.parse().map_err(|_| PlaceError::Network(text.to_owned()))?;
+                return Ok(AllowedHost::Network(network));
             }
             let name = text.to_ascii_lowercase();
             let (suffix, labels) = match name.strip_prefix('*') {
@@ -41,7 +64,7 @@ impl NodeAddresses {
             };
             if labels.is_empty() || !labels.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b))
             {
-                return Err(format!("{text:?} is no network, address, name or *.suffix"));
+                return Err(PlaceError::Host(text.to_owned()));
             }
             Ok(if suffix { AllowedHost::Suffix(format!(".{labels}")) } else { AllowedHost::Name(name) })
         };
@@ -49,38 +72,34 @@ impl NodeAddresses {
         Ok(Self { allowed: parts.map(entry).collect::<Result<_, _>>()?, tls_only })
     }
 
-    /// Checks `http://host:port` or `https://host:port`. The error says what is wrong with it.
-    pub(crate) fn check(&self, address: &str) -> Result<(), String> {
-        let form = || "must be http://host:port or https://host:port".to_owned();
-        let uri: Uri = Some(address)
-            .filter(|text| text.len() <= LONGEST)
-            .ok_or_else(form)?
-            .parse()
-            .map_err(|_| form())?;
-        let (scheme, authority) = uri.scheme_str().zip(uri.authority()).ok_or_else(form)?;
+    /// Checks `http://host:port` or `https://host:port`.
+    pub(crate) fn check(&self, address: &str) -> Result<(), AddressError> {
+        let short = Some(address).filter(|text| text.len() <= LONGEST).ok_or(AddressError::Form)?;
+        let uri: Uri = short.parse().map_err(|_| AddressError::Form)?;
+        let (scheme, authority) = uri.scheme_str().zip(uri.authority()).ok_or(AddressError::Form)?;
         let bare = address == format!("{scheme}://{authority}") && !authority.as_str().contains('@');
         if !bare || !["http", "https"].contains(&scheme) || authority.host().is_empty() {
-            return Err(form());
+            return Err(AddressError::Form);
         }
         if authority.as_str() != authority.host() && authority.port_u16().is_none_or(|port| port == 0) {
-            return Err(form());
+            return Err(AddressError::Form);
         }
         if self.tls_only && scheme == "http" {
-            return Err("must be https://: this control plane calls nodes by TLS only".into());
+            return Err(AddressError::PlainHttp);
         }
         let host = authority.host().trim_matches(['[', ']']).to_ascii_lowercase();
         let ip = host.parse::<IpAddr>().ok().map(|ip| ip.to_canonical());
         if authority.host().starts_with('[') && ip.is_none() {
-            return Err(form());
+            return Err(AddressError::Form);
         }
         // Resolvers take 2852039166, 0xa9fea9fe and 169.254.43518 for addresses too.
         let last = host.rsplit('.').next().unwrap_or_default();
         let is_number = last.bytes().all(|b| b.is_ascii_digit()) || last.starts_with("0x");
         if ip.is_none() && is_number {
-            return Err(form());
+            return Err(AddressError::Form);
         }
         if ip.is_some_and(is_never_a_node) || (ip.is_none() && host.contains("metadata")) {
-            return Err(format!("{host} is no address of a node"));
+            return Err(AddressError::NeverANode(host));
         }
         let is_allowed = |entry: &AllowedHost| match (entry, ip) {
             (AllowedHost::Network(network), Some(ip)) => network.contains(&ip),
@@ -89,7 +108,7 @@ impl NodeAddresses {
             _ => false,
         };
         if !self.allowed.is_empty() && !self.allowed.iter().any(is_allowed) {
-            return Err(format!("{host} is not among ORCHESTRATORD_NODE_ADDRESSES"));
+            return Err(AddressError::NotAllowed(host));
         }
         Ok(())
     }
@@ -183,7 +202,8 @@ mod tests {
             "http://evilpool.example",
             "http://127.0.0.1",
         ] {
-            assert!(some.check(bad).unwrap_err().contains("ORCHESTRATORD_NODE_ADDRESSES"), "{bad}");
+            let error = some.check(bad).unwrap_err();
+            assert!(error.to_string().contains("ORCHESTRATORD_NODE_ADDRESSES"), "{bad}: {error}");
         }
         for bad in ["10.0.0.0/99", "*", "a b", "http://x"] {
             assert!(NodeAddresses::parse(bad, false).is_err(), "{bad}");

@@ -17,7 +17,7 @@ use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::services::control::Control;
-use crate::services::link::{Exchange, NodeLink, Taken};
+use crate::services::link::{Exchange, LinkError, NodeLink, Taken};
 use crate::services::streams::{Streams, TaskStream};
 
 /// Pieces of a stream that are taken together when they have arrived already.
@@ -175,10 +175,10 @@ impl Carrier {
         self.act().await
     }
 
-    fn take(&mut self, now: Moment, piece: Option<Result<bytes::Bytes, String>>) {
+    fn take(&mut self, now: Moment, piece: Option<Result<bytes::Bytes, LinkError>>) {
         match piece {
             Some(Ok(bytes)) => self.relay.chunk(now, &bytes),
-            Some(Err(reason)) => self.relay.closed(reason),
+            Some(Err(broken)) => self.relay.closed(broken.to_string()),
             None => self.relay.closed(NO_FINAL_FRAME.into()),
         }
     }

@@ -15,12 +15,13 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use node_agent::{AttemptReader, Node, Retention};
+use owned_tasks::Panicked;
 use pool_registry_types::node::{IntentOrder, LiveAnswer};
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
 use pool_registry_types::routes::{self, headers};
 use pool_registry_types::task::Resume;
 use pool_registry_types::{ErrorBody, ErrorCode, PoolId, ReplicaId, TraceContext};
-use task_scheduler::{Dispatch, HowEnded, ProbeOutcome};
+use task_scheduler::{Denied, Dispatch, HowEnded, ProbeOutcome};
 use task_stream::Payload;
 use uuid::Uuid;
 
@@ -39,8 +40,28 @@ const MAX_ERROR_BYTES: usize = 64 * 1024;
 /// Bound of reading it.
 const ERROR_BODY_TIMEOUT: Duration = Duration::from_millis(500);
 
+/// Why a call to a node came to nothing.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LinkError {
+    /// Its text has the causes, and the one that matters in plain words.
+    #[error("{}", tls::explain(.0))]
+    NoAnswer(reqwest::Error),
+    /// The same of an answer that had begun.
+    #[error("{}", tls::explain(.0))]
+    Broken(hyper::Error),
+    #[error("it answers HTTP {0}")]
+    Status(u16),
+    #[error("it has registered anew")]
+    RegisteredAnew,
+    /// The node in this process could not write the order down.
+    #[error("{0}")]
+    NotWritten(std::io::Error),
+    #[error(transparent)]
+    Defect(#[from] Panicked),
+}
+
 /// The bytes of an attempt; an error is a broken connection.
-type Frames = Pin<Box<dyn Stream<Item = Result<Bytes, String>> + Send>>;
+type Frames = Pin<Box<dyn Stream<Item = Result<Bytes, LinkError>> + Send>>;
 
 /// A node took an attempt.
 pub(crate) struct Taken {
@@ -59,7 +80,7 @@ pub(crate) enum Exchange {
 
 impl Exchange {
     /// The next bytes; an error is a broken connection.
-    pub(crate) async fn next(&mut self) -> Option<Result<Bytes, String>> {
+    pub(crate) async fn next(&mut self) -> Option<Result<Bytes, LinkError>> {
         match self {
             Self::Http(frames) => frames.next().await,
             Self::Local(reader) => reader.next().await.map(Ok),
@@ -112,20 +133,17 @@ impl NodeLink {
     }
 
     /// Tells the node what it is to do from now on; it has written it down when this returns well.
-    pub(crate) async fn deliver_intent(&self, address: &str, order: &IntentOrder) -> Result<(), String> {
+    pub(crate) async fn deliver_intent(&self, address: &str, order: &IntentOrder) -> Result<(), LinkError> {
         match self {
             Self::Http(http) => {
                 let body = serde_json::to_value(order).unwrap_or_default();
-                match http.order(address, routes::INTENT, &body).await {
-                    Ok(response) if response.status().is_success() => Ok(()),
-                    Ok(response) => Err(format!("it answers HTTP {}", response.status().as_u16())),
-                    Err(error) => Err(error),
-                }
+                let status = http.order(address, routes::INTENT, &body).await?.status();
+                if status.is_success() { Ok(()) } else { Err(LinkError::Status(status.as_u16())) }
             }
             Self::Local(node) => match node.agent().take_intent(order.clone()).await {
                 Ok(true) => Ok(()),
-                Ok(false) => Err("it has registered anew".into()),
-                Err(error) => Err(error.to_string()),
+                Ok(false) => Err(LinkError::RegisteredAnew),
+                Err(error) => Err(LinkError::NotWritten(error)),
             },
         }
     }
@@ -154,7 +172,8 @@ impl NodeLink {
         let unavailable = |reason: String| {
             ErrorBody::new(ErrorCode::NodeUnavailable, format!("the node does not answer: {reason}"))
         };
-        let response = http.order(address, &path, &body).await.map_err(unavailable)?;
+        let response =
+            http.order(address, &path, &body).await.map_err(|error| unavailable(error.to_string()))?;
         let status = response.status();
         let body = http_body_util::Limited::new(reqwest::Body::from(response), MAX_ERROR_BYTES);
         let bytes = body.collect().await.map_err(|error| unavailable(error.to_string()))?.to_bytes();
@@ -273,7 +292,7 @@ impl HttpLink {
         let frames = BodyStream::new(response.into_body()).filter_map(|piece| async move {
             match piece {
                 Ok(frame) => frame.into_data().ok().map(Ok),
-                Err(error) => Some(Err(tls::explain(&error))),
+                Err(error) => Some(Err(LinkError::Broken(error))),
             }
         });
         Ok(Taken { replica_id, report_seq, exchange: Exchange::Http(Box::pin(frames)) })
@@ -284,12 +303,12 @@ impl HttpLink {
         address: &str,
         path: &str,
         body: &serde_json::Value,
-    ) -> Result<reqwest::Response, String> {
+    ) -> Result<reqwest::Response, LinkError> {
         let mut call = self.probes.post(format!("{address}{path}")).timeout(ORDER_TIMEOUT).json(body);
         if let Some(value) = self.tokens.authorization() {
             call = call.header(header::AUTHORIZATION, value);
         }
-        call.send().await.map_err(|error| tls::explain(&error.without_url()))
+        call.send().await.map_err(|error| LinkError::NoAnswer(error.without_url()))
     }
 
     async fn probe(&self, address: &str, authorized: bool) -> ProbeOutcome {
@@ -320,14 +339,14 @@ impl HttpLink {
 
     /// Whether the node lets the control plane in, on a route that needs the token that an attempt
     /// needs.
-    async fn lets_us_in(&self, address: &str) -> Result<Result<(), String>, Unprobed> {
+    async fn lets_us_in(&self, address: &str) -> Result<Result<(), Denied>, Unprobed> {
         let mut call = self.probes.get(format!("{address}{}", routes::POOLS));
         if let Some(value) = self.tokens.authorization() {
             call = call.header(header::AUTHORIZATION, value);
         }
         let response = call.send().await.map_err(Unprobed::of)?;
         let status = response.status();
-        Ok(if status.is_success() { Ok(()) } else { Err(denial(status.as_u16(), None)) })
+        Ok(if status.is_success() { Ok(()) } else { Err(Denied(denial(status.as_u16(), None))) })
     }
 }
 

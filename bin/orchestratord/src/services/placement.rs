@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use daemon_kit::Clock;
 use pool_registry_types::{AttemptId, Moment};
-use task_scheduler::{ControlCore, Effect, Event, HowEnded, ProbeOutcome, ReplyTo};
+use task_scheduler::{ControlCore, Denied, Effect, Event, HowEnded, ProbeOutcome, ReplyTo};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -241,11 +241,12 @@ impl Loop {
                 owned_tasks::task(&self.tracker, "intent", async move {
                     let reported =
                         owned_tasks::caught("intent", relays.link.deliver_intent(&address, &order)).await;
-                    let outcome = reported.unwrap_or_else(|panicked| Err(panicked.to_string()));
-                    if let Err(reason) = &outcome {
-                        tracing::warn!(%node_id, intent = ?order.intent, reason, "the order goes with the node's next call");
+                    let outcome = reported.unwrap_or_else(|panicked| Err(panicked.into()));
+                    if let Err(error) = &outcome {
+                        tracing::warn!(%node_id, intent = ?order.intent, reason = error.to_string(), "the order goes with the node's next call");
                     }
-                    control.send(Event::IntentDelivered { reply: to, node_id, order, outcome }).await;
+                    let kept_by_node = outcome.is_ok();
+                    control.send(Event::IntentDelivered { reply: to, node_id, order, kept_by_node }).await;
                 });
             }
             Effect::Changed(change) => self.control.publish(change),
@@ -257,7 +258,7 @@ impl Loop {
                     let outcome = probed.unwrap_or(ProbeOutcome::Inconclusive);
                     match &outcome {
                         ProbeOutcome::Failed(reason)
-                        | ProbeOutcome::Answered { authorized: Some(Err(reason)), .. } => {
+                        | ProbeOutcome::Answered { authorized: Some(Err(Denied(reason))), .. } => {
                             tracing::warn!(%node_id, address, reason, "a probe failed");
                         }
                         ProbeOutcome::Inconclusive => {

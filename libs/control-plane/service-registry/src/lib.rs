@@ -8,11 +8,13 @@
 
 mod breaker;
 pub mod liveness;
+mod mismatch;
 pub mod registry;
 pub mod reservations;
 pub mod rules;
 
-pub use liveness::{ProbeOutcome, Suspicion, Timing, Transition};
+pub use liveness::{Denied, ProbeOutcome, Suspicion, Timing, Transition};
+pub use mismatch::IndexMismatch;
 pub use registry::{
     HeartbeatOutcome, NodeConflict, NodeNotKnown, PoolFacts, Registered, ServiceRegistry, Settings,
 };

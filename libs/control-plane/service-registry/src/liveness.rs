@@ -47,6 +47,11 @@ impl std::fmt::Display for Suspicion {
     }
 }
 
+/// The node itself refuses the control plane: what it says, for people.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Denied(pub String);
+
 /// What dialling a node has shown.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ProbeOutcome {
@@ -54,7 +59,7 @@ pub enum ProbeOutcome {
     Answered {
         live: LiveAnswer,
         /// Whether the node lets the control plane in; absent where that was not asked.
-        authorized: Option<Result<(), String>>,
+        authorized: Option<Result<(), Denied>>,
     },
     Failed(String),
     /// We could not dial, for want of something of our own: it says nothing of the node.
@@ -159,12 +164,12 @@ impl Evidence {
     }
 
     /// It was dialled, and where that was asked it said whether it lets us in.
-    pub(crate) fn dialled(&mut self, now: Moment, authorized: Option<Result<(), String>>) {
+    pub(crate) fn dialled(&mut self, now: Moment, authorized: Option<Result<(), Denied>>) {
         self.undialled = None;
         self.dialled_since.get_or_insert(now);
         match authorized {
             Some(Ok(())) if self.denied.take().is_some() => self.let_in = now,
-            Some(Err(reason)) => {
+            Some(Err(Denied(reason))) => {
                 if let Some(denial) = &mut self.denied {
                     denial.reason = reason;
                 }

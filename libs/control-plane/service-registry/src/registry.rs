@@ -16,6 +16,7 @@ use pool_registry_types::{AttemptId, BootId, Epoch, ModelRef, Moment, NodeId, Po
 
 use crate::breaker::Breaker;
 use crate::liveness::{Evidence, PROBE_EVERY, ProbeOutcome, Suspicion, Timing, Transition};
+use crate::mismatch::IndexMismatch;
 use crate::reservations::{ClosedAttempts, PoolBook, Reservation, Reservations};
 use crate::rules::Rule;
 

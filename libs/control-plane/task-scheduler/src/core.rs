@@ -31,7 +31,9 @@ use pool_registry_types::{
     AttemptId, Backoff, Epoch, ErrorBody, ErrorCode, LogId, ModelRef, Moment, NodeId, PoolId, PoolKey,
     ReplicaId, SessionId, TaskId, routes,
 };
-use service_registry::{HeartbeatOutcome, Rule, ServiceRegistry, Settings, Timing, Transition};
+use service_registry::{
+    HeartbeatOutcome, IndexMismatch, Rule, ServiceRegistry, Settings, Timing, Transition,
+};
 use task_stream::{AttemptDeadlines, BodyDigest, HowEnded, Overdue, TaskSpec};
 use uuid::Uuid;
 
@@ -51,11 +53,9 @@ mod nodes;
 mod pins;
 mod placing;
 mod predicting;
-mod reading;
+pub(crate) mod reading;
 mod tasks;
 mod time;
-
-pub use reading::{TaskFilter, TaskList, TaskRecord};
 
 /// A pool that refused a dispatch counts as full this long, or until its next report.
 const HOLD: Duration = Duration::from_millis(250);
@@ -435,8 +435,8 @@ impl ControlCore {
                 self.ended(now, attempt, tokens_written, &how, final_report, &mut effects);
             }
             Event::Want { reply, node_id, intent } => self.want(reply, node_id, intent, &mut effects),
-            Event::IntentDelivered { reply, node_id, order, outcome } => {
-                self.intent_delivered(reply, node_id, &order, outcome.is_ok(), &mut effects);
+            Event::IntentDelivered { reply, node_id, order, kept_by_node } => {
+                self.intent_delivered(reply, node_id, &order, kept_by_node, &mut effects);
             }
             Event::SetRetired { model, retired } => self.set_retired(model, retired),
             Event::DeleteSession { reply, session_id } => {

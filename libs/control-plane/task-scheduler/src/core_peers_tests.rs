@@ -86,7 +86,7 @@ impl Bench {
 #[test]
 fn a_node_that_denies_us_is_suspect_until_a_probe_with_the_token_is_let_in() {
     let mut b = Bench::new();
-    b.authorization = Err(DENIED.into());
+    b.authorization = Err(Denied(DENIED.into()));
     b.join("a", 1);
     b.join("b", 1);
     let (id, _) = b.submit(task());
@@ -128,7 +128,7 @@ fn a_node_that_denies_us_is_suspect_until_a_probe_with_the_token_is_let_in() {
 #[test]
 fn three_nodes_that_deny_us_beside_one_that_is_well_take_one_attempt_each_and_no_task() {
     let mut b = Bench::new();
-    b.authorization = Err(DENIED.into());
+    b.authorization = Err(Denied(DENIED.into()));
     for name in ["a", "b", "c", "d"] {
         b.join(name, 4);
     }

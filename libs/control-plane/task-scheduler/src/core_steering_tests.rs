@@ -1,6 +1,7 @@
 //! What operators and clients steer: drains, pins, sessions, continuation, deadlines, the full lane.
 
 use super::*;
+use crate::core::reading::{TaskFilter, TaskList, TaskRecord};
 
 fn of_session(n: u128) -> TaskSpec {
     TaskSpec { session_id: Some(SessionId(Uuid::from_u128(n))), ..task() }

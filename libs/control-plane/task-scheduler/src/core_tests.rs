@@ -4,7 +4,7 @@ use pool_registry_types::pool::{EngineKind, PoolReport, PoolState, ReplicaReport
 use pool_registry_types::task::Reasoning;
 use pool_registry_types::trace::TraceContext;
 use pool_registry_types::{BootId, MachineId, PoolId};
-use service_registry::ProbeOutcome;
+use service_registry::{Denied, ProbeOutcome};
 use task_stream::Lacking;
 
 use super::*;
@@ -58,7 +58,7 @@ struct Bench {
     closed: Vec<AttemptId>,
     node_takes_intents: bool,
     /// What nodes say to the control plane's token.
-    authorization: Result<(), String>,
+    authorization: Result<(), Denied>,
     /// When which node was dialled, and whether with the token.
     probes: Vec<(u64, NodeId, bool)>,
     changes: Vec<ClusterChange>,
@@ -126,8 +126,8 @@ impl Bench {
                     self.apply(Event::Probed { node_id, address, outcome });
                 }
                 Effect::DeliverIntent { to, node_id, order, .. } => {
-                    let outcome = self.node_takes_intents.then_some(()).ok_or_else(|| "no answer".to_owned());
-                    self.apply(Event::IntentDelivered { reply: to, node_id, order, outcome });
+                    let kept_by_node = self.node_takes_intents;
+                    self.apply(Event::IntentDelivered { reply: to, node_id, order, kept_by_node });
                 }
                 Effect::Changed(change) => self.changes.push(change),
                 Effect::Load { pool, .. } => self.loads.push((self.now, pool.node_id.to_string())),

@@ -97,7 +97,8 @@ pub enum Event {
         reply: ReplyTo,
         node_id: NodeId,
         order: IntentOrder,
-        outcome: Result<(), String>,
+        /// The node has written it down.
+        kept_by_node: bool,
     },
     /// A model may be placed, or not any more.
     SetRetired {

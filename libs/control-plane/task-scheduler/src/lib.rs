@@ -16,9 +16,10 @@ pub mod queue;
 mod sessions;
 
 pub use attempts::CloseReason;
-pub use core::{ControlCore, Counters, FullLane, Policy, TaskFilter, TaskList, TaskRecord};
+pub use core::reading::{TaskFilter, TaskList, TaskRecord};
+pub use core::{ControlCore, Counters, FullLane, Policy};
 pub use event::{Answer, Dispatch, Effect, Event, ReplyTo};
 pub use multi_node_placement::Strategy;
-pub use service_registry::{ProbeOutcome, Rule, Timing};
+pub use service_registry::{Denied, IndexMismatch, ProbeOutcome, Rule, Timing};
 pub use sessions::SessionPolicy;
 pub use task_stream::{HowEnded, Overdue};

@@ -186,7 +186,19 @@ pub struct OwnCertificate {
     key: Named,
     now: RwLock<Arc<CertifiedKey>>,
     /// What was found in the files last.
-    reported: Mutex<Result<Pair, String>>,
+    reported: Mutex<Result<Pair, UnusableFiles>>,
+}
+
+/// Why a pair of files cannot be used, with its causes. A text, because what is found is compared with
+/// what was found before, which errors of reading cannot be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+struct UnusableFiles(String);
+
+impl From<TlsError> for UnusableFiles {
+    fn from(error: TlsError) -> Self {
+        Self(with_causes(&error))
+    }
 }
 
 /// The text of both files.
@@ -216,21 +228,23 @@ impl OwnCertificate {
     /// Takes new contents of the files over, until `stop`. What cannot be used changes nothing, and
     /// the log says why.
     pub async fn follow(self: Arc<Self>, stop: CancellationToken) {
-        let read = || async { self.read().await.map_err(|error| with_causes(&error)) };
+        let read = || async { self.read().await.map_err(UnusableFiles::from) };
         follow(&self.reported, stop, read, |found| self.take(found)).await;
     }
 
-    fn take(&self, found: &Result<Pair, String>) {
+    fn take(&self, found: &Result<Pair, UnusableFiles>) {
         let usable = found
             .as_ref()
-            .map_err(String::clone)
-            .and_then(|pair| certified(&self.cert, &self.key, pair).map_err(|error| with_causes(&error)));
+            .map_err(UnusableFiles::clone)
+            .and_then(|pair| Ok(certified(&self.cert, &self.key, pair)?));
         match usable {
             Ok(new) => {
                 *self.now.write() = Arc::new(new);
                 tracing::info!(path = self.cert.path(), "a new certificate is in use");
             }
-            Err(error) => tracing::error!(error, "the certificate is not renewed: the old one stays"),
+            Err(UnusableFiles(error)) => {
+                tracing::error!(error, "the certificate is not renewed: the old one stays");
+            }
         }
     }
 

@@ -171,7 +171,7 @@ impl World {
         if self.plan.read && self.readers.u8(..4) == 0 {
             look_at(&control.core, now, &mut self.readers);
             self.coverage.hit("core: read between events");
-            let mut kept = control.core.check_order(now);
+            let mut kept = control.core.check_order(now).map_err(|why| why.to_string());
             if control.core.snapshot(now).view() != control.core.view(now) {
                 kept = kept.and(Err("a snapshot of the nodes is not what they are".into()));
             }

@@ -18,7 +18,7 @@ use pool_registry_types::{
     AttemptId, BootId, ErrorBody, ErrorCode, LabelName, LogId, MachineId, ModelRef, Moment, PoolId,
     ReplicaId, TaskId,
 };
-use task_scheduler::{HowEnded, ProbeOutcome, ReplyTo};
+use task_scheduler::{Denied, HowEnded, ProbeOutcome, ReplyTo};
 use uuid::Uuid;
 
 use super::held::Closing;
@@ -777,7 +777,7 @@ impl World {
         let outcome = match self.nodes[node].core {
             Some(_) => {
                 let denies = self.node_faults[node].0 == Some(NodeFault::Denies);
-                let says = if denies { Err("it answers HTTP 401".to_owned()) } else { Ok(()) };
+                let says = if denies { Err(Denied("it answers HTTP 401".into())) } else { Ok(()) };
                 ProbeOutcome::Answered { live, authorized: authorized.then_some(says) }
             }
             None => ProbeOutcome::Failed("connection refused".into()),

@@ -253,15 +253,14 @@ impl ServiceRegistry {
     ///
     /// # Errors
     /// What differs.
-    pub fn check_order(&self) -> Result<(), String> {
+    pub fn check_order(&self) -> Result<(), IndexMismatch> {
         self.nodes.check()?;
         self.models.check()?;
         let is_silent = |n: &&Node| n.evidence.offline_since.is_none() && n.evidence.silent_since.is_some();
         let silent = self.nodes.values().filter(is_silent).count();
         let live = self.nodes.values().filter(|n| n.evidence.offline_since.is_none()).count();
-        if (live, silent) != (self.nodes.live(), self.nodes.live_and_silent()) {
-            return Err(format!("{live} nodes are live and {silent} of them silent"));
-        }
+        let kept = (self.nodes.live(), self.nodes.live_and_silent());
+        IndexMismatch::unless_equal("live nodes, and the silent ones", &kept, &(live, silent))?;
         let (silence, lease) = (self.settings.timing.silence(), self.lease());
         let of_node = |node: &Node| {
             let evidence = &node.evidence;
@@ -275,7 +274,6 @@ impl ServiceRegistry {
         };
         let of_pool = self.pool_alarms.first().map(|(at, _)| *at);
         let walked = self.nodes.values().map(of_node).chain(of_pool).min();
-        let kept = self.next_deadline();
-        if kept == walked { Ok(()) } else { Err(format!("due at {kept:?}, and {walked:?} by a walk")) }
+        IndexMismatch::unless_equal("the next deadline", &self.next_deadline(), &walked)
     }
 }

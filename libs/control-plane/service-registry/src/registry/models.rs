@@ -1,6 +1,12 @@
 //! Which models were reported lately, and with which engines.
 
-use super::*;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use pool_registry_types::pool::EngineKind;
+use pool_registry_types::{ModelRef, Moment};
+
+use crate::mismatch::IndexMismatch;
 
 /// What was last reported of one model.
 #[derive(Debug, Default)]
@@ -84,14 +90,12 @@ impl Models {
     ///
     /// # Errors
     /// What differs.
-    pub(super) fn check(&self) -> Result<(), String> {
+    pub(super) fn check(&self) -> Result<(), IndexMismatch> {
         let entries = self.reported.iter().map(|(model, reported)| (reported.entered, model.clone()));
-        if self.order != entries.collect() {
-            return Err(format!("models in the order {:?}, of {:?}", self.order, self.reported));
-        }
+        IndexMismatch::unless_equal("models by their age", &self.order, &entries.collect())?;
         match self.reported.values().find(|reported| reported.oldest().is_none_or(|at| at < reported.entered))
         {
-            Some(late) => Err(format!("entered too late: {late:?}")),
+            Some(late) => Err(IndexMismatch::new("the entry of a model", &late.entered, &late.oldest())),
             None => Ok(()),
         }
     }

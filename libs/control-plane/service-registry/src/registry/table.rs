@@ -293,7 +293,7 @@ impl NodeTable {
     ///
     /// # Errors
     /// What differs.
-    pub(super) fn check(&self) -> Result<(), String> {
+    pub(super) fn check(&self) -> Result<(), IndexMismatch> {
         let mut walked = Order::default();
         for (id, node) in &self.nodes {
             walked.enter(id, Entries::default(), Entries::of(node));
@@ -301,10 +301,10 @@ impl NodeTable {
         // What is left out of these on purpose, and what is empty and there all the same.
         let silent = std::mem::take(&mut walked.silent);
         if !self.order.silent.is_subset(&silent) {
-            return Err(format!("silent since {silent:?}, kept {:?}", self.order.silent));
+            return Err(IndexMismatch::new("silent nodes", &self.order.silent, &silent));
         }
         let mut kept = Order { silent: BTreeSet::new(), ..self.order.clone() };
         kept.by_liveness.retain(|_, ids| !ids.is_empty());
-        if kept == walked { Ok(()) } else { Err(format!("{kept:?} is kept, and {walked:?} is so")) }
+        IndexMismatch::unless_equal("nodes by what is due", &kept, &walked)
     }
 }

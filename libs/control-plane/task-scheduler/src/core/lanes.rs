@@ -147,17 +147,15 @@ impl ControlCore {
     ///
     /// # Errors
     /// What differs.
-    pub fn check_order(&self, now: Moment) -> Result<(), String> {
+    pub fn check_order(&self, now: Moment) -> Result<(), IndexMismatch> {
         self.registry.check_order()?;
         let waiting = self.queue.models().filter(|model| !self.lapsed.contains(*model));
         let walked = waiting.map(|model| self.model_lease(model)).min();
         let kept = self.leases.first().map(|seen| seen + self.registry.lease());
-        if kept != walked {
-            return Err(format!("the first lane is over at {kept:?}, and {walked:?} by a walk"));
-        }
+        IndexMismatch::unless_equal("the end of the first lane", &kept, &walked)?;
         let back = |model: &&ModelRef| self.queue.lane(model).is_some() && !self.is_lapsed(now, model);
         match self.lapsed.iter().find(back) {
-            Some(model) => Err(format!("the lane of {model} counts as lapsed and is not")),
+            Some(model) => Err(IndexMismatch::new("lapsed lanes", model, &"one that is none")),
             None => Ok(()),
         }
     }

@@ -72,7 +72,8 @@ impl World {
         outcome: Result<(), String>,
     ) {
         if self.control.as_ref().is_some_and(|control| control.life == life) {
-            self.apply(Event::IntentDelivered { reply, node_id, order, outcome });
+            let kept_by_node = outcome.is_ok();
+            self.apply(Event::IntentDelivered { reply, node_id, order, kept_by_node });
         }
     }
 
