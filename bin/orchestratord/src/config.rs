@@ -8,8 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use axum::http::HeaderValue;
-use clap::{CommandFactory, Parser};
-use daemon_kit::settings::{self, Daemon, Own, Shared, SharedError, SharedSettings};
+use daemon_kit::settings::{Daemon, Own, Shared, SharedError, SharedSettings};
 use task_scheduler::{FullLane, Policy, SessionPolicy, Strategy, Timing};
 
 use crate::services::addresses::{NodeAddresses, PlaceError};
@@ -97,6 +96,7 @@ pub(crate) struct Settings {
 
 /// What is this daemon's own of the settings that both have.
 const OWN: Own = Own {
+    name: "orchestratord",
     prefix: "ORCHESTRATORD",
     foreign: &["ORCHESTRATORD_URL", "ORCHESTRATORD_REGISTER_ON_STARTUP"],
     addr: "127.0.0.1:8080",
@@ -179,19 +179,6 @@ pub(crate) enum ConfigError {
     #[error("ORCHESTRATORD_NODE_ADDRESSES: {0}")]
     NodeAddresses(#[from] PlaceError),
 }
-
-impl CommandFactory for Settings {
-    fn command() -> clap::Command {
-        let command = clap::Command::new("orchestratord").version(env!("CARGO_PKG_VERSION"));
-        settings::command::<Self>(command, &OWN)
-    }
-
-    fn command_for_update() -> clap::Command {
-        Self::command()
-    }
-}
-
-impl Parser for Settings {}
 
 impl Daemon for Settings {
     type Config = Config;
@@ -284,8 +271,8 @@ mod tests {
     use super::*;
 
     fn check(flags: &[&str]) -> Result<Config, String> {
-        let all = ["orchestratord"].iter().chain(flags);
-        Settings::try_parse_from(all).map_err(|e| e.to_string())?.check().map_err(|e| e.to_string())
+        let given = daemon_kit::settings::given::<Settings>(flags);
+        given.map_err(|e| e.to_string())?.check().map_err(|e| e.to_string())
     }
 
     // CLOUD-2201

@@ -6,8 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use crate::models;
-use clap::{CommandFactory, Parser};
-use daemon_kit::settings::{self, Daemon, Own, Shared, SharedError, SharedSettings};
+use daemon_kit::settings::{Daemon, Own, Shared, SharedError, SharedSettings};
 use handoff_watcher::EngineHosts;
 use node_agent::pools_file::{PoolsFile, PoolsFileError};
 use pool_registry_types::placement::{Labels, MAX_CONSTRAINTS};
@@ -91,6 +90,7 @@ pub(crate) struct Settings {
 
 /// What is this daemon's own of the settings that both have.
 const OWN: Own = Own {
+    name: "pool-managerd",
     prefix: "POOL_MANAGERD",
     foreign: &[],
     addr: "127.0.0.1:9200",
@@ -184,19 +184,6 @@ pub(crate) enum ConfigError {
     )]
     LoopbackAdvertised { advertised: String, control_plane: String },
 }
-
-impl CommandFactory for Settings {
-    fn command() -> clap::Command {
-        let command = clap::Command::new("pool-managerd").version(env!("CARGO_PKG_VERSION"));
-        settings::command::<Self>(command, &OWN)
-    }
-
-    fn command_for_update() -> clap::Command {
-        Self::command()
-    }
-}
-
-impl Parser for Settings {}
 
 impl Daemon for Settings {
     type Config = Config;
@@ -374,8 +361,8 @@ mod tests {
     use super::*;
 
     fn check(flags: &[&str]) -> Result<Config, String> {
-        let all = ["pool-managerd"].iter().chain(flags);
-        Settings::try_parse_from(all).map_err(|e| e.to_string())?.check().map_err(|e| e.to_string())
+        let given = daemon_kit::settings::given::<Settings>(flags);
+        given.map_err(|e| e.to_string())?.check().map_err(|e| e.to_string())
     }
 
     const GOOD: [&str; 4] = ["--api-token", "secret-token", "--orchestratord-url", "http://127.0.0.1:8080/"];

@@ -9,7 +9,7 @@ use secrecy::SecretString;
 use crate::telemetry;
 
 /// Warns of variables with one of our prefixes that no setting has, naming the nearest one.
-pub fn misspelt<'a>(
+pub(crate) fn misspelt<'a>(
     prefixes: &[&str],
     known: &[&'a str],
     set: impl Iterator<Item = String>,
@@ -25,7 +25,7 @@ pub fn misspelt<'a>(
 }
 
 /// The names of all variables that a command line's settings read.
-pub fn variables(command: &clap::Command) -> Vec<String> {
+pub(crate) fn variables(command: &clap::Command) -> Vec<String> {
     command.get_arguments().filter_map(|arg| arg.get_env()?.to_str().map(str::to_owned)).collect()
 }
 
@@ -50,21 +50,24 @@ pub fn secret(text: &str) -> Result<SecretString, std::convert::Infallible> {
     Ok(text.into())
 }
 
-/// Reads a daemon's settings from flags and environment. Returns them with the text of what is
+/// Reads the settings of a command line from flags and environment. Returns them with the text of what is
 /// in force; warns of misspelt variables with one of the prefixes, other than the `foreign`. `Err`: what was wrong, or the
 /// help that was asked for, is printed, and this is the status to exit with.
-pub fn parse<S: clap::Parser>(prefixes: &[&str], foreign: &[&str]) -> Result<(S, String), ExitCode> {
-    let command = S::command();
+pub(crate) fn parse<S: clap::FromArgMatches>(
+    command: &clap::Command,
+    prefixes: &[&str],
+    foreign: &[&str],
+) -> Result<(S, String), ExitCode> {
     let parsed = command.clone().try_get_matches().and_then(|matches| {
-        if let Some(name) = secret_on_command_line(&command, &matches) {
+        if let Some(name) = secret_on_command_line(command, &matches) {
             let message =
                 format!("{name}: every user of the machine can read a command line: set the variable\n");
             return Err(clap::Error::raw(clap::error::ErrorKind::ArgumentConflict, message));
         }
         let settings = S::from_arg_matches(&matches)?;
-        Ok((settings, describe(&command, &matches)))
+        Ok((settings, describe(command, &matches)))
     });
-    let known = variables(&command);
+    let known = variables(command);
     let known: Vec<&str> = known.iter().map(String::as_str).chain(foreign.iter().copied()).collect();
     let set = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
     let warnings: Vec<String> = misspelt(prefixes, &known, set)
@@ -119,7 +122,7 @@ pub fn machine() -> Capabilities {
 }
 
 /// What is in force, a line a setting, secrets hidden.
-pub fn describe(command: &clap::Command, matches: &clap::ArgMatches) -> String {
+pub(crate) fn describe(command: &clap::Command, matches: &clap::ArgMatches) -> String {
     let mut lines = Vec::new();
     for arg in command.get_arguments() {
         let Some(variable) = arg.get_env().and_then(|name| name.to_str()) else { continue };

@@ -131,6 +131,8 @@ impl SharedSettings {
 /// What is a daemon's own of the shared settings. Settings are named as their fields are.
 #[derive(Debug, Clone, Copy)]
 pub struct Own {
+    /// The program's name.
+    pub name: &'static str,
     /// Of its variables, without an underscore at the end.
     pub prefix: &'static str,
     /// Variables with that prefix that are the other daemon's: nobody has misspelt them.
@@ -159,8 +161,10 @@ impl Own {
     }
 }
 
-/// The command line of a daemon whose settings `S` hold [`SharedSettings`].
-pub fn command<S: Args>(command: Command, own: &Own) -> Command {
+/// The command line of a daemon whose settings `S` hold [`SharedSettings`]. All programs of one tree
+/// have one version.
+fn command<S: Args>(own: &Own) -> Command {
+    let command = Command::new(own.name).version(env!("CARGO_PKG_VERSION"));
     let shared = names(&SharedSettings::augment_args(Command::default()));
     let is_shared = |arg: &Arg| shared.iter().any(|name| name == arg.get_id().as_str());
     let adapted = S::augment_args(command).mut_args(|arg| if is_shared(&arg) { own.adapt(arg) } else { arg });
@@ -180,7 +184,7 @@ fn names(command: &Command) -> Vec<String> {
 }
 
 /// A daemon's settings as they are given.
-pub trait Daemon: clap::Parser {
+pub trait Daemon: Args {
     /// The settings as they hold together.
     type Config;
     type Error: std::error::Error + 'static;
@@ -195,11 +199,17 @@ pub trait Daemon: clap::Parser {
     fn check(self) -> Result<Self::Config, Self::Error>;
 }
 
+/// The settings as these flags and the environment give them; for the tests of a daemon.
+pub fn given<D: Daemon>(flags: &[&str]) -> Result<D, clap::Error> {
+    D::from_arg_matches(&command::<D>(&D::OWN).try_get_matches_from([D::OWN.name].iter().chain(flags))?)
+}
+
 /// Reads flags and environment. `Err`: the settings are wrong, which is printed, or something else
 /// was asked for and is done; this is the status to exit with.
 pub fn read<D: Daemon>() -> Result<D::Config, ExitCode> {
     let prefix = format!("{}_", D::OWN.prefix);
-    let (settings, in_force) = config::parse::<D>(&[&prefix, "LLORCH_"], D::OWN.foreign)?;
+    let (settings, in_force) =
+        config::parse::<D>(&command::<D>(&D::OWN), &[&prefix, "LLORCH_"], D::OWN.foreign)?;
     if let Some(code) = settings.chore() {
         return Err(code);
     }
@@ -216,11 +226,12 @@ pub fn read<D: Daemon>() -> Result<D::Config, ExitCode> {
 
 #[cfg(test)]
 mod tests {
-    use clap::{CommandFactory, FromArgMatches};
+    use clap::FromArgMatches;
 
     use super::*;
 
     const OWN: Own = Own {
+        name: "daemon",
         prefix: "DAEMON",
         foreign: &[],
         addr: "127.0.0.1:7",
@@ -238,18 +249,8 @@ mod tests {
         last: Option<String>,
     }
 
-    impl CommandFactory for Settings {
-        fn command() -> Command {
-            super::command::<Self>(Command::new("daemon"), &OWN)
-        }
-
-        fn command_for_update() -> Command {
-            Self::command()
-        }
-    }
-
     fn given(flags: &[&str]) -> Shared {
-        let matches = Settings::command().get_matches_from(["daemon"].iter().chain(flags));
+        let matches = command::<Settings>(&OWN).get_matches_from(["daemon"].iter().chain(flags));
         let settings = Settings::from_arg_matches(&matches).unwrap();
         settings.shared.check(&OWN).unwrap()
     }
@@ -257,7 +258,7 @@ mod tests {
     // CLOUD-2101
     #[test]
     fn shared_settings_have_the_daemons_prefix_default_sentences_and_places() {
-        let command = Settings::command();
+        let command = command::<Settings>(&OWN);
         let variables = config::variables(&command);
         assert_eq!(variables[..4], ["DAEMON_ADDR", "DAEMON_SHUTDOWN_GRACE_SECS", "DAEMON_TLS_CERT", "OTHER"]);
         assert!(variables.iter().any(|name| name == "LLORCH_LOG"), "{variables:?}");
@@ -272,7 +273,7 @@ mod tests {
 
     #[test]
     fn requiring_tls_without_a_certificate_names_the_variables() {
-        let matches = Settings::command().get_matches_from(["daemon", "--require-tls"]);
+        let matches = command::<Settings>(&OWN).get_matches_from(["daemon", "--require-tls"]);
         let settings = Settings::from_arg_matches(&matches).unwrap();
         let error = settings.shared.check(&OWN).unwrap_err().to_string();
         assert!(error.starts_with("DAEMON_REQUIRE_TLS: without DAEMON_TLS_CERT"), "{error}");
