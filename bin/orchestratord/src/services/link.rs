@@ -1,5 +1,5 @@
-//! What the control plane calls of a node: run an attempt, answer a probe. Over HTTP, or in
-//! process in the home profile.
+//! What the control plane calls of a node: run an attempt, take an operator's order for the node or
+//! one of its pools, answer a probe. Over HTTP, or in process in the home profile.
 
 use std::pin::Pin;
 use std::time::Duration;

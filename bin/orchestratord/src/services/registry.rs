@@ -1,8 +1,8 @@
 //! The way to the `ServiceRegistry`.
 //!
 //! The registry itself is embedded in the control core, whose one owner is the control loop
-//! (`services/placement.rs`): what nodes say, what operators want of them, and the copy that
-//! readers get, all come from that loop.
+//! (`services/placement.rs`). Nodes and pools are read here from the copies that this loop hands out
+//! ([`crate::services::published`]).
 
 use std::sync::Arc;
 

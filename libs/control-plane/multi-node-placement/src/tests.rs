@@ -1,3 +1,5 @@
+//! What is chosen, and that the choice is what a walk over every pool says.
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 

@@ -1,3 +1,5 @@
+//! What a node is taken for, by what it says and what it does not, and what is wanted of it.
+
 use pool_registry_types::node::{Capabilities, LiveAnswer};
 use pool_registry_types::pool::{EngineKind, PoolState, ReplicaReport};
 use pool_registry_types::{MachineId, ReplicaId};

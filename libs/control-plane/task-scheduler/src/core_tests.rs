@@ -1,3 +1,5 @@
+//! A core with the answers to what it asks for; admission, the queue, restarts and what is kept.
+
 use pool_registry_types::error::EndCause;
 use pool_registry_types::node::{Capabilities, LiveAnswer};
 use pool_registry_types::pool::{EngineKind, PoolReport, PoolState, ReplicaReport};

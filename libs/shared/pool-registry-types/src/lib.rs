@@ -1,9 +1,11 @@
 //! The vocabulary of the cluster and its wire, shared by both daemons.
 //!
-//! Everything here is data: identifiers that cannot be built wrong, the bodies that cross
-//! the network, the table of errors, the event-stream format, the view that readers get, and what
-//! everybody reckons time by: the [`Moment`], and the pauses between tries. There
-//! is no I/O, no clock and no decision in this crate. The one idea needed to read it: a value that exists is valid, because every constructor checks.
+//! Everything here is data, or a rule about data that both sides must read alike: identifiers, the
+//! bodies that cross the network and their bounds, the tables of errors and of engines, the
+//! event-stream format, the view that readers get, and what everybody reckons time by: the
+//! [`Moment`], and the pauses between tries. There is no I/O and no clock in this crate, and it knows
+//! no state of a cluster. The ideas needed to read it: an id that exists is valid, because its
+//! constructor checks; and what the types of a body cannot hold, its `check` finds.
 
 pub mod constraints;
 pub mod engines;

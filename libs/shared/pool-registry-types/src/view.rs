@@ -1,4 +1,5 @@
-//! What readers see of the cluster: a copy, made by the control core when asked.
+//! What readers see of the cluster, as it goes over the wire. The control core makes a view of a node
+//! anew when the node has changed; how readers share them is [`crate::snapshot`]'s.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;

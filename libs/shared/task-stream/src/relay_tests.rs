@@ -1,3 +1,5 @@
+//! What a relay writes, asks for and ends with, whatever its node sends.
+
 use pool_registry_types::{ErrorCode, NodeId, PoolId};
 use proptest::prelude::*;
 use uuid::Uuid;
