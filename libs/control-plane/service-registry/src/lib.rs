@@ -7,11 +7,11 @@
 //! is the union of the two, fenced by the number of the report (see [`reservations`]).
 
 mod breaker;
-pub mod liveness;
+mod liveness;
 mod mismatch;
-pub mod registry;
-pub mod reservations;
-pub mod rules;
+mod registry;
+mod reservations;
+mod rules;
 
 pub use liveness::{Denied, ProbeOutcome, Suspicion, Timing, Transition};
 pub use mismatch::IndexMismatch;

@@ -1,4 +1,4 @@
-//! From evidence to liveness: two questions, kept apart.
+//! From evidence to liveness: three questions, kept apart.
 //!
 //! *Silent* is about heartbeats and is lifted by a heartbeat; *undialled* is about connections
 //! and is lifted by a successful probe; *denied* is about the node's own refusals and is lifted
@@ -11,9 +11,9 @@ use pool_registry_types::node::{LiveAnswer, Liveness};
 use pool_registry_types::{Backoff, Moment, NodeId};
 
 /// Time between two probes of a suspect node. Source: .specs/01 CLOUD-1305.
-pub const PROBE_EVERY: Duration = Duration::from_secs(1);
+pub(crate) const PROBE_EVERY: Duration = Duration::from_secs(1);
 /// Longest pause between two probes of a node that denies us. Source: .specs/01 CLOUD-1314.
-pub const LONGEST_DENIED_PAUSE: Duration = Duration::from_secs(30);
+pub(crate) const LONGEST_DENIED_PAUSE: Duration = Duration::from_secs(30);
 const DENIED_PAUSES: Backoff = Backoff::new(PROBE_EVERY, LONGEST_DENIED_PAUSE);
 
 /// The two numbers that an operator sets.

@@ -8,10 +8,10 @@ use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, Moment, PoolKey, Repl
 use task_stream::{HowEnded, Overdue};
 
 /// Most attempts of a task that count. Source: .specs/01 CLOUD-1502.
-pub const MAX_TRIES: u32 = 3;
+pub(crate) const MAX_TRIES: u32 = 3;
 /// Most attempts in which the engine died: a prompt that kills engines must not walk through
 /// the fleet. Source: .specs/01 CLOUD-1503.
-pub const MAX_ENGINE_DEATHS: u32 = 2;
+pub(crate) const MAX_ENGINE_DEATHS: u32 = 2;
 
 /// Why the core closed an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -58,7 +58,7 @@ pub(crate) struct AttemptRecord {
 
 /// What an ended attempt means for its task.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     Completed,
     Canceled,
     /// Over, with this error.
@@ -82,7 +82,7 @@ pub enum Outcome {
 
 /// What is known at the end of an attempt.
 #[derive(Debug, Clone, Copy)]
-pub struct Evidence<'a> {
+pub(crate) struct Evidence<'a> {
     pub how: &'a HowEnded,
     pub closing: Option<CloseReason>,
     /// Frames in the log, of this attempt and of those before it.
@@ -97,7 +97,7 @@ pub struct Evidence<'a> {
 }
 
 /// Classifies the end of an attempt by its evidence.
-pub fn classify(evidence: &Evidence<'_>) -> Outcome {
+pub(crate) fn classify(evidence: &Evidence<'_>) -> Outcome {
     let Evidence { how, closing, tokens_written, pool: engine, .. } = *evidence;
     let has_sent = tokens_written > evidence.first_index;
     let crash = evidence.crash;

@@ -4,7 +4,8 @@
 //! Every event is handled, then time is let pass, then the queue is served: whatever freed a
 //! slot or brought a pool places a waiting task in the same `apply`. The rooms: [`nodes`] takes
 //! what nodes say, [`tasks`] what clients ask, [`ends`] how attempts end, [`time`] what passes by
-//! itself, [`placing`] starts what can start, and [`reading`] shows it.
+//! itself, [`placing`] starts what can start, and [`reading`] shows it. Beside them, [`lanes`] says how
+//! long a model is waited for, [`pins`] a node; [`loading`] asks for engines, and [`predicting`] foretells.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -107,9 +108,9 @@ pub struct Policy {
 }
 
 /// Response headers come when the slot is taken, before any prefill. Source: .specs/01 CLOUD-1501.
-pub const ACCEPTANCE_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const ACCEPTANCE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A node sends at least a comment every second.
-pub const SILENCE_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const SILENCE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What happened so far; only ever rises.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -7,12 +7,12 @@
 //! It asks for an attempt to be closed, the relay fences the log, and only the answer to that
 //! ([`Event::Ended`]) moves the task on.
 
-pub mod attempts;
-pub mod core;
-pub mod event;
+mod attempts;
+mod core;
+mod event;
 mod groups;
 mod pace;
-pub mod queue;
+mod queue;
 mod sessions;
 
 pub use attempts::CloseReason;

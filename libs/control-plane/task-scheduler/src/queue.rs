@@ -11,7 +11,7 @@ use pool_registry_types::{ModelRef, TaskId};
 use crate::groups::{Ask, Groups};
 
 /// While both priorities wait, every eighth start is a batch task. Source: .specs/01 CLOUD-1702.
-pub const BATCH_EVERY: u32 = 8;
+pub(crate) const BATCH_EVERY: u32 = 8;
 
 /// Lanes without a task of which something is still known; it is cheap to learn again.
 const MAX_IDLE: usize = 256;

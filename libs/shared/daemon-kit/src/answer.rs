@@ -46,12 +46,12 @@ impl IntoResponse for ApiError {
 }
 
 /// What is not routed.
-pub async fn not_found() -> ApiError {
+pub(crate) async fn not_found() -> ApiError {
     ApiError::new(ErrorCode::NotFound, "no such path")
 }
 
 /// What is routed, with another method.
-pub async fn method_not_allowed() -> ApiError {
+pub(crate) async fn method_not_allowed() -> ApiError {
     ApiError::new(ErrorCode::MethodNotAllowed, "this path does not take that method")
 }
 

@@ -48,7 +48,7 @@ pub struct AuditError {
 
 /// Where lines go. Cheap to copy; without a file they go nowhere.
 #[derive(Debug, Clone, Default)]
-pub struct Audit(Option<Arc<Sink>>);
+pub(crate) struct Audit(Option<Arc<Sink>>);
 
 #[derive(Debug)]
 struct Sink {
@@ -98,7 +98,7 @@ struct Line<'l> {
 impl Audit {
     /// Appends to the file, which others may rename: it is then made anew. The writer is one of
     /// `loops`. Blocks.
-    pub fn open(path: &Path, loops: &Loops) -> Result<Self, AuditError> {
+    pub(crate) fn open(path: &Path, loops: &Loops) -> Result<Self, AuditError> {
         let failed = |source| AuditError { path: path.display().to_string(), source };
         let file = append(path).map_err(failed)?;
         let (lines, queue) = sync_channel(WAITING);
@@ -192,7 +192,7 @@ fn is_chatter(path: &str) -> bool {
 
 /// What the gate finds out about a call, for its line. In the extensions of each request.
 #[derive(Debug, Clone, Default)]
-pub struct Record(Arc<Mutex<Found>>);
+pub(crate) struct Record(Arc<Mutex<Found>>);
 
 #[derive(Debug, Clone, Default)]
 struct Found {
@@ -250,7 +250,7 @@ impl Drop for Call {
 }
 
 /// Writes a line for each call that changes something or is refused.
-pub async fn layer(State(audit): State<Audit>, mut request: Request, next: Next) -> Response {
+pub(crate) async fn layer(State(audit): State<Audit>, mut request: Request, next: Next) -> Response {
     if audit.0.is_none() {
         return next.run(request).await;
     }

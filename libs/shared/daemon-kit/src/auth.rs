@@ -45,7 +45,7 @@ pub enum Need {
 }
 
 /// What each route needs: its method and its path as it is routed.
-pub type Needs = fn(&Method, &str) -> Need;
+pub(crate) type Needs = fn(&Method, &str) -> Need;
 
 /// Why calls are refused here.
 const REFUSALS: [ErrorCode; 4] =
@@ -57,7 +57,7 @@ pub struct Refusals([AtomicU64; REFUSALS.len()]);
 
 impl Refusals {
     /// The numbers with the codes of the answers.
-    pub fn all(&self) -> impl Iterator<Item = (ErrorCode, u64)> {
+    pub(crate) fn all(&self) -> impl Iterator<Item = (ErrorCode, u64)> {
         REFUSALS.into_iter().zip(self.0.iter().map(|count| count.load(Ordering::Relaxed)))
     }
 
@@ -230,7 +230,7 @@ pub struct Gate {
 }
 
 /// What is open in every daemon.
-pub fn is_open(path: &str) -> bool {
+pub(crate) fn is_open(path: &str) -> bool {
     path == routes::HEALTH_LIVE || path == routes::HEALTH_READY || is_page(path)
 }
 
@@ -313,7 +313,7 @@ impl Gate {
 }
 
 /// Refuses requests that the gate does not let through, and tells handlers who calls.
-pub async fn layer(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
+pub(crate) async fn layer(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
     let need = gate.need(&request);
     let mut caller = gate.caller(&request);
     let checked = gate.check(need, &request, &mut caller);

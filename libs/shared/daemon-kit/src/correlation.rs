@@ -36,7 +36,7 @@ impl RequestIds {
 }
 
 /// Reads or draws the ids, writes them on the answer, and logs that it was given.
-pub async fn layer(mut request: Request, next: Next) -> Response {
+pub(crate) async fn layer(mut request: Request, next: Next) -> Response {
     let ids = RequestIds {
         correlation_id: given_id(request.headers()).unwrap_or_else(|| Uuid::new_v4().to_string()),
         traceparent: given_trace(request.headers()).unwrap_or_else(new_trace),

@@ -1,12 +1,12 @@
 //! What both daemons do identically at their edges.
 //!
-//! Logs, tokens and who may call, TLS, connections and their bounds, the audit log, correlation
-//! ids, errors as answers, bodies as values, listening and stopping. Of tasks it knows only how many a token
-//! may have at once.
+//! Settings, logs, tokens and who may call, TLS, connections and their bounds, the audit log,
+//! correlation ids, errors as answers, bodies as values, metrics, the common part of the API's
+//! document, listening and stopping. Of tasks it knows only how many a token may have at once.
 
 mod activity;
 pub mod answer;
-pub mod audit;
+mod audit;
 pub mod auth;
 pub mod caller;
 pub mod clock;

@@ -18,14 +18,14 @@ use crate::{answer, correlation};
 
 /// What a daemon puts around its routes.
 #[derive(Debug, Clone)]
-pub struct Edge {
+pub(crate) struct Edge {
     pub gate: Gate,
     pub audit: Audit,
 }
 
 /// Puts the common layers around the routes: outermost the headers of every answer, then CORS
 /// (off unless the gate knows origins), the correlation id, the audit log, panics, and the gate.
-pub fn with_layers(routes: Router, edge: Edge) -> Router {
+pub(crate) fn with_layers(routes: Router, edge: Edge) -> Router {
     let cors = (!edge.gate.origins.is_empty()).then(|| {
         CorsLayer::new()
             .allow_origin(edge.gate.origins.clone())

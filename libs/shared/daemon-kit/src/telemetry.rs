@@ -68,7 +68,7 @@ pub fn init(format: LogFormat, filter: &str) -> Logs {
 }
 
 /// Lines of this process's log that were not written.
-pub fn lines_lost() -> u64 {
+pub(crate) fn lines_lost() -> u64 {
     let dropped = DROPPED.get().map_or(0, ErrorCounter::dropped_lines);
     REFUSED.load(Ordering::Relaxed).saturating_add(u64::try_from(dropped).unwrap_or(u64::MAX))
 }

@@ -382,7 +382,7 @@ pub struct PeerCertificate {
 }
 
 impl PeerCertificate {
-    pub fn is_for(&self, name: &str) -> bool {
+    pub(crate) fn is_for(&self, name: &str) -> bool {
         self.names.iter().any(|own| own.eq_ignore_ascii_case(name))
     }
 }

@@ -106,7 +106,7 @@ pub struct TokenSet {
 
 /// Whether a token is known.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     Known(std::sync::Arc<Holder>),
     Expired(std::sync::Arc<Holder>),
     Unknown,
@@ -160,12 +160,12 @@ impl TokenSet {
     }
 
     /// The token to send to the other daemon: the first that is there in full and has not expired.
-    pub fn to_send(&self, now: Timestamp) -> Option<&SecretString> {
+    pub(crate) fn to_send(&self, now: Timestamp) -> Option<&SecretString> {
         self.sendable.iter().find(|(_, end)| !has_expired(*end, now)).map(|(token, _)| token)
     }
 
     /// Every digest is compared, whichever matches.
-    pub fn look_up(&self, token: &str, now: Timestamp) -> Verdict {
+    pub(crate) fn look_up(&self, token: &str, now: Timestamp) -> Verdict {
         let given = digest(token);
         let mut found = None;
         for known in &self.known {

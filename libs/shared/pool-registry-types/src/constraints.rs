@@ -21,18 +21,18 @@ pub const MAX_BYTES: usize = 64 * 1024;
 pub const MAX_NESTING: usize = 64;
 /// Most times in one `{m,n}`; llama.cpp itself takes at most 2,000, or reads more as no limit.
 /// Source: .specs/01 CLOUD-1216.
-pub const MAX_TIMES: u64 = 10_000;
+pub(crate) const MAX_TIMES: u64 = 10_000;
 /// Most parts of a text with its repetitions written out: a literal, a class or a name is one, and
 /// one more for each 16 bytes of it; a rule, a group or an operator is 16. An engine keeps up to 250
 /// bytes for a part, so this is 64 MiB of its memory. Source: .specs/01 CLOUD-1216.
-pub const MAX_PARTS: u64 = 256 * 1024;
+pub(crate) const MAX_PARTS: u64 = 256 * 1024;
 /// Most ways in which a place of a grammar can begin. With 4,096 of them llama.cpp takes a quarter
 /// of a second for a few characters, with 8,192 four seconds. Source: .specs/01 CLOUD-1216.
-pub const MAX_WAYS: u64 = 4096;
+pub(crate) const MAX_WAYS: u64 = 4096;
 /// Most steps there: names that are followed on each of the ways, and ways to go on from each across
 /// what may be empty. 360 parts that may be empty, one after another, are as many; llama.cpp takes a
 /// quarter of a second for a character of them, and for 1,000 three. Source: .specs/01 CLOUD-1216.
-pub const MAX_STEPS: u64 = 64 * 1024;
+pub(crate) const MAX_STEPS: u64 = 64 * 1024;
 
 /// What an engine makes a rule of: it recurses over them, and 16,384 fit into its stack.
 const RULE_PARTS: u64 = 16;

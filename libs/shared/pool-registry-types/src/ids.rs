@@ -13,9 +13,9 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 /// Longest node, machine, pool or replica id, in bytes. Source: .specs/01 CLOUD-1001.
-pub const MAX_NAME_BYTES: usize = 63;
+pub(crate) const MAX_NAME_BYTES: usize = 63;
 /// Longest model reference, in characters.
-pub const MAX_MODEL_REF_CHARS: usize = 255;
+pub(crate) const MAX_MODEL_REF_CHARS: usize = 255;
 
 /// Why a text is not an identifier.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -62,7 +62,7 @@ impl HowEnded {
     }
 
     /// Whether the node may work on the attempt still, so that it must be told to stop.
-    pub fn may_still_run(&self) -> bool {
+    pub(crate) fn may_still_run(&self) -> bool {
         match self {
             Self::Finished
             | Self::Refused(_)

@@ -2,8 +2,8 @@
 //!
 //! [`TaskSpec`] is what schedulers know of a task: small, copied at little cost, and serialisable.
 //! [`Payload`] is what its engine is to work on: opaque bytes that no core reads. [`TaskLog`] keeps
-//! the frames of its answer in shared segments, [`Relay`] carries one attempt's stream into it, and
-//! [`StreamWatch`] holds the attempt's deadlines. All are values: they do no I/O, read no clock and
+//! the frames of its answer in shared segments, [`Relay`] carries one attempt's stream into it
+//! and holds its deadlines. All are values: they do no I/O, read no clock and
 //! wake nobody; `orchestratord` and the simulator are shells around the same ones. The ideas needed
 //! to read it: *the core holds facts, the stream holds bytes*, and *an attempt ends by what its node
 //! reported, or with a stop*.
@@ -23,4 +23,4 @@ pub use payload::{Payload, PayloadFormat};
 pub use relay::{Action, Assignment, Relay, Staged};
 pub use spec::{BodyDigest, InvalidDigest, Lacking, TaskCaller, TaskSpec};
 pub use token_ids::TokenIds;
-pub use watch::{AttemptDeadlines, Overdue, QUIET, StreamWatch};
+pub use watch::{AttemptDeadlines, Overdue};

@@ -22,7 +22,7 @@ pub struct AttemptDeadlines {
 
 /// A stream without a byte for so long is suspect: three comments are missing.
 /// Source: .specs/01 CLOUD-1540.
-pub const QUIET: Duration = Duration::from_secs(3);
+pub(crate) const QUIET: Duration = Duration::from_secs(3);
 
 impl AttemptDeadlines {
     /// None that ever passes.
@@ -53,7 +53,7 @@ enum Phase {
 
 /// The deadlines of one attempt, as far as it has come.
 #[derive(Debug, Clone)]
-pub struct StreamWatch {
+pub(crate) struct StreamWatch {
     deadlines: AttemptDeadlines,
     task_deadline: Option<Moment>,
     phase: Phase,
@@ -67,7 +67,7 @@ pub struct StreamWatch {
 }
 
 impl StreamWatch {
-    pub fn new(now: Moment, deadlines: AttemptDeadlines, task_deadline: Option<Moment>) -> Self {
+    pub(crate) fn new(now: Moment, deadlines: AttemptDeadlines, task_deadline: Option<Moment>) -> Self {
         Self {
             deadlines,
             task_deadline,
@@ -80,32 +80,32 @@ impl StreamWatch {
         }
     }
 
-    pub fn accepted(&mut self, now: Moment) {
+    pub(crate) fn accepted(&mut self, now: Moment) {
         self.phase = Phase::Prefill;
         self.last_bytes = now;
     }
 
     /// Returns whether the stream had been quiet before.
-    pub fn bytes(&mut self, now: Moment) -> bool {
+    pub(crate) fn bytes(&mut self, now: Moment) -> bool {
         self.last_bytes = now;
         std::mem::take(&mut self.quiet)
     }
 
     /// Whether an accepted stream has become quiet; says so once.
-    pub fn grows_quiet(&mut self, now: Moment) -> bool {
+    pub(crate) fn grows_quiet(&mut self, now: Moment) -> bool {
         let grows = !self.quiet && self.phase != Phase::Opening && now >= self.last_bytes + QUIET;
         self.quiet |= grows;
         grows
     }
 
     /// Returns whether it was the first token that a reader sees.
-    pub fn token(&mut self, now: Moment) -> bool {
+    pub(crate) fn token(&mut self, now: Moment) -> bool {
         self.unlogged(now);
         !std::mem::replace(&mut self.shown, true)
     }
 
     /// A token that is left out of the log: the engine decodes.
-    pub fn unlogged(&mut self, now: Moment) {
+    pub(crate) fn unlogged(&mut self, now: Moment) {
         self.phase = Phase::Decoding;
         self.last_bytes = now;
         self.last_token = now;
@@ -113,14 +113,14 @@ impl StreamWatch {
 
     /// The engine says something that is no token. Before the first one it proves nothing: some
     /// write an empty beginning before they look at the prompt.
-    pub fn works(&mut self, now: Moment) {
+    pub(crate) fn works(&mut self, now: Moment) {
         if self.phase == Phase::Decoding {
             self.last_token = now;
         }
     }
 
     /// The next moment at which [`StreamWatch::overdue`] may say something.
-    pub fn next_deadline(&self) -> Moment {
+    pub(crate) fn next_deadline(&self) -> Moment {
         let own =
             match self.phase {
                 Phase::Opening => self.dispatched + self.deadlines.acceptance,
@@ -137,7 +137,7 @@ impl StreamWatch {
     }
 
     /// The deadline that has passed, if one has.
-    pub fn overdue(&self, now: Moment) -> Option<Overdue> {
+    pub(crate) fn overdue(&self, now: Moment) -> Option<Overdue> {
         if self.task_deadline.is_some_and(|deadline| now >= deadline) {
             return Some(Overdue::Task);
         }
