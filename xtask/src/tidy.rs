@@ -68,7 +68,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 
 /// Crates without clock, environment and disorder, and what they may use from outside.
 const PURE: &[(&str, &[&str])] = &[
-    ("pool-registry-types", &["serde", "serde_json", "thiserror", "utoipa", "uuid"]),
+    ("pool-registry-types", &["foldhash", "serde", "serde_json", "thiserror", "utoipa", "uuid"]),
     ("task-stream", &["bytes", "serde", "serde_json", "thiserror"]),
     ("service-registry", &["thiserror"]),
     ("multi-node-placement", &["fixedbitset"]),

@@ -204,7 +204,10 @@ impl Fleet {
     }
 
     fn apply(&mut self, event: Event) -> Vec<Effect> {
-        self.core.apply(Moment::from_millis(self.now), event)
+        let effects = self.core.apply(Moment::from_millis(self.now), event);
+        // As the daemon does after each event.
+        black_box(self.core.take_changed());
+        effects
     }
 
     fn reply(&mut self) -> ReplyTo {

@@ -77,10 +77,10 @@ pub fn choose(index: &PoolIndex, shape: &TaskShape<'_>) -> Result<Choice, NoPlac
     if let Some(choice) = best(index, pools, shape, &|key| untried(key) && fits(key)) {
         return Ok(choice);
     }
-    if pools.placeable.keys().any(|key| untried(key) && fits(key)) {
+    if pools.placeable.iter().any(|key| untried(key) && fits(key)) {
         return Err(NoPlacement::Full);
     }
-    if !pools.placeable.keys().any(&fits) {
+    if !pools.placeable.iter().any(&fits) {
         return Err(NoPlacement::NoPool);
     }
     if !shape.may_repeat {

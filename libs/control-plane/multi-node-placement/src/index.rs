@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 use fixedbitset::FixedBitSet;
-use pool_registry_types::{ModelRef, PoolKey};
+use pool_registry_types::{Lookup, ModelRef, PoolKey};
 
 use crate::candidate::{Availability, Candidate};
 use crate::shape::{TaskShape, fits};
@@ -77,11 +77,33 @@ struct Entry {
     last_taken: u64,
 }
 
+impl Entry {
+    fn score(&self, strategy: Strategy) -> Score {
+        let Self { candidate, last_taken } = self;
+        let last_taken = *last_taken;
+        let busy_share_ppm =
+            u64::from(candidate.slots_busy) * 1_000_000 / u64::from(candidate.slots_total.max(1));
+        let free = candidate.vram_free_bytes;
+        let rank = match strategy {
+            Strategy::LeastLoaded => {
+                let most_free_vram = Reverse(free.map(|bytes| bytes / VRAM_STEP));
+                Rank::LeastLoaded { busy_share_ppm, most_free_vram, last_taken }
+            }
+            Strategy::MostFreeVram => {
+                Rank::MostFreeVram { most_free_vram: Reverse(free), busy_share_ppm, last_taken }
+            }
+            Strategy::RoundRobin => Rank::RoundRobin { last_taken },
+            Strategy::Random => Rank::Random,
+        };
+        Score { rank, key: candidate.key.clone() }
+    }
+}
+
 /// Pools of which any can be drawn at once: a list, and the place of each in it.
 #[derive(Debug, Default)]
 pub(crate) struct Bag {
     list: Vec<PoolKey>,
-    places: BTreeMap<PoolKey, usize>,
+    places: Lookup<PoolKey, usize>,
 }
 
 impl Bag {
@@ -125,8 +147,9 @@ pub(crate) struct ModelPools {
     bag: Bag,
     /// The same ones as bits.
     free_bits: FixedBitSet,
-    /// Placeable pools, full ones included, with their numbers.
-    pub(crate) placeable: BTreeMap<PoolKey, usize>,
+    /// Placeable pools, full ones included, in their order and with their numbers.
+    pub(crate) placeable: BTreeSet<PoolKey>,
+    number_of: Lookup<PoolKey, usize>,
     numbered: Vec<Numbered>,
     /// Numbers that no pool has.
     vacant: Vec<usize>,
@@ -149,7 +172,7 @@ impl ModelPools {
     }
 
     fn number(&mut self, key: &PoolKey) -> usize {
-        if let Some(number) = self.placeable.get(key) {
+        if let Some(number) = self.number_of.get(key) {
             return *number;
         }
         let number = self.vacant.pop().unwrap_or_else(|| {
@@ -158,7 +181,8 @@ impl ModelPools {
             self.numbered.len() - 1
         });
         self.numbered[number].pool = Some(key.clone());
-        self.placeable.insert(key.clone(), number);
+        self.placeable.insert(key.clone());
+        self.number_of.insert(key.clone(), number);
         number
     }
 
@@ -190,7 +214,7 @@ impl Eligible {
 #[derive(Debug, Default)]
 pub struct PoolIndex {
     strategy: Strategy,
-    pools: BTreeMap<PoolKey, Entry>,
+    pools: Lookup<PoolKey, Box<Entry>>,
     by_model: BTreeMap<ModelRef, ModelPools>,
     /// How many pools stand how.
     standings: BTreeMap<Availability, u32>,
@@ -204,27 +228,9 @@ impl PoolIndex {
         Self { strategy, ..Self::default() }
     }
 
-    fn score(&self, candidate: &Candidate, last_taken: u64) -> Score {
-        let busy_share_ppm =
-            u64::from(candidate.slots_busy) * 1_000_000 / u64::from(candidate.slots_total.max(1));
-        let free = candidate.vram_free_bytes;
-        let rank = match self.strategy {
-            Strategy::LeastLoaded => {
-                let most_free_vram = Reverse(free.map(|bytes| bytes / VRAM_STEP));
-                Rank::LeastLoaded { busy_share_ppm, most_free_vram, last_taken }
-            }
-            Strategy::MostFreeVram => {
-                Rank::MostFreeVram { most_free_vram: Reverse(free), busy_share_ppm, last_taken }
-            }
-            Strategy::RoundRobin => Rank::RoundRobin { last_taken },
-            Strategy::Random => Rank::Random,
-        };
-        Score { rank, key: candidate.key.clone() }
-    }
-
     /// Takes the facts of a pool, new or changed.
     pub fn upsert(&mut self, candidate: Candidate) {
-        let before = self.pools.get(&candidate.key);
+        let before = self.pools.get(&candidate.key).map(Box::as_ref);
         if before.is_some_and(|entry| entry.candidate == candidate) {
             return;
         }
@@ -234,7 +240,7 @@ impl PoolIndex {
                 && entry.candidate.takes_the_same(&candidate)
         };
         if before.is_some_and(stays) {
-            self.reorder(candidate, last_taken);
+            self.reorder(&candidate.key.clone(), |entry| entry.candidate = candidate);
             return;
         }
         if before.is_some_and(|entry| entry.candidate.takes_the_same(&candidate)) {
@@ -246,49 +252,60 @@ impl PoolIndex {
         self.insert(candidate, last_taken);
     }
 
-    /// Takes the facts of a known pool that stands as before and takes the same tasks: only its
-    /// order among the free ones may be another.
-    fn reorder(&mut self, candidate: Candidate, last_taken: u64) {
-        let score = self.score(&candidate, last_taken);
-        let Some(entry) = self.pools.get(&candidate.key) else { return };
-        let before = self.score(&entry.candidate, entry.last_taken);
-        let (was_free, is_free) = (entry.candidate.has_free_slot(), candidate.has_free_slot());
-        if candidate.availability == Availability::Placeable && (was_free || is_free) {
-            for model in &candidate.models {
-                let Some(pools) = self.by_model.get_mut(model) else { continue };
-                if score.rank == Rank::Random {
-                    // What has changed goes to the end: another draw is another pool.
-                    pools.bag.remove(&score.key);
-                    if is_free {
-                        pools.bag.insert(score.key.clone());
-                    }
-                } else if !is_free || score != before {
-                    pools.free.remove(&before);
-                    if is_free {
-                        pools.free.insert(score.clone());
-                    }
-                } else if !was_free {
+    /// Changes a known pool that stands as before and takes the same tasks: only its order among the
+    /// free ones may be another.
+    fn reorder(&mut self, key: &PoolKey, change: impl FnOnce(&mut Entry)) {
+        let Some(entry) = self.pools.get_mut(key) else { return };
+        let (before, was_free) = (entry.score(self.strategy), entry.candidate.has_free_slot());
+        change(entry);
+        let (score, is_free) = (entry.score(self.strategy), entry.candidate.has_free_slot());
+        if entry.candidate.availability != Availability::Placeable || !(was_free || is_free) {
+            return;
+        }
+        for model in &entry.candidate.models {
+            let Some(pools) = self.by_model.get_mut(model) else { continue };
+            if score.rank == Rank::Random {
+                // What has changed goes to the end: another draw is another pool.
+                pools.bag.remove(&score.key);
+                if is_free {
+                    pools.bag.insert(score.key.clone());
+                }
+            } else if !is_free || score != before {
+                pools.free.remove(&before);
+                if is_free {
                     pools.free.insert(score.clone());
                 }
-                if was_free != is_free
-                    && let Some(number) = pools.placeable.get(&score.key)
-                {
-                    pools.free_bits.set(*number, is_free);
-                }
+            } else if !was_free {
+                pools.free.insert(score.clone());
+            }
+            if was_free != is_free
+                && let Some(number) = pools.number_of.get(&score.key)
+            {
+                pools.free_bits.set(*number, is_free);
             }
         }
-        if let Some(entry) = self.pools.get_mut(&score.key) {
-            *entry = Entry { candidate, last_taken };
-        }
+    }
+
+    /// A known pool is as full as this, and otherwise as it was; `taken` as by [`PoolIndex::taken`].
+    pub fn set_slots(&mut self, key: &PoolKey, slots_busy: u32, held: bool, taken: bool) {
+        self.taken += u64::from(taken);
+        let number = taken.then_some(self.taken);
+        self.reorder(key, |entry| {
+            entry.last_taken = number.unwrap_or(entry.last_taken);
+            entry.candidate.slots_busy = slots_busy;
+            entry.candidate.held = held;
+        });
     }
 
     fn insert(&mut self, candidate: Candidate, last_taken: u64) {
         let version = self.version;
+        let entry = Box::new(Entry { candidate, last_taken });
+        let candidate = &entry.candidate;
         if candidate.availability == Availability::Placeable {
-            let score = candidate.has_free_slot().then(|| self.score(&candidate, last_taken));
+            let score = candidate.has_free_slot().then(|| entry.score(self.strategy));
             for model in &candidate.models {
                 let pools = self.by_model.entry(model.clone()).or_default();
-                let is_new = !pools.placeable.contains_key(&candidate.key);
+                let is_new = !pools.number_of.contains_key(&candidate.key);
                 let number = pools.number(&candidate.key);
                 if is_new {
                     pools.changed(number, version);
@@ -311,13 +328,13 @@ impl PoolIndex {
                 pools.loadable += usize::from(candidate.availability == Availability::Loadable);
             }
         }
-        self.pools.insert(candidate.key.clone(), Entry { candidate, last_taken });
+        self.pools.insert(candidate.key.clone(), entry);
     }
 
     /// Takes a pool out of what is ordered by its facts; its numbers stay its own.
-    fn take_out(&mut self, key: &PoolKey) -> Option<Entry> {
+    fn take_out(&mut self, key: &PoolKey) -> Option<Box<Entry>> {
         let old = self.pools.remove(key)?;
-        let score = self.score(&old.candidate, old.last_taken);
+        let score = old.score(self.strategy);
         if let Some(count) = self.standings.get_mut(&old.candidate.availability) {
             *count -= 1;
         }
@@ -338,7 +355,8 @@ impl PoolIndex {
         self.version += 1;
         for model in &old.candidate.models {
             let Some(pools) = self.by_model.get_mut(model) else { continue };
-            if let Some(number) = pools.placeable.remove(key) {
+            if let Some(number) = pools.number_of.remove(key) {
+                pools.placeable.remove(key);
                 pools.numbered[number].pool = None;
                 pools.vacant.push(number);
                 pools.free_bits.set(number, false);
@@ -354,9 +372,8 @@ impl PoolIndex {
     /// The pool was given a task: it is the last among its equals.
     pub fn taken(&mut self, key: &PoolKey) {
         self.taken += 1;
-        if let Some(entry) = self.pools.get(key) {
-            self.reorder(entry.candidate.clone(), self.taken);
-        }
+        let taken = self.taken;
+        self.reorder(key, |entry| entry.last_taken = taken);
     }
 
     /// Brings up to date which pools take tasks of this shape. Returns whether anything had changed.
@@ -399,7 +416,7 @@ impl PoolIndex {
 
     /// The placeable pools of the model, full ones included.
     pub fn placeable(&self, model: &ModelRef) -> impl Iterator<Item = &Candidate> {
-        let keys = self.by_model.get(model).into_iter().flat_map(|pools| pools.placeable.keys());
+        let keys = self.by_model.get(model).into_iter().flat_map(|pools| &pools.placeable);
         keys.filter_map(|key| self.get(key))
     }
 
@@ -410,7 +427,7 @@ impl PoolIndex {
 
     /// Every so manieth of the placeable pools of the model.
     pub fn placeable_by(&self, model: &ModelRef, step: usize) -> impl Iterator<Item = &Candidate> {
-        let keys = self.by_model.get(model).into_iter().flat_map(|pools| pools.placeable.keys());
+        let keys = self.by_model.get(model).into_iter().flat_map(|pools| &pools.placeable);
         keys.step_by(step).filter_map(|key| self.get(key))
     }
 
@@ -441,7 +458,8 @@ impl PoolIndex {
         &self.standings
     }
 
+    /// In the order of their keys; for readers.
     pub(crate) fn all(&self) -> impl Iterator<Item = &Candidate> {
-        self.pools.values().map(|entry| &entry.candidate)
+        self.pools.in_order().map(|(_, entry)| &entry.candidate)
     }
 }

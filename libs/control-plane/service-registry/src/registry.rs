@@ -12,7 +12,9 @@ use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::{EngineKind, PoolReport};
 use pool_registry_types::snapshot::ClusterSnapshot;
 use pool_registry_types::view::{ClusterView, NodeView, PoolView};
-use pool_registry_types::{AttemptId, BootId, Epoch, ModelRef, Moment, NodeId, PoolId, PoolKey, TaskId};
+use pool_registry_types::{
+    AttemptId, BootId, Epoch, Lookup, ModelRef, Moment, NodeId, PoolId, PoolKey, TaskId,
+};
 
 use crate::breaker::Breaker;
 use crate::liveness::{Evidence, PROBE_EVERY, ProbeOutcome, Suspicion, Timing, Transition};
@@ -61,7 +63,8 @@ struct Node {
     /// For its streams.
     breaker: Breaker,
     closed: ClosedAttempts,
-    /// Where it stands among the others; the table's own.
+    /// Its number, which no other node has or had, and where it stands among the others; the table's own.
+    number: u64,
     entries: Entries,
     unshown: Unshown,
 }
@@ -242,6 +245,7 @@ impl ServiceRegistry {
                 models: Vec::new(),
                 breaker: Breaker::default(),
                 closed: ClosedAttempts::default(),
+                number: 0,
                 entries: Entries::default(),
                 unshown: Unshown::Nothing,
                 request,

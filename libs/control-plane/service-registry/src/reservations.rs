@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use pool_registry_types::pool::{PoolReport, ReplicaReport};
-use pool_registry_types::{AttemptId, Moment, NodeId, PoolKey};
+use pool_registry_types::{AttemptId, Lookup, Moment, NodeId, PoolKey};
 
 use crate::breaker::Breaker;
 
@@ -23,8 +23,8 @@ pub(crate) struct Reservation {
 /// All claims, by node and attempt. A claim may outlive its node.
 #[derive(Debug, Default)]
 pub(crate) struct Reservations {
-    by_node: BTreeMap<NodeId, BTreeMap<AttemptId, Reservation>>,
-    node_of: BTreeMap<AttemptId, NodeId>,
+    by_node: Lookup<NodeId, BTreeMap<AttemptId, Reservation>>,
+    node_of: Lookup<AttemptId, NodeId>,
 }
 
 impl Reservations {
@@ -33,7 +33,7 @@ impl Reservations {
         let before = self.node_of.insert(attempt, pool.node_id.clone());
         assert!(before.is_none(), "attempt {attempt} reserved twice");
         let reservation = Reservation { pool: pool.clone(), accepted_after: None };
-        self.by_node.entry(pool.node_id.clone()).or_default().insert(attempt, reservation);
+        self.by_node.get_or_insert_with(pool.node_id.clone(), BTreeMap::new).insert(attempt, reservation);
     }
 
     pub(crate) fn remove(&mut self, attempt: &AttemptId) -> Option<Reservation> {
@@ -68,6 +68,8 @@ impl Reservations {
 #[derive(Debug, Clone)]
 pub(crate) struct PoolBook {
     pub(crate) report: PoolReport,
+    /// The number of that report.
+    pub(crate) named_in: u64,
     pub(crate) reserved: BTreeSet<AttemptId>,
     /// Attempts of the last report that have not ended since.
     pub(crate) reported: BTreeSet<AttemptId>,

@@ -29,8 +29,8 @@ use pool_registry_types::task::{
 };
 use pool_registry_types::view::{ClusterChange, ClusterView};
 use pool_registry_types::{
-    AttemptId, Backoff, Epoch, ErrorBody, ErrorCode, LogId, ModelRef, Moment, NodeId, PoolId, PoolKey,
-    ReplicaId, SessionId, TaskId, routes,
+    AttemptId, Backoff, Epoch, ErrorBody, ErrorCode, LogId, Lookup, ModelRef, Moment, NodeId, PoolId,
+    PoolKey, ReplicaId, SessionId, TaskId, routes,
 };
 use service_registry::{
     HeartbeatOutcome, IndexMismatch, Rule, ServiceRegistry, Settings, Timing, Transition,
@@ -263,11 +263,11 @@ pub struct ControlCore {
     registry: ServiceRegistry,
     index: PoolIndex,
     /// The pools of each node as they were last shown and indexed.
-    synced: BTreeMap<NodeId, BTreeMap<PoolId, nodes::Synced>>,
+    synced: Lookup<NodeId, BTreeMap<PoolId, nodes::Synced>>,
     /// Models for which a slot or a task has come.
     dirty: BTreeSet<ModelRef>,
-    tasks: BTreeMap<TaskId, Task>,
-    attempts: BTreeMap<AttemptId, Attempt>,
+    tasks: Lookup<TaskId, Box<Task>>,
+    attempts: Lookup<AttemptId, Attempt>,
     queue: Queue,
     /// Wait deadlines and backoff ends of queued tasks.
     alarms: BTreeSet<(Moment, TaskId)>,
@@ -282,12 +282,12 @@ pub struct ControlCore {
     /// Waiting tasks that may run on one node only.
     pinned: BTreeMap<NodeId, BTreeSet<TaskId>>,
     /// The loadable pools that were asked for.
-    loads_asked: BTreeMap<PoolKey, loading::LoadAsked>,
+    loads_asked: Lookup<PoolKey, loading::LoadAsked>,
     /// When to look again at the lanes whose pools are not loaded; one time for each.
     load_alarms: BTreeSet<(Moment, ModelRef)>,
     load_alarm_of: BTreeMap<ModelRef, Moment>,
     /// The pools that have served a task lately.
-    served: BTreeMap<PoolKey, Served>,
+    served: Lookup<PoolKey, Served>,
     /// Nodes whose pinned tasks are to be looked at.
     dirty_pins: BTreeSet<NodeId>,
     /// Models that no node has any more, and for which only tasks wait whose nodes are suspect.
@@ -307,7 +307,7 @@ pub struct ControlCore {
     /// Models that are not placed any more.
     retired: BTreeSet<ModelRef>,
     /// What followers were told last.
-    shown_nodes: BTreeMap<NodeId, (Liveness, Intent)>,
+    shown_nodes: Lookup<NodeId, (Liveness, Intent)>,
     changes: Vec<ClusterChange>,
     draining: bool,
     armed: Option<Moment>,
@@ -332,10 +332,10 @@ impl ControlCore {
             started: None,
             ids_given: 0,
             registry: ServiceRegistry::new(settings),
-            synced: BTreeMap::new(),
+            synced: Lookup::default(),
             dirty: BTreeSet::new(),
-            tasks: BTreeMap::new(),
-            attempts: BTreeMap::new(),
+            tasks: Lookup::default(),
+            attempts: Lookup::default(),
             queue: Queue::default(),
             alarms: BTreeSet::new(),
             vanishing: BTreeSet::new(),
@@ -344,10 +344,10 @@ impl ControlCore {
             paces: Paces::default(),
             forecasts: BTreeMap::new(),
             pinned: BTreeMap::new(),
-            loads_asked: BTreeMap::new(),
+            loads_asked: Lookup::default(),
             load_alarms: BTreeSet::new(),
             load_alarm_of: BTreeMap::new(),
-            served: BTreeMap::new(),
+            served: Lookup::default(),
             dirty_pins: BTreeSet::new(),
             lapsed: BTreeSet::new(),
             leases: lanes::Leases::default(),
@@ -357,7 +357,7 @@ impl ControlCore {
             touched: BTreeSet::new(),
             grace_over: false,
             retired: BTreeSet::new(),
-            shown_nodes: BTreeMap::new(),
+            shown_nodes: Lookup::default(),
             changes: Vec::new(),
             draining: false,
             armed: None,

@@ -29,6 +29,30 @@ fn some_of_very_many_pools_stand_for_the_others_in_a_forecast() {
     assert!(starts[NODES..].iter().all(|start| *start == 2_000), "{starts:?}");
 }
 
+// CLOUD-1781
+#[test]
+fn a_pool_is_indexed_as_it_is_known_whatever_changes_its_slots() {
+    let mut b = fleet(2);
+    let slots = |b: &Bench| -> Vec<(u32, bool)> {
+        // After each event all of it is held against the registry too.
+        let nodes = [node("n0"), node("n1")];
+        nodes.iter().flat_map(|id| b.core.pools_of(id)).map(|pool| (pool.slots_busy, pool.held)).collect()
+    };
+    assert_eq!(slots(&b), [(0, false), (0, false)]);
+    b.submit(task()).1.unwrap();
+    b.submit(task()).1.unwrap();
+    assert_eq!(slots(&b), [(1, false), (1, false)], "two were dispatched");
+    let first = b.dispatches[0].attempt;
+    let refused = ErrorBody::new(ErrorCode::ReplicaExhausted, "full");
+    b.end(first, 0, HowEnded::Refused(refused));
+    assert_eq!(slots(&b).iter().filter(|pool| **pool == (0, true)).count(), 1, "it is held");
+    b.advance_to(b.now + 1_000);
+    assert_eq!(b.dispatches.len(), 3, "and takes the task when that is over");
+    assert_eq!(slots(&b), [(1, false), (1, false)]);
+    b.end(b.dispatches[1].attempt, 1, HowEnded::Finished);
+    assert_eq!(slots(&b).iter().filter(|pool| **pool == (0, false)).count(), 1);
+}
+
 // CLOUD-1774
 #[test]
 fn a_refusal_names_some_of_very_many_nodes() {

@@ -110,7 +110,7 @@ fn effects_of(steps: &[Step], is_read: bool) -> Vec<Effect> {
     b.join("b", 1);
     let mut seq = 1;
     for step in steps {
-        let running: Vec<AttemptId> = b.core.attempts.keys().copied().collect();
+        let running: Vec<AttemptId> = b.core.attempts.in_order().map(|(id, _)| *id).collect();
         match *step {
             Step::Submit { deadline_ms, expected_tokens, batch } => {
                 let priority = if batch { Priority::Batch } else { Priority::Interactive };
@@ -134,7 +134,7 @@ fn effects_of(steps: &[Step], is_read: bool) -> Vec<Effect> {
                 }
             }
             Step::Cancel(n) => {
-                let tasks: Vec<TaskId> = b.core.tasks.keys().copied().collect();
+                let tasks: Vec<TaskId> = b.core.tasks.in_order().map(|(id, _)| *id).collect();
                 if let Some(task_id) = one_of(&tasks, n) {
                     let reply = b.reply();
                     b.apply(Event::Cancel { reply, task_id });

@@ -35,7 +35,7 @@ impl Bench {
     }
 
     fn tries(&self, id: TaskId) -> u32 {
-        self.core.tasks[&id].tries
+        self.core.tasks.get(&id).unwrap().tries
     }
 
     fn is_tripped(&self, key: &PoolKey) -> bool {

@@ -486,7 +486,8 @@ fn tasks_are_listed_newest_first_page_by_page_through_a_filter() {
     let ids: Vec<TaskId> = (0..7).map(|_| b.submit(task()).0).collect();
     let queued = TaskFilter { state: Some(TaskState::Queued), ..TaskFilter::default() };
     let page = |b: &Bench, filter: &TaskFilter, after: Option<TaskId>| {
-        let mut tasks: Vec<TaskRecord> = b.core.tasks.keys().filter_map(|id| b.core.record(*id)).collect();
+        let mut tasks: Vec<TaskRecord> =
+            b.core.tasks.in_order().filter_map(|(id, _)| b.core.record(*id)).collect();
         tasks.sort_by_key(|task| task.number);
         let below = after.map_or(u64::MAX, |id| b.core.record(id).unwrap().number);
         TaskList(tasks.into_iter().map(Arc::new).collect()).page(at(b.now), filter, below, 3)

@@ -145,7 +145,7 @@ impl Bench {
     /// All that readers ask, and what is written down for them.
     fn read_all(&mut self) {
         let (now, core) = (at(self.now), &mut self.core);
-        let ids: Vec<TaskId> = core.tasks.keys().copied().collect();
+        let ids: Vec<TaskId> = core.tasks.in_order().map(|(id, _)| *id).collect();
         for id in ids {
             drop((core.record(id), core.explain_task(now, id)));
         }

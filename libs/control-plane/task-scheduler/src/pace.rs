@@ -7,7 +7,7 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 
-use pool_registry_types::{ModelRef, Moment, PoolKey, TaskId};
+use pool_registry_types::{Lookup, ModelRef, Moment, PoolKey, TaskId};
 
 /// Weight of the newest measurement in a running mean.
 const WEIGHT: f64 = 0.2;
@@ -50,7 +50,7 @@ pub(crate) struct Measurement {
 /// All measured paces.
 #[derive(Debug, Default)]
 pub(crate) struct Paces {
-    pools: BTreeMap<PoolKey, Pace>,
+    pools: Lookup<PoolKey, Pace>,
     models: BTreeMap<ModelRef, (Pace, f64)>,
     /// Actual wait over predicted wait.
     ratios: VecDeque<f64>,
@@ -61,7 +61,7 @@ impl Paces {
         let tokens = seen.tokens as f64;
         let token = seen.decode_ms as f64 / (tokens - 1.0).max(1.0);
         let newest = Pace { first_token: seen.first_token_ms as f64, token };
-        self.pools.entry(pool.clone()).or_insert(newest).measure(newest);
+        self.pools.get_or_insert_with(pool.clone(), || newest).measure(newest);
         let (pace, mean) = self.models.entry(model.clone()).or_insert((newest, tokens));
         pace.measure(newest);
         *mean += WEIGHT * (tokens - *mean);
@@ -73,7 +73,7 @@ impl Paces {
 
     /// Tokens a second of one slot, pool by pool.
     pub(crate) fn tokens_per_second(&self) -> impl Iterator<Item = (&PoolKey, f64)> {
-        self.pools.iter().map(|(pool, pace)| (pool, 1e3 / pace.token.max(1e-3)))
+        self.pools.in_order().map(|(pool, pace)| (pool, 1e3 / pace.token.max(1e-3)))
     }
 
     /// How many tokens a task will take: its own estimate, or the model's mean, at most its bound

@@ -2,8 +2,8 @@
 //!
 //! Everything here is data, or a rule about data that both sides must read alike: identifiers, the
 //! bodies that cross the network and their bounds, the tables of errors and of engines, the
-//! event-stream format, the view that readers get, and what everybody reckons time by: the
-//! [`Moment`], and the pauses between tries. There is no I/O and no clock in this crate, and it knows
+//! event-stream format, the view that readers get, what everybody reckons time by (the [`Moment`],
+//! and the pauses between tries), and the [`Lookup`], by which the pure crates find without an order. There is no I/O and no clock in this crate, and it knows
 //! no state of a cluster. The ideas needed to read it: an id that exists is valid, because its
 //! constructor checks; and what the types of a body cannot hold, its `check` finds.
 
@@ -12,6 +12,7 @@ pub mod engines;
 pub mod error;
 pub mod ids;
 mod inputs;
+mod lookup;
 pub mod moment;
 mod newer;
 pub mod node;
@@ -30,6 +31,7 @@ pub use ids::{
     AttemptId, BootId, Digest, Epoch, LabelName, LogId, MachineId, ModelRef, NodeId, PoolId, PoolKey,
     ReplicaId, SessionId, TaskId,
 };
+pub use lookup::Lookup;
 pub use moment::Moment;
 pub use retry::{Backoff, RetryPolicy};
 pub use trace::TraceContext;

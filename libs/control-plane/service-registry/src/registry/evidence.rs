@@ -257,8 +257,8 @@ impl ServiceRegistry {
         self.nodes.check()?;
         self.models.check()?;
         let is_silent = |n: &&Node| n.evidence.offline_since.is_none() && n.evidence.silent_since.is_some();
-        let silent = self.nodes.values().filter(is_silent).count();
-        let live = self.nodes.values().filter(|n| n.evidence.offline_since.is_none()).count();
+        let silent = self.nodes.in_order().filter(is_silent).count();
+        let live = self.nodes.in_order().filter(|n| n.evidence.offline_since.is_none()).count();
         let kept = (self.nodes.live(), self.nodes.live_and_silent());
         IndexMismatch::unless_equal("live nodes, and the silent ones", &kept, &(live, silent))?;
         let (silence, lease) = (self.settings.timing.silence(), self.lease());
@@ -273,7 +273,7 @@ impl ServiceRegistry {
             liveness.min(probe).min(node.breaker.rests_until().unwrap_or(Moment::NEVER))
         };
         let of_pool = self.pool_alarms.first().map(|(at, _)| *at);
-        let walked = self.nodes.values().map(of_node).chain(of_pool).min();
+        let walked = self.nodes.in_order().map(of_node).chain(of_pool).min();
         IndexMismatch::unless_equal("the next deadline", &self.next_deadline(), &walked)
     }
 }

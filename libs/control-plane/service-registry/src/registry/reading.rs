@@ -103,7 +103,7 @@ impl ServiceRegistry {
 
     /// The same, all of it made anew: what a snapshot is held against.
     pub fn view(&self, now: Moment) -> ClusterView {
-        let nodes = self.nodes.values().map(|node| NodeView {
+        let nodes = self.nodes.in_order().map(|node| NodeView {
             last_evidence_age_ms: now.millis_since(node.evidence.last_life),
             ..node.view()
         });

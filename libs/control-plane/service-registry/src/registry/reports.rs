@@ -88,11 +88,6 @@ impl Node {
     ) -> (BTreeSet<AttemptId>, Vec<AttemptId>) {
         let mut listed = BTreeSet::new();
         let mut orphans = Vec::new();
-        let mut reserved: BTreeMap<PoolId, BTreeSet<AttemptId>> = BTreeMap::new();
-        for (attempt, reservation) in books.of_node.into_iter().flatten() {
-            reserved.entry(reservation.pool.pool_id.clone()).or_default().insert(*attempt);
-        }
-        let mut pools: BTreeMap<PoolId, PoolBook> = BTreeMap::new();
         for report in reports {
             // No task can use what an engine of an unknown kind serves.
             if let Some(engine) = report.engine {
@@ -115,23 +110,38 @@ impl Node {
                     orphans.push(*attempt);
                 }
             }
-            if books.once
-                && let Some(book) = pools.get_mut(&report.pool_id)
-            {
-                // Named twice: one pool all the same.
-                book.join(report, reported);
-                continue;
-            }
-            let reserved = reserved.remove(&report.pool_id).unwrap_or_default();
-            let before = self.pools.remove(&report.pool_id);
-            // A pool that was away may have another engine: nothing is held against that one.
-            let away = |report: &PoolReport| !report.ready && !report.draining;
-            let same = before.filter(|book| !away(&book.report) && !away(&report));
-            let breaker = same.map(|book| book.breaker).unwrap_or_default();
-            let book = PoolBook { report, reserved, reported, held_until: None, breaker };
-            pools.insert(book.report.pool_id.clone(), book);
+            self.take_pool(seq, report, reported, books);
         }
-        self.pools = pools;
+        // What the report does not name is not there any more.
+        self.pools.retain(|_, book| book.named_in == seq);
         (listed, orphans)
+    }
+
+    fn take_pool(&mut self, seq: u64, report: PoolReport, reported: BTreeSet<AttemptId>, books: &Books<'_>) {
+        let Some(book) = self.pools.get_mut(&report.pool_id) else {
+            let of_pool = books.of_node.into_iter().flatten();
+            let of_pool = of_pool.filter(|(_, reservation)| reservation.pool.pool_id == report.pool_id);
+            let reserved = of_pool.map(|(attempt, _)| *attempt).collect();
+            let (id, breaker) = (report.pool_id.clone(), Breaker::default());
+            let book = PoolBook { report, named_in: seq, reserved, reported, held_until: None, breaker };
+            self.pools.insert(id, book);
+            return;
+        };
+        let again = book.named_in == seq;
+        if again && books.once {
+            // Named twice: one pool all the same.
+            book.join(report, reported);
+            return;
+        }
+        if again {
+            book.reserved.clear();
+        }
+        // A pool that was away may have another engine: nothing is held against that one.
+        let away = |report: &PoolReport| !report.ready && !report.draining;
+        if again || away(&book.report) || away(&report) {
+            book.breaker = Breaker::default();
+        }
+        (book.report, book.reported, book.named_in) = (report, reported, seq);
+        book.held_until = None;
     }
 }

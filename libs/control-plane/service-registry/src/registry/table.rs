@@ -9,7 +9,8 @@ use pool_registry_types::snapshot::ClusterSnapshot;
 
 use super::*;
 
-type ByMoment = BTreeSet<(Moment, NodeId)>;
+/// Nodes by a moment, those of one moment by their numbers.
+type ByMoment = BTreeMap<(Moment, u64), NodeId>;
 
 /// How much of what readers were last shown of a node has changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -71,13 +72,14 @@ struct Order {
 }
 
 impl Order {
-    fn enter(&mut self, id: &NodeId, was: Entries, is: Entries) {
-        move_entry(&mut self.silence, id, was.silence, is.silence);
-        move_entry(&mut self.life, id, was.life, is.life);
-        move_entry(&mut self.offline, id, was.offline, is.offline);
-        move_entry(&mut self.probe, id, was.probe, is.probe);
-        move_entry(&mut self.rest, id, was.rest, is.rest);
-        move_entry(&mut self.silent, id, was.silent, is.silent);
+    fn enter(&mut self, number: u64, id: &NodeId, was: Entries, is: Entries) {
+        let id_of = (number, id);
+        move_entry(&mut self.silence, id_of, was.silence, is.silence);
+        move_entry(&mut self.life, id_of, was.life, is.life);
+        move_entry(&mut self.offline, id_of, was.offline, is.offline);
+        move_entry(&mut self.probe, id_of, was.probe, is.probe);
+        move_entry(&mut self.rest, id_of, was.rest, is.rest);
+        move_entry(&mut self.silent, id_of, was.silent, is.silent);
         self.live_and_silent -= usize::from(was.is_live_and_silent());
         self.live_and_silent += usize::from(is.is_live_and_silent());
         if was.liveness != is.liveness {
@@ -91,70 +93,76 @@ impl Order {
     }
 }
 
-fn move_entry(set: &mut ByMoment, id: &NodeId, was: Option<Moment>, is: Option<Moment>) {
+fn move_entry(set: &mut ByMoment, (number, id): (u64, &NodeId), was: Option<Moment>, is: Option<Moment>) {
     if was == is {
         return;
     }
     if let Some(was) = was {
-        set.remove(&(was, id.clone()));
+        set.remove(&(was, number));
     }
     if let Some(is) = is {
-        set.insert((is, id.clone()));
+        set.insert((is, number), id.clone());
     }
 }
 
 /// The ids whose moments are at least `span` ago, in their own order.
 fn due(set: &ByMoment, now: Moment, span: Duration) -> Vec<NodeId> {
-    let due = set.iter().take_while(|(at, _)| *at + span <= now);
+    let due = set.iter().take_while(|((at, _), _)| *at + span <= now);
     let mut ids: Vec<NodeId> = due.map(|(_, id)| id.clone()).collect();
     ids.sort_unstable();
     ids
 }
 
 fn first(set: &ByMoment, span: Duration) -> Option<Moment> {
-    set.first().map(|(at, _)| *at + span)
+    set.first_key_value().map(|((at, _), _)| *at + span)
 }
 
 /// All nodes that are known.
 #[derive(Debug, Default)]
 pub(super) struct NodeTable {
-    nodes: BTreeMap<NodeId, Node>,
+    nodes: Lookup<NodeId, Box<Node>>,
+    /// Numbers that were given to nodes.
+    numbers: u64,
     order: Order,
     /// What readers were last shown, and the nodes of which that is not true any more.
     shown: ClusterSnapshot,
-    unshown: BTreeSet<NodeId>,
+    unshown: BTreeMap<u64, NodeId>,
 }
 
 impl NodeTable {
     pub(super) fn get(&self, id: &NodeId) -> Option<&Node> {
-        self.nodes.get(id)
+        self.nodes.get(id).map(|node| &**node)
     }
 
     pub(super) fn len(&self) -> usize {
         self.nodes.len()
     }
 
-    pub(super) fn values(&self) -> impl Iterator<Item = &Node> {
-        self.nodes.values()
+    /// All of them in the order of their ids; for readers.
+    pub(super) fn in_order(&self) -> impl Iterator<Item = &Node> {
+        self.nodes.in_order().map(|(_, node)| &**node)
     }
 
     /// Takes a node in, in the place of one of the same id.
     pub(super) fn insert(&mut self, mut node: Node) {
         let id = node.request.node_id.clone();
-        let was = self.nodes.get(&id).map(|before| before.entries).unwrap_or_default();
+        let before = self.nodes.get(&id);
+        let was = before.map(|before| before.entries).unwrap_or_default();
+        node.number = before.map_or(self.numbers, |before| before.number);
+        self.numbers += u64::from(before.is_none());
         node.entries = Entries::of(&node);
         node.unshown = Unshown::Anything;
-        self.order.enter(&id, was, node.entries);
-        self.unshown.insert(id.clone());
-        self.nodes.insert(id, node);
+        self.order.enter(node.number, &id, was, node.entries);
+        self.unshown.insert(node.number, id.clone());
+        self.nodes.insert(id, Box::new(node));
     }
 
     pub(super) fn remove(&mut self, id: &NodeId) -> Option<Node> {
         let node = self.nodes.remove(id)?;
-        self.order.enter(id, node.entries, Entries::default());
-        self.unshown.remove(id);
+        self.order.enter(node.number, id, node.entries, Entries::default());
+        self.unshown.remove(&node.number);
         self.shown.remove(id);
-        Some(node)
+        Some(*node)
     }
 
     /// Changes a node that is known.
@@ -177,11 +185,11 @@ impl NodeTable {
         let result = change(node);
         let is = Entries::of(node);
         if node.entries != is {
-            self.order.enter(id, node.entries, is);
+            self.order.enter(node.number, id, node.entries, is);
             node.entries = is;
         }
         if node.unshown == Unshown::Nothing {
-            self.unshown.insert(id.clone());
+            self.unshown.insert(node.number, id.clone());
         }
         node.unshown = node.unshown.max(unshown);
         Some(result)
@@ -189,7 +197,7 @@ impl NodeTable {
 
     /// Changes each node.
     pub(super) fn change_all(&mut self, mut change: impl FnMut(&mut Node)) {
-        let ids: Vec<NodeId> = self.nodes.keys().cloned().collect();
+        let ids: Vec<NodeId> = self.nodes.in_order().map(|(id, _)| id.clone()).collect();
         for id in &ids {
             self.change(id, &mut change);
         }
@@ -252,7 +260,7 @@ impl NodeTable {
     /// Nodes that fell silent at most so long ago. Time only goes on: what is longer ago is not
     /// asked for again.
     pub(super) fn fell_silent_within(&mut self, now: Moment, span: Duration) -> usize {
-        while self.order.silent.first().is_some_and(|(at, _)| now.since(*at) > span) {
+        while self.order.silent.first_key_value().is_some_and(|((at, _), _)| now.since(*at) > span) {
             self.order.silent.pop_first();
         }
         self.order.silent.len()
@@ -269,15 +277,18 @@ impl NodeTable {
         counts.map(|(is, ids)| (*is, u32::try_from(ids.len()).unwrap_or(u32::MAX))).collect()
     }
 
+    /// Of several since the same moment the first by id.
     pub(super) fn longest_offline(&self) -> Option<&NodeId> {
-        self.order.offline.first().map(|(_, id)| id)
+        let ((since, _), _) = self.order.offline.first_key_value()?;
+        let together = self.order.offline.iter().take_while(|((at, _), _)| at == since);
+        together.map(|(_, id)| id).min()
     }
 
     // ---- readers ----
 
     /// All nodes, those made anew that have changed since the last time.
     pub(super) fn snapshot(&mut self, now: Moment) -> ClusterSnapshot {
-        for id in std::mem::take(&mut self.unshown) {
+        for (_, id) in std::mem::take(&mut self.unshown) {
             let Some(node) = self.nodes.get_mut(&id) else { continue };
             let last_evidence = node.evidence.last_life;
             match std::mem::replace(&mut node.unshown, Unshown::Nothing) {
@@ -295,15 +306,15 @@ impl NodeTable {
     /// What differs.
     pub(super) fn check(&self) -> Result<(), IndexMismatch> {
         let mut walked = Order::default();
-        for (id, node) in &self.nodes {
-            walked.enter(id, Entries::default(), Entries::of(node));
+        for (id, node) in self.nodes.in_order() {
+            walked.enter(node.number, id, Entries::default(), Entries::of(node));
         }
         // What is left out of these on purpose, and what is empty and there all the same.
         let silent = std::mem::take(&mut walked.silent);
-        if !self.order.silent.is_subset(&silent) {
+        if !self.order.silent.iter().all(|(at, id)| silent.get(at) == Some(id)) {
             return Err(IndexMismatch::new("silent nodes", &self.order.silent, &silent));
         }
-        let mut kept = Order { silent: BTreeSet::new(), ..self.order.clone() };
+        let mut kept = Order { silent: ByMoment::new(), ..self.order.clone() };
         kept.by_liveness.retain(|_, ids| !ids.is_empty());
         IndexMismatch::unless_equal("nodes by what is due", &kept, &walked)
     }

@@ -149,6 +149,7 @@ impl ControlCore {
     /// What differs.
     pub fn check_order(&self, now: Moment) -> Result<(), IndexMismatch> {
         self.registry.check_order()?;
+        self.check_synced()?;
         let waiting = self.queue.models().filter(|model| !self.lapsed.contains(*model));
         let walked = waiting.map(|model| self.model_lease(model)).min();
         let kept = self.leases.first().map(|seen| seen + self.registry.lease());

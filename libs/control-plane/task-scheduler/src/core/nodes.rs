@@ -1,7 +1,8 @@
 //! What nodes say: registration, heartbeats, deregistration; and the index that follows from them.
 
-use service_registry::PoolFacts;
+use service_registry::{IndexMismatch, PoolFacts};
 
+use super::predicting::note_change;
 use super::*;
 
 impl ControlCore {
@@ -138,21 +139,29 @@ impl ControlCore {
     pub(super) fn sync_node(&mut self, node_id: &NodeId) {
         self.dirty_pins.insert(node_id.clone());
         self.show_node(node_id);
-        let mut pools = self.synced.get_mut(node_id).map(std::mem::take).unwrap_or_default();
         // What differs; nothing for a pool that is gone.
-        let mut differs: BTreeMap<PoolId, Option<Synced>> =
-            pools.keys().map(|id| (id.clone(), None)).collect();
+        let mut differs: Vec<(PoolId, Option<Synced>)> = Vec::new();
+        let mut known = self.synced.get(node_id).into_iter().flatten().peekable();
         for (id, facts) in self.registry.pools_facts(node_id) {
-            match pools.get(id) {
-                Some(known) if known.is_of(&facts) => drop(differs.remove(id)),
+            while let Some((gone, _)) = known.next_if(|(known, _)| *known < id) {
+                differs.push((gone.clone(), None));
+            }
+            match known.next_if(|(known, _)| *known == id) {
+                Some((_, known)) if known.is_of(&facts) => {}
                 _ => {
                     let key = PoolKey::new(node_id.clone(), id.clone());
-                    differs.insert(id.clone(), Some(Synced::of(key, &facts)));
+                    differs.push((id.clone(), Some(Synced::of(key, &facts))));
                 }
             }
         }
+        differs.extend(known.map(|(gone, _)| (gone.clone(), None)));
+        if differs.is_empty() {
+            return;
+        }
+        let mut pools = self.synced.get_mut(node_id).map(std::mem::take).unwrap_or_default();
         // Of a pool that is as it was, no lane learns anything.
-        let before = differs.keys().filter_map(|id| pools.get(id)).flat_map(|pool| &pool.candidate.models);
+        let before =
+            differs.iter().filter_map(|(id, _)| pools.get(id)).flat_map(|pool| &pool.candidate.models);
         self.dirty.extend(before.cloned());
         for (id, is) in differs {
             let key = PoolKey::new(node_id.clone(), id.clone());
@@ -190,24 +199,76 @@ impl ControlCore {
         self.changes.push(ClusterChange::Node { node_id: node_id.clone(), liveness, intent });
     }
 
-    /// The same for one pool, and for its neighbours where the node's own breaker is open.
-    pub(super) fn sync_pool_or_node(&mut self, key: &PoolKey) {
+    /// Brings the index up to what the registry knows of a pool, as far as that changes between the
+    /// reports of its node.
+    pub(super) fn sync_pool(&mut self, key: &PoolKey) {
+        self.sync_one(key, false);
+    }
+
+    /// The same of one that was given a task.
+    pub(super) fn sync_taken(&mut self, key: &PoolKey) {
         if self.registry.has_open_breaker(&key.node_id) {
+            self.index.taken(key);
             self.sync_node(&key.node_id.clone());
         } else {
-            self.sync_pool(key);
+            self.sync_one(key, true);
         }
     }
 
-    pub(super) fn sync_pool(&mut self, key: &PoolKey) {
-        let is = self.registry.pool_facts(key).map(|facts| Synced::of(key.clone(), &facts));
+    fn sync_one(&mut self, key: &PoolKey, taken: bool) {
+        let facts = self.registry.pool_facts(key);
+        let known = self.synced.get_mut(&key.node_id).and_then(|pools| pools.get_mut(&key.pool_id));
+        if let Some((known, facts)) = known.zip(facts.as_ref())
+            && known.candidate.availability == availability(facts)
+        {
+            // What its node reports was compared when it came: only how full it is may differ.
+            let candidate = &mut known.candidate;
+            self.dirty.extend(candidate.models.iter().cloned());
+            let (slots_busy, held) = (facts.slots_busy, facts.held);
+            if candidate.slots_busy != slots_busy {
+                for model in &candidate.models {
+                    note_change(&mut self.forecasts, model);
+                }
+            }
+            if taken || (candidate.slots_busy, candidate.held) != (slots_busy, held) {
+                (candidate.slots_busy, candidate.held) = (slots_busy, held);
+                self.index.set_slots(key, slots_busy, held, taken);
+            }
+            return;
+        }
+        let is = facts.map(|facts| Synced::of(key.clone(), &facts));
         let mut pools = self.synced.get_mut(&key.node_id).map(std::mem::take).unwrap_or_default();
         let was = pools.remove(&key.pool_id);
         // Who avoids a pool that failed it may take that one again once the others are out.
         self.dirty.extend(was.iter().flat_map(|was| &was.candidate.models).cloned());
+        if taken {
+            self.index.taken(key);
+        }
         self.show_and_index(key, was.as_ref(), is.as_ref());
         pools.extend(is.map(|is| (key.pool_id.clone(), is)));
         self.keep_synced(&key.node_id, pools);
+    }
+
+    /// Compares what is shown and indexed with all that the registry knows.
+    ///
+    /// # Errors
+    /// What differs.
+    pub(super) fn check_synced(&self) -> Result<(), IndexMismatch> {
+        let mut known = 0;
+        for (node_id, _) in self.shown_nodes.in_order() {
+            for (id, facts) in self.registry.pools_facts(node_id) {
+                let pool = self.synced.get(node_id).and_then(|pools| pools.get(id));
+                let is_indexed =
+                    |pool: &Synced| pool.is_of(&facts) && self.index.get(pool.key()) == Some(&pool.candidate);
+                if !pool.is_some_and(is_indexed) {
+                    let known = (node_id, id, &facts);
+                    return Err(IndexMismatch::new("a pool that is shown and indexed", &pool, &known));
+                }
+                known += 1;
+            }
+        }
+        let indexed: usize = self.synced.in_order().map(|(_, pools)| pools.len()).sum();
+        IndexMismatch::unless_equal("pools that are shown and indexed", &indexed, &known)
     }
 
     fn show_and_index(&mut self, key: &PoolKey, was: Option<&Synced>, is: Option<&Synced>) {

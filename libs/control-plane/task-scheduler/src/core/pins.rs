@@ -30,13 +30,13 @@ impl ControlCore {
     }
 
     pub(super) fn hold_pin(&mut self, id: TaskId) {
-        let Some(node_id) = self.tasks.get(&id).and_then(Task::pinned_node).cloned() else { return };
+        let Some(node_id) = self.tasks.get(&id).and_then(|task| task.pinned_node()).cloned() else { return };
         self.dirty_pins.insert(node_id.clone());
         self.pinned.entry(node_id).or_default().insert(id);
     }
 
     pub(super) fn release_pin(&mut self, id: TaskId) {
-        let Some(node_id) = self.tasks.get(&id).and_then(Task::pinned_node).cloned() else { return };
+        let Some(node_id) = self.tasks.get(&id).and_then(|task| task.pinned_node()).cloned() else { return };
         if let Some(waiting) = self.pinned.get_mut(&node_id) {
             waiting.remove(&id);
             if waiting.is_empty() {

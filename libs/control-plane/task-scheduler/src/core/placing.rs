@@ -184,8 +184,7 @@ impl ControlCore {
             },
         );
         self.registry.reserve(&pool, attempt);
-        self.index.taken(&pool);
-        self.sync_pool_or_node(&pool);
+        self.sync_taken(&pool);
     }
 
     pub(super) fn leave_queue_to_start(&mut self, id: TaskId) {

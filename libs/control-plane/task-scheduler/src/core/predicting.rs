@@ -14,6 +14,13 @@ const MOST_POOLS: usize = 256;
 /// Lanes with a forecast at a time; a forecast is cheap to make again.
 const MAX_FORECASTS: usize = 256;
 
+/// Something of the lane has changed that its forecast does not know.
+pub(super) fn note_change(forecasts: &mut BTreeMap<ModelRef, Forecast>, model: &ModelRef) {
+    if let Some(forecast) = forecasts.get_mut(model) {
+        forecast.behind += 1;
+    }
+}
+
 impl ControlCore {
     /// Milliseconds from dispatch to end that the task will take on the pool.
     fn service_ms(&self, pool: &PoolKey, id: TaskId) -> Option<f64> {
@@ -28,9 +35,7 @@ impl ControlCore {
 
     /// Something of the lane has changed that its forecast does not know.
     pub(super) fn lane_changed(&mut self, model: &ModelRef) {
-        if let Some(forecast) = self.forecasts.get_mut(model) {
-            forecast.behind += 1;
-        }
+        note_change(&mut self.forecasts, model);
     }
 
     /// The lane's forecast, made anew where the lane has changed.
@@ -81,7 +86,7 @@ impl ControlCore {
             // Who asks for certain pools may wait for them while others are idle.
             let has_constraints =
                 |task: &Task| task.spec.as_ref().is_some_and(|spec| spec.placement.is_some());
-            if !self.tasks.get(&id).is_some_and(has_constraints) {
+            if !self.tasks.get(&id).is_some_and(|task| has_constraints(task)) {
                 forecast.start(id, |pool| self.service_ms(pool, id));
             }
         }
@@ -162,7 +167,7 @@ impl ControlCore {
                 reported.insert(id, (TaskState::Queued, metrics));
             }
         }
-        for attempt in self.attempts.values() {
+        for (_, attempt) in self.attempts.in_order() {
             let Some(task) = self.tasks.get(&attempt.task) else { continue };
             let queue_depth = to_u32(self.lane_depth(&task.model));
             let metrics = Metrics { queue_depth, ..self.metrics_of_session(task.session) };

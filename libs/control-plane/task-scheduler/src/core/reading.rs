@@ -5,7 +5,7 @@ use super::*;
 impl ControlCore {
     /// `first`: the task has just come, and what it is told now is held against what becomes of it.
     pub(super) fn accepted_body(&mut self, now: Moment, id: TaskId, first: bool) -> TaskAccepted {
-        let task = &self.tasks[&id];
+        let task = self.tasks.get(&id).expect("a task that was just found or admitted");
         let (queued, model, priority) = (task.is_queued(), task.model.clone(), task.priority);
         let position = if queued { self.queue.position(&model, task.priority, task.number) } else { 0 };
         let predicted_start_ms = if queued { self.predict_ms(now, id) } else { Some(0) };

@@ -88,8 +88,10 @@ impl ControlCore {
             dispatches: 0,
             cancel_waits: Vec::new(),
         };
+        // With its log, two changes of its state, a dispatch and the reply: one allocation.
+        effects.reserve(5);
         self.by_number.insert(task.number, id);
-        self.tasks.insert(id, task);
+        self.tasks.insert(id, Box::new(task));
         effects.push(Effect::OpenLog { task: id, log });
         self.enqueue(now, id, now + self.policy.queue_timeout);
         Some((to, id))
@@ -230,7 +232,7 @@ impl ControlCore {
 
     pub(super) fn cancel(&mut self, now: Moment, to: ReplyTo, id: TaskId, effects: &mut Vec<Effect>) {
         let canceled = Ok(Answer::Canceled);
-        match self.tasks.get_mut(&id) {
+        match self.tasks.get_mut(&id).map(Box::as_mut) {
             None => {
                 let error = ErrorBody::new(ErrorCode::NotFound, format!("no task {id}"));
                 effects.push(Effect::Reply { to, answer: Err(error) });
@@ -255,7 +257,7 @@ impl ControlCore {
     pub(super) fn cut_off(&mut self, now: Moment, effects: &mut Vec<Effect>) {
         self.draining = true;
         let queued: Vec<TaskId> =
-            self.tasks.iter().filter(|(_, task)| task.is_queued()).map(|(id, _)| *id).collect();
+            self.tasks.in_order().filter(|(_, task)| task.is_queued()).map(|(id, _)| *id).collect();
         for id in queued {
             self.leave_queue(id);
             let error = ErrorBody::new(
@@ -264,7 +266,7 @@ impl ControlCore {
             );
             self.fail(now, id, error, effects);
         }
-        let running: Vec<AttemptId> = self.attempts.keys().copied().collect();
+        let running: Vec<AttemptId> = self.attempts.in_order().map(|(id, _)| *id).collect();
         self.close_all(now, &running, CloseReason::CutOff, effects);
     }
 

@@ -82,7 +82,9 @@ impl ControlCore {
             if another && bound > now {
                 // One that was suspect takes tasks again: the whole wait is for it.
                 self.alarms.insert((bound, id));
-                self.tasks.entry(id).and_modify(|task| task.wait_until = bound);
+                if let Some(task) = self.tasks.get_mut(&id) {
+                    task.wait_until = bound;
+                }
                 return;
             }
             if !another {
