@@ -1,0 +1,258 @@
+//! Engines: what they make of attempts, how they fail, and how a node looks at them.
+
+use super::*;
+
+impl World {
+    pub(crate) fn engine_back(&mut self, node: usize) {
+        let plan = self.plan.nodes[node].clone();
+        let now = self.now;
+        let Some(core) = self.nodes[node].core.as_mut() else { return };
+        for (replica_id, model) in replicas(&plan) {
+            let pool_id = pool_of(&replica_id);
+            let spec = ReplicaSpec {
+                replica_id: replica_id.clone(),
+                engine: EngineKind::LlamaCpp,
+                engine_version: None,
+                url: "http://engine".into(),
+                models: vec![ModelRef::new(&format!("m{model}")).expect("a valid model")],
+                engine_names: BTreeMap::new(),
+                names_from_engine: false,
+                slots: plan.slots,
+                ctx_max: None,
+                device_mask: None,
+                warning: None,
+            };
+            core.bind(now, &pool_id, spec).expect("replicas of a pool agree");
+            core.engine_began(&pool_id, &replica_id);
+        }
+        self.nodes[node].engine_down = false;
+        self.oracle.engine_is_new(&self.node_id(node));
+        self.observe(node);
+        self.pump(node);
+    }
+
+    /// The node looks at its engines.
+    pub(super) fn observe(&mut self, node: usize) {
+        let (now, all) = (self.now, replicas(&self.plan.nodes[node]));
+        let sim = &mut self.nodes[node];
+        sim.looks += 1;
+        let (down, silent) = (sim.engine_down, sim.busy > 0);
+        // A look that is not answered takes three seconds, and one more passes until the next.
+        let late = silent && !sim.looks.is_multiple_of(4);
+        for (replica, _) in all {
+            let pool_id = pool_of(&replica);
+            let Some(core) = self.nodes[node].core.as_mut() else { return };
+            let readiness = match (down, silent) {
+                (true, _) => Readiness::Gone("connection refused".into()),
+                (false, true) => Readiness::Silent("no answer in time".into()),
+                (false, false) => Readiness::Ready,
+            };
+            let was_ready = core.is_ready(&pool_id, &replica);
+            if down || !late {
+                core.observed(now, &pool_id, &replica, readiness);
+            }
+            let is_back = !was_ready && core.is_ready(&pool_id, &replica);
+            core.expire_releases(now);
+            if is_back {
+                // Whoever comes back after it was away may be another engine.
+                self.oracle.engine_is_new(&self.node_id(node));
+            }
+            self.count(node, &replica);
+        }
+        self.check_busy(node);
+    }
+
+    /// The node asks how busy an engine is.
+    pub(super) fn count(&mut self, node: usize, replica: &ReplicaId) {
+        let now = self.now;
+        let sim = &mut self.nodes[node];
+        let running = sim.runs.values().filter(|run| run.replica == *replica).count();
+        let ghosts = sim.ghosts.values().filter(|(ghost, _)| ghost == replica).count();
+        let Some(core) = sim.core.as_mut() else { return };
+        let count = u32::try_from(running + ghosts).unwrap_or(u32::MAX) + sim.foreign;
+        let busy = if sim.busy > 0 || sim.engine_down { Busy::NoAnswer } else { Busy::Reported(count) };
+        core.counted(now, now, &pool_of(replica), replica, busy);
+    }
+
+    /// An engine that brings bytes is never taken for dead, and one that works has its model.
+    fn check_busy(&mut self, node: usize) {
+        let (now, sim) = (self.now, &self.nodes[node]);
+        let Some(core) = sim.core.as_ref().filter(|_| sim.busy > 0 && !sim.engine_down) else { return };
+        let works = sim.runs.values().any(|run| pool_of(&run.replica) == pool_id());
+        if sim.stopped > 0 || !works {
+            return;
+        }
+        let reports = core.pool_reports(now);
+        let Some(report) = reports.iter().find(|report| report.pool_id == pool_id()) else { return };
+        let was_ready = report.state != PoolState::Loadable && !report.replicas.is_empty();
+        let mut broken = Ok(());
+        if was_ready && !report.draining && !report.state.has_model() {
+            broken = Err(format!("n{node} works, and its pool is {:?}", report.state));
+        }
+        self.coverage.hit("core: busy engine kept its model");
+        self.check(broken);
+    }
+
+    /// The engine goes on for a while with what was broken off.
+    pub(crate) fn haunt(&mut self, node: usize, attempt: AttemptId, replica: ReplicaId) {
+        let boot = self.nodes[node].boot;
+        self.nodes[node].ghosts.insert(attempt, (replica, self.now));
+        let drawn = self.random.u64(10..=500);
+        // Now and then it takes long to notice.
+        let after = if drawn.is_multiple_of(8) { drawn * 16 } else { drawn };
+        if after > 500 {
+            self.coverage.hit("core: slot kept by the engine's word");
+        }
+        self.after_ms(after, What::SlotReleased { node, boot, attempt });
+    }
+
+    /// [4] An engine never works on more requests than it has slots, those broken off included.
+    pub(super) fn check_slots(&mut self, node: usize, replica: &ReplicaId) {
+        let sim = &self.nodes[node];
+        let running = sim.runs.values().filter(|run| run.replica == *replica).count();
+        // Without the engine's word a slot is kept for 30 s: a node that was stopped may have had none.
+        let kept = |since: &Moment| self.now < *since + Duration::from_secs(30);
+        let ghosts = sim.ghosts.values().filter(|(ghost, since)| ghost == replica && kept(since)).count();
+        let slots = self.plan.nodes[node].slots as usize;
+        if running + ghosts > slots {
+            self.check(Err(format!("[4] the engine of n{node} works on {running} and {ghosts} of {slots}")));
+        }
+    }
+
+    pub(crate) fn kill_engine(&mut self, node: usize, down_ms: u64) {
+        let boot = self.nodes[node].boot;
+        if self.nodes[node].core.is_none() || self.nodes[node].engine_down {
+            return;
+        }
+        self.note(|_| format!("n{node}: the engine dies"));
+        self.engines_end(node, None);
+        if let Some(run) = self.supervised_engine(node) {
+            return self.engine_gone(node, run);
+        }
+        self.fail_runs(node);
+        self.after_ms(down_ms, What::EngineBack { node, boot });
+        self.pump(node);
+    }
+
+    /// The engine is down: what runs on it dies.
+    pub(crate) fn fail_runs(&mut self, node: usize) {
+        self.nodes[node].engine_down = true;
+        self.nodes[node].ghosts.clear();
+        self.observe(node);
+        let runs: Vec<AttemptId> = self.nodes[node].runs.keys().copied().collect();
+        for attempt in runs {
+            let verdict = self.nodes[node].core.as_ref().map(|core| core.verdict(&attempt));
+            let crash = match verdict {
+                Some(Verdict::Known(crash)) => crash,
+                Some(Verdict::Awaited) | None => None,
+            };
+            let error =
+                ErrorBody::new(ErrorCode::WorkerReset, "the engine died").with_cause(EndCause::EngineDied);
+            self.end_run(node, attempt, Last::Error(ErrorBody { crash, ..error }), true);
+        }
+    }
+
+    /// The engines of the node end; by a signal of their own where one of them has crashed.
+    fn engines_end(&mut self, node: usize, signal: Option<&'static str>) {
+        let (now, all) = (self.now, replicas(&self.plan.nodes[node]));
+        let Some(core) = self.nodes[node].core.as_mut() else { return };
+        for (replica, _) in all {
+            core.engine_ended(now, &pool_of(&replica), &replica, signal);
+        }
+    }
+
+    /// What runs now never moves again; what comes while the engine hangs neither.
+    pub(crate) fn hang_engine(&mut self, node: usize) {
+        self.nodes[node].hung += 1;
+        for run in self.nodes[node].runs.values_mut() {
+            run.hung = true;
+        }
+    }
+
+    pub(super) fn engine_step(&mut self, node: usize, attempt: AttemptId) {
+        let boot = self.nodes[node].boot;
+        let pace = self.plan.pace_ms * if self.nodes[node].slow > 0 { 20 } else { 1 };
+        let Some(run) = self.nodes[node].runs.get_mut(&attempt) else { return };
+        if run.hung {
+            return;
+        }
+        if self.nodes[node].sick > 0 {
+            let error = ErrorBody::new(ErrorCode::WorkerReset, "HTTP 500").with_cause(EndCause::Engine5xx);
+            return self.end_run(node, attempt, Last::Error(error), true);
+        }
+        let Some(run) = self.nodes[node].runs.get_mut(&attempt) else { return };
+        if run.poison || run.crashes {
+            let down_ms = self.random.u64(500..4_000);
+            if run.crashes {
+                self.note(|_| format!("n{node}: the engine crashes"));
+                self.engines_end(node, Some("SIGSEGV"));
+            }
+            return self.kill_engine(node, down_ms);
+        }
+        if run.differs {
+            let error = ErrorBody::new(ErrorCode::WorkerReset, "the replay differs");
+            let error = error.with_cause(EndCause::ReplayDiffers);
+            return self.end_run(node, attempt, Last::Error(error), false);
+        }
+        let (conn, i, task) = (run.conn, run.next, run.task);
+        let (log, with_ids) = (run.log, run.with_ids);
+        if self.plan.tasks[self.names[&task]].bad {
+            self.coverage.hit("task: bad for every engine");
+            let error =
+                ErrorBody::new(ErrorCode::WorkerReset, "a bad request").with_cause(EndCause::Engine5xx);
+            return self.end_run(node, attempt, Last::Error(error), true);
+        }
+        let Some(run) = self.nodes[node].runs.get_mut(&attempt) else { return };
+        if i >= run.tokens {
+            return self.end_run(node, attempt, Last::End(i), true);
+        }
+        run.next += 1;
+        let now = self.now;
+        if let Some(core) = self.nodes[node].core.as_mut() {
+            core.heard(now, &attempt);
+        }
+        let odd = self.plan.nodes[node].odd;
+        self.voices.entry(task).or_insert(odd);
+        let node_id = self.node_id(node);
+        let made = token(log, attempt, &node_id, i, with_ids);
+        self.append(node, attempt, conn, (i, made, true));
+        let wait = self.random.u64(..=pace);
+        self.after_ms(wait, What::EngineStep { node, boot, attempt });
+    }
+
+    /// The last words of an attempt: the final frame and the closing comment.
+    pub(super) fn end_run(&mut self, node: usize, attempt: AttemptId, last: Last, idle: bool) {
+        let Some(run) = self.nodes[node].runs.remove(&attempt) else { return };
+        let now = self.now;
+        let Some(core) = self.nodes[node].core.as_mut() else { return };
+        let seq = if idle { core.ended(&attempt) } else { core.ended_before_release(now, &attempt) };
+        if !idle {
+            self.haunt(node, attempt, run.replica.clone());
+        }
+        let ended_well = matches!(last, Last::End(_));
+        if ended_well && let Some(core) = self.nodes[node].core.as_mut() {
+            core.cleared(&attempt);
+        }
+        let mut frame = Vec::new();
+        match &last {
+            Last::End(i) => write_frame(&mut frame, Some((&run.log, *i)), "end", "{}"),
+            Last::Error(error) => {
+                let data = serde_json::to_string(error).expect("an error is always JSON");
+                write_frame(&mut frame, None, "error", &data);
+            }
+        }
+        self.append(node, attempt, run.conn, (run.next, frame, true));
+        let seq = format!(": report-seq {seq}\n\n").into_bytes();
+        self.finish(node, attempt, run.conn, (run.next + 1, seq));
+        if let Some(conn) = self.conns.get_mut(&run.conn) {
+            conn.node_open = false;
+            conn.ended_at_node = true;
+            conn.ended_well = ended_well;
+        }
+    }
+
+    pub(super) fn cancel_run(&mut self, node: usize, attempt: AttemptId) {
+        let error = ErrorBody::new(ErrorCode::Canceled, "canceled").with_cause(EndCause::Canceled);
+        self.end_run(node, attempt, Last::Error(error), false);
+    }
+}
