@@ -225,9 +225,9 @@ impl Relay {
         self.actions.pop_front()
     }
 
-    /// The node took the attempt.
+    /// The node took the attempt. Where its stream is resumed it says so again, which changes nothing.
     pub fn accepted(&mut self, now: Moment, replica_id: ReplicaId, report_seq: u64) {
-        if self.ended {
+        if self.ended || self.reading.replica_id.is_some() {
             return;
         }
         self.watch.accepted(now);
@@ -272,7 +272,7 @@ impl Relay {
         let reading = &mut self.reading;
         // What stands behind the last frame that was taken comes again.
         if matches!(reading.last, Some(HowEnded::NodeError(_))) {
-            reading.last = None;
+            (reading.last, reading.final_report) = (None, None);
         }
         reading.count = None;
         reading.ids.clear();
