@@ -1,10 +1,12 @@
 //! What is ordered and counted is what a walk over everything finds, whatever has happened.
 
+use pool_registry_types::LabelName;
+
 use super::*;
 
 #[derive(Debug, Clone)]
 enum Verb {
-    Register(u8, u8, bool),
+    Register(u8, u8, bool, u8),
     Deregister(u8),
     Beat(u8, Vec<u8>, bool),
     Alive(u8),
@@ -14,6 +16,9 @@ enum Verb {
     WantProbe(u8),
     TokensChanged,
     Want(u8, bool),
+    WantStored(u8, bool),
+    /// The order before the last one where it is an old one.
+    IntentTaken(u8, bool),
     Reserve(u8, u8),
     Accepted(u8),
     Release(u8, bool),
@@ -29,7 +34,8 @@ enum Verb {
 fn verbs() -> impl Strategy<Value = Vec<Verb>> {
     let node = 0_u8..6;
     let verb = prop_oneof![
-        3 => (node.clone(), 0_u8..2, any::<bool>()).prop_map(|(n, b, a)| Verb::Register(n, b, a)),
+        3 => (node.clone(), 0_u8..2, any::<bool>(), 0_u8..3)
+            .prop_map(|(n, b, a, labels)| Verb::Register(n, b, a, labels)),
         1 => node.clone().prop_map(Verb::Deregister),
         6 => (node.clone(), prop::collection::vec(0_u8..12, 0..4), any::<bool>())
             .prop_map(|(n, listed, tokens)| Verb::Beat(n, listed, tokens)),
@@ -39,7 +45,9 @@ fn verbs() -> impl Strategy<Value = Vec<Verb>> {
         4 => (node.clone(), 0_u8..4).prop_map(|(n, how)| Verb::Probed(n, how)),
         1 => node.clone().prop_map(Verb::WantProbe),
         1 => Just(Verb::TokensChanged),
-        1 => (node.clone(), any::<bool>()).prop_map(|(n, drains)| Verb::Want(n, drains)),
+        2 => (node.clone(), any::<bool>()).prop_map(|(n, drains)| Verb::Want(n, drains)),
+        1 => (node.clone(), any::<bool>()).prop_map(|(n, drains)| Verb::WantStored(n, drains)),
+        2 => (node.clone(), any::<bool>()).prop_map(|(n, old)| Verb::IntentTaken(n, old)),
         3 => (node.clone(), 0_u8..12).prop_map(|(n, k)| Verb::Reserve(n, k)),
         1 => (0_u8..12).prop_map(Verb::Accepted),
         2 => (0_u8..12, any::<bool>()).prop_map(|(k, closed)| Verb::Release(k, closed)),
@@ -61,6 +69,15 @@ struct Driven {
     seq: u64,
     epochs: BTreeMap<String, Epoch>,
     reserved: BTreeSet<u8>,
+    /// The last two orders for each node.
+    orders: BTreeMap<String, [Option<IntentOrder>; 2]>,
+}
+
+/// Those of a node that is placed so, or has none.
+fn labels(which: u8) -> Labels {
+    let label = |text: &str| LabelName::new(text).unwrap();
+    let zone = [None, Some("east"), Some("west")][usize::from(which)];
+    zone.map(|zone| (label("zone"), label(zone))).into_iter().collect()
 }
 
 impl Driven {
@@ -69,9 +86,11 @@ impl Driven {
         let id = |n: u8| node_id(&name(n));
         let address = |n: u8| format!("http://n{n}");
         match verb {
-            Verb::Register(n, boot, elsewhere) => {
+            Verb::Register(n, boot, elsewhere, which) => {
                 let address = if elsewhere { "http://elsewhere".to_owned() } else { address(n) };
-                if let Ok(registered) = r.register(now, request(&name(n), boot.into(), &address)) {
+                let request = request(&name(n), boot.into(), &address);
+                let request = RegisterRequest { labels: labels(which), ..request };
+                if let Ok(registered) = r.register(now, request) {
                     self.epochs.insert(name(n), registered.epoch);
                 }
             }
@@ -101,7 +120,24 @@ impl Driven {
             Verb::TokensChanged => r.tokens_changed(now),
             Verb::Want(n, drains) => {
                 let intent = if drains { Intent::Draining } else { Intent::Serving };
-                drop(r.want(&id(n), intent));
+                if let Some((_, order)) = r.want(&id(n), intent) {
+                    let orders = self.orders.entry(name(n)).or_default();
+                    *orders = [orders[1].take(), Some(order)];
+                }
+            }
+            Verb::WantStored(n, drains) => {
+                let intent = if drains { Intent::Draining } else { Intent::Serving };
+                let is_known = r.view(now).nodes.iter().any(|node| node.node_id == id(n));
+                // The core asks so only for a node that is gone.
+                if !is_known {
+                    r.want_stored(&id(n), intent);
+                }
+            }
+            Verb::IntentTaken(n, old) => {
+                let orders = self.orders.get(&name(n)).cloned().unwrap_or_default();
+                if let Some(order) = &orders[usize::from(!old)] {
+                    r.intent_taken(&id(n), order);
+                }
             }
             Verb::Reserve(n, k) => {
                 if self.reserved.insert(k) {
@@ -138,7 +174,14 @@ proptest! {
         let registry = registry_of(1, None);
         let registry = ServiceRegistry { settings: Settings { max_nodes: 4, ..registry.settings }, ..registry };
         let mut driven =
-            Driven { registry, now: 0, seq: 0, epochs: BTreeMap::new(), reserved: BTreeSet::new() };
+            Driven {
+                registry,
+                now: 0,
+                seq: 0,
+                epochs: BTreeMap::new(),
+                reserved: BTreeSet::new(),
+                orders: BTreeMap::new(),
+            };
         for (n, verb) in verbs.into_iter().enumerate() {
             driven.apply(verb.clone());
             let (now, r) = (at(driven.now), &mut driven.registry);
