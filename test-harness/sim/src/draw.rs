@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use node_core::attempts::HELD_BYTES;
+use node_core::attempts::{HELD_BYTES, MAX_ATTEMPT_BYTES};
 use pool_registry_types::ErrorCode;
 use pool_registry_types::placement::PlacementConstraints;
 use task_scheduler::{FullLane, Rule, Strategy, Timing};
+use task_stream::MAX_LOG_BYTES;
 
 /// One thing that happens at a set time.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -211,6 +212,20 @@ pub struct Plan {
     pub link_breaks: u32,
     /// What all streams of a node may take, bytes.
     pub held_bytes: usize,
+    /// Of a thousand pieces of streams: lost, while what follows them comes.
+    pub lost_pieces: u32,
+    /// Of a thousand answers to dispatches that a node has taken: lost.
+    pub lost_answers: u32,
+    /// Of a thousand streams that go on after a break: announced by their acceptance once more.
+    pub repeated_answers: u32,
+    /// Of a thousand pieces of streams: read only together with what comes after them.
+    pub late_reads: u32,
+    /// Of a thousand pieces at their nodes: nothing is taken there for a while; what a partition holds
+    /// back stays at its node as well.
+    pub slow_readers: u32,
+    /// What one stream may take in the control plane, and at its node, bytes.
+    pub log_bytes: usize,
+    pub attempt_bytes: usize,
     /// Readers look at the control plane between its events.
     pub read: bool,
     /// First token and pace of engines, milliseconds, at most.
@@ -278,6 +293,7 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
     }
     let mut streams = fastrand::Rng::with_seed(seed ^ 0x6c6f_7374);
     let mut keeping = fastrand::Rng::with_seed(seed ^ 0x6865_6c64);
+    let mut losing = fastrand::Rng::with_seed(seed ^ 0x6c6f_7365);
     let busy = r.u8(..3) == 0;
     let task_count = if busy { r.usize(100..160) } else { r.usize(40..80) };
     let tasks = (0..task_count)
@@ -364,15 +380,32 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
         lost: if noisy { r.u32(..80) } else { 2 },
         doubled: if noisy { r.u32(..80) } else { 2 },
         late: if noisy { r.u32(..80) } else { 2 },
+        lost_pieces: rarely(&mut losing, 2..30),
+        lost_answers: rarely(&mut losing, 20..200),
+        repeated_answers: rarely(&mut losing, 200..1_000),
+        late_reads: rarely(&mut losing, 50..600),
+        slow_readers: rarely(&mut losing, 5..60),
+        log_bytes: if losing.u8(..4) == 0 { losing.usize(500..4_000) } else { MAX_LOG_BYTES },
+        attempt_bytes: if losing.u8(..3) == 0 { losing.usize(300..3_000) } else { MAX_ATTEMPT_BYTES },
         read: false,
         stream_faults: if streams.u8(..3) == 0 { streams.u32(1..8) } else { 0 },
         lost_stops: if streams.u8(..3) == 0 { streams.u32(50..400) } else { 0 },
         kept: [0, 500, 1_000][keeping.usize(..3)],
         link_breaks: if keeping.bool() { keeping.u32(1..40) } else { 0 },
-        held_bytes: if keeping.bool() { keeping.usize(10_000..100_000) } else { HELD_BYTES },
+        held_bytes: match (keeping.bool(), losing.u8(..6) == 0) {
+            (true, false) => keeping.usize(10_000..100_000),
+            (false, false) => HELD_BYTES,
+            // Hardly more than one attempt takes.
+            (_, true) => losing.usize(1_500..10_000),
+        },
         first_token_ms: r.u64(20..3_000),
         pace_ms: r.u64(5..600),
     }
+}
+
+/// A rate out of these in one schedule of four, else nothing.
+fn rarely(r: &mut fastrand::Rng, rates: std::ops::Range<u32>) -> u32 {
+    if r.u8(..4) == 0 { r.u32(rates) } else { 0 }
 }
 
 /// Peers that are hostile or unlucky, drawn beside the rest.

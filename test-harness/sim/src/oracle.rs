@@ -302,10 +302,20 @@ impl Oracle {
         Ok(())
     }
 
-    /// [1] [2] [3]: every frame once, in order, one terminal, nothing after it.
-    pub(crate) fn read(&mut self, task: TaskId, log: &TaskLog, writers: &[Writer]) -> Result<(), Broken> {
+    /// [1] [2] [3]: every frame once, in order, one terminal, nothing after it, and no more than a log
+    /// may have.
+    pub(crate) fn read(
+        &mut self,
+        task: TaskId,
+        log: &TaskLog,
+        writers: &[Writer],
+        max_bytes: usize,
+    ) -> Result<(), Broken> {
         let seen = self.tasks.get_mut(&task).ok_or("a log without a task")?;
         seen.transcript.read(log, usize::MAX, writers).map_err(|broken| format!("{broken} ({task})"))?;
+        if seen.transcript.bytes > max_bytes {
+            return Err(format!("[3] the log of {task} has {} bytes of {max_bytes}", seen.transcript.bytes));
+        }
         if seen.transcript.terminal.is_some() {
             seen.terminal.clone_from(&seen.transcript.terminal);
             seen.queued_since = None;

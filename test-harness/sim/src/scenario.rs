@@ -9,8 +9,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use node_core::attempts::HELD_BYTES;
+use node_core::attempts::{HELD_BYTES, MAX_ATTEMPT_BYTES};
 use task_scheduler::{FullLane, Strategy, Timing};
+use task_stream::MAX_LOG_BYTES;
 
 use crate::draw::{NodeFault, NodePlan, Plan, Replays, Step, TaskPlan};
 use crate::world::World;
@@ -87,6 +88,13 @@ pub fn parse(text: &str) -> Result<Plan, String> {
         kept: 0,
         link_breaks: 0,
         held_bytes: HELD_BYTES,
+        lost_pieces: 0,
+        lost_answers: 0,
+        repeated_answers: 0,
+        late_reads: 0,
+        slow_readers: 0,
+        log_bytes: MAX_LOG_BYTES,
+        attempt_bytes: MAX_ATTEMPT_BYTES,
         first_token_ms: 2_000,
         pace_ms: 500,
     };
@@ -149,6 +157,9 @@ fn parse_line(plan: &mut Plan, line: &str) -> Option<()> {
         }),
         ["set", "seed", value] => plan.seed = value.parse().ok()?,
         ["set", "horizon_ms", value] => plan.horizon_ms = value.parse().ok()?,
+        ["set", "log_bytes", value] => plan.log_bytes = value.parse().ok()?,
+        ["set", "attempt_bytes", value] => plan.attempt_bytes = value.parse().ok()?,
+        ["set", "kept", value] => plan.kept = value.parse().ok()?,
         ["at", at, step @ ..] => plan.steps.push((at.parse().ok()?, parse_step(step)?)),
         _ => return None,
     }
@@ -225,6 +236,26 @@ mod tests {
         let (coverage, failure) = crate::run_seeds(1, 150, None, &|_| {});
         assert_eq!(failure.map(|f| (f.seed, f.what)), None);
         assert!(coverage.dispatches > 1_000);
+    }
+
+    // CLOUD-1921
+    // CLOUD-1922
+    #[test]
+    fn streams_are_lost_in_pieces_stand_still_and_grow_too_long_in_the_first_schedules() {
+        let (coverage, _) = crate::run_seeds(1, 150, None, &|_| {});
+        let is_missed = |name: &&str| coverage.counts.get(name).copied().unwrap_or(0) == 0;
+        let kinds = [
+            "stream: piece lost",
+            "stream: gap noticed",
+            "stream: answer lost",
+            "stream: acceptance doubled",
+            "stream: several chunks in one flush",
+            "stream: window full",
+            "stream: too long for its node",
+            "core: stream too long",
+            "core: no answer",
+        ];
+        assert_eq!(kinds.into_iter().filter(is_missed).collect::<Vec<_>>(), Vec::<&str>::new());
     }
 
     // CLOUD-1770

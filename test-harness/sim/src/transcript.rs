@@ -30,6 +30,8 @@ pub(crate) struct Transcript {
     pub(crate) next: u64,
     /// Frames before a terminal one.
     pub(crate) tokens: u64,
+    /// Bytes of all frames but the control plane's own terminal one.
+    pub(crate) bytes: usize,
     /// Who wrote the last token, as a place among the writers.
     writer: Option<usize>,
     /// The last attempt that was announced.
@@ -67,6 +69,7 @@ impl Transcript {
         if let Some(terminal) = &self.terminal {
             return Err(format!("[2] {} after the terminal {terminal:?}", frame.event));
         }
+        self.bytes += if frame.event == "error" { 0 } else { frame.raw.len() };
         if frame.event == "started" {
             let started: Started = serde_json::from_str(data).map_err(|error| error.to_string())?;
             self.announced = Some(started.attempt);

@@ -1,8 +1,8 @@
 //! The world: virtual time, a network, nodes with engines, and the control plane's shell.
 //!
 //! Calls (register, heartbeat) may be lost, doubled, late and overtake each other. Streams are
-//! TCP: in order, held back by a partition, broken by a death. Everything random comes from
-//! the plan's seed.
+//! TCP: in order, held back by a partition, broken by a death; but a piece of one, or a node's answer
+//! to a dispatch, may be lost without a sign. Everything random comes from the plan's seed.
 
 mod control;
 mod events;
@@ -93,6 +93,8 @@ pub struct World {
     pub(crate) keeping: fastrand::Rng,
     /// Draws what becomes of streams.
     pub(crate) streams: fastrand::Rng,
+    /// Draws what is lost without a sign, read late, or not taken for a while.
+    pub(crate) losing: fastrand::Rng,
     /// The attempts that were given each log, in their order.
     pub(crate) writers: BTreeMap<LogId, Vec<Writer>>,
     pub(crate) clients: BTreeMap<TaskId, Client>,
@@ -145,6 +147,7 @@ impl World {
             readers: fastrand::Rng::with_seed(plan.seed),
             streams: fastrand::Rng::with_seed(plan.seed ^ 0x7374_7265),
             keeping: fastrand::Rng::with_seed(plan.seed ^ 0x6b65_6570),
+            losing: fastrand::Rng::with_seed(plan.seed ^ 0x6c6f_7369),
             writers: BTreeMap::new(),
             clients: BTreeMap::new(),
             digest: 0,
@@ -282,6 +285,7 @@ impl World {
             What::StopDue { node, boot, attempt, since, stop } => {
                 self.stop_due(node, boot, attempt, since, stop);
             }
+            What::ReadDue { life, attempt } => self.read_due(life, attempt),
             What::ResumeDue { life, attempt } => self.resume_due(life, attempt),
             What::HeldDue { node, boot, attempt, since, keeps } => {
                 self.held_due(node, boot, attempt, since, keeps);

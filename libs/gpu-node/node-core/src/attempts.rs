@@ -103,8 +103,10 @@ impl Piece {
 
 /// The stream has grown past what is kept of an attempt; the piece was not taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the answer has more than {MAX_ATTEMPT_BYTES} bytes, which is the most that is kept of an attempt")]
-pub struct TooLong;
+#[error("the answer has more than {most} bytes, which is the most that is kept of an attempt")]
+pub struct TooLong {
+    most: usize,
+}
 
 /// Why a reader cannot go on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -240,6 +242,8 @@ pub struct Held {
     bound: usize,
     /// What was removed, and is still to be freed.
     removed: Vec<VecDeque<Piece>>,
+    /// Most that is kept of one, and most that its reader may be behind.
+    attempt_bound: usize,
 }
 
 impl Default for Held {
@@ -253,6 +257,7 @@ impl Default for Held {
             spare_bytes: 0,
             bound: HELD_BYTES,
             removed: Vec::new(),
+            attempt_bound: MAX_ATTEMPT_BYTES,
         }
     }
 }
@@ -260,6 +265,10 @@ impl Default for Held {
 impl Held {
     pub(crate) fn set_bound(&mut self, bytes: usize) {
         self.bound = bytes;
+    }
+
+    pub(crate) fn set_attempt_bound(&mut self, bytes: usize) {
+        self.attempt_bound = bytes;
     }
 
     /// What all attempts take together, bytes.
@@ -303,7 +312,7 @@ impl Held {
     // ---- the driver ----
 
     /// Whether there is no room for another attempt, whatever is removed that may go.
-    pub(crate) fn is_full(&self) -> bool {
+    pub fn is_full(&self) -> bool {
         self.bytes - self.spare_bytes + ATTEMPT_BYTES > self.bound
     }
 
@@ -345,18 +354,18 @@ impl Held {
     pub fn has_room(&self, attempt: &AttemptId) -> bool {
         self.entries
             .get(attempt)
-            .is_none_or(|entry| entry.start.retention == Retention::Keep || entry.bytes < MAX_ATTEMPT_BYTES)
+            .is_none_or(|entry| entry.start.retention == Retention::Keep || entry.bytes < self.attempt_bound)
     }
 
     /// Takes what the driver has made. What is not held any more is nobody's.
     pub fn append(&mut self, now: Moment, attempt: &AttemptId, piece: Piece) -> Result<(), TooLong> {
         let Some(entry) = self.entries.get_mut(attempt) else { return Ok(()) };
         let kept = entry.start.retention == Retention::Keep;
-        if kept && entry.bytes + piece.bytes.len() > MAX_ATTEMPT_BYTES {
-            return Err(TooLong);
+        if kept && entry.bytes + piece.bytes.len() > self.attempt_bound {
+            return Err(TooLong { most: self.attempt_bound });
         }
         self.bytes += entry.push(attempt, piece);
-        if !kept && entry.bytes >= MAX_ATTEMPT_BYTES && entry.full.is_none() {
+        if !kept && entry.bytes >= self.attempt_bound && entry.full.is_none() {
             self.change(attempt, |entry| entry.full = Some(now));
         }
         self.make_room();
@@ -417,7 +426,7 @@ impl Held {
         entry.first = piece.next();
         if entry.ended.is_some() && entry.pieces.is_empty() {
             self.remove(attempt);
-        } else if entry.full.is_some() && entry.bytes < MAX_ATTEMPT_BYTES {
+        } else if entry.full.is_some() && entry.bytes < self.attempt_bound {
             self.change(attempt, |entry| entry.full = None);
         }
     }

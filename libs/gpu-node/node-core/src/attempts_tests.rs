@@ -116,7 +116,7 @@ fn a_kept_attempt_ends_as_too_long_and_an_attached_one_holds_its_driver_back() {
     let mut kept = held(Retention::Keep);
     kept.append(at(0), &id(1), large(3, MAX_ATTEMPT_BYTES)).unwrap();
     assert!(kept.has_room(&id(1)));
-    assert_eq!(kept.append(at(0), &id(1), piece(4, &["x"], "")), Err(TooLong));
+    assert_eq!(kept.append(at(0), &id(1), piece(4, &["x"], "")), Err(TooLong { most: MAX_ATTEMPT_BYTES }));
     kept.finish(at(0), &id(1), Some(piece(4, &["error"], "")));
     let mut resumed = kept.resume(&id(1), 4).unwrap();
     assert_eq!(read(&mut kept, 1, &mut resumed.cursor), "error");

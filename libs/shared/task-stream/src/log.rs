@@ -34,7 +34,7 @@ pub enum AppendError {
     #[error("frame {got} came where {expected} was next")]
     Gap { expected: u64, got: u64 },
     /// Those before the one that would be too much were appended.
-    #[error("the stream is longer than {MAX_LOG_BYTES} bytes")]
+    #[error("the stream is longer than its log may be")]
     Full,
 }
 
@@ -147,6 +147,8 @@ impl Read {
 #[derive(Debug)]
 pub struct TaskLog {
     id: LogId,
+    /// Most bytes of all frames.
+    max_bytes: usize,
     segments: Vec<Segment>,
     /// Of these the last ones that are small and were not joined.
     small: usize,
@@ -161,8 +163,14 @@ pub struct TaskLog {
 
 impl TaskLog {
     pub fn new(id: LogId) -> Self {
+        Self::bounded(id, MAX_LOG_BYTES)
+    }
+
+    /// A log of at most so many bytes: a simulated stream reaches a small bound sooner.
+    pub fn bounded(id: LogId, max_bytes: usize) -> Self {
         Self {
             id,
+            max_bytes,
             segments: Vec::new(),
             small: 0,
             bytes: 0,
@@ -225,7 +233,7 @@ impl TaskLog {
         if segment.first != expected {
             return Err(AppendError::Gap { expected, got: segment.first });
         }
-        let room = MAX_LOG_BYTES - self.bytes;
+        let room = self.max_bytes - self.bytes;
         if segment.bytes.len() <= room {
             self.push(segment);
             return Ok(());

@@ -2,6 +2,10 @@
 
 use super::*;
 
+/// A stream that is too long has at least all bytes but so many: the frame that did not fit, and the
+/// comments that are in no log.
+const LAST_BYTES: usize = 1_000;
+
 impl Oracle {
     /// The relay tells the core the end of an attempt. Returns the pool whose engine failed with it.
     pub(crate) fn ended(
@@ -172,6 +176,11 @@ impl Oracle {
             }
             ErrorCode::QueueFullDropLru if seen.dispatches > 0 => {
                 Err(format!("{task} has run, and was dropped for a newer one"))
+            }
+            ErrorCode::PayloadTooLarge
+                if seen.transcript.bytes + LAST_BYTES <= plan.log_bytes.min(plan.attempt_bytes) =>
+            {
+                Err(format!("{task} ended as too long after {} bytes", seen.transcript.bytes))
             }
             ErrorCode::WorkerReset if seen.transcript.tokens == 0 => {
                 Err(format!("{task} ended with WORKER_RESET without a token"))

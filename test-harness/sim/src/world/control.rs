@@ -44,6 +44,8 @@ struct Relay {
     /// The moment at which it is to be called.
     armed: Moment,
     accepted: bool,
+    /// What has arrived and was not read yet.
+    unread: Vec<Vec<u8>>,
     stop: Stop,
 }
 
@@ -242,7 +244,7 @@ impl World {
                 let admitted = self.oracle.admitted(self.now, task, plan, self.plan.queue_timeout);
                 self.check(admitted);
                 if let Some(control) = self.control.as_mut() {
-                    control.logs.insert(task, TaskLog::new(log));
+                    control.logs.insert(task, TaskLog::bounded(log, self.plan.log_bytes));
                 }
                 self.opened(task, log);
             }

@@ -104,6 +104,15 @@ pub(crate) enum What {
     DropArrives {
         conn: u64,
     },
+    /// What has arrived of an attempt's stream is read at last.
+    ReadDue {
+        life: u64,
+        attempt: AttemptId,
+    },
+    /// A reader at a node takes something again.
+    ReaderBack {
+        conn: u64,
+    },
     /// The stream of a kept attempt is to be asked for, and is asked for from a record on.
     ResumeDue {
         life: u64,

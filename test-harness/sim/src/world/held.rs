@@ -13,6 +13,8 @@ use super::{Piece as Sent, What, World};
 /// node looks at least once a second.
 const DETACHED_WITHIN: Duration = Duration::from_millis(17_000);
 const DROPPED_WITHIN: Duration = Duration::from_millis(62_000);
+/// One whose reader leaves its window full is stopped after 30 s.
+const FULL_WITHIN: Duration = Duration::from_millis(32_000);
 /// A control plane tries as often to have a stream resumed.
 const RESUMES_EVERY_MS: u64 = 500;
 
@@ -36,27 +38,78 @@ pub(crate) enum Keeps {
 
 impl World {
     /// The driver of an attempt has made a frame, or comments, which go on to the reader if there is one.
-    pub(super) fn append(&mut self, node: usize, attempt: AttemptId, conn: u64, made: (u64, Vec<u8>, bool)) {
+    /// Returns whether it was taken: what a node keeps of an attempt is bounded.
+    pub(super) fn append(
+        &mut self,
+        node: usize,
+        attempt: AttemptId,
+        conn: u64,
+        made: (u64, Vec<u8>, bool),
+    ) -> bool {
         let now = self.now;
         let (first, bytes, is_frame) = made;
         let mut ends = Ends::default();
         if is_frame {
             ends.push(bytes.len());
         }
-        let Some(core) = self.nodes[node].core.as_mut() else { return };
-        let appended = core.held_mut().append(now, &attempt, Piece::new(first, bytes, ends));
-        if appended.is_err() {
-            self.check(Err(format!("[10] attempt {attempt} is too long for n{node}")));
+        let Some(core) = self.nodes[node].core.as_mut() else { return true };
+        let len = bytes.len();
+        let is_taken = core.held_mut().append(now, &attempt, Piece::new(first, bytes, ends)).is_ok();
+        // One that runs on without a connection is kept.
+        let keeps = self.conns.get(&conn).is_none_or(|c| c.keeps);
+        let (most, mut fits) = (self.plan.attempt_bytes, is_taken);
+        if let Some(run) = self.nodes[node].runs.get_mut(&attempt) {
+            // By a count of its own.
+            fits = !keeps || run.made + len <= most;
+            run.made += if is_taken { len } else { 0 };
+        }
+        if fits != is_taken {
+            self.check(Err(format!(
+                "[10] of attempt {attempt} n{node} keeps {most} bytes and takes {len} more: {is_taken}"
+            )));
         }
         self.hand_over(node, attempt, conn);
         self.check_held(node);
+        is_taken
+    }
+
+    /// Whether the driver of an attempt may go on, its reader being close enough behind. It looks again
+    /// where it may not.
+    pub(super) fn has_room(&mut self, node: usize, attempt: AttemptId) -> bool {
+        let (boot, now, most) = (self.nodes[node].boot, self.now, self.plan.attempt_bytes);
+        let sim = &mut self.nodes[node];
+        let (Some(core), Some(run)) = (sim.core.as_ref(), sim.runs.get_mut(&attempt)) else { return false };
+        let (has_room, unread) = (core.held().has_room(&attempt), run.made.saturating_sub(run.taken));
+        if has_room {
+            run.full_since = None;
+            let keeps = self.conns.get(&run.conn).is_none_or(|c| c.keeps);
+            if !keeps && unread >= most {
+                self.check(Err(format!(
+                    "[10] n{node} goes on with {attempt}, {unread} bytes before its reader"
+                )));
+            }
+            return true;
+        }
+        let since = *run.full_since.get_or_insert(now);
+        self.coverage.hit("stream: window full");
+        if now > since + FULL_WITHIN {
+            // What is due now comes first.
+            self.pump(node);
+            if self.nodes[node].runs.contains_key(&attempt) {
+                self.check(Err(format!(
+                    "[10] {attempt} is held back on n{node} since {} ms",
+                    since.as_millis()
+                )));
+            }
+        }
+        self.after_ms(200, What::EngineStep { node, boot, attempt });
+        false
     }
 
     /// The driver has ended; its last bytes were appended but for these.
-    pub(super) fn finish(&mut self, node: usize, attempt: AttemptId, conn: u64, last: (u64, Vec<u8>)) {
+    pub(super) fn finish(&mut self, node: usize, attempt: AttemptId, conn: u64, last: Piece) {
         let now = self.now;
         let Some(core) = self.nodes[node].core.as_mut() else { return };
-        let last = Piece::new(last.0, last.1, Ends::default());
         core.held_mut().finish(now, &attempt, Some(last));
         self.hand_over(node, attempt, conn);
         self.check_held(node);
@@ -72,12 +125,48 @@ impl World {
 
     /// What the reader has not had yet goes over its connection.
     fn hand_over(&mut self, node: usize, attempt: AttemptId, conn: u64) {
+        if self.stands_still(conn) {
+            return;
+        }
         loop {
             let Some(cursor) = self.conns.get_mut(&conn).and_then(|c| c.cursor.as_mut()) else { return };
             let Some(core) = self.nodes[node].core.as_mut() else { return };
             let Taken::Bytes(bytes) = core.held_mut().take(&attempt, cursor) else { return };
+            if let Some(run) = self.nodes[node].runs.get_mut(&attempt) {
+                run.taken += bytes.len();
+            }
             let is_token = bytes.windows(TOKEN.len()).any(|window| window == TOKEN);
             self.send_bytes(conn, &bytes, is_token);
+        }
+    }
+
+    /// Whether nothing is taken of an attempt for now: its connection is full, or becomes so.
+    fn stands_still(&mut self, conn: u64) -> bool {
+        if self.plan.slow_readers == 0 || self.conns.get(&conn).is_none_or(|c| c.cursor.is_none()) {
+            return false;
+        }
+        let begins = self.is_drawn(self.plan.slow_readers);
+        let most = if self.losing.u8(..4) == 0 { 60_000 } else { 10_000 };
+        let wait = Duration::from_millis(self.losing.u64(100..most));
+        let Some(c) = self.conns.get_mut(&conn) else { return false };
+        let stands = c.slow_until > self.now || self.links[c.node].blocked();
+        if !stands && !begins {
+            return false;
+        }
+        (c.unreliable, c.ended_well) = (true, false);
+        if !stands {
+            self.coverage.hit("stream: reader slow");
+            c.slow_until = self.now + wait;
+            let back = c.slow_until;
+            self.at(back, What::ReaderBack { conn });
+        }
+        true
+    }
+
+    /// Something is taken again of an attempt.
+    pub(super) fn reader_back(&mut self, conn: u64) {
+        if let Some(c) = self.conns.get(&conn) {
+            self.hand_over(c.node, c.dispatch.attempt, conn);
         }
     }
 
@@ -131,7 +220,7 @@ impl World {
         let attempt = c.dispatch.attempt;
         let resumed = self.nodes[node].core.as_mut().map(|core| core.resume(&attempt, from));
         let Some(c) = self.conns.get_mut(&conn) else { return };
-        (c.broken, c.tail) = (false, Vec::new());
+        (c.broken, c.tail, c.slow_until) = (false, Vec::new(), Moment::ZERO);
         match resumed {
             Some(Ok(resumed)) => {
                 c.cursor = Some(resumed.cursor);
@@ -139,12 +228,18 @@ impl World {
                 if c.ended_at_node {
                     self.coverage.hit("stream: end kept for its reader");
                 }
+                if self.is_drawn(self.plan.repeated_answers) {
+                    self.coverage.hit("stream: acceptance doubled");
+                    let (report_seq, replica_id) = (resumed.report_seq, resumed.replica_id);
+                    self.send_piece(conn, Sent::Headers { report_seq, replica_id });
+                }
                 self.hand_over(node, attempt, conn);
                 self.pump(node);
             }
             // Another boot, or too late.
             Some(Err(_)) | None => {
                 c.keeps = false;
+                self.coverage.hit("stream: not held any more");
                 self.send_piece(conn, Sent::Reset("not held any more"));
             }
         }

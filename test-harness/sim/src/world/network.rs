@@ -27,6 +27,10 @@ pub(crate) struct Conn {
     pub(crate) tail: Vec<u8>,
     /// It was lost on its way: nothing more comes through.
     pub(crate) broken: bool,
+    /// Something of it was lost, or stood still at its node: its end may come late or never.
+    pub(crate) unreliable: bool,
+    /// Until then nothing of it is taken at its node.
+    pub(crate) slow_until: Moment,
     /// Its node keeps the attempt, whatever becomes of the connection.
     pub(crate) keeps: bool,
     /// Where its reader stands; absent while there is none.
@@ -131,6 +135,9 @@ impl World {
             let (pieces, dropped) = (std::mem::take(&mut c.held), std::mem::take(&mut c.drop_held));
             for piece in pieces {
                 self.send_piece(conn, piece);
+            }
+            if self.plan.slow_readers > 0 {
+                self.after_ms(0, What::ReaderBack { conn });
             }
             if dropped {
                 let delay = self.delay();

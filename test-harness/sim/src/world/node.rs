@@ -43,6 +43,11 @@ pub(crate) struct Run {
     differs: bool,
     pub(crate) replica: ReplicaId,
     next: u64,
+    /// Bytes that were made of it, and how many its readers have taken, some of them twice.
+    pub(crate) made: usize,
+    pub(crate) taken: usize,
+    /// Since when its engine is held back.
+    pub(crate) full_since: Option<Moment>,
     tokens: u64,
     poison: bool,
     /// Brings the engine down from within.
@@ -165,6 +170,7 @@ impl World {
         }
         let mut core = NodeCore::new(identity, session, asked);
         core.bound_held(self.plan.held_bytes);
+        core.bound_attempts(self.plan.attempt_bytes);
         let core = Some(core);
         self.nodes[node] = SimNode { core, boot, slow, sick, busy, ..SimNode::down() };
         self.note(|_| format!("n{node} starts"));
@@ -222,6 +228,7 @@ impl World {
             What::OpenArrives { conn }
             | What::DropArrives { conn }
             | What::ResumeArrives { conn, .. }
+            | What::ReaderBack { conn }
             | What::KeepAlive { conn } => match self.conns.get(conn) {
                 Some(c) => (c.node, None),
                 None => return,
@@ -262,6 +269,7 @@ impl World {
             What::OpenArrives { conn } => self.open_arrives(node, conn),
             What::DropArrives { conn } => self.drop_arrives(node, conn),
             What::ResumeArrives { conn, from } => self.resume_arrives(node, conn, from),
+            What::ReaderBack { conn } => self.reader_back(conn),
             What::StopAgain { attempt, .. } => self.closing_arrives(node, attempt, Closing::Stop),
             What::KeepAlive { conn } => self.keep_alive(conn),
             What::ProbeArrives { life, address, authorized, .. } => {

@@ -179,6 +179,7 @@ pub(super) fn is_for_control(what: &What) -> bool {
         What::CallArrives { .. }
             | What::ControlTimer { .. }
             | What::RelayTimer { .. }
+            | What::ReadDue { .. }
             | What::ResumeDue { .. }
             | What::Fence { .. }
             | What::StreamArrives { .. }

@@ -2,6 +2,7 @@
 //! connection, readers who are slow and take little, and attempts that were to stop.
 
 use pool_registry_types::{AttemptId, BootId, LogId, Moment, TaskId};
+use task_scheduler::HowEnded;
 
 use super::{Piece, What, World};
 use crate::transcript::Transcript;
@@ -36,6 +37,9 @@ impl World {
     /// Sends bytes of a stream to the control plane, as they are or as the schedule spoils them.
     /// `whole` frames may come twice, and what follows them may be cut off and come later.
     pub(crate) fn send_bytes(&mut self, conn: u64, bytes: &[u8], whole: bool) {
+        if self.is_drawn(self.plan.lost_pieces) {
+            return self.loses(conn);
+        }
         let keeps = self.conns.get(&conn).is_some_and(|c| c.keeps);
         if whole && keeps && self.keeping.u32(..1_000) < self.plan.link_breaks {
             return self.breaks(conn);
@@ -58,6 +62,38 @@ impl World {
         if !all.is_empty() {
             self.send_piece(conn, Piece::Bytes(all));
         }
+    }
+
+    /// The bytes that come next are lost, and nobody notices yet. What was cut off before them comes: what
+    /// is lost begins and ends with a frame.
+    fn loses(&mut self, conn: u64) {
+        let Some(c) = self.conns.get_mut(&conn).filter(|c| !c.broken) else { return };
+        (c.unreliable, c.ended_well) = (true, false);
+        let tail = std::mem::take(&mut c.tail);
+        self.coverage.hit("stream: piece lost");
+        if !tail.is_empty() {
+            self.send_piece(conn, Piece::Bytes(tail));
+        }
+    }
+
+    /// The node has taken the attempt, and says so. Where that is lost, it works for nobody: the
+    /// connection is reset, or nothing more is heard of it.
+    pub(super) fn send_acceptance(&mut self, conn: u64, piece: Piece) {
+        if !self.is_drawn(self.plan.lost_answers) {
+            return self.send_piece(conn, piece);
+        }
+        self.coverage.hit("stream: answer lost");
+        if let Some(c) = self.conns.get_mut(&conn) {
+            (c.broken, c.unreliable) = (true, true);
+        }
+        if self.losing.bool() {
+            self.send_piece(conn, Piece::Answer(Box::new(HowEnded::NoAnswer("connection reset".into()))));
+            self.reader_lost(conn);
+        }
+    }
+
+    pub(super) fn is_drawn(&mut self, rate: u32) -> bool {
+        rate > 0 && self.losing.u32(..1_000) < rate
     }
 
     /// What is on its way is lost, and with it the connection; the node learns it by the stop, or at once

@@ -51,6 +51,11 @@ impl NodeCore {
         self.held.set_bound(bytes);
     }
 
+    /// Of one attempt at most so many bytes are kept, and its reader is at most so far behind.
+    pub fn bound_attempts(&mut self, bytes: usize) {
+        self.held.set_attempt_bound(bytes);
+    }
+
     /// A reader goes on with the attempt, from the record `from` on. What was never accepted never will
     /// be: whoever asks for it places its task elsewhere.
     pub fn resume(&mut self, attempt: &AttemptId, from: u64) -> Result<Resumed, ResumeError> {

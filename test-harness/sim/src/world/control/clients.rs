@@ -213,7 +213,7 @@ impl World {
     pub(super) fn read(&mut self, task: TaskId) {
         if let Some(log) = self.control.as_ref().and_then(|c| c.logs.get(&task)) {
             let writers = self.writers.get(&log.id()).map_or(&[][..], Vec::as_slice);
-            let read = self.oracle.read(task, log, writers);
+            let read = self.oracle.read(task, log, writers, self.plan.log_bytes);
             self.check(read);
         }
         self.wake_client(task);

@@ -49,7 +49,8 @@ impl World {
         let relay = task_stream::Relay::new(now, dispatch.assignment());
         let control = self.control.as_mut().expect("it has just dispatched");
         let stop = Stop::NotNeeded;
-        let relay = Relay { task, node_id, conn, relay, armed: now, accepted: false, stop };
+        let relay =
+            Relay { task, node_id, conn, relay, armed: now, accepted: false, unread: Vec::new(), stop };
         control.relays.insert(attempt, relay);
         self.conns.insert(
             conn,
@@ -66,6 +67,8 @@ impl World {
                 ended_well: false,
                 tail: Vec::new(),
                 broken: false,
+                unreliable: false,
+                slow_until: Moment::ZERO,
                 keeps,
                 cursor: None,
                 closing: Closing::Lost,
@@ -85,31 +88,67 @@ impl World {
 
     pub(crate) fn stream_arrives(&mut self, conn: u64, piece: Piece) {
         let Some(c) = self.conns.get(&conn) else { return };
-        let (attempt, task, life, open) = (c.dispatch.attempt, c.dispatch.task, c.life, c.cp_open);
-        let now = self.now;
+        let (attempt, life, open) = (c.dispatch.attempt, c.life, c.cp_open);
         if !open && matches!(&piece, Piece::Bytes(bytes) if is_first_token(bytes)) {
             self.coverage.hit("race: first token crossed a close");
         }
         let Some(control) = self.control.as_mut().filter(|control| open && control.life == life) else {
             return;
         };
-        let Some(relay) = control.relays.get(&attempt) else { return };
-        if matches!(piece, Piece::Reset(_)) && relay.accepted && self.resumes(life, attempt, conn) {
-            return;
+        let Some(relay) = control.relays.get_mut(&attempt) else { return };
+        let piece = match piece {
+            Piece::Bytes(bytes) => {
+                relay.unread.push(bytes);
+                if self.is_drawn(self.plan.late_reads) {
+                    let wait = self.losing.u64(1..40);
+                    return self.after_ms(wait, What::ReadDue { life, attempt });
+                }
+                return self.take_in(attempt, None);
+            }
+            Piece::Reset(reason) if relay.accepted => {
+                // What has come before is read first.
+                self.read_due(life, attempt);
+                if self.resumes(life, attempt, conn) {
+                    return;
+                }
+                Piece::Reset(reason)
+            }
+            other => other,
+        };
+        self.take_in(attempt, Some(piece));
+    }
+
+    /// What has arrived of an attempt's stream is read, late.
+    pub(crate) fn read_due(&mut self, life: u64, attempt: AttemptId) {
+        let control = self.control.as_ref().filter(|control| control.life == life);
+        let relay = control.and_then(|control| control.relays.get(&attempt));
+        if relay.is_some_and(|relay| !relay.unread.is_empty()) {
+            self.take_in(attempt, None);
         }
+    }
+
+    /// What has arrived goes through the attempt's relay at once, and last what else has come.
+    fn take_in(&mut self, attempt: AttemptId, piece: Option<Piece>) {
+        let now = self.now;
         let Some(control) = self.control.as_mut() else { return };
         let Some(relay) = control.relays.get_mut(&attempt) else { return };
+        let task = relay.task;
         let Some(log) = control.logs.get_mut(&task) else { return };
+        let unread = std::mem::take(&mut relay.unread);
+        if unread.len() > 1 {
+            self.coverage.hit("stream: several chunks in one flush");
+        }
+        unread.iter().for_each(|bytes| relay.relay.chunk(now, bytes));
         match piece {
-            Piece::Headers { report_seq, replica_id } => {
+            None | Some(Piece::Bytes(_)) => {}
+            Some(Piece::Headers { report_seq, replica_id }) => {
                 relay.accepted = true;
                 relay.relay.accepted(now, replica_id, report_seq);
             }
-            Piece::Refusal(body) => relay.relay.not_accepted(HowEnded::Refused(body)),
-            Piece::Answer(how) => relay.relay.not_accepted(*how),
-            Piece::Bytes(bytes) => relay.relay.chunk(now, &bytes),
-            Piece::Reset(reason) if relay.accepted => relay.relay.closed(reason.into()),
-            Piece::Reset(reason) => relay.relay.not_accepted(HowEnded::NeverSent(reason.into())),
+            Some(Piece::Refusal(body)) => relay.relay.not_accepted(HowEnded::Refused(body)),
+            Some(Piece::Answer(how)) => relay.relay.not_accepted(*how),
+            Some(Piece::Reset(reason)) if relay.accepted => relay.relay.closed(reason.into()),
+            Some(Piece::Reset(reason)) => relay.relay.not_accepted(HowEnded::NeverSent(reason.into())),
         }
         let (before, was_finished) = (log.next_index(), log.is_finished());
         relay.relay.flush(now, |staged| staged.append_to(log));
@@ -214,7 +253,22 @@ impl World {
                 | HowEnded::NodeError(_)
         );
         let how = if fence.finished { HowEnded::Finished } else { how };
+        let writers = self.writers.get(&log.id()).map_or(&[][..], Vec::as_slice);
+        let writer = writers.iter().rfind(|writer| writer.attempt == attempt);
+        let has_sent = writer.is_some_and(|writer| fence.tokens_written > writer.first_index);
+        if how == HowEnded::TimedOut(Overdue::FirstToken) && has_sent {
+            let broken = format!("[7] {attempt} ends for want of a first token, which it has brought");
+            return self.check(Err(broken));
+        }
         self.note(|w| format!("t{} attempt over: {}", w.names[&relay.task], brief_end(&how)));
+        match &how {
+            HowEnded::NoAnswer(_) => self.coverage.hit("core: no answer"),
+            HowEnded::TooLong => self.coverage.hit("core: stream too long"),
+            HowEnded::Broken(reason) if reason.starts_with("frame ") => {
+                self.coverage.hit("stream: gap noticed");
+            }
+            _ => {}
+        }
         if let HowEnded::NodeError(body) = &how
             && let Some(crash) = &body.crash
             && crash.suspect

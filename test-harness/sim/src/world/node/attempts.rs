@@ -32,7 +32,12 @@ impl World {
             retention: if keeps { Retention::Keep } else { Retention::Attached },
         };
         match core.accept(now, &dispatch.pool.pool_id, &ask) {
-            Err(refusal) => self.send_piece(conn, Piece::Refusal(refusal)),
+            Err(refusal) => {
+                if refusal.code == ErrorCode::ReplicaExhausted && core.held().is_full() {
+                    self.coverage.hit("stream: no room for another");
+                }
+                self.send_piece(conn, Piece::Refusal(refusal));
+            }
             Ok(accepted) => {
                 let run = Run {
                     conn,
@@ -43,6 +48,9 @@ impl World {
                     differs,
                     replica: accepted.replica_id.clone(),
                     next: dispatch.first_index,
+                    made: 0,
+                    taken: 0,
+                    full_since: None,
                     tokens,
                     poison,
                     crashes,
@@ -54,7 +62,7 @@ impl World {
                     (c.node_open, c.cursor) = (true, Some(Cursor::first()));
                 }
                 let report_seq = accepted.report_seq;
-                self.send_piece(conn, Piece::Headers { report_seq, replica_id: accepted.replica_id });
+                self.send_acceptance(conn, Piece::Headers { report_seq, replica_id: accepted.replica_id });
                 let slow = if self.nodes[node].slow > 0 { 20 } else { 1 };
                 // What was sent before comes once more, and is swallowed.
                 let again = if replays { dispatch.first_index * self.plan.pace_ms / 4 } else { 0 };
@@ -81,8 +89,11 @@ impl World {
     }
 
     pub(super) fn keep_alive(&mut self, conn: u64) {
-        if self.conns.get(&conn).is_some_and(|c| c.node_open) {
-            self.send_bytes(conn, b": ka\n\n", false);
+        if let Some(c) = self.conns.get(&conn).filter(|c| c.node_open) {
+            // Nothing goes past what stands still.
+            if c.slow_until <= self.now {
+                self.send_bytes(conn, b": ka\n\n", false);
+            }
             self.after_ms(1_000, What::KeepAlive { conn });
         }
     }
@@ -98,7 +109,7 @@ impl World {
             }
             return;
         }
-        if let Some(core) = self.nodes[node].core.as_mut().filter(|_| c.node_open) {
+        if let Some(core) = self.nodes[node].core.as_mut().filter(|_| c.node_open || c.ended_at_node) {
             core.stopped(&attempt);
         }
         if c.node_open

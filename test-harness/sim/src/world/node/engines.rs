@@ -1,5 +1,7 @@
 //! Engines: what they make of attempts, how they fail, and how a node looks at them.
 
+use node_core::{Ends, Piece};
+
 use super::*;
 
 impl World {
@@ -176,6 +178,9 @@ impl World {
         if run.hung {
             return;
         }
+        if !self.has_room(node, attempt) {
+            return;
+        }
         if self.nodes[node].sick > 0 {
             let error = ErrorBody::new(ErrorCode::WorkerReset, "HTTP 500").with_cause(EndCause::Engine5xx);
             return self.end_run(node, attempt, Last::Error(error), true);
@@ -215,7 +220,14 @@ impl World {
         self.voices.entry(task).or_insert(odd);
         let node_id = self.node_id(node);
         let made = token(log, attempt, &node_id, i, with_ids);
-        self.append(node, attempt, conn, (i, made, true));
+        if !self.append(node, attempt, conn, (i, made, true)) {
+            self.coverage.hit("stream: too long for its node");
+            if let Some(run) = self.nodes[node].runs.get_mut(&attempt) {
+                run.next = i;
+            }
+            let error = ErrorBody::new(ErrorCode::PayloadTooLarge, "too long");
+            return self.end_run(node, attempt, Last::Error(error), false);
+        }
         let wait = self.random.u64(..=pace);
         self.after_ms(wait, What::EngineStep { node, boot, attempt });
     }
@@ -241,13 +253,20 @@ impl World {
                 write_frame(&mut frame, None, "error", &data);
             }
         }
-        self.append(node, attempt, run.conn, (run.next, frame, true));
         let seq = format!(": report-seq {seq}\n\n").into_bytes();
-        self.finish(node, attempt, run.conn, (run.next + 1, seq));
+        // What does not fit any more goes with the last bytes, which are always taken.
+        let last = if self.append(node, attempt, run.conn, (run.next, frame.clone(), true)) {
+            Piece::new(run.next + 1, seq, Ends::default())
+        } else {
+            let mut ends = Ends::default();
+            ends.push(frame.len());
+            Piece::new(run.next, [frame, seq].concat(), ends)
+        };
+        self.finish(node, attempt, run.conn, last);
         if let Some(conn) = self.conns.get_mut(&run.conn) {
             conn.node_open = false;
             conn.ended_at_node = true;
-            conn.ended_well = ended_well;
+            conn.ended_well = ended_well && !conn.unreliable;
         }
     }
 
