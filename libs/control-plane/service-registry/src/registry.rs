@@ -7,14 +7,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use pool_registry_types::node::{Heartbeat, Intent, IntentOrder, Liveness, RegisterRequest, StagedModel};
+use pool_registry_types::node::{Heartbeat, Intent, IntentOrder, Liveness, RegisterRequest};
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::{EngineKind, PoolReport};
 use pool_registry_types::snapshot::ClusterSnapshot;
 use pool_registry_types::view::{ClusterView, NodeView, PoolView};
-use pool_registry_types::{
-    AttemptId, BootId, Epoch, Lookup, ModelRef, Moment, NodeId, PoolId, PoolKey, TaskId,
-};
+use pool_registry_types::{AttemptId, BootId, Epoch, ModelRef, Moment, NodeId, PoolId, PoolKey, TaskId};
 
 use crate::breaker::Breaker;
 use crate::liveness::{Evidence, PROBE_EVERY, ProbeOutcome, Suspicion, Timing, Transition};
@@ -30,7 +28,7 @@ mod slots;
 mod table;
 
 use models::Models;
-use table::{Entries, NodeTable, Unshown};
+use table::{Entries, Node, NodeTable, Unshown};
 
 /// How a registry behaves.
 #[derive(Debug, Clone)]
@@ -42,53 +40,6 @@ pub struct Settings {
     pub incarnation: u64,
     /// For the simulator only.
     pub switched_off: Option<Rule>,
-}
-
-#[derive(Debug)]
-struct Node {
-    request: RegisterRequest,
-    epoch: Epoch,
-    /// As the node says itself.
-    intent: Intent,
-    /// What an operator asked for and the node has not reported yet.
-    wanted: Option<IntentOrder>,
-    labels: Arc<Labels>,
-    last_seq: Option<u64>,
-    /// As its last report said.
-    tokens_changed: u64,
-    evidence: Evidence,
-    pools: BTreeMap<PoolId, PoolBook>,
-    gpus: Vec<pool_registry_types::node::GpuReport>,
-    models: Vec<StagedModel>,
-    /// For its streams.
-    breaker: Breaker,
-    closed: ClosedAttempts,
-    /// Its number, which no other node has or had, and where it stands among the others; the table's own.
-    number: u64,
-    entries: Entries,
-    unshown: Unshown,
-}
-
-impl Node {
-    /// The node says what it does, and the number of the last order it has taken: one that it
-    /// has taken is not outstanding any more.
-    fn reported(&mut self, intent: Intent, order: u64) {
-        self.intent = intent;
-        self.wanted = self.wanted.take().filter(|wanted| wanted.number > order);
-    }
-
-    /// What the node is to be told: its last order, or what it does anyway.
-    fn order(&self) -> (Intent, u64) {
-        self.wanted.as_ref().map_or((self.intent, 0), |wanted| (wanted.intent, wanted.number))
-    }
-
-    /// Draining as soon as either side says so, serving when both do.
-    fn effective_intent(&self, at_once: bool) -> Intent {
-        match &self.wanted {
-            Some(wanted) if at_once && self.intent == Intent::Serving => wanted.intent,
-            _ => self.intent,
-        }
-    }
 }
 
 /// A registration was refused.

@@ -10,29 +10,14 @@
 //!
 //! Not known here: whether a text is valid, and which engine gets it.
 
+mod bounds;
 mod ways;
 
 use std::slice::Iter;
 
-/// Longest text, bytes. Source: .specs/01 CLOUD-1210.
-pub const MAX_BYTES: usize = 64 * 1024;
-/// Deepest nesting of groups and classes, or of objects and arrays. An operator on an operator, as
-/// in `a*?+`, is one level too: engines make a rule of each. Source: .specs/01 CLOUD-1210.
-pub const MAX_NESTING: usize = 64;
-/// Most times in one `{m,n}`; llama.cpp itself takes at most 2,000, or reads more as no limit.
-/// Source: .specs/01 CLOUD-1216.
-pub(crate) const MAX_TIMES: u64 = 10_000;
-/// Most parts of a text with its repetitions written out: a literal, a class or a name is one, and
-/// one more for each 16 bytes of it; a rule, a group or an operator is 16. An engine keeps up to 250
-/// bytes for a part, so this is 64 MiB of its memory. Source: .specs/01 CLOUD-1216.
-pub(crate) const MAX_PARTS: u64 = 256 * 1024;
-/// Most ways in which a place of a grammar can begin. With 4,096 of them llama.cpp takes a quarter
-/// of a second for a few characters, with 8,192 four seconds. Source: .specs/01 CLOUD-1216.
-pub(crate) const MAX_WAYS: u64 = 4096;
-/// Most steps there: names that are followed on each of the ways, and ways to go on from each across
-/// what may be empty. 360 parts that may be empty, one after another, are as many; llama.cpp takes a
-/// quarter of a second for a character of them, and for 1,000 three. Source: .specs/01 CLOUD-1216.
-pub(crate) const MAX_STEPS: u64 = 64 * 1024;
+pub use bounds::{ConstraintTooLarge, MAX_BYTES, MAX_NESTING};
+pub(crate) use bounds::{MAX_PARTS, MAX_TIMES};
+use ways::is_name;
 
 /// What an engine makes a rule of: it recurses over them, and 16,384 fit into its stack.
 const RULE_PARTS: u64 = 16;
@@ -50,25 +35,6 @@ pub enum DecodingConstraint {
     Regex,
     /// Texts, which have a length only.
     StopList,
-}
-
-/// The bound that a text breaks; the caller puts the field before it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum ConstraintTooLarge {
-    #[error("{bytes} bytes long, at most {MAX_BYTES}")]
-    Long { bytes: usize },
-    #[error("nested {levels} deep, at most {MAX_NESTING}")]
-    Nested { levels: usize },
-    #[error("repeated {times} times, at most {MAX_TIMES}")]
-    Repeated { times: u64 },
-    #[error("{parts} parts with its repetitions written out, at most {MAX_PARTS}")]
-    Expanded { parts: u64 },
-    #[error("a place that can begin in {ways} ways, at most {MAX_WAYS}")]
-    Ways { ways: u64 },
-    #[error("a place where the next character takes {steps} steps to find, at most {MAX_STEPS}")]
-    Steps { steps: u64 },
-    #[error("the rule at byte {at} begins with itself after a part that may be empty")]
-    LeftRecursive { at: usize },
 }
 
 /// Holds a text against the bounds. Any bytes may come.
@@ -343,10 +309,6 @@ impl Grammar {
         self.shape.begin(1);
         self.lex_state = LexState::Until(end);
     }
-}
-
-fn is_name(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_')
 }
 
 struct Regex {

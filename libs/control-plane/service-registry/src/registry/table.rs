@@ -5,9 +5,19 @@
 //! anew wherever it stands: no verb can make something due sooner and forget to say so. Moments are
 //! kept without the lease, which is one or two timeouts for all nodes at once.
 
-use pool_registry_types::snapshot::ClusterSnapshot;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
 
-use super::*;
+use pool_registry_types::node::{GpuReport, Intent, IntentOrder, Liveness, RegisterRequest, StagedModel};
+use pool_registry_types::placement::Labels;
+use pool_registry_types::snapshot::ClusterSnapshot;
+use pool_registry_types::{Epoch, Lookup, Moment, NodeId, PoolId};
+
+use crate::breaker::Breaker;
+use crate::liveness::Evidence;
+use crate::mismatch::IndexMismatch;
+use crate::reservations::{ClosedAttempts, PoolBook};
 
 /// Nodes by a moment, those of one moment by their numbers.
 type ByMoment = BTreeMap<(Moment, u64), NodeId>;
@@ -19,6 +29,54 @@ pub(super) enum Unshown {
     /// Its last sign of life only.
     Life,
     Anything,
+}
+
+/// A node as it is known.
+#[derive(Debug)]
+pub(super) struct Node {
+    pub(super) request: RegisterRequest,
+    pub(super) epoch: Epoch,
+    /// As the node says itself.
+    pub(super) intent: Intent,
+    /// What an operator asked for and the node has not reported yet.
+    pub(super) wanted: Option<IntentOrder>,
+    pub(super) labels: Arc<Labels>,
+    pub(super) last_seq: Option<u64>,
+    /// As its last report said.
+    pub(super) tokens_changed: u64,
+    pub(super) evidence: Evidence,
+    pub(super) pools: BTreeMap<PoolId, PoolBook>,
+    pub(super) gpus: Vec<GpuReport>,
+    pub(super) models: Vec<StagedModel>,
+    /// For its streams.
+    pub(super) breaker: Breaker,
+    pub(super) closed: ClosedAttempts,
+    /// Its number, which no other node has or had, and where it stands among the others; the table's own.
+    pub(super) number: u64,
+    pub(super) entries: Entries,
+    pub(super) unshown: Unshown,
+}
+
+impl Node {
+    /// The node says what it does, and the number of the last order it has taken: one that it
+    /// has taken is not outstanding any more.
+    pub(super) fn reported(&mut self, intent: Intent, order: u64) {
+        self.intent = intent;
+        self.wanted = self.wanted.take().filter(|wanted| wanted.number > order);
+    }
+
+    /// What the node is to be told: its last order, or what it does anyway.
+    pub(super) fn order(&self) -> (Intent, u64) {
+        self.wanted.as_ref().map_or((self.intent, 0), |wanted| (wanted.intent, wanted.number))
+    }
+
+    /// Draining as soon as either side says so, serving when both do.
+    pub(super) fn effective_intent(&self, at_once: bool) -> Intent {
+        match &self.wanted {
+            Some(wanted) if at_once && self.intent == Intent::Serving => wanted.intent,
+            _ => self.intent,
+        }
+    }
 }
 
 /// Where one node stands in the ordered sets.

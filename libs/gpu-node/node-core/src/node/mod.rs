@@ -13,6 +13,7 @@ mod crash;
 mod looks;
 mod pools;
 mod reading;
+mod remembered;
 mod replica;
 mod slots;
 mod streams;
@@ -35,8 +36,8 @@ use crash::Engines;
 pub use crash::Verdict;
 pub use pools::Declared;
 use pools::{Drain, Pool};
+use remembered::Remembered;
 pub use replica::{BindError, Busy, Readiness, ReplicaSpec};
-use streams::Remembered;
 
 /// Who this node is.
 #[derive(Debug, Clone)]

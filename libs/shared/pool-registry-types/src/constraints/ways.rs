@@ -14,7 +14,12 @@
 use std::collections::BTreeMap;
 use std::slice::Iter;
 
-use super::{ConstraintTooLarge, MAX_STEPS, MAX_WAYS, is_name};
+use super::bounds::{ConstraintTooLarge, MAX_STEPS, MAX_WAYS};
+
+/// Whether the byte is part of a rule's name.
+pub(super) fn is_name(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_')
+}
 
 /// Holds a grammar against the bounds of ways. Memory: at most 128 bytes for each of the text.
 pub(super) fn check(text: &[u8]) -> Result<(), ConstraintTooLarge> {
