@@ -5,7 +5,7 @@ use pool_registry_types::node::Liveness;
 use pool_registry_types::snapshot::ClusterSnapshot;
 use pool_registry_types::task::Priority;
 
-use crate::services::published::Facts;
+use crate::services::published::{AllPaces, Facts};
 
 fn liveness(liveness: Liveness) -> &'static str {
     match liveness {
@@ -15,7 +15,7 @@ fn liveness(liveness: Liveness) -> &'static str {
     }
 }
 
-pub(crate) fn page(facts: &Facts, view: &ClusterSnapshot) -> Page {
+pub(crate) fn page(facts: &Facts, paces: &AllPaces, view: &ClusterSnapshot) -> Page {
     let mut page = Page::new();
     let c = &facts.counters;
     for (name, help, value) in [
@@ -94,7 +94,7 @@ pub(crate) fn page(facts: &Facts, view: &ClusterSnapshot) -> Page {
         page.gauge("llorch_queue_tasks", "Tasks that wait for a slot.", &labels, *depth as f64);
     }
     page.gauge("llorch_sessions", "Sessions that are known.", &[], facts.sessions as f64);
-    for (pool, pace) in &facts.paces {
+    for (pool, pace) in paces {
         let labels = [("node_id", pool.node_id.as_str()), ("pool_id", pool.pool_id.as_str())];
         page.gauge("llorch_pool_tokens_per_second", "Measured pace of one slot.", &labels, *pace);
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::models;
 use daemon_kit::settings::{Daemon, Own, Shared, SharedError, SharedSettings};
 use handoff_watcher::EngineHosts;
+use node_agent::HELD_BYTES;
 use node_agent::pools_file::{PoolsFile, PoolsFileError};
 use pool_registry_types::placement::{Labels, MAX_CONSTRAINTS};
 use pool_registry_types::{LabelName, MachineId, NodeId};
@@ -55,7 +56,7 @@ pub(crate) struct Settings {
     /// Bytes of attempts' streams that are kept in memory for their readers, all together; beyond it
     /// the oldest that have ended go, then new attempts are refused. What runs goes on, so that each
     /// running attempt may take 8 MiB beyond it.
-    #[arg(long, env = "POOL_MANAGERD_HELD_BYTES", default_value_t = 256 * 1024 * 1024, value_parser = clap::value_parser!(u64).range(16 * 1024 * 1024..=1024 * 1024 * 1024 * 1024))]
+    #[arg(long, env = "POOL_MANAGERD_HELD_BYTES", default_value_t = HELD_BYTES as u64, value_parser = clap::value_parser!(u64).range(16 * 1024 * 1024..=1024 * 1024 * 1024 * 1024))]
     held_bytes: u64,
     /// A TOML file of the pools whose engines this node runs itself [default: none, engines are only found].
     #[arg(long, env = "POOL_MANAGERD_POOLS")]

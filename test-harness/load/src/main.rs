@@ -193,7 +193,7 @@ async fn open_streams(cluster: &Cluster, ours: &Caller, arguments: &Arguments) -
     cluster.fault(0, json!({"kind": "slow", "pace_ms": 100})).await;
     let repetitions = u64::try_from(arguments.repetitions).expect("a small number");
     // Long enough for all measurements, what comes before and a machine that is slow.
-    let tokens = u32::try_from((repetitions * arguments.seconds + 5) * 10).expect("minutes at most");
+    let tokens = u32::try_from((repetitions * arguments.seconds + 25) * 10).expect("minutes at most");
     let runs: Vec<_> = (0..500)
         .map(|_| {
             let ours = ours.clone();

@@ -42,8 +42,9 @@ pub(crate) async fn ready(State(state): State<AppState>) -> Result<StatusCode, A
 /// Prometheus text, at most 100 ms old.
 #[utoipa::path(get, path = paths::METRICS, tag = "observe", responses((status = 200, content_type = "text/plain"), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn metrics(State(state): State<AppState>) -> Result<Response, ApiError> {
-    let (facts, view) = (state.control.published.facts().await?, state.service_registry.view().await?);
-    let mut page = metrics::page(&facts, &view);
+    let (facts, paces) = (state.control.published.facts().await?, state.control.published.paces().await?);
+    let view = state.service_registry.view().await?;
+    let mut page = metrics::page(&facts, &paces, &view);
     Ok(page.edge(state.tokens.refusals(), &state.connections, &[]).log(&[]).render())
 }
 

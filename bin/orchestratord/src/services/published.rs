@@ -2,10 +2,10 @@
 //!
 //! Each task and each session is written here by the loop when it changes, before the answer to
 //! what has changed it goes out: a read that begins after that answer sees it. Lists, the view of
-//! the cluster, of which only what has changed is made anew, and the numbers are snapshots: made by the loop when somebody asks for one, at most
-//! each 100 ms whoever asks, and shared by all. Only a change of the nodes that was answered makes
-//! the snapshot before it too old, however young it is, and a report does for whoever asks for its
-//! node, or for a pool.
+//! the cluster, of which only what has changed is made anew, and the numbers are snapshots: made by
+//! the loop when somebody asks for one, at most each 100 ms whoever asks, and shared by all. Only a
+//! change of the nodes that was answered makes the snapshot before it too old, however young it is,
+//! and a report does for whoever asks for its node, or for a pool.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -33,8 +33,6 @@ pub(crate) struct Facts {
     pub(crate) running: usize,
     pub(crate) queued: usize,
     pub(crate) sessions: usize,
-    /// Node, pool, and tokens a second of one slot there.
-    pub(crate) paces: Vec<(PoolKey, f64)>,
     pub(crate) mass_silence: bool,
     pub(crate) draining: bool,
 }
@@ -48,12 +46,14 @@ impl Facts {
             running: core.running(),
             queued: core.queued(),
             sessions: core.session_count(),
-            paces: core.paces(),
             mass_silence: core.registry().mass_silence_since().is_some(),
             draining: core.is_draining(),
         }
     }
 }
+
+/// Tokens a second of one slot, pool by pool; of all pools, and so only for who shows them.
+pub(crate) type AllPaces = Vec<(PoolKey, f64)>;
 
 /// Where every task that has not ended stands.
 pub(crate) type AllMetrics = BTreeMap<TaskId, (TaskState, Metrics)>;
@@ -134,6 +134,7 @@ pub(crate) struct Published {
     written: RwLock<Written>,
     cluster: Snapshot<ClusterSnapshot>,
     facts: Snapshot<Facts>,
+    paces: Snapshot<AllPaces>,
     list: Snapshot<TaskList>,
     metrics: Snapshot<AllMetrics>,
     /// Some snapshot was asked for.
@@ -154,6 +155,7 @@ impl Published {
             written: RwLock::default(),
             cluster: Snapshot::default(),
             facts: Snapshot::default(),
+            paces: Snapshot::default(),
             list: Snapshot::default(),
             metrics: Snapshot::default(),
             wanted: Notify::new(),
@@ -205,6 +207,10 @@ impl Published {
     /// The numbers as of a moment after this call.
     pub(crate) async fn facts_now(&self) -> Result<Arc<Facts>, ErrorBody> {
         self.latest(&self.facts, Duration::ZERO).await
+    }
+
+    pub(crate) async fn paces(&self) -> Result<Arc<AllPaces>, ErrorBody> {
+        self.latest(&self.paces, MOST_AGE).await
     }
 
     pub(crate) async fn list(&self) -> Result<Arc<TaskList>, ErrorBody> {
@@ -261,6 +267,7 @@ impl Published {
             *self.written.write() = Written::default();
         }
         self.facts.serve(now, nodes_changed, || Facts::of(&*core));
+        self.paces.serve(now, nodes_changed, || core.paces());
         self.list.serve(now, nodes_changed, || TaskList(self.by_number.lock().values().cloned().collect()));
         self.metrics.serve(now, nodes_changed, || core.metrics(now));
     }
@@ -307,6 +314,7 @@ impl Published {
         self.over.store(true, Ordering::Release);
         self.cluster.latest.send_modify(|_| {});
         self.facts.latest.send_modify(|_| {});
+        self.paces.latest.send_modify(|_| {});
         self.list.latest.send_modify(|_| {});
         self.metrics.latest.send_modify(|_| {});
     }

@@ -215,6 +215,8 @@ impl Eligible {
 pub struct PoolIndex {
     strategy: Strategy,
     pools: Lookup<PoolKey, Box<Entry>>,
+    /// Their keys in order, for readers.
+    keys: BTreeSet<PoolKey>,
     by_model: BTreeMap<ModelRef, ModelPools>,
     /// How many pools stand how.
     standings: BTreeMap<Availability, u32>,
@@ -328,7 +330,10 @@ impl PoolIndex {
                 pools.loadable += usize::from(candidate.availability == Availability::Loadable);
             }
         }
-        self.pools.insert(candidate.key.clone(), entry);
+        let key = candidate.key.clone();
+        if self.pools.insert(key.clone(), entry).is_none() {
+            self.keys.insert(key);
+        }
     }
 
     /// Takes a pool out of what is ordered by its facts; its numbers stay its own.
@@ -352,6 +357,7 @@ impl PoolIndex {
 
     pub fn remove(&mut self, key: &PoolKey) {
         let Some(old) = self.take_out(key) else { return };
+        self.keys.remove(key);
         self.version += 1;
         for model in &old.candidate.models {
             let Some(pools) = self.by_model.get_mut(model) else { continue };
@@ -460,6 +466,6 @@ impl PoolIndex {
 
     /// In the order of their keys; for readers.
     pub(crate) fn all(&self) -> impl Iterator<Item = &Candidate> {
-        self.pools.in_order().map(|(_, entry)| &entry.candidate)
+        self.keys.iter().filter_map(|key| self.get(key))
     }
 }

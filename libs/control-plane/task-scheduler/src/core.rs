@@ -266,7 +266,8 @@ pub struct ControlCore {
     synced: Lookup<NodeId, BTreeMap<PoolId, nodes::Synced>>,
     /// Models for which a slot or a task has come.
     dirty: BTreeSet<ModelRef>,
-    tasks: Lookup<TaskId, Box<Task>>,
+    /// By ids that clients choose.
+    tasks: Lookup<TaskId, Box<Task>, std::hash::RandomState>,
     attempts: Lookup<AttemptId, Attempt>,
     queue: Queue,
     /// Wait deadlines and backoff ends of queued tasks.

@@ -289,11 +289,10 @@ impl Agent {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
-        if tokio::time::timeout(grace, finished).await.is_err() {
-            tracing::warn!(
-                attempts = self.core.lock().running_count(),
-                "the grace is over, attempts end as lost"
-            );
+        let is_over = tokio::time::timeout(grace, finished).await.is_err();
+        let attempts = self.core.lock().running_count();
+        if is_over && attempts > 0 {
+            tracing::warn!(attempts, "the grace is over, attempts end as lost");
         }
         self.change(|core, _| core.leave());
     }

@@ -124,13 +124,11 @@ impl Following {
                 appended.enable();
             }
             let taken = self.agent.core.lock().held_mut().take(&self.attempt, &mut self.cursor);
+            if let Some(signals) = signals {
+                signals.taken.notify_one();
+            }
             match taken {
-                Taken::Bytes(bytes) => {
-                    if let Some(signals) = signals {
-                        signals.taken.notify_one();
-                    }
-                    return Some(bytes);
-                }
+                Taken::Bytes(bytes) => return Some(bytes),
                 Taken::Over | Taken::Replaced => return None,
                 Taken::Waiting if self.driver.is_some() => continue,
                 Taken::Waiting => {}
@@ -229,11 +227,14 @@ impl Agent {
     /// Another reader follows the attempt, from its record `from` on. The one before it ends without a
     /// final frame. An attached attempt is its first reader's until that is dropped: until then `Gone`.
     pub fn resume(self: &Arc<Self>, attempt: &AttemptId, from: u64) -> Result<Inference, ResumeError> {
-        let signals = self.drivers.lock().get(attempt).cloned();
+        // No attempt is accepted or ends between the two looks.
+        let drivers = self.drivers.lock();
+        let signals = drivers.get(attempt).cloned();
         if signals.as_ref().is_some_and(|signals| signals.is_polled_by_reader()) {
             return Err(ResumeError::Gone);
         }
         let resumed = self.change_held(|core, _| core.resume(attempt, from))?;
+        drop(drivers);
         if let Some(signals) = &signals {
             // The one before it learns that it is that.
             signals.appended.notify_waiters();

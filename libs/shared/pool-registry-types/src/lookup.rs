@@ -5,27 +5,28 @@
 //! found by reading it once instead of comparing it with the keys on a path through a tree. What is
 //! walked now and then, for readers, is sorted for that ([`Lookup::in_order`]).
 //!
-//! The hash is keyed at random and cannot be seen from outside, so that clients, who choose the ids of
-//! their tasks, cannot choose ones that collide.
+//! The usual hash is quick and keyed at random, and made for keys of ours and of nodes, which an operator
+//! lets in. Keys that clients choose, the ids of their tasks, take the slower one of the standard library,
+//! against which nobody can choose ones that collide.
 
 #[expect(clippy::disallowed_types, reason = "it is not walked but in the order of the keys")]
 use std::collections::HashMap;
 use std::fmt;
-use std::hash::Hash;
+use std::hash::{BuildHasher, Hash};
 
 use foldhash::fast::RandomState;
 
 /// Values by key. Growing moves all keys and values now and then: large values go into a box.
 #[expect(clippy::disallowed_types, reason = "it is not walked but in the order of the keys")]
-pub struct Lookup<K, V>(HashMap<K, V, RandomState>);
+pub struct Lookup<K, V, S = RandomState>(HashMap<K, V, S>);
 
-impl<K, V> Default for Lookup<K, V> {
+impl<K, V, S: Default> Default for Lookup<K, V, S> {
     fn default() -> Self {
         Self(Default::default())
     }
 }
 
-impl<K: Ord + Hash, V> Lookup<K, V> {
+impl<K: Ord + Hash, V, S: BuildHasher> Lookup<K, V, S> {
     pub fn get(&self, key: &K) -> Option<&V> {
         self.0.get(key)
     }
@@ -68,7 +69,7 @@ impl<K: Ord + Hash, V> Lookup<K, V> {
     }
 }
 
-impl<K: Ord + Hash + fmt::Debug, V: fmt::Debug> fmt::Debug for Lookup<K, V> {
+impl<K: Ord + Hash + fmt::Debug, V: fmt::Debug, S: BuildHasher> fmt::Debug for Lookup<K, V, S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_map().entries(self.in_order()).finish()
     }
@@ -89,7 +90,7 @@ mod tests {
         fn a_lookup_answers_as_an_ordered_map_does(
             steps in prop::collection::vec((0_u8..3, 0_u8..24, any::<u16>()), 0..200)
         ) {
-            let (mut lookup, mut map) = (Lookup::default(), BTreeMap::new());
+            let (mut lookup, mut map) = (Lookup::<u8, u16>::default(), BTreeMap::new());
             for (step, key, value) in steps {
                 match step {
                     0 => prop_assert_eq!(lookup.insert(key, value), map.insert(key, value)),

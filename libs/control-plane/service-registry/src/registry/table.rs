@@ -335,11 +335,9 @@ impl NodeTable {
         counts.map(|(is, ids)| (*is, u32::try_from(ids.len()).unwrap_or(u32::MAX))).collect()
     }
 
-    /// Of several since the same moment the first by id.
+    /// Of several since the same moment the one that is known for longest.
     pub(super) fn longest_offline(&self) -> Option<&NodeId> {
-        let ((since, _), _) = self.order.offline.first_key_value()?;
-        let together = self.order.offline.iter().take_while(|((at, _), _)| at == since);
-        together.map(|(_, id)| id).min()
+        self.order.offline.first_key_value().map(|(_, id)| id)
     }
 
     // ---- readers ----

@@ -113,8 +113,8 @@ impl PrepareError {
     pub(super) fn is_operators(&self) -> bool {
         match self {
             Self::Package(error) => error.is_operators(),
+            Self::Program(error) => error.is_operators(),
             Self::UnknownPlan
-            | Self::Program(_)
             | Self::Source(_)
             | Self::NotStaged(_)
             | Self::DownloadsOff { .. }

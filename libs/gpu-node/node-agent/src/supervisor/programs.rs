@@ -20,6 +20,13 @@ pub(crate) enum ProgramError {
     Unsearched,
 }
 
+impl ProgramError {
+    /// Whether its operator must do something.
+    pub(super) fn is_operators(&self) -> bool {
+        !matches!(self, Self::Unsearched)
+    }
+}
+
 /// [`find_program`] on a thread that may wait for a disk.
 pub(crate) async fn on_path(name: &str) -> Result<PathBuf, ProgramError> {
     let (name, path) = (name.to_owned(), std::env::var_os("PATH"));

@@ -65,7 +65,8 @@ impl PackageError {
     /// Whether its operator must do something. All else may do when it is tried again.
     pub(super) fn is_operators(&self) -> bool {
         match self {
-            Self::Program(_) | Self::InstallsOff { .. } | Self::OldPython(_) | Self::NoPip => true,
+            Self::Program(error) => error.is_operators(),
+            Self::InstallsOff { .. } | Self::OldPython(_) | Self::NoPip => true,
             Self::Disk { .. } | Self::File(_) | Self::Pip(_) | Self::TooSlow | Self::Panicked(_) => false,
         }
     }

@@ -100,7 +100,7 @@ fn removed(pool_id: &PoolId) -> PoolReport {
 /// Why nothing new is taken.
 pub(super) fn held_is_full(held: &Held) -> String {
     format!(
-        "streams that nobody has read yet take {} bytes of memory, the most is {}",
+        "streams and requests that are kept take {} bytes of memory, the most is {}",
         held.bytes(),
         held.bound()
     )
