@@ -214,12 +214,15 @@ async fn an_engine_that_announces_itself_outlives_a_change_of_its_entry() {
     cluster.options.engine = Engine::steady();
     cluster.start_engine(0);
     cluster.wait_online(0).await;
-    std::fs::write(cluster.pools_file(0), entry("drain_timeout_secs = 3\n")).unwrap();
     let log = || std::fs::read_to_string(cluster.log("gpu-node-1")).unwrap_or_default();
-    eventually("the change is taken", MINUTE, || async {
-        (log().matches("the file of pools is taken").count() == 2).then_some(())
-    })
-    .await;
+    let taken = |times: usize| {
+        let text = log();
+        async move { (text.matches("the file of pools is taken").count() == times).then_some(()) }
+    };
+    // Its engine, which announces itself, may be found before the file is read.
+    eventually("the file is taken", MINUTE, || taken(1)).await;
+    std::fs::write(cluster.pools_file(0), entry("drain_timeout_secs = 3\n")).unwrap();
+    eventually("the change is taken", MINUTE, || taken(2)).await;
     wait_state(&cluster, "pool-0", "ready", Duration::from_secs(10)).await;
     assert!(run(&cluster, "fake-model", 8).await.completed());
 }

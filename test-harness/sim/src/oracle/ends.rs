@@ -61,7 +61,10 @@ impl Oracle {
                 });
                 if own && goes_on {
                     for sick in self.sick.values_mut() {
-                        sick.tasks.remove(&task);
+                        // With nothing left of it, what failed beside it counts for itself.
+                        if sick.tasks.remove(&task).is_some() && sick.tasks.is_empty() {
+                            sick.last = Moment::ZERO;
+                        }
                     }
                     self.tasks.entry(task).and_modify(|seen| seen.own_fault = true);
                 }
