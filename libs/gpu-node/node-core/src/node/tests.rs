@@ -73,10 +73,10 @@ fn serving(replicas: u32, slots: u32) -> NodeCore {
     node
 }
 
-fn accept(node: &mut NodeCore, n: u128) -> Result<Accepted, ErrorCode> {
-    let node_id = NodeId::new("a").unwrap();
-    let ask = Ask {
-        node_id: &node_id,
+/// For whatever model, from the first frame on.
+fn ask(node_id: &NodeId, n: u128) -> Ask<'_> {
+    Ask {
+        node_id,
         boot_id: boot(),
         attempt: attempt(n),
         model: None,
@@ -84,8 +84,16 @@ fn accept(node: &mut NodeCore, n: u128) -> Result<Accepted, ErrorCode> {
         hint: None,
         first_index: 0,
         retention: Retention::Attached,
-    };
-    node.accept(at(0), &pool_id(), &ask).map_err(|error| error.code)
+    }
+}
+
+fn accept_at(node: &mut NodeCore, millis: u64, n: u128) -> Result<Accepted, ErrorCode> {
+    let node_id = NodeId::new("a").unwrap();
+    node.accept(at(millis), &pool_id(), &ask(&node_id, n)).map_err(|error| error.code)
+}
+
+fn accept(node: &mut NodeCore, n: u128) -> Result<Accepted, ErrorCode> {
+    accept_at(node, 0, n)
 }
 
 fn counted(node: &mut NodeCore, now: u64, busy: Busy) {
@@ -111,28 +119,10 @@ fn a_hinted_replica_is_taken_while_it_has_a_slot() {
     let node_id = NodeId::new("a").unwrap();
     let hint = replica_id(1);
     for n in 1..=2 {
-        let ask = Ask {
-            node_id: &node_id,
-            boot_id: boot(),
-            attempt: attempt(n),
-            model: None,
-            task: None,
-            hint: Some(&hint),
-            first_index: 0,
-            retention: Retention::Attached,
-        };
+        let ask = Ask { hint: Some(&hint), ..ask(&node_id, n) };
         assert_eq!(node.accept(at(0), &pool_id(), &ask).unwrap().replica_id, hint);
     }
-    let ask = Ask {
-        node_id: &node_id,
-        boot_id: boot(),
-        attempt: attempt(3),
-        model: None,
-        task: None,
-        hint: Some(&hint),
-        first_index: 0,
-        retention: Retention::Attached,
-    };
+    let ask = Ask { hint: Some(&hint), ..ask(&node_id, 3) };
     assert_eq!(node.accept(at(0), &pool_id(), &ask).unwrap().replica_id, replica_id(0));
 }
 

@@ -2,21 +2,6 @@
 
 use super::*;
 
-fn accept_at(node: &mut NodeCore, millis: u64, n: u128) {
-    let node_id = NodeId::new("a").unwrap();
-    let ask = Ask {
-        node_id: &node_id,
-        boot_id: boot(),
-        attempt: attempt(n),
-        model: None,
-        task: None,
-        hint: None,
-        first_index: 0,
-        retention: Retention::Attached,
-    };
-    node.accept(at(millis), &pool_id(), &ask).unwrap();
-}
-
 fn crash(node: &NodeCore, n: u128) -> Option<(String, u32, bool)> {
     match node.verdict(&attempt(n)) {
         Verdict::Known(crash) => crash.map(|crash| (crash.signal, crash.suspects, crash.suspect)),
@@ -29,11 +14,11 @@ fn crash(node: &NodeCore, n: u128) -> Option<(String, u32, bool)> {
 fn a_crash_names_the_attempts_of_the_last_two_seconds_the_same_to_all() {
     let mut node = serving(1, 8);
     node.engine_began(&pool_id(), &replica_id(0));
-    accept_at(&mut node, 1_000, 1);
-    accept_at(&mut node, 3_000, 2);
-    accept_at(&mut node, 4_000, 3);
-    accept_at(&mut node, 4_500, 4);
-    accept_at(&mut node, 4_600, 5);
+    accept_at(&mut node, 1_000, 1).unwrap();
+    accept_at(&mut node, 3_000, 2).unwrap();
+    accept_at(&mut node, 4_000, 3).unwrap();
+    accept_at(&mut node, 4_500, 4).unwrap();
+    accept_at(&mut node, 4_600, 5).unwrap();
     // One ends well, one never came to its engine, one is broken off: only this one may have done it.
     node.cleared(&attempt(3));
     node.ended(&attempt(3));
@@ -53,15 +38,15 @@ fn a_crash_names_the_attempts_of_the_last_two_seconds_the_same_to_all() {
 #[test]
 fn an_end_that_is_no_crash_or_another_engines_names_nobody() {
     let mut node = serving(1, 8);
-    accept_at(&mut node, 0, 1);
+    accept_at(&mut node, 0, 1).unwrap();
     assert_eq!(crash(&node, 1), None, "of an engine that was not started here nothing is waited for");
     node.engine_began(&pool_id(), &replica_id(0));
-    accept_at(&mut node, 100, 2);
+    accept_at(&mut node, 100, 2).unwrap();
     assert_eq!(node.engine_ended(at(200), &pool_id(), &replica_id(0), None), 0);
     assert_eq!(crash(&node, 2), None);
     // The next one of the replica has nothing of the one before.
     node.engine_began(&pool_id(), &replica_id(0));
-    accept_at(&mut node, 1_000, 3);
+    accept_at(&mut node, 1_000, 3).unwrap();
     assert_eq!(node.verdict(&attempt(3)), Verdict::Awaited);
     assert_eq!(node.engine_ended(at(1_500), &pool_id(), &replica_id(0), Some("SIGABRT")), 1);
     assert_eq!(crash(&node, 3), Some(("SIGABRT".into(), 1, true)));
