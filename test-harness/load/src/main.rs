@@ -15,7 +15,7 @@ mod placement;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use e2e_cloud::{Cluster, Engine, Options};
 use futures::future::join_all;
 use serde_json::json;
@@ -40,9 +40,22 @@ struct Arguments {
     /// Only the control core: what one event costs it, by the number of nodes.
     #[arg(long)]
     core: bool,
+    /// Only these measurements of the daemons.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<Measurement>,
     /// How many nodes, for `--core`.
     #[arg(long, value_delimiter = ',', default_values_t = [10, 100, 1_000, 10_000])]
     nodes: Vec<usize>,
+}
+
+/// What is measured through both daemons.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Measurement {
+    Paced,
+    FirstToken,
+    OneToken,
+    Tokens,
+    Heartbeats,
 }
 
 #[tokio::main]
@@ -66,22 +79,31 @@ async fn main() -> ExitCode {
     let cluster = Cluster::start(Options { nodes: 1, engine, control, ..Options::default() }).await;
     let bare = Caller::engine(&cluster.engine_url(0));
     let ours = Caller::cluster(&cluster.client.base, e2e_cloud::cluster::TOKEN);
-    let idle = memory(&cluster);
+    let wanted = |of| arguments.only.is_empty() || arguments.only.contains(&of);
     // Before the load, whose ended tasks are kept for their readers.
-    let open = open_streams(&cluster, &ours, &arguments).await;
-
-    for clients in [1, 32] {
+    if wanted(Measurement::Paced) {
+        let idle = memory(&cluster);
+        let open = open_streams(&cluster, &ours, &arguments).await;
+        for (daemon, idle, open) in [("orchestratord", idle.0, open.0), ("pool-managerd", idle.1, open.1)] {
+            println!("resident memory, {daemon}: idle {idle:.1} MB, with 500 open streams {open:.1} MB");
+        }
+    }
+    for clients in [1, 32].into_iter().filter(|_| wanted(Measurement::FirstToken)) {
         let added = first_tokens(&bare, &ours, clients, &arguments).await;
         println!(
             "added time to first token, {clients:>2} clients: p50 {:.2} ms, p99 {:.2} ms (bare engine: p50 {:.2} ms, p99 {:.2} ms)",
             added.p50_ms, added.p99_ms, added.bare_p50_ms, added.bare_p99_ms
         );
     }
-    one_token_tasks(&cluster, &bare, &ours, &arguments).await;
-    tokens(&cluster, &bare, &ours, &arguments).await;
-    println!("resident memory, orchestratord: idle {:.1} MB, with 500 open streams {:.1} MB", idle.0, open.0);
-    println!("resident memory, pool-managerd: idle {:.1} MB, with 500 open streams {:.1} MB", idle.1, open.1);
-    heartbeats::measure(&cluster, &arguments.seconds).await;
+    if wanted(Measurement::OneToken) {
+        one_token_tasks(&cluster, &bare, &ours, &arguments).await;
+    }
+    if wanted(Measurement::Tokens) {
+        tokens(&cluster, &bare, &ours, &arguments).await;
+    }
+    if wanted(Measurement::Heartbeats) {
+        heartbeats::measure(&cluster, &arguments.seconds).await;
+    }
     ExitCode::SUCCESS
 }
 
