@@ -473,16 +473,18 @@ impl Fleet {
 
     /// Tasks of the model that has no free slot.
     fn batch_of_waiting(&mut self, note: &mut impl FnMut(&'static str, Duration, usize)) {
-        let submit: Vec<Event> = (0..BATCH).map(|_| self.submission("scarce")).collect();
+        // One slot a node has what they want.
+        let most_ends = BATCH.min(self.ids.len());
+        let submit: Vec<Event> = (0..BATCH + most_ends).map(|_| self.submission("scarce")).collect();
         let ids = |event: &Event| match event {
             Event::Submit { spec, .. } => Some(spec.task_id),
             _ => None,
         };
         let waiting: Vec<TaskId> = submit.iter().filter_map(ids).collect();
         let (effects, took) = self.timed(submit);
-        note("submit, waits", took, BATCH);
+        note("submit, waits", took, BATCH + most_ends);
         assert!(self.dispatches(effects).is_empty(), "no slot is free");
-        let cancels: Vec<Event> = waiting[BATCH / 10..]
+        let cancels: Vec<Event> = waiting[most_ends..]
             .iter()
             .map(|task_id| Event::Cancel { reply: self.reply(), task_id: *task_id })
             .collect();
@@ -491,7 +493,7 @@ impl Fleet {
         // As many end as still wait: each makes room for one.
         let pool_id = name(&format!("pool-{}", POOLS - 1), PoolId::new);
         let holders = self.running.iter_mut().filter_map(|pools| pools.get_mut(&pool_id)?.pop_first());
-        let holders: Vec<AttemptId> = holders.take(BATCH / 10).collect();
+        let holders: Vec<AttemptId> = holders.take(most_ends).collect();
         let ended = holders.iter().map(|attempt| Event::Ended {
             attempt: *attempt,
             tokens_written: 2,

@@ -114,9 +114,9 @@ impl Paces {
     }
 }
 
-/// One slot, and when it is free. Milliseconds from the making of the forecast, in thousandths,
-/// so that they are ordered.
-type FreeAt = Reverse<(u64, usize)>;
+/// When slots are free, whose pool they are of, and how many. Milliseconds from the making of the
+/// forecast, in thousandths, so that they are ordered.
+type FreeAt = Reverse<(u64, usize, usize)>;
 
 /// When each waiting task of a lane starts, as of the moment at which it was made.
 #[derive(Debug)]
@@ -134,16 +134,17 @@ impl Forecast {
         Self { made: now, behind: 0, pools: Vec::new(), slots: BinaryHeap::new(), starts: BTreeMap::new() }
     }
 
-    /// Adds a pool with the milliseconds until each of its slots is free.
-    pub(crate) fn pool(&mut self, key: PoolKey, free_in_ms: impl IntoIterator<Item = f64>) {
+    /// Adds a pool with the milliseconds until its slots are free, and how many are at once.
+    pub(crate) fn pool(&mut self, key: PoolKey, free_in_ms: impl IntoIterator<Item = (f64, usize)>) {
         let place = self.pools.len();
         self.pools.push(key);
-        self.slots.extend(free_in_ms.into_iter().map(|ms| Reverse((thousandths(ms), place))));
+        let slots = free_in_ms.into_iter().filter(|(_, slots)| *slots > 0);
+        self.slots.extend(slots.map(|(ms, slots)| Reverse((thousandths(ms), place, slots))));
     }
 
     /// When one more task would start; nothing without a slot.
     pub(crate) fn next_start(&self) -> Option<Moment> {
-        let Reverse((at, _)) = self.slots.peek()?;
+        let Reverse((at, ..)) = self.slots.peek()?;
         Some(self.moment(*at))
     }
 
@@ -153,12 +154,15 @@ impl Forecast {
         task: TaskId,
         service_ms: impl FnOnce(&PoolKey) -> Option<f64>,
     ) -> Option<Moment> {
-        let Reverse((at, place)) = self.slots.pop()?;
+        let Reverse((at, place, slots)) = self.slots.pop()?;
+        if slots > 1 {
+            self.slots.push(Reverse((at, place, slots - 1)));
+        }
         let start = self.moment(at);
         self.starts.insert(task, start);
         // A slot whose pool's pace is not known starts nothing more that can be said.
         if let Some(took) = service_ms(&self.pools[place]) {
-            self.slots.push(Reverse((at.saturating_add(thousandths(took)), place)));
+            self.slots.push(Reverse((at.saturating_add(thousandths(took)), place, 1)));
         }
         Some(start)
     }
@@ -241,14 +245,24 @@ mod tests {
     #[test]
     fn waiting_tasks_start_one_after_the_other_on_the_slots_there_are() {
         let mut forecast = Forecast::new(Moment::from_millis(1_000));
-        forecast.pool(pool("slow"), [0.0]);
-        forecast.pool(pool("fast"), [50.0]);
+        forecast.pool(pool("slow"), [(0.0, 1)]);
+        forecast.pool(pool("fast"), [(50.0, 1)]);
         let service = |pool: &PoolKey| Some(if pool.node_id.as_str() == "slow" { 1_000.0 } else { 100.0 });
         let starts: Vec<u64> = (0..4)
             .map(|n| forecast.start(TaskId(Uuid::from_u128(n)), service).unwrap().as_millis() - 1_000)
             .collect();
         assert_eq!(starts, [0, 50, 150, 250]);
         assert_eq!(forecast.next_start(), Some(Moment::from_millis(1_350)));
+    }
+
+    // CLOUD-1731
+    #[test]
+    fn slots_that_are_free_at_once_are_taken_one_by_one() {
+        let mut forecast = Forecast::new(Moment::from_millis(0));
+        forecast.pool(pool("many"), [(0.0, 2), (30.0, 1)]);
+        forecast.pool(pool("none"), [(0.0, 0)]);
+        let mut next = |n| forecast.start(TaskId(Uuid::from_u128(n)), |_| Some(100.0)).unwrap().as_millis();
+        assert_eq!([0, 1, 2, 3, 4, 5].map(&mut next), [0, 0, 30, 100, 100, 130]);
     }
 
     // CLOUD-1732

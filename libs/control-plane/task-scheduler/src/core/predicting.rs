@@ -10,7 +10,7 @@ use super::*;
 /// them.
 const CHANGES_A_TASK: usize = 16;
 /// Pools that a forecast looks at; of a model with more, every second, third and so on.
-const MOST_POOLS: usize = 256;
+const MOST_POOLS: usize = 64;
 /// Lanes with a forecast at a time; a forecast is cheap to make again.
 const MAX_FORECASTS: usize = 256;
 
@@ -77,10 +77,10 @@ impl ControlCore {
             let taken = self.left_on(now, &candidate.key);
             let free = candidate.slots_total.saturating_sub(candidate.slots_busy);
             // More free slots than tasks that wait make no difference, and a node may say any number.
-            let free = (0..free.min(waiting)).map(|_| 0.0);
+            let free = (0.0, usize::try_from(free.min(waiting)).unwrap_or(usize::MAX));
             // Slots that somebody else has are not counted on.
-            let slots = taken.chain(free).flat_map(|ms| std::iter::repeat_n(ms, each));
-            forecast.pool(candidate.key.clone(), slots);
+            let slots = taken.map(|ms| (ms, 1)).chain([free]);
+            forecast.pool(candidate.key.clone(), slots.map(|(ms, slots)| (ms, slots.saturating_mul(each))));
         }
         for id in self.queue.lane(model).map(|lane| lane.in_order()).unwrap_or_default() {
             // Who asks for certain pools may wait for them while others are idle.
