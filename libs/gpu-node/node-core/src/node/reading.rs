@@ -2,17 +2,13 @@
 
 use pool_registry_types::node::{GpuReport, Intent};
 use pool_registry_types::pool::PoolReport;
-use pool_registry_types::{AttemptId, Moment, PoolId, ReplicaId};
+use pool_registry_types::{Moment, PoolId, ReplicaId};
 
 use super::NodeCore;
 use super::pools::Circumstances;
 use super::replica::Replica;
 
 impl NodeCore {
-    pub fn is_running(&self, attempt: &AttemptId) -> bool {
-        self.running.contains_key(attempt)
-    }
-
     pub fn running_count(&self) -> usize {
         self.running.values().filter(|running| !running.over).count()
     }

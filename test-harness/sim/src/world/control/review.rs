@@ -36,7 +36,7 @@ impl World {
             let Some(relay) = control.relays.get(attempt) else { continue };
             let conn = self.conns.get(&relay.conn);
             let node = conn.map(|c| &self.nodes[c.node]);
-            let runs = node.is_some_and(|n| n.core.as_ref().is_some_and(|core| core.is_running(attempt)));
+            let runs = node.is_some_and(|n| n.runs.contains_key(attempt));
             let is_held =
                 node.is_some_and(|n| n.core.as_ref().is_some_and(|core| core.held().has_ended(attempt)));
             let ended_well = conn.is_some_and(|c| c.ended_well && self.links[c.node].is_calm(self.now));
