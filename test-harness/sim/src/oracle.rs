@@ -52,8 +52,10 @@ pub(crate) struct Seen {
     culprit: bool,
     /// It is one of several that may have.
     suspect: bool,
-    /// The pools whose nodes have found it wrong.
+    /// The pools whose nodes have found it wrong, while none has taken it.
     rejected_by: Vec<PoolKey>,
+    /// A node has taken it.
+    taken: bool,
     /// A client wants its end.
     canceled: bool,
     /// Interactive starts in a row while it waited and could have had the slot.
@@ -278,12 +280,19 @@ impl Oracle {
     }
 
     /// A node has taken the task: who had found it wrong has failed it.
-    pub(crate) fn accepted(&mut self, task: TaskId) {
-        for pool in
-            self.tasks.get_mut(&task).map(|seen| std::mem::take(&mut seen.rejected_by)).unwrap_or_default()
-        {
-            self.failed.entry(pool).or_default().insert(task);
+    pub(crate) fn accepted(&mut self, now: Moment, task: TaskId) {
+        let Some(seen) = self.tasks.get_mut(&task) else { return };
+        seen.taken = true;
+        for pool in std::mem::take(&mut seen.rejected_by) {
+            self.rejected_wrongly(now, task, pool);
         }
+    }
+
+    /// The pool's node has found wrong what another one has taken: it has failed the task.
+    fn rejected_wrongly(&mut self, now: Moment, task: TaskId, pool: PoolKey) {
+        // What its engine fails that was sent before is side by side with it.
+        self.sick.entry(pool.clone()).or_default().last = now;
+        self.failed.entry(pool).or_default().insert(task);
     }
 
     /// Whether the pool has served another task than this one since then.

@@ -192,6 +192,8 @@ struct Task {
     suspect: bool,
     /// What nodes found wrong with it, while another is to be asked.
     rejection: Option<Rejection>,
+    /// A node has taken it: whoever finds it wrong is wrong itself.
+    taken: bool,
     attempts: Vec<AttemptRecord>,
     dispatches: u32,
     cancel_waits: Vec<ReplyTo>,
@@ -412,7 +414,7 @@ impl ControlCore {
                 if self.short_until.take().is_some() {
                     self.dirty.extend(self.queue.models().cloned());
                 }
-                self.rejections_were_wrong(now, attempt);
+                self.taken(now, attempt);
                 if let Some(record) = self.record_mut(attempt) {
                     record.replica = Some(replica_id.clone());
                 }

@@ -320,6 +320,78 @@ fn a_rejection_is_not_believed_while_a_node_that_may_take_the_task_is_only_suspe
     assert_eq!(b.terminal[&id], ErrorCode::InvalidParams);
 }
 
+// CLOUD-1550
+#[test]
+fn a_task_that_a_node_has_taken_waits_for_it_whatever_the_others_find_wrong() {
+    let mut b = Bench::new();
+    b.join("a", 4);
+    b.join("b", 4);
+    let died = ErrorBody::new(ErrorCode::WorkerReset, "the engine is gone").with_cause(EndCause::EngineDied);
+    let first_a = || {
+        let placement = Some(serde_json::from_str(r#"{"prefer_pools":["a/pool-0"]}"#).unwrap());
+        TaskSpec { placement, ..task() }
+    };
+    for n in 1..=3 {
+        let (id, _) = b.submit(first_a());
+        let taken = b.last_dispatch().clone();
+        assert_eq!(taken.pool, pool("a", "pool-0"));
+        b.apply(Event::Accepted {
+            attempt: taken.attempt,
+            replica_id: ReplicaId::new("r0").unwrap(),
+            report_seq: n * 10,
+        });
+        let away = PoolReport { ready: false, state: PoolState::Failed, ..report(4, &[]) };
+        b.report("a", n * 10 + 1, away);
+        b.end(taken.attempt, 0, HowEnded::NodeError(died.clone()));
+        assert_eq!(b.last_dispatch().pool, pool("b", "pool-0"));
+        b.now += 10;
+        b.end(b.last_dispatch().attempt, 0, rejected(ErrorCode::InvalidParams));
+        assert!(b.terminal.is_empty(), "a has taken it");
+        assert_eq!(b.is_tripped(&pool("b", "pool-0")), n == 3, "as by three that its engine fails");
+        b.advance_to(b.now + 1_000);
+        b.beat("a", n * 10 + 2, 4, &[]);
+        assert_eq!(b.last_dispatch().pool, pool("a", "pool-0"));
+        b.end(b.last_dispatch().attempt, 1, HowEnded::Finished);
+        assert_eq!((b.view(id).unwrap().state, b.tries(id)), (TaskState::Completed, 1));
+    }
+}
+
+// CLOUD-1550
+#[test]
+fn a_task_that_a_suspect_node_takes_at_last_may_wait_as_long_as_any_other() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.join("b", 1);
+    let (id, _) = b.submit(task());
+    let suspect = b.node_of(0).to_owned();
+    b.end(b.dispatches[0].attempt, 0, HowEnded::NeverSent("refused".into()));
+    b.end(b.dispatches[1].attempt, 0, rejected(ErrorCode::InvalidParams));
+    b.advance_to(1_000);
+    let taken = b.last_dispatch().clone();
+    assert_eq!(taken.pool.node_id.as_str(), suspect);
+    b.apply(Event::Accepted {
+        attempt: taken.attempt,
+        replica_id: ReplicaId::new("r0").unwrap(),
+        report_seq: 1,
+    });
+    let seq = 1_000;
+    b.report(&suspect, seq, PoolReport { ready: false, state: PoolState::Loading, ..report(1, &[]) });
+    b.end(taken.attempt, 0, HowEnded::NodeError(ErrorBody::new(ErrorCode::PoolUnready, "reloading")));
+    while b.now < TIMEOUT_MS * 3 {
+        b.advance_to(b.now + 5_000);
+        for name in ["a", "b"] {
+            let is_ready = name != suspect;
+            let state = if is_ready { PoolState::Ready } else { PoolState::Loading };
+            b.report(name, seq + b.now, PoolReport { ready: is_ready, state, ..report(1, &[]) });
+        }
+    }
+    assert!(b.terminal.is_empty(), "the wait for a suspect node is over with its acceptance");
+    b.beat(&suspect, seq + b.now + 1, 1, &[]);
+    assert_eq!((b.dispatches.len(), b.node_of(3)), (4, suspect.as_str()));
+    b.end(b.dispatches[3].attempt, 1, HowEnded::Finished);
+    assert_eq!(b.view(id).unwrap().state, TaskState::Completed);
+}
+
 // CLOUD-1551
 #[test]
 fn a_conflict_of_any_kind_costs_no_try() {

@@ -21,6 +21,7 @@ impl Oracle {
         }
         let seen = self.tasks.get_mut(&task)?;
         let (_, pool) = seen.open.take_if(|(open, _)| *open == attempt)?;
+        let is_wrongly_rejected = seen.taken && matches!(how, HowEnded::Rejected(_));
         let mut failed = None;
         match how {
             HowEnded::NodeError(_) => {
@@ -72,13 +73,17 @@ impl Oracle {
             HowEnded::NodeError(body) if body.cause == Some(EndCause::ReplayDiffers) => seen.differed = true,
             _ => {}
         }
+        if is_wrongly_rejected {
+            self.rejected_wrongly(now, task, pool.clone());
+        }
         let seen = self.tasks.get_mut(&task)?;
         let (free, died) = match how {
             HowEnded::Refused(_) | HowEnded::NeverSent(_) | HowEnded::OwnShortage { .. } => (true, false),
             HowEnded::Denied(_) | HowEnded::NodeFailed(_) | HowEnded::Rejected(_) => {
-                seen.rejected_by.extend(matches!(how, HowEnded::Rejected(_)).then(|| pool.clone()));
+                let rejected = matches!(how, HowEnded::Rejected(_));
+                seen.rejected_by.extend((rejected && !seen.taken).then(|| pool.clone()));
                 seen.tried.push(pool.clone());
-                if !matches!(how, HowEnded::Rejected(_)) {
+                if !rejected {
                     // The node has failed it, whichever pool of it is asked.
                     let names = ["pool-0", "pool-1"].map(|name| PoolId::new(name).expect("a valid pool id"));
                     seen.tried.extend(names.map(|name| PoolKey::new(pool.node_id.clone(), name)));
@@ -131,6 +136,9 @@ impl Oracle {
             }
             ErrorCode::ModelNotAvailable | ErrorCode::NodeUnavailable => {
                 self.unavailable(now, error.code, seen.model, seen.constraints.as_ref(), core, plan)
+            }
+            ErrorCode::InvalidParams if seen.taken => {
+                Err(format!("{task} was refused, and a node had taken it"))
             }
             ErrorCode::InvalidParams => {
                 let view = core.view(now);

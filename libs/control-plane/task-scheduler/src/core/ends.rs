@@ -122,6 +122,9 @@ impl ControlCore {
                 self.registry.proven(pool);
                 false
             }
+            HowEnded::Rejected(_) if self.tasks.get(&attempt.task).is_some_and(|task| task.taken) => {
+                self.registry.pool_failed(now, pool, &id, attempt.task, dispatched)
+            }
             _ => false,
         };
         self.counters.trips += u64::from(tripped);
@@ -167,9 +170,13 @@ impl ControlCore {
     }
 
     /// Until when another pool may be asked than those that have found the task wrong: as long as one
-    /// takes tasks, full or not, and else while one is only suspect, for a node timeout.
+    /// takes tasks, full or not, or one has taken it before, and else while one is only suspect, for a
+    /// node timeout.
     pub(super) fn ask_until(&self, now: Moment, id: TaskId) -> Option<Moment> {
         let task = self.tasks.get(&id)?;
+        if task.taken {
+            return Some(Moment::NEVER);
+        }
         let shape = self.shape(now, task, None)?;
         let taken = choose(&self.index, &shape);
         if matches!(taken, Ok(_) | Err(NoPlacement::Full | NoPlacement::BackingOff)) {
@@ -188,6 +195,9 @@ impl ControlCore {
                 list.push(by.clone());
             }
         }
+        if task.taken {
+            return;
+        }
         let before = task.rejection.take();
         let bound = before.as_ref().map_or(task.wait_until, |before| before.bound);
         let mut pools = before.map(|before| before.by).unwrap_or_default();
@@ -195,10 +205,15 @@ impl ControlCore {
         task.rejection = Some(Rejection { error: error.clone(), by: pools, bound });
     }
 
-    /// The node took the task: who has found it wrong before was wrong itself, and counts as failing.
-    pub(super) fn rejections_were_wrong(&mut self, now: Moment, attempt: AttemptId) {
+    /// The node took the task: who has found it wrong before was wrong itself, and counts as failing. So
+    /// is whoever does from now on.
+    pub(super) fn taken(&mut self, now: Moment, attempt: AttemptId) {
         let Some(id) = self.attempts.get(&attempt).map(|attempt| attempt.task) else { return };
-        let Some(rejection) = self.tasks.get_mut(&id).and_then(|task| task.rejection.take()) else { return };
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        task.taken = true;
+        let Some(rejection) = task.rejection.take() else { return };
+        // What was to end it sooner is not believed.
+        task.wait_until = rejection.bound;
         for pool in rejection.by {
             if self.registry.pool_failed(now, &pool, &attempt, id, now) {
                 self.counters.trips += 1;

@@ -84,6 +84,7 @@ impl ControlCore {
             lacking: Vec::new(),
             suspect: false,
             rejection: None,
+            taken: false,
             attempts: Vec::new(),
             dispatches: 0,
             cancel_waits: Vec::new(),

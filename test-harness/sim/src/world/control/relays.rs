@@ -180,7 +180,7 @@ impl World {
                     self.at(at, What::RelayTimer { life, attempt, armed: at });
                 }
                 Action::Accepted { replica_id, report_seq } => {
-                    self.oracle.accepted(task);
+                    self.oracle.accepted(now, task);
                     self.apply(Event::Accepted { attempt, replica_id, report_seq });
                 }
                 Action::Started => {
