@@ -65,10 +65,13 @@ pub(crate) struct Seen {
 /// Errors of one pool's engine in a row, those side by side and those of one task counted once.
 #[derive(Debug, Default, Clone)]
 struct Sick {
-    /// The tasks that count, each with its failure.
+    /// The tasks that it has failed since one got through, each with its first failure; zero for one
+    /// that its node has found wrong.
     tasks: BTreeMap<TaskId, Moment>,
-    /// The last failure, whether or not it counts any more.
+    /// The last failure that was new then.
     last: Moment,
+    /// The last token of one that had got through before: what failed until then does not count.
+    token: Moment,
 }
 
 /// Failures of a node itself in a row, those side by side counted once.
@@ -79,9 +82,23 @@ struct Failing {
 }
 
 impl Sick {
+    /// The pool has failed a task that was sent there at `dispatched`.
+    fn failed(&mut self, now: Moment, dispatched: Moment, task: TaskId, at: Moment) {
+        let side_by_side = self.last != Moment::ZERO && dispatched <= self.last;
+        if !side_by_side && !self.tasks.contains_key(&task) {
+            self.tasks.insert(task, at);
+            self.last = now;
+        }
+    }
+
+    /// The failures that count.
+    fn in_a_row(&self) -> impl Iterator<Item = Moment> {
+        self.tasks.values().copied().filter(|at| *at > self.token)
+    }
+
     /// Since when the pool is left alone.
     fn rests_from(&self) -> Moment {
-        self.tasks.values().copied().max().unwrap_or_default()
+        self.in_a_row().max().unwrap_or_default()
     }
 }
 
@@ -263,10 +280,9 @@ impl Oracle {
     pub(crate) fn got_through(&mut self, now: Moment, task: TaskId, success: bool) {
         if let Some((_, pool)) = self.tasks.get(&task).and_then(|seen| seen.open.as_ref()) {
             if !success {
-                // What had failed by then is still side by side with what was sent before it.
-                if let Some(sick) = self.sick.get_mut(pool) {
-                    sick.tasks.clear();
-                }
+                // What had failed by then is still side by side with what was sent before it, and fails
+                // once more for the same reason.
+                self.sick.entry(pool.clone()).and_modify(|sick| sick.token = now);
                 return;
             }
             self.sick.remove(pool);
@@ -284,14 +300,14 @@ impl Oracle {
         let Some(seen) = self.tasks.get_mut(&task) else { return };
         seen.taken = true;
         for pool in std::mem::take(&mut seen.rejected_by) {
-            self.rejected_wrongly(now, task, pool);
+            self.rejected_wrongly(now, now, task, pool);
         }
     }
 
     /// The pool's node has found wrong what another one has taken: it has failed the task.
-    fn rejected_wrongly(&mut self, now: Moment, task: TaskId, pool: PoolKey) {
-        // What its engine fails that was sent before is side by side with it.
-        self.sick.entry(pool.clone()).or_default().last = now;
+    fn rejected_wrongly(&mut self, now: Moment, dispatched: Moment, task: TaskId, pool: PoolKey) {
+        // It makes no failure of its engine, and such ones that were sent before are side by side with it.
+        self.sick.entry(pool.clone()).or_default().failed(now, dispatched, task, Moment::ZERO);
         self.failed.entry(pool).or_default().insert(task);
     }
 

@@ -86,7 +86,7 @@ impl Oracle {
         if self.draining.contains(&dispatch.pool.node_id) {
             return Err(format!("[5] {} was sent to {}, which is drained", dispatch.task, dispatch.pool));
         }
-        if let Some(sick) = self.sick.get(&dispatch.pool).filter(|sick| sick.tasks.len() >= 3) {
+        if let Some(sick) = self.sick.get(&dispatch.pool).filter(|sick| sick.in_a_row().count() >= 3) {
             let rest = std::time::Duration::from_secs(1);
             let since = self.tasks.values().filter_map(|task| task.open.as_ref()).any(|(attempt, pool)| {
                 *pool == dispatch.pool

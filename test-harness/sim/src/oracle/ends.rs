@@ -46,12 +46,7 @@ impl Oracle {
         match how {
             HowEnded::NodeError(body) if body.cause == Some(EndCause::Engine5xx) => {
                 failed = Some(pool.clone());
-                let sick = self.sick.entry(pool.clone()).or_default();
-                let counts = sick.last == Moment::ZERO || dispatched > sick.last;
-                if counts && !sick.tasks.contains_key(&task) {
-                    sick.tasks.insert(task, now);
-                    sick.last = now;
-                }
+                self.sick.entry(pool.clone()).or_default().failed(now, dispatched, task, now);
                 self.failed.entry(pool.clone()).or_default().insert(task);
                 let answer = body.message.clone();
                 seen.engine_failures.push((pool.clone(), now, answer.clone()));
@@ -74,7 +69,7 @@ impl Oracle {
             _ => {}
         }
         if is_wrongly_rejected {
-            self.rejected_wrongly(now, task, pool.clone());
+            self.rejected_wrongly(now, dispatched, task, pool.clone());
         }
         let seen = self.tasks.get_mut(&task)?;
         let (free, died) = match how {
