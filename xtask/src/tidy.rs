@@ -18,6 +18,7 @@ use crate::words;
 const ARROWS: &[(&str, &[&str])] = &[
     ("pool-registry-types", &[]),
     ("task-stream", &["pool-registry-types"]),
+    ("attempt-link", &["pool-registry-types", "task-stream"]),
     ("service-registry", &["pool-registry-types"]),
     ("multi-node-placement", &["pool-registry-types"]),
     ("task-scheduler", &["pool-registry-types", "task-stream", "service-registry", "multi-node-placement"]),
@@ -70,6 +71,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 const PURE: &[(&str, &[&str])] = &[
     ("pool-registry-types", &["foldhash", "serde", "serde_json", "thiserror", "utoipa", "uuid"]),
     ("task-stream", &["bytes", "serde", "serde_json", "thiserror"]),
+    ("attempt-link", &["bytes", "serde", "serde_json", "thiserror", "uuid"]),
     ("service-registry", &["thiserror"]),
     ("multi-node-placement", &["fixedbitset"]),
     ("task-scheduler", &["thiserror", "uuid"]),

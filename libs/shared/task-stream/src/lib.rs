@@ -23,4 +23,4 @@ pub use payload::{Payload, PayloadFormat};
 pub use relay::{Action, Assignment, Relay, Staged};
 pub use spec::{BodyDigest, InvalidDigest, Lacking, TaskCaller, TaskSpec};
 pub use token_ids::TokenIds;
-pub use watch::{AttemptDeadlines, Overdue};
+pub use watch::{AttemptDeadlines, Overdue, QUIET};

@@ -1,9 +1,11 @@
 //! The bytes of a task, on their way to an engine.
 
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 
 /// What the bytes of a [`Payload`] are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum PayloadFormat {
     /// A `TaskRequest` as JSON, with the fields that a node reads; the object is never empty.
     Native,

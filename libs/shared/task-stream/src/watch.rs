@@ -22,7 +22,7 @@ pub struct AttemptDeadlines {
 
 /// A stream without a byte for so long is suspect: three comments are missing.
 /// Source: .specs/01 CLOUD-1540.
-pub(crate) const QUIET: Duration = Duration::from_secs(3);
+pub const QUIET: Duration = Duration::from_secs(3);
 
 impl AttemptDeadlines {
     /// None that ever passes.

@@ -1,0 +1,410 @@
+//! The attempts of a lane: what is wanted of each, and what comes of it.
+
+use pool_registry_types::{AttemptId, LogId, Moment, TaskId};
+
+use super::link::Link;
+use super::posts::PostId;
+use super::{
+    Action, BEHIND, ControlLane, DONE_WITHIN, Lost, MAX_FRUITLESS, MAX_STOPS, MAX_UNKNOWN_TASKS, POST_ANSWER,
+    STOP_KEPT, UNNAMED,
+};
+use crate::content::{Content, Position};
+use crate::record::Record;
+use crate::wire::{Start, WrittenStart};
+
+/// How far an attempt has come.
+#[derive(Debug)]
+pub(super) enum Stage {
+    /// Its start waits for a POST.
+    Queued { start: Box<Start>, since: Moment },
+    /// Its start is in a POST that was not answered.
+    Posting { start: Box<Start>, since: Moment, post: PostId },
+    /// Its start was read, or may have been: the link answers.
+    Sent,
+    /// It is asked for again, by a POST where there is one.
+    Resuming { post: Option<PostId> },
+    Accepted,
+}
+
+/// What the lane knows of an attempt.
+#[derive(Debug)]
+pub(super) struct Attempt {
+    pub(super) task_id: TaskId,
+    pub(super) log_id: LogId,
+    /// By which the link names it; 0 while it has none.
+    pub(super) number: u64,
+    /// The index behind what was handed out.
+    pub(super) taken: u64,
+    /// As the node was told last, and that POST was answered.
+    pub(super) seen: u64,
+    pub(super) stage: Stage,
+    /// Since when the node's answer is awaited.
+    waits: Option<Moment>,
+    /// It was accepted, now or by an earlier number.
+    was_accepted: bool,
+    head_taken: bool,
+    /// When it was named last, and whether the last `alive` did.
+    named_at: Moment,
+    is_named: bool,
+    /// Since when the node has more of it than has come.
+    behind: Option<Moment>,
+    /// Times that it was asked for again since something of it came.
+    fruitless: u32,
+}
+
+/// An attempt that the node is to end.
+#[derive(Debug)]
+pub(super) struct Stop {
+    since: Moment,
+    pub(super) post: Option<PostId>,
+}
+
+impl ControlLane {
+    // ---- what is wanted ----
+
+    /// The attempt is to begin. Its number and what is left of its time are written when it goes.
+    pub fn start(&mut self, now: Moment, start: Start) {
+        let attempt = start.facts.attempt_id;
+        let is_down = match &self.link {
+            Link::Closed => true,
+            Link::Interrupted(interruption) => interruption.is_lost(),
+            Link::Up(_) => false,
+        };
+        if is_down || self.attempts.contains_key(&attempt) {
+            return self.actions.push_back(Action::NeverSent { attempt });
+        }
+        let facts = &start.facts;
+        let entry = Attempt {
+            task_id: facts.task_id,
+            log_id: facts.log_id,
+            number: 0,
+            taken: facts.first_index,
+            seen: facts.first_index,
+            waits: None,
+            was_accepted: false,
+            head_taken: false,
+            named_at: now,
+            is_named: true,
+            behind: None,
+            fruitless: 0,
+            stage: Stage::Queued { start: Box::new(start), since: now },
+        };
+        self.attempts.insert(attempt, entry);
+        self.enqueue(attempt);
+        self.advance(now);
+    }
+
+    /// Puts a start where it waits for its POST.
+    fn enqueue(&mut self, attempt: AttemptId) {
+        let Some(Stage::Queued { start, .. }) = self.attempts.get(&attempt).map(|attempt| &attempt.stage) else {
+            return;
+        };
+        if WrittenStart::new(start).is_large() {
+            self.large.push_back(attempt);
+        } else {
+            self.queue.push_back(attempt);
+        }
+    }
+
+    /// The attempt is to end, whatever became of it. Nothing more of it is handed out.
+    pub fn cancel(&mut self, now: Moment, attempt: AttemptId) {
+        let removed = self.remove(&attempt);
+        match removed.map(|removed| removed.stage) {
+            Some(Stage::Queued { .. }) => return self.actions.push_back(Action::NeverSent { attempt }),
+            Some(Stage::Posting { post, .. }) => self.abandon_single(post),
+            _ => {}
+        }
+        self.keep_stop(now, attempt);
+        self.advance(now);
+    }
+
+    /// The attempt's end is where it belongs: the node need not keep it.
+    pub fn done(&mut self, now: Moment, attempt: AttemptId) {
+        self.done.push_back(attempt);
+        self.done_due.get_or_insert(now + DONE_WITHIN);
+        self.advance(now);
+    }
+
+    fn keep_stop(&mut self, now: Moment, attempt: AttemptId) {
+        if self.stops.len() >= MAX_STOPS {
+            let oldest = self.stops.iter().min_by_key(|(_, stop)| stop.since).map(|(id, _)| *id);
+            oldest.map(|oldest| self.stops.remove(&oldest));
+        }
+        self.stops.entry(attempt).or_insert(Stop { since: now, post: None });
+    }
+
+    /// What a node has ended by itself meanwhile.
+    pub(super) fn expire_stops(&mut self, now: Moment) {
+        self.stops.retain(|_, stop| now < stop.since + STOP_KEPT);
+    }
+
+    // ---- bookkeeping ----
+
+    /// Attempts of which nothing was sent.
+    pub(super) fn unsent(&self) -> usize {
+        self.queue.len() + self.large.len()
+    }
+
+    pub(super) fn set_stage(&mut self, attempt: AttemptId, stage: Stage) {
+        let Some(entry) = self.attempts.get_mut(&attempt) else { return };
+        let before = std::mem::replace(&mut entry.stage, stage);
+        let now = &entry.stage;
+        let running = |stage: &Stage| usize::from(matches!(stage, Stage::Accepted));
+        let resuming = |stage: &Stage| usize::from(matches!(stage, Stage::Resuming { .. }));
+        self.running = self.running + running(now) - running(&before);
+        self.resuming = self.resuming + resuming(now) - resuming(&before);
+    }
+
+    /// Since when the node's answer is awaited; nothing where it is not.
+    pub(super) fn set_waits(&mut self, attempt: AttemptId, since: Option<Moment>) {
+        let Some(entry) = self.attempts.get_mut(&attempt) else { return };
+        let before = std::mem::replace(&mut entry.waits, since);
+        if let Some(before) = before {
+            self.waiting.remove(&(before, attempt));
+        }
+        self.waiting.extend(since.map(|since| (since, attempt)));
+    }
+
+    /// Gives the attempt the next number: what comes under the one before is nobody's.
+    pub(super) fn number(&mut self, attempt: AttemptId) -> u64 {
+        self.forget_number(attempt);
+        self.number += 1;
+        if let Some(entry) = self.attempts.get_mut(&attempt) {
+            entry.number = self.number;
+            self.numbers.insert(self.number, attempt);
+        }
+        self.number
+    }
+
+    fn forget_number(&mut self, attempt: AttemptId) {
+        let Some(entry) = self.attempts.get_mut(&attempt) else { return };
+        let number = std::mem::take(&mut entry.number);
+        self.numbers.remove(&number);
+        self.forget_parts(number);
+    }
+
+    /// The attempt is over for this lane.
+    fn remove(&mut self, attempt: &AttemptId) -> Option<Attempt> {
+        if !self.attempts.contains_key(attempt) {
+            return None;
+        }
+        self.forget_number(*attempt);
+        self.set_waits(*attempt, None);
+        self.to_resume.remove(attempt);
+        let removed = self.attempts.remove(attempt)?;
+        match removed.stage {
+            Stage::Accepted => self.running -= 1,
+            Stage::Resuming { .. } => self.resuming -= 1,
+            Stage::Queued { .. } => {
+                self.queue.retain(|other| other != attempt);
+                self.large.retain(|other| other != attempt);
+            }
+            Stage::Posting { .. } | Stage::Sent => {}
+        }
+        self.end_turn();
+        Some(removed)
+    }
+
+    /// Nothing of what runs will come any more.
+    pub(super) fn lose_all(&mut self, reason: Lost) {
+        let attempts: Vec<AttemptId> = self.attempts.keys().copied().collect();
+        for attempt in attempts {
+            self.lose(attempt, reason);
+        }
+    }
+
+    fn lose(&mut self, attempt: AttemptId, reason: Lost) {
+        let Some(removed) = self.remove(&attempt) else { return };
+        match removed.stage {
+            Stage::Queued { .. } => self.actions.push_back(Action::NeverSent { attempt }),
+            stage => {
+                if let Stage::Posting { post, .. } = stage {
+                    self.abandon_single(post);
+                }
+                self.actions.push_back(Action::Lost { attempt, reason });
+            }
+        }
+    }
+
+    /// Another boot knows nothing of what the one before was told.
+    pub(super) fn forget_node(&mut self) {
+        self.stops.clear();
+        self.done.clear();
+        self.done_due = None;
+        self.unknown_tasks.clear();
+        let posts: Vec<PostId> = std::mem::take(&mut self.posts).into_keys().collect();
+        self.actions.extend(posts.into_iter().map(|id| Action::AbandonPost { id }));
+        (self.undelivered, self.suspected) = (None, false);
+    }
+
+    // ---- resumes ----
+
+    /// All that the node has, or may have, is asked for on the new link.
+    pub(super) fn resume_all(&mut self) {
+        let sent = |stage: &Stage| !matches!(stage, Stage::Queued { .. } | Stage::Posting { .. });
+        let attempts: Vec<AttemptId> =
+            self.attempts.iter().filter(|(_, entry)| sent(&entry.stage)).map(|(id, _)| *id).collect();
+        for attempt in attempts {
+            self.resume(attempt);
+        }
+    }
+
+    /// The attempt is asked for with the next control POST, from what was taken of it.
+    pub(super) fn resume(&mut self, attempt: AttemptId) {
+        self.forget_number(attempt);
+        self.set_waits(attempt, None);
+        self.set_stage(attempt, Stage::Resuming { post: None });
+        if let Some(entry) = self.attempts.get_mut(&attempt) {
+            entry.behind = None;
+            self.to_resume.insert(attempt);
+        }
+    }
+
+    /// The same where the link itself is not at fault. Without end it is no use.
+    fn resume_anew(&mut self, attempt: AttemptId) {
+        let Some(entry) = self.attempts.get_mut(&attempt) else { return };
+        entry.fruitless += 1;
+        if entry.fruitless > MAX_FRUITLESS {
+            return self.lose(attempt, Lost::Unusable);
+        }
+        self.resume(attempt);
+    }
+
+    /// It was never accepted, and never will be.
+    pub(super) fn unknown(&mut self, now: Moment, attempt: AttemptId) {
+        let Some(removed) = self.remove(&attempt) else { return };
+        if removed.was_accepted {
+            return self.actions.push_back(Action::Gone { attempt });
+        }
+        if self.unknown_tasks.len() >= MAX_UNKNOWN_TASKS {
+            let oldest = self.unknown_tasks.iter().min_by_key(|(_, at)| **at).map(|(task, _)| *task);
+            oldest.map(|task| self.unknown_tasks.remove(&task));
+        }
+        let before = self.unknown_tasks.insert(removed.task_id, now);
+        self.actions.push_back(Action::Unknown { attempt, again: before.is_some() });
+    }
+
+    pub(super) fn gone(&mut self, attempt: AttemptId) {
+        if self.remove(&attempt).is_some() {
+            self.actions.push_back(Action::Gone { attempt });
+        }
+    }
+
+    // ---- what comes ----
+
+    /// A record of an attempt. Returns whether it is one that can be.
+    pub(super) fn attempt_record(&mut self, now: Moment, record: &Record, content: Content) -> bool {
+        let head = record.head;
+        let Some(&attempt) = self.numbers.get(&head.number) else { return true };
+        let Some(entry) = self.attempts.get_mut(&attempt) else { return true };
+        let is_accepted = matches!(entry.stage, Stage::Accepted);
+        match content {
+            Content::Accepted(acceptance) if !is_accepted => {
+                let again = std::mem::replace(&mut entry.was_accepted, true);
+                if entry.is_named {
+                    entry.named_at = now;
+                }
+                let task = entry.task_id;
+                self.unknown_tasks.remove(&task);
+                self.set_waits(attempt, None);
+                self.set_stage(attempt, Stage::Accepted);
+                self.actions.push_back(match again {
+                    true => Action::Resumed { attempt },
+                    false => Action::Accepted { attempt, acceptance },
+                });
+                self.end_turn();
+                return true;
+            }
+            Content::Refused(error) if matches!(entry.stage, Stage::Posting { .. } | Stage::Sent) => {
+                let task = entry.task_id;
+                self.unknown_tasks.remove(&task);
+                self.remove(&attempt);
+                self.actions.push_back(Action::Refused { attempt, error });
+                return true;
+            }
+            _ if !is_accepted => {
+                self.dropped += 1;
+                return true;
+            }
+            _ => {}
+        }
+        entry.named_at = now;
+        entry.behind = None;
+        let (first, taken) = (head.first, entry.taken);
+        let Some(next) = first.checked_add(u64::from(head.count)) else { return false };
+        let brings = matches!(content, Content::Frames | Content::TokenIds(_) | Content::End(_));
+        if brings && first > taken {
+            self.resume_anew(attempt);
+            return true;
+        }
+        match content {
+            Content::Head(answer) => {
+                if !std::mem::replace(&mut entry.head_taken, true) {
+                    self.actions.push_back(Action::Head { attempt, head: answer });
+                }
+            }
+            Content::Frames => {
+                if next < taken || next == taken && head.count > 0 {
+                    return true;
+                }
+                if next > taken {
+                    (entry.taken, entry.fruitless) = (next, 0);
+                }
+                let bytes = record.bytes.clone();
+                self.actions.push_back(Action::Frames { attempt, first, count: head.count, bytes });
+            }
+            Content::TokenIds(frames) => {
+                if next > taken {
+                    self.actions.push_back(Action::TokenIds { attempt, first, frames });
+                }
+            }
+            Content::Error(error) => self.actions.push_back(Action::Error { attempt, error }),
+            Content::End(end) => {
+                self.remove(&attempt);
+                self.actions.push_back(Action::Ended { attempt, report_seq: end.report_seq });
+            }
+            // An acceptance that comes twice; a refusal of what was accepted; the link's own kinds.
+            _ => self.dropped += 1,
+        }
+        true
+    }
+
+    /// What the node says that runs on this link, behind all that was ready before.
+    pub(super) fn alive(&mut self, now: Moment, positions: &[Position]) {
+        self.link_works();
+        let mut positions = positions.to_vec();
+        positions.sort_unstable();
+        let named = |number: u64| {
+            let at = positions.binary_search_by_key(&number, |position| position.number).ok()?;
+            Some(positions[at].next)
+        };
+        let (mut anew, mut silent) = (Vec::new(), Vec::new());
+        for (id, entry) in &mut self.attempts {
+            match entry.stage {
+                Stage::Accepted => {}
+                // The POST was answered, and the link does not answer.
+                Stage::Resuming { post: None } if entry.waits.is_some_and(|at| now >= at + POST_ANSWER) => {
+                    anew.push(*id);
+                    continue;
+                }
+                _ => continue,
+            }
+            match named(entry.number) {
+                Some(next) => {
+                    (entry.named_at, entry.is_named) = (now, true);
+                    entry.behind = (next > entry.taken).then(|| entry.behind.unwrap_or(now));
+                    if entry.behind.is_some_and(|since| now >= since + BEHIND) {
+                        anew.push(*id);
+                    }
+                }
+                None if now >= entry.named_at + UNNAMED => silent.push(*id),
+                None if std::mem::replace(&mut entry.is_named, false) => anew.push(*id),
+                None => {}
+            }
+        }
+        for attempt in anew {
+            self.resume_anew(attempt);
+        }
+        self.actions.extend(silent.into_iter().map(|attempt| Action::Silent { attempt }));
+    }
+}

@@ -1,0 +1,100 @@
+//! Dials: GETs that have not said hello.
+
+use bytes::Bytes;
+use pool_registry_types::Moment;
+
+use super::link::{Link, is_hello};
+use super::{Action, ControlLane, DIAL_BOUND, Interrupted, MAX_DIALS};
+use crate::content::Content;
+use crate::decoder::RecordDecoder;
+use crate::wire::LinkQuery;
+
+/// A GET under way.
+#[derive(Debug)]
+pub(super) struct Dial {
+    began: Moment,
+    decoder: RecordDecoder,
+}
+
+impl Dial {
+    pub(super) fn deadline(&self) -> Moment {
+        self.began + DIAL_BOUND
+    }
+}
+
+/// How a GET ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ConnectionEnd {
+    /// Nobody listens there.
+    Refused,
+    /// It could not be made, was answered with another status than 200, or broke.
+    Broken,
+}
+
+impl ControlLane {
+    /// Dials, unless as many are under way as may be.
+    pub(super) fn dial(&mut self, now: Moment) {
+        if let Link::Interrupted(interruption) = &mut self.link {
+            interruption.next_dial = interruption.dial_after(now);
+        }
+        if self.dials.len() >= MAX_DIALS {
+            return;
+        }
+        self.n += 1;
+        self.dials.insert(self.n, Dial { began: now, decoder: RecordDecoder::new() });
+        let (boot_id, life, lane, n) = (self.boot_id, self.life, self.lane, self.n);
+        self.actions.push_back(Action::Dial(LinkQuery { boot_id, life, lane, n }));
+    }
+
+    pub(super) fn expire_dials(&mut self, now: Moment) {
+        let late = |dial: &Dial| now >= dial.deadline();
+        while let Some(n) = self.dials.iter().find(|(_, dial)| late(dial)).map(|(n, _)| *n) {
+            self.actions.push_back(Action::Close { n });
+            self.dial_failed(now, n, ConnectionEnd::Broken);
+        }
+    }
+
+    fn dial_failed(&mut self, now: Moment, n: u64, end: ConnectionEnd) {
+        if self.dials.remove(&n).is_none() {
+            return;
+        }
+        if let Link::Interrupted(interruption) = &mut self.link {
+            interruption.dial_failed = true;
+            interruption.refused |= end == ConnectionEnd::Refused;
+        }
+        self.move_quiet(now);
+        if self.dials.is_empty() {
+            // It may have been the one that was waited for.
+            self.interrupted_timer(now);
+        }
+    }
+
+    /// The connection of the GET `n` has ended, or was never made.
+    pub fn closed(&mut self, now: Moment, n: u64, end: ConnectionEnd) {
+        if self.is_current(n) {
+            self.interrupt(now, Interrupted::Broken);
+        } else {
+            self.dial_failed(now, n, end);
+        }
+    }
+
+    pub(super) fn dial_received(&mut self, now: Moment, n: u64, bytes: Bytes) {
+        let Some(dial) = self.dials.get_mut(&n) else { return };
+        dial.decoder.push(bytes);
+        let hello = match dial.decoder.next_record() {
+            Ok(None) => return,
+            Ok(Some(record)) if is_hello(&record) => Content::read(&record).ok(),
+            _ => None,
+        };
+        let Some(Content::Hello(hello)) = hello else {
+            self.actions.push_back(Action::Close { n });
+            return self.dial_failed(now, n, ConnectionEnd::Broken);
+        };
+        if hello.boot_id != self.boot_id {
+            return self.other_boot(hello.boot_id);
+        }
+        if let Some(dial) = self.dials.remove(&n) {
+            self.adopt(now, n, dial.decoder);
+        }
+    }
+}

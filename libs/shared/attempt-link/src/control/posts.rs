@@ -1,0 +1,442 @@
+//! The POSTs of a lane: starts in batches or alone, and control, which waits for neither.
+
+use bytes::Bytes;
+use pool_registry_types::{AttemptId, Moment};
+
+use super::attempts::Stage;
+use super::link::{Connection, ResumeTurn};
+use super::{
+    Action, ControlAnswer, ControlBody, ControlLane, Interrupted, MAX_SINGLES, POST_ANSWER, POST_RETRY,
+    POST_STUCK, SEEN_EVERY,
+};
+use crate::wire::{
+    LinkKey, MAX_IDS, MAX_SEEN, MAX_STARTS, MAX_STARTS_BYTES, ResumeOrder, Seen, WrittenStart, write_single,
+    write_starts,
+};
+
+/// A POST of a lane; never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PostId(u64);
+
+/// What is sent, and where to.
+#[derive(Debug, Clone, PartialEq)]
+pub enum PostRequest {
+    /// `POST /v2/attempts`.
+    Starts(Bytes),
+    /// `POST /v2/attempts/{attempt_id}`: both pieces are its body.
+    Single { attempt: AttemptId, body: [Bytes; 2] },
+    /// `POST /v2/attempts/control`.
+    Control(ControlBody),
+}
+
+/// What became of a POST.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PostOutcome {
+    /// 200, with what is said of resumes; nothing of them where it was another POST.
+    Answered(ControlAnswer),
+    /// `409 STALE_LINK`.
+    Stale,
+    /// Another status.
+    Status(u16),
+    /// Its connection could not be made, or broke.
+    Broken,
+}
+
+#[derive(Debug)]
+enum PostKind {
+    Starts { attempts: Vec<AttemptId>, seen: Vec<(AttemptId, u64)>, done: Vec<AttemptId> },
+    Single(AttemptId),
+    Control { stops: Vec<AttemptId>, resumes: Vec<AttemptId> },
+}
+
+/// A POST that was not answered.
+#[derive(Debug)]
+pub(super) struct Post {
+    n: u64,
+    kind: PostKind,
+    /// When a byte of it was taken last, or it began.
+    progress: Moment,
+    /// When the last one was.
+    sent: Option<Moment>,
+}
+
+impl Post {
+    pub(super) fn deadline(&self) -> Moment {
+        self.sent.map_or(self.progress + POST_STUCK, |sent| sent + POST_ANSWER)
+    }
+}
+
+impl ControlLane {
+    fn key(&self, n: u64) -> LinkKey {
+        LinkKey { life: self.life, lane: self.lane, n }
+    }
+
+    fn send(&mut self, now: Moment, n: u64, kind: PostKind, request: PostRequest, fresh: bool) -> PostId {
+        self.post += 1;
+        let id = PostId(self.post);
+        // A payload may take its time.
+        if !matches!(kind, PostKind::Single(_)) {
+            self.undelivered.get_or_insert(now);
+        }
+        self.posts.insert(id, Post { n, kind, progress: now, sent: None });
+        self.actions.push_back(Action::Post { id, request, fresh });
+        id
+    }
+
+    // ---- what goes ----
+
+    /// Whether no POST of starts is under way on this link.
+    pub(super) fn idle_starts(&self, n: u64) -> bool {
+        !self.posts.values().any(|post| post.n == n && matches!(post.kind, PostKind::Starts { .. }))
+    }
+
+    fn idle_control(&self) -> bool {
+        !self.posts.values().any(|post| matches!(post.kind, PostKind::Control { .. }))
+    }
+
+    /// Whether a control POST is wanted and may go.
+    pub(super) fn has_control_work(&self, connection: &Connection) -> bool {
+        let resumes = connection.turn != ResumeTurn::Waiting && !self.to_resume.is_empty();
+        let stops = || self.stops.values().any(|stop| stop.post.is_none());
+        (!connection.named || resumes || stops()) && self.idle_control()
+    }
+
+    pub(super) fn post_control(&mut self, now: Moment) {
+        let Some(connection) = self.connection() else { return };
+        if now < self.control_after || !self.has_control_work(connection) {
+            return;
+        }
+        let (n, may_resume) = (connection.n, connection.turn != ResumeTurn::Waiting);
+        let LinkKey { life, lane, n } = self.key(n);
+        self.expire_stops(now);
+        let unsent = self.stops.iter().filter(|(_, stop)| stop.post.is_none());
+        let stops: Vec<AttemptId> = unsent.map(|(id, _)| *id).take(MAX_IDS).collect();
+        let mut resumes = Vec::new();
+        while may_resume && resumes.len() < MAX_IDS {
+            let Some(attempt) = self.to_resume.pop_first() else { break };
+            let number = self.number(attempt);
+            let Some(entry) = self.attempts.get(&attempt) else { continue };
+            let (log_id, from) = (entry.log_id, entry.taken);
+            self.actions.push_back(Action::Restart { attempt, from });
+            resumes.push(ResumeOrder { attempt_id: attempt, log_id, from, number });
+        }
+        let resumed: Vec<AttemptId> = resumes.iter().map(|resume| resume.attempt_id).collect();
+        let kind = PostKind::Control { stops: stops.clone(), resumes: resumed.clone() };
+        let request = PostRequest::Control(ControlBody { life, lane, n, cancel: stops.clone(), resume: resumes });
+        let fresh = std::mem::take(&mut self.fresh_control);
+        let id = self.send(now, n, kind, request, fresh);
+        for stop in &stops {
+            if let Some(stop) = self.stops.get_mut(stop) {
+                stop.post = Some(id);
+            }
+        }
+        for attempt in resumed {
+            self.set_stage(attempt, Stage::Resuming { post: Some(id) });
+        }
+        if let Some(connection) = self.connection_mut() {
+            connection.named = true;
+        }
+    }
+
+    pub(super) fn post_starts(&mut self, now: Moment) {
+        let Some(connection) = self.connection() else { return };
+        let n = connection.n;
+        let seen_due = now >= self.next_seen && self.attempts.len() > self.unsent();
+        let done_due = self.done_due.is_some_and(|at| now >= at);
+        let is_due = !self.queue.is_empty() || seen_due || done_due;
+        if now < self.starts_after || !is_due || !self.idle_starts(n) {
+            return;
+        }
+        let (mut attempts, mut starts, mut bytes) = (Vec::new(), Vec::new(), 0);
+        let id = PostId(self.post + 1);
+        while let Some(attempt) = self.queue.front().copied()
+            && attempts.len() < MAX_STARTS
+        {
+            let Some(written) = self.write(now, attempt) else {
+                self.queue.pop_front();
+                continue;
+            };
+            bytes += written.bytes();
+            if bytes > MAX_STARTS_BYTES {
+                break;
+            }
+            self.queue.pop_front();
+            self.posting(attempt, id);
+            attempts.push(attempt);
+            starts.push(written);
+        }
+        let news = self.attempts.iter().filter(|(_, entry)| entry.taken > entry.seen && entry.number != 0);
+        let news: Vec<_> = news.map(|(id, entry)| (*id, entry.number, entry.taken)).take(MAX_SEEN).collect();
+        let positions: Vec<Seen> = news.iter().map(|&(_, number, next)| Seen { number, next }).collect();
+        let seen = news.into_iter().map(|(attempt, _, taken)| (attempt, taken)).collect();
+        let done: Vec<AttemptId> = self.done.drain(..self.done.len().min(MAX_IDS)).collect();
+        self.done_due = (!self.done.is_empty()).then_some(now);
+        self.next_seen = now + SEEN_EVERY;
+        let body = write_starts(self.key(n), &starts, &positions, &done);
+        let fresh = std::mem::take(&mut self.fresh_starts);
+        self.send(now, n, PostKind::Starts { attempts, seen, done }, PostRequest::Starts(body), fresh);
+    }
+
+    pub(super) fn post_singles(&mut self, now: Moment) {
+        let Some(connection) = self.connection() else { return };
+        let n = connection.n;
+        let mut under_way = self.posts.values().filter(|post| matches!(post.kind, PostKind::Single(_))).count();
+        while under_way < MAX_SINGLES
+            && let Some(attempt) = self.large.pop_front()
+        {
+            let Some(written) = self.write(now, attempt) else { continue };
+            let body = write_single(self.key(n), &written);
+            let request = PostRequest::Single { attempt, body };
+            let id = self.send(now, n, PostKind::Single(attempt), request, false);
+            self.posting(attempt, id);
+            under_way += 1;
+        }
+    }
+
+    /// Writes a start as it goes now: under a new number, with what is left of its time.
+    fn write(&mut self, now: Moment, attempt: AttemptId) -> Option<WrittenStart> {
+        let number = self.number(attempt);
+        let Stage::Queued { start, since } = &mut self.attempts.get_mut(&attempt)?.stage else { return None };
+        start.facts.number = number;
+        if let Some(left) = &mut start.facts.deadline_ms {
+            *left = left.saturating_sub(now.millis_since(*since));
+        }
+        *since = now;
+        Some(WrittenStart::new(start))
+    }
+
+    fn posting(&mut self, attempt: AttemptId, post: PostId) {
+        let Some(entry) = self.attempts.get_mut(&attempt) else { return };
+        if let Stage::Queued { start, since } = std::mem::replace(&mut entry.stage, Stage::Sent) {
+            entry.stage = Stage::Posting { start, since, post };
+        }
+    }
+
+    // ---- what becomes of it ----
+
+    /// Bytes of the POST were taken by its connection.
+    pub fn post_progress(&mut self, now: Moment, id: PostId) {
+        if let Some(post) = self.posts.get_mut(&id) {
+            post.progress = now;
+        }
+    }
+
+    /// The last byte of the POST was taken by its connection.
+    pub fn post_sent(&mut self, now: Moment, id: PostId) {
+        let Some(post) = self.posts.get_mut(&id) else { return };
+        if post.sent.replace(now).is_some() {
+            return;
+        }
+        let (attempts, starts) = match &post.kind {
+            PostKind::Starts { attempts, .. } => (attempts.clone(), true),
+            PostKind::Single(attempt) => (vec![*attempt], true),
+            PostKind::Control { resumes, .. } => (resumes.clone(), false),
+        };
+        self.undelivered.get_or_insert(now);
+        for attempt in attempts {
+            let waits = match self.attempts.get(&attempt).map(|entry| &entry.stage) {
+                Some(Stage::Posting { post, .. } | Stage::Resuming { post: Some(post) }) => *post == id,
+                _ => false,
+            };
+            if waits {
+                self.set_waits(attempt, Some(now));
+                if starts {
+                    self.actions.push_back(Action::Sent { attempt });
+                }
+            }
+        }
+    }
+
+    /// The POST has come to an end.
+    pub fn post_ended(&mut self, now: Moment, id: PostId, outcome: PostOutcome) {
+        let Some(post) = self.posts.remove(&id) else { return };
+        let arrived = matches!(outcome, PostOutcome::Answered(_) | PostOutcome::Stale);
+        if arrived {
+            let others = self.posts.values().any(|post| !matches!(post.kind, PostKind::Single(_)));
+            self.undelivered = others.then_some(now);
+            if std::mem::take(&mut self.suspected) {
+                self.actions.push_back(Action::OrdersArrive);
+            }
+        }
+        match outcome {
+            PostOutcome::Answered(answer) => self.answered(now, id, post, &answer),
+            PostOutcome::Stale => self.stale(now, id, post),
+            PostOutcome::Status(status) => {
+                self.actions.push_back(Action::PostStatus { status });
+                self.undo(now, id, post);
+                if matches!(status, 401 | 403) {
+                    self.replace(now);
+                }
+            }
+            PostOutcome::Broken => self.undo(now, id, post),
+        }
+        self.advance(now);
+    }
+
+    /// It was read; the link answers.
+    fn answered(&mut self, now: Moment, id: PostId, post: Post, answer: &ControlAnswer) {
+        match post.kind {
+            PostKind::Starts { attempts, seen, .. } => {
+                for (attempt, next) in seen {
+                    if let Some(entry) = self.attempts.get_mut(&attempt) {
+                        entry.seen = entry.seen.max(next);
+                    }
+                }
+                self.starts_sent(id, post.n, attempts);
+            }
+            PostKind::Single(attempt) => self.starts_sent(id, post.n, vec![attempt]),
+            PostKind::Control { stops, resumes } => {
+                for stop in stops {
+                    self.stops.remove(&stop);
+                }
+                for attempt in resumes {
+                    if !self.is_resuming(attempt, id) {
+                        continue;
+                    }
+                    if answer.unknown.contains(&attempt) {
+                        self.unknown(now, attempt);
+                    } else if answer.gone.contains(&attempt) {
+                        self.gone(attempt);
+                    } else {
+                        self.set_stage(attempt, Stage::Resuming { post: None });
+                        self.set_waits(attempt, Some(now));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Starts that were read, or may have been.
+    fn starts_sent(&mut self, id: PostId, n: u64, attempts: Vec<AttemptId>) {
+        let is_current = self.is_current(n);
+        for attempt in attempts.into_iter().filter(|attempt| self.is_posting(*attempt, id)).collect::<Vec<_>>() {
+            self.set_stage(attempt, Stage::Sent);
+            if !is_current && self.connection().is_some() {
+                // What answered them is not read any more.
+                self.resume(attempt);
+            }
+        }
+    }
+
+    fn is_posting(&self, attempt: AttemptId, id: PostId) -> bool {
+        let stage = self.attempts.get(&attempt).map(|entry| &entry.stage);
+        matches!(stage, Some(Stage::Posting { post, .. }) if *post == id)
+    }
+
+    fn is_resuming(&self, attempt: AttemptId, id: PostId) -> bool {
+        let stage = self.attempts.get(&attempt).map(|entry| &entry.stage);
+        matches!(stage, Some(Stage::Resuming { post: Some(post) }) if *post == id)
+    }
+
+    /// The node does not know its link: stops and what is done counted, the rest was not read.
+    fn stale(&mut self, now: Moment, id: PostId, post: Post) {
+        match post.kind {
+            PostKind::Starts { attempts, .. } => self.requeue(id, attempts),
+            PostKind::Single(attempt) => self.requeue(id, vec![attempt]),
+            PostKind::Control { stops, resumes } => {
+                for stop in stops {
+                    self.stops.remove(&stop);
+                }
+                self.resume_again(id, resumes);
+            }
+        }
+        if self.is_current(post.n) {
+            self.interrupt(now, Interrupted::Stale);
+        }
+    }
+
+    /// Starts that were not read go under the present link, the oldest first.
+    fn requeue(&mut self, id: PostId, attempts: Vec<AttemptId>) {
+        for attempt in attempts.into_iter().rev() {
+            if !self.is_posting(attempt, id) {
+                continue;
+            }
+            self.set_waits(attempt, None);
+            let Some(entry) = self.attempts.get_mut(&attempt) else { continue };
+            if let Stage::Posting { start, since, .. } = std::mem::replace(&mut entry.stage, Stage::Sent) {
+                let is_large = WrittenStart::new(&start).is_large();
+                entry.stage = Stage::Queued { start, since };
+                let queue = if is_large { &mut self.large } else { &mut self.queue };
+                queue.push_front(attempt);
+            }
+        }
+    }
+
+    fn resume_again(&mut self, id: PostId, resumes: Vec<AttemptId>) {
+        for attempt in resumes {
+            if self.is_resuming(attempt, id) {
+                self.resume(attempt);
+            }
+        }
+    }
+
+    /// Nobody knows whether it was read: starts are asked for, the rest goes again.
+    fn undo(&mut self, now: Moment, id: PostId, post: Post) {
+        match post.kind {
+            PostKind::Starts { attempts, done, .. } => {
+                self.starts_after = now + POST_RETRY;
+                self.fresh_starts = true;
+                self.next_seen = now;
+                for attempt in done.into_iter().rev() {
+                    self.done.push_front(attempt);
+                }
+                self.done_due = (!self.done.is_empty()).then_some(now);
+                self.ask_for(id, attempts);
+            }
+            PostKind::Single(attempt) => self.ask_for(id, vec![attempt]),
+            PostKind::Control { stops, resumes } => {
+                self.control_after = now + POST_RETRY;
+                self.fresh_control = true;
+                for stop in stops {
+                    if let Some(stop) = self.stops.get_mut(&stop).filter(|stop| stop.post == Some(id)) {
+                        stop.post = None;
+                    }
+                }
+                self.resume_again(id, resumes);
+            }
+        }
+    }
+
+    /// Starts of a POST that was given up. Those that the link has answered are none of them.
+    fn ask_for(&mut self, id: PostId, attempts: Vec<AttemptId>) {
+        self.fresh_control = true;
+        for attempt in attempts {
+            if self.is_posting(attempt, id) {
+                self.set_stage(attempt, Stage::Sent);
+                if self.connection().is_some() {
+                    self.resume(attempt);
+                }
+            }
+        }
+    }
+
+    pub(super) fn expire_posts(&mut self, now: Moment) {
+        let overdue = |post: &Post| now >= post.deadline();
+        while let Some(id) = self.posts.iter().find(|(_, post)| overdue(post)).map(|(id, _)| *id) {
+            self.give_up(now, id);
+        }
+    }
+
+    fn give_up(&mut self, now: Moment, id: PostId) {
+        let Some(post) = self.posts.remove(&id) else { return };
+        self.actions.push_back(Action::AbandonPost { id });
+        self.undelivered.get_or_insert(post.progress);
+        self.undo(now, id, post);
+    }
+
+    /// Control of a link before: what it says goes with the first POST of the new one.
+    pub(super) fn abandon_control(&mut self, now: Moment) {
+        let is_control = |post: &Post| matches!(post.kind, PostKind::Control { .. });
+        while let Some(id) = self.posts.iter().find(|(_, post)| is_control(post)).map(|(id, _)| *id) {
+            self.give_up(now, id);
+        }
+    }
+
+    /// A payload that nobody wants any more need not go up.
+    pub(super) fn abandon_single(&mut self, id: PostId) {
+        if self.posts.get(&id).is_some_and(|post| matches!(post.kind, PostKind::Single(_))) {
+            self.posts.remove(&id);
+            self.actions.push_back(Action::AbandonPost { id });
+        }
+    }
+}

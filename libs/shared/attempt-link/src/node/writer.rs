@@ -1,0 +1,271 @@
+//! What is written to a link, and in which order.
+//!
+//! Attempts that have something take turns of about ten kilobytes. What was missed during an
+//! interruption takes at most every second byte, as long as others have something. An `alive` stands
+//! behind all that was ready when it fell due.
+
+use bytes::{Buf, Bytes};
+use pool_registry_types::{AttemptId, Moment};
+
+use super::{
+    ALIVE_EVERY, ALIVE_EVERY_WHEN_EMPTY, AttemptHost, ConnectionId, Lane, NodeAction, NodeLanes, Progress,
+    Supply, bye_bytes,
+};
+use crate::content::{End, Position, to_json, write_positions, write_token_ids};
+use crate::record::{Kind, RecordHead};
+
+/// What an attempt writes before it is another one's turn, bytes. Source: .specs/01 CLOUD-2635.
+pub(super) const TURN_BYTES: usize = 10 * 1024;
+/// Attempts of which a record in parts is written at a time: a reader keeps them until they are whole.
+const MAX_IN_PARTS: usize = 8;
+
+/// An attempt on a link.
+#[derive(Debug)]
+pub(super) struct Attachment {
+    pub(super) lane: u16,
+    pub(super) number: u64,
+    /// It stands in one of the lane's two queues.
+    pub(super) is_ready: bool,
+    /// How far it had come when it was resumed, until that is written.
+    late: Option<u64>,
+    /// The index behind what was written.
+    written: u64,
+    /// A record that is longer than a turn: what of it was not written, and whether any was.
+    parts: Option<(RecordHead, Bytes, bool)>,
+}
+
+impl Attachment {
+    pub(super) fn new(lane: u16, number: u64, late: Option<u64>) -> Self {
+        Self { lane, number, is_ready: false, late, written: 0, parts: None }
+    }
+
+    /// It is one of those that [`MAX_IN_PARTS`] bounds.
+    pub(super) fn is_in_parts(&self) -> bool {
+        self.parts.as_ref().is_some_and(|(_, _, begun)| *begun)
+    }
+}
+
+/// What a turn came to.
+enum Turn {
+    Wrote,
+    /// Others in parts go first.
+    Deferred,
+    /// Nothing is there any more.
+    Waiting,
+    Over,
+}
+
+impl NodeLanes {
+    /// There is more of the attempt than was supplied.
+    pub fn appended(&mut self, attempt: &AttemptId) {
+        let Some(attached) = self.attached.get_mut(attempt) else { return };
+        let Some(lane) = self.lanes.get_mut(&attached.lane) else { return };
+        if !std::mem::replace(&mut attached.is_ready, true) {
+            let queue = if attached.late.is_some() { &mut lane.late } else { &mut lane.live };
+            queue.push_back(*attempt);
+        }
+        if let Some(id) = lane.in_use {
+            self.ask_to_write(id);
+        }
+    }
+
+    /// Appends what is to be written to the link now, until `out` has `most` bytes or there is no more.
+    /// Returns whether there is: then it is called again once the connection takes more.
+    pub fn fill(
+        &mut self,
+        now: Moment,
+        id: ConnectionId,
+        out: &mut Vec<u8>,
+        most: usize,
+        host: &mut impl AttemptHost,
+    ) -> bool {
+        let Some(connection) = self.connections.get_mut(&id) else { return false };
+        connection.asked = false;
+        out.append(&mut connection.pending);
+        let lane = connection.key.lane;
+        let in_use = self.lanes.get(&lane).is_some_and(|entry| entry.in_use == Some(id));
+        if in_use {
+            self.begin_alive(now, id, lane, host);
+            let mut deferred = 0;
+            while out.len() < most
+                && let Some((attempt, is_late)) = self.next_turn(lane)
+            {
+                let before = out.len();
+                match self.turn(&attempt, out, host) {
+                    Turn::Wrote => deferred = 0,
+                    Turn::Deferred => deferred += 1,
+                    Turn::Waiting => {}
+                    Turn::Over => self.detach(&attempt),
+                }
+                self.after_turn(id, lane, &attempt, is_late, out.len() - before);
+                if deferred > self.attached.len() {
+                    break;
+                }
+                self.write_alive(now, id, lane, out, host);
+            }
+        } else if let Some(connection) = self.connections.get_mut(&id).filter(|offer| now >= offer.alive_at) {
+            connection.alive_at = now + ALIVE_EVERY_WHEN_EMPTY;
+            RecordHead::new(Kind::Alive, 0, 0, 0).write_one(out, &[]);
+        }
+        if in_use {
+            self.write_alive(now, id, lane, out, host);
+        }
+        let has_more = in_use && self.lanes.get(&lane).is_some_and(Lane::has_more);
+        let Some(connection) = self.connections.get_mut(&id) else { return false };
+        if !has_more && let Some(reason) = connection.bye {
+            RecordHead::new(Kind::Bye, 0, 0, 0).write_one(out, &bye_bytes(reason));
+            self.connections.remove(&id);
+            self.actions.push_back(NodeAction::Close(id));
+            self.lose_reader(now, lane, id, host);
+            return false;
+        }
+        connection.asked = has_more;
+        has_more
+    }
+
+    /// Whose turn it is, and whether it is one that was resumed. It stands in no queue meanwhile.
+    fn next_turn(&mut self, lane: u16) -> Option<(AttemptId, bool)> {
+        let lane = self.lanes.get_mut(&lane)?;
+        if lane.live.is_empty() || lane.late.is_empty() {
+            (lane.live_bytes, lane.late_bytes) = (0, 0);
+        }
+        let is_late = lane.live.is_empty() || !lane.late.is_empty() && lane.late_bytes < lane.live_bytes;
+        let queue = if is_late { &mut lane.late } else { &mut lane.live };
+        Some((queue.pop_front()?, is_late))
+    }
+
+    fn turn(&mut self, attempt: &AttemptId, out: &mut Vec<u8>, host: &mut impl AttemptHost) -> Turn {
+        let Some(attached) = self.attached.get_mut(attempt) else { return Turn::Over };
+        let Some(lane) = self.lanes.get_mut(&attached.lane) else { return Turn::Over };
+        let number = attached.number;
+        if attached.parts.is_none() {
+            let (head, bytes) = match host.supply(attempt, TURN_BYTES) {
+                Supply::Waiting => return Turn::Waiting,
+                Supply::Gone => return Turn::Over,
+                Supply::End { next, report_seq } => {
+                    let head = RecordHead::new(Kind::End, number, next, 0);
+                    head.write_one(out, &to_json(&End { report_seq }));
+                    return Turn::Over;
+                }
+                Supply::Frames { first, count, bytes } => {
+                    (RecordHead::new(Kind::Frames, number, first, count), bytes)
+                }
+                Supply::TokenIds { first, frames } => {
+                    let mut bytes = Vec::new();
+                    for frame in &frames {
+                        write_token_ids(&mut bytes, frame.total, &frame.ids);
+                    }
+                    let count = u32::try_from(frames.len()).unwrap_or(u32::MAX);
+                    (RecordHead::new(Kind::TokenIds, number, first, count), bytes.into())
+                }
+                Supply::Head(head) => (RecordHead::new(Kind::Head, number, 0, 0), to_json(&head).into()),
+                Supply::Error(error) => (RecordHead::new(Kind::Error, number, 0, 0), to_json(&error).into()),
+            };
+            if bytes.len() <= TURN_BYTES {
+                head.write_one(out, &bytes);
+                attached.wrote(head);
+                return Turn::Wrote;
+            }
+            attached.parts = Some((head, bytes, false));
+        }
+        let Some((head, bytes, begun)) = &mut attached.parts else { return Turn::Waiting };
+        if !*begun {
+            if lane.in_parts >= MAX_IN_PARTS {
+                return Turn::Deferred;
+            }
+            *begun = true;
+            lane.in_parts += 1;
+        }
+        let part = bytes.len().min(TURN_BYTES);
+        let more = bytes.len() > part;
+        RecordHead { more, ..*head }.write_one(out, &bytes[..part]);
+        bytes.advance(part);
+        if !more {
+            let head = *head;
+            attached.parts = None;
+            lane.in_parts -= 1;
+            attached.wrote(head);
+        }
+        Turn::Wrote
+    }
+
+    /// The attempt stands in its queue again, unless nothing is there.
+    fn after_turn(&mut self, id: ConnectionId, lane: u16, attempt: &AttemptId, is_late: bool, bytes: usize) {
+        let Some(lane) = self.lanes.get_mut(&lane) else { return };
+        let counted = if is_late { &mut lane.late_bytes } else { &mut lane.live_bytes };
+        *counted += bytes;
+        let goals = self.connections.get_mut(&id).and_then(|connection| connection.goals.as_mut());
+        let Some(attached) = self.attached.get_mut(attempt) else {
+            goals.map(|goals| goals.remove(attempt));
+            return;
+        };
+        if bytes == 0 && attached.parts.is_none() {
+            // All that was there is written.
+            attached.is_ready = false;
+            attached.late = None;
+            goals.map(|goals| goals.remove(attempt));
+            return;
+        }
+        if let Some(goals) = goals {
+            let reached = |goal: &Progress| attached.written >= goal.next && !goal.ended && !attached.is_in_parts();
+            if goals.get(attempt).is_some_and(reached) {
+                goals.remove(attempt);
+            }
+        }
+        attached.late = attached.late.filter(|late| attached.written < *late);
+        let queue = if attached.late.is_some() { &mut lane.late } else { &mut lane.live };
+        queue.push_back(*attempt);
+    }
+
+    /// An `alive` is due: what is ready now is written before it.
+    fn begin_alive(&mut self, now: Moment, id: ConnectionId, lane: u16, host: &impl AttemptHost) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        if now < connection.alive_at || connection.goals.is_some() {
+            return;
+        }
+        let Some(lane) = self.lanes.get(&lane) else { return };
+        let ready = lane.live.iter().chain(&lane.late);
+        let goals = ready.filter_map(|attempt| Some((*attempt, host.progress(now, attempt)?)));
+        connection.goals = Some(goals.collect());
+    }
+
+    fn write_alive(
+        &mut self,
+        now: Moment,
+        id: ConnectionId,
+        lane: u16,
+        out: &mut Vec<u8>,
+        host: &impl AttemptHost,
+    ) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        if connection.goals.as_ref().is_none_or(|goals| !goals.is_empty()) {
+            return;
+        }
+        connection.goals = None;
+        let Some(lane) = self.lanes.get(&lane) else { return };
+        let every = if lane.numbers.is_empty() { ALIVE_EVERY_WHEN_EMPTY } else { ALIVE_EVERY };
+        connection.alive_at = now + every;
+        let named = lane.numbers.iter().filter_map(|(number, attempt)| {
+            let progress = host.progress(now, attempt)?;
+            (progress.lives || progress.ended).then_some(Position { number: *number, next: progress.next })
+        });
+        let mut bytes = Vec::new();
+        write_positions(&mut bytes, named);
+        let count = u32::try_from(bytes.len() / crate::content::POSITION_BYTES).unwrap_or(u32::MAX);
+        RecordHead::new(Kind::Alive, 0, 0, count).write(out, &bytes, TURN_BYTES);
+    }
+}
+
+impl Attachment {
+    fn wrote(&mut self, head: RecordHead) {
+        if head.kind == Kind::Frames {
+            self.written = head.first.saturating_add(u64::from(head.count));
+        }
+    }
+}
+
+impl Lane {
+    fn has_more(&self) -> bool {
+        !self.live.is_empty() || !self.late.is_empty()
+    }
+}
