@@ -65,6 +65,6 @@ mod tests {
         assert_eq!(gate.over(&33), None, "one that waits and is gone gives nobody a turn");
         assert_eq!((gate.over(&7), gate.over(&0)), (Some(32), Some(34)));
         assert_eq!((gate.over(&0), gate.over(&1)), (None, None), "nobody waits");
-        assert!(gate.ask(0) && gate.ask(1) && !gate.ask(7));
+        assert!(gate.ask(0) && !gate.ask(1), "there is room for one");
     }
 }

@@ -40,6 +40,8 @@ pub(super) struct Attempt {
     pub(super) stage: Stage,
     /// Since when the node's answer is awaited.
     waits: Option<Moment>,
+    /// When a POST that asks for it was answered, and the link did not answer.
+    pub(super) asked: Option<Moment>,
     /// It was accepted, now or by an earlier number.
     was_accepted: bool,
     head_taken: bool,
@@ -81,6 +83,7 @@ impl ControlLane {
             taken: facts.first_index,
             seen: facts.first_index,
             waits: None,
+            asked: None,
             was_accepted: false,
             head_taken: false,
             named_at: now,
@@ -153,6 +156,13 @@ impl ControlLane {
         let resuming = |stage: &Stage| usize::from(matches!(stage, Stage::Resuming { .. }));
         self.running = self.running + running(now) - running(&before);
         self.resuming = self.resuming + resuming(now) - resuming(&before);
+    }
+
+    /// The node's answer is awaited from now on, if it was not before.
+    pub(super) fn wait(&mut self, now: Moment, attempt: AttemptId) {
+        if self.attempts.get(&attempt).is_some_and(|entry| entry.waits.is_none()) {
+            self.set_waits(attempt, Some(now));
+        }
     }
 
     /// Since when the node's answer is awaited; nothing where it is not.
@@ -245,6 +255,8 @@ impl ControlLane {
         let attempts: Vec<AttemptId> =
             self.attempts.iter().filter(|(_, entry)| sent(&entry.stage)).map(|(id, _)| *id).collect();
         for attempt in attempts {
+            // Nothing was asked of this link.
+            self.set_waits(attempt, None);
             self.resume(attempt);
         }
     }
@@ -252,10 +264,9 @@ impl ControlLane {
     /// The attempt is asked for with the next control POST, from what was taken of it.
     pub(super) fn resume(&mut self, attempt: AttemptId) {
         self.forget_number(attempt);
-        self.set_waits(attempt, None);
         self.set_stage(attempt, Stage::Resuming { post: None });
         if let Some(entry) = self.attempts.get_mut(&attempt) {
-            entry.behind = None;
+            (entry.behind, entry.asked) = (None, None);
             self.to_resume.insert(attempt);
         }
     }
@@ -383,7 +394,7 @@ impl ControlLane {
             match entry.stage {
                 Stage::Accepted => {}
                 // The POST was answered, and the link does not answer.
-                Stage::Resuming { post: None } if entry.waits.is_some_and(|at| now >= at + POST_ANSWER) => {
+                Stage::Resuming { post: None } if entry.asked.is_some_and(|at| now >= at + POST_ANSWER) => {
                     anew.push(*id);
                     continue;
                 }

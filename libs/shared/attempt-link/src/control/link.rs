@@ -121,8 +121,9 @@ impl ControlLane {
         self.greeted = true;
         self.actions.push_back(Action::Connected);
         self.abandon_control(now);
-        self.control_after = now;
-        self.starts_after = now;
+        (self.control_after, self.starts_after) = (now, now);
+        // What did not arrive by another link says nothing of this one.
+        self.undelivered = None;
         self.resume_all();
         if !self.to_resume.is_empty() {
             if let Some(connection) = self.connection_mut() {
@@ -342,7 +343,7 @@ impl ControlLane {
 
     pub(super) fn connection_deadline(&self, connection: &Connection) -> Moment {
         let suspect = self.undelivered.filter(|_| !self.suspected).map(|since| since + UNDELIVERABLE);
-        let seen = (self.attempts.len() > self.unsent()).then_some(self.next_seen);
+        let seen = self.wants_answers().then_some(self.next_seen);
         let idle_starts = self.idle_starts(connection.n).then(|| {
             let retry = (!self.queue.is_empty()).then_some(self.starts_after);
             retry.into_iter().chain(seen).chain(self.done_due).min().map(|at| at.max(self.starts_after))

@@ -213,7 +213,9 @@ pub struct ControlLane {
     starts_after: Moment,
     fresh_starts: bool,
     fresh_control: bool,
+    /// Since when no POST was answered, and when one was last.
     undelivered: Option<Moment>,
+    answered_at: Moment,
     suspected: bool,
     /// A hello has come since the node registered; since when none did; whether it answers else.
     greeted: bool,
@@ -258,6 +260,7 @@ impl ControlLane {
             fresh_starts: false,
             fresh_control: false,
             undelivered: None,
+            answered_at: now,
             suspected: false,
             greeted: false,
             dialling_since: now,

@@ -105,6 +105,11 @@ impl ControlLane {
         self.posts.values().filter(|post| matches!(post.kind, PostKind::Single(_))).count() < MAX_SINGLES
     }
 
+    /// Whether a POST goes even where it says nothing: attempts run, or it is to be shown that one arrives.
+    pub(super) fn wants_answers(&self) -> bool {
+        self.attempts.len() > self.unsent() || self.undelivered.is_some() || self.suspected
+    }
+
     fn idle_control(&self) -> bool {
         !self.posts.values().any(|post| matches!(post.kind, PostKind::Control { .. }))
     }
@@ -156,7 +161,7 @@ impl ControlLane {
     pub(super) fn post_starts(&mut self, now: Moment) {
         let Some(connection) = self.connection() else { return };
         let n = connection.n;
-        let seen_due = now >= self.next_seen && self.attempts.len() > self.unsent();
+        let seen_due = now >= self.next_seen && self.wants_answers();
         let done_due = self.done_due.is_some_and(|at| now >= at);
         let is_due = !self.queue.is_empty() || seen_due || done_due;
         if now < self.starts_after || !is_due || !self.idle_starts(n) {
@@ -238,9 +243,10 @@ impl ControlLane {
     /// The last byte of the POST was taken by its connection.
     pub fn post_sent(&mut self, now: Moment, id: PostId) {
         let Some(post) = self.posts.get_mut(&id) else { return };
-        if post.sent.replace(now).is_some() {
+        if post.sent.is_some() {
             return;
         }
+        post.sent = Some(now);
         let (attempts, starts) = match &post.kind {
             PostKind::Control { resumes, .. } => (resumes.clone(), false),
             _ => (post.starts(), true),
@@ -252,7 +258,7 @@ impl ControlLane {
                 _ => false,
             };
             if waits {
-                self.set_waits(attempt, Some(now));
+                self.wait(now, attempt);
                 if starts {
                     self.actions.push_back(Action::Sent { attempt });
                 }
@@ -262,11 +268,15 @@ impl ControlLane {
 
     /// The POST has come to an end.
     pub fn post_ended(&mut self, now: Moment, id: PostId, outcome: PostOutcome) {
+        if matches!(outcome, PostOutcome::Answered(_)) {
+            // An answer says so too.
+            self.post_sent(now, id);
+        }
         let Some(post) = self.posts.remove(&id) else { return };
         let arrived = matches!(outcome, PostOutcome::Answered(_) | PostOutcome::Stale);
         if arrived {
-            let others = self.posts.values().any(|post| !matches!(post.kind, PostKind::Single(_)));
-            self.undelivered = others.then_some(now);
+            self.undelivered = None;
+            self.answered_at = now;
             if std::mem::take(&mut self.suspected) {
                 self.actions.push_back(Action::OrdersArrive);
             }
@@ -318,10 +328,18 @@ impl ControlLane {
                         self.gone(attempt);
                     } else {
                         self.set_stage(attempt, Stage::Resuming { post: None });
-                        self.set_waits(attempt, Some(now));
+                        self.asked(now, attempt);
                     }
                 }
             }
+        }
+    }
+
+    /// The link is to answer.
+    fn asked(&mut self, now: Moment, attempt: AttemptId) {
+        self.wait(now, attempt);
+        if let Some(entry) = self.attempts.get_mut(&attempt) {
+            entry.asked = Some(now);
         }
     }
 
@@ -437,7 +455,9 @@ impl ControlLane {
     fn give_up(&mut self, now: Moment, id: PostId) {
         let Some(post) = self.posts.remove(&id) else { return };
         self.actions.push_back(Action::AbandonPost { id });
-        self.undelivered.get_or_insert(post.progress);
+        if post.progress >= self.answered_at && self.is_current(post.n) {
+            self.undelivered.get_or_insert(post.progress);
+        }
         self.undo(now, id, post);
     }
 
