@@ -41,7 +41,8 @@ const ALIVE_EVERY_WHEN_EMPTY: Duration = Duration::from_secs(10);
 pub trait AttemptHost {
     /// Takes the attempt, or says why not. It has a reader from then on.
     fn accept(&mut self, now: Moment, start: &Start) -> Result<Acceptance, ErrorBody>;
-    /// The attempt has another reader, from `order.from` on; what is before it was seen.
+    /// The attempt has another reader, from `order.from` on; what is before it was seen. One that was
+    /// never accepted is remembered, and is unknown however often it is asked for: an answer may be lost.
     fn resume(&mut self, now: Moment, order: &ResumeOrder) -> Result<Acceptance, NotResumed>;
     /// Ends the attempt; one that comes later is refused.
     fn stop(&mut self, now: Moment, attempt: &AttemptId);

@@ -1,6 +1,6 @@
 //! The attempts of a node, as a model: what is kept, what is remembered, and engines that write.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use attempt_link::content::{Acceptance, FrameTokens};
 use attempt_link::node::{AttemptHost, NotResumed, Progress, Supply};
@@ -62,7 +62,8 @@ impl Run {
 #[derive(Debug, Default)]
 pub(crate) struct Host {
     pub(crate) runs: BTreeMap<AttemptId, Run>,
-    pub(crate) seen: BTreeSet<AttemptId>,
+    /// Ids that are remembered, and whether the attempt was ever accepted.
+    pub(crate) seen: BTreeMap<AttemptId, bool>,
     pub(crate) accepted: BTreeMap<AttemptId, u32>,
     pub(crate) last_run: u64,
     /// Attempts that were taken since this was looked at.
@@ -95,12 +96,13 @@ impl Host {
 impl AttemptHost for Host {
     fn accept(&mut self, _: Moment, start: &Start) -> Result<Acceptance, ErrorBody> {
         let attempt = start.facts.attempt_id;
-        if !self.seen.insert(attempt) {
+        if self.seen.contains_key(&attempt) {
             return Err(ErrorBody::new(ErrorCode::AttemptDuplicate, "seen before"));
         }
         if self.full {
             return Err(ErrorBody::new(ErrorCode::ReplicaExhausted, "full"));
         }
+        self.seen.insert(attempt, true);
         *self.accepted.entry(attempt).or_default() += 1;
         self.last_run += 1;
         let first = start.facts.first_index;
@@ -126,7 +128,8 @@ impl AttemptHost for Host {
     }
 
     fn resume(&mut self, _: Moment, order: &ResumeOrder) -> Result<Acceptance, NotResumed> {
-        if self.seen.insert(order.attempt_id) {
+        // The answer may be lost: asked again, it is the same.
+        if !*self.seen.entry(order.attempt_id).or_insert(false) {
             return Err(NotResumed::Unknown);
         }
         let run = self.runs.get_mut(&order.attempt_id).ok_or(NotResumed::Gone)?;
@@ -139,7 +142,7 @@ impl AttemptHost for Host {
     }
 
     fn stop(&mut self, _: Moment, attempt: &AttemptId) {
-        self.seen.insert(*attempt);
+        self.seen.entry(*attempt).or_insert(false);
         self.runs.remove(attempt);
     }
 
