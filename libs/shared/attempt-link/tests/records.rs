@@ -188,7 +188,11 @@ fn parts_are_joined_with_records_of_others_between_them_and_go_with_their_number
     assert_eq!(parts.bytes(), 2);
     parts.forget(2);
     assert_eq!(parts.bytes(), 0);
-    assert_eq!(parts.join(part(2, 0, false, b"z")), Ok(Some(part(2, 0, false, b"z"))), "nothing of it is left");
+    assert_eq!(
+        parts.join(part(2, 0, false, b"z")),
+        Ok(Some(part(2, 0, false, b"z"))),
+        "nothing of it is left"
+    );
 }
 
 // CLOUD-2603

@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use attempt_link::wire::{
-    ControlAnswer, ControlBody, LifeId, LinkKey, LinkQuery, MAX_IDS, MAX_INLINE_BYTES, MAX_SEEN, MAX_STARTS, Seen,
-    SingleError, Start, StartFacts, StartSpec, WrittenStart, read_single, read_starts, write_single, write_starts,
+    ControlAnswer, ControlBody, LifeId, LinkKey, LinkQuery, MAX_IDS, MAX_INLINE_BYTES, MAX_SEEN, MAX_STARTS,
+    Seen, SingleError, Start, StartFacts, StartSpec, WrittenStart, read_single, read_starts, write_single,
+    write_starts,
 };
 use bytes::Bytes;
 use pool_registry_types::task::{Reasoning, TaskRequest};
@@ -29,7 +30,8 @@ fn facts() -> StartFacts {
 }
 
 fn start(number: u64, payload: &str) -> Start {
-    let payload = Payload { format: PayloadFormat::Native, bytes: Bytes::copy_from_slice(payload.as_bytes()) };
+    let payload =
+        Payload { format: PayloadFormat::Native, bytes: Bytes::copy_from_slice(payload.as_bytes()) };
     Start::new(StartFacts { number, ..facts() }, &payload)
 }
 

@@ -16,13 +16,22 @@ use crate::wire::{Start, WrittenStart};
 #[derive(Debug)]
 pub(super) enum Stage {
     /// Its start waits for a POST.
-    Queued { start: Box<Start>, since: Moment },
+    Queued {
+        start: Box<Start>,
+        since: Moment,
+    },
     /// Its start is in a POST that was not answered.
-    Posting { start: Box<Start>, since: Moment, post: PostId },
+    Posting {
+        start: Box<Start>,
+        since: Moment,
+        post: PostId,
+    },
     /// Its start was read, or may have been: the link answers.
     Sent,
     /// It is asked for again, by a POST where there is one.
-    Resuming { post: Option<PostId> },
+    Resuming {
+        post: Option<PostId>,
+    },
     Accepted,
 }
 
@@ -99,7 +108,8 @@ impl ControlLane {
 
     /// Puts a start where it waits for its POST.
     fn enqueue(&mut self, attempt: AttemptId) {
-        let Some(Stage::Queued { start, .. }) = self.attempts.get(&attempt).map(|attempt| &attempt.stage) else {
+        let Some(Stage::Queued { start, .. }) = self.attempts.get(&attempt).map(|attempt| &attempt.stage)
+        else {
             return;
         };
         if WrittenStart::new(start).is_large() {

@@ -39,7 +39,15 @@ pub(super) struct Interruption {
 
 impl Interruption {
     pub(super) fn new(now: Moment, heard: Moment) -> Self {
-        Self { since: now, heard, next_dial: now, dial_failed: false, refused: false, moved: false, lost: false }
+        Self {
+            since: now,
+            heard,
+            next_dial: now,
+            dial_failed: false,
+            refused: false,
+            moved: false,
+            lost: false,
+        }
     }
 
     /// Whether a dial may begin, and when the one after it.
@@ -138,7 +146,9 @@ impl ControlLane {
     /// The thread's gate lets this link resume.
     pub fn may_resume(&mut self, now: Moment) {
         match self.connection_mut() {
-            Some(connection) if connection.turn == ResumeTurn::Waiting => connection.turn = ResumeTurn::Granted,
+            Some(connection) if connection.turn == ResumeTurn::Waiting => {
+                connection.turn = ResumeTurn::Granted
+            }
             // It broke meanwhile, and asks anew.
             _ => return,
         }
@@ -321,7 +331,8 @@ impl ControlLane {
     pub(super) fn interruption_deadline(&self, interruption: &Interruption) -> Option<Moment> {
         let Interruption { since, heard, next_dial, dial_failed, moved, lost, .. } = *interruption;
         let dial = (interruption.may_dial(next_dial)).then_some(next_dial);
-        let end = (!lost).then(|| if self.dials.is_empty() { since + GIVE_UP } else { since + GIVE_UP_DIALS });
+        let end =
+            (!lost).then(|| if self.dials.is_empty() { since + GIVE_UP } else { since + GIVE_UP_DIALS });
         let quiet = (dial_failed && !moved).then(|| heard + QUIET);
         let probe = (!self.greeted && !self.lives).then_some(self.probe_at);
         let none = (!self.greeted && self.lives).then(|| self.dialling_since + NO_HELLO);
@@ -351,7 +362,12 @@ impl ControlLane {
         let single = (!self.large.is_empty() && self.has_room_for_single()).then_some(self.starts_after);
         let control = self.has_control_work(connection).then_some(self.control_after);
         let silent = self.silent_at(connection);
-        suspect.into_iter().chain(idle_starts.flatten()).chain(single).chain(control).fold(silent, Moment::min)
+        suspect
+            .into_iter()
+            .chain(idle_starts.flatten())
+            .chain(single)
+            .chain(control)
+            .fold(silent, Moment::min)
     }
 
     pub(super) fn connected_timer(&mut self, now: Moment) {

@@ -86,51 +86,108 @@ pub enum Action {
     /// Open a connection and send the GET; files of credentials are read again before.
     Dial(LinkQuery),
     /// Read nothing more of the GET `n`, and close it.
-    Close { n: u64 },
+    Close {
+        n: u64,
+    },
     /// Send a POST; `fresh`: not on a connection that was used before.
-    Post { id: PostId, request: PostRequest, fresh: bool },
+    Post {
+        id: PostId,
+        request: PostRequest,
+        fresh: bool,
+    },
     /// Nobody waits for the answer any more: close its connection.
-    AbandonPost { id: PostId },
+    AbandonPost {
+        id: PostId,
+    },
     /// The last byte of the attempt's start was taken: its acceptance is awaited from now on.
-    Sent { attempt: AttemptId },
-    Accepted { attempt: AttemptId, acceptance: Acceptance },
-    Refused { attempt: AttemptId, error: ErrorBody },
+    Sent {
+        attempt: AttemptId,
+    },
+    Accepted {
+        attempt: AttemptId,
+        acceptance: Acceptance,
+    },
+    Refused {
+        attempt: AttemptId,
+        error: ErrorBody,
+    },
     /// The attempt is asked for again, from `from` on: what its relay has half read is void.
-    Restart { attempt: AttemptId, from: u64 },
+    Restart {
+        attempt: AttemptId,
+        from: u64,
+    },
     /// It is read again. It had been accepted before.
-    Resumed { attempt: AttemptId },
-    Head { attempt: AttemptId, head: AnswerHead },
+    Resumed {
+        attempt: AttemptId,
+    },
+    Head {
+        attempt: AttemptId,
+        head: AnswerHead,
+    },
     /// Whole frames. `first` may lie before what was taken, the end never does.
-    Frames { attempt: AttemptId, first: u64, count: u32, bytes: Bytes },
+    Frames {
+        attempt: AttemptId,
+        first: u64,
+        count: u32,
+        bytes: Bytes,
+    },
     /// Of the frames from `first` on, which follow.
-    TokenIds { attempt: AttemptId, first: u64, frames: Vec<FrameTokens> },
-    Error { attempt: AttemptId, error: ErrorBody },
+    TokenIds {
+        attempt: AttemptId,
+        first: u64,
+        frames: Vec<FrameTokens>,
+    },
+    Error {
+        attempt: AttemptId,
+        error: ErrorBody,
+    },
     /// The attempt is over; nothing more of it comes.
-    Ended { attempt: AttemptId, report_seq: u64 },
+    Ended {
+        attempt: AttemptId,
+        report_seq: u64,
+    },
     /// It was cancelled, or could not go, before any byte of it did.
-    NeverSent { attempt: AttemptId },
+    NeverSent {
+        attempt: AttemptId,
+    },
     /// It was never accepted, and never will be; `again` where the last start of its task here was not
     /// either.
-    Unknown { attempt: AttemptId, again: bool },
+    Unknown {
+        attempt: AttemptId,
+        again: bool,
+    },
     /// It was accepted once, and is not held any more from where it is wanted.
-    Gone { attempt: AttemptId },
+    Gone {
+        attempt: AttemptId,
+    },
     /// Its link could not be taken up again. Its relay's stop is to come by [`ControlLane::cancel`].
-    Lost { attempt: AttemptId, reason: Lost },
+    Lost {
+        attempt: AttemptId,
+        reason: Lost,
+    },
     /// No `alive` has named it for ten seconds.
-    Silent { attempt: AttemptId },
+    Silent {
+        attempt: AttemptId,
+    },
     /// The link is up.
     Connected,
     /// It is not, and is dialled: one event for all that runs on it.
-    Interrupted { reason: Interrupted },
+    Interrupted {
+        reason: Interrupted,
+    },
     /// Decision 0006: what loses nothing by it is to be placed elsewhere now.
     MoveQuiet,
     /// A dial found another boot of the node.
-    OtherBoot { boot_id: BootId },
+    OtherBoot {
+        boot_id: BootId,
+    },
     /// Evidence against the node: orders do not reach it. Lifted by `OrdersArrive` only.
     OrdersDoNotArrive,
     OrdersArrive,
     /// The node has answered a POST with this status.
-    PostStatus { status: u16 },
+    PostStatus {
+        status: u16,
+    },
     /// No connection to the node can be made for a POST.
     CannotConnect,
     /// The node leaves: it is not dialled until it registers again.

@@ -142,7 +142,8 @@ impl ControlLane {
         }
         let resumed: Vec<AttemptId> = resumes.iter().map(|resume| resume.attempt_id).collect();
         let kind = PostKind::Control { stops: stops.clone(), resumes: resumed.clone() };
-        let request = PostRequest::Control(ControlBody { life, lane, n, cancel: stops.clone(), resume: resumes });
+        let request =
+            PostRequest::Control(ControlBody { life, lane, n, cancel: stops.clone(), resume: resumes });
         let fresh = std::mem::take(&mut self.fresh_control);
         let id = self.send(now, n, kind, request, fresh);
         for stop in &stops {
@@ -346,7 +347,9 @@ impl ControlLane {
     /// Starts that were read, or may have been.
     fn starts_sent(&mut self, id: PostId, n: u64, attempts: Vec<AttemptId>) {
         let is_current = self.is_current(n);
-        for attempt in attempts.into_iter().filter(|attempt| self.is_posting(*attempt, id)).collect::<Vec<_>>() {
+        for attempt in
+            attempts.into_iter().filter(|attempt| self.is_posting(*attempt, id)).collect::<Vec<_>>()
+        {
             self.set_stage(attempt, Stage::Sent);
             if !is_current && self.connection().is_some() {
                 // What answered them is not read any more.

@@ -73,12 +73,22 @@ pub enum NotResumed {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Supply {
     Head(AnswerHead),
-    Frames { first: u64, count: u32, bytes: Bytes },
+    Frames {
+        first: u64,
+        count: u32,
+        bytes: Bytes,
+    },
     /// Of the frames that follow.
-    TokenIds { first: u64, frames: Vec<FrameTokens> },
+    TokenIds {
+        first: u64,
+        frames: Vec<FrameTokens>,
+    },
     Error(ErrorBody),
     /// All was supplied: `next` is the index behind the last frame.
-    End { next: u64, report_seq: u64 },
+    End {
+        next: u64,
+        report_seq: u64,
+    },
     /// Nothing for now: [`NodeLanes::appended`] is called when there is.
     Waiting,
     /// It is not held any more.

@@ -207,7 +207,8 @@ impl NodeLanes {
             return;
         }
         if let Some(goals) = goals {
-            let reached = |goal: &Progress| attached.written >= goal.next && !goal.ended && !attached.is_in_parts();
+            let reached =
+                |goal: &Progress| attached.written >= goal.next && !goal.ended && !attached.is_in_parts();
             if goals.get(attempt).is_some_and(reached) {
                 goals.remove(attempt);
             }

@@ -1,14 +1,20 @@
 //! Both ends of a link over a network that loses, delays, cuts and reorders.
 
-mod control_facts;
 mod host;
+mod lane;
+mod link_facts;
 mod node_facts;
+mod ops;
+mod oracle;
+mod post_facts;
 mod world;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use world::{Op, Over, World};
+use ops::Op;
+use oracle::Over;
+use world::World;
 
 fn faults() -> impl Strategy<Value = Op> {
     prop_oneof![
@@ -24,8 +30,12 @@ fn faults() -> impl Strategy<Value = Op> {
 }
 
 fn attempts() -> impl Strategy<Value = Op> {
-    (1_u32..60, 1_u64..300, any::<bool>(), 0_u8..10)
-        .prop_map(|(frames, every, keep, size)| Op::Start { frames, every, keep, size })
+    (1_u32..60, 1_u64..300, any::<bool>(), 0_u8..10).prop_map(|(frames, every, keep, size)| Op::Start {
+        frames,
+        every,
+        keep,
+        size,
+    })
 }
 
 /// What may also happen to a cluster.

@@ -3,15 +3,15 @@
 use attempt_link::content::{Content, Hello, Position};
 use attempt_link::node::{ConnectionId, GetRefusal, NodeAction, NodeLanes, PostRefusal};
 use attempt_link::wire::{
-    ControlAnswer, ControlBody, LifeId, LinkKey, LinkQuery, ResumeOrder, Seen, Start, StartsBody, WrittenStart,
-    read_starts, write_starts,
+    ControlAnswer, ControlBody, LifeId, LinkKey, LinkQuery, ResumeOrder, Seen, Start, StartsBody,
+    WrittenStart, read_starts, write_starts,
 };
 use attempt_link::{Kind, Parts, Record, RecordDecoder};
 use pool_registry_types::{AttemptId, BootId, ErrorCode, LogId, Moment, NodeId};
 use uuid::Uuid;
 
 use crate::host::Host;
-use crate::world::start;
+use crate::ops::start;
 
 const BOOT: BootId = BootId(Uuid::from_u128(7));
 
@@ -240,7 +240,10 @@ fn the_highest_number_of_an_attempt_counts_and_parts_under_the_one_before_are_no
     assert!(records.iter().all(|record| record.head.number == 7), "{records:?}");
     let mut parts = Parts::default();
     let whole: Vec<_> = records.into_iter().filter_map(|record| parts.join(record).unwrap()).collect();
-    assert_eq!(whole.iter().map(|record| record.head.kind).collect::<Vec<_>>(), [Kind::Accepted, Kind::Frames]);
+    assert_eq!(
+        whole.iter().map(|record| record.head.kind).collect::<Vec<_>>(),
+        [Kind::Accepted, Kind::Frames]
+    );
     assert_eq!(whole[1].bytes.len(), 30_000);
 }
 
@@ -376,12 +379,13 @@ fn alive_stands_behind_what_was_ready_and_names_what_runs_and_what_is_not_writte
 fn alive_comes_each_second_while_attempts_run_and_every_ten_seconds_else() {
     let (mut node, link) = Node::up();
     let alive = |node: &mut Node, seconds: u64| {
-        (0..seconds).filter(|_| {
-            node.pass(1_000);
-            node.post(key(1, 1), &[]).unwrap();
-            node.read(link).iter().any(|record| record.head.kind == Kind::Alive)
-        })
-        .count()
+        (0..seconds)
+            .filter(|_| {
+                node.pass(1_000);
+                node.post(key(1, 1), &[]).unwrap();
+                node.read(link).iter().any(|record| record.head.kind == Kind::Alive)
+            })
+            .count()
     };
     assert_eq!(alive(&mut node, 20), 2);
     node.post(key(1, 1), &[3]).unwrap();

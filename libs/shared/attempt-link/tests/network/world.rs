@@ -3,78 +3,30 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use attempt_link::content::Hello;
-use attempt_link::control::{Action, ConnectionEnd, ControlLane, LaneState, PostId, PostOutcome, PostRequest};
+use attempt_link::control::{Action, ConnectionEnd, ControlLane, PostId, PostOutcome, PostRequest};
 use attempt_link::node::{ConnectionId, NodeAction, NodeLanes, PostRefusal};
-use attempt_link::wire::{
-    ControlAnswer, ControlBody, LifeId, LinkQuery, Start, StartFacts, StartSpec, read_single, read_starts,
-};
+use attempt_link::wire::{ControlAnswer, ControlBody, LifeId, LinkQuery, read_single, read_starts};
 use bytes::Bytes;
-use pool_registry_types::task::Workload;
-use pool_registry_types::{AttemptId, BootId, LogId, ModelRef, Moment, NodeId, PoolId, TaskId};
-use task_stream::PayloadFormat;
+use pool_registry_types::{AttemptId, BootId, Moment, NodeId};
 use uuid::Uuid;
 
-use crate::host::{FRAME_HEADER, Host};
-
-/// Something that is done to the world.
-#[derive(Debug, Clone)]
-pub(crate) enum Op {
-    Start { frames: u32, every: u64, keep: bool, size: u8 },
-    Cancel { which: usize },
-    Cut { up: bool, down: bool, millis: u64 },
-    Reset { half_open: bool },
-    Refuse { millis: u64 },
-    LosePosts { millis: u64 },
-    LoseAnswers { millis: u64 },
-    LatePosts { millis: u64 },
-    Stall { millis: u64 },
-    Stick { which: usize, millis: u64 },
-    Full { millis: u64 },
-    RestartControl,
-    RestartNode,
-    Credential,
-    Leave,
-}
-
-/// How an attempt ended for the control plane.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Over {
-    Ended,
-    Refused,
-    NeverSent,
-    Unknown,
-    Gone,
-    Lost,
-    Silent,
-    Cancelled,
-    /// Its control plane is gone.
-    Forgotten,
-}
-
-/// A relay: what it has taken, and how it ended.
-#[derive(Debug, Default)]
-struct Reader {
-    next: u64,
-    run: Option<u64>,
-    ids_to: u64,
-    accepted: bool,
-    failed: bool,
-    over: Option<Over>,
-}
+use crate::host::Host;
+use crate::ops::Op;
+use crate::oracle::{Over, Reader};
 
 #[derive(Debug)]
-struct Connection {
-    n: u64,
-    life: u32,
-    node: Option<ConnectionId>,
+pub(crate) struct Connection {
+    pub(crate) n: u64,
+    pub(crate) life: u32,
+    pub(crate) node: Option<ConnectionId>,
     /// What is on its way down; nothing is the end.
-    down: VecDeque<(u64, Option<Bytes>)>,
-    control_open: bool,
-    node_open: bool,
+    pub(crate) down: VecDeque<(u64, Option<Bytes>)>,
+    pub(crate) control_open: bool,
+    pub(crate) node_open: bool,
 }
 
 #[derive(Debug, Clone)]
-enum Event {
+pub(crate) enum Event {
     Do(Op),
     Append { attempt: AttemptId, run: u64, left: u32, every: u64, size: u8 },
     GetArrives(usize),
@@ -90,73 +42,46 @@ enum Event {
 }
 
 pub(crate) struct World {
-    now: u64,
-    random: u64,
-    life: u32,
-    boot: u32,
-    control: ControlLane,
-    node: NodeLanes,
-    host: Host,
-    connections: Vec<Connection>,
-    events: BTreeMap<(u64, u64), Event>,
-    last_event: u64,
-    readers: BTreeMap<AttemptId, Reader>,
-    plans: BTreeMap<AttemptId, (u32, u64, u8)>,
-    up_cut: u64,
-    down_cut: u64,
-    refused: u64,
-    posts_lost: u64,
-    answers_lost: u64,
-    posts_late: u64,
-    stalled: u64,
-    full: u64,
-    suspected: bool,
-    last_attempt: u128,
-    traced: bool,
+    pub(crate) now: u64,
+    pub(crate) random: u64,
+    pub(crate) life: u32,
+    pub(crate) boot: u32,
+    pub(crate) control: ControlLane,
+    pub(crate) node: NodeLanes,
+    pub(crate) host: Host,
+    pub(crate) connections: Vec<Connection>,
+    pub(crate) events: BTreeMap<(u64, u64), Event>,
+    pub(crate) last_event: u64,
+    pub(crate) readers: BTreeMap<AttemptId, Reader>,
+    pub(crate) plans: BTreeMap<AttemptId, (u32, u64, u8)>,
+    pub(crate) up_cut: u64,
+    pub(crate) down_cut: u64,
+    pub(crate) refused: u64,
+    pub(crate) posts_lost: u64,
+    pub(crate) answers_lost: u64,
+    pub(crate) posts_late: u64,
+    pub(crate) stalled: u64,
+    pub(crate) full: u64,
+    pub(crate) suspected: bool,
+    pub(crate) last_attempt: u128,
+    pub(crate) traced: bool,
 }
 
-fn at(millis: u64) -> Moment {
+pub(crate) fn at(millis: u64) -> Moment {
     Moment::from_millis(millis)
 }
 
-fn life(number: u32) -> LifeId {
+pub(crate) fn life(number: u32) -> LifeId {
     LifeId(Uuid::from_u128(u128::from(number)))
 }
 
-fn boot(number: u32) -> BootId {
+pub(crate) fn boot(number: u32) -> BootId {
     BootId(Uuid::from_u128(1_000 + u128::from(number)))
 }
 
-fn node(number: u32) -> NodeLanes {
+pub(crate) fn node(number: u32) -> NodeLanes {
     let node_id = NodeId::new("n0").unwrap();
     NodeLanes::new(Hello { node_id, boot_id: boot(number), version: "1".into() })
-}
-
-/// The start of an attempt of its own task.
-pub(crate) fn start(id: u128, prompt: &str) -> Start {
-    let facts = StartFacts {
-        number: 0,
-        pool_id: PoolId::new("p").unwrap(),
-        attempt_id: AttemptId(Uuid::from_u128(id)),
-        task_id: TaskId(Uuid::from_u128(id)),
-        log_id: LogId(Uuid::from_u128(id)),
-        first_index: 0,
-        deadline_ms: Some(600_000),
-        replica_hint: None,
-        resume: None,
-        spec: StartSpec {
-            model_ref: ModelRef::new("m").unwrap(),
-            workload: Workload::Completion,
-            reasoning: None,
-            max_tokens: None,
-        },
-        payload_format: PayloadFormat::Native,
-        keep: false,
-        traceparent: String::new(),
-        correlation_id: String::new(),
-        caller: None,
-    };
-    Start { facts, payload: serde_json::json!({ "prompt": prompt }).to_string().into() }
 }
 
 impl World {
@@ -186,31 +111,32 @@ impl World {
             full: 0,
             suspected: false,
             last_attempt: 0,
+            #[expect(clippy::disallowed_methods, reason = "a person asks for it")]
             traced: std::env::var_os("LINK_TRACE").is_some(),
         }
     }
 
-    fn draw(&mut self, below: u64) -> u64 {
+    pub(crate) fn draw(&mut self, below: u64) -> u64 {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
         (self.random.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % below.max(1)
     }
 
-    fn chance(&mut self, percent: u64) -> bool {
+    pub(crate) fn chance(&mut self, percent: u64) -> bool {
         self.draw(100) < percent
     }
 
-    fn after(&mut self, millis: u64, event: Event) {
+    pub(crate) fn after(&mut self, millis: u64, event: Event) {
         self.at(self.now + millis, event);
     }
 
-    fn at(&mut self, when: u64, event: Event) {
+    pub(crate) fn at(&mut self, when: u64, event: Event) {
         self.last_event += 1;
         self.events.insert((when, self.last_event), event);
     }
 
-    fn delay(&mut self) -> u64 {
+    pub(crate) fn delay(&mut self) -> u64 {
         1 + self.draw(8)
     }
 
@@ -294,7 +220,8 @@ impl World {
         self.trace(&action);
         match action {
             NodeAction::Write(id) => {
-                let Some(which) = self.connections.iter().position(|c| c.node == Some(id) && c.node_open) else {
+                let Some(which) = self.connections.iter().position(|c| c.node == Some(id) && c.node_open)
+                else {
                     return;
                 };
                 let mut out = Vec::new();
@@ -323,7 +250,7 @@ impl World {
         }
     }
 
-    fn push_down(&mut self, which: usize, piece: Option<Bytes>) {
+    pub(crate) fn push_down(&mut self, which: usize, piece: Option<Bytes>) {
         let arrives = self.now + self.delay();
         let connection = &mut self.connections[which];
         let last = connection.down.back().map_or(0, |(at, _)| *at);
@@ -380,76 +307,6 @@ impl World {
         }
     }
 
-    fn relay_action(&mut self, action: Action) {
-        let over = match &action {
-            Action::Ended { .. } => Some(Over::Ended),
-            Action::Refused { .. } => Some(Over::Refused),
-            Action::NeverSent { .. } => Some(Over::NeverSent),
-            Action::Unknown { .. } => Some(Over::Unknown),
-            Action::Gone { .. } => Some(Over::Gone),
-            Action::Lost { .. } => Some(Over::Lost),
-            Action::Silent { .. } => Some(Over::Silent),
-            _ => None,
-        };
-        let attempt = match &action {
-            Action::Accepted { attempt, .. }
-            | Action::Refused { attempt, .. }
-            | Action::Restart { attempt, .. }
-            | Action::Resumed { attempt }
-            | Action::Head { attempt, .. }
-            | Action::Frames { attempt, .. }
-            | Action::TokenIds { attempt, .. }
-            | Action::Error { attempt, .. }
-            | Action::Ended { attempt, .. }
-            | Action::NeverSent { attempt }
-            | Action::Unknown { attempt, .. }
-            | Action::Gone { attempt }
-            | Action::Lost { attempt, .. }
-            | Action::Silent { attempt } => *attempt,
-            other => panic!("{other:?} is no relay's"),
-        };
-        let reader = self.readers.get_mut(&attempt).expect("it was started");
-        if reader.over == Some(Over::Cancelled) {
-            assert_eq!(over, Some(Over::NeverSent), "something comes of a cancelled attempt: {action:?}");
-            reader.over = over;
-            return;
-        }
-        assert_eq!(reader.over, None, "something follows the end of {attempt}: {action:?}");
-        match &action {
-            Action::Accepted { .. } => {
-                assert!(!std::mem::replace(&mut reader.accepted, true), "{attempt} is accepted twice");
-            }
-            Action::Resumed { .. } => assert!(reader.accepted),
-            Action::Restart { from, .. } => assert_eq!(*from, reader.next, "{attempt} begins anew elsewhere"),
-            Action::TokenIds { first, frames, .. } => {
-                assert!(reader.accepted && *first <= reader.next);
-                reader.ids_to = reader.ids_to.max(first + frames.len() as u64);
-            }
-            Action::Frames { first, count, bytes, .. } => reader.frames(&attempt, *first, *count, bytes),
-            Action::Error { .. } => reader.failed = true,
-            Action::Ended { .. } => {
-                let kind = attempt.0.as_u128() % 4;
-                assert_eq!(reader.failed, kind == 2, "the error of {attempt} comes with its end");
-                let (frames, ..) = self.plans[&attempt];
-                assert_eq!(reader.next, u64::from(frames), "{attempt} is whole");
-            }
-            Action::Refused { .. } | Action::NeverSent { .. } | Action::Unknown { .. } => {
-                assert!(!reader.accepted, "{action:?} of what was accepted");
-            }
-            _ => {}
-        }
-        let Some(over) = over else { return };
-        reader.over = Some(over);
-        match over {
-            Over::Ended => self.control.done(at(self.now), attempt),
-            Over::Gone | Over::Lost | Over::Silent => self.control.cancel(at(self.now), attempt),
-            Over::Unknown | Over::NeverSent | Over::Refused => {
-                assert!(!self.host.is_running(&attempt), "{attempt} runs and is {over:?}");
-            }
-            Over::Cancelled | Over::Forgotten => {}
-        }
-    }
-
     fn dial(&mut self, query: &LinkQuery) {
         let which = self.connections.len();
         self.connections.push(Connection {
@@ -468,7 +325,7 @@ impl World {
         }
     }
 
-    fn node_hears(&mut self, which: usize) {
+    pub(crate) fn node_hears(&mut self, which: usize) {
         let when = (self.now + self.delay()).max(self.up_cut);
         self.at(when, Event::NodeHears(which));
     }
@@ -635,145 +492,5 @@ impl World {
         }
         let when = (self.now + self.delay()).max(self.down_cut);
         self.at(when, Event::PostEnds(of, id, outcome));
-    }
-
-    fn act(&mut self, op: Op) {
-        let now = self.now;
-        match op {
-            Op::Start { frames, every, keep, size } => self.start(frames, every, keep, size),
-            Op::Cancel { which } => {
-                let open = self.readers.iter().filter(|(_, reader)| reader.over.is_none());
-                let open: Vec<AttemptId> = open.map(|(id, _)| *id).collect();
-                if let Some(attempt) = open.get(which % open.len().max(1)).copied() {
-                    self.readers.get_mut(&attempt).unwrap().over = Some(Over::Cancelled);
-                    self.control.cancel(at(now), attempt);
-                }
-            }
-            Op::Cut { up, down, millis } => {
-                if up {
-                    self.up_cut = self.up_cut.max(now + millis);
-                }
-                if down {
-                    self.down_cut = self.down_cut.max(now + millis);
-                }
-            }
-            Op::Reset { half_open } => self.reset(half_open),
-            Op::Refuse { millis } => self.refused = now + millis,
-            Op::LosePosts { millis } => self.posts_lost = now + millis,
-            Op::LoseAnswers { millis } => self.answers_lost = now + millis,
-            Op::LatePosts { millis } => self.posts_late = now + millis,
-            Op::Stall { millis } => self.stalled = now + millis,
-            Op::Full { millis } => self.full = now + millis,
-            Op::Stick { which, millis } => {
-                let running = self.host.runs.len();
-                let stuck = self.host.runs.iter_mut().nth(which % running.max(1));
-                if let Some((attempt, run)) = stuck {
-                    run.stuck = true;
-                    let attempt = *attempt;
-                    self.after(millis, Event::Unstick(attempt));
-                }
-            }
-            Op::RestartControl => self.restart_control(),
-            Op::RestartNode => {
-                self.boot += 1;
-                self.node = node(self.boot);
-                let accepted = std::mem::take(&mut self.host.accepted);
-                let last_run = self.host.last_run;
-                self.host = Host { accepted, last_run, ..Host::default() };
-                for which in 0..self.connections.len() {
-                    self.connections[which].node_open = false;
-                    self.push_down(which, None);
-                }
-                self.after(400, Event::Registers);
-            }
-            Op::Credential => {
-                for which in 0..self.connections.len() {
-                    if let Some(id) = self.connections[which].node.filter(|_| self.connections[which].node_open) {
-                        self.node.credential(at(now), id, false);
-                    }
-                }
-            }
-            Op::Leave => self.node.leave(),
-        }
-    }
-
-    fn reset(&mut self, half_open: bool) {
-        for which in 0..self.connections.len() {
-            let connection = &mut self.connections[which];
-            connection.down.clear();
-            let (n, of) = (connection.n, connection.life);
-            if !half_open {
-                self.node_hears(which);
-            }
-            if std::mem::take(&mut self.connections[which].control_open) && of == self.life {
-                self.control.closed(at(self.now), n, ConnectionEnd::Broken);
-            }
-        }
-    }
-
-    /// The control plane dies and comes back without its memory.
-    fn restart_control(&mut self) {
-        for reader in self.readers.values_mut() {
-            reader.over.get_or_insert(Over::Forgotten);
-        }
-        for which in 0..self.connections.len() {
-            if std::mem::take(&mut self.connections[which].control_open) && self.chance(70) {
-                self.node_hears(which);
-            }
-        }
-        self.life += 1;
-        self.suspected = false;
-        self.control = ControlLane::new(at(self.now), life(self.life), 0, boot(self.boot));
-        let wait = self.draw(800);
-        self.after(wait, Event::Registers);
-    }
-
-    fn start(&mut self, frames: u32, every: u64, keep: bool, size: u8) {
-        self.last_attempt += 1;
-        let id = self.last_attempt;
-        let attempt = AttemptId(Uuid::from_u128(id));
-        self.readers.insert(attempt, Reader::default());
-        self.plans.insert(attempt, (frames, every, size));
-        let prompt = if size == 2 { "x".repeat(80_000) } else { "hello".into() };
-        let mut start = start(id, &prompt);
-        start.facts.keep = keep;
-        self.control.start(at(self.now), start);
-    }
-
-    // ---- the oracle ----
-
-    fn check_end(self) -> Vec<(AttemptId, Over)> {
-        assert_eq!(self.control.state(), LaneState::Up, "the link is back");
-        assert!(!self.suspected, "orders arrive again");
-        assert_eq!(self.control.attempts(), 0, "every attempt is over");
-        assert_eq!((self.node.attached(), self.control.held_bytes()), (0, 0));
-        assert!(self.host.accepted.values().all(|times| *times == 1), "a start is accepted once at most");
-        let running: Vec<_> = self.host.runs.keys().filter(|id| self.host.is_running(id)).collect();
-        assert!(running.is_empty(), "{running:?} run on");
-        let ends = self.readers.iter();
-        ends.map(|(id, reader)| (*id, reader.over.unwrap_or_else(|| panic!("{id} has no end")))).collect()
-    }
-}
-
-impl Reader {
-    /// Takes whole frames; each must be the next of this attempt, by the same run.
-    fn frames(&mut self, attempt: &AttemptId, first: u64, count: u32, bytes: &Bytes) {
-        assert!(self.accepted, "frames before the acceptance");
-        assert!(first <= self.next && first + u64::from(count) > self.next, "{first} and {count} at {}", self.next);
-        let (mut rest, mut index) = (&bytes[..], first);
-        while !rest.is_empty() {
-            let number = |at: usize| u64::from_be_bytes(rest[at..at + 8].try_into().unwrap());
-            let len = u32::from_be_bytes(rest[24..FRAME_HEADER].try_into().unwrap());
-            let whose = u64::try_from(attempt.0.as_u128()).unwrap();
-            assert_eq!((number(0), number(16)), (whose, index), "a frame of another attempt or place");
-            assert_eq!(*self.run.get_or_insert(number(8)), number(8), "a frame of another run");
-            rest = &rest[usize::try_from(len).unwrap()..];
-            if index == self.next {
-                assert!(attempt.0.as_u128() % 4 != 1 || self.ids_to > index, "its ids come before it");
-                self.next += 1;
-            }
-            index += 1;
-        }
-        assert_eq!(index, first + u64::from(count), "as many frames as were named");
     }
 }

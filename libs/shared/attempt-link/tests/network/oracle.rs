@@ -1,0 +1,147 @@
+//! What must hold of every attempt, whatever happens to the link.
+
+use attempt_link::control::{Action, LaneState};
+use bytes::Bytes;
+use pool_registry_types::AttemptId;
+
+use crate::host::FRAME_HEADER;
+use crate::world::{World, at};
+
+/// How an attempt ended for the control plane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Over {
+    Ended,
+    Refused,
+    NeverSent,
+    Unknown,
+    Gone,
+    Lost,
+    Silent,
+    Cancelled,
+    /// Its control plane is gone.
+    Forgotten,
+}
+
+/// A relay: what it has taken, and how it ended.
+#[derive(Debug, Default)]
+pub(crate) struct Reader {
+    pub(crate) next: u64,
+    pub(crate) run: Option<u64>,
+    pub(crate) ids_to: u64,
+    pub(crate) accepted: bool,
+    pub(crate) failed: bool,
+    pub(crate) over: Option<Over>,
+}
+
+impl World {
+    /// An attempt's relay is told something.
+    pub(crate) fn relay_action(&mut self, action: Action) {
+        let over = match &action {
+            Action::Ended { .. } => Some(Over::Ended),
+            Action::Refused { .. } => Some(Over::Refused),
+            Action::NeverSent { .. } => Some(Over::NeverSent),
+            Action::Unknown { .. } => Some(Over::Unknown),
+            Action::Gone { .. } => Some(Over::Gone),
+            Action::Lost { .. } => Some(Over::Lost),
+            Action::Silent { .. } => Some(Over::Silent),
+            _ => None,
+        };
+        let attempt = match &action {
+            Action::Accepted { attempt, .. }
+            | Action::Refused { attempt, .. }
+            | Action::Restart { attempt, .. }
+            | Action::Resumed { attempt }
+            | Action::Head { attempt, .. }
+            | Action::Frames { attempt, .. }
+            | Action::TokenIds { attempt, .. }
+            | Action::Error { attempt, .. }
+            | Action::Ended { attempt, .. }
+            | Action::NeverSent { attempt }
+            | Action::Unknown { attempt, .. }
+            | Action::Gone { attempt }
+            | Action::Lost { attempt, .. }
+            | Action::Silent { attempt } => *attempt,
+            other => panic!("{other:?} is no relay's"),
+        };
+        let reader = self.readers.get_mut(&attempt).expect("it was started");
+        if reader.over == Some(Over::Cancelled) {
+            assert_eq!(over, Some(Over::NeverSent), "something comes of a cancelled attempt: {action:?}");
+            reader.over = over;
+            return;
+        }
+        assert_eq!(reader.over, None, "something follows the end of {attempt}: {action:?}");
+        match &action {
+            Action::Accepted { .. } => {
+                assert!(!std::mem::replace(&mut reader.accepted, true), "{attempt} is accepted twice");
+            }
+            Action::Resumed { .. } => assert!(reader.accepted),
+            Action::Restart { from, .. } => assert_eq!(*from, reader.next, "{attempt} begins anew elsewhere"),
+            Action::TokenIds { first, frames, .. } => {
+                assert!(reader.accepted && *first <= reader.next);
+                reader.ids_to = reader.ids_to.max(first + frames.len() as u64);
+            }
+            Action::Frames { first, count, bytes, .. } => reader.frames(&attempt, *first, *count, bytes),
+            Action::Error { .. } => reader.failed = true,
+            Action::Ended { .. } => {
+                let kind = attempt.0.as_u128() % 4;
+                assert_eq!(reader.failed, kind == 2, "the error of {attempt} comes with its end");
+                let (frames, ..) = self.plans[&attempt];
+                assert_eq!(reader.next, u64::from(frames), "{attempt} is whole");
+            }
+            Action::Refused { .. } | Action::NeverSent { .. } | Action::Unknown { .. } => {
+                assert!(!reader.accepted, "{action:?} of what was accepted");
+            }
+            _ => {}
+        }
+        let Some(over) = over else { return };
+        reader.over = Some(over);
+        match over {
+            Over::Ended => self.control.done(at(self.now), attempt),
+            Over::Gone | Over::Lost | Over::Silent => self.control.cancel(at(self.now), attempt),
+            Over::Unknown | Over::NeverSent | Over::Refused => {
+                assert!(!self.host.is_running(&attempt), "{attempt} runs and is {over:?}");
+            }
+            Over::Cancelled | Over::Forgotten => {}
+        }
+    }
+
+    /// The network is whole, and everything has had its time.
+    pub(crate) fn check_end(self) -> Vec<(AttemptId, Over)> {
+        assert_eq!(self.control.state(), LaneState::Up, "the link is back");
+        assert!(!self.suspected, "orders arrive again");
+        assert_eq!(self.control.attempts(), 0, "every attempt is over");
+        assert_eq!((self.node.attached(), self.control.held_bytes()), (0, 0));
+        assert!(self.host.accepted.values().all(|times| *times == 1), "a start is accepted once at most");
+        let running: Vec<_> = self.host.runs.keys().filter(|id| self.host.is_running(id)).collect();
+        assert!(running.is_empty(), "{running:?} run on");
+        let ends = self.readers.iter();
+        ends.map(|(id, reader)| (*id, reader.over.unwrap_or_else(|| panic!("{id} has no end")))).collect()
+    }
+}
+
+impl Reader {
+    /// Takes whole frames; each must be the next of this attempt, by the same run.
+    fn frames(&mut self, attempt: &AttemptId, first: u64, count: u32, bytes: &Bytes) {
+        assert!(self.accepted, "frames before the acceptance");
+        assert!(
+            first <= self.next && first + u64::from(count) > self.next,
+            "{first} and {count} at {}",
+            self.next
+        );
+        let (mut rest, mut index) = (&bytes[..], first);
+        while !rest.is_empty() {
+            let number = |at: usize| u64::from_be_bytes(rest[at..at + 8].try_into().unwrap());
+            let len = u32::from_be_bytes(rest[24..FRAME_HEADER].try_into().unwrap());
+            let whose = u64::try_from(attempt.0.as_u128()).unwrap();
+            assert_eq!((number(0), number(16)), (whose, index), "a frame of another attempt or place");
+            assert_eq!(*self.run.get_or_insert(number(8)), number(8), "a frame of another run");
+            rest = &rest[usize::try_from(len).unwrap()..];
+            if index == self.next {
+                assert!(attempt.0.as_u128() % 4 != 1 || self.ids_to > index, "its ids come before it");
+                self.next += 1;
+            }
+            index += 1;
+        }
+        assert_eq!(index, first + u64::from(count), "as many frames as were named");
+    }
+}
