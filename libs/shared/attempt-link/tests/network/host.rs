@@ -83,6 +83,17 @@ impl Host {
         }
     }
 
+    /// A defect of the node: its reader passes over a frame, or comes to one again.
+    pub(crate) fn misread(&mut self, which: usize, again: bool) {
+        let runs = self.runs.len().max(1);
+        let Some(run) = self.runs.values_mut().nth(which % runs) else { return };
+        if again && run.reader > run.first {
+            run.reader -= 1;
+        } else if !again && run.reader < run.next() {
+            run.reader += 1;
+        }
+    }
+
     /// Ends what nobody reads.
     pub(crate) fn expire(&mut self, now: u64) {
         self.runs.retain(|_, run| run.detached.is_none_or(|since| now < since + DETACHED));

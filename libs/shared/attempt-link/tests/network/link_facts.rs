@@ -25,6 +25,19 @@ fn the_first_hello_wins_the_other_dials_are_closed_and_a_post_names_it_at_once()
     assert!(!lane.did(&Action::Connected), "the other one is nobody's");
 }
 
+// CLOUD-2614
+#[test]
+fn what_an_older_link_still_brings_is_nobodys() {
+    let mut lane = Lane::up();
+    let number = lane.running(1, 1);
+    lane.closed(1, ConnectionEnd::Broken);
+    lane.receive(2, hello(BOOT));
+    lane.frames(number, 0, 3);
+    lane.receive(1, vec![0xff; 40]);
+    assert_eq!((lane.lane.taken(&id(1)), lane.lane.state()), (Some(0), LaneState::Up));
+    assert_eq!(lane.lane.dropped_records(), 0, "it is not even read");
+}
+
 // CLOUD-2651
 #[test]
 fn a_broken_link_is_dialled_at_once_then_every_half_second_each_for_one_second() {

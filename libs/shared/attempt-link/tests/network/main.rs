@@ -48,6 +48,7 @@ fn anything() -> impl Strategy<Value = Op> {
         1 => (9_000_u64..25_000).prop_map(|millis| Op::Cut { up: true, down: true, millis }),
         1 => (0_usize..40, 100_u64..14_000).prop_map(|(which, millis)| Op::Stick { which, millis }),
         1 => (100_u64..5_000).prop_map(|millis| Op::Full { millis }),
+        2 => (0_usize..40, any::<bool>()).prop_map(|(which, again)| Op::Misread { which, again }),
         1 => Just(Op::RestartControl),
         1 => Just(Op::RestartNode),
         1 => Just(Op::Credential),

@@ -14,17 +14,50 @@ use crate::world::{Event, World, at, boot, life, node};
 /// Something that is done to the world.
 #[derive(Debug, Clone)]
 pub(crate) enum Op {
-    Start { frames: u32, every: u64, keep: bool, size: u8 },
-    Cancel { which: usize },
-    Cut { up: bool, down: bool, millis: u64 },
-    Reset { half_open: bool },
-    Refuse { millis: u64 },
-    LosePosts { millis: u64 },
-    LoseAnswers { millis: u64 },
-    LatePosts { millis: u64 },
-    Stall { millis: u64 },
-    Stick { which: usize, millis: u64 },
-    Full { millis: u64 },
+    Start {
+        frames: u32,
+        every: u64,
+        keep: bool,
+        size: u8,
+    },
+    Cancel {
+        which: usize,
+    },
+    Cut {
+        up: bool,
+        down: bool,
+        millis: u64,
+    },
+    Reset {
+        half_open: bool,
+    },
+    Refuse {
+        millis: u64,
+    },
+    LosePosts {
+        millis: u64,
+    },
+    LoseAnswers {
+        millis: u64,
+    },
+    LatePosts {
+        millis: u64,
+    },
+    Stall {
+        millis: u64,
+    },
+    Stick {
+        which: usize,
+        millis: u64,
+    },
+    Full {
+        millis: u64,
+    },
+    /// The node loses or doubles a record.
+    Misread {
+        which: usize,
+        again: bool,
+    },
     RestartControl,
     RestartNode,
     Credential,
@@ -67,7 +100,8 @@ impl World {
                 let open = self.readers.iter().filter(|(_, reader)| reader.over.is_none());
                 let open: Vec<AttemptId> = open.map(|(id, _)| *id).collect();
                 if let Some(attempt) = open.get(which % open.len().max(1)).copied() {
-                    self.readers.get_mut(&attempt).unwrap().over = Some(Over::Cancelled);
+                    let reader = self.readers.get_mut(&attempt).unwrap();
+                    (reader.over, reader.stopped) = (Some(Over::Cancelled), Some(now));
                     self.control.cancel(at(now), attempt);
                 }
             }
@@ -95,6 +129,7 @@ impl World {
                     self.after(millis, Event::Unstick(attempt));
                 }
             }
+            Op::Misread { which, again } => self.host.misread(which, again),
             Op::RestartControl => self.restart_control(),
             Op::RestartNode => {
                 self.boot += 1;
@@ -139,6 +174,7 @@ impl World {
     fn restart_control(&mut self) {
         for reader in self.readers.values_mut() {
             reader.over.get_or_insert(Over::Forgotten);
+            reader.stopped = None;
         }
         for which in 0..self.connections.len() {
             if std::mem::take(&mut self.connections[which].control_open) && self.chance(70) {

@@ -7,6 +7,9 @@ use pool_registry_types::AttemptId;
 use crate::host::FRAME_HEADER;
 use crate::world::{World, at};
 
+/// A stop is carried out within this, where the node is reached, milliseconds.
+const STOPPED_WITHIN: u64 = 3_000;
+
 /// How an attempt ended for the control plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Over {
@@ -31,6 +34,8 @@ pub(crate) struct Reader {
     pub(crate) accepted: bool,
     pub(crate) failed: bool,
     pub(crate) over: Option<Over>,
+    /// When the control plane ended it.
+    pub(crate) stopped: Option<u64>,
 }
 
 impl World {
@@ -97,11 +102,32 @@ impl World {
         reader.over = Some(over);
         match over {
             Over::Ended => self.control.done(at(self.now), attempt),
-            Over::Gone | Over::Lost | Over::Silent => self.control.cancel(at(self.now), attempt),
+            Over::Gone | Over::Lost | Over::Silent => {
+                reader.stopped = Some(self.now);
+                self.control.cancel(at(self.now), attempt);
+            }
             Over::Unknown | Over::NeverSent | Over::Refused => {
                 assert!(!self.host.is_running(&attempt), "{attempt} runs and is {over:?}");
             }
             Over::Cancelled | Over::Forgotten => {}
+        }
+    }
+
+    /// What the control plane has ended runs on no node that was reached for three seconds since.
+    pub(crate) fn check_stops(&mut self) {
+        let faults = [self.up_cut, self.down_cut, self.refused, self.stalled];
+        let windows = [self.posts_lost, self.answers_lost, self.posts_late];
+        let is_whole = faults.iter().chain(&windows).all(|end| *end < self.now);
+        if !is_whole || self.control.state() != LaneState::Up {
+            self.whole_since = self.now;
+        }
+        let since = self.now.saturating_sub(STOPPED_WITHIN);
+        if self.whole_since > since {
+            return;
+        }
+        for (attempt, reader) in &self.readers {
+            let overdue = reader.stopped.is_some_and(|stopped| stopped <= since);
+            assert!(!overdue || !self.host.is_running(attempt), "{attempt} runs on after its stop");
         }
     }
 

@@ -218,6 +218,8 @@ fn frames_that_came_before_are_dropped_and_a_gap_asks_for_the_attempt_anew() {
     lane.frames(number, 5, 1);
     assert_eq!(lane.lane.taken(&id(1)), Some(5), "its old number is nobody's");
     assert_eq!(lane.lane.dropped_records(), 1);
+    lane.receive(1, accepted(number));
+    assert!(!lane.did(&Action::Resumed { attempt: id(1) }));
     lane.receive(1, accepted(body.resume[0].number));
     lane.frames(body.resume[0].number, 5, 1);
     assert_eq!(lane.lane.taken(&id(1)), Some(6));

@@ -63,6 +63,7 @@ pub(crate) struct World {
     pub(crate) stalled: u64,
     pub(crate) full: u64,
     pub(crate) suspected: bool,
+    pub(crate) whole_since: u64,
     pub(crate) last_attempt: u128,
     pub(crate) traced: bool,
 }
@@ -110,6 +111,7 @@ impl World {
             stalled: 0,
             full: 0,
             suspected: false,
+            whole_since: 0,
             last_attempt: 0,
             #[expect(clippy::disallowed_methods, reason = "a person asks for it")]
             traced: std::env::var_os("LINK_TRACE").is_some(),
@@ -204,6 +206,7 @@ impl World {
                 break;
             }
         }
+        self.check_stops();
         assert!(self.control.held_bytes() <= 32 << 20, "parts take {} bytes", self.control.held_bytes());
         assert!(self.node.connections() <= 10, "{} links are open", self.node.connections());
     }
