@@ -42,6 +42,8 @@ pub(crate) struct Run {
     pub(crate) ended: bool,
     detached: Option<u64>,
     pub(crate) stuck: bool,
+    /// The next frame is passed over.
+    skips: bool,
 }
 
 impl Run {
@@ -89,8 +91,8 @@ impl Host {
         let Some(run) = self.runs.values_mut().nth(which % runs) else { return };
         if again && run.reader > run.first {
             run.reader -= 1;
-        } else if !again && run.reader < run.next() {
-            run.reader += 1;
+        } else if !again {
+            run.skips = true;
         }
     }
 
@@ -132,6 +134,7 @@ impl AttemptHost for Host {
             ended: false,
             detached: None,
             stuck: false,
+            skips: false,
         };
         self.runs.insert(attempt, run);
         self.begun.push(attempt);
@@ -178,6 +181,9 @@ impl AttemptHost for Host {
 
     fn supply(&mut self, attempt: &AttemptId, most: usize) -> Supply {
         let Some(run) = self.runs.get_mut(attempt) else { return Supply::Gone };
+        if run.reader < run.next() && std::mem::take(&mut run.skips) {
+            run.reader += 1;
+        }
         let from = usize::try_from(run.reader - run.first).unwrap();
         let (mut bytes, mut count) = (Vec::new(), 0_u32);
         for frame in &run.frames[from..] {

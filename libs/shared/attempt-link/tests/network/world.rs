@@ -14,6 +14,10 @@ use crate::host::Host;
 use crate::ops::Op;
 use crate::oracle::{Over, Reader};
 
+/// What a connection has on its way, and what a node writes at a time, bytes.
+const SOCKET_BYTES: usize = 100_000;
+const FILL_BYTES: usize = 32 * 1024;
+
 #[derive(Debug)]
 pub(crate) struct Connection {
     pub(crate) n: u64,
@@ -21,6 +25,8 @@ pub(crate) struct Connection {
     pub(crate) node: Option<ConnectionId>,
     /// What is on its way down; nothing is the end.
     pub(crate) down: VecDeque<(u64, Option<Bytes>)>,
+    /// The node has more for it than it takes.
+    pub(crate) blocked: bool,
     pub(crate) control_open: bool,
     pub(crate) node_open: bool,
 }
@@ -227,11 +233,7 @@ impl World {
                 else {
                     return;
                 };
-                let mut out = Vec::new();
-                while self.node.fill(at(self.now), id, &mut out, 64 * 1024, &mut self.host) {
-                    self.send_down(which, &mut out);
-                }
-                self.send_down(which, &mut out);
+                self.write(which, id);
             }
             NodeAction::Close(id) => {
                 let which = self.connections.iter().position(|c| c.node == Some(id));
@@ -241,6 +243,24 @@ impl World {
                 }
             }
             NodeAction::PokeSession => {}
+        }
+    }
+
+    /// The connection takes what the node has for it, until so much is on its way.
+    fn write(&mut self, which: usize, id: ConnectionId) {
+        loop {
+            let down = &self.connections[which].down;
+            let on_its_way: usize = down.iter().flat_map(|(_, piece)| piece).map(Bytes::len).sum();
+            self.connections[which].blocked = on_its_way > SOCKET_BYTES;
+            if self.connections[which].blocked {
+                return;
+            }
+            let mut out = Vec::new();
+            let more = self.node.fill(at(self.now), id, &mut out, FILL_BYTES, &mut self.host);
+            self.send_down(which, &mut out);
+            if !more {
+                return;
+            }
         }
     }
 
@@ -317,6 +337,7 @@ impl World {
             life: self.life,
             node: None,
             down: VecDeque::new(),
+            blocked: false,
             control_open: true,
             node_open: false,
         });
@@ -463,6 +484,10 @@ impl World {
             while let Some(action) = self.control.next_action() {
                 self.control_action(action);
             }
+        }
+        let Connection { node, node_open, blocked, .. } = self.connections[which];
+        if let Some(id) = node.filter(|_| node_open && blocked) {
+            self.write(which, id);
         }
     }
 
