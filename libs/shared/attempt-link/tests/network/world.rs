@@ -155,6 +155,8 @@ impl World {
         }
         self.settle();
         self.run_until(32_000);
+        // What is on its way comes when its cut would have ended.
+        self.whole_since = self.up_cut.max(self.down_cut).max(self.stalled).max(self.now);
         (self.up_cut, self.down_cut, self.refused, self.stalled) = (0, 0, 0, 0);
         (self.posts_lost, self.answers_lost, self.posts_late, self.full) = (0, 0, 0, 0);
         self.run_until(50_000);
