@@ -153,7 +153,7 @@ impl World {
         for (when, op) in ops {
             self.at(1_000 + when, Event::Do(op));
         }
-        self.settle();
+        self.act_on_all();
         self.run_until(32_000);
         // What is on its way comes when its cut would have ended.
         self.whole_since = self.up_cut.max(self.down_cut).max(self.stalled).max(self.now);
@@ -188,7 +188,7 @@ impl World {
             } else {
                 self.control.timer(at(next));
             }
-            self.settle();
+            self.act_on_all();
         }
     }
 
@@ -200,7 +200,7 @@ impl World {
         }
     }
 
-    fn settle(&mut self) {
+    fn act_on_all(&mut self) {
         self.host.full = self.now < self.full;
         self.host.expire(self.now);
         loop {
