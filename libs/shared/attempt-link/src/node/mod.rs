@@ -164,8 +164,9 @@ struct Lane {
     late: VecDeque<AttemptId>,
     live_bytes: usize,
     late_bytes: usize,
-    /// Attempts of which a record in parts is being written.
+    /// Attempts of which a record in parts is being written, and those that wait to begin one.
     in_parts: usize,
+    deferred: VecDeque<AttemptId>,
 }
 
 /// All links of a node.

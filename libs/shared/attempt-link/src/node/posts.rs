@@ -176,16 +176,19 @@ impl NodeLanes {
         let Some(attached) = self.attached.remove(attempt) else { return };
         let Some(lane) = self.lanes.get_mut(&attached.lane) else { return };
         lane.numbers.remove(&attached.number);
-        lane.in_parts -= usize::from(attached.is_in_parts());
         if attached.is_ready {
             lane.live.retain(|other| other != attempt);
             lane.late.retain(|other| other != attempt);
+            lane.deferred.retain(|other| other != attempt);
         }
         let in_use = lane.in_use;
         if let Some(connection) = in_use.and_then(|id| self.connections.get_mut(&id))
             && let Some(goals) = &mut connection.goals
         {
             goals.remove(attempt);
+        }
+        if attached.is_in_parts() {
+            self.part_over(attached.lane);
         }
     }
 
@@ -195,6 +198,7 @@ impl NodeLanes {
         let attempts = std::mem::take(&mut lane.numbers);
         lane.live.clear();
         lane.late.clear();
+        lane.deferred.clear();
         (lane.live_bytes, lane.late_bytes, lane.in_parts) = (0, 0, 0);
         for attempt in attempts.values() {
             self.attached.remove(attempt);

@@ -24,7 +24,7 @@ const MAX_IN_PARTS: usize = 8;
 pub(super) struct Attachment {
     pub(super) lane: u16,
     pub(super) number: u64,
-    /// It stands in one of the lane's two queues.
+    /// It stands in one of the lane's queues.
     pub(super) is_ready: bool,
     /// How far it had come when it was resumed, until that is written.
     late: Option<u64>,
@@ -48,7 +48,7 @@ impl Attachment {
 /// What a turn came to.
 enum Turn {
     Wrote,
-    /// Others in parts go first.
+    /// Others in parts go first: it waits until one of them is whole.
     Deferred,
     /// Nothing is there any more.
     Waiting,
@@ -86,21 +86,19 @@ impl NodeLanes {
         let in_use = self.lanes.get(&lane).is_some_and(|entry| entry.in_use == Some(id));
         if in_use {
             self.begin_alive(now, id, lane, host);
-            let mut deferred = 0;
             while out.len() < most
                 && let Some((attempt, is_late)) = self.next_turn(lane)
             {
                 let before = out.len();
                 match self.turn(&attempt, out, host) {
-                    Turn::Wrote => deferred = 0,
-                    Turn::Deferred => deferred += 1,
-                    Turn::Waiting => {}
+                    Turn::Wrote | Turn::Waiting => {}
+                    Turn::Deferred => {
+                        self.defer(lane, attempt);
+                        continue;
+                    }
                     Turn::Over => self.detach(&attempt),
                 }
                 self.after_turn(id, lane, &attempt, is_late, out.len() - before);
-                if deferred > self.attached.len() {
-                    break;
-                }
                 self.write_alive(now, id, lane, out, host);
             }
         } else if let Some(connection) = self.connections.get_mut(&id).filter(|offer| now >= offer.alive_at) {
@@ -137,7 +135,7 @@ impl NodeLanes {
     fn turn(&mut self, attempt: &AttemptId, out: &mut Vec<u8>, host: &mut impl AttemptHost) -> Turn {
         let Some(attached) = self.attached.get_mut(attempt) else { return Turn::Over };
         let Some(lane) = self.lanes.get_mut(&attached.lane) else { return Turn::Over };
-        let number = attached.number;
+        let (lane_number, number) = (attached.lane, attached.number);
         if attached.parts.is_none() {
             let (head, bytes) = match host.supply(attempt, TURN_BYTES) {
                 Supply::Waiting => return Turn::Waiting,
@@ -183,10 +181,28 @@ impl NodeLanes {
         if !more {
             let head = *head;
             attached.parts = None;
-            lane.in_parts -= 1;
             attached.wrote(head);
+            self.part_over(lane_number);
         }
         Turn::Wrote
+    }
+
+    /// It stands in no queue of those that take turns before one of the records in parts is whole.
+    fn defer(&mut self, lane: u16, attempt: AttemptId) {
+        if let Some(lane) = self.lanes.get_mut(&lane) {
+            lane.deferred.push_back(attempt);
+        }
+    }
+
+    /// A record in parts is whole, or is none any more: one that waits for its place has the next turn
+    /// of its queue.
+    pub(super) fn part_over(&mut self, lane: u16) {
+        let Some(lane) = self.lanes.get_mut(&lane) else { return };
+        lane.in_parts -= 1;
+        let Some(next) = lane.deferred.pop_front() else { return };
+        let is_late = self.attached.get(&next).is_some_and(|attached| attached.late.is_some());
+        let queue = if is_late { &mut lane.late } else { &mut lane.live };
+        queue.push_front(next);
     }
 
     /// The attempt stands in its queue again, unless nothing is there.
@@ -225,7 +241,7 @@ impl NodeLanes {
             return;
         }
         let Some(lane) = self.lanes.get(&lane) else { return };
-        let ready = lane.live.iter().chain(&lane.late);
+        let ready = lane.live.iter().chain(&lane.late).chain(&lane.deferred);
         let goals = ready.filter_map(|attempt| Some((*attempt, host.progress(now, attempt)?)));
         connection.goals = Some(goals.collect());
     }
@@ -266,6 +282,7 @@ impl Attachment {
 }
 
 impl Lane {
+    /// One that is deferred waits for another one in a queue.
     fn has_more(&self) -> bool {
         !self.live.is_empty() || !self.late.is_empty()
     }

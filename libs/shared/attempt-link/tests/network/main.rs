@@ -43,6 +43,7 @@ fn anything() -> impl Strategy<Value = Op> {
     prop_oneof![
         6 => attempts(),
         4 => faults(),
+        1 => (8_usize..24).prop_map(|attempts| Op::StartLarge { attempts }),
         3 => (0_usize..40).prop_map(|which| Op::Cancel { which }),
         1 => (100_u64..20_000).prop_map(|millis| Op::Refuse { millis }),
         1 => (9_000_u64..25_000).prop_map(|millis| Op::Cut { up: true, down: true, millis }),

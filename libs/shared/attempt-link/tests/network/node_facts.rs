@@ -329,6 +329,38 @@ fn a_frame_longer_than_a_turn_goes_in_parts_between_those_of_others() {
 }
 
 // CLOUD-2634
+// CLOUD-2635
+#[test]
+fn large_frames_that_were_missed_do_not_hold_up_those_that_are_being_written() {
+    for resumed_ones_first in [false, true] {
+        let (mut node, link) = Node::up();
+        let attempts: Vec<u128> = (0..24).map(|at| 4 * at + 3).collect();
+        node.post(key(1, 1), &attempts).unwrap();
+        attempts.iter().for_each(|attempt| node.append(*attempt, 1, 200_000));
+        let orders: Vec<(u128, u64, u64)> =
+            attempts.iter().skip(12).zip(50..).map(|(attempt, number)| (*attempt, 0, number)).collect();
+        let begin = |node: &mut Node| {
+            for _ in 0..40 {
+                let mut out = Vec::new();
+                node.lanes.fill(node.at(), link, &mut out, 2_000, &mut node.host);
+            }
+        };
+        if !resumed_ones_first {
+            begin(&mut node);
+        }
+        node.resume(key(1, 1), &orders).unwrap();
+        let (mut written, mut more) = (0, true);
+        while more {
+            let mut out = Vec::new();
+            more = node.lanes.fill(node.at(), link, &mut out, 20_000, &mut node.host);
+            assert!(!more || !out.is_empty(), "there is more, and nothing of it is written");
+            written += out.len();
+        }
+        assert!(written >= 12 * 200_000, "{written}");
+    }
+}
+
+// CLOUD-2634
 #[test]
 fn what_was_missed_takes_half_of_what_is_written_while_others_have_something() {
     let (mut node, link) = Node::up();

@@ -20,6 +20,10 @@ pub(crate) enum Op {
         keep: bool,
         size: u8,
     },
+    /// Attempts that write large frames only.
+    StartLarge {
+        attempts: usize,
+    },
     Cancel {
         which: usize,
     },
@@ -96,6 +100,7 @@ impl World {
         let now = self.now;
         match op {
             Op::Start { frames, every, keep, size } => self.start(frames, every, keep, size),
+            Op::StartLarge { attempts } => (0..attempts).for_each(|_| self.start(6, 400, true, 30)),
             Op::Cancel { which } => {
                 let open = self.readers.iter().filter(|(_, reader)| reader.over.is_none());
                 let open: Vec<AttemptId> = open.map(|(id, _)| *id).collect();

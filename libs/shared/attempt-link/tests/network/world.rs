@@ -259,6 +259,7 @@ impl World {
             }
             let mut out = Vec::new();
             let more = self.node.fill(at(self.now), id, &mut out, FILL_BYTES, &mut self.host);
+            assert!(!more || !out.is_empty(), "there is more, and nothing of it is written");
             self.send_down(which, &mut out);
             if !more {
                 return;
@@ -429,6 +430,7 @@ impl World {
             self.host.end(&attempt);
         } else {
             let len = match size {
+                30 => 20_000 + self.draw(200_000),
                 0 if self.chance(10) => 200_000 + self.draw(900_000),
                 1 => 9_000 + self.draw(30_000),
                 _ => 40 + self.draw(200),
