@@ -5,8 +5,8 @@ use pool_registry_types::{AttemptId, LogId, Moment, TaskId};
 use super::link::Link;
 use super::posts::PostId;
 use super::{
-    Action, BEHIND, ControlLane, DONE_WITHIN, Lost, MAX_FRUITLESS, MAX_STOPS, MAX_UNKNOWN_TASKS, POST_ANSWER,
-    STOP_KEPT, UNNAMED,
+    Action, BEHIND, ControlLane, DONE_WITHIN, GIVE_UP_DIALS, Lost, MAX_FRUITLESS, MAX_STOPS,
+    MAX_UNKNOWN_TASKS, POST_ANSWER, STOP_KEPT, UNNAMED,
 };
 use crate::content::{Content, Position};
 use crate::record::Record;
@@ -28,9 +28,10 @@ pub(super) enum Stage {
     },
     /// Its start was read, or may have been: the link answers.
     Sent,
-    /// It is asked for again, by a POST where there is one.
+    /// It is asked for again, by a POST where there is one. `since`: as long as it can be on this link.
     Resuming {
         post: Option<PostId>,
+        since: Moment,
     },
     Accepted,
 }
@@ -83,6 +84,9 @@ impl ControlLane {
         };
         if is_down || self.attempts.contains_key(&attempt) {
             return self.actions.push_back(Action::NeverSent { attempt });
+        }
+        if self.attempts.is_empty() {
+            self.first_start(now);
         }
         let facts = &start.facts;
         let entry = Attempt {
@@ -163,9 +167,13 @@ impl ControlLane {
         let before = std::mem::replace(&mut entry.stage, stage);
         let now = &entry.stage;
         let running = |stage: &Stage| usize::from(matches!(stage, Stage::Accepted));
-        let resuming = |stage: &Stage| usize::from(matches!(stage, Stage::Resuming { .. }));
         self.running = self.running + running(now) - running(&before);
-        self.resuming = self.resuming + resuming(now) - resuming(&before);
+        if let Stage::Resuming { since, .. } = before {
+            self.resuming.remove(&(since, attempt));
+        }
+        if let Stage::Resuming { since, .. } = now {
+            self.resuming.insert((*since, attempt));
+        }
     }
 
     /// The node's answer is awaited from now on, if it was not before.
@@ -214,7 +222,9 @@ impl ControlLane {
         let removed = self.attempts.remove(attempt)?;
         match removed.stage {
             Stage::Accepted => self.running -= 1,
-            Stage::Resuming { .. } => self.resuming -= 1,
+            Stage::Resuming { since, .. } => {
+                self.resuming.remove(&(since, *attempt));
+            }
             Stage::Queued { .. } => {
                 self.queue.retain(|other| other != attempt);
                 self.large.retain(|other| other != attempt);
@@ -260,21 +270,47 @@ impl ControlLane {
     // ---- resumes ----
 
     /// All that the node has, or may have, is asked for on the new link.
-    pub(super) fn resume_all(&mut self) {
+    pub(super) fn resume_all(&mut self, now: Moment) {
         let sent = |stage: &Stage| !matches!(stage, Stage::Queued { .. } | Stage::Posting { .. });
         let attempts: Vec<AttemptId> =
             self.attempts.iter().filter(|(_, entry)| sent(&entry.stage)).map(|(id, _)| *id).collect();
         for attempt in attempts {
             // Nothing was asked of this link.
             self.set_waits(attempt, None);
-            self.resume(attempt);
+            self.set_stage(attempt, Stage::Sent);
+            self.resume(now, attempt);
+        }
+    }
+
+    /// The thread's gate has let this link resume: what waited for it did not wait for the node.
+    pub(super) fn resumes_begin(&mut self, now: Moment) {
+        for (_, attempt) in std::mem::take(&mut self.resuming) {
+            if let Some(Stage::Resuming { since, .. }) =
+                self.attempts.get_mut(&attempt).map(|entry| &mut entry.stage)
+            {
+                *since = now;
+                self.resuming.insert((now, attempt));
+            }
+        }
+    }
+
+    /// The link is up, and the node does not say whether it has them.
+    pub(super) fn lose_unresumed(&mut self, now: Moment) {
+        while let Some((since, attempt)) = self.resuming.first().copied()
+            && now >= since + GIVE_UP_DIALS
+        {
+            self.lose(attempt, Lost::NotResumed);
         }
     }
 
     /// The attempt is asked for with the next control POST, from what was taken of it.
-    pub(super) fn resume(&mut self, attempt: AttemptId) {
+    pub(super) fn resume(&mut self, now: Moment, attempt: AttemptId) {
         self.forget_number(attempt);
-        self.set_stage(attempt, Stage::Resuming { post: None });
+        let since = match self.attempts.get(&attempt).map(|entry| &entry.stage) {
+            Some(Stage::Resuming { since, .. }) => *since,
+            _ => now,
+        };
+        self.set_stage(attempt, Stage::Resuming { post: None, since });
         if let Some(entry) = self.attempts.get_mut(&attempt) {
             (entry.behind, entry.asked) = (None, None);
             self.to_resume.insert(attempt);
@@ -282,13 +318,13 @@ impl ControlLane {
     }
 
     /// The same where the link itself is not at fault. Without end it is no use.
-    fn resume_anew(&mut self, attempt: AttemptId) {
+    fn resume_anew(&mut self, now: Moment, attempt: AttemptId) {
         let Some(entry) = self.attempts.get_mut(&attempt) else { return };
         entry.fruitless += 1;
         if entry.fruitless > MAX_FRUITLESS {
             return self.lose(attempt, Lost::Unusable);
         }
-        self.resume(attempt);
+        self.resume(now, attempt);
     }
 
     /// It was never accepted, and never will be.
@@ -355,7 +391,7 @@ impl ControlLane {
         let Some(next) = first.checked_add(u64::from(head.count)) else { return false };
         let brings = matches!(content, Content::Frames | Content::TokenIds(_) | Content::End(_));
         if brings && first > taken {
-            self.resume_anew(attempt);
+            self.resume_anew(now, attempt);
             return true;
         }
         match content {
@@ -393,6 +429,7 @@ impl ControlLane {
     /// What the node says that runs on this link, behind all that was ready before.
     pub(super) fn alive(&mut self, now: Moment, positions: &[Position]) {
         self.link_works();
+        self.link_lives();
         let mut positions = positions.to_vec();
         positions.sort_unstable();
         let named = |number: u64| {
@@ -404,7 +441,9 @@ impl ControlLane {
             match entry.stage {
                 Stage::Accepted => {}
                 // The POST was answered, and the link does not answer.
-                Stage::Resuming { post: None } if entry.asked.is_some_and(|at| now >= at + POST_ANSWER) => {
+                Stage::Resuming { post: None, .. }
+                    if entry.asked.is_some_and(|at| now >= at + POST_ANSWER) =>
+                {
                     anew.push(*id);
                     continue;
                 }
@@ -424,7 +463,7 @@ impl ControlLane {
             }
         }
         for attempt in anew {
-            self.resume_anew(attempt);
+            self.resume_anew(now, attempt);
         }
         self.actions.extend(silent.into_iter().map(|attempt| Action::Silent { attempt }));
     }

@@ -41,6 +41,7 @@ impl ControlLane {
             return;
         }
         self.n += 1;
+        self.dialled_at = now;
         self.dials.insert(self.n, Dial { began: now, decoder: RecordDecoder::new() });
         let (boot_id, life, lane, n) = (self.boot_id, self.life, self.lane, self.n);
         self.actions.push_back(Action::Dial(LinkQuery { boot_id, life, lane, n }));

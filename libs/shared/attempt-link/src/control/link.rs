@@ -38,16 +38,8 @@ pub(super) struct Interruption {
 }
 
 impl Interruption {
-    pub(super) fn new(now: Moment, heard: Moment) -> Self {
-        Self {
-            since: now,
-            heard,
-            next_dial: now,
-            dial_failed: false,
-            refused: false,
-            moved: false,
-            lost: false,
-        }
+    pub(super) fn new(now: Moment, heard: Moment, next_dial: Moment) -> Self {
+        Self { since: now, heard, next_dial, dial_failed: false, refused: false, moved: false, lost: false }
     }
 
     /// Whether a dial may begin, and when the one after it.
@@ -68,6 +60,8 @@ impl Interruption {
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) n: u64,
+    /// The interruption that its hello ended, until an `alive` or a record of an attempt has come.
+    before: Option<Interruption>,
     decoder: RecordDecoder,
     parts: Parts,
     heard: Moment,
@@ -117,8 +111,18 @@ impl ControlLane {
         for other in std::mem::take(&mut self.dials).into_keys() {
             self.actions.push_back(Action::Close { n: other });
         }
+        let before = match std::mem::replace(&mut self.link, Link::Closed) {
+            // What it was about is lost already.
+            Link::Interrupted(before) if before.lost => {
+                Some(Interruption::new(now, before.heard, before.next_dial))
+            }
+            Link::Interrupted(before) => Some(before),
+            Link::Up(replaced) => replaced.before,
+            Link::Closed => None,
+        };
         let connection = Connection {
             n,
+            before,
             decoder,
             parts: Parts::default(),
             heard: now,
@@ -132,7 +136,7 @@ impl ControlLane {
         (self.control_after, self.starts_after) = (now, now);
         // What did not arrive by another link says nothing of this one.
         self.undelivered = None;
-        self.resume_all();
+        self.resume_all(now);
         if !self.to_resume.is_empty() {
             if let Some(connection) = self.connection_mut() {
                 connection.turn = ResumeTurn::Waiting;
@@ -152,13 +156,14 @@ impl ControlLane {
             // It broke meanwhile, and asks anew.
             _ => return,
         }
+        self.resumes_begin(now);
         self.advance(now);
         self.end_turn();
     }
 
     /// Nothing that was asked for is without an answer.
     pub(super) fn end_turn(&mut self) {
-        if self.resuming == 0
+        if self.resuming.is_empty()
             && let Some(connection) = self.connection_mut()
             && connection.turn == ResumeTurn::Granted
         {
@@ -218,6 +223,7 @@ impl ControlLane {
             (0, Content::Hello(_)) => {}
             (0, _) => self.dropped += 1,
             (_, content) => {
+                self.link_lives();
                 if !self.attempt_record(now, &record, content) {
                     self.bad_record(now);
                 }
@@ -229,6 +235,20 @@ impl ControlLane {
     pub(super) fn forget_parts(&mut self, number: u64) {
         if let Some(connection) = self.connection_mut() {
             connection.parts.forget(number);
+        }
+    }
+
+    /// The link brings what it is for: its interruption is over.
+    pub(super) fn link_lives(&mut self) {
+        if let Some(connection) = self.connection_mut() {
+            connection.before = None;
+        }
+    }
+
+    /// Nothing has run on it so far.
+    pub(super) fn first_start(&mut self, now: Moment) {
+        if let Some(before) = self.connection_mut().and_then(|connection| connection.before.as_mut()) {
+            before.since = now;
         }
     }
 
@@ -257,15 +277,28 @@ impl ControlLane {
 
     // ---- interruption ----
 
-    /// The link is of no more use: it is dialled at once.
+    /// The link is of no more use. It is dialled at once, but for one that had not lived, and one that
+    /// the node does not know or writes badly: half a second after the dial before. An interruption that
+    /// was not over goes on.
     pub(super) fn interrupt(&mut self, now: Moment, reason: Interrupted) {
-        let Some(connection) = self.connection() else { return };
-        let (n, heard) = (connection.n, connection.heard);
+        let Some(connection) = self.connection_mut() else { return };
+        let (n, heard, before) = (connection.n, connection.heard, connection.before.take());
         self.give_turn_back();
         self.actions.push_back(Action::Close { n });
-        self.link = Link::Interrupted(Interruption::new(now, heard));
+        let paused = self.dialled_at + DIAL_EVERY;
+        let interruption = match before {
+            Some(before) => {
+                let since = if self.attempts.is_empty() { now } else { before.since };
+                Interruption { since, dial_failed: true, next_dial: paused, ..before }
+            }
+            None => {
+                let is_known = !matches!(reason, Interrupted::Stale | Interrupted::BadRecord);
+                Interruption::new(now, heard, if is_known { now } else { paused })
+            }
+        };
+        self.link = Link::Interrupted(interruption);
         self.actions.push_back(Action::Interrupted { reason });
-        self.dial(now);
+        self.interrupted_timer(now);
     }
 
     /// Nothing is dialled any more.
@@ -283,7 +316,7 @@ impl ControlLane {
         if !lost && (now >= since + GIVE_UP_DIALS || now >= since + GIVE_UP && self.dials.is_empty()) {
             if let Link::Interrupted(interruption) = &mut self.link {
                 interruption.lost = true;
-                interruption.next_dial = now;
+                interruption.next_dial = self.dialled_at + DIAL_EVERY;
             }
             self.lose_all(Lost::NotResumed);
         }
@@ -298,11 +331,15 @@ impl ControlLane {
             self.probe_at = now + PROBE_EVERY;
             self.actions.push_back(Action::ProbeLive);
         }
-        if let Link::Interrupted(interruption) = &self.link
-            && now >= interruption.next_dial
-            && interruption.may_dial(now)
-        {
+        let Link::Interrupted(interruption) = &mut self.link else { return };
+        if now < interruption.next_dial {
+            return;
+        }
+        if interruption.may_dial(now) {
             self.dial(now);
+        } else {
+            // The dials that are under way are the last ones before all is lost.
+            interruption.next_dial = Moment::NEVER;
         }
     }
 
@@ -330,13 +367,12 @@ impl ControlLane {
 
     pub(super) fn interruption_deadline(&self, interruption: &Interruption) -> Option<Moment> {
         let Interruption { since, heard, next_dial, dial_failed, moved, lost, .. } = *interruption;
-        let dial = (interruption.may_dial(next_dial)).then_some(next_dial);
         let end =
             (!lost).then(|| if self.dials.is_empty() { since + GIVE_UP } else { since + GIVE_UP_DIALS });
         let quiet = (dial_failed && !moved).then(|| heard + QUIET);
         let probe = (!self.greeted && !self.lives).then_some(self.probe_at);
         let none = (!self.greeted && self.lives).then(|| self.dialling_since + NO_HELLO);
-        dial.into_iter().chain(end).chain(quiet).chain(probe).chain(none).min()
+        [next_dial].into_iter().chain(end).chain(quiet).chain(probe).chain(none).min()
     }
 
     // ---- a link that is up ----
@@ -364,16 +400,26 @@ impl ControlLane {
         let silent = self.silent_at(connection);
         suspect
             .into_iter()
+            .chain(self.unresumed_at(connection))
             .chain(idle_starts.flatten())
             .chain(single)
             .chain(control)
             .fold(silent, Moment::min)
     }
 
+    /// When the first of those that are asked for is lost, though the link is up.
+    fn unresumed_at(&self, connection: &Connection) -> Option<Moment> {
+        let (since, _) = self.resuming.first().filter(|_| connection.turn != ResumeTurn::Waiting)?;
+        Some(*since + GIVE_UP_DIALS)
+    }
+
     pub(super) fn connected_timer(&mut self, now: Moment) {
         let Some(connection) = self.connection() else { return };
         if now >= self.silent_at(connection) {
             return self.interrupt(now, Interrupted::Silent);
+        }
+        if self.unresumed_at(connection).is_some_and(|at| now >= at) {
+            self.lose_unresumed(now);
         }
         // The link is not silent: the way down works.
         if !self.suspected && self.undelivered.is_some_and(|since| now >= since + UNDELIVERABLE) {
@@ -412,7 +458,7 @@ impl ControlLane {
         };
         let stays = matches!(&self.link, Link::Interrupted(interruption) if !interruption.lost);
         if !stays {
-            self.link = Link::Interrupted(Interruption::new(now, heard));
+            self.link = Link::Interrupted(Interruption::new(now, heard, now));
         }
         self.dial(now);
     }

@@ -250,6 +250,8 @@ pub struct ControlLane {
     post: u64,
     link: Link,
     dials: BTreeMap<u64, Dial>,
+    /// When a dial began last.
+    dialled_at: Moment,
     attempts: BTreeMap<AttemptId, Attempt>,
     numbers: BTreeMap<u64, AttemptId>,
     /// Starts that were not sent: those that go together, and those that go alone.
@@ -258,9 +260,10 @@ pub struct ControlLane {
     to_resume: BTreeSet<AttemptId>,
     /// Attempts of which the node is to be reminded that they wait for it, by the moment of their POST.
     waiting: BTreeSet<(Moment, AttemptId)>,
-    /// Attempts that are accepted, and those that were asked for again.
+    /// Attempts that are accepted.
     running: usize,
-    resuming: usize,
+    /// Those that are asked for again, by the moment since when they could be on this link.
+    resuming: BTreeSet<(Moment, AttemptId)>,
     stops: BTreeMap<AttemptId, Stop>,
     done: VecDeque<AttemptId>,
     done_due: Option<Moment>,
@@ -297,8 +300,9 @@ impl ControlLane {
             n: 0,
             number: 0,
             post: 0,
-            link: Link::Interrupted(Interruption::new(now, now)),
+            link: Link::Interrupted(Interruption::new(now, now, now)),
             dials: BTreeMap::new(),
+            dialled_at: now,
             attempts: BTreeMap::new(),
             numbers: BTreeMap::new(),
             queue: VecDeque::new(),
@@ -306,7 +310,7 @@ impl ControlLane {
             to_resume: BTreeSet::new(),
             waiting: BTreeSet::new(),
             running: 0,
-            resuming: 0,
+            resuming: BTreeSet::new(),
             stops: BTreeMap::new(),
             done: VecDeque::new(),
             done_due: None,

@@ -152,7 +152,7 @@ impl ControlLane {
             }
         }
         for attempt in resumed {
-            self.set_stage(attempt, Stage::Resuming { post: Some(id) });
+            self.posted_resume(attempt, Some(id));
         }
         if let Some(connection) = self.connection_mut() {
             connection.named = true;
@@ -225,6 +225,15 @@ impl ControlLane {
         Some(WrittenStart::new(start))
     }
 
+    /// The attempt is asked for by this POST, or by one that was answered.
+    fn posted_resume(&mut self, attempt: AttemptId, by: Option<PostId>) {
+        if let Some(Stage::Resuming { post, .. }) =
+            self.attempts.get_mut(&attempt).map(|entry| &mut entry.stage)
+        {
+            *post = by;
+        }
+    }
+
     fn posting(&mut self, attempt: AttemptId, post: PostId) {
         let Some(entry) = self.attempts.get_mut(&attempt) else { return };
         if let Stage::Queued { start, since } = std::mem::replace(&mut entry.stage, Stage::Sent) {
@@ -255,7 +264,7 @@ impl ControlLane {
         self.undelivered.get_or_insert(now);
         for attempt in attempts {
             let waits = match self.attempts.get(&attempt).map(|entry| &entry.stage) {
-                Some(Stage::Posting { post, .. } | Stage::Resuming { post: Some(post) }) => *post == id,
+                Some(Stage::Posting { post, .. } | Stage::Resuming { post: Some(post), .. }) => *post == id,
                 _ => false,
             };
             if waits {
@@ -312,9 +321,9 @@ impl ControlLane {
                         entry.seen = entry.seen.max(next);
                     }
                 }
-                self.starts_sent(id, post.n, attempts);
+                self.starts_sent(now, id, post.n, attempts);
             }
-            PostKind::Single(attempt) => self.starts_sent(id, post.n, vec![attempt]),
+            PostKind::Single(attempt) => self.starts_sent(now, id, post.n, vec![attempt]),
             PostKind::Control { stops, resumes } => {
                 for stop in stops {
                     self.stops.remove(&stop);
@@ -328,7 +337,7 @@ impl ControlLane {
                     } else if answer.gone.contains(&attempt) {
                         self.gone(attempt);
                     } else {
-                        self.set_stage(attempt, Stage::Resuming { post: None });
+                        self.posted_resume(attempt, None);
                         self.asked(now, attempt);
                     }
                 }
@@ -345,7 +354,7 @@ impl ControlLane {
     }
 
     /// Starts that were read, or may have been.
-    fn starts_sent(&mut self, id: PostId, n: u64, attempts: Vec<AttemptId>) {
+    fn starts_sent(&mut self, now: Moment, id: PostId, n: u64, attempts: Vec<AttemptId>) {
         let is_current = self.is_current(n);
         for attempt in
             attempts.into_iter().filter(|attempt| self.is_posting(*attempt, id)).collect::<Vec<_>>()
@@ -353,7 +362,7 @@ impl ControlLane {
             self.set_stage(attempt, Stage::Sent);
             if !is_current && self.connection().is_some() {
                 // What answered them is not read any more.
-                self.resume(attempt);
+                self.resume(now, attempt);
             }
         }
     }
@@ -365,7 +374,7 @@ impl ControlLane {
 
     fn is_resuming(&self, attempt: AttemptId, id: PostId) -> bool {
         let stage = self.attempts.get(&attempt).map(|entry| &entry.stage);
-        matches!(stage, Some(Stage::Resuming { post: Some(post) }) if *post == id)
+        matches!(stage, Some(Stage::Resuming { post: Some(post), .. }) if *post == id)
     }
 
     /// The node does not know its link: stops and what is done counted, the rest was not read.
@@ -376,7 +385,7 @@ impl ControlLane {
             for stop in stops {
                 self.stops.remove(&stop);
             }
-            self.resume_again(id, resumes);
+            self.resume_again(now, id, resumes);
         }
         if self.is_current(n) {
             self.interrupt(now, Interrupted::Stale);
@@ -400,10 +409,10 @@ impl ControlLane {
         }
     }
 
-    fn resume_again(&mut self, id: PostId, resumes: Vec<AttemptId>) {
+    fn resume_again(&mut self, now: Moment, id: PostId, resumes: Vec<AttemptId>) {
         for attempt in resumes {
             if self.is_resuming(attempt, id) {
-                self.resume(attempt);
+                self.resume(now, attempt);
             }
         }
     }
@@ -419,9 +428,9 @@ impl ControlLane {
                     self.done.push_front(attempt);
                 }
                 self.done_due = (!self.done.is_empty()).then_some(now);
-                self.ask_for(id, attempts);
+                self.ask_for(now, id, attempts);
             }
-            PostKind::Single(attempt) => self.ask_for(id, vec![attempt]),
+            PostKind::Single(attempt) => self.ask_for(now, id, vec![attempt]),
             PostKind::Control { stops, resumes } => {
                 self.control_after = now + POST_RETRY;
                 self.fresh_control = true;
@@ -430,19 +439,19 @@ impl ControlLane {
                         stop.post = None;
                     }
                 }
-                self.resume_again(id, resumes);
+                self.resume_again(now, id, resumes);
             }
         }
     }
 
     /// Starts of a POST that was given up. Those that the link has answered are none of them.
-    fn ask_for(&mut self, id: PostId, attempts: Vec<AttemptId>) {
+    fn ask_for(&mut self, now: Moment, id: PostId, attempts: Vec<AttemptId>) {
         self.fresh_control = true;
         for attempt in attempts {
             if self.is_posting(attempt, id) {
                 self.set_stage(attempt, Stage::Sent);
                 if self.connection().is_some() {
-                    self.resume(attempt);
+                    self.resume(now, attempt);
                 }
             }
         }

@@ -56,11 +56,12 @@ impl Lane {
         Self { lane, now: 1_000, actions: Vec::new() }.taken()
     }
 
-    /// A lane whose link is up and whose first POST was answered.
+    /// A lane whose link lives and whose first POST was answered.
     pub(crate) fn up() -> Self {
         let mut this = Self::dialling();
         this.receive(1, hello(BOOT));
         this.answer_all();
+        this.receive(1, alive(&[]));
         this.actions.clear();
         this
     }

@@ -63,6 +63,99 @@ fn a_broken_link_is_dialled_at_once_then_every_half_second_each_for_one_second()
     }
 }
 
+// CLOUD-2651
+// CLOUD-2652
+#[test]
+fn a_link_that_says_hello_and_breaks_is_dialled_every_half_second_and_gives_nothing_more_time() {
+    let lost = Action::Lost { attempt: id(1), reason: Lost::NotResumed };
+    let mut lane = Lane::up();
+    lane.running(1, 1);
+    lane.closed(1, ConnectionEnd::Broken);
+    let end = lane.now + secs(10);
+    let mut dialled = 0;
+    while lane.now < end {
+        assert!(!lane.did(&lost), "at {}", lane.now);
+        if let Some(n) = lane.dials().last().copied() {
+            dialled += 1;
+            lane.actions.clear();
+            lane.receive(n, hello(BOOT));
+            lane.closed(n, ConnectionEnd::Broken);
+        }
+        lane.pass(10);
+    }
+    assert!((19..=21).contains(&dialled), "{dialled} dials in ten seconds");
+    lane.pass(secs(2));
+    assert!(lane.did(&lost));
+    assert!(lane.actions.contains(&Action::MoveQuiet) || lane.lane.attempts() == 0);
+}
+
+// CLOUD-2651
+#[test]
+fn a_link_that_the_node_does_not_know_or_writes_badly_is_dialled_half_a_second_after_the_dial_before() {
+    for stale in [true, false] {
+        let mut lane = Lane::dialling();
+        lane.receive(1, hello(BOOT));
+        let (post, _) = lane.control();
+        lane.receive(1, alive(&[]));
+        lane.actions.clear();
+        match stale {
+            true => lane.end(post, PostOutcome::Stale),
+            false => lane.receive(1, vec![0xff; 40]),
+        }
+        lane.pass(499);
+        assert!(lane.dials().is_empty(), "stale: {stale}");
+        lane.pass(1);
+        assert_eq!(lane.dials(), [2]);
+    }
+}
+
+// CLOUD-2652
+#[test]
+fn a_link_that_says_hello_and_nothing_else_gives_what_ran_no_more_than_its_time() {
+    let lost = Action::Lost { attempt: id(1), reason: Lost::NotResumed };
+    for answers in [true, false] {
+        let mut lane = Lane::up();
+        lane.running(1, 1);
+        lane.closed(1, ConnectionEnd::Broken);
+        let since = lane.now;
+        while lane.lane.attempts() > 0 {
+            assert!(lane.now < since + secs(15), "answers: {answers}");
+            if let Some(n) = lane.dials().last().copied() {
+                lane.actions.retain(|action| !matches!(action, Action::Dial(_)));
+                lane.receive(n, hello(BOOT));
+            }
+            if lane.did(&Action::WantResume) {
+                lane.lane.may_resume(lane.at());
+                lane.take();
+            }
+            if answers {
+                lane.answer_all();
+            }
+            lane.pass(10);
+        }
+        assert!(lane.actions.contains(&lost));
+    }
+}
+
+// CLOUD-2652
+#[test]
+fn the_last_dials_before_all_is_lost_are_waited_for_without_a_timer_that_is_due_for_ever() {
+    let mut lane = Lane::up();
+    lane.running(1, 1);
+    lane.closed(1, ConnectionEnd::Broken);
+    lane.now += 900;
+    lane.lane.timer(lane.at());
+    lane.pass(8_900);
+    // The dial that is due at 9.9 s is thought of when it is too late for it.
+    lane.now += 250;
+    let mut turns = 0;
+    while lane.lane.next_deadline() <= lane.at() {
+        lane.lane.timer(lane.at());
+        turns += 1;
+        assert!(turns < 5, "the timer is due again at once");
+    }
+}
+
 // CLOUD-2650
 #[test]
 fn a_link_without_a_byte_is_interrupted_after_two_and_a_half_seconds_when_something_runs_and_25_when_not() {

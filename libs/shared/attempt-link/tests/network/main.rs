@@ -50,6 +50,7 @@ fn anything() -> impl Strategy<Value = Op> {
         1 => (0_usize..40, 100_u64..14_000).prop_map(|(which, millis)| Op::Stick { which, millis }),
         1 => (100_u64..5_000).prop_map(|millis| Op::Full { millis }),
         2 => (0_usize..40, any::<bool>()).prop_map(|(which, again)| Op::Misread { which, again }),
+        1 => (100_u64..30_000, any::<bool>()).prop_map(|(millis, mute)| Op::Flap { millis, mute }),
         1 => Just(Op::RestartControl),
         1 => Just(Op::RestartNode),
         1 => Just(Op::Credential),

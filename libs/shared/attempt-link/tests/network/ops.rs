@@ -62,6 +62,11 @@ pub(crate) enum Op {
         which: usize,
         again: bool,
     },
+    /// Links say hello and break, or nothing else.
+    Flap {
+        millis: u64,
+        mute: bool,
+    },
     RestartControl,
     RestartNode,
     Credential,
@@ -135,6 +140,7 @@ impl World {
                 }
             }
             Op::Misread { which, again } => self.host.misread(which, again),
+            Op::Flap { millis, mute } => self.flap(millis, mute),
             Op::RestartControl => self.restart_control(),
             Op::RestartNode => {
                 self.boot += 1;
@@ -158,6 +164,19 @@ impl World {
                 }
             }
             Op::Leave => self.node.leave(),
+        }
+    }
+
+    fn flap(&mut self, millis: u64, mute: bool) {
+        if self.now >= self.flaps {
+            self.flaps_since = self.now;
+        }
+        (self.flaps, self.flaps_mute) = (self.now + millis, mute);
+        for which in 0..self.connections.len() {
+            self.connections[which].hello_left = Some(0);
+            if !mute {
+                self.after(5, Event::Breaks(which));
+            }
         }
     }
 
@@ -197,7 +216,8 @@ impl World {
         self.last_attempt += 1;
         let id = self.last_attempt;
         let attempt = AttemptId(Uuid::from_u128(id));
-        self.readers.insert(attempt, Reader::default());
+        let began = self.now;
+        self.readers.insert(attempt, Reader { began, ..Reader::default() });
         self.plans.insert(attempt, (frames, every, size));
         let prompt = if size == 2 { "x".repeat(80_000) } else { "hello".into() };
         let mut start = start(id, &prompt);

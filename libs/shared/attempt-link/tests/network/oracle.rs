@@ -9,6 +9,9 @@ use crate::world::{World, at};
 
 /// A stop is carried out within this, where the node is reached, milliseconds.
 const STOPPED_WITHIN: u64 = 3_000;
+/// An attempt without a link has its end within this: its silence, its ten seconds, and the time of a
+/// link on which it was asked for then.
+const KEPT_WITHOUT_A_LINK: u64 = 26_000;
 
 /// How an attempt ended for the control plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +31,7 @@ pub(crate) enum Over {
 /// A relay: what it has taken, and how it ended.
 #[derive(Debug, Default)]
 pub(crate) struct Reader {
+    pub(crate) began: u64,
     pub(crate) next: u64,
     pub(crate) run: Option<u64>,
     pub(crate) ids_to: u64,
@@ -128,6 +132,19 @@ impl World {
         for (attempt, reader) in &self.readers {
             let overdue = reader.stopped.is_some_and(|stopped| stopped <= since);
             assert!(!overdue || !self.host.is_running(attempt), "{attempt} runs on after its stop");
+        }
+    }
+
+    /// Links that come to nothing keep no attempt.
+    pub(crate) fn check_flaps(&self) {
+        let since = self.flaps_since;
+        let long = self.now < self.flaps && self.now >= since + KEPT_WITHOUT_A_LINK;
+        if !long || self.stalled > since {
+            return;
+        }
+        for (attempt, reader) in &self.readers {
+            let ran = reader.over.is_none() && reader.began < since;
+            assert!(!ran, "{attempt} has no end, and no link for {KEPT_WITHOUT_A_LINK} ms");
         }
     }
 

@@ -280,6 +280,7 @@ fn a_bad_record_closes_the_link_and_a_node_that_writes_nothing_else_is_of_no_use
     for _ in 0..4 {
         lane.receive(n, vec![0xff; 40]);
         assert!(lane.did(&Action::Interrupted { reason: Interrupted::BadRecord }));
+        lane.pass(500);
         n = *lane.dials().last().unwrap();
         lane.receive(n, hello(BOOT));
         assert_eq!(lane.lane.attempts(), 1);

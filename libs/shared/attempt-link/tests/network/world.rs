@@ -17,6 +17,8 @@ use crate::oracle::{Over, Reader};
 /// What a connection has on its way, and what a node writes at a time, bytes.
 const SOCKET_BYTES: usize = 100_000;
 const FILL_BYTES: usize = 32 * 1024;
+/// Two a second, and those at once after what is done to the link.
+const MAX_DIALS_IN_TEN_SECONDS: usize = 80;
 
 #[derive(Debug)]
 pub(crate) struct Connection {
@@ -29,6 +31,8 @@ pub(crate) struct Connection {
     pub(crate) blocked: bool,
     pub(crate) control_open: bool,
     pub(crate) node_open: bool,
+    /// Bytes of its hello that are still to come, where nothing comes behind it.
+    pub(crate) hello_left: Option<usize>,
 }
 
 #[derive(Debug, Clone)]
@@ -38,6 +42,7 @@ pub(crate) enum Event {
     GetArrives(usize),
     Deliver(usize),
     NodeHears(usize),
+    Breaks(usize),
     PostSent(u32, PostId),
     PostArrives(u32, PostId, PostRequest),
     PostEnds(u32, PostId, PostOutcome),
@@ -68,6 +73,12 @@ pub(crate) struct World {
     pub(crate) posts_late: u64,
     pub(crate) stalled: u64,
     pub(crate) full: u64,
+    /// Links come to nothing until then, and since when.
+    pub(crate) flaps: u64,
+    pub(crate) flaps_since: u64,
+    pub(crate) flaps_mute: bool,
+    /// Of the last dials.
+    pub(crate) dialled: VecDeque<u64>,
     pub(crate) suspected: bool,
     pub(crate) whole_since: u64,
     pub(crate) last_attempt: u128,
@@ -86,9 +97,17 @@ pub(crate) fn boot(number: u32) -> BootId {
     BootId(Uuid::from_u128(1_000 + u128::from(number)))
 }
 
+fn says(number: u32) -> Hello {
+    Hello { node_id: NodeId::new("n0").unwrap(), boot_id: boot(number), version: "1".into() }
+}
+
 pub(crate) fn node(number: u32) -> NodeLanes {
-    let node_id = NodeId::new("n0").unwrap();
-    NodeLanes::new(Hello { node_id, boot_id: boot(number), version: "1".into() })
+    NodeLanes::new(says(number))
+}
+
+/// Of a link's first record.
+fn hello_bytes(boot: u32) -> usize {
+    attempt_link::HEADER_BYTES + serde_json::to_vec(&says(boot)).unwrap().len()
 }
 
 impl World {
@@ -116,6 +135,10 @@ impl World {
             posts_late: 0,
             stalled: 0,
             full: 0,
+            flaps: 0,
+            flaps_since: 0,
+            flaps_mute: false,
+            dialled: VecDeque::new(),
             suspected: false,
             whole_since: 0,
             last_attempt: 0,
@@ -158,7 +181,7 @@ impl World {
         // What is on its way comes when its cut would have ended.
         self.whole_since = self.up_cut.max(self.down_cut).max(self.stalled).max(self.now);
         (self.up_cut, self.down_cut, self.refused, self.stalled) = (0, 0, 0, 0);
-        (self.posts_lost, self.answers_lost, self.posts_late, self.full) = (0, 0, 0, 0);
+        (self.posts_lost, self.answers_lost, self.posts_late, self.full, self.flaps) = (0, 0, 0, 0, 0);
         self.run_until(50_000);
         self.at(50_000, Event::Registers);
         self.run_until(110_000);
@@ -215,6 +238,7 @@ impl World {
             }
         }
         self.check_stops();
+        self.check_flaps();
         assert!(self.control.held_bytes() <= 32 << 20, "parts take {} bytes", self.control.held_bytes());
         assert!(self.node.connections() <= 10, "{} links are open", self.node.connections());
     }
@@ -343,7 +367,13 @@ impl World {
             blocked: false,
             control_open: true,
             node_open: false,
+            hello_left: None,
         });
+        self.dialled.push_back(self.now);
+        if self.dialled.len() > MAX_DIALS_IN_TEN_SECONDS {
+            let first = self.dialled.pop_front();
+            assert!(first.is_none_or(|first| self.now > first + 10_000), "it dials without a pause");
+        }
         let wait = self.delay();
         if self.now < self.refused && self.now >= self.up_cut {
             self.push_down(which, None);
@@ -389,6 +419,10 @@ impl World {
             Event::Append { attempt, run, left, every, size } => self.append(attempt, run, left, every, size),
             Event::GetArrives(which) => self.get_arrives(which),
             Event::Deliver(which) => self.deliver(which),
+            Event::Breaks(which) => {
+                self.node_hears(which);
+                self.push_down(which, None);
+            }
             Event::NodeHears(which) => {
                 if let Some(id) = self.connections[which].node
                     && std::mem::take(&mut self.connections[which].node_open)
@@ -452,6 +486,13 @@ impl World {
             Ok(id) => {
                 self.connections[which].node = Some(id);
                 self.connections[which].node_open = true;
+                if self.now < self.flaps {
+                    self.connections[which].hello_left = Some(hello_bytes(self.boot));
+                    if !self.flaps_mute {
+                        let wait = 1 + self.draw(40);
+                        self.after(wait, Event::Breaks(which));
+                    }
+                }
             }
             Err(_) => self.push_down(which, None),
         }
@@ -469,10 +510,19 @@ impl World {
             let down = &mut self.connections[which].down;
             down.front().is_some_and(|(at, _)| *at <= self.now).then(|| down.pop_front()).flatten()
         } {
-            let Connection { n, life, control_open, node, .. } = self.connections[which];
+            let Connection { n, life, control_open, node, hello_left, .. } = self.connections[which];
             if !control_open || life != self.life {
                 continue;
             }
+            let piece = match (piece, hello_left) {
+                (Some(_), Some(0)) => continue,
+                (Some(mut bytes), Some(left)) => {
+                    bytes.truncate(left);
+                    self.connections[which].hello_left = Some(left - bytes.len());
+                    Some(bytes)
+                }
+                (piece, _) => piece,
+            };
             match piece {
                 Some(bytes) => self.control.received(at(self.now), n, bytes),
                 None => {
