@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use attempt_link::wire::{
-    ControlAnswer, ControlBody, LifeId, LinkKey, LinkQuery, MAX_IDS, MAX_INLINE_BYTES, MAX_SEEN, MAX_STARTS,
-    Seen, SingleError, Start, StartFacts, StartSpec, WrittenStart, read_single, read_starts, write_single,
-    write_starts,
+    ControlAnswer, ControlBody, LifeId, LinkKey, LinkQuery, MAX_IDS, MAX_INLINE_BYTES, MAX_LINE_BYTES,
+    MAX_SEEN, MAX_STARTS, Seen, SingleError, Start, StartFacts, StartSpec, WriteError, WrittenStart,
+    read_single, read_starts, write_single, write_starts,
 };
 use bytes::Bytes;
 use pool_registry_types::task::{Reasoning, TaskRequest};
@@ -41,7 +41,7 @@ fn the_golden_bodies_are_read_and_written_as_they_stand() {
     let text = example("link/attempts.json");
     let body = read_starts(&Bytes::from(text.clone())).unwrap();
     let starts: Vec<_> = body.start.into_iter().map(|start| WrittenStart::new(&start.unwrap())).collect();
-    let written = write_starts(body.key, &starts, &body.seen, &body.done);
+    let written = write_starts(body.key, &starts, &body.seen, &body.done).unwrap();
     let value = |bytes: &[u8]| serde_json::from_slice::<Value>(bytes).unwrap();
     assert_eq!(value(&written), value(text.as_bytes()));
     for name in ["link/control.json", "newer/link_control.json"] {
@@ -82,8 +82,8 @@ fn what_a_newer_writer_says_in_a_start_is_passed_over_and_how_it_is_run_must_be_
 fn a_payload_comes_as_the_bytes_that_were_sent_and_shares_the_body() {
     let payload = "{\"prompt\" :\"a\\u00e4\\n\", \"x\":1e400,\"x\" : [ ]}";
     let written = WrittenStart::new(&start(7, payload));
-    let batch = write_starts(key(), &[written.clone(), written.clone()], &[], &[]);
-    let alone = Bytes::from(write_single(key(), &written).concat());
+    let batch = write_starts(key(), &[written.clone(), written.clone()], &[], &[]).unwrap();
+    let alone = Bytes::from(write_single(key(), &written).unwrap().concat());
     let read = read_starts(&batch).unwrap();
     assert_eq!(read.key, key());
     for start in read.start {
@@ -99,11 +99,47 @@ fn a_payload_comes_as_the_bytes_that_were_sent_and_shares_the_body() {
 
 // CLOUD-2605
 #[test]
+fn a_payload_that_is_not_one_json_value_and_nothing_else_goes_alone_as_it_is() {
+    let facts = serde_json::to_string(&facts()).unwrap();
+    let injected = format!("1}},{},\"payload\":2", &facts[..facts.len() - 1]);
+    for payload in [injected.as_str(), "", "{", "nul", "{} {}", " {}", "[1]\n", "\"\u{0}\"", "]}"] {
+        let written = WrittenStart::new(&start(7, payload));
+        assert!(written.goes_alone(), "{payload}");
+        assert_eq!(write_starts(key(), &[written.clone()], &[], &[]), Err(WriteError::Alone));
+        let alone = Bytes::from(write_single(key(), &written).unwrap().concat());
+        assert_eq!(read_single(&alone).unwrap().start.unwrap().payload.as_ref(), payload.as_bytes());
+    }
+    let mut not_text = start(7, "");
+    not_text.payload = Bytes::from_static(b"\"\xff\"");
+    assert!(WrittenStart::new(&not_text).goes_alone());
+}
+
+// CLOUD-2604
+#[test]
+fn a_body_that_would_be_refused_is_not_written() {
+    let small = WrittenStart::new(&start(1, "{}"));
+    let many = vec![small.clone(); MAX_STARTS + 1];
+    assert_eq!(write_starts(key(), &many, &[], &[]), Err(WriteError::TooMany(MAX_STARTS + 1)));
+    let seen = vec![Seen { number: 1, next: 2 }; MAX_SEEN + 1];
+    assert_eq!(write_starts(key(), &[], &seen, &[]), Err(WriteError::TooMany(0)));
+    let long = WrittenStart::new(&start(1, &format!("\"{}\"", "x".repeat(60_000))));
+    let written = write_starts(key(), &vec![long.clone(); 5], &[], &[]);
+    assert_eq!(written, Err(WriteError::TooLong(5 * long.bytes())));
+    let text = json!({ "life": key().life, "lane": 0, "n": 1, "start": vec!["x".repeat(60_000); 5] });
+    let error = read_starts(&Bytes::from(text.to_string())).unwrap_err().to_string();
+    assert!(error.contains("of which 262144 go together"), "{error}");
+    let mut before = start(1, "{}");
+    before.facts.traceparent = "x".repeat(MAX_LINE_BYTES);
+    assert!(matches!(write_single(key(), &WrittenStart::new(&before)), Err(WriteError::Line(_))));
+}
+
+// CLOUD-2605
+#[test]
 fn a_start_of_more_than_64_kib_goes_alone() {
     let room = MAX_INLINE_BYTES - WrittenStart::new(&start(1, "\"\"")).bytes();
     let is_large = |text: usize| {
         let payload = format!("\"{}\"", "x".repeat(text));
-        WrittenStart::new(&start(1, &payload)).is_large()
+        WrittenStart::new(&start(1, &payload)).goes_alone()
     };
     assert_eq!((is_large(room), is_large(room + 1)), (false, true));
 }

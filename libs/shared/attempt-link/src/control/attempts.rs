@@ -1,6 +1,6 @@
 //! The attempts of a lane: what is wanted of each, and what comes of it.
 
-use pool_registry_types::{AttemptId, LogId, Moment, TaskId};
+use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, Moment, TaskId};
 
 use super::link::Link;
 use super::posts::PostId;
@@ -10,20 +10,16 @@ use super::{
 };
 use crate::content::{Content, Position};
 use crate::record::Record;
-use crate::wire::{Start, WrittenStart};
+use crate::wire::{Start, WriteError, WrittenStart};
 
 /// How far an attempt has come.
 #[derive(Debug)]
 pub(super) enum Stage {
     /// Its start waits for a POST.
-    Queued {
-        start: Box<Start>,
-        since: Moment,
-    },
+    Queued(Box<Unsent>),
     /// Its start is in a POST that was not answered.
     Posting {
-        start: Box<Start>,
-        since: Moment,
+        start: Box<Unsent>,
         post: PostId,
     },
     /// Its start was read, or may have been: the link answers.
@@ -34,6 +30,24 @@ pub(super) enum Stage {
         since: Moment,
     },
     Accepted,
+}
+
+/// A start that goes up, or goes again.
+#[derive(Debug)]
+pub(super) struct Unsent {
+    pub(super) start: Start,
+    /// When what is left of its time was written.
+    pub(super) since: Moment,
+    /// Where it stands in its queue: the oldest first, also when it goes again.
+    pub(super) place: u64,
+    /// Its payload was looked at once: see [`WrittenStart`].
+    pub(super) has_json: bool,
+}
+
+impl Unsent {
+    pub(super) fn write(&self) -> WrittenStart {
+        WrittenStart::checked(&self.start, self.has_json)
+    }
 }
 
 /// What the lane knows of an attempt.
@@ -103,31 +117,28 @@ impl ControlLane {
             is_named: true,
             behind: None,
             fruitless: 0,
-            stage: Stage::Queued { start: Box::new(start), since: now },
+            stage: Stage::Sent,
         };
+        self.place += 1;
+        let (place, has_json) = (self.place, start.has_json());
         self.attempts.insert(attempt, entry);
-        self.enqueue(attempt);
+        self.enqueue(attempt, Box::new(Unsent { start, since: now, place, has_json }));
         self.advance(now);
     }
 
     /// Puts a start where it waits for its POST.
-    fn enqueue(&mut self, attempt: AttemptId) {
-        let Some(Stage::Queued { start, .. }) = self.attempts.get(&attempt).map(|attempt| &attempt.stage)
-        else {
-            return;
-        };
-        if WrittenStart::new(start).is_large() {
-            self.large.push_back(attempt);
-        } else {
-            self.queue.push_back(attempt);
-        }
+    pub(super) fn enqueue(&mut self, attempt: AttemptId, start: Box<Unsent>) {
+        let Some(entry) = self.attempts.get_mut(&attempt) else { return };
+        let queue = if start.write().goes_alone() { &mut self.large } else { &mut self.queue };
+        queue.insert(start.place, attempt);
+        entry.stage = Stage::Queued(start);
     }
 
     /// The attempt is to end, whatever became of it. Nothing more of it is handed out.
     pub fn cancel(&mut self, now: Moment, attempt: AttemptId) {
         let removed = self.remove(&attempt);
         match removed.map(|removed| removed.stage) {
-            Some(Stage::Queued { .. }) => return self.actions.push_back(Action::NeverSent { attempt }),
+            Some(Stage::Queued(_)) => return self.actions.push_back(Action::NeverSent { attempt }),
             Some(Stage::Posting { post, .. }) => self.abandon_single(post),
             _ => {}
         }
@@ -225,9 +236,9 @@ impl ControlLane {
             Stage::Resuming { since, .. } => {
                 self.resuming.remove(&(since, *attempt));
             }
-            Stage::Queued { .. } => {
-                self.queue.retain(|other| other != attempt);
-                self.large.retain(|other| other != attempt);
+            Stage::Queued(ref start) => {
+                self.queue.remove(&start.place);
+                self.large.remove(&start.place);
             }
             Stage::Posting { .. } | Stage::Sent => {}
         }
@@ -246,7 +257,7 @@ impl ControlLane {
     fn lose(&mut self, attempt: AttemptId, reason: Lost) {
         let Some(removed) = self.remove(&attempt) else { return };
         match removed.stage {
-            Stage::Queued { .. } => self.actions.push_back(Action::NeverSent { attempt }),
+            Stage::Queued(_) => self.actions.push_back(Action::NeverSent { attempt }),
             stage => {
                 if let Stage::Posting { post, .. } = stage {
                     self.abandon_single(post);
@@ -271,7 +282,7 @@ impl ControlLane {
 
     /// All that the node has, or may have, is asked for on the new link.
     pub(super) fn resume_all(&mut self, now: Moment) {
-        let sent = |stage: &Stage| !matches!(stage, Stage::Queued { .. } | Stage::Posting { .. });
+        let sent = |stage: &Stage| !matches!(stage, Stage::Queued(_) | Stage::Posting { .. });
         let attempts: Vec<AttemptId> =
             self.attempts.iter().filter(|(_, entry)| sent(&entry.stage)).map(|(id, _)| *id).collect();
         for attempt in attempts {
@@ -339,6 +350,14 @@ impl ControlLane {
         }
         let before = self.unknown_tasks.insert(removed.task_id, now);
         self.actions.push_back(Action::Unknown { attempt, again: before.is_some() });
+    }
+
+    /// It can be written for no POST.
+    pub(super) fn refuse_unwritten(&mut self, attempt: AttemptId, error: WriteError) {
+        if self.remove(&attempt).is_some() {
+            let error = ErrorBody::new(ErrorCode::PayloadTooLarge, error.to_string());
+            self.actions.push_back(Action::Refused { attempt, error });
+        }
     }
 
     pub(super) fn gone(&mut self, attempt: AttemptId) {

@@ -244,19 +244,20 @@ pub struct ControlLane {
     life: LifeId,
     lane: u16,
     boot_id: BootId,
-    /// Of the last GET, the last attempt's and the last POST's: none is used twice.
+    /// Of the last GET, the last attempt's, the last POST's and the last start's: none is used twice.
     n: u64,
     number: u64,
     post: u64,
+    place: u64,
     link: Link,
     dials: BTreeMap<u64, Dial>,
     /// When a dial began last.
     dialled_at: Moment,
     attempts: BTreeMap<AttemptId, Attempt>,
     numbers: BTreeMap<u64, AttemptId>,
-    /// Starts that were not sent: those that go together, and those that go alone.
-    queue: VecDeque<AttemptId>,
-    large: VecDeque<AttemptId>,
+    /// Starts that were not sent, by their places: those that go together, and those that go alone.
+    queue: BTreeMap<u64, AttemptId>,
+    large: BTreeMap<u64, AttemptId>,
     to_resume: BTreeSet<AttemptId>,
     /// Attempts of which the node is to be reminded that they wait for it, by the moment of their POST.
     waiting: BTreeSet<(Moment, AttemptId)>,
@@ -300,13 +301,14 @@ impl ControlLane {
             n: 0,
             number: 0,
             post: 0,
+            place: 0,
             link: Link::Interrupted(Interruption::new(now, now, now)),
             dials: BTreeMap::new(),
             dialled_at: now,
             attempts: BTreeMap::new(),
             numbers: BTreeMap::new(),
-            queue: VecDeque::new(),
-            large: VecDeque::new(),
+            queue: BTreeMap::new(),
+            large: BTreeMap::new(),
             to_resume: BTreeSet::new(),
             waiting: BTreeSet::new(),
             running: 0,

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use pool_registry_types::{AttemptId, Moment};
 
-use super::attempts::Stage;
+use super::attempts::{Stage, Unsent};
 use super::link::{Connection, ResumeTurn};
 use super::{
     Action, ControlAnswer, ControlBody, ControlLane, Interrupted, MAX_SINGLES, POST_ANSWER, POST_RETRY,
@@ -170,18 +170,24 @@ impl ControlLane {
         }
         let (mut attempts, mut starts, mut bytes) = (Vec::new(), Vec::new(), 0);
         let id = PostId(self.post + 1);
-        while let Some(attempt) = self.queue.front().copied()
+        while let Some((place, attempt)) = self.queue.first_key_value().map(|(place, id)| (*place, *id))
             && attempts.len() < MAX_STARTS
         {
             let Some(written) = self.write(now, attempt) else {
-                self.queue.pop_front();
+                self.queue.pop_first();
                 continue;
             };
+            if written.goes_alone() {
+                // Its number has made it longer.
+                self.queue.pop_first();
+                self.large.insert(place, attempt);
+                continue;
+            }
             bytes += written.bytes();
             if bytes > MAX_STARTS_BYTES {
                 break;
             }
-            self.queue.pop_front();
+            self.queue.pop_first();
             self.posting(attempt, id);
             attempts.push(attempt);
             starts.push(written);
@@ -193,7 +199,8 @@ impl ControlLane {
         let done: Vec<AttemptId> = self.done.drain(..self.done.len().min(MAX_IDS)).collect();
         self.done_due = (!self.done.is_empty()).then_some(now);
         self.next_seen = now + SEEN_EVERY;
-        let body = write_starts(self.key(n), &starts, &positions, &done);
+        let body = write_starts(self.key(n), &starts, &positions, &done)
+            .expect("a POST is filled up to its bounds only");
         let fresh = std::mem::take(&mut self.fresh_starts);
         self.send(now, n, PostKind::Starts { attempts, seen, done }, PostRequest::Starts(body), fresh);
     }
@@ -203,10 +210,16 @@ impl ControlLane {
         let n = connection.n;
         while now >= self.starts_after
             && self.has_room_for_single()
-            && let Some(attempt) = self.large.pop_front()
+            && let Some((_, attempt)) = self.large.pop_first()
         {
             let Some(written) = self.write(now, attempt) else { continue };
-            let body = write_single(self.key(n), &written);
+            let body = match write_single(self.key(n), &written) {
+                Ok(body) => body,
+                Err(error) => {
+                    self.refuse_unwritten(attempt, error);
+                    continue;
+                }
+            };
             let request = PostRequest::Single { attempt, body };
             let id = self.send(now, n, PostKind::Single(attempt), request, false);
             self.posting(attempt, id);
@@ -216,13 +229,14 @@ impl ControlLane {
     /// Writes a start as it goes now: under a new number, with what is left of its time.
     fn write(&mut self, now: Moment, attempt: AttemptId) -> Option<WrittenStart> {
         let number = self.number(attempt);
-        let Stage::Queued { start, since } = &mut self.attempts.get_mut(&attempt)?.stage else { return None };
+        let Stage::Queued(unsent) = &mut self.attempts.get_mut(&attempt)?.stage else { return None };
+        let Unsent { start, since, .. } = &mut **unsent;
         start.facts.number = number;
         if let Some(left) = &mut start.facts.deadline_ms {
             *left = left.saturating_sub(now.millis_since(*since));
         }
         *since = now;
-        Some(WrittenStart::new(start))
+        Some(unsent.write())
     }
 
     /// The attempt is asked for by this POST, or by one that was answered.
@@ -236,8 +250,8 @@ impl ControlLane {
 
     fn posting(&mut self, attempt: AttemptId, post: PostId) {
         let Some(entry) = self.attempts.get_mut(&attempt) else { return };
-        if let Stage::Queued { start, since } = std::mem::replace(&mut entry.stage, Stage::Sent) {
-            entry.stage = Stage::Posting { start, since, post };
+        if let Stage::Queued(start) = std::mem::replace(&mut entry.stage, Stage::Sent) {
+            entry.stage = Stage::Posting { start, post };
         }
     }
 
@@ -394,17 +408,14 @@ impl ControlLane {
 
     /// Starts that were not read go under the present link, the oldest first.
     fn requeue(&mut self, id: PostId, attempts: Vec<AttemptId>) {
-        for attempt in attempts.into_iter().rev() {
+        for attempt in attempts {
             if !self.is_posting(attempt, id) {
                 continue;
             }
             self.set_waits(attempt, None);
             let Some(entry) = self.attempts.get_mut(&attempt) else { continue };
-            if let Stage::Posting { start, since, .. } = std::mem::replace(&mut entry.stage, Stage::Sent) {
-                let is_large = WrittenStart::new(&start).is_large();
-                entry.stage = Stage::Queued { start, since };
-                let queue = if is_large { &mut self.large } else { &mut self.queue };
-                queue.push_front(attempt);
+            if let Stage::Posting { start, .. } = std::mem::replace(&mut entry.stage, Stage::Sent) {
+                self.enqueue(attempt, start);
             }
         }
     }

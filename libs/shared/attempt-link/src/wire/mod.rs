@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 pub use start::{
     MAX_INLINE_BYTES, MAX_LINE_BYTES, SingleBody, SingleError, Start, StartError, StartFacts, StartSpec,
-    StartsBody, WrittenStart, line_end, read_single, read_starts, write_single, write_starts,
+    StartsBody, WriteError, WrittenStart, line_end, read_single, read_starts, write_single, write_starts,
 };
 
 /// Most starts of one POST. Source: .specs/01 CLOUD-2604.

@@ -3,13 +3,13 @@
 use bytes::Bytes;
 use pool_registry_types::task::{Reasoning, Resume, Workload};
 use pool_registry_types::{AttemptId, LogId, ModelRef, PoolId, ReplicaId, TaskId, TraceContext};
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use serde_json::value::RawValue;
 use task_stream::{Payload, PayloadFormat, TaskCaller, TaskSpec};
 
-use super::{LifeId, LinkKey, MAX_STARTS, MAX_STARTS_BYTES, Seen, lists};
+use super::{LifeId, LinkKey, MAX_IDS, MAX_SEEN, MAX_STARTS, MAX_STARTS_BYTES, Seen, lists};
 
 /// Longest start that goes with others, bytes of its JSON. Source: .specs/01 CLOUD-2604.
 pub const MAX_INLINE_BYTES: usize = 64 * 1024;
@@ -96,13 +96,20 @@ pub struct Start {
 }
 
 impl Start {
-    /// `payload` must be one JSON value, as those of all formats are.
+    /// A payload that is not one JSON value and nothing else goes alone, as it is.
     pub fn new(facts: StartFacts, payload: &Payload) -> Self {
         Self { facts: StartFacts { payload_format: payload.format, ..facts }, payload: payload.bytes.clone() }
     }
 
     fn json(&self) -> Vec<u8> {
         serde_json::to_vec(&self.facts).expect("ids, numbers and texts are always JSON")
+    }
+
+    /// Whether the payload can stand inside of other JSON, and is the same when it is read there.
+    pub(crate) fn has_json(&self) -> bool {
+        let value = serde_json::from_slice::<&RawValue>(&self.payload);
+        self.payload.len() <= MAX_INLINE_BYTES
+            && value.is_ok_and(|value| value.get().len() == self.payload.len())
     }
 }
 
@@ -111,11 +118,17 @@ impl Start {
 pub struct WrittenStart {
     facts: Vec<u8>,
     payload: Bytes,
+    has_json: bool,
 }
 
 impl WrittenStart {
     pub fn new(start: &Start) -> Self {
-        Self { facts: start.json(), payload: start.payload.clone() }
+        Self::checked(start, start.has_json())
+    }
+
+    /// The same where the payload was looked at before.
+    pub(crate) fn checked(start: &Start, has_json: bool) -> Self {
+        Self { facts: start.json(), payload: start.payload.clone(), has_json }
     }
 
     /// What it takes in a batch.
@@ -123,9 +136,9 @@ impl WrittenStart {
         self.facts.len() + BEFORE_PAYLOAD.len() + self.payload.len() + 1
     }
 
-    /// Whether it goes alone.
-    pub fn is_large(&self) -> bool {
-        self.bytes() > MAX_INLINE_BYTES
+    /// Whether it goes alone: it is large, or its payload is no JSON.
+    pub fn goes_alone(&self) -> bool {
+        !self.has_json || self.bytes() > MAX_INLINE_BYTES
     }
 }
 
@@ -140,13 +153,38 @@ struct Envelope<'s> {
     done: &'s [AttemptId],
 }
 
-/// The body of `POST /v2/attempts`.
-pub fn write_starts(key: LinkKey, starts: &[WrittenStart], seen: &[Seen], done: &[AttemptId]) -> Bytes {
-    debug_assert!(starts.len() <= MAX_STARTS, "{} starts", starts.len());
+/// Why a body is not written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum WriteError {
+    #[error("a POST of {0} starts, of more than {MAX_SEEN} positions, or of more than {MAX_IDS} ids")]
+    TooMany(usize),
+    #[error("starts of {0} bytes, of which {MAX_STARTS_BYTES} go together")]
+    TooLong(usize),
+    #[error("a start that goes alone")]
+    Alone,
+    #[error("all of a start but its payload takes {0} bytes, more than {MAX_LINE_BYTES}")]
+    Line(usize),
+}
+
+/// The body of `POST /v2/attempts`. Errors: it would be refused where it is read.
+pub fn write_starts(
+    key: LinkKey,
+    starts: &[WrittenStart],
+    seen: &[Seen],
+    done: &[AttemptId],
+) -> Result<Bytes, WriteError> {
+    if starts.len() > MAX_STARTS || seen.len() > MAX_SEEN || done.len() > MAX_IDS {
+        return Err(WriteError::TooMany(starts.len()));
+    }
+    if starts.iter().any(WrittenStart::goes_alone) {
+        return Err(WriteError::Alone);
+    }
+    let bytes: usize = starts.iter().map(WrittenStart::bytes).sum();
+    if bytes > MAX_STARTS_BYTES {
+        return Err(WriteError::TooLong(bytes));
+    }
     let LinkKey { life, lane, n } = key;
     let mut body = to_object(&Envelope { life, lane, n, seen, done });
-    let bytes: usize = starts.iter().map(WrittenStart::bytes).sum();
-    debug_assert!(bytes <= MAX_STARTS_BYTES, "starts of {bytes} bytes");
     body.reserve(bytes + 2 * starts.len() + 16);
     body.extend_from_slice(b",\"start\":[");
     for (before, start) in starts.iter().enumerate() {
@@ -159,17 +197,21 @@ pub fn write_starts(key: LinkKey, starts: &[WrittenStart], seen: &[Seen], done: 
         body.push(b'}');
     }
     body.extend_from_slice(b"]}");
-    body.into()
+    Ok(body.into())
 }
 
-/// The body of `POST /v2/attempts/{attempt_id}`: a line, and the payload as it came.
-pub fn write_single(key: LinkKey, start: &WrittenStart) -> [Bytes; 2] {
+/// The body of `POST /v2/attempts/{attempt_id}`: a line, and the payload as it came. Errors: the line
+/// would be longer than one is read.
+pub fn write_single(key: LinkKey, start: &WrittenStart) -> Result<[Bytes; 2], WriteError> {
     let LinkKey { life, lane, n } = key;
     let mut line = to_object(&Envelope { life, lane, n, seen: &[], done: &[] });
     line.extend_from_slice(b",\"start\":");
     line.extend_from_slice(&start.facts);
     line.extend_from_slice(b"}\n");
-    [line.into(), start.payload.clone()]
+    if line.len() > MAX_LINE_BYTES {
+        return Err(WriteError::Line(line.len()));
+    }
+    Ok([line.into(), start.payload.clone()])
 }
 
 /// JSON of an object that goes on.
@@ -227,7 +269,14 @@ struct RawStarts<'b> {
 }
 
 fn raw_starts<'de: 'b, 'b, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<&'b RawValue>, D::Error> {
-    lists::bounded(deserializer, MAX_STARTS)
+    let starts: Vec<&RawValue> = lists::bounded(deserializer, MAX_STARTS)?;
+    let bytes: usize = starts.iter().map(|start| start.get().len()).sum();
+    if bytes > MAX_STARTS_BYTES {
+        return Err(D::Error::custom(format_args!(
+            "starts of {bytes} bytes, of which {MAX_STARTS_BYTES} go together"
+        )));
+    }
+    Ok(starts)
 }
 
 #[derive(Deserialize)]

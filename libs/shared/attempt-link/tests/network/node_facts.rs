@@ -79,7 +79,7 @@ impl Node {
                 WrittenStart::new(&Start { facts, payload })
             })
             .collect();
-        read_starts(&write_starts(key, &written, &[], &[])).unwrap()
+        read_starts(&write_starts(key, &written, &[], &[]).unwrap()).unwrap()
     }
 
     fn post(&mut self, key: LinkKey, attempts: &[u128]) -> Result<(), PostRefusal> {

@@ -2,7 +2,7 @@
 
 use attempt_link::content::{End, Position};
 use attempt_link::control::{Action, ConnectionEnd, Interrupted, LaneState, Lost, PostOutcome, PostRequest};
-use attempt_link::wire::{ControlAnswer, read_single};
+use attempt_link::wire::{ControlAnswer, MAX_LINE_BYTES, read_single};
 use attempt_link::{Kind, RecordHead};
 use pool_registry_types::TaskId;
 use uuid::Uuid;
@@ -47,6 +47,26 @@ fn a_large_payload_goes_alone_and_holds_up_no_others() {
     };
     let read = read_single(&body.concat().into()).unwrap();
     assert_eq!((*attempt, read.start.unwrap().payload), (id(1), start(1, &"x".repeat(70_000)).payload));
+}
+
+// CLOUD-2605
+#[test]
+fn a_payload_that_is_no_json_goes_alone_and_one_that_can_be_written_for_no_post_is_refused() {
+    let mut lane = Lane::up();
+    let mut broken = start(1, "hello");
+    broken.payload = "1},{\"number\":9".into();
+    lane.lane.start(lane.at(), broken.clone());
+    lane.take();
+    let posts = lane.posts();
+    let [(_, PostRequest::Single { body, .. })] = posts.as_slice() else { panic!("{posts:?}") };
+    assert_eq!(read_single(&body.concat().into()).unwrap().start.unwrap().payload, broken.payload);
+    let mut long = start(2, "hello");
+    long.facts.traceparent = "x".repeat(MAX_LINE_BYTES);
+    lane.lane.start(lane.at(), long);
+    lane.take();
+    let refused = |action: &Action| matches!(action, Action::Refused { attempt, .. } if *attempt == id(2));
+    assert!(lane.actions.iter().any(refused) && lane.posts().is_empty());
+    assert_eq!(lane.lane.attempts(), 1);
 }
 
 // CLOUD-2623
