@@ -69,6 +69,8 @@ pub(super) struct Attempt {
     /// It was accepted, now or by an earlier number.
     was_accepted: bool,
     head_taken: bool,
+    error_taken: bool,
+    is_silent: bool,
     /// When it was named last, and whether the last `alive` did.
     named_at: Moment,
     is_named: bool,
@@ -77,6 +79,11 @@ pub(super) struct Attempt {
     /// Times that it was asked for again since something of it came.
     fruitless: u32,
 }
+
+/// A start whose attempt the lane has already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the attempt {0} was started before")]
+pub struct DuplicateStart(pub AttemptId);
 
 /// An attempt that the node is to end.
 #[derive(Debug)]
@@ -89,15 +96,20 @@ impl ControlLane {
     // ---- what is wanted ----
 
     /// The attempt is to begin. Its number and what is left of its time are written when it goes.
-    pub fn start(&mut self, now: Moment, start: Start) {
+    /// Errors: the lane has an attempt of this id, which goes on as it was.
+    pub fn start(&mut self, now: Moment, start: Start) -> Result<(), DuplicateStart> {
         let attempt = start.facts.attempt_id;
+        if self.attempts.contains_key(&attempt) {
+            return Err(DuplicateStart(attempt));
+        }
         let is_down = match &self.link {
             Link::Closed => true,
             Link::Interrupted(interruption) => interruption.is_lost(),
             Link::Up(_) => false,
         };
-        if is_down || self.attempts.contains_key(&attempt) {
-            return self.actions.push_back(Action::NeverSent { attempt });
+        if is_down {
+            self.actions.push_back(Action::NeverSent { attempt });
+            return Ok(());
         }
         if self.attempts.is_empty() {
             self.first_start(now);
@@ -113,6 +125,8 @@ impl ControlLane {
             asked: None,
             was_accepted: false,
             head_taken: false,
+            error_taken: false,
+            is_silent: false,
             named_at: now,
             is_named: true,
             behind: None,
@@ -124,6 +138,7 @@ impl ControlLane {
         self.attempts.insert(attempt, entry);
         self.enqueue(attempt, Box::new(Unsent { start, since: now, place, has_json }));
         self.advance(now);
+        Ok(())
     }
 
     /// Puts a start where it waits for its POST.
@@ -408,6 +423,9 @@ impl ControlLane {
         entry.behind = None;
         let (first, taken) = (head.first, entry.taken);
         let Some(next) = first.checked_add(u64::from(head.count)) else { return false };
+        if matches!(content, Content::End(_)) && first < taken {
+            return false;
+        }
         let brings = matches!(content, Content::Frames | Content::TokenIds(_) | Content::End(_));
         if brings && first > taken {
             self.resume_anew(now, attempt);
@@ -434,7 +452,11 @@ impl ControlLane {
                     self.actions.push_back(Action::TokenIds { attempt, first, frames });
                 }
             }
-            Content::Error(error) => self.actions.push_back(Action::Error { attempt, error }),
+            Content::Error(error) => {
+                if !std::mem::replace(&mut entry.error_taken, true) {
+                    self.actions.push_back(Action::Error { attempt, error });
+                }
+            }
             Content::End(end) => {
                 self.remove(&attempt);
                 self.actions.push_back(Action::Ended { attempt, report_seq: end.report_seq });
@@ -471,12 +493,20 @@ impl ControlLane {
             match named(entry.number) {
                 Some(next) => {
                     (entry.named_at, entry.is_named) = (now, true);
+                    if next <= entry.taken {
+                        // Whatever it was asked for is there.
+                        entry.fruitless = 0;
+                    }
                     entry.behind = (next > entry.taken).then(|| entry.behind.unwrap_or(now));
                     if entry.behind.is_some_and(|since| now >= since + BEHIND) {
                         anew.push(*id);
                     }
                 }
-                None if now >= entry.named_at + UNNAMED => silent.push(*id),
+                None if now >= entry.named_at + UNNAMED => {
+                    if !std::mem::replace(&mut entry.is_silent, true) {
+                        silent.push(*id);
+                    }
+                }
                 None if std::mem::replace(&mut entry.is_named, false) => anew.push(*id),
                 None => {}
             }

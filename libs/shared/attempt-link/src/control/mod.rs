@@ -21,6 +21,7 @@ use pool_registry_types::{AttemptId, BootId, ErrorBody, Moment, TaskId};
 use crate::content::{Acceptance, AnswerHead, FrameTokens};
 use crate::wire::{ControlAnswer, ControlBody, LifeId, LinkQuery};
 
+pub use attempts::DuplicateStart;
 pub use dials::ConnectionEnd;
 pub use posts::{PostId, PostOutcome, PostRequest};
 
@@ -165,7 +166,7 @@ pub enum Action {
         attempt: AttemptId,
         reason: Lost,
     },
-    /// No `alive` has named it for ten seconds.
+    /// No `alive` has named it for ten seconds. Said once.
     Silent {
         attempt: AttemptId,
     },

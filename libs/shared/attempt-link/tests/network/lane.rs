@@ -92,7 +92,7 @@ impl Lane {
     }
 
     pub(crate) fn start(&mut self, number: u128) {
-        self.lane.start(self.at(), start(number, "hello"));
+        self.lane.start(self.at(), start(number, "hello")).unwrap();
         self.take();
     }
 

@@ -222,6 +222,6 @@ impl World {
         let prompt = if size == 2 { "x".repeat(80_000) } else { "hello".into() };
         let mut start = start(id, &prompt);
         start.facts.keep = keep;
-        self.control.start(at(self.now), start);
+        self.control.start(at(self.now), start).unwrap();
     }
 }

@@ -1,10 +1,12 @@
 //! The control plane's end: what goes up, and what comes of an attempt.
 
 use attempt_link::content::{End, Position};
-use attempt_link::control::{Action, ConnectionEnd, Interrupted, LaneState, Lost, PostOutcome, PostRequest};
+use attempt_link::control::{
+    Action, ConnectionEnd, DuplicateStart, Interrupted, LaneState, Lost, PostOutcome, PostRequest,
+};
 use attempt_link::wire::{ControlAnswer, MAX_LINE_BYTES, read_single};
 use attempt_link::{Kind, RecordHead};
-use pool_registry_types::TaskId;
+use pool_registry_types::{ErrorBody, ErrorCode, TaskId};
 use uuid::Uuid;
 
 use crate::lane::{BOOT, Lane, accepted, alive, hello, id, json, secs};
@@ -24,7 +26,9 @@ fn one_post_of_starts_is_under_way_and_the_next_takes_what_is_ready_up_to_its_bo
     assert_eq!(body.start.len(), 64);
     let numbers: Vec<u64> = body.start.iter().map(|start| start.as_ref().unwrap().facts.number).collect();
     assert!(numbers.is_sorted() && numbers[0] > 1);
-    (100..110).for_each(|number| lane.lane.start(lane.at(), start(number, &"x".repeat(50_000))));
+    for number in 100..110 {
+        lane.lane.start(lane.at(), start(number, &"x".repeat(50_000))).unwrap();
+    }
     lane.take();
     lane.end(post, PostOutcome::Answered(ControlAnswer::default()));
     let (post, body) = lane.starts();
@@ -39,7 +43,7 @@ fn one_post_of_starts_is_under_way_and_the_next_takes_what_is_ready_up_to_its_bo
 #[test]
 fn a_large_payload_goes_alone_and_holds_up_no_others() {
     let mut lane = Lane::up();
-    lane.lane.start(lane.at(), start(1, &"x".repeat(70_000)));
+    lane.lane.start(lane.at(), start(1, &"x".repeat(70_000))).unwrap();
     lane.start(2);
     let posts = lane.posts();
     let [(_, PostRequest::Single { attempt, body }), (_, PostRequest::Starts(_))] = posts.as_slice() else {
@@ -55,14 +59,14 @@ fn a_payload_that_is_no_json_goes_alone_and_one_that_can_be_written_for_no_post_
     let mut lane = Lane::up();
     let mut broken = start(1, "hello");
     broken.payload = "1},{\"number\":9".into();
-    lane.lane.start(lane.at(), broken.clone());
+    lane.lane.start(lane.at(), broken.clone()).unwrap();
     lane.take();
     let posts = lane.posts();
     let [(_, PostRequest::Single { body, .. })] = posts.as_slice() else { panic!("{posts:?}") };
     assert_eq!(read_single(&body.concat().into()).unwrap().start.unwrap().payload, broken.payload);
     let mut long = start(2, "hello");
     long.facts.traceparent = "x".repeat(MAX_LINE_BYTES);
-    lane.lane.start(lane.at(), long);
+    lane.lane.start(lane.at(), long).unwrap();
     lane.take();
     let refused = |action: &Action| matches!(action, Action::Refused { attempt, .. } if *attempt == id(2));
     assert!(lane.actions.iter().any(refused) && lane.posts().is_empty());
@@ -111,7 +115,7 @@ fn a_start_that_never_came_is_free_once_and_the_next_of_its_task_here_is_not() {
     for (attempt, again) in [(1, false), (2, true)] {
         let mut start = start(attempt, "hello");
         start.facts.task_id = TaskId(Uuid::from_u128(50));
-        lane.lane.start(lane.at(), start);
+        lane.lane.start(lane.at(), start).unwrap();
         lane.take();
         lane.pass(500);
         let (post, _) = lane.starts();
@@ -275,6 +279,74 @@ fn an_end_counts_behind_the_last_frame_only() {
     lane.frames(number, 3, 1);
     lane.receive(1, json(Kind::End, number, 4, &End { report_seq: 9 }));
     assert!(lane.did(&Action::Ended { attempt: id(1), report_seq: 9 }));
+}
+
+// CLOUD-2631
+#[test]
+fn an_end_that_lies_before_what_was_taken_is_a_bad_record_and_no_end() {
+    let mut lane = Lane::up();
+    let number = lane.running(1, 1);
+    lane.frames(number, 0, 3);
+    lane.receive(1, json(Kind::End, number, 2, &End { report_seq: 9 }));
+    assert!(lane.did(&Action::Interrupted { reason: Interrupted::BadRecord }));
+    assert_eq!(lane.lane.taken(&id(1)), Some(3));
+}
+
+// CLOUD-2630
+#[test]
+fn an_attempt_that_is_named_again_each_time_it_was_asked_for_is_of_use() {
+    let mut lane = Lane::up();
+    let mut number = lane.running(1, 1);
+    for _ in 0..6 {
+        lane.receive(1, alive(&[]));
+        let (post, body) = lane.control();
+        number = body.resume[0].number;
+        lane.end(post, PostOutcome::Answered(ControlAnswer::default()));
+        lane.receive(1, accepted(number));
+        lane.receive(1, alive(&[(number, 0)]));
+        assert_eq!(lane.lane.attempts(), 1);
+        lane.now += 1_000;
+    }
+    assert_ne!(number, 1);
+}
+
+// CLOUD-2620
+#[test]
+fn a_second_start_of_an_attempt_is_an_error_and_touches_nothing_of_the_first() {
+    let mut lane = Lane::up();
+    let number = lane.running(1, 1);
+    assert_eq!(lane.lane.start(lane.at(), start(1, "hello")), Err(DuplicateStart(id(1))));
+    lane.take();
+    assert!(lane.actions.is_empty(), "{:?}", lane.actions);
+    lane.frames(number, 0, 1);
+    assert_eq!(lane.lane.taken(&id(1)), Some(1));
+}
+
+// CLOUD-2643
+#[test]
+fn an_error_and_a_silence_are_told_once() {
+    let mut lane = Lane::up();
+    let number = lane.running(1, 1);
+    let error = ErrorBody::new(ErrorCode::WorkerReset, "the engine died");
+    lane.receive(1, json(Kind::Error, number, 0, &error));
+    lane.receive(1, json(Kind::End, number, 2, &End { report_seq: 9 }));
+    let (post, body) = lane.control();
+    lane.end(post, PostOutcome::Answered(ControlAnswer::default()));
+    lane.receive(1, accepted(body.resume[0].number));
+    lane.receive(1, json(Kind::Error, body.resume[0].number, 0, &error));
+    let told = |lane: &Lane, of: &dyn Fn(&Action) -> bool| lane.actions.iter().filter(|one| of(one)).count();
+    assert_eq!(told(&lane, &|action| matches!(action, Action::Error { .. })), 1);
+    for _ in 0..15 {
+        lane.now += 1_000;
+        lane.receive(1, alive(&[]));
+        for (post, request) in lane.posts() {
+            lane.end(post, PostOutcome::Answered(ControlAnswer::default()));
+            if let PostRequest::Control(body) = request {
+                body.resume.iter().for_each(|order| lane.receive(1, accepted(order.number)));
+            }
+        }
+    }
+    assert_eq!(told(&lane, &|action| matches!(action, Action::Silent { .. })), 1);
 }
 
 // CLOUD-2603
