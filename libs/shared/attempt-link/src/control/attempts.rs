@@ -290,7 +290,6 @@ impl ControlLane {
         self.unknown_tasks.clear();
         let posts: Vec<PostId> = std::mem::take(&mut self.posts).into_keys().collect();
         self.actions.extend(posts.into_iter().map(|id| Action::AbandonPost { id }));
-        (self.undelivered, self.suspected) = (None, false);
     }
 
     // ---- resumes ----

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use pool_registry_types::Moment;
 
 use super::link::{Link, is_hello};
-use super::{Action, ControlLane, DIAL_BOUND, Interrupted, MAX_DIALS};
+use super::{Action, ControlLane, DIAL_BOUND, DIAL_EVERY_WHEN_EARLY, Interrupted, KNOWN_WITHIN, MAX_DIALS};
 use crate::content::Content;
 use crate::decoder::RecordDecoder;
 use crate::wire::LinkQuery;
@@ -27,6 +27,10 @@ impl Dial {
 pub enum ConnectionEnd {
     /// Nobody listens there.
     Refused,
+    /// A dial was answered `409 WRONG_NODE`: the boot that was dialled is over.
+    WrongBoot,
+    /// A dial was answered `409 STALE_LINK`.
+    Stale,
     /// It could not be made, was answered with another status than 200, or broke.
     Broken,
 }
@@ -59,9 +63,18 @@ impl ControlLane {
         if self.dials.remove(&n).is_none() {
             return;
         }
+        if end == ConnectionEnd::WrongBoot {
+            return self.other_boot(None);
+        }
+        // Whoever has just registered may be dialled before it knows with whom.
+        let is_early = end == ConnectionEnd::Stale && now < self.dialling_since + KNOWN_WITHIN;
         if let Link::Interrupted(interruption) = &mut self.link {
-            interruption.dial_failed = true;
-            interruption.refused |= end == ConnectionEnd::Refused;
+            if is_early {
+                interruption.next_dial = interruption.next_dial.min(now + DIAL_EVERY_WHEN_EARLY);
+            } else {
+                interruption.dial_failed = true;
+                interruption.refused |= end == ConnectionEnd::Refused;
+            }
         }
         self.move_quiet(now);
         if self.dials.is_empty() {
@@ -92,7 +105,7 @@ impl ControlLane {
             return self.dial_failed(now, n, ConnectionEnd::Broken);
         };
         if hello.boot_id != self.boot_id {
-            return self.other_boot(hello.boot_id);
+            return self.other_boot(Some(hello.boot_id));
         }
         if let Some(dial) = self.dials.remove(&n) {
             self.adopt(now, n, dial.decoder);

@@ -301,8 +301,12 @@ impl ControlLane {
         self.interrupted_timer(now);
     }
 
-    /// Nothing is dialled any more.
+    /// Nothing is dialled any more. Orders that did not arrive go another way, or nowhere.
     fn close_link(&mut self) {
+        self.undelivered = None;
+        if std::mem::take(&mut self.suspected) {
+            self.actions.push_back(Action::OrdersArrive);
+        }
         self.give_turn_back();
         let n = self.connection().map(|connection| connection.n);
         let dials = std::mem::take(&mut self.dials).into_keys();
@@ -442,11 +446,14 @@ impl ControlLane {
     /// ran has ended.
     pub fn registered(&mut self, now: Moment, boot_id: BootId) {
         if boot_id != self.boot_id {
-            self.other_boot(boot_id);
+            if !self.boot_is_over {
+                self.other_boot(Some(boot_id));
+            }
             self.boot_id = boot_id;
         } else if self.connection().is_some() {
             return;
         }
+        self.boot_is_over = false;
         if matches!(self.link, Link::Closed) {
             (self.greeted, self.lives) = (false, false);
         }
@@ -464,7 +471,8 @@ impl ControlLane {
     }
 
     /// All that was known of the boot before is void.
-    pub(super) fn other_boot(&mut self, boot_id: BootId) {
+    pub(super) fn other_boot(&mut self, boot_id: Option<BootId>) {
+        self.boot_is_over = true;
         self.close_link();
         self.actions.push_back(Action::OtherBoot { boot_id });
         self.lose_all(Lost::OtherBoot);

@@ -34,6 +34,9 @@ use posts::Post;
 const DIAL_EVERY: Duration = Duration::from_millis(500);
 /// The same once all that ran on it is lost.
 const DIAL_EVERY_WHEN_LOST: Duration = Duration::from_secs(2);
+/// The same where a node that has just registered does not know with whom: its answer is on its way.
+const DIAL_EVERY_WHEN_EARLY: Duration = Duration::from_millis(50);
+const KNOWN_WITHIN: Duration = Duration::from_secs(1);
 /// From a dial to its hello.
 const DIAL_BOUND: Duration = Duration::from_secs(1);
 const MAX_DIALS: usize = 3;
@@ -178,11 +181,13 @@ pub enum Action {
     },
     /// Decision 0006: what loses nothing by it is to be placed elsewhere now.
     MoveQuiet,
-    /// A dial found another boot of the node.
+    /// The boot that was dialled is over; nothing is known of the present one where a dial was refused.
+    /// Said once.
     OtherBoot {
-        boot_id: BootId,
+        boot_id: Option<BootId>,
     },
-    /// Evidence against the node: orders do not reach it. Lifted by `OrdersArrive` only.
+    /// Evidence against the node: orders do not reach it. Lifted by `OrdersArrive` only, which comes for
+    /// an answered POST, and where nothing more is sent by this link.
     OrdersDoNotArrive,
     OrdersArrive,
     /// The node has answered a POST with this status.
@@ -245,6 +250,8 @@ pub struct ControlLane {
     life: LifeId,
     lane: u16,
     boot_id: BootId,
+    /// Another boot was found, and has not registered.
+    boot_is_over: bool,
     /// Of the last GET, the last attempt's, the last POST's and the last start's: none is used twice.
     n: u64,
     number: u64,
@@ -299,6 +306,7 @@ impl ControlLane {
             life,
             lane,
             boot_id,
+            boot_is_over: false,
             n: 0,
             number: 0,
             post: 0,

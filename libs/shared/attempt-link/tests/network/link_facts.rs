@@ -301,7 +301,7 @@ fn another_boot_ends_all_at_once() {
     lane.running(1, 1);
     lane.closed(1, ConnectionEnd::Broken);
     lane.receive(2, hello(other));
-    assert!(lane.did(&Action::OtherBoot { boot_id: other }));
+    assert!(lane.did(&Action::OtherBoot { boot_id: Some(other) }));
     assert!(lane.did(&Action::Lost { attempt: id(1), reason: Lost::OtherBoot }));
     lane.actions.clear();
     lane.pass(secs(30));
@@ -309,6 +309,62 @@ fn another_boot_ends_all_at_once() {
     lane.lane.registered(lane.at(), other);
     lane.take();
     assert_eq!(lane.dials().len(), 1);
+    assert!(!lane.did(&Action::OtherBoot { boot_id: Some(other) }), "it is said once");
+}
+
+// CLOUD-2654
+#[test]
+fn a_dial_that_is_answered_by_another_boot_without_a_hello_ends_all_at_once() {
+    let mut lane = Lane::up();
+    lane.running(1, 1);
+    lane.closed(1, ConnectionEnd::Broken);
+    lane.closed(2, ConnectionEnd::WrongBoot);
+    assert!(lane.did(&Action::OtherBoot { boot_id: None }));
+    assert!(lane.did(&Action::Lost { attempt: id(1), reason: Lost::OtherBoot }));
+    lane.actions.clear();
+    lane.pass(secs(30));
+    assert!(lane.dials().is_empty(), "it is not dialled before it registers");
+    lane.lane.registered(lane.at(), BootId(Uuid::from_u128(8)));
+    lane.take();
+    assert_eq!(lane.dials().len(), 1);
+    assert!(lane.actions.iter().all(|action| !matches!(action, Action::OtherBoot { .. })), "said once");
+}
+
+// CLOUD-2651
+#[test]
+fn a_node_that_does_not_know_yet_with_whom_it_is_registered_is_dialled_again_soon() {
+    let mut lane = Lane::dialling();
+    lane.closed(1, ConnectionEnd::Stale);
+    lane.pass(50);
+    assert_eq!(lane.dials(), [1, 2]);
+    assert!(!lane.did(&Action::MoveQuiet));
+    lane.closed(2, ConnectionEnd::Stale);
+    lane.pass(secs(1));
+    let before = lane.dials().len();
+    lane.closed(*lane.dials().last().unwrap(), ConnectionEnd::Stale);
+    lane.pass(450);
+    assert!(lane.dials().len() <= before + 1, "a second after the registration it is one as any other");
+}
+
+// CLOUD-2641
+#[test]
+fn a_suspicion_is_lifted_where_nothing_more_goes_by_the_link() {
+    let suspected = || {
+        let mut lane = Lane::up();
+        let number = lane.running(1, 1);
+        while !lane.did(&Action::OrdersDoNotArrive) {
+            lane.receive(1, alive(&[(number, 0)]));
+            lane.pass(secs(1));
+        }
+        lane
+    };
+    let mut lane = suspected();
+    lane.receive(1, json(Kind::Bye, 0, 0, &Bye { reason: ByeReason::Leaving }));
+    assert!(lane.did(&Action::OrdersArrive));
+    let mut lane = suspected();
+    lane.lane.registered(lane.at(), BootId(Uuid::from_u128(8)));
+    lane.take();
+    assert!(lane.did(&Action::OrdersArrive));
 }
 
 // CLOUD-2655

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use attempt_link::content::Hello;
 use attempt_link::control::{Action, ConnectionEnd, ControlLane, PostId, PostOutcome, PostRequest};
-use attempt_link::node::{ConnectionId, NodeAction, NodeLanes, PostRefusal};
+use attempt_link::node::{ConnectionId, GetRefusal, NodeAction, NodeLanes, PostRefusal};
 use attempt_link::wire::{ControlAnswer, ControlBody, LifeId, LinkQuery, read_single, read_starts};
 use bytes::Bytes;
 use pool_registry_types::{AttemptId, BootId, Moment, NodeId};
@@ -33,6 +33,7 @@ pub(crate) struct Connection {
     pub(crate) node_open: bool,
     /// Bytes of its hello that are still to come, where nothing comes behind it.
     pub(crate) hello_left: Option<usize>,
+    pub(crate) refused: Option<GetRefusal>,
 }
 
 #[derive(Debug, Clone)]
@@ -337,10 +338,7 @@ impl World {
                 }
             }
             Action::NoLink | Action::Bye => self.after(3_000, Event::Registers),
-            Action::OtherBoot { .. } => {
-                self.suspected = false;
-                self.after(3_000, Event::Registers);
-            }
+            Action::OtherBoot { .. } => self.after(3_000, Event::Registers),
             Action::OrdersDoNotArrive => {
                 assert!(!std::mem::replace(&mut self.suspected, true), "suspected twice");
             }
@@ -368,6 +366,7 @@ impl World {
             control_open: true,
             node_open: false,
             hello_left: None,
+            refused: None,
         });
         self.dialled.push_back(self.now);
         if self.dialled.len() > MAX_DIALS_IN_TEN_SECONDS {
@@ -494,7 +493,10 @@ impl World {
                     }
                 }
             }
-            Err(_) => self.push_down(which, None),
+            Err(refusal) => {
+                self.connections[which].refused = Some(refusal);
+                self.push_down(which, None);
+            }
         }
         if !self.connections[which].control_open {
             self.node_hears(which);
@@ -527,10 +529,11 @@ impl World {
                 Some(bytes) => self.control.received(at(self.now), n, bytes),
                 None => {
                     self.connections[which].control_open = false;
-                    let end = if node.is_none() && self.now < self.refused {
-                        ConnectionEnd::Refused
-                    } else {
-                        ConnectionEnd::Broken
+                    let end = match self.connections[which].refused {
+                        Some(GetRefusal::WrongBoot) => ConnectionEnd::WrongBoot,
+                        Some(GetRefusal::Stale) => ConnectionEnd::Stale,
+                        None if node.is_none() && self.now < self.refused => ConnectionEnd::Refused,
+                        _ => ConnectionEnd::Broken,
                     };
                     self.control.closed(at(self.now), n, end);
                 }
