@@ -46,9 +46,18 @@ pub enum PostOutcome {
 
 #[derive(Debug)]
 enum PostKind {
-    Starts { attempts: Vec<AttemptId>, seen: Vec<(AttemptId, u64)>, done: Vec<AttemptId> },
+    Starts {
+        attempts: Vec<AttemptId>,
+        seen: Vec<(AttemptId, u64)>,
+        done: Vec<AttemptId>,
+    },
     Single(AttemptId),
-    Control { stops: Vec<AttemptId>, resumes: Vec<AttemptId> },
+    /// `names`: it is the first of its link, behind which another one may go at once.
+    Control {
+        stops: Vec<AttemptId>,
+        resumes: Vec<AttemptId>,
+        names: bool,
+    },
 }
 
 /// A POST that was not answered.
@@ -111,7 +120,7 @@ impl ControlLane {
     }
 
     fn idle_control(&self) -> bool {
-        !self.posts.values().any(|post| matches!(post.kind, PostKind::Control { .. }))
+        !self.posts.values().any(|post| matches!(post.kind, PostKind::Control { names: false, .. }))
     }
 
     /// Whether a control POST is wanted and may go.
@@ -127,6 +136,7 @@ impl ControlLane {
             return;
         }
         let (n, may_resume) = (connection.n, connection.turn != ResumeTurn::Waiting);
+        let names = !connection.named && !may_resume;
         let LinkKey { life, lane, n } = self.key(n);
         self.expire_stops(now);
         let unsent = self.stops.iter().filter(|(_, stop)| stop.post.is_none());
@@ -141,7 +151,7 @@ impl ControlLane {
             resumes.push(ResumeOrder { attempt_id: attempt, log_id, from, number });
         }
         let resumed: Vec<AttemptId> = resumes.iter().map(|resume| resume.attempt_id).collect();
-        let kind = PostKind::Control { stops: stops.clone(), resumes: resumed.clone() };
+        let kind = PostKind::Control { stops: stops.clone(), resumes: resumed.clone(), names };
         let request =
             PostRequest::Control(ControlBody { life, lane, n, cancel: stops.clone(), resume: resumes });
         let fresh = std::mem::take(&mut self.fresh_control);
@@ -318,7 +328,9 @@ impl ControlLane {
             PostOutcome::NotSent => {
                 self.actions.push_back(Action::CannotConnect);
                 self.requeue(id, post.starts());
-                (self.starts_after, self.control_after) = (now + POST_RETRY, now + POST_RETRY);
+                if self.is_current(post.n) {
+                    (self.starts_after, self.control_after) = (now + POST_RETRY, now + POST_RETRY);
+                }
                 self.undo(now, id, post);
             }
             PostOutcome::Broken => self.undo(now, id, post),
@@ -338,7 +350,7 @@ impl ControlLane {
                 self.starts_sent(now, id, post.n, attempts);
             }
             PostKind::Single(attempt) => self.starts_sent(now, id, post.n, vec![attempt]),
-            PostKind::Control { stops, resumes } => {
+            PostKind::Control { stops, resumes, .. } => {
                 for stop in stops {
                     self.stops.remove(&stop);
                 }
@@ -395,7 +407,7 @@ impl ControlLane {
     fn stale(&mut self, now: Moment, id: PostId, post: Post) {
         self.requeue(id, post.starts());
         let n = post.n;
-        if let PostKind::Control { stops, resumes } = post.kind {
+        if let PostKind::Control { stops, resumes, .. } = post.kind {
             for stop in stops {
                 self.stops.remove(&stop);
             }
@@ -430,9 +442,11 @@ impl ControlLane {
 
     /// Nobody knows whether it was read: starts are asked for, the rest goes again.
     fn undo(&mut self, now: Moment, id: PostId, post: Post) {
+        // What went wrong on a link before holds up nothing of this one.
+        let retry = if self.is_current(post.n) { now + POST_RETRY } else { now };
         match post.kind {
             PostKind::Starts { attempts, done, .. } => {
-                self.starts_after = now + POST_RETRY;
+                self.starts_after = self.starts_after.max(retry);
                 self.fresh_starts = true;
                 self.next_seen = now;
                 for attempt in done.into_iter().rev() {
@@ -442,8 +456,8 @@ impl ControlLane {
                 self.ask_for(now, id, attempts);
             }
             PostKind::Single(attempt) => self.ask_for(now, id, vec![attempt]),
-            PostKind::Control { stops, resumes } => {
-                self.control_after = now + POST_RETRY;
+            PostKind::Control { stops, resumes, .. } => {
+                self.control_after = self.control_after.max(retry);
                 self.fresh_control = true;
                 for stop in stops {
                     if let Some(stop) = self.stops.get_mut(&stop).filter(|stop| stop.post == Some(id)) {

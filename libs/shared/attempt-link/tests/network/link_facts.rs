@@ -258,9 +258,8 @@ fn a_hello_in_time_takes_up_all_that_ran_with_one_post() {
     lane.actions.clear();
     lane.receive(n, hello(BOOT));
     assert!(lane.did(&Action::WantResume));
-    let (post, body) = lane.control();
+    let (_, body) = lane.control();
     assert_eq!(body.resume.len(), 0, "the thread's gate is asked first");
-    lane.end(post, PostOutcome::Answered(ControlAnswer::default()));
     lane.lane.may_resume(lane.at());
     lane.take();
     let (_, body) = lane.control();

@@ -202,6 +202,33 @@ fn starts_of_a_stale_post_were_not_read_and_go_under_the_present_link() {
     assert_eq!(lane.lane.state(), LaneState::Up, "it is evidence against nobody");
 }
 
+// CLOUD-2621
+#[test]
+fn a_post_of_an_older_link_that_comes_to_nothing_does_not_hold_up_the_starts_of_this_one() {
+    for given_up in [true, false] {
+        let mut lane = Lane::up();
+        lane.start(1);
+        let (old, _) = lane.starts();
+        lane.sent(old);
+        lane.closed(1, ConnectionEnd::Broken);
+        lane.receive(2, hello(BOOT));
+        lane.answer_all();
+        if given_up {
+            lane.pass(2_000);
+            assert!(lane.did(&Action::AbandonPost { id: old }));
+            lane.answer_all();
+        } else {
+            lane.end(old, PostOutcome::NotSent);
+            let (_, body) = lane.starts();
+            assert_eq!(body.start.len(), 1, "what was not sent goes under this link at once");
+            lane.answer_all();
+            continue;
+        }
+        lane.start(2);
+        assert_eq!(lane.starts().1.start.len(), 1);
+    }
+}
+
 // CLOUD-2628
 #[test]
 fn a_stop_that_could_not_be_delivered_goes_in_the_first_control_post_of_the_next_link() {
