@@ -5,8 +5,8 @@ use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, Moment, TaskId
 use super::link::Link;
 use super::posts::PostId;
 use super::{
-    Action, BEHIND, ControlLane, DONE_WITHIN, GIVE_UP_DIALS, Lost, MAX_FRUITLESS, MAX_STOPS,
-    MAX_UNKNOWN_TASKS, POST_ANSWER, STOP_KEPT, UNNAMED,
+    Action, BEHIND, ControlLane, DONE_WITHIN, GIVE_UP_DIALS, Lost, MAX_DONE, MAX_FRUITLESS, POST_ANSWER,
+    UNNAMED,
 };
 use crate::content::{Content, Position};
 use crate::record::Record;
@@ -85,13 +85,6 @@ pub(super) struct Attempt {
 #[error("the attempt {0} was started before")]
 pub struct DuplicateStart(pub AttemptId);
 
-/// An attempt that the node is to end.
-#[derive(Debug)]
-pub(super) struct Stop {
-    since: Moment,
-    pub(super) post: Option<PostId>,
-}
-
 impl ControlLane {
     // ---- what is wanted ----
 
@@ -157,28 +150,18 @@ impl ControlLane {
             Some(Stage::Posting { post, .. }) => self.abandon_single(post),
             _ => {}
         }
-        self.keep_stop(now, attempt);
+        self.stops.keep(now, attempt);
         self.advance(now);
     }
 
     /// The attempt's end is where it belongs: the node need not keep it.
     pub fn done(&mut self, now: Moment, attempt: AttemptId) {
+        if self.done.len() >= MAX_DONE {
+            self.done.pop_front();
+        }
         self.done.push_back(attempt);
         self.done_due.get_or_insert(now + DONE_WITHIN);
         self.advance(now);
-    }
-
-    fn keep_stop(&mut self, now: Moment, attempt: AttemptId) {
-        if self.stops.len() >= MAX_STOPS {
-            let oldest = self.stops.iter().min_by_key(|(_, stop)| stop.since).map(|(id, _)| *id);
-            oldest.map(|oldest| self.stops.remove(&oldest));
-        }
-        self.stops.entry(attempt).or_insert(Stop { since: now, post: None });
-    }
-
-    /// What a node has ended by itself meanwhile.
-    pub(super) fn expire_stops(&mut self, now: Moment) {
-        self.stops.retain(|_, stop| now < stop.since + STOP_KEPT);
     }
 
     // ---- bookkeeping ----
@@ -358,12 +341,9 @@ impl ControlLane {
         if removed.was_accepted {
             return self.actions.push_back(Action::Gone { attempt });
         }
-        if self.unknown_tasks.len() >= MAX_UNKNOWN_TASKS {
-            let oldest = self.unknown_tasks.iter().min_by_key(|(_, at)| **at).map(|(task, _)| *task);
-            oldest.map(|task| self.unknown_tasks.remove(&task));
-        }
-        let before = self.unknown_tasks.insert(removed.task_id, now);
-        self.actions.push_back(Action::Unknown { attempt, again: before.is_some() });
+        let again = self.unknown_tasks.contains(&removed.task_id);
+        self.unknown_tasks.insert(now, removed.task_id);
+        self.actions.push_back(Action::Unknown { attempt, again });
     }
 
     /// It can be written for no POST.

@@ -11,6 +11,7 @@ mod attempts;
 mod dials;
 mod link;
 mod posts;
+mod stops;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -25,10 +26,11 @@ pub use attempts::DuplicateStart;
 pub use dials::ConnectionEnd;
 pub use posts::{PostId, PostOutcome, PostRequest};
 
-use attempts::{Attempt, Stop};
+use attempts::Attempt;
 use dials::Dial;
 use link::{Interruption, Link};
 use posts::Post;
+use stops::{Aged, Stops};
 
 /// Between two dials of a link that is interrupted. Source: .specs/01 CLOUD-2651.
 const DIAL_EVERY: Duration = Duration::from_millis(500);
@@ -81,6 +83,8 @@ const MAX_BAD_LINKS: u32 = 5;
 /// Most stops that wait for a link, and how long each does: a node has ended what nobody reads by then.
 const MAX_STOPS: usize = 64 * 1024;
 const STOP_KEPT: Duration = Duration::from_secs(600);
+/// Most attempts that wait to be called done; the node lets them go by itself.
+const MAX_DONE: usize = 64 * 1024;
 /// Tasks whose last start here was never accepted.
 const MAX_UNKNOWN_TASKS: usize = 4 * 1024;
 
@@ -273,7 +277,7 @@ pub struct ControlLane {
     running: usize,
     /// Those that are asked for again, by the moment since when they could be on this link.
     resuming: BTreeSet<(Moment, AttemptId)>,
-    stops: BTreeMap<AttemptId, Stop>,
+    stops: Stops,
     done: VecDeque<AttemptId>,
     done_due: Option<Moment>,
     posts: BTreeMap<PostId, Post>,
@@ -293,7 +297,7 @@ pub struct ControlLane {
     lives: bool,
     replace_after: Moment,
     bad_links: u32,
-    unknown_tasks: BTreeMap<TaskId, Moment>,
+    unknown_tasks: Aged<TaskId>,
     stalled: bool,
     dropped: u64,
     actions: VecDeque<Action>,
@@ -322,7 +326,7 @@ impl ControlLane {
             waiting: BTreeSet::new(),
             running: 0,
             resuming: BTreeSet::new(),
-            stops: BTreeMap::new(),
+            stops: Stops::new(),
             done: VecDeque::new(),
             done_due: None,
             posts: BTreeMap::new(),
@@ -340,7 +344,7 @@ impl ControlLane {
             lives: false,
             replace_after: now,
             bad_links: 0,
-            unknown_tasks: BTreeMap::new(),
+            unknown_tasks: Aged::new(MAX_UNKNOWN_TASKS),
             stalled: false,
             dropped: 0,
             actions: VecDeque::new(),

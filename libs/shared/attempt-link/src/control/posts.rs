@@ -1,13 +1,15 @@
 //! The POSTs of a lane: starts in batches or alone, and control, which waits for neither.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use pool_registry_types::{AttemptId, Moment};
 
 use super::attempts::{Stage, Unsent};
 use super::link::{Connection, ResumeTurn};
 use super::{
-    Action, ControlAnswer, ControlBody, ControlLane, Interrupted, MAX_SINGLES, POST_ANSWER, POST_RETRY,
-    POST_STUCK, SEEN_EVERY,
+    Action, ControlAnswer, ControlBody, ControlLane, Interrupted, MAX_DONE, MAX_SINGLES, POST_ANSWER,
+    POST_RETRY, POST_STUCK, SEEN_EVERY,
 };
 use crate::wire::{
     LinkKey, MAX_IDS, MAX_SEEN, MAX_STARTS, MAX_STARTS_BYTES, ResumeOrder, Seen, WrittenStart, write_single,
@@ -126,8 +128,7 @@ impl ControlLane {
     /// Whether a control POST is wanted and may go.
     pub(super) fn has_control_work(&self, connection: &Connection) -> bool {
         let resumes = connection.turn != ResumeTurn::Waiting && !self.to_resume.is_empty();
-        let stops = || self.stops.values().any(|stop| stop.post.is_none());
-        (!connection.named || resumes || stops()) && self.idle_control()
+        (!connection.named || resumes || self.stops.has_unsent()) && self.idle_control()
     }
 
     pub(super) fn post_control(&mut self, now: Moment) {
@@ -138,9 +139,7 @@ impl ControlLane {
         let (n, may_resume) = (connection.n, connection.turn != ResumeTurn::Waiting);
         let names = !connection.named && !may_resume;
         let LinkKey { life, lane, n } = self.key(n);
-        self.expire_stops(now);
-        let unsent = self.stops.iter().filter(|(_, stop)| stop.post.is_none());
-        let stops: Vec<AttemptId> = unsent.map(|(id, _)| *id).take(MAX_IDS).collect();
+        let stops = self.stops.post(now, PostId(self.post + 1), MAX_IDS);
         let mut resumes = Vec::new();
         while may_resume && resumes.len() < MAX_IDS {
             let Some(attempt) = self.to_resume.pop_first() else { break };
@@ -152,15 +151,9 @@ impl ControlLane {
         }
         let resumed: Vec<AttemptId> = resumes.iter().map(|resume| resume.attempt_id).collect();
         let kind = PostKind::Control { stops: stops.clone(), resumes: resumed.clone(), names };
-        let request =
-            PostRequest::Control(ControlBody { life, lane, n, cancel: stops.clone(), resume: resumes });
+        let request = PostRequest::Control(ControlBody { life, lane, n, cancel: stops, resume: resumes });
         let fresh = std::mem::take(&mut self.fresh_control);
         let id = self.send(now, n, kind, request, fresh);
-        for stop in &stops {
-            if let Some(stop) = self.stops.get_mut(stop) {
-                stop.post = Some(id);
-            }
-        }
         for attempt in resumed {
             self.posted_resume(attempt, Some(id));
         }
@@ -202,13 +195,17 @@ impl ControlLane {
             attempts.push(attempt);
             starts.push(written);
         }
-        let news = self.attempts.iter().filter(|(_, entry)| entry.taken > entry.seen && entry.number != 0);
-        let news: Vec<_> = news.map(|(id, entry)| (*id, entry.number, entry.taken)).take(MAX_SEEN).collect();
+        let mut news = Vec::new();
+        if now >= self.next_seen {
+            let more =
+                self.attempts.iter().filter(|(_, entry)| entry.taken > entry.seen && entry.number != 0);
+            news.extend(more.map(|(id, entry)| (*id, entry.number, entry.taken)).take(MAX_SEEN));
+            self.next_seen = if news.len() < MAX_SEEN { now + SEEN_EVERY } else { now };
+        }
         let positions: Vec<Seen> = news.iter().map(|&(_, number, next)| Seen { number, next }).collect();
         let seen = news.into_iter().map(|(attempt, _, taken)| (attempt, taken)).collect();
         let done: Vec<AttemptId> = self.done.drain(..self.done.len().min(MAX_IDS)).collect();
         self.done_due = (!self.done.is_empty()).then_some(now);
-        self.next_seen = now + SEEN_EVERY;
         let body = write_starts(self.key(n), &starts, &positions, &done)
             .expect("a POST is filled up to its bounds only");
         let fresh = std::mem::take(&mut self.fresh_starts);
@@ -354,13 +351,15 @@ impl ControlLane {
                 for stop in stops {
                     self.stops.remove(&stop);
                 }
+                let unknown: BTreeSet<&AttemptId> = answer.unknown.iter().collect();
+                let gone: BTreeSet<&AttemptId> = answer.gone.iter().collect();
                 for attempt in resumes {
                     if !self.is_resuming(attempt, id) {
                         continue;
                     }
-                    if answer.unknown.contains(&attempt) {
+                    if unknown.contains(&attempt) {
                         self.unknown(now, attempt);
-                    } else if answer.gone.contains(&attempt) {
+                    } else if gone.contains(&attempt) {
                         self.gone(attempt);
                     } else {
                         self.posted_resume(attempt, None);
@@ -449,7 +448,7 @@ impl ControlLane {
                 self.starts_after = self.starts_after.max(retry);
                 self.fresh_starts = true;
                 self.next_seen = now;
-                for attempt in done.into_iter().rev() {
+                for attempt in done.into_iter().rev().take(MAX_DONE - self.done.len().min(MAX_DONE)) {
                     self.done.push_front(attempt);
                 }
                 self.done_due = (!self.done.is_empty()).then_some(now);
@@ -460,9 +459,7 @@ impl ControlLane {
                 self.control_after = self.control_after.max(retry);
                 self.fresh_control = true;
                 for stop in stops {
-                    if let Some(stop) = self.stops.get_mut(&stop).filter(|stop| stop.post == Some(id)) {
-                        stop.post = None;
-                    }
+                    self.stops.again(stop, id);
                 }
                 self.resume_again(now, id, resumes);
             }

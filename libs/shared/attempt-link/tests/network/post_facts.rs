@@ -4,7 +4,7 @@ use attempt_link::content::{End, Position};
 use attempt_link::control::{
     Action, ConnectionEnd, DuplicateStart, Interrupted, LaneState, Lost, PostOutcome, PostRequest,
 };
-use attempt_link::wire::{ControlAnswer, MAX_LINE_BYTES, read_single};
+use attempt_link::wire::{ControlAnswer, MAX_LINE_BYTES, read_single, read_starts};
 use attempt_link::{Kind, RecordHead};
 use pool_registry_types::{ErrorBody, ErrorCode, TaskId};
 use uuid::Uuid;
@@ -426,6 +426,48 @@ fn what_was_seen_goes_up_every_two_seconds_while_attempts_run_and_not_else() {
     lane.receive(1, alive(&[(number, 5)]));
     lane.pass(secs(2));
     assert_eq!(lane.starts().1.seen, [], "empty if need be");
+}
+
+// CLOUD-2640
+#[test]
+fn what_was_seen_goes_with_no_start_before_its_two_seconds() {
+    let mut lane = Lane::up();
+    let number = lane.running(1, 1);
+    lane.frames(number, 0, 5);
+    lane.start(2);
+    let (post, body) = lane.starts();
+    assert_eq!((body.start.len(), body.seen.len()), (1, 0));
+    lane.end(post, PostOutcome::Answered(ControlAnswer::default()));
+    lane.pass(1_999);
+    lane.receive(1, alive(&[(number, 5)]));
+    assert!(lane.posts().is_empty());
+    lane.pass(1);
+    assert_eq!(lane.starts().1.seen.len(), 1, "a start does not put it off");
+}
+
+// CLOUD-2640
+#[test]
+fn what_is_done_beyond_what_is_kept_is_let_go_by_the_node_alone() {
+    let mut lane = Lane::dialling();
+    for number in 0..70_000 {
+        lane.lane.done(lane.at(), id(number));
+    }
+    lane.receive(1, hello(BOOT));
+    let mut told = Vec::new();
+    loop {
+        let bodies: Vec<_> = lane.posts();
+        if bodies.is_empty() {
+            break;
+        }
+        for (post, request) in bodies {
+            if let PostRequest::Starts(body) = request {
+                told.extend(read_starts(&body).unwrap().done);
+            }
+            lane.end(post, PostOutcome::Answered(ControlAnswer::default()));
+        }
+        lane.pass(1);
+    }
+    assert_eq!((told.len(), told.last()), (64 * 1024, Some(&id(69_999))));
 }
 
 // CLOUD-2640
