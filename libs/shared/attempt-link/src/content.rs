@@ -9,8 +9,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::record::{Kind, Record};
 
-/// Most attempts that an `alive` names.
-pub const MAX_ALIVE: usize = crate::record::MAX_WHOLE_BYTES / POSITION_BYTES;
 /// Bytes of a number and an index.
 pub(crate) const POSITION_BYTES: usize = 16;
 

@@ -10,6 +10,9 @@ use crate::record::{MAX_WHOLE_BYTES, Record, RecordHead};
 /// Most bytes of parts that a link keeps, of all its attempts.
 pub const MAX_PARTS_BYTES: usize = 32 * 1024 * 1024;
 
+/// Most attempts of which parts are kept. A writer has fewer at a time: see CLOUD-2635.
+const MAX_BEGUN: usize = 64;
+
 /// Why parts are none of one whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PartError {
@@ -19,6 +22,8 @@ pub enum PartError {
     TooLong,
     #[error("the parts of a link take more than {MAX_PARTS_BYTES} bytes")]
     TooMuch,
+    #[error("parts of more than {MAX_BEGUN} attempts at a time")]
+    TooMany,
 }
 
 /// The parts of a link whose last one has not come.
@@ -35,6 +40,9 @@ impl Parts {
         let head = record.head;
         if !head.more && !self.begun.contains_key(&head.number) {
             return Ok(Some(record));
+        }
+        if self.begun.len() >= MAX_BEGUN && !self.begun.contains_key(&head.number) {
+            return Err(PartError::TooMany);
         }
         let whole = RecordHead { more: false, ..head };
         let (begun, joined) = self.begun.entry(head.number).or_insert_with(|| (whole, Vec::new()));

@@ -109,23 +109,40 @@ impl RecordHead {
     }
 
     /// Appends the record. What is longer than a record may be is written in parts, of at most `part`
-    /// bytes each. The bytes are copied once.
-    pub fn write(self, out: &mut Vec<u8>, bytes: &[u8], part: usize) {
+    /// bytes each. The bytes are copied once. Errors: it is longer than a reader joins.
+    pub fn write(self, out: &mut Vec<u8>, bytes: &[u8], part: usize) -> Result<(), RecordError> {
         let part = part.clamp(1, MAX_RECORD_BYTES);
+        if bytes.len() > MAX_WHOLE_BYTES {
+            return Err(RecordError::TooLong(bytes.len() as u64));
+        }
         if bytes.len() <= part {
-            return self.write_one(out, bytes);
+            self.append(out, bytes);
+            return Ok(());
         }
         out.reserve(bytes.len() + bytes.len().div_ceil(part) * HEADER_BYTES);
         let mut parts = bytes.chunks(part).peekable();
         while let Some(bytes) = parts.next() {
             let more = self.more || parts.peek().is_some();
-            Self { more, ..self }.write_one(out, bytes);
+            Self { more, ..self }.append(out, bytes);
         }
+        Ok(())
     }
 
-    /// Appends the record as it is: at most [`MAX_RECORD_BYTES`].
-    pub fn write_one(self, out: &mut Vec<u8>, bytes: &[u8]) {
-        debug_assert!(bytes.len() <= MAX_RECORD_BYTES, "a record of {} bytes", bytes.len());
+    /// Appends the record as it is. Errors: it has more than [`MAX_RECORD_BYTES`].
+    pub fn write_one(self, out: &mut Vec<u8>, bytes: &[u8]) -> Result<(), RecordError> {
+        if bytes.len() > MAX_RECORD_BYTES {
+            return Err(RecordError::TooLong(bytes.len() as u64));
+        }
+        self.append(out, bytes);
+        Ok(())
+    }
+
+    /// The same of what is short by its kind, or was cut.
+    pub(crate) fn write_short(self, out: &mut Vec<u8>, bytes: &[u8]) {
+        self.write_one(out, bytes).expect("it is short by its kind, or was cut");
+    }
+
+    fn append(self, out: &mut Vec<u8>, bytes: &[u8]) {
         out.extend_from_slice(&self.header(bytes.len()));
         out.extend_from_slice(bytes);
     }
@@ -165,7 +182,7 @@ pub struct Record {
 /// Why bytes are no records. The link that they came by is of no more use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RecordError {
-    #[error("a record of {0} bytes is longer than {MAX_RECORD_BYTES}")]
+    #[error("a record of {0} bytes is longer than one may be")]
     TooLong(u64),
     #[error("a record is shorter than its header")]
     TooShort,

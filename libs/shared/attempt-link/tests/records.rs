@@ -103,7 +103,7 @@ fn every_golden_record_is_read_and_written_as_it_stands() {
             _ => body.extend_from_slice(&record.bytes),
         }
         let mut written = Vec::new();
-        record.head.write_one(&mut written, &body);
+        record.head.write_one(&mut written, &body).unwrap();
         assert_eq!(written, bytes, "{}", example.name);
     }
     let kinds = examples.iter().filter_map(|example| example.kind.as_deref()).map(kind);
@@ -118,7 +118,7 @@ fn what_a_newer_writer_says_beside_what_is_known_changes_nothing() {
     for example in &examples {
         let mut bytes = from_hex(&example.hex);
         let next = RecordHead::new(Kind::End, 1, 2, 3);
-        next.write_one(&mut bytes, b"{\"report_seq\":1}");
+        next.write_one(&mut bytes, b"{\"report_seq\":1}").unwrap();
         let records = decode(bytes).unwrap();
         assert_eq!(records.last().unwrap().head, next, "{}: what follows is read", example.name);
         let Some(name) = &example.kind else {
@@ -160,8 +160,8 @@ fn a_length_is_checked_as_soon_as_it_is_there_and_before_anything_is_set_aside()
 #[test]
 fn a_record_that_lies_in_one_piece_is_a_slice_of_it() {
     let mut written = Vec::new();
-    RecordHead::new(Kind::Frames, 1, 0, 1).write_one(&mut written, b"first");
-    RecordHead::new(Kind::Frames, 1, 1, 1).write_one(&mut written, b"second");
+    RecordHead::new(Kind::Frames, 1, 0, 1).write_one(&mut written, b"first").unwrap();
+    RecordHead::new(Kind::Frames, 1, 1, 1).write_one(&mut written, b"second").unwrap();
     let piece = Bytes::from(written);
     let mut decoder = RecordDecoder::new();
     decoder.push(piece.clone());
@@ -208,14 +208,21 @@ fn parts_that_do_not_belong_together_or_are_too_long_end_the_link() {
     }
     assert_eq!(parts.join(part(1, 0, true, b"x")), Err(PartError::TooLong));
     let mut parts = Parts::default();
-    let mut number = 0;
+    let mut at = 0;
     let error = loop {
-        number += 1;
-        if let Err(error) = parts.join(part(number, 0, true, &piece)) {
+        at += 1;
+        if let Err(error) = parts.join(part(at % 16, 0, true, &piece)) {
             break error;
         }
     };
     assert_eq!((error, parts.bytes()), (PartError::TooMuch, MAX_PARTS_BYTES));
+    let mut parts = Parts::default();
+    for number in 0..64 {
+        parts.join(part(number, 0, true, b"")).unwrap();
+    }
+    assert_eq!(parts.join(part(64, 0, true, b"")), Err(PartError::TooMany), "they take memory without bytes");
+    parts.join(part(63, 0, false, b"")).unwrap();
+    parts.join(part(64, 0, true, b"")).unwrap();
 }
 
 fn record() -> impl Strategy<Value = (RecordHead, Vec<u8>)> {
@@ -238,7 +245,7 @@ proptest! {
     ) {
         let mut written = Vec::new();
         for (head, bytes) in &records {
-            head.write_one(&mut written, bytes);
+            head.write_one(&mut written, bytes).unwrap();
         }
         let mut decoder = RecordDecoder::new();
         let mut read = Vec::new();
@@ -279,7 +286,7 @@ proptest! {
     ) {
         let head = RecordHead::new(Kind::Frames, 4, 9, 1);
         let mut written = Vec::new();
-        head.write(&mut written, &bytes, most);
+        head.write(&mut written, &bytes, most).unwrap();
         let mut parts = Parts::default();
         let mut wholes = Vec::new();
         for record in decode(written).unwrap() {

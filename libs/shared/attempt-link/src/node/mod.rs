@@ -15,7 +15,7 @@ use bytes::Bytes;
 use pool_registry_types::{AttemptId, ErrorBody, Moment};
 
 use crate::content::{Acceptance, AnswerHead, Bye, ByeReason, FrameTokens, Hello, to_json};
-use crate::record::{Kind, RecordHead};
+use crate::record::{Kind, MAX_RECORD_BYTES, RecordHead};
 use crate::wire::{LifeId, LinkKey, LinkQuery, ResumeOrder, Start};
 
 pub use posts::PostRefusal;
@@ -33,6 +33,9 @@ const NO_POST: Duration = Duration::from_secs(10);
 /// What runs goes on for so long on a link whose credential does not count any more. Source: .specs/01
 /// CLOUD-2656.
 const CREDENTIAL_GRACE: Duration = Duration::from_secs(60);
+/// Answers that a link has not taken, bytes, beyond which it takes no POST but ends: a POST adds to them
+/// what it may say at most.
+const MAX_PENDING_BYTES: usize = 4 * 1024 * 1024;
 /// Between two `alive` of a link.
 const ALIVE_EVERY: Duration = Duration::from_secs(1);
 const ALIVE_EVERY_WHEN_EMPTY: Duration = Duration::from_secs(10);
@@ -50,8 +53,11 @@ pub trait AttemptHost {
     fn done(&mut self, now: Moment, attempt: &AttemptId);
     /// What is before `next` will not be asked for again.
     fn seen(&mut self, now: Moment, attempt: &AttemptId, next: u64);
-    /// The attempt has no reader any more.
+    /// The attempt has no reader any more, or all of it was given to one.
     fn detach(&mut self, now: Moment, attempt: &AttemptId);
+    /// What comes next of it is more than a link can carry: the attempt ends with this error behind
+    /// what is before `next`, and nothing from there on is supplied any more.
+    fn fail(&mut self, now: Moment, attempt: &AttemptId, next: u64, error: ErrorBody);
     /// What its reader has not been given: whole frames of at most `most` bytes, or one longer one.
     fn supply(&mut self, attempt: &AttemptId, most: usize) -> Supply;
     /// Nothing where it is not held.
@@ -132,6 +138,9 @@ pub enum GetRefusal {
     /// `400 INVALID_PARAMS`.
     #[error("lane: must be below {MAX_LANES}")]
     Lane,
+    /// `503 DRAINING`.
+    #[error("the node leaves")]
+    Leaving,
 }
 
 /// A response that is written to.
@@ -157,16 +166,18 @@ struct Lane {
     in_use: Option<ConnectionId>,
     offers: BTreeSet<ConnectionId>,
     last_post: Moment,
-    /// The attempts that its link in use carries.
+    /// The attempts that its link in use carries, and of those that have something the queues.
     numbers: BTreeMap<u64, AttemptId>,
-    live: VecDeque<AttemptId>,
+    live: BTreeMap<u64, AttemptId>,
     /// Those that were resumed, until they have come as far as the others.
-    late: VecDeque<AttemptId>,
+    late: BTreeMap<u64, AttemptId>,
     live_bytes: usize,
     late_bytes: usize,
     /// Attempts of which a record in parts is being written, and those that wait to begin one.
     in_parts: usize,
-    deferred: VecDeque<AttemptId>,
+    deferred: BTreeMap<u64, AttemptId>,
+    /// The last place in one of these queues.
+    place: u64,
 }
 
 /// All links of a node.
@@ -179,6 +190,7 @@ pub struct NodeLanes {
     lanes: BTreeMap<u16, Lane>,
     attached: BTreeMap<AttemptId, Attachment>,
     last: u64,
+    leaving: bool,
     unreadable: u64,
     actions: VecDeque<NodeAction>,
 }
@@ -192,6 +204,7 @@ impl NodeLanes {
             lanes: BTreeMap::new(),
             attached: BTreeMap::new(),
             last: 0,
+            leaving: false,
             unreadable: 0,
             actions: VecDeque::new(),
         }
@@ -228,6 +241,9 @@ impl NodeLanes {
         if query.boot_id != self.hello.boot_id {
             return Err(GetRefusal::WrongBoot);
         }
+        if self.leaving {
+            return Err(GetRefusal::Leaving);
+        }
         if query.lane >= MAX_LANES {
             return Err(GetRefusal::Lane);
         }
@@ -241,7 +257,9 @@ impl NodeLanes {
         self.last += 1;
         let id = ConnectionId(self.last);
         let mut pending = Vec::new();
-        RecordHead::new(Kind::Hello, 0, 0, 0).write_one(&mut pending, &to_json(&self.hello));
+        RecordHead::new(Kind::Hello, 0, 0, 0)
+            .write(&mut pending, &to_json(&self.hello), MAX_RECORD_BYTES)
+            .expect("a hello is short");
         let connection = Connection {
             key,
             since: now,
@@ -269,7 +287,7 @@ impl NodeLanes {
         self.lose_reader(now, connection.key.lane, id, host);
     }
 
-    fn close(&mut self, id: ConnectionId) {
+    pub(super) fn close(&mut self, id: ConnectionId) {
         if self.connections.remove(&id).is_some() {
             self.actions.push_back(NodeAction::Close(id));
         }
@@ -299,8 +317,17 @@ impl NodeLanes {
         offers.iter().find(is_it).copied()
     }
 
-    /// The link that a POST names, which is in use from now on. Nothing where there is none.
+    /// The link that a POST names, which is in use from now on. Nothing where there is none, or where it
+    /// has not taken what POSTs before have brought: that one ends.
     fn named(&mut self, now: Moment, key: LinkKey, host: &mut impl AttemptHost) -> Option<ConnectionId> {
+        if let Some((id, in_use)) = self.in_use(key.lane)
+            && in_use.key == key
+            && in_use.pending.len() > MAX_PENDING_BYTES
+        {
+            self.close(id);
+            self.lose_reader(now, key.lane, id, host);
+            return None;
+        }
         let id = match self.in_use(key.lane) {
             Some((id, in_use)) if in_use.key == key => id,
             _ => {
@@ -341,8 +368,9 @@ impl NodeLanes {
         }
     }
 
-    /// The node leaves: each link says so, behind what is ready.
+    /// The node leaves: each link says so, behind what is ready. No GET and no start is taken any more.
     pub fn leave(&mut self) {
+        self.leaving = true;
         let ids: Vec<ConnectionId> = self.connections.keys().copied().collect();
         for id in ids {
             self.say_bye(id, ByeReason::Leaving);

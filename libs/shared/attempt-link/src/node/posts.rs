@@ -5,7 +5,7 @@ use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, Moment};
 use super::writer::Attachment;
 use super::{ALIVE_EVERY, AttemptHost, ConnectionId, NodeLanes, NotResumed};
 use crate::content::{Acceptance, to_json};
-use crate::record::{Kind, RecordHead};
+use crate::record::{Kind, MAX_RECORD_BYTES, RecordHead};
 use crate::wire::{ControlAnswer, ControlBody, LinkKey, SingleBody, Start, StartError, StartsBody};
 
 /// Why a POST was not read.
@@ -18,6 +18,9 @@ pub enum PostRefusal {
     #[error("what the link was opened with does not count any more")]
     Credential,
 }
+
+/// Of a refusal's message that is too long.
+const MAX_MESSAGE_CHARS: usize = 1_000;
 
 impl NodeLanes {
     /// `POST /v2/attempts`.
@@ -44,16 +47,24 @@ impl NodeLanes {
         Ok(())
     }
 
-    /// `POST /v2/attempts/{attempt_id}`.
+    /// `POST /v2/attempts/{attempt_id}`; a start of another attempt than the path says is refused.
     pub fn single(
         &mut self,
         now: Moment,
+        attempt: AttemptId,
         body: SingleBody,
         host: &mut impl AttemptHost,
     ) -> Result<(), PostRefusal> {
         let id = self.named(now, body.key, host).ok_or(PostRefusal::Stale)?;
         self.check_credential(id)?;
-        self.begin(now, body.key, id, body.start, host);
+        match body.start {
+            Ok(start) if start.facts.attempt_id != attempt => {
+                let message = format!("attempt_id: is {}, and {attempt} in the path", start.facts.attempt_id);
+                let error = ErrorBody::new(ErrorCode::InvalidParams, message);
+                self.refuse(id, start.facts.number, error);
+            }
+            start => self.begin(now, body.key, id, start, host),
+        }
         Ok(())
     }
 
@@ -86,7 +97,7 @@ impl NodeLanes {
             match host.resume(now, order) {
                 Ok(acceptance) => {
                     let late = host.progress(now, &attempt).map(|progress| progress.next);
-                    self.attach(now, key, id, attempt, order.number, late, &acceptance);
+                    self.attach(now, key, id, attempt, order.number, order.from, late, &acceptance);
                 }
                 Err(not) => {
                     self.detach(&attempt);
@@ -121,9 +132,13 @@ impl NodeLanes {
                 if self.has_newer(key, attempt, number) {
                     return;
                 }
+                if self.leaving {
+                    return self.refuse(id, number, ErrorBody::new(ErrorCode::Draining, "the node leaves"));
+                }
                 match host.accept(now, &start) {
                     Ok(acceptance) => {
-                        return self.attach(now, key, id, attempt, number, None, &acceptance);
+                        let from = start.facts.first_index;
+                        return self.attach(now, key, id, attempt, number, from, None, &acceptance);
                     }
                     Err(error) => (number, error),
                 }
@@ -136,17 +151,29 @@ impl NodeLanes {
                 (number, ErrorBody::new(ErrorCode::InvalidParams, format!("{error}: {}", error.source)))
             }
         };
-        self.write_pending(id, RecordHead::new(Kind::Refused, number, 0, 0), &to_json(&refused));
+        self.refuse(id, number, refused);
+    }
+
+    /// What is longer than a record is cut to what it is about.
+    fn refuse(&mut self, id: ConnectionId, number: u64, error: ErrorBody) {
+        let mut bytes = to_json(&error);
+        if bytes.len() > MAX_RECORD_BYTES {
+            let message: String = error.message.chars().take(MAX_MESSAGE_CHARS).collect();
+            bytes = to_json(&ErrorBody::new(error.code, message));
+        }
+        self.write_pending(id, RecordHead::new(Kind::Refused, number, 0, 0), &bytes);
     }
 
     fn write_pending(&mut self, id: ConnectionId, head: RecordHead, bytes: &[u8]) {
         if let Some(connection) = self.connections.get_mut(&id) {
-            head.write(&mut connection.pending, bytes, super::writer::TURN_BYTES);
+            head.write(&mut connection.pending, bytes, super::writer::TURN_BYTES)
+                .expect("what a POST is answered by is short");
         }
         self.ask_to_write(id);
     }
 
-    /// The attempt is read by this link, under this number. `late`: how far it had come before.
+    /// The attempt is read by this link, under this number, from its record `from` on. `late`: how far
+    /// it had come before.
     #[expect(clippy::too_many_arguments, reason = "what is attached, to what, and what is said of it")]
     fn attach(
         &mut self,
@@ -155,6 +182,7 @@ impl NodeLanes {
         id: ConnectionId,
         attempt: AttemptId,
         number: u64,
+        from: u64,
         late: Option<u64>,
         acceptance: &Acceptance,
     ) {
@@ -166,7 +194,7 @@ impl NodeLanes {
             connection.alive_at = connection.alive_at.min(now + ALIVE_EVERY);
         }
         lane.numbers.insert(number, attempt);
-        self.attached.insert(attempt, Attachment::new(key.lane, number, late));
+        self.attached.insert(attempt, Attachment::new(key.lane, number, late, from));
         self.write_pending(id, RecordHead::new(Kind::Accepted, number, 0, 0), &to_json(acceptance));
         self.appended(&attempt);
     }
@@ -176,10 +204,10 @@ impl NodeLanes {
         let Some(attached) = self.attached.remove(attempt) else { return };
         let Some(lane) = self.lanes.get_mut(&attached.lane) else { return };
         lane.numbers.remove(&attached.number);
-        if attached.is_ready {
-            lane.live.retain(|other| other != attempt);
-            lane.late.retain(|other| other != attempt);
-            lane.deferred.retain(|other| other != attempt);
+        if let Some(place) = attached.place {
+            lane.live.remove(&place);
+            lane.late.remove(&place);
+            lane.deferred.remove(&place);
         }
         let in_use = lane.in_use;
         if let Some(connection) = in_use.and_then(|id| self.connections.get_mut(&id))

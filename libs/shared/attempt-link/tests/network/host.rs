@@ -39,8 +39,9 @@ pub(crate) struct Run {
     reader: u64,
     ids_to: u64,
     error_given: bool,
+    failed: Option<ErrorBody>,
     pub(crate) ended: bool,
-    detached: Option<u64>,
+    pub(crate) detached: Option<u64>,
     pub(crate) stuck: bool,
     /// The next frame is passed over.
     skips: bool,
@@ -131,6 +132,7 @@ impl AttemptHost for Host {
             reader: first,
             ids_to: first,
             error_given: false,
+            failed: None,
             ended: false,
             detached: None,
             stuck: false,
@@ -179,6 +181,14 @@ impl AttemptHost for Host {
         }
     }
 
+    fn fail(&mut self, _: Moment, attempt: &AttemptId, next: u64, error: ErrorBody) {
+        if let Some(run) = self.runs.get_mut(attempt) {
+            run.frames.truncate(usize::try_from(next - run.first).unwrap());
+            (run.failed, run.error_given, run.ended) = (Some(error), false, true);
+            (run.reader, run.ids_to) = (next, next);
+        }
+    }
+
     fn supply(&mut self, attempt: &AttemptId, most: usize) -> Supply {
         let Some(run) = self.runs.get_mut(attempt) else { return Supply::Gone };
         if run.reader < run.next() && std::mem::take(&mut run.skips) {
@@ -197,6 +207,10 @@ impl AttemptHost for Host {
         if count == 0 {
             if !run.ended {
                 return Supply::Waiting;
+            }
+            if let Some(error) = run.failed.clone().filter(|_| !std::mem::replace(&mut run.error_given, true))
+            {
+                return Supply::Error(error);
             }
             if run.fails && !std::mem::replace(&mut run.error_given, true) {
                 return Supply::Error(ErrorBody::new(ErrorCode::WorkerReset, "the engine died"));

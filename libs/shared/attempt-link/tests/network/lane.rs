@@ -25,7 +25,7 @@ pub(crate) fn id(number: u128) -> AttemptId {
 
 pub(crate) fn record(kind: Kind, number: u64, first: u64, count: u32, bytes: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
-    RecordHead::new(kind, number, first, count).write_one(&mut out, bytes);
+    RecordHead::new(kind, number, first, count).write_one(&mut out, bytes).unwrap();
     out
 }
 

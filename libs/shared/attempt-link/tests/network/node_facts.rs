@@ -4,7 +4,7 @@ use attempt_link::content::{Content, Hello, Position};
 use attempt_link::node::{ConnectionId, GetRefusal, NodeAction, NodeLanes, PostRefusal};
 use attempt_link::wire::{
     ControlAnswer, ControlBody, LifeId, LinkKey, LinkQuery, ResumeOrder, Seen, Start, StartsBody,
-    WrittenStart, read_starts, write_starts,
+    WrittenStart, read_single, read_starts, write_single, write_starts,
 };
 use attempt_link::{Kind, Parts, Record, RecordDecoder};
 use pool_registry_types::{AttemptId, BootId, ErrorCode, LogId, Moment, NodeId};
@@ -323,7 +323,7 @@ fn a_frame_longer_than_a_turn_goes_in_parts_between_those_of_others() {
     for record in node.read(link) {
         assert!(record.bytes.len() <= 10 * 1024);
         whole += usize::from(parts.join(record).unwrap().is_some_and(|r| r.head.kind == Kind::Frames));
-        assert!(parts.bytes() <= 8 * 100_000, "eight at a time: {}", parts.bytes());
+        assert!(parts.bytes() <= 7 * 100_000, "seven at a time: {}", parts.bytes());
     }
     assert_eq!(whole, 12);
 }
@@ -422,6 +422,88 @@ fn alive_comes_each_second_while_attempts_run_and_every_ten_seconds_else() {
     assert_eq!(alive(&mut node, 20), 2);
     node.post(key(1, 1), &[3]).unwrap();
     assert_eq!(alive(&mut node, 5), 5);
+}
+
+// CLOUD-2603
+#[test]
+fn a_record_that_no_link_can_carry_ends_its_own_attempt_with_an_error_and_no_other() {
+    let (mut node, link) = Node::up();
+    node.post(key(1, 1), &[3, 7]).unwrap();
+    node.append(3, 2, 100);
+    node.append(3, 1, 5 << 20);
+    node.append(7, 1, 100);
+    let of = |records: &[Record], number| -> Vec<(Kind, u64)> {
+        let own = records.iter().filter(|record| record.head.number == number);
+        own.map(|record| (record.head.kind, record.head.first)).collect()
+    };
+    let records = node.read(link);
+    assert_eq!(of(&records, 1)[1..], [(Kind::Frames, 0), (Kind::Error, 0), (Kind::End, 2)]);
+    assert_eq!(of(&records, 2)[1..], [(Kind::Frames, 0)]);
+    node.resume(key(1, 1), &[(3, 1, 9)]).unwrap();
+    let records = node.read(link);
+    assert_eq!(of(&records, 9)[1..], [(Kind::Frames, 1), (Kind::Error, 0), (Kind::End, 2)]);
+}
+
+// CLOUD-2659
+#[test]
+fn a_link_that_takes_nothing_ends_before_its_answers_fill_the_memory() {
+    let (mut node, link) = Node::up();
+    let mut number = 0;
+    let refused = (0..100_000).find_map(|_| {
+        number += 1;
+        let orders: Vec<_> =
+            (1..40).map(|attempt| (attempt, 0, 40 * number + u64::try_from(attempt).unwrap())).collect();
+        if number == 1 {
+            node.post(key(1, 1), &(1..40).collect::<Vec<_>>()).unwrap();
+        }
+        node.resume(key(1, 1), &orders).err()
+    });
+    assert_eq!(refused, Some(PostRefusal::Stale));
+    assert!(number < 2_500, "after {number} POSTs");
+    assert!(node.actions().contains(&NodeAction::Close(link)));
+    assert_eq!(node.lanes.attached(), 0);
+}
+
+// CLOUD-2605
+#[test]
+fn a_start_that_goes_alone_is_refused_where_its_path_names_another_attempt() {
+    let (mut node, link) = Node::up();
+    let mut start = start(1, "hello");
+    start.facts.number = 5;
+    let body = write_single(key(1, 1), &WrittenStart::new(&start)).unwrap().concat();
+    let body = || read_single(&body.clone().into()).unwrap();
+    node.lanes.single(node.at(), id(2), body(), &mut node.host).unwrap();
+    assert_eq!(node.kinds(link), [(Kind::Refused, 5)]);
+    assert!(node.host.runs.is_empty());
+    node.lanes.single(node.at(), id(1), body(), &mut node.host).unwrap();
+    assert_eq!(node.kinds(link), [(Kind::Accepted, 5)]);
+}
+
+// CLOUD-2655
+#[test]
+fn a_node_that_leaves_takes_no_get_and_no_start() {
+    let (mut node, link) = Node::up();
+    node.post(key(1, 1), &[3]).unwrap();
+    node.read(link);
+    node.append(3, 1, 100);
+    node.lanes.leave();
+    assert_eq!(node.get(key(1, 2)), Err(GetRefusal::Leaving));
+    node.post(key(1, 1), &[7]).unwrap();
+    let records = node.read(link);
+    let kinds: Vec<Kind> = records.iter().map(|record| record.head.kind).collect();
+    assert_eq!(kinds, [Kind::Refused, Kind::Frames, Kind::Bye]);
+    assert!(!node.host.is_running(&id(7)));
+}
+
+// CLOUD-2644
+#[test]
+fn what_is_written_to_its_end_has_no_reader_any_more() {
+    let (mut node, link) = Node::up();
+    node.post(key(1, 1), &[3]).unwrap();
+    node.end(3);
+    node.read(link);
+    assert_eq!(node.lanes.attached(), 0);
+    assert!(node.host.runs[&id(3)].detached.is_some(), "the host knows");
 }
 
 // CLOUD-2655

@@ -163,7 +163,10 @@ impl World {
                     }
                 }
             }
-            Op::Leave => self.node.leave(),
+            Op::Leave => {
+                self.node.leave();
+                self.after(2_500, Event::Do(Op::RestartNode));
+            }
         }
     }
 

@@ -383,7 +383,7 @@ fn with_its_number_go_the_parts_of_an_attempt() {
     let number = lane.running(1, 1);
     let head = RecordHead { more: true, ..RecordHead::new(Kind::Frames, number, 0, 1) };
     let mut bytes = Vec::new();
-    head.write_one(&mut bytes, b"half of a frame");
+    head.write_one(&mut bytes, b"half of a frame").unwrap();
     lane.receive(1, bytes);
     assert_eq!(lane.lane.held_bytes(), 15);
     lane.cancel(id(1));

@@ -555,10 +555,10 @@ impl World {
                 let body = read_starts(&body).expect("it was written by this crate");
                 self.node.starts(now, body, &mut self.host).map(|()| ControlAnswer::default())
             }
-            PostRequest::Single { body, .. } => {
+            PostRequest::Single { attempt, body } => {
                 let body = Bytes::from(body.concat());
                 let body = read_single(&body).expect("it was written by this crate");
-                self.node.single(now, body, &mut self.host).map(|()| ControlAnswer::default())
+                self.node.single(now, attempt, body, &mut self.host).map(|()| ControlAnswer::default())
             }
             PostRequest::Control(body) => {
                 let json = serde_json::to_vec(&body).unwrap();
