@@ -480,8 +480,13 @@ impl ControlLane {
     }
 
     /// The lane is closed: the process ends, or the node is gone. What runs on the node is not stopped.
-    pub fn close(&mut self) {
+    /// Returns what is left to do: connections and POSTs are closed, and each attempt has its end.
+    #[must_use]
+    pub fn close(&mut self) -> Vec<Action> {
         self.close_link();
+        self.lose_all(Lost::Closed);
+        self.forget_node();
+        self.actions.drain(..).collect()
     }
 
     /// Bytes that are kept of parts, and the record that says what is `alive` among them.

@@ -224,6 +224,8 @@ pub enum Lost {
     Left,
     /// The node brings nothing that can be used.
     Unusable,
+    /// The lane was closed; what runs is not stopped by it.
+    Closed,
 }
 
 /// Why a link was interrupted.
@@ -306,12 +308,17 @@ pub struct ControlLane {
 impl ControlLane {
     /// A node has registered in this boot; it is dialled at once.
     pub fn new(now: Moment, life: LifeId, lane: u16, boot_id: BootId) -> Self {
+        Self::new_after(now, life, lane, boot_id, 0)
+    }
+
+    /// The same where this life had the lane before: its last GET was `n` ([`ControlLane::last_n`]).
+    pub fn new_after(now: Moment, life: LifeId, lane: u16, boot_id: BootId, n: u64) -> Self {
         let mut this = Self {
             life,
             lane,
             boot_id,
             boot_is_over: false,
-            n: 0,
+            n,
             number: 0,
             post: 0,
             place: 0,
@@ -355,6 +362,11 @@ impl ControlLane {
 
     pub fn next_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
+    }
+
+    /// The `n` of the last GET.
+    pub fn last_n(&self) -> u64 {
+        self.n
     }
 
     pub fn state(&self) -> LaneState {

@@ -2,9 +2,9 @@
 
 use attempt_link::Kind;
 use attempt_link::content::{Bye, ByeReason};
-use attempt_link::control::{Action, ConnectionEnd, Interrupted, LaneState, Lost, PostOutcome};
-use attempt_link::wire::ControlAnswer;
-use pool_registry_types::BootId;
+use attempt_link::control::{Action, ConnectionEnd, ControlLane, Interrupted, LaneState, Lost, PostOutcome};
+use attempt_link::wire::{ControlAnswer, LifeId};
+use pool_registry_types::{BootId, Moment};
 use uuid::Uuid;
 
 use crate::lane::{BOOT, Lane, accepted, alive, hello, id, json, secs};
@@ -154,6 +154,40 @@ fn the_last_dials_before_all_is_lost_are_waited_for_without_a_timer_that_is_due_
         turns += 1;
         assert!(turns < 5, "the timer is due again at once");
     }
+}
+
+// CLOUD-2614
+#[test]
+fn a_lane_that_is_made_anew_in_one_life_goes_on_behind_the_one_before() {
+    let mut before = Lane::up();
+    before.closed(1, ConnectionEnd::Broken);
+    let n = before.lane.last_n();
+    let mut lane = ControlLane::new_after(before.at(), LifeId(Uuid::from_u128(1)), 3, BOOT, n);
+    let Some(Action::Dial(query)) = lane.next_action() else { panic!("it dials") };
+    assert_eq!((n, query.n), (2, 3));
+}
+
+// CLOUD-2660
+#[test]
+fn a_lane_that_is_closed_says_what_becomes_of_each_attempt() {
+    let mut lane = Lane::up();
+    lane.running(1, 1);
+    lane.start(2);
+    let (post, _) = lane.starts();
+    lane.start(3);
+    let left = lane.lane.close();
+    let lost = |number| Action::Lost { attempt: id(number), reason: Lost::Closed };
+    for expected in [
+        Action::Close { n: 1 },
+        lost(1),
+        lost(2),
+        Action::NeverSent { attempt: id(3) },
+        Action::AbandonPost { id: post },
+    ] {
+        assert!(left.contains(&expected), "{expected:?} of {left:?}");
+    }
+    assert_eq!((left.len(), lane.lane.attempts(), lane.lane.state()), (5, 0, LaneState::None));
+    assert_eq!(lane.lane.next_deadline(), Moment::NEVER);
 }
 
 // CLOUD-2650
