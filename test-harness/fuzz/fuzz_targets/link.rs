@@ -2,8 +2,9 @@
 
 #![no_main]
 
-use attempt_link::content::Content;
-use attempt_link::{HEADER_BYTES, MAX_RECORD_BYTES, Parts, Record, RecordDecoder, RecordError};
+use attempt_link::records::{
+    Content, HEADER_BYTES, MAX_RECORD_BYTES, Parts, Record, RecordDecoder, RecordError,
+};
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
 

@@ -1,7 +1,7 @@
 //! The link between a control plane and a node: everything about it but the bytes' way.
 //!
 //! All attempts of one control-plane thread on one node share one endless response, the *link*: a
-//! sequence of [`Record`]s that the node writes. Starts, resumes, stops and what was seen go the other
+//! sequence of [records] that the node writes. Starts, resumes, stops and what was seen go the other
 //! way, in batched POSTs ([`wire`]). [`control::ControlLane`] is the control plane's end of it and
 //! [`node::NodeLanes`] the node's: values that are told what has happened and when, and say what is to
 //! be done. They do no I/O, read no clock and know no engine, no log and no scheduler.
@@ -12,14 +12,9 @@
 
 pub mod content;
 pub mod control;
-mod decoder;
 pub mod node;
-mod parts;
-mod record;
+pub mod records;
 mod resume_gate;
 pub mod wire;
 
-pub use decoder::RecordDecoder;
-pub use parts::{MAX_PARTS_BYTES, PartError, Parts};
-pub use record::{HEADER_BYTES, Kind, MAX_RECORD_BYTES, MAX_WHOLE_BYTES, Record, RecordError, RecordHead};
 pub use resume_gate::{MAX_RESUMING_LINKS, ResumeGate};

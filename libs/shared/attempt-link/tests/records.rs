@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use attempt_link::content::{Content, Position, write_positions, write_token_ids};
-use attempt_link::{
-    HEADER_BYTES, Kind, MAX_PARTS_BYTES, MAX_RECORD_BYTES, MAX_WHOLE_BYTES, PartError, Parts, Record,
-    RecordDecoder, RecordError, RecordHead,
+use attempt_link::content::Position;
+use attempt_link::records::{
+    Content, HEADER_BYTES, Kind, MAX_PARTS_BYTES, MAX_RECORD_BYTES, MAX_WHOLE_BYTES, PartError, Parts,
+    Record, RecordDecoder, RecordError, RecordHead, write_positions, write_token_ids,
 };
 use bytes::Bytes;
 use proptest::collection::vec;

@@ -8,8 +8,8 @@ use super::{
     Action, BEHIND, ControlLane, DONE_WITHIN, GIVE_UP_DIALS, Lost, MAX_DONE, MAX_FRUITLESS, POST_ANSWER,
     UNNAMED,
 };
-use crate::content::{Content, Position};
-use crate::record::Record;
+use crate::content::Position;
+use crate::records::{Content, Record};
 use crate::wire::{Start, WriteError, WrittenStart};
 
 /// How far an attempt has come.

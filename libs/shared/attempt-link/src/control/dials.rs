@@ -5,8 +5,7 @@ use pool_registry_types::Moment;
 
 use super::link::{Link, is_hello};
 use super::{Action, ControlLane, DIAL_BOUND, DIAL_EVERY_WHEN_EARLY, Interrupted, KNOWN_WITHIN, MAX_DIALS};
-use crate::content::Content;
-use crate::decoder::RecordDecoder;
+use crate::records::{Content, RecordDecoder};
 use crate::wire::LinkQuery;
 
 /// A GET under way.

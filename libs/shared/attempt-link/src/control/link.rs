@@ -7,10 +7,8 @@ use super::{
     Action, ControlLane, DIAL_EVERY, DIAL_EVERY_WHEN_LOST, GIVE_UP, GIVE_UP_DIALS, Interrupted, Lost,
     MAX_BAD_LINKS, NO_HELLO, PROBE_EVERY, QUIET, REPLACE_EVERY, SILENT_BUSY, SILENT_EMPTY, UNDELIVERABLE,
 };
-use crate::content::{Bye, ByeReason, Content};
-use crate::decoder::RecordDecoder;
-use crate::parts::Parts;
-use crate::record::{Kind, Record};
+use crate::content::{Bye, ByeReason};
+use crate::records::{Content, Kind, Parts, Record, RecordDecoder};
 
 /// Where the link stands.
 #[derive(Debug)]

@@ -15,7 +15,7 @@ use bytes::Bytes;
 use pool_registry_types::{AttemptId, ErrorBody, Moment};
 
 use crate::content::{Acceptance, AnswerHead, Bye, ByeReason, FrameTokens, Hello, to_json};
-use crate::record::{Kind, MAX_RECORD_BYTES, RecordHead};
+use crate::records::{Kind, MAX_RECORD_BYTES, RecordHead};
 use crate::wire::{LifeId, LinkKey, LinkQuery, ResumeOrder, Start};
 
 pub use posts::PostRefusal;

@@ -5,7 +5,7 @@ use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, Moment};
 use super::writer::Attachment;
 use super::{ALIVE_EVERY, AttemptHost, ConnectionId, NodeLanes, NotResumed};
 use crate::content::{Acceptance, to_json};
-use crate::record::{Kind, MAX_RECORD_BYTES, RecordHead};
+use crate::records::{Kind, MAX_RECORD_BYTES, RecordHead};
 use crate::wire::{ControlAnswer, ControlBody, LinkKey, SingleBody, Start, StartError, StartsBody};
 
 /// Why a POST was not read.

@@ -11,9 +11,10 @@ use super::{
     ALIVE_EVERY, ALIVE_EVERY_WHEN_EMPTY, AttemptHost, ConnectionId, Lane, NodeAction, NodeLanes, Progress,
     Supply, bye_bytes,
 };
-use crate::content::{End, POSITION_BYTES, Position, to_json, write_positions, write_token_ids};
-use crate::parts::MAX_PARTS_BYTES;
-use crate::record::{Kind, MAX_WHOLE_BYTES, RecordHead};
+use crate::content::{End, Position, to_json};
+use crate::records::{
+    Kind, MAX_PARTS_BYTES, MAX_WHOLE_BYTES, POSITION_BYTES, RecordHead, write_positions, write_token_ids,
+};
 
 /// What an attempt writes before it is another one's turn, bytes. Source: .specs/01 CLOUD-2635.
 pub(super) const TURN_BYTES: usize = 10 * 1024;

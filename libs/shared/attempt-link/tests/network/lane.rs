@@ -1,9 +1,9 @@
 //! A control plane's end to be tried out: its time, and what it asked for.
 
-use attempt_link::content::{Acceptance, Hello, Position, write_positions};
+use attempt_link::content::{Acceptance, Hello, Position};
 use attempt_link::control::{Action, ConnectionEnd, ControlLane, PostId, PostOutcome, PostRequest};
+use attempt_link::records::{Kind, RecordHead, write_positions};
 use attempt_link::wire::{ControlAnswer, ControlBody, LifeId, StartsBody, read_starts};
-use attempt_link::{Kind, RecordHead};
 use pool_registry_types::{AttemptId, BootId, Moment, NodeId, ReplicaId};
 use serde::Serialize;
 use uuid::Uuid;

@@ -1,8 +1,8 @@
 //! The control plane's end: when a link is up, and when it is not.
 
-use attempt_link::Kind;
 use attempt_link::content::{Bye, ByeReason};
 use attempt_link::control::{Action, ConnectionEnd, ControlLane, Interrupted, LaneState, Lost, PostOutcome};
+use attempt_link::records::Kind;
 use attempt_link::wire::{ControlAnswer, LifeId};
 use pool_registry_types::{BootId, Moment};
 use uuid::Uuid;

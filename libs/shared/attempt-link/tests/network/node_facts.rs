@@ -1,12 +1,12 @@
 //! The node's end, rule by rule.
 
-use attempt_link::content::{Content, Hello, Position};
+use attempt_link::content::{Hello, Position};
 use attempt_link::node::{ConnectionId, GetRefusal, NodeAction, NodeLanes, PostRefusal};
+use attempt_link::records::{Content, Kind, Parts, Record, RecordDecoder};
 use attempt_link::wire::{
     ControlAnswer, ControlBody, LifeId, LinkKey, LinkQuery, ResumeOrder, Seen, Start, StartsBody,
     WrittenStart, read_single, read_starts, write_single, write_starts,
 };
-use attempt_link::{Kind, Parts, Record, RecordDecoder};
 use pool_registry_types::{AttemptId, BootId, ErrorCode, LogId, Moment, NodeId};
 use uuid::Uuid;
 

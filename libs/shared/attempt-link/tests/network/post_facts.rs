@@ -4,8 +4,8 @@ use attempt_link::content::{End, Position};
 use attempt_link::control::{
     Action, ConnectionEnd, DuplicateStart, Interrupted, LaneState, Lost, PostOutcome, PostRequest,
 };
+use attempt_link::records::{Kind, RecordHead};
 use attempt_link::wire::{ControlAnswer, MAX_LINE_BYTES, read_single, read_starts};
-use attempt_link::{Kind, RecordHead};
 use pool_registry_types::{ErrorBody, ErrorCode, TaskId};
 use uuid::Uuid;
 

@@ -108,7 +108,7 @@ pub(crate) fn node(number: u32) -> NodeLanes {
 
 /// Of a link's first record.
 fn hello_bytes(boot: u32) -> usize {
-    attempt_link::HEADER_BYTES + serde_json::to_vec(&says(boot)).unwrap().len()
+    attempt_link::records::HEADER_BYTES + serde_json::to_vec(&says(boot)).unwrap().len()
 }
 
 impl World {

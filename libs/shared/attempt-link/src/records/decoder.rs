@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 
 use bytes::{Buf, Bytes};
 
-use crate::record::{HEADER_BYTES, LENGTH_BYTES, MAX_RECORD_BYTES, Record, RecordError, RecordHead};
+use super::record::{HEADER_BYTES, LENGTH_BYTES, MAX_RECORD_BYTES, Record, RecordError, RecordHead};
 
 /// Bytes of a header behind its length.
 const REST_BYTES: u32 = 22;

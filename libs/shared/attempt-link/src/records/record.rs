@@ -20,7 +20,7 @@ use bytes::Bytes;
 /// Bytes before a record's own.
 pub const HEADER_BYTES: usize = 26;
 /// Bytes of the field that says how long the rest is.
-pub(crate) const LENGTH_BYTES: usize = 4;
+pub(super) const LENGTH_BYTES: usize = 4;
 /// Most bytes of its own that a record has, of any kind. Source: .specs/01 CLOUD-2601.
 pub const MAX_RECORD_BYTES: usize = 64 * 1024;
 /// Most bytes of parts that belong together: a frame of 1 MiB and the comments before it.
@@ -160,7 +160,7 @@ impl RecordHead {
     }
 
     /// Reads a header behind its length. Nothing for a kind of a newer writer.
-    pub(crate) fn read(header: [u8; HEADER_BYTES - LENGTH_BYTES]) -> Option<Self> {
+    pub(super) fn read(header: [u8; HEADER_BYTES - LENGTH_BYTES]) -> Option<Self> {
         let [kind, flags, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q, r, s, t] = header;
         Some(Self {
             kind: Kind::of(kind)?,

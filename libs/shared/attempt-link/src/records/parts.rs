@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::record::{MAX_WHOLE_BYTES, Record, RecordHead};
+use super::record::{MAX_WHOLE_BYTES, Record, RecordHead};
 
 /// Most bytes of parts that a link keeps, of all its attempts.
 pub const MAX_PARTS_BYTES: usize = 32 * 1024 * 1024;
