@@ -57,8 +57,8 @@ enum Chore {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
-    /// Measure, as a release build: beside the bare fake engine, in one run; `core`: the control core
-    /// alone, by the number of nodes.
+    /// Measure, as a release build: beside HAProxy before the same fake engines, in one run; `core`: the
+    /// control core alone, by the number of nodes.
     Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use crate::fault::Fault;
 use crate::seen::Seen;
 use crate::slots::Slots;
+use crate::steps::Steps;
 
 /// Tokens of prompt and answer together.
 pub(crate) const CONTEXT: u64 = 8192;
@@ -48,4 +49,6 @@ pub(crate) struct Engine {
     pub(crate) connections: AtomicU64,
     /// Traces and ids that came with its requests.
     pub(crate) seen: Seen,
+    /// Where its streams make their tokens all at once.
+    pub(crate) steps: Steps,
 }

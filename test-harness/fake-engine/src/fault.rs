@@ -29,6 +29,11 @@ pub(crate) enum Fault {
     Slow {
         pace_ms: u64,
     },
+    /// Another pace, and the tokens of all streams are made at the same moments, as by continuous
+    /// batching; also those of other engines on this machine.
+    Steps {
+        pace_ms: u64,
+    },
     /// The words of another version: `x0 x1 x2 …`.
     OtherWords,
     /// A web page instead of a stream.

@@ -13,6 +13,7 @@ mod generation;
 mod kind;
 mod seen;
 mod slots;
+mod steps;
 mod stream;
 
 use std::net::SocketAddr;
@@ -38,6 +39,7 @@ use crate::engine::{Engine, Kind};
 use crate::fault::Fault;
 use crate::seen::Seen;
 use crate::slots::Slots;
+use crate::steps::Steps;
 
 /// A fake engine for tests and benchmarks.
 #[derive(Debug, Parser)]
@@ -102,6 +104,7 @@ async fn run(arguments: Arguments) -> std::io::Result<()> {
         key: arguments.api_key.clone(),
         connections: AtomicU64::new(0),
         seen: Seen::default(),
+        steps: Steps::begin(),
     });
     let own: Router<Arc<Engine>> = Router::new()
         .route("/fake/fault", post(set_fault))

@@ -1,7 +1,7 @@
 //! The streams of the dialects, token by token.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::body::Body;
@@ -145,7 +145,7 @@ pub(crate) async fn answer(engine: Arc<Engine>, dialect: Dialect, tokens: u64, f
         return refusal;
     }
     let pace = match fault {
-        Fault::Slow { pace_ms } => Duration::from_millis(pace_ms),
+        Fault::Slow { pace_ms } | Fault::Steps { pace_ms } => Duration::from_millis(pace_ms),
         _ => engine.pace,
     };
     let thoughts = match fault {
@@ -237,6 +237,9 @@ impl Answer {
         if self.slot.is_none() {
             self.slot = Some(self.engine.slots.take().await);
             wait(self.engine.first_token).await;
+        } else if matches!(self.fault, Fault::Steps { .. }) {
+            let step = self.engine.steps.next(Instant::now(), self.pace);
+            tokio::time::sleep_until(step.into()).await;
         } else {
             wait(self.pace).await;
         }

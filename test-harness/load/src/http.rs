@@ -1,7 +1,7 @@
 //! A client that costs little: one request, its stream read for token markers, times taken.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -19,17 +19,20 @@ pub(crate) struct Seen {
     pub(crate) tokens: usize,
 }
 
-/// Asks one endpoint for completions.
+/// Asks for completions, of one endpoint or of several in turn.
 #[derive(Debug, Clone)]
 pub(crate) struct Caller {
     client: Client<HttpConnector, Full<Bytes>>,
-    url: String,
+    urls: Arc<[String]>,
+    turn: Arc<AtomicUsize>,
     authorization: Option<String>,
     /// What stands once in each token's event, and in no other.
     token_marker: &'static [u8],
     task: fn(u32) -> Value,
     /// Tokens that all its requests have brought so far.
     all: Arc<AtomicU64>,
+    /// Requests of its that have brought a token.
+    begun: Arc<AtomicU64>,
 }
 
 fn client() -> Client<HttpConnector, Full<Bytes>> {
@@ -39,15 +42,17 @@ fn client() -> Client<HttpConnector, Full<Bytes>> {
 }
 
 impl Caller {
-    /// The bare fake engine.
-    pub(crate) fn engine(url: &str) -> Self {
+    /// Fake engines, or what speaks like one.
+    pub(crate) fn engines(urls: &[String]) -> Self {
         Self {
             client: client(),
-            url: format!("{url}/completion"),
+            urls: urls.iter().map(|url| format!("{url}/completion")).collect(),
+            turn: Arc::default(),
             authorization: None,
             token_marker: b"\"stop\":false",
             task: |tokens| json!({"prompt": "x", "stream": true, "n_predict": tokens}),
             all: Arc::default(),
+            begun: Arc::default(),
         }
     }
 
@@ -55,11 +60,13 @@ impl Caller {
     pub(crate) fn cluster(url: &str, token: &str) -> Self {
         Self {
             client: client(),
-            url: format!("{url}/v2/tasks"),
+            urls: [format!("{url}/v2/tasks")].into(),
+            turn: Arc::default(),
             authorization: Some(format!("Bearer {token}")),
             token_marker: b"event: token",
             task: |tokens| json!({"model_ref": "fake-model", "prompt": "x", "max_tokens": tokens}),
             all: Arc::default(),
+            begun: Arc::default(),
         }
     }
 
@@ -68,10 +75,16 @@ impl Caller {
         self.all.load(Ordering::Relaxed)
     }
 
+    /// Requests of this caller and its clones that have brought a token.
+    pub(crate) fn streams_begun(&self) -> u64 {
+        self.begun.load(Ordering::Relaxed)
+    }
+
     /// One request to its end. Panics on anything but a whole answer.
     pub(crate) async fn run(&self, tokens: u32) -> Seen {
         let start = Instant::now();
-        let mut request = Request::post(&self.url)
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed) % self.urls.len();
+        let mut request = Request::post(&self.urls[turn])
             .header(header::CONTENT_TYPE, "application/json")
             .header(header::ACCEPT, "text/event-stream");
         if let Some(value) = &self.authorization {
@@ -91,8 +104,9 @@ impl Caller {
             seen += found;
             self.all.fetch_add(found as u64, Ordering::Relaxed);
             tail.drain(..keep);
-            if seen > 0 {
-                first.get_or_insert_with(|| start.elapsed());
+            if seen > 0 && first.is_none() {
+                first = Some(start.elapsed());
+                self.begun.fetch_add(1, Ordering::Relaxed);
             }
         }
         assert_eq!(seen, tokens as usize, "tokens were lost or doubled");

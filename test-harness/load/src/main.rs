@@ -1,28 +1,31 @@
-//! The benchmark: the two daemons beside the bare fake engine, in one run.
+//! The benchmark: the two daemons beside HAProxy, in one run.
 //!
-//! Every figure that depends on the machine has its baseline in the same run: the engine alone,
-//! asked by the same client. Repetitions alternate between the two; medians are printed. It
-//! reports and does not assess: only wrong answers make it fail.
+//! Every figure that depends on the machine has its baseline in the same run: HAProxy before the same
+//! engines, asked by the same client, and for times the engines alone. Repetitions alternate between
+//! them; medians are printed. It reports and does not assess: only wrong answers make it fail.
 
 #![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
 
+mod compare;
 mod core;
 mod cpu;
+mod haproxy;
 mod heartbeats;
 mod http;
 mod placement;
+mod table;
 
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
 use e2e_cloud::{Cluster, Engine, Options};
-use futures::future::join_all;
-use serde_json::json;
 
-use crate::http::{Caller, Seen};
+use crate::compare::Comparison;
+use crate::haproxy::HaProxy;
+use crate::http::Caller;
 
-/// Slots of the one engine: more than the most clients.
+const NODES: usize = 3;
+/// Slots of each engine: more than the most clients.
 const SLOTS: u32 = 1024;
 
 /// Measures the added cost of both hops.
@@ -31,8 +34,9 @@ struct Arguments {
     /// Repetitions of each measurement; the median is printed.
     #[arg(long, default_value_t = 3)]
     repetitions: usize,
-    /// Seconds of each measurement.
-    #[arg(long, default_value_t = 3)]
+    /// Seconds of each repetition. By default each has at least 60,000 tokens where the daemons serve
+    /// 5,000 a second.
+    #[arg(long, default_value_t = 12)]
     seconds: u64,
     /// Only the burst of tasks over unequal nodes, strategy by strategy.
     #[arg(long)]
@@ -51,11 +55,22 @@ struct Arguments {
 /// What is measured through both daemons.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Measurement {
+    /// Resident memory.
+    Memory,
     Paced,
-    FirstToken,
-    OneToken,
+    /// Paced, and all streams at once.
+    Steps,
+    /// Without pace.
     Tokens,
+    OneToken,
+    FirstToken,
     Heartbeats,
+}
+
+impl Measurement {
+    /// Those that are made beside HAProxy.
+    const BESIDE_HAPROXY: [Self; 6] =
+        [Self::Memory, Self::Paced, Self::Steps, Self::Tokens, Self::OneToken, Self::FirstToken];
 }
 
 #[tokio::main]
@@ -70,41 +85,62 @@ async fn main() -> ExitCode {
         placement::measure(arguments.repetitions).await;
         return ExitCode::SUCCESS;
     }
+    let is_wanted = |of| arguments.only.is_empty() || arguments.only.contains(&of);
+    let beside: Vec<Measurement> =
+        Measurement::BESIDE_HAPROXY.into_iter().filter(|of| is_wanted(*of)).collect();
+    let haproxy = match haproxy::program() {
+        Ok(program) => Some(program),
+        Err(_) if beside.is_empty() => None,
+        Err(why) => {
+            eprintln!("{why}");
+            return ExitCode::FAILURE;
+        }
+    };
     let engine = Engine::Fake { slots: SLOTS, first_token_ms: 0, pace_ms: 0, dialect: "llamacpp" };
     let control = vec![
         ("LLORCH_LOG", "warn".to_owned()),
         ("ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS", "10".to_owned()),
         ("ORCHESTRATORD_NODE_TIMEOUT_SECS", "30".to_owned()),
     ];
-    let cluster = Cluster::start(Options { nodes: 1, engine, control, ..Options::default() }).await;
-    let bare = Caller::engine(&cluster.engine_url(0));
-    let ours = Caller::cluster(&cluster.client.base, e2e_cloud::cluster::TOKEN);
-    let wanted = |of| arguments.only.is_empty() || arguments.only.contains(&of);
-    // Before the load, whose ended tasks are kept for their readers.
-    if wanted(Measurement::Paced) {
-        let idle = memory(&cluster);
-        let open = open_streams(&cluster, &ours, &arguments).await;
-        for (daemon, idle, open) in [("orchestratord", idle.0, open.0), ("pool-managerd", idle.1, open.1)] {
-            println!("resident memory, {daemon}: idle {idle:.1} MB, with 500 open streams {open:.1} MB");
-        }
+    let cluster = Cluster::start(Options { nodes: NODES, engine, control, ..Options::default() }).await;
+    if let Some(program) = haproxy.filter(|_| !beside.is_empty()) {
+        let engines: Vec<String> = (0..NODES).map(|n| cluster.engine_url(n)).collect();
+        let haproxy = HaProxy::start(&program, &engines, cluster.dir.path()).await;
+        let comparison = Comparison {
+            cluster: &cluster,
+            haproxy: &haproxy,
+            bare: Caller::engines(&engines),
+            through_haproxy: Caller::engines(std::slice::from_ref(&haproxy.url)),
+            ours: Caller::cluster(&cluster.client.base, e2e_cloud::cluster::TOKEN),
+            repetitions: arguments.repetitions,
+            seconds: arguments.seconds,
+        };
+        compare(&comparison, &beside).await;
     }
-    for clients in [1, 32].into_iter().filter(|_| wanted(Measurement::FirstToken)) {
-        let added = first_tokens(&bare, &ours, clients, &arguments).await;
-        println!(
-            "added time to first token, {clients:>2} clients: p50 {:.2} ms, p99 {:.2} ms (bare engine: p50 {:.2} ms, p99 {:.2} ms)",
-            added.p50_ms, added.p99_ms, added.bare_p50_ms, added.bare_p99_ms
-        );
-    }
-    if wanted(Measurement::OneToken) {
-        one_token_tasks(&cluster, &bare, &ours, &arguments).await;
-    }
-    if wanted(Measurement::Tokens) {
-        tokens(&cluster, &bare, &ours, &arguments).await;
-    }
-    if wanted(Measurement::Heartbeats) {
+    if is_wanted(Measurement::Heartbeats) {
         heartbeats::measure(&cluster, &arguments.seconds).await;
     }
     ExitCode::SUCCESS
+}
+
+/// Makes these measurements and prints their table.
+async fn compare(comparison: &Comparison<'_>, wanted: &[Measurement]) {
+    let mut rows = Vec::new();
+    for measurement in wanted {
+        match measurement {
+            Measurement::Memory => rows.extend(comparison.memory().await),
+            Measurement::Paced => rows.push(comparison.paced(false).await),
+            Measurement::Steps => rows.push(comparison.paced(true).await),
+            Measurement::Tokens => rows.push(comparison.unpaced().await),
+            Measurement::OneToken => rows.push(comparison.one_token().await),
+            Measurement::FirstToken => {
+                rows.extend(comparison.first_token(1, 0.12, 0.3).await);
+                rows.extend(comparison.first_token(32, 0.30, 0.6).await);
+            }
+            Measurement::Heartbeats => {}
+        }
+    }
+    table::print(&rows);
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -117,154 +153,4 @@ fn quantile(sorted: &[f64], permille: usize) -> f64 {
         .get((sorted.len() * permille / 1000).min(sorted.len().saturating_sub(1)))
         .copied()
         .unwrap_or(f64::NAN)
-}
-
-struct Added {
-    p50_ms: f64,
-    p99_ms: f64,
-    bare_p50_ms: f64,
-    bare_p99_ms: f64,
-}
-
-async fn first_tokens(bare: &Caller, ours: &Caller, clients: usize, arguments: &Arguments) -> Added {
-    let (mut p50, mut p99, mut bare50, mut bare99) = (vec![], vec![], vec![], vec![]);
-    for _ in 0..arguments.repetitions {
-        let base = sample(bare, clients, 1, arguments.seconds).await;
-        let full = sample(ours, clients, 1, arguments.seconds).await;
-        let of = |seen: &[Seen], permille| {
-            let mut all: Vec<f64> = seen.iter().map(|s| s.first_token.as_secs_f64() * 1e3).collect();
-            all.sort_by(f64::total_cmp);
-            quantile(&all, permille)
-        };
-        bare50.push(of(&base, 500));
-        bare99.push(of(&base, 990));
-        p50.push(of(&full, 500) - of(&base, 500));
-        p99.push(of(&full, 990) - of(&base, 990));
-    }
-    Added {
-        p50_ms: median(p50),
-        p99_ms: median(p99),
-        bare_p50_ms: median(bare50),
-        bare_p99_ms: median(bare99),
-    }
-}
-
-/// Runs `clients` callers one request after another for some seconds.
-async fn sample(caller: &Caller, clients: usize, tokens: u32, seconds: u64) -> Vec<Seen> {
-    let end = Instant::now() + Duration::from_secs(seconds);
-    let runs = (0..clients).map(|_| {
-        let caller = caller.clone();
-        tokio::spawn(async move {
-            let mut all = Vec::new();
-            while Instant::now() < end {
-                all.push(caller.run(tokens).await);
-            }
-            all
-        })
-    });
-    join_all(runs).await.into_iter().flat_map(|run| run.expect("a client does not panic")).collect()
-}
-
-async fn one_token_tasks(cluster: &Cluster, bare: &Caller, ours: &Caller, arguments: &Arguments) {
-    let (mut base, mut full, mut control, mut node) = (vec![], vec![], vec![], vec![]);
-    for _ in 0..arguments.repetitions {
-        let start = Instant::now();
-        base.push(sample(bare, 64, 1, arguments.seconds).await.len() as f64 / start.elapsed().as_secs_f64());
-        let (before, start) = (cpu_of(cluster), Instant::now());
-        let tasks = sample(ours, 64, 1, arguments.seconds).await.len() as f64;
-        full.push(tasks / start.elapsed().as_secs_f64());
-        let after = cpu_of(cluster);
-        control.push((after.0 - before.0).as_secs_f64() * 1e6 / tasks);
-        node.push((after.1 - before.1).as_secs_f64() * 1e6 / tasks);
-    }
-    let (base, full) = (median(base), median(full));
-    println!(
-        "one-token tasks, 64 clients: {full:.0}/s (bare engine {base:.0}/s, ratio {:.2}); CPU a task: orchestratord {:.0} µs, pool-managerd {:.0} µs",
-        full / base,
-        median(control),
-        median(node)
-    );
-}
-
-async fn tokens(cluster: &Cluster, bare: &Caller, ours: &Caller, arguments: &Arguments) {
-    const TOKENS: u32 = 256;
-    let (mut base, mut full, mut control, mut node) = (vec![], vec![], vec![], vec![]);
-    let count = |seen: &[Seen]| seen.iter().map(|s| s.tokens as f64).sum::<f64>();
-    for _ in 0..arguments.repetitions {
-        let start = Instant::now();
-        base.push(count(&sample(bare, 64, TOKENS, arguments.seconds).await) / start.elapsed().as_secs_f64());
-        let (before, start) = (cpu_of(cluster), Instant::now());
-        let tokens = count(&sample(ours, 64, TOKENS, arguments.seconds).await);
-        full.push(tokens / start.elapsed().as_secs_f64());
-        let after = cpu_of(cluster);
-        control.push((after.0 - before.0).as_secs_f64() * 1e6 / tokens);
-        node.push((after.1 - before.1).as_secs_f64() * 1e6 / tokens);
-    }
-    let (base, full) = (median(base), median(full));
-    println!(
-        "tokens, 64 streams of {TOKENS}: {full:.0}/s (bare engine {base:.0}/s, ratio {:.2}); CPU a token: orchestratord {:.2} µs, pool-managerd {:.2} µs",
-        full / base,
-        median(control),
-        median(node)
-    );
-}
-
-/// What 500 streams of 10 tokens a second cost. Returns both daemons' resident memory while they are
-/// open, in MB.
-async fn open_streams(cluster: &Cluster, ours: &Caller, arguments: &Arguments) -> (f64, f64) {
-    cluster.fault(0, json!({"kind": "slow", "pace_ms": 100})).await;
-    let repetitions = u64::try_from(arguments.repetitions).expect("a small number");
-    // Long enough for all measurements, what comes before and a machine that is slow.
-    let tokens = u32::try_from((repetitions * arguments.seconds + 25) * 10).expect("minutes at most");
-    let runs: Vec<_> = (0..500)
-        .map(|_| {
-            let ours = ours.clone();
-            tokio::spawn(async move { ours.run(tokens).await })
-        })
-        .collect();
-    e2e_cloud::eventually("500 streams are open", Duration::from_secs(20), || async {
-        let node = cluster.client.node("gpu-node-1").await?;
-        (node.running_attempts.len() >= 500).then_some(())
-    })
-    .await;
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    let memory = memory(cluster);
-    let (mut control, mut node, mut pace) = (vec![], vec![], vec![]);
-    for _ in 0..arguments.repetitions {
-        let (before, seen, start) = (cpu_of(cluster), ours.tokens_seen(), Instant::now());
-        tokio::time::sleep(Duration::from_secs(arguments.seconds)).await;
-        let after = cpu_of(cluster);
-        let seen = (ours.tokens_seen() - seen) as f64;
-        control.push((after.0 - before.0).as_secs_f64() * 1e6 / seen);
-        node.push((after.1 - before.1).as_secs_f64() * 1e6 / seen);
-        pace.push(seen / start.elapsed().as_secs_f64());
-    }
-    println!(
-        "paced tokens, 500 streams of 10 a second: {:.0}/s; CPU a token: orchestratord {:.1} µs, pool-managerd {:.1} µs",
-        median(pace),
-        median(control),
-        median(node)
-    );
-    let expected = usize::try_from(tokens).expect("a small number");
-    for run in runs {
-        assert_eq!(run.await.expect("a client does not panic").tokens, expected);
-    }
-    cluster.fault(0, json!({"kind": "none"})).await;
-    memory
-}
-
-fn daemons(cluster: &Cluster) -> (u32, u32) {
-    let control = cluster.control.as_ref().expect("a running control plane").pid();
-    let node = cluster.nodes[0].daemon.as_ref().expect("a running node").pid();
-    (control, node)
-}
-
-fn cpu_of(cluster: &Cluster) -> (Duration, Duration) {
-    let (control, node) = daemons(cluster);
-    (cpu::time_of(control), cpu::time_of(node))
-}
-
-fn memory(cluster: &Cluster) -> (f64, f64) {
-    let (control, node) = daemons(cluster);
-    (cpu::resident_mb(control), cpu::resident_mb(node))
 }

@@ -1,0 +1,331 @@
+//! Both hops of ours beside HAProxy's one hop, over the same three fake engines.
+//!
+//! Repetitions alternate within one run, because only figures of one run compare; medians are shown. CPU
+//! is that of HAProxy, or of all our daemons together, as the kernel counts it. The targets are printed
+//! beside the figures and judge nothing.
+
+use std::time::{Duration, Instant};
+
+use e2e_cloud::{Cluster, eventually};
+use futures::future::join_all;
+use serde_json::json;
+use tokio::task::JoinHandle;
+use tokio::time::{MissedTickBehavior, interval_at};
+
+use crate::haproxy::HaProxy;
+use crate::http::{Caller, Seen};
+use crate::table::{Row, Target};
+use crate::{cpu, median, quantile};
+
+/// Streams of the paced measurements, and what each is given a second.
+const STREAMS: usize = 500;
+const TOKENS_PER_SECOND: u32 = 10;
+const PACE_MS: u32 = 1_000 / TOKENS_PER_SECOND;
+/// What the streams of a paced measurement last beyond it: they are opened before and closed after.
+const MARGIN_SECONDS: u64 = 5;
+/// Clients of the measurements without pace.
+const CLIENTS: usize = 64;
+/// Tokens of a stream without pace.
+const LONG: u32 = 256;
+/// Where times are measured, each client asks so often: clients that ask without a pause would measure
+/// how long they wait for a processor.
+const ASKS_EVERY: Duration = Duration::from_millis(20);
+/// How long one-token requests run before the memory is looked at again.
+const MEMORY_SECONDS: u64 = 60;
+
+/// Which way a request takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Via {
+    HaProxy,
+    Ours,
+}
+
+/// Both of them, in the order of one repetition.
+const BOTH: [Via; 2] = [Via::HaProxy, Via::Ours];
+
+/// Everything that one run compares.
+pub(crate) struct Comparison<'c> {
+    pub(crate) cluster: &'c Cluster,
+    pub(crate) haproxy: &'c HaProxy,
+    /// The engines themselves, taken in turn.
+    pub(crate) bare: Caller,
+    pub(crate) through_haproxy: Caller,
+    pub(crate) ours: Caller,
+    pub(crate) repetitions: usize,
+    pub(crate) seconds: u64,
+}
+
+/// CPU time spent; HAProxy is one process, ours are the control plane and the nodes.
+#[derive(Debug, Clone, Copy)]
+struct Spent {
+    control: Duration,
+    nodes: Duration,
+}
+
+/// What one repetition has cost.
+#[derive(Debug, Clone, Copy)]
+struct Cost {
+    /// Microseconds of CPU a token, or a request.
+    control: f64,
+    nodes: f64,
+    /// Tokens, or requests, a second.
+    rate: f64,
+}
+
+/// The repetitions of one way.
+#[derive(Debug, Default)]
+struct Costs(Vec<Cost>);
+
+impl Costs {
+    fn median(&self, of: impl Fn(&Cost) -> f64) -> f64 {
+        median(self.0.iter().map(of).collect())
+    }
+
+    fn all(&self) -> f64 {
+        self.median(|cost| cost.control + cost.nodes)
+    }
+}
+
+impl Comparison<'_> {
+    fn caller(&self, via: Via) -> &Caller {
+        match via {
+            Via::HaProxy => &self.through_haproxy,
+            Via::Ours => &self.ours,
+        }
+    }
+
+    fn spent(&self, via: Via) -> Spent {
+        match via {
+            Via::HaProxy => Spent { control: cpu::time_of(self.haproxy.pid()), nodes: Duration::ZERO },
+            Via::Ours => {
+                let (control, nodes) = self.daemons();
+                Spent { control: cpu::time_of(control), nodes: nodes.map(cpu::time_of).sum() }
+            }
+        }
+    }
+
+    fn daemons(&self) -> (u32, impl Iterator<Item = u32>) {
+        let control = self.cluster.control.as_ref().expect("a running control plane").pid();
+        let nodes = self.cluster.nodes.iter();
+        (control, nodes.map(|node| node.daemon.as_ref().expect("a running node").pid()))
+    }
+
+    /// What `before` and the present moment lie apart, for each of `count`.
+    fn cost(&self, via: Via, before: Spent, start: Instant, count: f64) -> Cost {
+        let after = self.spent(via);
+        let each = |before: Duration, after: Duration| (after - before).as_secs_f64() * 1e6 / count;
+        Cost {
+            control: each(before.control, after.control),
+            nodes: each(before.nodes, after.nodes),
+            rate: count / start.elapsed().as_secs_f64(),
+        }
+    }
+
+    async fn fault(&self, fault: serde_json::Value) {
+        join_all((0..self.cluster.nodes.len()).map(|n| self.cluster.fault(n, fault.clone()))).await;
+    }
+
+    /// Prints what both have cost, and gives the row.
+    fn row(what: &str, unit: &str, haproxy: &Costs, ours: &Costs, target: f64) -> Row {
+        println!(
+            "{what}: HAProxy {:.0}/s; ours {:.0}/s, of the CPU orchestratord {:.2} µs, the nodes {:.2} µs",
+            haproxy.median(|cost| cost.rate),
+            ours.median(|cost| cost.rate),
+            ours.median(|cost| cost.control),
+            ours.median(|cost| cost.nodes),
+        );
+        Row::new(format!("{what}, CPU µs {unit}"), ours.all(), haproxy.all(), Target::Ratio(target))
+    }
+
+    /// 500 streams of 10 tokens a second: each at its own moments, or all at once.
+    pub(crate) async fn paced(&self, in_steps: bool) -> Row {
+        let kind = if in_steps { "steps" } else { "slow" };
+        self.fault(json!({"kind": kind, "pace_ms": PACE_MS})).await;
+        let (mut haproxy, mut ours) = (Costs::default(), Costs::default());
+        for _ in 0..self.repetitions {
+            for via in BOTH {
+                let streams = self.open(via, self.seconds).await;
+                let caller = self.caller(via);
+                let (before, seen, start) = (self.spent(via), caller.tokens_seen(), Instant::now());
+                tokio::time::sleep(Duration::from_secs(self.seconds)).await;
+                let cost = self.cost(via, before, start, (caller.tokens_seen() - seen) as f64);
+                close(streams).await;
+                match via {
+                    Via::HaProxy => haproxy.0.push(cost),
+                    Via::Ours => ours.0.push(cost),
+                }
+            }
+        }
+        self.fault(json!({"kind": "none"})).await;
+        let (what, target) = if in_steps { ("paced in steps", 1.4) } else { ("paced", 1.6) };
+        let what = format!("{what}, {STREAMS} x {TOKENS_PER_SECOND} tokens/s");
+        Self::row(&what, "a token", &haproxy, &ours, target)
+    }
+
+    /// Opens the paced streams, and returns when each has brought its first token.
+    async fn open(&self, via: Via, seconds: u64) -> Vec<JoinHandle<Seen>> {
+        let caller = self.caller(via);
+        let tokens = u32::try_from(seconds + MARGIN_SECONDS).expect("minutes at most") * TOKENS_PER_SECOND;
+        let begun = caller.streams_begun();
+        let streams = (0..STREAMS).map(|_| {
+            let caller = caller.clone();
+            tokio::spawn(async move { caller.run(tokens).await })
+        });
+        let streams = streams.collect();
+        eventually("all streams are open", Duration::from_secs(20), || async {
+            (caller.streams_begun() - begun >= STREAMS as u64).then_some(())
+        })
+        .await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        streams
+    }
+
+    /// 64 streams of 256 tokens, one after another and without pace.
+    pub(crate) async fn unpaced(&self) -> Row {
+        let count = |seen: &[Seen]| seen.iter().map(|seen| seen.tokens as f64).sum();
+        let (haproxy, ours) = self.loaded(LONG, count).await;
+        Self::row(&format!("unpaced, {CLIENTS} x {LONG}"), "a token", &haproxy, &ours, 4.0)
+    }
+
+    /// Requests of one token by 64 clients.
+    pub(crate) async fn one_token(&self) -> Row {
+        let (haproxy, ours) = self.loaded(1, |seen| seen.len() as f64).await;
+        Self::row(&format!("one-token requests, {CLIENTS} clients"), "a request", &haproxy, &ours, 3.4)
+    }
+
+    async fn loaded(&self, tokens: u32, count: impl Fn(&[Seen]) -> f64) -> (Costs, Costs) {
+        let (mut haproxy, mut ours) = (Costs::default(), Costs::default());
+        for _ in 0..self.repetitions {
+            for via in BOTH {
+                let (before, start) = (self.spent(via), Instant::now());
+                let seen = sample(self.caller(via), CLIENTS, tokens, self.seconds).await;
+                let cost = self.cost(via, before, start, count(&seen));
+                match via {
+                    Via::HaProxy => haproxy.0.push(cost),
+                    Via::Ours => ours.0.push(cost),
+                }
+            }
+        }
+        (haproxy, ours)
+    }
+
+    /// What is added to the engines' own time to the first token: p50 and p99.
+    pub(crate) async fn first_token(&self, clients: usize, p50_ms: f64, p99_above_ms: f64) -> [Row; 2] {
+        let (mut bare, mut haproxy, mut ours) = (vec![], vec![], vec![]);
+        for _ in 0..self.repetitions {
+            let base = self.quantiles(&self.bare, clients).await;
+            bare.push(base);
+            haproxy.push(self.quantiles(&self.through_haproxy, clients).await.above(base));
+            ours.push(self.quantiles(&self.ours, clients).await.above(base));
+        }
+        let of = |all: &[Quantiles], which: fn(&Quantiles) -> f64| median(all.iter().map(which).collect());
+        println!(
+            "time to first token of the bare engines, {clients} clients: p50 {:.2} ms, p99 {:.2} ms",
+            of(&bare, |q| q.p50_ms),
+            of(&bare, |q| q.p99_ms)
+        );
+        let name = |which: &str| format!("added time to first token, {clients} clients, {which}, ms");
+        let p50 = (of(&ours, |q| q.p50_ms), of(&haproxy, |q| q.p50_ms));
+        let p99 = (of(&ours, |q| q.p99_ms), of(&haproxy, |q| q.p99_ms));
+        [
+            Row::new(name("p50"), p50.0, p50.1, Target::Most(p50_ms)),
+            Row::new(name("p99"), p99.0, p99.1, Target::Above(p99_above_ms)),
+        ]
+    }
+
+    /// Clients that ask for one token each 20 ms, each at its own moments.
+    async fn quantiles(&self, caller: &Caller, clients: usize) -> Quantiles {
+        let begin = tokio::time::Instant::now();
+        let end = begin + Duration::from_secs(self.seconds);
+        let share = ASKS_EVERY / u32::try_from(clients).expect("a few clients");
+        let runs = (0_u32..).take(clients).map(|n| {
+            let caller = caller.clone();
+            tokio::spawn(async move {
+                let mut asks = interval_at(begin + share * n, ASKS_EVERY);
+                asks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+                let mut all = Vec::new();
+                while asks.tick().await < end {
+                    all.push(caller.run(1).await);
+                }
+                all
+            })
+        });
+        Quantiles::of(&joined(runs).await)
+    }
+
+    /// Resident memory of each daemon: idle, with 500 open streams, after a minute of one-token requests.
+    /// First of all measurements, because ended tasks are kept for their readers.
+    pub(crate) async fn memory(&self) -> Vec<Row> {
+        let mut rows = self.resident("idle", 32.0);
+        self.fault(json!({"kind": "slow", "pace_ms": PACE_MS})).await;
+        let through_haproxy = self.open(Via::HaProxy, 0).await;
+        let ours = self.open(Via::Ours, 0).await;
+        rows.extend(self.resident(&format!("{STREAMS} streams"), 48.0));
+        close(through_haproxy).await;
+        close(ours).await;
+        self.fault(json!({"kind": "none"})).await;
+        for via in BOTH {
+            sample(self.caller(via), CLIENTS, 1, MEMORY_SECONDS).await;
+        }
+        rows.extend(self.resident(&format!("after {MEMORY_SECONDS} s of one-token requests"), 64.0));
+        rows
+    }
+
+    fn resident(&self, when: &str, most: f64) -> Vec<Row> {
+        let (control, nodes) = self.daemons();
+        let haproxy = cpu::resident_mb(self.haproxy.pid());
+        let largest = nodes.map(cpu::resident_mb).fold(0.0, f64::max);
+        [("orchestratord", cpu::resident_mb(control)), ("the largest pool-managerd", largest)]
+            .map(|(who, mb)| {
+                Row::new(format!("resident, {when}, {who}, MB"), mb, haproxy, Target::Most(most))
+            })
+            .into()
+    }
+}
+
+/// Waits for the streams' ends: each is whole, or this panics.
+async fn close(streams: Vec<JoinHandle<Seen>>) {
+    for stream in streams {
+        stream.await.expect("a client does not panic");
+    }
+}
+
+/// Runs `clients` callers one request after another for some seconds.
+async fn sample(caller: &Caller, clients: usize, tokens: u32, seconds: u64) -> Vec<Seen> {
+    let end = Instant::now() + Duration::from_secs(seconds);
+    let runs = (0..clients).map(|_| {
+        let caller = caller.clone();
+        tokio::spawn(async move {
+            let mut all = Vec::new();
+            while Instant::now() < end {
+                all.push(caller.run(tokens).await);
+            }
+            all
+        })
+    });
+    joined(runs).await
+}
+
+/// What all clients have seen.
+async fn joined(runs: impl Iterator<Item = JoinHandle<Vec<Seen>>>) -> Vec<Seen> {
+    join_all(runs).await.into_iter().flat_map(|run| run.expect("a client does not panic")).collect()
+}
+
+/// Times to the first token.
+#[derive(Debug, Clone, Copy)]
+struct Quantiles {
+    p50_ms: f64,
+    p99_ms: f64,
+}
+
+impl Quantiles {
+    fn of(seen: &[Seen]) -> Self {
+        let mut all: Vec<f64> = seen.iter().map(|seen| seen.first_token.as_secs_f64() * 1e3).collect();
+        all.sort_by(f64::total_cmp);
+        Self { p50_ms: quantile(&all, 500), p99_ms: quantile(&all, 990) }
+    }
+
+    fn above(self, base: Self) -> Self {
+        Self { p50_ms: self.p50_ms - base.p50_ms, p99_ms: self.p99_ms - base.p99_ms }
+    }
+}

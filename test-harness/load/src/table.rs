@@ -1,0 +1,66 @@
+//! The table of the comparison: ours, HAProxy's, and what is aimed at.
+
+/// What a figure of ours is to be at most.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Target {
+    /// So many times HAProxy's.
+    Ratio(f64),
+    /// So much.
+    Most(f64),
+    /// HAProxy's and so much more.
+    Above(f64),
+}
+
+/// One figure of both.
+#[derive(Debug)]
+pub(crate) struct Row {
+    what: String,
+    ours: f64,
+    haproxy: f64,
+    target: Target,
+}
+
+impl Row {
+    pub(crate) fn new(what: String, ours: f64, haproxy: f64, target: Target) -> Self {
+        Self { what, ours, haproxy, target }
+    }
+
+    fn cells(&self) -> [String; 6] {
+        let Self { what, ours, haproxy, target } = self;
+        let ratio = ours / haproxy;
+        let (aim, is_met) = match *target {
+            Target::Ratio(most) => (format!("{most} x HAProxy"), ratio <= most),
+            Target::Most(most) => (format!("{most}"), *ours <= most),
+            Target::Above(more) => (format!("HAProxy + {more}"), *ours <= haproxy + more),
+        };
+        let met = if is_met { "yes" } else { "no" };
+        [what.clone(), figure(*ours), figure(*haproxy), format!("{ratio:.2}"), aim, met.to_owned()]
+    }
+}
+
+/// With as many places as its size needs.
+fn figure(value: f64) -> String {
+    if value.abs() < 10.0 { format!("{value:.2}") } else { format!("{value:.1}") }
+}
+
+/// Prints the rows in columns.
+pub(crate) fn print(rows: &[Row]) {
+    let heading = ["both hops of ours", "ours", "HAProxy", "ratio", "target: at most", "met"];
+    let mut lines = vec![heading.map(str::to_owned)];
+    lines.extend(rows.iter().map(Row::cells));
+    let widths: Vec<usize> =
+        (0..6).map(|n| lines.iter().map(|line| line[n].chars().count()).max().unwrap_or(0)).collect();
+    for line in &lines {
+        let cells: Vec<String> = line
+            .iter()
+            .zip(&widths)
+            .enumerate()
+            .map(
+                |(n, (cell, width))| {
+                    if n == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
+                },
+            )
+            .collect();
+        println!("| {} |", cells.join(" | "));
+    }
+}
