@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use axum::body::Body as HttpBody;
 use axum::extract::{Extension, State};
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -12,7 +11,7 @@ use daemon_kit::auth::Need;
 use daemon_kit::correlation::RequestIds;
 use daemon_kit::metrics::Page;
 use daemon_kit::tokens::Scope;
-use daemon_kit::{ApiError, Body, PathId, WrappedBody};
+use daemon_kit::{ApiError, Body, PathId, WrappedBody, stream_body};
 use node_agent::Retention;
 use pool_registry_types::node::{GpuReport, Intent, IntentOrder, LiveAnswer, StagedModel};
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload, PoolReport};
@@ -317,8 +316,8 @@ async fn infer(
     let pool_id = id;
     let trace = ids.trace();
     let inference = node.agent.infer(&pool_id, body.value, body.bytes, Retention::Attached, Some(&trace))?;
-    let mut response =
-        (StatusCode::OK, HttpBody::from_stream(inference.reader.into_exchange())).into_response();
+    let body = stream_body(inference.reader.into_exchange()).await;
+    let mut response = (StatusCode::OK, body).into_response();
     let map = response.headers_mut();
     map.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     map.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));

@@ -3,13 +3,12 @@
 use std::sync::Arc;
 
 use axum::Json;
-use axum::body::Body as HttpBody;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Extension, Query, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use daemon_kit::correlation::RequestIds;
-use daemon_kit::{ApiError, Body, Caller, PathId};
+use daemon_kit::{ApiError, Body, Caller, PathId, stream_body};
 use pool_registry_types::placement::Explanation;
 use pool_registry_types::routes::headers;
 use pool_registry_types::task::{TaskAccepted, TaskPage, TaskRequest, TaskState, TaskView};
@@ -57,7 +56,7 @@ pub(crate) async fn submit(
     let answered = admission.await.map_err(|_| defect())?;
     let accepted = answered?;
     let mut response = if wants_stream(&headers) {
-        stream(&state, task_id, None, false)?
+        stream(&state, task_id, None, false).await?
     } else {
         (StatusCode::ACCEPTED, Json(accepted)).into_response()
     };
@@ -182,10 +181,10 @@ pub(crate) async fn events(
 ) -> Result<Response, ApiError> {
     let Reading { verbose } = checked(reading)?;
     let last = headers.get("last-event-id").map(|value| value.to_str().unwrap_or("unreadable"));
-    stream(&state, id, last, verbose)
+    stream(&state, id, last, verbose).await
 }
 
-fn stream(
+async fn stream(
     state: &AppState,
     id: TaskId,
     last_event_id: Option<&str>,
@@ -194,7 +193,7 @@ fn stream(
     let gauge = Gauge::new(state.control.clone(), verbose);
     let (stream, next) = state.streams.find(id, last_event_id)?;
     let permit = stream.reader()?;
-    let body = HttpBody::from_stream(readers::follow(stream, permit, next, id, gauge));
+    let body = stream_body(readers::follow(stream, permit, next, id, gauge)).await;
     let kind = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
     Ok((StatusCode::OK, kind, body).into_response())
 }

@@ -6,6 +6,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use daemon_kit::Clock;
 use futures::FutureExt;
@@ -22,6 +23,8 @@ use crate::services::streams::{Streams, TaskStream};
 
 /// Pieces of a stream that are taken together when they have arrived already.
 const MOST_PIECES_AT_ONCE: usize = 64;
+/// A piece that comes so soon after the one before may have more behind it.
+const IN_A_ROW: Duration = Duration::from_millis(2);
 const NO_FINAL_FRAME: &str = "it ended without a final frame";
 
 /// What every relay uses.
@@ -45,6 +48,8 @@ struct Carrier {
     exchange: Option<Exchange>,
     /// Armed by the relay; a token mostly does not touch it.
     timer: Pin<Box<Sleep>>,
+    /// When the stream last brought something.
+    last_pieces: Option<Moment>,
 }
 
 impl Relays {
@@ -67,9 +72,10 @@ impl Relays {
             return control.send(ended).await;
         };
         let relay = Relay::new(self.clock.now(), dispatch.assignment());
-        let timer = Box::pin(tokio::time::sleep(std::time::Duration::ZERO));
+        let timer = Box::pin(tokio::time::sleep(Duration::ZERO));
         let (clock, dispatch) = (self.clock, Arc::new(dispatch));
-        let mut carrier = Carrier { clock, control, stream, dispatch, relay, exchange: None, timer };
+        let (exchange, last_pieces) = (None, None);
+        let mut carrier = Carrier { clock, control, stream, dispatch, relay, exchange, timer, last_pieces };
         let outcome = tokio::select! {
             biased;
             () = closed.cancelled() => None,
@@ -185,7 +191,9 @@ impl Carrier {
 
     /// What has arrived already goes into the log, and to the readers, in one piece.
     async fn take_what_is_there(&mut self, now: Moment) {
-        let mut patient = true;
+        let is_burst = self.last_pieces.replace(now).is_none_or(|last| now.since(last) < IN_A_ROW);
+        // A token that comes by itself is not to wait for others, nor to cost a second turn.
+        let mut patient = is_burst;
         for _ in 0..MOST_PIECES_AT_ONCE {
             let Some(exchange) = &mut self.exchange else { return };
             match exchange.next().now_or_never() {

@@ -4,6 +4,7 @@
 //! that goes is not missed. While its task waits, it is told where the task stands.
 
 use std::convert::Infallible;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,12 +14,12 @@ use pool_registry_types::TaskId;
 use pool_registry_types::sse::write_frame;
 use pool_registry_types::task::{Metrics, TaskState};
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep, sleep};
 
 use crate::services::control::Control;
 use crate::services::streams::TaskStream;
 
-/// Pause between two comments on a quiet stream.
+/// A reader that was given nothing for so long is given a comment. Source: .specs/01 CLOUD-1940.
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(10);
 /// A stream that is quiet for so long from its start belongs to a task that waits.
 const FIRST_METRICS_AFTER: Duration = Duration::from_millis(200);
@@ -36,7 +37,8 @@ pub(crate) fn follow(
     task: TaskId,
     gauge: Gauge,
 ) -> impl Stream<Item = Result<Bytes, Infallible>> + Send + use<> {
-    let reader = Reader { stream, _permit: permit, next, finished: false, task, gauge };
+    let timer = Box::pin(sleep(FIRST_METRICS_AFTER));
+    let reader = Reader { stream, _permit: permit, next, finished: false, task, gauge, timer };
     stream::unfold(reader, |mut reader| async move { reader.more().await.map(|bytes| (Ok(bytes), reader)) })
 }
 
@@ -57,14 +59,20 @@ impl Gauge {
         Self { control, verbose, reported: None, spoke: Instant::now(), looked: None }
     }
 
-    /// How long the log may be quiet before the gauge is looked at.
-    fn pause(&self, started: bool) -> Duration {
-        match (started && !self.verbose, self.looked) {
+    /// When the gauge is looked at, if the reader is given nothing before.
+    fn look_at(&self, started: bool) -> Instant {
+        let pause = match (started && !self.verbose, self.looked) {
             // What runs seldom waits again.
             (true, _) => SAME_METRICS_EVERY,
             (false, None) => FIRST_METRICS_AFTER,
             (false, Some(_)) => METRICS_EVERY,
-        }
+        };
+        self.looked.map_or(self.spoke, |looked| looked.max(self.spoke)) + pause
+    }
+
+    /// When the reader is to hear that its stream lives, if it is given nothing before.
+    fn keep_alive_at(&self) -> Instant {
+        self.spoke + KEEP_ALIVE_EVERY
     }
 
     fn is_due(&self) -> bool {
@@ -101,6 +109,9 @@ struct Reader {
     finished: bool,
     task: TaskId,
     gauge: Gauge,
+    /// Rings when there may be something to say besides the log. A token does not touch it: it rings too
+    /// early then, and is set anew.
+    timer: Pin<Box<Sleep>>,
 }
 
 impl Reader {
@@ -123,17 +134,83 @@ impl Reader {
                 }
                 Err(changed) => changed,
             };
-            if tokio::time::timeout(self.gauge.pause(self.next > 0), changed).await.is_ok() {
-                continue;
+            tokio::select! {
+                biased;
+                () = changed => continue,
+                () = &mut self.timer => {}
             }
-            if let Some(metrics) = self.gauge.look(self.task).await {
+            let started = self.next > 0;
+            if Instant::now() >= self.gauge.look_at(started)
+                && let Some(metrics) = self.gauge.look(self.task).await
+            {
                 break metrics;
             }
-            if self.gauge.spoke.elapsed() >= KEEP_ALIVE_EVERY {
+            if Instant::now() >= self.gauge.keep_alive_at() {
                 break Bytes::from_static(b": ka\n\n");
             }
+            let next = self.gauge.look_at(started).min(self.gauge.keep_alive_at());
+            self.timer.as_mut().reset(next);
         };
         self.gauge.spoke = Instant::now();
         (!bytes.is_empty()).then_some(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use daemon_kit::Clock;
+    use futures::StreamExt;
+    use pool_registry_types::{AttemptId, LogId, TraceContext};
+    use task_stream::{Payload, PayloadFormat, Segment};
+    use tokio::time::interval;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::services::control::mailbox;
+    use crate::services::streams::{Streams, Submitted};
+
+    const TASK: TaskId = TaskId(Uuid::from_u128(1));
+
+    fn opened() -> Arc<TaskStream> {
+        let streams = Streams::new(1_000);
+        let payload = Payload { format: PayloadFormat::Native, bytes: Bytes::new() };
+        let trace = TraceContext { traceparent: String::new(), correlation_id: "c-1".into() };
+        streams.open(TASK, LogId(Uuid::from_u128(1)), Submitted { payload, trace });
+        streams.get(TASK).unwrap()
+    }
+
+    // CLOUD-1940
+    #[tokio::test(start_paused = true)]
+    async fn a_quiet_reader_hears_every_ten_seconds_that_its_stream_lives_whatever_wakes_it_meanwhile() {
+        for started in [false, true] {
+            let stream = opened();
+            let attempt = AttemptId(Uuid::from_u128(1));
+            stream.write(|log| log.open(attempt));
+            let (control, _inbox) = mailbox(Clock::default());
+            let permit = stream.reader().unwrap();
+            let gauge = Gauge::new(control, false);
+            let mut reader = Box::pin(follow(Arc::clone(&stream), permit, 0, TASK, gauge));
+            if started {
+                let frame = Segment::frame(0, "event: token\ndata: {}\n\n".into());
+                stream.write(|log| log.append(attempt, frame)).unwrap();
+                assert!(reader.next().await.unwrap().unwrap().starts_with(b"event: token"));
+            }
+            let begun = Instant::now();
+            let node = tokio::spawn(async move {
+                let mut each = interval(Duration::from_millis(900));
+                loop {
+                    each.tick().await;
+                    stream.write(|_| ());
+                }
+            });
+            for n in 1..=3 {
+                let comment = reader.next().await.unwrap().unwrap();
+                assert_eq!(comment, ": ka\n\n");
+                // A look at where the task stands may lie before it, and is bounded.
+                let late = begun.elapsed() - KEEP_ALIVE_EVERY * n;
+                assert!(late <= PATIENCE * n, "comment {n} is late by {late:?}");
+            }
+            node.abort();
+        }
     }
 }

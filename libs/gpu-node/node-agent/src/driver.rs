@@ -21,7 +21,7 @@ use pool_registry_types::pool::EngineKind;
 use pool_registry_types::sse::{Decoder, write_frame};
 use pool_registry_types::task::{FinishReason, InferRequest, Reasoning, ResumeMode, TaskRequest};
 use pool_registry_types::{ErrorBody, ErrorCode, LogId, ModelRef};
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
+use tokio::time::Instant;
 
 use crate::engines::documents::{self, Document, DocumentError};
 use crate::engines::{
@@ -32,8 +32,6 @@ use crate::slot::Slot;
 
 /// Longest wait for the word of an engine that it still has the model, beside which its answer waits.
 const IDENTITY_TIMEOUT: Duration = Duration::from_secs(1);
-/// Pause between two comments to a reader that say that the node lives.
-pub(crate) const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(1);
 /// Bytes prove that an engine lives; saying so once in this span is enough.
 const HEARD_EVERY: Duration = Duration::from_millis(500);
 
@@ -111,8 +109,8 @@ pub(crate) struct Driver {
     started: Instant,
     first_token: Option<Instant>,
     heard_sent: Option<Instant>,
-    /// Absent where the driver's task is its own: readers have theirs.
-    keep_alive: Option<Interval>,
+    /// When the engine's stream last brought something.
+    last_pieces: Option<Instant>,
 }
 
 /// What one step of a driver has come to.
@@ -120,8 +118,6 @@ pub(crate) struct Driver {
 pub(crate) enum Step {
     /// There is more in the buffer.
     Appended,
-    /// Nothing came for a while; the node lives.
-    Quiet,
     /// The attempt has ended, and its last bytes are in the buffer.
     Over,
 }
@@ -251,8 +247,6 @@ impl Driver {
             let client = slot.agent.client().clone();
             Phase::Opening(Box::pin(open(asked, client, slot.at.clone(), named)))
         };
-        let mut keep_alive = interval_at(Instant::now() + KEEP_ALIVE_EVERY, KEEP_ALIVE_EVERY);
-        keep_alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Ok(Self {
             slot,
             phase,
@@ -270,7 +264,7 @@ impl Driver {
             started: Instant::now(),
             first_token: None,
             heard_sent: None,
-            keep_alive: Some(keep_alive),
+            last_pieces: None,
         })
     }
 
@@ -295,32 +289,22 @@ impl Driver {
                     biased;
                     () = cancel.cancelled() => Happened::Canceled,
                     answer = answer => Happened::Answered(answer),
-                    () = tick(self.keep_alive.as_mut()) => return Step::Quiet,
                 },
-                Phase::Refused(reading) => tokio::select! {
-                    biased;
-                    body = reading => Happened::Refused(body),
-                    () = tick(self.keep_alive.as_mut()) => return Step::Quiet,
-                },
+                Phase::Refused(reading) => Happened::Refused(reading.await),
                 Phase::Streaming(pieces) => tokio::select! {
                     biased;
                     () = cancel.cancelled() => Happened::Canceled,
                     chunk = pieces.next() => Happened::Chunk(chunk),
-                    () = tick(self.keep_alive.as_mut()) => return Step::Quiet,
                 },
                 Phase::Reading(document) => tokio::select! {
                     biased;
                     () = cancel.cancelled() => Happened::Canceled,
                     document = document => Happened::Document(document),
-                    () = tick(self.keep_alive.as_mut()) => return Step::Quiet,
                 },
-                Phase::Lost { error, until } => tokio::select! {
-                    biased;
-                    crash = self.slot.agent.crash_of(&self.slot.attempt, *until) => {
-                        Happened::Ended(Box::new(ErrorBody { crash, ..(**error).clone() }))
-                    }
-                    () = tick(self.keep_alive.as_mut()) => return Step::Quiet,
-                },
+                Phase::Lost { error, until } => {
+                    let crash = self.slot.agent.crash_of(&self.slot.attempt, *until).await;
+                    Happened::Ended(Box::new(ErrorBody { crash, ..(**error).clone() }))
+                }
             };
             match happened {
                 Happened::Canceled if self.slot.is_stopped() => self.phase = Phase::Over,
@@ -360,7 +344,6 @@ impl Driver {
 
     /// Goes on without being asked, until the attempt has ended.
     pub(crate) async fn run(mut self) {
-        self.keep_alive = None;
         loop {
             self.slot.room().await;
             if self.step().await == Step::Over {
@@ -482,14 +465,6 @@ impl Driver {
                 self.slot.agent.report_now();
             }
         }
-    }
-}
-
-/// Where there is a timer, its next tick.
-async fn tick(timer: Option<&mut Interval>) {
-    match timer {
-        Some(timer) => drop(timer.tick().await),
-        None => std::future::pending().await,
     }
 }
 

@@ -1,17 +1,18 @@
 //! One attempt on one engine, and who reads its stream.
 //!
-//! The answer's headers go out when the slot is taken, before any prefill. From then on a comment every
-//! second proves that the node lives. The attempt's [`Driver`] appends to a buffer, and an
-//! [`AttemptReader`] follows it. The driver of an attached attempt is polled by the reader that the
-//! attempt was accepted with, for as long as there is that: no task, no channel and no wake-up stand
-//! between them. Any other driver has a task of its own. A reader that is dropped ends nothing, and
-//! another one may come. What ends an attempt is its driver, or a stop.
+//! Whoever asks has its answer when the slot is taken, before any prefill. From then on a comment after
+//! each second in which the reader was given nothing proves that the node lives. The attempt's
+//! [`Driver`] appends to a buffer, and an [`AttemptReader`] follows it. The driver of an attached attempt
+//! is polled by the reader that the attempt was accepted with, for as long as there is that: no task, no
+//! channel and no wake-up stand between them. Any other driver has a task of its own. A reader that is
+//! dropped ends nothing, and another one may come. What ends an attempt is its driver, or a stop.
 
 use std::convert::Infallible;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
@@ -19,16 +20,19 @@ use handoff_watcher::HandoffName;
 use node_core::{Ask, Cursor, ResumeError, Retention, Taken};
 use pool_registry_types::task::InferRequest;
 use pool_registry_types::{AttemptId, ErrorBody, PoolId, ReplicaId, TraceContext};
+use tokio::time::{Instant, Sleep, sleep};
 use uuid::Uuid;
 
 use crate::agent::{Agent, Signals};
 use crate::attempt_log::AttemptLog;
-use crate::driver::{Driver, KEEP_ALIVE_EVERY, Step};
+use crate::driver::{Driver, Step};
 use crate::engines::client::attempt_headers;
 use crate::slot::Slot;
 
 /// Proves that the node lives; made for each reader, and not kept.
 const KEEP_ALIVE: &[u8] = b": ka\n\n";
+/// A reader that was given nothing for so long is given that. Source: .specs/01 CLOUD-1515.
+const KEEP_ALIVE_AFTER: Duration = Duration::from_secs(1);
 
 /// An accepted attempt, or one that a reader comes to again.
 #[derive(Debug)]
@@ -103,17 +107,31 @@ struct Following {
     driver: Option<Driver>,
     /// Absent where the attempt has ended: then all is there.
     signals: Option<Arc<Signals>>,
+    /// Rings when the reader was given nothing for a while. What it is given moves it to later, which
+    /// takes no lock and wakes nobody.
+    quiet: Pin<Box<Sleep>>,
 }
 
 impl Following {
+    /// The next bytes of the attempt, or a comment where there are none for a while.
     async fn next(&mut self) -> Option<Bytes> {
+        let bytes = self.bytes().await;
+        self.quiet.as_mut().reset(Instant::now() + KEEP_ALIVE_AFTER);
+        bytes
+    }
+
+    async fn bytes(&mut self) -> Option<Bytes> {
         let lives = || Some(Bytes::from_static(KEEP_ALIVE));
         loop {
             // What a driver of its own has made it has taken before.
             if let Some(driver) = &mut self.driver {
-                match driver.step().await {
+                let step = tokio::select! {
+                    biased;
+                    step = driver.step() => step,
+                    () = &mut self.quiet => return lives(),
+                };
+                match step {
                     Step::Appended => {}
-                    Step::Quiet => return lives(),
                     Step::Over => self.driver = None,
                 }
             }
@@ -133,8 +151,10 @@ impl Following {
                 Taken::Waiting if self.driver.is_some() => continue,
                 Taken::Waiting => {}
             }
-            if tokio::time::timeout(KEEP_ALIVE_EVERY, appended.as_pin_mut()?).await.is_err() {
-                return lives();
+            tokio::select! {
+                biased;
+                () = appended.as_pin_mut()? => {}
+                () = &mut self.quiet => return lives(),
             }
         }
     }
@@ -264,7 +284,8 @@ impl Agent {
         driver: Option<Driver>,
         signals: Option<Arc<Signals>>,
     ) -> AttemptReader {
-        let following = Following { agent: Arc::clone(self), attempt, cursor, driver, signals };
+        let quiet = Box::pin(sleep(KEEP_ALIVE_AFTER));
+        let following = Following { agent: Arc::clone(self), attempt, cursor, driver, signals, quiet };
         let bytes = stream::unfold(following, |mut following| async move {
             following.next().await.map(|bytes| (bytes, following))
         });

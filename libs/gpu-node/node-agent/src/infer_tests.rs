@@ -139,6 +139,43 @@ async fn a_reader_that_is_dropped_ends_nothing_and_another_one_gets_every_byte_f
     assert!(agent.pools()[0].replicas[0].held.is_empty());
 }
 
+// CLOUD-1515
+#[tokio::test]
+async fn a_comment_comes_after_a_second_without_anything_and_none_while_tokens_flow() {
+    // Polled by its reader, and by a task of its own.
+    for (attempt, retention) in [(1, Retention::Attached), (2, Retention::Keep)] {
+        let folder = tempfile::tempdir().unwrap();
+        let engine = Engine::making(30, 0).await;
+        let agent = node(&folder, engine.url.clone());
+        let mut reader = begin(&agent, attempt, retention).reader;
+        let may = Arc::clone(&engine.may);
+        // Tokens flow for longer than a second, and then none comes for as long.
+        let pacing = tokio::spawn(async move {
+            for _ in 0..28 {
+                may.add_permits(1);
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        });
+        let (mut comments, mut all, mut before) = (0, String::new(), Instant::now());
+        while !all.contains("report-seq") {
+            let Some(bytes) = timeout(SOON, reader.next()).await.unwrap() else { break };
+            if bytes.as_ref() == KEEP_ALIVE {
+                // Also where the machine was slow.
+                assert!(before.elapsed() >= KEEP_ALIVE_AFTER, "{:?} after {all}", before.elapsed());
+                comments += 1;
+                if all.contains("w27 ") {
+                    engine.may.add_permits(2);
+                }
+            } else {
+                all.push_str(std::str::from_utf8(&bytes).unwrap());
+            }
+            before = Instant::now();
+        }
+        pacing.await.unwrap();
+        assert!(comments >= 1 && all.contains("w29 "), "{comments} comments in {all}");
+    }
+}
+
 // CLOUD-1567
 #[tokio::test]
 async fn a_stop_reaches_the_engine_with_a_reader_and_without_one() {

@@ -14,6 +14,8 @@ use crate::engines::{Delta, EngineEvent};
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 /// Pieces of an engine's stream that are taken together when they have arrived already.
 const MOST_PIECES_AT_ONCE: usize = 64;
+/// A piece that comes so soon after the one before may have more behind it.
+const IN_A_ROW: Duration = Duration::from_millis(2);
 /// What may follow the end of an answer before its connection is given up, bytes and time.
 const MOST_LEFT_BYTES: usize = 64 * 1024;
 const LEFT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -23,8 +25,11 @@ const END_TIMEOUT: Duration = Duration::from_secs(1);
 impl Driver {
     /// Takes a piece of the engine's stream, and with it what has arrived already.
     pub(super) async fn chunks(&mut self, first: Option<hyper::Result<Bytes>>) {
+        let now = Instant::now();
+        let is_burst = self.last_pieces.replace(now).is_none_or(|last| now - last < IN_A_ROW);
         self.chunk(first);
-        let mut patient = true;
+        // A token that comes by itself is not to wait for others, nor to cost a second turn.
+        let mut patient = is_burst;
         for _ in 0..MOST_PIECES_AT_ONCE {
             let Phase::Streaming(pieces) = &mut self.phase else { return };
             match pieces.next().now_or_never() {
