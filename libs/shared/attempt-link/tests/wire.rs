@@ -105,7 +105,7 @@ fn a_payload_that_is_not_one_json_value_and_nothing_else_goes_alone_as_it_is() {
     for payload in [injected.as_str(), "", "{", "nul", "{} {}", " {}", "[1]\n", "\"\u{0}\"", "]}"] {
         let written = WrittenStart::new(&start(7, payload));
         assert!(written.goes_alone(), "{payload}");
-        assert_eq!(write_starts(key(), &[written.clone()], &[], &[]), Err(WriteError::Alone));
+        assert_eq!(write_starts(key(), std::slice::from_ref(&written), &[], &[]), Err(WriteError::Alone));
         let alone = Bytes::from(write_single(key(), &written).unwrap().concat());
         assert_eq!(read_single(&alone).unwrap().start.unwrap().payload.as_ref(), payload.as_bytes());
     }

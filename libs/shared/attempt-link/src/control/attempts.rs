@@ -481,13 +481,15 @@ impl ControlLane {
                         anew.push(*id);
                     }
                 }
-                None if now >= entry.named_at + UNNAMED => {
-                    if !std::mem::replace(&mut entry.is_silent, true) {
+                None => {
+                    let is_overdue = now >= entry.named_at + UNNAMED;
+                    if is_overdue && !std::mem::replace(&mut entry.is_silent, true) {
                         silent.push(*id);
                     }
+                    if !is_overdue && std::mem::replace(&mut entry.is_named, false) {
+                        anew.push(*id);
+                    }
                 }
-                None if std::mem::replace(&mut entry.is_named, false) => anew.push(*id),
-                None => {}
             }
         }
         for attempt in anew {
