@@ -48,7 +48,7 @@ struct Carrier {
     exchange: Option<Exchange>,
     /// Armed by the relay; a token mostly does not touch it.
     timer: Pin<Box<Sleep>>,
-    /// When the stream last brought something.
+    /// When the stream last brought something, if that was one piece.
     last_pieces: Option<Moment>,
 }
 
@@ -134,7 +134,9 @@ impl Carrier {
             };
             let now = self.clock.now();
             self.take(now, piece);
-            self.take_what_is_there(now).await;
+            let more = self.take_what_is_there(now).await;
+            // Also where a turn takes long: those that come together are taken together the next time.
+            self.last_pieces = (more == 0).then(|| self.clock.now());
             self.relay.flush(now, |staged| self.stream.take(staged));
             if let Some(end) = self.act().await {
                 return end;
@@ -189,20 +191,21 @@ impl Carrier {
         }
     }
 
-    /// What has arrived already goes into the log, and to the readers, in one piece.
-    async fn take_what_is_there(&mut self, now: Moment) {
-        let is_burst = self.last_pieces.replace(now).is_none_or(|last| now.since(last) < IN_A_ROW);
+    /// What has arrived already goes into the log, and to the readers, in one piece. Returns how many
+    /// pieces there were.
+    async fn take_what_is_there(&mut self, now: Moment) -> usize {
+        let mut more = 0;
         // A token that comes by itself is not to wait for others, nor to cost a second turn.
-        let mut patient = is_burst;
+        let mut patient = self.last_pieces.is_none_or(|last| now.since(last) < IN_A_ROW);
         for _ in 0..MOST_PIECES_AT_ONCE {
-            let Some(exchange) = &mut self.exchange else { return };
+            let Some(exchange) = &mut self.exchange else { break };
             match exchange.next().now_or_never() {
                 Some(piece) => {
                     let is_end = !matches!(piece, Some(Ok(_)));
-                    patient = true;
+                    (patient, more) = (true, more + 1);
                     self.take(now, piece);
                     if is_end {
-                        return;
+                        break;
                     }
                 }
                 // The connection hands over one piece at a time: let it, once, before giving up.
@@ -210,9 +213,10 @@ impl Carrier {
                     patient = false;
                     tokio::task::yield_now().await;
                 }
-                None => return,
+                None => break,
             }
         }
+        more
     }
 
     /// Carries out what the relay asks for. Returns the end of the attempt, once it has come.

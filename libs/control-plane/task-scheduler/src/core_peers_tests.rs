@@ -358,6 +358,25 @@ fn a_task_that_a_node_has_taken_waits_for_it_whatever_the_others_find_wrong() {
 
 // CLOUD-1550
 #[test]
+fn a_node_that_knows_its_engine_lacks_what_is_asked_is_believed_though_another_has_taken_the_task() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.join("b", 1);
+    for _ in 0..4 {
+        let (id, _) = b.submit(task());
+        let taken = b.last_dispatch().attempt;
+        b.apply(Event::Accepted { attempt: taken, replica_id: ReplicaId::new("r0").unwrap(), report_seq: 1 });
+        let lacking = ErrorBody::new(ErrorCode::Unsupported, "404").with_cause(EndCause::Engine4xx);
+        b.end(taken, 0, HowEnded::NodeError(lacking));
+        assert_ne!(b.last_dispatch().attempt, taken, "another one may have it");
+        b.end(b.last_dispatch().attempt, 0, rejected(ErrorCode::Unsupported));
+        assert_eq!(b.terminal[&id], ErrorCode::Unsupported, "nobody is left to ask");
+    }
+    assert!(["a", "b"].iter().all(|node| !b.is_tripped(&pool(node, "pool-0"))));
+}
+
+// CLOUD-1550
+#[test]
 fn a_task_that_a_suspect_node_takes_at_last_may_wait_as_long_as_any_other() {
     let mut b = Bench::new();
     b.join("a", 1);

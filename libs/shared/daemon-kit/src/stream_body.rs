@@ -12,15 +12,17 @@ use futures::{Stream, StreamExt, stream};
 const HEAD_WAITS: Duration = Duration::from_millis(20);
 
 /// The body, once its first piece is there or its head may wait no longer. Dropped before that, the
-/// pieces are dropped too.
+/// pieces are dropped too. A defect of whoever makes them breaks the body, at whichever piece it shows.
 pub async fn stream_body<S, E>(pieces: S) -> Body
 where
     S: Stream<Item = Result<Bytes, E>> + Send + 'static,
     E: Into<BoxError> + Send + 'static,
 {
     let mut pieces = Box::pin(pieces.fuse());
-    match tokio::time::timeout(HEAD_WAITS, pieces.next()).await {
-        Ok(first) => Body::from_stream(stream::iter(first).chain(pieces)),
+    let first = owned_tasks::caught("first piece of a stream", pieces.next());
+    match tokio::time::timeout(HEAD_WAITS, first).await {
+        Ok(Ok(first)) => Body::from_stream(stream::iter(first).chain(pieces)),
+        Ok(Err(panicked)) => Body::from_stream(stream::iter([Err::<Bytes, _>(panicked)])),
         Err(_) => Body::from_stream(pieces),
     }
 }
@@ -28,6 +30,9 @@ where
 #[cfg(test)]
 mod tests {
     use std::convert::Infallible;
+    use std::pin::Pin;
+    use std::sync::Arc;
+    use std::task::{Context, Poll};
 
     use axum::response::Response;
     use hyper::server::conn::http1;
@@ -91,5 +96,37 @@ mod tests {
         let none = stream::empty::<Result<Bytes, Infallible>>();
         let body = axum::body::to_bytes(stream_body(none).await, 10).await.unwrap();
         assert!(body.is_empty());
+    }
+
+    /// Says when it is dropped, and panics when it is asked for a piece, or keeps whoever asks waiting.
+    struct Watched {
+        _held: Arc<()>,
+        is_broken: bool,
+    }
+
+    impl Stream for Watched {
+        type Item = Result<Bytes, Infallible>;
+
+        fn poll_next(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+            assert!(!self.is_broken, "a defect");
+            Poll::Pending
+        }
+    }
+
+    // CLOUD-1941
+    #[tokio::test(start_paused = true)]
+    async fn whoever_hangs_up_before_the_head_drops_the_pieces() {
+        let held = Arc::new(());
+        let waiting = stream_body(Watched { _held: Arc::clone(&held), is_broken: false });
+        assert!(tokio::time::timeout(HEAD_WAITS / 2, waiting).await.is_err());
+        assert_eq!(Arc::strong_count(&held), 1);
+    }
+
+    // CLOUD-1941
+    #[tokio::test]
+    async fn a_defect_at_the_first_piece_breaks_the_body_as_one_at_a_later_piece_does() {
+        let body = stream_body(Watched { _held: Arc::default(), is_broken: true }).await;
+        let error = axum::body::to_bytes(body, 10).await.unwrap_err();
+        assert!(error.to_string().contains("a defect in: first piece of a stream"), "{error}");
     }
 }

@@ -122,7 +122,7 @@ impl ControlCore {
                 self.registry.proven(pool);
                 false
             }
-            HowEnded::Rejected(_) if self.tasks.get(&attempt.task).is_some_and(|task| task.taken) => {
+            HowEnded::Rejected(error) if self.is_wrongly_rejected(attempt.task, error) => {
                 self.registry.pool_failed(now, pool, &id, attempt.task, dispatched)
             }
             _ => false,
@@ -169,14 +169,16 @@ impl ControlCore {
         true
     }
 
+    /// Whether a node has found wrong what another one has taken. That its engine cannot do it, it may
+    /// know better: whoever takes a task has not asked its own yet.
+    fn is_wrongly_rejected(&self, id: TaskId, error: &ErrorBody) -> bool {
+        error.code != ErrorCode::Unsupported && self.tasks.get(&id).is_some_and(|task| task.taken)
+    }
+
     /// Until when another pool may be asked than those that have found the task wrong: as long as one
-    /// takes tasks, full or not, or one has taken it before, and else while one is only suspect, for a
-    /// node timeout.
+    /// takes tasks, full or not, and else while one is only suspect, for a node timeout.
     pub(super) fn ask_until(&self, now: Moment, id: TaskId) -> Option<Moment> {
         let task = self.tasks.get(&id)?;
-        if task.taken {
-            return Some(Moment::NEVER);
-        }
         let shape = self.shape(now, task, None)?;
         let taken = choose(&self.index, &shape);
         if matches!(taken, Ok(_) | Err(NoPlacement::Full | NoPlacement::BackingOff)) {
@@ -189,13 +191,14 @@ impl ControlCore {
 
     /// A pool has found the task wrong.
     fn rejected(&mut self, id: TaskId, by: &PoolKey, error: &ErrorBody) {
+        let is_wrong = self.is_wrongly_rejected(id, error);
         let Some(task) = self.tasks.get_mut(&id) else { return };
         for list in [&mut task.lacking, &mut task.tried] {
             if !list.contains(by) {
                 list.push(by.clone());
             }
         }
-        if task.taken {
+        if is_wrong {
             return;
         }
         let before = task.rejection.take();
@@ -357,7 +360,12 @@ impl ControlCore {
         if let Outcome::AskAnother(error) = &outcome {
             self.rejected(id_of_task, &attempt.pool, error);
             let ask = self.enforces(Rule::RejectionIsAskedElsewhere);
-            match self.ask_until(now, id_of_task).filter(|_| ask) {
+            let until = match self.is_wrongly_rejected(id_of_task, error) {
+                // Whoever has taken it may again.
+                true => Some(Moment::NEVER),
+                false => self.ask_until(now, id_of_task),
+            };
+            match until.filter(|_| ask) {
                 Some(until) => rejected_until = until,
                 None => outcome = Outcome::Failed(error.clone()),
             }

@@ -25,16 +25,22 @@ const END_TIMEOUT: Duration = Duration::from_secs(1);
 impl Driver {
     /// Takes a piece of the engine's stream, and with it what has arrived already.
     pub(super) async fn chunks(&mut self, first: Option<hyper::Result<Bytes>>) {
-        let now = Instant::now();
-        let is_burst = self.last_pieces.replace(now).is_none_or(|last| now - last < IN_A_ROW);
         self.chunk(first);
+        let more = self.what_is_there().await;
+        // Also where a turn takes long: those that come together are taken together the next time.
+        self.last_pieces = (more == 0).then(Instant::now);
+    }
+
+    /// Returns how many pieces there were.
+    async fn what_is_there(&mut self) -> usize {
+        let mut more = 0;
         // A token that comes by itself is not to wait for others, nor to cost a second turn.
-        let mut patient = is_burst;
+        let mut patient = self.last_pieces.is_none_or(|last| last.elapsed() < IN_A_ROW);
         for _ in 0..MOST_PIECES_AT_ONCE {
-            let Phase::Streaming(pieces) = &mut self.phase else { return };
+            let Phase::Streaming(pieces) = &mut self.phase else { break };
             match pieces.next().now_or_never() {
                 Some(next) => {
-                    patient = true;
+                    (patient, more) = (true, more + 1);
                     self.chunk(next);
                 }
                 // The connection hands over one piece at a time: let it, once, before giving up.
@@ -42,9 +48,10 @@ impl Driver {
                     patient = false;
                     tokio::task::yield_now().await;
                 }
-                None => return,
+                None => break,
             }
         }
+        more
     }
 
     fn chunk(&mut self, chunk: Option<hyper::Result<Bytes>>) {
