@@ -22,7 +22,7 @@ const STREAMS: usize = 500;
 const TOKENS_PER_SECOND: u32 = 10;
 const PACE_MS: u32 = 1_000 / TOKENS_PER_SECOND;
 /// What the streams of a paced measurement last beyond it: they are opened before and closed after.
-const MARGIN_SECONDS: u64 = 5;
+const MARGIN_SECONDS: u64 = 10;
 /// Clients of the measurements without pace.
 const CLIENTS: usize = 64;
 /// Tokens of a stream without pace.
@@ -149,6 +149,7 @@ impl Comparison<'_> {
                 let (before, seen, start) = (self.spent(via), caller.tokens_seen(), Instant::now());
                 tokio::time::sleep(Duration::from_secs(self.seconds)).await;
                 let cost = self.cost(via, before, start, (caller.tokens_seen() - seen) as f64);
+                assert!(!streams.iter().any(JoinHandle::is_finished), "a stream ended while it was measured");
                 close(streams).await;
                 match via {
                     Via::HaProxy => haproxy.0.push(cost),
