@@ -400,7 +400,10 @@ impl Held {
                 }
                 match entry.start.retention {
                     Retention::Attached => self.remove(attempt),
-                    Retention::Keep => self.change(attempt, |entry| entry.read = true),
+                    Retention::Keep => {
+                        self.change(attempt, |entry| entry.read = true);
+                        self.make_room();
+                    }
                 }
                 return Taken::Over;
             };
@@ -437,6 +440,7 @@ impl Held {
         let goes_on = entry.ended.is_none();
         if entry.reader == cursor.reader {
             self.change(attempt, |entry| entry.detached = Some(now));
+            self.make_room();
         }
         goes_on
     }

@@ -204,9 +204,14 @@ fn beyond_the_bound_the_oldest_that_has_ended_and_is_not_read_goes_first_and_the
     held.finish(at(4), &id(1), Some(piece(6, &["end"], "")));
     assert!(held.is_full());
     assert!(read(&mut held, 1, &mut Cursor::first()).ends_with("end"));
-    assert!(!held.is_full(), "what was read to its end makes room");
+    assert!(!held.is_full() && !held.contains(&id(1)), "what was read to its end makes room at once");
+    // So does what nobody reads any more.
     held.begin(id(4), start(Retention::Keep));
-    assert!(!held.contains(&id(1)));
+    held.append(at(5), &id(4), large(3, 12_000)).unwrap();
+    held.finish(at(6), &id(4), None);
+    assert!(held.contains(&id(4)));
+    held.detach(at(7), &id(4), &Cursor::first());
+    assert!(!held.contains(&id(4)) && held.bytes() == 0);
 }
 
 // CLOUD-1565
@@ -221,8 +226,8 @@ fn a_reader_that_comes_again_keeps_what_has_ended_from_making_room() {
     let mut cursor = held.resume(&id(1), 3).unwrap().cursor;
     held.set_bound(1_000);
     held.begin(id(2), start(Retention::Keep));
+    assert!(held.contains(&id(1)));
     assert_eq!(read(&mut held, 1, &mut cursor).len(), 2_000);
-    held.begin(id(3), start(Retention::Keep));
     assert!(!held.contains(&id(1)));
 }
 
