@@ -40,9 +40,6 @@ enum Via {
     Ours,
 }
 
-/// Both of them, in the order of one repetition.
-const BOTH: [Via; 2] = [Via::HaProxy, Via::Ours];
-
 /// Everything that one run compares.
 pub(crate) struct Comparison<'c> {
     pub(crate) cluster: &'c Cluster,
@@ -141,22 +138,17 @@ impl Comparison<'_> {
     pub(crate) async fn paced(&self, in_steps: bool) -> Row {
         let kind = if in_steps { "steps" } else { "slow" };
         self.fault(json!({"kind": kind, "pace_ms": PACE_MS})).await;
-        let (mut haproxy, mut ours) = (Costs::default(), Costs::default());
-        for _ in 0..self.repetitions {
-            for via in BOTH {
-                let streams = self.open(via, self.seconds).await;
-                let caller = self.caller(via);
-                let (before, seen, start) = (self.spent(via), caller.tokens_seen(), Instant::now());
-                tokio::time::sleep(Duration::from_secs(self.seconds)).await;
-                let cost = self.cost(via, before, start, (caller.tokens_seen() - seen) as f64);
-                assert!(!streams.iter().any(JoinHandle::is_finished), "a stream ended while it was measured");
-                close(streams).await;
-                match via {
-                    Via::HaProxy => haproxy.0.push(cost),
-                    Via::Ours => ours.0.push(cost),
-                }
-            }
-        }
+        let measured = self.alternating(async |via| {
+            let streams = self.open(via, self.seconds).await;
+            let caller = self.caller(via);
+            let (before, seen, start) = (self.spent(via), caller.tokens_seen(), Instant::now());
+            tokio::time::sleep(Duration::from_secs(self.seconds)).await;
+            let cost = self.cost(via, before, start, (caller.tokens_seen() - seen) as f64);
+            assert!(!streams.iter().any(JoinHandle::is_finished), "a stream ended while it was measured");
+            close(streams).await;
+            cost
+        });
+        let (haproxy, ours) = measured.await;
         self.fault(json!({"kind": "none"})).await;
         let (what, target) = if in_steps { ("paced in steps", 1.4) } else { ("paced", 1.6) };
         let what = format!("{what}, {STREAMS} x {TOKENS_PER_SECOND} tokens/s");
@@ -195,17 +187,20 @@ impl Comparison<'_> {
     }
 
     async fn loaded(&self, tokens: u32, count: impl Fn(&[Seen]) -> f64) -> (Costs, Costs) {
+        let measured = self.alternating(async |via| {
+            let (before, start) = (self.spent(via), Instant::now());
+            let seen = sample(self.caller(via), CLIENTS, tokens, self.seconds).await;
+            self.cost(via, before, start, count(&seen))
+        });
+        measured.await
+    }
+
+    /// All repetitions of one measurement, HAProxy's and ours in turn.
+    async fn alternating(&self, measure: impl AsyncFn(Via) -> Cost) -> (Costs, Costs) {
         let (mut haproxy, mut ours) = (Costs::default(), Costs::default());
         for _ in 0..self.repetitions {
-            for via in BOTH {
-                let (before, start) = (self.spent(via), Instant::now());
-                let seen = sample(self.caller(via), CLIENTS, tokens, self.seconds).await;
-                let cost = self.cost(via, before, start, count(&seen));
-                match via {
-                    Via::HaProxy => haproxy.0.push(cost),
-                    Via::Ours => ours.0.push(cost),
-                }
-            }
+            haproxy.0.push(measure(Via::HaProxy).await);
+            ours.0.push(measure(Via::Ours).await);
         }
         (haproxy, ours)
     }
@@ -265,7 +260,7 @@ impl Comparison<'_> {
         close(through_haproxy).await;
         close(ours).await;
         self.fault(json!({"kind": "none"})).await;
-        for via in BOTH {
+        for via in [Via::HaProxy, Via::Ours] {
             sample(self.caller(via), CLIENTS, 1, MEMORY_SECONDS).await;
         }
         rows.extend(self.resident(&format!("after {MEMORY_SECONDS} s of one-token requests"), 64.0));

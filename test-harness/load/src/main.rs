@@ -67,12 +67,6 @@ enum Measurement {
     Heartbeats,
 }
 
-impl Measurement {
-    /// Those that are made beside HAProxy.
-    const BESIDE_HAPROXY: [Self; 6] =
-        [Self::Memory, Self::Paced, Self::Steps, Self::Tokens, Self::OneToken, Self::FirstToken];
-}
-
 #[tokio::main]
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -86,11 +80,11 @@ async fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let is_wanted = |of| arguments.only.is_empty() || arguments.only.contains(&of);
-    let beside: Vec<Measurement> =
-        Measurement::BESIDE_HAPROXY.into_iter().filter(|of| is_wanted(*of)).collect();
-    let haproxy = match haproxy::program() {
-        Ok(program) => Some(program),
-        Err(_) if beside.is_empty() => None,
+    let wanted = Measurement::value_variants().iter().copied().filter(|of| is_wanted(*of));
+    // All others are made beside HAProxy.
+    let beside: Vec<Measurement> = wanted.filter(|of| *of != Measurement::Heartbeats).collect();
+    let haproxy = match (!beside.is_empty()).then(haproxy::program).transpose() {
+        Ok(program) => program,
         Err(why) => {
             eprintln!("{why}");
             return ExitCode::FAILURE;
@@ -103,7 +97,7 @@ async fn main() -> ExitCode {
         ("ORCHESTRATORD_NODE_TIMEOUT_SECS", "30".to_owned()),
     ];
     let cluster = Cluster::start(Options { nodes: NODES, engine, control, ..Options::default() }).await;
-    if let Some(program) = haproxy.filter(|_| !beside.is_empty()) {
+    if let Some(program) = haproxy {
         let engines: Vec<String> = (0..NODES).map(|n| cluster.engine_url(n)).collect();
         let haproxy = HaProxy::start(&program, &engines, cluster.dir.path()).await;
         let comparison = Comparison {

@@ -189,23 +189,24 @@ impl ControlCore {
         comes_back.then(|| now + self.policy.timing.node_timeout)
     }
 
-    /// A pool has found the task wrong.
-    fn rejected(&mut self, id: TaskId, by: &PoolKey, error: &ErrorBody) {
+    /// A pool has found the task wrong. Returns whether it may be right.
+    fn rejected(&mut self, id: TaskId, by: &PoolKey, error: &ErrorBody) -> bool {
         let is_wrong = self.is_wrongly_rejected(id, error);
-        let Some(task) = self.tasks.get_mut(&id) else { return };
+        let Some(task) = self.tasks.get_mut(&id) else { return true };
         for list in [&mut task.lacking, &mut task.tried] {
             if !list.contains(by) {
                 list.push(by.clone());
             }
         }
         if is_wrong {
-            return;
+            return false;
         }
         let before = task.rejection.take();
         let bound = before.as_ref().map_or(task.wait_until, |before| before.bound);
         let mut pools = before.map(|before| before.by).unwrap_or_default();
         pools.push(by.clone());
         task.rejection = Some(Rejection { error: error.clone(), by: pools, bound });
+        true
     }
 
     /// The node took the task: who has found it wrong before was wrong itself, and counts as failing. So
@@ -358,12 +359,11 @@ impl ControlCore {
         let id_of_task = attempt.task;
         let mut rejected_until = Moment::NEVER;
         if let Outcome::AskAnother(error) = &outcome {
-            self.rejected(id_of_task, &attempt.pool, error);
             let ask = self.enforces(Rule::RejectionIsAskedElsewhere);
-            let until = match self.is_wrongly_rejected(id_of_task, error) {
+            let until = match self.rejected(id_of_task, &attempt.pool, error) {
+                true => self.ask_until(now, id_of_task),
                 // Whoever has taken it may again.
-                true => Some(Moment::NEVER),
-                false => self.ask_until(now, id_of_task),
+                false => Some(Moment::NEVER),
             };
             match until.filter(|_| ask) {
                 Some(until) => rejected_until = until,

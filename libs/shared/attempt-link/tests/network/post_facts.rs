@@ -361,8 +361,8 @@ fn an_error_and_a_silence_are_told_once() {
     lane.end(post, PostOutcome::Answered(ControlAnswer::default()));
     lane.receive(1, accepted(body.resume[0].number));
     lane.receive(1, json(Kind::Error, body.resume[0].number, 0, &error));
-    let named = |lane: &Lane, of: &dyn Fn(&Action) -> bool| lane.actions.iter().filter(|one| of(one)).count();
-    assert_eq!(named(&lane, &|action| matches!(action, Action::Error { .. })), 1);
+    let count = |lane: &Lane, of: &dyn Fn(&Action) -> bool| lane.actions.iter().filter(|one| of(one)).count();
+    assert_eq!(count(&lane, &|action| matches!(action, Action::Error { .. })), 1);
     for _ in 0..15 {
         lane.now += 1_000;
         lane.receive(1, alive(&[]));
@@ -373,7 +373,7 @@ fn an_error_and_a_silence_are_told_once() {
             }
         }
     }
-    assert_eq!(named(&lane, &|action| matches!(action, Action::Silent { .. })), 1);
+    assert_eq!(count(&lane, &|action| matches!(action, Action::Silent { .. })), 1);
 }
 
 // CLOUD-2603
@@ -453,7 +453,7 @@ fn what_is_done_beyond_what_is_kept_is_let_go_by_the_node_alone() {
         lane.lane.done(lane.at(), id(number));
     }
     lane.receive(1, hello(BOOT));
-    let mut named = Vec::new();
+    let mut done = Vec::new();
     loop {
         let bodies: Vec<_> = lane.posts();
         if bodies.is_empty() {
@@ -461,13 +461,13 @@ fn what_is_done_beyond_what_is_kept_is_let_go_by_the_node_alone() {
         }
         for (post, request) in bodies {
             if let PostRequest::Starts(body) = request {
-                named.extend(read_starts(&body).unwrap().done);
+                done.extend(read_starts(&body).unwrap().done);
             }
             lane.end(post, PostOutcome::Answered(ControlAnswer::default()));
         }
         lane.pass(1);
     }
-    assert_eq!((named.len(), named.last()), (64 * 1024, Some(&id(69_999))));
+    assert_eq!((done.len(), done.last()), (64 * 1024, Some(&id(69_999))));
 }
 
 // CLOUD-2640
