@@ -14,13 +14,15 @@ mod log;
 mod payload;
 mod relay;
 mod spec;
+mod staged;
 mod token_ids;
 mod watch;
 
 pub use end::HowEnded;
 pub use log::{AppendError, Fence, MAX_LOG_BYTES, Read, Segment, TaskLog};
 pub use payload::{Payload, PayloadFormat};
-pub use relay::{Action, Assignment, Relay, Staged};
+pub use relay::{Action, Assignment, Relay};
 pub use spec::{BodyDigest, InvalidDigest, Lacking, TaskCaller, TaskSpec};
+pub use staged::{Staged, TokensOfFrame};
 pub use token_ids::TokenIds;
 pub use watch::{AttemptDeadlines, Overdue, QUIET};

@@ -6,6 +6,10 @@
 //! the control plane only. Bytes are given with [`Relay::chunk`] as they arrive, and what has arrived
 //! together goes into the log together, with [`Relay::flush`].
 //!
+//! A stream of its own brings everything in its bytes. Where the attempt goes by its node's link
+//! ([`Relay::linked`]), the bytes are frames, and what is no frame is said with calls: that the start was
+//! sent, the ids of tokens, an error, the end, silence.
+//!
 //! An attempt ends in one place, [`Relay::end`]: by its node's own end, error or refusal, or with an
 //! [`Action::Stop`] before it. To let go of a stream stops nothing by itself.
 
@@ -21,13 +25,16 @@ use pool_registry_types::{AttemptId, ErrorBody, LogId, Moment, PoolKey, ReplicaI
 
 use crate::end::HowEnded;
 use crate::frames::FrameBuffer;
-use crate::log::{AppendError, Segment, TaskLog};
-use crate::watch::{AttemptDeadlines, StreamWatch};
+use crate::log::{AppendError, Segment};
+use crate::staged::{Staged, TokensOfFrame};
+use crate::watch::{AttemptDeadlines, Overdue, StreamWatch};
 
 /// The events of a node that are kept, each with its place in the log.
 const NUMBERED: [&str; 4] = ["token", "reasoning", "result", "end"];
 /// Tokens prove that a node lives; telling so once in this span is enough.
 const ALIVE_EVERY: Duration = Duration::from_secs(1);
+/// Most frames, and ids of theirs, that are known before they come: a node says them just before.
+const MOST_COMING: usize = 64 * 1024;
 /// Longest run of frames that is kept as one segment, bytes, before the frame that ends it.
 const RUN_BYTES: usize = 64 * 1024;
 
@@ -76,51 +83,6 @@ pub enum Action {
     },
 }
 
-/// What a relay has taken and the log has not yet.
-#[derive(Debug)]
-pub struct Staged {
-    attempt: AttemptId,
-    segments: Vec<Segment>,
-    /// The last segment ends with the terminal frame.
-    terminal: bool,
-    /// For each frame whose tokens are known: its index, the count of all, and how many of `ids`.
-    counted: Vec<(u64, u64, usize)>,
-    ids: Vec<u32>,
-    unlogged: u64,
-}
-
-impl Staged {
-    fn is_empty(&self) -> bool {
-        !self.has_frames() && self.unlogged == 0
-    }
-
-    /// Whether there is something that readers wait for.
-    pub fn has_frames(&self) -> bool {
-        !self.segments.is_empty()
-    }
-
-    /// Moves everything into the log.
-    pub fn append_to(&mut self, log: &mut TaskLog) -> Result<(), AppendError> {
-        log.count_unlogged(self.attempt, std::mem::take(&mut self.unlogged));
-        let last = self.segments.len().saturating_sub(1);
-        for (n, segment) in self.segments.drain(..).enumerate() {
-            if self.terminal && n == last {
-                log.finish(self.attempt, segment)?;
-            } else {
-                log.append(self.attempt, segment)?;
-            }
-        }
-        let mut ids = self.ids.as_slice();
-        for (index, count, brought) in self.counted.drain(..) {
-            let (own, others) = ids.split_at(brought);
-            log.keep_ids(index, count, own);
-            ids = others;
-        }
-        self.ids.clear();
-        Ok(())
-    }
-}
-
 /// What the frames since the last flush brought.
 #[derive(Debug, Clone, Copy, Default)]
 struct News {
@@ -147,6 +109,8 @@ struct Reading {
     /// The count of all tokens up to the frame that comes next, and the ids of its own.
     count: Option<u64>,
     ids: Vec<u32>,
+    /// The same of frames that are to come, by their index.
+    coming: VecDeque<(u64, TokensOfFrame)>,
     /// Thoughts since the last frame that are left out of the log, and how many of them come again.
     thoughts: u64,
     repeated: u64,
@@ -185,6 +149,16 @@ impl Relay {
     /// The attempt is about to be sent. Its timer is to be armed by the first action.
     pub fn new(now: Moment, assignment: Assignment) -> Self {
         let watch = StreamWatch::new(now, assignment.deadlines, assignment.task_deadline);
+        Self::watched(now, assignment, watch)
+    }
+
+    /// The same by its node's link, where its start may wait.
+    pub fn linked(now: Moment, assignment: Assignment) -> Self {
+        let watch = StreamWatch::linked(now, assignment.deadlines, assignment.task_deadline);
+        Self::watched(now, assignment, watch)
+    }
+
+    fn watched(now: Moment, assignment: Assignment, watch: StreamWatch) -> Self {
         let armed = watch.next_deadline();
         let reading = Reading {
             replica_id: None,
@@ -195,18 +169,12 @@ impl Relay {
             broken: None,
             count: None,
             ids: Vec::new(),
+            coming: VecDeque::new(),
             thoughts: 0,
             repeated: 0,
             news: News::default(),
             ends: Vec::new(),
-            staged: Staged {
-                attempt: assignment.attempt,
-                segments: Vec::new(),
-                terminal: false,
-                counted: Vec::new(),
-                ids: Vec::new(),
-                unlogged: 0,
-            },
+            staged: Staged::new(assignment.attempt),
         };
         Self {
             assignment,
@@ -240,6 +208,39 @@ impl Relay {
     /// The node did not take the attempt, or it is not known whether it did.
     pub fn not_accepted(&mut self, how: HowEnded) {
         self.end(how);
+    }
+
+    /// On a link: the last byte of the attempt's start was taken, from which on its answer is awaited.
+    pub fn sent(&mut self, now: Moment) {
+        if !self.ended {
+            self.watch.sent(now);
+            self.arm_sooner();
+        }
+    }
+
+    /// On a link: the tokens of the frames from `first` on, which follow.
+    pub fn token_ids(&mut self, first: u64, frames: impl IntoIterator<Item = TokensOfFrame>) {
+        self.reading.coming.extend((first..).zip(frames));
+        let coming = &mut self.reading.coming;
+        if coming.iter().map(|(_, tokens)| 1 + tokens.ids.len()).sum::<usize>() > MOST_COMING {
+            coming.clear();
+        }
+    }
+
+    /// On a link: the node's error, which counts with the next [`Relay::flush`] after its end.
+    pub fn error(&mut self, error: ErrorBody) {
+        self.reading.last.get_or_insert(HowEnded::NodeError(error));
+    }
+
+    /// On a link: the attempt is over at its node, after its report of this number. What has come of it
+    /// counts with the next [`Relay::flush`].
+    pub fn over(&mut self, report_seq: u64) {
+        self.reading.final_report = Some(report_seq);
+    }
+
+    /// On a link: the node lives, and does not say that the attempt does.
+    pub fn silent(&mut self) {
+        self.end(HowEnded::TimedOut(Overdue::Silence));
     }
 
     /// Bytes of the node's stream have arrived; they count with the next [`Relay::flush`].
@@ -276,6 +277,7 @@ impl Relay {
         }
         reading.count = None;
         reading.ids.clear();
+        reading.coming.clear();
         reading.repeated = reading.thoughts;
         Some(reading.taken)
     }
@@ -492,6 +494,12 @@ impl Reading {
         if let Some(count) = count {
             self.staged.counted.push((index, count, self.ids.len()));
             self.staged.ids.extend_from_slice(&self.ids);
+        }
+        while let Some((of, tokens)) = self.coming.pop_front_if(|(of, _)| *of <= index) {
+            if of == index {
+                self.staged.counted.push((index, tokens.total, tokens.ids.len()));
+                self.staged.ids.extend(tokens.ids);
+            }
         }
         self.news.tokens = true;
         Ok(started.map_or(FrameSink::Next, FrameSink::First))

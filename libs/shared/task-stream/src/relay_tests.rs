@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use uuid::Uuid;
 
 use super::*;
-use crate::watch::Overdue;
+use crate::log::TaskLog;
 
 const LOG: LogId = LogId(Uuid::from_u128(9));
 const ATTEMPT: AttemptId = AttemptId(Uuid::from_u128(1));
@@ -72,6 +72,12 @@ impl Bench {
         }
         log.open(ATTEMPT);
         Self { relay: Relay::new(at(0), assignment(first_index)), log, done: Vec::new(), writes: 0 }
+    }
+
+    /// One whose attempt goes by its node's link.
+    fn linked() -> Self {
+        let bench = Self::new(0);
+        Self { relay: Relay::linked(at(0), assignment(0)), ..bench }
     }
 
     fn accepted(first_index: u64) -> Self {
@@ -526,4 +532,87 @@ fn an_error_that_was_read_before_its_stream_broke_comes_again_with_its_number() 
     bench.take(4, &bytes);
     let how = HowEnded::NodeError(ErrorBody::new(ErrorCode::WorkerReset, "x"));
     assert_eq!(bench.done, [Action::Ended { how, final_report: Some(8) }]);
+}
+
+fn tokens(total: u64, ids: &[u32]) -> TokensOfFrame {
+    TokensOfFrame { total, ids: ids.to_vec() }
+}
+
+// CLOUD-1501
+#[test]
+fn a_start_that_waits_for_its_link_is_not_late_and_one_that_was_sent_is() {
+    let mut bench = Bench::linked();
+    bench.relay.timer(at(50_000));
+    bench.collect();
+    assert_eq!(bench.done, []);
+    bench.relay.sent(at(60_000));
+    assert_eq!(bench.relay.next_action(), Some(Action::Arm(at(65_000))));
+    bench.relay.timer(at(65_000));
+    bench.collect();
+    assert_eq!(bench.done, [Action::Stop, ended(HowEnded::TimedOut(Overdue::Acceptance))]);
+}
+
+// CLOUD-1540
+#[test]
+fn on_a_link_only_the_link_says_that_an_attempt_is_silent() {
+    let mut bench = Bench::linked();
+    bench.relay.sent(at(1));
+    bench.relay.accepted(at(2), replica(), 7);
+    bench.take(10, &token(0));
+    bench.relay.timer(at(19_000));
+    bench.flush(19_000);
+    assert_eq!(bench.done, [Action::Accepted { replica_id: replica(), report_seq: 7 }, Action::Started]);
+    bench.relay.silent();
+    bench.collect();
+    assert_eq!(bench.done[2..], [Action::Stop, ended(HowEnded::TimedOut(Overdue::Silence))]);
+}
+
+// CLOUD-1534
+#[test]
+fn on_a_link_the_ids_of_several_frames_come_before_them_and_count_once() {
+    let mut bench = Bench::linked();
+    bench.relay.accepted(at(1), replica(), 7);
+    bench.relay.token_ids(0, [tokens(2, &[7, 8]), tokens(3, &[9]), tokens(4, &[10])]);
+    bench.take(2, &[token(0), token(1)].concat());
+    // It is read again from the second frame on.
+    assert_eq!(bench.relay.resume(), Some(2));
+    bench.relay.token_ids(1, [tokens(3, &[9]), tokens(4, &[10]), tokens(6, &[11, 12])]);
+    bench.take(3, &[token(1), token(2), token(3)].concat());
+    assert_eq!(bench.log.token_ids().all(4), Some([7, 8, 9, 10, 11, 12].as_slice()));
+    // A frame without ids has none, and more than a node can mean are none either.
+    bench.relay.token_ids(4, [tokens(7, &vec![0; MOST_COMING])]);
+    bench.take(4, &token(4));
+    assert_eq!((bench.log.next_index(), bench.log.token_ids().all(5)), (5, None));
+}
+
+// CLOUD-1610
+#[test]
+fn on_a_link_an_attempt_ends_by_its_end_or_its_error_and_by_neither_is_stopped() {
+    let error = ErrorBody::new(ErrorCode::WorkerReset, "the engine died");
+    let mut bench = Bench::linked();
+    bench.relay.accepted(at(1), replica(), 7);
+    bench.take(2, &[token(0), event("end", 1)].concat());
+    bench.done.clear();
+    bench.relay.over(12);
+    bench.flush(3);
+    assert_eq!(bench.done, [Action::Ended { how: HowEnded::Finished, final_report: Some(12) }]);
+    let mut bench = Bench::linked();
+    bench.relay.error(error.clone());
+    bench.flush(3);
+    assert_eq!(bench.done, [], "the number of the report is awaited");
+    // The link breaks before it; both come again.
+    assert_eq!(bench.relay.resume(), Some(0));
+    bench.relay.error(error.clone());
+    bench.relay.over(9);
+    bench.flush(4);
+    let how = HowEnded::NodeError(error);
+    assert_eq!(bench.done, [Action::Ended { how, final_report: Some(9) }]);
+    let mut bench = Bench::linked();
+    bench.relay.over(9);
+    bench.flush(4);
+    assert!(
+        matches!(&bench.done[..], [Action::Stop, Action::Ended { how: HowEnded::Broken(_), .. }]),
+        "{:?}",
+        bench.done
+    );
 }

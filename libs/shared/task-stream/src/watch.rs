@@ -10,13 +10,15 @@ use pool_registry_types::Moment;
 /// How long each step of an attempt may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AttemptDeadlines {
-    /// From the dispatch to the response headers. Source: .specs/01 CLOUD-1501.
+    /// From the dispatch to the response headers; on a link, from the last byte of the start's POST to
+    /// the link's answer. Source: .specs/01 CLOUD-1501.
     pub acceptance: Duration,
     /// From the dispatch to the first token.
     pub first_token: Duration,
     /// Between two tokens.
     pub token_idle: Duration,
-    /// Between any two bytes once accepted: the node sends a comment every second.
+    /// Between any two bytes once accepted: the node sends a comment every second. A link says itself
+    /// which of its attempts are silent.
     pub silence: Duration,
 }
 
@@ -46,7 +48,8 @@ pub enum Overdue {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    Opening,
+    /// Since when the acceptance is awaited; nothing while the start waits for its link.
+    Opening(Option<Moment>),
     Prefill,
     Decoding,
 }
@@ -57,6 +60,8 @@ pub(crate) struct StreamWatch {
     deadlines: AttemptDeadlines,
     task_deadline: Option<Moment>,
     phase: Phase,
+    /// Its link says that it is silent, and nothing here does.
+    linked: bool,
     dispatched: Moment,
     last_bytes: Moment,
     last_token: Moment,
@@ -71,12 +76,26 @@ impl StreamWatch {
         Self {
             deadlines,
             task_deadline,
-            phase: Phase::Opening,
+            phase: Phase::Opening(Some(now)),
+            linked: false,
             dispatched: now,
             last_bytes: now,
             last_token: now,
             quiet: false,
             shown: false,
+        }
+    }
+
+    /// The watch of an attempt that goes by its node's link: its start waits there.
+    pub(crate) fn linked(now: Moment, deadlines: AttemptDeadlines, task_deadline: Option<Moment>) -> Self {
+        let watch = Self::new(now, deadlines, task_deadline);
+        Self { phase: Phase::Opening(None), linked: true, ..watch }
+    }
+
+    /// The last byte of its start was taken: the acceptance is awaited.
+    pub(crate) fn sent(&mut self, now: Moment) {
+        if let Phase::Opening(_) = self.phase {
+            self.phase = Phase::Opening(Some(now));
         }
     }
 
@@ -93,7 +112,7 @@ impl StreamWatch {
 
     /// Whether an accepted stream has become quiet; says so once.
     pub(crate) fn grows_quiet(&mut self, now: Moment) -> bool {
-        let grows = !self.quiet && self.phase != Phase::Opening && now >= self.last_bytes + QUIET;
+        let grows = !self.quiet && self.hears_silence() && now >= self.last_bytes + QUIET;
         self.quiet |= grows;
         grows
     }
@@ -119,21 +138,23 @@ impl StreamWatch {
         }
     }
 
+    /// Whether a stream without a byte is noticed here.
+    fn hears_silence(&self) -> bool {
+        !self.linked && !matches!(self.phase, Phase::Opening(_))
+    }
+
     /// The next moment at which [`StreamWatch::overdue`] may say something.
     pub(crate) fn next_deadline(&self) -> Moment {
-        let own =
-            match self.phase {
-                Phase::Opening => self.dispatched + self.deadlines.acceptance,
-                Phase::Prefill => (self.dispatched + self.deadlines.first_token)
-                    .min(self.last_bytes + self.deadlines.silence),
-                Phase::Decoding => (self.last_token + self.deadlines.token_idle)
-                    .min(self.last_bytes + self.deadlines.silence),
-            };
         let own = match self.phase {
-            Phase::Prefill | Phase::Decoding if !self.quiet => own.min(self.last_bytes + QUIET),
-            _ => own,
+            Phase::Opening(since) => since.map(|since| since + self.deadlines.acceptance),
+            Phase::Prefill => Some(self.dispatched + self.deadlines.first_token),
+            Phase::Decoding => Some(self.last_token + self.deadlines.token_idle),
         };
-        self.task_deadline.map_or(own, |deadline| deadline.min(own))
+        let silence = self.hears_silence().then(|| {
+            let silent = self.last_bytes + self.deadlines.silence;
+            if self.quiet { silent } else { silent.min(self.last_bytes + QUIET) }
+        });
+        own.into_iter().chain(silence).chain(self.task_deadline).min().unwrap_or(Moment::NEVER)
     }
 
     /// The deadline that has passed, if one has.
@@ -141,13 +162,13 @@ impl StreamWatch {
         if self.task_deadline.is_some_and(|deadline| now >= deadline) {
             return Some(Overdue::Task);
         }
-        if self.phase == Phase::Opening {
-            return (now >= self.dispatched + self.deadlines.acceptance).then_some(Overdue::Acceptance);
-        }
-        if now >= self.last_bytes + self.deadlines.silence {
+        if self.hears_silence() && now >= self.last_bytes + self.deadlines.silence {
             return Some(Overdue::Silence);
         }
         match self.phase {
+            Phase::Opening(since) => since
+                .is_some_and(|since| now >= since + self.deadlines.acceptance)
+                .then_some(Overdue::Acceptance),
             Phase::Prefill if now >= self.dispatched + self.deadlines.first_token => {
                 Some(Overdue::FirstToken)
             }
@@ -238,5 +259,27 @@ mod tests {
         w.accepted(at(1));
         w.token(at(2));
         assert_eq!(w.overdue(at(3)), Some(Overdue::Task));
+    }
+
+    // CLOUD-1501
+    #[test]
+    fn on_a_link_the_acceptance_is_awaited_from_the_last_byte_of_the_start_and_silence_is_the_links() {
+        let deadlines = watch(None).deadlines;
+        let mut w = StreamWatch::linked(at(0), deadlines, None);
+        assert_eq!((w.next_deadline(), w.overdue(at(1_000_000))), (Moment::NEVER, None));
+        w.sent(at(50));
+        assert_eq!((w.next_deadline(), w.overdue(at(54))), (at(55), None));
+        assert_eq!(w.overdue(at(55)), Some(Overdue::Acceptance));
+        // Its POST was stale, and it has gone again.
+        w.sent(at(53));
+        assert_eq!(w.next_deadline(), at(58));
+        w.accepted(at(57));
+        w.sent(at(57));
+        assert_eq!((w.next_deadline(), w.overdue(at(99))), (at(100), None));
+        assert_eq!(w.overdue(at(100)), Some(Overdue::FirstToken));
+        assert!(w.token(at(99)) && !w.grows_quiet(at(50_000)));
+        assert_eq!((w.next_deadline(), w.overdue(at(119))), (at(119), Some(Overdue::TokenIdle)));
+        let mut w = StreamWatch::linked(at(0), deadlines, Some(at(7)));
+        assert_eq!((w.next_deadline(), w.overdue(at(7))), (at(7), Some(Overdue::Task)));
     }
 }

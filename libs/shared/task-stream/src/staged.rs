@@ -1,0 +1,69 @@
+//! What stands between a relay and its log: frames that were read and are not written yet.
+
+use pool_registry_types::AttemptId;
+
+use crate::log::{AppendError, Segment, TaskLog};
+
+/// What a node says of one frame's tokens before it comes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokensOfFrame {
+    /// All tokens of the task, this frame's included.
+    pub total: u64,
+    pub ids: Vec<u32>,
+}
+
+/// What a relay has taken and the log has not yet.
+#[derive(Debug)]
+pub struct Staged {
+    pub(crate) attempt: AttemptId,
+    pub(crate) segments: Vec<Segment>,
+    /// The last segment ends with the terminal frame.
+    pub(crate) terminal: bool,
+    /// For each frame whose tokens are known: its index, the count of all, and how many of `ids`.
+    pub(crate) counted: Vec<(u64, u64, usize)>,
+    pub(crate) ids: Vec<u32>,
+    pub(crate) unlogged: u64,
+}
+
+impl Staged {
+    pub(crate) fn new(attempt: AttemptId) -> Self {
+        Self {
+            attempt,
+            segments: Vec::new(),
+            terminal: false,
+            counted: Vec::new(),
+            ids: Vec::new(),
+            unlogged: 0,
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        !self.has_frames() && self.unlogged == 0
+    }
+
+    /// Whether there is something that readers wait for.
+    pub fn has_frames(&self) -> bool {
+        !self.segments.is_empty()
+    }
+
+    /// Moves everything into the log.
+    pub fn append_to(&mut self, log: &mut TaskLog) -> Result<(), AppendError> {
+        log.count_unlogged(self.attempt, std::mem::take(&mut self.unlogged));
+        let last = self.segments.len().saturating_sub(1);
+        for (n, segment) in self.segments.drain(..).enumerate() {
+            if self.terminal && n == last {
+                log.finish(self.attempt, segment)?;
+            } else {
+                log.append(self.attempt, segment)?;
+            }
+        }
+        let mut ids = self.ids.as_slice();
+        for (index, count, brought) in self.counted.drain(..) {
+            let (own, others) = ids.split_at(brought);
+            log.keep_ids(index, count, own);
+            ids = others;
+        }
+        self.ids.clear();
+        Ok(())
+    }
+}
