@@ -304,6 +304,7 @@ impl Fleet {
             labels: Labels::new(),
             pools: Vec::new(),
             capabilities: Capabilities::default(),
+            features: Vec::new(),
         };
         Event::Register { reply: self.reply(), request }
     }

@@ -52,6 +52,7 @@ fn request(name: &str, boot: u128, address: &str) -> RegisterRequest {
         labels: Labels::new(),
         pools: vec![],
         capabilities: Capabilities::default(),
+        features: Vec::new(),
     }
 }
 

@@ -257,6 +257,7 @@ fn register(name: &str) -> RegisterRequest {
         labels: pool_registry_types::placement::Labels::new(),
         pools: vec![],
         capabilities: Capabilities::default(),
+        features: Vec::new(),
     }
 }
 

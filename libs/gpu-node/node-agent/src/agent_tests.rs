@@ -87,6 +87,7 @@ impl ControlPlane for Breaking {
             node_timeout_ms: 6_000,
             intent: Intent::Serving,
             intent_order: 0,
+            life: None,
         })
     }
 

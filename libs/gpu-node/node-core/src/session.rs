@@ -215,6 +215,7 @@ mod tests {
             node_timeout_ms: 6_000,
             intent: Intent::Serving,
             intent_order: 0,
+            life: None,
         }
     }
 

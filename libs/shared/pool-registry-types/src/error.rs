@@ -62,6 +62,8 @@ codes! {
     TaskConflict = "TASK_CONFLICT", 409, false;
     /// The request was meant for another node or another life of this one.
     WrongNode = "WRONG_NODE", 409, false;
+    /// The link that a request names is not the one in use; nothing is wrong with the node.
+    StaleLink = "STALE_LINK", 409, false;
     /// This attempt was seen before.
     AttemptDuplicate = "ATTEMPT_DUPLICATE", 409, false;
     /// The stream or the place in it is not kept any more.

@@ -197,6 +197,10 @@ uuid_id!(
     BootId, "boot_id"
 );
 uuid_id!(
+    /// One life of a control plane's process, drawn at its start.
+    LifeId, "life"
+);
+uuid_id!(
     /// Tasks that belong together: an affinity key with budgets.
     SessionId, "session_id"
 );

@@ -28,7 +28,7 @@ pub mod view;
 
 pub use error::{ErrorBody, ErrorCode};
 pub use ids::{
-    AttemptId, BootId, Digest, Epoch, LabelName, LogId, MachineId, ModelRef, NodeId, PoolId, PoolKey,
+    AttemptId, BootId, Digest, Epoch, LabelName, LifeId, LogId, MachineId, ModelRef, NodeId, PoolId, PoolKey,
     ReplicaId, SessionId, TaskId,
 };
 pub use lookup::Lookup;

@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::ids::{AttemptId, BootId, Digest, Epoch, MachineId, ModelRef, NodeId, PoolId};
+use crate::ids::{AttemptId, BootId, Digest, Epoch, LifeId, MachineId, ModelRef, NodeId, PoolId};
 use crate::newer;
 use crate::placement::{Labels, labels_of_newer};
 use crate::pool::PoolReport;
@@ -33,6 +33,9 @@ pub enum Intent {
     Draining,
 }
 
+/// Of [`RegisterRequest::features`]: the node has a link (`GET /v2/link`).
+pub const LINK_FEATURE: &str = "link";
+
 /// `POST /v2/nodes/register`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct RegisterRequest {
@@ -54,6 +57,9 @@ pub struct RegisterRequest {
     pub pools: Vec<PoolId>,
     #[serde(default)]
     pub capabilities: Capabilities,
+    /// What the node can do that an older one cannot.
+    #[serde(default, deserialize_with = "newer::entries", skip_serializing_if = "Vec::is_empty")]
+    pub features: Vec<String>,
 }
 
 /// What the node's machine has.
@@ -91,6 +97,9 @@ pub struct RegisterAnswer {
     /// The number of the operator's last order for the node; 0 for none.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub intent_order: u64,
+    /// Whose links the node takes. Absent from a control plane that has none.
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
+    pub life: Option<LifeId>,
 }
 
 fn is_zero(number: &u64) -> bool {

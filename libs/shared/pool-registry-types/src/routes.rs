@@ -1,6 +1,6 @@
 //! Each path once, for the routers and for the clients.
 
-use crate::ids::{Epoch, NodeId, PoolId, TaskId};
+use crate::ids::{AttemptId, Epoch, NodeId, PoolId, TaskId};
 
 pub const TASKS: &str = "/v2/tasks";
 pub const TASK: &str = "/v2/tasks/{task_id}";
@@ -45,6 +45,14 @@ pub const INTENT: &str = "/v2/intent";
 /// Of a node: the models on its disk.
 pub const MODELS: &str = "/v2/models";
 pub const POOL_INFER: &str = "/v2/pools/{pool_id}/infer";
+/// Of a node: the response that all attempts of a thread of the control plane share.
+pub const LINK: &str = "/v2/link";
+/// Of a node: starts, what was seen, and what is done.
+pub const ATTEMPTS: &str = "/v2/attempts";
+/// Of a node: one start whose payload is large.
+pub const ATTEMPT: &str = "/v2/attempts/{attempt_id}";
+/// Of a node: stops and resumes.
+pub const ATTEMPTS_CONTROL: &str = "/v2/attempts/control";
 
 pub fn node(node_id: &NodeId, epoch: &Epoch) -> String {
     format!("{NODES}/{node_id}?epoch={epoch}")
@@ -57,6 +65,11 @@ pub fn node_heartbeat(node_id: &NodeId) -> String {
 /// The path of one pool's route.
 pub fn of_pool(route: &str, pool_id: &PoolId) -> String {
     route.replace("{pool_id}", pool_id.as_str())
+}
+
+/// The path of a start that goes alone.
+pub fn attempt(attempt_id: AttemptId) -> String {
+    ATTEMPT.replace("{attempt_id}", &attempt_id.to_string())
 }
 
 pub fn task_events(task_id: TaskId) -> String {

@@ -42,6 +42,7 @@ fn a_newer_writer_says_who_it_is() {
                 }],
                 "cpu_cores": 16, "ram_total_bytes": 68_719_476_736_u64,
             },
+            "features": ["link", "lanes"],
         }),
     );
     reads::<RegisterAnswer>(

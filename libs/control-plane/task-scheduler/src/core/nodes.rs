@@ -26,6 +26,7 @@ impl ControlCore {
                     node_timeout_ms: millis(self.policy.timing.node_timeout),
                     intent: registered.intent.0,
                     intent_order: registered.intent.1,
+                    life: None,
                 }))
             }
             Err(conflict) => {

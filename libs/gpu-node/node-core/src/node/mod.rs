@@ -189,6 +189,7 @@ impl NodeCore {
                 labels: self.identity.labels.clone(),
                 pools: self.pool_ids().into_iter().cloned().collect(),
                 capabilities: self.identity.capabilities.clone(),
+                features: Vec::new(),
             }),
             Action::Heartbeat { epoch } => NodeEffect::Heartbeat(self.report(now, epoch)),
             Action::Deregister { epoch } => NodeEffect::Deregister(epoch),

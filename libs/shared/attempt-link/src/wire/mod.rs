@@ -8,9 +8,9 @@
 mod lists;
 mod start;
 
-use pool_registry_types::{AttemptId, BootId, LogId};
+pub use pool_registry_types::LifeId;
+use pool_registry_types::{AttemptId, BootId, LogId, routes};
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
 
 pub use start::{
     MAX_INLINE_BYTES, MAX_LINE_BYTES, SingleBody, SingleError, Start, StartError, StartFacts, StartSpec,
@@ -26,28 +26,6 @@ pub const MAX_SEEN: usize = 16 * 1024;
 pub const MAX_IDS: usize = 4 * 1024;
 /// Longest body of a POST but one of a single start, bytes: what all of the above may take.
 pub const MAX_POST_BYTES: usize = 2 * 1024 * 1024;
-
-/// The routes of a node.
-pub mod routes {
-    pub const LINK: &str = "/v2/link";
-    pub const ATTEMPTS: &str = "/v2/attempts";
-    pub const ATTEMPT: &str = "/v2/attempts/{attempt_id}";
-    pub const ATTEMPTS_CONTROL: &str = "/v2/attempts/control";
-}
-
-/// In the registration of a node that has a link.
-pub const FEATURE: &str = "link";
-
-/// One life of a control plane, drawn at its start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct LifeId(pub Uuid);
-
-impl std::fmt::Display for LifeId {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.0.as_hyphenated().fmt(f)
-    }
-}
 
 /// Which link: `n` rises with each GET of a lane of a life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

@@ -95,6 +95,7 @@ impl World {
             labels: Labels::new(),
             pools: Vec::new(),
             capabilities: Capabilities::default(),
+            features: Vec::new(),
         };
         // What is due by now is let pass before.
         self.apply(Event::Timer);

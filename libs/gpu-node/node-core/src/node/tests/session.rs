@@ -37,6 +37,7 @@ fn a_change_of_readiness_is_reported_within_50_ms_and_an_attempt_is_not() {
         node_timeout_ms: 30_000,
         intent: Intent::Serving,
         intent_order: 0,
+        life: None,
     };
     node.registered(at(1), Ok(answer));
     assert!(matches!(node.due(at(1)), Some(NodeEffect::Heartbeat(_))));
@@ -89,6 +90,7 @@ fn an_operators_order_counts_once_it_is_written_down_and_when_no_later_one_was_t
         node_timeout_ms: 30_000,
         intent,
         intent_order,
+        life: None,
     };
     let effects = node.registered(at(1), Ok(registered("e", Intent::Draining, 5)));
     assert_eq!(effects, [NodeEffect::TakeIntent(order(5, Intent::Draining))]);
