@@ -92,6 +92,8 @@ pub(crate) struct Evidence {
     /// Since when each dial has succeeded.
     dialled_since: Option<Moment>,
     pub(crate) denied: Option<Denial>,
+    /// Orders do not reach it, while its link lives.
+    pub(crate) undelivered: bool,
     /// When it last let us in, after it had denied us.
     let_in: Moment,
     /// How often it has denied us since it took an attempt: one that lets us in and then denies us
@@ -111,6 +113,7 @@ impl Evidence {
             undialled: Some(Suspicion::NotDialledYet),
             dialled_since: None,
             denied: None,
+            undelivered: false,
             let_in: Moment::ZERO,
             denials: 0,
             offline_since: None,
@@ -122,7 +125,11 @@ impl Evidence {
     pub(crate) fn liveness(&self) -> Liveness {
         if self.offline_since.is_some() {
             Liveness::Offline
-        } else if self.silent_since.is_some() || self.undialled.is_some() || self.denied.is_some() {
+        } else if self.silent_since.is_some()
+            || self.undialled.is_some()
+            || self.denied.is_some()
+            || self.undelivered
+        {
             Liveness::Suspect
         } else {
             Liveness::Online
@@ -135,7 +142,8 @@ impl Evidence {
             Liveness::Online => None,
             Liveness::Suspect => {
                 let denied = self.denied.as_ref().map(|denial| denial.reason.clone());
-                self.undialled.as_ref().map(ToString::to_string).or(denied).or(silent)
+                let undelivered = self.undelivered.then(|| "orders do not reach it".to_owned());
+                self.undialled.as_ref().map(ToString::to_string).or(denied).or(undelivered).or(silent)
             }
             Liveness::Offline => Some("no evidence of life for the node timeout".into()),
         }

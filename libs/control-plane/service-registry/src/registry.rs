@@ -11,7 +11,7 @@ use pool_registry_types::node::{Heartbeat, Intent, IntentOrder, Liveness, Regist
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::{EngineKind, PoolReport};
 use pool_registry_types::snapshot::ClusterSnapshot;
-use pool_registry_types::view::{ClusterView, NodeView, PoolView};
+use pool_registry_types::view::{ClusterView, LinkState, LinkView, NodeView, PoolView};
 use pool_registry_types::{AttemptId, BootId, Epoch, ModelRef, Moment, NodeId, PoolId, PoolKey, TaskId};
 
 use crate::breaker::Breaker;
@@ -194,6 +194,7 @@ impl ServiceRegistry {
                 pools: BTreeMap::new(),
                 gpus: Vec::new(),
                 models: Vec::new(),
+                link: None,
                 breaker: Breaker::default(),
                 closed: ClosedAttempts::default(),
                 number: 0,

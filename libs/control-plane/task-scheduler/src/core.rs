@@ -41,7 +41,7 @@ use uuid::Uuid;
 use crate::attempts::{
     Attempt, AttemptRecord, CloseReason, Evidence, MAX_ENGINE_DEATHS, MAX_TRIES, Outcome, classify,
 };
-use crate::event::{Answer, Dispatch, Effect, Event, ReplyTo};
+use crate::event::{Answer, Dispatch, Effect, Event, LinkEvidence, ReplyTo};
 use crate::groups::{Ask, Next};
 use crate::pace::{Forecast, Measurement, Paces, remaining_ms};
 use crate::queue::{Lane, Queue};
@@ -403,6 +403,10 @@ impl ControlCore {
                 self.sync_node(&node_id);
                 self.note(transition.as_slice());
                 self.move_quiet(now, &node_id, &mut effects);
+            }
+            Event::Link { node_id, link } => self.registry.link_stands(&node_id, link),
+            Event::LinkEvidence { node_id, evidence } => {
+                self.link_evidence(now, &node_id, evidence, &mut effects);
             }
             Event::TokensChanged => self.registry.tokens_changed(now),
             Event::Alive { node_id } => self.registry.alive(now, &node_id),

@@ -17,6 +17,8 @@ mod ends;
 mod fleet;
 #[path = "core_forecast_tests.rs"]
 mod forecast;
+#[path = "core_links_tests.rs"]
+mod links;
 #[path = "core_loading_tests.rs"]
 mod loading;
 #[path = "core_peers_tests.rs"]

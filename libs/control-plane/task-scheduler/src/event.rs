@@ -6,7 +6,7 @@ use pool_registry_types::node::{
     Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, IntentOrder, RegisterAnswer, RegisterRequest,
 };
 use pool_registry_types::task::{ResumeMode, TaskAccepted};
-use pool_registry_types::view::ClusterChange;
+use pool_registry_types::view::{ClusterChange, LinkView};
 use pool_registry_types::{
     AttemptId, BootId, Epoch, ErrorBody, LogId, ModelRef, Moment, NodeId, PoolKey, ReplicaId, SessionId,
     TaskId,
@@ -42,6 +42,16 @@ pub enum Event {
         node_id: NodeId,
         address: String,
         outcome: ProbeOutcome,
+    },
+    /// How the link to a node stands, told when it changes.
+    Link {
+        node_id: NodeId,
+        link: LinkView,
+    },
+    /// What the link to a node says of it beside that.
+    LinkEvidence {
+        node_id: NodeId,
+        evidence: LinkEvidence,
     },
     /// The tokens that the control plane sends have changed.
     TokensChanged,
@@ -115,6 +125,20 @@ pub enum Event {
     Drain,
     /// The grace is over: what has not ended gets its terminal event now.
     CutOff,
+}
+
+/// What a link says of its node. Reasons are for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LinkEvidence {
+    /// A fresh connection could not be made.
+    CannotConnect(String),
+    /// Neither could one, nor does anything come on the link: what loses nothing by it is moved.
+    Quiet(String),
+    /// The node itself does not let the control plane in.
+    Denied(String),
+    /// No POST is answered, though the link lives. Lifted by [`LinkEvidence::OrdersArrive`] only.
+    OrdersDoNotArrive,
+    OrdersArrive,
 }
 
 /// Something is to be done. Effects of one `apply` are carried out in their order.

@@ -18,7 +18,7 @@ mod sessions;
 pub use attempts::CloseReason;
 pub use core::reading::{TaskFilter, TaskList, TaskRecord};
 pub use core::{ControlCore, Counters, FullLane, Policy};
-pub use event::{Answer, Dispatch, Effect, Event, ReplyTo};
+pub use event::{Answer, Dispatch, Effect, Event, LinkEvidence, ReplyTo};
 pub use multi_node_placement::Strategy;
 pub use service_registry::{Denied, IndexMismatch, ProbeOutcome, Rule, Timing};
 pub use sessions::SessionPolicy;

@@ -188,6 +188,7 @@ mod tests {
             intent: Intent::Serving,
             labels: Labels::new(),
             reason: None,
+            link: None,
             last_evidence_age_ms: 0,
             report_seq: None,
             pools: Vec::new(),

@@ -32,6 +32,9 @@ pub struct NodeView {
     /// Why the node is not online.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// Absent for a node that does not say that it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<LinkView>,
     /// Milliseconds since the last heartbeat or token.
     pub last_evidence_age_ms: u64,
     /// The number of the last report taken; absent before the first.
@@ -45,6 +48,31 @@ pub struct NodeView {
     pub capabilities: Capabilities,
     /// Attempts that hold a slot here in the control plane's books.
     pub running_attempts: Vec<AttemptId>,
+}
+
+/// The control plane's link to a node: the response that all attempts there share.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct LinkView {
+    pub state: LinkState,
+    /// Why it is not up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// How a link stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LinkState {
+    /// It is dialled, and was never up since the node registered.
+    Connecting,
+    Up,
+    /// It was up, and is dialled again.
+    Interrupted,
+    /// It is not dialled before the node registers again.
+    None,
+    /// Something that a newer control plane says.
+    #[serde(other)]
+    Unknown,
 }
 
 /// A pool as reported, and what the control plane makes of it.

@@ -279,7 +279,7 @@ mod tests {
         assert_eq!(w.overdue(at(100)), Some(Overdue::FirstToken));
         assert!(w.token(at(99)) && !w.grows_quiet(at(50_000)));
         assert_eq!((w.next_deadline(), w.overdue(at(119))), (at(119), Some(Overdue::TokenIdle)));
-        let mut w = StreamWatch::linked(at(0), deadlines, Some(at(7)));
+        let w = StreamWatch::linked(at(0), deadlines, Some(at(7)));
         assert_eq!((w.next_deadline(), w.overdue(at(7))), (at(7), Some(Overdue::Task)));
     }
 }

@@ -60,6 +60,22 @@ impl ServiceRegistry {
         (is != was).then(|| Transition { node_id: node_id.clone(), to: is })
     }
 
+    /// How its link stands now.
+    pub fn link_stands(&mut self, node_id: &NodeId, link: LinkView) {
+        self.nodes.change(node_id, |node| node.link = Some(link));
+    }
+
+    /// Whether orders reach the node, while its link lives. One that they do not reach is suspect until
+    /// one is answered: no heartbeat and no probe lifts that.
+    pub fn orders_arrive(&mut self, node_id: &NodeId, arrive: bool) -> Option<Transition> {
+        let (was, is) = self.nodes.change(node_id, |node| {
+            let was = node.evidence.liveness();
+            node.evidence.undelivered = !arrive;
+            (was, node.evidence.liveness())
+        })?;
+        (is != was).then(|| Transition { node_id: node_id.clone(), to: is })
+    }
+
     /// The tokens that we send have changed: who denied the old ones may let the new ones in.
     pub fn tokens_changed(&mut self, now: Moment) {
         self.nodes.change_all(|node| node.evidence.ask_again(now));

@@ -33,6 +33,12 @@ impl ServiceRegistry {
         matches!(undialled, Some(Suspicion::DialFailed(_)))
     }
 
+    /// Whether its link was up and is dialled again: what runs there may come back with it.
+    pub fn is_link_interrupted(&self, node_id: &NodeId) -> bool {
+        let link = self.nodes.get(node_id).and_then(|node| node.link.as_ref());
+        link.is_some_and(|link| link.state == LinkState::Interrupted)
+    }
+
     /// Whether the node itself refuses the control plane.
     pub fn is_denied(&self, node_id: &NodeId) -> bool {
         self.nodes.get(node_id).is_some_and(|node| node.evidence.denied.is_some())
@@ -136,6 +142,7 @@ impl Node {
             intent: self.effective_intent(true),
             labels: (*self.labels).clone(),
             reason: self.evidence.reason(),
+            link: self.link.clone(),
             last_evidence_age_ms: 0,
             report_seq: self.last_seq,
             pools: pools.collect(),

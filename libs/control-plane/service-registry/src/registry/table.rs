@@ -12,6 +12,7 @@ use std::time::Duration;
 use pool_registry_types::node::{GpuReport, Intent, IntentOrder, Liveness, RegisterRequest, StagedModel};
 use pool_registry_types::placement::Labels;
 use pool_registry_types::snapshot::ClusterSnapshot;
+use pool_registry_types::view::LinkView;
 use pool_registry_types::{Epoch, Lookup, Moment, NodeId, PoolId};
 
 use crate::breaker::Breaker;
@@ -48,6 +49,8 @@ pub(super) struct Node {
     pub(super) pools: BTreeMap<PoolId, PoolBook>,
     pub(super) gpus: Vec<GpuReport>,
     pub(super) models: Vec<StagedModel>,
+    /// As it was told last; absent where the node has none.
+    pub(super) link: Option<LinkView>,
     /// For its streams.
     pub(super) breaker: Breaker,
     pub(super) closed: ClosedAttempts,

@@ -83,22 +83,37 @@ impl ControlCore {
     /// two ways say the same. Only where nothing is lost by it; what has sent tokens and may not
     /// go on elsewhere is given all the time that a stream has.
     pub(super) fn move_quiet(&mut self, now: Moment, node_id: &NodeId, effects: &mut Vec<Effect>) {
-        if !self.registry.dial_failing(node_id) {
-            return;
+        if self.registry.dial_failing(node_id) {
+            self.move_those(now, node_id, |attempt| attempt.quiet, effects);
         }
-        let loses_nothing = |attempt: &Attempt| {
+    }
+
+    /// The same of all that run on the node, where it is a link that says that it is quiet.
+    pub(super) fn move_linked(&mut self, now: Moment, node_id: &NodeId, effects: &mut Vec<Effect>) {
+        self.move_those(now, node_id, |_| true, effects);
+    }
+
+    fn move_those(
+        &mut self,
+        now: Moment,
+        node_id: &NodeId,
+        is_quiet: impl Fn(&Attempt) -> bool,
+        effects: &mut Vec<Effect>,
+    ) {
+        let mut moved = self.registry.attempts_of(node_id);
+        moved.retain(|id| self.attempts.get(id).is_some_and(|a| is_quiet(a) && a.closing.is_none()));
+        moved.retain(|id| self.loses_nothing(*id));
+        self.counters.moved += moved.len() as u64;
+        self.close_all(now, &moved, CloseReason::NodeSilent, effects);
+    }
+
+    /// Whether the attempt's task can be placed elsewhere without a loss: no token was sent, or it may be
+    /// continued.
+    pub(super) fn loses_nothing(&self, id: AttemptId) -> bool {
+        self.attempts.get(&id).is_some_and(|attempt| {
             attempt.first_token.is_none()
                 || self.tasks.get(&attempt.task).is_some_and(|task| task.continuation.is_some())
-        };
-        let of_node = self.registry.attempts_of(node_id);
-        let quiet: Vec<AttemptId> = of_node
-            .into_iter()
-            .filter(|id| {
-                self.attempts.get(id).is_some_and(|a| a.quiet && a.closing.is_none() && loses_nothing(a))
-            })
-            .collect();
-        self.counters.moved += quiet.len() as u64;
-        self.close_all(now, &quiet, CloseReason::NodeSilent, effects);
+        })
     }
 
     /// What the end of an attempt says of its pool and its node; before its slot is released.

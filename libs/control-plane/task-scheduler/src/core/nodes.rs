@@ -97,6 +97,30 @@ impl ControlCore {
         effects.push(Effect::Reply { to, answer: Ok(Answer::Deregistered) });
     }
 
+    /// What its link says of a node.
+    pub(super) fn link_evidence(
+        &mut self,
+        now: Moment,
+        node_id: &NodeId,
+        evidence: LinkEvidence,
+        effects: &mut Vec<Effect>,
+    ) {
+        let is_quiet = matches!(evidence, LinkEvidence::Quiet(_));
+        let transition = match evidence {
+            LinkEvidence::CannotConnect(reason) | LinkEvidence::Quiet(reason) => {
+                self.registry.dial_failed(now, node_id, reason)
+            }
+            LinkEvidence::Denied(reason) => self.registry.denied(now, node_id, now, reason),
+            LinkEvidence::OrdersDoNotArrive => self.registry.orders_arrive(node_id, false),
+            LinkEvidence::OrdersArrive => self.registry.orders_arrive(node_id, true),
+        };
+        self.note(transition.as_slice());
+        self.sync_node(node_id);
+        if is_quiet {
+            self.move_linked(now, node_id, effects);
+        }
+    }
+
     /// An operator wants the node to drain or to serve: it counts here at once, and the node is told.
     pub(super) fn want(&mut self, to: ReplyTo, node_id: NodeId, intent: Intent, effects: &mut Vec<Effect>) {
         match self.registry.want(&node_id, intent) {

@@ -13,7 +13,11 @@ impl ControlCore {
         for transition in transitions {
             self.sync_node(&transition.node_id);
             if transition.to == Liveness::Offline {
-                let attempts = self.registry.attempts_of(&transition.node_id);
+                let mut attempts = self.registry.attempts_of(&transition.node_id);
+                if self.registry.is_link_interrupted(&transition.node_id) {
+                    // What would be lost is given the time that its link has to come back.
+                    attempts.retain(|id| self.loses_nothing(*id));
+                }
                 self.close_all(now, &attempts, CloseReason::NodeOffline, effects);
             }
         }
@@ -43,7 +47,10 @@ impl ControlCore {
         {
             self.vanishing.pop_first();
             let Some(node_id) = self.attempts.get(&id).map(|attempt| &attempt.pool.node_id) else { continue };
-            if self.registry.liveness(node_id).is_some() {
+            if self.registry.is_link_interrupted(node_id) {
+                // When it is back the node itself says what became of it.
+                self.vanishing.insert((now + REPORT_PATIENCE, id));
+            } else if self.registry.liveness(node_id).is_some() {
                 self.counters.vanished += 1;
                 self.close(now, id, CloseReason::Vanished, effects);
             } else {
