@@ -45,6 +45,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         &[
             "pool-registry-types",
             "task-stream",
+            "attempt-link",
             "task-scheduler",
             "daemon-kit",
             "node-agent",

@@ -4,7 +4,9 @@ use daemon_kit::metrics::Page;
 use pool_registry_types::node::Liveness;
 use pool_registry_types::snapshot::ClusterSnapshot;
 use pool_registry_types::task::Priority;
+use pool_registry_types::view::LinkState;
 
+use crate::services::link::LinkTable;
 use crate::services::published::{AllPaces, Facts};
 
 fn liveness(liveness: Liveness) -> &'static str {
@@ -12,6 +14,39 @@ fn liveness(liveness: Liveness) -> &'static str {
         Liveness::Online => "online",
         Liveness::Suspect => "suspect",
         Liveness::Offline => "offline",
+    }
+}
+
+fn link_state(state: LinkState) -> &'static str {
+    match state {
+        LinkState::Connecting => "connecting",
+        LinkState::Up => "up",
+        LinkState::Interrupted => "interrupted",
+        LinkState::None => "none",
+        LinkState::Unknown => "unknown",
+    }
+}
+
+/// How the links to nodes stand.
+pub(crate) fn links(page: &mut Page, links: &LinkTable) {
+    for (node_id, state) in links.states() {
+        let labels = [("node_id", node_id.as_str()), ("state", link_state(state))];
+        page.gauge("llorch_links", "1 for how the link to the node stands.", &labels, 1.0);
+    }
+    for (name, help, value) in [
+        ("llorch_link_resumes_total", "Times that an interrupted link came up again.", links.resumes()),
+        (
+            "llorch_link_interrupted_seconds_total",
+            "Length of all interruptions of links that are over.",
+            links.interrupted_seconds(),
+        ),
+        (
+            "llorch_link_records_dropped_total",
+            "Records of attempts that nobody waits for any more.",
+            links.dropped_records(),
+        ),
+    ] {
+        page.counter(name, help, &[], value);
     }
 }
 

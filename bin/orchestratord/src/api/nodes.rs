@@ -54,7 +54,8 @@ pub(crate) async fn register(
         tracing::warn!(%node_id, code = %error.code, reason = error.message, "a registration was refused");
     })?;
     tracing::info!(%node_id, epoch = %answer.epoch, "a node registered");
-    Ok(Json(answer))
+    let life = state.relays.link.links().map(|links| links.life);
+    Ok(Json(RegisterAnswer { life, ..answer }))
 }
 
 /// A node's whole report.

@@ -45,6 +45,9 @@ pub(crate) async fn metrics(State(state): State<AppState>) -> Result<Response, A
     let (facts, paces) = (state.control.published.facts().await?, state.control.published.paces().await?);
     let view = state.service_registry.view().await?;
     let mut page = metrics::page(&facts, &paces, &view);
+    if let Some(links) = state.relays.link.links() {
+        metrics::links(&mut page, &links.table);
+    }
     Ok(page.edge(state.tokens.refusals(), &state.connections, &[]).log(&[]).render())
 }
 

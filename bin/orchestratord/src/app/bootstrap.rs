@@ -11,6 +11,7 @@ use daemon_kit::quota::Quota;
 use daemon_kit::{Clock, serve};
 use handoff_watcher::watch::WatchError;
 use task_scheduler::{ControlCore, Event};
+use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
@@ -30,6 +31,9 @@ use crate::services::streams::Streams;
 
 /// How often a stopping daemon looks whether its tasks have ended.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// What links are waited for at the end; each waits for less.
+const LINKS_BOUND: Duration = Duration::from_secs(2);
 
 /// Why the control plane does not start.
 #[derive(Debug, thiserror::Error)]
@@ -56,12 +60,15 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let interval = config.policy.timing.heartbeat_interval;
     let catalog = Arc::new(Catalog::open(&config.data_dir)?);
     let home = (!config.cloud_profile).then(|| Home::new(interval, &config.runtime_dir, front.loops.clone()));
-    let link = match &home {
-        Some(home) => NodeLink::Local(home.node.clone()),
-        None => NodeLink::Http(Box::new(HttpLink::new(&front.tls.client, tokens.clone())?)),
+    let clock = Clock::default();
+    let (link, drivers) = match &home {
+        Some(home) => (NodeLink::Local(home.node.clone()), Vec::new()),
+        None => {
+            let (http, drivers) = HttpLink::new(&front.tls.client, tokens.clone(), clock)?;
+            (NodeLink::Http(Box::new(http)), drivers)
+        }
     };
     let streams = Arc::new(Streams::new(config.event_log_bytes));
-    let clock = Clock::default();
     let relays = Arc::new(Relays { clock, link, streams: Arc::clone(&streams) });
     let strategy = config.policy.strategy.as_str();
     let core = ControlCore::new(config.policy, Uuid::new_v4().as_u64_pair().0);
@@ -74,6 +81,19 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let deciding = owned_tasks::watched("control loop", deciding);
     for entry in catalog.list().into_iter().filter(|entry| entry.state == ModelState::Retired) {
         control.send(Event::SetRetired { model: entry.model_id, retired: true }).await;
+    }
+    // They end last: the stops of what is cut off go by them.
+    let (links, links_stop) = (TaskTracker::new(), CancellationToken::new());
+    for driver in drivers {
+        let (control, calls, stop) = (control.clone(), links.clone(), links_stop.clone());
+        // What it knows outlives a defect in it.
+        let driver = Arc::new(Mutex::new(driver));
+        let drive = move || {
+            let (driver, control, calls) = (Arc::clone(&driver), control.clone(), calls.clone());
+            let stop = stop.clone();
+            async move { driver.lock().await.run(control, calls, stop).await }
+        };
+        front.loops.start(&links, "links", &links_stop, drive);
     }
     let home = match home {
         Some(home) => Some(home.start(&config.runtime_dir, control.clone())?),
@@ -139,6 +159,11 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let all = async { tokio::join!(tracker.wait(), deciding) };
     if tokio::time::timeout(Duration::from_secs(3), all).await.is_err() {
         tracing::warn!("some relays did not end in time");
+    }
+    links_stop.cancel();
+    links.close();
+    if tokio::time::timeout(LINKS_BOUND, links.wait()).await.is_err() {
+        tracing::warn!("some links did not end in time");
     }
     ended.map_or(Ok(()), |result| result.map_err(StartError::Serve))
 }

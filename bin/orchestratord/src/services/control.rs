@@ -4,6 +4,7 @@
 //! about and nothing else; what only the core can answer, and what changes nothing, is a question.
 //! Both mailboxes are bounded. Who reads them is `services/placement.rs`.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use daemon_kit::Clock;
@@ -85,6 +86,23 @@ impl Control {
     pub(crate) async fn send(&self, event: Event) {
         // The loop ends last; without it nobody needs to know.
         let _ = self.mailbox.send(Message::Event(event)).await;
+    }
+
+    /// Says the first of these, once there is room; waits for ever where there is none to say. Dropped
+    /// before, it has taken nothing.
+    pub(crate) async fn send_first(&self, events: &mut VecDeque<Event>) {
+        if events.is_empty() {
+            return std::future::pending().await;
+        }
+        match self.mailbox.reserve().await {
+            Ok(room) => {
+                if let Some(event) = events.pop_front() {
+                    room.send(Message::Event(event));
+                }
+            }
+            // The loop has ended.
+            Err(_) => events.clear(),
+        }
     }
 
     // ---- calls: errors are the decision's own, `OVERLOADED`, and `DRAINING` where the loop has ended ----

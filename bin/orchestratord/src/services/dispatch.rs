@@ -1,24 +1,26 @@
 //! The shell of the relays: one task for each attempt, from the node's stream into the log.
 //!
 //! What a stream means, and when it takes too long, [`Relay`] decides; here are its connection, its
-//! timer and the way to the control loop. An attempt's last event is [`Event::Ended`], and it is told
+//! timer and the way to the control loop. Where its node has a link, the attempt's stream is what the
+//! lane says of it. An attempt's last event is [`Event::Ended`], and it is told
 //! only after its log was fenced.
 
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use attempt_link::control::{Action as LaneAction, Lost};
 use daemon_kit::Clock;
 use futures::FutureExt;
-use pool_registry_types::Moment;
 use pool_registry_types::task::ResumeMode;
+use pool_registry_types::{ErrorBody, ErrorCode, Moment};
 use task_scheduler::{Dispatch, Event, HowEnded};
-use task_stream::{Action, Relay};
+use task_stream::{Action, Relay, TokensOfFrame};
 use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::services::control::Control;
-use crate::services::link::{Exchange, LinkError, NodeLink, Taken};
+use crate::services::link::{Exchange, LinkError, NodeLink, Piece, Taken, denial, refusal};
 use crate::services::streams::{Streams, TaskStream};
 
 /// Pieces of a stream that are taken together when they have arrived already.
@@ -26,6 +28,7 @@ const MOST_PIECES_AT_ONCE: usize = 64;
 /// A piece that comes so soon after the one before may have more behind it.
 const IN_A_ROW: Duration = Duration::from_millis(2);
 const NO_FINAL_FRAME: &str = "it ended without a final frame";
+const NOT_IN_TIME: &str = "its link was not up in time";
 
 /// What every relay uses.
 #[derive(Debug)]
@@ -46,10 +49,25 @@ struct Carrier {
     dispatch: Arc<Dispatch>,
     relay: Relay,
     exchange: Option<Exchange>,
+    reported: Reported,
     /// Armed by the relay; a token mostly does not touch it.
     timer: Pin<Box<Sleep>>,
     /// When the stream last brought something, if that was one piece.
     last_pieces: Option<Moment>,
+}
+
+/// What a lane has said of the attempt.
+#[derive(Debug, Default)]
+struct Reported {
+    accepted: bool,
+    /// No byte of its start has gone.
+    never_sent: bool,
+    /// The node's end, which it keeps until it hears that it is in the log.
+    ended: bool,
+    /// Nothing more is said.
+    over: bool,
+    /// With which the node has answered a POST while the start waited.
+    status: Option<u16>,
 }
 
 impl Relays {
@@ -74,8 +92,17 @@ impl Relays {
         let relay = Relay::new(self.clock.now(), dispatch.assignment());
         let timer = Box::pin(tokio::time::sleep(Duration::ZERO));
         let (clock, dispatch) = (self.clock, Arc::new(dispatch));
-        let (exchange, last_pieces) = (None, None);
-        let mut carrier = Carrier { clock, control, stream, dispatch, relay, exchange, timer, last_pieces };
+        let mut carrier = Carrier {
+            clock,
+            control,
+            stream,
+            dispatch,
+            relay,
+            exchange: None,
+            reported: Reported::default(),
+            timer,
+            last_pieces: None,
+        };
         let outcome = tokio::select! {
             biased;
             () = closed.cancelled() => None,
@@ -95,6 +122,9 @@ impl Relays {
             }
         };
         let fence = carrier.stream.fence(attempt);
+        if let Some(Exchange::Linked(linked)) = carrier.exchange.take_if(|_| carrier.reported.ended) {
+            linked.done();
+        }
         let how = match how {
             _ if fence.finished => HowEnded::Finished,
             HowEnded::Finished => HowEnded::OwnDefect("an end that its log does not have".into()),
@@ -141,6 +171,11 @@ impl Carrier {
             if let Some(end) = self.act().await {
                 return end;
             }
+            if std::mem::take(&mut self.reported.never_sent)
+                && let Some(end) = self.go_without(link).await
+            {
+                return end;
+            }
         }
     }
 
@@ -151,6 +186,11 @@ impl Carrier {
             // They come again.
             self.stream.forget_unlogged(self.dispatch.attempt);
         }
+        let pool = &self.dispatch.pool;
+        let lane = link.links().and_then(|links| links.lane(&pool.node_id, self.dispatch.attempt));
+        if lane.is_some() {
+            self.relay = Relay::linked(self.clock.now(), self.dispatch.assignment());
+        }
         if let Some(end) = self.act().await {
             return Some(end);
         }
@@ -159,6 +199,11 @@ impl Carrier {
             return Some((HowEnded::Closed, None));
         };
         let dispatch = Arc::clone(&self.dispatch);
+        if let Some(lane) = lane {
+            let linked = lane.start(self.clock.now(), &dispatch, &payload, resume);
+            self.exchange = Some(Exchange::Linked(linked));
+            return None;
+        }
         // To drop it is the stop of an attempt whose node has not answered.
         let mut accepting = Box::pin(link.infer(&dispatch, &payload, resume));
         let taken = loop {
@@ -183,11 +228,91 @@ impl Carrier {
         self.act().await
     }
 
-    fn take(&mut self, now: Moment, piece: Option<Result<bytes::Bytes, LinkError>>) {
+    /// Nothing was sent by the link. A node that turns out to have none is served without.
+    async fn go_without(&mut self, link: &NodeLink) -> Option<End> {
+        let node_id = &self.dispatch.pool.node_id;
+        if link.links().is_some_and(|links| links.lane(node_id, self.dispatch.attempt).is_some()) {
+            self.relay.not_accepted(HowEnded::NeverSent(NOT_IN_TIME.into()));
+            return self.act().await;
+        }
+        self.relay = Relay::new(self.clock.now(), self.dispatch.assignment());
+        (self.exchange, self.reported) = (None, Reported::default());
+        self.open(link).await
+    }
+
+    fn take(&mut self, now: Moment, piece: Option<Result<Piece, LinkError>>) {
         match piece {
-            Some(Ok(bytes)) => self.relay.chunk(now, &bytes),
+            Some(Ok(Piece::Bytes(bytes))) => self.relay.chunk(now, &bytes),
+            Some(Ok(Piece::Action(action))) => self.hear(now, action),
             Some(Err(broken)) => self.relay.closed(broken.to_string()),
+            None if matches!(self.exchange, Some(Exchange::Linked(_))) => {
+                self.relay.failed("its lane has let it go".into());
+            }
             None => self.relay.closed(NO_FINAL_FRAME.into()),
+        }
+    }
+
+    /// What its node's lane says of the attempt.
+    fn hear(&mut self, now: Moment, action: LaneAction) {
+        let (relay, reported) = (&mut self.relay, &mut self.reported);
+        match action {
+            LaneAction::Sent { .. } => relay.sent(now),
+            LaneAction::Accepted { acceptance, .. } => {
+                reported.accepted = true;
+                relay.accepted(now, acceptance.replica_id, acceptance.report_seq);
+            }
+            LaneAction::Restart { from, .. } => {
+                let wanted = relay.resume();
+                if wanted.is_some_and(|wanted| wanted != from) {
+                    relay.closed("its link does not go on where its log stands".into());
+                }
+            }
+            LaneAction::Frames { bytes, .. } => relay.chunk(now, &bytes),
+            LaneAction::TokenIds { first, frames, .. } => {
+                let tokens = frames.into_iter().map(|f| TokensOfFrame { total: f.total.into(), ids: f.ids });
+                relay.token_ids(first, tokens);
+            }
+            LaneAction::Error { error, .. } => relay.error(error),
+            LaneAction::Silent { .. } => relay.silent(),
+            LaneAction::PostStatus { status } if matches!(status, 401 | 403) => {
+                reported.over = true;
+                relay.not_accepted(HowEnded::Denied(denial(status, None)));
+            }
+            LaneAction::PostStatus { status } => reported.status = Some(status),
+            LaneAction::Ended { report_seq, .. } => {
+                (reported.over, reported.ended) = (true, true);
+                relay.over(report_seq);
+            }
+            LaneAction::NeverSent { .. } => (reported.over, reported.never_sent) = (true, true),
+            LaneAction::Refused { error, .. } => {
+                reported.over = true;
+                relay.not_accepted(refusal(error.code.http_status(), Some(error)));
+            }
+            LaneAction::Unknown { again, .. } => {
+                reported.over = true;
+                relay.not_accepted(match reported.status {
+                    _ if again => HowEnded::NoAnswer("its start did not arrive, twice in a row".into()),
+                    Some(status) => HowEnded::NodeFailed(format!("the node answered HTTP {status}")),
+                    None => {
+                        let message = "the start did not arrive, and is not taken any more";
+                        HowEnded::Refused(ErrorBody::new(ErrorCode::PoolUnready, message))
+                    }
+                });
+            }
+            LaneAction::Gone { .. } => {
+                reported.over = true;
+                relay.closed("its node does not hold it any more".into());
+            }
+            LaneAction::Lost { reason: Lost::NotResumed, .. } if !reported.accepted => {
+                reported.over = true;
+                relay.not_accepted(HowEnded::NoAnswer(NOT_IN_TIME.into()));
+            }
+            LaneAction::Lost { reason, .. } => {
+                reported.over = true;
+                relay.closed(lost(reason).into());
+            }
+            // A head is of answers that are no event streams; the rest is of links.
+            _ => {}
         }
     }
 
@@ -198,7 +323,7 @@ impl Carrier {
         // A token that comes by itself is not to wait for others, nor to cost a second turn.
         let mut patient = self.last_pieces.is_none_or(|last| now.since(last) < IN_A_ROW);
         for _ in 0..MOST_PIECES_AT_ONCE {
-            let Some(exchange) = &mut self.exchange else { break };
+            let Some(exchange) = self.exchange.as_mut().filter(|_| !self.reported.over) else { break };
             match exchange.next().now_or_never() {
                 Some(piece) => {
                     let is_end = !matches!(piece, Some(Ok(_)));
@@ -262,5 +387,16 @@ impl Carrier {
         if let Some(exchange) = self.exchange.take() {
             exchange.stop();
         }
+    }
+}
+
+/// Why an attempt is lost, for people.
+const fn lost(reason: Lost) -> &'static str {
+    match reason {
+        Lost::NotResumed => NOT_IN_TIME,
+        Lost::OtherBoot => "the node has restarted",
+        Lost::Left => "the node has left",
+        Lost::Closed => "its link is closed",
+        Lost::Unusable => "its link brings nothing that can be used",
     }
 }

@@ -1,31 +1,46 @@
 //! What the control plane calls of a node: run an attempt, take an operator's order for the node or
-//! one of its pools, answer a probe. Over HTTP, or in process in the home profile.
+//! one of its pools, answer a probe. Over HTTP, or in process in the home profile. Attempts of a node
+//! that has a link share it (`services/link/`).
 
+mod calls;
+mod driver;
+mod lanes;
+mod links;
+#[cfg(test)]
+mod loopback_tests;
+
+use std::num::NonZero;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
+use attempt_link::control::Action;
 use bytes::Bytes;
-use daemon_kit::Tokens;
 use daemon_kit::tls::{self, ClientTls, Connector};
+use daemon_kit::{Clock, Tokens};
 use futures::{Stream, StreamExt};
 use http_body_util::{BodyExt, BodyStream};
 use hyper::Request;
 use hyper::header::{self, HeaderValue};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 use node_agent::{AttemptReader, Node, Retention};
 use owned_tasks::Panicked;
 use pool_registry_types::node::{IntentOrder, LiveAnswer};
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
 use pool_registry_types::routes::{self, headers};
 use pool_registry_types::task::Resume;
-use pool_registry_types::{ErrorBody, ErrorCode, PoolId, ReplicaId, TraceContext};
+use pool_registry_types::{ErrorBody, ErrorCode, LifeId, PoolId, ReplicaId, TraceContext};
 use task_scheduler::{Denied, Dispatch, HowEnded, ProbeOutcome};
 use task_stream::Payload;
 use uuid::Uuid;
 
 use crate::services::attempt_body::AttemptBody;
+
+use calls::{Clients, fresh, kept};
+pub(crate) use driver::Driver;
+use lanes::Lanes;
+pub(crate) use links::{LinkTable, LinkedAttempt, Links};
 
 /// Bound of connecting to a node. Source: .specs/01 CLOUD-1501.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -33,8 +48,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Bound of an order to a node, connecting included.
 const ORDER_TIMEOUT: Duration = Duration::from_secs(5);
-/// Unused connections to a node are closed after this; shorter than any server's own limit.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// A connection of a link on which so long nothing is acknowledged is broken.
+const LINK_USER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Most tasks that drive lanes.
+const MOST_DRIVERS: usize = 4;
 /// Longest error body of a node that is read, bytes.
 const MAX_ERROR_BYTES: usize = 64 * 1024;
 /// Bound of reading it.
@@ -76,14 +93,23 @@ pub(crate) enum Exchange {
     Http(Frames),
     /// Of the node in this process: its bytes are the node's own, and are copied nowhere.
     Local(AttemptReader),
+    /// By the node's link. It begins before the node has taken the attempt.
+    Linked(LinkedAttempt),
+}
+
+/// What comes of an attempt.
+pub(crate) enum Piece {
+    Bytes(Bytes),
+    Action(Action),
 }
 
 impl Exchange {
-    /// The next bytes; an error is a broken connection.
-    pub(crate) async fn next(&mut self) -> Option<Result<Bytes, LinkError>> {
+    /// What comes next; an error is a broken connection.
+    pub(crate) async fn next(&mut self) -> Option<Result<Piece, LinkError>> {
         match self {
-            Self::Http(frames) => frames.next().await,
-            Self::Local(reader) => reader.next().await.map(Ok),
+            Self::Http(frames) => frames.next().await.map(|bytes| bytes.map(Piece::Bytes)),
+            Self::Local(reader) => reader.next().await.map(|bytes| Ok(Piece::Bytes(bytes))),
+            Self::Linked(attempt) => attempt.next().await.map(|action| Ok(Piece::Action(action))),
         }
     }
 
@@ -93,6 +119,7 @@ impl Exchange {
         match self {
             Self::Http(frames) => drop(frames),
             Self::Local(reader) => reader.stop(),
+            Self::Linked(attempt) => attempt.stop(),
         }
     }
 }
@@ -106,6 +133,14 @@ pub(crate) enum NodeLink {
 }
 
 impl NodeLink {
+    /// The links of all nodes; none in the home profile.
+    pub(crate) fn links(&self) -> Option<&Links> {
+        match self {
+            Self::Http(http) => Some(&http.links),
+            Self::Local(_) => None,
+        }
+    }
+
     /// Asks the node to run the attempt. The error is the attempt's end.
     pub(crate) async fn infer(
         &self,
@@ -231,28 +266,41 @@ pub(crate) struct HttpLink {
     fresh: Client<Connector, AttemptBody>,
     probes: reqwest::Client,
     tokens: Tokens,
+    links: Links,
 }
 
 impl HttpLink {
-    /// The first of the tokens is sent.
-    pub(crate) fn new(tls: &ClientTls, tokens: Tokens) -> Result<Self, reqwest::Error> {
+    /// The first of the tokens is sent. Links are what the drivers, which are to be run, make of them.
+    pub(crate) fn new(
+        tls: &ClientTls,
+        tokens: Tokens,
+        clock: Clock,
+    ) -> Result<(Self, Vec<Driver>), reqwest::Error> {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
+        let mut of_links = connector.clone();
+        of_links.set_tcp_user_timeout(Some(LINK_USER_TIMEOUT));
+        let of_links = tls.connector(of_links, CONNECT_TIMEOUT);
         let connector = tls.connector(connector, CONNECT_TIMEOUT);
-        let streams = Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(IDLE_TIMEOUT)
-            .pool_max_idle_per_host(256)
-            .build(connector.clone());
-        let fresh = Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(connector);
+        let (streams, fresh) = (kept(connector.clone()), fresh(connector));
         // No kept connections: a probe must show that a new one can be made.
         let probes = reqwest::Client::builder()
             .pool_max_idle_per_host(0)
             .timeout(PROBE_TIMEOUT)
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none());
-        Ok(Self { streams, fresh, probes: tls.reqwest(probes).build()?, tokens })
+        let probes = tls.reqwest(probes).build()?;
+        let clients = Clients::new(of_links, probes.clone(), tokens.clone());
+        let life = LifeId(Uuid::new_v4());
+        let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let (links, orders) = Links::new(life, threads.min(MOST_DRIVERS));
+        let driver = |orders| {
+            let lanes = Lanes::new(life, Arc::clone(&links.table));
+            Driver::new(clock, lanes, clients.clone(), orders)
+        };
+        let drivers = orders.into_iter().map(driver).collect();
+        Ok((Self { streams, fresh, probes, tokens, links }, drivers))
     }
 
     async fn infer(&self, dispatch: &Dispatch, body: AttemptBody) -> Result<Taken, HowEnded> {
@@ -386,7 +434,7 @@ impl Unprobed {
 }
 
 /// What a node's refusal means for the attempt, by its HTTP status; `error` is what it says itself.
-fn refusal(status: u16, error: Option<ErrorBody>) -> HowEnded {
+pub(crate) fn refusal(status: u16, error: Option<ErrorBody>) -> HowEnded {
     let says = |code| {
         let message = format!("the node answered HTTP {status} without an error body");
         error.clone().unwrap_or_else(|| ErrorBody::new(code, message))
@@ -406,7 +454,7 @@ fn refusal(status: u16, error: Option<ErrorBody>) -> HowEnded {
 }
 
 /// What a node says that does not let us in.
-fn denial(status: u16, error: Option<&ErrorBody>) -> String {
+pub(crate) fn denial(status: u16, error: Option<&ErrorBody>) -> String {
     let why = match status {
         401 | 403 => "it does not take the control plane's token",
         404 => "it has no such route",

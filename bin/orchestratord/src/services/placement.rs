@@ -11,6 +11,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use daemon_kit::Clock;
+use pool_registry_types::view::ClusterChange;
 use pool_registry_types::{AttemptId, Moment};
 use task_scheduler::{ControlCore, Denied, Effect, Event, HowEnded, ProbeOutcome, ReplyTo};
 use tokio_util::sync::CancellationToken;
@@ -154,6 +155,10 @@ impl Loop {
                 Event::Heartbeat { node_id, .. } => Some(node_id.clone()),
                 _ => None,
             };
+            let registers = match &event {
+                Event::Register { request, .. } => Some(request.clone()),
+                _ => None,
+            };
             let changed = match &event {
                 Event::Register { request, .. } => Some(request.node_id.clone()),
                 Event::Deregister { node_id, .. }
@@ -171,7 +176,14 @@ impl Loop {
             reported.into_iter().for_each(|node_id| published.node_reported(node_id));
             // What was refused has changed nothing.
             let refused = |effect: &Effect| matches!(effect, Effect::Reply { answer: Err(_), .. });
-            let changed = changed.filter(|_| !effects.iter().any(refused));
+            let is_refused = effects.iter().any(refused);
+            let changed = changed.filter(|_| !is_refused);
+            if let Some(request) = registers.filter(|_| !is_refused)
+                && let Some(links) = self.relays.link.links()
+            {
+                // Before anything is sent there.
+                links.registered(&request);
+            }
             changed.into_iter().for_each(|node_id| published.node_changed(node_id));
             for effect in effects {
                 self.carry_out(effect, &mut events);
@@ -249,7 +261,14 @@ impl Loop {
                     control.send(Event::IntentDelivered { reply: to, node_id, order, kept_by_node }).await;
                 });
             }
-            Effect::Changed(change) => self.control.publish(change),
+            Effect::Changed(change) => {
+                if let ClusterChange::Node { node_id, liveness: None, .. } = &change
+                    && let Some(links) = self.relays.link.links()
+                {
+                    links.gone(node_id);
+                }
+                self.control.publish(change);
+            }
             Effect::Probe { node_id, address, authorized } => {
                 let (relays, control) = (Arc::clone(&self.relays), self.control.clone());
                 owned_tasks::task(&self.tracker, "probe", async move {

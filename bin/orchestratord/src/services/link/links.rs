@@ -1,0 +1,234 @@
+//! The way to the lanes for everybody but them: which nodes are served by a link, attempts that begin
+//! there, and how the links stand.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use attempt_link::control::Action;
+use attempt_link::wire::{Start, StartFacts, StartSpec};
+use parking_lot::Mutex;
+use pool_registry_types::node::{LINK_FEATURE, RegisterRequest};
+use pool_registry_types::task::Resume;
+use pool_registry_types::view::{LinkState, LinkView};
+use pool_registry_types::{AttemptId, BootId, LifeId, Moment, NodeId};
+use task_scheduler::Dispatch;
+use task_stream::Payload;
+use tokio::sync::mpsc;
+use uuid::Uuid;
+
+/// What may wait for an attempt's relay: records of some 10 KiB, of a stream of 8 MiB at most, or a
+/// minute of single tokens. A relay that has not run for so long is not waited for.
+const MOST_UNREAD: usize = 4096;
+
+/// What lanes are told. Each attempt and each registration brings a few of them, whose number the
+/// control loop's own mailbox bounds; so this way may be without a bound, and nobody waits on it.
+#[derive(Debug)]
+pub(super) enum Order {
+    Registered { node_id: NodeId, address: String, boot_id: BootId },
+    Gone { node_id: NodeId },
+    Start { node_id: NodeId, start: Box<Start>, to: mpsc::Sender<Action> },
+    Cancel { node_id: NodeId, attempt: AttemptId },
+    Done { node_id: NodeId, attempt: AttemptId },
+}
+
+/// A link as it is shown.
+#[derive(Debug, Clone)]
+pub(super) struct Shown {
+    /// Of the threads of lanes the one that has it.
+    driver: usize,
+    pub(super) link: LinkView,
+    /// The node has no link: it is served by exchanges until it registers again.
+    pub(super) serves_without: bool,
+}
+
+/// How all links stand, and what became of them so far.
+#[derive(Debug, Default)]
+pub(crate) struct LinkTable {
+    nodes: Mutex<BTreeMap<NodeId, Shown>>,
+    resumes: AtomicU64,
+    interrupted_ms: AtomicU64,
+    pub(super) dropped: AtomicU64,
+}
+
+impl LinkTable {
+    pub(super) fn change(&self, node_id: &NodeId, change: impl FnOnce(&mut Shown)) {
+        if let Some(shown) = self.nodes.lock().get_mut(node_id) {
+            change(shown);
+        }
+    }
+
+    pub(super) fn was_interrupted(&self, span: Duration, is_up: bool) {
+        let span_ms = u64::try_from(span.as_millis()).unwrap_or(u64::MAX);
+        self.interrupted_ms.fetch_add(span_ms, Ordering::Relaxed);
+        self.resumes.fetch_add(u64::from(is_up), Ordering::Relaxed);
+    }
+
+    // ---- for metrics ----
+
+    pub(crate) fn states(&self) -> Vec<(NodeId, LinkState)> {
+        self.nodes.lock().iter().map(|(node_id, shown)| (node_id.clone(), shown.link.state)).collect()
+    }
+
+    /// Times that an interrupted link came up again.
+    pub(crate) fn resumes(&self) -> u64 {
+        self.resumes.load(Ordering::Relaxed)
+    }
+
+    /// Whole seconds of all interruptions that are over.
+    pub(crate) fn interrupted_seconds(&self) -> u64 {
+        self.interrupted_ms.load(Ordering::Relaxed) / 1_000
+    }
+
+    /// Records of attempts that nobody knows.
+    pub(crate) fn dropped_records(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+}
+
+/// The way to the lanes.
+#[derive(Debug)]
+pub(crate) struct Links {
+    pub(crate) life: LifeId,
+    pub(crate) table: Arc<LinkTable>,
+    drivers: Vec<mpsc::UnboundedSender<Order>>,
+}
+
+impl Links {
+    /// The lanes are driven by so many; the other ends of the ways to them.
+    pub(super) fn new(life: LifeId, drivers: usize) -> (Self, Vec<mpsc::UnboundedReceiver<Order>>) {
+        let (drivers, orders) = (0..drivers).map(|_| mpsc::unbounded_channel()).unzip();
+        (Self { life, table: Arc::default(), drivers }, orders)
+    }
+
+    /// The node has registered.
+    pub(crate) fn registered(&self, request: &RegisterRequest) {
+        if !request.features.iter().any(|feature| feature == LINK_FEATURE) {
+            return self.gone(&request.node_id);
+        }
+        let driver = {
+            let mut nodes = self.table.nodes.lock();
+            let driver = nodes.get(&request.node_id).map(|shown| shown.driver);
+            // A lane stays where it is: its numbers are used once.
+            let driver = driver.unwrap_or_else(|| self.driver_of(&request.node_id));
+            let shown = nodes.entry(request.node_id.clone()).or_insert_with(|| Shown {
+                driver,
+                link: LinkView { state: LinkState::Connecting, reason: None },
+                serves_without: false,
+            });
+            shown.serves_without = false;
+            driver
+        };
+        let (node_id, address) = (request.node_id.clone(), request.address.clone());
+        self.order(driver, Order::Registered { node_id, address, boot_id: request.boot_id });
+    }
+
+    /// The node is not known any more, or has registered without a link.
+    pub(crate) fn gone(&self, node_id: &NodeId) {
+        let gone = self.table.nodes.lock().remove(node_id);
+        if let Some(shown) = gone {
+            self.order(shown.driver, Order::Gone { node_id: node_id.clone() });
+        }
+    }
+
+    /// The node's link, for an attempt; nothing where it is served without.
+    pub(crate) fn lane(&self, node_id: &NodeId, attempt: AttemptId) -> Option<Lane> {
+        let driver = {
+            let nodes = self.table.nodes.lock();
+            nodes.get(node_id).filter(|shown| !shown.serves_without)?.driver
+        };
+        let orders = self.drivers.get(driver)?.clone();
+        Some(Lane { node_id: node_id.clone(), attempt, orders })
+    }
+
+    /// The same for each registration of a node, wherever it is known.
+    fn driver_of(&self, node_id: &NodeId) -> usize {
+        let hash = node_id
+            .as_str()
+            .bytes()
+            .fold(0_usize, |hash, byte| hash.wrapping_mul(31).wrapping_add(usize::from(byte)));
+        hash % self.drivers.len()
+    }
+
+    fn order(&self, driver: usize, order: Order) {
+        // Without lanes the process ends.
+        let _ = self.drivers[driver].send(order);
+    }
+}
+
+/// The way of one attempt to its node's lane.
+#[derive(Debug)]
+pub(crate) struct Lane {
+    node_id: NodeId,
+    attempt: AttemptId,
+    orders: mpsc::UnboundedSender<Order>,
+}
+
+impl Lane {
+    /// Begins the attempt.
+    pub(crate) fn start(
+        self,
+        now: Moment,
+        dispatch: &Dispatch,
+        payload: &Payload,
+        resume: Option<Resume>,
+    ) -> LinkedAttempt {
+        let start = Box::new(start_of(now, dispatch, payload, resume));
+        let (to, actions) = mpsc::channel(MOST_UNREAD);
+        let order = Order::Start { node_id: self.node_id.clone(), start, to };
+        // Without its lane it gets no action, and ends so.
+        let _ = self.orders.send(order);
+        LinkedAttempt { lane: self, actions }
+    }
+}
+
+/// What goes up. Its number is the lane's.
+fn start_of(now: Moment, dispatch: &Dispatch, payload: &Payload, resume: Option<Resume>) -> Start {
+    // One span an attempt, however often it goes.
+    let trace = dispatch.spec.trace.child(Uuid::new_v4().as_u64_pair().1);
+    let facts = StartFacts {
+        number: 0,
+        pool_id: dispatch.pool.pool_id.clone(),
+        attempt_id: dispatch.attempt,
+        task_id: dispatch.task,
+        log_id: dispatch.log,
+        first_index: dispatch.first_index,
+        deadline_ms: dispatch.task_deadline.map(|at| at.millis_since(now)),
+        replica_hint: dispatch.warm_replica.clone(),
+        resume,
+        spec: StartSpec::of(&dispatch.spec, dispatch.max_tokens),
+        payload_format: payload.format,
+        keep: true,
+        traceparent: trace.traceparent,
+        correlation_id: trace.correlation_id,
+        caller: dispatch.spec.caller.clone(),
+    };
+    Start::new(facts, payload)
+}
+
+/// An attempt that goes by its node's link. It ends there by [`LinkedAttempt::stop`] or by its node.
+#[derive(Debug)]
+pub(crate) struct LinkedAttempt {
+    lane: Lane,
+    actions: mpsc::Receiver<Action>,
+}
+
+impl LinkedAttempt {
+    /// What the lane says of it; nothing where it says no more.
+    pub(crate) async fn next(&mut self) -> Option<Action> {
+        self.actions.recv().await
+    }
+
+    /// Ends it at its node.
+    pub(crate) fn stop(self) {
+        let Lane { node_id, attempt, orders } = self.lane;
+        let _ = orders.send(Order::Cancel { node_id, attempt });
+    }
+
+    /// Its end is in its log: the node need not keep it.
+    pub(crate) fn done(self) {
+        let Lane { node_id, attempt, orders } = self.lane;
+        let _ = orders.send(Order::Done { node_id, attempt });
+    }
+}
