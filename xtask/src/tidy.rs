@@ -23,12 +23,14 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("multi-node-placement", &["pool-registry-types"]),
     ("task-scheduler", &["pool-registry-types", "task-stream", "service-registry", "multi-node-placement"]),
     ("handoff-watcher", &["pool-registry-types", "owned-tasks"]),
-    ("node-core", &["pool-registry-types"]),
+    ("node-core", &["pool-registry-types", "attempt-link"]),
     ("node-registration", &["pool-registry-types"]),
     (
         "node-agent",
         &[
             "pool-registry-types",
+            "task-stream",
+            "attempt-link",
             "node-core",
             "handoff-watcher",
             "node-registration",
@@ -57,7 +59,15 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     (
         "pool-managerd",
-        &["pool-registry-types", "handoff-watcher", "node-registration", "node-agent", "daemon-kit"],
+        &[
+            "pool-registry-types",
+            "task-stream",
+            "attempt-link",
+            "handoff-watcher",
+            "node-registration",
+            "node-agent",
+            "daemon-kit",
+        ],
     ),
     ("fake-engine", &["atomic-file"]),
     ("fake-nvml", &[]),

@@ -54,6 +54,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         version: env!("CARGO_PKG_VERSION").into(),
         labels: config.labels.clone(),
         capabilities: Capabilities { gpus: gpus.inventory().to_vec(), ..daemon_kit::config::machine() },
+        features: Vec::new(),
     };
     tracing::info!(node_id = %identity.node_id, %boot_id, address = identity.address, %bound, "pool-managerd starts");
     let seed = boot_id.0.as_u64_pair().0;

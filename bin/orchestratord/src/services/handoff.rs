@@ -54,6 +54,7 @@ impl Home {
             version: env!("CARGO_PKG_VERSION").into(),
             labels: Labels::new(),
             capabilities: daemon_kit::config::machine(),
+            features: Vec::new(),
         };
         let gpus = gpu::GpuWatch::start(None, &loops);
         let capabilities = Capabilities { gpus: gpus.inventory().to_vec(), ..identity.capabilities.clone() };

@@ -12,7 +12,7 @@ mod watches;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use handoff_watcher::{Handoff, HandoffName};
@@ -29,6 +29,7 @@ use tokio_util::task::TaskTracker;
 use self::announced::Announced;
 use crate::engines::{ApiKey, EngineClient};
 use crate::intent::IntentFile;
+use crate::link::Links;
 
 /// Counts of what happened on the node; only ever rise.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -63,18 +64,20 @@ pub(crate) struct Signals {
     pub(crate) taken: Notify,
     /// The reader that the attempt was accepted with polls the driver.
     pub(crate) polled_by_reader: AtomicBool,
+    /// The attempt came over a link, which reads it.
+    pub(crate) by_link: bool,
+    /// When the driver's own task was polled last, milliseconds of the agent's time.
+    pub(crate) polled_at: AtomicU64,
 }
 
 impl Signals {
     /// Of an attempt that is accepted.
-    pub(crate) fn of(retention: Retention) -> Self {
-        Self { polled_by_reader: AtomicBool::new(retention == Retention::Attached), ..Self::default() }
-    }
-
-    /// Wakes the readers. One that polls the driver is awake.
-    pub(crate) fn there_is_more(&self) {
-        if !self.is_polled_by_reader() {
-            self.appended.notify_waiters();
+    pub(crate) fn of(now: Moment, retention: Retention, by_link: bool) -> Self {
+        Self {
+            polled_by_reader: AtomicBool::new(retention == Retention::Attached),
+            by_link,
+            polled_at: AtomicU64::new(now.as_millis()),
+            ..Self::default()
         }
     }
 
@@ -96,6 +99,7 @@ pub struct Agent {
     pub(crate) drivers: Mutex<HashMap<AttemptId, Arc<Signals>>>,
     /// A stream that is kept is due sooner than any was.
     held_sooner: Notify,
+    pub(crate) links: Links,
     replicas: Mutex<BTreeMap<HandoffName, Watched>>,
     announced: Mutex<Announced>,
     /// What is wrong with handoff files, and with engines that cannot be bound.
@@ -130,6 +134,7 @@ impl Agent {
         loops: Loops,
     ) -> Arc<Self> {
         let session = Session::new(Moment::ZERO, interval, seed);
+        let links = Links::new(&identity);
         Arc::new(Self {
             start: Instant::now(),
             core: Mutex::new(NodeCore::new(identity, session, intent_file.read())),
@@ -140,6 +145,7 @@ impl Agent {
             slot_watchers: Mutex::new(BTreeMap::new()),
             drivers: Mutex::new(HashMap::new()),
             held_sooner: Notify::new(),
+            links,
             replicas: Mutex::new(BTreeMap::new()),
             announced: Mutex::default(),
             file_problems: Mutex::default(),
@@ -176,6 +182,13 @@ impl Agent {
         let agent = Arc::clone(self);
         let make = move || Arc::clone(&agent).run_held();
         self.loops.start(&self.tracker, "streams that are kept", &self.stop, make);
+    }
+
+    /// Runs attempts for those who open links, until the agent stops.
+    pub fn keep_links(self: &Arc<Self>) {
+        let agent = Arc::clone(self);
+        let make = move || Arc::clone(&agent).run_links(agent.stop.clone());
+        self.loops.start(&self.tracker, "links", &self.stop, make);
     }
 
     /// Ends what nobody has read for its time, and drops what has been kept for its time. Returns when
@@ -294,6 +307,7 @@ impl Agent {
         if is_over && attempts > 0 {
             tracing::warn!(attempts, "the grace is over, attempts end as lost");
         }
+        self.leave_links();
         self.change(|core, _| core.leave());
     }
 

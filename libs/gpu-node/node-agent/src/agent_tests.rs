@@ -26,6 +26,7 @@ pub(super) fn agent(folder: &tempfile::TempDir) -> Arc<Agent> {
         version: "0".into(),
         labels: Labels::new(),
         capabilities: Capabilities::default(),
+        features: Vec::new(),
     };
     Agent::new(identity, Duration::from_secs(10), 1, intent_file, Loops::default())
 }

@@ -95,6 +95,7 @@ pub(crate) fn node(folder: &tempfile::TempDir, url: String) -> Arc<Agent> {
         version: "0".into(),
         labels: Labels::new(),
         capabilities: Capabilities::default(),
+        features: Vec::new(),
     };
     let agent = Agent::new(identity, Duration::from_secs(10), 1, intent_file, owned_tasks::Loops::default());
     let spec = ReplicaSpec {

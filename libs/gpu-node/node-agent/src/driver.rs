@@ -8,9 +8,13 @@
 
 mod answer;
 
-use std::pin::Pin;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use attempt_link::content::FrameTokens;
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use http_body_util::BodyStream;
@@ -21,7 +25,7 @@ use pool_registry_types::pool::EngineKind;
 use pool_registry_types::sse::{Decoder, write_frame};
 use pool_registry_types::task::{FinishReason, InferRequest, Reasoning, ResumeMode, TaskRequest};
 use pool_registry_types::{ErrorBody, ErrorCode, LogId, ModelRef};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use crate::engines::documents::{self, Document, DocumentError};
 use crate::engines::{
@@ -32,6 +36,8 @@ use crate::slot::Slot;
 
 /// Longest wait for the word of an engine that it still has the model, beside which its answer waits.
 const IDENTITY_TIMEOUT: Duration = Duration::from_secs(1);
+/// A driver with a task of its own shows that it is polled, which is said of it by its link.
+const POLLED_EVERY: Duration = Duration::from_secs(1);
 /// Bytes prove that an engine lives; saying so once in this span is enough.
 const HEARD_EVERY: Duration = Duration::from_millis(500);
 
@@ -128,12 +134,14 @@ struct Output {
     first: u64,
     bytes: Vec<u8>,
     ends: Ends,
+    /// The tokens of its frames, by their indices, where a link says them apart.
+    tokens: Vec<(u64, FrameTokens)>,
 }
 
 impl Output {
     /// `first` is the index of the next frame.
     fn new(first: u64) -> Self {
-        Self { first, bytes: Vec::new(), ends: Ends::default() }
+        Self { first, bytes: Vec::new(), ends: Ends::default(), tokens: Vec::new() }
     }
 
     fn is_empty(&self) -> bool {
@@ -153,7 +161,7 @@ impl Output {
 
     fn take(&mut self) -> Piece {
         let taken = std::mem::replace(self, Self::new(self.next()));
-        Piece::new(taken.first, taken.bytes, taken.ends)
+        Piece::new(taken.first, taken.bytes, taken.ends).with_tokens(taken.tokens)
     }
 }
 
@@ -272,7 +280,7 @@ impl Driver {
     /// nothing: the next call goes on.
     pub(crate) async fn step(&mut self) -> Step {
         loop {
-            if !self.out.is_empty() {
+            if !self.out.is_empty() || self.slot.is_ending() {
                 match self.flush() {
                     Some(step) => return step,
                     None => continue,
@@ -344,12 +352,27 @@ impl Driver {
 
     /// Goes on without being asked, until the attempt has ended.
     pub(crate) async fn run(mut self) {
-        loop {
-            self.slot.room().await;
-            if self.step().await == Step::Over {
-                return;
+        let (agent, signals) = (Arc::clone(&self.slot.agent), Arc::clone(&self.slot.signals));
+        let mut quiet = pin!(sleep(POLLED_EVERY));
+        let mut work = pin!(async move {
+            loop {
+                self.slot.room().await;
+                if self.step().await == Step::Over {
+                    return;
+                }
             }
-        }
+        });
+        poll_fn(|cx| {
+            signals.polled_at.store(agent.now().as_millis(), Ordering::Relaxed);
+            let polled = work.as_mut().poll(cx);
+            if polled.is_pending() {
+                // Set to later again and again, it wakes only whom nothing else does.
+                quiet.as_mut().reset(Instant::now() + POLLED_EVERY);
+                let _ = quiet.as_mut().poll(cx);
+            }
+            polled
+        })
+        .await;
     }
 
     fn answered(&mut self, sent: Result<Sent, NotSent>) {

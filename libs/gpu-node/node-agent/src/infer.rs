@@ -99,6 +99,33 @@ impl Drop for ExchangeBody {
     }
 }
 
+/// Who is to read an attempt.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum ReadBy {
+    /// An [`AttemptReader`].
+    Reader(Retention),
+    /// A link: all of it is kept, or what was not seen.
+    Link { keep: bool },
+}
+
+impl ReadBy {
+    fn retention(self) -> Retention {
+        match self {
+            Self::Reader(retention) => retention,
+            Self::Link { keep: true } => Retention::Keep,
+            Self::Link { keep: false } => Retention::Unseen,
+        }
+    }
+}
+
+/// An attempt that was accepted, and is not driven yet.
+pub(crate) struct Begun {
+    pub(crate) replica_id: ReplicaId,
+    pub(crate) report_seq: u64,
+    pub(crate) driver: Driver,
+    signals: Arc<Signals>,
+}
+
 /// A reader's place in its attempt, and the driver for as long as nobody else polls it.
 struct Following {
     agent: Arc<Agent>,
@@ -188,8 +215,32 @@ impl Agent {
         retention: Retention,
         trace: Option<&TraceContext>,
     ) -> Result<Inference, ErrorBody> {
+        let attempt = request.attempt_id;
+        let begun = self.begin(pool_id, request, payload_bytes, ReadBy::Reader(retention), trace)?;
+        let polled = match retention {
+            Retention::Attached => Some(begun.driver),
+            // Another reader may come while this one stands still, and must not stand still with it.
+            Retention::Keep | Retention::Unseen => {
+                self.drive(begun.driver);
+                None
+            }
+        };
+        let reader = self.reader(attempt, Cursor::first(), polled, Some(begun.signals));
+        Ok(Inference { replica_id: begun.replica_id, report_seq: begun.report_seq, reader })
+    }
+
+    /// Takes a slot for the attempt, whoever is to read it. Errors: those of [`Agent::infer`].
+    pub(crate) fn begin(
+        self: &Arc<Self>,
+        pool_id: &PoolId,
+        request: InferRequest,
+        payload_bytes: usize,
+        read_by: ReadBy,
+        trace: Option<&TraceContext>,
+    ) -> Result<Begun, ErrorBody> {
         request.check()?;
         let attempt = request.attempt_id;
+        let retention = read_by.retention();
         let log = AttemptLog::new(pool_id, &request, trace);
         let ask = Ask {
             node_id: &request.node_id,
@@ -202,7 +253,8 @@ impl Agent {
             retention,
         };
         let now = self.now();
-        let signals = Arc::new(Signals::of(retention));
+        let by_link = matches!(read_by, ReadBy::Link { .. });
+        let signals = Arc::new(Signals::of(now, retention, by_link));
         let accepted = {
             // Whoever asks for the attempt as soon as it is accepted finds what it is followed by.
             let mut drivers = self.drivers.lock();
@@ -227,20 +279,11 @@ impl Agent {
         let slot = Slot::new(Arc::clone(self), attempt, Arc::clone(&signals), log, name, accepted.engine, at);
         let (replica_id, report_seq) = (accepted.replica_id.clone(), accepted.report_seq);
         let driver = Driver::begin(slot, accepted, request)?;
-        let polled = match retention {
-            Retention::Attached => Some(driver),
-            // Another reader may come while this one stands still, and must not stand still with it.
-            Retention::Keep => {
-                self.drive(driver);
-                None
-            }
-        };
-        let reader = self.reader(attempt, Cursor::first(), polled, Some(signals));
-        Ok(Inference { replica_id, report_seq, reader })
+        Ok(Begun { replica_id, report_seq, driver, signals })
     }
 
     /// The driver goes on by itself.
-    fn drive(&self, driver: Driver) {
+    pub(crate) fn drive(&self, driver: Driver) {
         owned_tasks::task(&self.tracker, "driver of an attempt", driver.run());
     }
 
@@ -253,7 +296,7 @@ impl Agent {
         if signals.as_ref().is_some_and(|signals| signals.is_polled_by_reader()) {
             return Err(ResumeError::Gone);
         }
-        let resumed = self.change_held(|core, _| core.resume(attempt, from))?;
+        let resumed = self.change_held(|core, now| core.resume(now, attempt, from))?;
         drop(drivers);
         if let Some(signals) = &signals {
             // The one before it learns that it is that.
@@ -266,7 +309,7 @@ impl Agent {
     /// Ends the attempt: whoever wanted it has no use for its end either. One that has not come yet is
     /// refused when it does.
     pub fn stop_attempt(&self, attempt: &AttemptId) {
-        self.with_core(|core, _| core.stopped(attempt));
+        self.with_core(|core, now| core.stopped(now, attempt));
         if let Some(signals) = self.drivers.lock().get(attempt) {
             signals.cancel.cancel();
         }
@@ -295,4 +338,4 @@ impl Agent {
 
 #[cfg(test)]
 #[path = "infer_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -17,15 +17,15 @@ const SOON: Duration = Duration::from_secs(10);
 
 /// An engine that makes so many tokens, each when it may, and so long.
 #[derive(Debug)]
-struct Engine {
-    url: String,
-    may: Arc<Semaphore>,
+pub(crate) struct Engine {
+    pub(crate) url: String,
+    pub(crate) may: Arc<Semaphore>,
     /// A request was given up by the node.
-    given_up: Arc<Notify>,
+    pub(crate) given_up: Arc<Notify>,
 }
 
 impl Engine {
-    async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         Self::making(3, 0).await
     }
 
@@ -95,7 +95,7 @@ fn begin(agent: &Arc<Agent>, attempt: u128, retention: Retention) -> Inference {
     agent.infer(&pool(), request, 100, retention, None).unwrap()
 }
 
-fn id(attempt: u128) -> AttemptId {
+pub(crate) fn id(attempt: u128) -> AttemptId {
     AttemptId(Uuid::from_u128(attempt))
 }
 

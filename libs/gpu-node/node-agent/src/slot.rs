@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use handoff_watcher::HandoffName;
-use node_core::{Piece, Readiness, TooLong};
-use pool_registry_types::AttemptId;
+use node_core::{Ending, Piece, Readiness, TooLong};
 use pool_registry_types::pool::EngineKind;
+use pool_registry_types::{AttemptId, ErrorBody};
 
 use crate::agent::{Agent, Signals};
 use crate::attempt_log::AttemptLog;
@@ -21,6 +21,10 @@ pub(crate) struct Slot {
     pub(crate) at: Endpoint,
     pub(crate) signals: Arc<Signals>,
     open: bool,
+    /// Why it ends without a final frame, where its link says so.
+    pub(crate) error: Option<ErrorBody>,
+    /// The number of the last report before its end.
+    report_seq: u64,
     /// Its last bytes are in the buffer.
     finished: bool,
     /// The connection to the engine is lost: it has nothing more to do with the attempt.
@@ -37,13 +41,26 @@ impl Slot {
         engine: EngineKind,
         at: Endpoint,
     ) -> Self {
-        Self { agent, attempt, log, name, engine, at, signals, open: true, finished: false, lost: false }
+        Self {
+            agent,
+            attempt,
+            log,
+            name,
+            engine,
+            at,
+            signals,
+            open: true,
+            error: None,
+            report_seq: 0,
+            finished: false,
+            lost: false,
+        }
     }
 
     /// Appends what was made to the attempt's buffer.
     pub(crate) fn append(&self, piece: Piece) -> Result<(), TooLong> {
         let appended = self.agent.change_held(|core, now| core.held_mut().append(now, &self.attempt, piece));
-        self.signals.there_is_more();
+        self.there_is_more();
         appended
     }
 
@@ -52,9 +69,25 @@ impl Slot {
         if std::mem::replace(&mut self.finished, true) {
             return;
         }
-        self.agent.change_held(|core, now| core.held_mut().finish(now, &self.attempt, last));
+        let last = last.filter(|piece| !piece.is_empty());
+        let ending = Ending { error: self.error.take(), report_seq: self.report_seq };
+        self.agent.change_held(|core, now| core.held_mut().finish(now, &self.attempt, last, ending));
         self.agent.drivers.lock().remove(&self.attempt);
-        self.signals.there_is_more();
+        self.there_is_more();
+    }
+
+    /// Whoever reads is told. One that polls the driver is awake.
+    fn there_is_more(&self) {
+        if self.signals.by_link {
+            self.agent.appended_to_link(self.attempt);
+        } else if !self.signals.is_polled_by_reader() {
+            self.signals.appended.notify_waiters();
+        }
+    }
+
+    /// Whether all was said of its end, and the buffer does not know.
+    pub(crate) fn is_ending(&self) -> bool {
+        !self.open && !self.finished
     }
 
     /// Whether it was stopped: nobody wants to know how it ends.
@@ -76,13 +109,13 @@ impl Slot {
     pub(crate) fn end(&mut self, engine_idle: bool) -> u64 {
         self.open = false;
         if engine_idle {
-            let seq = self.agent.core.lock().ended(&self.attempt);
+            self.report_seq = self.agent.core.lock().ended(&self.attempt);
             self.agent.notify_work_ended();
-            return seq;
+        } else {
+            self.report_seq = self.agent.with_core(|core, now| core.ended_before_release(now, &self.attempt));
+            self.agent.watch_slots(self.name.clone(), self.at.key.clone());
         }
-        let seq = self.agent.with_core(|core, now| core.ended_before_release(now, &self.attempt));
-        self.agent.watch_slots(self.name.clone(), self.at.key.clone());
-        seq
+        self.report_seq
     }
 
     /// The engine cannot be reached: said before the attempt's end, so that nothing is sent there.

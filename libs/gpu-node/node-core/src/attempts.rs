@@ -9,12 +9,20 @@
 //! Records are the attempt's own frames, counted from its first index; a comment belongs to the frame
 //! that follows it and comes again with it. What a record means is not known here. Nothing is copied:
 //! a reader takes the bytes that the driver has given.
+//!
+//! A reader of an exchange has its cursor itself. That of an attempt on a link stands with the attempt
+//! ([`Held::supply`]), which then has beside its bytes what a link says apart.
+
+mod linked;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
+use attempt_link::content::FrameTokens;
 use bytes::Bytes;
-use pool_registry_types::{AttemptId, Moment, PoolId, ReplicaId};
+use pool_registry_types::{AttemptId, ErrorBody, Moment, PoolId, ReplicaId};
+
+use linked::Linked;
 
 /// Most bytes that are kept of one attempt, and most that a reader may be behind. Source: .specs/01
 /// CLOUD-1561.
@@ -38,6 +46,8 @@ const PIECE_BYTES: usize = 96;
 pub enum Retention {
     /// All of it until the attempt is done: a reader may come again at any record.
     Keep,
+    /// What was not seen yet, which is said ([`Held::seen`]): nobody will ask for the rest again.
+    Unseen,
     /// What was not handed over yet. The attempt is done with its last byte.
     Attached,
 }
@@ -68,6 +78,23 @@ impl Ends {
         };
         self.inner.get(index).copied().or(self.last).unwrap_or(0) as usize
     }
+
+    /// Only the first `frames` frames are left.
+    fn truncate(&mut self, frames: u64) {
+        let Some(inner) = frames.checked_sub(1).and_then(|inner| usize::try_from(inner).ok()) else {
+            return *self = Self::default();
+        };
+        if let Some(last) = self.inner.get(inner).copied() {
+            self.inner.truncate(inner);
+            self.last = Some(last);
+        }
+    }
+
+    /// The frames that end up to this byte.
+    fn frames_within(&self, bytes: usize) -> u64 {
+        let is_within = |end: &u32| *end as usize <= bytes;
+        self.inner.partition_point(is_within) as u64 + u64::from(self.last.as_ref().is_some_and(is_within))
+    }
 }
 
 /// Bytes that came together: whole frames, each with the comments before it, and comments that
@@ -77,14 +104,30 @@ pub struct Piece {
     first: u64,
     bytes: Bytes,
     ends: Ends,
-    /// Memory that the bytes take.
+    /// The tokens of some of its frames, by the frames' indices, in order.
+    tokens: Vec<(u64, FrameTokens)>,
+    /// Memory that the bytes and the tokens take.
     room: usize,
 }
 
 impl Piece {
     /// `first` is the index of the first frame in it, or of the next one where there is none.
     pub fn new(first: u64, bytes: Vec<u8>, ends: Ends) -> Self {
-        Self { first, room: bytes.capacity(), bytes: bytes.into(), ends }
+        Self { first, room: bytes.capacity(), bytes: bytes.into(), ends, tokens: Vec::new() }
+    }
+
+    /// With the tokens of its frames, by their indices, in order: for an attempt on a link.
+    #[must_use]
+    pub fn with_tokens(mut self, tokens: Vec<(u64, FrameTokens)>) -> Self {
+        let ids: usize = tokens.iter().map(|(_, tokens)| tokens.ids.capacity() * size_of::<u32>()).sum();
+        self.room += ids + tokens.capacity() * size_of::<(u64, FrameTokens)>();
+        self.tokens = tokens;
+        self
+    }
+
+    /// Whether it has nothing.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
     }
 
     pub fn first(&self) -> u64 {
@@ -99,6 +142,15 @@ impl Piece {
     fn cost(&self) -> usize {
         self.room + PIECE_BYTES
     }
+}
+
+/// What a link says of an attempt's end beside its frames.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ending {
+    /// Why it ended without a final frame.
+    pub error: Option<ErrorBody>,
+    /// The number of the last report made before the end.
+    pub report_seq: u64,
 }
 
 /// The stream has grown past what is kept of an attempt; the piece was not taken.
@@ -187,6 +239,11 @@ struct Entry {
     detached: Option<Moment>,
     full: Option<Moment>,
     ended: Option<Moment>,
+    ending: Ending,
+    /// It is to end with this, and nothing more comes of it.
+    failing: Option<ErrorBody>,
+    /// Of an attempt on a link.
+    linked: Option<Linked>,
     /// The present reader has had all of it.
     read: bool,
     /// It was asked to end.
@@ -330,6 +387,9 @@ impl Held {
             detached: None,
             full: None,
             ended: None,
+            ending: Ending::default(),
+            failing: None,
+            linked: None,
             read: false,
             stopping: false,
             due: None,
@@ -360,6 +420,9 @@ impl Held {
     /// Takes what the driver has made. What is not held any more is nobody's.
     pub fn append(&mut self, now: Moment, attempt: &AttemptId, piece: Piece) -> Result<(), TooLong> {
         let Some(entry) = self.entries.get_mut(attempt) else { return Ok(()) };
+        if entry.failing.is_some() {
+            return Ok(());
+        }
         let kept = entry.start.retention == Retention::Keep;
         if kept && entry.bytes + piece.bytes.len() > self.attempt_bound {
             return Err(TooLong { most: self.attempt_bound });
@@ -373,11 +436,13 @@ impl Held {
     }
 
     /// The attempt has ended, with these last bytes or, where its driver has failed, without any.
-    pub fn finish(&mut self, now: Moment, attempt: &AttemptId, last: Option<Piece>) {
+    pub fn finish(&mut self, now: Moment, attempt: &AttemptId, last: Option<Piece>, ending: Ending) {
         let Some(entry) = self.entries.get_mut(attempt).filter(|entry| entry.ended.is_none()) else { return };
-        if let Some(piece) = last {
+        let failing = entry.failing.take();
+        if let Some(piece) = last.filter(|_| failing.is_none()) {
             self.bytes += entry.push(attempt, piece);
         }
+        entry.ending = Ending { error: failing.or(ending.error), ..ending };
         self.bytes -= std::mem::take(&mut entry.payload);
         self.change(attempt, |entry| entry.ended = Some(now));
         self.ended.insert((now, *attempt));
@@ -400,7 +465,7 @@ impl Held {
                 }
                 match entry.start.retention {
                     Retention::Attached => self.remove(attempt),
-                    Retention::Keep => {
+                    Retention::Keep | Retention::Unseen => {
                         self.change(attempt, |entry| entry.read = true);
                         self.make_room();
                     }
@@ -418,7 +483,7 @@ impl Held {
         }
     }
 
-    /// The first piece was handed over, and will not be asked for again.
+    /// The first piece will not be asked for again.
     fn drop_first(&mut self, attempt: &AttemptId) {
         let Some(entry) = self.entries.get_mut(attempt) else { return };
         let Some(piece) = entry.pieces.pop_front() else { return };
@@ -427,7 +492,8 @@ impl Held {
         entry.bytes -= piece.bytes.len();
         entry.dropped += 1;
         entry.first = piece.next();
-        if entry.ended.is_some() && entry.pieces.is_empty() {
+        let is_last = entry.start.retention == Retention::Attached && entry.ended.is_some();
+        if is_last && entry.pieces.is_empty() {
             self.remove(attempt);
         } else if entry.full.is_some() && entry.bytes < self.attempt_bound {
             self.change(attempt, |entry| entry.full = None);
@@ -550,3 +616,6 @@ impl Held {
 #[cfg(test)]
 #[path = "attempts_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+mod linked_tests;

@@ -3,15 +3,15 @@ use uuid::Uuid;
 
 use super::*;
 
-fn id(n: u128) -> AttemptId {
+pub(super) fn id(n: u128) -> AttemptId {
     AttemptId(Uuid::from_u128(n))
 }
 
-fn at(ms: u64) -> Moment {
+pub(super) fn at(ms: u64) -> Moment {
     Moment::from_millis(ms)
 }
 
-fn start(retention: Retention) -> Start {
+pub(super) fn start(retention: Retention) -> Start {
     Start {
         pool_id: PoolId::new("p").unwrap(),
         replica_id: ReplicaId::new("r0").unwrap(),
@@ -28,7 +28,7 @@ fn held(retention: Retention) -> Held {
 }
 
 /// Frames in a row, and what stands behind the last one.
-fn piece(first: u64, frames: &[&str], behind: &str) -> Piece {
+pub(super) fn piece(first: u64, frames: &[&str], behind: &str) -> Piece {
     let (mut bytes, mut ends) = (String::new(), Ends::default());
     for frame in frames {
         bytes.push_str(frame);
@@ -38,7 +38,7 @@ fn piece(first: u64, frames: &[&str], behind: &str) -> Piece {
     Piece::new(first, bytes.into(), ends)
 }
 
-fn large(first: u64, bytes: usize) -> Piece {
+pub(super) fn large(first: u64, bytes: usize) -> Piece {
     let mut ends = Ends::default();
     ends.push(bytes);
     Piece::new(first, vec![b'x'; bytes], ends)
@@ -60,7 +60,7 @@ fn a_reader_that_comes_again_gets_everything_from_its_record_on_with_the_comment
     held.append(at(0), &id(1), piece(3, &["a", "ids b"], "thought ")).unwrap();
     held.append(at(0), &id(1), piece(5, &[], "works ")).unwrap();
     held.append(at(0), &id(1), piece(5, &["c"], "")).unwrap();
-    held.finish(at(1), &id(1), Some(piece(6, &["end"], " seq 9")));
+    held.finish(at(1), &id(1), Some(piece(6, &["end"], " seq 9")), Ending::default());
     assert_eq!(read(&mut held, 1, &mut Cursor::first()), "aids bthought works cend seq 9");
     let from = |held: &mut Held, from| {
         let mut resumed = held.resume(&id(1), from).unwrap();
@@ -103,7 +103,7 @@ fn an_attached_attempt_keeps_what_was_not_handed_over_and_is_done_with_its_last_
     let mut cursor = held.resume(&id(1), 4).unwrap().cursor;
     assert_eq!(held.take(&id(1), &mut cursor), Taken::Bytes("b".into()));
     assert_eq!(held.take(&id(1), &mut cursor), Taken::Waiting);
-    held.finish(at(9), &id(1), Some(piece(5, &["end"], "")));
+    held.finish(at(9), &id(1), Some(piece(5, &["end"], "")), Ending::default());
     assert_eq!(held.take(&id(1), &mut cursor), Taken::Bytes("end".into()));
     assert!(!held.contains(&id(1)));
     assert_eq!(held.take(&id(1), &mut cursor), Taken::Over);
@@ -117,7 +117,7 @@ fn a_kept_attempt_ends_as_too_long_and_an_attached_one_holds_its_driver_back() {
     kept.append(at(0), &id(1), large(3, MAX_ATTEMPT_BYTES)).unwrap();
     assert!(kept.has_room(&id(1)));
     assert_eq!(kept.append(at(0), &id(1), piece(4, &["x"], "")), Err(TooLong { most: MAX_ATTEMPT_BYTES }));
-    kept.finish(at(0), &id(1), Some(piece(4, &["error"], "")));
+    kept.finish(at(0), &id(1), Some(piece(4, &["error"], "")), Ending::default());
     let mut resumed = kept.resume(&id(1), 4).unwrap();
     assert_eq!(read(&mut kept, 1, &mut resumed.cursor), "error");
 
@@ -149,7 +149,7 @@ fn an_attempt_without_a_reader_is_stopped_after_fifteen_seconds_unless_one_comes
     assert_eq!(held.expired(at(17_999)), None);
     assert_eq!(held.expired(at(18_000)), Some(id(1)));
     assert_eq!(held.expired(at(99_000)), None, "it is asked to end once");
-    held.finish(at(18_010), &id(1), None);
+    held.finish(at(18_010), &id(1), None, Ending::default());
     assert_eq!(held.next_deadline(), Some(at(78_010)));
 }
 
@@ -159,8 +159,8 @@ fn what_has_ended_goes_after_a_minute_and_what_runs_is_not_done() {
     let mut held = held(Retention::Keep);
     held.done(&id(1));
     assert!(held.contains(&id(1)));
-    held.finish(at(5), &id(1), Some(piece(3, &["end"], "")));
-    held.finish(at(6), &id(1), Some(piece(4, &["end"], "")));
+    held.finish(at(5), &id(1), Some(piece(3, &["end"], "")), Ending::default());
+    held.finish(at(6), &id(1), Some(piece(4, &["end"], "")), Ending::default());
     assert!(!held.detach(at(7), &id(1), &Cursor::first()), "nothing goes on");
     assert_eq!(held.expired(at(60_004)), None);
     assert!(held.has_ended(&id(1)));
@@ -174,7 +174,7 @@ fn what_has_ended_goes_after_a_minute_and_what_runs_is_not_done() {
 fn who_leaves_waits_two_seconds_for_what_has_ended_to_be_done() {
     let mut held = held(Retention::Keep);
     assert!(!held.awaits_done(at(0)), "what runs is waited for by others");
-    held.finish(at(5), &id(1), None);
+    held.finish(at(5), &id(1), None, Ending::default());
     assert!(held.awaits_done(at(2_004)) && !held.awaits_done(at(2_005)));
     held.done(&id(1));
     assert!(!held.awaits_done(at(6)));
@@ -190,7 +190,7 @@ fn beyond_the_bound_the_oldest_that_has_ended_and_is_not_read_goes_first_and_the
         held.append(at(0), &id(n), large(3, 2_000)).unwrap();
     }
     for (now, n) in [(2, 2), (1, 3)] {
-        held.finish(at(now), &id(n), None);
+        held.finish(at(now), &id(n), None, Ending::default());
         held.detach(at(now), &id(n), &Cursor::first());
     }
     assert!(!held.is_full());
@@ -201,7 +201,7 @@ fn beyond_the_bound_the_oldest_that_has_ended_and_is_not_read_goes_first_and_the
     assert!(held.contains(&id(1)) && !held.contains(&id(2)), "what runs stays");
     assert!(held.is_full());
     // What ends beyond the bound is not gone before its reader has had it.
-    held.finish(at(4), &id(1), Some(piece(6, &["end"], "")));
+    held.finish(at(4), &id(1), Some(piece(6, &["end"], "")), Ending::default());
     assert!(held.is_full());
     assert!(read(&mut held, 1, &mut Cursor::first()).ends_with("end"));
     assert!(!held.is_full() && !held.contains(&id(1)), "what was read to its end makes room at once");
@@ -220,7 +220,7 @@ fn a_reader_that_comes_again_keeps_what_has_ended_from_making_room() {
     let mut held = held(Retention::Keep);
     held.set_bound(1_000);
     held.append(at(0), &id(1), large(3, 2_000)).unwrap();
-    held.finish(at(1), &id(1), None);
+    held.finish(at(1), &id(1), None, Ending::default());
     held.set_bound(10_000);
     held.detach(at(1), &id(1), &Cursor::first());
     let mut cursor = held.resume(&id(1), 3).unwrap().cursor;
@@ -252,7 +252,7 @@ fn a_request_takes_room_until_its_engine_has_it_or_it_has_ended() {
         held.count_payload(&id(attempt), 9_500);
         assert!(held.is_full(), "of attempt {attempt}");
         if ends {
-            held.finish(at(1), &id(attempt), None);
+            held.finish(at(1), &id(attempt), None, Ending::default());
         } else {
             held.count_payload(&id(attempt), 0);
         }

@@ -11,7 +11,7 @@ mod node;
 mod session;
 pub mod supervisor;
 
-pub use attempts::{Cursor, Ends, Held, Piece, ResumeError, Resumed, Retention, Taken, TooLong};
+pub use attempts::{Cursor, Ending, Ends, Held, Piece, ResumeError, Resumed, Retention, Taken, TooLong};
 pub use node::{
     Accepted, Ask, BindError, Busy, Declared, Identity, NodeCore, NodeEffect, Readiness, ReplicaSpec, Verdict,
 };

@@ -9,7 +9,7 @@ pub use answers::{
     AttemptView, SessionView, TaskAccepted, TaskPage, TaskState, TaskStreams, TaskSummary, TaskView,
 };
 pub use events::{End, FinishReason, Metrics, Started, Token};
-pub use infer::{INFER_OVERHEAD_BYTES, InferRequest, Resume};
+pub use infer::{INFER_OVERHEAD_BYTES, InferRequest, Resume, read_task};
 pub use request::{
     ChatMessage, Determinism, KvHint, MAX_BODY_BYTES, MAX_RESULT_BYTES, MAX_STOP_TEXTS, MAX_WAIT_MS,
     Priority, Reasoning, Recovery, ResumeMode, Role, TaskRequest, Timeouts, unsupported,

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use node_core::{Cursor, Ends, Piece, Taken};
+use node_core::{Cursor, Ending, Ends, Piece, Taken};
 use pool_registry_types::{AttemptId, BootId, Moment};
 
 use super::{Piece as Sent, What, World};
@@ -110,7 +110,7 @@ impl World {
     pub(super) fn finish(&mut self, node: usize, attempt: AttemptId, conn: u64, last: Piece) {
         let now = self.now;
         let Some(core) = self.nodes[node].core.as_mut() else { return };
-        core.held_mut().finish(now, &attempt, Some(last));
+        core.held_mut().finish(now, &attempt, Some(last), Ending::default());
         self.hand_over(node, attempt, conn);
         self.check_held(node);
         let boot = self.nodes[node].boot;
@@ -218,7 +218,8 @@ impl World {
     pub(super) fn resume_arrives(&mut self, node: usize, conn: u64, from: u64) {
         let Some(c) = self.conns.get(&conn) else { return };
         let attempt = c.dispatch.attempt;
-        let resumed = self.nodes[node].core.as_mut().map(|core| core.resume(&attempt, from));
+        let now = self.now;
+        let resumed = self.nodes[node].core.as_mut().map(|core| core.resume(now, &attempt, from));
         let Some(c) = self.conns.get_mut(&conn) else { return };
         (c.broken, c.tail, c.slow_until) = (false, Vec::new(), Moment::ZERO);
         match resumed {
@@ -253,7 +254,7 @@ impl World {
             Closing::Done => core.held_mut().done(&attempt),
             Closing::Lost => {}
             Closing::Stop => {
-                core.stopped(&attempt);
+                core.stopped(now, &attempt);
                 if let Some(run) = self.nodes[node].runs.remove(&attempt) {
                     if let Some(core) = self.nodes[node].core.as_mut() {
                         core.ended_before_release(now, &attempt);

@@ -161,6 +161,7 @@ impl World {
             boot_id: boot,
             version: "sim".into(),
             capabilities: Capabilities::default(),
+            features: Vec::new(),
         };
         let session = Session::new(self.now, self.plan.timing.heartbeat_interval, self.random.u64(..));
         let (slow, sick, busy) = (self.nodes[node].slow, self.nodes[node].sick, self.nodes[node].busy);

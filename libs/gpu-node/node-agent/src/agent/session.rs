@@ -53,6 +53,9 @@ impl Agent {
                     Ok(answer) => tracing::info!(%node_id, epoch = %answer.epoch, "registered"),
                     Err(error) => tracing::warn!(%node_id, %error, "not registered, trying again"),
                 }
+                if let Some(life) = answer.as_ref().ok().and_then(|answer| answer.life) {
+                    self.take_links_of(life);
+                }
                 let now = self.now();
                 let effects = self.core.lock().registered(now, answer.map_err(CallError::refusal));
                 self.carry_out(effects).await;

@@ -284,12 +284,17 @@ impl Driver {
     fn token(&mut self, kind: Kind, text: &str) -> bool {
         use std::io::Write;
         self.brought();
-        if let Some((ids, count)) = self.reader.take_ids() {
-            let ids: Vec<String> = ids.iter().map(u32::to_string).collect();
-            let count = self.tokens_before.saturating_add(count);
-            write_comment(&mut self.out.bytes, &format!("{TOKEN_IDS}{count} {}", ids.join(",")));
-        }
         let (log_id, index) = (self.log_id, self.out.next());
+        if let Some((ids, count)) = self.reader.take_ids() {
+            let count = self.tokens_before.saturating_add(count);
+            if self.slot.signals.by_link {
+                let total = u32::try_from(count).unwrap_or(u32::MAX);
+                self.out.tokens.push((index, FrameTokens { total, ids }));
+            } else {
+                let ids: Vec<String> = ids.iter().map(u32::to_string).collect();
+                write_comment(&mut self.out.bytes, &format!("{TOKEN_IDS}{count} {}", ids.join(",")));
+            }
+        }
         let out = &mut self.out.bytes;
         let begins = out.len();
         let event = if kind == Kind::Token { "token" } else { "reasoning" };
@@ -300,6 +305,7 @@ impl Driver {
         if out.len() - begins > MAX_FRAME_BYTES {
             // Written out it is longer than it came.
             out.truncate(begins);
+            self.out.tokens.pop_if(|(of, _)| *of == index);
             self.fail(engines::too_long(), false);
             return false;
         }
@@ -323,7 +329,8 @@ impl Driver {
         counters.tokens = counters.tokens.saturating_add(made_here);
         drop(counters);
         self.slot.log.ended(tokens_out);
-        self.last_words("end", &data, seq);
+        self.out.frame(&self.log_id, "end", &data);
+        self.over(seq, true);
     }
 
     /// Ends the attempt with the error; where its engine may have died, once it is known how.
@@ -339,20 +346,27 @@ impl Driver {
         error.engine = Some(self.slot.engine);
         let identity = self.slot.agent.identity();
         error = error.at(&identity.node_id, &self.slot.name.pool_id);
-        let data = serde_json::to_string(&error).unwrap_or_default();
         let seq = self.slot.end(engine_idle);
         self.slot.agent.counters.lock().failed += 1;
         self.slot.log.failed(&error);
-        self.last_words("error", &data, seq);
+        if self.slot.signals.by_link {
+            self.slot.error = Some(error);
+        } else {
+            let data = serde_json::to_string(&error).unwrap_or_default();
+            self.out.frame(&self.log_id, "error", &data);
+        }
+        self.over(seq, false);
     }
 
-    fn last_words(&mut self, event: &str, data: &str, seq: u64) {
-        self.out.frame(&self.log_id, event, data);
-        write_comment(&mut self.out.bytes, &format!("report-seq {seq}"));
+    /// Nothing more is made. `in_order`: the engine's answer has ended with it.
+    fn over(&mut self, seq: u64, in_order: bool) {
+        if !self.slot.signals.by_link {
+            write_comment(&mut self.out.bytes, &format!("report-seq {seq}"));
+        }
         // Its connection is dropped here, not when the reader is done.
         let phase = std::mem::replace(&mut self.phase, Phase::Over);
         if let Phase::Streaming(pieces) = phase
-            && event == "end"
+            && in_order
         {
             owned_tasks::task(&self.slot.agent.tracker, "rest of an answer", read_out(pieces));
         }

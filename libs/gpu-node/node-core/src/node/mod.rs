@@ -51,6 +51,8 @@ pub struct Identity {
     /// What its operator says of it.
     pub labels: Labels,
     pub capabilities: Capabilities,
+    /// What it can do that an older node cannot.
+    pub features: Vec<String>,
 }
 
 /// What the shell is to do.
@@ -189,7 +191,7 @@ impl NodeCore {
                 labels: self.identity.labels.clone(),
                 pools: self.pool_ids().into_iter().cloned().collect(),
                 capabilities: self.identity.capabilities.clone(),
-                features: Vec::new(),
+                features: self.identity.features.clone(),
             }),
             Action::Heartbeat { epoch } => NodeEffect::Heartbeat(self.report(now, epoch)),
             Action::Deregister { epoch } => NodeEffect::Deregister(epoch),

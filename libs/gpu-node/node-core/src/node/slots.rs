@@ -66,7 +66,7 @@ impl NodeCore {
             retention: ask.retention,
         };
         self.held.begin(ask.attempt, start);
-        self.accepted.remember(ask.attempt);
+        self.accepted.remember(now, ask.attempt);
         Ok(accepted)
     }
 

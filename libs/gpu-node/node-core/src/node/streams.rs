@@ -1,7 +1,10 @@
 //! The streams of a node's attempts: who may read on, and what a report says of those that are kept.
 
+use attempt_link::content::Acceptance;
+use attempt_link::node::NotResumed;
+use attempt_link::wire::ResumeOrder;
 use pool_registry_types::pool::{PoolReport, PoolState, ReplicaReport};
-use pool_registry_types::{AttemptId, PoolId};
+use pool_registry_types::{AttemptId, Moment, PoolId};
 
 use super::NodeCore;
 use crate::attempts::{Held, ResumeError, Resumed};
@@ -28,12 +31,27 @@ impl NodeCore {
 
     /// A reader goes on with the attempt, from the record `from` on. What was never accepted never will
     /// be: whoever asks for it places its task elsewhere.
-    pub fn resume(&mut self, attempt: &AttemptId, from: u64) -> Result<Resumed, ResumeError> {
+    pub fn resume(&mut self, now: Moment, attempt: &AttemptId, from: u64) -> Result<Resumed, ResumeError> {
         if !self.was_accepted(attempt) {
-            self.refused.remember(*attempt);
+            self.refused.remember(now, *attempt);
             return Err(ResumeError::Unknown);
         }
         self.held.resume(attempt, from)
+    }
+
+    /// A link goes on with the attempt, which must be one of the log that it says.
+    pub fn resume_by_link(&mut self, now: Moment, order: &ResumeOrder) -> Result<Acceptance, NotResumed> {
+        let attempt = &order.attempt_id;
+        if self.held.contains(attempt) && self.held.log(attempt) != Some(order.log_id) {
+            return Err(NotResumed::Gone);
+        }
+        let resumed = self.resume(now, attempt, order.from).map_err(|error| match error {
+            ResumeError::Unknown => NotResumed::Unknown,
+            ResumeError::Gone => NotResumed::Gone,
+        })?;
+        self.held.link(attempt, order.log_id, resumed.cursor);
+        self.held.seen(attempt, order.from);
+        Ok(Acceptance { replica_id: resumed.replica_id, report_seq: resumed.report_seq })
     }
 
     /// Whether the attempt was accepted in this boot, as far as that is remembered: what runs or is held
@@ -43,9 +61,9 @@ impl NodeCore {
     }
 
     /// Nobody wants the attempt any more, whether or not it has come: the shell ends what runs of it.
-    pub fn stopped(&mut self, attempt: &AttemptId) {
+    pub fn stopped(&mut self, now: Moment, attempt: &AttemptId) {
         if !self.was_accepted(attempt) {
-            self.refused.remember(*attempt);
+            self.refused.remember(now, *attempt);
         }
         self.held.remove(attempt);
     }

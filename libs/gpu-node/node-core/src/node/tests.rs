@@ -60,6 +60,7 @@ fn node() -> NodeCore {
         version: "0".into(),
         labels: pool_registry_types::placement::Labels::new(),
         capabilities: Capabilities::default(),
+        features: Vec::new(),
     };
     NodeCore::new(identity, Session::new(at(0), Duration::from_secs(10), 1), Intent::Serving)
 }

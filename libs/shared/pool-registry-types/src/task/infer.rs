@@ -92,6 +92,14 @@ fn task_of_newer<'de, D: Deserializer<'de>>(deserializer: D) -> Result<TaskReque
     serde_json::from_value(Value::Object(task)).map_err(D::Error::custom)
 }
 
+/// Reads a task as the one of an [`InferRequest`].
+pub fn read_task(json: &[u8]) -> serde_json::Result<TaskRequest> {
+    let mut json = serde_json::Deserializer::from_slice(json);
+    let task = task_of_newer(&mut json)?;
+    json.end()?;
+    Ok(task)
+}
+
 /// What had been sent when an attempt was lost.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Resume {

@@ -110,7 +110,7 @@ impl World {
             return;
         }
         if let Some(core) = self.nodes[node].core.as_mut().filter(|_| c.node_open || c.ended_at_node) {
-            core.stopped(&attempt);
+            core.stopped(now, &attempt);
         }
         if c.node_open
             && let Some(run) = self.nodes[node].runs.remove(&attempt)
