@@ -12,7 +12,7 @@ use handoff_watcher::{HandoffWatcher, watch::WatchError};
 use node_agent::{Agent, Identity, IntentFile, gpu};
 use node_registration::HttpControlPlane;
 use pool_registry_types::BootId;
-use pool_registry_types::node::Capabilities;
+use pool_registry_types::node::{Capabilities, LINK_FEATURE};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
@@ -54,13 +54,14 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         version: env!("CARGO_PKG_VERSION").into(),
         labels: config.labels.clone(),
         capabilities: Capabilities { gpus: gpus.inventory().to_vec(), ..daemon_kit::config::machine() },
-        features: Vec::new(),
+        features: vec![LINK_FEATURE.into()],
     };
     tracing::info!(node_id = %identity.node_id, %boot_id, address = identity.address, %bound, "pool-managerd starts");
     let seed = boot_id.0.as_u64_pair().0;
     let intent_file = IntentFile::new(&config.runtime_dir, &config.node_id);
     let agent = Agent::new(identity, config.heartbeat_interval, seed, intent_file, loops.clone());
     agent.keep_streams(config.held_bytes);
+    agent.keep_links();
     agent.watch_models(config.models_dir.clone());
     let stop = CancellationToken::new();
 
@@ -109,6 +110,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let telling = move || {
         let reported = Arc::clone(&reported);
         tokens.clone().notify_changes(ended.clone(), move || {
+            reported.check_links();
             reported.tokens_changed();
             std::future::ready(())
         })

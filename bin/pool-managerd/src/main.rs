@@ -3,6 +3,7 @@
 mod api;
 mod bootstrap;
 mod config;
+mod link;
 mod logs;
 mod models;
 mod registry;

@@ -187,7 +187,9 @@ impl Writer {
 }
 
 fn is_chatter(path: &str) -> bool {
-    matches!(path, routes::NODE_HEARTBEAT | routes::POOL_INFER)
+    let attempts =
+        matches!(path, routes::ATTEMPTS | routes::ATTEMPT | routes::ATTEMPTS_CONTROL | routes::POOL_INFER);
+    attempts || path == routes::NODE_HEARTBEAT
 }
 
 /// What the gate finds out about a call, for its line. In the extensions of each request.

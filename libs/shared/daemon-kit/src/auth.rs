@@ -174,10 +174,19 @@ impl Tokens {
     /// Whether the caller's token is one still. For answers that have no end; whoever was let in
     /// without a token stays.
     pub fn still_admit(&self, caller: &Caller) -> bool {
+        self.still_know(caller, |_| true)
+    }
+
+    /// The same of one that must have this scope.
+    pub fn still_admit_to(&self, caller: &Caller, scope: Scope) -> bool {
+        self.still_know(caller, |holder| holder.has(scope))
+    }
+
+    fn still_know(&self, caller: &Caller, may: impl Fn(&Holder) -> bool) -> bool {
         let Some(holder) = &caller.holder else { return true };
         let (set, now) = (Arc::clone(&self.0.set.read()), Timestamp::now());
         let is_same = |known: &Holder| known.fingerprint == holder.fingerprint;
-        set.holders().any(|known| is_same(known) && !known.has_expired(now))
+        set.holders().any(|known| is_same(known) && !known.has_expired(now) && may(known))
     }
 
     /// Who shows these headers.

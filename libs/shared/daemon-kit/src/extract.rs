@@ -34,15 +34,15 @@ pub struct WrappedBody<T> {
     pub bytes: usize,
 }
 
-/// The bytes of a client's body, as they came.
+/// The bytes of a body, as they came: a client's, unless it says how many there may be.
 #[derive(Debug)]
-pub struct RawBody(pub Bytes);
+pub struct RawBody<const MOST: usize = MAX_BODY_BYTES>(pub Bytes);
 
-impl<S: Send + Sync> FromRequest<S> for RawBody {
+impl<S: Send + Sync, const MOST: usize> FromRequest<S> for RawBody<MOST> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
-        collect(request, MAX_BODY_BYTES).await.map(Self)
+        collect(request, MOST).await.map(Self)
     }
 }
 
