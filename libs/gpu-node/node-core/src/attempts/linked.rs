@@ -3,11 +3,12 @@
 //! Whole frames come in records that are cut out of the pieces; the ids of their tokens, the error and
 //! the end are records of their own. Comments without a frame go in a record of no frames.
 
+use attempt_link::content::FrameTokens;
 use attempt_link::node::Supply;
 use bytes::Bytes;
 use pool_registry_types::{AttemptId, ErrorBody, LogId, Moment};
 
-use super::{Cursor, FrameTokens, Held, Piece, Retention};
+use super::{Cursor, Held, Piece, Retention};
 
 /// How a link reads an attempt.
 #[derive(Debug)]

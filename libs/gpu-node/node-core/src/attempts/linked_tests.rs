@@ -1,6 +1,7 @@
 //! Attempts on a link: records that are cut out of the pieces, and the window that moves with what was
 //! seen.
 
+use attempt_link::content::FrameTokens;
 use attempt_link::node::Supply;
 use pool_registry_types::{ErrorCode, LogId};
 use proptest::prelude::*;
