@@ -208,7 +208,7 @@ fn beyond_the_bound_the_oldest_that_has_ended_and_is_not_read_goes_first_and_the
     // So does what nobody reads any more.
     held.begin(id(4), start(Retention::Keep));
     held.append(at(5), &id(4), large(3, 12_000)).unwrap();
-    held.finish(at(6), &id(4), None);
+    held.finish(at(6), &id(4), None, Ending::default());
     assert!(held.contains(&id(4)));
     held.detach(at(7), &id(4), &Cursor::first());
     assert!(!held.contains(&id(4)) && held.bytes() == 0);
