@@ -28,7 +28,7 @@ fn link_state(state: LinkState) -> &'static str {
 }
 
 /// How the links to nodes stand.
-pub(crate) fn links(page: &mut Page, links: &LinkTable) {
+fn links_of(page: &mut Page, links: &LinkTable) {
     for (node_id, state) in links.states() {
         let labels = [("node_id", node_id.as_str()), ("state", link_state(state))];
         page.gauge("llorch_links", "1 for how the link to the node stands.", &labels, 1.0);
@@ -50,9 +50,15 @@ pub(crate) fn links(page: &mut Page, links: &LinkTable) {
     }
 }
 
-pub(crate) fn page(facts: &Facts, paces: &AllPaces, view: &ClusterSnapshot) -> Page {
+pub(crate) fn page(
+    facts: &Facts,
+    paces: &AllPaces,
+    view: &ClusterSnapshot,
+    links: Option<&LinkTable>,
+) -> Page {
     let mut page = Page::new();
     let c = &facts.counters;
+    let own_shortages = c.own_shortages + links.map_or(0, LinkTable::own_shortages);
     for (name, help, value) in [
         ("llorch_tasks_submitted_total", "Tasks taken in.", c.submitted),
         ("llorch_tasks_rejected_total", "Tasks refused at admission.", c.rejected),
@@ -105,12 +111,15 @@ pub(crate) fn page(facts: &Facts, paces: &AllPaces, view: &ClusterSnapshot) -> P
         (
             "llorch_own_shortages_total",
             "Connections that could not be made for want of descriptors, ports or memory here.",
-            c.own_shortages,
+            own_shortages,
         ),
         ("llorch_control_stalls_total", "Times that the control loop stood still.", c.stalls),
         ("llorch_mass_silences_total", "Times that most nodes fell silent at once.", c.mass_silences),
     ] {
         page.counter(name, help, &[], value);
+    }
+    if let Some(links) = links {
+        links_of(&mut page, links);
     }
     for (state, count) in &facts.nodes {
         page.gauge(

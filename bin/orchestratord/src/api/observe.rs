@@ -44,10 +44,8 @@ pub(crate) async fn ready(State(state): State<AppState>) -> Result<StatusCode, A
 pub(crate) async fn metrics(State(state): State<AppState>) -> Result<Response, ApiError> {
     let (facts, paces) = (state.control.published.facts().await?, state.control.published.paces().await?);
     let view = state.service_registry.view().await?;
-    let mut page = metrics::page(&facts, &paces, &view);
-    if let Some(links) = state.relays.link.links() {
-        metrics::links(&mut page, &links.table);
-    }
+    let links = state.relays.link.links().map(|links| &*links.table);
+    let mut page = metrics::page(&facts, &paces, &view, links);
     Ok(page.edge(state.tokens.refusals(), &state.connections, &[]).log(&[]).render())
 }
 

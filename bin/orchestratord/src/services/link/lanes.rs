@@ -230,6 +230,7 @@ impl Lanes {
         if let Some(entry) = self.entries.get_mut(node_id) {
             entry.short_dial = is_own;
         }
+        self.count_shortage(is_own);
         if let Some(status) = denied {
             self.denied(now, node_id, status);
         }
@@ -253,10 +254,15 @@ impl Lanes {
         outcome: PostOutcome,
         is_own: bool,
     ) {
+        self.count_shortage(is_own);
         let Some(entry) = self.entries.get_mut(node_id) else { return };
         entry.short_post = is_own;
         entry.lane.post_ended(now, id, outcome);
         self.carry_out_actions(now, node_id);
+    }
+
+    fn count_shortage(&self, is_own: bool) {
+        self.table.own_shortages.fetch_add(u64::from(is_own), Ordering::Relaxed);
     }
 
     /// Its health call was answered, in the boot that is dialled.

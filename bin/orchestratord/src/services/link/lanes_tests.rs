@@ -217,6 +217,7 @@ fn what_we_lack_ourselves_is_evidence_against_no_node() {
     bench.lanes.closed(at(501), &node(), 2, ConnectionEnd::Broken, None, true);
     bench.lanes.timer(at(3_100));
     assert_eq!(evidence(&bench.reported()), []);
+    assert_eq!(bench.links.table.own_shortages(), 2);
     let mut bench = Bench::up();
     let _actions = bench.start(20, 1);
     let posts = bench.posts();

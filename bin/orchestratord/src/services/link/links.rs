@@ -50,6 +50,7 @@ pub(crate) struct LinkTable {
     resumes: AtomicU64,
     interrupted_ms: AtomicU64,
     pub(super) dropped: AtomicU64,
+    pub(super) own_shortages: AtomicU64,
 }
 
 impl LinkTable {
@@ -79,6 +80,11 @@ impl LinkTable {
     /// Whole seconds of all interruptions that are over.
     pub(crate) fn interrupted_seconds(&self) -> u64 {
         self.interrupted_ms.load(Ordering::Relaxed) / 1_000
+    }
+
+    /// Connections that could not be made for want of something of our own.
+    pub(crate) fn own_shortages(&self) -> u64 {
+        self.own_shortages.load(Ordering::Relaxed)
     }
 
     /// Records of attempts that nobody knows.
