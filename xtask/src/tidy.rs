@@ -67,6 +67,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "node-registration",
             "node-agent",
             "daemon-kit",
+            "owned-tasks",
         ],
     ),
     ("fake-engine", &["atomic-file"]),
@@ -110,6 +111,10 @@ const SPAWNS: &[&str] = &[
 /// The files of the daemons that spawn by themselves, and why nothing ends there unseen.
 const OWNERS: &[(&str, &str)] = &[
     ("libs/shared/owned-tasks/src/lib.rs", "the owner of all others"),
+    (
+        "libs/shared/owned-tasks/src/threads.rs",
+        "the threads for streams, each of which runs until the last handle goes",
+    ),
     (
         "libs/shared/daemon-kit/src/telemetry.rs",
         "the last lines of a process, whose thread may hang with them",

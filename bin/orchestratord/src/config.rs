@@ -72,6 +72,9 @@ pub(crate) struct Settings {
     /// Ended tasks that can be read at a time at most; each takes some 3 KB of memory beside its stream.
     #[arg(long, env = "ORCHESTRATORD_RETAINED_TASKS", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     retained_tasks: u32,
+    /// Threads on which streams live [default: one for two cores, four at most].
+    #[arg(long, env = "ORCHESTRATORD_STREAM_THREADS", value_parser = clap::value_parser!(u16).range(1..=256))]
+    stream_threads: Option<u16>,
     /// The directory of what outlives this process: entries of models, artifacts.
     #[arg(long, env = "ORCHESTRATORD_DATA_DIR", default_value = ".runtime/orchestratord")]
     data_dir: PathBuf,
@@ -151,6 +154,7 @@ pub(crate) struct Config {
     pub(crate) cloud_profile: bool,
     pub(crate) policy: Policy,
     pub(crate) event_log_bytes: usize,
+    pub(crate) stream_threads: usize,
     pub(crate) data_dir: PathBuf,
     pub(crate) runtime_dir: PathBuf,
     pub(crate) origins: Vec<HeaderValue>,
@@ -245,6 +249,7 @@ impl Daemon for Settings {
             cloud_profile: self.cloud_profile,
             policy,
             event_log_bytes: usize::try_from(self.event_log_bytes).unwrap_or(usize::MAX),
+            stream_threads: self.stream_threads.map_or_else(default_stream_threads, usize::from),
             data_dir: self.data_dir,
             runtime_dir: self.runtime_dir,
             origins,
@@ -264,6 +269,12 @@ fn origins(list: &str) -> Result<Vec<HeaderValue>, ConfigError> {
         HeaderValue::from_str(text).map_err(|_| wrong())
     };
     list.split(',').map(str::trim).filter(|text| !text.is_empty()).map(origin).collect()
+}
+
+/// One carries what some fifty GPUs make, and tokens that share a thread share its turns.
+fn default_stream_threads() -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    (cores / 2).clamp(1, 4)
 }
 
 #[cfg(test)]

@@ -33,6 +33,16 @@ pub(crate) fn needs(_: &Method, path: &str) -> Need {
     }
 }
 
+/// Whether a request is for a link or for an attempt's stream, by its method and path.
+pub(crate) fn is_stream(method: &Method, path: &str) -> bool {
+    let is_attempt = path.starts_with(paths::POOLS) && path.ends_with("/infer");
+    match *method {
+        Method::GET => path == paths::LINK,
+        Method::POST => is_attempt || path.starts_with(paths::ATTEMPTS),
+        _ => false,
+    }
+}
+
 /// The second listener: the metrics and the probes.
 pub(crate) fn open_router(node: AppState) -> Router {
     Router::new()

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use daemon_kit::auth::Gate;
-use daemon_kit::connections::Counts;
+use daemon_kit::connections::{Counts, Streaming};
 use daemon_kit::front::{Front, FrontError, Shown};
 use daemon_kit::serve;
 use handoff_watcher::{HandoffWatcher, watch::WatchError};
 use node_agent::{Agent, Identity, IntentFile, gpu};
 use node_registration::HttpControlPlane;
+use owned_tasks::StreamThreads;
 use pool_registry_types::BootId;
 use pool_registry_types::node::{Capabilities, LINK_FEATURE};
 use tokio_util::sync::CancellationToken;
@@ -33,6 +34,8 @@ pub(crate) enum StartError {
     Front(#[from] FrontError),
     #[error("POOL_MANAGERD_RUNTIME_DIR: {0}")]
     RuntimeDir(#[from] WatchError),
+    #[error("POOL_MANAGERD_STREAM_THREADS: a thread cannot be started: {0}")]
+    Threads(#[source] io::Error),
     #[error("the HTTP client cannot be made")]
     Client,
     #[error("serving failed")]
@@ -117,7 +120,10 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     };
     loops.start(&beside, "changes of tokens", &stop, telling);
     let open_routes = api::open_router(node.clone());
-    let shown = Shown { routes: api::router(node), gate, counts, open_routes };
+    let threads = StreamThreads::start(config.stream_threads).map_err(StartError::Threads)?;
+    agent.stream_on(threads.clone());
+    let streaming = Streaming { threads, is_stream: api::is_stream };
+    let shown = Shown { routes: api::router(node), gate, counts, streaming, open_routes };
     let server = front.serve(shown, &beside, &stop);
 
     serve::stop_signal().await;

@@ -58,6 +58,9 @@ pub(crate) struct Settings {
     /// running attempt may take 8 MiB beyond it.
     #[arg(long, env = "POOL_MANAGERD_HELD_BYTES", default_value_t = HELD_BYTES as u64, value_parser = clap::value_parser!(u64).range(16 * 1024 * 1024..=1024 * 1024 * 1024 * 1024))]
     held_bytes: u64,
+    /// Threads on which streams live.
+    #[arg(long, env = "POOL_MANAGERD_STREAM_THREADS", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    stream_threads: u16,
     /// A TOML file of the pools whose engines this node runs itself [default: none, engines are only found].
     #[arg(long, env = "POOL_MANAGERD_POOLS")]
     pools: Option<PathBuf>,
@@ -138,6 +141,7 @@ pub(crate) struct Config {
     pub(crate) heartbeat_interval: Duration,
     /// What streams that are kept may take together.
     pub(crate) held_bytes: usize,
+    pub(crate) stream_threads: usize,
     pub(crate) nvml_lib: Option<PathBuf>,
     /// Absent: this node runs no engines of its own.
     pub(crate) supervision: Option<Supervised>,
@@ -282,6 +286,7 @@ impl Daemon for Settings {
                 .map_or_else(EngineHosts::default, |list| EngineHosts::parse(&list)),
             heartbeat_interval: Duration::from_secs(self.heartbeat_interval_secs),
             held_bytes: usize::try_from(self.held_bytes).unwrap_or(usize::MAX),
+            stream_threads: usize::from(self.stream_threads),
             nvml_lib: self.nvml_lib,
             supervision,
             control_name: self.tls_control_name,

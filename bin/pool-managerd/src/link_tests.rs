@@ -15,12 +15,13 @@ use axum::response::sse::{Event, Sse};
 use axum::routing::{get, post};
 use daemon_kit::Tokens;
 use daemon_kit::auth::Gate;
-use daemon_kit::connections::Counts;
+use daemon_kit::connections::{Counts, Streaming};
 use daemon_kit::front::{Front, FrontSettings, Shown};
 use daemon_kit::tls::TlsPaths;
 use futures::stream;
 use handoff_watcher::Change;
 use node_agent::{Agent, Identity, IntentFile, Node};
+use owned_tasks::StreamThreads;
 use pool_registry_types::node::Capabilities;
 use pool_registry_types::placement::Labels;
 use pool_registry_types::task::Workload;
@@ -143,7 +144,10 @@ async fn serve() -> Served {
         origins: Vec::new(),
     };
     let stop = CancellationToken::new();
-    let shown = Shown { routes: api::router(app), gate, counts, open_routes: Router::new() };
+    let threads = StreamThreads::start(1).unwrap();
+    agent.stream_on(threads.clone());
+    let streaming = Streaming { threads, is_stream: api::is_stream };
+    let shown = Shown { routes: api::router(app), gate, counts, streaming, open_routes: Router::new() };
     front.serve(shown, &TaskTracker::new(), &stop);
     let client = reqwest::Client::new();
     let served = Served { url, agent, client, tokens: tokens_file, stop, _changes: send, _folder: folder };

@@ -44,10 +44,14 @@ pub(crate) async fn submit(
     let known = state.streams.get(task_id).is_some() || state.control.published.task(task_id).is_some();
     let permit = if known { None } else { state.quota.task(&caller)? };
     let payload = submission::payload(request);
+    let threads = &state.relays.threads;
+    let wants_stream = wants_stream(&headers);
+    // Where its submitter reads it, or else where there is the least to do.
+    let thread = if wants_stream { threads.here() } else { threads.least_loaded().clone() };
     // Whoever hangs up now may have been admitted: the task has its place all the same.
     let (control, streams) = (state.control.clone(), Arc::clone(&state.streams));
     let admission = owned_tasks::uninterrupted("admission of a task", async move {
-        let answer = control.submit(spec, payload).await?;
+        let answer = control.submit(spec, payload, thread).await?;
         if let Some(permit) = permit {
             streams.hold_permit(task_id, permit);
         }
@@ -55,7 +59,7 @@ pub(crate) async fn submit(
     });
     let answered = admission.await.map_err(|_| defect())?;
     let accepted = answered?;
-    let mut response = if wants_stream(&headers) {
+    let mut response = if wants_stream {
         stream(&state, task_id, None, false).await?
     } else {
         (StatusCode::ACCEPTED, Json(accepted)).into_response()

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use daemon_kit::auth::Gate;
-use daemon_kit::connections::Counts;
+use daemon_kit::connections::{Counts, Streaming};
 use daemon_kit::front::{Front, FrontError, Shown};
 use daemon_kit::quota::Quota;
 use daemon_kit::{Clock, serve};
 use handoff_watcher::watch::WatchError;
+use owned_tasks::StreamThreads;
 use task_scheduler::{ControlCore, Event};
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -46,6 +47,8 @@ pub(crate) enum StartError {
     DataDir(#[from] CatalogError),
     #[error("the HTTP client cannot be made")]
     Client(#[from] reqwest::Error),
+    #[error("ORCHESTRATORD_STREAM_THREADS: a thread cannot be started: {0}")]
+    Threads(#[source] io::Error),
     #[error("the control loop ended by a defect, see the log")]
     LoopEnded,
     #[error("serving failed")]
@@ -64,12 +67,14 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let (link, drivers) = match &home {
         Some(home) => (NodeLink::Local(home.node.clone()), Vec::new()),
         None => {
-            let (http, drivers) = HttpLink::new(&front.tls.client, tokens.clone(), clock)?;
+            let threads = config.stream_threads;
+            let (http, drivers) = HttpLink::new(&front.tls.client, tokens.clone(), clock, threads)?;
             (NodeLink::Http(Box::new(http)), drivers)
         }
     };
+    let threads = StreamThreads::start(config.stream_threads).map_err(StartError::Threads)?;
     let streams = Arc::new(Streams::new(config.event_log_bytes));
-    let relays = Arc::new(Relays { clock, link, streams: Arc::clone(&streams) });
+    let relays = Arc::new(Relays { clock, link, streams: Arc::clone(&streams), threads: threads.clone() });
     let strategy = config.policy.strategy.as_str();
     let core = ControlCore::new(config.policy, Uuid::new_v4().as_u64_pair().0);
     let (control, inbox) = control::mailbox(clock);
@@ -78,20 +83,26 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let deciding =
         placement::run(core, Arc::clone(&relays), control.clone(), inbox, tracker.clone(), loop_stop.clone());
     // Not started again: what it had decided may be half done. The daemon ends with it.
-    let deciding = owned_tasks::watched("control loop", deciding);
+    let deciding = owned_tasks::watched_on(threads.first().handle(), "control loop", deciding);
     for entry in catalog.list().into_iter().filter(|entry| entry.state == ModelState::Retired) {
         control.send(Event::SetRetired { model: entry.model_id, retired: true }).await;
     }
     // They end last: the stops of what is cut off go by them.
     let (links, links_stop) = (TaskTracker::new(), CancellationToken::new());
-    for driver in drivers {
+    for (driver, thread) in drivers.into_iter().zip(threads.iter()) {
+        let thread = thread.handle().clone();
         let (control, calls, stop) = (control.clone(), links.clone(), links_stop.clone());
         // What it knows outlives a defect in it.
         let driver = Arc::new(Mutex::new(driver));
         let drive = move || {
             let (driver, control, calls) = (Arc::clone(&driver), control.clone(), calls.clone());
             let stop = stop.clone();
-            async move { driver.lock().await.run(control, calls, stop).await }
+            let run = async move { driver.lock().await.run(control, calls, stop).await };
+            let thread = thread.clone();
+            async move {
+                let ended = owned_tasks::elsewhere(&thread, "links", run).await;
+                ended.unwrap_or_else(|panicked| panicked.resume());
+            }
         };
         front.loops.start(&links, "links", &links_stop, drive);
     }
@@ -136,7 +147,8 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     };
     state.loops.start(&tracker, "changes of tokens", &stop, telling);
     let open_routes = router::metrics(state.clone());
-    let shown = Shown { routes: router::router(state), gate, counts, open_routes };
+    let streaming = Streaming { threads, is_stream: router::is_stream };
+    let shown = Shown { routes: router::router(state), gate, counts, streaming, open_routes };
     let server = front.serve(shown, &tracker, &stop);
 
     tokio::pin!(deciding);

@@ -117,6 +117,13 @@ pub(crate) fn needs(method: &Method, path: &str) -> Need {
     }
 }
 
+/// Whether a request is one for a task's stream, by its method and path.
+pub(crate) fn is_stream(method: &Method, path: &str) -> bool {
+    let submits = *method == Method::POST && path == paths::TASKS;
+    let reads = *method == Method::GET && path.starts_with(paths::TASKS) && path.ends_with("/events");
+    submits || reads
+}
+
 /// The second listener: the metrics and the probes.
 pub(crate) fn metrics(state: AppState) -> Router {
     Router::new()

@@ -12,6 +12,7 @@ use std::time::Duration;
 use attempt_link::control::{Action as LaneAction, Lost};
 use daemon_kit::Clock;
 use futures::FutureExt;
+use owned_tasks::StreamThreads;
 use pool_registry_types::task::ResumeMode;
 use pool_registry_types::{ErrorBody, ErrorCode, Moment};
 use task_scheduler::{Dispatch, Event, HowEnded};
@@ -36,6 +37,7 @@ pub(crate) struct Relays {
     pub(crate) clock: Clock,
     pub(crate) link: NodeLink,
     pub(crate) streams: Arc<Streams>,
+    pub(crate) threads: StreamThreads,
 }
 
 /// How an attempt ended, and the number of its node's last report before that.

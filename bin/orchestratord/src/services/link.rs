@@ -9,7 +9,6 @@ mod links;
 #[cfg(test)]
 mod loopback_tests;
 
-use std::num::NonZero;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,7 +24,7 @@ use hyper::header::{self, HeaderValue};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use node_agent::{AttemptReader, Node, Retention};
-use owned_tasks::Panicked;
+use owned_tasks::{Panicked, StreamThread};
 use pool_registry_types::node::{IntentOrder, LiveAnswer};
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
 use pool_registry_types::routes::{self, headers};
@@ -50,8 +49,6 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 const ORDER_TIMEOUT: Duration = Duration::from_secs(5);
 /// A connection of a link on which so long nothing is acknowledged is broken.
 const LINK_USER_TIMEOUT: Duration = Duration::from_secs(10);
-/// Most tasks that drive lanes.
-const MOST_DRIVERS: usize = 4;
 /// Longest error body of a node that is read, bytes.
 const MAX_ERROR_BYTES: usize = 64 * 1024;
 /// Bound of reading it.
@@ -261,7 +258,8 @@ impl PoolOrder {
 /// Nodes behind HTTP.
 #[derive(Debug)]
 pub(crate) struct HttpLink {
-    streams: Client<Connector, AttemptBody>,
+    /// One for each thread for streams: a connection is used where it was made.
+    streams: Box<[Client<Connector, AttemptBody>]>,
     /// Keeps no connections.
     fresh: Client<Connector, AttemptBody>,
     probes: reqwest::Client,
@@ -270,11 +268,13 @@ pub(crate) struct HttpLink {
 }
 
 impl HttpLink {
-    /// The first of the tokens is sent. Links are what the drivers, which are to be run, make of them.
+    /// The first of the tokens is sent. Links are what the drivers, which are to be run, make of them,
+    /// one on each thread for streams.
     pub(crate) fn new(
         tls: &ClientTls,
         tokens: Tokens,
         clock: Clock,
+        threads: usize,
     ) -> Result<(Self, Vec<Driver>), reqwest::Error> {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
@@ -283,7 +283,8 @@ impl HttpLink {
         of_links.set_tcp_user_timeout(Some(LINK_USER_TIMEOUT));
         let of_links = tls.connector(of_links, CONNECT_TIMEOUT);
         let connector = tls.connector(connector, CONNECT_TIMEOUT);
-        let (streams, fresh) = (kept(connector.clone()), fresh(connector));
+        let streams = (0..threads).map(|_| kept(connector.clone())).collect();
+        let fresh = fresh(connector);
         // No kept connections: a probe must show that a new one can be made.
         let probes = reqwest::Client::builder()
             .pool_max_idle_per_host(0)
@@ -291,15 +292,15 @@ impl HttpLink {
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none());
         let probes = tls.reqwest(probes).build()?;
-        let clients = Clients::new(of_links, probes.clone(), tokens.clone());
         let life = LifeId(Uuid::new_v4());
-        let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
-        let (links, orders) = Links::new(life, threads.min(MOST_DRIVERS));
-        let driver = |orders| {
-            let lanes = Lanes::new(life, Arc::clone(&links.table));
-            Driver::new(clock, lanes, clients.clone(), orders)
+        let (links, orders) = Links::new(life, threads);
+        let driver = |(lane, orders)| {
+            let lanes = Lanes::new(life, lane, Arc::clone(&links.table));
+            // Each has clients of its own: a connection is used where it was made.
+            let clients = Clients::new(of_links.clone(), probes.clone(), tokens.clone());
+            Driver::new(clock, lanes, clients, orders)
         };
-        let drivers = orders.into_iter().map(driver).collect();
+        let drivers = (0..).zip(orders).map(driver).collect();
         Ok((Self { streams, fresh, probes, tokens, links }, drivers))
     }
 
@@ -307,7 +308,8 @@ impl HttpLink {
         // One span an attempt, however often it is asked for.
         let trace = dispatch.spec.trace.child(Uuid::new_v4().as_u64_pair().1);
         let first = call(dispatch, &trace, self.tokens.authorization(), body.clone())?;
-        let response = match self.streams.request(first).await {
+        let here = StreamThread::current().map_or(0, |thread| thread.index());
+        let response = match self.streams[here % self.streams.len()].request(first).await {
             Ok(response) => response,
             Err(error) if was_not_sent(&error) => return Err(not_sent(&error)),
             // A kept connection may have died unseen: only a fresh one says something of the node.

@@ -119,9 +119,9 @@ impl Loop {
                 let to = self.reply_to(reply);
                 self.apply(event(to));
             }
-            Message::Submit { spec, payload, reply } => {
+            Message::Submit { spec, payload, thread, reply } => {
                 let reply = self.reply_to(reply);
-                self.submitted = Some(Submitted { payload, trace: spec.trace.clone() });
+                self.submitted = Some(Submitted { payload, trace: spec.trace.clone(), thread });
                 self.apply(Event::Submit { reply, spec: Arc::from(spec) });
                 // A task that was refused, or is there already, has no log opened.
                 self.submitted = None;
@@ -207,13 +207,16 @@ impl Loop {
             Effect::Dispatch(dispatch) => {
                 let trace = &dispatch.spec.trace;
                 tracing::debug!(task_id = %dispatch.task, attempt_id = %dispatch.attempt, node_id = %dispatch.pool.node_id, pool_id = %dispatch.pool.pool_id, correlation_id = trace.correlation_id, trace_id = trace.trace_id(), "dispatched");
-                if let Some(stream) = streams.get(dispatch.task) {
+                let stream = streams.get(dispatch.task);
+                if let Some(stream) = &stream {
                     stream.write(|log| log.open(dispatch.attempt));
                 }
+                let thread =
+                    stream.map_or_else(|| self.relays.threads.here(), |stream| stream.thread.clone());
                 let closed = CancellationToken::new();
                 self.running.insert(dispatch.attempt, closed.clone());
                 let relay = Arc::clone(&self.relays).run(*dispatch, self.control.clone(), closed);
-                owned_tasks::task(&self.tracker, "relay", relay);
+                owned_tasks::task_on(&self.tracker, &thread, "relay", relay);
             }
             Effect::CloseAttempt { task, attempt, why } => {
                 let stream = streams.get(task);

@@ -160,7 +160,7 @@ impl Reader {
 mod tests {
     use daemon_kit::Clock;
     use futures::StreamExt;
-    use pool_registry_types::{AttemptId, LogId, TraceContext};
+    use pool_registry_types::{AttemptId, LogId};
     use task_stream::{Payload, PayloadFormat, Segment};
     use tokio::time::interval;
     use uuid::Uuid;
@@ -174,8 +174,7 @@ mod tests {
     fn opened() -> Arc<TaskStream> {
         let streams = Streams::new(1_000);
         let payload = Payload { format: PayloadFormat::Native, bytes: Bytes::new() };
-        let trace = TraceContext { traceparent: String::new(), correlation_id: "c-1".into() };
-        streams.open(TASK, LogId(Uuid::from_u128(1)), Submitted { payload, trace });
+        streams.open(TASK, LogId(Uuid::from_u128(1)), Submitted::with(payload));
         streams.get(TASK).unwrap()
     }
 

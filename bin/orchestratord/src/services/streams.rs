@@ -9,6 +9,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use owned_tasks::StreamThread;
 use parking_lot::Mutex;
 use pool_registry_types::sse::{self, Decoder, write_frame};
 use pool_registry_types::task::{Resume, ResumeMode};
@@ -27,6 +28,17 @@ const READ_BYTES: usize = 64 * 1024;
 pub(crate) struct Submitted {
     pub(crate) payload: Payload,
     pub(crate) trace: TraceContext,
+    pub(crate) thread: StreamThread,
+}
+
+#[cfg(test)]
+impl Submitted {
+    /// Of a task whose relays are run by the test.
+    pub(crate) fn with(payload: Payload) -> Self {
+        let threads = owned_tasks::StreamThreads::start(1).expect("a thread for streams");
+        let trace = TraceContext { traceparent: String::new(), correlation_id: "c-1".into() };
+        Self { payload, trace, thread: threads.first().clone() }
+    }
 }
 
 /// One task's log, and whoever waits for more of it.
@@ -37,6 +49,8 @@ pub(crate) struct TaskStream {
     payload: Mutex<Option<Payload>>,
     /// That of the submission, for the log's lines of the task.
     pub(crate) trace: TraceContext,
+    /// On which its relays run.
+    pub(crate) thread: StreamThread,
     changed: Notify,
     /// Among the tasks of its token; free when the task has ended.
     permit: Mutex<Option<OwnedSemaphorePermit>>,
@@ -175,6 +189,7 @@ impl Streams {
             log: Mutex::new(TaskLog::new(log)),
             payload: Mutex::new(Some(submitted.payload)),
             trace: submitted.trace,
+            thread: submitted.thread,
             changed: Notify::new(),
             permit: Mutex::default(),
             readers: Arc::new(Semaphore::new(MOST_READERS)),
@@ -298,14 +313,9 @@ mod tests {
         Payload { format: PayloadFormat::Native, bytes: vec![b'x'; bytes].into() }
     }
 
-    fn submitted(payload: Payload) -> Submitted {
-        let trace = TraceContext { traceparent: String::new(), correlation_id: "c-1".into() };
-        Submitted { payload, trace }
-    }
-
     fn ended(streams: &Streams, n: u128, bytes: usize) -> TaskId {
         let (task, attempt) = (TaskId(Uuid::from_u128(n)), AttemptId(Uuid::from_u128(n)));
-        streams.open(task, LogId(Uuid::from_u128(n)), submitted(payload(0)));
+        streams.open(task, LogId(Uuid::from_u128(n)), Submitted::with(payload(0)));
         let stream = streams.get(task).unwrap();
         stream.write(|log| {
             log.open(attempt);
@@ -325,7 +335,7 @@ mod tests {
     fn what_was_sent_is_read_from_the_log_with_its_ids_where_they_are_all_known() {
         let (task, attempt) = (TaskId(Uuid::from_u128(1)), AttemptId(Uuid::from_u128(1)));
         let streams = Streams::new(1_000);
-        streams.open(task, LogId(Uuid::from_u128(1)), submitted(payload(0)));
+        streams.open(task, LogId(Uuid::from_u128(1)), Submitted::with(payload(0)));
         let stream = streams.get(task).unwrap();
         stream.write(|log| log.open(attempt));
         for (n, text) in ["{\"t\":\"a \\\"b\\\"\",\"i\":0}", "{\"t\":\" c\",\"i\":1}"].iter().enumerate() {
@@ -357,7 +367,7 @@ mod tests {
         // The second has ended before the first in the core's books, and is forgotten first.
         let (first, second) = (ended(&streams, 1, 100), ended(&streams, 2, 100));
         streams.forget(second);
-        streams.open(second, LogId(Uuid::from_u128(9)), submitted(payload(0)));
+        streams.open(second, LogId(Uuid::from_u128(9)), Submitted::with(payload(0)));
         // Room is made twice: of the first, and of what was the second's.
         let third = ended(&streams, 3, 100);
         let fourth = ended(&streams, 4, 100);
@@ -375,7 +385,7 @@ mod tests {
             let task = TaskId(Uuid::from_u128(u128::from(closed)));
             let payload = payload(10);
             let bytes = payload.bytes.clone();
-            streams.open(task, LogId(Uuid::from_u128(1)), submitted(payload));
+            streams.open(task, LogId(Uuid::from_u128(1)), Submitted::with(payload));
             let stream = streams.get(task).unwrap();
             stream.write(|log| log.open(attempt));
             assert_eq!(stream.payload().unwrap().bytes.as_ptr(), bytes.as_ptr());

@@ -5,6 +5,7 @@
 //! by a probe that the node lets in. A node is suspect while any of them holds, and offline when
 //! no evidence of life (a heartbeat with a new number, or a token) came for the node timeout.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use pool_registry_types::node::{LiveAnswer, Liveness};
@@ -92,8 +93,8 @@ pub(crate) struct Evidence {
     /// Since when each dial has succeeded.
     dialled_since: Option<Moment>,
     pub(crate) denied: Option<Denial>,
-    /// Orders do not reach it, while its link lives.
-    pub(crate) undelivered: bool,
+    /// The lanes of its link by which orders do not reach it, while they live.
+    pub(crate) undelivered: BTreeSet<u16>,
     /// When it last let us in, after it had denied us.
     let_in: Moment,
     /// How often it has denied us since it took an attempt: one that lets us in and then denies us
@@ -113,7 +114,7 @@ impl Evidence {
             undialled: Some(Suspicion::NotDialledYet),
             dialled_since: None,
             denied: None,
-            undelivered: false,
+            undelivered: BTreeSet::new(),
             let_in: Moment::ZERO,
             denials: 0,
             offline_since: None,
@@ -128,7 +129,7 @@ impl Evidence {
         } else if self.silent_since.is_some()
             || self.undialled.is_some()
             || self.denied.is_some()
-            || self.undelivered
+            || !self.undelivered.is_empty()
         {
             Liveness::Suspect
         } else {
@@ -142,7 +143,7 @@ impl Evidence {
             Liveness::Online => None,
             Liveness::Suspect => {
                 let denied = self.denied.as_ref().map(|denial| denial.reason.clone());
-                let undelivered = self.undelivered.then(|| "orders do not reach it".to_owned());
+                let undelivered = (!self.undelivered.is_empty()).then(|| "orders do not reach it".to_owned());
                 self.undialled.as_ref().map(ToString::to_string).or(denied).or(undelivered).or(silent)
             }
             Liveness::Offline => Some("no evidence of life for the node timeout".into()),

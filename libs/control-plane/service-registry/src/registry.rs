@@ -194,7 +194,7 @@ impl ServiceRegistry {
                 pools: BTreeMap::new(),
                 gpus: Vec::new(),
                 models: Vec::new(),
-                link: None,
+                link: BTreeMap::new(),
                 breaker: Breaker::default(),
                 closed: ClosedAttempts::default(),
                 number: 0,

@@ -404,9 +404,9 @@ impl ControlCore {
                 self.note(transition.as_slice());
                 self.move_quiet(now, &node_id, &mut effects);
             }
-            Event::Link { node_id, link } => self.registry.link_stands(&node_id, link),
-            Event::LinkEvidence { node_id, evidence } => {
-                self.link_evidence(now, &node_id, evidence, &mut effects);
+            Event::Link { node_id, lane, link } => self.registry.link_stands(&node_id, lane, link),
+            Event::LinkEvidence { node_id, lane, evidence } => {
+                self.link_evidence(now, &node_id, lane, evidence, &mut effects);
             }
             Event::TokensChanged => self.registry.tokens_changed(now),
             Event::Alive { node_id } => self.registry.alive(now, &node_id),

@@ -6,7 +6,11 @@ use super::*;
 use crate::event::LinkEvidence;
 
 fn link(b: &mut Bench, state: LinkState) {
-    b.apply(Event::Link { node_id: node("a"), link: LinkView { state, reason: None } });
+    lane(b, 0, state);
+}
+
+fn lane(b: &mut Bench, lane: u16, state: LinkState) {
+    b.apply(Event::Link { node_id: node("a"), lane, link: LinkView { state, reason: None } });
 }
 
 fn liveness(b: &Bench) -> Liveness {
@@ -14,7 +18,7 @@ fn liveness(b: &Bench) -> Liveness {
 }
 
 fn says(b: &mut Bench, evidence: LinkEvidence) {
-    b.apply(Event::LinkEvidence { node_id: node("a"), evidence });
+    b.apply(Event::LinkEvidence { node_id: node("a"), lane: 0, evidence });
 }
 
 /// A node with three attempts: one without a token, one that may be continued, and one that may not.
@@ -111,4 +115,27 @@ fn a_status_that_denies_and_a_connection_that_cannot_be_made_are_evidence_about_
     says(&mut b, LinkEvidence::CannotConnect("no route".into()));
     assert_eq!(liveness(&b), Liveness::Suspect);
     assert!(b.closed.is_empty(), "its link lives, and goes on");
+}
+
+// CLOUD-2680
+#[test]
+fn a_link_of_several_lanes_stands_as_its_worst_and_moves_nobody_while_one_is_up() {
+    let (mut b, _) = three();
+    lane(&mut b, 1, LinkState::Up);
+    lane(&mut b, 1, LinkState::Interrupted);
+    let shown = |b: &Bench| b.core.view(at(b.now)).nodes[0].link.as_ref().map(|link| link.state);
+    assert_eq!(shown(&b), Some(LinkState::Interrupted));
+    says(&mut b, LinkEvidence::Quiet("connection refused".into()));
+    assert!(b.closed.is_empty(), "the other lane brings what runs there");
+    link(&mut b, LinkState::Interrupted);
+    says(&mut b, LinkEvidence::Quiet("connection refused".into()));
+    assert_eq!(b.closed.len(), 2);
+    // Orders that do not arrive by one are not said to by another.
+    b.advance_to(b.now + 2_000);
+    let on = |lane, evidence| Event::LinkEvidence { node_id: node("a"), lane, evidence };
+    b.apply(on(1, LinkEvidence::OrdersDoNotArrive));
+    says(&mut b, LinkEvidence::OrdersArrive);
+    assert_eq!(liveness(&b), Liveness::Suspect);
+    b.apply(on(1, LinkEvidence::OrdersArrive));
+    assert_eq!(liveness(&b), Liveness::Online);
 }

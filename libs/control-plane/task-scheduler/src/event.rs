@@ -43,14 +43,16 @@ pub enum Event {
         address: String,
         outcome: ProbeOutcome,
     },
-    /// How the link to a node stands, told when it changes.
+    /// How a lane of the link to a node stands, told when it changes.
     Link {
         node_id: NodeId,
+        lane: u16,
         link: LinkView,
     },
     /// What the link to a node says of it beside that.
     LinkEvidence {
         node_id: NodeId,
+        lane: u16,
         evidence: LinkEvidence,
     },
     /// The tokens that the control plane sends have changed.
@@ -136,7 +138,7 @@ pub enum LinkEvidence {
     Quiet(String),
     /// The node itself does not let the control plane in.
     Denied(String),
-    /// No POST is answered, though the link lives. Lifted by [`LinkEvidence::OrdersArrive`] only.
+    /// No POST is answered, though the lane lives. Lifted by its [`LinkEvidence::OrdersArrive`] only.
     OrdersDoNotArrive,
     OrdersArrive,
 }

@@ -11,13 +11,13 @@ mod session;
 mod watches;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use handoff_watcher::{Handoff, HandoffName};
 use node_core::{Declared, Identity, NodeCore, Retention, Session};
-use owned_tasks::Loops;
+use owned_tasks::{Loops, StreamThreads};
 use parking_lot::Mutex;
 use pool_registry_types::node::{GpuReport, Intent, StagedModel};
 use pool_registry_types::pool::PoolReport;
@@ -109,6 +109,8 @@ pub struct Agent {
     taking_intent: tokio::sync::Mutex<()>,
     pub(crate) counters: Mutex<NodeCounters>,
     pub(crate) tracker: TaskTracker,
+    /// Where drivers run that are nobody's, if not where they begin.
+    pub(crate) threads: OnceLock<StreamThreads>,
     loops: Loops,
     stop: CancellationToken,
     /// An attempt has ended, or memory was looked at: somebody may be idle, or fit, now.
@@ -152,6 +154,7 @@ impl Agent {
             binding_problems: Mutex::default(),
             counters: Mutex::new(NodeCounters::default()),
             tracker: TaskTracker::new(),
+            threads: OnceLock::new(),
             loops,
             stop: CancellationToken::new(),
             work_ended: Notify::new(),

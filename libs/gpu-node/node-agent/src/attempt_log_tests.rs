@@ -215,6 +215,8 @@ async fn every_request_to_an_engine_for_one_attempt_carries_the_same_child_of_th
 // CLOUD-1152
 #[tokio::test]
 async fn each_line_of_an_attempt_names_its_ids_and_nothing_of_its_prompt() {
+    // Beside a single subscriber, what other threads log first is nobody's from then on.
+    let _other = tracing::Dispatch::new(tracing_subscriber::registry());
     let (mut reader, writer) = std::io::pipe().unwrap();
     let subscriber = tracing_subscriber::fmt()
         .json()

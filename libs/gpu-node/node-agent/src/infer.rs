@@ -18,6 +18,7 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
 use handoff_watcher::HandoffName;
 use node_core::{Ask, Cursor, ResumeError, Retention, Taken};
+use owned_tasks::StreamThreads;
 use pool_registry_types::task::InferRequest;
 use pool_registry_types::{AttemptId, ErrorBody, PoolId, ReplicaId, TraceContext};
 use tokio::time::{Instant, Sleep, sleep};
@@ -282,9 +283,18 @@ impl Agent {
         Ok(Begun { replica_id, report_seq, driver, signals })
     }
 
+    /// Drivers that are nobody's run on these threads. Only the first call counts.
+    pub fn stream_on(&self, threads: StreamThreads) {
+        let _ = self.threads.set(threads);
+    }
+
     /// The driver goes on by itself.
     pub(crate) fn drive(&self, driver: Driver) {
-        owned_tasks::task(&self.tracker, "driver of an attempt", driver.run());
+        let (tracker, name) = (&self.tracker, "driver of an attempt");
+        match self.threads.get() {
+            Some(threads) => owned_tasks::task_on(tracker, &threads.here(), name, driver.run()),
+            None => owned_tasks::task(tracker, name, driver.run()),
+        }
     }
 
     /// Another reader follows the attempt, from its record `from` on. The one before it ends without a

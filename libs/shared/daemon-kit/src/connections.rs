@@ -1,6 +1,7 @@
 //! Serves the routes on a listener, over TCP or TLS, with every connection bounded.
 //!
-//! Each connection is one task with one clock. A peer that was accepted, or has begun the head of
+//! Each connection is one task with one clock, on a thread for streams where there are such: what is
+//! no stream is answered by the runtime that accepts. A peer that was accepted, or has begun the head of
 //! a request, has to finish that head in time; a connection without requests is closed after a
 //! while; a running request has no bound here, because a stream may last. hyper's own limit for
 //! heads is off: it does not run before a connection's first bytes, it would also close idle
@@ -18,14 +19,16 @@ use std::task::Poll;
 use std::time::Duration;
 
 use axum::Router;
+use futures::future::Either;
 use hyper::body::{Body as _, Incoming};
-use hyper::{Request, Version};
+use hyper::{Method, Request, Version};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use owned_tasks::Loops;
+use owned_tasks::{Loops, StreamThread, StreamThreads};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -33,10 +36,14 @@ use tokio_util::sync::CancellationToken;
 use tower::Service;
 
 use crate::activity::{Activity, Answer, Instrumented, Look};
+use crate::socket::Socket;
 use crate::tls::{self, PeerCertificate, ServerTls};
 
 /// Pause after an accept that failed for want of files or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Largest body of a request that is answered on a thread for streams, bytes: a larger one takes longer
+/// to read than the streams there may wait.
+const MOST_BODY_BYTES: u64 = 256 * 1024;
 /// At most one line of a kind is logged in this time.
 const LOG_EVERY: Duration = Duration::from_secs(1);
 
@@ -85,6 +92,14 @@ pub struct Counts {
     pub idle: AtomicU64,
 }
 
+/// Where connections live, and which requests are answered there.
+#[derive(Debug, Clone)]
+pub struct Streaming {
+    pub threads: StreamThreads,
+    /// By method and path. Everything else is answered elsewhere, so that no stream waits for it.
+    pub is_stream: fn(&Method, &str) -> bool,
+}
+
 /// How to serve.
 #[derive(Debug, Clone, Default)]
 pub struct ServeOptions {
@@ -93,6 +108,8 @@ pub struct ServeOptions {
     pub counts: Arc<Counts>,
     /// Of the daemon, which is not ready while no connections are accepted.
     pub loops: Loops,
+    /// Absent where everything is answered by the runtime that accepts.
+    pub streaming: Option<Streaming>,
 }
 
 /// Who sent a request. In the extensions of each, as `Arc<Peer>`.
@@ -114,7 +131,7 @@ pub async fn run(
     let tasks = Tasks::default();
     // Also when this future is dropped.
     let _cut_off = CutOff(tasks.clone());
-    let ServeOptions { tls, limits, counts, loops } = options;
+    let ServeOptions { tls, limits, counts, loops, streaming } = options;
     let room = Arc::new(Semaphore::new(limits.connections));
     let hosts = Arc::new(Hosts { share: limits.connections.div_ceil(2), open: Mutex::default() });
     let server = Arc::new(Server {
@@ -126,6 +143,8 @@ pub async fn run(
         counts,
         handshakes: Seldom::default(),
         hosts,
+        streaming,
+        elsewhere: Handle::current(),
     });
     // The listener and the connections that there are outlive a panic.
     loops.keep("accepting", &stop, || accept(&server, &listener, &room, &tasks, &stop)).await;
@@ -153,9 +172,7 @@ async fn accept(
         };
         match accepted {
             Ok((stream, addr)) => match server.hosts.permit(room, addr.ip()) {
-                Some(permit) => {
-                    tasks.add(Arc::clone(server).connection(stream, addr, stop.clone(), permit));
-                }
+                Some(permit) => Arc::clone(server).connection(stream, addr, stop.clone(), permit, tasks),
                 None => {
                     server.counts.over_limit.fetch_add(1, Ordering::Relaxed);
                     if let Some(suppressed) = crowded.turn() {
@@ -204,6 +221,9 @@ struct Server {
     counts: Arc<Counts>,
     handshakes: Seldom,
     hosts: Arc<Hosts>,
+    streaming: Option<Streaming>,
+    /// The runtime that accepts.
+    elsewhere: Handle,
 }
 
 /// How many connections each host has: none takes all of them.
@@ -242,6 +262,23 @@ impl Drop for ConnectionPermit {
     }
 }
 
+/// What a connection's bytes go over.
+trait Movable: AsyncRead + AsyncWrite + Unpin + Send + 'static {
+    fn socket(&mut self) -> &mut Socket;
+}
+
+impl Movable for Socket {
+    fn socket(&mut self) -> &mut Socket {
+        self
+    }
+}
+
+impl Movable for tokio_rustls::server::TlsStream<Socket> {
+    fn socket(&mut self) -> &mut Socket {
+        self.get_mut().0
+    }
+}
+
 /// How a connection ended.
 enum End {
     Closed,
@@ -250,38 +287,69 @@ enum End {
 }
 
 impl Server {
-    async fn connection(
+    /// Begins with a connection that was accepted.
+    fn connection(
         self: Arc<Self>,
         stream: TcpStream,
         addr: SocketAddr,
         stop: CancellationToken,
-        _permit: ConnectionPermit,
+        permit: ConnectionPermit,
+        tasks: &Tasks,
     ) {
         // Without it a small answer waits up to 40 ms for the peer's acknowledgement.
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "a connection without TCP_NODELAY");
         }
-        let end = match &self.tls {
-            None => self.requests(stream, Peer { addr, certificate: None }, &stop).await,
-            Some(tls) => {
-                let handshake = timeout(self.limits.handshake, tls.accept(stream));
-                let Some(outcome) = stop.run_until_cancelled(handshake).await else { return };
-                match outcome {
-                    Ok(Ok((stream, certificate))) => {
-                        self.requests(stream, Peer { addr, certificate }, &stop).await
-                    }
-                    Ok(Err(error)) => return self.no_handshake(addr, &tls::explain(&error)),
-                    Err(_) => return self.no_handshake(addr, "it did not finish in time"),
+        let socket = Socket::new(stream);
+        if self.tls.is_none() {
+            return self.serve(socket, Peer { addr, certificate: None }, stop, permit, tasks);
+        }
+        let all = tasks.clone();
+        tasks.add(async move {
+            let Some(tls) = &self.tls else { return };
+            let handshake = timeout(self.limits.handshake, tls.accept(socket));
+            let Some(outcome) = stop.run_until_cancelled(handshake).await else { return };
+            match outcome {
+                Ok(Ok((stream, certificate))) => {
+                    Arc::clone(&self).serve(stream, Peer { addr, certificate }, stop, permit, &all);
                 }
+                Ok(Err(error)) => self.no_handshake(addr, &tls::explain(&error)),
+                Err(_) => self.no_handshake(addr, "it did not finish in time"),
             }
+        });
+    }
+
+    /// Serves the requests of a connection, on a thread for streams where there are such.
+    fn serve<T: Movable>(
+        self: Arc<Self>,
+        mut io: T,
+        peer: Peer,
+        stop: CancellationToken,
+        permit: ConnectionPermit,
+        tasks: &Tasks,
+    ) {
+        let addr = peer.addr;
+        let thread = self.streaming.as_ref().map(|streaming| streaming.threads.least_loaded().clone());
+        let load = thread.as_ref().map(StreamThread::load);
+        let moves = thread.is_some();
+        let serving = async move {
+            let end = match if moves { io.socket().move_here() } else { Ok(()) } {
+                Ok(()) => self.requests(io, peer, &stop).await,
+                Err(error) => End::Failed(error.into()),
+            };
+            match end {
+                End::Closed => {}
+                End::Slow => {
+                    self.counts.slow.fetch_add(1, Ordering::Relaxed);
+                    tracing::debug!(peer = %addr, "a request's head did not arrive in time");
+                }
+                End::Failed(error) => tracing::debug!(peer = %addr, error, "a connection broke"),
+            }
+            drop((load, permit));
         };
-        match end {
-            End::Closed => {}
-            End::Slow => {
-                self.counts.slow.fetch_add(1, Ordering::Relaxed);
-                tracing::debug!(peer = %addr, "a request's head did not arrive in time");
-            }
-            End::Failed(error) => tracing::debug!(peer = %addr, error, "a connection broke"),
+        match thread {
+            Some(thread) => tasks.add_on(&thread, serving),
+            None => tasks.add(serving),
         }
     }
 
@@ -292,10 +360,15 @@ impl Server {
         }
     }
 
-    async fn requests<T>(&self, io: T, peer: Peer, stop: &CancellationToken) -> End
-    where
-        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    {
+    /// Where a request is answered that is no stream, or takes long to read.
+    fn elsewhere(&self, request: &Request<Incoming>) -> Option<Handle> {
+        let streaming = self.streaming.as_ref()?;
+        let is_small = request.body().size_hint().upper().is_some_and(|bytes| bytes <= MOST_BODY_BYTES);
+        let stays = is_small && (streaming.is_stream)(request.method(), request.uri().path());
+        (!stays).then(|| self.elsewhere.clone())
+    }
+
+    async fn requests<T: Movable>(&self, io: T, peer: Peer, stop: &CancellationToken) -> End {
         let peer = Arc::new(peer);
         let activity = Arc::new(Activity::new(self.limits.head, self.limits.idle));
         let io = TokioIo::new(Instrumented { io, activity: Arc::clone(&activity) });
@@ -304,7 +377,15 @@ impl Server {
             move |mut request: Request<Incoming>| {
                 let running = Activity::begin(&activity, request.version() == Version::HTTP_2);
                 request.extensions_mut().insert(Arc::clone(&peer));
+                let elsewhere = self.elsewhere(&request);
                 let answer = self.app.clone().call(request);
+                let answer = match elsewhere {
+                    None => Either::Left(answer),
+                    Some(runtime) => Either::Right(async move {
+                        let answered = owned_tasks::elsewhere(&runtime, "request", answer).await;
+                        answered.unwrap_or_else(|panicked| panicked.resume())
+                    }),
+                };
                 async move {
                     let response = answer.await?;
                     // An answer of known size has the time of an idle connection to be fetched; a
@@ -361,11 +442,20 @@ impl Tasks {
     }
 
     fn add(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tidied().spawn(task);
+    }
+
+    fn add_on(&self, thread: &StreamThread, task: impl Future<Output = ()> + Send + 'static) {
+        self.tidied().spawn_on(task, thread.handle());
+    }
+
+    /// Without those that have ended.
+    fn tidied(&self) -> MutexGuard<'_, JoinSet<()>> {
         let mut set = self.set();
         while let Some(ended) = set.try_join_next() {
             report(ended);
         }
-        set.spawn(task);
+        set
     }
 
     async fn ended(&self) {

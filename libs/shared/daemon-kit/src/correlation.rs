@@ -153,6 +153,8 @@ mod tests {
     // CLOUD-1152
     #[tokio::test]
     async fn the_line_of_a_request_names_its_ids_and_an_error_its_reason_unless_that_may_quote_a_body() {
+        // Beside a single subscriber, what other threads log first is nobody's from then on.
+        let _other = tracing::Dispatch::new(tracing_subscriber::registry());
         let (mut reader, writer) = std::io::pipe().unwrap();
         let subscriber = tracing_subscriber::fmt()
             .json()

@@ -16,7 +16,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::audit::{Audit, AuditError};
 use crate::auth::Gate;
-use crate::connections::{self, Counts, ServeOptions};
+use crate::connections::{self, Counts, ServeOptions, Streaming};
 use crate::serve::{self, Edge};
 use crate::tls::{Tls, TlsError, TlsPaths};
 
@@ -70,6 +70,7 @@ pub struct Shown {
     pub routes: Router,
     pub gate: Gate,
     pub counts: Arc<Counts>,
+    pub streaming: Streaming,
     /// The routes of the second listener.
     pub open_routes: Router,
 }
@@ -121,7 +122,8 @@ impl Front {
         }
         let app = serve::with_layers(shown.routes, Edge { gate: shown.gate, audit: self.audit });
         let (tls, counts) = (self.tls.server, shown.counts);
-        let options = ServeOptions { tls, counts, loops, ..ServeOptions::default() };
+        let streaming = Some(shown.streaming);
+        let options = ServeOptions { tls, counts, loops, streaming, ..ServeOptions::default() };
         owned_tasks::watched(
             "connections",
             connections::run(self.listener, app, options, stop.clone(), LINGER),

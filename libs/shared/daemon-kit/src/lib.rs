@@ -21,6 +21,7 @@ pub mod metrics;
 pub mod quota;
 pub mod serve;
 pub mod settings;
+mod socket;
 mod stream_body;
 pub mod telemetry;
 pub mod tls;

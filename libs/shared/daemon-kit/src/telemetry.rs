@@ -227,6 +227,8 @@ mod tests {
 
     /// What the text log shows of it.
     fn logged(colours: bool, log: impl FnOnce()) -> String {
+        // Beside a single subscriber, what other threads log first is nobody's from then on.
+        let _other = tracing::Dispatch::new(tracing_subscriber::registry());
         let (mut reader, writer) = std::io::pipe().unwrap();
         let (lines, logs) = queue(writer);
         let dispatch = dispatch(LogFormat::Text, "info", lines, colours);

@@ -36,6 +36,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::follow::follow;
+use crate::socket::Socket;
 
 /// How long a peer may take to hear why its handshake failed.
 const LAST_WORD: Duration = Duration::from_secs(1);
@@ -342,8 +343,8 @@ impl ServerTls {
 
     pub(crate) async fn accept(
         &self,
-        stream: TcpStream,
-    ) -> io::Result<(TlsStream<TcpStream>, Option<PeerCertificate>)> {
+        stream: Socket,
+    ) -> io::Result<(TlsStream<Socket>, Option<PeerCertificate>)> {
         let stream = match self.acceptor.accept(stream).into_fallible().await {
             Ok(stream) => stream,
             Err((error, stream)) => {
@@ -357,7 +358,7 @@ impl ServerTls {
 }
 
 /// Closes the socket so that the alert arrives: closed with bytes unread, it would be reset.
-async fn last_word(mut stream: TcpStream) {
+async fn last_word(mut stream: Socket) {
     let reading = async {
         let mut unread = [0; 4096];
         stream.shutdown().await?;

@@ -12,12 +12,14 @@ use axum::body::Body;
 use axum::routing::get;
 use axum::{Extension, Router};
 use bytes::Bytes;
-use daemon_kit::connections::{self as serve, ConnLimits, Counts, Peer, ServeOptions};
+use daemon_kit::connections::{self as serve, ConnLimits, Counts, Peer, ServeOptions, Streaming};
 use daemon_kit::tls::{ClientTls, OwnCertificate, ServerTls, Tls, TlsPaths, explain, is_refused};
 use futures::stream;
 use http_body_util::{BodyExt, Empty, Full};
+use hyper::Method;
 use hyper_util::client::legacy::{Client, connect::HttpConnector};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use owned_tasks::{StreamThread, StreamThreads};
 use test_certs::{TestCa, Validity};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -50,6 +52,8 @@ async fn rig(limits: ConnLimits, tls: Option<Arc<ServerTls>>, grace: Duration) -
     let open: Arc<AtomicUsize> = Arc::clone(&open_streams);
     let app = Router::new()
         .route("/fine", get(|| async { "fine" }))
+        .route("/thread", get(thread).post(thread))
+        .route("/lines", get(thread).post(thread))
         .route("/peer", get(|Extension(peer): Extension<Arc<Peer>>| async move { format!("{peer:?}") }))
         .route(
             "/lines/{n}",
@@ -65,9 +69,16 @@ async fn rig(limits: ConnLimits, tls: Option<Arc<ServerTls>>, grace: Duration) -
                 Body::from_stream(lines)
             }),
         );
-    let options = ServeOptions { tls, limits, counts: Arc::clone(&counts), ..ServeOptions::default() };
+    let is_stream = |_: &Method, path: &str| path.starts_with("/lines");
+    let streaming = Some(Streaming { threads: StreamThreads::start(1).unwrap(), is_stream });
+    let counts_of = Arc::clone(&counts);
+    let options = ServeOptions { tls, limits, counts: counts_of, streaming, ..ServeOptions::default() };
     let server = tokio::spawn(serve::run(listener, app, options, stop.clone(), grace));
     Rig { addr, stop, counts, open_streams, server }
+}
+
+async fn thread(body: Bytes) -> String {
+    format!("{} bytes on {:?}", body.len(), StreamThread::current().map(|thread| thread.index()))
 }
 
 /// Certificates in a directory.
@@ -253,6 +264,8 @@ impl io::Write for Log {
 // CLOUD-1133
 #[tokio::test]
 async fn each_failed_handshake_says_why_on_both_sides() {
+    // Beside a single subscriber, what other threads log first is nobody's from then on.
+    let _other = tracing::Dispatch::new(tracing_subscriber::registry());
     let log = Log::default();
     let writer = log.clone();
     let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
@@ -582,4 +595,23 @@ fn each_wrong_file_names_its_variable_and_itself() {
 fn mode(path: &Path) -> u32 {
     use std::os::unix::fs::PermissionsExt;
     std::fs::metadata(path).unwrap().permissions().mode() & 0o777
+}
+
+// CLOUD-1960
+#[tokio::test]
+async fn streams_are_answered_on_their_threads_and_everything_else_elsewhere() {
+    let pki = Pki::new();
+    test_certs::write_cluster(pki.dir.path(), &[], &["127.0.0.1".to_owned()]).unwrap();
+    let plain = rig(ConnLimits::default(), None, SOON).await;
+    let tls = rig(ConnLimits::default(), Some(pki.server("orchestratord", None)), SOON).await;
+    let client = reqwest_with(&pki.client("ca.pem", None));
+    for base in [format!("http://{}", plain.addr), format!("https://{}", tls.addr)] {
+        let answer = async |path: &str, bytes: usize| {
+            let sent = client.post(format!("{base}{path}")).body(vec![b'x'; bytes]).send().await.unwrap();
+            sent.text().await.unwrap()
+        };
+        assert_eq!(answer("/lines", 10).await, "10 bytes on Some(0)", "{base}");
+        assert_eq!(answer("/thread", 10).await, "10 bytes on None", "{base}");
+        assert_eq!(answer("/lines", 300_000).await, "300000 bytes on None", "a body that takes long, {base}");
+    }
 }

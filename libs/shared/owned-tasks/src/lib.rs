@@ -6,6 +6,8 @@
 //! *task* ends by itself: its panic is a value ([`Panicked`]) for whoever waits for it. Either way
 //! the panic is logged here, once.
 
+mod threads;
+
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -15,10 +17,13 @@ use std::time::{Duration, Instant};
 use futures::FutureExt;
 use parking_lot::Mutex;
 use pool_registry_types::Backoff;
+use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
+
+pub use crate::threads::{Load, StreamThread, StreamThreads};
 
 /// Before a loop is started again, by how often it has panicked and has not run well since.
 const PAUSES: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
@@ -74,13 +79,48 @@ pub fn task(tracker: &TaskTracker, name: &'static str, work: impl Future<Output 
     });
 }
 
+/// The same on a thread for streams, where it counts as one.
+pub fn task_on(
+    tracker: &TaskTracker,
+    thread: &StreamThread,
+    name: &'static str,
+    work: impl Future<Output = ()> + Send + 'static,
+) {
+    let load = thread.load();
+    let work = async move {
+        // It is logged, and there is nobody else to tell.
+        let _ = caught(name, work).await;
+        drop(load);
+    };
+    tracker.spawn_on(work, thread.handle());
+}
+
+/// Awaits work that runs on another runtime. Dropped, it ends there too.
+pub async fn elsewhere<T: Send + 'static>(
+    runtime: &Handle,
+    name: &'static str,
+    work: impl Future<Output = T> + Send + 'static,
+) -> Result<T, Panicked> {
+    let running = AbortOnDropHandle::new(runtime.spawn(caught(name, work)));
+    running.await.unwrap_or_else(|cut_off| Err(Panicked { name, message: cut_off.to_string() }))
+}
+
 /// Spawns work whose end the handle's holder looks at: a panic is logged here and is the handle's
 /// error too.
 pub fn watched<T: Send + 'static>(
     name: &'static str,
     work: impl Future<Output = T> + Send + 'static,
 ) -> JoinHandle<T> {
-    tokio::spawn(async move { caught(name, work).await.unwrap_or_else(|panicked| panicked.resume()) })
+    watched_on(&Handle::current(), name, work)
+}
+
+/// The same on another runtime.
+pub fn watched_on<T: Send + 'static>(
+    runtime: &Handle,
+    name: &'static str,
+    work: impl Future<Output = T> + Send + 'static,
+) -> JoinHandle<T> {
+    runtime.spawn(async move { caught(name, work).await.unwrap_or_else(|panicked| panicked.resume()) })
 }
 
 /// Awaits work that is done to its end also when whoever awaits it has gone.

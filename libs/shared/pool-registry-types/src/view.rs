@@ -59,6 +59,19 @@ pub struct LinkView {
     pub reason: Option<String>,
 }
 
+impl LinkView {
+    /// How a link of these lanes stands: as the one that is farthest from being up. None without lanes.
+    pub fn of_lanes<'a>(lanes: impl IntoIterator<Item = &'a Self>) -> Option<&'a Self> {
+        lanes.into_iter().min_by_key(|lane| match lane.state {
+            LinkState::Interrupted => 0,
+            LinkState::Connecting => 1,
+            LinkState::None => 2,
+            LinkState::Unknown => 3,
+            LinkState::Up => 4,
+        })
+    }
+}
+
 /// How a link stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]

@@ -22,8 +22,6 @@ use tokio::sync::mpsc;
 
 use super::links::LinkTable;
 
-/// Each node has one lane here.
-const LANE: u16 = 0;
 /// After a stall of this process: what has arrived meanwhile is read for so long before anything is
 /// judged. Source: .specs/01 CLOUD-2658.
 const READ_AFTER_STALL: Duration = Duration::from_millis(20);
@@ -89,6 +87,8 @@ struct Entry {
 #[derive(Debug)]
 pub(super) struct Lanes {
     life: LifeId,
+    /// The thread's own: each node has one lane here.
+    lane: u16,
     table: Arc<LinkTable>,
     entries: BTreeMap<NodeId, Entry>,
     due: BTreeSet<(Moment, NodeId)>,
@@ -98,9 +98,10 @@ pub(super) struct Lanes {
 }
 
 impl Lanes {
-    pub(super) fn new(life: LifeId, table: Arc<LinkTable>) -> Self {
+    pub(super) fn new(life: LifeId, lane: u16, table: Arc<LinkTable>) -> Self {
         Self {
             life,
+            lane,
             table,
             entries: BTreeMap::new(),
             due: BTreeSet::new(),
@@ -136,7 +137,7 @@ impl Lanes {
             let entry = Entry {
                 address,
                 boot_id,
-                lane: ControlLane::new(now, self.life, LANE, boot_id),
+                lane: ControlLane::new(now, self.life, self.lane, boot_id),
                 readers: BTreeMap::new(),
                 due: None,
                 shown: None,
@@ -383,7 +384,7 @@ impl Lanes {
     }
 
     fn tell(&mut self, node_id: &NodeId, evidence: LinkEvidence) {
-        self.events.push_back(Event::LinkEvidence { node_id: node_id.clone(), evidence });
+        self.events.push_back(Event::LinkEvidence { node_id: node_id.clone(), lane: self.lane, evidence });
     }
 
     /// The link is not dialled any more. Shown before what waited there hears of it.
@@ -391,7 +392,7 @@ impl Lanes {
         let Some(entry) = self.entries.get_mut(node_id) else { return };
         entry.none = Some(reason);
         if reason == SAYS_NO_HELLO {
-            self.table.change(node_id, |shown| shown.serves_without = true);
+            self.table.change(node_id, self.lane, |shown| shown.serves_without = true);
         }
     }
 
@@ -450,12 +451,12 @@ impl Lanes {
             if was != Some(link.state) {
                 entry.since = now;
             }
-            self.table.change(node_id, |shown| shown.link = link.clone());
+            self.table.change(node_id, self.lane, |shown| shown.link = link.clone());
             entry.shown = Some(link.clone());
             entry.unreported = true;
         }
         if entry.gone.is_none() && std::mem::take(&mut entry.unreported) {
-            self.events.push_back(Event::Link { node_id: node_id.clone(), link });
+            self.events.push_back(Event::Link { node_id: node_id.clone(), lane: self.lane, link });
         }
         let next = entry.lane.next_deadline().max(entry.reads_until).max(now + LEAST_WAIT);
         // One that stands too early is looked at when it comes.

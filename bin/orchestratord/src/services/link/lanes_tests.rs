@@ -83,7 +83,7 @@ impl Bench {
     fn new() -> Self {
         let (links, _) = Links::new(LifeId(Uuid::from_u128(9)), 1);
         links.registered(&registers(&["link"]));
-        let mut lanes = Lanes::new(links.life, Arc::clone(&links.table));
+        let mut lanes = Lanes::new(links.life, 0, Arc::clone(&links.table));
         lanes.registered(at(0), &node(), "http://a".into(), BOOT);
         Self { lanes, links }
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use attempt_link::control::Action;
 use attempt_link::wire::{Start, StartFacts, StartSpec};
+use owned_tasks::StreamThread;
 use parking_lot::Mutex;
 use pool_registry_types::node::{LINK_FEATURE, RegisterRequest};
 use pool_registry_types::task::Resume;
@@ -33,11 +34,9 @@ pub(super) enum Order {
     Done { node_id: NodeId, attempt: AttemptId },
 }
 
-/// A link as it is shown.
+/// One of a node's lanes as it is shown.
 #[derive(Debug, Clone)]
 pub(super) struct Shown {
-    /// Of the threads of lanes the one that has it.
-    driver: usize,
     pub(super) link: LinkView,
     /// The node has no link: it is served by exchanges until it registers again.
     pub(super) serves_without: bool,
@@ -46,7 +45,7 @@ pub(super) struct Shown {
 /// How all links stand, and what became of them so far.
 #[derive(Debug, Default)]
 pub(crate) struct LinkTable {
-    nodes: Mutex<BTreeMap<NodeId, Shown>>,
+    nodes: Mutex<BTreeMap<NodeId, Box<[Shown]>>>,
     resumes: AtomicU64,
     interrupted_ms: AtomicU64,
     pub(super) dropped: AtomicU64,
@@ -54,8 +53,9 @@ pub(crate) struct LinkTable {
 }
 
 impl LinkTable {
-    pub(super) fn change(&self, node_id: &NodeId, change: impl FnOnce(&mut Shown)) {
-        if let Some(shown) = self.nodes.lock().get_mut(node_id) {
+    pub(super) fn change(&self, node_id: &NodeId, lane: u16, change: impl FnOnce(&mut Shown)) {
+        let mut nodes = self.nodes.lock();
+        if let Some(shown) = nodes.get_mut(node_id).and_then(|lanes| lanes.get_mut(usize::from(lane))) {
             change(shown);
         }
     }
@@ -69,7 +69,12 @@ impl LinkTable {
     // ---- for metrics ----
 
     pub(crate) fn states(&self) -> Vec<(NodeId, LinkState)> {
-        self.nodes.lock().iter().map(|(node_id, shown)| (node_id.clone(), shown.link.state)).collect()
+        let nodes = self.nodes.lock();
+        let state = |lanes: &[Shown]| {
+            let link = LinkView::of_lanes(lanes.iter().map(|shown| &shown.link));
+            link.map(|link| link.state)
+        };
+        nodes.iter().filter_map(|(node_id, lanes)| Some((node_id.clone(), state(lanes)?))).collect()
     }
 
     /// Times that an interrupted link came up again.
@@ -113,54 +118,47 @@ impl Links {
         if !request.features.iter().any(|feature| feature == LINK_FEATURE) {
             return self.gone(&request.node_id);
         }
-        let driver = {
+        let connecting =
+            Shown { link: LinkView { state: LinkState::Connecting, reason: None }, serves_without: false };
+        {
             let mut nodes = self.table.nodes.lock();
-            let driver = nodes.get(&request.node_id).map(|shown| shown.driver);
-            // A lane stays where it is: its numbers are used once.
-            let driver = driver.unwrap_or_else(|| self.driver_of(&request.node_id));
-            let shown = nodes.entry(request.node_id.clone()).or_insert_with(|| Shown {
-                driver,
-                link: LinkView { state: LinkState::Connecting, reason: None },
-                serves_without: false,
-            });
-            shown.serves_without = false;
-            driver
-        };
-        let (node_id, address) = (request.node_id.clone(), request.address.clone());
-        self.order(driver, Order::Registered { node_id, address, boot_id: request.boot_id });
+            let lanes = nodes
+                .entry(request.node_id.clone())
+                .or_insert_with(|| vec![connecting; self.drivers.len()].into());
+            for shown in lanes.iter_mut() {
+                shown.serves_without = false;
+            }
+        }
+        for driver in &self.drivers {
+            let (node_id, address) = (request.node_id.clone(), request.address.clone());
+            order(driver, Order::Registered { node_id, address, boot_id: request.boot_id });
+        }
     }
 
     /// The node is not known any more, or has registered without a link.
     pub(crate) fn gone(&self, node_id: &NodeId) {
-        let gone = self.table.nodes.lock().remove(node_id);
-        if let Some(shown) = gone {
-            self.order(shown.driver, Order::Gone { node_id: node_id.clone() });
+        let was_known = self.table.nodes.lock().remove(node_id).is_some();
+        for driver in self.drivers.iter().filter(|_| was_known) {
+            order(driver, Order::Gone { node_id: node_id.clone() });
         }
     }
 
-    /// The node's link, for an attempt; nothing where it is served without.
+    /// The node's lane of the thread for streams that this runs on, for an attempt; nothing where it is
+    /// served without.
     pub(crate) fn lane(&self, node_id: &NodeId, attempt: AttemptId) -> Option<Lane> {
-        let driver = {
+        let here = StreamThread::current().map_or(0, |thread| thread.index()) % self.drivers.len();
+        {
             let nodes = self.table.nodes.lock();
-            nodes.get(node_id).filter(|shown| !shown.serves_without)?.driver
-        };
-        let orders = self.drivers.get(driver)?.clone();
+            nodes.get(node_id)?.get(here).filter(|shown| !shown.serves_without)?;
+        }
+        let orders = self.drivers.get(here)?.clone();
         Some(Lane { node_id: node_id.clone(), attempt, orders })
     }
+}
 
-    /// The same for each registration of a node, wherever it is known.
-    fn driver_of(&self, node_id: &NodeId) -> usize {
-        let hash = node_id
-            .as_str()
-            .bytes()
-            .fold(0_usize, |hash, byte| hash.wrapping_mul(31).wrapping_add(usize::from(byte)));
-        hash % self.drivers.len()
-    }
-
-    fn order(&self, driver: usize, order: Order) {
-        // Without lanes the process ends.
-        let _ = self.drivers[driver].send(order);
-    }
+fn order(driver: &mpsc::UnboundedSender<Order>, order: Order) {
+    // Without lanes the process ends.
+    let _ = driver.send(order);
 }
 
 /// The way of one attempt to its node's lane.

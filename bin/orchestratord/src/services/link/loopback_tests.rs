@@ -15,6 +15,7 @@ use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use owned_tasks::StreamThreads;
 use parking_lot::Mutex;
 use pool_registry_types::node::{Capabilities, Intent, LINK_FEATURE, LiveAnswer, RegisterRequest};
 use pool_registry_types::sse::write_frame;
@@ -288,7 +289,7 @@ impl World {
         });
         let clock = Clock::default();
         let tls = ClientTls::new("TEST", None, None).unwrap();
-        let (http, drivers) = HttpLink::new(&tls, Tokens::default(), clock).unwrap();
+        let (http, drivers) = HttpLink::new(&tls, Tokens::default(), clock, 1).unwrap();
         let (control, inbox) = control::mailbox(clock);
         for mut driver in drivers {
             let (control, calls, stop) = (control.clone(), tracker.clone(), stop.clone());
@@ -297,7 +298,8 @@ impl World {
         node.lock().lanes.registered(http.links.life);
         http.links.registered(&registers(address));
         let streams = Arc::new(Streams::new(1 << 20));
-        let relays = Arc::new(Relays { clock, link: NodeLink::Http(Box::new(http)), streams });
+        let threads = StreamThreads::start(1).unwrap();
+        let relays = Arc::new(Relays { clock, link: NodeLink::Http(Box::new(http)), streams, threads });
         let closed = CancellationToken::new();
         let address = format!("http://{address}");
         Self { node, relays, control, inbox, closed, stop, tracker, address, last: 100 }
@@ -320,8 +322,7 @@ impl World {
             ..dispatch(spec())
         };
         let payload = Payload { format: PayloadFormat::Native, bytes: Bytes::copy_from_slice(payload) };
-        let trace = dispatch.spec.trace.clone();
-        self.relays.streams.open(dispatch.task, dispatch.log, Submitted { payload, trace });
+        self.relays.streams.open(dispatch.task, dispatch.log, Submitted::with(payload));
         let stream = self.relays.streams.get(dispatch.task).unwrap();
         stream.write(|log| log.open(attempt));
         let relay = Arc::clone(&self.relays).run(dispatch, self.control.clone(), self.closed.clone());

@@ -60,17 +60,21 @@ impl ServiceRegistry {
         (is != was).then(|| Transition { node_id: node_id.clone(), to: is })
     }
 
-    /// How its link stands now.
-    pub fn link_stands(&mut self, node_id: &NodeId, link: LinkView) {
-        self.nodes.change(node_id, |node| node.link = Some(link));
+    /// How one lane of its link stands now.
+    pub fn link_stands(&mut self, node_id: &NodeId, lane: u16, link: LinkView) {
+        self.nodes.change(node_id, |node| drop(node.link.insert(lane, link)));
     }
 
-    /// Whether orders reach the node, while its link lives. One that they do not reach is suspect until
-    /// one is answered: no heartbeat and no probe lifts that.
-    pub fn orders_arrive(&mut self, node_id: &NodeId, arrive: bool) -> Option<Transition> {
+    /// Whether orders reach the node by a lane of its link, while that lives. One that they do not reach is
+    /// suspect until one is answered: no heartbeat and no probe lifts that.
+    pub fn orders_arrive(&mut self, node_id: &NodeId, lane: u16, arrive: bool) -> Option<Transition> {
         let (was, is) = self.nodes.change(node_id, |node| {
             let was = node.evidence.liveness();
-            node.evidence.undelivered = !arrive;
+            if arrive {
+                node.evidence.undelivered.remove(&lane);
+            } else {
+                node.evidence.undelivered.insert(lane);
+            }
             (was, node.evidence.liveness())
         })?;
         (is != was).then(|| Transition { node_id: node_id.clone(), to: is })

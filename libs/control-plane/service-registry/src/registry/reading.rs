@@ -33,10 +33,16 @@ impl ServiceRegistry {
         matches!(undialled, Some(Suspicion::DialFailed(_)))
     }
 
-    /// Whether its link was up and is dialled again: what runs there may come back with it.
+    /// Whether a lane of its link is up, as far as is known.
+    pub fn has_lane_up(&self, node_id: &NodeId) -> bool {
+        let mut lanes = self.nodes.get(node_id).into_iter().flat_map(|node| node.link.values());
+        lanes.any(|lane| lane.state == LinkState::Up)
+    }
+
+    /// Whether a lane of its link was up and is dialled again: what runs there may come back with it.
     pub fn is_link_interrupted(&self, node_id: &NodeId) -> bool {
-        let link = self.nodes.get(node_id).and_then(|node| node.link.as_ref());
-        link.is_some_and(|link| link.state == LinkState::Interrupted)
+        let mut lanes = self.nodes.get(node_id).into_iter().flat_map(|node| node.link.values());
+        lanes.any(|lane| lane.state == LinkState::Interrupted)
     }
 
     /// Whether the node itself refuses the control plane.
@@ -142,7 +148,7 @@ impl Node {
             intent: self.effective_intent(true),
             labels: (*self.labels).clone(),
             reason: self.evidence.reason(),
-            link: self.link.clone(),
+            link: LinkView::of_lanes(self.link.values()).cloned(),
             last_evidence_age_ms: 0,
             report_seq: self.last_seq,
             pools: pools.collect(),

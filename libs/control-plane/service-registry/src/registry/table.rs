@@ -50,7 +50,8 @@ pub(super) struct Node {
     pub(super) gpus: Vec<GpuReport>,
     pub(super) models: Vec<StagedModel>,
     /// As it was told last; absent where the node has none.
-    pub(super) link: Option<LinkView>,
+    /// By its lanes.
+    pub(super) link: BTreeMap<u16, LinkView>,
     /// For its streams.
     pub(super) breaker: Breaker,
     pub(super) closed: ClosedAttempts,

@@ -102,6 +102,7 @@ impl ControlCore {
         &mut self,
         now: Moment,
         node_id: &NodeId,
+        lane: u16,
         evidence: LinkEvidence,
         effects: &mut Vec<Effect>,
     ) {
@@ -111,12 +112,13 @@ impl ControlCore {
                 self.registry.dial_failed(now, node_id, reason)
             }
             LinkEvidence::Denied(reason) => self.registry.denied(now, node_id, now, reason),
-            LinkEvidence::OrdersDoNotArrive => self.registry.orders_arrive(node_id, false),
-            LinkEvidence::OrdersArrive => self.registry.orders_arrive(node_id, true),
+            LinkEvidence::OrdersDoNotArrive => self.registry.orders_arrive(node_id, lane, false),
+            LinkEvidence::OrdersArrive => self.registry.orders_arrive(node_id, lane, true),
         };
         self.note(transition.as_slice());
         self.sync_node(node_id);
-        if is_quiet {
+        // What runs there goes by any of its lanes: one that is up may bring it.
+        if is_quiet && !self.registry.has_lane_up(node_id) {
             self.move_linked(now, node_id, effects);
         }
     }

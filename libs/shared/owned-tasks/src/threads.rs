@@ -1,0 +1,143 @@
+//! Threads for streams: each has a runtime of its own that runs one task at a time, so that what a
+//! token passes on its way wakes no other thread.
+
+use std::cell::OnceCell;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tokio::runtime::{Builder, Handle};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+thread_local! {
+    static CURRENT: OnceCell<StreamThread> = const { OnceCell::new() };
+}
+
+/// The threads of a daemon. When the last clone goes they end, and what still runs on them with them.
+#[derive(Debug, Clone)]
+pub struct StreamThreads {
+    threads: Arc<[StreamThread]>,
+    _stop: Arc<DropGuard>,
+}
+
+/// One of them. It does not keep it running.
+#[derive(Debug, Clone)]
+pub struct StreamThread {
+    index: usize,
+    handle: Handle,
+    open: Arc<AtomicUsize>,
+}
+
+/// Counts for the load of a thread until it is dropped.
+#[derive(Debug)]
+pub struct Load(Arc<AtomicUsize>);
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl StreamThreads {
+    /// Starts so many threads, at least one. Errors: the system's, of making a thread or a runtime.
+    pub fn start(count: usize) -> io::Result<Self> {
+        let stop = CancellationToken::new();
+        let threads: io::Result<Vec<StreamThread>> =
+            (0..count.max(1)).map(|index| StreamThread::start(index, stop.clone())).collect();
+        let guard = stop.drop_guard();
+        Ok(Self { threads: threads?.into(), _stop: Arc::new(guard) })
+    }
+
+    /// The one with the fewest connections and streams.
+    pub fn least_loaded(&self) -> &StreamThread {
+        let open = |thread: &&StreamThread| thread.open.load(Ordering::Relaxed);
+        self.threads.iter().min_by_key(open).expect("there is at least one")
+    }
+
+    /// In the order of their index.
+    pub fn iter(&self) -> impl Iterator<Item = &StreamThread> {
+        self.threads.iter()
+    }
+
+    pub fn first(&self) -> &StreamThread {
+        &self.threads[0]
+    }
+
+    /// The thread that this runs on, or where that is no thread for streams the least loaded one.
+    pub fn here(&self) -> StreamThread {
+        StreamThread::current().unwrap_or_else(|| self.least_loaded().clone())
+    }
+}
+
+impl StreamThread {
+    fn start(index: usize, stop: CancellationToken) -> io::Result<Self> {
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let thread = Self { index, handle: runtime.handle().clone(), open: Arc::default() };
+        let own = thread.clone();
+        let run = move || {
+            CURRENT.with(|current| drop(current.set(own)));
+            runtime.block_on(stop.cancelled());
+            // A blocking call that hangs does not delay the daemon's end.
+            runtime.shutdown_background();
+        };
+        std::thread::Builder::new().name(format!("streams-{index}")).spawn(run)?;
+        Ok(thread)
+    }
+
+    /// The one that this runs on.
+    pub fn current() -> Option<Self> {
+        CURRENT.with(|current| current.get().cloned())
+    }
+
+    /// From 0 on, in the order of their start.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// What is spawned on it runs there.
+    pub fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
+    /// A connection or a stream more.
+    pub fn load(&self) -> Load {
+        self.open.fetch_add(1, Ordering::Relaxed);
+        Load(Arc::clone(&self.open))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn index_on(thread: &StreamThread) -> Option<usize> {
+        let look = async { StreamThread::current().map(|current| current.index()) };
+        thread.handle().spawn(look).await.unwrap()
+    }
+
+    // CLOUD-1960
+    #[tokio::test]
+    async fn what_is_spawned_on_a_thread_runs_there_and_loads_go_to_the_least_loaded() {
+        let threads = StreamThreads::start(2).unwrap();
+        assert!(StreamThread::current().is_none(), "this is none of them");
+        let first = threads.least_loaded().clone();
+        let load = first.load();
+        let second = threads.least_loaded().clone();
+        assert_eq!((first.index(), second.index()), (0, 1));
+        let more = [second.load(), second.load()];
+        assert_eq!(threads.here().index(), 0);
+        drop(more);
+        assert_eq!(threads.here().index(), 1);
+        drop(load);
+        assert_eq!((index_on(&first).await, index_on(&second).await), (Some(0), Some(1)));
+    }
+
+    // CLOUD-1960
+    #[tokio::test]
+    async fn with_the_last_clone_what_runs_on_them_ends() {
+        let threads = StreamThreads::start(1).unwrap();
+        let running = threads.least_loaded().handle().spawn(std::future::pending::<()>());
+        drop(threads);
+        assert!(running.await.unwrap_err().is_cancelled());
+    }
+}
