@@ -9,19 +9,19 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use attempt_link::control::{Action as LaneAction, Lost};
 use daemon_kit::Clock;
 use futures::FutureExt;
 use owned_tasks::StreamThreads;
+use pool_registry_types::Moment;
 use pool_registry_types::task::ResumeMode;
-use pool_registry_types::{ErrorBody, ErrorCode, Moment};
 use task_scheduler::{Dispatch, Event, HowEnded};
-use task_stream::{Action, Relay, TokensOfFrame};
+use task_stream::{Action, Relay};
 use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::services::control::Control;
-use crate::services::link::{Exchange, LinkError, NodeLink, Piece, Taken, denial, refusal};
+use crate::services::feed::{Feed, NOT_IN_TIME};
+use crate::services::link::{Exchange, LinkError, NodeLink, Piece, Taken};
 use crate::services::streams::{Streams, TaskStream};
 
 /// Pieces of a stream that are taken together when they have arrived already.
@@ -29,7 +29,6 @@ const MOST_PIECES_AT_ONCE: usize = 64;
 /// A piece that comes so soon after the one before may have more behind it.
 const IN_A_ROW: Duration = Duration::from_millis(2);
 const NO_FINAL_FRAME: &str = "it ended without a final frame";
-const NOT_IN_TIME: &str = "its link was not up in time";
 
 /// What every relay uses.
 #[derive(Debug)]
@@ -49,27 +48,12 @@ struct Carrier {
     control: Control,
     stream: Arc<TaskStream>,
     dispatch: Arc<Dispatch>,
-    relay: Relay,
+    feed: Arc<Feed>,
     exchange: Option<Exchange>,
-    reported: Reported,
     /// Armed by the relay; a token mostly does not touch it.
     timer: Pin<Box<Sleep>>,
     /// When the stream last brought something, if that was one piece.
     last_pieces: Option<Moment>,
-}
-
-/// What a lane has said of the attempt.
-#[derive(Debug, Default)]
-struct Reported {
-    accepted: bool,
-    /// No byte of its start has gone.
-    never_sent: bool,
-    /// The node's end, which it keeps until it hears that it is in the log.
-    ended: bool,
-    /// Nothing more is said.
-    over: bool,
-    /// With which the node has answered a POST while the start waited.
-    status: Option<u16>,
 }
 
 impl Relays {
@@ -92,19 +76,11 @@ impl Relays {
             return control.send(ended).await;
         };
         let relay = Relay::new(self.clock.now(), dispatch.assignment());
+        let feed = Feed::new(relay, Arc::clone(&stream));
         let timer = Box::pin(tokio::time::sleep(Duration::ZERO));
         let (clock, dispatch) = (self.clock, Arc::new(dispatch));
-        let mut carrier = Carrier {
-            clock,
-            control,
-            stream,
-            dispatch,
-            relay,
-            exchange: None,
-            reported: Reported::default(),
-            timer,
-            last_pieces: None,
-        };
+        let mut carrier =
+            Carrier { clock, control, stream, dispatch, feed, exchange: None, timer, last_pieces: None };
         let outcome = tokio::select! {
             biased;
             () = closed.cancelled() => None,
@@ -112,19 +88,19 @@ impl Relays {
         };
         let (how, final_report) = match outcome {
             None => {
-                carrier.relay.close();
+                carrier.feed.relay(Relay::close);
                 carrier.conclude();
                 return;
             }
             Some(Ok(end)) => end,
             Some(Err(panicked)) => {
-                carrier.relay.failed(panicked.to_string());
+                carrier.feed.relay(|relay| relay.failed(panicked.to_string()));
                 let end = carrier.conclude();
                 end.unwrap_or_else(|| (HowEnded::OwnDefect(panicked.to_string()), None))
             }
         };
         let fence = carrier.stream.fence(attempt);
-        if let Some(Exchange::Linked(linked)) = carrier.exchange.take_if(|_| carrier.reported.ended) {
+        if let Some(Exchange::Linked(linked)) = carrier.exchange.take_if(|_| carrier.feed.has_ended()) {
             linked.done();
         }
         let how = match how {
@@ -156,7 +132,7 @@ impl Carrier {
                     biased;
                     piece = exchange.next() => piece,
                     () = &mut self.timer => {
-                        self.relay.timer(self.clock.now());
+                        self.feed.relay(|relay| relay.timer(self.clock.now()));
                         if let Some(end) = self.act().await {
                             return end;
                         }
@@ -169,11 +145,10 @@ impl Carrier {
             let more = self.take_what_is_there(now).await;
             // Also where a turn takes long: those that come together are taken together the next time.
             self.last_pieces = (more == 0).then(|| self.clock.now());
-            self.relay.flush(now, |staged| self.stream.take(staged));
             if let Some(end) = self.act().await {
                 return end;
             }
-            if std::mem::take(&mut self.reported.never_sent)
+            if self.feed.take_never_sent()
                 && let Some(end) = self.go_without(link).await
             {
                 return end;
@@ -191,7 +166,8 @@ impl Carrier {
         let pool = &self.dispatch.pool;
         let lane = link.links().and_then(|links| links.lane(&pool.node_id, self.dispatch.attempt));
         if lane.is_some() {
-            self.relay = Relay::linked(self.clock.now(), self.dispatch.assignment());
+            let relay = Relay::linked(self.clock.now(), self.dispatch.assignment());
+            self.feed = Feed::new(relay, Arc::clone(&self.stream));
         }
         if let Some(end) = self.act().await {
             return Some(end);
@@ -202,7 +178,8 @@ impl Carrier {
         };
         let dispatch = Arc::clone(&self.dispatch);
         if let Some(lane) = lane {
-            let linked = lane.start(self.clock.now(), &dispatch, &payload, resume);
+            let feed = Arc::clone(&self.feed);
+            let linked = lane.start(self.clock.now(), &dispatch, &payload, resume, feed);
             self.exchange = Some(Exchange::Linked(linked));
             return None;
         }
@@ -213,7 +190,7 @@ impl Carrier {
                 biased;
                 taken = &mut accepting => break taken,
                 () = &mut self.timer => {
-                    self.relay.timer(self.clock.now());
+                    self.feed.relay(|relay| relay.timer(self.clock.now()));
                     if let Some(end) = self.act().await {
                         return Some(end);
                     }
@@ -223,9 +200,9 @@ impl Carrier {
         match taken {
             Ok(Taken { replica_id, report_seq, exchange }) => {
                 self.exchange = Some(exchange);
-                self.relay.accepted(self.clock.now(), replica_id, report_seq);
+                self.feed.relay(|relay| relay.accepted(self.clock.now(), replica_id, report_seq));
             }
-            Err(how) => self.relay.not_accepted(how),
+            Err(how) => self.feed.relay(|relay| relay.not_accepted(how)),
         }
         self.act().await
     }
@@ -234,88 +211,22 @@ impl Carrier {
     async fn go_without(&mut self, link: &NodeLink) -> Option<End> {
         let node_id = &self.dispatch.pool.node_id;
         if link.links().is_some_and(|links| links.lane(node_id, self.dispatch.attempt).is_some()) {
-            self.relay.not_accepted(HowEnded::NeverSent(NOT_IN_TIME.into()));
+            let how = HowEnded::NeverSent(NOT_IN_TIME.into());
+            self.feed.relay(|relay| relay.not_accepted(how));
             return self.act().await;
         }
-        self.relay = Relay::new(self.clock.now(), self.dispatch.assignment());
-        (self.exchange, self.reported) = (None, Reported::default());
+        let relay = Relay::new(self.clock.now(), self.dispatch.assignment());
+        (self.feed, self.exchange) = (Feed::new(relay, Arc::clone(&self.stream)), None);
         self.open(link).await
     }
 
     fn take(&mut self, now: Moment, piece: Option<Result<Piece, LinkError>>) {
-        match piece {
-            Some(Ok(Piece::Bytes(bytes))) => self.relay.chunk(now, &bytes),
-            Some(Ok(Piece::Action(action))) => self.hear(now, action),
-            Some(Err(broken)) => self.relay.closed(broken.to_string()),
-            None if matches!(self.exchange, Some(Exchange::Linked(_))) => {
-                self.relay.failed("its lane has let it go".into());
-            }
-            None => self.relay.closed(NO_FINAL_FRAME.into()),
-        }
-    }
-
-    /// What its node's lane says of the attempt.
-    fn hear(&mut self, now: Moment, action: LaneAction) {
-        let (relay, reported) = (&mut self.relay, &mut self.reported);
-        match action {
-            LaneAction::Sent { .. } => relay.sent(now),
-            LaneAction::Accepted { acceptance, .. } => {
-                reported.accepted = true;
-                relay.accepted(now, acceptance.replica_id, acceptance.report_seq);
-            }
-            LaneAction::Restart { from, .. } => {
-                let wanted = relay.resume();
-                if wanted.is_some_and(|wanted| wanted != from) {
-                    relay.closed("its link does not go on where its log stands".into());
-                }
-            }
-            LaneAction::Frames { bytes, .. } => relay.chunk(now, &bytes),
-            LaneAction::TokenIds { first, frames, .. } => {
-                let tokens = frames.into_iter().map(|f| TokensOfFrame { total: f.total.into(), ids: f.ids });
-                relay.token_ids(first, tokens);
-            }
-            LaneAction::Error { error, .. } => relay.error(error),
-            LaneAction::Silent { .. } => relay.silent(),
-            LaneAction::PostStatus { status } if matches!(status, 401 | 403) => {
-                reported.over = true;
-                relay.not_accepted(HowEnded::Denied(denial(status, None)));
-            }
-            LaneAction::PostStatus { status } => reported.status = Some(status),
-            LaneAction::Ended { report_seq, .. } => {
-                (reported.over, reported.ended) = (true, true);
-                relay.over(report_seq);
-            }
-            LaneAction::NeverSent { .. } => (reported.over, reported.never_sent) = (true, true),
-            LaneAction::Refused { error, .. } => {
-                reported.over = true;
-                relay.not_accepted(refusal(error.code.http_status(), Some(error)));
-            }
-            LaneAction::Unknown { again, .. } => {
-                reported.over = true;
-                relay.not_accepted(match reported.status {
-                    _ if again => HowEnded::NoAnswer("its start did not arrive, twice in a row".into()),
-                    Some(status) => HowEnded::NodeFailed(format!("the node answered HTTP {status}")),
-                    None => {
-                        let message = "the start did not arrive, and is not taken any more";
-                        HowEnded::Refused(ErrorBody::new(ErrorCode::PoolUnready, message))
-                    }
-                });
-            }
-            LaneAction::Gone { .. } => {
-                reported.over = true;
-                relay.closed("its node does not hold it any more".into());
-            }
-            LaneAction::Lost { reason: Lost::NotResumed, .. } if !reported.accepted => {
-                reported.over = true;
-                relay.not_accepted(HowEnded::NoAnswer(NOT_IN_TIME.into()));
-            }
-            LaneAction::Lost { reason, .. } => {
-                reported.over = true;
-                relay.closed(lost(reason).into());
-            }
-            // A head is of answers that are no event streams; the rest is of links.
-            _ => {}
-        }
+        self.feed.relay(|relay| match piece {
+            Some(Ok(Piece::Bytes(bytes))) => relay.chunk(now, &bytes),
+            Some(Ok(Piece::Taken)) => {}
+            Some(Err(broken)) => relay.closed(broken.to_string()),
+            None => relay.closed(NO_FINAL_FRAME.into()),
+        });
     }
 
     /// What has arrived already goes into the log, and to the readers, in one piece. Returns how many
@@ -325,7 +236,9 @@ impl Carrier {
         // A token that comes by itself is not to wait for others, nor to cost a second turn.
         let mut patient = self.last_pieces.is_none_or(|last| now.since(last) < IN_A_ROW);
         for _ in 0..MOST_PIECES_AT_ONCE {
-            let Some(exchange) = self.exchange.as_mut().filter(|_| !self.reported.over) else { break };
+            let Some(exchange) = self.exchange.as_mut().filter(|exchange| exchange.brings_bytes()) else {
+                break;
+            };
             match exchange.next().now_or_never() {
                 Some(piece) => {
                     let is_end = !matches!(piece, Some(Ok(_)));
@@ -348,7 +261,7 @@ impl Carrier {
 
     /// Carries out what the relay asks for. Returns the end of the attempt, once it has come.
     async fn act(&mut self) -> Option<End> {
-        while let Some(action) = self.relay.next_action() {
+        while let Some(action) = self.feed.next_action(self.clock.now()) {
             let attempt = self.dispatch.attempt;
             let event = match action {
                 Action::Accepted { replica_id, report_seq } => {
@@ -375,7 +288,7 @@ impl Carrier {
 
     /// The same where only the end is left to carry out: nobody is told anything else.
     fn conclude(&mut self) -> Option<End> {
-        while let Some(action) = self.relay.next_action() {
+        while let Some(action) = self.feed.last_action() {
             match action {
                 Action::Stop => self.stop(),
                 Action::Ended { how, final_report } => return Some((how, final_report)),
@@ -389,16 +302,5 @@ impl Carrier {
         if let Some(exchange) = self.exchange.take() {
             exchange.stop();
         }
-    }
-}
-
-/// Why an attempt is lost, for people.
-const fn lost(reason: Lost) -> &'static str {
-    match reason {
-        Lost::NotResumed => NOT_IN_TIME,
-        Lost::OtherBoot => "the node has restarted",
-        Lost::Left => "the node has left",
-        Lost::Closed => "its link is closed",
-        Lost::Unusable => "its link brings nothing that can be used",
     }
 }

@@ -13,7 +13,6 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use attempt_link::control::Action;
 use bytes::Bytes;
 use daemon_kit::tls::{self, ClientTls, Connector};
 use daemon_kit::{Clock, Tokens};
@@ -39,7 +38,7 @@ use crate::services::attempt_body::AttemptBody;
 use calls::{Clients, fresh, kept};
 pub(crate) use driver::Driver;
 use lanes::Lanes;
-pub(crate) use links::{LinkTable, LinkedAttempt, Links};
+pub(crate) use links::{AttemptSink, LinkTable, LinkedAttempt, Links};
 
 /// Bound of connecting to a node. Source: .specs/01 CLOUD-1501.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -97,7 +96,8 @@ pub(crate) enum Exchange {
 /// What comes of an attempt.
 pub(crate) enum Piece {
     Bytes(Bytes),
-    Action(Action),
+    /// Something that its lane has brought and its relay has taken already.
+    Taken,
 }
 
 impl Exchange {
@@ -106,8 +106,16 @@ impl Exchange {
         match self {
             Self::Http(frames) => frames.next().await.map(|bytes| bytes.map(Piece::Bytes)),
             Self::Local(reader) => reader.next().await.map(|bytes| Ok(Piece::Bytes(bytes))),
-            Self::Linked(attempt) => attempt.next().await.map(|action| Ok(Piece::Action(action))),
+            Self::Linked(attempt) => {
+                attempt.changed().await;
+                Some(Ok(Piece::Taken))
+            }
         }
+    }
+
+    /// Whether what comes is still to be read, and not taken by a lane already.
+    pub(crate) fn brings_bytes(&self) -> bool {
+        !matches!(self, Self::Linked(_))
     }
 
     /// Ends the attempt at its node. Over HTTP there is no word for that: the end of the connection is

@@ -6,6 +6,7 @@ pub(crate) mod attempt_body;
 pub(crate) mod catalog;
 pub(crate) mod control;
 pub(crate) mod dispatch;
+mod feed;
 pub(crate) mod handoff;
 pub(crate) mod link;
 pub(crate) mod placement;

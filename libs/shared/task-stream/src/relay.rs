@@ -189,6 +189,11 @@ impl Relay {
         }
     }
 
+    /// Whether something is to be done.
+    pub fn has_actions(&self) -> bool {
+        !self.actions.is_empty()
+    }
+
     pub fn next_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
     }

@@ -100,7 +100,7 @@ impl Driver {
                 self.lanes.registered(now, &node_id, address, boot_id);
             }
             Order::Gone { node_id } => self.lanes.gone(now, &node_id),
-            Order::Start { node_id, start, to } => self.lanes.start(now, &node_id, *start, to),
+            Order::Start { node_id, start, sink } => self.lanes.start(now, &node_id, *start, sink),
             Order::Cancel { node_id, attempt } => self.lanes.cancel(now, &node_id, attempt),
             Order::Done { node_id, attempt } => self.lanes.done(now, &node_id, attempt),
         }

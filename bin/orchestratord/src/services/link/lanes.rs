@@ -18,9 +18,8 @@ use bytes::Bytes;
 use pool_registry_types::view::{LinkState, LinkView};
 use pool_registry_types::{AttemptId, BootId, LifeId, Moment, NodeId};
 use task_scheduler::{Event, LinkEvidence};
-use tokio::sync::mpsc;
 
-use super::links::LinkTable;
+use super::links::{AttemptSink, LinkTable, SinkOfLane};
 
 /// After a stall of this process: what has arrived meanwhile is read for so long before anything is
 /// judged. Source: .specs/01 CLOUD-2658.
@@ -46,7 +45,7 @@ pub(super) enum Call {
 /// Where what comes of an attempt goes.
 #[derive(Debug)]
 struct Reader {
-    to: mpsc::Sender<Action>,
+    sink: SinkOfLane,
     /// The last byte of its start may have gone.
     sent: bool,
     accepted: bool,
@@ -59,6 +58,8 @@ struct Entry {
     boot_id: BootId,
     lane: ControlLane,
     readers: BTreeMap<AttemptId, Reader>,
+    /// Sinks that are to be flushed.
+    dirty: Vec<Arc<dyn AttemptSink>>,
     /// Where it stands among the deadlines.
     due: Option<Moment>,
     /// As it was told last.
@@ -139,6 +140,7 @@ impl Lanes {
                 boot_id,
                 lane: ControlLane::new(now, self.life, self.lane, boot_id),
                 readers: BTreeMap::new(),
+                dirty: Vec::new(),
                 due: None,
                 shown: None,
                 none: None,
@@ -188,13 +190,13 @@ impl Lanes {
 
     // ---- attempts ----
 
-    pub(super) fn start(&mut self, now: Moment, node_id: &NodeId, start: Start, to: mpsc::Sender<Action>) {
+    pub(super) fn start(&mut self, now: Moment, node_id: &NodeId, start: Start, sink: SinkOfLane) {
         // Without a lane its reader is let go, which ends it.
         let Some(entry) = self.entries.get_mut(node_id) else { return };
         let attempt = start.facts.attempt_id;
         // One that is there already is not begun again, and its reader is let go.
         if entry.lane.start(now, start).is_ok() {
-            entry.readers.insert(attempt, Reader { to, sent: false, accepted: false });
+            entry.readers.insert(attempt, Reader { sink, sent: false, accepted: false });
         }
         self.carry_out_actions(now, node_id);
     }
@@ -337,7 +339,7 @@ impl Lanes {
     fn act(&mut self, now: Moment, node_id: &NodeId, action: Action) -> Option<NodeId> {
         let entry = self.entries.get_mut(node_id)?;
         if let Some((attempt, is_last)) = attempt_of(&action) {
-            entry.deliver(attempt, is_last, action);
+            entry.deliver(now, attempt, is_last, action);
             return None;
         }
         let (node_id, address) = (node_id.clone(), entry.address.clone());
@@ -373,7 +375,7 @@ impl Lanes {
             }
             Action::OrdersDoNotArrive => self.tell(&node_id, LinkEvidence::OrdersDoNotArrive),
             Action::OrdersArrive => self.tell(&node_id, LinkEvidence::OrdersArrive),
-            Action::PostStatus { status } => self.post_status(&node_id, status),
+            Action::PostStatus { status } => self.post_status(now, &node_id, status),
             Action::NoLink => self.is_none(&node_id, SAYS_NO_HELLO),
             Action::Bye => self.is_none(&node_id, HAS_LEFT),
             Action::OtherBoot { .. } => self.is_none(&node_id, RESTARTED),
@@ -403,7 +405,7 @@ impl Lanes {
         let Some(entry) = self.entries.get_mut(node_id).filter(|entry| !says_nothing(entry)) else { return };
         let unsent = entry.readers.iter().filter(|(_, reader)| !reader.sent).map(|(id, _)| *id);
         for attempt in unsent.collect::<Vec<_>>() {
-            entry.deliver(attempt, true, Action::NeverSent { attempt });
+            entry.deliver(now, attempt, true, Action::NeverSent { attempt });
             entry.lane.cancel(now, attempt);
         }
         self.tell(node_id, LinkEvidence::Quiet("its link cannot be taken up again".into()));
@@ -414,7 +416,7 @@ impl Lanes {
     fn denied(&mut self, now: Moment, node_id: &NodeId, status: u16) {
         if let Some(entry) = self.entries.get_mut(node_id) {
             for attempt in entry.unaccepted() {
-                entry.pass(attempt, Action::PostStatus { status });
+                entry.pass(now, attempt, Action::PostStatus { status });
                 entry.readers.remove(&attempt);
                 entry.lane.cancel(now, attempt);
             }
@@ -424,19 +426,21 @@ impl Lanes {
 
     /// A POST was not taken. Whether the node lets us in shows the dial that follows: the link may only
     /// be older than our token. What became of its starts is the resume's to say.
-    fn post_status(&mut self, node_id: &NodeId, status: u16) {
+    fn post_status(&mut self, now: Moment, node_id: &NodeId, status: u16) {
         tracing::debug!(%node_id, status, "a POST of a link is not taken");
         let Some(entry) = self.entries.get_mut(node_id) else { return };
         if !matches!(status, 401 | 403) {
             for attempt in entry.unaccepted() {
-                entry.pass(attempt, Action::PostStatus { status });
+                entry.pass(now, attempt, Action::PostStatus { status });
             }
         }
     }
 
-    /// Brings up to date what is shown of the lane, and its place among the deadlines.
+    /// Flushes what it has brought, and brings up to date what is shown of the lane and its place among
+    /// the deadlines.
     fn review(&mut self, now: Moment, node_id: &NodeId) {
         let Some(entry) = self.entries.get_mut(node_id) else { return };
+        entry.flush(now);
         let dropped = entry.lane.dropped_records();
         self.table.dropped.fetch_add(dropped - entry.dropped, Ordering::Relaxed);
         entry.dropped = dropped;
@@ -485,24 +489,27 @@ impl Entry {
     }
 
     /// Hands on what comes of an attempt. The last of it ends its reader.
-    fn deliver(&mut self, attempt: AttemptId, is_last: bool, action: Action) {
+    fn deliver(&mut self, now: Moment, attempt: AttemptId, is_last: bool, action: Action) {
         if let Some(reader) = self.readers.get_mut(&attempt) {
             let accepts = matches!(action, Action::Accepted { .. } | Action::Resumed { .. });
             reader.accepted |= accepts;
             reader.sent |= accepts || matches!(action, Action::Sent { .. } | Action::Restart { .. });
         }
-        self.pass(attempt, action);
+        self.pass(now, attempt, action);
         if is_last {
             self.readers.remove(&attempt);
         }
     }
 
-    /// A reader that has so much to read already is let go, which ends its attempt.
-    fn pass(&mut self, attempt: AttemptId, action: Action) {
-        if let Some(reader) = self.readers.get(&attempt)
-            && reader.to.try_send(action).is_err()
-        {
-            self.readers.remove(&attempt);
+    fn pass(&mut self, now: Moment, attempt: AttemptId, action: Action) {
+        if let Some(reader) = self.readers.get(&attempt) {
+            self.dirty.extend(reader.sink.take(now, action));
+        }
+    }
+
+    fn flush(&mut self, now: Moment) {
+        for sink in self.dirty.drain(..) {
+            sink.flush(now);
         }
     }
 }

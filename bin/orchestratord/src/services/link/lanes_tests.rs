@@ -7,6 +7,7 @@ use pool_registry_types::node::{Capabilities, Intent, RegisterRequest};
 use pool_registry_types::task::Workload;
 use pool_registry_types::{LogId, MachineId, ModelRef, PoolId, ReplicaId, TaskId};
 use task_stream::{Payload, PayloadFormat};
+use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use super::*;
@@ -122,7 +123,7 @@ impl Bench {
 
     fn start(&mut self, now: u64, n: u128) -> mpsc::Receiver<Action> {
         let (to, actions) = mpsc::channel(16);
-        self.lanes.start(at(now), &node(), start(n), to);
+        self.lanes.start(at(now), &node(), start(n), SinkOfLane::new(Arc::new(Told(to))));
         actions
     }
 
@@ -130,6 +131,21 @@ impl Bench {
     fn reported(&mut self) -> Vec<Event> {
         self.lanes.events.drain(..).collect()
     }
+}
+
+/// Tells a test what a lane has brought.
+#[derive(Debug)]
+struct Told(mpsc::Sender<Action>);
+
+impl AttemptSink for Told {
+    fn take(&self, _: Moment, action: Action) -> bool {
+        self.0.try_send(action).expect("the test has room for it");
+        false
+    }
+
+    fn flush(&self, _: Moment) {}
+
+    fn let_go(&self) {}
 }
 
 fn heard(actions: &mut mpsc::Receiver<Action>) -> Vec<Action> {

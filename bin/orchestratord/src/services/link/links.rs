@@ -19,9 +19,38 @@ use task_stream::Payload;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
-/// What may wait for an attempt's relay: records of some 10 KiB, of a stream of 8 MiB at most, or a
-/// minute of single tokens. A relay that has not run for so long is not waited for.
-const MOST_UNREAD: usize = 4096;
+use crate::services::feed::Feed;
+
+/// Where what a lane brings of an attempt goes, in the lane's own turn.
+pub(crate) trait AttemptSink: std::fmt::Debug + Send + Sync {
+    /// Takes it. Returns whether it is the first since [`AttemptSink::flush`], which is to follow.
+    fn take(&self, now: Moment, action: Action) -> bool;
+    /// Nothing more has arrived for now.
+    fn flush(&self, now: Moment);
+    /// The lane brings no more.
+    fn let_go(&self);
+}
+
+/// A lane's hold on a sink, which hears of its end.
+#[derive(Debug)]
+pub(super) struct SinkOfLane(Arc<dyn AttemptSink>);
+
+impl SinkOfLane {
+    pub(super) fn new(sink: Arc<dyn AttemptSink>) -> Self {
+        Self(sink)
+    }
+
+    /// Takes it. Returns the sink where it is to be flushed and was not before.
+    pub(super) fn take(&self, now: Moment, action: Action) -> Option<Arc<dyn AttemptSink>> {
+        self.0.take(now, action).then(|| Arc::clone(&self.0))
+    }
+}
+
+impl Drop for SinkOfLane {
+    fn drop(&mut self) {
+        self.0.let_go();
+    }
+}
 
 /// What lanes are told. Each attempt and each registration brings a few of them, whose number the
 /// control loop's own mailbox bounds; so this way may be without a bound, and nobody waits on it.
@@ -29,7 +58,7 @@ const MOST_UNREAD: usize = 4096;
 pub(super) enum Order {
     Registered { node_id: NodeId, address: String, boot_id: BootId },
     Gone { node_id: NodeId },
-    Start { node_id: NodeId, start: Box<Start>, to: mpsc::Sender<Action> },
+    Start { node_id: NodeId, start: Box<Start>, sink: SinkOfLane },
     Cancel { node_id: NodeId, attempt: AttemptId },
     Done { node_id: NodeId, attempt: AttemptId },
 }
@@ -177,13 +206,14 @@ impl Lane {
         dispatch: &Dispatch,
         payload: &Payload,
         resume: Option<Resume>,
+        feed: Arc<Feed>,
     ) -> LinkedAttempt {
         let start = Box::new(start_of(now, dispatch, payload, resume));
-        let (to, actions) = mpsc::channel(MOST_UNREAD);
-        let order = Order::Start { node_id: self.node_id.clone(), start, to };
-        // Without its lane it gets no action, and ends so.
+        let sink = SinkOfLane::new(Arc::clone(&feed) as Arc<dyn AttemptSink>);
+        let order = Order::Start { node_id: self.node_id.clone(), start, sink };
+        // Without its lane it is let go at once.
         let _ = self.orders.send(order);
-        LinkedAttempt { lane: self, actions }
+        LinkedAttempt { lane: self, feed }
     }
 }
 
@@ -215,13 +245,13 @@ fn start_of(now: Moment, dispatch: &Dispatch, payload: &Payload, resume: Option<
 #[derive(Debug)]
 pub(crate) struct LinkedAttempt {
     lane: Lane,
-    actions: mpsc::Receiver<Action>,
+    feed: Arc<Feed>,
 }
 
 impl LinkedAttempt {
-    /// What the lane says of it; nothing where it says no more.
-    pub(crate) async fn next(&mut self) -> Option<Action> {
-        self.actions.recv().await
+    /// Returns when its lane has brought something that is to be looked at.
+    pub(crate) async fn changed(&self) {
+        self.feed.changed().await;
     }
 
     /// Ends it at its node.
