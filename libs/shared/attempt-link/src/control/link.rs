@@ -390,6 +390,10 @@ impl ControlLane {
         }
     }
 
+    pub(super) fn is_silent(&self, now: Moment) -> bool {
+        self.connection().is_some_and(|connection| now >= self.silent_at(connection))
+    }
+
     pub(super) fn connection_deadline(&self, connection: &Connection) -> Moment {
         let suspect = self.undelivered.filter(|_| !self.suspected).map(|since| since + UNDELIVERABLE);
         let seen = self.wants_answers().then_some(self.next_seen);

@@ -408,10 +408,11 @@ impl ControlLane {
         posts.into_iter().chain(dials).chain(own).min().unwrap_or(Moment::NEVER)
     }
 
-    /// The moment of [`ControlLane::next_deadline`] has come. Where it has long passed, nothing is
-    /// decided before what has arrived meanwhile was read.
+    /// The moment of [`ControlLane::next_deadline`] has come. Where it has long passed, or the link is to
+    /// be silent, nothing is decided before what has arrived meanwhile was read.
     pub fn timer(&mut self, now: Moment) {
-        if !std::mem::take(&mut self.stalled) && now > self.next_deadline() + STALL {
+        let is_stalled = now > self.next_deadline() + STALL || self.is_silent(now);
+        if !std::mem::take(&mut self.stalled) && is_stalled {
             self.stalled = true;
             self.actions.push_back(Action::ReadSockets);
             return;

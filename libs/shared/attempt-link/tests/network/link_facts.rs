@@ -479,3 +479,20 @@ fn after_a_stall_nothing_is_decided_before_what_has_arrived_was_read() {
     }
     assert!(lane.did(&Action::Interrupted { reason: Interrupted::Silent }), "nothing had arrived");
 }
+
+// CLOUD-2658
+#[test]
+fn no_link_is_silent_before_its_socket_was_read_however_late_that_is_noticed() {
+    let mut lane = Lane::up();
+    let number = lane.running(1, 1);
+    // The process stood still, and goes on just when the link would be silent.
+    lane.now = lane.lane.next_deadline().as_millis().max(lane.now + 2_500);
+    lane.lane.timer(lane.at());
+    lane.take();
+    assert!(lane.did(&Action::ReadSockets));
+    assert_eq!(lane.lane.state(), LaneState::Up);
+    lane.receive(1, alive(&[(number, 0)]));
+    lane.lane.timer(lane.at());
+    lane.take();
+    assert_eq!(lane.lane.state(), LaneState::Up, "it had brought something");
+}
