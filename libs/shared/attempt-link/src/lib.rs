@@ -15,6 +15,8 @@ pub mod control;
 pub mod node;
 pub mod records;
 mod resume_gate;
+mod rules;
 pub mod wire;
 
 pub use resume_gate::{MAX_RESUMING_LINKS, ResumeGate};
+pub use rules::Rule;

@@ -140,6 +140,7 @@ pub struct NodeCore {
     engines: Engines,
     /// Times that the tokens which this node accepts have changed.
     tokens_changed: u64,
+    switched_off: Option<attempt_link::Rule>,
 }
 
 impl NodeCore {
@@ -164,6 +165,7 @@ impl NodeCore {
             waited_for: false,
             engines: Engines::default(),
             tokens_changed: 0,
+            switched_off: None,
         }
     }
 

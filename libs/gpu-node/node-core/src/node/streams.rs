@@ -1,5 +1,6 @@
 //! The streams of a node's attempts: who may read on, and what a report says of those that are kept.
 
+use attempt_link::Rule;
 use attempt_link::content::Acceptance;
 use attempt_link::node::NotResumed;
 use attempt_link::wire::ResumeOrder;
@@ -10,6 +11,11 @@ use super::NodeCore;
 use crate::attempts::{Held, ResumeError, Resumed};
 
 impl NodeCore {
+    /// Only for the simulator: see [`Rule`].
+    pub fn switch_off(&mut self, rule: Option<Rule>) {
+        self.switched_off = rule;
+    }
+
     /// What is kept of the attempts' streams.
     pub fn held(&self) -> &Held {
         &self.held
@@ -33,7 +39,9 @@ impl NodeCore {
     /// be: whoever asks for it places its task elsewhere.
     pub fn resume(&mut self, now: Moment, attempt: &AttemptId, from: u64) -> Result<Resumed, ResumeError> {
         if !self.was_accepted(attempt) {
-            self.refused.remember(now, *attempt);
+            if self.switched_off != Some(Rule::UnknownRemembered) {
+                self.refused.remember(now, *attempt);
+            }
             return Err(ResumeError::Unknown);
         }
         self.held.resume(attempt, from)

@@ -8,6 +8,7 @@ use super::{
     Action, BEHIND, ControlLane, DONE_WITHIN, GIVE_UP_DIALS, Lost, MAX_DONE, MAX_FRUITLESS, POST_ANSWER,
     UNNAMED,
 };
+use crate::Rule;
 use crate::content::Position;
 use crate::records::{Content, Record};
 use crate::wire::{Start, WriteError, WrittenStart};
@@ -59,6 +60,8 @@ pub(super) struct Attempt {
     pub(super) number: u64,
     /// The index behind what was handed out.
     pub(super) taken: u64,
+    /// Where it is wanted from; only with [`Rule::OldLinkUnread`] switched off.
+    pub(super) reckoned: Option<u64>,
     /// As the node was told last, and that POST was answered.
     pub(super) seen: u64,
     pub(super) stage: Stage,
@@ -113,6 +116,7 @@ impl ControlLane {
             log_id: facts.log_id,
             number: 0,
             taken: facts.first_index,
+            reckoned: None,
             seen: facts.first_index,
             waits: None,
             asked: None,
@@ -150,12 +154,17 @@ impl ControlLane {
             Some(Stage::Posting { post, .. }) => self.abandon_single(post),
             _ => {}
         }
-        self.stops.keep(now, attempt);
+        if self.connection().is_some() || self.enforces(Rule::StopKept) {
+            self.stops.keep(now, attempt);
+        }
         self.advance(now);
     }
 
     /// The attempt's end is where it belongs: the node need not keep it.
     pub fn done(&mut self, now: Moment, attempt: AttemptId) {
+        if !self.enforces(Rule::DoneSent) {
+            return;
+        }
         if self.done.len() >= MAX_DONE {
             self.done.pop_front();
         }
@@ -211,6 +220,14 @@ impl ControlLane {
             self.numbers.insert(self.number, attempt);
         }
         self.number
+    }
+
+    /// The number that it is asked for by.
+    pub(super) fn number_to_resume(&mut self, attempt: AttemptId) -> u64 {
+        match self.attempts.get(&attempt).map_or(0, |entry| entry.number) {
+            0 => self.number(attempt),
+            known => known,
+        }
     }
 
     fn forget_number(&mut self, attempt: AttemptId) {
@@ -313,7 +330,9 @@ impl ControlLane {
 
     /// The attempt is asked for with the next control POST, from what was taken of it.
     pub(super) fn resume(&mut self, now: Moment, attempt: AttemptId) {
-        self.forget_number(attempt);
+        if self.enforces(Rule::NumberRenewed) {
+            self.forget_number(attempt);
+        }
         let since = match self.attempts.get(&attempt).map(|entry| &entry.stage) {
             Some(Stage::Resuming { since, .. }) => *since,
             _ => now,
@@ -457,6 +476,7 @@ impl ControlLane {
             Some(positions[at].next)
         };
         let (mut anew, mut silent) = (Vec::new(), Vec::new());
+        let (counts, names) = (self.enforces(Rule::AliveNext), self.enforces(Rule::AliveNames));
         for (id, entry) in &mut self.attempts {
             match entry.stage {
                 Stage::Accepted => {}
@@ -476,11 +496,12 @@ impl ControlLane {
                         // Whatever it was asked for is there.
                         entry.fruitless = 0;
                     }
-                    entry.behind = (next > entry.taken).then(|| entry.behind.unwrap_or(now));
+                    entry.behind = (counts && next > entry.taken).then(|| entry.behind.unwrap_or(now));
                     if entry.behind.is_some_and(|since| now >= since + BEHIND) {
                         anew.push(*id);
                     }
                 }
+                None if !names => {}
                 None => {
                     let is_overdue = now >= entry.named_at + UNNAMED;
                     if is_overdue && !std::mem::replace(&mut entry.is_silent, true) {

@@ -7,6 +7,7 @@ use super::{
     Action, ControlLane, DIAL_EVERY, DIAL_EVERY_WHEN_LOST, GIVE_UP, GIVE_UP_DIALS, Interrupted, Lost,
     MAX_BAD_LINKS, NO_HELLO, PROBE_EVERY, QUIET, REPLACE_EVERY, SILENT_BUSY, SILENT_EMPTY, UNDELIVERABLE,
 };
+use crate::Rule;
 use crate::content::{Bye, ByeReason};
 use crate::records::{Content, Kind, Parts, Record, RecordDecoder};
 
@@ -314,7 +315,7 @@ impl ControlLane {
 
     pub(super) fn interrupted_timer(&mut self, now: Moment) {
         let Link::Interrupted(interruption) = &self.link else { return };
-        let (since, lost) = (interruption.since, interruption.lost);
+        let (since, lost) = (interruption.since, interruption.lost || !self.enforces(Rule::GivenUp));
         if !lost && (now >= since + GIVE_UP_DIALS || now >= since + GIVE_UP && self.dials.is_empty()) {
             if let Link::Interrupted(interruption) = &mut self.link {
                 interruption.lost = true;
@@ -369,8 +370,8 @@ impl ControlLane {
 
     pub(super) fn interruption_deadline(&self, interruption: &Interruption) -> Option<Moment> {
         let Interruption { since, heard, next_dial, dial_failed, moved, lost, .. } = *interruption;
-        let end =
-            (!lost).then(|| if self.dials.is_empty() { since + GIVE_UP } else { since + GIVE_UP_DIALS });
+        let end = (!lost && self.enforces(Rule::GivenUp))
+            .then(|| if self.dials.is_empty() { since + GIVE_UP } else { since + GIVE_UP_DIALS });
         let quiet = (dial_failed && !moved).then(|| heard + QUIET);
         let probe = (!self.greeted && !self.lives).then_some(self.probe_at);
         let none = (!self.greeted && self.lives).then(|| self.dialling_since + NO_HELLO);
@@ -381,6 +382,9 @@ impl ControlLane {
 
     /// When it counts as silent.
     fn silent_at(&self, connection: &Connection) -> Moment {
+        if !self.enforces(Rule::SilenceNoticed) {
+            return Moment::NEVER;
+        }
         if self.running > 0 {
             return connection.heard + SILENT_BUSY;
         }
@@ -421,6 +425,9 @@ impl ControlLane {
 
     pub(super) fn connected_timer(&mut self, now: Moment) {
         let Some(connection) = self.connection() else { return };
+        if now >= self.silent_at(connection) && !self.enforces(Rule::OldLinkUnread) {
+            return self.reckon_and_read_on(now);
+        }
         if now >= self.silent_at(connection) {
             return self.interrupt(now, Interrupted::Silent);
         }
@@ -432,6 +439,15 @@ impl ControlLane {
             self.suspected = true;
             self.actions.push_back(Action::OrdersDoNotArrive);
         }
+    }
+
+    /// Only with [`Rule::OldLinkUnread`] switched off.
+    fn reckon_and_read_on(&mut self, now: Moment) {
+        self.attempts.values_mut().for_each(|entry| entry.reckoned = Some(entry.taken));
+        if let Some(connection) = self.connection_mut() {
+            connection.heard = now;
+        }
+        self.dial(now);
     }
 
     /// What the link was opened with is refused: it is dialled anew, and goes on meanwhile.
@@ -477,7 +493,9 @@ impl ControlLane {
         self.boot_is_over = true;
         self.close_link();
         self.actions.push_back(Action::OtherBoot { boot_id });
-        self.lose_all(Lost::OtherBoot);
+        if self.enforces(Rule::BootEndsAll) {
+            self.lose_all(Lost::OtherBoot);
+        }
         self.forget_node();
     }
 

@@ -19,6 +19,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use pool_registry_types::{AttemptId, BootId, ErrorBody, Moment, TaskId};
 
+use crate::Rule;
 use crate::content::{Acceptance, AnswerHead, FrameTokens};
 use crate::wire::{ControlAnswer, ControlBody, LifeId, LinkQuery};
 
@@ -302,6 +303,7 @@ pub struct ControlLane {
     unknown_tasks: Aged<TaskId>,
     stalled: bool,
     dropped: u64,
+    switched_off: Option<Rule>,
     actions: VecDeque<Action>,
 }
 
@@ -354,10 +356,20 @@ impl ControlLane {
             unknown_tasks: Aged::new(MAX_UNKNOWN_TASKS),
             stalled: false,
             dropped: 0,
+            switched_off: None,
             actions: VecDeque::new(),
         };
         this.dial(now);
         this
+    }
+
+    /// Only for the simulator: see [`Rule`].
+    pub fn switch_off(&mut self, rule: Option<Rule>) {
+        self.switched_off = rule;
+    }
+
+    fn enforces(&self, rule: Rule) -> bool {
+        self.switched_off != Some(rule)
     }
 
     pub fn next_action(&mut self) -> Option<Action> {
@@ -412,7 +424,7 @@ impl ControlLane {
     /// be silent, nothing is decided before what has arrived meanwhile was read.
     pub fn timer(&mut self, now: Moment) {
         let is_stalled = now > self.next_deadline() + STALL || self.is_silent(now);
-        if !std::mem::take(&mut self.stalled) && is_stalled {
+        if !std::mem::take(&mut self.stalled) && is_stalled && self.enforces(Rule::SocketsFirst) {
             self.stalled = true;
             self.actions.push_back(Action::ReadSockets);
             return;

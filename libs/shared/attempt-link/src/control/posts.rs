@@ -11,6 +11,7 @@ use super::{
     Action, ControlAnswer, ControlBody, ControlLane, Interrupted, MAX_DONE, MAX_SINGLES, POST_ANSWER,
     POST_RETRY, POST_STUCK, SEEN_EVERY,
 };
+use crate::Rule;
 use crate::wire::{
     LinkKey, MAX_IDS, MAX_SEEN, MAX_STARTS, MAX_STARTS_BYTES, ResumeOrder, Seen, WrittenStart, write_single,
     write_starts,
@@ -118,7 +119,8 @@ impl ControlLane {
 
     /// Whether a POST goes even where it says nothing: attempts run, or it is to be shown that one arrives.
     pub(super) fn wants_answers(&self) -> bool {
-        self.attempts.len() > self.unsent() || self.undelivered.is_some() || self.suspected
+        let is_wanted = self.attempts.len() > self.unsent() || self.undelivered.is_some() || self.suspected;
+        is_wanted && self.enforces(Rule::SeenSent)
     }
 
     fn idle_control(&self) -> bool {
@@ -143,9 +145,9 @@ impl ControlLane {
         let mut resumes = Vec::new();
         while may_resume && resumes.len() < MAX_IDS {
             let Some(attempt) = self.to_resume.pop_first() else { break };
-            let number = self.number(attempt);
-            let Some(entry) = self.attempts.get(&attempt) else { continue };
-            let (log_id, from) = (entry.log_id, entry.taken);
+            let number = self.number_to_resume(attempt);
+            let Some(entry) = self.attempts.get_mut(&attempt) else { continue };
+            let (log_id, from) = (entry.log_id, entry.reckoned.take().unwrap_or(entry.taken));
             self.actions.push_back(Action::Restart { attempt, from });
             resumes.push(ResumeOrder { attempt_id: attempt, log_id, from, number });
         }
@@ -459,7 +461,11 @@ impl ControlLane {
                 self.control_after = self.control_after.max(retry);
                 self.fresh_control = true;
                 for stop in stops {
-                    self.stops.again(stop, id);
+                    if self.enforces(Rule::StopKept) {
+                        self.stops.again(stop, id);
+                    } else {
+                        self.stops.remove(&stop);
+                    }
                 }
                 self.resume_again(now, id, resumes);
             }
@@ -468,6 +474,9 @@ impl ControlLane {
 
     /// Starts of a POST that was given up. Those that the link has answered are none of them.
     fn ask_for(&mut self, now: Moment, id: PostId, attempts: Vec<AttemptId>) {
+        if !self.enforces(Rule::StartOnce) {
+            return self.requeue(id, attempts);
+        }
         self.fresh_control = true;
         for attempt in attempts {
             if self.is_posting(attempt, id) {

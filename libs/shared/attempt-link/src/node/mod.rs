@@ -14,6 +14,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use pool_registry_types::{AttemptId, ErrorBody, Moment};
 
+use crate::Rule;
 use crate::content::{Acceptance, AnswerHead, Bye, ByeReason, FrameTokens, Hello, to_json};
 use crate::records::{Kind, MAX_RECORD_BYTES, RecordHead};
 use crate::wire::{LifeId, LinkKey, LinkQuery, ResumeOrder, Start};
@@ -192,6 +193,7 @@ pub struct NodeLanes {
     last: u64,
     leaving: bool,
     unreadable: u64,
+    switched_off: Option<Rule>,
     actions: VecDeque<NodeAction>,
 }
 
@@ -206,8 +208,18 @@ impl NodeLanes {
             last: 0,
             leaving: false,
             unreadable: 0,
+            switched_off: None,
             actions: VecDeque::new(),
         }
+    }
+
+    /// Only for the simulator: see [`Rule`].
+    pub fn switch_off(&mut self, rule: Option<Rule>) {
+        self.switched_off = rule;
+    }
+
+    fn enforces(&self, rule: Rule) -> bool {
+        self.switched_off != Some(rule)
     }
 
     pub fn next_action(&mut self) -> Option<NodeAction> {
@@ -330,6 +342,7 @@ impl NodeLanes {
         }
         let id = match self.in_use(key.lane) {
             Some((id, in_use)) if in_use.key == key => id,
+            Some((id, _)) if self.offer(key).is_none() && !self.enforces(Rule::StaleRefused) => id,
             _ => {
                 let id = self.offer(key)?;
                 self.adopt(now, key, id, host);
@@ -344,7 +357,9 @@ impl NodeLanes {
 
     /// The offer was named: what came before it ends, and with it who read by it.
     fn adopt(&mut self, now: Moment, key: LinkKey, id: ConnectionId, host: &mut impl AttemptHost) {
-        self.detach_all(now, key.lane, host);
+        if self.enforces(Rule::LinkBeginsEmpty) {
+            self.detach_all(now, key.lane, host);
+        }
         let Some(lane) = self.lanes.get_mut(&key.lane) else { return };
         let mut ended: Vec<ConnectionId> = lane.in_use.replace(id).into_iter().collect();
         lane.offers.remove(&id);
@@ -389,7 +404,8 @@ impl NodeLanes {
         let lanes = self.lanes.values().flat_map(|lane| {
             let offers = lane.offers.iter().filter_map(|id| self.connections.get(id));
             let offers = offers.map(|offer| offer.since + OFFER_KEPT);
-            let post = (!lane.numbers.is_empty()).then(|| lane.last_post + NO_POST);
+            let is_proven = !lane.numbers.is_empty() && self.enforces(Rule::PostsProveReader);
+            let post = is_proven.then(|| lane.last_post + NO_POST);
             offers.chain(post)
         });
         let connections = self.connections.values().flat_map(|connection| {
@@ -410,7 +426,8 @@ impl NodeLanes {
             }
             self.close(id);
         }
-        let unread = |lane: &Lane| !lane.numbers.is_empty() && now >= lane.last_post + NO_POST;
+        let counts = self.enforces(Rule::PostsProveReader);
+        let unread = |lane: &Lane| counts && !lane.numbers.is_empty() && now >= lane.last_post + NO_POST;
         let unread: Vec<(u16, ConnectionId)> = self
             .lanes
             .iter()
