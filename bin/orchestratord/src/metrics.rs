@@ -77,6 +77,11 @@ pub(crate) fn page(
             "Attempts that failed without a token and were placed again.",
             c.replaced,
         ),
+        (
+            "llorch_attempts_moved_total",
+            "Attempts taken from nodes that said nothing and could not be dialled, before their time was up.",
+            c.moved,
+        ),
         ("llorch_registrations_total", "Registrations of nodes.", c.registrations),
         ("llorch_reports_ignored_total", "Reports with an old number.", c.old_reports),
         ("llorch_attempts_vanished_total", "Attempts that their node no longer listed.", c.vanished),

@@ -158,6 +158,12 @@ async fn metrics(State(node): State<AppState>) -> Response {
         node.agent.held_bytes() as f64,
     );
     page.gauge(
+        "llorch_node_held_attempts",
+        "Attempts whose streams are kept, running or ended.",
+        node_id,
+        node.agent.held_attempts() as f64,
+    );
+    page.gauge(
         "llorch_node_registered",
         "1 while the control plane knows this node.",
         node_id,

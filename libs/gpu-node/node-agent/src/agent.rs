@@ -359,6 +359,11 @@ impl Agent {
         self.core.lock().held().bytes()
     }
 
+    /// How many there are, running or ended.
+    pub fn held_attempts(&self) -> usize {
+        self.core.lock().held().attempts()
+    }
+
     pub fn identity(&self) -> Identity {
         self.core.lock().identity().clone()
     }

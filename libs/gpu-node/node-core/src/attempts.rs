@@ -246,6 +246,11 @@ impl Held {
         self.bound
     }
 
+    /// How many attempts there are, running or ended.
+    pub fn attempts(&self) -> usize {
+        self.entries.len()
+    }
+
     pub fn contains(&self, attempt: &AttemptId) -> bool {
         self.entries.contains_key(attempt)
     }
