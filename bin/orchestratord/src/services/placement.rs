@@ -182,7 +182,8 @@ impl Loop {
                 && let Some(links) = self.relays.link.links()
             {
                 // Before anything is sent there.
-                links.registered(&request);
+                let link = links.registered(&request);
+                events.extend(link.map(|link| Event::Link { node_id: request.node_id, lane: 0, link }));
             }
             changed.into_iter().for_each(|node_id| published.node_changed(node_id));
             for effect in effects {

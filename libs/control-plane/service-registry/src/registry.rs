@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use pool_registry_types::node::{Heartbeat, Intent, IntentOrder, Liveness, RegisterRequest};
+use pool_registry_types::node::{Heartbeat, Intent, IntentOrder, LINK_FEATURE, Liveness, RegisterRequest};
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::{EngineKind, PoolReport};
 use pool_registry_types::snapshot::ClusterSnapshot;
@@ -178,6 +178,9 @@ impl ServiceRegistry {
                 node.intent = request.intent;
                 node.wanted = node.wanted.take().map(|wanted| IntentOrder { epoch: epoch.clone(), ..wanted });
                 node.labels = Arc::new(request.labels.clone());
+                if !request.features.iter().any(|feature| feature == LINK_FEATURE) {
+                    node.link.clear();
+                }
                 node.request = request;
             });
         } else {

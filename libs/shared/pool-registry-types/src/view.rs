@@ -32,7 +32,7 @@ pub struct NodeView {
     /// Why the node is not online.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// Absent for a node that does not say that it has one.
+    /// Absent where nodes are called in process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub link: Option<LinkView>,
     /// Milliseconds since the last heartbeat or token.

@@ -296,10 +296,11 @@ fn a_node_that_says_no_hello_is_served_without_a_link_until_it_registers_again()
     assert_eq!(evidence(&reported), [], "it lives");
     let shown = links_reported(&reported);
     assert_eq!(shown.last(), Some(&link(LinkState::None, Some(SAYS_NO_HELLO))));
-    bench.links.registered(&registers(&["link"]));
+    assert_eq!(bench.links.registered(&registers(&["link"])), None, "its lane tells");
     assert!(bench.links.lane(&node(), id(1)).is_some());
-    // One that has none does not even say so.
-    bench.links.registered(&registers(&[]));
+    // To one that has none, each attempt is a call of its own from its registration on.
+    let without = bench.links.registered(&registers(&[])).expect("no lane tells");
+    assert_eq!((without.state, without.reason.is_some()), (LinkState::None, true));
     assert!(bench.links.lane(&node(), id(1)).is_none() && bench.links.table.states().is_empty());
 }
 

@@ -21,6 +21,8 @@ use uuid::Uuid;
 
 use crate::services::feed::Feed;
 
+const DOES_NOT_SPEAK_IT: &str = "the node does not say that it speaks it";
+
 /// Where what a lane brings of an attempt goes, in the lane's own turn.
 pub(crate) trait AttemptSink: std::fmt::Debug + Send + Sync {
     /// Takes it. Returns whether it is the first since [`AttemptSink::flush`], which is to follow.
@@ -142,10 +144,11 @@ impl Links {
         (Self { life, table: Arc::default(), drivers }, orders)
     }
 
-    /// The node has registered.
-    pub(crate) fn registered(&self, request: &RegisterRequest) {
+    /// The node has registered. Returns how its link stands where no lane will tell.
+    pub(crate) fn registered(&self, request: &RegisterRequest) -> Option<LinkView> {
         if !request.features.iter().any(|feature| feature == LINK_FEATURE) {
-            return self.gone(&request.node_id);
+            self.gone(&request.node_id);
+            return Some(LinkView { state: LinkState::None, reason: Some(DOES_NOT_SPEAK_IT.to_owned()) });
         }
         let connecting =
             Shown { link: LinkView { state: LinkState::Connecting, reason: None }, serves_without: false };
@@ -162,6 +165,7 @@ impl Links {
             let (node_id, address) = (request.node_id.clone(), request.address.clone());
             order(driver, Order::Registered { node_id, address, boot_id: request.boot_id });
         }
+        None
     }
 
     /// The node is not known any more, or has registered without a link.
