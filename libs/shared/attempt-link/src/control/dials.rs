@@ -4,7 +4,10 @@ use bytes::Bytes;
 use pool_registry_types::Moment;
 
 use super::link::{Link, is_hello};
-use super::{Action, ControlLane, DIAL_BOUND, DIAL_EVERY_WHEN_EARLY, Interrupted, KNOWN_WITHIN, MAX_DIALS};
+use super::{
+    Action, ControlLane, DIAL_BOUND, DIAL_EVERY_WHEN_BROKEN, DIAL_EVERY_WHEN_EARLY, Interrupted,
+    KNOWN_WITHIN, MAX_DIALS,
+};
 use crate::records::{Content, RecordDecoder};
 use crate::wire::LinkQuery;
 
@@ -59,9 +62,7 @@ impl ControlLane {
     }
 
     fn dial_failed(&mut self, now: Moment, n: u64, end: ConnectionEnd) {
-        if self.dials.remove(&n).is_none() {
-            return;
-        }
+        let Some(dial) = self.dials.remove(&n) else { return };
         if end == ConnectionEnd::WrongBoot {
             return self.other_boot(None);
         }
@@ -71,6 +72,11 @@ impl ControlLane {
             if is_early {
                 interruption.next_dial = interruption.next_dial.min(now + DIAL_EVERY_WHEN_EARLY);
             } else {
+                let broke = end == ConnectionEnd::Broken && now < dial.deadline();
+                if broke && !interruption.dial_failed {
+                    let soon = now + DIAL_EVERY_WHEN_BROKEN;
+                    interruption.next_dial = interruption.next_dial.min(soon);
+                }
                 interruption.dial_failed = true;
                 interruption.refused |= end == ConnectionEnd::Refused;
             }

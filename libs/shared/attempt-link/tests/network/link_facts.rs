@@ -365,6 +365,25 @@ fn a_dial_that_is_answered_by_another_boot_without_a_hello_ends_all_at_once() {
 
 // CLOUD-2651
 #[test]
+fn a_first_dial_that_breaks_is_followed_by_another_at_once() {
+    let mut lane = Lane::up();
+    lane.running(1, 1);
+    lane.closed(1, ConnectionEnd::Broken);
+    // The listener of a killed process took it before it went.
+    lane.closed(2, ConnectionEnd::Broken);
+    lane.pass(49);
+    assert_eq!(lane.dials().last(), Some(&2));
+    lane.pass(1);
+    assert_eq!(lane.dials().last(), Some(&3));
+    lane.closed(3, ConnectionEnd::Broken);
+    lane.pass(499);
+    assert_eq!(lane.dials().last(), Some(&3), "only the first one");
+    lane.pass(1);
+    assert_eq!(lane.dials().last(), Some(&4));
+}
+
+// CLOUD-2651
+#[test]
 fn a_node_that_does_not_know_yet_with_whom_it_is_registered_is_dialled_again_soon() {
     let mut lane = Lane::dialling();
     lane.closed(1, ConnectionEnd::Stale);
