@@ -6,6 +6,7 @@ mod certs;
 mod contracts;
 mod engine;
 mod fuzz;
+mod old;
 mod schema;
 mod steps;
 mod tidy;
@@ -69,6 +70,8 @@ enum Chore {
     Fuzz(fuzz::Options),
     /// Fetch the real engine into the cache.
     Engine,
+    /// Build the daemons of the commit before the link into the cache.
+    Old,
 }
 
 fn main() -> ExitCode {
@@ -85,6 +88,7 @@ fn main() -> ExitCode {
         Chore::Fuzz(options) => fuzz::run(&options),
         Chore::Certs(options) => certs::run(&options),
         Chore::Engine => engine::python().map(|_| ()),
+        Chore::Old => old::build(),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -108,7 +112,7 @@ const LINTS: Step = ("lints", || {
 
 /// What needs no build comes first, then what needs the compiler, then what runs for long. Each
 /// step gets what it needs by itself: any of them passes alone, with empty caches.
-const STEPS: [Step; 11] = [
+const STEPS: [Step; 12] = [
     ("structure: crates, arrows, documents, requirements, spawns", tidy::run),
     FORMAT,
     ("licences, bans and sources of the dependencies", deny),
@@ -118,6 +122,7 @@ const STEPS: [Step; 11] = [
         cargo(&["build", "--locked", "--workspace", "--all-targets"], "mend what the compiler says")
     }),
     ("the real engine, for the end-to-end tests", || engine::python().map(drop)),
+    ("the daemons of the commit before the link, for the same", old::build),
     ("tests, end-to-end ones with the real engine included", || {
         cargo(&["test", "--locked", "--workspace", "--no-fail-fast"], "see the failing test above")
     }),

@@ -3,6 +3,7 @@
 mod attacks;
 mod bad_input;
 mod continuation;
+mod cuts;
 mod decisions;
 mod dialects;
 mod engines;

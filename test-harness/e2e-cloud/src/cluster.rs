@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use pool_registry_types::node::Liveness;
@@ -9,6 +10,7 @@ use tempfile::TempDir;
 
 use crate::client::{Client, holds_secret};
 use crate::eventually;
+use crate::network::{self, Network};
 use crate::process::{Process, free_port, program};
 use crate::real_engine;
 
@@ -62,6 +64,12 @@ pub struct Options {
     pub pools: Vec<(usize, String)>,
     /// Descriptors that the control plane may have; absent: as many as the tests themselves.
     pub control_files: Option<usize>,
+    /// The hosts that they run on; absent: all on this one. The clients' thread is on the control
+    /// plane's.
+    pub network: Option<Arc<Network>>,
+    /// Programs other than this build's: the control plane's, the nodes'.
+    pub control_program: Option<PathBuf>,
+    pub node_program: Option<PathBuf>,
 }
 
 impl Default for Options {
@@ -74,6 +82,9 @@ impl Default for Options {
             node: Vec::new(),
             pools: Vec::new(),
             control_files: None,
+            network: None,
+            control_program: None,
+            node_program: None,
         }
     }
 }
@@ -127,10 +138,15 @@ impl Cluster {
 
     /// Starts the control plane in the cloud profile; at the same port again after a death.
     pub fn start_control(&mut self) {
-        let mut command = control_command(self.options.control_files);
+        let daemon = self.options.control_program.clone().unwrap_or_else(|| program("orchestratord"));
+        let mut command = match &self.options.network {
+            Some(network) => network.control.command(daemon),
+            None => control_command(daemon, self.options.control_files),
+        };
+        let host = if self.options.network.is_some() { "0.0.0.0" } else { "127.0.0.1" };
         command
             .env("ORCHESTRATORD_CLOUD_PROFILE", "true")
-            .env("ORCHESTRATORD_ADDR", format!("127.0.0.1:{}", self.port))
+            .env("ORCHESTRATORD_ADDR", format!("{host}:{}", self.port))
             .env("ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS", "1")
             .env("ORCHESTRATORD_NODE_TIMEOUT_SECS", "3")
             .env("ORCHESTRATORD_DATA_DIR", self.dir.path().join("orchestratord"))
@@ -141,16 +157,21 @@ impl Cluster {
 
     /// Starts node `n` and its engine.
     pub fn add_node(&mut self, n: usize) {
-        let id = format!("gpu-node-{}", n + 1);
-        let runtime_dir = self.dir.path().join(&id);
-        std::fs::create_dir_all(&runtime_dir).expect("a writable folder");
-        self.nodes.push(Node { id, port: free_port(), runtime_dir, daemon: None, engine: None });
+        self.prepare_node(n);
         if let Some((_, text)) = self.options.pools.iter().find(|(of, _)| *of == n) {
             std::fs::write(self.pools_file(n), text).expect("a writable folder");
         } else {
             self.start_engine(n);
         }
         self.start_daemon(n);
+    }
+
+    /// The folder and the port of node `n`, and nothing running.
+    pub fn prepare_node(&mut self, n: usize) {
+        let id = format!("gpu-node-{}", n + 1);
+        let runtime_dir = self.dir.path().join(&id);
+        std::fs::create_dir_all(&runtime_dir).expect("a writable folder");
+        self.nodes.push(Node { id, port: free_port(), runtime_dir, daemon: None, engine: None });
     }
 
     /// Where the file of pools of node `n` is, if it has one.
@@ -160,14 +181,20 @@ impl Cluster {
 
     pub fn start_daemon(&mut self, n: usize) {
         let node = &self.nodes[n];
-        let mut command = Command::new(program("pool-managerd"));
+        let daemon = self.options.node_program.clone().unwrap_or_else(|| program("pool-managerd"));
+        let (mut command, control) = match &self.options.network {
+            Some(network) => {
+                (network.nodes[n].command(daemon), format!("http://{}:{}", network::CONTROL, self.port))
+            }
+            None => (Command::new(daemon), self.client.base.clone()),
+        };
         command
             .env("POOL_MANAGERD_NODE_ID", &node.id)
-            .env("POOL_MANAGERD_ADDR", format!("127.0.0.1:{}", node.port))
+            .env("POOL_MANAGERD_ADDR", format!("{}:{}", self.node_host(n), node.port))
             .env("POOL_MANAGERD_RUNTIME_DIR", &node.runtime_dir)
             .env("POOL_MANAGERD_MODELS_DIR", self.models_dir(n))
             .env("POOL_MANAGERD_SHUTDOWN_GRACE_SECS", "10")
-            .env("ORCHESTRATORD_URL", &self.client.base);
+            .env("ORCHESTRATORD_URL", control);
         if self.pools_file(n).exists() {
             command
                 .env("POOL_MANAGERD_POOLS", self.pools_file(n))
@@ -185,7 +212,21 @@ impl Cluster {
         let log = self.log(&format!("{}-engine", self.nodes[n].id));
         let own = self.options.other_engines.iter().find(|(of, _)| *of == n).map(|(_, engine)| engine);
         let engine = own.unwrap_or(&self.options.engine);
-        self.nodes[n].engine = start_engine(engine, &self.nodes[n].runtime_dir, &log);
+        let runtime_dir = &self.nodes[n].runtime_dir;
+        self.nodes[n].engine = match (&self.options.network, engine) {
+            (Some(network), Engine::Fake { .. }) => {
+                let command = network.nodes[n].command(program("fake-engine"));
+                Some(Process::start(fake_engine(command, engine, runtime_dir), &log))
+            }
+            _ => start_engine(engine, runtime_dir, &log),
+        };
+    }
+
+    fn node_host(&self, n: usize) -> String {
+        match self.options.network {
+            Some(_) => network::node_address(n),
+            None => "127.0.0.1".to_owned(),
+        }
     }
 
     /// Where node `n` keeps its models.
@@ -195,7 +236,15 @@ impl Cluster {
 
     /// A client of node `n` itself.
     pub fn node_client(&self, n: usize) -> Client {
-        Client::new(&format!("http://127.0.0.1:{}", self.nodes[n].port), Some(TOKEN))
+        Client::new(&format!("http://{}:{}", self.node_host(n), self.nodes[n].port), Some(TOKEN))
+    }
+
+    /// What a client on the host of node `n` is told.
+    pub async fn on_node<T: Send>(&self, n: usize, ask: impl AsyncFnOnce() -> T + Send) -> T {
+        match &self.options.network {
+            Some(network) => network.nodes[n].within(ask),
+            None => ask().await,
+        }
     }
 
     /// Where the engine of node `n` listens, by its handoff file.
@@ -248,8 +297,7 @@ impl Cluster {
 }
 
 /// The control plane, which raises its limit of descriptors as far as it may: the hard one is set.
-fn control_command(files: Option<usize>) -> Command {
-    let daemon = program("orchestratord");
+fn control_command(daemon: PathBuf, files: Option<usize>) -> Command {
     let Some(files) = files else { return Command::new(daemon) };
     let mut command = Command::new("sh");
     command.args(["-c", "ulimit -n \"$0\" && exec \"$1\"", &files.to_string()]).arg(daemon);
@@ -288,18 +336,21 @@ impl Drop for Cluster {
 pub fn start_engine(engine: &Engine, runtime_dir: &Path, log: &Path) -> Option<Process> {
     let command = match engine {
         Engine::None => return None,
-        Engine::Fake { slots, first_token_ms, pace_ms, dialect } => {
-            let mut command = Command::new(program("fake-engine"));
-            command
-                .args(["--slots", &slots.to_string(), "--first-token-ms", &first_token_ms.to_string()])
-                .args(["--pace-ms", &pace_ms.to_string(), "--engine", dialect])
-                .args(["--pool-id", "pool-0", "--replica-id", "r0", "--handoff-dir"])
-                .arg(runtime_dir);
-            command
-        }
+        Engine::Fake { .. } => fake_engine(Command::new(program("fake-engine")), engine, runtime_dir),
         Engine::Tiny { slots } => {
             real_engine::command(&real_engine::tiny_model(), "tiny", *slots, runtime_dir)
         }
     };
     Some(Process::start(command, log))
+}
+
+/// The command with the arguments of a fake engine.
+fn fake_engine(mut command: Command, engine: &Engine, runtime_dir: &Path) -> Command {
+    let Engine::Fake { slots, first_token_ms, pace_ms, dialect } = engine else { return command };
+    command
+        .args(["--slots", &slots.to_string(), "--first-token-ms", &first_token_ms.to_string()])
+        .args(["--pace-ms", &pace_ms.to_string(), "--engine", dialect])
+        .args(["--pool-id", "pool-0", "--replica-id", "r0", "--handoff-dir"])
+        .arg(runtime_dir);
+    command
 }

@@ -8,6 +8,8 @@ pub mod client;
 pub mod cluster;
 pub mod connection;
 pub mod fake_node;
+pub mod network;
+pub mod old;
 pub mod process;
 pub mod real_engine;
 
@@ -15,6 +17,7 @@ pub use client::{Client, Transcript};
 pub use cluster::{Cluster, Engine, Options};
 pub use connection::Connection;
 pub use fake_node::{FakeNode, NodeAnswer};
+pub use network::Network;
 pub use process::Process;
 
 use std::time::{Duration, Instant};
