@@ -73,7 +73,17 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("fake-engine", &["atomic-file"]),
     ("fake-nvml", &[]),
     ("fake-nvml-bare", &[]),
-    ("sim", &["pool-registry-types", "task-stream", "service-registry", "task-scheduler", "node-core"]),
+    (
+        "sim",
+        &[
+            "pool-registry-types",
+            "task-stream",
+            "attempt-link",
+            "service-registry",
+            "task-scheduler",
+            "node-core",
+        ],
+    ),
     ("e2e-cloud", &["pool-registry-types", "test-certs"]),
     ("load", &["pool-registry-types", "task-stream", "task-scheduler", "e2e-cloud"]),
     ("xtask", &["pool-registry-types", "test-certs", "atomic-file"]),

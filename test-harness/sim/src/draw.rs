@@ -8,6 +8,37 @@ use pool_registry_types::placement::PlacementConstraints;
 use task_scheduler::{FullLane, Rule, Strategy, Timing};
 use task_stream::MAX_LOG_BYTES;
 
+mod links;
+
+/// One rule of those that carry the load, which is switched off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mutant {
+    Core(Rule),
+    Link(attempt_link::Rule),
+}
+
+impl Mutant {
+    pub fn all() -> impl Iterator<Item = Self> {
+        Rule::ALL.into_iter().map(Self::Core).chain(attempt_link::Rule::ALL.into_iter().map(Self::Link))
+    }
+
+    pub(crate) fn core(this: Option<Self>) -> Option<Rule> {
+        match this? {
+            Self::Core(rule) => Some(rule),
+            Self::Link(_) => None,
+        }
+    }
+
+    pub(crate) fn link(this: Option<Self>) -> Option<attempt_link::Rule> {
+        match this? {
+            Self::Link(rule) => Some(rule),
+            Self::Core(_) => None,
+        }
+    }
+}
+
+pub use links::{HeardBy, LinkDraws, LinkFault};
+
 /// One thing that happens at a set time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
@@ -118,6 +149,19 @@ pub enum Step {
     DeleteSession {
         session: u128,
     },
+    Link {
+        node: usize,
+        fault: LinkFault,
+        for_ms: u64,
+    },
+    /// The links of all nodes are cut at once.
+    AllLinks {
+        for_ms: u64,
+    },
+    /// The control plane's host loses its power: nobody hears of it.
+    PowerLoss {
+        down_ms: u64,
+    },
 }
 
 /// What a node itself makes of an attempt before it takes it.
@@ -183,7 +227,7 @@ pub enum Replays {
 #[derive(Debug, Clone)]
 pub struct Plan {
     pub seed: u64,
-    pub switched_off: Option<Rule>,
+    pub switched_off: Option<Mutant>,
     pub timing: Timing,
     pub queue_timeout: Duration,
     pub first_token_timeout: Duration,
@@ -223,6 +267,7 @@ pub struct Plan {
     /// Of a thousand pieces at their nodes: nothing is taken there for a while; what a partition holds
     /// back stays at its node as well.
     pub slow_readers: u32,
+    pub links: LinkDraws,
     /// What one stream may take in the control plane, and at its node, bytes.
     pub log_bytes: usize,
     pub attempt_bytes: usize,
@@ -248,6 +293,8 @@ pub struct NodePlan {
     pub ttl_ms: Option<u64>,
     /// The model of its second pool, which is as large as the first one.
     pub second: Option<usize>,
+    /// Its attempts share a link.
+    pub link: bool,
 }
 
 /// The zones of the simulated cluster.
@@ -256,7 +303,7 @@ pub const ZONES: [&str; 2] = ["east", "west"];
 pub const MAX_TURNS: u32 = 8;
 
 /// The schedule of a seed.
-pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
+pub fn plan(seed: u64, switched_off: Option<Mutant>) -> Plan {
     let mut r = fastrand::Rng::with_seed(seed);
     let node_count = match r.u8(..64) {
         0 => r.usize(20..=200),
@@ -277,6 +324,7 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
             on_demand: false,
             ttl_ms: None,
             second: None,
+            link: false,
         })
         .collect();
     // Drawn beside the rest, so that a seed's other draws are what they always were.
@@ -363,7 +411,7 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
     }
     of_peers(&mut peers, node_count, models, horizon_ms, node_timeout, &mut steps);
     let noisy = r.u8(..3) == 0;
-    Plan {
+    let plan = Plan {
         seed,
         switched_off,
         timing: Timing { heartbeat_interval: interval, node_timeout },
@@ -398,9 +446,18 @@ pub fn plan(seed: u64, switched_off: Option<Rule>) -> Plan {
             // Hardly more than one attempt takes.
             (_, true) => losing.usize(1_500..10_000),
         },
+        links: LinkDraws::default(),
         first_token_ms: r.u64(20..3_000),
         pace_ms: r.u64(5..600),
-    }
+    };
+    with_links(plan)
+}
+
+fn with_links(mut plan: Plan) -> Plan {
+    let is_roomy = (plan.log_bytes, plan.attempt_bytes, plan.held_bytes)
+        == (MAX_LOG_BYTES, MAX_ATTEMPT_BYTES, HELD_BYTES);
+    plan.links = links::draw(plan.seed, &mut plan.nodes, plan.horizon_ms, is_roomy, &mut plan.steps);
+    plan
 }
 
 /// A rate out of these in one schedule of four, else nothing.

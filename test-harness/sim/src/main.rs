@@ -94,11 +94,11 @@ fn mutants(seeds: u64) -> bool {
     // A mutant may trip over an assertion of the core: that is being noticed, not news.
     std::panic::set_hook(Box::new(|_| {}));
     let mut good = true;
-    for (rule, failure) in sim::run_mutants(seeds) {
+    for (mutant, failure) in sim::run_mutants(seeds) {
         match failure {
-            Some(failure) => println!("red   without {rule:?}: seed {} {}", failure.seed, failure.what),
+            Some(failure) => println!("red   without {mutant:?}: seed {} {}", failure.seed, failure.what),
             None => {
-                println!("GREEN without {rule:?}: not noticed in {seeds} schedules");
+                println!("GREEN without {mutant:?}: not noticed in {seeds} schedules");
                 good = false;
             }
         }

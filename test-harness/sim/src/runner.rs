@@ -4,10 +4,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 
-use task_scheduler::Rule;
-
 use crate::coverage::Coverage;
-use crate::draw;
+use crate::draw::{self, Mutant};
 use crate::world::World;
 
 /// A schedule that broke an invariant.
@@ -21,7 +19,7 @@ pub struct Failure {
 /// Runs the schedule of one seed.
 pub fn run_seed(
     seed: u64,
-    switched_off: Option<Rule>,
+    switched_off: Option<Mutant>,
     traced: bool,
 ) -> (Coverage, Result<Vec<String>, Failure>) {
     let mut plan = draw::plan(seed, switched_off);
@@ -57,7 +55,7 @@ pub fn digest(seed: u64, read: bool) -> u64 {
 pub fn run_seeds(
     first: u64,
     count: u64,
-    switched_off: Option<Rule>,
+    switched_off: Option<Mutant>,
     progress: &(dyn Fn(u64) + Sync),
 ) -> (Coverage, Option<Failure>) {
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
@@ -102,6 +100,6 @@ pub fn run_seeds(
 }
 
 /// Switches each rule off in turn. Returns for each the failure that gave it away, if any did.
-pub fn run_mutants(seeds: u64) -> Vec<(Rule, Option<Failure>)> {
-    Rule::ALL.iter().map(|rule| (*rule, run_seeds(1, seeds, Some(*rule), &|_| {}).1)).collect()
+pub fn run_mutants(seeds: u64) -> Vec<(Mutant, Option<Failure>)> {
+    Mutant::all().map(|mutant| (mutant, run_seeds(1, seeds, Some(mutant), &|_| {}).1)).collect()
 }

@@ -13,7 +13,7 @@ use node_core::attempts::{HELD_BYTES, MAX_ATTEMPT_BYTES};
 use task_scheduler::{FullLane, Strategy, Timing};
 use task_stream::MAX_LOG_BYTES;
 
-use crate::draw::{NodeFault, NodePlan, Plan, Replays, Step, TaskPlan};
+use crate::draw::{HeardBy, LinkDraws, LinkFault, NodeFault, NodePlan, Plan, Replays, Step, TaskPlan};
 use crate::world::World;
 
 fn folder() -> PathBuf {
@@ -62,7 +62,7 @@ fn run_file(file: &Path, bless: bool) -> Result<(), String> {
     }
 }
 
-/// Reads a scenario. Lines: `node slots N [odd]`,
+/// Reads a scenario. Lines: `node slots N [odd] [link]`,
 /// `task tokens N [batch] [poison] [bad] [continue] [replay] [pin=nI] [session=N]`, `set <name> <value>`, `at <ms> <step> …`; `#` starts a comment.
 pub fn parse(text: &str) -> Result<Plan, String> {
     let mut plan = Plan {
@@ -93,6 +93,7 @@ pub fn parse(text: &str) -> Result<Plan, String> {
         repeated_answers: 0,
         late_reads: 0,
         slow_readers: 0,
+        links: LinkDraws::default(),
         log_bytes: MAX_LOG_BYTES,
         attempt_bytes: MAX_ATTEMPT_BYTES,
         first_token_ms: 2_000,
@@ -109,7 +110,7 @@ pub fn parse(text: &str) -> Result<Plan, String> {
 }
 
 /// What may stand behind a node and a task; a value is behind the equals sign.
-const NODE_FLAGS: &[&str] = &["odd", "on_demand", "ttl_ms="];
+const NODE_FLAGS: &[&str] = &["odd", "on_demand", "ttl_ms=", "link"];
 const TASK_FLAGS: &[&str] = &["batch", "poison", "bad", "crashes", "continue", "replay", "pin=", "session="];
 
 /// Whether each is one of those, and has a value where it needs one that can be read.
@@ -135,6 +136,7 @@ fn parse_line(plan: &mut Plan, line: &str) -> Option<()> {
             on_demand: flags.contains(&"on_demand"),
             ttl_ms: flags.iter().find_map(|flag| flag.strip_prefix("ttl_ms=")?.parse().ok()),
             second: None,
+            link: flags.contains(&"link"),
         }),
         ["task", "tokens", tokens, flags @ ..] if are_known(flags, TASK_FLAGS) => plan.tasks.push(TaskPlan {
             model: 0,
@@ -197,6 +199,15 @@ fn parse_step(words: &[&str]) -> Option<Step> {
         ["shutdown-control", "grace", grace, "down", ms] => {
             Step::ShutdownControl { grace_ms: n(grace)?, down_ms: n(ms)? }
         }
+        ["cut-link", i, "for", ms] => {
+            let fault = LinkFault::Cut { up: true, down: true };
+            Step::Link { node: node(i)?, fault, for_ms: n(ms)? }
+        }
+        ["reset-link", i] => Step::Link { node: node(i)?, fault: LinkFault::Reset(HeardBy::Both), for_ms: 0 },
+        ["lose-answers", i, "for", ms] => {
+            Step::Link { node: node(i)?, fault: LinkFault::AnswersLost, for_ms: n(ms)? }
+        }
+        ["power-loss", "down", ms] => Step::PowerLoss { down_ms: n(ms)? },
         ["stall-control", "for", ms] => Step::StallControl { for_ms: n(ms)? },
         _ => return None,
     })
@@ -204,9 +215,8 @@ fn parse_step(words: &[&str]) -> Option<Step> {
 
 #[cfg(test)]
 mod tests {
-    use service_registry::Rule;
-
     use super::*;
+    use crate::draw::Mutant;
 
     // CLOUD-1903
     #[test]
@@ -231,6 +241,7 @@ mod tests {
 
     // CLOUD-1900
     // CLOUD-1905
+    // CLOUD-2662
     #[test]
     fn every_invariant_holds_in_the_first_schedules() {
         let (coverage, failure) = crate::run_seeds(1, 150, None, &|_| {});
@@ -258,6 +269,34 @@ mod tests {
         assert_eq!(kinds.into_iter().filter(is_missed).collect::<Vec<_>>(), Vec::<&str>::new());
     }
 
+    // CLOUD-2661
+    #[test]
+    fn links_are_cut_half_open_late_and_left_by_both_ends_in_the_first_schedules() {
+        let (coverage, _) = crate::run_seeds(1, 300, None, &|_| {});
+        let is_missed = |name: &&str| coverage.counts.get(name).copied().unwrap_or(0) == 0;
+        let kinds = [
+            "fault: link cut",
+            "fault: all links cut",
+            "fault: control plane lost its power",
+            "link: attempt resumed",
+            "link: several dials came alive",
+            "link: half open at its node",
+            "link: half open at the control plane",
+            "link: packet lost",
+            "link: POST lost",
+            "link: answer lost",
+            "link: POST overtaken",
+            "link: POST of a life before",
+            "link: start unknown",
+            "link: cut within a record in parts",
+            "link: node left with its link down",
+            "link: node served without",
+            "link: frames untold",
+            "link: driver stands still",
+        ];
+        assert_eq!(kinds.into_iter().filter(is_missed).collect::<Vec<_>>(), Vec::<&str>::new());
+    }
+
     // CLOUD-1770
     #[test]
     fn readers_change_nothing_of_what_the_control_plane_does() {
@@ -279,10 +318,10 @@ mod tests {
     // CLOUD-1901
     #[test]
     fn every_rule_is_missed_when_it_is_switched_off() {
-        let unnoticed: Vec<Rule> = crate::run_mutants(400)
+        let unnoticed: Vec<Mutant> = crate::run_mutants(400)
             .into_iter()
-            .filter_map(|(rule, failure)| failure.is_none().then_some(rule))
+            .filter_map(|(mutant, failure)| failure.is_none().then_some(mutant))
             .collect();
-        assert_eq!(unnoticed, Vec::<Rule>::new());
+        assert_eq!(unnoticed, Vec::<Mutant>::new());
     }
 }

@@ -121,13 +121,25 @@ impl Transcript {
     }
 }
 
-/// The frame of a token, with its engine's id of it where it may have to be continued from that.
-pub(crate) fn token(log: LogId, attempt: AttemptId, node_id: &NodeId, index: u64, with_id: bool) -> Vec<u8> {
+/// The frame of a token, with its engine's id of it where it may have to be continued from that, and
+/// longer by so many bytes.
+pub(crate) fn token(
+    log: LogId,
+    attempt: AttemptId,
+    node_id: &NodeId,
+    index: u64,
+    with_id: bool,
+    pad: usize,
+) -> Vec<u8> {
     let mut frame = Vec::with_capacity(192);
     if with_id {
         write_comment(&mut frame, &format!("token-ids {} {index}", index + 1));
     }
-    let data = format!("{{\"t\":\"{attempt} {node_id}\",\"i\":{index}}}");
+    let mut data = format!("{{\"t\":\"{attempt} {node_id}\",\"i\":{index}}}");
+    if pad > 0 {
+        data.pop();
+        data = format!("{data},\"p\":\"{}\"}}", "x".repeat(pad));
+    }
     write_frame(&mut frame, Some((&log, index)), "token", &data);
     frame
 }
@@ -164,7 +176,7 @@ mod tests {
             }
             last = Some(n);
             let by = writer(*n, 0);
-            bytes.extend(token(LOG, by.attempt, &by.node_id, index, false));
+            bytes.extend(token(LOG, by.attempt, &by.node_id, index, false, 0));
             log.append(by.attempt, Segment::frame(index, bytes.into())).unwrap();
         }
         Transcript::default().read(&log, usize::MAX, writers)

@@ -7,6 +7,7 @@
 mod control;
 mod events;
 mod held;
+mod links;
 mod network;
 mod node;
 mod steps;
@@ -14,10 +15,10 @@ mod streams;
 mod supervised;
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 
 use pool_registry_types::node::Intent;
-use pool_registry_types::{LogId, Moment, NodeId, TaskId};
+use pool_registry_types::{AttemptId, LogId, Moment, NodeId, TaskId};
 use uuid::Uuid;
 
 use crate::coverage::Coverage;
@@ -26,6 +27,7 @@ use crate::oracle::{Broken, Oracle};
 use crate::transcript::Writer;
 use control::Control;
 pub(crate) use events::{Call, CallAnswer, Caller, Heal, Piece, What};
+use links::{Get, Watch, Wire};
 pub(crate) use network::{Conn, Link};
 use node::SimNode;
 use steps::is_for_control;
@@ -103,6 +105,16 @@ pub struct World {
     pub(crate) conns: BTreeMap<u64, Conn>,
     pub(crate) next_conn: u64,
     pub(crate) next_call: u64,
+    /// Draws what becomes of links.
+    pub(crate) linking: fastrand::Rng,
+    pub(crate) wires: Vec<Wire>,
+    pub(crate) watches: Vec<Watch>,
+    pub(crate) gets: BTreeMap<u64, Get>,
+    pub(crate) next_get: u64,
+    /// Nodes of whose links something had come when a stall ended, and is not read yet.
+    pub(crate) unread_links: BTreeSet<usize>,
+    /// Attempts for which an engine was asked.
+    pub(crate) asked: BTreeSet<AttemptId>,
     pub(crate) next_boot: u64,
     pub(crate) oracle: Oracle,
     pub(crate) coverage: Coverage,
@@ -154,6 +166,13 @@ impl World {
             conns: BTreeMap::new(),
             next_conn: 0,
             next_call: 0,
+            linking: fastrand::Rng::with_seed(plan.seed ^ 0x6c69_6e65),
+            wires: plan.nodes.iter().map(|_| Wire::default()).collect(),
+            watches: vec![Watch::default(); plan.nodes.len()],
+            gets: BTreeMap::new(),
+            next_get: 0,
+            unread_links: BTreeSet::new(),
+            asked: BTreeSet::new(),
             next_boot: 0,
             oracle: Oracle::default(),
             coverage: Coverage::default(),
@@ -198,6 +217,7 @@ impl World {
         self.oracle
             .at_rest()
             .and_then(|()| self.clients_at_rest())
+            .and_then(|()| self.links_at_rest())
             .map_err(|broken| format!("at rest: {broken}"))
     }
 
@@ -306,6 +326,18 @@ impl World {
             What::CutOff { life, down_ms } => self.cut_off(life, down_ms),
             What::ControlEnds { life, down_ms } => self.control_ends(life, down_ms),
             What::NodeBack { node } => self.start_node(node),
+            What::DownArrives { get, piece } => self.down_arrives(get, piece),
+            What::LinkBroke { life, node, n, get } => self.link_broke(life, node, n, get),
+            What::LinkUnacknowledged { node } => self.link_unacknowledged(node),
+            What::PostTaken { life, node, id, whole } => self.post_taken(life, node, id, whole),
+            What::PostEnds { life, node, id, outcome } => self.post_ends(life, node, id, outcome),
+            What::LiveAnswered { life, node, boot } => self.live_answered(life, node, boot),
+            What::LaneTimer { life, node, armed } => self.lane_timer(life, node, armed),
+            What::LinkTold { life, event } => self.link_told(life, *event),
+            What::DoneDue { life, node, boot, attempt } => self.done_due(life, node, boot, attempt),
+            What::DeadDue { life, node, n } => self.dead_due(life, node, n),
+            What::StuckDue { life, node, boot, attempt } => self.stuck_due(life, node, boot, attempt),
+            What::LifeDue { life } => self.life_due(life),
             other => self.handle_at_node(other),
         }
     }

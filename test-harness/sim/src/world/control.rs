@@ -5,7 +5,9 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 
-use pool_registry_types::node::{Capabilities, Intent, IntentOrder, Liveness, RegisterRequest};
+use pool_registry_types::node::{
+    Capabilities, Intent, IntentOrder, Liveness, RegisterAnswer, RegisterRequest,
+};
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::{EngineKind, PoolState};
 use pool_registry_types::task::{KvHint, Priority, Reasoning, ResumeMode, Workload};
@@ -15,16 +17,17 @@ use pool_registry_types::{
     AttemptId, BootId, ErrorBody, ErrorCode, MachineId, ModelRef, Moment, NodeId, SessionId, TaskId,
 };
 use task_scheduler::{
-    Answer, CloseReason, ControlCore, Counters, Dispatch, Effect, Event, HowEnded, Overdue, Policy,
-    ProbeOutcome, ReplyTo, SessionPolicy,
+    Answer, CloseReason, ControlCore, Counters, Dispatch, Effect, Event, HowEnded, LinkEvidence, Overdue,
+    Policy, ProbeOutcome, ReplyTo, SessionPolicy,
 };
 use task_stream::{Action, BodyDigest, TaskLog, TaskSpec};
 use uuid::Uuid;
 
 use super::held::Closing;
+use super::links::{Lanes, Linked, life_id};
 use super::streams::{STOPPED_WITHIN_MS, Stop};
 use super::{Call, CallAnswer, Caller, Conn, Loads, Piece, What, World};
-use crate::draw::{MAX_TURNS, Replays};
+use crate::draw::{MAX_TURNS, Mutant, Replays};
 use crate::oracle::Life;
 use crate::transcript::Writer;
 
@@ -39,7 +42,7 @@ use review::{Before, look_at};
 struct Relay {
     task: TaskId,
     node_id: NodeId,
-    conn: u64,
+    via: Via,
     relay: task_stream::Relay,
     /// The moment at which it is to be called.
     armed: Moment,
@@ -47,6 +50,23 @@ struct Relay {
     /// What has arrived and was not read yet.
     unread: Vec<Vec<u8>>,
     stop: Stop,
+}
+
+/// How an attempt goes to its node.
+#[derive(Debug)]
+enum Via {
+    /// By an exchange of its own.
+    Conn(u64),
+    Link(Linked),
+}
+
+impl Via {
+    fn conn(&self) -> Option<u64> {
+        match self {
+            Self::Conn(conn) => Some(*conn),
+            Self::Link(_) => None,
+        }
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -76,9 +96,39 @@ pub(crate) struct Control {
     next_reply: u64,
     /// The last report was taken.
     report_taken: bool,
+    lanes: Lanes,
 }
 
 impl Control {
+    pub(crate) fn lanes(&self) -> &Lanes {
+        &self.lanes
+    }
+
+    pub(crate) fn lanes_mut(&mut self) -> &mut Lanes {
+        &mut self.lanes
+    }
+
+    /// Whether the attempt is not over.
+    pub(crate) fn is_open(&self, attempt: AttemptId) -> bool {
+        self.relays.contains_key(&attempt)
+    }
+
+    /// The boot of its node that an attempt by a link was sent to.
+    pub(crate) fn boot_of(&self, attempt: &AttemptId) -> Option<BootId> {
+        match &self.relays.get(attempt)?.via {
+            Via::Link(linked) => Some(linked.dispatch.boot_id),
+            Via::Conn(_) => None,
+        }
+    }
+
+    /// The attempt, if it goes by a link and is not over.
+    pub(crate) fn linked_mut(&mut self, attempt: AttemptId) -> Option<&mut Linked> {
+        match &mut self.relays.get_mut(&attempt)?.via {
+            Via::Link(linked) => Some(linked),
+            Via::Conn(_) => None,
+        }
+    }
+
     pub(crate) fn log(&self, task: TaskId) -> Option<&TaskLog> {
         self.logs.get(&task)
     }
@@ -106,7 +156,7 @@ impl World {
             token_idle_timeout: plan.token_idle_timeout,
             task_retention: Duration::from_secs(3_600),
             retained_tasks: 10_000,
-            switched_off: plan.switched_off,
+            switched_off: Mutant::core(plan.switched_off),
         };
         let incarnation = self.random.u64(..);
         self.control = Some(Control {
@@ -117,6 +167,7 @@ impl World {
             replies: BTreeMap::new(),
             next_reply: 0,
             report_taken: false,
+            lanes: Lanes::default(),
         });
         let life = self.lives;
         self.note(|_| format!("the control plane starts, life {life}"));
@@ -172,6 +223,10 @@ impl World {
         let Some(control) = self.control.as_mut() else { return };
         let now = self.now;
         let before = Before::of(&event, control);
+        let registers = match &event {
+            Event::Register { request, .. } => Some(request.clone()),
+            _ => None,
+        };
         let mut in_order = Ok(());
         if self.plan.read && self.readers.u8(..4) == 0 {
             look_at(&control.core, now, &mut self.readers);
@@ -204,6 +259,11 @@ impl World {
         self.check(in_order);
         self.review(&before, &effects);
         self.note_liveness();
+        let is_refused = effects.iter().any(|effect| matches!(effect, Effect::Reply { answer: Err(_), .. }));
+        if let Some(request) = registers.filter(|_| !is_refused) {
+            // Before anything is sent there.
+            self.link_registered(&request);
+        }
         let life = self.lives;
         for effect in effects {
             self.carry_out(life, effect);
@@ -256,7 +316,12 @@ impl World {
             }
             Effect::CloseTask { task, error } => self.close_task(task, &error),
             Effect::Forget { .. } => {}
-            Effect::Changed(change) => self.follow(&change),
+            Effect::Changed(change) => {
+                if let ClusterChange::Node { node_id, liveness: None, .. } = &change {
+                    self.link_gone(node_id);
+                }
+                self.follow(&change);
+            }
             Effect::Load { pool, .. } => {
                 let node: usize = pool.node_id.as_str()[1..].parse().expect("simulated ids are n<number>");
                 self.loads.asked.insert(node, self.now);
@@ -376,10 +441,11 @@ impl World {
         let Some(to) = self.control.as_mut().and_then(|c| c.replies.remove(&reply)) else {
             return self.check(Err("answered twice, or nobody".into()));
         };
+        let life = life_id(self.lives);
         match (to, answer) {
             (To::Caller(caller, Kind::Register), answer) => {
                 let answer = answer.map(|answer| match answer {
-                    Answer::Registered(answer) => answer,
+                    Answer::Registered(answer) => RegisterAnswer { life: Some(life), ..answer },
                     other => unreachable!("not an answer to a registration: {other:?}"),
                 });
                 self.send_answer(caller, CallAnswer::Registered(answer));

@@ -1,13 +1,16 @@
 //! What happens in the world, each at its time: calls, pieces of streams, faults and their ends.
 
+use attempt_link::control::{PostId, PostOutcome};
+use attempt_link::node::ConnectionId;
 use node_core::supervisor::RunId;
 use pool_registry_types::node::{Heartbeat, HeartbeatAnswer, IntentOrder, RegisterAnswer, RegisterRequest};
 use pool_registry_types::{AttemptId, BootId, Epoch, ErrorBody, Moment, NodeId, ReplicaId, TaskId};
-use task_scheduler::{HowEnded, ProbeOutcome, ReplyTo};
+use task_scheduler::{Event, HowEnded, ProbeOutcome, ReplyTo};
 
 use super::held::Keeps;
+use super::links::{Down, Up};
 use super::streams::Stop;
-use crate::draw::Step;
+use crate::draw::{LinkFault, Step};
 
 /// A call of a node to the control plane.
 #[derive(Debug, Clone)]
@@ -222,6 +225,88 @@ pub(crate) enum What {
         down_ms: u64,
     },
     ControlBack,
+    /// Something of a link, on its way to its node or back.
+    UpArrives {
+        node: usize,
+        up: Up,
+    },
+    DownArrives {
+        get: u64,
+        piece: Down,
+    },
+    /// Its node may write more to a link.
+    LinkTakes {
+        node: usize,
+        boot: BootId,
+        conn: ConnectionId,
+    },
+    LinkBroke {
+        life: u64,
+        node: usize,
+        n: u64,
+        get: u64,
+    },
+    /// Nothing that was written was acknowledged for a while.
+    LinkUnacknowledged {
+        node: usize,
+    },
+    /// A connection has taken of a POST, or the whole of it.
+    PostTaken {
+        life: u64,
+        node: usize,
+        id: PostId,
+        whole: bool,
+    },
+    PostEnds {
+        life: u64,
+        node: usize,
+        id: PostId,
+        outcome: PostOutcome,
+    },
+    LiveAnswered {
+        life: u64,
+        node: usize,
+        boot: BootId,
+    },
+    LaneTimer {
+        life: u64,
+        node: usize,
+        armed: Moment,
+    },
+    LanesTimer {
+        node: usize,
+        boot: BootId,
+        armed: Moment,
+    },
+    /// What a lane says of its node.
+    LinkTold {
+        life: u64,
+        event: Box<Event>,
+    },
+    /// The node was to hear that an attempt is done.
+    DoneDue {
+        life: u64,
+        node: usize,
+        boot: BootId,
+        attempt: AttemptId,
+    },
+    /// A link of which nothing comes any more was to be noticed.
+    DeadDue {
+        life: u64,
+        node: usize,
+        n: u64,
+    },
+    /// An attempt that stands still was to be noticed.
+    StuckDue {
+        life: u64,
+        node: usize,
+        boot: BootId,
+        attempt: AttemptId,
+    },
+    /// What a control plane has run is to be over.
+    LifeDue {
+        life: u64,
+    },
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -239,4 +324,5 @@ pub(crate) enum Heal {
     DoubleReports { node: usize },
     Retire { model: usize },
     Stall,
+    Link { node: usize, fault: LinkFault },
 }

@@ -4,9 +4,11 @@
 
 use std::time::Duration;
 
+use attempt_link::content::FrameTokens;
 use node_core::{Cursor, Ending, Ends, Piece, Taken};
 use pool_registry_types::{AttemptId, BootId, Moment};
 
+use super::node::Via;
 use super::{Piece as Sent, What, World};
 
 /// An attempt without a reader is stopped after 15 s, one that has ended is dropped after 60 s; the
@@ -43,8 +45,9 @@ impl World {
         &mut self,
         node: usize,
         attempt: AttemptId,
-        conn: u64,
+        via: Via,
         made: (u64, Vec<u8>, bool),
+        tokens: Vec<(u64, FrameTokens)>,
     ) -> bool {
         let now = self.now;
         let (first, bytes, is_frame) = made;
@@ -54,9 +57,9 @@ impl World {
         }
         let Some(core) = self.nodes[node].core.as_mut() else { return true };
         let len = bytes.len();
-        let is_taken = core.held_mut().append(now, &attempt, Piece::new(first, bytes, ends)).is_ok();
-        // One that runs on without a connection is kept.
-        let keeps = self.conns.get(&conn).is_none_or(|c| c.keeps);
+        let is_taken =
+            core.held_mut().append(now, &attempt, Piece::new(first, bytes, ends).with_tokens(tokens)).is_ok();
+        let keeps = self.keeps(via);
         let (most, mut fits) = (self.plan.attempt_bytes, is_taken);
         if let Some(run) = self.nodes[node].runs.get_mut(&attempt) {
             // By a count of its own.
@@ -68,9 +71,33 @@ impl World {
                 "[10] of attempt {attempt} n{node} keeps {most} bytes and takes {len} more: {is_taken}"
             )));
         }
-        self.hand_over(node, attempt, conn);
+        self.made_more(node, attempt, via, is_frame);
         self.check_held(node);
         is_taken
+    }
+
+    /// Whether the node keeps all of the attempt. One that runs on without a connection is kept.
+    fn keeps(&self, via: Via) -> bool {
+        match via {
+            Via::Conn(conn) => self.conns.get(&conn).is_none_or(|c| c.keeps),
+            Via::Link { keep } => keep,
+        }
+    }
+
+    /// Whoever reads is told; a link's notice of frames may be lost.
+    fn made_more(&mut self, node: usize, attempt: AttemptId, via: Via, is_frame: bool) {
+        let progress = self.nodes[node].core.as_ref().and_then(|core| core.held().progress(&attempt));
+        if let (Via::Link { .. }, Some((next, _))) = (via, progress) {
+            let now = self.now;
+            self.nodes[node].made.insert(attempt, (next, now));
+        }
+        match via {
+            Via::Conn(conn) => self.hand_over(node, attempt, conn),
+            Via::Link { .. } if is_frame && self.is_untold(attempt) => {
+                self.coverage.hit("link: frames untold");
+            }
+            Via::Link { .. } => self.appended_to_link(node, attempt),
+        }
     }
 
     /// Whether the driver of an attempt may go on, its reader being close enough behind. It looks again
@@ -82,8 +109,9 @@ impl World {
         let (has_room, unread) = (core.held().has_room(&attempt), run.made.saturating_sub(run.taken));
         if has_room {
             run.full_since = None;
-            let keeps = self.conns.get(&run.conn).is_none_or(|c| c.keeps);
-            if !keeps && unread >= most {
+            let is_read_out =
+                matches!(run.via, Via::Conn(conn) if self.conns.get(&conn).is_some_and(|c| !c.keeps));
+            if is_read_out && unread >= most {
                 self.check(Err(format!(
                     "[10] n{node} goes on with {attempt}, {unread} bytes before its reader"
                 )));
@@ -107,11 +135,19 @@ impl World {
     }
 
     /// The driver has ended; its last bytes were appended but for these.
-    pub(super) fn finish(&mut self, node: usize, attempt: AttemptId, conn: u64, last: Piece) {
+    pub(super) fn finish(
+        &mut self,
+        node: usize,
+        attempt: AttemptId,
+        via: Via,
+        last: Option<Piece>,
+        ending: Ending,
+    ) {
         let now = self.now;
         let Some(core) = self.nodes[node].core.as_mut() else { return };
-        core.held_mut().finish(now, &attempt, Some(last), Ending::default());
-        self.hand_over(node, attempt, conn);
+        let is_frame = last.is_some();
+        core.held_mut().finish(now, &attempt, last, ending);
+        self.made_more(node, attempt, via, is_frame);
         self.check_held(node);
         let boot = self.nodes[node].boot;
         if self.nodes[node].core.as_ref().is_some_and(|core| core.held().has_ended(&attempt)) {
@@ -183,6 +219,18 @@ impl World {
         let boot = self.nodes[node].boot;
         let Some(core) = self.nodes[node].core.as_mut() else { return };
         if core.held_mut().detach(now, &attempt, cursor) {
+            self.coverage.hit("stream: attempt without a reader");
+            let due = What::HeldDue { node, boot, attempt, since: now, keeps: Keeps::Detached };
+            self.at(now + DETACHED_WITHIN, due);
+        }
+        self.pump(node);
+    }
+
+    /// The link of an attempt is gone, or has had all of it.
+    pub(super) fn link_detached(&mut self, node: usize, attempt: AttemptId) {
+        let (now, boot) = (self.now, self.nodes[node].boot);
+        let Some(core) = self.nodes[node].core.as_ref() else { return };
+        if core.held().detached_since(&attempt) == Some(now) && !core.held().has_ended(&attempt) {
             self.coverage.hit("stream: attempt without a reader");
             let due = What::HeldDue { node, boot, attempt, since: now, keeps: Keeps::Detached };
             self.at(now + DETACHED_WITHIN, due);

@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use attempt_link::node::{ConnectionId, NodeLanes};
+use attempt_link::wire::LinkKey;
 use node_core::supervisor::Happened;
 use node_core::{
     Ask, BeatFailure, Busy, Cursor, Identity, NodeCore, NodeEffect, Readiness, ReplicaSpec, Retention,
     Session, Verdict,
 };
 use pool_registry_types::error::EndCause;
-use pool_registry_types::node::{Capabilities, Intent, IntentOrder, LiveAnswer};
+use pool_registry_types::node::{Capabilities, Intent, IntentOrder, LINK_FEATURE, LiveAnswer};
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::{EngineKind, PoolState};
 use pool_registry_types::sse::write_frame;
@@ -33,7 +35,7 @@ mod engines;
 /// A request that an engine works on.
 #[derive(Debug)]
 pub(crate) struct Run {
-    pub(crate) conn: u64,
+    pub(crate) via: Via,
     task: TaskId,
     log: LogId,
     pub(crate) began: Moment,
@@ -49,10 +51,21 @@ pub(crate) struct Run {
     /// Since when its engine is held back.
     pub(crate) full_since: Option<Moment>,
     tokens: u64,
+    /// Its driver is polled no more.
+    pub(crate) stuck: bool,
     poison: bool,
     /// Brings the engine down from within.
     crashes: bool,
     hung: bool,
+}
+
+/// How the control plane reads an attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Via {
+    /// By an exchange of its own.
+    Conn(u64),
+    /// By the node's link; its node keeps all of it, or what was not seen.
+    Link { keep: bool },
 }
 
 /// How an attempt ends at its node.
@@ -89,6 +102,14 @@ pub(crate) struct SimNode {
     pub(crate) answered: Option<Moment>,
     /// Where the node starts its engine itself.
     pub(crate) supervision: Option<Supervision>,
+    /// Where it has links: their lanes, those that are open, and when they are looked at next.
+    pub(crate) lanes: Option<NodeLanes>,
+    pub(crate) open: BTreeMap<ConnectionId, u64>,
+    pub(crate) lanes_armed: Option<Moment>,
+    /// Of attempts on links: the index behind what was made last, and when that was.
+    pub(crate) made: BTreeMap<AttemptId, (u64, Moment)>,
+    /// The link of the last POST that was read.
+    pub(crate) named: Option<LinkKey>,
 }
 
 impl SimNode {
@@ -112,6 +133,11 @@ impl SimNode {
             call_made: Moment::ZERO,
             answered: None,
             supervision: None,
+            lanes: None,
+            open: BTreeMap::new(),
+            lanes_armed: None,
+            made: BTreeMap::new(),
+            named: None,
         }
     }
 }
@@ -161,7 +187,7 @@ impl World {
             boot_id: boot,
             version: "sim".into(),
             capabilities: Capabilities::default(),
-            features: Vec::new(),
+            features: if self.plan.nodes[node].link { vec![LINK_FEATURE.to_owned()] } else { Vec::new() },
         };
         let session = Session::new(self.now, self.plan.timing.heartbeat_interval, self.random.u64(..));
         let (slow, sick, busy) = (self.nodes[node].slow, self.nodes[node].sick, self.nodes[node].busy);
@@ -174,6 +200,7 @@ impl World {
         core.bound_attempts(self.plan.attempt_bytes);
         let core = Some(core);
         self.nodes[node] = SimNode { core, boot, slow, sick, busy, ..SimNode::down() };
+        self.start_lanes(node);
         self.note(|_| format!("n{node} starts"));
         let load = self.random.u64(10..3_000);
         self.nodes[node].engine_down = true;
@@ -193,6 +220,7 @@ impl World {
         while let Some(attempt) = self.nodes[node].core.as_mut().and_then(|core| core.held_mut().expired(now))
         {
             self.coverage.hit("stream: stopped without a reader");
+            self.check_window(node, attempt);
             self.cancel_run(node, attempt);
         }
         loop {
@@ -234,7 +262,8 @@ impl World {
                 Some(c) => (c.node, None),
                 None => return,
             },
-            What::ProbeArrives { node, .. }
+            What::UpArrives { node, .. }
+            | What::ProbeArrives { node, .. }
             | What::IntentArrives { node, .. }
             | What::LoadArrives { node } => (*node, None),
             What::NodeTimer { node, boot, .. }
@@ -245,6 +274,8 @@ impl World {
             | What::EngineLoaded { node, boot, .. }
             | What::EngineGone { node, boot, .. }
             | What::Observe { node, boot }
+            | What::LinkTakes { node, boot, .. }
+            | What::LanesTimer { node, boot, .. }
             | What::LeaveNow { node, boot, .. } => (*node, Some(*boot)),
             other => unreachable!("not an event of a node: {other:?}"),
         };
@@ -284,6 +315,9 @@ impl World {
                     self.pump(node);
                 }
             }
+            What::UpArrives { up, .. } => self.up_arrives(node, up),
+            What::LinkTakes { conn, .. } => self.link_takes(node, conn),
+            What::LanesTimer { armed, .. } => self.lanes_timer(node, armed),
             What::EngineStep { attempt, .. } => self.engine_step(node, attempt),
             What::SlotReleased { attempt, .. } => {
                 // The engine has noticed; the node hears of it at its next look.
@@ -312,6 +346,10 @@ impl World {
                 if (awaits || !self.nodes[node].runs.is_empty()) && now < grace_end {
                     return self.after_ms(20, What::LeaveNow { node, boot, down_ms, grace_end });
                 }
+                if self.watches[node].is_troubled(now) && self.plan.nodes[node].link {
+                    self.coverage.hit("link: node left with its link down");
+                }
+                self.lanes_leave(node);
                 if let Some(core) = self.nodes[node].core.as_mut() {
                     core.leave();
                 }
@@ -330,7 +368,14 @@ impl World {
         }
         let Some(core) = sim.core.as_mut() else { return };
         let effects = match answer {
-            CallAnswer::Registered(answer) => core.registered(now, answer.map_err(Some)),
+            CallAnswer::Registered(answer) => {
+                let life = answer.as_ref().ok().and_then(|answer| answer.life);
+                let effects = core.registered(now, answer.map_err(Some));
+                if let Some(life) = life {
+                    self.lanes_registered(node, life);
+                }
+                effects
+            }
             CallAnswer::Heartbeat { answer, taken } => {
                 if taken && answer.is_ok() {
                     sim.answered = Some(sim.call_made);
@@ -457,6 +502,8 @@ impl World {
                 self.send_piece(conn, Piece::Reset("connection reset"));
             }
         }
+        self.links_lose_node(node);
+        self.watches[node].is_excused(self.now);
         let (slow, sick, busy) = (self.nodes[node].slow, self.nodes[node].sick, self.nodes[node].busy);
         self.nodes[node] = SimNode { slow, sick, busy, ..SimNode::down() };
         self.after_ms(down_ms, What::NodeBack { node });
@@ -468,6 +515,7 @@ impl World {
         let boot = self.nodes[node].boot;
         if let Some(core) = self.nodes[node].core.as_mut() {
             self.coverage.hit("fault: node left and came back");
+            self.watches[node].is_excused(now);
             core.drain(now);
             self.pump(node);
             let grace_end = now + Duration::from_secs(10);

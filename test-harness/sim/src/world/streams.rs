@@ -20,6 +20,10 @@ pub(crate) enum Stop {
     Sent,
     /// It never arrives.
     Lost,
+    /// It is kept until its link has brought it, for as long as the control plane lives.
+    ByLink {
+        life: u64,
+    },
 }
 
 /// One client's reader of one task, over all lives of the control plane.
@@ -121,7 +125,12 @@ impl World {
         let Some(run) = sim.runs.get(&attempt).filter(|_| sim.boot == boot) else { return };
         let answered = sim.answered.is_some_and(|made| made > since && made > run.began);
         let is_reached = sim.stopped == 0 && self.links[node].is_calm(self.now);
-        if answered || (is_reached && stop != Stop::Lost) {
+        let may_be_late = match stop {
+            Stop::Lost => true,
+            Stop::ByLink { life } => life != self.lives || !self.link_is_well(node),
+            Stop::Sent | Stop::NotNeeded => false,
+        };
+        if answered || (is_reached && !may_be_late) {
             return self.check(Err(format!(
                 "[9] attempt {attempt} runs on n{node}, and was ended at {} ms ({stop:?})",
                 since.as_millis()

@@ -1,6 +1,7 @@
 //! The shell of the relays: attempts dispatched, carried into logs by the production relay, ended and
 //! stopped.
 
+use super::super::links::number_of;
 use super::*;
 
 impl World {
@@ -42,16 +43,35 @@ impl World {
             first_index: dispatch.first_index,
             number: dispatch.attempt_number,
         });
+        if self.has_lane(number_of(&node_id)) {
+            self.coverage.hit("link: attempt");
+            let relay = task_stream::Relay::linked(now, dispatch.assignment());
+            self.relay_begins(Via::Link(Linked::new(dispatch.clone())), relay, &dispatch);
+            return self.start_by_link(&dispatch);
+        }
+        self.send_attempt(life, dispatch);
+    }
+
+    fn relay_begins(&mut self, via: Via, relay: task_stream::Relay, dispatch: &Dispatch) {
+        let now = self.now;
+        let (task, attempt, node_id) = (dispatch.task, dispatch.attempt, dispatch.pool.node_id.clone());
+        let stop = Stop::NotNeeded;
+        let relay =
+            Relay { task, node_id, via, relay, armed: now, accepted: false, unread: Vec::new(), stop };
+        if let Some(control) = self.control.as_mut() {
+            control.relays.insert(attempt, relay);
+        }
+        self.act(attempt);
+    }
+
+    /// Sends the attempt by an exchange of its own.
+    fn send_attempt(&mut self, life: u64, dispatch: Dispatch) {
+        let (now, node) = (self.now, number_of(&dispatch.pool.node_id));
         let keeps = self.plan.kept > 0 && self.keeping.u32(..1_000) < self.plan.kept;
         self.next_conn += 1;
         let conn = self.next_conn;
-        let node: usize = node_id.as_str()[1..].parse().expect("simulated ids are n<number>");
         let relay = task_stream::Relay::new(now, dispatch.assignment());
-        let control = self.control.as_mut().expect("it has just dispatched");
-        let stop = Stop::NotNeeded;
-        let relay =
-            Relay { task, node_id, conn, relay, armed: now, accepted: false, unread: Vec::new(), stop };
-        control.relays.insert(attempt, relay);
+        let begun = dispatch.clone();
         self.conns.insert(
             conn,
             Conn {
@@ -74,7 +94,7 @@ impl World {
                 closing: Closing::Lost,
             },
         );
-        self.act(attempt);
+        self.relay_begins(Via::Conn(conn), relay, &begun);
         if self.shortage > 0 {
             let how = HowEnded::OwnShortage { reason: "too many open files".into(), everywhere: true };
             self.after_ms(1, What::StreamArrives { conn, piece: Piece::Answer(Box::new(how)) });
@@ -122,8 +142,53 @@ impl World {
     pub(crate) fn read_due(&mut self, life: u64, attempt: AttemptId) {
         let control = self.control.as_ref().filter(|control| control.life == life);
         let relay = control.and_then(|control| control.relays.get(&attempt));
-        if relay.is_some_and(|relay| !relay.unread.is_empty()) {
-            self.take_in(attempt, None);
+        match relay {
+            Some(Relay { via: Via::Link(_), .. }) => self.take_in_linked(attempt),
+            Some(relay) if !relay.unread.is_empty() => self.take_in(attempt, None),
+            _ => {}
+        }
+    }
+
+    /// What its lane has said of an attempt goes through its relay.
+    fn take_in_linked(&mut self, attempt: AttemptId) {
+        let (now, life) = (self.now, self.lives);
+        let Some(relay) = self.control.as_mut().and_then(|control| control.relays.get_mut(&attempt)) else {
+            return;
+        };
+        let Via::Link(linked) = &mut relay.via else { return };
+        let mut wrong = Ok(());
+        let heard = std::mem::take(&mut linked.heard);
+        if heard.is_empty() {
+            return;
+        }
+        for action in heard {
+            if let Some(why) = linked.hear(now, &mut relay.relay, action) {
+                wrong = Err(format!("[11] {attempt}: {why}"));
+            }
+        }
+        relay.accepted = linked.accepted;
+        self.check(wrong);
+        self.flush(attempt);
+        let relay = self.control.as_mut().and_then(|control| control.relays.get_mut(&attempt));
+        let Some(Relay { node_id, via: Via::Link(linked), .. }) = relay else { return };
+        if !std::mem::take(&mut linked.never_sent) {
+            return;
+        }
+        let (node, dispatch) = (number_of(node_id), (*linked.dispatch).clone());
+        if !self.has_lane(node) {
+            // A node that turns out to have no link is served without.
+            return self.send_attempt(life, dispatch);
+        }
+        if let Some(relay) = self.control.as_mut().and_then(|control| control.relays.get_mut(&attempt)) {
+            relay.relay.not_accepted(HowEnded::NeverSent("its link was not up in time".into()));
+        }
+        self.act(attempt);
+    }
+
+    /// What a lane says of its node.
+    pub(crate) fn link_told(&mut self, life: u64, event: Event) {
+        if self.control.as_ref().is_some_and(|control| control.life == life) {
+            self.apply(event);
         }
     }
 
@@ -132,8 +197,6 @@ impl World {
         let now = self.now;
         let Some(control) = self.control.as_mut() else { return };
         let Some(relay) = control.relays.get_mut(&attempt) else { return };
-        let task = relay.task;
-        let Some(log) = control.logs.get_mut(&task) else { return };
         let unread = std::mem::take(&mut relay.unread);
         if unread.len() > 1 {
             self.coverage.hit("stream: several chunks in one flush");
@@ -150,6 +213,16 @@ impl World {
             Some(Piece::Reset(reason)) if relay.accepted => relay.relay.closed(reason.into()),
             Some(Piece::Reset(reason)) => relay.relay.not_accepted(HowEnded::NeverSent(reason.into())),
         }
+        self.flush(attempt);
+    }
+
+    /// Nothing more has arrived for now: what has goes into the log.
+    fn flush(&mut self, attempt: AttemptId) {
+        let now = self.now;
+        let Some(control) = self.control.as_mut() else { return };
+        let Some(relay) = control.relays.get_mut(&attempt) else { return };
+        let task = relay.task;
+        let Some(log) = control.logs.get_mut(&task) else { return };
         let (before, was_finished) = (log.next_index(), log.is_finished());
         relay.relay.flush(now, |staged| staged.append_to(log));
         let (after, is_finished) = (log.next_index(), log.is_finished());
@@ -194,8 +267,12 @@ impl World {
                 }
                 Action::Quiet => self.apply(Event::Quiet { attempt }),
                 Action::Heard => self.apply(Event::Heard { attempt }),
+                Action::Stop if relay.via.conn().is_none() => {
+                    relay.stop = Stop::ByLink { life };
+                    self.lane_cancels(number_of(&node_id), attempt);
+                }
                 Action::Stop => {
-                    let conn = relay.conn;
+                    let conn = relay.via.conn().expect("that of a link is above");
                     let is_lost = self.streams.u32(..1_000) < self.plan.lost_stops;
                     relay.stop = if is_lost { Stop::Lost } else { Stop::Sent };
                     if is_lost {
@@ -225,7 +302,8 @@ impl World {
         let Some(control) = self.control.as_mut().filter(|control| control.life == life) else { return };
         let Some(relay) = control.relays.get_mut(&attempt) else { return };
         // Over at its node, and the last bytes are still to come.
-        let has_ended = self.conns.get(&relay.conn).is_some_and(|c| c.ended_at_node);
+        let conn = relay.via.conn().and_then(|conn| self.conns.get(&conn));
+        let has_ended = conn.is_some_and(|c| c.ended_at_node);
         let is_finished = control.logs.get(&task).is_some_and(TaskLog::is_finished);
         relay.relay.close();
         if has_ended || is_finished {
@@ -279,10 +357,18 @@ impl World {
             });
         }
         let failed = self.oracle.ended(self.now, relay.task, attempt, &how, fence.tokens_written);
-        if is_the_nodes_own {
-            self.done(relay.conn);
+        let node = number_of(&relay.node_id);
+        match &relay.via {
+            Via::Conn(conn) if is_the_nodes_own => self.done(*conn),
+            Via::Conn(_) => {}
+            Via::Link(linked) => {
+                let kept = self.link_attempt_ends(node, attempt, linked.accepted, &how, fence.tokens_written);
+                self.check(kept);
+                if linked.ended {
+                    self.link_is_done(node, attempt);
+                }
+            }
         }
-        let node: usize = relay.node_id.as_str()[1..].parse().expect("simulated ids are n<number>");
         let (boot, since, stop) = (self.nodes[node].boot, self.now, relay.stop);
         self.after_ms(STOPPED_WITHIN_MS, What::StopDue { node, boot, attempt, since, stop });
         let (tokens_written, unlogged) = (fence.tokens_written, fence.unlogged);
@@ -300,7 +386,7 @@ impl World {
     pub(crate) fn resume_from(&mut self, life: u64, attempt: AttemptId) -> Option<(u64, u64)> {
         let control = self.control.as_mut().filter(|control| control.life == life)?;
         let relay = control.relays.get_mut(&attempt)?;
-        Some((relay.conn, relay.relay.resume()?))
+        Some((relay.via.conn()?, relay.relay.resume()?))
     }
 
     /// The end of an attempt has come: its node may drop what it keeps, if that arrives.

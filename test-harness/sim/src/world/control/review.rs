@@ -1,8 +1,17 @@
 //! What one event may and must do, seen from outside, and what is needed of the time before it.
 
+use super::super::links::number_of;
 use super::*;
 
 impl World {
+    /// An attempt by a link that is interrupted has sent tokens and may not go on elsewhere.
+    fn is_wrongly_offline(&self, relay: &Relay, node: usize) -> bool {
+        let Via::Link(linked) = &relay.via else { return false };
+        let log = self.control.as_ref().and_then(|control| control.log(relay.task));
+        let has_sent = log.is_some_and(|log| log.next_index() > linked.dispatch.first_index);
+        has_sent && linked.dispatch.spec.continuation.is_none() && self.is_interrupted(node)
+    }
+
     /// What one event may and must do, seen from outside.
     pub(super) fn review(&mut self, before: &Before, effects: &[Effect]) {
         let Some(control) = self.control.as_ref() else { return };
@@ -34,8 +43,9 @@ impl World {
         for effect in effects {
             let Effect::CloseAttempt { attempt, why, .. } = effect else { continue };
             let Some(relay) = control.relays.get(attempt) else { continue };
-            let conn = self.conns.get(&relay.conn);
-            let node = conn.map(|c| &self.nodes[c.node]);
+            let conn = relay.via.conn().and_then(|conn| self.conns.get(&conn));
+            let number = number_of(&relay.node_id);
+            let node = Some(&self.nodes[number]).filter(|_| conn.is_some() || relay.via.conn().is_none());
             let runs = node.is_some_and(|n| n.runs.contains_key(attempt));
             let is_held =
                 node.is_some_and(|n| n.core.as_ref().is_some_and(|core| core.held().has_ended(attempt)));
@@ -49,6 +59,9 @@ impl World {
                 }
                 CloseReason::Vanished | CloseReason::NodeLeft if ended_well => {
                     broken = Some(format!("[8] a report took the end of attempt {attempt} away"));
+                }
+                CloseReason::NodeOffline if self.is_wrongly_offline(relay, number) => {
+                    broken = Some(format!("[11] {attempt} is closed with its node, whose link may be back"));
                 }
                 CloseReason::Neighbour => {
                     broken = Some(format!("a broken stream ended its neighbour {attempt}"));
@@ -146,6 +159,10 @@ impl Before {
                 before.dialled = Some(node_id.clone());
                 before.let_in = *authorized == Some(Ok(()));
             }
+            Event::LinkEvidence {
+                node_id,
+                evidence: LinkEvidence::CannotConnect(_) | LinkEvidence::Quiet(_),
+            } => before.dial_failed = Some(node_id.clone()),
             Event::Want { node_id, intent, .. } => before.want = Some((node_id.clone(), *intent)),
             Event::Probed { node_id, outcome: ProbeOutcome::Failed(_), .. } => {
                 before.dial_failed = Some(node_id.clone())

@@ -1,5 +1,7 @@
 //! Attempts as they come to a node and leave it.
 
+use attempt_link::wire::Start;
+
 use super::*;
 
 impl World {
@@ -40,7 +42,7 @@ impl World {
             }
             Ok(accepted) => {
                 let run = Run {
-                    conn,
+                    via: Via::Conn(conn),
                     task: dispatch.task,
                     log: dispatch.log,
                     began: now,
@@ -52,10 +54,12 @@ impl World {
                     taken: 0,
                     full_since: None,
                     tokens,
+                    stuck: false,
                     poison,
                     crashes,
                     hung,
                 };
+                self.engine_is_asked(node, dispatch.attempt);
                 self.nodes[node].runs.insert(dispatch.attempt, run);
                 self.check_slots(node, &accepted.replica_id);
                 if let Some(c) = self.conns.get_mut(&conn) {
@@ -71,6 +75,40 @@ impl World {
                 self.after_ms(1_000, What::KeepAlive { conn });
             }
         }
+    }
+
+    /// The node has taken an attempt that came over a link.
+    pub(crate) fn begin_by_link(&mut self, node: usize, start: &Start, replica: ReplicaId) {
+        let facts = &start.facts;
+        let (now, boot, attempt) = (self.now, self.nodes[node].boot, facts.attempt_id);
+        let plan = &self.plan.tasks[self.names[&facts.task_id]];
+        let replays = facts.resume.as_ref().is_some_and(|resume| resume.mode == ResumeMode::Replay);
+        let voice = self.voices.get(&facts.task_id).copied();
+        let run = Run {
+            via: Via::Link { keep: facts.keep },
+            task: facts.task_id,
+            log: facts.log_id,
+            began: now,
+            with_ids: plan.recovery == Some(Replays::FromTheEnd),
+            differs: replays && voice.is_some_and(|odd| odd != self.plan.nodes[node].odd),
+            replica: replica.clone(),
+            next: facts.first_index,
+            made: 0,
+            taken: 0,
+            full_since: None,
+            tokens: plan.tokens,
+            stuck: false,
+            poison: plan.poison,
+            crashes: plan.crashes,
+            hung: self.nodes[node].hung > 0,
+        };
+        self.engine_is_asked(node, attempt);
+        self.nodes[node].runs.insert(attempt, run);
+        self.check_slots(node, &replica);
+        let slow = if self.nodes[node].slow > 0 { 20 } else { 1 };
+        let again = if replays { facts.first_index * self.plan.pace_ms / 4 } else { 0 };
+        let first = self.random.u64(..=self.plan.first_token_ms) * slow + again;
+        self.after_ms(first, What::EngineStep { node, boot, attempt });
     }
 
     /// The node itself does not take the attempt.

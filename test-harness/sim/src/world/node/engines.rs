@@ -1,8 +1,10 @@
 //! Engines: what they make of attempts, how they fail, and how a node looks at them.
 
-use node_core::{Ends, Piece};
+use attempt_link::content::FrameTokens;
+use node_core::{Ending, Ends, Piece};
 
 use super::*;
+use crate::draw::{HeardBy, LinkFault, Step};
 
 impl World {
     pub(crate) fn engine_back(&mut self, node: usize) {
@@ -175,8 +177,11 @@ impl World {
         let boot = self.nodes[node].boot;
         let pace = self.plan.pace_ms * if self.nodes[node].slow > 0 { 20 } else { 1 };
         let Some(run) = self.nodes[node].runs.get_mut(&attempt) else { return };
-        if run.hung {
+        if run.hung || run.stuck {
             return;
+        }
+        if matches!(run.via, Via::Link { .. }) && self.is_stuck(attempt) {
+            return self.stands_still_at(node, attempt);
         }
         if !self.has_room(node, attempt) {
             return;
@@ -199,7 +204,7 @@ impl World {
             let error = error.with_cause(EndCause::ReplayDiffers);
             return self.end_run(node, attempt, Last::Error(error), false);
         }
-        let (conn, i, task) = (run.conn, run.next, run.task);
+        let (via, i, task) = (run.via, run.next, run.task);
         let (log, with_ids) = (run.log, run.with_ids);
         if self.plan.tasks[self.names[&task]].bad {
             self.coverage.hit("task: bad for every engine");
@@ -219,8 +224,21 @@ impl World {
         let odd = self.plan.nodes[node].odd;
         self.voices.entry(task).or_insert(odd);
         let node_id = self.node_id(node);
-        let made = token(log, attempt, &node_id, i, with_ids);
-        if !self.append(node, attempt, conn, (i, made, true)) {
+        let pad = self.padding(node, via);
+        let is_taken = match via {
+            Via::Conn(_) => {
+                let made = token(log, attempt, &node_id, i, with_ids, pad);
+                self.append(node, attempt, via, (i, made, true), Vec::new())
+            }
+            Via::Link { .. } => {
+                let made = token(log, attempt, &node_id, i, false, pad);
+                let ids = u32::try_from(i).unwrap_or(u32::MAX);
+                let tokens = FrameTokens { total: ids + 1, ids: vec![ids] };
+                let tokens = if with_ids { vec![(i, tokens)] } else { Vec::new() };
+                self.append(node, attempt, via, (i, made, true), tokens)
+            }
+        };
+        if !is_taken {
             self.coverage.hit("stream: too long for its node");
             if let Some(run) = self.nodes[node].runs.get_mut(&attempt) {
                 run.next = i;
@@ -245,6 +263,10 @@ impl World {
         if ended_well && let Some(core) = self.nodes[node].core.as_mut() {
             core.cleared(&attempt);
         }
+        if let Via::Link { .. } = run.via {
+            return self.end_by_link(node, attempt, &run, last, seq);
+        }
+        let Via::Conn(conn) = run.via else { return };
         let mut frame = Vec::new();
         match &last {
             Last::End(i) => write_frame(&mut frame, Some((&run.log, *i)), "end", "{}"),
@@ -255,22 +277,55 @@ impl World {
         }
         let seq = format!(": report-seq {seq}\n\n").into_bytes();
         // What does not fit any more goes with the last bytes, which are always taken.
-        let last = if self.append(node, attempt, run.conn, (run.next, frame.clone(), true)) {
+        let last = if self.append(node, attempt, run.via, (run.next, frame.clone(), true), Vec::new()) {
             Piece::new(run.next + 1, seq, Ends::default())
         } else {
             let mut ends = Ends::default();
             ends.push(frame.len());
             Piece::new(run.next, [frame, seq].concat(), ends)
         };
-        self.finish(node, attempt, run.conn, last);
-        if let Some(conn) = self.conns.get_mut(&run.conn) {
+        self.finish(node, attempt, run.via, Some(last), Ending::default());
+        if let Some(conn) = self.conns.get_mut(&conn) {
             conn.node_open = false;
             conn.ended_at_node = true;
             conn.ended_well = ended_well && !conn.unreliable;
         }
     }
 
-    pub(super) fn cancel_run(&mut self, node: usize, attempt: AttemptId) {
+    /// The same of an attempt on a link, which says apart what is no frame.
+    fn end_by_link(&mut self, node: usize, attempt: AttemptId, run: &Run, last: Last, report_seq: u64) {
+        let (piece, error) = match last {
+            Last::End(i) => {
+                let (mut frame, mut ends) = (Vec::new(), Ends::default());
+                write_frame(&mut frame, Some((&run.log, i)), "end", "{}");
+                ends.push(frame.len());
+                (Some(Piece::new(run.next, frame, ends)), None)
+            }
+            Last::Error(error) => (None, Some(error)),
+        };
+        self.finish(node, attempt, run.via, piece, Ending { error, report_seq });
+    }
+
+    /// Bytes that a token is longer by: on a link now and then more than its turn.
+    fn padding(&mut self, node: usize, via: Via) -> usize {
+        let is_long = matches!(via, Via::Link { .. })
+            && self.plan.links.long_frames > 0
+            && self.linking.u32(..1_000) < self.plan.links.long_frames;
+        if !is_long {
+            return 0;
+        }
+        self.coverage.hit("link: record in parts");
+        if self.linking.u8(..16) == 0 && self.now.as_millis() < self.plan.horizon_ms {
+            // While its parts are joined.
+            let (wait, for_ms) = (self.linking.u64(1..20), self.linking.u64(100..3_000));
+            let cut = LinkFault::Cut { up: true, down: true };
+            let fault = if self.linking.bool() { cut } else { LinkFault::Reset(HeardBy::Both) };
+            self.after_ms(wait, What::Step(Step::Link { node, fault, for_ms }));
+        }
+        self.linking.usize(11_000..90_000)
+    }
+
+    pub(crate) fn cancel_run(&mut self, node: usize, attempt: AttemptId) {
         let error = ErrorBody::new(ErrorCode::Canceled, "canceled").with_cause(EndCause::Canceled);
         self.end_run(node, attempt, Last::Error(error), false);
     }
