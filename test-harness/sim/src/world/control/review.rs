@@ -162,6 +162,7 @@ impl Before {
             Event::LinkEvidence {
                 node_id,
                 evidence: LinkEvidence::CannotConnect(_) | LinkEvidence::Quiet(_),
+                ..
             } => before.dial_failed = Some(node_id.clone()),
             Event::Want { node_id, intent, .. } => before.want = Some((node_id.clone(), *intent)),
             Event::Probed { node_id, outcome: ProbeOutcome::Failed(_), .. } => {

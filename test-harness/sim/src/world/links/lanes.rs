@@ -275,7 +275,7 @@ impl World {
 
     fn tell(&mut self, node: usize, evidence: LinkEvidence) {
         let (life, node_id) = (self.lives, self.node_id(node));
-        let event = Box::new(Event::LinkEvidence { node_id, evidence });
+        let event = Box::new(Event::LinkEvidence { node_id, lane: 0, evidence });
         self.after_ms(0, What::LinkTold { life, event });
     }
 
@@ -439,7 +439,10 @@ impl World {
             self.check(Err(format!("[11] attempts wait for the link of n{node}, which does not come back")));
         }
         if tells {
-            self.after_ms(0, What::LinkTold { life, event: Box::new(Event::Link { node_id, link }) });
+            self.after_ms(
+                0,
+                What::LinkTold { life, event: Box::new(Event::Link { node_id, lane: 0, link }) },
+            );
         }
     }
 }
