@@ -56,8 +56,11 @@ impl Host {
 
     fn run(&self, script: &str) {
         let output = self.command("sh").args(["-ec", script]).output().expect("nsenter (util-linux) runs");
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{script}: {said}(these journeys need root, iproute2 and nftables)");
+        let reported = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.success(),
+            "{script}: {reported}(these journeys need root, iproute2 and nftables)"
+        );
     }
 
     /// Runs it there: all its connections are made from there, and programs that it starts are there too.
