@@ -4,13 +4,13 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::steps::{Failed, cache, output, read, root, run, say};
+use crate::steps::{Failed, cache, read, root, run, say};
 
 /// The file that names the commit.
 const NAMES_IT: &str = "test-harness/e2e-cloud/old-commit";
 const DAEMONS: [&str; 2] = ["orchestratord", "pool-managerd"];
 
-/// Builds what is not there. The programs of another commit go.
+/// Builds what is not there, if the clone has the commit. The programs of another commit go.
 pub(crate) fn build() -> Result<(), Failed> {
     let commit = read(&root().join(NAMES_IT))?.trim().to_owned();
     let folder = cache().join("old");
@@ -19,7 +19,12 @@ pub(crate) fn build() -> Result<(), Failed> {
         return Ok(());
     }
     let _ = std::fs::remove_dir_all(&folder);
-    has(&commit)?;
+    if !has(&commit) {
+        say(&format!(
+            "this clone lacks commit {commit}, which {NAMES_IT} names (it is a shallow one): no older version is put beside this one"
+        ));
+        return Ok(());
+    }
     say(&format!("building the daemons of {commit} into .cache/old, once"));
     let (source, target) = (folder.join("source"), folder.join("target"));
     unpack(&commit, &source)?;
@@ -43,16 +48,10 @@ pub(crate) fn build() -> Result<(), Failed> {
     Ok(())
 }
 
-fn has(commit: &str) -> Result<(), Failed> {
+fn has(commit: &str) -> bool {
     let mut look = Command::new("git");
-    look.args(["cat-file", "-e", &format!("{commit}^{{commit}}")]);
-    output(
-        &mut look,
-        &format!(
-            "this clone lacks commit {commit}, which {NAMES_IT} names: it is a shallow one, run `git fetch --unshallow`"
-        ),
-    )
-    .map(drop)
+    look.current_dir(root()).args(["cat-file", "-e", &format!("{commit}^{{commit}}")]);
+    look.output().is_ok_and(|looked| looked.status.success())
 }
 
 fn unpack(commit: &str, source: &Path) -> Result<(), Failed> {

@@ -1,14 +1,15 @@
 //! The control plane and the nodes as hosts of their own: network namespaces on a switch that loses,
 //! resets or refuses what passes, or loses a port.
 //!
-//! Needs root, iproute2 and nftables. A namespace lives as long as its file is open or a process runs
+//! Needs root, util-linux, iproute2 and nftables ([`is_possible`]). A namespace lives as long as its file is open or a process runs
 //! in it, so that nothing is left behind.
 
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -24,6 +25,25 @@ const REFUSE: &str = "add table inet refuse; \
     add chain inet refuse in { type filter hook input priority 0; }; \
     add rule inet refuse out oifname eth0 tcp flags & rst == 0 reject with tcp reset; \
     add rule inet refuse in iifname eth0 tcp flags & rst == 0 reject with tcp reset";
+
+/// Whether this machine can have such networks. Where it cannot, that is said, and in CI it is a failure.
+pub fn is_possible() -> bool {
+    let is_there = |name: &&str| {
+        let tried = Command::new(name).arg("-V").stdout(Stdio::null()).stderr(Stdio::null()).status();
+        tried.is_ok_and(|status| status.success())
+    };
+    let mut lacks: Vec<&str> =
+        ["ip", "ss", "nft", "nsenter"].into_iter().filter(|name| !is_there(name)).collect();
+    if !std::fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0) {
+        lacks.push("root");
+    }
+    if lacks.is_empty() {
+        return true;
+    }
+    assert!(std::env::var_os("CI").is_none(), "CI must cut networks, and lacks {}", lacks.join(", "));
+    crate::left_out(&format!("nothing is cut: this machine lacks {}", lacks.join(", ")));
+    false
+}
 
 /// A host, by its network namespace.
 #[derive(Debug)]

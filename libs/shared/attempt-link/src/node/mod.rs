@@ -30,7 +30,7 @@ const MAX_OFFERS: usize = 8;
 /// Lanes of a control plane: one for each of its threads.
 const MAX_LANES: u16 = 256;
 /// A lane that brings no POST for so long has no reader. Source: .specs/01 CLOUD-2659.
-const NO_POST: Duration = Duration::from_secs(10);
+const NO_POST: Duration = Duration::from_secs(9);
 /// What runs goes on for so long on a link whose credential does not count any more. Source: .specs/01
 /// CLOUD-2656.
 const CREDENTIAL_GRACE: Duration = Duration::from_secs(60);
