@@ -114,7 +114,7 @@ impl AttemptSink for Feed {
         }
     }
 
-    fn let_go(&self) {
+    fn release(&self) {
         let mut state = self.state.lock();
         if !state.reported.over {
             state.relay.failed("its lane has let it go".into());

@@ -123,7 +123,7 @@ impl Bench {
 
     fn start(&mut self, now: u64, n: u128) -> mpsc::Receiver<Action> {
         let (to, actions) = mpsc::channel(16);
-        self.lanes.start(at(now), &node(), start(n), SinkOfLane::new(Arc::new(Told(to))));
+        self.lanes.start(at(now), &node(), start(n), SinkOfLane::new(Arc::new(Recorder(to))));
         actions
     }
 
@@ -135,9 +135,9 @@ impl Bench {
 
 /// Tells a test what a lane has brought.
 #[derive(Debug)]
-struct Told(mpsc::Sender<Action>);
+struct Recorder(mpsc::Sender<Action>);
 
-impl AttemptSink for Told {
+impl AttemptSink for Recorder {
     fn take(&self, _: Moment, action: Action) -> bool {
         self.0.try_send(action).expect("the test has room for it");
         false
@@ -145,7 +145,7 @@ impl AttemptSink for Told {
 
     fn flush(&self, _: Moment) {}
 
-    fn let_go(&self) {}
+    fn release(&self) {}
 }
 
 fn heard(actions: &mut mpsc::Receiver<Action>) -> Vec<Action> {

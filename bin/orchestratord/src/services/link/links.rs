@@ -30,7 +30,7 @@ pub(crate) trait AttemptSink: std::fmt::Debug + Send + Sync {
     /// Nothing more has arrived for now.
     fn flush(&self, now: Moment);
     /// The lane brings no more.
-    fn let_go(&self);
+    fn release(&self);
 }
 
 /// A lane's hold on a sink, which hears of its end.
@@ -50,7 +50,7 @@ impl SinkOfLane {
 
 impl Drop for SinkOfLane {
     fn drop(&mut self) {
-        self.0.let_go();
+        self.0.release();
     }
 }
 
