@@ -136,7 +136,7 @@ pub const REQUIRED: &[&str] = &[
     "link: start unknown",
     "link: record in parts",
     "link: cut within a record in parts",
-    "link: frames untold",
+    "link: frames unannounced",
     "link: driver stands still",
     "link: orders do not arrive",
     "link: quiet",

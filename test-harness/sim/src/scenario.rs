@@ -291,7 +291,7 @@ mod tests {
             "link: cut within a record in parts",
             "link: node left with its link down",
             "link: node served without",
-            "link: frames untold",
+            "link: frames unannounced",
             "link: driver stands still",
         ];
         assert_eq!(kinds.into_iter().filter(is_missed).collect::<Vec<_>>(), Vec::<&str>::new());

@@ -333,7 +333,7 @@ impl World {
             What::PostEnds { life, node, id, outcome } => self.post_ends(life, node, id, outcome),
             What::LiveAnswered { life, node, boot } => self.live_answered(life, node, boot),
             What::LaneTimer { life, node, armed } => self.lane_timer(life, node, armed),
-            What::LinkTold { life, event } => self.link_told(life, *event),
+            What::LinkSays { life, event } => self.link_says(life, *event),
             What::DoneDue { life, node, boot, attempt } => self.done_due(life, node, boot, attempt),
             What::DeadDue { life, node, n } => self.dead_due(life, node, n),
             What::StuckDue { life, node, boot, attempt } => self.stuck_due(life, node, boot, attempt),

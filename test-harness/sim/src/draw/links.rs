@@ -44,12 +44,13 @@ pub struct LinkDraws {
     /// Of a thousand attempts: those of which a node keeps what was not seen.
     pub unseen: u32,
     /// Of a thousand attempts: those of whose frames their link is not told.
-    pub untold: u32,
+    pub unannounced: u32,
     /// Of a thousand attempts: those whose drivers stand still.
     pub stuck: u32,
 }
 
-/// Draws nothing in half of all schedules. `is_roomy`: no bound of the schedule is near.
+/// Draws nothing in half of all schedules, but for those with so many nodes that their links wait for
+/// each other. `is_roomy`: no bound of the schedule is near.
 pub(super) fn draw(
     seed: u64,
     nodes: &mut [NodePlan],
@@ -59,6 +60,7 @@ pub(super) fn draw(
 ) -> LinkDraws {
     let mut r = fastrand::Rng::with_seed(seed ^ 0x6c69_6e6b);
     let has_all = match r.u8(..4) {
+        _ if nodes.len() > MAX_RESUMING_LINKS => true,
         0 | 1 => return LinkDraws::default(),
         drawn => drawn == 2,
     };
@@ -77,13 +79,13 @@ pub(super) fn draw(
         fault(&mut r, at, node, steps);
     }
     if linked.len() > MAX_RESUMING_LINKS {
-        storm(&mut r, horizon_ms, steps);
+        storm(&mut r, &linked, horizon_ms, steps);
     }
     LinkDraws {
         long_frames: if is_roomy && r.u8(..3) == 0 { r.u32(20..300) } else { 0 },
         large_payloads: if r.u8(..4) == 0 { r.u32(20..200) } else { 0 },
         unseen: [0, 0, 500, 1_000][r.usize(..4)],
-        untold: if r.u8(..6) == 0 { r.u32(20..200) } else { 0 },
+        unannounced: if r.u8(..6) == 0 { r.u32(20..200) } else { 0 },
         stuck: if r.u8(..6) == 0 { r.u32(10..100) } else { 0 },
     }
 }
@@ -110,14 +112,18 @@ fn crowd(r: &mut fastrand::Rng, at: u64, node: usize, steps: &mut Vec<(u64, Step
 }
 
 /// All tasks come together, and all links are cut while they run.
-fn storm(r: &mut fastrand::Rng, horizon_ms: u64, steps: &mut Vec<(u64, Step)>) {
+fn storm(r: &mut fastrand::Rng, linked: &[usize], horizon_ms: u64, steps: &mut Vec<(u64, Step)>) {
     let begins = r.u64(20_000..horizon_ms / 2);
     for (at, step) in steps.iter_mut() {
         if matches!(step, Step::Submit { .. }) {
-            *at = begins + r.u64(..1_000);
+            *at = begins + r.u64(..500);
         }
     }
-    steps.push((begins + 1_500, Step::AllLinks { for_ms: r.u64(2_700..5_000) }));
+    if r.bool() {
+        let reset = |node| Step::Link { node, fault: LinkFault::Reset(HeardBy::Both), for_ms: 0 };
+        return steps.extend(linked.iter().map(|node| (begins + 700, reset(*node))));
+    }
+    steps.push((begins + 700, Step::AllLinks { for_ms: r.u64(2_700..3_400) }));
 }
 
 fn fault(r: &mut fastrand::Rng, at: u64, node: usize, steps: &mut Vec<(u64, Step)>) {

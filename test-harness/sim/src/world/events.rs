@@ -279,7 +279,7 @@ pub(crate) enum What {
         armed: Moment,
     },
     /// What a lane says of its node.
-    LinkTold {
+    LinkSays {
         life: u64,
         event: Box<Event>,
     },

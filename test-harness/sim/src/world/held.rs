@@ -93,8 +93,8 @@ impl World {
         }
         match via {
             Via::Conn(conn) => self.hand_over(node, attempt, conn),
-            Via::Link { .. } if is_frame && self.is_untold(attempt) => {
-                self.coverage.hit("link: frames untold");
+            Via::Link { .. } if is_frame && self.is_unannounced(attempt) => {
+                self.coverage.hit("link: frames unannounced");
             }
             Via::Link { .. } => self.appended_to_link(node, attempt),
         }

@@ -243,7 +243,7 @@ pub(super) fn is_for_control(what: &What) -> bool {
             | What::PostEnds { .. }
             | What::LiveAnswered { .. }
             | What::LaneTimer { .. }
-            | What::LinkTold { .. }
+            | What::LinkSays { .. }
             | What::Heal(Heal::Retire { .. } | Heal::NodeFault { .. })
     )
 }

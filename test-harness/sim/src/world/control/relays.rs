@@ -186,8 +186,11 @@ impl World {
     }
 
     /// What a lane says of its node.
-    pub(crate) fn link_told(&mut self, life: u64, event: Event) {
+    pub(crate) fn link_says(&mut self, life: u64, event: Event) {
         if self.control.as_ref().is_some_and(|control| control.life == life) {
+            if let Event::LinkEvidence { node_id, evidence, .. } = &event {
+                self.note(|_| format!("the link of {node_id} says: {evidence:?}"));
+            }
             self.apply(event);
         }
     }

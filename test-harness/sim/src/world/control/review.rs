@@ -155,9 +155,15 @@ impl Before {
                     _ => {}
                 }
             }
-            Event::Probed { node_id, outcome: ProbeOutcome::Answered { authorized, .. }, .. } => {
-                before.dialled = Some(node_id.clone());
-                before.let_in = *authorized == Some(Ok(()));
+            Event::Probed { node_id, outcome: ProbeOutcome::Answered { live, authorized }, .. } => {
+                let known = control.core.registry().address(node_id);
+                if known.is_some_and(|(_, boot_id)| boot_id != live.boot_id) {
+                    // Another process answers in its place.
+                    before.dial_failed = Some(node_id.clone());
+                } else {
+                    before.dialled = Some(node_id.clone());
+                    before.let_in = *authorized == Some(Ok(()));
+                }
             }
             Event::LinkEvidence {
                 node_id,

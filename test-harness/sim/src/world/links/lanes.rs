@@ -276,7 +276,7 @@ impl World {
     fn tell(&mut self, node: usize, evidence: LinkEvidence) {
         let (life, node_id) = (self.lives, self.node_id(node));
         let event = Box::new(Event::LinkEvidence { node_id, lane: 0, evidence });
-        self.after_ms(0, What::LinkTold { life, event });
+        self.after_ms(0, What::LinkSays { life, event });
     }
 
     /// Returns the node whose turn it is to resume.
@@ -441,7 +441,7 @@ impl World {
         if tells {
             self.after_ms(
                 0,
-                What::LinkTold { life, event: Box::new(Event::Link { node_id, lane: 0, link }) },
+                What::LinkSays { life, event: Box::new(Event::Link { node_id, lane: 0, link }) },
             );
         }
     }

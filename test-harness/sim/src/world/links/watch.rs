@@ -23,7 +23,7 @@ const APART: Duration = Duration::from_secs(4);
 /// What was lost by a trouble is noticed within this after it.
 const NOTICED: Duration = Duration::from_secs(15);
 /// A stop arrives within this.
-const SETTLED: Duration = Duration::from_secs(3);
+const WELL_FOR: Duration = Duration::from_secs(3);
 /// What a node has made is with the control plane within this, also where its link was not told.
 const BROUGHT: Duration = Duration::from_secs(6);
 /// So long a reader may leave its window full.
@@ -97,9 +97,9 @@ impl World {
             && !self.long_stalled()
             && self.nodes[node].stopped == 0
             && self.node_faults[node].0.is_none()
-            && self.watches[node].is_calm(self.now, SETTLED)
+            && self.watches[node].is_calm(self.now, WELL_FOR)
             && self.links[node].is_calm(self.now)
-            && self.up_since(node).is_some_and(|since| self.now > since + SETTLED)
+            && self.up_since(node).is_some_and(|since| self.now > since + WELL_FOR)
     }
 
     pub(super) fn link_connects(&mut self, node: usize) {
@@ -259,9 +259,9 @@ impl World {
     }
 
     /// Whether its link is not told of the attempt's frames.
-    pub(crate) fn is_untold(&self, attempt: AttemptId) -> bool {
+    pub(crate) fn is_unannounced(&self, attempt: AttemptId) -> bool {
         let drawn = u32::try_from(attempt.0.as_u128() % 1_009).unwrap_or(u32::MAX);
-        drawn < self.plan.links.untold
+        drawn < self.plan.links.unannounced
     }
 
     /// [11] A link of which nothing comes any more is noticed, also where nothing says so.
