@@ -152,13 +152,13 @@ async fn metrics(State(node): State<AppState>) -> Response {
         node.agent.running() as f64,
     );
     page.gauge(
-        "llorch_node_held_bytes",
+        "llorch_held_bytes",
         "Memory of attempts' streams that are kept for their readers, bytes.",
         node_id,
         node.agent.held_bytes() as f64,
     );
     page.gauge(
-        "llorch_node_held_attempts",
+        "llorch_held_attempts",
         "Attempts whose streams are kept, running or ended.",
         node_id,
         node.agent.held_attempts() as f64,
@@ -213,7 +213,7 @@ async fn metrics(State(node): State<AppState>) -> Response {
         );
         page.gauge("llorch_gpu_vram_total_bytes", "Memory of the GPU.", labels, gpu.vram_total_bytes as f64);
     }
-    page.edge(node.tokens.refusals(), &node.connections, node_id).log(node_id).render()
+    page.edge(node.tokens.refusals(), &node.connections, node_id).process(node_id).render()
 }
 
 /// What runs on the node.

@@ -118,9 +118,9 @@ async fn round(
         let interrupted = links(cluster, "interrupted").await;
         assert!(interrupted >= 3.0, "{what}: {interrupted} links are interrupted");
         if span < Duration::from_secs(10) {
-            let held = of_nodes(cluster, "llorch_node_held_attempts").await;
+            let held = of_nodes(cluster, "llorch_held_attempts").await;
             assert!(held >= f64::from(TASKS), "{what}: {held} attempts are held");
-            assert!(of_nodes(cluster, "llorch_node_held_bytes").await > held * 512.0, "{what}");
+            assert!(of_nodes(cluster, "llorch_held_bytes").await > held * 512.0, "{what}");
         }
     }
     over.as_mut().await;

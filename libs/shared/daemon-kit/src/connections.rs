@@ -446,7 +446,7 @@ impl Tasks {
     }
 
     fn add_on(&self, thread: &StreamThread, task: impl Future<Output = ()> + Send + 'static) {
-        self.tidied().spawn_on(task, thread.handle());
+        self.tidied().spawn_on(owned_tasks::timed(task), thread.handle());
     }
 
     /// Without those that have ended.

@@ -80,8 +80,15 @@ impl Page {
         self
     }
 
-    /// What the daemon's log has lost. `labels` are those of the daemon.
-    pub fn log(&mut self, labels: &Labels<'_>) -> &mut Self {
+    /// What the process says of itself: its longest turn, and what its log has lost. `labels` are those of
+    /// the daemon.
+    pub fn process(&mut self, labels: &Labels<'_>) -> &mut Self {
+        self.gauge(
+            "llorch_longest_poll_seconds",
+            "CPU time of the longest turn on a thread for streams, of one in 64.",
+            labels,
+            owned_tasks::longest_poll().as_secs_f64(),
+        );
         self.counter(
             "llorch_log_lines_lost_total",
             "Lines of the log that standard error did not take.",

@@ -23,7 +23,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
-pub use crate::threads::{Load, StreamThread, StreamThreads};
+pub use crate::threads::{Load, StreamThread, StreamThreads, longest_poll, timed};
 
 /// Before a loop is started again, by how often it has panicked and has not run well since.
 const PAUSES: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
@@ -89,7 +89,7 @@ pub fn task_on(
     let load = thread.load();
     let work = async move {
         // It is logged, and there is nobody else to tell.
-        let _ = caught(name, work).await;
+        let _ = timed(caught(name, work)).await;
         drop(load);
     };
     tracker.spawn_on(work, thread.handle());

@@ -3,14 +3,53 @@
 
 use std::cell::OnceCell;
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
+use futures::future::poll_fn;
+use nix::time::{ClockId, clock_gettime};
 use tokio::runtime::{Builder, Handle};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 thread_local! {
     static CURRENT: OnceCell<StreamThread> = const { OnceCell::new() };
+}
+
+/// Of so many turns on threads for streams one is timed.
+const TIMED_EVERY: u64 = 64;
+static TURNS: AtomicU64 = AtomicU64::new(0);
+/// Nanoseconds.
+static LONGEST: AtomicU64 = AtomicU64::new(0);
+
+/// The longest of the timed turns on threads for streams since the process began, in CPU time of its
+/// thread: how long others waited for their cores does not count.
+pub fn longest_poll() -> Duration {
+    Duration::from_nanos(LONGEST.load(Ordering::Relaxed))
+}
+
+/// Work whose turns are timed now and then.
+pub async fn timed<T>(work: impl Future<Output = T>) -> T {
+    let mut work = pin!(work);
+    poll_fn(|cx| {
+        if !TURNS.fetch_add(1, Ordering::Relaxed).is_multiple_of(TIMED_EVERY) {
+            return work.as_mut().poll(cx);
+        }
+        let before = cpu_time();
+        let polled = work.as_mut().poll(cx);
+        if let (Some(before), Some(after)) = (before, cpu_time()) {
+            let took = after.saturating_sub(before).as_nanos();
+            LONGEST.fetch_max(u64::try_from(took).unwrap_or(u64::MAX), Ordering::Relaxed);
+        }
+        polled
+    })
+    .await
+}
+
+/// Of this thread.
+fn cpu_time() -> Option<Duration> {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).ok().map(Duration::from)
 }
 
 /// The threads of a daemon. When the last clone goes they end, and what still runs on them with them.
@@ -130,6 +169,24 @@ mod tests {
         assert_eq!(threads.here().index(), 1);
         drop(load);
         assert_eq!((index_on(&first).await, index_on(&second).await), (Some(0), Some(1)));
+    }
+
+    // CLOUD-1961
+    #[tokio::test]
+    async fn a_turn_that_takes_long_is_seen_and_one_that_waits_is_not() {
+        for _ in 0..TIMED_EVERY {
+            timed(async { std::thread::sleep(Duration::from_millis(1)) }).await;
+        }
+        assert!(longest_poll() < Duration::from_millis(50), "{:?}", longest_poll());
+        // Others may take the turns that are timed.
+        for _ in 0..20 * TIMED_EVERY {
+            if longest_poll() >= Duration::from_millis(3) {
+                break;
+            }
+            let begun = cpu_time().unwrap();
+            timed(async { while cpu_time().unwrap() < begun + Duration::from_millis(3) {} }).await;
+        }
+        assert!(longest_poll() >= Duration::from_millis(3), "{:?}", longest_poll());
     }
 
     // CLOUD-1960
