@@ -304,7 +304,8 @@ pub struct ControlLane {
     replace_after: Moment,
     bad_links: u32,
     unknown_tasks: Aged<TaskId>,
-    stalled: bool,
+    /// When it was asked that what has arrived be read.
+    reading: Option<Moment>,
     dropped: u64,
     switched_off: Option<Rule>,
     actions: VecDeque<Action>,
@@ -357,7 +358,7 @@ impl ControlLane {
             replace_after: now,
             bad_links: 0,
             unknown_tasks: Aged::new(MAX_UNKNOWN_TASKS),
-            stalled: false,
+            reading: None,
             dropped: 0,
             switched_off: None,
             actions: VecDeque::new(),
@@ -410,7 +411,7 @@ impl ControlLane {
 
     /// When [`ControlLane::timer`] is to be called. A token does not move it to an earlier moment.
     pub fn next_deadline(&self) -> Moment {
-        if self.stalled {
+        if self.reading.is_some() {
             return Moment::ZERO;
         }
         let posts = self.posts.values().map(Post::deadline).min();
@@ -426,9 +427,13 @@ impl ControlLane {
     /// The moment of [`ControlLane::next_deadline`] has come. Where it has long passed, or the link is to
     /// be silent, nothing is decided before what has arrived meanwhile was read.
     pub fn timer(&mut self, now: Moment) {
-        let is_stalled = now > self.next_deadline() + STALL || self.is_silent(now);
-        if !std::mem::take(&mut self.stalled) && is_stalled && self.enforces(Rule::SocketsFirst) {
-            self.stalled = true;
+        let is_stalled = match self.reading.take() {
+            // It may stand still once more before that was done.
+            Some(asked) => now > asked + STALL,
+            None => now > self.next_deadline() + STALL || self.is_silent(now),
+        };
+        if is_stalled && self.enforces(Rule::SocketsFirst) {
+            self.reading = Some(now);
             self.actions.push_back(Action::ReadSockets);
             return;
         }

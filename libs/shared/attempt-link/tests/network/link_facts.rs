@@ -510,6 +510,11 @@ fn no_link_is_silent_before_its_socket_was_read_however_late_that_is_noticed() {
     lane.take();
     assert!(lane.did(&Action::ReadSockets));
     assert_eq!(lane.lane.state(), LaneState::Up);
+    // It stands still once more, before that was done.
+    lane.now += 8_000;
+    lane.lane.timer(lane.at());
+    lane.take();
+    assert!(lane.did(&Action::ReadSockets));
     lane.receive(1, alive(&[(number, 0)]));
     lane.lane.timer(lane.at());
     lane.take();

@@ -28,6 +28,8 @@ const WELL_FOR: Duration = Duration::from_secs(3);
 const BROUGHT: Duration = Duration::from_secs(6);
 /// So long a reader may leave its window full.
 const WINDOW: Duration = Duration::from_secs(30);
+/// A slot is free so long after the last POST of a control plane that is gone.
+const GONE: Duration = Duration::from_secs(27);
 /// A link is dialled, answered, and what it has missed is there.
 const BACK: Duration = Duration::from_secs(10);
 
@@ -239,7 +241,9 @@ impl World {
         for node in 0..self.nodes.len() {
             let sim = &self.nodes[node];
             let by_link = sim.runs.values().filter(|run| matches!(run.via, Via::Link { .. }));
-            let is_excused = sim.stopped > 0 || self.watches[node].may_lose(self.now);
+            // Its last POST may have been on its way for long.
+            let is_posted = self.now < self.wires[node].posted + GONE;
+            let is_excused = sim.stopped > 0 || is_posted || self.watches[node].may_lose(self.now);
             if by_link.count() > 0 && !is_excused {
                 self.check(Err(format!("[11] n{node} works for a control plane that is gone")));
             }

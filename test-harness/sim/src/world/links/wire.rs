@@ -72,6 +72,8 @@ pub(crate) struct Wire {
     held_down: Vec<What>,
     /// The last POST that came, and the life that sent it.
     last_post: Option<(u64, PostId)>,
+    /// When it came.
+    pub(super) posted: Moment,
 }
 
 impl World {
@@ -374,6 +376,7 @@ impl World {
     }
 
     fn post_arrives(&mut self, node: usize, life: u64, id: PostId, request: PostRequest) {
+        self.wires[node].posted = self.now;
         let before = self.wires[node].last_post.replace((life, id));
         if before.is_some_and(|before| before > (life, id)) {
             self.coverage.hit("link: POST overtaken");
