@@ -117,7 +117,7 @@ impl AttemptSink for Feed {
     fn release(&self) {
         let mut state = self.state.lock();
         if !state.reported.over {
-            state.relay.failed("its lane has let it go".into());
+            state.relay.failed("its lane brings no more".into());
             drop(state);
             self.changed.notify_one();
         }

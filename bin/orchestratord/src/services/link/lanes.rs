@@ -191,10 +191,10 @@ impl Lanes {
     // ---- attempts ----
 
     pub(super) fn start(&mut self, now: Moment, node_id: &NodeId, start: Start, sink: SinkOfLane) {
-        // Without a lane its reader is let go, which ends it.
+        // Without a lane its sink is released, which ends it.
         let Some(entry) = self.entries.get_mut(node_id) else { return };
         let attempt = start.facts.attempt_id;
-        // One that is there already is not begun again, and its reader is let go.
+        // One that is there already is not begun again, and its sink is released.
         if entry.lane.start(now, start).is_ok() {
             entry.readers.insert(attempt, Reader { sink, sent: false, accepted: false });
         }

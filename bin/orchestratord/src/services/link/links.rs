@@ -215,7 +215,7 @@ impl Lane {
         let start = Box::new(start_of(now, dispatch, payload, resume));
         let sink = SinkOfLane::new(Arc::clone(&feed) as Arc<dyn AttemptSink>);
         let order = Order::Start { node_id: self.node_id.clone(), start, sink };
-        // Without its lane it is let go at once.
+        // Without its lane it is released at once.
         let _ = self.orders.send(order);
         LinkedAttempt { lane: self, feed }
     }
