@@ -131,9 +131,11 @@ impl Seen {
     }
 }
 
+/// Waits until so many tasks are with their engines: one that is on its way there is dispatched too.
 async fn running(cluster: &Cluster, tasks: u32) {
     eventually("all tasks run", Duration::from_secs(20), || async {
-        (metric(&cluster.client, "llorch_attempts_running").await? >= f64::from(tasks)).then_some(())
+        let dispatched = metric(&cluster.client, "llorch_attempts_running").await? >= f64::from(tasks);
+        (dispatched && busy(cluster).await >= u64::from(tasks)).then_some(())
     })
     .await;
 }
