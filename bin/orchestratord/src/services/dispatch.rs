@@ -9,6 +9,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use attempt_link::control::Lost;
 use daemon_kit::Clock;
 use futures::FutureExt;
 use owned_tasks::StreamThreads;
@@ -20,7 +21,7 @@ use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::services::control::Control;
-use crate::services::feed::{Feed, NOT_IN_TIME};
+use crate::services::feed::Feed;
 use crate::services::link::{Exchange, LinkError, NodeLink, Piece, Taken};
 use crate::services::streams::{Streams, TaskStream};
 
@@ -148,7 +149,7 @@ impl Carrier {
             if let Some(end) = self.act().await {
                 return end;
             }
-            if self.feed.take_never_sent()
+            if self.feed.never_sent()
                 && let Some(end) = self.go_without(link).await
             {
                 return end;
@@ -211,7 +212,7 @@ impl Carrier {
     async fn go_without(&mut self, link: &NodeLink) -> Option<End> {
         let node_id = &self.dispatch.pool.node_id;
         if link.links().is_some_and(|links| links.lane(node_id, self.dispatch.attempt).is_some()) {
-            let how = HowEnded::NeverSent(NOT_IN_TIME.into());
+            let how = HowEnded::NeverSent(Lost::NotResumed.as_str().into());
             self.feed.relay(|relay| relay.not_accepted(how));
             return self.act().await;
         }

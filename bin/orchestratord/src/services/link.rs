@@ -30,7 +30,7 @@ use pool_registry_types::routes::{self, headers};
 use pool_registry_types::task::Resume;
 use pool_registry_types::{ErrorBody, ErrorCode, LifeId, PoolId, ReplicaId, TraceContext};
 use task_scheduler::{Denied, Dispatch, HowEnded, ProbeOutcome};
-use task_stream::Payload;
+use task_stream::{Payload, denial};
 use uuid::Uuid;
 
 use crate::services::attempt_body::AttemptBody;
@@ -168,7 +168,7 @@ impl NodeLink {
                 report_seq: inference.report_seq,
                 exchange: Exchange::Local(inference.reader),
             }),
-            Err(error) => Err(refusal(error.code.http_status(), Some(error))),
+            Err(error) => Err(HowEnded::refused(error)),
         }
     }
 
@@ -339,7 +339,7 @@ impl HttpLink {
             // The status says the most: what stalls after it is not waited for.
             let body = tokio::time::timeout(ERROR_BODY_TIMEOUT, limited.collect()).await;
             let bytes = body.ok().and_then(Result::ok).map(|body| body.to_bytes()).unwrap_or_default();
-            return Err(refusal(status.as_u16(), serde_json::from_slice(&bytes).ok()));
+            return Err(HowEnded::answered(status.as_u16(), serde_json::from_slice(&bytes).ok()));
         }
         let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
         let report_seq = text(headers::REPORT_SEQ).and_then(|seq| seq.parse().ok());
@@ -443,37 +443,6 @@ impl Unprobed {
     }
 }
 
-/// What a node's refusal means for the attempt, by its HTTP status; `error` is what it says itself.
-pub(crate) fn refusal(status: u16, error: Option<ErrorBody>) -> HowEnded {
-    let says = |code| {
-        let message = format!("the node answered HTTP {status} without an error body");
-        error.clone().unwrap_or_else(|| ErrorBody::new(code, message))
-    };
-    // A newer node's own reason: it did not take the attempt, and says that another time it may.
-    let newer = error.as_ref().is_some_and(|error| error.code == ErrorCode::Unknown && error.retriable);
-    match status {
-        401 | 403 | 404 => HowEnded::Denied(denial(status, error.as_ref())),
-        409 | 429 | 503 => HowEnded::Refused(says(ErrorCode::PoolUnready)),
-        _ if newer => HowEnded::Refused(says(ErrorCode::Unknown)),
-        413 => HowEnded::Rejected(says(ErrorCode::PayloadTooLarge)),
-        400 => HowEnded::Rejected(says(ErrorCode::InvalidParams)),
-        // Without a body of ours something else answers there, and knows nothing of the request.
-        401..=499 if error.is_some() => HowEnded::Rejected(says(ErrorCode::InvalidParams)),
-        _ => HowEnded::NodeFailed(format!("the node failed: {}", says(ErrorCode::Internal))),
-    }
-}
-
-/// What a node says that does not let us in.
-pub(crate) fn denial(status: u16, error: Option<&ErrorBody>) -> String {
-    let why = match status {
-        401 | 403 => "it does not take the control plane's token",
-        404 => "it has no such route",
-        _ => "it does not say whether it lets the control plane in",
-    };
-    let code = error.map(|error| format!(", {}", error.code)).unwrap_or_default();
-    format!("it answers HTTP {status}{code}: {why}")
-}
-
 /// The connection was never made.
 fn not_sent(error: &hyper_util::client::legacy::Error) -> HowEnded {
     let reason = tls::explain(error);
@@ -526,49 +495,6 @@ mod tests {
             assert_eq!(call.headers()["x-correlation-id"], "c-1");
             assert!(!call.headers().contains_key(header::AUTHORIZATION));
         }
-    }
-
-    // CLOUD-1109
-    #[test]
-    fn a_newer_nodes_refusal_is_understood_by_its_status_and_whether_it_may_be_tried_again() {
-        let reported = |retriable: bool| {
-            let body = format!(r#"{{"code":"PAGED_OUT","message":"not now","retriable":{retriable}}}"#);
-            serde_json::from_str::<ErrorBody>(&body).unwrap()
-        };
-        let free = [(409, false), (429, false), (503, false), (418, true), (500, true)];
-        for (status, retriable) in free {
-            let ended = refusal(status, Some(reported(retriable)));
-            assert_eq!(ended, HowEnded::Refused(reported(retriable)), "{status} {retriable}");
-        }
-        for status in [400, 418] {
-            let ended = refusal(status, Some(reported(false)));
-            assert!(matches!(&ended, HowEnded::Rejected(body) if body.message == "not now"), "{ended:?}");
-        }
-        let failed = refusal(500, Some(reported(false)));
-        assert!(matches!(&failed, HowEnded::NodeFailed(reason) if reason.contains("not now")), "{failed:?}");
-    }
-
-    // CLOUD-1314
-    // CLOUD-1315
-    // CLOUD-1550
-    // CLOUD-1551
-    #[test]
-    fn what_a_node_answers_before_it_takes_an_attempt_is_judged_by_its_status() {
-        let kind = |status: u16| match refusal(status, None) {
-            HowEnded::Denied(reason) => {
-                assert!(reason.contains(&status.to_string()), "{reason}");
-                "denied"
-            }
-            HowEnded::Refused(_) => "refused",
-            HowEnded::Rejected(_) => "rejected",
-            HowEnded::NodeFailed(_) => "failed",
-            other => panic!("{status} is {other:?}"),
-        };
-        assert_eq!([401, 403, 404].map(kind), ["denied"; 3]);
-        assert_eq!([409, 429, 503].map(kind), ["refused"; 3]);
-        assert_eq!([400, 413].map(kind), ["rejected"; 2]);
-        // Something that is no node answers there.
-        assert_eq!([405, 407, 451, 500, 502, 504].map(kind), ["failed"; 6]);
     }
 
     // CLOUD-1316

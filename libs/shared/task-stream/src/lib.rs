@@ -18,7 +18,7 @@ mod staged;
 mod token_ids;
 mod watch;
 
-pub use end::HowEnded;
+pub use end::{HowEnded, denial};
 pub use log::{AppendError, Fence, MAX_LOG_BYTES, Read, Segment, TaskLog};
 pub use payload::{Payload, PayloadFormat};
 pub use relay::{Action, Assignment, Relay};

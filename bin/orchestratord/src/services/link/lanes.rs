@@ -11,13 +11,14 @@ use std::time::Duration;
 
 use attempt_link::ResumeGate;
 use attempt_link::control::{
-    Action, ConnectionEnd, ControlLane, Interrupted, LaneState, PostId, PostOutcome, PostRequest,
+    Action, ConnectionEnd, ControlLane, LaneState, PostId, PostOutcome, PostRequest,
 };
 use attempt_link::wire::{LinkQuery, Start};
 use bytes::Bytes;
 use pool_registry_types::view::{LinkState, LinkView};
 use pool_registry_types::{AttemptId, BootId, LifeId, Moment, NodeId};
 use task_scheduler::{Event, LinkEvidence};
+use task_stream::denial;
 
 use super::links::{AttemptSink, LinkTable, SinkOfLane};
 
@@ -338,7 +339,7 @@ impl Lanes {
     /// Returns the node whose turn it is to resume, where one's was over.
     fn act(&mut self, now: Moment, node_id: &NodeId, action: Action) -> Option<NodeId> {
         let entry = self.entries.get_mut(node_id)?;
-        if let Some((attempt, is_last)) = attempt_of(&action) {
+        if let Some((attempt, is_last)) = action.attempt() {
             entry.deliver(now, attempt, is_last, action);
             return None;
         }
@@ -365,7 +366,7 @@ impl Lanes {
             Action::ReadSockets => entry.reads_until = now + READ_AFTER_STALL,
             Action::Connected => (entry.short_dial, entry.lives) = (false, false),
             Action::Interrupted { reason } => {
-                (entry.why, entry.short_dial) = (why(reason), false);
+                (entry.why, entry.short_dial) = (reason.as_str(), false);
                 tracing::warn!(%node_id, reason = entry.why, "a link is interrupted");
             }
             Action::MoveQuiet => self.move_quiet(now, &node_id),
@@ -421,7 +422,7 @@ impl Lanes {
                 entry.lane.cancel(now, attempt);
             }
         }
-        self.tell(node_id, LinkEvidence::Denied(super::denial(status, None)));
+        self.tell(node_id, LinkEvidence::Denied(denial(status, None)));
     }
 
     /// A POST was not taken. Whether the node lets us in shows the dial that follows: the link may only
@@ -511,38 +512,6 @@ impl Entry {
         for sink in self.dirty.drain(..) {
             sink.flush(now);
         }
-    }
-}
-
-fn why(reason: Interrupted) -> &'static str {
-    match reason {
-        Interrupted::Broken => "its connection broke",
-        Interrupted::Silent => "nothing came on it",
-        Interrupted::BadRecord => "it brought something that cannot be read",
-        Interrupted::Stale => "the node does not know it any more",
-        Interrupted::Credential => "its credential does not count any more",
-    }
-}
-
-/// The attempt that the action is about, and whether nothing more comes of it.
-fn attempt_of(action: &Action) -> Option<(AttemptId, bool)> {
-    match action {
-        Action::Sent { attempt }
-        | Action::Accepted { attempt, .. }
-        | Action::Restart { attempt, .. }
-        | Action::Resumed { attempt }
-        | Action::Head { attempt, .. }
-        | Action::Frames { attempt, .. }
-        | Action::TokenIds { attempt, .. }
-        | Action::Error { attempt, .. }
-        | Action::Silent { attempt } => Some((*attempt, false)),
-        Action::Refused { attempt, .. }
-        | Action::Ended { attempt, .. }
-        | Action::NeverSent { attempt }
-        | Action::Unknown { attempt, .. }
-        | Action::Gone { attempt }
-        | Action::Lost { attempt, .. } => Some((*attempt, true)),
-        _ => None,
     }
 }
 

@@ -11,6 +11,7 @@ mod attempts;
 mod dials;
 mod link;
 mod posts;
+mod relayed;
 mod stops;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -26,6 +27,7 @@ use crate::wire::{ControlAnswer, ControlBody, LifeId, LinkQuery};
 pub use attempts::DuplicateStart;
 pub use dials::ConnectionEnd;
 pub use posts::{PostId, PostOutcome, PostRequest};
+pub use relayed::Relayed;
 
 use attempts::Attempt;
 use dials::Dial;
@@ -218,6 +220,30 @@ pub enum Action {
     ReadSockets,
 }
 
+impl Action {
+    /// The attempt that it is about, and whether nothing more comes of that.
+    pub fn attempt(&self) -> Option<(AttemptId, bool)> {
+        match self {
+            Self::Sent { attempt }
+            | Self::Accepted { attempt, .. }
+            | Self::Restart { attempt, .. }
+            | Self::Resumed { attempt }
+            | Self::Head { attempt, .. }
+            | Self::Frames { attempt, .. }
+            | Self::TokenIds { attempt, .. }
+            | Self::Error { attempt, .. }
+            | Self::Silent { attempt } => Some((*attempt, false)),
+            Self::Refused { attempt, .. }
+            | Self::Ended { attempt, .. }
+            | Self::NeverSent { attempt }
+            | Self::Unknown { attempt, .. }
+            | Self::Gone { attempt }
+            | Self::Lost { attempt, .. } => Some((*attempt, true)),
+            _ => None,
+        }
+    }
+}
+
 /// Why an attempt is lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lost {
@@ -232,6 +258,19 @@ pub enum Lost {
     Closed,
 }
 
+impl Lost {
+    /// For people.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::NotResumed => "its link was not up in time",
+            Self::OtherBoot => "the node has restarted",
+            Self::Left => "the node has left",
+            Self::Unusable => "its link brings nothing that can be used",
+            Self::Closed => "its link is closed",
+        }
+    }
+}
+
 /// Why a link was interrupted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Interrupted {
@@ -241,6 +280,19 @@ pub enum Interrupted {
     /// The node does not know it any more.
     Stale,
     Credential,
+}
+
+impl Interrupted {
+    /// For people.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Broken => "its connection broke",
+            Self::Silent => "nothing came on it",
+            Self::BadRecord => "it brought something that cannot be read",
+            Self::Stale => "the node does not know it any more",
+            Self::Credential => "its credential does not count any more",
+        }
+    }
 }
 
 /// How a lane stands, for views and metrics.

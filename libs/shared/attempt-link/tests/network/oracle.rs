@@ -55,23 +55,7 @@ impl World {
             Action::Silent { .. } => Some(Over::Silent),
             _ => None,
         };
-        let attempt = match &action {
-            Action::Accepted { attempt, .. }
-            | Action::Refused { attempt, .. }
-            | Action::Restart { attempt, .. }
-            | Action::Resumed { attempt }
-            | Action::Head { attempt, .. }
-            | Action::Frames { attempt, .. }
-            | Action::TokenIds { attempt, .. }
-            | Action::Error { attempt, .. }
-            | Action::Ended { attempt, .. }
-            | Action::NeverSent { attempt }
-            | Action::Unknown { attempt, .. }
-            | Action::Gone { attempt }
-            | Action::Lost { attempt, .. }
-            | Action::Silent { attempt } => *attempt,
-            other => panic!("{other:?} is no relay's"),
-        };
+        let Some((attempt, _)) = action.attempt() else { panic!("{action:?} is no relay's") };
         let reader = self.readers.get_mut(&attempt).expect("it was started");
         if reader.over == Some(Over::Cancelled) {
             assert_eq!(over, Some(Over::NeverSent), "something comes of a cancelled attempt: {action:?}");

@@ -162,16 +162,16 @@ impl World {
             return;
         }
         for action in heard {
-            if let Some(why) = linked.hear(now, &mut relay.relay, action) {
+            if let Some(why) = linked.relayed.hear(now, &mut relay.relay, action) {
                 wrong = Err(format!("[11] {attempt}: {why}"));
             }
         }
-        relay.accepted = linked.accepted;
+        relay.accepted = linked.relayed.is_accepted();
         self.check(wrong);
         self.flush(attempt);
         let relay = self.control.as_mut().and_then(|control| control.relays.get_mut(&attempt));
         let Some(Relay { node_id, via: Via::Link(linked), .. }) = relay else { return };
-        if !std::mem::take(&mut linked.never_sent) {
+        if !linked.relayed.never_sent() {
             return;
         }
         let (node, dispatch) = (number_of(node_id), (*linked.dispatch).clone());
@@ -365,9 +365,15 @@ impl World {
             Via::Conn(conn) if is_the_nodes_own => self.done(*conn),
             Via::Conn(_) => {}
             Via::Link(linked) => {
-                let kept = self.link_attempt_ends(node, attempt, linked.accepted, &how, fence.tokens_written);
+                let kept = self.link_attempt_ends(
+                    node,
+                    attempt,
+                    linked.relayed.is_accepted(),
+                    &how,
+                    fence.tokens_written,
+                );
                 self.check(kept);
-                if linked.ended {
+                if linked.relayed.has_ended() {
                     self.link_is_done(node, attempt);
                 }
             }

@@ -5,9 +5,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use attempt_link::ResumeGate;
-use attempt_link::control::{
-    Action, ConnectionEnd, ControlLane, Interrupted, LaneState, PostId, PostOutcome,
-};
+use attempt_link::control::{Action, ConnectionEnd, ControlLane, LaneState, PostId, PostOutcome};
 use attempt_link::wire::Start;
 use bytes::Bytes;
 use pool_registry_types::node::{LINK_FEATURE, RegisterRequest};
@@ -282,7 +280,7 @@ impl World {
     /// Returns the node whose turn it is to resume.
     fn lane_action(&mut self, node: usize, action: Action) -> Option<usize> {
         let now = self.now;
-        if let Some((attempt, is_last)) = attempt_of(&action) {
+        if let Some((attempt, is_last)) = action.attempt() {
             self.deliver(node, attempt, is_last, action);
             return None;
         }
@@ -320,8 +318,8 @@ impl World {
             }
             Action::Interrupted { reason } => {
                 let entry = self.lane(node)?;
-                (entry.why, entry.short_dial) = (why(reason), false);
-                self.note(|_| format!("the link of n{node} is interrupted: {}", why(reason)));
+                (entry.why, entry.short_dial) = (reason.as_str(), false);
+                self.note(|_| format!("the link of n{node} is interrupted: {}", reason.as_str()));
                 self.link_interrupted(node, reason);
             }
             Action::MoveQuiet => self.lane_moves_quiet(node),
@@ -456,37 +454,5 @@ impl LaneEntry {
             LaneState::None => (LinkState::None, self.none),
         };
         LinkView { state, reason: reason.map(str::to_owned) }
-    }
-}
-
-fn why(reason: Interrupted) -> &'static str {
-    match reason {
-        Interrupted::Broken => "its connection broke",
-        Interrupted::Silent => "nothing came on it",
-        Interrupted::BadRecord => "it brought something that cannot be read",
-        Interrupted::Stale => "the node does not know it any more",
-        Interrupted::Credential => "its credential does not count any more",
-    }
-}
-
-/// The attempt that the action is about, and whether nothing more comes of it.
-fn attempt_of(action: &Action) -> Option<(AttemptId, bool)> {
-    match action {
-        Action::Sent { attempt }
-        | Action::Accepted { attempt, .. }
-        | Action::Restart { attempt, .. }
-        | Action::Resumed { attempt }
-        | Action::Head { attempt, .. }
-        | Action::Frames { attempt, .. }
-        | Action::TokenIds { attempt, .. }
-        | Action::Error { attempt, .. }
-        | Action::Silent { attempt } => Some((*attempt, false)),
-        Action::Refused { attempt, .. }
-        | Action::Ended { attempt, .. }
-        | Action::NeverSent { attempt }
-        | Action::Unknown { attempt, .. }
-        | Action::Gone { attempt }
-        | Action::Lost { attempt, .. } => Some((*attempt, true)),
-        _ => None,
     }
 }
