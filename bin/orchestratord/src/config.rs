@@ -271,7 +271,7 @@ fn origins(list: &str) -> Result<Vec<HeaderValue>, ConfigError> {
     list.split(',').map(str::trim).filter(|text| !text.is_empty()).map(origin).collect()
 }
 
-/// One carries what some fifty GPUs make, and tokens that share a thread share its turns.
+/// One carries some 30,000 tokens a second that come one by one, and those that share it share its turns.
 fn default_stream_threads() -> usize {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     (cores / 2).clamp(1, 4)
