@@ -28,6 +28,7 @@ fn fleet(pools: u32) -> (PoolIndex, ModelRef) {
             vram_free_bytes: Some(u64::from(n) << 20),
             load_estimate_ms: None,
             fits_now: true,
+            passes_on: true,
         });
     }
     (index, model)

@@ -48,6 +48,8 @@ pub struct Candidate {
     pub load_estimate_ms: Option<u64>,
     /// Bytes that an engine of it takes and that are free already.
     pub fits_now: bool,
+    /// Its node passes bodies on to engines as they come.
+    pub passes_on: bool,
 }
 
 impl Candidate {
@@ -57,7 +59,7 @@ impl Candidate {
 
     /// Whether both may take the same tasks, how busy they are and what memory is free left out.
     pub(crate) fn takes_the_same(&self, other: &Self) -> bool {
-        let of = |c: &Self| (c.availability == Availability::Placeable, c.engine, c.ctx_max);
+        let of = |c: &Self| (c.availability == Availability::Placeable, c.engine, c.ctx_max, c.passes_on);
         of(self) == of(other)
             && self.models == other.models
             && self.device_mask == other.device_mask

@@ -453,6 +453,14 @@ impl PoolIndex {
         self.by_model.get(model)
     }
 
+    /// Whether the node of any pool of the model, however that stands, passes bodies on as they come.
+    /// Nothing where there is no such pool.
+    pub fn passes_on(&self, model: &ModelRef) -> Option<bool> {
+        let mut pools = self.all_of(model).peekable();
+        pools.peek()?;
+        Some(pools.any(|pool| pool.passes_on))
+    }
+
     /// The pools of the model, however they stand.
     pub(crate) fn all_of(&self, model: &ModelRef) -> impl Iterator<Item = &Candidate> {
         let keys = self.by_model.get(model).into_iter().flat_map(|pools| &pools.all);

@@ -19,6 +19,8 @@ pub struct TaskShape<'a> {
     pub model: &'a ModelRef,
     /// The engines that can do what it asks.
     pub engines: EngineSet,
+    /// Its body is passed on as it came, which not every node does.
+    pub passes_on: bool,
     /// Tokens that the pool's context must hold.
     pub ctx: Option<u32>,
     pub constraints: Option<&'a PlacementConstraints>,
@@ -43,6 +45,7 @@ impl<'a> TaskShape<'a> {
         Self {
             model,
             engines: EngineSet::ALL,
+            passes_on: false,
             ctx: None,
             constraints: None,
             warm: None,
@@ -63,6 +66,7 @@ pub(crate) fn fits(candidate: &Candidate, shape: &TaskShape<'_>) -> bool {
 /// What the task must have and the pool has not, whatever its availability and its slots.
 pub(crate) fn misfit(candidate: &Candidate, shape: &TaskShape<'_>) -> Option<Refusal> {
     let able = candidate.engine.is_some_and(|engine| shape.engines.contains(engine));
+    let able = able && (candidate.passes_on || !shape.passes_on);
     if !able || shape.lacking.contains(&candidate.key) {
         return Some(Refusal::EngineDiffers);
     }

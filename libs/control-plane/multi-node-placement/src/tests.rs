@@ -36,6 +36,7 @@ fn pool(node: &str, busy: u32, total: u32) -> Candidate {
         vram_free_bytes: None,
         load_estimate_ms: None,
         fits_now: true,
+        passes_on: true,
     }
 }
 
@@ -117,6 +118,20 @@ fn a_tried_pool_waits_for_an_untried_one_even_a_full_one() {
     let tried = [key("a", "pool-0")];
     let index = index([pool("a", 0, 4), pool("b", 4, 4)]);
     assert_eq!(choose(&index, &shape(&m, &tried)), Err(NoPlacement::Full));
+}
+
+// CLOUD-2847
+#[test]
+fn a_body_that_is_passed_on_goes_to_nodes_that_do_so() {
+    let m = model("m");
+    let older = Candidate { passes_on: false, ..pool("a", 0, 4) };
+    let passes = TaskShape { passes_on: true, ..shape(&m, &[]) };
+    let of_older = index([older.clone()]);
+    assert_eq!(node_for(&of_older, &passes), Err(NoPlacement::NoPool));
+    assert_eq!((of_older.passes_on(&m), of_older.passes_on(&model("other"))), (Some(false), None));
+    let both = index([older, pool("b", 3, 4)]);
+    assert_eq!((node_for(&both, &passes), both.passes_on(&m)), (Ok("b".into()), Some(true)));
+    assert_eq!(node_for(&both, &shape(&m, &[])), Ok("a".into()));
 }
 
 // CLOUD-1709
@@ -322,6 +337,7 @@ fn any_candidate() -> impl proptest::strategy::Strategy<Value = Candidate> {
                 vram_free_bytes: vram,
                 load_estimate_ms: None,
                 fits_now: true,
+                passes_on: true,
             }
         })
 }

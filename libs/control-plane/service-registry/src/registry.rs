@@ -94,6 +94,8 @@ pub struct PoolFacts<'r> {
     pub held: bool,
     /// A breaker, its own or its node's, lets nothing through.
     pub tripped: bool,
+    /// Its node passes bodies on to engines as they come.
+    pub passes_on: bool,
 }
 
 /// All nodes and all reservations.

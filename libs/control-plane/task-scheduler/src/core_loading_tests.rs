@@ -167,3 +167,38 @@ fn followers_are_told_how_far_the_preparation_of_a_pool_has_come() {
     });
     assert_eq!(reported.collect::<Vec<_>>(), [Some("1 of 9 MiB"), Some("8 of 9 MiB"), None]);
 }
+
+// CLOUD-2847
+#[test]
+fn a_body_that_is_passed_on_is_refused_where_nodes_are_older_and_placed_where_one_is_not() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.advance_to(TIMEOUT_MS + 1);
+    b.report("a", 2, report(2, &[]));
+    let passes = TaskSpec { passes_on: true, ..task() };
+    assert_eq!(b.submit(passes.clone()).1.unwrap_err().code, ErrorCode::Unsupported);
+    let reply = b.reply();
+    let request = RegisterRequest { features: vec!["openai".into()], ..register("b") };
+    b.apply(Event::Register { reply, request });
+    b.report("b", 1, report(1, &[]));
+    b.submit(passes).1.unwrap();
+    assert_eq!(b.last_dispatch().pool.node_id.as_str(), "b");
+}
+
+// CLOUD-2843
+#[test]
+fn a_session_of_a_body_that_is_passed_on_has_no_bounds_and_is_warm_all_the_same() {
+    let mut b = Bench::new();
+    let reply = b.reply();
+    b.apply(Event::Register {
+        reply,
+        request: RegisterRequest { features: vec!["openai".into()], ..register("a") },
+    });
+    b.report("a", 1, report(2, &[]));
+    let session = Some(SessionId(Uuid::from_u128(7)));
+    for n in 0..20 {
+        b.submit(TaskSpec { passes_on: true, session_id: session, ..task() }).1.unwrap();
+        assert_eq!(b.last_dispatch().warm_replica.is_some(), n > 0, "{n}");
+        b.serve(n, 1, 1, 1);
+    }
+}

@@ -297,6 +297,7 @@ fn task() -> TaskSpec {
         model_ref: ModelRef::new("m").unwrap(),
         engines: EngineKind::ALL.into_iter().collect(),
         lacking: Vec::new(),
+        passes_on: false,
         ctx: None,
         priority: Priority::Interactive,
         placement: None,

@@ -21,6 +21,7 @@ use task_stream::TaskSpec;
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Ask {
     engines: EngineSet,
+    passes_on: bool,
     ctx: Option<u32>,
     constraints: Option<PlacementConstraints>,
     /// Pools that have failed it for free, and those that cannot do what it asks.
@@ -38,6 +39,7 @@ impl Ask {
     ) -> Self {
         Self {
             engines: spec.engines,
+            passes_on: spec.passes_on,
             ctx: spec.ctx,
             constraints: spec.placement.clone().filter(|_| with_constraints),
             tried: tried.to_vec(),
@@ -48,6 +50,7 @@ impl Ask {
     fn shape<'a>(&'a self, model: &'a ModelRef) -> TaskShape<'a> {
         TaskShape {
             engines: self.engines,
+            passes_on: self.passes_on,
             ctx: self.ctx,
             constraints: self.constraints.as_ref(),
             tried: &self.tried,
@@ -275,12 +278,14 @@ mod tests {
             vram_free_bytes: None,
             load_estimate_ms: None,
             fits_now: true,
+            passes_on: false,
         }
     }
 
     fn ask(ctx: u32) -> Ask {
         Ask {
             engines: EngineSet::ALL,
+            passes_on: false,
             ctx: Some(ctx),
             constraints: None,
             tried: Vec::new(),

@@ -149,6 +149,19 @@ impl Sessions {
         Ok(allowed)
     }
 
+    /// Takes a task into its session for the sake of where that is warm: nothing is held of its budgets,
+    /// no turn is counted, and where there is no room for another session the task goes without.
+    pub(crate) fn join(&mut self, now: Moment, id: SessionId, task: TaskId) {
+        if !self.sessions.contains_key(&id) && self.make_room().is_err() {
+            return;
+        }
+        self.changed.insert(id);
+        let session = self.sessions.entry(id).or_insert_with(|| Session::new(now));
+        self.idle.remove(&(session.last_used, id));
+        session.last_used = now;
+        session.open.insert(task, Open::default());
+    }
+
     fn make_room(&mut self) -> Result<(), ErrorBody> {
         if self.sessions.len() < MAX_SESSIONS {
             return Ok(());

@@ -35,6 +35,8 @@ pub enum Intent {
 
 /// Of [`RegisterRequest::features`]: the node has a link (`GET /v2/link`).
 pub const LINK_FEATURE: &str = "link";
+/// The node passes the bodies of clients on to its engines as they come, and their answers back.
+pub const OPENAI_FEATURE: &str = "openai";
 
 /// `POST /v2/nodes/register`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]

@@ -25,6 +25,9 @@ pub struct TaskSpec {
     /// What other kinds cannot do of it, whether or not it rules them out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lacking: Vec<Lacking>,
+    /// Its body goes to the engine as it came, which not every node does.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub passes_on: bool,
     /// Tokens that a pool's context must hold.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ctx: Option<u32>,
@@ -66,6 +69,10 @@ pub struct TaskSpec {
     pub digest: BodyDigest,
 }
 
+fn is_false(value: &bool) -> bool {
+    !*value
+}
+
 /// What engines of a kind cannot do of a task.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lacking {
@@ -98,6 +105,7 @@ impl TaskSpec {
             model_ref: request.model_ref.clone(),
             engines: request.engines(),
             lacking: EngineKind::ALL.into_iter().filter_map(lacks).collect(),
+            passes_on: false,
             ctx: request.ctx,
             priority: request.priority,
             placement: request.placement.clone(),

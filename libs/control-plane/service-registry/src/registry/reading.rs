@@ -1,5 +1,7 @@
 //! What placement, people and metrics see.
 
+use pool_registry_types::node::OPENAI_FEATURE;
+
 use super::*;
 
 impl ServiceRegistry {
@@ -82,6 +84,7 @@ impl ServiceRegistry {
             slots_busy: book.slots_busy(self.enforces(Rule::UnionOfReservations)),
             held: book.held_until.is_some(),
             tripped: node.breaker.blocks() || book.breaker.blocks(),
+            passes_on: node.request.features.iter().any(|feature| feature == OPENAI_FEATURE),
         }
     }
 

@@ -394,6 +394,7 @@ impl Synced {
                 vram_free_bytes: facts.report.vram_free_bytes,
                 load_estimate_ms: supervised.and_then(|own| own.load_estimate_ms),
                 fits_now: fits_now(facts),
+                passes_on: facts.passes_on,
             },
         }
     }
@@ -414,6 +415,7 @@ impl Synced {
             vram_free_bytes,
             load_estimate_ms,
             fits_now: fits,
+            passes_on,
         } = &self.candidate;
         let (report, supervised) = (facts.report, facts.report.supervised.as_ref());
         *stands == availability(facts)
@@ -421,7 +423,7 @@ impl Synced {
             && (*engine, *ctx_max, *vram_free_bytes)
                 == (report.engine, report.ctx_max, report.vram_free_bytes)
             && *load_estimate_ms == supervised.and_then(|own| own.load_estimate_ms)
-            && *fits == fits_now(facts)
+            && (*fits, *passes_on) == (fits_now(facts), facts.passes_on)
             && *models == report.models
             && *device_mask == report.device_mask
             && labels == facts.labels

@@ -74,6 +74,7 @@ impl ControlCore {
         let warm = session.filter(|_| spec.kv_hint == KvHint::Reuse);
         TaskShape {
             engines: spec.engines,
+            passes_on: spec.passes_on,
             ctx: spec.ctx,
             constraints: spec.placement.as_ref().filter(|_| self.enforces(Rule::PinsHold)),
             warm: warm.and_then(|session| self.sessions.warm_replica(session)).map(|place| &place.pool),
@@ -222,5 +223,5 @@ impl ControlCore {
 
 /// Whether two tasks that failed on no pool yet have the same eligible ones.
 pub(super) fn asks_for_the_same(a: &TaskSpec, b: &TaskSpec) -> bool {
-    a.engines == b.engines && a.ctx == b.ctx && a.placement == b.placement
+    a.engines == b.engines && a.passes_on == b.passes_on && a.ctx == b.ctx && a.placement == b.placement
 }

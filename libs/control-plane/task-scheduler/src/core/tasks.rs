@@ -28,6 +28,11 @@ impl ControlCore {
         }
         let admitted = self.admissible(now, &spec).and_then(|dropped| {
             let allowed = match spec.session_id {
+                // To its client a session is a preference, which no budget comes with.
+                Some(session) if spec.passes_on => {
+                    self.sessions.join(now, session, id);
+                    None
+                }
                 // Only a completion makes tokens, and knows a bound of them.
                 Some(session) if spec.workload == Workload::Completion => {
                     self.sessions.admit(now, session, id, spec.max_tokens)?
@@ -164,7 +169,15 @@ impl ControlCore {
     /// What every engine of the model lacks for the task: it would wait for nothing. While nodes may
     /// still come back, nothing is known of what they lack.
     fn engine_refusal(&self, now: Moment, spec: &TaskSpec) -> Option<ErrorBody> {
-        if now < self.grace_end() || spec.lacking.is_empty() {
+        if now < self.grace_end() {
+            return None;
+        }
+        if spec.passes_on && self.index.passes_on(&spec.model_ref) == Some(false) {
+            let message =
+                "the nodes that have this model are of an older version, which passes no requests on";
+            return Some(ErrorBody::new(ErrorCode::Unsupported, message));
+        }
+        if spec.lacking.is_empty() {
             return None;
         }
         let since = now.before(self.policy.timing.node_timeout);
