@@ -13,7 +13,7 @@ use node_agent::{Agent, Identity, IntentFile, gpu};
 use node_registration::HttpControlPlane;
 use owned_tasks::StreamThreads;
 use pool_registry_types::BootId;
-use pool_registry_types::node::{Capabilities, LINK_FEATURE};
+use pool_registry_types::node::{Capabilities, LINK_FEATURE, OPENAI_FEATURE};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
@@ -57,7 +57,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         version: env!("CARGO_PKG_VERSION").into(),
         labels: config.labels.clone(),
         capabilities: Capabilities { gpus: gpus.inventory().to_vec(), ..daemon_kit::config::machine() },
-        features: vec![LINK_FEATURE.into()],
+        features: vec![LINK_FEATURE.into(), OPENAI_FEATURE.into()],
     };
     tracing::info!(node_id = %identity.node_id, %boot_id, address = identity.address, %bound, "pool-managerd starts");
     let seed = boot_id.0.as_u64_pair().0;

@@ -16,7 +16,7 @@ use axum::response::{IntoResponse, Response};
 use daemon_kit::extract::parse;
 use daemon_kit::tokens::Scope;
 use daemon_kit::{ApiError, Caller, PathId, RawBody};
-use pool_registry_types::task::MAX_BODY_BYTES;
+use pool_registry_types::task::MAX_PASSED_BYTES;
 use pool_registry_types::{AttemptId, BootId, ErrorBody, ErrorCode, LifeId, routes as paths};
 use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
@@ -107,7 +107,7 @@ pub(crate) async fn starts(
 pub(crate) async fn start(
     State(node): State<AppState>,
     PathId(attempt): PathId<AttemptId>,
-    RawBody(body): RawBody<{ MAX_LINE_BYTES + 1 + MAX_BODY_BYTES }>,
+    RawBody(body): RawBody<{ MAX_LINE_BYTES + 1 + MAX_PASSED_BYTES }>,
 ) -> Result<Json<StartsAnswer>, ApiError> {
     let start = read_single(&body).map_err(unreadable)?;
     node.agent.take_start(attempt, start).map_err(post_error)?;

@@ -1,4 +1,4 @@
-//! The body of an attempt on its way to a node: an `InferRequest` in pieces.
+//! The body of a native attempt on its way to a node: an `InferRequest` in pieces.
 //!
 //! What is the attempt's own stands before and after the task's payload, whose bytes are shared by
 //! all attempts and are neither copied nor read again.
@@ -13,7 +13,7 @@ use pool_registry_types::task::{InferRequest, Reasoning, Resume};
 use pool_registry_types::{AttemptId, BootId, LogId, NodeId, ReplicaId, TaskId};
 use serde::Serialize;
 use task_scheduler::Dispatch;
-use task_stream::{Payload, PayloadFormat};
+use task_stream::Payload;
 
 /// The fields of an `InferRequest` but for `resume` and `task`.
 #[derive(Serialize)]
@@ -51,10 +51,10 @@ impl AttemptBody {
         // The object goes on: with the task, and what had been sent before.
         before.pop();
         before.extend_from_slice(b",\"task\":");
-        let task = match (payload.format, dispatch.max_tokens) {
-            (PayloadFormat::Native, None) => payload.bytes.clone(),
+        let task = match dispatch.max_tokens {
+            None => payload.bytes.clone(),
             // The client gave none, so that the field does not come twice.
-            (PayloadFormat::Native, Some(bound)) => {
+            Some(bound) => {
                 before.extend_from_slice(format!("{{\"max_tokens\":{bound},").as_bytes());
                 payload.bytes.slice(1..)
             }
@@ -115,8 +115,7 @@ pub(crate) mod tests {
     use pool_registry_types::task::{ResumeMode, TaskRequest};
     use pool_registry_types::trace::TraceContext;
     use pool_registry_types::{ModelRef, PoolId, PoolKey};
-    use task_stream::AttemptDeadlines;
-    use task_stream::{BodyDigest, TaskSpec};
+    use task_stream::{AttemptDeadlines, BodyDigest, PayloadFormat, TaskSpec};
     use uuid::Uuid;
 
     use super::*;

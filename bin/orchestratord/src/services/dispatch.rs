@@ -10,13 +10,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use attempt_link::control::Lost;
+use attempt_link::node::Supply;
 use daemon_kit::Clock;
 use futures::FutureExt;
 use owned_tasks::StreamThreads;
 use pool_registry_types::Moment;
 use pool_registry_types::task::ResumeMode;
 use task_scheduler::{Dispatch, Event, HowEnded};
-use task_stream::{Action, Relay};
+use task_stream::{Action, PayloadFormat, Relay};
 use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
 
@@ -166,8 +167,10 @@ impl Carrier {
         }
         let pool = &self.dispatch.pool;
         let lane = link.links().and_then(|links| links.lane(&pool.node_id, self.dispatch.attempt));
-        if lane.is_some() {
+        let passes = self.stream.passes();
+        if lane.is_some() || passes {
             let relay = Relay::linked(self.clock.now(), self.dispatch.assignment());
+            let relay = if passes { relay.passing_on() } else { relay };
             self.feed = Feed::new(relay, Arc::clone(&self.stream));
         }
         if let Some(end) = self.act().await {
@@ -184,6 +187,10 @@ impl Carrier {
             self.exchange = Some(Exchange::Linked(linked));
             return None;
         }
+        if let PayloadFormat::OpenAi(passage) = payload.format {
+            let taken = link.pass_on(&dispatch, *passage, payload.bytes);
+            return self.taken(taken).await;
+        }
         // To drop it is the stop of an attempt whose node has not answered.
         let mut accepting = Box::pin(link.infer(&dispatch, &payload, resume));
         let taken = loop {
@@ -198,6 +205,11 @@ impl Carrier {
                 }
             }
         };
+        self.taken(taken).await
+    }
+
+    /// The node has answered. Returns the attempt's end if it was not taken.
+    async fn taken(&mut self, taken: Result<Taken, HowEnded>) -> Option<End> {
         match taken {
             Ok(Taken { replica_id, report_seq, exchange }) => {
                 self.exchange = Some(exchange);
@@ -224,6 +236,14 @@ impl Carrier {
     fn take(&mut self, now: Moment, piece: Option<Result<Piece, LinkError>>) {
         self.feed.relay(|relay| match piece {
             Some(Ok(Piece::Bytes(bytes))) => relay.chunk(now, &bytes),
+            Some(Ok(Piece::Record(supply))) => match supply {
+                Supply::Head(head) => relay.head(head),
+                Supply::Frames { first, count, bytes } => relay.frames(now, first, count, &bytes),
+                Supply::Error(error) => relay.error(error),
+                Supply::End { report_seq, .. } => relay.over(report_seq),
+                // What is passed on has no tokens that are known.
+                Supply::TokenIds { .. } | Supply::Waiting | Supply::Gone => {}
+            },
             Some(Ok(Piece::Taken)) => {}
             Some(Err(broken)) => relay.closed(broken.to_string()),
             None => relay.closed(NO_FINAL_FRAME.into()),

@@ -11,7 +11,9 @@ use handoff_watcher::{EngineHosts, HandoffWatcher};
 use node_agent::{Agent, HELD_BYTES, Identity, IntentFile, Node, gpu};
 use node_registration::{CallError, ControlPlane};
 use owned_tasks::Loops;
-use pool_registry_types::node::{Capabilities, Heartbeat, HeartbeatAnswer, RegisterAnswer, RegisterRequest};
+use pool_registry_types::node::{
+    Capabilities, Heartbeat, HeartbeatAnswer, OPENAI_FEATURE, RegisterAnswer, RegisterRequest,
+};
 use pool_registry_types::placement::Labels;
 use pool_registry_types::{BootId, Epoch, MachineId, NodeId};
 use tokio::task::JoinHandle;
@@ -54,7 +56,7 @@ impl Home {
             version: env!("CARGO_PKG_VERSION").into(),
             labels: Labels::new(),
             capabilities: daemon_kit::config::machine(),
-            features: Vec::new(),
+            features: vec![OPENAI_FEATURE.into()],
         };
         let gpus = gpu::GpuWatch::start(None, &loops);
         let capabilities = Capabilities { gpus: gpus.inventory().to_vec(), ..identity.capabilities.clone() };

@@ -13,6 +13,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use attempt_link::node::Supply;
 use bytes::Bytes;
 use daemon_kit::tls::{self, ClientTls, Connector};
 use daemon_kit::{Clock, Tokens};
@@ -22,7 +23,7 @@ use hyper::Request;
 use hyper::header::{self, HeaderValue};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
-use node_agent::{AttemptReader, Node, Retention};
+use node_agent::{AttemptReader, Node, PassedRequest, RecordReader, Retention};
 use owned_tasks::{Panicked, StreamThread};
 use pool_registry_types::node::{IntentOrder, LiveAnswer};
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
@@ -30,7 +31,7 @@ use pool_registry_types::routes::{self, headers};
 use pool_registry_types::task::Resume;
 use pool_registry_types::{ErrorBody, ErrorCode, LifeId, PoolId, ReplicaId, TraceContext};
 use task_scheduler::{Denied, Dispatch, HowEnded, ProbeOutcome};
-use task_stream::{Payload, denial};
+use task_stream::{Passage, Payload, denial};
 use uuid::Uuid;
 
 use crate::services::attempt_body::AttemptBody;
@@ -89,6 +90,8 @@ pub(crate) enum Exchange {
     Http(Frames),
     /// Of the node in this process: its bytes are the node's own, and are copied nowhere.
     Local(AttemptReader),
+    /// The same of an attempt whose answer is passed on.
+    Records(RecordReader),
     /// By the node's link. It begins before the node has taken the attempt.
     Linked(LinkedAttempt),
 }
@@ -96,6 +99,7 @@ pub(crate) enum Exchange {
 /// What comes of an attempt.
 pub(crate) enum Piece {
     Bytes(Bytes),
+    Record(Supply),
     /// Something that its lane has brought and its relay has taken already.
     Taken,
 }
@@ -106,6 +110,7 @@ impl Exchange {
         match self {
             Self::Http(frames) => frames.next().await.map(|bytes| bytes.map(Piece::Bytes)),
             Self::Local(reader) => reader.next().await.map(|bytes| Ok(Piece::Bytes(bytes))),
+            Self::Records(reader) => reader.next().await.map(|supply| Ok(Piece::Record(supply))),
             Self::Linked(attempt) => {
                 attempt.changed().await;
                 Some(Ok(Piece::Taken))
@@ -124,6 +129,7 @@ impl Exchange {
         match self {
             Self::Http(frames) => drop(frames),
             Self::Local(reader) => reader.stop(),
+            Self::Records(reader) => reader.stop(),
             Self::Linked(attempt) => attempt.stop(),
         }
     }
@@ -167,6 +173,40 @@ impl NodeLink {
                 replica_id: inference.replica_id,
                 report_seq: inference.report_seq,
                 exchange: Exchange::Local(inference.reader),
+            }),
+            Err(error) => Err(HowEnded::refused(error)),
+        }
+    }
+
+    /// Asks the node in this process to pass a body on to its engine. A node behind HTTP does so by its
+    /// link only. The error is the attempt's end.
+    pub(crate) fn pass_on(
+        &self,
+        dispatch: &Dispatch,
+        passage: Passage,
+        body: Bytes,
+    ) -> Result<Taken, HowEnded> {
+        let Self::Local(node) = self else {
+            let message = "the node has no link, by which such requests go";
+            return Err(HowEnded::Refused(ErrorBody::new(ErrorCode::PoolUnready, message)));
+        };
+        let request = PassedRequest {
+            task_id: dispatch.task,
+            attempt_id: dispatch.attempt,
+            node_id: dispatch.pool.node_id.clone(),
+            boot_id: dispatch.boot_id,
+            log_id: dispatch.log,
+            replica_hint: dispatch.warm_replica.clone(),
+            model: dispatch.spec.model_ref.clone(),
+            passage,
+            body,
+        };
+        let trace = Some(&dispatch.spec.trace);
+        match node.agent().pass_on(&dispatch.pool.pool_id, request, trace) {
+            Ok(on) => Ok(Taken {
+                replica_id: on.acceptance.replica_id,
+                report_seq: on.acceptance.report_seq,
+                exchange: Exchange::Records(on.reader),
             }),
             Err(error) => Err(HowEnded::refused(error)),
         }

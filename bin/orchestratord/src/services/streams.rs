@@ -6,7 +6,7 @@
 
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use owned_tasks::StreamThread;
@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use pool_registry_types::sse::{self, Decoder, write_frame};
 use pool_registry_types::task::{Resume, ResumeMode};
 use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, TaskId, TraceContext};
-use task_stream::{AppendError, Fence, Payload, Staged, TaskLog};
+use task_stream::{AppendError, Fence, PassedHead, Payload, PayloadFormat, Staged, TaskLog};
 use tokio::sync::futures::Notified;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
@@ -22,6 +22,11 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 const MOST_READERS: usize = 64;
 /// Bytes that a reader is given at once.
 const READ_BYTES: usize = 64 * 1024;
+
+/// Of an answer that is passed on so much waits for its reader, bytes: of a stream, and of a whole answer,
+/// of which what was held back comes at once.
+const UNREAD_STREAM_BYTES: usize = 8 * 1024 * 1024;
+const UNREAD_WHOLE_BYTES: usize = 64 * 1024 * 1024;
 
 /// What the shell keeps of a submission, where the core keeps its facts.
 #[derive(Debug)]
@@ -51,6 +56,10 @@ pub(crate) struct TaskStream {
     pub(crate) trace: TraceContext,
     /// On which its relays run.
     pub(crate) thread: StreamThread,
+    /// The engine's answer is passed on as it comes, to one reader.
+    passes: bool,
+    /// Why there is no whole answer; only where it is passed on.
+    error: OnceLock<ErrorBody>,
     changed: Notify,
     /// Among the tasks of its token; free when the task has ended.
     permit: Mutex<Option<OwnedSemaphorePermit>>,
@@ -109,6 +118,27 @@ impl TaskStream {
         }
         let (next, finished) = (read.next, read.finished);
         Ok((read.into_bytes(), next, finished))
+    }
+
+    /// The same of an answer that is passed on: what is before `next` is not kept for anybody.
+    pub(crate) fn pass(&self, next: u64) -> Result<(Bytes, u64, bool), Notified<'_>> {
+        self.log.lock().drop_before(next);
+        self.read(next)
+    }
+
+    /// Whether the engine's answer is passed on as it comes.
+    pub(crate) fn passes(&self) -> bool {
+        self.passes
+    }
+
+    /// The head of the answer that is passed on, once any of it is here.
+    pub(crate) fn head(&self) -> Option<PassedHead> {
+        self.log.lock().head().cloned()
+    }
+
+    /// Why the answer that was passed on has ended without being whole.
+    pub(crate) fn error(&self) -> Option<&ErrorBody> {
+        self.error.get()
     }
 
     /// What has been sent so far, for the attempt that goes on from it.
@@ -185,11 +215,20 @@ impl Streams {
     }
 
     pub(crate) fn open(&self, task: TaskId, log: LogId, submitted: Submitted) {
+        let (passes, log) = match &submitted.payload.format {
+            PayloadFormat::Native => (false, TaskLog::new(log)),
+            PayloadFormat::OpenAi(passage) if passage.stream => {
+                (true, TaskLog::bounded(log, UNREAD_STREAM_BYTES))
+            }
+            PayloadFormat::OpenAi(_) => (true, TaskLog::bounded(log, UNREAD_WHOLE_BYTES)),
+        };
         let stream = TaskStream {
-            log: Mutex::new(TaskLog::new(log)),
+            log: Mutex::new(log),
             payload: Mutex::new(Some(submitted.payload)),
             trace: submitted.trace,
             thread: submitted.thread,
+            passes,
+            error: OnceLock::new(),
             changed: Notify::new(),
             permit: Mutex::default(),
             readers: Arc::new(Semaphore::new(MOST_READERS)),
@@ -220,6 +259,12 @@ impl Streams {
     /// Appends the control plane's own terminal error.
     pub(crate) fn close(&self, task: TaskId, error: &ErrorBody) {
         let Some(stream) = self.get(task) else { return };
+        if stream.passes {
+            // Whoever reads says it in the language of its client.
+            let _ = stream.error.set(error.clone());
+            stream.write(|log| log.close(Bytes::new()));
+            return self.ended(task);
+        }
         let data = serde_json::to_string(error).unwrap_or_default();
         stream.write(|log| {
             let mut frame = Vec::with_capacity(data.len() + 64);
@@ -259,6 +304,17 @@ impl Streams {
         drop((over, evicted));
     }
 
+    /// Nobody will read the answer any more, which was passed on.
+    pub(crate) fn release(&self, task: TaskId) {
+        let released = match self.table.lock().tasks.get_mut(&task) {
+            // One that has not ended is let go of when it does.
+            Some(entry) if !matches!(entry, Entry::Stream(_)) => std::mem::replace(entry, Entry::Evicted),
+            _ => return,
+        };
+        // Freed when nobody waits for the table.
+        drop(released);
+    }
+
     /// The task's retention is over.
     pub(crate) fn forget(&self, task: TaskId) {
         let mut table = self.table.lock();
@@ -286,6 +342,9 @@ impl Streams {
         let stream = match self.table.lock().tasks.get(&task) {
             None => return Err(ErrorBody::new(ErrorCode::NotFound, format!("no task {task}"))),
             Some(Entry::Evicted) => return Err(expired("the stream made room for newer ones")),
+            Some(Entry::Stream(stream) | Entry::Ended(stream)) if stream.passes => {
+                return Err(expired("the answer of this task is given to whoever asked for it only"));
+            }
             Some(Entry::Stream(stream) | Entry::Ended(stream)) => Arc::clone(stream),
         };
         let next = match last_event_id {
@@ -304,7 +363,7 @@ impl Streams {
 
 #[cfg(test)]
 mod tests {
-    use task_stream::{PayloadFormat, Segment};
+    use task_stream::Segment;
     use uuid::Uuid;
 
     use super::*;

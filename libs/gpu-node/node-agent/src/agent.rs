@@ -28,6 +28,7 @@ use tokio_util::task::TaskTracker;
 
 use self::announced::Announced;
 use crate::engines::{ApiKey, EngineClient};
+use crate::infer::ReadBy;
 use crate::intent::IntentFile;
 use crate::link::Links;
 
@@ -64,18 +65,21 @@ pub(crate) struct Signals {
     pub(crate) taken: Notify,
     /// The reader that the attempt was accepted with polls the driver.
     pub(crate) polled_by_reader: AtomicBool,
-    /// The attempt came over a link, which reads it.
+    /// What is no frame is said apart, as it is on a link.
     pub(crate) by_link: bool,
+    /// It is read in this process.
+    pub(crate) read_here: bool,
     /// When the driver's own task was polled last, milliseconds of the agent's time.
     pub(crate) polled_at: AtomicU64,
 }
 
 impl Signals {
     /// Of an attempt that is accepted.
-    pub(crate) fn of(now: Moment, retention: Retention, by_link: bool) -> Self {
+    pub(crate) fn of(now: Moment, read_by: ReadBy) -> Self {
         Self {
-            polled_by_reader: AtomicBool::new(retention == Retention::Attached),
-            by_link,
+            polled_by_reader: AtomicBool::new(read_by.retention() == Retention::Attached),
+            by_link: matches!(read_by, ReadBy::Link { .. } | ReadBy::Records),
+            read_here: !matches!(read_by, ReadBy::Link { .. }),
             polled_at: AtomicU64::new(now.as_millis()),
             ..Self::default()
         }

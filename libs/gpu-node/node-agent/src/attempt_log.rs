@@ -6,7 +6,6 @@
 
 use std::time::Instant;
 
-use pool_registry_types::task::InferRequest;
 use pool_registry_types::{AttemptId, ErrorBody, PoolId, ReplicaId, TaskId, TraceContext};
 use tracing::field::debug;
 
@@ -37,14 +36,13 @@ macro_rules! line {
 }
 
 impl AttemptLog {
-    pub(crate) fn new(pool_id: &PoolId, request: &InferRequest, trace: Option<&TraceContext>) -> Self {
-        Self {
-            task_id: request.task_id,
-            attempt_id: request.attempt_id,
-            pool_id: pool_id.clone(),
-            trace: trace.cloned(),
-            began: Instant::now(),
-        }
+    pub(crate) fn new(
+        pool_id: &PoolId,
+        task_id: TaskId,
+        attempt_id: AttemptId,
+        trace: Option<&TraceContext>,
+    ) -> Self {
+        Self { task_id, attempt_id, pool_id: pool_id.clone(), trace: trace.cloned(), began: Instant::now() }
     }
 
     pub(crate) fn accepted(&self, replica_id: &ReplicaId) {

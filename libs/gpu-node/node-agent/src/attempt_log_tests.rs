@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use pool_registry_types::node::Capabilities;
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::EngineKind;
-use pool_registry_types::task::{ChatMessage, Recovery, Resume, ResumeMode, Role, TaskRequest};
+use pool_registry_types::task::{ChatMessage, InferRequest, Recovery, Resume, ResumeMode, Role, TaskRequest};
 use pool_registry_types::trace::read_traceparent;
 use pool_registry_types::{BootId, LogId, MachineId, ModelRef, NodeId};
 use serde_json::Value;

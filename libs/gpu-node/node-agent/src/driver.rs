@@ -27,10 +27,11 @@ use pool_registry_types::task::{FinishReason, InferRequest, Reasoning, ResumeMod
 use pool_registry_types::{ErrorBody, ErrorCode, LogId, ModelRef};
 use tokio::time::{Instant, sleep};
 
+use crate::agent::{Agent, Signals};
 use crate::engines::documents::{self, Document, DocumentError};
 use crate::engines::{
     self, Answer, CallError, Endpoint, EngineClient, EngineRequest, Look, NotReady, Reader, Refusal, Reply,
-    Sent, Unsent, Whose,
+    Sent, Unsent,
 };
 use crate::slot::Slot;
 
@@ -39,9 +40,9 @@ const IDENTITY_TIMEOUT: Duration = Duration::from_secs(1);
 /// A driver with a task of its own shows that it is polled, which is said of it by its link.
 const POLLED_EVERY: Duration = Duration::from_secs(1);
 /// Bytes prove that an engine lives; saying so once in this span is enough.
-const HEARD_EVERY: Duration = Duration::from_millis(500);
+pub(crate) const HEARD_EVERY: Duration = Duration::from_millis(500);
 
-type Pieces = Pin<Box<dyn Stream<Item = hyper::Result<Bytes>> + Send>>;
+pub(crate) type Pieces = Pin<Box<dyn Stream<Item = hyper::Result<Bytes>> + Send>>;
 type Opening = Pin<Box<dyn Future<Output = Result<Sent, NotSent>> + Send>>;
 
 /// Why the engine has not answered the attempt.
@@ -174,24 +175,38 @@ async fn open(
     named: Option<(EngineKind, ModelRef, String)>,
 ) -> Result<Sent, NotSent> {
     let sent = request.send(client.clone(), at.clone()).await.map_err(NotSent::Unsent)?;
-    // A refusal speaks for itself, unless it is that there is no such thing.
-    let in_question = sent.answer.fresh && matches!(sent.answer.status(), 200..=299 | 404);
-    if let Some((engine, model, own)) = named.filter(|_| in_question) {
-        let look = Look { client: &client, at: &at, models: &[] };
-        let looking = engines::facts(engine, &look);
-        let late = |_| Err(NotReady::Silent(String::new()));
-        let looked = tokio::time::timeout(IDENTITY_TIMEOUT, looking).await.unwrap_or_else(late);
-        let changed = match looked {
-            Ok(facts) => facts.models.get(&model) != Some(&own),
-            // A busy one is not another one.
-            Err(NotReady::Silent(_) | NotReady::Unasked(_)) => false,
-            Err(NotReady::Loading | NotReady::Failed(_) | NotReady::Gone(_)) => true,
-        };
-        if changed {
-            return Err(NotSent::Changed(format!("the engine does not have {model} any more")));
-        }
+    match named {
+        Some(named) => first_of_its_process(&sent.answer, &client, &at, &named)
+            .await
+            .map(|()| sent)
+            .map_err(NotSent::Changed),
+        None => Ok(sent),
     }
-    Ok(sent)
+}
+
+/// Over a connection that is new whoever answers is asked whether it still has the model by this name.
+/// Errors: it has not.
+pub(crate) async fn first_of_its_process(
+    answer: &Answer,
+    client: &EngineClient,
+    at: &Endpoint,
+    (engine, model, own): &(EngineKind, ModelRef, String),
+) -> Result<(), String> {
+    // A refusal speaks for itself, unless it is that there is no such thing.
+    if !answer.fresh || !matches!(answer.status(), 200..=299 | 404) {
+        return Ok(());
+    }
+    let look = Look { client, at, models: &[] };
+    let looking = engines::facts(*engine, &look);
+    let late = |_| Err(NotReady::Silent(String::new()));
+    let looked = tokio::time::timeout(IDENTITY_TIMEOUT, looking).await.unwrap_or_else(late);
+    let changed = match looked {
+        Ok(facts) => facts.models.get(model) != Some(own),
+        // A busy one is not another one.
+        Err(NotReady::Silent(_) | NotReady::Unasked(_)) => false,
+        Err(NotReady::Loading | NotReady::Failed(_) | NotReady::Gone(_)) => true,
+    };
+    if changed { Err(format!("the engine does not have {model} any more")) } else { Ok(()) }
 }
 
 enum Happened {
@@ -227,12 +242,7 @@ impl Driver {
         let asked = match asked {
             Ok(asked) => asked,
             Err(error) => {
-                slot.cleared();
-                slot.end(true);
-                slot.agent.stop_attempt(&slot.attempt);
-                slot.finish(None);
-                slot.log.refused(&error);
-                return Err(error);
+                return Err(slot.refuse(error));
             }
         };
         slot.agent.counters.lock().accepted += 1;
@@ -353,8 +363,7 @@ impl Driver {
     /// Goes on without being asked, until the attempt has ended.
     pub(crate) async fn run(mut self) {
         let (agent, signals) = (Arc::clone(&self.slot.agent), Arc::clone(&self.slot.signals));
-        let mut quiet = pin!(sleep(POLLED_EVERY));
-        let mut work = pin!(async move {
+        let work = pin!(async move {
             loop {
                 self.slot.room().await;
                 if self.step().await == Step::Over {
@@ -362,17 +371,7 @@ impl Driver {
                 }
             }
         });
-        poll_fn(|cx| {
-            signals.polled_at.store(agent.now().as_millis(), Ordering::Relaxed);
-            let polled = work.as_mut().poll(cx);
-            if polled.is_pending() {
-                // Set to later again and again, it wakes only whom nothing else does.
-                quiet.as_mut().reset(Instant::now() + POLLED_EVERY);
-                let _ = quiet.as_mut().poll(cx);
-            }
-            polled
-        })
-        .await;
+        polled(&agent, &signals, work).await;
     }
 
     fn answered(&mut self, sent: Result<Sent, NotSent>) {
@@ -383,7 +382,10 @@ impl Driver {
             Err(NotSent::Unsent(Unsent::Refused { path, refusal })) => {
                 return self.refused(refusal, Some(path));
             }
-            Err(NotSent::Unsent(Unsent::Call(error))) => return self.not_sent(error),
+            Err(NotSent::Unsent(Unsent::Call(error))) => {
+                let (error, engine_idle) = unsent(&self.slot, error);
+                return self.fail(error, engine_idle);
+            }
             Err(NotSent::Changed(why)) => {
                 self.slot.engine_suspected();
                 return self.fail(ErrorBody::new(ErrorCode::PoolUnready, why), false);
@@ -426,56 +428,9 @@ impl Driver {
         };
     }
 
-    /// The engine could not be asked.
-    fn not_sent(&mut self, error: CallError) {
-        let unready = |why: String| ErrorBody::new(ErrorCode::PoolUnready, why);
-        if matches!(error, CallError::Refused(_) | CallError::Unreachable(_) | CallError::Ours(_)) {
-            self.slot.cleared();
-        }
-        let (error, idle) = match error {
-            CallError::Refused(why) => {
-                self.slot.engine_gone(Readiness::Gone(why.clone()));
-                (unready(format!("the engine cannot be reached: {why}")), true)
-            }
-            CallError::Unreachable(why) => {
-                self.slot.engine_gone(Readiness::Failed(why.clone()));
-                (unready(format!("the engine cannot be reached: {why}")), true)
-            }
-            CallError::Silent(why) => {
-                self.slot.engine_gone(Readiness::Silent(why.clone()));
-                (unready(format!("the engine does not answer: {why}")), false)
-            }
-            CallError::Ours(why) => (unready(format!("the node cannot reach its engine: {why}")), true),
-            CallError::Lost(why) => {
-                self.slot.engine_gone(Readiness::Failed(why.clone()));
-                let message = format!("the engine's connection was lost: {why}");
-                let error = ErrorBody::new(ErrorCode::WorkerReset, message);
-                (error.with_cause(EndCause::EngineDied), true)
-            }
-        };
-        self.fail(error, idle);
-    }
-
-    /// The engine does not do what was asked of it. `path`: what it answered with this status; what
-    /// it says inside of an answer is not about that.
+    /// The engine does not do what was asked of it.
     fn refused(&mut self, refusal: Refusal, path: Option<&str>) {
-        let Refusal { whose, mut error } = refusal;
-        if let Some(key) = &self.slot.at.key {
-            error.message = key.hidden_in(&error.message);
-        }
-        let attempt = self.slot.attempt;
-        match whose {
-            Whose::Operator => {
-                self.slot.agent.change(|core, now| core.refused_operator(now, &attempt, &error.message));
-            }
-            Whose::Missing => {
-                if let Some(path) = path {
-                    self.slot.agent.with_core(|core, now| core.lacks(now, &attempt, path));
-                }
-            }
-            Whose::Client | Whose::Engine | Whose::Busy | Whose::Nobody => {}
-        }
-        self.slot.cleared();
+        let error = self.slot.refused(refusal, path);
         self.fail(error, true);
     }
 
@@ -483,16 +438,57 @@ impl Driver {
     fn heard(&mut self) {
         if self.heard_sent.is_none_or(|reported| reported.elapsed() >= HEARD_EVERY) {
             self.heard_sent = Some(Instant::now());
-            let attempt = self.slot.attempt;
-            if self.slot.agent.with_core(|core, now| core.heard(now, &attempt)) {
-                self.slot.agent.report_now();
-            }
+            self.slot.heard();
+        }
+    }
+}
+
+/// Polls what works on an attempt, and shows that it is polled.
+pub(crate) async fn polled(agent: &Agent, signals: &Signals, mut work: Pin<&mut impl Future<Output = ()>>) {
+    let mut quiet = pin!(sleep(POLLED_EVERY));
+    poll_fn(|cx| {
+        signals.polled_at.store(agent.now().as_millis(), Ordering::Relaxed);
+        let polled = work.as_mut().poll(cx);
+        if polled.is_pending() {
+            // Set to later again and again, it wakes only whom nothing else does.
+            quiet.as_mut().reset(Instant::now() + POLLED_EVERY);
+            let _ = quiet.as_mut().poll(cx);
+        }
+        polled
+    })
+    .await;
+}
+
+/// The engine could not be asked: the attempt's error, and whether the engine has nothing to do with it.
+pub(crate) fn unsent(slot: &Slot, error: CallError) -> (ErrorBody, bool) {
+    let unready = |why: String| ErrorBody::new(ErrorCode::PoolUnready, why);
+    if matches!(error, CallError::Refused(_) | CallError::Unreachable(_) | CallError::Ours(_)) {
+        slot.cleared();
+    }
+    match error {
+        CallError::Refused(why) => {
+            slot.engine_gone(Readiness::Gone(why.clone()));
+            (unready(format!("the engine cannot be reached: {why}")), true)
+        }
+        CallError::Unreachable(why) => {
+            slot.engine_gone(Readiness::Failed(why.clone()));
+            (unready(format!("the engine cannot be reached: {why}")), true)
+        }
+        CallError::Silent(why) => {
+            slot.engine_gone(Readiness::Silent(why.clone()));
+            (unready(format!("the engine does not answer: {why}")), false)
+        }
+        CallError::Ours(why) => (unready(format!("the node cannot reach its engine: {why}")), true),
+        CallError::Lost(why) => {
+            slot.engine_gone(Readiness::Failed(why.clone()));
+            let message = format!("the engine's connection was lost: {why}");
+            (ErrorBody::new(ErrorCode::WorkerReset, message).with_cause(EndCause::EngineDied), true)
         }
     }
 }
 
 /// The body of an answer, piece by piece.
-fn pieces(answer: Answer) -> Pieces {
+pub(crate) fn pieces(answer: Answer) -> Pieces {
     let frames = BodyStream::new(answer.response.into_body());
     Box::pin(frames.filter_map(|frame: hyper::Result<Frame<Bytes>>| {
         std::future::ready(frame.map(|frame| frame.into_data().ok()).transpose())

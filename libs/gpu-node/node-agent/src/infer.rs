@@ -17,7 +17,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
 use handoff_watcher::HandoffName;
-use node_core::{Ask, Cursor, ResumeError, Retention, Taken};
+use node_core::{Accepted, Ask, Cursor, ResumeError, Retention, Taken};
 use owned_tasks::StreamThreads;
 use pool_registry_types::task::InferRequest;
 use pool_registry_types::{AttemptId, ErrorBody, PoolId, ReplicaId, TraceContext};
@@ -107,14 +107,16 @@ pub(crate) enum ReadBy {
     Reader(Retention),
     /// A link: all of it is kept, or what was not seen.
     Link { keep: bool },
+    /// A [`crate::RecordReader`].
+    Records,
 }
 
 impl ReadBy {
-    fn retention(self) -> Retention {
+    pub(crate) fn retention(self) -> Retention {
         match self {
             Self::Reader(retention) => retention,
             Self::Link { keep: true } => Retention::Keep,
-            Self::Link { keep: false } => Retention::Unseen,
+            Self::Link { keep: false } | Self::Records => Retention::Unseen,
         }
     }
 }
@@ -198,7 +200,7 @@ impl Drop for Following {
         // Without anybody who polls it, it would stand still. One that was stopped is dropped, which ends
         // what it does.
         if let Some(driver) = self.driver.take().filter(|_| goes_on) {
-            self.agent.drive(driver);
+            self.agent.drive(driver.run());
         }
     }
 }
@@ -222,7 +224,7 @@ impl Agent {
             Retention::Attached => Some(begun.driver),
             // Another reader may come while this one stands still, and must not stand still with it.
             Retention::Keep | Retention::Unseen => {
-                self.drive(begun.driver);
+                self.drive(begun.driver.run());
                 None
             }
         };
@@ -241,8 +243,7 @@ impl Agent {
     ) -> Result<Begun, ErrorBody> {
         request.check()?;
         let attempt = request.attempt_id;
-        let retention = read_by.retention();
-        let log = AttemptLog::new(pool_id, &request, trace);
+        let log = AttemptLog::new(pool_id, request.task_id, attempt, trace);
         let ask = Ask {
             node_id: &request.node_id,
             boot_id: request.boot_id,
@@ -251,16 +252,32 @@ impl Agent {
             task: Some(request.task_id),
             hint: request.replica_hint.as_ref(),
             first_index: request.first_index,
-            retention,
+            retention: read_by.retention(),
         };
-        let now = self.now();
-        let by_link = matches!(read_by, ReadBy::Link { .. });
-        let signals = Arc::new(Signals::of(now, retention, by_link));
+        let (slot, accepted) = self.take_slot(pool_id, &ask, payload_bytes, read_by, trace, log)?;
+        let (replica_id, report_seq) = (accepted.replica_id.clone(), accepted.report_seq);
+        let signals = Arc::clone(&slot.signals);
+        let driver = Driver::begin(slot, accepted, request)?;
+        Ok(Begun { replica_id, report_seq, driver, signals })
+    }
+
+    /// Takes a slot for whoever asks. Errors: those of [`node_core::NodeCore::accept`].
+    pub(crate) fn take_slot(
+        self: &Arc<Self>,
+        pool_id: &PoolId,
+        ask: &Ask<'_>,
+        payload_bytes: usize,
+        read_by: ReadBy,
+        trace: Option<&TraceContext>,
+        log: AttemptLog,
+    ) -> Result<(Slot, Accepted), ErrorBody> {
+        let (attempt, now) = (ask.attempt, self.now());
+        let signals = Arc::new(Signals::of(now, read_by));
         let accepted = {
             // Whoever asks for the attempt as soon as it is accepted finds what it is followed by.
             let mut drivers = self.drivers.lock();
             let mut core = self.core.lock();
-            let accepted = core.accept(now, pool_id, &ask);
+            let accepted = core.accept(now, pool_id, ask);
             if accepted.is_ok() {
                 core.held_mut().count_payload(&attempt, payload_bytes);
                 drivers.insert(attempt, Arc::clone(&signals));
@@ -277,10 +294,8 @@ impl Agent {
             let (_, span_id) = Uuid::new_v4().as_u64_pair();
             at.headers = attempt_headers(&trace.child(span_id), &attempt);
         }
-        let slot = Slot::new(Arc::clone(self), attempt, Arc::clone(&signals), log, name, accepted.engine, at);
-        let (replica_id, report_seq) = (accepted.replica_id.clone(), accepted.report_seq);
-        let driver = Driver::begin(slot, accepted, request)?;
-        Ok(Begun { replica_id, report_seq, driver, signals })
+        let slot = Slot::new(Arc::clone(self), attempt, signals, log, name, accepted.engine, at);
+        Ok((slot, accepted))
     }
 
     /// Drivers that are nobody's run on these threads. Only the first call counts.
@@ -289,11 +304,11 @@ impl Agent {
     }
 
     /// The driver goes on by itself.
-    pub(crate) fn drive(&self, driver: Driver) {
+    pub(crate) fn drive(&self, driving: impl Future<Output = ()> + Send + 'static) {
         let (tracker, name) = (&self.tracker, "driver of an attempt");
         match self.threads.get() {
-            Some(threads) => owned_tasks::task_on(tracker, &threads.here(), name, driver.run()),
-            None => owned_tasks::task(tracker, name, driver.run()),
+            Some(threads) => owned_tasks::task_on(tracker, &threads.here(), name, driving),
+            None => owned_tasks::task(tracker, name, driving),
         }
     }
 

@@ -26,13 +26,14 @@ use parking_lot::Mutex;
 use pool_registry_types::task::{InferRequest, Reasoning, TaskRequest, read_task};
 use pool_registry_types::trace::read_traceparent;
 use pool_registry_types::{AttemptId, ErrorBody, LifeId, Moment, TraceContext};
-use task_stream::PayloadFormat;
+use task_stream::{Passage, PayloadFormat};
 use tokio::sync::Notify;
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::Agent;
 use crate::infer::ReadBy;
+use crate::passthrough::PassedRequest;
 
 /// Bytes that are written to a link at a time.
 const WRITE_BYTES: usize = 64 * 1024;
@@ -221,8 +222,9 @@ impl Agent {
     /// Takes an attempt that came over a link, and drives it.
     fn accept_by_link(self: &Arc<Self>, start: &Start) -> Result<Acceptance, ErrorBody> {
         let facts = &start.facts;
-        let task = match facts.payload_format {
+        let task = match &facts.payload_format {
             PayloadFormat::Native => read_task(&start.payload),
+            PayloadFormat::OpenAi(passage) => return self.pass_on_by_link(start, passage),
         };
         let task = task.map_err(|error| ErrorBody::invalid(format!("payload: {error}")))?;
         let max_tokens = task.max_tokens.or(facts.spec.max_tokens);
@@ -242,17 +244,41 @@ impl Agent {
             thoughts: facts.spec.reasoning == Some(Reasoning::Keep),
             task: TaskRequest { max_tokens, ..task },
         };
-        let trace = TraceContext {
-            traceparent: read_traceparent(&facts.traceparent).unwrap_or_default(),
-            correlation_id: facts.correlation_id.clone(),
-        };
+        let trace = trace_of(start);
         let sent = facts.resume.as_ref().map_or(0, |resume| resume.text.len() + resume.reasoning.len());
         let read_by = ReadBy::Link { keep: facts.keep };
         let begun = self.begin(&facts.pool_id, request, start.payload.len() + sent, read_by, Some(&trace))?;
         let first = Cursor::first();
         self.with_core(|core, _| core.held_mut().link(&facts.attempt_id, facts.log_id, first));
-        self.drive(begun.driver);
+        self.drive(begun.driver.run());
         Ok(Acceptance { replica_id: begun.replica_id, report_seq: begun.report_seq })
+    }
+
+    /// The same of one whose payload is passed on as it came.
+    fn pass_on_by_link(self: &Arc<Self>, start: &Start, passage: &Passage) -> Result<Acceptance, ErrorBody> {
+        let facts = &start.facts;
+        let identity = self.identity();
+        let request = PassedRequest {
+            task_id: facts.task_id,
+            attempt_id: facts.attempt_id,
+            node_id: identity.node_id,
+            boot_id: identity.boot_id,
+            log_id: facts.log_id,
+            replica_hint: facts.replica_hint.clone(),
+            model: facts.spec.model_ref.clone(),
+            passage: passage.clone(),
+            body: start.payload.clone(),
+        };
+        let read_by = ReadBy::Link { keep: facts.keep };
+        let (acceptance, _) = self.begin_passing(&facts.pool_id, request, read_by, Some(&trace_of(start)))?;
+        Ok(acceptance)
+    }
+}
+
+fn trace_of(start: &Start) -> TraceContext {
+    TraceContext {
+        traceparent: read_traceparent(&start.facts.traceparent).unwrap_or_default(),
+        correlation_id: start.facts.correlation_id.clone(),
     }
 }
 

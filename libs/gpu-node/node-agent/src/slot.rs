@@ -9,7 +9,7 @@ use pool_registry_types::{AttemptId, ErrorBody};
 
 use crate::agent::{Agent, Signals};
 use crate::attempt_log::AttemptLog;
-use crate::engines::Endpoint;
+use crate::engines::{Endpoint, Refusal, Whose};
 
 /// The slot of an attempt. Dropped without an end, it is given back once the engine is done with it.
 pub(crate) struct Slot {
@@ -78,7 +78,7 @@ impl Slot {
 
     /// Whoever reads is told. One that polls the driver is awake.
     fn there_is_more(&self) {
-        if self.signals.by_link {
+        if !self.signals.read_here {
             self.agent.appended_to_link(self.attempt);
         } else if !self.signals.is_polled_by_reader() {
             self.signals.appended.notify_waiters();
@@ -122,6 +122,57 @@ impl Slot {
     pub(crate) fn engine_gone(&self, readiness: Readiness) {
         self.agent.observed(&self.name.pool_id, &self.name.replica_id, readiness);
         self.agent.look_now(&self.name);
+    }
+
+    /// The attempt has failed at its engine. Returns what is said of that, and the final report number.
+    pub(crate) fn fail(&mut self, mut error: ErrorBody, engine_idle: bool) -> (ErrorBody, u64) {
+        error.engine = Some(self.engine);
+        let identity = self.agent.identity();
+        error = error.at(&identity.node_id, &self.name.pool_id);
+        let seq = self.end(engine_idle);
+        self.agent.counters.lock().failed += 1;
+        self.log.failed(&error);
+        (error, seq)
+    }
+
+    /// The attempt is not begun, for this reason: the slot is free again.
+    pub(crate) fn refuse(&mut self, error: ErrorBody) -> ErrorBody {
+        self.cleared();
+        self.end(true);
+        self.agent.stop_attempt(&self.attempt);
+        self.finish(None);
+        self.log.refused(&error);
+        error
+    }
+
+    /// The engine does not do what was asked of it. `path`: what it answered with this status; what
+    /// it says inside of an answer is not about that. Returns the attempt's error.
+    pub(crate) fn refused(&self, refusal: Refusal, path: Option<&str>) -> ErrorBody {
+        let Refusal { whose, mut error } = refusal;
+        if let Some(key) = &self.at.key {
+            error.message = key.hidden_in(&error.message);
+        }
+        let attempt = self.attempt;
+        match whose {
+            Whose::Operator => {
+                self.agent.change(|core, now| core.refused_operator(now, &attempt, &error.message));
+            }
+            Whose::Missing => {
+                if let Some(path) = path {
+                    self.agent.with_core(|core, now| core.lacks(now, &attempt, path));
+                }
+            }
+            Whose::Client | Whose::Engine | Whose::Busy | Whose::Nobody => {}
+        }
+        self.cleared();
+        error
+    }
+
+    /// The engine lives, whatever looks at it say.
+    pub(crate) fn heard(&self) {
+        if self.agent.with_core(|core, now| core.heard(now, &self.attempt)) {
+            self.agent.report_now();
+        }
     }
 
     /// The engine is done with the attempt, or never had it.

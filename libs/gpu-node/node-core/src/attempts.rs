@@ -19,6 +19,7 @@ mod piece;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
+use attempt_link::content::AnswerHead;
 use bytes::Bytes;
 use pool_registry_types::{AttemptId, ErrorBody, Moment, PoolId, ReplicaId};
 
@@ -153,6 +154,8 @@ struct Entry {
     failing: Option<ErrorBody>,
     /// Of an attempt on a link.
     linked: Option<Linked>,
+    /// Of an answer that is passed on as the engine gave it.
+    head: Option<Box<AnswerHead>>,
     /// The present reader has had all of it.
     read: bool,
     /// It was asked to end.
@@ -304,6 +307,7 @@ impl Held {
             ending: Ending::default(),
             failing: None,
             linked: None,
+            head: None,
             read: false,
             stopping: false,
             due: None,

@@ -20,13 +20,7 @@ pub struct Acceptance {
 }
 
 /// Of [`Kind::Head`](crate::records::Kind::Head).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct AnswerHead {
-    pub status: u16,
-    /// In the order in which they came.
-    #[serde(default)]
-    pub headers: Vec<(String, String)>,
-}
+pub use task_stream::AnswerHead;
 
 /// Of [`Kind::End`](crate::records::Kind::End).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -12,7 +12,7 @@ use pool_registry_types::task::{Reasoning, TaskRequest};
 use pool_registry_types::{AttemptId, BootId, ModelRef, TaskId, TraceContext};
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use task_stream::{BodyDigest, Payload, PayloadFormat, TaskSpec};
+use task_stream::{BodyDigest, OpenAiRoute, Passage, Payload, PayloadFormat, TaskSpec};
 use uuid::Uuid;
 
 fn example(name: &str) -> String {
@@ -75,6 +75,31 @@ fn what_a_newer_writer_says_in_a_start_is_passed_over_and_how_it_is_run_must_be_
     let error = unknown.as_ref().unwrap_err();
     assert_eq!(error.number, Some(8));
     assert!(error.source.to_string().contains("a_workload_to_come"), "{}", error.source);
+}
+
+// CLOUD-2830
+#[test]
+fn a_start_says_how_its_payload_is_passed_on_and_by_which_route_must_be_known() {
+    let passage = Passage {
+        route: OpenAiRoute::ChatCompletions,
+        stream: true,
+        query: Some("a=1".into()),
+        headers: vec![("x-title".into(), "t".into())],
+        model_at: Some((9, 12)),
+    };
+    let format = PayloadFormat::OpenAi(Box::new(passage));
+    let payload = Payload { format: format.clone(), bytes: Bytes::from_static(b"{\"model\":\"m\"}") };
+    let written = WrittenStart::new(&Start::new(facts(), &payload));
+    let batch = write_starts(key(), &[written], &[], &[]).unwrap();
+    let value: Value = serde_json::from_slice(&batch).unwrap();
+    let expected = json!({"openai": {"route": "chat_completions", "stream": true, "query": "a=1",
+        "headers": [["x-title", "t"]], "model_at": [9, 12]}});
+    assert_eq!(value["start"][0]["payload_format"], expected);
+    let read = read_starts(&batch).unwrap().start.remove(0).unwrap();
+    assert_eq!((read.facts.payload_format, read.payload), (format, payload.bytes));
+    let newer = std::str::from_utf8(&batch).unwrap().replace("chat_completions", "a_route_to_come");
+    let read = read_starts(&Bytes::from(newer)).unwrap().start.remove(0);
+    assert_eq!(read.unwrap_err().number, Some(facts().number));
 }
 
 // CLOUD-2605

@@ -11,8 +11,8 @@ pub use answers::{
 pub use events::{End, FinishReason, Metrics, Started, Token};
 pub use infer::{INFER_OVERHEAD_BYTES, InferRequest, Resume, read_task};
 pub use request::{
-    ChatMessage, Determinism, KvHint, MAX_BODY_BYTES, MAX_RESULT_BYTES, MAX_STOP_TEXTS, MAX_WAIT_MS,
-    Priority, Reasoning, Recovery, ResumeMode, Role, TaskRequest, Timeouts, unsupported,
+    ChatMessage, Determinism, KvHint, MAX_BODY_BYTES, MAX_PASSED_BYTES, MAX_RESULT_BYTES, MAX_STOP_TEXTS,
+    MAX_WAIT_MS, Priority, Reasoning, Recovery, ResumeMode, Role, TaskRequest, Timeouts, unsupported,
 };
 
 pub use crate::inputs::{

@@ -11,6 +11,7 @@
 use bytes::Bytes;
 use pool_registry_types::{AttemptId, LogId};
 
+use crate::passage::PassedHead;
 use crate::token_ids::TokenIds;
 
 /// Longest stream of a task, bytes. Source: .specs/01 CLOUD-1603.
@@ -159,6 +160,8 @@ pub struct TaskLog {
     unlogged: u64,
     writer: Option<AttemptId>,
     finished: bool,
+    /// Of an answer that is passed on as it came.
+    head: Option<Box<PassedHead>>,
 }
 
 impl TaskLog {
@@ -178,6 +181,7 @@ impl TaskLog {
             unlogged: 0,
             writer: None,
             finished: false,
+            head: None,
         }
     }
 
@@ -192,6 +196,29 @@ impl TaskLog {
 
     pub fn is_finished(&self) -> bool {
         self.finished
+    }
+
+    /// The head of the answer that is passed on, once any of it is here.
+    pub fn head(&self) -> Option<&PassedHead> {
+        self.head.as_deref()
+    }
+
+    /// The attempt's answer has this head.
+    pub(crate) fn set_head(&mut self, attempt: AttemptId, head: Box<PassedHead>) {
+        if self.writer == Some(attempt) {
+            self.head = Some(head);
+        }
+    }
+
+    /// Lets go of what stands before the index and will not be read again. The last segment stays, by
+    /// which the next one is known.
+    pub fn drop_before(&mut self, index: u64) {
+        let passed = self.segments.partition_point(|segment| segment.next() <= index);
+        let gone = passed.min(self.segments.len().saturating_sub(1));
+        if gone > 0 {
+            self.bytes -= self.segments.drain(..gone).map(|segment| segment.bytes.len()).sum::<usize>();
+            self.small = self.small.min(self.segments.len());
+        }
     }
 
     /// What the log takes, bytes: frames, what their segments cost, and ids of tokens.
@@ -459,6 +486,25 @@ mod tests {
         assert_eq!(log.segments.len(), 100);
         assert!((640_000..680_000).contains(&log.len_bytes()), "{}", log.len_bytes());
         assert_eq!(log.read_from(6_399, ALL).into_bytes().len(), 100);
+    }
+
+    // CLOUD-2832
+    #[test]
+    fn what_was_read_of_a_stream_that_is_passed_on_makes_room_for_the_rest() {
+        let mut log = TaskLog::bounded(LogId(Uuid::from_u128(9)), 1_000);
+        log.open(attempt(1));
+        for n in 0..500 {
+            log.append(attempt(1), frame(n, &[b'x'; 100])).unwrap();
+            let read = log.read_from(n, ALL);
+            assert_eq!((read.next, read.into_bytes().len()), (n + 1, 100));
+            log.drop_before(n + 1);
+        }
+        assert_eq!(log.segments.len(), 1);
+        for n in 500..509 {
+            log.append(attempt(1), frame(n, &[b'x'; 100])).unwrap();
+        }
+        assert_eq!(log.append(attempt(1), frame(509, b"x")), Err(AppendError::Full));
+        assert_eq!(log.read_from(500, ALL).into_bytes().len(), 900);
     }
 
     proptest! {

@@ -3,12 +3,24 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use crate::passage::Passage;
+
 /// What the bytes of a [`Payload`] are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PayloadFormat {
     /// A `TaskRequest` as JSON, with the fields that a node reads; the object is never empty.
     Native,
+    /// The body of a client that speaks one of the engines' own languages, as it came: nobody reads it.
+    #[serde(rename = "openai")]
+    OpenAi(Box<Passage>),
+}
+
+impl PayloadFormat {
+    /// Whether what the engine answers is passed on as it comes.
+    pub fn passes(&self) -> bool {
+        matches!(self, Self::OpenAi(_))
+    }
 }
 
 /// What a task's engine is to work on. Made once, where the task comes in; clones share the bytes.
@@ -21,7 +33,8 @@ pub struct Payload {
 /// Without its content, which may be a prompt.
 impl std::fmt::Debug for Payload {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:?} payload of {} bytes", self.format, self.bytes.len())
+        let format = if self.format.passes() { "OpenAi" } else { "Native" };
+        write!(f, "{format} payload of {} bytes", self.bytes.len())
     }
 }
 

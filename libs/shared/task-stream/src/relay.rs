@@ -13,6 +13,8 @@
 //! An attempt ends in one place, [`Relay::end`]: by its node's own end, error or refusal, or with an
 //! [`Action::Stop`] before it. To let go of a stream stops nothing by itself.
 
+mod passing;
+
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -28,6 +30,8 @@ use crate::frames::FrameBuffer;
 use crate::log::{AppendError, Segment};
 use crate::staged::{Staged, TokensOfFrame};
 use crate::watch::{AttemptDeadlines, Overdue, StreamWatch};
+
+use passing::Passing;
 
 /// The events of a node that are kept, each with its place in the log.
 const NUMBERED: [&str; 4] = ["token", "reasoning", "result", "end"];
@@ -137,6 +141,8 @@ pub struct Relay {
     watch: StreamWatch,
     frames: FrameBuffer,
     reading: Reading,
+    /// Where the engine's answer is passed on as it comes.
+    passing: Option<Box<Passing>>,
     alive_sent: Moment,
     armed: Moment,
     /// Why the node's stream has ended.
@@ -181,6 +187,7 @@ impl Relay {
             watch,
             frames: FrameBuffer::default(),
             reading,
+            passing: None,
             alive_sent: now,
             armed,
             closed: None,
@@ -241,6 +248,7 @@ impl Relay {
     /// counts with the next [`Relay::flush`].
     pub fn over(&mut self, report_seq: u64) {
         self.reading.final_report = Some(report_seq);
+        self.passed_whole();
     }
 
     /// On a link: the node lives, and does not say that the attempt does.

@@ -3,6 +3,7 @@
 use pool_registry_types::AttemptId;
 
 use crate::log::{AppendError, Segment, TaskLog};
+use crate::passage::PassedHead;
 
 /// What a node says of one frame's tokens before it comes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +24,8 @@ pub struct Staged {
     pub(crate) counted: Vec<(u64, u64, usize)>,
     pub(crate) ids: Vec<u32>,
     pub(crate) unlogged: u64,
+    /// Of an answer that is passed on as it comes, with its first segment.
+    pub(crate) head: Option<Box<PassedHead>>,
 }
 
 impl Staged {
@@ -34,6 +37,7 @@ impl Staged {
             counted: Vec::new(),
             ids: Vec::new(),
             unlogged: 0,
+            head: None,
         }
     }
 
@@ -49,6 +53,9 @@ impl Staged {
     /// Moves everything into the log.
     pub fn append_to(&mut self, log: &mut TaskLog) -> Result<(), AppendError> {
         log.count_unlogged(self.attempt, std::mem::take(&mut self.unlogged));
+        if let Some(head) = self.head.take() {
+            log.set_head(self.attempt, head);
+        }
         let last = self.segments.len().saturating_sub(1);
         for (n, segment) in self.segments.drain(..).enumerate() {
             if self.terminal && n == last {

@@ -236,8 +236,9 @@ fn start_of(now: Moment, dispatch: &Dispatch, payload: &Payload, resume: Option<
         replica_hint: dispatch.warm_replica.clone(),
         resume,
         spec: StartSpec::of(&dispatch.spec, dispatch.max_tokens),
-        payload_format: payload.format,
-        keep: true,
+        payload_format: payload.format.clone(),
+        // What a client of `/v1` has been given is not asked for again.
+        keep: !payload.format.passes(),
         traceparent: trace.traceparent,
         correlation_id: trace.correlation_id,
         caller: dispatch.spec.caller.clone(),

@@ -342,13 +342,8 @@ impl Driver {
         self.phase = Phase::Lost { error: Box::new(error), until: Instant::now() + END_TIMEOUT };
     }
 
-    pub(super) fn close(&mut self, mut error: ErrorBody, engine_idle: bool) {
-        error.engine = Some(self.slot.engine);
-        let identity = self.slot.agent.identity();
-        error = error.at(&identity.node_id, &self.slot.name.pool_id);
-        let seq = self.slot.end(engine_idle);
-        self.slot.agent.counters.lock().failed += 1;
-        self.slot.log.failed(&error);
+    pub(super) fn close(&mut self, error: ErrorBody, engine_idle: bool) {
+        let (error, seq) = self.slot.fail(error, engine_idle);
         if self.slot.signals.by_link {
             self.slot.error = Some(error);
         } else {

@@ -115,7 +115,7 @@ impl Answer {
 
     /// The beginning of the body: what came of its first `most` bytes before it ended or broke, or
     /// time was up.
-    pub(super) async fn beginning(self, most: usize, patience: Duration) -> Vec<u8> {
+    pub(crate) async fn beginning(self, most: usize, patience: Duration) -> Vec<u8> {
         let mut body = self.response.into_body();
         let mut read = Vec::new();
         let reading = async {
@@ -269,6 +269,12 @@ impl EngineClient {
         self.call(&Method::POST, at, path, Bytes::from(body.to_string())).await
     }
 
+    /// Asks with a body that is passed on as it came, whose type stands among the endpoint's headers where
+    /// it is not JSON. `target` is a path and its query.
+    pub(crate) async fn pass(&self, at: &Endpoint, target: &str, body: Bytes) -> Result<Answer, CallError> {
+        self.call(&Method::POST, at, target, body).await
+    }
+
     /// The JSON of an answer that is good.
     pub(crate) async fn get_json(&self, at: &Endpoint, path: &str) -> Result<Value, Question> {
         let answer = self.get(at, path).await.map_err(Question::Unanswered)?;
@@ -287,7 +293,7 @@ impl EngineClient {
     ) -> Result<Answer, CallError> {
         let request = || {
             let mut request = Request::builder().method(method).uri(format!("{}{path}", at.url));
-            if *method == Method::POST {
+            if *method == Method::POST && !at.headers.contains_key(CONTENT_TYPE) {
                 request = request.header(CONTENT_TYPE, HeaderValue::from_static("application/json"));
             }
             for (name, value) in &at.headers {

@@ -42,7 +42,7 @@ pub(crate) use self::dialect::{
 pub(crate) use self::json::set;
 pub(crate) use self::key::{ApiKey, KeyError};
 pub(crate) use self::llamacpp::Unsent;
-pub(crate) use self::refusal::{Refusal, Whose, refused};
+pub(crate) use self::refusal::{Refusal, Whose, refusal, refused};
 pub(crate) use self::thoughts::Delta;
 
 /// Bound of one look at whether an engine is up.

@@ -3,7 +3,7 @@
 //! Whole frames come in records that are cut out of the pieces; the ids of their tokens, the error and
 //! the end are records of their own. Comments without a frame go in a record of no frames.
 
-use attempt_link::content::FrameTokens;
+use attempt_link::content::{AnswerHead, FrameTokens};
 use attempt_link::node::Supply;
 use bytes::Bytes;
 use pool_registry_types::{AttemptId, ErrorBody, LogId, Moment};
@@ -18,6 +18,7 @@ pub(super) struct Linked {
     cursor: Option<Cursor>,
     /// The tokens of frames before this one were supplied.
     tokens_from: u64,
+    head_supplied: bool,
     error_supplied: bool,
 }
 
@@ -50,8 +51,21 @@ impl Held {
     /// A link follows the attempt that was just accepted, or was resumed with this cursor.
     pub fn link(&mut self, attempt: &AttemptId, log: LogId, cursor: Cursor) {
         if let Some(entry) = self.entries.get_mut(attempt) {
-            let linked = Linked { log, cursor: Some(cursor), tokens_from: 0, error_supplied: false };
+            let linked = Linked {
+                log,
+                cursor: Some(cursor),
+                tokens_from: 0,
+                head_supplied: false,
+                error_supplied: false,
+            };
             entry.linked = Some(linked);
+        }
+    }
+
+    /// The engine's answer has this head, before anything of it is appended.
+    pub fn set_head(&mut self, attempt: &AttemptId, head: AnswerHead) {
+        if let Some(entry) = self.entries.get_mut(attempt) {
+            entry.head = Some(Box::new(head));
         }
     }
 
@@ -81,6 +95,11 @@ impl Held {
         let Some(cursor) = linked.cursor.as_mut().filter(|cursor| cursor.reader == entry.reader) else {
             return Supply::Gone;
         };
+        if let Some(head) = &entry.head
+            && !std::mem::replace(&mut linked.head_supplied, true)
+        {
+            return Supply::Head((**head).clone());
+        }
         let at = |cursor: &Cursor| usize::try_from(cursor.piece - entry.dropped).unwrap_or(usize::MAX);
         while let Some(piece) = entry.pieces.get(at(cursor)) {
             if cursor.offset >= piece.bytes.len() {

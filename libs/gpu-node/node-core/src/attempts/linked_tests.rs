@@ -1,7 +1,7 @@
 //! Attempts on a link: records that are cut out of the pieces, and the window that moves with what was
 //! seen.
 
-use attempt_link::content::FrameTokens;
+use attempt_link::content::{AnswerHead, FrameTokens};
 use attempt_link::node::Supply;
 use pool_registry_types::{ErrorCode, LogId};
 use proptest::prelude::*;
@@ -166,6 +166,29 @@ fn an_attempt_whose_link_is_lost_has_no_reader_and_one_that_was_read_to_its_end_
     assert!(matches!(held.supply(&id(1), 9), Supply::End { .. }));
     held.unlink(at(7), &id(1));
     assert_eq!(held.detached_since(&id(1)), None);
+}
+
+// CLOUD-2834
+#[test]
+fn an_answer_that_is_no_event_stream_has_its_head_first_and_is_counted_in_bytes() {
+    let mut held = linked(Retention::Unseen);
+    let head = AnswerHead { status: 200, headers: vec![("content-type".into(), "application/json".into())] };
+    held.set_head(&id(1), head.clone());
+    let bytes = |first, text: &str| Piece::new(first, text.as_bytes().to_vec(), Ends::each_byte(text.len()));
+    held.append(at(0), &id(1), bytes(3, "abcdefgh")).unwrap();
+    assert_eq!(held.supply(&id(1), 5), Supply::Head(head.clone()));
+    assert_eq!(supplied(&mut held, 5), (vec!["3+5 abcde".into(), "8+3 fgh".into()], Supply::Waiting));
+    held.append(at(0), &id(1), bytes(11, "ij")).unwrap();
+    resume(&mut held, 9).unwrap();
+    held.seen(&id(1), 9);
+    assert_eq!(held.supply(&id(1), 5), Supply::Head(head));
+    assert_eq!(supplied(&mut held, 5).0, ["9+2 gh", "11+2 ij"]);
+    held.fail(&id(1), 12, ErrorBody::new(ErrorCode::Internal, "too long"));
+    resume(&mut held, 11).unwrap();
+    held.supply(&id(1), 5);
+    assert_eq!(supplied(&mut held, 5).0, ["11+1 i"]);
+    held.finish(at(1), &id(1), None, Ending { error: None, report_seq: 8 });
+    assert!(held.seen(&id(1), 12) && held.bytes() < ATTEMPT_BYTES + PIECE_BYTES);
 }
 
 proptest! {

@@ -11,9 +11,20 @@ pub struct Ends {
     /// Of all frames but the last one; mostly none, which allocates nothing.
     inner: Vec<u32>,
     last: Option<u32>,
+    /// Each byte is a frame: of an answer that is no event stream.
+    each_byte: bool,
 }
 
 impl Ends {
+    /// Of so many bytes, each of which is a frame.
+    pub fn each_byte(bytes: usize) -> Self {
+        let mut ends = Self { each_byte: true, ..Self::default() };
+        if bytes > 0 {
+            ends.push(bytes);
+        }
+        ends
+    }
+
     /// One frame more ends at this byte.
     pub fn push(&mut self, end: usize) {
         let end = u32::try_from(end).expect("a piece is far below 4 GiB");
@@ -21,11 +32,17 @@ impl Ends {
     }
 
     pub fn frames(&self) -> u64 {
+        if self.each_byte {
+            return self.last.unwrap_or(0).into();
+        }
         self.inner.len() as u64 + u64::from(self.last.is_some())
     }
 
     /// Where the first `frames` frames end.
     pub(super) fn end_of(&self, frames: u64) -> usize {
+        if self.each_byte {
+            return usize::try_from(frames.min(self.frames())).unwrap_or(usize::MAX);
+        }
         let Some(index) = frames.checked_sub(1).and_then(|index| usize::try_from(index).ok()) else {
             return 0;
         };
@@ -34,6 +51,9 @@ impl Ends {
 
     /// Only the first `frames` frames are left.
     pub(super) fn truncate(&mut self, frames: u64) {
+        if self.each_byte {
+            return *self = Self::each_byte(self.end_of(frames));
+        }
         let Some(inner) = frames.checked_sub(1).and_then(|inner| usize::try_from(inner).ok()) else {
             return *self = Self::default();
         };
@@ -45,6 +65,9 @@ impl Ends {
 
     /// The frames that end up to this byte.
     pub(super) fn frames_within(&self, bytes: usize) -> u64 {
+        if self.each_byte {
+            return self.frames().min(bytes as u64);
+        }
         let is_within = |end: &u32| *end as usize <= bytes;
         self.inner.partition_point(is_within) as u64 + u64::from(self.last.as_ref().is_some_and(is_within))
     }

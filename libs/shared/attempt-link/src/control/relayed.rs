@@ -50,7 +50,8 @@ impl Relayed {
                 relay.accepted(now, acceptance.replica_id, acceptance.report_seq);
             }
             Action::Restart { from, .. } => return goes_on(relay, from),
-            Action::Frames { bytes, .. } => relay.chunk(now, &bytes),
+            Action::Head { head, .. } => relay.head(head),
+            Action::Frames { first, count, bytes, .. } => relay.frames(now, first, count, &bytes),
             Action::TokenIds { first, frames, .. } => {
                 let tokens = frames.into_iter().map(|f| TokensOfFrame { total: f.total.into(), ids: f.ids });
                 relay.token_ids(first, tokens);
@@ -74,7 +75,7 @@ impl Relayed {
                 relay.not_accepted(HowEnded::NoAnswer(Lost::NotResumed.as_str().into()));
             }
             Action::Lost { reason, .. } => relay.closed(reason.as_str().into()),
-            // A head is of answers that are no event streams; the rest is of links.
+            // The rest is of links.
             _ => {}
         }
         None

@@ -98,7 +98,10 @@ pub struct Start {
 impl Start {
     /// A payload that is not one JSON value and nothing else goes alone, as it is.
     pub fn new(facts: StartFacts, payload: &Payload) -> Self {
-        Self { facts: StartFacts { payload_format: payload.format, ..facts }, payload: payload.bytes.clone() }
+        Self {
+            facts: StartFacts { payload_format: payload.format.clone(), ..facts },
+            payload: payload.bytes.clone(),
+        }
     }
 
     fn json(&self) -> Vec<u8> {

@@ -15,6 +15,8 @@ use crate::placement::PlacementConstraints;
 
 /// Largest request body, bytes. Source: .specs/01 CLOUD-1201.
 pub const MAX_BODY_BYTES: usize = 4 * 1024 * 1024;
+/// Largest body that is passed on to an engine as it came, bytes: images are in it.
+pub const MAX_PASSED_BYTES: usize = 64 * 1024 * 1024;
 /// Most texts in `stop`.
 pub const MAX_STOP_TEXTS: usize = 16;
 /// Most bytes of results that a node sends: a task's log keeps 8 MiB, and its end must fit too.
