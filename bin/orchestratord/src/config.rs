@@ -9,9 +9,12 @@ use std::time::Duration;
 
 use axum::http::HeaderValue;
 use daemon_kit::settings::{Daemon, Own, Shared, SharedError, SharedSettings};
+use pool_registry_types::ModelRef;
+use pool_registry_types::task::MAX_PASSED_BYTES;
 use task_scheduler::{FullLane, Policy, SessionPolicy, Strategy, Timing};
 
 use crate::services::addresses::{NodeAddresses, PlaceError};
+use crate::services::gateway::{AliasError, Gateway};
 use crate::token;
 
 /// The settings as they are given.
@@ -92,6 +95,15 @@ pub(crate) struct Settings {
     /// Tasks of one token that wait or run at most [default: no limit].
     #[arg(long, env = "ORCHESTRATORD_TASKS_PER_TOKEN", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     tasks_per_token: Option<u32>,
+    /// Names of models that clients use for others: alias=model, comma-separated [default: none].
+    #[arg(long, env = "ORCHESTRATORD_MODEL_ALIASES")]
+    model_aliases: Option<String>,
+    /// The model of a request under /v1 that names none [default: such a request is refused].
+    #[arg(long, env = "ORCHESTRATORD_DEFAULT_MODEL")]
+    default_model: Option<ModelRef>,
+    /// Longest body of a request under /v1, bytes.
+    #[arg(long, env = "ORCHESTRATORD_V1_BODY_BYTES", default_value_t = 32 * 1024 * 1024, value_parser = clap::value_parser!(u64).range(1..=MAX_PASSED_BYTES as u64))]
+    v1_body_bytes: u64,
     /// Where nodes may be: networks (10.0.0.0/8), addresses, names or *.suffixes, comma-separated [default: anywhere].
     #[arg(long, env = "ORCHESTRATORD_NODE_ADDRESSES")]
     node_addresses: Option<String>,
@@ -161,6 +173,7 @@ pub(crate) struct Config {
     pub(crate) requests_per_second: Option<NonZeroU32>,
     pub(crate) tasks_per_token: Option<usize>,
     pub(crate) node_addresses: NodeAddresses,
+    pub(crate) gateway: Gateway,
 }
 
 /// Why the settings do not hold together. Each names the variable.
@@ -180,6 +193,8 @@ pub(crate) enum ConfigError {
     Shared(#[from] SharedError),
     #[error("ORCHESTRATORD_CORS_ORIGINS: {0:?} is no origin, as https://host:port")]
     Origin(String),
+    #[error("ORCHESTRATORD_MODEL_ALIASES: {0}")]
+    Aliases(#[from] AliasError),
     #[error("ORCHESTRATORD_NODE_ADDRESSES: {0}")]
     NodeAddresses(#[from] PlaceError),
 }
@@ -219,6 +234,9 @@ impl Daemon for Settings {
         let node_addresses = self.node_addresses.as_deref().unwrap_or_default();
         let needs_https = shared.requires_tls || shared.front.tls.client_ca.is_some();
         let node_addresses = NodeAddresses::parse(node_addresses, needs_https)?;
+        let aliases = self.model_aliases.as_deref().map(Gateway::aliases).transpose()?.unwrap_or_default();
+        let body_bytes = usize::try_from(self.v1_body_bytes).unwrap_or(usize::MAX);
+        let gateway = Gateway::new(aliases, self.default_model, body_bytes);
         let policy = Policy {
             timing: Timing {
                 heartbeat_interval: Duration::from_secs(interval),
@@ -256,6 +274,7 @@ impl Daemon for Settings {
             requests_per_second: self.requests_per_second,
             tasks_per_token: self.tasks_per_token.map(|tasks| tasks as usize),
             node_addresses,
+            gateway,
         })
     }
 }
@@ -311,6 +330,7 @@ mod tests {
         assert!(error(&["--admission-policy", "maybe"]).contains("drop-lru"));
         assert!(error(&["--require-tls"]).contains("ORCHESTRATORD_REQUIRE_TLS"));
         assert!(error(&["--cors-origins", "*"]).contains("ORCHESTRATORD_CORS_ORIGINS"));
+        assert!(error(&["--model-aliases", "a"]).contains("ORCHESTRATORD_MODEL_ALIASES"));
         assert!(error(&["--node-addresses", "10.0.0.0/99"]).contains("ORCHESTRATORD_NODE_ADDRESSES"));
         assert!(error(&["--session-max-turns", "0"]).contains("session-max-turns"));
         for bound in ["max-nodes", "retained-tasks"] {

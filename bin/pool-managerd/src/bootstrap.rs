@@ -107,6 +107,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         nodes_show_certificates: false,
         quota: None,
         origins: Vec::new(),
+        shapes: None,
     };
     let beside = TaskTracker::new();
     let (tokens, reported, ended) = (config.shared.tokens.clone(), Arc::clone(&agent), stop.clone());

@@ -142,6 +142,7 @@ async fn serve() -> Served {
         nodes_show_certificates: false,
         quota: None,
         origins: Vec::new(),
+        shapes: None,
     };
     let stop = CancellationToken::new();
     let threads = StreamThreads::start(1).unwrap();

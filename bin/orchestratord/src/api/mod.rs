@@ -9,6 +9,7 @@ pub(crate) mod pools;
 pub(crate) mod sessions;
 mod submission;
 pub(crate) mod tasks;
+pub(crate) mod v1;
 
 use axum::extract::Query;
 use axum::extract::rejection::QueryRejection;

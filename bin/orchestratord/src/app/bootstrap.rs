@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use daemon_kit::auth::Gate;
+use daemon_kit::auth::{Gate, Shapes};
 use daemon_kit::connections::{Counts, Streaming};
 use daemon_kit::front::{Front, FrontError, Shown};
 use daemon_kit::quota::Quota;
@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
+use crate::api::v1;
 use crate::app::router;
 use crate::app::state::App;
 use crate::config::Config;
@@ -122,6 +123,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         catalog,
         catalog_order: Arc::default(),
         artifacts: Arc::new(Artifacts::new(&config.data_dir)),
+        gateway: config.gateway,
         cloud_profile: config.cloud_profile,
         node_addresses: Arc::new(config.node_addresses),
         quota: Arc::clone(&quota),
@@ -136,6 +138,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         nodes_show_certificates: config.shared.front.tls.client_ca.is_some(),
         quota: Some(quota),
         origins: config.origins,
+        shapes: Some(Shapes { is_theirs: v1::is_ours, shape: v1::shape }),
     };
     let (tokens, reported, ended) = (state.tokens.clone(), control.clone(), stop.clone());
     let telling = move || {

@@ -7,19 +7,20 @@ use axum::routing::get;
 use daemon_kit::auth::Need;
 use daemon_kit::tokens::Scope;
 use pool_registry_types::routes as paths;
+use task_stream::OpenAiRoute;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use utoipa_swagger_ui::{Config, SwaggerUi};
 
-use crate::api::{artifacts, catalog, meta, nodes, observe, pools, sessions, tasks};
+use crate::api::{artifacts, catalog, meta, nodes, observe, pools, sessions, tasks, v1};
 use crate::app::state::AppState;
 
 #[derive(OpenApi)]
 #[openapi(
     info(title = "llama-orch", description = "The control plane: tasks in, tokens out. Every error has the body ErrorBody; its code is the contract."),
     tags((name = "tasks"), (name = "sessions"), (name = "nodes"), (name = "pools"), (name = "catalog"), (name = "artifacts"),
-        (name = "meta"), (name = "observe"))
+        (name = "meta"), (name = "observe"), (name = "openai"))
 )]
 struct Document;
 
@@ -32,6 +33,18 @@ fn parts() -> (Router<AppState>, utoipa::openapi::OpenApi) {
         .routes(routes!(tasks::explain))
         .routes(routes!(tasks::explain_request))
         .routes(routes!(sessions::get, sessions::delete))
+        .routes(routes!(v1::chat_completions))
+        .routes(routes!(v1::completions))
+        .routes(routes!(v1::embeddings))
+        .routes(routes!(v1::rerank))
+        .routes(routes!(v1::messages))
+        .routes(routes!(v1::count_tokens))
+        .routes(routes!(v1::responses))
+        .routes(routes!(v1::tokenize))
+        .routes(routes!(v1::detokenize))
+        .routes(routes!(v1::apply_template))
+        .routes(routes!(v1::list))
+        .routes(routes!(v1::get))
         .routes(routes!(nodes::list))
         .routes(routes!(nodes::register))
         .routes(routes!(nodes::heartbeat))
@@ -65,7 +78,13 @@ pub(crate) fn document() -> String {
 }
 
 fn complete(document: &utoipa::openapi::OpenApi) -> String {
-    let document = serde_json::to_value(document).expect("the document is always JSON");
+    let mut document = serde_json::to_value(document).expect("the document is always JSON");
+    // A name of a model may have slashes, for which the document has no word.
+    if let Some(all) = document["paths"].as_object_mut()
+        && let Some(item) = all.remove("/v1/models/{*model}")
+    {
+        all.insert("/v1/models/{model}".to_owned(), item);
+    }
     format!("{:#}", daemon_kit::document::finish(document, needs))
 }
 
@@ -113,13 +132,16 @@ pub(crate) fn needs(method: &Method, path: &str) -> Need {
         {
             Need::Scope(Scope::Client)
         }
+        // The routes of engines, and the list of their models.
+        _ if v1::is_ours(path) => Need::Scope(Scope::Client),
         _ => Need::Scope(Scope::Admin),
     }
 }
 
 /// Whether a request is one for a task's stream, by its method and path.
 pub(crate) fn is_stream(method: &Method, path: &str) -> bool {
-    let submits = *method == Method::POST && path == paths::TASKS;
+    let passes = || OpenAiRoute::of_path(path).is_some();
+    let submits = *method == Method::POST && (path == paths::TASKS || passes());
     let reads = *method == Method::GET && path.starts_with(paths::TASKS) && path.ends_with("/events");
     submits || reads
 }
@@ -136,4 +158,27 @@ pub(crate) fn metrics(state: AppState) -> Router {
 /// The page asks for the token once and sends it along; it keeps it for the browser's session.
 async fn initializer() -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "text/javascript")], include_str!("api_page.js"))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+
+    // CLOUD-2840
+    #[test]
+    fn the_document_has_the_routes_of_other_apis_with_what_they_need_and_their_own_errors() {
+        let document: Value = serde_json::from_str(&document()).unwrap();
+        let paths = &document["paths"];
+        for path in ["/v1/chat/completions", "/v1/messages", "/tokenize"] {
+            let refused = &paths[path]["post"]["responses"]["401"]["content"]["application/json"]["schema"];
+            assert_eq!(refused["$ref"], "#/components/schemas/GatewayError", "{path}");
+            assert_eq!(needs(&Method::POST, path), Need::Scope(Scope::Client));
+            assert!(is_stream(&Method::POST, path) && !is_stream(&Method::GET, path));
+        }
+        assert!(document["components"]["schemas"]["GatewayError"].is_object());
+        assert!(paths["/v1/models/{model}"]["get"].is_object() && paths["/v1/models/{*model}"].is_null());
+        assert_eq!(needs(&Method::GET, "/v1/models/{*model}"), Need::Scope(Scope::Client));
+    }
 }

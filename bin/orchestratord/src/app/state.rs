@@ -12,6 +12,7 @@ use crate::services::artifacts::Artifacts;
 use crate::services::catalog::Catalog;
 use crate::services::control::Control;
 use crate::services::dispatch::Relays;
+use crate::services::gateway::Gateway;
 use crate::services::registry::ServiceRegistryHandle;
 use crate::services::streams::Streams;
 
@@ -31,6 +32,7 @@ pub(crate) struct App {
     /// One change of the catalog at a time, its news to the control loop included.
     pub(crate) catalog_order: Arc<tokio::sync::Mutex<()>>,
     pub(crate) artifacts: Arc<Artifacts>,
+    pub(crate) gateway: Gateway,
     pub(crate) cloud_profile: bool,
     pub(crate) node_addresses: Arc<NodeAddresses>,
     /// What one token may have at once.

@@ -7,6 +7,7 @@ pub(crate) mod catalog;
 pub(crate) mod control;
 pub(crate) mod dispatch;
 mod feed;
+pub(crate) mod gateway;
 pub(crate) mod handoff;
 pub(crate) mod link;
 pub(crate) mod placement;

@@ -114,6 +114,14 @@ impl RequestFacts {
         bounds.into_iter().flatten().max()
     }
 
+    /// Where the value of `model` stands in the body, quotes included; nothing where there is none.
+    pub fn model_place(&self) -> Option<Range<usize>> {
+        match &self.model_at {
+            ModelAt::Value(range) if self.model.is_some() => Some(range.clone()),
+            _ => None,
+        }
+    }
+
     /// Whether the same body makes the same text, by its own words.
     pub fn is_deterministic(&self) -> bool {
         let is_greedy = self.temperature == Some(0.0);

@@ -11,13 +11,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderMap, HeaderValue, Method, header};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use jiff::Timestamp;
 use owned_tasks::blocking;
 use parking_lot::{Mutex, RwLock};
-use pool_registry_types::{ErrorCode, routes};
+use pool_registry_types::{ErrorBody, ErrorCode, routes};
 use secrecy::{ExposeSecret, SecretString};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -196,7 +196,6 @@ impl Tokens {
     pub fn authenticate(&self, headers: &HeaderMap, now: Timestamp) -> Result<Arc<Holder>, ApiError> {
         let missing =
             || ApiError::new(ErrorCode::MissingToken, "send the header Authorization: Bearer <token>");
-        let bad = || ApiError::new(ErrorCode::BadToken, "this token is not known");
         let mut values = headers.get_all(header::AUTHORIZATION).iter();
         let value = values.next().ok_or_else(missing)?;
         if values.next().is_some() {
@@ -207,8 +206,16 @@ impl Tokens {
         if !scheme.eq_ignore_ascii_case("bearer") {
             return Err(bad());
         }
+        self.holder(token.trim(), now)
+    }
+
+    /// Whose token this is.
+    ///
+    /// # Errors
+    /// `BAD_TOKEN`.
+    fn holder(&self, token: &str, now: Timestamp) -> Result<Arc<Holder>, ApiError> {
         let set = Arc::clone(&self.0.set.read());
-        match set.look_up(token.trim(), now) {
+        match set.look_up(token, now) {
             Verdict::Known(holder) => Ok(holder),
             Verdict::Expired(holder) => {
                 tracing::warn!(
@@ -221,6 +228,10 @@ impl Tokens {
             Verdict::Unknown => Err(bad()),
         }
     }
+}
+
+fn bad() -> ApiError {
+    ApiError::new(ErrorCode::BadToken, "this token is not known")
 }
 
 /// What the layer decides by.
@@ -236,6 +247,17 @@ pub struct Gate {
     pub quota: Option<Arc<Quota>>,
     /// Origins whose pages may call.
     pub origins: Vec<HeaderValue>,
+    /// In which shape other APIs than ours have our errors.
+    pub shapes: Option<Shapes>,
+}
+
+/// How the errors of another API's paths look.
+#[derive(Debug, Clone, Copy)]
+pub struct Shapes {
+    /// Whether a path is of another API: there the header `x-api-key` is as good as `Authorization`.
+    pub is_theirs: fn(&str) -> bool,
+    /// The error, answered with this status, in the shape of the path; nothing for one of ours.
+    pub shape: fn(&str, StatusCode, &ErrorBody) -> Option<Response>,
 }
 
 /// What is open in every daemon.
@@ -253,6 +275,7 @@ impl Gate {
             nodes_show_certificates: false,
             quota: None,
             origins: Vec::new(),
+            shapes: None,
         }
     }
 
@@ -284,6 +307,18 @@ impl Gate {
         Ok(())
     }
 
+    /// The token as clients of another API show it. The header of ours counts first.
+    fn api_key<'r>(&self, request: &'r Request) -> Option<&'r str> {
+        let is_theirs = self.shapes.is_some_and(|shapes| (shapes.is_theirs)(request.uri().path()));
+        let headers = request.headers();
+        if !is_theirs || headers.contains_key(header::AUTHORIZATION) {
+            return None;
+        }
+        let mut shown = headers.get_all(routes::headers::API_KEY).iter();
+        let (only, None) = (shown.next()?, shown.next()) else { return None };
+        only.to_str().ok().map(str::trim)
+    }
+
     fn caller(&self, request: &Request) -> Caller {
         let peer = request.extensions().get::<Arc<Peer>>().cloned();
         Caller { holder: None, peer, nodes_show_certificates: self.nodes_show_certificates }
@@ -306,7 +341,11 @@ impl Gate {
         if self.tokens.is_empty() {
             return self.check_local(request.headers());
         }
-        let holder = self.tokens.authenticate(request.headers(), Timestamp::now())?;
+        let now = Timestamp::now();
+        let holder = match self.api_key(request) {
+            Some(key) => self.tokens.holder(key, now)?,
+            None => self.tokens.authenticate(request.headers(), now)?,
+        };
         caller.holder = Some(Arc::clone(&holder));
         if let Need::Scope(scope) = need
             && !holder.has(scope)
@@ -437,6 +476,7 @@ mod tests {
             nodes_show_certificates: false,
             quota: None,
             origins: vec![HeaderValue::from_static("https://pages.example")],
+            shapes: None,
         };
         let may = |host: &str, origin: Option<&str>| {
             let mut request = Request::builder().uri("/v2/tasks").header("host", host);

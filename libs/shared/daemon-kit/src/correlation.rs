@@ -5,7 +5,7 @@
 //! of the request names both.
 
 use axum::Json;
-use axum::extract::Request;
+use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -13,6 +13,8 @@ use pool_registry_types::routes::headers;
 use pool_registry_types::trace::{read_traceparent, traceparent};
 use pool_registry_types::{ErrorBody, ErrorCode, TraceContext};
 use uuid::Uuid;
+
+use crate::auth::Shapes;
 
 /// Longest correlation id that is taken over, bytes.
 const MAX_ID_BYTES: usize = 128;
@@ -36,7 +38,11 @@ impl RequestIds {
 }
 
 /// Reads or draws the ids, writes them on the answer, and logs that it was given.
-pub(crate) async fn layer(mut request: Request, next: Next) -> Response {
+pub(crate) async fn layer(
+    State(shapes): State<Option<Shapes>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     let ids = RequestIds {
         correlation_id: given_id(request.headers()).unwrap_or_else(|| Uuid::new_v4().to_string()),
         traceparent: given_trace(request.headers()).unwrap_or_else(new_trace),
@@ -60,9 +66,12 @@ pub(crate) async fn layer(mut request: Request, next: Next) -> Response {
     if let Some(mut body) = error {
         body.correlation_id = Some(ids.correlation_id.clone());
         let (parts, _) = response.into_parts();
-        response = (parts.status, Json(body)).into_response();
+        let theirs = shapes.and_then(|shapes| (shapes.shape)(uri.path(), parts.status, &body));
+        let is_ours = theirs.is_none();
+        response = theirs.unwrap_or_else(|| (parts.status, Json(body)).into_response());
         for (name, value) in &parts.headers {
-            if name != "content-length" {
+            // What another API says of an error in its own way stands.
+            if name != "content-length" && (is_ours || !response.headers().contains_key(name)) {
                 response.headers_mut().insert(name, value.clone());
             }
         }
@@ -116,7 +125,7 @@ mod tests {
             .route("/ids", get(|Extension(ids): Extension<RequestIds>| async move { Json(ids.trace()) }))
             .route("/bad", get(|| async { ApiError::new(ErrorCode::InvalidParams, "seed: a number") }))
             .route("/full", get(|| async { ApiError::new(ErrorCode::Overloaded, "too much to do") }))
-            .layer(middleware::from_fn(layer));
+            .layer(middleware::from_fn_with_state(None, layer));
         let mut request = axum::http::Request::builder().uri(path);
         for (name, value) in headers {
             request = request.header(*name, *value);

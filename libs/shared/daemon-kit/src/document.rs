@@ -30,7 +30,7 @@ pub fn finish(mut document: Value, needs: Needs) -> Value {
         for (method, operation) in item.as_object_mut().expect("a path has operations") {
             let method = Method::from_bytes(method.to_uppercase().as_bytes()).expect("a method");
             let need = if auth::is_open(path) { Need::Open } else { needs(&method, path) };
-            complete(operation, need);
+            complete(operation, need, if theirs(path) { "GatewayError" } else { "ErrorBody" });
         }
     }
     document
@@ -40,7 +40,13 @@ fn list(value: &mut Value) -> &mut [Value] {
     value.as_array_mut().map_or(&mut [], Vec::as_mut_slice)
 }
 
-fn complete(operation: &mut Value, need: Need) {
+/// Whether the path is of another API, whose errors have another shape.
+fn theirs(path: &str) -> bool {
+    path.starts_with("/v1/") || ["/tokenize", "/detokenize", "/apply-template"].contains(&path)
+}
+
+/// `error`: the schema of its errors.
+fn complete(operation: &mut Value, need: Need, error: &str) {
     if let Some(parameters) = operation.get_mut("parameters") {
         list(parameters).iter_mut().for_each(not_null);
     }
@@ -49,7 +55,7 @@ fn complete(operation: &mut Value, need: Need) {
     }
     let responses = operation["responses"].as_object_mut().expect("an operation has answers");
     let mut refuse = |status: &str, why: &str| {
-        let body = json!({"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}});
+        let body = json!({"application/json": {"schema": {"$ref": format!("#/components/schemas/{error}")}}});
         responses.entry(status).or_insert(json!({"description": why, "content": body}));
     };
     if need != Need::Open {

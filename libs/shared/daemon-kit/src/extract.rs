@@ -67,6 +67,12 @@ async fn read<T: DeserializeOwned>(request: Request, at_most: usize) -> Result<T
     parse(&collect(request, at_most).await?)
 }
 
+/// The bytes of a body of at most so many. Errors: `INVALID_PARAMS` where it is cut off or too slow, and
+/// `PAYLOAD_TOO_LARGE`.
+pub async fn body(request: Request, at_most: usize) -> Result<Bytes, ApiError> {
+    collect(request, at_most).await
+}
+
 async fn collect(request: Request, at_most: usize) -> Result<Bytes, ApiError> {
     let reading = read_whole(request.into_body(), at_most);
     tokio::time::timeout(BODY_PATIENCE, reading).await.unwrap_or_else(|_| {

@@ -33,13 +33,14 @@ pub(crate) fn with_layers(routes: Router, edge: Edge) -> Router {
             .allow_headers(AllowHeaders::mirror_request())
             .max_age(Duration::from_secs(3600))
     });
+    let shapes = edge.gate.shapes;
     routes
         .fallback(answer::not_found)
         .method_not_allowed_fallback(answer::method_not_allowed)
         .layer(middleware::from_fn_with_state(Arc::new(edge.gate), auth::layer))
         .layer(CatchPanicLayer::custom(answer::panicked))
         .layer(middleware::from_fn_with_state(edge.audit, audit::layer))
-        .layer(middleware::from_fn(correlation::layer))
+        .layer(middleware::from_fn_with_state(shapes, correlation::layer))
         .layer(option_layer(cors))
         .layer(middleware::from_fn(answer::headers))
 }
@@ -117,6 +118,7 @@ mod tests {
             nodes_show_certificates: false,
             quota: None,
             origins: vec![HeaderValue::from_static("http://pages.example")],
+            shapes: None,
         };
         Edge { gate, audit: Audit::default() }
     }

@@ -88,4 +88,10 @@ pub mod headers {
     /// To engines: the id of the attempt.
     pub const REQUEST_ID: &str = "x-request-id";
     pub const BACKOFF_MS: &str = "x-backoff-ms";
+    /// The node that has answered.
+    pub const NODE: &str = "x-llorch-node";
+    /// Our own code, on errors in the shapes of other APIs.
+    pub const ERROR: &str = "x-llorch-error";
+    /// Where clients of Anthropic's API show their token.
+    pub const API_KEY: &str = "x-api-key";
 }

@@ -1,0 +1,71 @@
+//! The routes of OpenAI's and Anthropic's clients: bodies go to an engine as they came, and its answers
+//! come back so.
+//!
+//! A request here is a task like any other, in the same queue and with the same tries; only nobody reads
+//! its payload, and its answer is given to whoever asked and to nobody else. What is read of a body is the
+//! crate `openai-gateway`'s.
+
+mod answer;
+mod errors;
+mod models;
+mod request;
+mod running;
+mod streamed;
+mod whole;
+
+use axum::extract::State;
+use axum::response::Response;
+use daemon_kit::ApiError;
+use task_stream::OpenAiRoute;
+
+use crate::app::state::AppState;
+use request::Call;
+
+pub(crate) use errors::{GatewayError, is_ours, shape};
+pub(crate) use models::{__path_get, __path_list, get, list};
+
+/// One route of an engine, as a handler with its document.
+macro_rules! routes {
+    ($($(#[$doc:meta])* $name:ident, $route:ident, $path:literal;)*) => {
+        $(
+            $(#[$doc])*
+            #[utoipa::path(post, path = $path, tag = "openai", request_body = serde_json::Value,
+                responses((status = 200, description = "as the engine answers"),
+                    (status = "4XX", description = "as the engine answers, or ours", body = GatewayError),
+                    (status = "5XX", description = "as the engine answers, or ours", body = GatewayError)))]
+            pub(crate) async fn $name(State(state): State<AppState>, call: Call) -> Result<Response, ApiError> {
+                pass(&state, OpenAiRoute::$route, call).await
+            }
+        )*
+    };
+}
+
+routes! {
+    /// A chat, in OpenAI's language.
+    chat_completions, ChatCompletions, "/v1/chat/completions";
+    /// A text that goes on.
+    completions, Completions, "/v1/completions";
+    /// The vectors of texts.
+    embeddings, Embeddings, "/v1/embeddings";
+    /// Documents by how much they say to a query.
+    rerank, Rerank, "/v1/rerank";
+    /// A chat, in Anthropic's language.
+    messages, Messages, "/v1/messages";
+    /// A turn, in the language of OpenAI's responses.
+    responses, Responses, "/v1/responses";
+    /// How many tokens a chat in Anthropic's language has.
+    count_tokens, CountTokens, "/v1/messages/count_tokens";
+    /// The tokens of a text.
+    tokenize, Tokenize, "/tokenize";
+    /// The text of tokens.
+    detokenize, Detokenize, "/detokenize";
+    /// A chat as its model is given it.
+    apply_template, ApplyTemplate, "/apply-template";
+}
+
+async fn pass(state: &AppState, route: OpenAiRoute, call: Call) -> Result<Response, ApiError> {
+    let admitted = request::admit(state, route, call).await?;
+    let wants_stream = admitted.stream;
+    let running = running::submit(state, admitted).await?;
+    if wants_stream { streamed::answer(running, route).await } else { whole::answer(running).await }
+}

@@ -1,0 +1,98 @@
+//! What the gateway for the clients of other APIs knows beside the cluster: names of models, and when
+//! they were first seen here.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use jiff::Timestamp;
+use parking_lot::Mutex;
+use pool_registry_types::ModelRef;
+use pool_registry_types::node::Liveness;
+use pool_registry_types::snapshot::ClusterSnapshot;
+
+/// Most models whose first moment is remembered.
+const MAX_SEEN: usize = 10_000;
+
+/// The settings of the gateway, and what it remembers.
+#[derive(Debug)]
+pub(crate) struct Gateway {
+    /// Names that clients use, each with the model that it stands for.
+    pub(crate) aliases: BTreeMap<String, ModelRef>,
+    /// Of requests that name none.
+    pub(crate) default_model: Option<ModelRef>,
+    /// Longest body, bytes.
+    pub(crate) body_bytes: usize,
+    /// When each name was first listed, seconds since 1970.
+    seen: Mutex<BTreeMap<String, i64>>,
+}
+
+/// A name under which a model can be asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct NamedModel {
+    pub(crate) id: String,
+    /// Seconds since 1970.
+    pub(crate) created: i64,
+}
+
+/// Why a list of aliases is none.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no alias=model with two names of models")]
+pub(crate) struct AliasError(String);
+
+impl Gateway {
+    pub(crate) fn new(
+        aliases: BTreeMap<String, ModelRef>,
+        default_model: Option<ModelRef>,
+        body_bytes: usize,
+    ) -> Self {
+        Self { aliases, default_model, body_bytes, seen: Mutex::default() }
+    }
+
+    /// `a=b,…`. Errors: [`AliasError`].
+    pub(crate) fn aliases(list: &str) -> Result<BTreeMap<String, ModelRef>, AliasError> {
+        let alias = |text: &str| {
+            let wrong = || AliasError(text.to_owned());
+            let (alias, model) = text.split_once('=').ok_or_else(wrong)?;
+            ModelRef::new(alias.trim()).map_err(|_| wrong())?;
+            Ok((alias.trim().to_owned(), ModelRef::new(model.trim()).map_err(|_| wrong())?))
+        };
+        list.split(',').map(str::trim).filter(|text| !text.is_empty()).map(alias).collect()
+    }
+
+    /// The models of all nodes that are not offline, those that could be loaded too, and their aliases.
+    pub(crate) fn models(&self, cluster: &ClusterSnapshot) -> Vec<NamedModel> {
+        let live = cluster.nodes().filter(|(node, _)| node.liveness != Liveness::Offline);
+        let reported = live.flat_map(|(node, _)| &node.pools).flat_map(|pool| &pool.report.models);
+        let mut names: BTreeSet<&str> = reported.map(ModelRef::as_str).collect();
+        for (alias, model) in &self.aliases {
+            if names.contains(model.as_str()) {
+                names.insert(alias);
+            }
+        }
+        let (now, mut seen) = (Timestamp::now().as_second(), self.seen.lock());
+        let named = names.into_iter().map(|id| {
+            let created = match seen.get(id) {
+                Some(first) => *first,
+                None if seen.len() < MAX_SEEN => *seen.entry(id.to_owned()).or_insert(now),
+                None => now,
+            };
+            NamedModel { id: id.to_owned(), created }
+        });
+        named.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // CLOUD-2845
+    #[test]
+    fn aliases_are_pairs_of_names() {
+        let aliases = Gateway::aliases("gpt-4o = qwen, gpt-4o-mini=org/small:1 ,").unwrap();
+        let pairs: Vec<(&str, &str)> = aliases.iter().map(|(a, m)| (a.as_str(), m.as_str())).collect();
+        assert_eq!(pairs, [("gpt-4o", "qwen"), ("gpt-4o-mini", "org/small:1")]);
+        for wrong in ["a", "a=", "=b"] {
+            assert!(Gateway::aliases(wrong).is_err(), "{wrong}");
+        }
+    }
+}
