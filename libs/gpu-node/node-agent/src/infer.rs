@@ -18,7 +18,6 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
 use handoff_watcher::HandoffName;
 use node_core::{Ask, Cursor, ResumeError, Retention, Taken};
-use owned_tasks::StreamThreads;
 use pool_registry_types::task::InferRequest;
 use pool_registry_types::{AttemptId, ErrorBody, PoolId, ReplicaId, TraceContext};
 use tokio::time::{Instant, Sleep, sleep};
@@ -281,11 +280,6 @@ impl Agent {
         let (replica_id, report_seq) = (accepted.replica_id.clone(), accepted.report_seq);
         let driver = Driver::begin(slot, accepted, request)?;
         Ok(Begun { replica_id, report_seq, driver, signals })
-    }
-
-    /// Drivers that are nobody's run on these threads. Only the first call counts.
-    pub fn stream_on(&self, threads: StreamThreads) {
-        let _ = self.threads.set(threads);
     }
 
     /// The driver goes on by itself.

@@ -211,9 +211,11 @@ fn both(about: &HttpInfo) -> Ends {
     (about.local_addr(), about.remote_addr())
 }
 
-/// Calls engines.
+/// Calls engines. A connection is polled by the runtime that opened it, whoever uses it later: a thread
+/// for streams has a client of its own.
 #[derive(Debug, Clone)]
 pub(crate) struct EngineClient {
+    connector: Connector,
     kept: Client<Connector, Full<Bytes>>,
     /// Makes a connection for each call.
     fresh: Client<Connector, Full<Bytes>>,
@@ -248,8 +250,15 @@ impl EngineClient {
             .https_or_http()
             .enable_http1()
             .wrap_connector(http);
-        let used = Used::default();
-        let connector = Connector { inner, used: Arc::clone(&used) };
+        Self::over(Connector { inner, used: Used::default() })
+    }
+
+    /// The same with connections of its own.
+    pub(crate) fn apart(&self) -> Self {
+        Self::over(self.connector.clone())
+    }
+
+    fn over(connector: Connector) -> Self {
         let client = |most_idle| {
             Client::builder(TokioExecutor::new())
                 .pool_timer(TokioTimer::new())
@@ -257,7 +266,8 @@ impl EngineClient {
                 .pool_max_idle_per_host(most_idle)
                 .build(connector.clone())
         };
-        Self { kept: client(MOST_IDLE), fresh: client(0), used }
+        let used = Arc::clone(&connector.used);
+        Self { kept: client(MOST_IDLE), fresh: client(0), used, connector }
     }
 
     /// Asks at a path below the endpoint's URL. Who calls bounds the time.
