@@ -8,7 +8,6 @@
 //! connections as fast as slow ones, and HTTP/2 has none.
 
 use std::collections::HashMap;
-use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -20,6 +19,7 @@ use std::time::Duration;
 
 use axum::Router;
 use futures::future::Either;
+use futures::{FutureExt, TryFutureExt};
 use hyper::body::{Body as _, Incoming};
 use hyper::{Method, Request, Version};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -381,19 +381,19 @@ impl Server {
                 let answer = self.app.clone().call(request);
                 let answer = match elsewhere {
                     None => Either::Left(answer),
-                    Some(runtime) => Either::Right(async move {
-                        let answered = owned_tasks::elsewhere(&runtime, "request", answer).await;
-                        answered.unwrap_or_else(|panicked| panicked.resume())
-                    }),
+                    Some(runtime) => {
+                        let answered = owned_tasks::elsewhere(&runtime, "request", answer);
+                        Either::Right(answered.map(|all| all.unwrap_or_else(|panicked| panicked.resume())))
+                    }
                 };
-                async move {
-                    let response = answer.await?;
+                // Not an async block, which would hold the answer's future twice.
+                answer.map_ok(move |response| {
                     // An answer of known size has the time of an idle connection to be fetched; a
                     // stream has all the time, as long as it is written.
                     let is_stream = response.body().size_hint().exact().is_none();
                     let running = is_stream.then_some(running);
-                    Ok::<_, Infallible>(response.map(|body| Answer { body, _running: running }))
-                }
+                    response.map(|body| Answer { body, _running: running })
+                })
             }
         });
         let mut connection = pin!(self.http.serve_connection(io, service));
