@@ -13,6 +13,7 @@ mod frames;
 mod log;
 mod payload;
 mod relay;
+mod shape;
 mod spec;
 mod staged;
 mod token_ids;

@@ -3,7 +3,7 @@
 //! A [`Relay`] is told what comes of the node and when, and says what is to be done, as [`Action`]s;
 //! the shell around it owns the connection, the log's lock and the timer. It looks at frames and does
 //! not rewrite them: it adds the event `started` before the first one and leaves out what is meant for
-//! the control plane only. Bytes are given with [`Relay::chunk`] as they arrive, and what has arrived
+//! the control plane only; one that a client could read otherwise ends the attempt. Bytes are given with [`Relay::chunk`] as they arrive, and what has arrived
 //! together goes into the log together, with [`Relay::flush`].
 //!
 //! A stream of its own brings everything in its bytes. Where the attempt goes by its node's link
@@ -26,6 +26,7 @@ use pool_registry_types::{AttemptId, ErrorBody, LogId, Moment, PoolKey, ReplicaI
 use crate::end::HowEnded;
 use crate::frames::FrameBuffer;
 use crate::log::{AppendError, Segment};
+use crate::shape;
 use crate::staged::{Staged, TokensOfFrame};
 use crate::watch::{AttemptDeadlines, Overdue, StreamWatch};
 
@@ -491,6 +492,7 @@ impl Reading {
             let error = AppendError::Gap { expected: self.taken, got: index };
             return Err(HowEnded::Broken(error.to_string()));
         }
+        shape::check(frame, index).map_err(|error| HowEnded::Broken(error.to_string()))?;
         let started = (!std::mem::replace(&mut self.started, true)).then(|| self.started(assignment));
         if is_last {
             self.last = Some(HowEnded::Finished);
