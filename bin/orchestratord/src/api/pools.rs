@@ -82,6 +82,7 @@ pub(crate) async fn reload(
     query: NodeQuery,
     Body(reload): Body<PoolReload>,
 ) -> Ordered {
+    reload.check()?;
     order(&state, id, query, PoolOrder::Reload(reload)).await
 }
 

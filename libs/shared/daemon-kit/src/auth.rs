@@ -29,6 +29,7 @@ use crate::config;
 use crate::connections::Peer;
 use crate::follow::follow;
 use crate::quota::Quota;
+use crate::room::ConnectionEntry;
 use crate::tokens::{Holder, Scope, TokenError, TokenSet, Verdict};
 
 /// A refused token is answered so much later: guessing is slow, and nobody else waits for it.
@@ -268,16 +269,22 @@ impl Gate {
     }
 
     /// Without tokens, a page of some site in a browser of this machine could call: its origin, or
-    /// the name by which it believes to call its own host, gives it away.
-    fn check_local(&self, headers: &HeaderMap) -> Result<(), ApiError> {
-        let origin = headers.get(header::ORIGIN);
-        let foreign_page = origin.is_some_and(|origin| {
-            let host = origin.to_str().ok().and_then(|text| text.split_once("://")).map(|(_, host)| host);
-            !self.origins.contains(origin) && !host.is_some_and(config::is_this_machine)
+    /// the name by which it believes to call its own host, gives it away. That name stands in the
+    /// header `Host`, in the request's target, or in both.
+    fn check_local(&self, request: &Request) -> Result<(), ApiError> {
+        let headers = request.headers();
+        let foreign_page = headers.get_all(header::ORIGIN).iter().any(|origin| {
+            let parts = origin.to_str().ok().and_then(|text| text.split_once("://"));
+            let is_own = parts.is_some_and(|(scheme, host)| {
+                ["http", "https"].contains(&scheme) && config::is_this_machine(host)
+            });
+            !is_own && !self.origins.contains(origin)
         });
-        let host = headers.get(header::HOST);
-        let foreign_host = host.is_some_and(|host| !host.to_str().is_ok_and(config::is_this_machine));
-        if foreign_page || foreign_host {
+        let named = request.uri().authority().map(|authority| Some(authority.as_str()));
+        let named =
+            named.into_iter().chain(headers.get_all(header::HOST).iter().map(|host| host.to_str().ok()));
+        let hosts: Vec<bool> = named.map(|host| host.is_some_and(config::is_this_machine)).collect();
+        if foreign_page || hosts.is_empty() || hosts.contains(&false) {
             let message = "without tokens only this machine may call, by its own name: set LLORCH_API_TOKEN";
             return Err(ApiError::new(ErrorCode::Forbidden, message));
         }
@@ -304,7 +311,7 @@ impl Gate {
         }
         // That this is allowed is decided at the start: only this machine reaches the listener.
         if self.tokens.is_empty() {
-            return self.check_local(request.headers());
+            return self.check_local(request);
         }
         let holder = self.tokens.authenticate(request.headers(), Timestamp::now())?;
         caller.holder = Some(Arc::clone(&holder));
@@ -428,6 +435,7 @@ mod tests {
     }
 
     // CLOUD-1118
+    // CLOUD-2751
     #[test]
     fn without_tokens_a_page_of_another_site_may_not_call() {
         let gate = Gate {
@@ -438,23 +446,53 @@ mod tests {
             quota: None,
             origins: vec![HeaderValue::from_static("https://pages.example")],
         };
-        let may = |host: &str, origin: Option<&str>| {
-            let mut request = Request::builder().uri("/v2/tasks").header("host", host);
-            if let Some(origin) = origin {
-                request = request.header("origin", origin);
+        let ask = |target: &str, headers: &[(&str, &str)]| {
+            let mut request = Request::builder().uri(target);
+            for (name, value) in headers {
+                request = request.header(*name, *value);
             }
             let request = request.body(axum::body::Body::empty()).unwrap();
             gate.check(Need::Any, &request, &mut Caller::default()).is_ok()
+        };
+        let may = |host: &str, origin: Option<&str>| {
+            let headers: Vec<_> = [("host", Some(host)), ("origin", origin)]
+                .into_iter()
+                .filter_map(|(n, v)| Some((n, v?)))
+                .collect();
+            ask("/v2/tasks", &headers)
         };
         for host in ["localhost:8080", "127.0.0.1:8080", "[::1]:8080", "localhost"] {
             assert!(may(host, None), "{host}");
         }
         assert!(may("localhost:8080", Some("http://127.0.0.1:3000")));
         assert!(may("localhost:8080", Some("https://pages.example")));
-        for origin in ["https://evil.example", "null", "http://localhost.evil.example"] {
+        for origin in [
+            "https://evil.example",
+            "null",
+            "http://localhost.evil.example",
+            "evil-extension://localhost",
+            "file://localhost",
+        ] {
             assert!(!may("localhost:8080", Some(origin)), "{origin}");
         }
         assert!(!may("evil.example:8080", None), "a name that was made to point here");
+        // HTTP/2 names the host in its target, HTTP/1.1 may.
+        assert!(ask("http://localhost:8080/v2/tasks", &[]));
+        assert!(ask("http://localhost:8080/v2/tasks", &[("host", "localhost:8080")]));
+        for (target, host) in [
+            ("http://evil.example:8080/v2/tasks", None),
+            ("http://evil.example:8080/v2/tasks", Some("localhost")),
+            ("http://localhost:8080/v2/tasks", Some("evil.example")),
+            ("/v2/tasks", None),
+        ] {
+            let host = host.map(|host| ("host", host));
+            assert!(!ask(target, host.as_slice()), "{target} {host:?}");
+        }
+        assert!(!ask("/v2/tasks", &[("host", "localhost"), ("host", "evil.example")]));
+        assert!(!ask(
+            "/v2/tasks",
+            &[("host", "localhost"), ("origin", "http://localhost"), ("origin", "http://evil.example")],
+        ));
     }
 
     // CLOUD-1116

@@ -125,7 +125,7 @@ mod tests {
         let routes = Router::new()
             .route("/fine", get(|| async { "fine" }))
             .route("/broken", get(|| async { panic!("a secret of ours") as &str }));
-        let mut request = Request::builder().uri(path).method(method);
+        let mut request = Request::builder().uri(path).method(method).header("host", "localhost");
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
