@@ -126,6 +126,10 @@ const OWNERS: &[(&str, &str)] = &[
         "the threads for streams, each of which runs until the last handle goes",
     ),
     (
+        "libs/shared/owned-tasks/src/worker.rs",
+        "a thread whose work is caught piece by piece, and which runs until its handle goes",
+    ),
+    (
         "libs/shared/daemon-kit/src/telemetry.rs",
         "the last lines of a process, whose thread may hang with them",
     ),

@@ -10,7 +10,7 @@ use daemon_kit::front::{Front, FrontError, Shown};
 use daemon_kit::quota::Quota;
 use daemon_kit::{Clock, serve};
 use handoff_watcher::watch::WatchError;
-use owned_tasks::StreamThreads;
+use owned_tasks::{StreamThreads, Worker};
 use task_scheduler::{ControlCore, Event};
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -33,6 +33,9 @@ use crate::services::streams::Streams;
 /// How often a stopping daemon looks whether its tasks have ended.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
+/// Artifacts that wait to be written or read at most; each may hold 4 MiB. Source: .specs/01 CLOUD-2758.
+const WAITING_ARTIFACTS: usize = 16;
+
 /// What links are waited for at the end; each waits for less.
 const LINKS_BOUND: Duration = Duration::from_secs(2);
 
@@ -49,6 +52,8 @@ pub(crate) enum StartError {
     Client(#[from] reqwest::Error),
     #[error("ORCHESTRATORD_STREAM_THREADS: a thread cannot be started: {0}")]
     Threads(#[source] io::Error),
+    #[error("the thread for artifacts cannot be started: {0}")]
+    Worker(#[source] io::Error),
     #[error("the control loop ended by a defect, see the log")]
     LoopEnded,
     #[error("serving failed")]
@@ -64,15 +69,14 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let catalog = Arc::new(Catalog::open(&config.data_dir)?);
     let home = (!config.cloud_profile).then(|| Home::new(interval, &config.runtime_dir, front.loops.clone()));
     let clock = Clock::default();
+    let threads = StreamThreads::start(config.stream_threads).map_err(StartError::Threads)?;
     let (link, drivers) = match &home {
         Some(home) => (NodeLink::Local(home.node.clone()), Vec::new()),
         None => {
-            let threads = config.stream_threads;
-            let (http, drivers) = HttpLink::new(&front.tls.client, tokens.clone(), clock, threads)?;
+            let (http, drivers) = HttpLink::new(&front.tls.client, tokens.clone(), clock, &threads)?;
             (NodeLink::Http(Box::new(http)), drivers)
         }
     };
-    let threads = StreamThreads::start(config.stream_threads).map_err(StartError::Threads)?;
     let streams = Arc::new(Streams::new(config.event_log_bytes));
     let relays = Arc::new(Relays { clock, link, streams: Arc::clone(&streams), threads: threads.clone() });
     let strategy = config.policy.strategy.as_str();
@@ -122,6 +126,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         catalog,
         catalog_order: Arc::default(),
         artifacts: Arc::new(Artifacts::new(&config.data_dir)),
+        artifact_worker: Worker::start("artifacts", WAITING_ARTIFACTS).map_err(StartError::Worker)?,
         cloud_profile: config.cloud_profile,
         node_addresses: Arc::new(config.node_addresses),
         quota: Arc::clone(&quota),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use daemon_kit::Tokens;
 use daemon_kit::connections::Counts;
 use daemon_kit::quota::Quota;
-use owned_tasks::Loops;
+use owned_tasks::{Loops, Worker};
 
 use crate::services::addresses::NodeAddresses;
 use crate::services::artifacts::Artifacts;
@@ -31,6 +31,8 @@ pub(crate) struct App {
     /// One change of the catalog at a time, its news to the control loop included.
     pub(crate) catalog_order: Arc<tokio::sync::Mutex<()>>,
     pub(crate) artifacts: Arc<Artifacts>,
+    /// On which they are written and read.
+    pub(crate) artifact_worker: Worker,
     pub(crate) cloud_profile: bool,
     pub(crate) node_addresses: Arc<NodeAddresses>,
     /// What one token may have at once.

@@ -1,8 +1,10 @@
 //! Artifacts: JSON documents by the SHA-256 of their bytes, as files.
 //!
 //! The bytes are kept as they came. A document that is there already is not written again; when
-//! all together take too much room, the ones that were written first go.
+//! all together take too much room, the ones that were written first go. How much they take is counted
+//! once, at the first writing, and kept in memory from then on.
 
+use std::collections::VecDeque;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -24,13 +26,21 @@ const MAX_FILES: usize = 10_000;
 pub(crate) struct Artifacts {
     folder: PathBuf,
     at_most: u64,
-    /// One writer at a time.
-    writing: Mutex<()>,
+    /// Held by the one that writes; absent before the first.
+    kept: Mutex<Option<ArtifactFiles>>,
+}
+
+/// The files that there are.
+#[derive(Debug, Default)]
+struct ArtifactFiles {
+    /// With their bytes, in the order in which they were written.
+    files: VecDeque<(PathBuf, u64)>,
+    bytes: u64,
 }
 
 impl Artifacts {
     pub(crate) fn new(folder: &Path) -> Self {
-        Self { folder: folder.join("artifacts"), at_most: MAX_BYTES, writing: Mutex::default() }
+        Self { folder: folder.join("artifacts"), at_most: MAX_BYTES, kept: Mutex::default() }
     }
 
     /// Keeps the document. Blocks on the disk. Errors: `INVALID_PARAMS` for what is no JSON.
@@ -43,10 +53,10 @@ impl Artifacts {
         }
         let hex: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
         let digest = Digest::new(&format!("sha256:{hex}")).expect("a SHA-256 makes a digest");
-        let _one = self.writing.lock();
+        let mut kept = self.kept.lock();
         let file = self.file(&digest);
         if !file.exists() {
-            self.keep(&file, bytes).map_err(|error| {
+            self.keep(&mut kept, file.clone(), bytes).map_err(|error| {
                 tracing::error!(file = %file.display(), %error, "an artifact cannot be written");
                 ErrorBody::new(ErrorCode::Internal, "the artifact cannot be written, see the server's log")
             })?;
@@ -65,16 +75,36 @@ impl Artifacts {
         self.folder.join(format!("{}.json", digest.as_str().trim_start_matches("sha256:")))
     }
 
-    fn keep(&self, file: &Path, bytes: &[u8]) -> io::Result<()> {
-        self.make_room(bytes.len() as u64)?;
-        Ok(atomic_file::replace(file, bytes, atomic_file::BY_UMASK)?)
+    fn keep(&self, kept: &mut Option<ArtifactFiles>, file: PathBuf, bytes: &[u8]) -> io::Result<()> {
+        let kept = match kept {
+            Some(kept) => kept,
+            None => kept.insert(ArtifactFiles::in_folder(&self.folder)?),
+        };
+        let wanted = bytes.len() as u64;
+        while kept.bytes + wanted > self.at_most || kept.files.len() >= MAX_FILES {
+            let Some((oldest, bytes)) = kept.files.front() else { break };
+            match fs::remove_file(oldest) {
+                // Somebody else has removed it.
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            kept.bytes -= bytes;
+            kept.files.pop_front();
+        }
+        atomic_file::replace(&file, bytes, atomic_file::BY_UMASK)?;
+        kept.files.push_back((file, wanted));
+        kept.bytes += wanted;
+        Ok(())
     }
+}
 
-    fn make_room(&self, wanted: u64) -> io::Result<()> {
+impl ArtifactFiles {
+    /// As a walk over the folder finds them.
+    fn in_folder(folder: &Path) -> io::Result<Self> {
         let mut known: Vec<(SystemTime, u64, PathBuf)> = Vec::new();
-        let listed = match fs::read_dir(&self.folder) {
+        let listed = match fs::read_dir(folder) {
             Ok(listed) => listed,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
             Err(error) => return Err(error),
         };
         for entry in listed {
@@ -83,17 +113,8 @@ impl Artifacts {
             known.push((about.modified()?, about.len(), entry.path()));
         }
         known.sort();
-        let mut taken: u64 = known.iter().map(|(_, bytes, _)| *bytes).sum();
-        let mut files = known.len();
-        for (_, bytes, path) in known {
-            if taken + wanted <= self.at_most && files < MAX_FILES {
-                break;
-            }
-            fs::remove_file(path)?;
-            taken -= bytes;
-            files -= 1;
-        }
-        Ok(())
+        let bytes = known.iter().map(|(_, bytes, _)| *bytes).sum();
+        Ok(Self { files: known.into_iter().map(|(_, bytes, path)| (path, bytes)).collect(), bytes })
     }
 }
 
@@ -142,5 +163,36 @@ mod tests {
         artifacts.put(br#"{"third": "twelve"}"#).unwrap();
         assert_eq!(artifacts.get(&digest).unwrap_err().code, ErrorCode::NotFound);
         assert_eq!(artifacts.get(&second).unwrap_err().code, ErrorCode::NotFound);
+    }
+
+    // CLOUD-2758
+    #[test]
+    fn the_folder_is_walked_once_and_what_is_counted_is_what_a_walk_finds() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = || Artifacts { at_most: 100, ..Artifacts::new(folder.path()) };
+        let artifacts = open();
+        let document = |n: usize| format!("\"{n:018}\"");
+        let put = |artifacts: &Artifacts, n| artifacts.put(document(n).as_bytes()).unwrap();
+        let first = put(&artifacts, 0);
+        // Somebody else writes there: nobody looks.
+        fs::write(artifacts.folder.join("other.json"), vec![b' '; 1_000]).unwrap();
+        for n in 1..5 {
+            put(&artifacts, n);
+        }
+        assert!(artifacts.get(&first).is_ok());
+        fs::remove_file(artifacts.folder.join("other.json")).unwrap();
+        // One that was removed by hand makes room as well as another.
+        fs::remove_file(artifacts.file(&first)).unwrap();
+        let last: Vec<Digest> = (5..8).map(|n| put(&artifacts, n)).collect();
+        assert!(last.iter().all(|digest| artifacts.get(digest).is_ok()));
+        let found = ArtifactFiles::in_folder(&artifacts.folder).unwrap();
+        let kept = artifacts.kept.lock();
+        let kept = kept.as_ref().unwrap();
+        assert_eq!((kept.bytes, kept.files.len()), (found.bytes, found.files.len()));
+        assert_eq!(kept.bytes, 100);
+        // The next process counts them once too.
+        let next = open();
+        put(&next, 8);
+        assert_eq!(next.kept.lock().as_ref().unwrap().files.len(), 5);
     }
 }

@@ -8,6 +8,7 @@ mod lanes;
 mod links;
 #[cfg(test)]
 mod loopback_tests;
+mod names;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -23,7 +24,7 @@ use hyper::header::{self, HeaderValue};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use node_agent::{AttemptReader, Node, Retention};
-use owned_tasks::{Panicked, StreamThread};
+use owned_tasks::{Panicked, StreamThread, StreamThreads};
 use pool_registry_types::node::{IntentOrder, LiveAnswer};
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
 use pool_registry_types::routes::{self, headers};
@@ -39,6 +40,7 @@ use calls::{Clients, fresh, kept};
 pub(crate) use driver::Driver;
 use lanes::Lanes;
 pub(crate) use links::{AttemptSink, LinkTable, LinkedAttempt, Links};
+use names::NodeNames;
 
 /// Bound of connecting to a node. Source: .specs/01 CLOUD-1501.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -277,13 +279,15 @@ pub(crate) struct HttpLink {
 
 impl HttpLink {
     /// The first of the tokens is sent. Links are what the drivers, which are to be run, make of them,
-    /// one on each thread for streams.
+    /// one on each thread for streams; names are resolved there.
     pub(crate) fn new(
         tls: &ClientTls,
         tokens: Tokens,
         clock: Clock,
-        threads: usize,
+        threads: &StreamThreads,
     ) -> Result<(Self, Vec<Driver>), reqwest::Error> {
+        let names = NodeNames(threads.first().handle().clone());
+        let threads = threads.iter().count();
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
@@ -297,6 +301,7 @@ impl HttpLink {
         let probes = reqwest::Client::builder()
             .pool_max_idle_per_host(0)
             .timeout(PROBE_TIMEOUT)
+            .dns_resolver(Arc::new(names))
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none());
         let probes = tls.reqwest(probes).build()?;

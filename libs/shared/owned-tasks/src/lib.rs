@@ -7,6 +7,7 @@
 //! the panic is logged here, once.
 
 mod threads;
+mod worker;
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -26,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 pub use crate::threads::{Load, StreamThread, StreamThreads, longest_poll, timed};
+pub use crate::worker::{NotDone, Worker};
 
 /// Before a loop is started again, by how often it has panicked and has not run well since.
 const PAUSES: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
@@ -156,7 +158,16 @@ pub async fn blocking<T: Send + 'static>(
     name: &'static str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Panicked> {
-    let ended = tokio::task::spawn_blocking(work).await;
+    blocking_on(&Handle::current(), name, work).await
+}
+
+/// The same on a thread of another runtime's.
+pub async fn blocking_on<T: Send + 'static>(
+    runtime: &Handle,
+    name: &'static str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Panicked> {
+    let ended = runtime.spawn_blocking(work).await;
     ended.map_err(|error| match error.try_into_panic() {
         Ok(payload) => {
             let panicked = Panicked::of(name, &*payload);

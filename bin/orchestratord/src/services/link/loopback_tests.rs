@@ -289,7 +289,8 @@ impl World {
         });
         let clock = Clock::default();
         let tls = ClientTls::new("TEST", None, None).unwrap();
-        let (http, drivers) = HttpLink::new(&tls, Tokens::default(), clock, 1).unwrap();
+        let threads = StreamThreads::start(1).unwrap();
+        let (http, drivers) = HttpLink::new(&tls, Tokens::default(), clock, &threads).unwrap();
         let (control, inbox) = control::mailbox(clock);
         for mut driver in drivers {
             let (control, calls, stop) = (control.clone(), tracker.clone(), stop.clone());
@@ -298,7 +299,6 @@ impl World {
         node.lock().lanes.registered(http.links.life);
         http.links.registered(&registers(address));
         let streams = Arc::new(Streams::new(1 << 20));
-        let threads = StreamThreads::start(1).unwrap();
         let relays = Arc::new(Relays { clock, link: NodeLink::Http(Box::new(http)), streams, threads });
         let closed = CancellationToken::new();
         let address = format!("http://{address}");
