@@ -70,11 +70,17 @@ fn print_all(set: &TokenSet) {
     for holder in set.holders() {
         let scopes: Vec<&str> = holder.scopes().iter().map(|scope| scope.as_str()).collect();
         let node = holder.node_id.as_ref().map_or_else(String::new, |id| format!(" only as node {id}"));
+        let most = holder.max_nodes.map_or_else(String::new, |most| format!(" at most {most} nodes"));
         let end = match holder.expires {
             None => String::new(),
             Some(at) if holder.has_expired(now) => format!(" EXPIRED {at}"),
             Some(at) => format!(" until {at}"),
         };
-        config::print(&format!("{} {} {}{node}{end}", holder.fingerprint, holder.name, scopes.join(",")));
+        config::print(&format!(
+            "{} {} {}{node}{most}{end}",
+            holder.fingerprint,
+            holder.name,
+            scopes.join(",")
+        ));
     }
 }

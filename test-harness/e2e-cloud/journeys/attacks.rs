@@ -10,8 +10,10 @@ use e2e_cloud::process::{free_port, program};
 use e2e_cloud::{Client, Cluster, Options, Process, eventually};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
+use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use uuid::Uuid;
 
 /// Resident memory that a daemon may have under attack, MiB.
 const MOST_MIB: u64 = 150;
@@ -205,6 +207,37 @@ async fn strangers_do_not_keep_a_daemon_from_answering_nor_fill_its_memory() {
     let transcript = cluster.client.run(cluster.task(4)).await;
     transcript.check();
     assert!(transcript.completed());
+}
+
+// CLOUD-2757
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_of_nodes_has_its_own_places_and_no_other() {
+    const NODES_TOKEN: &str = "test-token-of-invented-nodes";
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("tokens.toml");
+    let tokens =
+        [("autoscaler", NODES_TOKEN, "node"), ("operator", TOKEN, "admin")].map(|(name, token, scope)| {
+            format!("[[token]]\nname = \"{name}\"\ntoken = \"{token}\"\nscopes = [\"{scope}\"]\n")
+        });
+    std::fs::write(&file, tokens.concat()).unwrap();
+    let control = vec![("LLORCH_API_TOKEN_FILE", file.display().to_string())];
+    let cluster = Cluster::start(Options { nodes: 1, control, ..Options::default() }).await;
+    let register = async |client: &Client, name: String| {
+        let body = json!({
+            "node_id": name, "machine_id": "m", "boot_id": Uuid::new_v4(), "address": "http://127.0.0.1:9", "version": "0",
+        });
+        let answer = client.post("/v2/nodes/register", &body).await;
+        (answer.status().as_u16(), answer.text().await.unwrap())
+    };
+    let inventor = Client::new(&cluster.client.base, Some(NODES_TOKEN));
+    for n in 0..64 {
+        assert_eq!(register(&inventor, format!("invented-{n}")).await.0, 200, "{n}");
+    }
+    let (status, text) = register(&inventor, "invented-64".into()).await;
+    assert!(status == 429 && text.contains("RATE_LIMITED") && text.contains("autoscaler"), "{status} {text}");
+    assert_eq!(register(&cluster.client, "another".into()).await.0, 200, "another token has its own");
+    assert_eq!(register(&inventor, "invented-0".into()).await.0, 200, "one that is known comes again");
+    cluster.wait_online(0).await;
 }
 
 /// How many lines of its log a daemon has lost, by its metrics.

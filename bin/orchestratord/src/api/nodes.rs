@@ -11,6 +11,7 @@ use pool_registry_types::placement::MAX_CONSTRAINTS;
 use pool_registry_types::view::{ClusterView, NodeView};
 use pool_registry_types::{Epoch, ErrorBody, ErrorCode, NodeId, routes as paths};
 use serde::Deserialize;
+use task_scheduler::Registrar;
 use utoipa::IntoParams;
 
 use super::checked;
@@ -34,7 +35,7 @@ pub(crate) async fn list(State(state): State<AppState>) -> Result<Json<ClusterVi
 /// A node joins, or joins again. Idempotent.
 #[utoipa::path(post, path = paths::NODE_REGISTER, tag = "nodes", request_body = RegisterRequest,
     responses((status = 200, body = RegisterAnswer), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
+        (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 429, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn register(
     State(state): State<AppState>,
     caller: Caller,
@@ -50,7 +51,12 @@ pub(crate) async fn register(
         return Err(ApiError::new(ErrorCode::InvalidParams, format!("labels: at most {MAX_CONSTRAINTS}")));
     }
     let node_id = request.node_id.clone();
-    let answer = state.control.register(request).await.inspect_err(|error| {
+    let bounded = caller.holder.as_ref().and_then(|holder| holder.max_nodes.map(|most| (holder, most)));
+    let registrar = bounded.map(|(holder, max_nodes)| Registrar {
+        name: holder.name.as_str().into(),
+        max_nodes: usize::try_from(max_nodes).unwrap_or(usize::MAX),
+    });
+    let answer = state.control.register(request, registrar).await.inspect_err(|error| {
         tracing::warn!(%node_id, code = %error.code, reason = error.message, "a registration was refused");
     })?;
     tracing::info!(%node_id, epoch = %answer.epoch, "a node registered");

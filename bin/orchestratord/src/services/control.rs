@@ -16,7 +16,7 @@ use pool_registry_types::placement::Explanation;
 use pool_registry_types::task::TaskAccepted;
 use pool_registry_types::view::ClusterChange;
 use pool_registry_types::{Epoch, ErrorBody, ErrorCode, NodeId, SessionId, TaskId};
-use task_scheduler::{Answer, Event, ReplyTo};
+use task_scheduler::{Answer, Event, Registrar, ReplyTo};
 use task_stream::{Payload, TaskSpec};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
@@ -108,8 +108,13 @@ impl Control {
 
     // ---- calls: errors are the decision's own, `OVERLOADED`, and `DRAINING` where the loop has ended ----
 
-    pub(crate) async fn register(&self, request: RegisterRequest) -> Result<RegisterAnswer, ErrorBody> {
-        match self.call(|reply| Event::Register { reply, request }).await? {
+    /// `registrar`: whose place the node takes, where those are bounded.
+    pub(crate) async fn register(
+        &self,
+        request: RegisterRequest,
+        registrar: Option<Registrar>,
+    ) -> Result<RegisterAnswer, ErrorBody> {
+        match self.call(|reply| Event::Register { reply, request, registrar }).await? {
             Answer::Registered(answer) => Ok(answer),
             other => Err(unexpected(&other)),
         }

@@ -22,12 +22,14 @@ use crate::rules::Rule;
 
 mod evidence;
 mod models;
+mod places;
 mod reading;
 mod reports;
 mod slots;
 mod table;
 
 use models::Models;
+pub use places::Registrar;
 use table::{Entries, Node, NodeTable, Unshown};
 
 /// How a registry behaves.
@@ -49,6 +51,8 @@ pub enum NodeConflict {
     IdTaken { node_id: NodeId, address: String },
     #[error("{0} nodes are known, which is the most")]
     TooMany(usize),
+    #[error("the token {name} has {most} nodes, which is the most")]
+    RegistrarFull { name: String, most: usize },
 }
 
 /// The node, or the registration it speaks of, is not known: it must register again.
@@ -143,12 +147,14 @@ impl ServiceRegistry {
     // ---- membership ----
 
     /// Takes a node in. A live id with another boot is a restart when it comes from the same
-    /// address, and a conflict otherwise. The node is suspect until its address was dialled.
-    pub fn register(&mut self, now: Moment, request: RegisterRequest) -> Result<Registered, NodeConflict> {
-        let max_nodes = self.settings.max_nodes;
-        if self.nodes.get(&request.node_id).is_none() && self.nodes.len() >= max_nodes {
-            self.forget_longest_offline().ok_or(NodeConflict::TooMany(max_nodes))?;
-        }
+    /// address, and a conflict otherwise. The node is suspect until its address was dialled. It takes
+    /// one of its registrar's places, where those are bounded.
+    pub fn register(
+        &mut self,
+        now: Moment,
+        request: RegisterRequest,
+        registrar: Option<&Registrar>,
+    ) -> Result<Registered, NodeConflict> {
         let known = self.nodes.get(&request.node_id);
         if let Some(node) = known
             && node.request.boot_id != request.boot_id
@@ -160,6 +166,9 @@ impl ServiceRegistry {
                 address: node.request.address.clone(),
             });
         }
+        self.make_room(&request.node_id, registrar)?;
+        let registrar = registrar.map(|registrar| Arc::clone(&registrar.name));
+        let known = self.nodes.get(&request.node_id);
         let same_boot = known.is_some_and(|node| node.request.boot_id == request.boot_id);
         // An operator's order is for the node, not for one life of it.
         let before = known.and_then(|node| node.wanted.clone());
@@ -167,6 +176,7 @@ impl ServiceRegistry {
         let epoch = self.next_epoch();
         let ended = if same_boot { Vec::new() } else { self.attempts_of(&node_id) };
         if same_boot {
+            self.nodes.set_registrar(&node_id, registrar);
             self.nodes.change(&node_id, |node| {
                 if node.request.address != request.address {
                     node.evidence.undialled = Some(Suspicion::NotDialledYet);
@@ -187,6 +197,7 @@ impl ServiceRegistry {
             let before = before.or_else(|| self.stored_orders.remove(&node_id));
             let wanted = before.filter(|wanted| wanted.intent != request.intent);
             self.nodes.insert(Node {
+                registrar,
                 epoch: epoch.clone(),
                 intent: request.intent,
                 wanted: wanted.map(|wanted| IntentOrder { epoch: epoch.clone(), ..wanted }),
@@ -208,14 +219,6 @@ impl ServiceRegistry {
         }
         let intent = self.nodes.get(&node_id).map_or((Intent::Serving, 0), Node::order);
         Ok(Registered { epoch, intent, ended })
-    }
-
-    /// Makes room: an offline node is worth less than one that wants to join.
-    fn forget_longest_offline(&mut self) -> Option<()> {
-        let oldest = self.nodes.longest_offline()?.clone();
-        self.remove(&oldest);
-        self.forgotten.push(oldest);
-        Some(())
     }
 
     fn next_epoch(&mut self) -> Epoch {

@@ -6,7 +6,7 @@ use super::*;
 
 #[derive(Debug, Clone)]
 enum Verb {
-    Register(u8, u8, bool, u8),
+    Register(u8, u8, bool, u8, u8),
     Deregister(u8),
     Beat(u8, Vec<u8>, bool),
     Alive(u8),
@@ -34,8 +34,8 @@ enum Verb {
 fn verbs() -> impl Strategy<Value = Vec<Verb>> {
     let node = 0_u8..6;
     let verb = prop_oneof![
-        3 => (node.clone(), 0_u8..2, any::<bool>(), 0_u8..3)
-            .prop_map(|(n, b, a, labels)| Verb::Register(n, b, a, labels)),
+        3 => (node.clone(), 0_u8..2, any::<bool>(), 0_u8..3, 0_u8..3)
+            .prop_map(|(n, b, a, labels, by)| Verb::Register(n, b, a, labels, by)),
         1 => node.clone().prop_map(Verb::Deregister),
         6 => (node.clone(), prop::collection::vec(0_u8..12, 0..4), any::<bool>())
             .prop_map(|(n, listed, tokens)| Verb::Beat(n, listed, tokens)),
@@ -86,11 +86,12 @@ impl Driven {
         let id = |n: u8| node_id(&name(n));
         let address = |n: u8| format!("http://n{n}");
         match verb {
-            Verb::Register(n, boot, elsewhere, which) => {
+            Verb::Register(n, boot, elsewhere, which, by) => {
                 let address = if elsewhere { "http://elsewhere".to_owned() } else { address(n) };
                 let request = request(&name(n), boot.into(), &address);
                 let request = RegisterRequest { labels: labels(which), ..request };
-                if let Ok(registered) = r.register(now, request) {
+                let by = (by > 0).then(|| registrar(&format!("token {by}"), usize::from(by)));
+                if let Ok(registered) = r.register(now, request, by.as_ref()) {
                     self.epochs.insert(name(n), registered.epoch);
                 }
             }

@@ -119,7 +119,7 @@ fn broken_streams_trip_the_node_with_all_its_pools_and_a_new_boot_starts_afresh(
     r.expire(at(1_035));
     assert_eq!(r.take_lifted_holds().first(), Some(&pool("a")));
     assert!(r.has_open_breaker(&node_id("a")), "until an attempt has got through");
-    r.register(at(1_040), request("a", 2, "http://a")).unwrap();
+    r.register(at(1_040), request("a", 2, "http://a"), None).unwrap();
     assert!(!r.has_open_breaker(&node_id("a")));
 }
 

@@ -391,7 +391,9 @@ impl ControlCore {
             self.counters.stalls += 1;
         }
         match event {
-            Event::Register { reply, request } => self.register(now, reply, request, &mut effects),
+            Event::Register { reply, request, registrar } => {
+                self.register(now, reply, request, registrar.as_ref(), &mut effects);
+            }
             Event::Heartbeat { reply, node_id, beat } => {
                 self.heartbeat(now, reply, &node_id, beat, &mut effects);
             }

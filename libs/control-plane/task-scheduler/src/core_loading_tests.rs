@@ -39,7 +39,7 @@ fn unloaded(state: PoolState, fits: bool) -> PoolReport {
 impl Bench {
     fn join_unloaded(&mut self, name: &str, fits: bool) {
         let reply = self.reply();
-        self.apply(Event::Register { reply, request: register(name) });
+        self.apply(Event::Register { reply, request: register(name), registrar: None });
         self.report(name, 1, unloaded(PoolState::Loadable, fits));
     }
 
@@ -116,7 +116,7 @@ fn a_loadable_pool_counts_as_having_its_model() {
 fn what_no_engine_of_the_model_can_do_is_refused_at_once() {
     let mut b = Bench::new();
     let reply = b.reply();
-    b.apply(Event::Register { reply, request: register("a") });
+    b.apply(Event::Register { reply, request: register("a"), registrar: None });
     b.report("a", 1, PoolReport { engine: Some(EngineKind::OpenAi), ..report(2, &[]) });
     let lacking = Lacking { engine: EngineKind::OpenAi, field: "grammar".into() };
     let engines = [EngineKind::LlamaCpp].into_iter().collect();
@@ -137,7 +137,7 @@ fn what_no_engine_of_the_model_can_do_is_refused_at_once() {
 fn a_pool_of_an_unknown_kind_of_engine_gets_no_task_and_promises_no_model() {
     let mut b = Bench::new();
     let reply = b.reply();
-    b.apply(Event::Register { reply, request: register("a") });
+    b.apply(Event::Register { reply, request: register("a"), registrar: None });
     b.report("a", 1, PoolReport { engine: None, ..report(2, &[]) });
     assert!(b.submit(task()).1.is_ok(), "other nodes may still come back");
     b.advance_to(TIMEOUT_MS + 1);

@@ -170,7 +170,7 @@ impl Bench {
     /// A node with one pool of `slots` slots is there and serves.
     fn join(&mut self, name: &str, slots: u32) {
         let reply = self.reply();
-        self.apply(Event::Register { reply, request: register(name) });
+        self.apply(Event::Register { reply, request: register(name), registrar: None });
         self.beat(name, 1, slots, &[]);
     }
 
@@ -448,7 +448,7 @@ fn a_node_that_restarted_ends_its_old_attempts() {
     b.submit(task()).1.unwrap();
     let reply = b.reply();
     let request = RegisterRequest { boot_id: BootId(Uuid::from_u128(2)), ..register("a") };
-    b.apply(Event::Register { reply, request });
+    b.apply(Event::Register { reply, request, registrar: None });
     assert_eq!(b.closed, vec![b.dispatches[0].attempt]);
 }
 

@@ -11,7 +11,7 @@ use pool_registry_types::{
     AttemptId, BootId, Epoch, ErrorBody, LogId, ModelRef, Moment, NodeId, PoolKey, ReplicaId, SessionId,
     TaskId,
 };
-use service_registry::ProbeOutcome;
+use service_registry::{ProbeOutcome, Registrar};
 use task_stream::{Assignment, AttemptDeadlines, HowEnded, TaskSpec};
 
 use crate::attempts::CloseReason;
@@ -26,6 +26,8 @@ pub enum Event {
     Register {
         reply: ReplyTo,
         request: RegisterRequest,
+        /// Absent where whoever registers may have as many nodes as fit.
+        registrar: Option<Registrar>,
     },
     Heartbeat {
         reply: ReplyTo,

@@ -17,6 +17,9 @@ use subtle::ConstantTimeEq;
 pub const MIN_TOKEN_BYTES: usize = 8;
 /// Longest file of tokens that is read, bytes.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
+/// Nodes that a token may register whose file does not say how many, and that is for nodes only.
+/// Source: .specs/01 CLOUD-2757.
+const DEFAULT_MAX_NODES: u32 = 64;
 const BY_LIST: &str = "LLORCH_API_TOKEN";
 const BY_FILE: &str = "LLORCH_API_TOKEN_FILE";
 
@@ -73,6 +76,8 @@ pub struct Holder {
     scopes: Vec<Scope>,
     /// The only node that it authorizes; absent: any.
     pub node_id: Option<NodeId>,
+    /// Nodes that it may have registered at a time; absent: any number.
+    pub max_nodes: Option<u32>,
     pub expires: Option<Timestamp>,
 }
 
@@ -197,6 +202,7 @@ impl TokenSet {
                 fingerprint: fingerprint(token),
                 scopes: vec![Scope::Admin],
                 node_id: None,
+                max_nodes: None,
                 expires: None,
             };
             // One that stands in the list and in the file is one.
@@ -238,6 +244,17 @@ impl TokenSet {
             if entry.node_id.is_some() && entry.scopes != [Scope::Node] {
                 return wrong("node_id binds a token whose only scope is \"node\"");
             }
+            let is_of_nodes = entry.scopes.contains(&Scope::Node) && !entry.scopes.contains(&Scope::Admin);
+            let max_nodes = match (entry.max_nodes, &entry.node_id) {
+                (None, None) if is_of_nodes => Some(DEFAULT_MAX_NODES),
+                (None, _) => None,
+                (Some(most), None) if is_of_nodes && most > 0 => Some(most),
+                (Some(_), _) => {
+                    return wrong(
+                        "max_nodes is at least 1, of a token with the scope \"node\", without \"admin\" and node_id",
+                    );
+                }
+            };
             let expires = match entry.expires.as_ref().map(|at| at.to_string().parse::<Timestamp>()) {
                 None => None,
                 Some(Ok(at)) => Some(at),
@@ -255,6 +272,7 @@ impl TokenSet {
                 fingerprint,
                 scopes: entry.scopes,
                 node_id: entry.node_id,
+                max_nodes,
                 expires,
             };
             self.add(digest, holder);
@@ -289,6 +307,7 @@ struct TokenEntry {
     #[serde(default)]
     scopes: Vec<Scope>,
     node_id: Option<NodeId>,
+    max_nodes: Option<u32>,
     expires: Option<toml::value::Datetime>,
 }
 
@@ -437,6 +456,34 @@ mod tests {
             panic!("it is known")
         };
         assert!([Scope::Client, Scope::Node, Scope::Admin].iter().all(|scope| control.has(*scope)));
+    }
+
+    // CLOUD-2757
+    #[test]
+    fn a_token_of_nodes_that_is_bound_to_none_is_bounded_in_their_number() {
+        let most = |more: &str| {
+            let text = format!("[[token]]\nname = \"x\"\ntoken = \"token-of-x\"\n{more}");
+            let set = TokenSet::parse(None, Some(&text));
+            set.map(|set| set.holders().next().unwrap().max_nodes).map_err(|error| error.to_string())
+        };
+        assert_eq!(most("scopes = [\"node\"]"), Ok(Some(64)));
+        assert_eq!(most("scopes = [\"node\", \"client\"]\nmax_nodes = 500"), Ok(Some(500)));
+        for unbounded in
+            ["[\"node\"]\nnode_id = \"a\"", "[\"admin\"]", "[\"client\"]", "[\"node\", \"admin\"]"]
+        {
+            assert_eq!(most(&format!("scopes = {unbounded}")), Ok(None), "{unbounded}");
+        }
+        for bad in [
+            "[\"node\"]\nmax_nodes = 0",
+            "[\"client\"]\nmax_nodes = 1",
+            "[\"node\"]\nnode_id = \"a\"\nmax_nodes = 1",
+            "[\"admin\"]\nmax_nodes = 1",
+        ] {
+            let error = most(&format!("scopes = {bad}")).unwrap_err();
+            assert!(error.contains("max_nodes is at least 1"), "{bad}: {error}");
+        }
+        let plain = TokenSet::parse(Some("plain-token"), None).unwrap();
+        assert_eq!(plain.holders().next().unwrap().max_nodes, None);
     }
 
     // CLOUD-1114

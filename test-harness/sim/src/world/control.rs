@@ -418,7 +418,7 @@ impl World {
                 }
                 self.oracle.life.insert(node_id, life);
                 let reply = self.reply_to(To::Caller(caller, Kind::Register));
-                self.apply(Event::Register { reply, request });
+                self.apply(Event::Register { reply, request, registrar: None });
             }
             Call::Heartbeat(beat) => {
                 let reply = self.reply_to(To::Caller(caller, Kind::Heartbeat));

@@ -1,6 +1,6 @@
 //! What nodes say: registration, heartbeats, deregistration; and the index that follows from them.
 
-use service_registry::{IndexMismatch, PoolFacts};
+use service_registry::{IndexMismatch, NodeConflict, PoolFacts, Registrar};
 
 use super::predicting::note_change;
 use super::*;
@@ -11,10 +11,11 @@ impl ControlCore {
         now: Moment,
         to: ReplyTo,
         request: RegisterRequest,
+        registrar: Option<&Registrar>,
         effects: &mut Vec<Effect>,
     ) {
         let node_id = request.node_id.clone();
-        let answer = match self.registry.register(now, request) {
+        let answer = match self.registry.register(now, request, registrar) {
             Ok(registered) => {
                 self.counters.registrations += 1;
                 self.close_all(now, &registered.ended, CloseReason::NodeRestarted, effects);
@@ -30,8 +31,13 @@ impl ControlCore {
                 }))
             }
             Err(conflict) => {
-                self.counters.conflicts += 1;
-                let mut body = ErrorBody::new(ErrorCode::NodeIdConflict, conflict.to_string())
+                let code = match conflict {
+                    NodeConflict::IdTaken { .. } => ErrorCode::NodeIdConflict,
+                    NodeConflict::TooMany(_) => ErrorCode::Overloaded,
+                    NodeConflict::RegistrarFull { .. } => ErrorCode::RateLimited,
+                };
+                self.counters.conflicts += u64::from(code == ErrorCode::NodeIdConflict);
+                let mut body = ErrorBody::new(code, conflict.to_string())
                     .retry_after_ms(millis(self.policy.timing.heartbeat_interval));
                 body.node_id = Some(node_id);
                 Err(body)

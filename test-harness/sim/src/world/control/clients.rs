@@ -104,7 +104,7 @@ impl World {
             return;
         }
         let reply = self.reply_to(To::Twin(node_id));
-        self.apply(Event::Register { reply, request });
+        self.apply(Event::Register { reply, request, registrar: None });
     }
 
     pub(crate) fn cancel(&mut self, task: usize) {
