@@ -111,6 +111,7 @@ async fn serve() -> Served {
         prefix: "POOL_MANAGERD",
         addr: "127.0.0.1:0".parse().unwrap(),
         metrics_addr: None,
+        max_connections: None,
         tls: TlsPaths::default(),
         audit_log: None,
     };

@@ -209,6 +209,44 @@ async fn strangers_do_not_keep_a_daemon_from_answering_nor_fill_its_memory() {
     assert!(transcript.completed());
 }
 
+// CLOUD-2760
+// CLOUD-2761
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn idle_connections_without_a_token_lock_neither_operators_nor_nodes_out() {
+    let most = 64;
+    let control = vec![("ORCHESTRATORD_MAX_CONNECTIONS", most.to_string())];
+    let cluster = Cluster::start(Options { nodes: 1, control, ..Options::default() }).await;
+    let pid = cluster.control.as_ref().unwrap().pid();
+    let port = cluster.port;
+    let idle = async {
+        let mut held = Vec::new();
+        // Some of them ask, with no token that is known.
+        for n in 0..10 * most {
+            let mut socket = TcpStream::connect(("127.0.0.1", port)).await.expect("it listens");
+            if n % 4 == 0 {
+                let ask = b"GET /v2/nodes HTTP/1.1\r\nHost: localhost\r\n\r\n";
+                // It may be closed for another by now.
+                let _ = socket.write_all(ask).await;
+            }
+            held.push(socket);
+        }
+        // Nobody was a stranger before, and each of these comes on a connection of its own.
+        for _ in 0..20 {
+            let fresh = Client::new(&cluster.client.base, Some(TOKEN));
+            assert_eq!(fresh.get("/v2/nodes").await.expect("an answer").status(), 200);
+            let transcript = fresh.run(cluster.task(4)).await;
+            transcript.check();
+            assert!(transcript.completed());
+        }
+        held.len()
+    };
+    let (held, watch) = right_requests_during(&cluster.client, "/v2/nodes", pid, idle).await;
+    println!("{held} idle connections where {most} have room: p99 {} ms", watch.p99().as_millis());
+    let metrics = cluster.client.get("/metrics").await.unwrap().text().await.unwrap();
+    assert!(metrics.contains("llorch_closed_connections_total{why=\"over_limit\"} 0"), "{metrics}");
+    cluster.wait_online(0).await;
+}
+
 // CLOUD-2757
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_token_of_nodes_has_its_own_places_and_no_other() {

@@ -60,7 +60,7 @@ pub(crate) async fn submit(
     let answered = admission.await.map_err(|_| defect())?;
     let accepted = answered?;
     let mut response = if wants_stream {
-        stream(&state, task_id, None, false).await?
+        stream(&state, &caller, task_id, None, false).await?
     } else {
         (StatusCode::ACCEPTED, Json(accepted)).into_response()
     };
@@ -180,23 +180,25 @@ pub(crate) struct Reading {
 pub(crate) async fn events(
     State(state): State<AppState>,
     PathId(id): PathId<TaskId>,
+    caller: Caller,
     reading: Result<Query<Reading>, QueryRejection>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let Reading { verbose } = checked(reading)?;
     let last = headers.get("last-event-id").map(|value| value.to_str().unwrap_or("unreadable"));
-    stream(&state, id, last, verbose).await
+    stream(&state, &caller, id, last, verbose).await
 }
 
 async fn stream(
     state: &AppState,
+    caller: &Caller,
     id: TaskId,
     last_event_id: Option<&str>,
     verbose: bool,
 ) -> Result<Response, ApiError> {
     let gauge = Gauge::new(state.control.clone(), verbose);
     let (stream, next) = state.streams.find(id, last_event_id)?;
-    let permit = stream.reader()?;
+    let permit = stream.reader(caller)?;
     let body = stream_body(readers::follow(stream, permit, next, id, gauge)).await;
     let kind = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
     Ok((StatusCode::OK, kind, body).into_response())

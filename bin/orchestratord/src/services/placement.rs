@@ -121,7 +121,8 @@ impl Loop {
             }
             Message::Submit { spec, payload, thread, reply } => {
                 let reply = self.reply_to(reply);
-                self.submitted = Some(Submitted { payload, trace: spec.trace.clone(), thread });
+                let (owner, trace) = (spec.caller.clone(), spec.trace.clone());
+                self.submitted = Some(Submitted { payload, owner, trace, thread });
                 self.apply(Event::Submit { reply, spec: Arc::from(spec) });
                 // A task that was refused, or is there already, has no log opened.
                 self.submitted = None;

@@ -13,10 +13,10 @@ use futures::{Stream, stream};
 use pool_registry_types::TaskId;
 use pool_registry_types::sse::write_frame;
 use pool_registry_types::task::{Metrics, TaskState};
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, Sleep, sleep};
 
 use crate::services::control::Control;
+use crate::services::reader_permits::ReaderPermit;
 use crate::services::streams::TaskStream;
 
 /// A reader that was given nothing for so long is given a comment. Source: .specs/01 CLOUD-1940.
@@ -32,13 +32,13 @@ const SAME_METRICS_EVERY: Duration = Duration::from_secs(5);
 /// The task's events from frame `next` on; `gauge` tells what the log does not.
 pub(crate) fn follow(
     stream: Arc<TaskStream>,
-    permit: OwnedSemaphorePermit,
+    permit: ReaderPermit,
     next: u64,
     task: TaskId,
     gauge: Gauge,
 ) -> impl Stream<Item = Result<Bytes, Infallible>> + Send + use<> {
     let timer = Box::pin(sleep(FIRST_METRICS_AFTER));
-    let reader = Reader { stream, _permit: permit, next, finished: false, task, gauge, timer };
+    let reader = Reader { stream, permit, next, finished: false, task, gauge, timer };
     stream::unfold(reader, |mut reader| async move { reader.more().await.map(|bytes| (Ok(bytes), reader)) })
 }
 
@@ -103,7 +103,7 @@ impl Gauge {
 /// One reader of one stream.
 struct Reader {
     stream: Arc<TaskStream>,
-    _permit: OwnedSemaphorePermit,
+    permit: ReaderPermit,
     next: u64,
     /// The terminal frame was given out.
     finished: bool,
@@ -116,9 +116,9 @@ struct Reader {
 
 impl Reader {
     /// What stands in the log from `next` on, waiting for it if need be; where the task stands,
-    /// or a comment, when nothing comes for a while; nothing at the end.
+    /// or a comment, when nothing comes for a while; nothing at the end, or where it has made room.
     async fn more(&mut self) -> Option<Bytes> {
-        if self.finished {
+        if self.finished || self.permit.has_ended() {
             return None;
         }
         let bytes = loop {
@@ -136,6 +136,7 @@ impl Reader {
             };
             tokio::select! {
                 biased;
+                () = self.permit.ended() => return None,
                 () = changed => continue,
                 () = &mut self.timer => {}
             }
@@ -158,7 +159,7 @@ impl Reader {
 
 #[cfg(test)]
 mod tests {
-    use daemon_kit::Clock;
+    use daemon_kit::{Caller, Clock};
     use futures::StreamExt;
     use pool_registry_types::{AttemptId, LogId};
     use task_stream::{Payload, PayloadFormat, Segment};
@@ -186,7 +187,7 @@ mod tests {
             let attempt = AttemptId(Uuid::from_u128(1));
             stream.write(|log| log.open(attempt));
             let (control, _inbox) = mailbox(Clock::default());
-            let permit = stream.reader().unwrap();
+            let permit = stream.reader(&Caller::default()).unwrap();
             let gauge = Gauge::new(control, false);
             let mut reader = Box::pin(follow(Arc::clone(&stream), permit, 0, TASK, gauge));
             if started {

@@ -9,17 +9,18 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use daemon_kit::Caller;
 use owned_tasks::StreamThread;
 use parking_lot::Mutex;
 use pool_registry_types::sse::{self, Decoder, write_frame};
 use pool_registry_types::task::{Resume, ResumeMode};
 use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, TaskId, TraceContext};
-use task_stream::{AppendError, Fence, Payload, Staged, TaskLog};
+use task_stream::{AppendError, Fence, Payload, Staged, TaskCaller, TaskLog};
 use tokio::sync::futures::Notified;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit};
 
-/// Readers of one stream at once.
-const MOST_READERS: usize = 64;
+use crate::services::reader_permits::{ReaderPermit, ReaderPermits};
+
 /// Bytes that a reader is given at once.
 const READ_BYTES: usize = 64 * 1024;
 
@@ -27,6 +28,8 @@ const READ_BYTES: usize = 64 * 1024;
 #[derive(Debug)]
 pub(crate) struct Submitted {
     pub(crate) payload: Payload,
+    /// Absent where no tokens are configured.
+    pub(crate) owner: Option<TaskCaller>,
     pub(crate) trace: TraceContext,
     pub(crate) thread: StreamThread,
 }
@@ -37,7 +40,7 @@ impl Submitted {
     pub(crate) fn with(payload: Payload) -> Self {
         let threads = owned_tasks::StreamThreads::start(1).expect("a thread for streams");
         let trace = TraceContext { traceparent: String::new(), correlation_id: "c-1".into() };
-        Self { payload, trace, thread: threads.first().clone() }
+        Self { payload, owner: None, trace, thread: threads.first().clone() }
     }
 }
 
@@ -54,21 +57,24 @@ pub(crate) struct TaskStream {
     changed: Notify,
     /// Among the tasks of its token; free when the task has ended.
     permit: Mutex<Option<OwnedSemaphorePermit>>,
-    readers: Arc<Semaphore>,
+    owner: Option<TaskCaller>,
+    readers: Arc<ReaderPermits>,
 }
 
 impl TaskStream {
-    /// A place among the readers.
+    /// A place among the readers, which whoever submitted the task always gets.
     ///
     /// # Errors
     /// `RATE_LIMITED` when so many read it that one more would be too many.
-    pub(crate) fn reader(&self) -> Result<OwnedSemaphorePermit, ErrorBody> {
-        Arc::clone(&self.readers).try_acquire_owned().map_err(|_| {
-            ErrorBody::new(
-                ErrorCode::RateLimited,
-                format!("{MOST_READERS} read this stream, which is the most"),
-            )
-        })
+    pub(crate) fn reader(&self, caller: &Caller) -> Result<ReaderPermit, ErrorBody> {
+        // A token that took the place of the submitter's has its name.
+        let is_owner = self.owner.as_ref().is_none_or(|owner| {
+            caller
+                .holder
+                .as_ref()
+                .is_some_and(|who| who.name == owner.name || who.fingerprint == owner.fingerprint)
+        });
+        self.readers.take(is_owner)
     }
 
     /// Changes the log and wakes its readers.
@@ -192,7 +198,8 @@ impl Streams {
             thread: submitted.thread,
             changed: Notify::new(),
             permit: Mutex::default(),
-            readers: Arc::new(Semaphore::new(MOST_READERS)),
+            owner: submitted.owner,
+            readers: Arc::default(),
         };
         self.table.lock().tasks.insert(task, Entry::Stream(Arc::new(stream)));
     }

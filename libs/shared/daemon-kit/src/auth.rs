@@ -337,6 +337,13 @@ pub(crate) async fn layer(State(gate): State<Arc<Gate>>, mut request: Request, n
     if let Some(record) = request.extensions().get::<Record>() {
         record.send(caller.holder.clone(), checked.as_ref().err().map(|error| error.0.code));
     }
+    // Whoever lacks a scope has shown who it is all the same.
+    if need != Need::Open
+        && (checked.is_ok() || caller.holder.is_some())
+        && let Some(entry) = request.extensions().get::<Arc<ConnectionEntry>>()
+    {
+        entry.let_in();
+    }
     match checked {
         Ok(()) => {
             request.extensions_mut().insert(caller);

@@ -19,6 +19,7 @@ mod follow;
 pub mod front;
 pub mod metrics;
 pub mod quota;
+mod room;
 pub mod serve;
 pub mod settings;
 mod socket;

@@ -64,6 +64,7 @@ impl Page {
         }
         let closed = [
             ("over_limit", &connections.over_limit),
+            ("made_room", &connections.made_room),
             ("failed_handshake", &connections.failed_handshakes),
             ("slow", &connections.slow),
             ("idle", &connections.idle),
