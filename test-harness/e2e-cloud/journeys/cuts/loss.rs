@@ -1,5 +1,6 @@
 //! One packet in a hundred is lost between the hosts.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,11 +16,17 @@ const LOST_ONE_IN: u32 = 100;
 const SILENT: Duration = Duration::from_millis(2_500);
 
 /// Between two tokens of a stream.
-#[derive(Debug)]
 struct Gaps {
     median: Duration,
     p99: Duration,
     longest: Duration,
+}
+
+impl fmt::Display for Gaps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { median, p99, longest } = self;
+        write!(f, "median {median:.1?}, p99 {p99:.1?}, longest {longest:.1?}")
+    }
 }
 
 /// Two hundred streams over such a network, each of which must be whole.
@@ -57,11 +64,11 @@ fn lost_packets_end_no_stream_and_interrupt_no_link() {
             scope.spawn(|| gaps(|network| Options { node_program: Some(program), ..fleet(Some(network)) }))
         });
         let link = gaps(|network| fleet(Some(network)));
-        println!("one packet in {LOST_ONE_IN} lost, a token each {PACE_MS} ms, by the link: {link:?}");
-        assert!(link.longest < SILENT + Duration::from_millis(PACE_MS), "a link stood still: {link:?}");
+        println!("one packet in {LOST_ONE_IN} lost, a token each {PACE_MS} ms, by the link: {link}");
+        assert!(link.longest < SILENT + Duration::from_millis(PACE_MS), "a link stood still: {link}");
         if let Some(exchanges) = exchanges {
             let exchanges = exchanges.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            println!("and call by call: {exchanges:?}");
+            println!("and call by call: {exchanges}");
         }
     });
 }
