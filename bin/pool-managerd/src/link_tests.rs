@@ -1,6 +1,8 @@
 //! The link over HTTP: the routes as they are served, the node's agent behind them, and an engine of the
 //! test's own. The control plane's side speaks by the bodies and records that its lanes use.
 
+#![expect(clippy::disallowed_methods, reason = "what the test asks of its own daemon is read whole")]
+
 use std::sync::Arc;
 use std::time::Duration;
 

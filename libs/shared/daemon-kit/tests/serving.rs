@@ -1,5 +1,7 @@
 //! Serving and calling, over sockets of this machine.
 
+#![expect(clippy::disallowed_methods, reason = "what a test asks of its own server is read whole")]
+
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;

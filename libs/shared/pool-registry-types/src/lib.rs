@@ -12,6 +12,7 @@ pub mod engines;
 pub mod error;
 pub mod ids;
 mod inputs;
+pub mod limits;
 mod lookup;
 pub mod moment;
 mod newer;
