@@ -223,9 +223,11 @@ impl NodeLink {
             return serde_json::from_slice(&bytes).map_err(|error| unavailable(error.to_string()));
         }
         match serde_json::from_slice::<ErrorBody>(&bytes) {
-            // Our own token is not the one it wants: nothing that whoever asked could mend.
-            Ok(refused) if status.as_u16() == 401 => Err(unavailable(refused.to_string())),
-            Ok(refused) => Err(refused),
+            Ok(mut refused) => {
+                refused.cut();
+                // Our own token is not the one it wants: nothing that whoever asked could mend.
+                Err(if status.as_u16() == 401 { unavailable(refused.to_string()) } else { refused })
+            }
             Err(_) => Err(unavailable("something else answers there".into())),
         }
     }

@@ -124,7 +124,10 @@ impl HttpControlPlane {
             return answer.map(Some).map_err(|e| CallError::Unreachable(format!("unreadable answer: {e}")));
         }
         match serde_json::from_slice::<ErrorBody>(&bytes) {
-            Ok(body) => Err(CallError::Refused(body)),
+            Ok(mut body) => {
+                body.cut();
+                Err(CallError::Refused(body))
+            }
             Err(_) => Err(CallError::Unreachable(format!("HTTP {status} without an error body"))),
         }
     }

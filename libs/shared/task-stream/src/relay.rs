@@ -365,12 +365,13 @@ impl Relay {
         if std::mem::replace(&mut self.ended, true) {
             return;
         }
-        let how = match self.reading.last.take() {
+        let mut how = match self.reading.last.take() {
             // Taken, and not in the log: the readers have no end yet.
             Some(HowEnded::Finished) if self.has_unwritten_end() => otherwise,
             Some(last) => last,
             None => otherwise,
         };
+        how.cut();
         let is_mutant = !self.assignment.stops_overdue && matches!(how, HowEnded::TimedOut(_));
         if how.may_still_run() && !is_mutant {
             self.actions.push_back(Action::Stop);

@@ -616,3 +616,37 @@ fn on_a_link_an_attempt_ends_by_its_end_or_its_error_and_by_neither_is_stopped()
         bench.done
     );
 }
+
+// CLOUD-2721
+#[test]
+fn of_what_a_node_says_of_an_end_no_more_is_told_than_is_kept() {
+    let long = "€".repeat(300_000);
+    let message_bytes = |bench: &Bench| match bench.done.last() {
+        Some(Action::Ended { how: HowEnded::NodeError(error) | HowEnded::Refused(error), .. }) => {
+            error.message.len()
+        }
+        Some(Action::Ended { how: HowEnded::Broken(why), .. }) => why.len(),
+        other => panic!("{other:?}"),
+    };
+    let mut bench = Bench::accepted(0);
+    let mut frame = Vec::new();
+    let error = ErrorBody::new(ErrorCode::WorkerReset, long.clone());
+    write_frame(&mut frame, None, "error", &serde_json::to_string(&error).unwrap());
+    bench.take(2, &[frame, b": report-seq 3\n\n".to_vec()].concat());
+    assert_eq!(message_bytes(&bench), 1_023);
+    // An error of ours may quote theirs.
+    let mut bench = Bench::accepted(0);
+    let mut frame = Vec::new();
+    write_frame(
+        &mut frame,
+        None,
+        "error",
+        &format!("{{\"code\":\"INTERNAL\",\"message\":\"\",\"retriable\":\"{long}\"}}"),
+    );
+    bench.take(2, &frame);
+    assert!(message_bytes(&bench) <= pool_registry_types::limits::MAX_MESSAGE_BYTES);
+    let mut bench = Bench::linked();
+    bench.relay.not_accepted(HowEnded::refused(ErrorBody::new(ErrorCode::PoolUnready, long)));
+    bench.collect();
+    assert_eq!(message_bytes(&bench), 1_023);
+}

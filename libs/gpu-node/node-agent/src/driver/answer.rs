@@ -343,6 +343,7 @@ impl Driver {
     }
 
     pub(super) fn close(&mut self, mut error: ErrorBody, engine_idle: bool) {
+        error.cut();
         error.engine = Some(self.slot.engine);
         let identity = self.slot.agent.identity();
         error = error.at(&identity.node_id, &self.slot.name.pool_id);
