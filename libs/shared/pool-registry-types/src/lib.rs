@@ -19,6 +19,7 @@ mod newer;
 pub mod node;
 pub mod placement;
 pub mod pool;
+mod report_bounds;
 pub mod retry;
 pub mod routes;
 pub mod snapshot;

@@ -7,6 +7,29 @@
 /// Longest answer of a daemon to the other one that is read, bytes: to a registration, a heartbeat,
 /// an order, a probe.
 pub const MAX_ANSWER_BYTES: usize = 1024 * 1024;
+/// Pools of one report, the handoff files that a node reads and the entries of its file of pools among
+/// them. Source, as of the others of a report: .specs/01 CLOUD-2722.
+pub const MAX_REPORT_POOLS: usize = 2_048;
+/// Replicas of all pools of one report.
+pub const MAX_REPORT_REPLICAS: usize = 4_096;
+/// Names by which one pool is asked for.
+pub const MAX_POOL_MODELS: usize = 4_096;
+/// The same of all pools of one report, and models on one node's disk.
+pub const MAX_REPORT_MODELS: usize = 8_192;
+/// New names of models that one node brings within a lease and that are remembered.
+/// Source: .specs/01 CLOUD-2723.
+pub const MAX_NEW_MODELS: usize = MAX_REPORT_MODELS;
+/// Names of models that are remembered of all nodes together; one takes some 400 bytes.
+pub const MAX_KNOWN_MODELS: usize = 128 * 1024;
+/// Attempts of one report: those that run, and those that are held.
+pub const MAX_REPORT_ATTEMPTS: usize = 100_000;
+/// Lines of an engine's log in the report of its pool.
+pub const MAX_TAIL_LINES: usize = 64;
+/// GPUs of one node.
+pub const MAX_GPUS: usize = 256;
+/// Labels of one node, and its features.
+pub const MAX_LABELS: usize = 64;
+
 /// What is kept, shown and passed on of one text that another process wrote, bytes: an error's message,
 /// a line of an engine's log. Source: .specs/01 CLOUD-2721.
 pub const MAX_MESSAGE_BYTES: usize = 1024;
