@@ -30,6 +30,15 @@ pub const MAX_GPUS: usize = 256;
 /// Labels of one node, and its features.
 pub const MAX_LABELS: usize = 64;
 
+/// Tokens that one event of an engine may bring beside those that its text shows: half characters, the
+/// beginning of a stop text, what has no text. Source: .specs/01 CLOUD-2724.
+pub const MAX_HIDDEN_TOKENS: usize = 64;
+
+/// Tokens that a piece of text may stand for, with so many events of the engine since the one before.
+pub fn most_tokens(text_bytes: usize, events: u64) -> u64 {
+    (text_bytes as u64).saturating_add(events.saturating_mul(MAX_HIDDEN_TOKENS as u64))
+}
+
 /// What is kept, shown and passed on of one text that another process wrote, bytes: an error's message,
 /// a line of an engine's log. Source: .specs/01 CLOUD-2721.
 pub const MAX_MESSAGE_BYTES: usize = 1024;

@@ -248,15 +248,17 @@ impl TaskLog {
     /// Appends the attempt's last frames, of which the last one is terminal.
     pub fn finish(&mut self, attempt: AttemptId, segment: Segment) -> Result<(), AppendError> {
         self.append(attempt, segment)?;
-        self.finished = true;
         self.writer = None;
-        self.compact();
+        self.end();
         Ok(())
     }
 
     /// Remembers the engine's ids of the tokens of a frame, and the count of all so far.
     pub fn keep_ids(&mut self, index: u64, count: u64, ids: &[u32]) {
-        self.token_ids.keep(index, count, ids);
+        // The last ones come together with the end.
+        if !self.finished {
+            self.token_ids.keep(index, count, ids);
+        }
     }
 
     /// Counts tokens of the attempt that are left out.
@@ -280,13 +282,14 @@ impl TaskLog {
         assert!(self.writer.is_none(), "log {} is closed under a writing attempt", self.id);
         assert!(!self.finished, "log {} is finished already", self.id);
         self.push(Segment::frame(self.next_index(), frame));
-        self.finished = true;
-        self.compact();
+        self.end();
     }
 
-    /// A short log that has ended takes one allocation as long as it is: the blocks that its frames
-    /// were read into may be much longer.
-    fn compact(&mut self) {
+    /// Nothing goes on from the ids of its tokens any more. If it is short it takes one allocation as
+    /// long as it is: the blocks that its frames were read into may be much longer.
+    fn end(&mut self) {
+        self.finished = true;
+        self.token_ids = TokenIds::default();
         if self.bytes <= COMPACT_BYTES {
             self.small = self.segments.len();
             self.join_small();
