@@ -66,6 +66,10 @@ pub(crate) struct Settings {
     /// Bytes that the streams of ended tasks take together at most; each is a byte of memory. 0 keeps none.
     #[arg(long, env = "ORCHESTRATORD_EVENT_LOG_BYTES", default_value_t = 32 * 1024 * 1024)]
     event_log_bytes: u64,
+    /// Bytes of requests that are read or wait for an engine at most, half of them of one token; beyond it
+    /// they answer `503 OVERLOADED`.
+    #[arg(long, env = "ORCHESTRATORD_QUEUE_BYTES", default_value_t = 128 * 1024 * 1024, value_parser = clap::value_parser!(u64).range(16 * 1024 * 1024..))]
+    queue_bytes: u64,
     /// Nodes that are known at a time at most; each with eight pools takes some 16 KB of memory.
     #[arg(long, env = "ORCHESTRATORD_MAX_NODES", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     max_nodes: u32,
@@ -154,6 +158,7 @@ pub(crate) struct Config {
     pub(crate) cloud_profile: bool,
     pub(crate) policy: Policy,
     pub(crate) event_log_bytes: usize,
+    pub(crate) queue_bytes: usize,
     pub(crate) stream_threads: usize,
     pub(crate) data_dir: PathBuf,
     pub(crate) runtime_dir: PathBuf,
@@ -249,6 +254,7 @@ impl Daemon for Settings {
             cloud_profile: self.cloud_profile,
             policy,
             event_log_bytes: usize::try_from(self.event_log_bytes).unwrap_or(usize::MAX),
+            queue_bytes: usize::try_from(self.queue_bytes).unwrap_or(usize::MAX),
             stream_threads: self.stream_threads.map_or_else(default_stream_threads, usize::from),
             data_dir: self.data_dir,
             runtime_dir: self.runtime_dir,
@@ -295,6 +301,7 @@ mod tests {
         assert_eq!(config.policy.timing.node_timeout, Duration::from_secs(30));
         assert_eq!((config.policy.max_nodes, config.policy.retained_tasks), (10_000, 10_000));
         assert_eq!(config.event_log_bytes, 32 << 20);
+        assert_eq!(config.queue_bytes, 128 << 20);
     }
 
     // CLOUD-1301
@@ -313,7 +320,7 @@ mod tests {
         assert!(error(&["--cors-origins", "*"]).contains("ORCHESTRATORD_CORS_ORIGINS"));
         assert!(error(&["--node-addresses", "10.0.0.0/99"]).contains("ORCHESTRATORD_NODE_ADDRESSES"));
         assert!(error(&["--session-max-turns", "0"]).contains("session-max-turns"));
-        for bound in ["max-nodes", "retained-tasks"] {
+        for bound in ["max-nodes", "retained-tasks", "queue-bytes"] {
             assert!(error(&[&format!("--{bound}"), "0"]).contains(bound));
         }
         // No ended stream is kept.

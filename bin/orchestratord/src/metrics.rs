@@ -50,6 +50,12 @@ fn links_of(page: &mut Page, links: &LinkTable) {
     }
 }
 
+/// Memory that clients fill, as its settings bound it.
+pub(crate) fn held(page: &mut Page, queue_bytes: usize) {
+    let help = "Bytes of requests that are read or wait for an engine.";
+    page.gauge("llorch_queue_bytes", help, &[], queue_bytes as f64);
+}
+
 pub(crate) fn page(
     facts: &Facts,
     paces: &AllPaces,

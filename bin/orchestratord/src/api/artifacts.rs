@@ -22,7 +22,7 @@ pub(crate) struct ArtifactCreated {
 
 /// Keeps a JSON document. The same bytes have the same id.
 #[utoipa::path(post, path = paths::ARTIFACTS, tag = "artifacts", request_body = serde_json::Value,
-    responses((status = 201, body = ArtifactCreated), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody)))]
+    responses((status = 201, body = ArtifactCreated), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn create(
     State(state): State<AppState>,
     RawBody(document): RawBody,

@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
-use daemon_kit::{ApiError, Body, Caller, OwnNode, PathId};
+use daemon_kit::{ApiError, Caller, NodeBody, OwnNode, PathId};
 use pool_registry_types::node::{
     Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, RegisterAnswer, RegisterRequest,
 };
@@ -37,7 +37,7 @@ pub(crate) async fn list(State(state): State<AppState>) -> Result<Json<ClusterVi
 pub(crate) async fn register(
     State(state): State<AppState>,
     caller: Caller,
-    Body(mut request): Body<RegisterRequest>,
+    NodeBody(mut request): NodeBody<RegisterRequest>,
 ) -> Result<Json<RegisterAnswer>, ApiError> {
     require_cloud(&state)?;
     caller.authorize_node(&request.node_id)?;
@@ -63,7 +63,7 @@ pub(crate) async fn register(
 pub(crate) async fn heartbeat(
     State(state): State<AppState>,
     OwnNode(id): OwnNode,
-    Body(mut beat): Body<Heartbeat>,
+    NodeBody(mut beat): NodeBody<Heartbeat>,
 ) -> Result<Json<HeartbeatAnswer>, ApiError> {
     require_cloud(&state)?;
     beat.check()?;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use daemon_kit::auth::Gate;
+use daemon_kit::byte_budget::{BodyBudgets, ByteBudget};
 use daemon_kit::connections::{Counts, Streaming};
 use daemon_kit::front::{Front, FrontError, Shown};
 use daemon_kit::quota::Quota;
@@ -29,6 +30,9 @@ use crate::services::link::{HttpLink, NodeLink};
 use crate::services::placement;
 use crate::services::registry::ServiceRegistryHandle;
 use crate::services::streams::Streams;
+
+/// Bytes of nodes' requests that are read at a time, half of them of one token.
+const NODE_BODY_BYTES: usize = 32 * 1024 * 1024;
 
 /// How often a stopping daemon looks whether its tasks have ended.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -125,6 +129,10 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         cloud_profile: config.cloud_profile,
         node_addresses: Arc::new(config.node_addresses),
         quota: Arc::clone(&quota),
+        bodies: Arc::new(BodyBudgets {
+            clients: ByteBudget::new(config.queue_bytes),
+            nodes: ByteBudget::new(NODE_BODY_BYTES),
+        }),
         tokens: tokens.clone(),
         connections: Arc::clone(&counts),
         loops: front.loops.clone(),

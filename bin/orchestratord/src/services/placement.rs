@@ -119,9 +119,9 @@ impl Loop {
                 let to = self.reply_to(reply);
                 self.apply(event(to));
             }
-            Message::Submit { spec, payload, thread, reply } => {
+            Message::Submit { spec, payload, held, thread, reply } => {
                 let reply = self.reply_to(reply);
-                self.submitted = Some(Submitted { payload, trace: spec.trace.clone(), thread });
+                self.submitted = Some(Submitted { payload, held, trace: spec.trace.clone(), thread });
                 self.apply(Event::Submit { reply, spec: Arc::from(spec) });
                 // A task that was refused, or is there already, has no log opened.
                 self.submitted = None;

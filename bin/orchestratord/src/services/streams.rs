@@ -9,6 +9,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use daemon_kit::byte_budget::HeldBytes;
 use owned_tasks::StreamThread;
 use parking_lot::Mutex;
 use pool_registry_types::sse::{self, Decoder, write_frame};
@@ -27,6 +28,8 @@ const READ_BYTES: usize = 64 * 1024;
 #[derive(Debug)]
 pub(crate) struct Submitted {
     pub(crate) payload: Payload,
+    /// What counts for it.
+    pub(crate) held: HeldBytes,
     pub(crate) trace: TraceContext,
     pub(crate) thread: StreamThread,
 }
@@ -37,7 +40,7 @@ impl Submitted {
     pub(crate) fn with(payload: Payload) -> Self {
         let threads = owned_tasks::StreamThreads::start(1).expect("a thread for streams");
         let trace = TraceContext { traceparent: String::new(), correlation_id: "c-1".into() };
-        Self { payload, trace, thread: threads.first().clone() }
+        Self { payload, held: HeldBytes::default(), trace, thread: threads.first().clone() }
     }
 }
 
@@ -46,7 +49,7 @@ impl Submitted {
 pub(crate) struct TaskStream {
     log: Mutex<TaskLog>,
     /// Dropped when the task has ended.
-    payload: Mutex<Option<Payload>>,
+    payload: Mutex<Option<(Payload, HeldBytes)>>,
     /// That of the submission, for the log's lines of the task.
     pub(crate) trace: TraceContext,
     /// On which its relays run.
@@ -143,7 +146,7 @@ impl TaskStream {
 
     /// What the task's engine is to work on; nothing when the task has ended.
     pub(crate) fn payload(&self) -> Option<Payload> {
-        self.payload.lock().clone()
+        self.payload.lock().as_ref().map(|(payload, _)| payload.clone())
     }
 }
 
@@ -187,7 +190,7 @@ impl Streams {
     pub(crate) fn open(&self, task: TaskId, log: LogId, submitted: Submitted) {
         let stream = TaskStream {
             log: Mutex::new(TaskLog::new(log)),
-            payload: Mutex::new(Some(submitted.payload)),
+            payload: Mutex::new(Some((submitted.payload, submitted.held))),
             trace: submitted.trace,
             thread: submitted.thread,
             changed: Notify::new(),
@@ -419,5 +422,18 @@ mod tests {
             (None, None),
             "forgotten ones left room"
         );
+    }
+
+    // CLOUD-2725
+    #[test]
+    fn what_counts_for_a_payload_counts_until_its_task_has_ended() {
+        let (streams, budget) = (Streams::new(1_000), daemon_kit::byte_budget::ByteBudget::new(100));
+        let task = TaskId(Uuid::from_u128(1));
+        let mut held = budget.begin(None);
+        held.add(60).unwrap();
+        streams.open(task, LogId(Uuid::from_u128(1)), Submitted { held, ..Submitted::with(payload(60)) });
+        assert_eq!(budget.held(), 60);
+        streams.close(task, &ErrorBody::new(ErrorCode::Canceled, "canceled"));
+        assert_eq!((budget.held(), streams.get(task).is_some()), (0, true));
     }
 }
