@@ -17,7 +17,7 @@ use axum::response::sse::{Event, Sse};
 use axum::routing::{get, post};
 use daemon_kit::Tokens;
 use daemon_kit::auth::Gate;
-use daemon_kit::connections::{Counts, Streaming};
+use daemon_kit::connections::{ConnLimits, Counts, Streaming};
 use daemon_kit::front::{Front, FrontSettings, Shown};
 use daemon_kit::tls::TlsPaths;
 use futures::stream;
@@ -149,7 +149,9 @@ async fn serve() -> Served {
     let threads = StreamThreads::start(1).unwrap();
     agent.stream_on(threads.clone());
     let streaming = Streaming { threads, is_stream: api::is_stream };
-    let shown = Shown { routes: api::router(app), gate, counts, streaming, open_routes: Router::new() };
+    let limits = ConnLimits::default();
+    let shown =
+        Shown { routes: api::router(app), gate, counts, limits, streaming, open_routes: Router::new() };
     front.serve(shown, &TaskTracker::new(), &stop);
     let client = reqwest::Client::new();
     let served = Served { url, agent, client, tokens: tokens_file, stop, _changes: send, _folder: folder };

@@ -42,6 +42,9 @@ pub(crate) async fn submit(
     let task_id = spec.task_id;
     // Whoever attaches to a task that is there has no other one.
     let known = state.streams.get(task_id).is_some() || state.control.published.task(task_id).is_some();
+    if !known {
+        state.streams.check_room()?;
+    }
     let permit = if known { None } else { state.quota.task(&caller)? };
     let payload = submission::payload(request);
     held.set(payload.bytes.len());

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use daemon_kit::auth::Gate;
 use daemon_kit::byte_budget::{BodyBudgets, ByteBudget};
-use daemon_kit::connections::{Counts, Streaming};
+use daemon_kit::connections::{ConnLimits, Counts, Streaming};
 use daemon_kit::front::{Front, FrontError, Shown};
 use daemon_kit::quota::Quota;
 use daemon_kit::{Clock, serve};
@@ -77,7 +77,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         }
     };
     let threads = StreamThreads::start(config.stream_threads).map_err(StartError::Threads)?;
-    let streams = Arc::new(Streams::new(config.event_log_bytes));
+    let streams = Arc::new(Streams::new(config.event_log_bytes, config.live_log_bytes));
     let relays = Arc::new(Relays { clock, link, streams: Arc::clone(&streams), threads: threads.clone() });
     let strategy = config.policy.strategy.as_str();
     let core = ControlCore::new(config.policy, Uuid::new_v4().as_u64_pair().0);
@@ -156,7 +156,8 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     state.loops.start(&tracker, "changes of tokens", &stop, telling);
     let open_routes = router::metrics(state.clone());
     let streaming = Streaming { threads, is_stream: router::is_stream };
-    let shown = Shown { routes: router::router(state), gate, counts, streaming, open_routes };
+    let limits = ConnLimits { stalled: config.stalled_write, ..ConnLimits::default() };
+    let shown = Shown { routes: router::router(state), gate, counts, limits, streaming, open_routes };
     let server = front.serve(shown, &tracker, &stop);
 
     tokio::pin!(deciding);

@@ -44,6 +44,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Largest body of a request that is answered on a thread for streams, bytes: a larger one takes longer
 /// to read than the streams there may wait.
 const MOST_BODY_BYTES: u64 = 256 * 1024;
+/// Most bytes of an answer that wait for a peer which takes none, on HTTP/2; on HTTP/1 it is what a head may
+/// have.
+const MOST_UNSENT_BYTES: usize = 64 * 1024;
 /// At most one line of a kind is logged in this time.
 const LOG_EVERY: Duration = Duration::from_secs(1);
 
@@ -58,6 +61,8 @@ pub struct ConnLimits {
     pub head: Duration,
     /// Without any request. Longer than our clients keep connections (60 s), so that they close first.
     pub idle: Duration,
+    /// With an answer of which the peer takes nothing.
+    pub stalled: Duration,
     /// A request's line and headers, bytes; at least 8192.
     pub head_bytes: u32,
     /// Requests at once on one HTTP/2 connection.
@@ -73,6 +78,7 @@ impl Default for ConnLimits {
             handshake: Duration::from_secs(5),
             head: Duration::from_secs(10),
             idle: Duration::from_secs(75),
+            stalled: Duration::from_secs(600),
             head_bytes: 64 * 1024,
             streams: 256,
             ping: Duration::from_secs(20),
@@ -90,6 +96,8 @@ pub struct Counts {
     pub slow: AtomicU64,
     /// Closed after a while without requests.
     pub idle: AtomicU64,
+    /// Closed because their peers took nothing of an answer for long.
+    pub stalled: AtomicU64,
 }
 
 /// Where connections live, and which requests are answered there.
@@ -208,6 +216,7 @@ fn protocols(limits: &ConnLimits, tasks: Tasks) -> auto::Builder<Tasks> {
         .timer(TokioTimer::new())
         .max_header_list_size(limits.head_bytes)
         .max_concurrent_streams(limits.streams)
+        .max_send_buf_size(MOST_UNSENT_BYTES)
         .keep_alive_interval(limits.ping)
         .keep_alive_timeout(limits.ping);
     http
@@ -283,6 +292,7 @@ impl Movable for tokio_rustls::server::TlsStream<Socket> {
 enum End {
     Closed,
     Slow,
+    Stalled,
     Failed(Box<dyn std::error::Error + Send + Sync>),
 }
 
@@ -343,6 +353,10 @@ impl Server {
                     self.counts.slow.fetch_add(1, Ordering::Relaxed);
                     tracing::debug!(peer = %addr, "a request's head did not arrive in time");
                 }
+                End::Stalled => {
+                    self.counts.stalled.fetch_add(1, Ordering::Relaxed);
+                    tracing::debug!(peer = %addr, "nothing of an answer was taken for long");
+                }
                 End::Failed(error) => tracing::debug!(peer = %addr, error, "a connection broke"),
             }
             drop((load, permit));
@@ -370,8 +384,8 @@ impl Server {
 
     async fn requests<T: Movable>(&self, io: T, peer: Peer, stop: &CancellationToken) -> End {
         let peer = Arc::new(peer);
-        let activity = Arc::new(Activity::new(self.limits.head, self.limits.idle));
-        let io = TokioIo::new(Instrumented { io, activity: Arc::clone(&activity) });
+        let activity = Arc::new(Activity::new(self.limits.head, self.limits.idle, self.limits.stalled));
+        let io = TokioIo::new(Instrumented::new(io, Arc::clone(&activity)));
         let service = hyper::service::service_fn({
             let activity = Arc::clone(&activity);
             move |mut request: Request<Incoming>| {
@@ -425,6 +439,7 @@ impl Server {
                     }
                     Look::Over => return Poll::Ready(End::Closed),
                     Look::Slow => return Poll::Ready(End::Slow),
+                    Look::Stalled => return Poll::Ready(End::Stalled),
                 }
             }
         })

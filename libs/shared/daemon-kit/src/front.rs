@@ -16,7 +16,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::audit::{Audit, AuditError};
 use crate::auth::Gate;
-use crate::connections::{self, Counts, ServeOptions, Streaming};
+use crate::connections::{self, ConnLimits, Counts, ServeOptions, Streaming};
 use crate::serve::{self, Edge};
 use crate::tls::{Tls, TlsError, TlsPaths};
 
@@ -70,6 +70,7 @@ pub struct Shown {
     pub routes: Router,
     pub gate: Gate,
     pub counts: Arc<Counts>,
+    pub limits: ConnLimits,
     pub streaming: Streaming,
     /// The routes of the second listener.
     pub open_routes: Router,
@@ -121,9 +122,9 @@ impl Front {
             });
         }
         let app = serve::with_layers(shown.routes, Edge { gate: shown.gate, audit: self.audit });
-        let (tls, counts) = (self.tls.server, shown.counts);
+        let (tls, counts, limits) = (self.tls.server, shown.counts, shown.limits);
         let streaming = Some(shown.streaming);
-        let options = ServeOptions { tls, counts, loops, streaming, ..ServeOptions::default() };
+        let options = ServeOptions { tls, counts, limits, loops, streaming };
         owned_tasks::watched(
             "connections",
             connections::run(self.listener, app, options, stop.clone(), LINGER),

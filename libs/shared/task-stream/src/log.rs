@@ -119,6 +119,11 @@ impl Read {
         self.first.is_empty()
     }
 
+    /// They lie apart.
+    pub fn is_in_pieces(&self) -> bool {
+        !self.rest.is_empty()
+    }
+
     /// The bytes in their order.
     pub fn pieces(&self) -> impl Iterator<Item = &Bytes> {
         std::iter::once(&self.first).chain(&self.rest)
@@ -154,6 +159,8 @@ pub struct TaskLog {
     small: usize,
     /// Bytes of all frames.
     bytes: usize,
+    /// Ends of frames that the segments keep.
+    ends: usize,
     token_ids: TokenIds,
     /// Tokens so far that are left out.
     unlogged: u64,
@@ -174,6 +181,7 @@ impl TaskLog {
             segments: Vec::new(),
             small: 0,
             bytes: 0,
+            ends: 0,
             token_ids: TokenIds::default(),
             unlogged: 0,
             writer: None,
@@ -196,8 +204,7 @@ impl TaskLog {
 
     /// What the log takes, bytes: frames, what their segments cost, and ids of tokens.
     pub fn len_bytes(&self) -> usize {
-        let ends: usize = self.segments.iter().map(|segment| segment.ends.len()).sum();
-        let segments = self.segments.len() * SEGMENT_BYTES + ends * size_of::<u32>();
+        let segments = self.segments.len() * SEGMENT_BYTES + self.ends * size_of::<u32>();
         self.bytes + segments + self.token_ids.len_bytes()
     }
 
@@ -298,6 +305,7 @@ impl TaskLog {
 
     fn push(&mut self, segment: Segment) {
         self.bytes += segment.bytes.len();
+        self.ends += segment.ends.len();
         let is_small = segment.bytes.len() < SMALL_BYTES;
         if !is_small && self.small >= JOINED_BEFORE_A_LARGE_ONE {
             self.join_small();
@@ -317,6 +325,8 @@ impl TaskLog {
             Vec::with_capacity(small.iter().map(|segment| segment.bytes.len()).sum()),
             Vec::with_capacity(frames),
         );
+        // One segment's last end is not kept, where each had one before.
+        self.ends += small.len() - 1;
         for segment in &small {
             let before = u32::try_from(bytes.len()).expect("small segments are at most 64 KiB together");
             ends.extend(segment.ends.iter().map(|end| before + end));
