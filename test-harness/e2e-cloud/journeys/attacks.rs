@@ -18,26 +18,26 @@ use uuid::Uuid;
 /// Resident memory that a daemon may have under attack, MiB.
 const MOST_MIB: u64 = 150;
 
-fn resident_mib(pid: u32) -> u64 {
+pub(super) fn resident_mib(pid: u32) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process lives");
     let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("proc(5)");
     line.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).expect("a number") / 1024
 }
 
 /// Right requests all the while: how many, how slow, and how large the daemon became.
-struct Watch {
-    took: Vec<Duration>,
-    most_mib: u64,
+pub(super) struct Watch {
+    pub(super) took: Vec<Duration>,
+    pub(super) most_mib: u64,
 }
 
 impl Watch {
-    fn p99(&self) -> Duration {
+    pub(super) fn p99(&self) -> Duration {
         self.took[self.took.len() * 99 / 100]
     }
 }
 
 /// Asks `path` while the attack runs; each answer must be a good one.
-async fn right_requests_during<A>(
+pub(super) async fn right_requests_during<A>(
     client: &Client,
     path: &str,
     pid: u32,

@@ -12,6 +12,7 @@ mod field;
 mod gpus;
 mod home;
 mod membership;
+mod memory;
 mod real_engine;
 mod security;
 mod steering;

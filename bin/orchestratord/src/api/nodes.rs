@@ -3,11 +3,10 @@
 use axum::Json;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
-use daemon_kit::{ApiError, Body, Caller, OwnNode, PathId};
+use daemon_kit::{ApiError, Caller, NodeBody, OwnNode, PathId};
 use pool_registry_types::node::{
     Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, RegisterAnswer, RegisterRequest,
 };
-use pool_registry_types::placement::MAX_CONSTRAINTS;
 use pool_registry_types::view::{ClusterView, NodeView};
 use pool_registry_types::{Epoch, ErrorBody, ErrorCode, NodeId, routes as paths};
 use serde::Deserialize;
@@ -39,7 +38,7 @@ pub(crate) async fn list(State(state): State<AppState>) -> Result<Json<ClusterVi
 pub(crate) async fn register(
     State(state): State<AppState>,
     caller: Caller,
-    Body(request): Body<RegisterRequest>,
+    NodeBody(mut request): NodeBody<RegisterRequest>,
 ) -> Result<Json<RegisterAnswer>, ApiError> {
     require_cloud(&state)?;
     caller.authorize_node(&request.node_id)?;
@@ -47,9 +46,8 @@ pub(crate) async fn register(
         .node_addresses
         .check(&request.address)
         .map_err(|why| ApiError::new(ErrorCode::InvalidParams, format!("address: {why}")))?;
-    if request.labels.len() > MAX_CONSTRAINTS {
-        return Err(ApiError::new(ErrorCode::InvalidParams, format!("labels: at most {MAX_CONSTRAINTS}")));
-    }
+    request.check()?;
+    request.cut_texts();
     let node_id = request.node_id.clone();
     let bounded = caller.holder.as_ref().and_then(|holder| holder.max_nodes.map(|most| (holder, most)));
     let registrar = bounded.map(|(holder, max_nodes)| Registrar {
@@ -71,9 +69,11 @@ pub(crate) async fn register(
 pub(crate) async fn heartbeat(
     State(state): State<AppState>,
     OwnNode(id): OwnNode,
-    Body(beat): Body<Heartbeat>,
+    NodeBody(mut beat): NodeBody<Heartbeat>,
 ) -> Result<Json<HeartbeatAnswer>, ApiError> {
     require_cloud(&state)?;
+    beat.check()?;
+    beat.cut_texts();
     Ok(Json(state.control.heartbeat(id, beat).await?))
 }
 

@@ -46,6 +46,7 @@ pub(crate) async fn metrics(State(state): State<AppState>) -> Result<Response, A
     let view = state.service_registry.view().await?;
     let links = state.relays.link.links().map(|links| &*links.table);
     let mut page = metrics::page(&facts, &paces, &view, links);
+    metrics::held(&mut page, state.bodies.clients.held(), state.streams.live_bytes());
     Ok(page.edge(state.tokens.refusals(), &state.connections, &[]).process(&[]).render())
 }
 

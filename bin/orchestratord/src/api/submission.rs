@@ -33,7 +33,9 @@ pub(super) fn payload(request: TaskRequest) -> Payload {
         reasoning: Reasoning::Keep,
         ..request
     };
-    let bytes = serde_json::to_vec(&task).expect("a task request is always JSON");
+    let mut bytes = serde_json::to_vec(&task).expect("a task request is always JSON");
+    // It may wait for long, and is counted as long as it is.
+    bytes.shrink_to_fit();
     Payload { format: PayloadFormat::Native, bytes: bytes.into() }
 }
 

@@ -8,7 +8,7 @@ use axum::extract::{Extension, Query, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use daemon_kit::correlation::RequestIds;
-use daemon_kit::{ApiError, Body, Caller, PathId, stream_body};
+use daemon_kit::{ApiError, Body, Caller, CountedBody, PathId, stream_body};
 use pool_registry_types::placement::Explanation;
 use pool_registry_types::routes::headers;
 use pool_registry_types::task::{TaskAccepted, TaskPage, TaskRequest, TaskState, TaskView};
@@ -35,15 +35,19 @@ pub(crate) async fn submit(
     headers: HeaderMap,
     caller: Caller,
     Extension(ids): Extension<RequestIds>,
-    Body(mut request): Body<TaskRequest>,
+    CountedBody(mut request, mut held): CountedBody<TaskRequest>,
 ) -> Result<Response, ApiError> {
     request.check()?;
     let spec = submission::facts(&mut request, &caller, &ids);
     let task_id = spec.task_id;
     // Whoever attaches to a task that is there has no other one.
     let known = state.streams.get(task_id).is_some() || state.control.published.task(task_id).is_some();
+    if !known {
+        state.streams.check_room()?;
+    }
     let permit = if known { None } else { state.quota.task(&caller)? };
     let payload = submission::payload(request);
+    held.set(payload.bytes.len());
     let threads = &state.relays.threads;
     let wants_stream = wants_stream(&headers);
     // Where its submitter reads it, or else where there is the least to do.
@@ -51,7 +55,7 @@ pub(crate) async fn submit(
     // Whoever hangs up now may have been admitted: the task has its place all the same.
     let (control, streams) = (state.control.clone(), Arc::clone(&state.streams));
     let admission = owned_tasks::uninterrupted("admission of a task", async move {
-        let answer = control.submit(spec, payload, thread).await?;
+        let answer = control.submit(spec, payload, held, thread).await?;
         if let Some(permit) = permit {
             streams.hold_permit(task_id, permit);
         }

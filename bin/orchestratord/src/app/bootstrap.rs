@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use daemon_kit::auth::Gate;
-use daemon_kit::connections::{Counts, Streaming};
+use daemon_kit::byte_budget::{BodyBudgets, ByteBudget};
+use daemon_kit::connections::{ConnLimits, Counts, Streaming};
 use daemon_kit::front::{Front, FrontError, Shown};
 use daemon_kit::quota::Quota;
 use daemon_kit::{Clock, serve};
@@ -29,6 +30,9 @@ use crate::services::link::{HttpLink, NodeLink};
 use crate::services::placement;
 use crate::services::registry::ServiceRegistryHandle;
 use crate::services::streams::Streams;
+
+/// Bytes of nodes' requests that are read at a time, half of them of one token.
+const NODE_BODY_BYTES: usize = 32 * 1024 * 1024;
 
 /// How often a stopping daemon looks whether its tasks have ended.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -77,7 +81,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
             (NodeLink::Http(Box::new(http)), drivers)
         }
     };
-    let streams = Arc::new(Streams::new(config.event_log_bytes));
+    let streams = Arc::new(Streams::new(config.event_log_bytes, config.live_log_bytes));
     let relays = Arc::new(Relays { clock, link, streams: Arc::clone(&streams), threads: threads.clone() });
     let strategy = config.policy.strategy.as_str();
     let core = ControlCore::new(config.policy, Uuid::new_v4().as_u64_pair().0);
@@ -130,6 +134,10 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         cloud_profile: config.cloud_profile,
         node_addresses: Arc::new(config.node_addresses),
         quota: Arc::clone(&quota),
+        bodies: Arc::new(BodyBudgets {
+            clients: ByteBudget::new(config.queue_bytes),
+            nodes: ByteBudget::new(NODE_BODY_BYTES),
+        }),
         tokens: tokens.clone(),
         connections: Arc::clone(&counts),
         loops: front.loops.clone(),
@@ -153,7 +161,8 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     state.loops.start(&tracker, "changes of tokens", &stop, telling);
     let open_routes = router::metrics(state.clone());
     let streaming = Streaming { threads, is_stream: router::is_stream };
-    let shown = Shown { routes: router::router(state), gate, counts, streaming, open_routes };
+    let limits = ConnLimits { stalled: config.stalled_write, ..ConnLimits::default() };
+    let shown = Shown { routes: router::router(state), gate, counts, limits, streaming, open_routes };
     let server = front.serve(shown, &tracker, &stop);
 
     tokio::pin!(deciding);

@@ -1,6 +1,9 @@
 //! All routes with their document, made from the same handlers.
 
+use std::sync::Arc;
+
 use axum::Router;
+use axum::extract::Extension;
 use axum::http::{Method, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
@@ -74,6 +77,7 @@ pub(crate) fn router(state: AppState) -> Router {
     let json = complete(&document);
     let page = SwaggerUi::new(paths::API_PAGE).config(Config::new([paths::OPENAPI]));
     let page: Router<AppState> = page.into();
+    let bodies = Arc::clone(&state.bodies);
     routes
         .route(
             paths::OPENAPI,
@@ -81,6 +85,7 @@ pub(crate) fn router(state: AppState) -> Router {
         )
         .merge(page)
         .route(&format!("{}/swagger-initializer.js", paths::API_PAGE), get(initializer))
+        .layer(Extension(bodies))
         .with_state(state)
 }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use daemon_kit::Tokens;
+use daemon_kit::byte_budget::BodyBudgets;
 use daemon_kit::connections::Counts;
 use daemon_kit::quota::Quota;
 use owned_tasks::{Loops, Worker};
@@ -37,6 +38,8 @@ pub(crate) struct App {
     pub(crate) node_addresses: Arc<NodeAddresses>,
     /// What one token may have at once.
     pub(crate) quota: Arc<Quota>,
+    /// What requests may take of memory.
+    pub(crate) bodies: Arc<BodyBudgets>,
     pub(crate) tokens: Tokens,
     pub(crate) connections: Arc<Counts>,
     pub(crate) loops: Loops,

@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use daemon_kit::Clock;
+use daemon_kit::byte_budget::HeldBytes;
 use owned_tasks::StreamThread;
 use pool_registry_types::node::{
     Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, RegisterAnswer, RegisterRequest,
@@ -36,7 +37,7 @@ pub(super) type Reply = oneshot::Sender<Result<Answer, ErrorBody>>;
 pub(super) enum Message {
     Event(Event),
     Call { event: Box<dyn FnOnce(ReplyTo) -> Event + Send>, reply: Reply },
-    Submit { spec: Box<TaskSpec>, payload: Payload, thread: StreamThread, reply: Reply },
+    Submit { spec: Box<TaskSpec>, payload: Payload, held: HeldBytes, thread: StreamThread, reply: Reply },
 }
 
 pub(super) enum Question {
@@ -146,16 +147,17 @@ impl Control {
         }
     }
 
-    /// Submits a task. The payload is kept with the task's log, if it gets one, and its stream lives on
-    /// the thread.
+    /// Submits a task. The payload is kept, and counted, with the task's log, if it gets one, and its
+    /// stream lives on the thread.
     pub(crate) async fn submit(
         &self,
         spec: TaskSpec,
         payload: Payload,
+        held: HeldBytes,
         thread: StreamThread,
     ) -> Result<TaskAccepted, ErrorBody> {
         let (reply, answer) = oneshot::channel();
-        let message = Message::Submit { spec: Box::new(spec), payload, thread, reply };
+        let message = Message::Submit { spec: Box::new(spec), payload, held, thread, reply };
         match self.answered(message, answer).await? {
             Answer::Submitted(accepted) => Ok(accepted),
             other => Err(unexpected(&other)),

@@ -18,13 +18,15 @@ use bytes::Bytes;
 use daemon_kit::tls::{self, ClientTls, Connector};
 use daemon_kit::{Clock, Tokens};
 use futures::{Stream, StreamExt};
-use http_body_util::{BodyExt, BodyStream};
+use http_body_util::BodyStream;
 use hyper::Request;
 use hyper::header::{self, HeaderValue};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use node_agent::{AttemptReader, Node, Retention};
+use node_registration::body::read_at_most;
 use owned_tasks::{Panicked, StreamThread, StreamThreads};
+use pool_registry_types::limits::MAX_ANSWER_BYTES;
 use pool_registry_types::node::{IntentOrder, LiveAnswer};
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
 use pool_registry_types::routes::{self, headers};
@@ -217,15 +219,17 @@ impl NodeLink {
         let response =
             http.order(address, &path, &body).await.map_err(|error| unavailable(error.to_string()))?;
         let status = response.status();
-        let body = http_body_util::Limited::new(reqwest::Body::from(response), MAX_ERROR_BYTES);
-        let bytes = body.collect().await.map_err(|error| unavailable(error.to_string()))?.to_bytes();
+        let bytes = read_at_most(reqwest::Body::from(response), MAX_ANSWER_BYTES).await;
+        let bytes = bytes.map_err(|error| unavailable(tls::explain(&error)))?;
         if status.is_success() {
             return serde_json::from_slice(&bytes).map_err(|error| unavailable(error.to_string()));
         }
         match serde_json::from_slice::<ErrorBody>(&bytes) {
-            // Our own token is not the one it wants: nothing that whoever asked could mend.
-            Ok(refused) if status.as_u16() == 401 => Err(unavailable(refused.to_string())),
-            Ok(refused) => Err(refused),
+            Ok(mut refused) => {
+                refused.cut();
+                // Our own token is not the one it wants: nothing that whoever asked could mend.
+                Err(if status.as_u16() == 401 { unavailable(refused.to_string()) } else { refused })
+            }
             Err(_) => Err(unavailable("something else answers there".into())),
         }
     }
@@ -340,10 +344,10 @@ impl HttpLink {
         };
         let status = response.status();
         if !status.is_success() {
-            let limited = http_body_util::Limited::new(response.into_body(), MAX_ERROR_BYTES);
+            let body = read_at_most(response.into_body(), MAX_ERROR_BYTES);
             // The status says the most: what stalls after it is not waited for.
-            let body = tokio::time::timeout(ERROR_BODY_TIMEOUT, limited.collect()).await;
-            let bytes = body.ok().and_then(Result::ok).map(|body| body.to_bytes()).unwrap_or_default();
+            let body = tokio::time::timeout(ERROR_BODY_TIMEOUT, body).await;
+            let bytes = body.ok().and_then(Result::ok).unwrap_or_default();
             return Err(HowEnded::answered(status.as_u16(), serde_json::from_slice(&bytes).ok()));
         }
         let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
@@ -397,7 +401,7 @@ impl HttpLink {
             let reason = format!("its health call answers HTTP {}", response.status().as_u16());
             return Err(Unprobed::Node(reason));
         }
-        response.json().await.map_err(|_| Unprobed::Node("something else answers there".into()))
+        live_answer(response).await.ok_or_else(|| Unprobed::Node("something else answers there".into()))
     }
 
     /// Whether the node lets the control plane in, on a route that needs the token that an attempt
@@ -411,6 +415,12 @@ impl HttpLink {
         let status = response.status();
         Ok(if status.is_success() { Ok(()) } else { Err(Denied(denial(status.as_u16(), None))) })
     }
+}
+
+/// Who answers at an address; nothing where something else does.
+async fn live_answer(response: reqwest::Response) -> Option<LiveAnswer> {
+    let body = read_at_most(reqwest::Body::from(response), MAX_ANSWER_BYTES).await.ok()?;
+    serde_json::from_slice(&body).ok()
 }
 
 /// One attempt as a request.
@@ -477,10 +487,14 @@ fn was_not_sent(error: &hyper_util::client::legacy::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use task_stream::PayloadFormat;
 
     use super::*;
     use crate::services::attempt_body::tests::{dispatch, spec};
+
+    const PIECE: &[u8] = &[b' '; 16 * 1024];
 
     // CLOUD-1146
     #[test]
@@ -500,6 +514,26 @@ mod tests {
             assert_eq!(call.headers()["x-correlation-id"], "c-1");
             assert!(!call.headers().contains_key(header::AUTHORIZATION));
         }
+    }
+
+    // CLOUD-2720
+    #[tokio::test]
+    async fn an_answer_to_a_probe_that_does_not_end_is_read_no_further_than_its_bound() {
+        let sent = Arc::new(AtomicUsize::new(0));
+        let pieces = futures::stream::repeat_with({
+            let sent = Arc::clone(&sent);
+            move || {
+                let all = sent.fetch_add(PIECE.len(), Ordering::Relaxed) + PIECE.len();
+                // It is endless for whoever stops in time.
+                if all < 64 * MAX_ANSWER_BYTES { Ok(Bytes::from_static(PIECE)) } else { Err("read too far") }
+            }
+        });
+        let answer = hyper::Response::new(reqwest::Body::wrap_stream(pieces));
+        assert_eq!(live_answer(answer.into()).await, None);
+        assert!(sent.load(Ordering::Relaxed) <= MAX_ANSWER_BYTES + 2 * PIECE.len(), "{sent:?}");
+        let live = r#"{"node_id":"a","boot_id":"7f3b1c52-64a5-4c56-9e1e-0a3e0f3d2b11","newer":1}"#;
+        let answer = hyper::Response::new(reqwest::Body::from(live));
+        assert_eq!(live_answer(answer.into()).await.unwrap().node_id.as_str(), "a");
     }
 
     // CLOUD-1316

@@ -119,10 +119,10 @@ impl Loop {
                 let to = self.reply_to(reply);
                 self.apply(event(to));
             }
-            Message::Submit { spec, payload, thread, reply } => {
+            Message::Submit { spec, payload, held, thread, reply } => {
                 let reply = self.reply_to(reply);
                 let (owner, trace) = (spec.caller.clone(), spec.trace.clone());
-                self.submitted = Some(Submitted { payload, owner, trace, thread });
+                self.submitted = Some(Submitted { payload, held, owner, trace, thread });
                 self.apply(Event::Submit { reply, spec: Arc::from(spec) });
                 // A task that was refused, or is there already, has no log opened.
                 self.submitted = None;

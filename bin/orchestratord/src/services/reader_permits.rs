@@ -5,10 +5,10 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use pool_registry_types::{ErrorBody, ErrorCode};
-use tokio_util::sync::CancellationToken;
 
 /// Readers of one stream at once. Source: .specs/01 CLOUD-2763.
 const MOST_READERS: usize = 64;
@@ -22,7 +22,7 @@ struct Readers {
     /// Readers that ever came.
     came: u64,
     /// In the order in which they came: whether one is the owner's, and what ends it.
-    reading: BTreeMap<u64, (bool, CancellationToken)>,
+    reading: BTreeMap<u64, (bool, Arc<AtomicBool>)>,
 }
 
 impl ReaderPermits {
@@ -40,11 +40,11 @@ impl ReaderPermits {
             let of_others = readers.reading.iter().find(|(_, (is_owners, _))| !is_owners);
             let first = of_others.or(readers.reading.first_key_value()).map(|(number, _)| *number);
             if let Some((_, ended)) = first.and_then(|number| readers.reading.remove(&number)) {
-                ended.cancel();
+                ended.store(true, Ordering::Relaxed);
             }
         }
         readers.came += 1;
-        let (number, ended) = (readers.came, CancellationToken::new());
+        let (number, ended) = (readers.came, Arc::<AtomicBool>::default());
         readers.reading.insert(number, (is_owner, ended.clone()));
         Ok(ReaderPermit { of: Arc::clone(self), number, ended })
     }
@@ -55,18 +55,13 @@ impl ReaderPermits {
 pub(crate) struct ReaderPermit {
     of: Arc<ReaderPermits>,
     number: u64,
-    ended: CancellationToken,
+    ended: Arc<AtomicBool>,
 }
 
 impl ReaderPermit {
     /// The reader has made room for another.
     pub(crate) fn has_ended(&self) -> bool {
-        self.ended.is_cancelled()
-    }
-
-    /// Resolves when it has.
-    pub(crate) async fn ended(&self) {
-        self.ended.cancelled().await;
+        self.ended.load(Ordering::Relaxed)
     }
 }
 

@@ -3,7 +3,6 @@
 //! A reader keeps an index into a log and nothing else of it: a slow one slows nobody, and one
 //! that goes is not missed. While its task waits, it is told where the task stands.
 
-use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +16,7 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use crate::services::control::Control;
 use crate::services::reader_permits::ReaderPermit;
-use crate::services::streams::TaskStream;
+use crate::services::streams::{ReadOutcome, ReadPosition, TaskStream};
 
 /// A reader that was given nothing for so long is given a comment. Source: .specs/01 CLOUD-1940.
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(10);
@@ -36,11 +35,17 @@ pub(crate) fn follow(
     next: u64,
     task: TaskId,
     gauge: Gauge,
-) -> impl Stream<Item = Result<Bytes, Infallible>> + Send + use<> {
+) -> impl Stream<Item = Result<Bytes, StreamReleased>> + Send + use<> {
     let timer = Box::pin(sleep(FIRST_METRICS_AFTER));
-    let reader = Reader { stream, permit, next, finished: false, task, gauge, timer };
-    stream::unfold(reader, |mut reader| async move { reader.more().await.map(|bytes| (Ok(bytes), reader)) })
+    let place = ReadPosition { frame: next, part: 0 };
+    let reader = Reader { stream, permit, place, finished: false, task, gauge, timer };
+    stream::unfold(reader, |mut reader| async move { reader.more().await.map(|read| (read, reader)) })
 }
+
+/// The stream made room before its reader had all of it.
+#[derive(Debug, thiserror::Error)]
+#[error("the stream was not read for long, and made room for others")]
+pub(crate) struct StreamReleased;
 
 /// What a reader is told besides the log: where a waiting task stands.
 #[derive(Debug)]
@@ -104,7 +109,7 @@ impl Gauge {
 struct Reader {
     stream: Arc<TaskStream>,
     permit: ReaderPermit,
-    next: u64,
+    place: ReadPosition,
     /// The terminal frame was given out.
     finished: bool,
     task: TaskId,
@@ -116,31 +121,41 @@ struct Reader {
 
 impl Reader {
     /// What stands in the log from `next` on, waiting for it if need be; where the task stands,
-    /// or a comment, when nothing comes for a while; nothing at the end, or where it has made room.
-    async fn more(&mut self) -> Option<Bytes> {
-        if self.finished || self.permit.has_ended() {
+    /// or a comment, when nothing comes for a while; nothing at the end.
+    async fn more(&mut self) -> Option<Result<Bytes, StreamReleased>> {
+        if self.finished {
             return None;
         }
         let bytes = loop {
-            if self.gauge.is_due()
+            // Nothing stands within a frame.
+            if self.place.part == 0
+                && self.gauge.is_due()
                 && let Some(metrics) = self.gauge.look(self.task).await
             {
                 break metrics;
             }
-            let changed = match self.stream.read(self.next) {
-                Ok((bytes, next, finished)) => {
-                    (self.next, self.finished) = (next, finished);
-                    break bytes;
+            // Another reader took its place, which wakes this one.
+            if self.permit.has_ended() {
+                self.finished = true;
+                return Some(Err(StreamReleased));
+            }
+            let changed = match self.stream.read(self.place) {
+                ReadOutcome::Frames(piece) => {
+                    (self.place, self.finished) = (piece.place, piece.is_last);
+                    break piece.bytes;
                 }
-                Err(changed) => changed,
+                ReadOutcome::Released => {
+                    self.finished = true;
+                    return Some(Err(StreamReleased));
+                }
+                ReadOutcome::Nothing(changed) => changed,
             };
             tokio::select! {
                 biased;
-                () = self.permit.ended() => return None,
                 () = changed => continue,
                 () = &mut self.timer => {}
             }
-            let started = self.next > 0;
+            let started = self.place.frame > 0;
             if Instant::now() >= self.gauge.look_at(started)
                 && let Some(metrics) = self.gauge.look(self.task).await
             {
@@ -153,7 +168,7 @@ impl Reader {
             self.timer.as_mut().reset(next);
         };
         self.gauge.spoke = Instant::now();
-        (!bytes.is_empty()).then_some(bytes)
+        (!bytes.is_empty()).then_some(Ok(bytes))
     }
 }
 
@@ -173,7 +188,7 @@ mod tests {
     const TASK: TaskId = TaskId(Uuid::from_u128(1));
 
     fn opened() -> Arc<TaskStream> {
-        let streams = Streams::new(1_000);
+        let streams = Streams::new(1_000, usize::MAX);
         let payload = Payload { format: PayloadFormat::Native, bytes: Bytes::new() };
         streams.open(TASK, LogId(Uuid::from_u128(1)), Submitted::with(payload));
         streams.get(TASK).unwrap()

@@ -248,6 +248,7 @@ impl Dispatch {
             attempt_number: self.attempt_number,
             queue_wait_ms: self.queue_wait_ms,
             warm_replica: self.warm_replica.clone(),
+            keeps_ids: self.spec.continuation == Some(ResumeMode::Append),
             deadlines: self.deadlines,
             task_deadline: self.task_deadline,
             stops_overdue: self.stops_overdue,

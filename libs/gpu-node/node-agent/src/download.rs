@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures::StreamExt;
+use node_registration::body::read_at_most;
 use pool_registry_types::{Backoff, Digest, RetryPolicy};
 use reqwest::header::{self, HeaderMap};
 use reqwest::redirect::Policy;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::io::AsyncWriteExt;
 
+use crate::engines::client::with_causes;
 use crate::source::{ModelSource, check_place};
 
 /// Bound of connecting to a server.
@@ -199,14 +201,8 @@ async fn list(client: &Client, hub: &Hub<'_>, url: &str) -> Result<Value, Downlo
     if !response.status().is_success() {
         return Err(DownloadError::Status { url: url.to_owned(), status });
     }
-    let mut body = Vec::new();
-    let mut pieces = response.bytes_stream();
-    while let Some(piece) = pieces.next().await {
-        body.extend_from_slice(&piece.map_err(|error| broken(crate::engines::describe(error)))?);
-        if body.len() > MAX_LIST {
-            return Err(broken(format!("its list is longer than {MAX_LIST} bytes")));
-        }
-    }
+    let body = read_at_most(reqwest::Body::from(response), MAX_LIST).await;
+    let body = body.map_err(|error| broken(with_causes(&error)))?;
     serde_json::from_slice(&body).map_err(|error| broken(format!("its list is unreadable: {error}")))
 }
 

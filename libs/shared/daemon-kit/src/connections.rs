@@ -47,6 +47,9 @@ const MOST_BODY_BYTES: u64 = 256 * 1024;
 /// Connections at once where nobody says how many, and files are enough.
 /// Source: .specs/01 CLOUD-2762.
 const MOST_CONNECTIONS: usize = 16_384;
+/// Most bytes of an answer that wait for a peer which takes none, on HTTP/2; on HTTP/1 it is what a head may
+/// have.
+const MOST_UNSENT_BYTES: usize = 64 * 1024;
 /// At most one line of a kind is logged in this time.
 const LOG_EVERY: Duration = Duration::from_secs(1);
 
@@ -61,6 +64,8 @@ pub struct ConnLimits {
     pub head: Duration,
     /// Without any request. Longer than our clients keep connections (60 s), so that they close first.
     pub idle: Duration,
+    /// With an answer of which the peer takes nothing.
+    pub stalled: Duration,
     /// A request's line and headers, bytes; at least 8192.
     pub head_bytes: u32,
     /// Requests at once on one HTTP/2 connection.
@@ -76,6 +81,7 @@ impl Default for ConnLimits {
             handshake: Duration::from_secs(5),
             head: Duration::from_secs(10),
             idle: Duration::from_secs(75),
+            stalled: Duration::from_secs(600),
             head_bytes: 64 * 1024,
             streams: 256,
             ping: Duration::from_secs(20),
@@ -95,6 +101,8 @@ pub struct Counts {
     pub slow: AtomicU64,
     /// Closed after a while without requests.
     pub idle: AtomicU64,
+    /// Closed because their peers took nothing of an answer for long.
+    pub stalled: AtomicU64,
 }
 
 /// Where connections live, and which requests are answered there.
@@ -244,6 +252,7 @@ fn protocols(limits: &ConnLimits, tasks: Tasks) -> auto::Builder<Tasks> {
         .timer(TokioTimer::new())
         .max_header_list_size(limits.head_bytes)
         .max_concurrent_streams(limits.streams)
+        .max_send_buf_size(MOST_UNSENT_BYTES)
         .keep_alive_interval(limits.ping)
         .keep_alive_timeout(limits.ping);
     http
@@ -282,6 +291,7 @@ impl Movable for tokio_rustls::server::TlsStream<Socket> {
 enum End {
     Closed,
     Slow,
+    Stalled,
     Failed(Box<dyn std::error::Error + Send + Sync>),
 }
 
@@ -346,6 +356,10 @@ impl Server {
                     self.counts.slow.fetch_add(1, Ordering::Relaxed);
                     tracing::debug!(peer = %addr, "a request's head did not arrive in time");
                 }
+                End::Stalled => {
+                    self.counts.stalled.fetch_add(1, Ordering::Relaxed);
+                    tracing::debug!(peer = %addr, "nothing of an answer was taken for long");
+                }
                 End::Failed(error) => tracing::debug!(peer = %addr, error, "a connection broke"),
             }
             drop((load, permit));
@@ -379,8 +393,8 @@ impl Server {
         stop: &CancellationToken,
     ) -> End {
         let (peer, entry) = (Arc::new(peer), Arc::clone(permit.entry()));
-        let activity = Arc::new(Activity::new(self.limits.head, self.limits.idle));
-        let io = TokioIo::new(Instrumented { io, activity: Arc::clone(&activity) });
+        let activity = Arc::new(Activity::new(self.limits.head, self.limits.idle, self.limits.stalled));
+        let io = TokioIo::new(Instrumented::new(io, Arc::clone(&activity)));
         let service = hyper::service::service_fn({
             let activity = Arc::clone(&activity);
             move |mut request: Request<Incoming>| {
@@ -439,6 +453,7 @@ impl Server {
                     }
                     Look::Over => return Poll::Ready(End::Closed),
                     Look::Slow => return Poll::Ready(End::Slow),
+                    Look::Stalled => return Poll::Ready(End::Stalled),
                 }
             }
         })

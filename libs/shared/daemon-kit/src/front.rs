@@ -64,7 +64,7 @@ pub struct Front {
     listener: TcpListener,
     metrics: Option<TcpListener>,
     audit: Audit,
-    limits: ConnLimits,
+    connections: usize,
 }
 
 /// What is served where.
@@ -73,6 +73,7 @@ pub struct Shown {
     pub routes: Router,
     pub gate: Gate,
     pub counts: Arc<Counts>,
+    pub limits: ConnLimits,
     pub streaming: Streaming,
     /// The routes of the second listener.
     pub open_routes: Router,
@@ -91,8 +92,7 @@ impl Front {
         let audit = settings.audit_log.as_deref().map(|path| Audit::open(path, &loops));
         let audit = audit.transpose()?.unwrap_or_default();
         let connections = connections::most_connections(settings.max_connections);
-        let limits = ConnLimits { connections, ..ConnLimits::default() };
-        Ok(Self { tls, bound, loops, prefix, listener, metrics, audit, limits })
+        Ok(Self { tls, bound, loops, prefix, listener, metrics, audit, connections })
     }
 
     /// Serves until `stop`. Returns the main listener's end; what runs beside it is the tracker's.
@@ -127,8 +127,10 @@ impl Front {
         }
         let app = serve::with_layers(shown.routes, Edge { gate: shown.gate, audit: self.audit });
         let (tls, counts) = (self.tls.server, shown.counts);
+        // How many there may be is the process's to say.
+        let limits = ConnLimits { connections: self.connections, ..shown.limits };
         let streaming = Some(shown.streaming);
-        let options = ServeOptions { tls, limits: self.limits, counts, loops, streaming };
+        let options = ServeOptions { tls, counts, limits, loops, streaming };
         owned_tasks::watched(
             "connections",
             connections::run(self.listener, app, options, stop.clone(), LINGER),

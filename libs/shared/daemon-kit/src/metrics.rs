@@ -68,6 +68,7 @@ impl Page {
             ("failed_handshake", &connections.failed_handshakes),
             ("slow", &connections.slow),
             ("idle", &connections.idle),
+            ("stalled", &connections.stalled),
         ];
         for (why, count) in closed {
             let labels = [labels, &[("why", why)]].concat();

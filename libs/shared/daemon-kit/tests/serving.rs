@@ -1,5 +1,7 @@
 //! Serving and calling, over sockets of this machine.
 
+#![expect(clippy::disallowed_methods, reason = "what a test asks of its own server is read whole")]
+
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
@@ -29,6 +31,8 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 const SOON: Duration = Duration::from_secs(5);
+/// Of an answer without end.
+const PIECE: &[u8] = &[b'x'; 16 * 1024];
 
 struct Rig {
     addr: SocketAddr,
@@ -53,6 +57,12 @@ async fn rig(limits: ConnLimits, tls: Option<Arc<ServerTls>>, grace: Duration) -
     let open: Arc<AtomicUsize> = Arc::clone(&open_streams);
     let app = Router::new()
         .route("/fine", get(|| async { "fine" }))
+        .route(
+            "/flood",
+            get(|| async {
+                Body::from_stream(stream::repeat_with(|| Ok::<_, Infallible>(Bytes::from_static(PIECE))))
+            }),
+        )
         .route("/thread", get(thread).post(thread))
         .route("/lines", get(thread).post(thread))
         .route("/peer", get(|Extension(peer): Extension<Arc<Peer>>| async move { format!("{peer:?}") }))
@@ -490,6 +500,33 @@ async fn for_one_connection_too_many_the_first_stranger_is_closed_and_counted() 
         socket.write_all(ask).await.unwrap();
         assert!(socket.read(&mut piece).await.unwrap() > 0, "the others stay");
     }
+}
+
+// CLOUD-2728
+#[tokio::test]
+async fn a_peer_that_takes_nothing_of_an_answer_is_closed_in_time_and_one_that_takes_little_is_not() {
+    let stalled = Duration::from_millis(500);
+    let often = Duration::from_millis(50);
+    let limits = ConnLimits { head: often * 4, idle: often, stalled, ..ConnLimits::default() };
+    let server = rig(limits, None, SOON).await;
+    let asked = async || {
+        let mut socket = TcpStream::connect(server.addr).await.unwrap();
+        socket.write_all(b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        socket
+    };
+    let (mut stopped, mut slow) = (asked().await, asked().await);
+    let (start, mut piece) = (Instant::now(), vec![0; 256 * 1024]);
+    let closed = || server.counts.stalled.load(Ordering::SeqCst);
+    while closed() == 0 || start.elapsed() < stalled * 3 {
+        assert!(start.elapsed() < SOON, "never closed");
+        assert!(slow.read(&mut piece).await.unwrap() > 0);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(closed(), 1);
+    // What lies in the buffers of the kernel is still read.
+    let all = async { while stopped.read(&mut piece).await.is_ok_and(|read| read > 0) {} };
+    timeout(SOON, all).await.expect("its end");
+    assert!(slow.read(&mut piece).await.unwrap() > 0);
 }
 
 // CLOUD-1132

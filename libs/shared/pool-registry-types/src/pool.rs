@@ -47,6 +47,7 @@ pub struct PoolReport {
     #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub engine_version: Option<String>,
     #[serde(default, deserialize_with = "newer::entries")]
+    #[schema(max_items = 4096)]
     pub models: Vec<ModelRef>,
     #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub device_mask: Option<String>,
@@ -57,6 +58,7 @@ pub struct PoolReport {
     #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub vram_free_bytes: Option<u64>,
     #[serde(default, deserialize_with = "newer::entries")]
+    #[schema(max_items = 4096)]
     pub replicas: Vec<ReplicaReport>,
     #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
@@ -93,6 +95,7 @@ pub struct Supervised {
     pub unloads: u64,
     /// The last lines of the engine that ended last; empty once one is ready again.
     #[serde(default, deserialize_with = "newer::entries", skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 64)]
     pub log_tail: Vec<String>,
     #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub reload: Option<PoolReloading>,

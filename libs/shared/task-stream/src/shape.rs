@@ -154,6 +154,7 @@ mod tests {
         let deadlines =
             AttemptDeadlines { acceptance: second, first_token: second, token_idle: second, silence: second };
         let assignment = Assignment {
+            keeps_ids: false,
             attempt: ATTEMPT,
             log: LOG,
             pool: PoolKey::new(NodeId::new("n").unwrap(), PoolId::new("p").unwrap()),

@@ -93,7 +93,7 @@ impl Node {
             if let Some(engine) = report.engine {
                 for model in &report.models {
                     // An engine is kept by its reports, whether or not it takes tasks at the moment.
-                    models.seen(now, model, engine, report.state.has_model());
+                    models.seen(now, &self.request.node_id, model, engine, report.state.has_model());
                 }
             }
             if books.held {
