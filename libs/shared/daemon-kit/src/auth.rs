@@ -42,6 +42,19 @@ pub enum Need {
     /// A token that is known, whatever it may do.
     Any,
     Scope(Scope),
+    /// One of the two.
+    Either([Scope; 2]),
+}
+
+impl Need {
+    /// One of them is enough; none where no scope is asked for.
+    pub(crate) fn scopes(&self) -> &[Scope] {
+        match self {
+            Self::Open | Self::Any => &[],
+            Self::Scope(scope) => std::slice::from_ref(scope),
+            Self::Either(scopes) => scopes,
+        }
+    }
 }
 
 /// What each route needs: its method and its path as it is routed.
@@ -308,13 +321,13 @@ impl Gate {
         }
         let holder = self.tokens.authenticate(request.headers(), Timestamp::now())?;
         caller.holder = Some(Arc::clone(&holder));
-        if let Need::Scope(scope) = need
-            && !holder.has(scope)
-        {
-            let message = format!("this token is without the scope \"{}\"", scope.as_str());
+        let wanted = need.scopes();
+        if !wanted.is_empty() && !wanted.iter().any(|scope| holder.has(*scope)) {
+            let names: Vec<String> = wanted.iter().map(|scope| format!("\"{}\"", scope.as_str())).collect();
+            let message = format!("this token is without the scope {}", names.join(" or "));
             return Err(ApiError::new(ErrorCode::Forbidden, message));
         }
-        if let (Some(quota), Need::Scope(Scope::Client)) = (&self.quota, need) {
+        if let Some(quota) = self.quota.as_ref().filter(|_| wanted.contains(&Scope::Client)) {
             quota.request(&holder.fingerprint)?;
         }
         Ok(())

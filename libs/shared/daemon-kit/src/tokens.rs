@@ -38,16 +38,19 @@ pub enum TokenError {
 }
 
 /// What a token lets its holder do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Scope {
-    /// Tasks, sessions, artifacts, and looking at the cluster.
+    /// Tasks, sessions and artifacts of its own, and looking at the cluster.
     Client,
     /// Registering as a node and reporting.
     Node,
     /// What a control plane asks of its nodes. Worth nothing at a control plane, since every node
     /// hears the token that is sent to it.
     Control,
+    /// Looking at everything but contents (prompts, tokens, artifacts), engines' logs, drain, resume,
+    /// reload, and the cancel of any task.
+    Operator,
     /// Everything.
     Admin,
 }
@@ -59,6 +62,7 @@ impl Scope {
             Self::Client => "client",
             Self::Node => "node",
             Self::Control => "control",
+            Self::Operator => "operator",
             Self::Admin => "admin",
         }
     }
@@ -232,7 +236,7 @@ impl TokenSet {
             };
             if entry.scopes.is_empty() {
                 return wrong(
-                    "scopes must name at least one of \"client\", \"node\", \"control\", \"admin\"",
+                    "scopes must name at least one of \"client\", \"node\", \"control\", \"operator\", \"admin\"",
                 );
             }
             if entry.node_id.is_some() && entry.scopes != [Scope::Node] {
@@ -327,6 +331,14 @@ pub fn generate() -> Result<SecretString, getrandom::Error> {
     let mut bytes = [0_u8; 32];
     getrandom::fill(&mut bytes)?;
     Ok(hex(&bytes).into())
+}
+
+/// The entry of a token in the file of tokens. It has the token, and so is a secret.
+pub fn entry(name: &str, token: &SecretString, scopes: &[Scope]) -> SecretString {
+    let text = |text: &str| toml::Value::String(text.into()).to_string();
+    let scopes: Vec<String> = scopes.iter().map(|scope| text(scope.as_str())).collect();
+    let (name, token) = (text(name), text(token.expose_secret()));
+    format!("[[token]]\nname = {name}\ntoken = {token}\nscopes = [{}]", scopes.join(", ")).into()
 }
 
 fn digest(token: &str) -> [u8; 32] {
@@ -437,6 +449,20 @@ mod tests {
             panic!("it is known")
         };
         assert!([Scope::Client, Scope::Node, Scope::Admin].iter().all(|scope| control.has(*scope)));
+    }
+
+    // CLOUD-2701
+    #[test]
+    fn an_entry_that_is_made_is_read_as_it_was_meant_whatever_its_name() {
+        let token = generate().unwrap();
+        for name in ["ann", "a \"quoted\" \\ name", "line\nbreak = 1"] {
+            let made = entry(name, &token, &[Scope::Client, Scope::Operator]);
+            let set = TokenSet::parse(None, Some(made.expose_secret())).unwrap();
+            assert_eq!(known(&set, token.expose_secret()).as_deref(), Some(name));
+            let holder = set.holders().next().unwrap();
+            assert_eq!(holder.scopes(), [Scope::Client, Scope::Operator]);
+            assert!(holder.has(Scope::Operator) && !holder.has(Scope::Admin) && !holder.has(Scope::Node));
+        }
     }
 
     // CLOUD-1114
