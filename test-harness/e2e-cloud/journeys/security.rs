@@ -48,6 +48,7 @@ const CONTROL_PLANE: &[(&str, Need)] = &[
     ("GET /v2/nodes/{node_id}", Need::Look),
     ("GET /v2/pools", Need::Look),
     ("GET /v2/pools/{pool_id}/health", Need::Look),
+    ("GET /v2/pools/{pool_id}/logs", Need::Operator),
     ("GET /v2/sessions/{session_id}", Need::Look),
     ("GET /v2/tasks", Need::Look),
     ("GET /v2/tasks/{task_id}", Need::Look),

@@ -43,6 +43,7 @@ fn parts() -> (Router<AppState>, utoipa::openapi::OpenApi) {
         .routes(routes!(pools::drain))
         .routes(routes!(pools::reload))
         .routes(routes!(pools::purge))
+        .routes(routes!(pools::logs))
         .routes(routes!(catalog::availability))
         .routes(routes!(catalog::create, catalog::list))
         .routes(routes!(catalog::get, catalog::delete))
@@ -113,6 +114,7 @@ pub(crate) fn needs(method: &Method, path: &str) -> Need {
         paths::TASKS | paths::TASK_EVENTS | paths::SESSION | paths::ARTIFACTS | paths::ARTIFACT => {
             Need::Scope(Scope::Client)
         }
+        paths::POOL_LOGS if reads => Need::Scope(Scope::Operator),
         paths::NODE_DRAIN | paths::NODE_RESUME | paths::POOL_DRAIN | paths::POOL_RELOAD => {
             Need::Scope(Scope::Operator)
         }

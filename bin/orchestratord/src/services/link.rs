@@ -46,6 +46,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Bound of an order to a node, connecting included.
 const ORDER_TIMEOUT: Duration = Duration::from_secs(5);
+/// So long a log is handed on at most.
+const LOG_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 /// A connection of a link on which so long nothing is acknowledged is broken.
 const LINK_USER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest error body of a node that is read, bytes.
@@ -73,8 +75,8 @@ pub(crate) enum LinkError {
     Defect(#[from] Panicked),
 }
 
-/// The bytes of an attempt; an error is a broken connection.
-type Frames = Pin<Box<dyn Stream<Item = Result<Bytes, LinkError>> + Send>>;
+/// The bytes of an attempt, or of a log; an error is a broken connection.
+pub(crate) type Frames = Pin<Box<dyn Stream<Item = Result<Bytes, LinkError>> + Send>>;
 
 /// A node took an attempt.
 pub(crate) struct Taken {
@@ -209,23 +211,56 @@ impl NodeLink {
         };
         let (path, body) = order.call();
         let path = routes::of_pool(path, pool_id);
-        let unavailable = |reason: String| {
-            ErrorBody::new(ErrorCode::NodeUnavailable, format!("the node does not answer: {reason}"))
-        };
         let response =
             http.order(address, &path, &body).await.map_err(|error| unavailable(error.to_string()))?;
         let status = response.status();
-        let body = http_body_util::Limited::new(reqwest::Body::from(response), MAX_ERROR_BYTES);
-        let bytes = body.collect().await.map_err(|error| unavailable(error.to_string()))?.to_bytes();
+        let bytes = short_body(response).await?;
         if status.is_success() {
             return serde_json::from_slice(&bytes).map_err(|error| unavailable(error.to_string()));
         }
-        match serde_json::from_slice::<ErrorBody>(&bytes) {
-            // Our own token is not the one it wants: nothing that whoever asked could mend.
-            Ok(refused) if status.as_u16() == 401 => Err(unavailable(refused.to_string())),
-            Ok(refused) => Err(refused),
-            Err(_) => Err(unavailable("something else answers there".into())),
+        Err(refusal(status.as_u16(), &bytes))
+    }
+
+    /// What an engine of one of the node's pools has written, as the node hands it out. Errors: the
+    /// node's own, and `NODE_UNAVAILABLE` when it does not answer.
+    pub(crate) async fn pool_logs(
+        &self,
+        address: &str,
+        pool_id: &PoolId,
+        replica_id: Option<&ReplicaId>,
+        follow: bool,
+    ) -> Result<Frames, ErrorBody> {
+        let http = match self {
+            Self::Http(http) => http,
+            Self::Local(_) => {
+                // It starts none.
+                let message = format!("no engine of pool {pool_id} has written here");
+                return Err(ErrorBody::new(ErrorCode::NotFound, message));
+            }
+        };
+        // What an id may hold needs no escape.
+        let replica = replica_id.map(|id| format!("&replica_id={id}")).unwrap_or_default();
+        let path = routes::of_pool(routes::POOL_LOGS, pool_id);
+        let url = format!("{address}{path}?follow={follow}{replica}");
+        let mut call = http.probes.get(url).timeout(LOG_TIMEOUT);
+        if let Some(value) = http.tokens.authorization() {
+            call = call.header(header::AUTHORIZATION, value);
         }
+        let answered = tokio::time::timeout(ORDER_TIMEOUT, call.send()).await;
+        let response = answered
+            .map_err(|_| unavailable(format!("no answer within {} s", ORDER_TIMEOUT.as_secs())))?
+            .map_err(|error| unavailable(LinkError::NoAnswer(error.without_url()).to_string()))?;
+        let status = response.status();
+        if !status.is_success() {
+            return Err(refusal(status.as_u16(), &short_body(response).await?));
+        }
+        let pieces = BodyStream::new(reqwest::Body::from(response)).filter_map(|piece| async move {
+            match piece {
+                Ok(frame) => frame.into_data().ok().map(Ok),
+                Err(error) => Some(Err(LinkError::NoAnswer(error.without_url()))),
+            }
+        });
+        Ok(Box::pin(pieces))
     }
 
     /// Dials the node on a fresh connection, and where that is wanted asks whether it lets us in.
@@ -238,6 +273,28 @@ impl NodeLink {
                 ProbeOutcome::Answered { live, authorized: authorized.then_some(Ok(())) }
             }
         }
+    }
+}
+
+fn unavailable(reason: String) -> ErrorBody {
+    ErrorBody::new(ErrorCode::NodeUnavailable, format!("the node does not answer: {reason}"))
+}
+
+/// The whole of an answer that is not long.
+async fn short_body(response: reqwest::Response) -> Result<Bytes, ErrorBody> {
+    let body = http_body_util::Limited::new(reqwest::Body::from(response), MAX_ERROR_BYTES);
+    let read = tokio::time::timeout(ORDER_TIMEOUT, body.collect()).await;
+    let read = read.map_err(|_| unavailable("its answer has no end".into()))?;
+    Ok(read.map_err(|error| unavailable(error.to_string()))?.to_bytes())
+}
+
+/// Why a node has refused what it was asked for.
+fn refusal(status: u16, body: &[u8]) -> ErrorBody {
+    match serde_json::from_slice::<ErrorBody>(body) {
+        // Our own token is not the one it wants: nothing that whoever asked could mend.
+        Ok(refused) if status == 401 => unavailable(refused.to_string()),
+        Ok(refused) => refused,
+        Err(_) => unavailable("something else answers there".into()),
     }
 }
 
