@@ -7,11 +7,12 @@
 use std::path::Path;
 
 use jiff::Timestamp;
-use pool_registry_types::NodeId;
+use pool_registry_types::{HolderId, NodeId};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
+use uuid::Uuid;
 
 /// Shortest token that is taken, bytes.
 pub const MIN_TOKEN_BYTES: usize = 8;
@@ -71,7 +72,11 @@ impl Scope {
 /// Who holds a token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Holder {
+    /// Of a file of TOML; of a plain token its fingerprint, wherever it stands.
     pub name: String,
+    /// Whose its tasks, sessions and artifacts are: that of all tokens of the name, so that one can be
+    /// replaced by another; of a plain token its own.
+    pub id: HolderId,
     /// The first six hexadecimal digits of the token's SHA-256: names it and tells nothing of it.
     pub fingerprint: String,
     scopes: Vec<Scope>,
@@ -159,6 +164,13 @@ impl TokenSet {
         self.known.is_empty()
     }
 
+    /// Whose things they are that the name's holder has. A name that is in force for no token may be that
+    /// of one that was, or the id itself.
+    pub(crate) fn holder_named(&self, name: &str) -> HolderId {
+        let known = self.holders().find(|holder| holder.name == name).map(|holder| holder.id);
+        known.or_else(|| name.parse().ok()).unwrap_or_else(|| id_of_name(name))
+    }
+
     pub fn holders(&self) -> impl Iterator<Item = &Holder> {
         self.known.iter().map(|known| known.holder.as_ref())
     }
@@ -197,7 +209,8 @@ impl TokenSet {
                 return Err(TokenError::Malformed { origin, place });
             }
             let holder = Holder {
-                name: place,
+                name: fingerprint(token),
+                id: holder_id("token", &digest(token)),
                 fingerprint: fingerprint(token),
                 scopes: vec![Scope::Admin],
                 node_id: None,
@@ -255,6 +268,7 @@ impl TokenSet {
             }
             let fingerprint = hex(&digest)[..6].to_owned();
             let holder = Holder {
+                id: id_of_name(&entry.name),
                 name: entry.name,
                 fingerprint,
                 scopes: entry.scopes,
@@ -294,6 +308,22 @@ struct TokenEntry {
     scopes: Vec<Scope>,
     node_id: Option<NodeId>,
     expires: Option<toml::value::Datetime>,
+}
+
+fn id_of_name(name: &str) -> HolderId {
+    holder_id("name", name.as_bytes())
+}
+
+/// The first half of a SHA-256: nobody can make a name or a token that is another holder's.
+fn holder_id(kind: &str, of: &[u8]) -> HolderId {
+    let mut hasher = Sha256::new();
+    hasher.update(kind.as_bytes());
+    hasher.update([0]);
+    hasher.update(of);
+    let whole: [u8; 32] = hasher.finalize().into();
+    let (mut half, first) = ([0; 16], whole.as_chunks::<16>().0);
+    half.copy_from_slice(&first[0]);
+    HolderId(Uuid::from_bytes(half))
 }
 
 fn has_expired(end: Option<Timestamp>, now: Timestamp) -> bool {
@@ -383,12 +413,40 @@ mod tests {
             TokenSet::parse(Some("first-token, second-token"), Some("# old\nthird-token\nfirst-token\n"))
                 .unwrap();
         assert_eq!(set.to_send(Timestamp::now()).unwrap().expose_secret(), "first-token");
-        assert_eq!(known(&set, "first-token").as_deref(), Some("token 1"));
-        assert_eq!(known(&set, "third-token").as_deref(), Some("line 1"));
+        assert_eq!(known(&set, "first-token").as_deref(), Some(fingerprint("first-token").as_str()));
+        assert_eq!(known(&set, "third-token").as_deref(), Some(fingerprint("third-token").as_str()));
         assert_eq!(set.holders().count(), 3);
         for bad in ["first-toke", "first-token2", "", "FIRST-TOKEN"] {
             assert_eq!(known(&set, bad), None, "{bad}");
         }
+    }
+
+    // CLOUD-2702
+    #[test]
+    fn a_holder_is_a_name_of_toml_or_one_plain_token_wherever_it_stands() {
+        let id = |set: &TokenSet, token: &str| match set.look_up(token, at("2026-06-01T00:00:00Z")) {
+            Verdict::Known(holder) => holder.id,
+            other => panic!("{other:?}"),
+        };
+        let plain = TokenSet::parse(Some("first-token,second-token"), None).unwrap();
+        let prepended = TokenSet::parse(Some("new-token-0,first-token"), Some("second-token")).unwrap();
+        assert_eq!(id(&plain, "first-token"), id(&prepended, "first-token"));
+        assert_eq!(id(&plain, "second-token"), id(&prepended, "second-token"));
+        assert_ne!(id(&plain, "first-token"), id(&plain, "second-token"));
+        let entry = |name: &str, token: &str| {
+            format!("[[token]]\nname = \"{name}\"\ntoken = \"{token}\"\nscopes = [\"client\"]\n")
+        };
+        let fingerprint = fingerprint("first-token");
+        let text =
+            entry("shop", "old-of-shop") + &entry("shop", "new-of-shop") + &entry(&fingerprint, "of-thief");
+        let set = TokenSet::parse(None, Some(&text)).unwrap();
+        assert_eq!(id(&set, "old-of-shop"), id(&set, "new-of-shop"), "so one is replaced by another");
+        assert_ne!(id(&set, "of-thief"), id(&plain, "first-token"), "a name is no token");
+        assert_eq!(set.holder_named("shop"), id(&set, "new-of-shop"));
+        assert_eq!(plain.holder_named("shop"), id(&set, "new-of-shop"), "also when it is gone");
+        assert_eq!(plain.holder_named(&fingerprint), id(&plain, "first-token"));
+        assert_eq!(set.holder_named(&id(&plain, "first-token").to_string()), id(&plain, "first-token"));
+        assert!([&plain, &set].iter().all(|set| set.holders().all(|holder| holder.id != HolderId::OPEN)));
     }
 
     // CLOUD-1111
