@@ -10,6 +10,7 @@ mod engines;
 mod faults;
 mod field;
 mod gpus;
+mod holders;
 mod home;
 mod membership;
 mod memory;

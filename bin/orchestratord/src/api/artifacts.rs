@@ -6,7 +6,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use daemon_kit::{ApiError, PathId, RawBody};
+use daemon_kit::{ApiError, Caller, PathId, RawBody};
 use owned_tasks::NotDone;
 use pool_registry_types::{Digest, ErrorBody, ErrorCode, routes as paths};
 use serde::Serialize;
@@ -24,15 +24,16 @@ pub(crate) struct ArtifactCreated {
     bytes: usize,
 }
 
-/// Keeps a JSON document. The same bytes have the same id.
+/// Keeps a JSON document for its holder. The same bytes have the same id.
 #[utoipa::path(post, path = paths::ARTIFACTS, tag = "artifacts", request_body = serde_json::Value,
     responses((status = 201, body = ArtifactCreated), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn create(
     State(state): State<AppState>,
+    caller: Caller,
     RawBody(document): RawBody,
 ) -> Result<(StatusCode, Json<ArtifactCreated>), ApiError> {
     let (artifacts, bytes) = (Arc::clone(&state.artifacts), document.len());
-    let id = on_worker(&state, move || artifacts.put(&document)).await?;
+    let id = on_worker(&state, move || artifacts.put(caller.holder_id(), &document)).await?;
     Ok((StatusCode::CREATED, Json(ArtifactCreated { id, bytes })))
 }
 
@@ -42,9 +43,11 @@ pub(crate) async fn create(
 pub(crate) async fn get(
     State(state): State<AppState>,
     PathId(id): PathId<Digest>,
+    caller: Caller,
 ) -> Result<Response, ApiError> {
     let artifacts = Arc::clone(&state.artifacts);
-    let document = on_worker(&state, move || artifacts.get(&id)).await?;
+    let holder = (!caller.is_admin()).then(|| caller.holder_id());
+    let document = on_worker(&state, move || artifacts.get(holder, &id)).await?;
     Ok(([(header::CONTENT_TYPE, "application/json")], document).into_response())
 }
 

@@ -27,8 +27,20 @@ fn require_cloud(state: &AppState) -> Result<(), ApiError> {
 
 /// All nodes: what is observed of them and what they report, at most 100 ms old.
 #[utoipa::path(get, path = paths::NODES, tag = "nodes", responses((status = 200, body = ClusterView), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
-pub(crate) async fn list(State(state): State<AppState>) -> Result<Json<ClusterView>, ApiError> {
-    Ok(Json(state.service_registry.view().await?.view()))
+pub(crate) async fn list(
+    State(state): State<AppState>,
+    caller: Caller,
+) -> Result<Json<ClusterView>, ApiError> {
+    let mut view = state.service_registry.view().await?.view();
+    view.nodes.iter_mut().for_each(|node| show(&state, &caller, node));
+    Ok(Json(view))
+}
+
+/// A client is shown its own attempts only.
+fn show(state: &AppState, caller: &Caller, node: &mut NodeView) {
+    if !caller.sees_all() {
+        state.control.published.show_own(caller.holder_id(), node);
+    }
 }
 
 /// A node joins, or joins again. Idempotent.
@@ -108,8 +120,11 @@ pub(crate) async fn deregister(
 pub(crate) async fn get(
     State(state): State<AppState>,
     PathId(id): PathId<NodeId>,
+    caller: Caller,
 ) -> Result<Json<NodeView>, ApiError> {
-    Ok(Json(state.service_registry.node(&id).await?))
+    let mut node = state.service_registry.node(&id).await?;
+    show(&state, &caller, &mut node);
+    Ok(Json(node))
 }
 
 /// The node takes no new work from now on, until it is resumed; what runs there may finish.

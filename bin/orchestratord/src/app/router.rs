@@ -46,6 +46,7 @@ fn parts() -> (Router<AppState>, utoipa::openapi::OpenApi) {
         .routes(routes!(pools::drain))
         .routes(routes!(pools::reload))
         .routes(routes!(pools::purge))
+        .routes(routes!(pools::logs))
         .routes(routes!(catalog::availability))
         .routes(routes!(catalog::create, catalog::list))
         .routes(routes!(catalog::get, catalog::delete))
@@ -89,6 +90,9 @@ pub(crate) fn router(state: AppState) -> Router {
         .with_state(state)
 }
 
+/// What a client is shown of its own, and an operator of everything.
+const LOOK: Need = Need::Either([Scope::Client, Scope::Operator]);
+
 /// What each route needs. What is not named needs everything.
 pub(crate) fn needs(method: &Method, path: &str) -> Need {
     let reads = method == Method::GET || method == Method::HEAD;
@@ -97,16 +101,10 @@ pub(crate) fn needs(method: &Method, path: &str) -> Need {
         paths::NODE_REGISTER | paths::NODE_HEARTBEAT => Need::Scope(Scope::Node),
         // A node leaves by itself; an operator may send it away.
         paths::NODE if *method == Method::DELETE => Need::Scope(Scope::Node),
+        paths::TASK | paths::TASK_CANCEL | paths::TASK_EXPLAIN | paths::PLACEMENT_EXPLAIN => LOOK,
         paths::TASKS
-        | paths::TASK
-        | paths::TASK_EVENTS
-        | paths::TASK_CANCEL
-        | paths::TASK_EXPLAIN
-        | paths::PLACEMENT_EXPLAIN
         | paths::SESSION
-        | paths::ARTIFACTS
-        | paths::ARTIFACT => Need::Scope(Scope::Client),
-        paths::NODES
+        | paths::NODES
         | paths::NODE
         | paths::POOLS
         | paths::POOL_HEALTH
@@ -116,7 +114,14 @@ pub(crate) fn needs(method: &Method, path: &str) -> Need {
         | paths::EVENTS
             if reads =>
         {
+            LOOK
+        }
+        paths::TASKS | paths::TASK_EVENTS | paths::SESSION | paths::ARTIFACTS | paths::ARTIFACT => {
             Need::Scope(Scope::Client)
+        }
+        paths::POOL_LOGS if reads => Need::Scope(Scope::Operator),
+        paths::NODE_DRAIN | paths::NODE_RESUME | paths::POOL_DRAIN | paths::POOL_RELOAD => {
+            Need::Scope(Scope::Operator)
         }
         _ => Need::Scope(Scope::Admin),
     }
@@ -141,4 +146,43 @@ pub(crate) fn metrics(state: AppState) -> Router {
 /// The page asks for the token once and sends it along; it keeps it for the browser's session.
 async fn initializer() -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "text/javascript")], include_str!("api_page.js"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // CLOUD-2700
+    #[test]
+    fn an_operator_looks_drains_resumes_reloads_and_cancels_and_does_nothing_else() {
+        let admits = |method: &Method, path: &str| match needs(method, path) {
+            Need::Open | Need::Any => true,
+            Need::Scope(scope) => scope == Scope::Operator,
+            Need::Either(scopes) => scopes.contains(&Scope::Operator),
+        };
+        let (mut reads, mut orders) = (Vec::new(), Vec::new());
+        let (_, document) = parts();
+        for (path, item) in &document.paths.paths {
+            // The probes are open in every daemon.
+            if item.get.is_some() && !path.starts_with("/health") && !admits(&Method::GET, path) {
+                reads.push(path.as_str());
+            }
+            if item.post.is_some() && admits(&Method::POST, path) {
+                orders.push(path.as_str());
+            }
+            assert!(item.delete.is_none() || !admits(&Method::DELETE, path), "DELETE {path}");
+        }
+        reads.sort_unstable();
+        orders.sort_unstable();
+        assert_eq!(reads, [paths::ARTIFACT, paths::TASK_EVENTS], "contents are not an operator's");
+        let may = [
+            paths::NODE_DRAIN,
+            paths::NODE_RESUME,
+            paths::PLACEMENT_EXPLAIN,
+            paths::POOL_DRAIN,
+            paths::POOL_RELOAD,
+            paths::TASK_CANCEL,
+        ];
+        assert_eq!(orders, may);
+    }
 }

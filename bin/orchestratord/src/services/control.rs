@@ -16,7 +16,7 @@ use pool_registry_types::node::{
 use pool_registry_types::placement::Explanation;
 use pool_registry_types::task::TaskAccepted;
 use pool_registry_types::view::ClusterChange;
-use pool_registry_types::{Epoch, ErrorBody, ErrorCode, NodeId, SessionId, TaskId};
+use pool_registry_types::{Epoch, ErrorBody, ErrorCode, HolderId, NodeId, SessionKey, TaskId};
 use task_scheduler::{Answer, Event, Registrar, ReplyTo};
 use task_stream::{Payload, TaskSpec};
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -30,6 +30,9 @@ const MAILBOX: usize = 8192;
 const QUESTIONS: usize = 64;
 /// Changes that a follower may lag behind before it misses some.
 const CHANGES: usize = 4096;
+
+/// What changes in the cluster; of a task with whose it is.
+pub(crate) type Change = (Option<HolderId>, ClusterChange);
 
 /// The core's answer to a call, on its way to whoever made it.
 pub(super) type Reply = oneshot::Sender<Result<Answer, ErrorBody>>;
@@ -78,7 +81,7 @@ pub(crate) fn mailbox(clock: Clock) -> (Control, Inbox) {
 pub(crate) struct Control {
     mailbox: mpsc::Sender<Message>,
     questions: mpsc::Sender<Question>,
-    changes: broadcast::Sender<ClusterChange>,
+    changes: broadcast::Sender<Change>,
     /// What readers are answered from, without the loop.
     pub(crate) published: Arc<Published>,
 }
@@ -164,7 +167,7 @@ impl Control {
         }
     }
 
-    /// Nothing but a terminal `CANCELED` follows in the task's log once this has returned well.
+    /// By the task's key. Nothing but a terminal `CANCELED` follows in the task's log once this has returned well.
     pub(crate) async fn cancel(&self, task_id: TaskId) -> Result<(), ErrorBody> {
         match self.call(move |reply| Event::Cancel { reply, task_id }).await? {
             Answer::Canceled => Ok(()),
@@ -172,8 +175,8 @@ impl Control {
         }
     }
 
-    pub(crate) async fn delete_session(&self, session_id: SessionId) -> Result<(), ErrorBody> {
-        match self.call(move |reply| Event::DeleteSession { reply, session_id }).await? {
+    pub(crate) async fn delete_session(&self, session: SessionKey) -> Result<(), ErrorBody> {
+        match self.call(move |reply| Event::DeleteSession { reply, session }).await? {
             Answer::SessionDeleted => Ok(()),
             other => Err(unexpected(&other)),
         }
@@ -181,6 +184,7 @@ impl Control {
 
     // ---- questions ----
 
+    /// By the task's key.
     pub(crate) async fn explain(&self, id: TaskId) -> Result<Explanation, ErrorBody> {
         self.ask(|reply| Question::Explain(id, reply)).await?
     }
@@ -192,12 +196,12 @@ impl Control {
     // ---- followers ----
 
     /// What changes in the cluster from now on.
-    pub(crate) fn follow(&self) -> broadcast::Receiver<ClusterChange> {
+    pub(crate) fn follow(&self) -> broadcast::Receiver<Change> {
         self.changes.subscribe()
     }
 
     /// For those who follow.
-    pub(super) fn publish(&self, change: ClusterChange) {
+    pub(super) fn publish(&self, change: Change) {
         // Without followers nobody is told.
         let _ = self.changes.send(change);
     }

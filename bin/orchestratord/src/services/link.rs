@@ -9,6 +9,7 @@ mod links;
 #[cfg(test)]
 mod loopback_tests;
 mod names;
+mod pool_order;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -28,7 +29,7 @@ use node_registration::body::read_at_most;
 use owned_tasks::{Panicked, StreamThread, StreamThreads};
 use pool_registry_types::limits::MAX_ANSWER_BYTES;
 use pool_registry_types::node::{IntentOrder, LiveAnswer};
-use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
+use pool_registry_types::pool::PoolOrdered;
 use pool_registry_types::routes::{self, headers};
 use pool_registry_types::task::Resume;
 use pool_registry_types::{ErrorBody, ErrorCode, LifeId, PoolId, ReplicaId, TraceContext};
@@ -43,6 +44,7 @@ pub(crate) use driver::Driver;
 use lanes::Lanes;
 pub(crate) use links::{AttemptSink, LinkTable, LinkedAttempt, Links};
 use names::NodeNames;
+pub(crate) use pool_order::PoolOrder;
 
 /// Bound of connecting to a node. Source: .specs/01 CLOUD-1501.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -50,6 +52,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Bound of an order to a node, connecting included.
 const ORDER_TIMEOUT: Duration = Duration::from_secs(5);
+/// So long a log is handed on at most.
+const LOG_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 /// A connection of a link on which so long nothing is acknowledged is broken.
 const LINK_USER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest error body of a node that is read, bytes.
@@ -77,8 +81,8 @@ pub(crate) enum LinkError {
     Defect(#[from] Panicked),
 }
 
-/// The bytes of an attempt; an error is a broken connection.
-type Frames = Pin<Box<dyn Stream<Item = Result<Bytes, LinkError>> + Send>>;
+/// The bytes of an attempt, or of a log; an error is a broken connection.
+pub(crate) type Frames = Pin<Box<dyn Stream<Item = Result<Bytes, LinkError>> + Send>>;
 
 /// A node took an attempt.
 pub(crate) struct Taken {
@@ -213,25 +217,56 @@ impl NodeLink {
         };
         let (path, body) = order.call();
         let path = routes::of_pool(path, pool_id);
-        let unavailable = |reason: String| {
-            ErrorBody::new(ErrorCode::NodeUnavailable, format!("the node does not answer: {reason}"))
-        };
         let response =
             http.order(address, &path, &body).await.map_err(|error| unavailable(error.to_string()))?;
         let status = response.status();
-        let bytes = read_at_most(reqwest::Body::from(response), MAX_ANSWER_BYTES).await;
-        let bytes = bytes.map_err(|error| unavailable(tls::explain(&error)))?;
+        let bytes = short_body(response).await?;
         if status.is_success() {
             return serde_json::from_slice(&bytes).map_err(|error| unavailable(error.to_string()));
         }
-        match serde_json::from_slice::<ErrorBody>(&bytes) {
-            Ok(mut refused) => {
-                refused.cut();
-                // Our own token is not the one it wants: nothing that whoever asked could mend.
-                Err(if status.as_u16() == 401 { unavailable(refused.to_string()) } else { refused })
+        Err(refusal(status.as_u16(), &bytes))
+    }
+
+    /// What an engine of one of the node's pools has written, as the node hands it out. Errors: the
+    /// node's own, and `NODE_UNAVAILABLE` when it does not answer.
+    pub(crate) async fn pool_logs(
+        &self,
+        address: &str,
+        pool_id: &PoolId,
+        replica_id: Option<&ReplicaId>,
+        follow: bool,
+    ) -> Result<Frames, ErrorBody> {
+        let http = match self {
+            Self::Http(http) => http,
+            Self::Local(_) => {
+                // It starts none.
+                let message = format!("no engine of pool {pool_id} has written here");
+                return Err(ErrorBody::new(ErrorCode::NotFound, message));
             }
-            Err(_) => Err(unavailable("something else answers there".into())),
+        };
+        // What an id may hold needs no escape.
+        let replica = replica_id.map(|id| format!("&replica_id={id}")).unwrap_or_default();
+        let path = routes::of_pool(routes::POOL_LOGS, pool_id);
+        let url = format!("{address}{path}?follow={follow}{replica}");
+        let mut call = http.probes.get(url).timeout(LOG_TIMEOUT);
+        if let Some(value) = http.tokens.authorization() {
+            call = call.header(header::AUTHORIZATION, value);
         }
+        let answered = tokio::time::timeout(ORDER_TIMEOUT, call.send()).await;
+        let response = answered
+            .map_err(|_| unavailable(format!("no answer within {} s", ORDER_TIMEOUT.as_secs())))?
+            .map_err(|error| unavailable(LinkError::NoAnswer(error.without_url()).to_string()))?;
+        let status = response.status();
+        if !status.is_success() {
+            return Err(refusal(status.as_u16(), &short_body(response).await?));
+        }
+        let pieces = BodyStream::new(reqwest::Body::from(response)).filter_map(|piece| async move {
+            match piece {
+                Ok(frame) => frame.into_data().ok().map(Ok),
+                Err(error) => Some(Err(LinkError::NoAnswer(error.without_url()))),
+            }
+        });
+        Ok(Box::pin(pieces))
     }
 
     /// Dials the node on a fresh connection, and where that is wanted asks whether it lets us in.
@@ -247,26 +282,26 @@ impl NodeLink {
     }
 }
 
-/// What an operator orders of a pool.
-#[derive(Debug, Clone)]
-pub(crate) enum PoolOrder {
-    Drain(PoolDrain),
-    Reload(PoolReload),
-    Purge(PoolPurge),
-    /// A task waits for the pool.
-    Load,
+fn unavailable(reason: String) -> ErrorBody {
+    ErrorBody::new(ErrorCode::NodeUnavailable, format!("the node does not answer: {reason}"))
 }
 
-impl PoolOrder {
-    fn call(&self) -> (&'static str, serde_json::Value) {
-        let json = |body: Result<_, _>| body.unwrap_or_default();
-        match self {
-            Self::Drain(drain) => (routes::POOL_DRAIN, json(serde_json::to_value(drain))),
-            Self::Reload(reload) => (routes::POOL_RELOAD, json(serde_json::to_value(reload))),
-            Self::Purge(purge) => (routes::POOL_PURGE, json(serde_json::to_value(purge))),
-            Self::Load => (routes::POOL_LOAD, serde_json::json!({})),
-        }
-    }
+/// The whole of an answer that is not long.
+async fn short_body(response: reqwest::Response) -> Result<Bytes, ErrorBody> {
+    let body = read_at_most(reqwest::Body::from(response), MAX_ANSWER_BYTES);
+    let read = tokio::time::timeout(ORDER_TIMEOUT, body).await;
+    let read = read.map_err(|_| unavailable("its answer has no end".into()))?;
+    read.map_err(|error| unavailable(tls::explain(&error)))
+}
+
+/// Why a node has refused what it was asked for.
+fn refusal(status: u16, body: &[u8]) -> ErrorBody {
+    let Ok(mut refused) = serde_json::from_slice::<ErrorBody>(body) else {
+        return unavailable("something else answers there".into());
+    };
+    refused.cut();
+    // Our own token is not the one it wants: nothing that whoever asked could mend.
+    if status == 401 { unavailable(refused.to_string()) } else { refused }
 }
 
 /// Nodes behind HTTP.

@@ -266,13 +266,13 @@ impl Loop {
                     control.send(Event::IntentDelivered { reply: to, node_id, order, kept_by_node }).await;
                 });
             }
-            Effect::Changed(change) => {
+            Effect::Changed { holder, change } => {
                 if let ClusterChange::Node { node_id, liveness: None, .. } = &change
                     && let Some(links) = self.relays.link.links()
                 {
                     links.gone(node_id);
                 }
-                self.control.publish(change);
+                self.control.publish((holder, change));
             }
             Effect::Probe { node_id, address, authorized } => {
                 let (relays, control) = (Arc::clone(&self.relays), self.control.clone());

@@ -29,8 +29,8 @@ use pool_registry_types::task::{
 };
 use pool_registry_types::view::{ClusterChange, ClusterView};
 use pool_registry_types::{
-    AttemptId, Backoff, Epoch, ErrorBody, ErrorCode, LogId, Lookup, ModelRef, Moment, NodeId, PoolId,
-    PoolKey, ReplicaId, SessionId, TaskId, routes,
+    AttemptId, Backoff, Epoch, ErrorBody, ErrorCode, HolderId, LogId, Lookup, ModelRef, Moment, NodeId,
+    PoolId, PoolKey, ReplicaId, SessionKey, TaskId, routes,
 };
 use service_registry::{
     HeartbeatOutcome, IndexMismatch, Rule, ServiceRegistry, Settings, Timing, Transition,
@@ -165,6 +165,9 @@ enum Stage {
 
 #[derive(Debug)]
 struct Task {
+    /// As its holder knows it.
+    id: TaskId,
+    holder: HolderId,
     log: LogId,
     model: ModelRef,
     priority: Priority,
@@ -197,7 +200,7 @@ struct Task {
     attempts: Vec<AttemptRecord>,
     dispatches: u32,
     cancel_waits: Vec<ReplyTo>,
-    session: Option<SessionId>,
+    session: Option<SessionKey>,
     /// How it goes on when an attempt is lost after tokens.
     continuation: Option<ResumeMode>,
     /// Frames in its log before a terminal one.
@@ -268,8 +271,10 @@ pub struct ControlCore {
     synced: Lookup<NodeId, BTreeMap<PoolId, nodes::Synced>>,
     /// Models for which a slot or a task has come.
     dirty: BTreeSet<ModelRef>,
-    /// By ids that clients choose.
+    /// By their keys: the ids that clients choose, but for `renamed`.
     tasks: Lookup<TaskId, Box<Task>, std::hash::RandomState>,
+    /// The keys of tasks whose id another holder's task had for its key when they came.
+    renamed: BTreeMap<(TaskId, HolderId), TaskId>,
     attempts: Lookup<AttemptId, Attempt>,
     queue: Queue,
     /// Wait deadlines and backoff ends of queued tasks.
@@ -311,7 +316,8 @@ pub struct ControlCore {
     retired: BTreeSet<ModelRef>,
     /// What followers were told last.
     shown_nodes: Lookup<NodeId, (Liveness, Intent)>,
-    changes: Vec<ClusterChange>,
+    /// Of tasks with whose they are.
+    changes: Vec<(Option<HolderId>, ClusterChange)>,
     draining: bool,
     armed: Option<Moment>,
     counters: Counters,
@@ -338,6 +344,7 @@ impl ControlCore {
             synced: Lookup::default(),
             dirty: BTreeSet::new(),
             tasks: Lookup::default(),
+            renamed: BTreeMap::new(),
             attempts: Lookup::default(),
             queue: Queue::default(),
             alarms: BTreeSet::new(),
@@ -449,11 +456,11 @@ impl ControlCore {
                 self.intent_delivered(reply, node_id, &order, kept_by_node, &mut effects);
             }
             Event::SetRetired { model, retired } => self.set_retired(model, retired),
-            Event::DeleteSession { reply, session_id } => {
-                let answer = if self.sessions.delete(session_id) {
+            Event::DeleteSession { reply, session } => {
+                let answer = if self.sessions.delete(session) {
                     Ok(Answer::SessionDeleted)
                 } else {
-                    Err(ErrorBody::new(ErrorCode::NotFound, format!("no session {session_id}")))
+                    Err(ErrorBody::new(ErrorCode::NotFound, format!("no session {}", session.session_id)))
                 };
                 effects.push(Effect::Reply { to: reply, answer });
             }
@@ -468,7 +475,8 @@ impl ControlCore {
             effects
                 .push(Effect::Reply { to, answer: Ok(Answer::Submitted(self.accepted_body(now, id, true))) });
         }
-        effects.extend(self.changes.drain(..).map(Effect::Changed));
+        let changes = self.changes.drain(..);
+        effects.extend(changes.map(|(holder, change)| Effect::Changed { holder, change }));
         if timer || self.enforces(Rule::TimerRearmed) || self.armed.is_none() {
             // What is due already is due now: a deadline in the past would look like a stall.
             self.review_leases();

@@ -17,7 +17,7 @@ use axum::response::{IntoResponse, Response};
 use jiff::Timestamp;
 use owned_tasks::blocking;
 use parking_lot::{Mutex, RwLock};
-use pool_registry_types::{ErrorCode, routes};
+use pool_registry_types::{ErrorCode, HolderId, routes};
 use secrecy::{ExposeSecret, SecretString};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -43,6 +43,19 @@ pub enum Need {
     /// A token that is known, whatever it may do.
     Any,
     Scope(Scope),
+    /// One of the two.
+    Either([Scope; 2]),
+}
+
+impl Need {
+    /// One of them is enough; none where no scope is asked for.
+    pub(crate) fn scopes(&self) -> &[Scope] {
+        match self {
+            Self::Open | Self::Any => &[],
+            Self::Scope(scope) => std::slice::from_ref(scope),
+            Self::Either(scopes) => scopes,
+        }
+    }
 }
 
 /// What each route needs: its method and its path as it is routed.
@@ -172,22 +185,38 @@ impl Tokens {
         }
     }
 
-    /// Whether the caller's token is one still. For answers that have no end; whoever was let in
-    /// without a token stays.
+    /// Whether the caller's token is one still, the same holder's and with the same scopes. For answers
+    /// that have no end; whoever was let in without a token stays.
     pub fn still_admit(&self, caller: &Caller) -> bool {
-        self.still_know(caller, |_| true)
+        self.still_know(caller, |known, shown| known.id == shown.id && known.scopes() == shown.scopes())
     }
 
-    /// The same of one that must have this scope.
+    /// Whether it is one still that has this scope.
     pub fn still_admit_to(&self, caller: &Caller, scope: Scope) -> bool {
-        self.still_know(caller, |holder| holder.has(scope))
+        self.still_know(caller, |known, _| known.has(scope))
     }
 
-    fn still_know(&self, caller: &Caller, may: impl Fn(&Holder) -> bool) -> bool {
+    fn still_know(&self, caller: &Caller, may: impl Fn(&Holder, &Holder) -> bool) -> bool {
         let Some(holder) = &caller.holder else { return true };
         let (set, now) = (Arc::clone(&self.0.set.read()), Timestamp::now());
         let is_same = |known: &Holder| known.fingerprint == holder.fingerprint;
-        set.holders().any(|known| is_same(known) && !known.has_expired(now) && may(known))
+        set.holders().any(|known| is_same(known) && !known.has_expired(now) && may(known, holder))
+    }
+
+    /// Whose things those of this name are.
+    pub fn holder_named(&self, name: &str) -> HolderId {
+        self.0.set.read().holder_named(name)
+    }
+
+    /// By which a holder is shown, and named: its id where no token of it is in force. None of the open
+    /// one.
+    pub fn name_of(&self, id: HolderId) -> Option<String> {
+        if id == HolderId::OPEN {
+            return None;
+        }
+        let set = Arc::clone(&self.0.set.read());
+        let known = set.holders().find(|holder| holder.id == id).map(|holder| holder.name.clone());
+        Some(known.unwrap_or_else(|| id.to_string()))
     }
 
     /// Who shows these headers.
@@ -315,13 +344,13 @@ impl Gate {
         }
         let holder = self.tokens.authenticate(request.headers(), Timestamp::now())?;
         caller.holder = Some(Arc::clone(&holder));
-        if let Need::Scope(scope) = need
-            && !holder.has(scope)
-        {
-            let message = format!("this token is without the scope \"{}\"", scope.as_str());
+        let wanted = need.scopes();
+        if !wanted.is_empty() && !wanted.iter().any(|scope| holder.has(*scope)) {
+            let names: Vec<String> = wanted.iter().map(|scope| format!("\"{}\"", scope.as_str())).collect();
+            let message = format!("this token is without the scope {}", names.join(" or "));
             return Err(ApiError::new(ErrorCode::Forbidden, message));
         }
-        if let (Some(quota), Need::Scope(Scope::Client)) = (&self.quota, need) {
+        if let Some(quota) = self.quota.as_ref().filter(|_| wanted.contains(&Scope::Client)) {
             quota.request(&holder.fingerprint)?;
         }
         Ok(())
@@ -439,6 +468,36 @@ mod tests {
         assert!(!tokens.still_admit(&caller) && tokens.still_admit(&Caller::default()));
         stop.cancel();
         following.await.unwrap();
+    }
+
+    // CLOUD-2707
+    #[test]
+    fn an_answer_without_an_end_ends_when_its_token_becomes_another_holders_or_may_do_something_else() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let write = |name: &str, scopes: &str| {
+            let text =
+                format!("[[token]]\nname = \"{name}\"\ntoken = \"token-of-shop\"\nscopes = [{scopes}]");
+            std::fs::write(&file, &text).unwrap();
+            text
+        };
+        write("shop", "\"client\"");
+        let tokens = Tokens::load(None, Some(file.path().to_owned())).unwrap();
+        let mut headers = HeaderMap::new();
+        headers.insert(header::AUTHORIZATION, HeaderValue::from_static("Bearer token-of-shop"));
+        let holder = tokens.authenticate(&headers, Timestamp::now()).ok();
+        let caller = Caller { holder, ..Caller::default() };
+        assert_eq!((caller.sees_all(), caller.is_admin()), (false, false));
+        assert_eq!(tokens.name_of(caller.holder_id()).as_deref(), Some("shop"));
+        for (name, scopes) in [("inn", "\"client\""), ("shop", "\"client\", \"operator\"")] {
+            tokens.take(&Ok(write(name, scopes)));
+            assert!(!tokens.still_admit(&caller), "{name} {scopes}");
+            assert!(tokens.still_admit_to(&caller, Scope::Client));
+        }
+        let gone = caller.holder_id();
+        tokens.take(&Ok(write("inn", "\"client\"")));
+        assert_eq!(tokens.holder_named(&tokens.name_of(gone).unwrap()), gone, "by its id when it is gone");
+        assert!(Caller::default().sees_all() && Caller::default().is_admin());
+        assert_eq!(tokens.name_of(Caller::default().holder_id()), None);
     }
 
     // CLOUD-1118

@@ -7,11 +7,12 @@
 use std::path::Path;
 
 use jiff::Timestamp;
-use pool_registry_types::NodeId;
+use pool_registry_types::{HolderId, NodeId};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
+use uuid::Uuid;
 
 /// Shortest token that is taken, bytes.
 pub const MIN_TOKEN_BYTES: usize = 8;
@@ -41,16 +42,19 @@ pub enum TokenError {
 }
 
 /// What a token lets its holder do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Scope {
-    /// Tasks, sessions, artifacts, and looking at the cluster.
+    /// Tasks, sessions and artifacts of its own, and looking at the cluster.
     Client,
     /// Registering as a node and reporting.
     Node,
     /// What a control plane asks of its nodes. Worth nothing at a control plane, since every node
     /// hears the token that is sent to it.
     Control,
+    /// Looking at everything but contents (prompts, tokens, artifacts), engines' logs, drain, resume,
+    /// reload, and the cancel of any task.
+    Operator,
     /// Everything.
     Admin,
 }
@@ -62,6 +66,7 @@ impl Scope {
             Self::Client => "client",
             Self::Node => "node",
             Self::Control => "control",
+            Self::Operator => "operator",
             Self::Admin => "admin",
         }
     }
@@ -70,7 +75,11 @@ impl Scope {
 /// Who holds a token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Holder {
+    /// Of a file of TOML; of a plain token its fingerprint, wherever it stands.
     pub name: String,
+    /// Whose its tasks, sessions and artifacts are: that of all tokens of the name, so that one can be
+    /// replaced by another; of a plain token its own.
+    pub id: HolderId,
     /// The first six hexadecimal digits of the token's SHA-256: names it and tells nothing of it.
     pub fingerprint: String,
     scopes: Vec<Scope>,
@@ -160,6 +169,13 @@ impl TokenSet {
         self.known.is_empty()
     }
 
+    /// Whose things they are that the name's holder has. A name that is in force for no token may be that
+    /// of one that was, or the id itself.
+    pub(crate) fn holder_named(&self, name: &str) -> HolderId {
+        let known = self.holders().find(|holder| holder.name == name).map(|holder| holder.id);
+        known.or_else(|| name.parse().ok()).unwrap_or_else(|| id_of_name(name))
+    }
+
     pub fn holders(&self) -> impl Iterator<Item = &Holder> {
         self.known.iter().map(|known| known.holder.as_ref())
     }
@@ -198,7 +214,8 @@ impl TokenSet {
                 return Err(TokenError::Malformed { origin, place });
             }
             let holder = Holder {
-                name: place,
+                name: fingerprint(token),
+                id: holder_id("token", &digest(token)),
                 fingerprint: fingerprint(token),
                 scopes: vec![Scope::Admin],
                 node_id: None,
@@ -238,7 +255,7 @@ impl TokenSet {
             };
             if entry.scopes.is_empty() {
                 return wrong(
-                    "scopes must name at least one of \"client\", \"node\", \"control\", \"admin\"",
+                    "scopes must name at least one of \"client\", \"node\", \"control\", \"operator\", \"admin\"",
                 );
             }
             if entry.node_id.is_some() && entry.scopes != [Scope::Node] {
@@ -268,6 +285,7 @@ impl TokenSet {
             }
             let fingerprint = hex(&digest)[..6].to_owned();
             let holder = Holder {
+                id: id_of_name(&entry.name),
                 name: entry.name,
                 fingerprint,
                 scopes: entry.scopes,
@@ -311,6 +329,22 @@ struct TokenEntry {
     expires: Option<toml::value::Datetime>,
 }
 
+fn id_of_name(name: &str) -> HolderId {
+    holder_id("name", name.as_bytes())
+}
+
+/// The first half of a SHA-256: nobody can make a name or a token that is another holder's.
+fn holder_id(kind: &str, of: &[u8]) -> HolderId {
+    let mut hasher = Sha256::new();
+    hasher.update(kind.as_bytes());
+    hasher.update([0]);
+    hasher.update(of);
+    let whole: [u8; 32] = hasher.finalize().into();
+    let (mut half, first) = ([0; 16], whole.as_chunks::<16>().0);
+    half.copy_from_slice(&first[0]);
+    HolderId(Uuid::from_bytes(half))
+}
+
 fn has_expired(end: Option<Timestamp>, now: Timestamp) -> bool {
     end.is_some_and(|at| at <= now)
 }
@@ -346,6 +380,14 @@ pub fn generate() -> Result<SecretString, getrandom::Error> {
     let mut bytes = [0_u8; 32];
     getrandom::fill(&mut bytes)?;
     Ok(hex(&bytes).into())
+}
+
+/// The entry of a token in the file of tokens. It has the token, and so is a secret.
+pub fn entry(name: &str, token: &SecretString, scopes: &[Scope]) -> SecretString {
+    let text = |text: &str| toml::Value::String(text.into()).to_string();
+    let scopes: Vec<String> = scopes.iter().map(|scope| text(scope.as_str())).collect();
+    let (name, token) = (text(name), text(token.expose_secret()));
+    format!("[[token]]\nname = {name}\ntoken = {token}\nscopes = [{}]", scopes.join(", ")).into()
 }
 
 fn digest(token: &str) -> [u8; 32] {
@@ -390,12 +432,40 @@ mod tests {
             TokenSet::parse(Some("first-token, second-token"), Some("# old\nthird-token\nfirst-token\n"))
                 .unwrap();
         assert_eq!(set.to_send(Timestamp::now()).unwrap().expose_secret(), "first-token");
-        assert_eq!(known(&set, "first-token").as_deref(), Some("token 1"));
-        assert_eq!(known(&set, "third-token").as_deref(), Some("line 1"));
+        assert_eq!(known(&set, "first-token").as_deref(), Some(fingerprint("first-token").as_str()));
+        assert_eq!(known(&set, "third-token").as_deref(), Some(fingerprint("third-token").as_str()));
         assert_eq!(set.holders().count(), 3);
         for bad in ["first-toke", "first-token2", "", "FIRST-TOKEN"] {
             assert_eq!(known(&set, bad), None, "{bad}");
         }
+    }
+
+    // CLOUD-2702
+    #[test]
+    fn a_holder_is_a_name_of_toml_or_one_plain_token_wherever_it_stands() {
+        let id = |set: &TokenSet, token: &str| match set.look_up(token, at("2026-06-01T00:00:00Z")) {
+            Verdict::Known(holder) => holder.id,
+            other => panic!("{other:?}"),
+        };
+        let plain = TokenSet::parse(Some("first-token,second-token"), None).unwrap();
+        let prepended = TokenSet::parse(Some("new-token-0,first-token"), Some("second-token")).unwrap();
+        assert_eq!(id(&plain, "first-token"), id(&prepended, "first-token"));
+        assert_eq!(id(&plain, "second-token"), id(&prepended, "second-token"));
+        assert_ne!(id(&plain, "first-token"), id(&plain, "second-token"));
+        let entry = |name: &str, token: &str| {
+            format!("[[token]]\nname = \"{name}\"\ntoken = \"{token}\"\nscopes = [\"client\"]\n")
+        };
+        let fingerprint = fingerprint("first-token");
+        let text =
+            entry("shop", "old-of-shop") + &entry("shop", "new-of-shop") + &entry(&fingerprint, "of-thief");
+        let set = TokenSet::parse(None, Some(&text)).unwrap();
+        assert_eq!(id(&set, "old-of-shop"), id(&set, "new-of-shop"), "so one is replaced by another");
+        assert_ne!(id(&set, "of-thief"), id(&plain, "first-token"), "a name is no token");
+        assert_eq!(set.holder_named("shop"), id(&set, "new-of-shop"));
+        assert_eq!(plain.holder_named("shop"), id(&set, "new-of-shop"), "also when it is gone");
+        assert_eq!(plain.holder_named(&fingerprint), id(&plain, "first-token"));
+        assert_eq!(set.holder_named(&id(&plain, "first-token").to_string()), id(&plain, "first-token"));
+        assert!([&plain, &set].iter().all(|set| set.holders().all(|holder| holder.id != HolderId::OPEN)));
     }
 
     // CLOUD-1111
@@ -484,6 +554,20 @@ mod tests {
         }
         let plain = TokenSet::parse(Some("plain-token"), None).unwrap();
         assert_eq!(plain.holders().next().unwrap().max_nodes, None);
+    }
+
+    // CLOUD-2701
+    #[test]
+    fn an_entry_that_is_made_is_read_as_it_was_meant_whatever_its_name() {
+        let token = generate().unwrap();
+        for name in ["ann", "a \"quoted\" \\ name", "line\nbreak = 1"] {
+            let made = entry(name, &token, &[Scope::Client, Scope::Operator]);
+            let set = TokenSet::parse(None, Some(made.expose_secret())).unwrap();
+            assert_eq!(known(&set, token.expose_secret()).as_deref(), Some(name));
+            let holder = set.holders().next().unwrap();
+            assert_eq!(holder.scopes(), [Scope::Client, Scope::Operator]);
+            assert!(holder.has(Scope::Operator) && !holder.has(Scope::Admin) && !holder.has(Scope::Node));
+        }
     }
 
     // CLOUD-1114

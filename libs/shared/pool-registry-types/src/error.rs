@@ -80,6 +80,8 @@ codes! {
     QueueFullDropLru = "QUEUE_FULL_DROP_LRU", 429, true;
     /// The pool id is on several nodes: name one.
     PoolAmbiguous = "POOL_AMBIGUOUS", 409, false;
+    /// Several holders have a task or a session of this id, and whoever asks sees them all: name one.
+    HolderAmbiguous = "HOLDER_AMBIGUOUS", 409, false;
     /// The one node that may do it is offline, draining or not known.
     NodeUnavailable = "NODE_UNAVAILABLE", 503, true;
     /// No node reported a pool with this model within the last node timeout.

@@ -205,9 +205,32 @@ uuid_id!(
     SessionId, "session_id"
 );
 uuid_id!(
+    /// Whose a task, a session or an artifact is. It is made of what a token is held under, and compared
+    /// for equality only; no wire has it.
+    HolderId, "holder"
+);
+uuid_id!(
     /// The stream of one task as one life of the control plane keeps it.
     LogId, "log_id"
 );
+
+impl HolderId {
+    /// Of all who call where no tokens are configured.
+    pub const OPEN: Self = Self(Uuid::nil());
+}
+
+impl Default for HolderId {
+    fn default() -> Self {
+        Self::OPEN
+    }
+}
+
+/// The identity of a session in the cluster: two holders may give the same id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SessionKey {
+    pub holder: HolderId,
+    pub session_id: SessionId,
+}
 
 /// The identity of a pool in the cluster.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]

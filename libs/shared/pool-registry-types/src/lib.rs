@@ -30,8 +30,8 @@ pub mod view;
 
 pub use error::{ErrorBody, ErrorCode};
 pub use ids::{
-    AttemptId, BootId, Digest, Epoch, LabelName, LifeId, LogId, MachineId, ModelRef, NodeId, PoolId, PoolKey,
-    ReplicaId, SessionId, TaskId,
+    AttemptId, BootId, Digest, Epoch, HolderId, LabelName, LifeId, LogId, MachineId, ModelRef, NodeId,
+    PoolId, PoolKey, ReplicaId, SessionId, SessionKey, TaskId,
 };
 pub use lookup::Lookup;
 pub use moment::Moment;

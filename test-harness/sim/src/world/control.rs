@@ -14,7 +14,8 @@ use pool_registry_types::task::{KvHint, Priority, Reasoning, ResumeMode, Workloa
 use pool_registry_types::trace::TraceContext;
 use pool_registry_types::view::ClusterChange;
 use pool_registry_types::{
-    AttemptId, BootId, ErrorBody, ErrorCode, MachineId, ModelRef, Moment, NodeId, SessionId, TaskId,
+    AttemptId, BootId, ErrorBody, ErrorCode, HolderId, MachineId, ModelRef, Moment, NodeId, SessionId,
+    SessionKey, TaskId,
 };
 use task_scheduler::{
     Answer, CloseReason, ControlCore, Counters, Dispatch, Effect, Event, HowEnded, LinkEvidence, Overdue,
@@ -316,7 +317,7 @@ impl World {
             }
             Effect::CloseTask { task, error } => self.close_task(task, &error),
             Effect::Forget { .. } => {}
-            Effect::Changed(change) => {
+            Effect::Changed { change, .. } => {
                 if let ClusterChange::Node { node_id, liveness: None, .. } = &change {
                     self.link_gone(node_id);
                 }

@@ -229,7 +229,7 @@ impl ControlCore {
             None => self.shown_nodes.remove(node_id),
         };
         let (liveness, intent) = is.unzip();
-        self.changes.push(ClusterChange::Node { node_id: node_id.clone(), liveness, intent });
+        self.changes.push((None, ClusterChange::Node { node_id: node_id.clone(), liveness, intent }));
     }
 
     /// Brings the index up to what the registry knows of a pool, as far as that changes between the
@@ -311,7 +311,7 @@ impl ControlCore {
                 None => (None, false, None),
             };
             let (node_id, pool_id) = (key.node_id.clone(), key.pool_id.clone());
-            self.changes.push(ClusterChange::Pool { node_id, pool_id, state, ready, preparation });
+            self.changes.push((None, ClusterChange::Pool { node_id, pool_id, state, ready, preparation }));
         }
         let Some(is) = is else {
             for model in was.iter().flat_map(|was| &was.candidate.models) {

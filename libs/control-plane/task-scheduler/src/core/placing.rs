@@ -68,7 +68,7 @@ impl ControlCore {
     pub(super) fn shape_of<'a>(
         &'a self,
         spec: &'a TaskSpec,
-        session: Option<SessionId>,
+        session: Option<SessionKey>,
         spread: Option<&'a Spread>,
     ) -> TaskShape<'a> {
         let warm = session.filter(|_| spec.kv_hint == KvHint::Reuse);
@@ -90,7 +90,7 @@ impl ControlCore {
     }
 
     /// Where the running tasks of the session are, by the label that the task spreads by.
-    pub(super) fn spread_of(&self, session: Option<SessionId>, spec: &TaskSpec) -> Option<Spread> {
+    pub(super) fn spread_of(&self, session: Option<SessionKey>, spec: &TaskSpec) -> Option<Spread> {
         let spread_by = spec.placement.as_ref()?.spread_by.as_ref()?;
         let mut spread = Spread::new();
         for node_id in self.sessions.running_on(session?) {
@@ -167,8 +167,10 @@ impl ControlCore {
         if task.suspect {
             self.suspects_at.push(pool.clone());
         }
+        let state = TaskState::Running;
+        let change = ClusterChange::Task { task_id: task.id, state, node_id };
+        self.changes.push((Some(task.holder), change));
         self.touched.insert(id);
-        self.changes.push(ClusterChange::Task { task_id: id, state: TaskState::Running, node_id });
         self.attempts.insert(
             attempt,
             Attempt {

@@ -14,20 +14,21 @@ impl ControlCore {
         spec: Arc<TaskSpec>,
         effects: &mut Vec<Effect>,
     ) -> Option<(ReplyTo, TaskId)> {
-        let id = spec.task_id;
-        if let Some(task) = self.tasks.get(&id) {
-            let answer = if task.digest == spec.digest {
+        if let Some(id) = self.key_of(spec.holder, spec.task_id) {
+            let is_same = self.tasks.get(&id).is_some_and(|task| task.digest == spec.digest);
+            let answer = if is_same {
                 self.counters.attached += 1;
                 Ok(Answer::Submitted(self.accepted_body(now, id, false)))
             } else {
-                let message = format!("task_id {id} is taken by a task with another body");
+                let message = format!("task_id {} is taken by a task with another body", spec.task_id);
                 Err(ErrorBody::new(ErrorCode::TaskConflict, message))
             };
             effects.push(Effect::Reply { to, answer });
             return None;
         }
+        let id = self.free_key(spec.task_id);
         let admitted = self.admissible(now, &spec).and_then(|dropped| {
-            let allowed = match spec.session_id {
+            let allowed = match spec.session() {
                 // Only a completion makes tokens, and knows a bound of them.
                 Some(session) if spec.workload == Workload::Completion => {
                     self.sessions.admit(now, session, id, spec.max_tokens)?
@@ -58,6 +59,8 @@ impl ControlCore {
         let deadline = spec.deadline_ms.map(|left| now + Duration::from_millis(left));
         let log = LogId(self.next_id());
         let task = Task {
+            id: spec.task_id,
+            holder: spec.holder,
             log,
             model: spec.model_ref.clone(),
             priority: spec.priority,
@@ -66,7 +69,7 @@ impl ControlCore {
             engine_failures: Vec::new(),
             ran: Duration::ZERO,
             predicted_ms: None,
-            session: spec.session_id,
+            session: spec.session(),
             continuation: spec.continuation,
             digest: spec.digest,
             budget_bound,
@@ -91,11 +94,31 @@ impl ControlCore {
         };
         // With its log, two changes of its state, a dispatch and the reply: one allocation.
         effects.reserve(5);
+        if task.id != id {
+            self.renamed.insert((task.id, task.holder), id);
+        }
         self.by_number.insert(task.number, id);
         self.tasks.insert(id, Box::new(task));
         effects.push(Effect::OpenLog { task: id, log });
         self.enqueue(now, id, now + self.policy.queue_timeout);
         Some((to, id))
+    }
+
+    /// The key of the holder's task of this id.
+    fn key_of(&self, holder: HolderId, id: TaskId) -> Option<TaskId> {
+        let is_own =
+            |key: &TaskId| self.tasks.get(key).is_some_and(|task| (task.holder, task.id) == (holder, id));
+        Some(id).filter(is_own).or_else(|| self.renamed.get(&(id, holder)).copied())
+    }
+
+    /// A key that no task has: the id itself unless another holder's task goes under it. Nodes know
+    /// tasks by their keys, and so tell those of two holders apart.
+    fn free_key(&mut self, id: TaskId) -> TaskId {
+        let mut key = id;
+        while self.tasks.contains_key(&key) {
+            key = TaskId(self.next_id());
+        }
+        key
     }
 
     /// Whether the task may be queued, and which waiting one has to go for it.
@@ -228,7 +251,13 @@ impl ControlCore {
             self.lane_changed(&model);
         }
         self.hold_pin(id);
-        self.changes.push(ClusterChange::Task { task_id: id, state: TaskState::Queued, node_id: None });
+        self.task_changed(id, TaskState::Queued, None);
+    }
+
+    fn task_changed(&mut self, id: TaskId, state: TaskState, node_id: Option<NodeId>) {
+        let Some(task) = self.tasks.get(&id) else { return };
+        let change = ClusterChange::Task { task_id: task.id, state, node_id };
+        self.changes.push((Some(task.holder), change));
     }
 
     pub(super) fn cancel(&mut self, now: Moment, to: ReplyTo, id: TaskId, effects: &mut Vec<Effect>) {
@@ -311,10 +340,10 @@ impl ControlCore {
             self.sessions.ended(now, session, id, task.sent.saturating_add(task.unlogged), task.ran);
         }
         let node_id = task.attempts.last().map(|attempt| attempt.pool.node_id.clone());
-        self.changes.push(ClusterChange::Task { task_id: id, state, node_id });
         for to in std::mem::take(&mut task.cancel_waits) {
             effects.push(Effect::Reply { to, answer: Ok(Answer::Canceled) });
         }
+        self.task_changed(id, state, node_id);
         self.ended.push_back((now, id));
         if self.ended.len() > self.policy.retained_tasks {
             self.forget_oldest(effects);
@@ -325,6 +354,7 @@ impl ControlCore {
         if let Some((_, id)) = self.ended.pop_front() {
             if let Some(task) = self.tasks.remove(&id) {
                 self.by_number.remove(&task.number);
+                self.renamed.remove(&(task.id, task.holder));
             }
             self.touched.insert(id);
             effects.push(Effect::Forget { task: id });

@@ -21,6 +21,7 @@ impl World {
         digest[..16].copy_from_slice(id.0.as_bytes());
         let spec = TaskSpec {
             task_id: id,
+            holder: HolderId::OPEN,
             model_ref: model,
             engines: EngineKind::ALL.into_iter().collect(),
             lacking: Vec::new(),
@@ -145,7 +146,9 @@ impl World {
         let reply = self.reply_to(To::Operator);
         self.coverage.hit("task: session deleted");
         self.oracle.session_deleted(session);
-        self.apply(Event::DeleteSession { reply, session_id: SessionId(Uuid::from_u128(session)) });
+        let session_id = SessionId(Uuid::from_u128(session));
+        let session = SessionKey { holder: HolderId::OPEN, session_id };
+        self.apply(Event::DeleteSession { reply, session });
     }
 
     /// SIGTERM.
