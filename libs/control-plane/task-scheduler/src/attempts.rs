@@ -3,6 +3,8 @@
 //! One function, [`classify`], holds the whole rule: it is given the evidence and says whether the
 //! task is over, is tried again at a cost, or goes back to its place for free.
 
+use std::borrow::Cow;
+
 use pool_registry_types::error::{EndCause, EngineCrash};
 use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, Moment, PoolKey, ReplicaId, TaskId};
 use task_stream::{HowEnded, Overdue};
@@ -53,7 +55,8 @@ pub(crate) struct AttemptRecord {
     pub(crate) id: AttemptId,
     pub(crate) pool: PoolKey,
     pub(crate) replica: Option<ReplicaId>,
-    pub(crate) outcome: String,
+    /// For people; mostly one of two texts.
+    pub(crate) outcome: Cow<'static, str>,
 }
 
 /// What an ended attempt means for its task.

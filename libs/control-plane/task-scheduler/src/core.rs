@@ -160,7 +160,7 @@ pub struct Counters {
 enum Stage {
     Queued,
     Running(AttemptId),
-    Ended { at: Moment, state: TaskState, error: Option<ErrorBody> },
+    Ended { at: Moment, state: TaskState, error: Option<Box<ErrorBody>> },
 }
 
 #[derive(Debug)]
@@ -191,7 +191,7 @@ struct Task {
     /// It may be what brought an engine down: never on one engine with another that may.
     suspect: bool,
     /// What nodes found wrong with it, while another is to be asked.
-    rejection: Option<Rejection>,
+    rejection: Option<Box<Rejection>>,
     /// A node has taken it: whoever finds it wrong is wrong itself.
     taken: bool,
     attempts: Vec<AttemptRecord>,

@@ -1,5 +1,7 @@
 //! Attempts: asking for their end, and what the end means for the task.
 
+use std::borrow::Cow;
+
 use super::*;
 
 impl ControlCore {
@@ -220,7 +222,7 @@ impl ControlCore {
         let bound = before.as_ref().map_or(task.wait_until, |before| before.bound);
         let mut pools = before.map(|before| before.by).unwrap_or_default();
         pools.push(by.clone());
-        task.rejection = Some(Rejection { error: error.clone(), by: pools, bound });
+        task.rejection = Some(Box::new(Rejection { error: error.clone(), by: pools, bound }));
         true
     }
 
@@ -500,19 +502,19 @@ fn exhausted(task: &Task, last: ErrorBody) -> ErrorBody {
     ErrorBody { code, message, retriable: true, ..last }
 }
 
-fn describe(how: &HowEnded, outcome: &Outcome) -> String {
+fn describe(how: &HowEnded, outcome: &Outcome) -> Cow<'static, str> {
     match (how, outcome) {
         (_, Outcome::Completed) => "finished".into(),
         (_, Outcome::Canceled) => "canceled".into(),
-        (HowEnded::Refused(error), _) => format!("refused: {}", error.code),
+        (HowEnded::Refused(error), _) => format!("refused: {}", error.code).into(),
         (HowEnded::NeverSent(reason) | HowEnded::OwnShortage { reason, .. }, _) => {
-            format!("not connected: {reason}")
+            format!("not connected: {reason}").into()
         }
-        (HowEnded::Denied(reason) | HowEnded::NodeFailed(reason), _) => reason.clone(),
+        (HowEnded::Denied(reason) | HowEnded::NodeFailed(reason), _) => reason.clone().into(),
         (_, Outcome::FreeRefusal) => "refused: POOL_UNREADY".into(),
         (_, Outcome::FreeReplace | Outcome::FreeElsewhere) => "not connected".into(),
         (_, Outcome::Failed(error) | Outcome::AskAnother(error) | Outcome::Retry { error, .. }) => {
-            error.message.clone()
+            error.message.clone().into()
         }
     }
 }

@@ -137,6 +137,10 @@ impl ControlCore {
         task.stage = Stage::Running(attempt);
         task.last_dispatch = Some(now);
         task.dispatches += 1;
+        if task.attempts.is_empty() {
+            // Mostly it is the only one, and it is kept for as long as the task.
+            task.attempts.reserve_exact(1);
+        }
         task.attempts.push(AttemptRecord {
             id: attempt,
             pool: pool.clone(),

@@ -304,7 +304,7 @@ impl ControlCore {
         effects: &mut Vec<Effect>,
     ) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
-        task.stage = Stage::Ended { at: now, state, error };
+        task.stage = Stage::Ended { at: now, state, error: error.map(Box::new) };
         task.spec = None;
         self.touched.insert(id);
         if let Some(session) = task.session {
