@@ -413,7 +413,9 @@ impl ControlCore {
             Event::Submit { reply, spec } => admitted = self.submit(now, reply, spec, &mut effects),
             Event::Cancel { reply, task_id } => self.cancel(now, reply, task_id, &mut effects),
             Event::Accepted { attempt, replica_id, report_seq } => {
-                self.registry.accepted(&attempt, report_seq);
+                if let Some(known) = self.attempts.get(&attempt) {
+                    self.registry.accepted(&known.pool, &attempt, report_seq);
+                }
                 self.shortages = 0;
                 if self.short_until.take().is_some() {
                     self.dirty.extend(self.queue.models().cloned());

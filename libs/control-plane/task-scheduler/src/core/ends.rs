@@ -285,7 +285,7 @@ impl ControlCore {
         self.leaves_suspects(&attempt);
         let was_open = self.registry.has_open_breaker(&node_id);
         self.learn_from(now, id, &attempt, how);
-        self.registry.release(&id, final_report);
+        self.registry.release(&attempt.pool, &id, final_report);
         if was_open || self.registry.has_open_breaker(&node_id) {
             self.sync_node(&node_id);
         }

@@ -54,7 +54,9 @@ impl ControlCore {
                 self.counters.old_reports += 1;
                 (Vec::new(), (reported, 0))
             }
-            Ok(HeartbeatOutcome::Taken { intent, returned, vanished, orphans }) => {
+            Ok(HeartbeatOutcome::Taken { intent, returned, vanished, mut orphans }) => {
+                // What runs on another node for all we know is no orphan of this one.
+                orphans.retain(|id| self.attempts.get(id).is_none());
                 self.counters.returns += u64::from(returned);
                 self.counters.orphans += orphans.len() as u64;
                 self.await_ends(now, &vanished);
@@ -440,8 +442,8 @@ fn availability(facts: &PoolFacts<'_>) -> Availability {
         (Liveness::Offline, _) => Availability::Offline,
         (Liveness::Suspect, _) => Availability::Suspect,
         (Liveness::Online, Intent::Draining) => Availability::Draining,
-        (Liveness::Online, Intent::Serving) if facts.report.draining => Availability::Draining,
-        (Liveness::Online, Intent::Serving) if !facts.report.ready => unready(facts.report),
+        (Liveness::Online, Intent::Serving) if facts.draining => Availability::Draining,
+        (Liveness::Online, Intent::Serving) if !facts.ready => unready(facts.report),
         (Liveness::Online, Intent::Serving) if facts.tripped => Availability::Tripped,
         (Liveness::Online, Intent::Serving) => Availability::Placeable,
     }
