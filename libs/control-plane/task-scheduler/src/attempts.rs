@@ -5,6 +5,7 @@
 
 use std::borrow::Cow;
 
+use multi_node_placement::PoolRow;
 use pool_registry_types::error::{EndCause, EngineCrash};
 use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, Moment, PoolKey, ReplicaId, TaskId};
 use task_stream::{HowEnded, Overdue};
@@ -37,6 +38,8 @@ pub enum CloseReason {
 pub(crate) struct Attempt {
     pub(crate) task: TaskId,
     pub(crate) pool: PoolKey,
+    /// Where the pool stood at its dispatch.
+    pub(crate) row: PoolRow,
     pub(crate) dispatched: Moment,
     pub(crate) first_token: Option<Moment>,
     /// Frames that stood in the log before.

@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use multi_node_placement::{
-    Availability, Candidate, NoPlacement, PoolIndex, Spread, Strategy, TaskShape, ToLoad, choose,
-    choose_to_load, count_refusals, explain, explain_one, might_take, temporarily_unavailable,
+    Availability, Candidate, Choice, NoPlacement, PoolIndex, PoolRow, Spread, Strategy, TaskShape, ToLoad,
+    choose, choose_to_load, count_refusals, explain, explain_one, might_take, temporarily_unavailable,
 };
 use pool_registry_types::error::EndCause;
 use pool_registry_types::moment::millis;
@@ -264,8 +264,10 @@ pub struct ControlCore {
     ids_given: u64,
     registry: ServiceRegistry,
     index: PoolIndex,
-    /// The pools of each node as they were last shown and indexed.
-    synced: Lookup<NodeId, BTreeMap<PoolId, nodes::Synced>>,
+    /// The pools of each node that were last shown and indexed.
+    synced: Lookup<NodeId, BTreeMap<PoolId, PoolRow>>,
+    /// What is known of them beside the index, by their rows in it.
+    shown_pools: Vec<Option<nodes::Shown>>,
     /// Models for which a slot or a task has come.
     dirty: BTreeSet<ModelRef>,
     /// By ids that clients choose.
@@ -289,8 +291,6 @@ pub struct ControlCore {
     /// When to look again at the lanes whose pools are not loaded; one time for each.
     load_alarms: BTreeSet<(Moment, ModelRef)>,
     load_alarm_of: BTreeMap<ModelRef, Moment>,
-    /// The pools that have served a task lately.
-    served: Lookup<PoolKey, Served>,
     /// Nodes whose pinned tasks are to be looked at.
     dirty_pins: BTreeSet<NodeId>,
     /// Models that no node has any more, and for which only tasks wait whose nodes are suspect.
@@ -336,6 +336,7 @@ impl ControlCore {
             ids_given: 0,
             registry: ServiceRegistry::new(settings),
             synced: Lookup::default(),
+            shown_pools: Vec::new(),
             dirty: BTreeSet::new(),
             tasks: Lookup::default(),
             attempts: Lookup::default(),
@@ -350,7 +351,6 @@ impl ControlCore {
             loads_asked: Lookup::default(),
             load_alarms: BTreeSet::new(),
             load_alarm_of: BTreeMap::new(),
-            served: Lookup::default(),
             dirty_pins: BTreeSet::new(),
             lapsed: BTreeSet::new(),
             leases: lanes::Leases::default(),

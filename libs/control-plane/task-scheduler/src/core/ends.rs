@@ -61,7 +61,8 @@ impl ControlCore {
         let Some(attempt) = self.attempts.get_mut(&id) else { return };
         attempt.first_token = Some(now);
         let (task, pool, replica) = (attempt.task, attempt.pool.clone(), attempt.replica.clone());
-        self.served(now, pool.clone(), task);
+        let row = self.attempts.get(&id).and_then(|attempt| self.row_of(attempt));
+        self.served(now, row, task);
         self.registry.alive(now, &pool.node_id);
         if self.registry.proven(&pool) {
             self.sync_node(&pool.node_id);
@@ -135,7 +136,7 @@ impl ControlCore {
                 self.registry.stream_failed(now, &pool.node_id, &id, dispatched)
             }
             HowEnded::Finished => {
-                self.served(now, pool.clone(), attempt.task);
+                self.served(now, self.row_of(attempt), attempt.task);
                 self.registry.proven(pool);
                 false
             }
@@ -148,16 +149,17 @@ impl ControlCore {
     }
 
     /// The pool's engine did what a task asked.
-    fn served(&mut self, now: Moment, pool: PoolKey, task: TaskId) {
-        let before = self.served.get(&pool).copied();
+    fn served(&mut self, now: Moment, pool: Option<PoolRow>, task: TaskId) {
+        let Some(served) = pool.and_then(|row| self.served_at(row)) else { return };
         let another_at =
-            before.and_then(|last| if last.task == task { last.another_at } else { Some(last.at) });
-        self.served.insert(pool, Served { task, at: now, another_at });
+            served.and_then(|last| if last.task == task { last.another_at } else { Some(last.at) });
+        *served = Some(Served { task, at: now, another_at });
     }
 
     /// Whether the pool has served another task than this one since then.
     fn served_another(&self, pool: &PoolKey, task: TaskId, since: Moment) -> bool {
-        self.served.get(pool).is_some_and(|served| {
+        let row = self.index.row(pool);
+        row.and_then(|row| self.served_by(row)).is_some_and(|served| {
             let at = if served.task == task { served.another_at } else { Some(served.at) };
             at.is_some_and(|at| at > since)
         })
@@ -345,7 +347,7 @@ impl ControlCore {
             }
             _ => {}
         }
-        self.sync_pool(&attempt.pool);
+        self.sync_pool_of(&attempt);
 
         let continuation = self.tasks.get(&attempt.task).and_then(|task| task.continuation);
         let crash = match how {
@@ -444,7 +446,8 @@ impl ControlCore {
                 self.counters.replaced += u64::from(outcome != Outcome::FreeRefusal);
                 if outcome == Outcome::FreeElsewhere {
                     // The node has failed it, whichever pool of it is asked.
-                    let of_node = self.synced.get(&node_id).into_iter().flatten().map(|(_, pool)| pool.key());
+                    let of_node = self.synced.get(&node_id).into_iter().flatten();
+                    let of_node = of_node.filter_map(|(_, row)| self.index.at(*row)).map(|pool| &pool.key);
                     let more: Vec<PoolKey> = of_node
                         .chain([&attempt.pool])
                         .filter(|key| !task.tried.contains(key))

@@ -13,8 +13,8 @@ impl ControlCore {
         models.retain(|model| self.queue.lane(model).is_some());
         models.sort_by_key(|model| self.queue.oldest(model));
         for model in models {
-            while let Some((id, pool)) = self.next_start(now, &model) {
-                self.start(now, id, pool, effects);
+            while let Some((id, choice)) = self.next_start(now, &model) {
+                self.start(now, id, choice, effects);
             }
             if self.queue.lane(&model).is_some() {
                 self.ask_to_load(now, &model, effects);
@@ -25,7 +25,7 @@ impl ControlCore {
     }
 
     /// The oldest task, in the order of priorities, for which there is a slot.
-    pub(super) fn next_start(&mut self, now: Moment, model: &ModelRef) -> Option<(TaskId, PoolKey)> {
+    pub(super) fn next_start(&mut self, now: Moment, model: &ModelRef) -> Option<(TaskId, Choice)> {
         if !self.index.has_free(model) {
             return None;
         }
@@ -44,7 +44,7 @@ impl ControlCore {
             let spread = self.spread_of(task.session, spec);
             let Some(shape) = self.shape(now, task, spread.as_ref()) else { continue };
             if let Ok(choice) = choose(&self.index, &shape) {
-                return Some((id, choice.pool));
+                return Some((id, choice));
             }
         }
         None
@@ -109,8 +109,9 @@ impl ControlCore {
         z ^ (z >> 31)
     }
 
-    pub(super) fn start(&mut self, now: Moment, id: TaskId, pool: PoolKey, effects: &mut Vec<Effect>) {
+    pub(super) fn start(&mut self, now: Moment, id: TaskId, choice: Choice, effects: &mut Vec<Effect>) {
         let attempt = AttemptId(self.next_id());
+        let pool = &choice.pool;
         let Some((address, boot_id)) = self.registry.address(&pool.node_id) else { return };
         let address = address.to_owned();
         self.leave_queue_to_start(id);
@@ -131,7 +132,7 @@ impl ControlCore {
         }
         let warm_replica = task.session.and_then(|session| {
             self.sessions.runs_on(session, id, Some(pool.node_id.clone()));
-            let place = self.sessions.warm_replica(session).filter(|place| place.pool == pool)?;
+            let place = self.sessions.warm_replica(session).filter(|place| place.pool == *pool)?;
             Some(place.replica.clone())
         });
         task.stage = Stage::Running(attempt);
@@ -178,6 +179,7 @@ impl ControlCore {
             Attempt {
                 task: id,
                 pool: pool.clone(),
+                row: choice.row,
                 dispatched: now,
                 first_token: None,
                 first_index,
@@ -187,8 +189,8 @@ impl ControlCore {
                 vanishing: false,
             },
         );
-        self.registry.reserve(&pool, attempt);
-        self.sync_taken(&pool);
+        self.registry.reserve(pool, attempt);
+        self.sync_taken(&choice);
     }
 
     pub(super) fn leave_queue_to_start(&mut self, id: TaskId) {
