@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use super::predicting::note_change;
 use super::*;
 
 impl ControlCore {
@@ -259,10 +260,8 @@ impl ControlCore {
     }
 
     /// The attempt of a task that may have brought an engine down makes room for the next one.
-    fn leaves_suspects(&mut self, attempt: &Attempt) {
-        let suspect = self.tasks.get(&attempt.task).is_some_and(|task| task.suspect);
-        let at = self.suspects_at.iter().position(|pool| suspect && *pool == attempt.pool);
-        if let Some(at) = at {
+    fn leaves_suspects(&mut self, at: &PoolKey) {
+        if let Some(at) = self.suspects_at.iter().position(|pool| pool == at) {
             self.suspects_at.swap_remove(at);
         }
     }
@@ -281,10 +280,12 @@ impl ControlCore {
         self.touched.insert(attempt.task);
         // Where a report lists it, its slot stays taken until the next one, and its pool is as before:
         // only this tells the lane's forecast.
-        if let Some(model) = self.tasks.get(&attempt.task).map(|task| task.model.clone()) {
-            self.lane_changed(&model);
+        if let Some(task) = self.tasks.get(&attempt.task) {
+            note_change(&mut self.forecasts, &task.model);
+            if task.suspect {
+                self.leaves_suspects(&attempt.pool);
+            }
         }
-        self.leaves_suspects(&attempt);
         let was_open = self.registry.has_open_breaker(&node_id);
         self.learn_from(now, id, &attempt, how);
         self.registry.release(&attempt.pool, &id, final_report);

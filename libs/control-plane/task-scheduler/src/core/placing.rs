@@ -115,11 +115,11 @@ impl ControlCore {
         let Some((address, boot_id)) = self.registry.address(&pool.node_id) else { return };
         let address = address.to_owned();
         self.leave_queue_to_start(id);
-        let mut deadlines = self.deadlines(id);
+        let Some(spec) = self.tasks.get(&id).and_then(|task| task.spec.clone()) else { return };
+        let mut deadlines = self.deadlines(&spec);
         let at_the_log = self.enforces(Rule::ContinueAtTheLog);
         let stops_overdue = self.enforces(Rule::OverdueIsStopped);
         let Some(task) = self.tasks.get_mut(&id) else { return };
-        let Some(spec) = task.spec.clone() else { return };
         let first_index = if at_the_log { task.sent } else { 0 };
         let resume = task.continuation.filter(|_| task.sent > 0);
         if resume == Some(ResumeMode::Replay) {
@@ -203,16 +203,15 @@ impl ControlCore {
         self.left_lane(&model);
     }
 
-    pub(super) fn deadlines(&self, id: TaskId) -> AttemptDeadlines {
+    fn deadlines(&self, spec: &TaskSpec) -> AttemptDeadlines {
         if !self.enforces(Rule::AttemptDeadlines) {
             return AttemptDeadlines::UNBOUNDED;
         }
-        let spec = self.tasks.get(&id).and_then(|task| task.spec.as_deref());
         let or = |asked: Option<u64>, default: Duration| asked.map_or(default, Duration::from_millis);
         AttemptDeadlines {
             acceptance: ACCEPTANCE_TIMEOUT,
-            first_token: or(spec.and_then(|spec| spec.first_token_ms), self.policy.first_token_timeout),
-            token_idle: or(spec.and_then(|spec| spec.token_idle_ms), self.policy.token_idle_timeout),
+            first_token: or(spec.first_token_ms, self.policy.first_token_timeout),
+            token_idle: or(spec.token_idle_ms, self.policy.token_idle_timeout),
             silence: SILENCE_TIMEOUT,
         }
     }

@@ -221,13 +221,15 @@ impl ControlCore {
         self.dirty.insert(task.model.clone());
         self.touched.insert(id);
         let again = task.last_dispatch.is_some();
-        let model = task.model.clone();
+        let (model, pinned) = (task.model.clone(), task.pinned_node().cloned());
         // A lane that has lapsed is looked at again for whoever comes to it.
         self.watch_lane(&model);
         if again {
             self.lane_changed(&model);
         }
-        self.hold_pin(id);
+        if let Some(node_id) = pinned {
+            self.hold_pin(node_id, id);
+        }
         self.changes.push(ClusterChange::Task { task_id: id, state: TaskState::Queued, node_id: None });
     }
 
