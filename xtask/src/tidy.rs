@@ -91,7 +91,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 
 /// Crates without clock, environment and disorder, and what they may use from outside.
 const PURE: &[(&str, &[&str])] = &[
-    ("pool-registry-types", &["foldhash", "serde", "serde_json", "thiserror", "utoipa", "uuid"]),
+    ("pool-registry-types", &["foldhash", "serde", "serde_json", "smol_str", "thiserror", "utoipa", "uuid"]),
     ("task-stream", &["bytes", "serde", "serde_json", "thiserror"]),
     ("attempt-link", &["bytes", "serde", "serde_json", "thiserror", "uuid"]),
     ("service-registry", &["thiserror"]),

@@ -1,4 +1,4 @@
-//! The registry: nodes by id, reservations by attempt.
+//! The registry: nodes by id, each with the claims on its slots.
 //!
 //! Verbs come in pairs with what the caller must do: attempts that a verb returns as ended or
 //! vanished are still reserved until [`ServiceRegistry::release`] is called for each of them.
@@ -17,7 +17,7 @@ use pool_registry_types::{AttemptId, BootId, Epoch, ModelRef, Moment, NodeId, Po
 use crate::breaker::Breaker;
 use crate::liveness::{Evidence, PROBE_EVERY, ProbeOutcome, Suspicion, Timing, Transition};
 use crate::mismatch::IndexMismatch;
-use crate::reservations::{ClosedAttempts, PoolBook, Reservation, Reservations};
+use crate::reservations::{Claims, ClosedAttempts, PoolBook, Reservation, Reservations};
 use crate::rules::Rule;
 
 mod evidence;
@@ -81,7 +81,8 @@ pub enum HeartbeatOutcome {
         returned: bool,
         /// We thought they ran; the node does not.
         vanished: Vec<AttemptId>,
-        /// The node runs them; we do not know them.
+        /// The node runs them and they are not reserved there; whether they are elsewhere, the caller
+        /// knows.
         orphans: Vec<AttemptId>,
     },
 }
@@ -90,6 +91,9 @@ pub enum HeartbeatOutcome {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolFacts<'r> {
     pub report: &'r PoolReport,
+    /// As that report says.
+    pub ready: bool,
+    pub draining: bool,
     pub labels: &'r Arc<Labels>,
     pub liveness: Liveness,
     pub intent: Intent,
@@ -196,6 +200,10 @@ impl ServiceRegistry {
         } else {
             let before = before.or_else(|| self.stored_orders.remove(&node_id));
             let wanted = before.filter(|wanted| wanted.intent != request.intent);
+            let claims = match self.nodes.remove_claims(&node_id) {
+                Some(claims) => claims,
+                None => self.reservations.take(&node_id),
+            };
             self.nodes.insert(Node {
                 registrar,
                 epoch: epoch.clone(),
@@ -210,6 +218,7 @@ impl ServiceRegistry {
                 models: Vec::new(),
                 link: BTreeMap::new(),
                 breaker: Breaker::default(),
+                claims,
                 closed: ClosedAttempts::default(),
                 number: 0,
                 entries: Entries::default(),
@@ -244,7 +253,9 @@ impl ServiceRegistry {
 
     /// Forgets a node, but not what is wanted of it.
     fn remove(&mut self, node_id: &NodeId) {
-        let Some(order) = self.nodes.remove(node_id).and_then(|node| node.wanted) else { return };
+        let Some(node) = self.nodes.remove(node_id) else { return };
+        self.reservations.keep(node_id, node.claims);
+        let Some(order) = node.wanted else { return };
         if self.stored_orders.len() >= self.settings.max_nodes {
             let oldest = self.stored_orders.iter().min_by_key(|(_, order)| order.number);
             let oldest = oldest.map(|(node_id, _)| node_id.clone());

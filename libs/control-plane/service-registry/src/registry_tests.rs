@@ -274,7 +274,7 @@ fn a_report_that_crossed_a_dispatch_does_not_free_the_slot() {
     let (vanished, _) = taken(r.heartbeat(at(2), &node_id("a"), beat(&epoch, 2, &[])));
     assert!(vanished.is_empty(), "not accepted yet: the report says nothing about it");
     assert_eq!(busy(&r, "a"), 1);
-    r.accepted(&attempt(1), 3);
+    r.accepted(&pool("a"), &attempt(1), 3);
     let (vanished, _) = taken(r.heartbeat(at(3), &node_id("a"), beat(&epoch, 3, &[])));
     assert!(vanished.is_empty(), "report 3 was made before the acceptance");
     let (vanished, _) = taken(r.heartbeat(at(4), &node_id("a"), beat(&epoch, 4, &[attempt(1)])));
@@ -291,8 +291,8 @@ fn a_report_from_before_the_end_makes_no_orphan_and_a_later_one_does() {
     let epoch = join(&mut r, at(0), "a");
     taken(r.heartbeat(at(1), &node_id("a"), beat(&epoch, 1, &[])));
     r.reserve(&pool("a"), attempt(1));
-    r.accepted(&attempt(1), 1);
-    r.release(&attempt(1), Some(2));
+    r.accepted(&pool("a"), &attempt(1), 1);
+    r.release(&pool("a"), &attempt(1), Some(2));
     let (_, orphans) = taken(r.heartbeat(at(2), &node_id("a"), beat(&epoch, 2, &[attempt(1)])));
     assert!(orphans.is_empty());
     assert_eq!(busy(&r, "a"), 0, "the node said that it has ended");
@@ -416,7 +416,7 @@ fn what_one_node_says_never_changes_another() {
     let b = join(&mut r, at(0), "b");
     taken(r.heartbeat(at(1), &node_id("b"), beat(&b, 1, &[])));
     r.reserve(&pool("b"), attempt(9));
-    r.accepted(&attempt(9), 1);
+    r.accepted(&pool("b"), &attempt(9), 1);
     let before = format!("{:?}", r.view(at(5)).nodes[1]);
     let (vanished, orphans) = taken(r.heartbeat(at(5), &node_id("a"), beat(&a, 1, &[attempt(3)])));
     assert!(vanished.is_empty());

@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use multi_node_placement::{
-    Availability, Candidate, NoPlacement, PoolIndex, Spread, Strategy, TaskShape, ToLoad, choose,
-    choose_to_load, count_refusals, explain, explain_one, might_take, temporarily_unavailable,
+    Availability, Candidate, Choice, NoPlacement, PoolIndex, PoolRow, Spread, Strategy, TaskShape, ToLoad,
+    choose, choose_to_load, count_refusals, explain, explain_one, might_take, temporarily_unavailable,
 };
 use pool_registry_types::error::EndCause;
 use pool_registry_types::moment::millis;
@@ -160,7 +160,7 @@ pub struct Counters {
 enum Stage {
     Queued,
     Running(AttemptId),
-    Ended { at: Moment, state: TaskState, error: Option<ErrorBody> },
+    Ended { at: Moment, state: TaskState, error: Option<Box<ErrorBody>> },
 }
 
 #[derive(Debug)]
@@ -194,7 +194,7 @@ struct Task {
     /// It may be what brought an engine down: never on one engine with another that may.
     suspect: bool,
     /// What nodes found wrong with it, while another is to be asked.
-    rejection: Option<Rejection>,
+    rejection: Option<Box<Rejection>>,
     /// A node has taken it: whoever finds it wrong is wrong itself.
     taken: bool,
     attempts: Vec<AttemptRecord>,
@@ -267,8 +267,10 @@ pub struct ControlCore {
     ids_given: u64,
     registry: ServiceRegistry,
     index: PoolIndex,
-    /// The pools of each node as they were last shown and indexed.
-    synced: Lookup<NodeId, BTreeMap<PoolId, nodes::Synced>>,
+    /// The pools of each node that were last shown and indexed.
+    synced: Lookup<NodeId, BTreeMap<PoolId, PoolRow>>,
+    /// What is known of them beside the index, by their rows in it.
+    shown_pools: Vec<Option<nodes::Shown>>,
     /// Models for which a slot or a task has come.
     dirty: BTreeSet<ModelRef>,
     /// By their keys: the ids that clients choose, but for `renamed`.
@@ -294,8 +296,6 @@ pub struct ControlCore {
     /// When to look again at the lanes whose pools are not loaded; one time for each.
     load_alarms: BTreeSet<(Moment, ModelRef)>,
     load_alarm_of: BTreeMap<ModelRef, Moment>,
-    /// The pools that have served a task lately.
-    served: Lookup<PoolKey, Served>,
     /// Nodes whose pinned tasks are to be looked at.
     dirty_pins: BTreeSet<NodeId>,
     /// Models that no node has any more, and for which only tasks wait whose nodes are suspect.
@@ -342,6 +342,7 @@ impl ControlCore {
             ids_given: 0,
             registry: ServiceRegistry::new(settings),
             synced: Lookup::default(),
+            shown_pools: Vec::new(),
             dirty: BTreeSet::new(),
             tasks: Lookup::default(),
             renamed: BTreeMap::new(),
@@ -357,7 +358,6 @@ impl ControlCore {
             loads_asked: Lookup::default(),
             load_alarms: BTreeSet::new(),
             load_alarm_of: BTreeMap::new(),
-            served: Lookup::default(),
             dirty_pins: BTreeSet::new(),
             lapsed: BTreeSet::new(),
             leases: lanes::Leases::default(),
@@ -422,7 +422,9 @@ impl ControlCore {
             Event::Submit { reply, spec } => admitted = self.submit(now, reply, spec, &mut effects),
             Event::Cancel { reply, task_id } => self.cancel(now, reply, task_id, &mut effects),
             Event::Accepted { attempt, replica_id, report_seq } => {
-                self.registry.accepted(&attempt, report_seq);
+                if let Some(known) = self.attempts.get(&attempt) {
+                    self.registry.accepted(&known.pool, &attempt, report_seq);
+                }
                 self.shortages = 0;
                 if self.short_until.take().is_some() {
                     self.dirty.extend(self.queue.models().cloned());

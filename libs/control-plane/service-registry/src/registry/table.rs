@@ -18,7 +18,7 @@ use pool_registry_types::{Epoch, Lookup, Moment, NodeId, PoolId};
 use crate::breaker::Breaker;
 use crate::liveness::Evidence;
 use crate::mismatch::IndexMismatch;
-use crate::reservations::{ClosedAttempts, PoolBook};
+use crate::reservations::{Claims, ClosedAttempts, PoolBook};
 
 use super::places::{ByRegistrar, RegistrarNodes};
 
@@ -34,35 +34,38 @@ pub(super) enum Unshown {
     Anything,
 }
 
-/// A node as it is known.
+/// A node as it is known. What each event of its attempts reads stands together, first.
 #[derive(Debug)]
+#[repr(C)]
 pub(super) struct Node {
-    /// Whose place it takes, where those are bounded; changed by the table only.
-    pub(super) registrar: Option<Arc<str>>,
-    pub(super) request: RegisterRequest,
-    pub(super) epoch: Epoch,
+    pub(super) pools: BTreeMap<PoolId, PoolBook>,
+    /// On its slots.
+    pub(super) claims: Claims,
+    pub(super) closed: ClosedAttempts,
+    /// For its streams.
+    pub(super) breaker: Breaker,
+    /// Its number, which no other node has or had; the table's own.
+    pub(super) number: u64,
+    pub(super) unshown: Unshown,
     /// As the node says itself.
     pub(super) intent: Intent,
     /// What an operator asked for and the node has not reported yet.
     pub(super) wanted: Option<IntentOrder>,
+    /// Where it stands among the others; the table's own.
+    pub(super) entries: Entries,
     pub(super) labels: Arc<Labels>,
+    /// Whose place it takes, where those are bounded; changed by the table only.
+    pub(super) registrar: Option<Arc<str>>,
+    pub(super) request: RegisterRequest,
+    pub(super) evidence: Evidence,
+    pub(super) epoch: Epoch,
     pub(super) last_seq: Option<u64>,
     /// As its last report said.
     pub(super) tokens_changed: u64,
-    pub(super) evidence: Evidence,
-    pub(super) pools: BTreeMap<PoolId, PoolBook>,
     pub(super) gpus: Vec<GpuReport>,
     pub(super) models: Vec<StagedModel>,
-    /// As it was told last; absent where the node has none.
-    /// By its lanes.
+    /// By its lanes, as it was told last; empty where the node has none.
     pub(super) link: BTreeMap<u16, LinkView>,
-    /// For its streams.
-    pub(super) breaker: Breaker,
-    pub(super) closed: ClosedAttempts,
-    /// Its number, which no other node has or had, and where it stands among the others; the table's own.
-    pub(super) number: u64,
-    pub(super) entries: Entries,
-    pub(super) unshown: Unshown,
 }
 
 impl Node {
@@ -78,6 +81,11 @@ impl Node {
         self.wanted.as_ref().map_or((self.intent, 0), |wanted| (wanted.intent, wanted.number))
     }
 
+    /// As of its last change.
+    pub(super) fn liveness(&self) -> Liveness {
+        self.entries.liveness.unwrap_or_else(|| self.evidence.liveness())
+    }
+
     /// Draining as soon as either side says so, serving when both do.
     pub(super) fn effective_intent(&self, at_once: bool) -> Intent {
         match &self.wanted {
@@ -89,7 +97,9 @@ impl Node {
 
 /// Where one node stands in the ordered sets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
 pub(super) struct Entries {
+    liveness: Option<Liveness>,
     /// Its last heartbeat, while it may still fall silent.
     silence: Option<Moment>,
     /// Its last sign of life, while it is not offline.
@@ -100,7 +110,6 @@ pub(super) struct Entries {
     /// When the pause of its breaker ends.
     rest: Option<Moment>,
     silent: Option<Moment>,
-    liveness: Option<Liveness>,
     /// No dial has ever succeeded.
     never_dialled: bool,
 }
@@ -277,6 +286,23 @@ impl NodeTable {
         self.order.enter_place(id_of, node.registrar.as_ref(), node.entries, Entries::default());
         node.registrar = registrar;
         self.order.enter_place(id_of, node.registrar.as_ref(), Entries::default(), node.entries);
+    }
+
+    /// Changes what is given to a known node, which moves it in no order.
+    pub(super) fn change_claims<T>(&mut self, id: &NodeId, change: impl FnOnce(&mut Node) -> T) -> Option<T> {
+        let node = self.nodes.get_mut(id)?;
+        let result = change(node);
+        debug_assert_eq!(node.entries, Entries::of(node), "something else was changed");
+        if node.unshown == Unshown::Nothing {
+            self.unshown.insert(node.number, id.clone());
+        }
+        node.unshown = Unshown::Anything;
+        Some(result)
+    }
+
+    /// Takes the claims away from a node that is about to be another one.
+    pub(super) fn remove_claims(&mut self, id: &NodeId) -> Option<Claims> {
+        self.nodes.get_mut(id).map(|node| std::mem::take(&mut node.claims))
     }
 
     /// A known node gave a sign of life at `at`.

@@ -41,14 +41,14 @@ impl ControlCore {
         let task = self.tasks.get(&id)?;
         let (end, error) = match &task.stage {
             Stage::Queued | Stage::Running(_) => (None, None),
-            Stage::Ended { at, error, .. } => (Some(*at), error.clone()),
+            Stage::Ended { at, error, .. } => (Some(*at), error.as_deref().cloned()),
         };
         let attempts = task.attempts.iter().map(|record| AttemptView {
             attempt_id: record.id,
             node_id: record.pool.node_id.clone(),
             pool_id: record.pool.pool_id.clone(),
             replica_id: record.replica.clone(),
-            outcome: record.outcome.clone(),
+            outcome: record.outcome.clone().into_owned(),
         });
         let position = self.queue.position(&task.model, task.priority, task.number);
         Some(TaskRecord {

@@ -244,13 +244,15 @@ impl ControlCore {
         self.dirty.insert(task.model.clone());
         self.touched.insert(id);
         let again = task.last_dispatch.is_some();
-        let model = task.model.clone();
+        let (model, pinned) = (task.model.clone(), task.pinned_node().cloned());
         // A lane that has lapsed is looked at again for whoever comes to it.
         self.watch_lane(&model);
         if again {
             self.lane_changed(&model);
         }
-        self.hold_pin(id);
+        if let Some(node_id) = pinned {
+            self.hold_pin(node_id, id);
+        }
         self.task_changed(id, TaskState::Queued, None);
     }
 
@@ -333,7 +335,7 @@ impl ControlCore {
         effects: &mut Vec<Effect>,
     ) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
-        task.stage = Stage::Ended { at: now, state, error };
+        task.stage = Stage::Ended { at: now, state, error: error.map(Box::new) };
         task.spec = None;
         self.touched.insert(id);
         if let Some(session) = task.session {
