@@ -64,6 +64,11 @@ enum Chore {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
+    /// Both daemons with hostile and honest peers side by side: --seed S, --minutes N.
+    Soak {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+    },
     /// Make certificates for trying TLS out: a CA, the control plane's and each node's.
     Certs(certs::Options),
     /// Feed the parsers hostile inputs: needs a C++ compiler.
@@ -85,6 +90,7 @@ fn main() -> ExitCode {
         Chore::Tidy => tidy::run(),
         Chore::Sim { rest } => sim(&rest),
         Chore::Bench { rest } => bench(&rest),
+        Chore::Soak { rest } => soak(&rest),
         Chore::Fuzz(options) => fuzz::run(&options),
         Chore::Certs(options) => certs::run(&options),
         Chore::Engine => engine::python().map(|_| ()),
@@ -218,6 +224,14 @@ fn sim(rest: &[String]) -> Result<(), Failed> {
     // The features of the whole workspace, so that nothing is built twice, and of it this program.
     cargo(&["build", "--locked", "--quiet", "--workspace", "--bin", "sim"], "mend what the compiler says")?;
     steps::run(Command::new(up::target("debug").join("sim")).args(rest), "see the failing schedule above")
+}
+
+fn soak(rest: &[String]) -> Result<(), Failed> {
+    cargo(&["build", "--locked", "--quiet", "--workspace", "--bins"], "mend what the compiler says")?;
+    steps::run(
+        Command::new(up::target("debug").join("soak")).args(rest),
+        "see the invariants above that broke",
+    )
 }
 
 fn bench(rest: &[String]) -> Result<(), Failed> {

@@ -93,7 +93,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 
 /// Crates without clock, environment and disorder, and what they may use from outside.
 const PURE: &[(&str, &[&str])] = &[
-    ("pool-registry-types", &["foldhash", "serde", "serde_json", "thiserror", "utoipa", "uuid"]),
+    ("pool-registry-types", &["foldhash", "serde", "serde_json", "smol_str", "thiserror", "utoipa", "uuid"]),
     ("task-stream", &["bytes", "serde", "serde_json", "thiserror"]),
     ("attempt-link", &["bytes", "serde", "serde_json", "thiserror", "uuid"]),
     ("openai-gateway", &["bytes", "serde", "serde_json", "thiserror"]),
@@ -127,6 +127,10 @@ const OWNERS: &[(&str, &str)] = &[
     (
         "libs/shared/owned-tasks/src/threads.rs",
         "the threads for streams, each of which runs until the last handle goes",
+    ),
+    (
+        "libs/shared/owned-tasks/src/worker.rs",
+        "a thread whose work is caught piece by piece, and which runs until its handle goes",
     ),
     (
         "libs/shared/daemon-kit/src/telemetry.rs",

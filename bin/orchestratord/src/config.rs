@@ -69,6 +69,17 @@ pub(crate) struct Settings {
     /// Bytes that the streams of ended tasks take together at most; each is a byte of memory. 0 keeps none.
     #[arg(long, env = "ORCHESTRATORD_EVENT_LOG_BYTES", default_value_t = 32 * 1024 * 1024)]
     event_log_bytes: u64,
+    /// Bytes of requests that are read or wait for an engine at most, half of them of one token; beyond it
+    /// they answer `503 OVERLOADED`.
+    #[arg(long, env = "ORCHESTRATORD_QUEUE_BYTES", default_value_t = 128 * 1024 * 1024, value_parser = clap::value_parser!(u64).range(16 * 1024 * 1024..))]
+    queue_bytes: u64,
+    /// Bytes of the streams of tasks that have not ended, and of those that are read still, beyond which new
+    /// tasks answer `503 OVERLOADED`.
+    #[arg(long, env = "ORCHESTRATORD_LIVE_LOG_BYTES", default_value_t = 256 * 1024 * 1024, value_parser = clap::value_parser!(u64).range(1024 * 1024..))]
+    live_log_bytes: u64,
+    /// Seconds after which a connection is closed whose peer takes nothing of what is to be written.
+    #[arg(long, env = "ORCHESTRATORD_STALLED_WRITE_SECS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    stalled_write_secs: u64,
     /// Nodes that are known at a time at most; each with eight pools takes some 16 KB of memory.
     #[arg(long, env = "ORCHESTRATORD_MAX_NODES", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     max_nodes: u32,
@@ -166,6 +177,9 @@ pub(crate) struct Config {
     pub(crate) cloud_profile: bool,
     pub(crate) policy: Policy,
     pub(crate) event_log_bytes: usize,
+    pub(crate) queue_bytes: usize,
+    pub(crate) live_log_bytes: usize,
+    pub(crate) stalled_write: Duration,
     pub(crate) stream_threads: usize,
     pub(crate) data_dir: PathBuf,
     pub(crate) runtime_dir: PathBuf,
@@ -267,6 +281,9 @@ impl Daemon for Settings {
             cloud_profile: self.cloud_profile,
             policy,
             event_log_bytes: usize::try_from(self.event_log_bytes).unwrap_or(usize::MAX),
+            queue_bytes: usize::try_from(self.queue_bytes).unwrap_or(usize::MAX),
+            live_log_bytes: usize::try_from(self.live_log_bytes).unwrap_or(usize::MAX),
+            stalled_write: Duration::from_secs(self.stalled_write_secs),
             stream_threads: self.stream_threads.map_or_else(default_stream_threads, usize::from),
             data_dir: self.data_dir,
             runtime_dir: self.runtime_dir,
@@ -314,6 +331,8 @@ mod tests {
         assert_eq!(config.policy.timing.node_timeout, Duration::from_secs(30));
         assert_eq!((config.policy.max_nodes, config.policy.retained_tasks), (10_000, 10_000));
         assert_eq!(config.event_log_bytes, 32 << 20);
+        assert_eq!((config.queue_bytes, config.live_log_bytes), (128 << 20, 256 << 20));
+        assert_eq!(config.stalled_write, Duration::from_secs(600));
     }
 
     // CLOUD-1301
@@ -333,7 +352,7 @@ mod tests {
         assert!(error(&["--model-aliases", "a"]).contains("ORCHESTRATORD_MODEL_ALIASES"));
         assert!(error(&["--node-addresses", "10.0.0.0/99"]).contains("ORCHESTRATORD_NODE_ADDRESSES"));
         assert!(error(&["--session-max-turns", "0"]).contains("session-max-turns"));
-        for bound in ["max-nodes", "retained-tasks"] {
+        for bound in ["max-nodes", "retained-tasks", "queue-bytes", "live-log-bytes", "stalled-write-secs"] {
             assert!(error(&[&format!("--{bound}"), "0"]).contains(bound));
         }
         // No ended stream is kept.

@@ -50,6 +50,14 @@ fn links_of(page: &mut Page, links: &LinkTable) {
     }
 }
 
+/// Memory that clients fill, as its settings bound it.
+pub(crate) fn held(page: &mut Page, queue_bytes: usize, live_log_bytes: usize) {
+    let help = "Bytes of requests that are read or wait for an engine.";
+    page.gauge("llorch_queue_bytes", help, &[], queue_bytes as f64);
+    let help = "Bytes of the streams of tasks that have not ended, and of others that are read still.";
+    page.gauge("llorch_live_log_bytes", help, &[], live_log_bytes as f64);
+}
+
 pub(crate) fn page(
     facts: &Facts,
     paces: &AllPaces,

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use daemon_kit::config;
 use daemon_kit::telemetry::say_fatal;
-use daemon_kit::tokens::{self, TokenSet};
+use daemon_kit::tokens::{self, Scope, TokenSet};
 use jiff::Timestamp;
 use secrecy::ExposeSecret;
 
@@ -15,8 +15,15 @@ const LONGEST: u64 = 4096;
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Order {
-    /// Print a new token: 32 bytes of the system's randomness.
-    New,
+    /// Print a new token: 32 bytes of the system's randomness; with a scope, as an entry of a file.
+    New {
+        /// What it lets its holder do; more than one may be given.
+        #[arg(long, value_enum)]
+        scope: Vec<Scope>,
+        /// Whose it is: two tokens of one name are one holder's [default: the scope and the fingerprint].
+        #[arg(long, requires = "scope")]
+        name: Option<String>,
+    },
     /// Read a token from standard input, and print its fingerprint and its SHA-256.
     Fingerprint,
     /// Check a file of tokens, and print what it lets whom do.
@@ -25,7 +32,7 @@ pub(crate) enum Order {
 
 pub(crate) fn run(order: &Order) -> ExitCode {
     let done = match order {
-        Order::New => make(),
+        Order::New { scope, name } => make(scope, name.as_deref()),
         Order::Fingerprint => fingerprint(),
         Order::Check { file } => {
             TokenSet::read_file(file).and_then(|text| TokenSet::parse(None, Some(&text))).map_or_else(
@@ -48,9 +55,15 @@ pub(crate) fn run(order: &Order) -> ExitCode {
 
 type Done = Result<(), Box<dyn std::error::Error>>;
 
-fn make() -> Done {
+fn make(scopes: &[Scope], name: Option<&str>) -> Done {
     let token = tokens::generate()?;
-    config::print(token.expose_secret());
+    let Some(first) = scopes.first() else {
+        config::print(token.expose_secret());
+        return Ok(());
+    };
+    let own = || format!("{} {}", first.as_str(), tokens::fingerprint(token.expose_secret()));
+    let name = name.map_or_else(own, str::to_owned);
+    config::print(tokens::entry(&name, &token, scopes).expose_secret());
     Ok(())
 }
 
@@ -70,11 +83,17 @@ fn print_all(set: &TokenSet) {
     for holder in set.holders() {
         let scopes: Vec<&str> = holder.scopes().iter().map(|scope| scope.as_str()).collect();
         let node = holder.node_id.as_ref().map_or_else(String::new, |id| format!(" only as node {id}"));
+        let most = holder.max_nodes.map_or_else(String::new, |most| format!(" at most {most} nodes"));
         let end = match holder.expires {
             None => String::new(),
             Some(at) if holder.has_expired(now) => format!(" EXPIRED {at}"),
             Some(at) => format!(" until {at}"),
         };
-        config::print(&format!("{} {} {}{node}{end}", holder.fingerprint, holder.name, scopes.join(",")));
+        config::print(&format!(
+            "{} {} {}{node}{most}{end}",
+            holder.fingerprint,
+            holder.name,
+            scopes.join(",")
+        ));
     }
 }

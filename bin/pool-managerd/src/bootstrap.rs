@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use daemon_kit::auth::Gate;
-use daemon_kit::connections::{Counts, Streaming};
+use daemon_kit::connections::{ConnLimits, Counts, Streaming};
 use daemon_kit::front::{Front, FrontError, Shown};
 use daemon_kit::serve;
 use handoff_watcher::{HandoffWatcher, watch::WatchError};
@@ -124,7 +124,8 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let threads = StreamThreads::start(config.stream_threads).map_err(StartError::Threads)?;
     agent.stream_on(threads.clone());
     let streaming = Streaming { threads, is_stream: api::is_stream };
-    let shown = Shown { routes: api::router(node), gate, counts, streaming, open_routes };
+    let limits = ConnLimits::default();
+    let shown = Shown { routes: api::router(node), gate, counts, limits, streaming, open_routes };
     let server = front.serve(shown, &beside, &stop);
 
     serve::stop_signal().await;

@@ -1,6 +1,8 @@
 //! The link over HTTP: the routes as they are served, the node's agent behind them, and an engine of the
 //! test's own. The control plane's side speaks by the bodies and records that its lanes use.
 
+#![expect(clippy::disallowed_methods, reason = "what the test asks of its own daemon is read whole")]
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +17,7 @@ use axum::response::sse::{Event, Sse};
 use axum::routing::{get, post};
 use daemon_kit::Tokens;
 use daemon_kit::auth::Gate;
-use daemon_kit::connections::{Counts, Streaming};
+use daemon_kit::connections::{ConnLimits, Counts, Streaming};
 use daemon_kit::front::{Front, FrontSettings, Shown};
 use daemon_kit::tls::TlsPaths;
 use futures::stream;
@@ -111,6 +113,7 @@ async fn serve() -> Served {
         prefix: "POOL_MANAGERD",
         addr: "127.0.0.1:0".parse().unwrap(),
         metrics_addr: None,
+        max_connections: None,
         tls: TlsPaths::default(),
         audit_log: None,
     };
@@ -148,7 +151,9 @@ async fn serve() -> Served {
     let threads = StreamThreads::start(1).unwrap();
     agent.stream_on(threads.clone());
     let streaming = Streaming { threads, is_stream: api::is_stream };
-    let shown = Shown { routes: api::router(app), gate, counts, streaming, open_routes: Router::new() };
+    let limits = ConnLimits::default();
+    let shown =
+        Shown { routes: api::router(app), gate, counts, limits, streaming, open_routes: Router::new() };
     front.serve(shown, &TaskTracker::new(), &stop);
     let client = reqwest::Client::new();
     let served = Served { url, agent, client, tokens: tokens_file, stop, _changes: send, _folder: folder };

@@ -10,32 +10,34 @@ use e2e_cloud::process::{free_port, program};
 use e2e_cloud::{Client, Cluster, Options, Process, eventually};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
+use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use uuid::Uuid;
 
 /// Resident memory that a daemon may have under attack, MiB.
 const MOST_MIB: u64 = 150;
 
-fn resident_mib(pid: u32) -> u64 {
+pub(super) fn resident_mib(pid: u32) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process lives");
     let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("proc(5)");
     line.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).expect("a number") / 1024
 }
 
 /// Right requests all the while: how many, how slow, and how large the daemon became.
-struct Watch {
-    took: Vec<Duration>,
-    most_mib: u64,
+pub(super) struct Watch {
+    pub(super) took: Vec<Duration>,
+    pub(super) most_mib: u64,
 }
 
 impl Watch {
-    fn p99(&self) -> Duration {
+    pub(super) fn p99(&self) -> Duration {
         self.took[self.took.len() * 99 / 100]
     }
 }
 
 /// Asks `path` while the attack runs; each answer must be a good one.
-async fn right_requests_during<A>(
+pub(super) async fn right_requests_during<A>(
     client: &Client,
     path: &str,
     pid: u32,
@@ -205,6 +207,75 @@ async fn strangers_do_not_keep_a_daemon_from_answering_nor_fill_its_memory() {
     let transcript = cluster.client.run(cluster.task(4)).await;
     transcript.check();
     assert!(transcript.completed());
+}
+
+// CLOUD-2760
+// CLOUD-2761
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn idle_connections_without_a_token_lock_neither_operators_nor_nodes_out() {
+    let most = 64;
+    let control = vec![("ORCHESTRATORD_MAX_CONNECTIONS", most.to_string())];
+    let cluster = Cluster::start(Options { nodes: 1, control, ..Options::default() }).await;
+    let pid = cluster.control.as_ref().unwrap().pid();
+    let port = cluster.port;
+    let idle = async {
+        let mut held = Vec::new();
+        // Some of them ask, with no token that is known.
+        for n in 0..10 * most {
+            let mut socket = TcpStream::connect(("127.0.0.1", port)).await.expect("it listens");
+            if n % 4 == 0 {
+                let ask = b"GET /v2/nodes HTTP/1.1\r\nHost: localhost\r\n\r\n";
+                // It may be closed for another by now.
+                let _ = socket.write_all(ask).await;
+            }
+            held.push(socket);
+        }
+        // Nobody was a stranger before, and each of these comes on a connection of its own.
+        for _ in 0..20 {
+            let fresh = Client::new(&cluster.client.base, Some(TOKEN));
+            assert_eq!(fresh.get("/v2/nodes").await.expect("an answer").status(), 200);
+            let transcript = fresh.run(cluster.task(4)).await;
+            transcript.check();
+            assert!(transcript.completed());
+        }
+        held.len()
+    };
+    let (held, watch) = right_requests_during(&cluster.client, "/v2/nodes", pid, idle).await;
+    println!("{held} idle connections where {most} have room: p99 {} ms", watch.p99().as_millis());
+    let metrics = cluster.client.get("/metrics").await.unwrap().text().await.unwrap();
+    assert!(metrics.contains("llorch_closed_connections_total{why=\"over_limit\"} 0"), "{metrics}");
+    cluster.wait_online(0).await;
+}
+
+// CLOUD-2757
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_of_nodes_has_its_own_places_and_no_other() {
+    const NODES_TOKEN: &str = "test-token-of-invented-nodes";
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("tokens.toml");
+    let tokens =
+        [("autoscaler", NODES_TOKEN, "node"), ("operator", TOKEN, "admin")].map(|(name, token, scope)| {
+            format!("[[token]]\nname = \"{name}\"\ntoken = \"{token}\"\nscopes = [\"{scope}\"]\n")
+        });
+    std::fs::write(&file, tokens.concat()).unwrap();
+    let control = vec![("LLORCH_API_TOKEN_FILE", file.display().to_string())];
+    let cluster = Cluster::start(Options { nodes: 1, control, ..Options::default() }).await;
+    let register = async |client: &Client, name: String| {
+        let body = json!({
+            "node_id": name, "machine_id": "m", "boot_id": Uuid::new_v4(), "address": "http://127.0.0.1:9", "version": "0",
+        });
+        let answer = client.post("/v2/nodes/register", &body).await;
+        (answer.status().as_u16(), answer.text().await.unwrap())
+    };
+    let inventor = Client::new(&cluster.client.base, Some(NODES_TOKEN));
+    for n in 0..64 {
+        assert_eq!(register(&inventor, format!("invented-{n}")).await.0, 200, "{n}");
+    }
+    let (status, text) = register(&inventor, "invented-64".into()).await;
+    assert!(status == 429 && text.contains("RATE_LIMITED") && text.contains("autoscaler"), "{status} {text}");
+    assert_eq!(register(&cluster.client, "another".into()).await.0, 200, "another token has its own");
+    assert_eq!(register(&inventor, "invented-0".into()).await.0, 200, "one that is known comes again");
+    cluster.wait_online(0).await;
 }
 
 /// How many lines of its log a daemon has lost, by its metrics.

@@ -7,6 +7,7 @@
 
 mod hosts;
 mod load;
+mod loss;
 mod old;
 
 use std::pin::pin;

@@ -97,6 +97,7 @@ fn supervised(pool: &Value, count: &str) -> u64 {
 const MINUTE: Duration = Duration::from_secs(60);
 
 // CLOUD-2401
+// CLOUD-2709
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_engine_is_started_again_while_its_neighbour_serves() {
     let pools = real_engine::pool("pool-a", "tiny-a", "") + &real_engine::pool("pool-b", "tiny-b", "");
@@ -120,6 +121,12 @@ async fn a_killed_engine_is_started_again_while_its_neighbour_serves() {
     let logs = cluster.node_client(0).get("/v2/pools/pool-a/logs").await.unwrap();
     assert_eq!(logs.status(), 200);
     assert!(logs.text().await.unwrap().contains("listening http://127.0.0.1:"));
+    // By the control plane too.
+    let logs = cluster.client.get("/v2/pools/pool-a/logs").await.unwrap();
+    assert_eq!(logs.status(), 200);
+    assert!(logs.text().await.unwrap().contains("listening http://127.0.0.1:"));
+    let unknown = cluster.client.get("/v2/pools/pool-a/logs?replica_id=nobody").await.unwrap();
+    assert_eq!(unknown.status(), 404);
 }
 
 // CLOUD-2412

@@ -14,17 +14,20 @@ use test_certs::{TestCa, Validity};
 
 /// What a route needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Need {
+pub(crate) enum Need {
     Open,
     Any,
     Client,
+    /// A client, or an operator.
+    Look,
     Node,
     /// What the control plane asks of its nodes.
     Control,
+    Operator,
     Admin,
 }
 
-const CONTROL_PLANE: &[(&str, Need)] = &[
+pub(crate) const CONTROL_PLANE: &[(&str, Need)] = &[
     ("DELETE /v2/catalog/models/{model_id}", Need::Admin),
     ("DELETE /v2/nodes/{node_id}", Need::Node),
     ("DELETE /v2/sessions/{session_id}", Need::Client),
@@ -35,35 +38,36 @@ const CONTROL_PLANE: &[(&str, Need)] = &[
     ("GET /nowhere", Need::Any),
     ("GET /openapi.json", Need::Any),
     ("GET /v2/artifacts/{digest}", Need::Client),
-    ("GET /v2/catalog/availability", Need::Client),
-    ("GET /v2/catalog/models", Need::Client),
-    ("GET /v2/catalog/models/{model_id}", Need::Client),
-    ("GET /v2/events", Need::Client),
+    ("GET /v2/catalog/availability", Need::Look),
+    ("GET /v2/catalog/models", Need::Look),
+    ("GET /v2/catalog/models/{model_id}", Need::Look),
+    ("GET /v2/events", Need::Look),
     ("GET /v2/meta/capabilities", Need::Any),
     ("GET /v2/meta/version", Need::Any),
-    ("GET /v2/nodes", Need::Client),
-    ("GET /v2/nodes/{node_id}", Need::Client),
-    ("GET /v2/pools", Need::Client),
-    ("GET /v2/pools/{pool_id}/health", Need::Client),
-    ("GET /v2/sessions/{session_id}", Need::Client),
-    ("GET /v2/tasks", Need::Client),
-    ("GET /v2/tasks/{task_id}", Need::Client),
+    ("GET /v2/nodes", Need::Look),
+    ("GET /v2/nodes/{node_id}", Need::Look),
+    ("GET /v2/pools", Need::Look),
+    ("GET /v2/pools/{pool_id}/health", Need::Look),
+    ("GET /v2/pools/{pool_id}/logs", Need::Operator),
+    ("GET /v2/sessions/{session_id}", Need::Look),
+    ("GET /v2/tasks", Need::Look),
+    ("GET /v2/tasks/{task_id}", Need::Look),
     ("GET /v2/tasks/{task_id}/events", Need::Client),
-    ("GET /v2/tasks/{task_id}/explain", Need::Client),
+    ("GET /v2/tasks/{task_id}/explain", Need::Look),
     ("POST /v2/artifacts", Need::Client),
     ("POST /v2/catalog/models", Need::Admin),
     ("POST /v2/catalog/models/{model_id}/state", Need::Admin),
     ("POST /v2/catalog/models/{model_id}/verify", Need::Admin),
     ("POST /v2/nodes/register", Need::Node),
-    ("POST /v2/nodes/{node_id}/drain", Need::Admin),
+    ("POST /v2/nodes/{node_id}/drain", Need::Operator),
     ("POST /v2/nodes/{node_id}/heartbeat", Need::Node),
-    ("POST /v2/nodes/{node_id}/resume", Need::Admin),
-    ("POST /v2/placement/explain", Need::Client),
-    ("POST /v2/pools/{pool_id}/drain", Need::Admin),
+    ("POST /v2/nodes/{node_id}/resume", Need::Operator),
+    ("POST /v2/placement/explain", Need::Look),
+    ("POST /v2/pools/{pool_id}/drain", Need::Operator),
     ("POST /v2/pools/{pool_id}/purge", Need::Admin),
-    ("POST /v2/pools/{pool_id}/reload", Need::Admin),
+    ("POST /v2/pools/{pool_id}/reload", Need::Operator),
     ("POST /v2/tasks", Need::Client),
-    ("POST /v2/tasks/{task_id}/cancel", Need::Client),
+    ("POST /v2/tasks/{task_id}/cancel", Need::Look),
 ];
 
 const NODE: &[(&str, Need)] = &[
@@ -92,6 +96,7 @@ const UNDOCUMENTED: [&str; 3] = ["GET /docs", "GET /nowhere", "GET /openapi.json
 const CLIENT_TOKEN: &str = "test-token-of-a-client";
 const NODE_TOKEN: &str = "test-token-of-node-7";
 const OTHER_NODE_TOKEN: &str = "test-token-of-node-8";
+const OPERATOR_TOKEN: &str = "test-token-of-an-operator";
 const CONTROL_TOKEN: &str = "test-token-of-the-control-plane";
 const EXPIRED_TOKEN: &str = "test-token-expired";
 
@@ -99,9 +104,10 @@ fn token_file() -> String {
     let entry = |name: &str, token: &str, rest: &str| {
         format!("[[token]]\nname = \"{name}\"\ntoken = \"{token}\"\n{rest}\n")
     };
-    entry("operator", TOKEN, "scopes = [\"admin\"]")
+    entry("admin", TOKEN, "scopes = [\"admin\"]")
         + &entry("control", CONTROL_TOKEN, "scopes = [\"control\"]")
         + &entry("client", CLIENT_TOKEN, "scopes = [\"client\"]")
+        + &entry("operator", OPERATOR_TOKEN, "scopes = [\"operator\"]")
         + &entry("seven", NODE_TOKEN, "scopes = [\"node\"]\nnode_id = \"gpu-node-7\"")
         + &entry("eight", OTHER_NODE_TOKEN, "scopes = [\"node\"]\nnode_id = \"gpu-node-8\"")
         + &entry("old", EXPIRED_TOKEN, "scopes = [\"admin\"]\nexpires = 2026-01-01T00:00:00Z")
@@ -158,6 +164,7 @@ async fn check(base: &str, operation: &str, need: Need) {
         ("client", Some(CLIENT_TOKEN)),
         ("node", Some(NODE_TOKEN)),
         ("control", Some(CONTROL_TOKEN)),
+        ("operator", Some(OPERATOR_TOKEN)),
         ("admin", Some(TOKEN)),
         ("wrong node", Some(OTHER_NODE_TOKEN)),
     ];
@@ -169,7 +176,8 @@ async fn check(base: &str, operation: &str, need: Need) {
             (_, "none") => Some((401, "MISSING_TOKEN")),
             (_, "bad" | "expired") => Some((401, "BAD_TOKEN")),
             (Need::Any, _) | (_, "admin") => None,
-            (Need::Client, "client") | (Need::Node, "node") | (Need::Control, "control") => None,
+            (Need::Client | Need::Look, "client") | (Need::Look | Need::Operator, "operator") => None,
+            (Need::Node, "node") | (Need::Control, "control") => None,
             _ => Some((403, "FORBIDDEN")),
         };
         match expected {

@@ -35,6 +35,8 @@ pub struct Transcript {
     /// Name, id and data of each event.
     pub events: Vec<(String, Option<String>, Value)>,
     pub first_token_after: Option<Duration>,
+    /// When each token came.
+    pub tokens_at: Vec<Instant>,
     /// When the first token of an attempt after the first one came.
     pub replaced_at: Option<Instant>,
     /// When the reader saw the stream end.
@@ -278,8 +280,9 @@ async fn read(response: Response, start: Instant, at_most: usize) -> Transcript 
             decoder.push(&bytes);
             while let Some(frame) = decoder.next_frame().expect("an event stream") {
                 let Some(data) = &frame.data else { continue };
-                if frame.event == "token" && transcript.first_token_after.is_none() {
-                    transcript.first_token_after = Some(start.elapsed());
+                if frame.event == "token" {
+                    transcript.first_token_after.get_or_insert_with(|| start.elapsed());
+                    transcript.tokens_at.push(Instant::now());
                 }
                 let data: Value = serde_json::from_str(data).expect("JSON in every event");
                 // It comes together with the attempt's first token.

@@ -137,6 +137,15 @@ impl Network {
         self.switch.run("nft delete table bridge cut");
     }
 
+    /// From now on one packet of so many is lost, at random, between any two hosts.
+    pub fn lose_one_in(&self, packets: u32) {
+        self.switch.run(&format!(
+            "nft 'add table bridge loss; \
+             add chain bridge loss forward {{ type filter hook forward priority 0; }}; \
+             add rule bridge loss forward numgen random mod {packets} == 0 drop'"
+        ));
+    }
+
     /// Resets the connections between hosts that stand; new ones pass.
     pub fn reset(&self) {
         self.control.run(&format!("ss --kill --numeric --tcp state established dst {NETWORK}"));

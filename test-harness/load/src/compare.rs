@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use e2e_cloud::{Cluster, eventually};
+use e2e_cloud::{Client, Cluster, eventually};
 use futures::future::join_all;
 use serde_json::json;
 use tokio::task::JoinHandle;
@@ -265,6 +265,29 @@ impl Comparison<'_> {
         }
         rows.extend(self.resident(&format!("after {MEMORY_SECONDS} s of one-token requests"), 64.0));
         rows
+    }
+
+    /// The longest turns on threads for streams in all that was measured, as the daemons time them: CPU
+    /// time of one turn in 64.
+    pub(crate) async fn longest_turns(&self) -> [Row; 2] {
+        const NAME: &str = "llorch_longest_poll_seconds";
+        let longest = async |client: Client| {
+            let page = client.get("/metrics").await.expect("an answer").text().await.expect("text");
+            let value =
+                page.lines().find(|line| line.starts_with(NAME)).and_then(|line| line.rsplit(' ').next());
+            value.and_then(|value| value.parse::<f64>().ok()).expect("the metric") * 1e3
+        };
+        let control = longest(self.cluster.client.clone()).await;
+        let nodes = (0..self.cluster.nodes.len()).map(|n| longest(self.cluster.node_client(n)));
+        let nodes = join_all(nodes).await.into_iter().fold(0.0, f64::max);
+        [("orchestratord", control), ("of all pool-managerd", nodes)].map(|(who, ms)| {
+            Row::new(
+                format!("longest turn of a thread for streams, {who}, ms"),
+                ms,
+                f64::NAN,
+                Target::Most(1.0),
+            )
+        })
     }
 
     fn resident(&self, when: &str, most: f64) -> Vec<Row> {

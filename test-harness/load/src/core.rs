@@ -306,7 +306,7 @@ impl Fleet {
             capabilities: Capabilities::default(),
             features: Vec::new(),
         };
-        Event::Register { reply: self.reply(), request }
+        Event::Register { reply: self.reply(), request, registrar: None }
     }
 
     fn probed(&self, node: usize) -> Event {

@@ -134,6 +134,7 @@ async fn compare(comparison: &Comparison<'_>, wanted: &[Measurement]) {
             Measurement::Heartbeats => {}
         }
     }
+    rows.extend(comparison.longest_turns().await);
     table::print(&rows);
 }
 

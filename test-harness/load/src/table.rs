@@ -11,7 +11,7 @@ pub(crate) enum Target {
     Above(f64),
 }
 
-/// One figure of both.
+/// One figure of both; HAProxy's may be absent, as NaN.
 #[derive(Debug)]
 pub(crate) struct Row {
     what: String,
@@ -34,12 +34,15 @@ impl Row {
             Target::Above(more) => (format!("HAProxy + {more}"), *ours <= haproxy + more),
         };
         let met = if is_met { "yes" } else { "no" };
-        [what.clone(), figure(*ours), figure(*haproxy), format!("{ratio:.2}"), aim, met.to_owned()]
+        [what.clone(), figure(*ours), figure(*haproxy), figure(ratio), aim, met.to_owned()]
     }
 }
 
-/// With as many places as its size needs.
+/// With as many places as its size needs; a dash where there is none.
 fn figure(value: f64) -> String {
+    if value.is_nan() {
+        return "-".to_owned();
+    }
     if value.abs() < 10.0 { format!("{value:.2}") } else { format!("{value:.1}") }
 }
 

@@ -131,7 +131,7 @@ pub(crate) async fn verify(
 
 /// A retired model gets no task any more; those that wait for it end.
 #[utoipa::path(post, path = paths::CATALOG_MODEL_STATE, tag = "catalog", params(("model_id" = ModelRef, Path)), request_body = NewState,
-    responses((status = 200, body = ModelEntry), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody)))]
+    responses((status = 200, body = ModelEntry), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn set_state(
     State(state): State<AppState>,
     PathId(id): PathId<ModelRef>,

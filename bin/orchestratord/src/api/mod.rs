@@ -2,6 +2,7 @@
 
 pub(crate) mod artifacts;
 pub(crate) mod catalog;
+mod holders;
 pub(crate) mod meta;
 pub(crate) mod nodes;
 pub(crate) mod observe;

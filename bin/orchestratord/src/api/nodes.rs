@@ -3,14 +3,14 @@
 use axum::Json;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
-use daemon_kit::{ApiError, Body, Caller, OwnNode, PathId};
+use daemon_kit::{ApiError, Caller, NodeBody, OwnNode, PathId};
 use pool_registry_types::node::{
     Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, RegisterAnswer, RegisterRequest,
 };
-use pool_registry_types::placement::MAX_CONSTRAINTS;
 use pool_registry_types::view::{ClusterView, NodeView};
 use pool_registry_types::{Epoch, ErrorBody, ErrorCode, NodeId, routes as paths};
 use serde::Deserialize;
+use task_scheduler::Registrar;
 use utoipa::IntoParams;
 
 use super::checked;
@@ -27,18 +27,30 @@ fn require_cloud(state: &AppState) -> Result<(), ApiError> {
 
 /// All nodes: what is observed of them and what they report, at most 100 ms old.
 #[utoipa::path(get, path = paths::NODES, tag = "nodes", responses((status = 200, body = ClusterView), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
-pub(crate) async fn list(State(state): State<AppState>) -> Result<Json<ClusterView>, ApiError> {
-    Ok(Json(state.service_registry.view().await?.view()))
+pub(crate) async fn list(
+    State(state): State<AppState>,
+    caller: Caller,
+) -> Result<Json<ClusterView>, ApiError> {
+    let mut view = state.service_registry.view().await?.view();
+    view.nodes.iter_mut().for_each(|node| show(&state, &caller, node));
+    Ok(Json(view))
+}
+
+/// A client is shown its own attempts only.
+fn show(state: &AppState, caller: &Caller, node: &mut NodeView) {
+    if !caller.sees_all() {
+        state.control.published.show_own(caller.holder_id(), node);
+    }
 }
 
 /// A node joins, or joins again. Idempotent.
 #[utoipa::path(post, path = paths::NODE_REGISTER, tag = "nodes", request_body = RegisterRequest,
     responses((status = 200, body = RegisterAnswer), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
+        (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 429, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn register(
     State(state): State<AppState>,
     caller: Caller,
-    Body(request): Body<RegisterRequest>,
+    NodeBody(mut request): NodeBody<RegisterRequest>,
 ) -> Result<Json<RegisterAnswer>, ApiError> {
     require_cloud(&state)?;
     caller.authorize_node(&request.node_id)?;
@@ -46,11 +58,15 @@ pub(crate) async fn register(
         .node_addresses
         .check(&request.address)
         .map_err(|why| ApiError::new(ErrorCode::InvalidParams, format!("address: {why}")))?;
-    if request.labels.len() > MAX_CONSTRAINTS {
-        return Err(ApiError::new(ErrorCode::InvalidParams, format!("labels: at most {MAX_CONSTRAINTS}")));
-    }
+    request.check()?;
+    request.cut_texts();
     let node_id = request.node_id.clone();
-    let answer = state.control.register(request).await.inspect_err(|error| {
+    let bounded = caller.holder.as_ref().and_then(|holder| holder.max_nodes.map(|most| (holder, most)));
+    let registrar = bounded.map(|(holder, max_nodes)| Registrar {
+        name: holder.name.as_str().into(),
+        max_nodes: usize::try_from(max_nodes).unwrap_or(usize::MAX),
+    });
+    let answer = state.control.register(request, registrar).await.inspect_err(|error| {
         tracing::warn!(%node_id, code = %error.code, reason = error.message, "a registration was refused");
     })?;
     tracing::info!(%node_id, epoch = %answer.epoch, "a node registered");
@@ -65,9 +81,11 @@ pub(crate) async fn register(
 pub(crate) async fn heartbeat(
     State(state): State<AppState>,
     OwnNode(id): OwnNode,
-    Body(beat): Body<Heartbeat>,
+    NodeBody(mut beat): NodeBody<Heartbeat>,
 ) -> Result<Json<HeartbeatAnswer>, ApiError> {
     require_cloud(&state)?;
+    beat.check()?;
+    beat.cut_texts();
     Ok(Json(state.control.heartbeat(id, beat).await?))
 }
 
@@ -102,8 +120,11 @@ pub(crate) async fn deregister(
 pub(crate) async fn get(
     State(state): State<AppState>,
     PathId(id): PathId<NodeId>,
+    caller: Caller,
 ) -> Result<Json<NodeView>, ApiError> {
-    Ok(Json(state.service_registry.node(&id).await?))
+    let mut node = state.service_registry.node(&id).await?;
+    show(&state, &caller, &mut node);
+    Ok(Json(node))
 }
 
 /// The node takes no new work from now on, until it is resumed; what runs there may finish.

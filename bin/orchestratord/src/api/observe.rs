@@ -10,8 +10,9 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use daemon_kit::{ApiError, Caller};
 use pool_registry_types::sse::{write_comment, write_frame};
-use pool_registry_types::{ErrorBody, ErrorCode, routes as paths};
+use pool_registry_types::{ErrorBody, ErrorCode, HolderId, routes as paths};
 use tokio::sync::broadcast::error::RecvError;
+use tokio::time::Instant;
 
 use crate::app::state::AppState;
 use crate::metrics;
@@ -46,24 +47,36 @@ pub(crate) async fn metrics(State(state): State<AppState>) -> Result<Response, A
     let view = state.service_registry.view().await?;
     let links = state.relays.link.links().map(|links| &*links.table);
     let mut page = metrics::page(&facts, &paces, &view, links);
+    metrics::held(&mut page, state.bodies.clients.held(), state.streams.live_bytes());
     Ok(page.edge(state.tokens.refusals(), &state.connections, &[]).process(&[]).render())
 }
 
 /// Pause between two comments on a quiet stream.
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(10);
 
-/// Changes of nodes, pools and tasks as they happen from now on. Whoever reads too slowly is told
-/// with an event `missed` how many were lost, and looks at the lists again. Ends with the token.
+/// Changes of nodes, pools and tasks as they happen from now on; a client hears of its own tasks only.
+/// Whoever reads too slowly is told with an event `missed` how many were lost, and looks at the lists
+/// again. Ends with the token.
 #[utoipa::path(get, path = paths::EVENTS, tag = "observe", responses((status = 200, content_type = "text/event-stream"), (status = 401, body = ErrorBody)))]
 pub(crate) async fn events(State(state): State<AppState>, caller: Caller) -> Response {
     let following = (state.control.follow(), state.tokens.clone(), caller);
     let stream = futures::stream::unfold(following, |(mut changes, tokens, caller)| async move {
-        if !tokens.still_admit(&caller) {
-            return None;
-        }
+        let keep_alive_at = Instant::now() + KEEP_ALIVE_EVERY;
+        let is_anothers = |of: Option<HolderId>| {
+            !caller.sees_all() && of.is_some_and(|holder| holder != caller.holder_id())
+        };
+        let change = loop {
+            if !tokens.still_admit(&caller) {
+                return None;
+            }
+            match tokio::time::timeout_at(keep_alive_at, changes.recv()).await {
+                Ok(Ok((holder, _))) if is_anothers(holder) => {}
+                change => break change,
+            }
+        };
         let mut out = Vec::with_capacity(256);
-        match tokio::time::timeout(KEEP_ALIVE_EVERY, changes.recv()).await {
-            Ok(Ok(change)) => {
+        match change {
+            Ok(Ok((_, change))) => {
                 let data = serde_json::to_string(&change).unwrap_or_default();
                 write_frame(&mut out, None, change.name(), &data);
             }

@@ -1,19 +1,27 @@
 //! Pools: list, health, and the orders that are handed over to their node.
 
+use std::time::Duration;
+
 use axum::Json;
+use axum::body::Body as HttpBody;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
-use axum::http::StatusCode;
-use daemon_kit::{ApiError, Body, PathId};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use daemon_kit::{ApiError, Body, Caller, PathId};
+use futures::StreamExt;
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
 use pool_registry_types::view::{PoolList, PoolOfNode};
-use pool_registry_types::{ErrorBody, NodeId, PoolId, routes as paths};
+use pool_registry_types::{ErrorBody, NodeId, PoolId, ReplicaId, routes as paths};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::checked;
 use crate::app::state::AppState;
 use crate::services::link::PoolOrder;
+
+/// Pause between two looks at the token of whoever follows a log.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Which of several pools of one name.
 #[derive(Debug, Deserialize, IntoParams)]
@@ -82,6 +90,7 @@ pub(crate) async fn reload(
     query: NodeQuery,
     Body(reload): Body<PoolReload>,
 ) -> Ordered {
+    reload.check()?;
     order(&state, id, query, PoolOrder::Reload(reload)).await
 }
 
@@ -96,4 +105,52 @@ pub(crate) async fn purge(
     Body(purge): Body<PoolPurge>,
 ) -> Ordered {
     order(&state, id, query, PoolOrder::Purge(purge)).await
+}
+
+/// Which log.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct Log {
+    /// Needed where several nodes have a pool of this name.
+    #[param(value_type = NodeId, required = false)]
+    node_id: Option<NodeId>,
+    /// Needed where the pool has several replicas.
+    #[param(value_type = ReplicaId, required = false)]
+    replica_id: Option<ReplicaId>,
+    /// Goes on until whoever asked goes away.
+    #[serde(default)]
+    follow: bool,
+}
+
+/// What an engine of the pool has written last, as its node has it. A log that is followed ends with the
+/// token.
+#[utoipa::path(get, path = paths::POOL_LOGS, tag = "pools", params(("pool_id" = PoolId, Path), Log),
+    responses((status = 200, content_type = "text/plain"), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn logs(
+    State(state): State<AppState>,
+    PathId(id): PathId<PoolId>,
+    caller: Caller,
+    query: Result<Query<Log>, QueryRejection>,
+) -> Result<Response, ApiError> {
+    let Log { node_id, replica_id, follow } = checked(query)?;
+    let (pool, address) = state.service_registry.pool(&id, node_id.as_ref()).await?;
+    let pieces = state.relays.link.pool_logs(&address, &id, replica_id.as_ref(), follow).await;
+    let pieces = pieces.map_err(|mut error| {
+        error.node_id.get_or_insert(pool.node_id);
+        error
+    })?;
+    let following = (pieces, state.tokens.clone(), caller);
+    let stream = futures::stream::unfold(following, |(mut pieces, tokens, caller)| async move {
+        while tokens.still_admit(&caller) {
+            // A piece that comes late is not lost.
+            if let Ok(piece) = tokio::time::timeout(LOOK_EVERY, pieces.next()).await {
+                let piece = piece?.map_err(|broken| std::io::Error::other(broken.to_string()));
+                return Some((piece, (pieces, tokens, caller)));
+            }
+        }
+        None
+    });
+    let kind = [(header::CONTENT_TYPE, "text/plain; charset=utf-8"), (header::CACHE_CONTROL, "no-store")];
+    Ok((StatusCode::OK, kind, HttpBody::from_stream(stream)).into_response())
 }

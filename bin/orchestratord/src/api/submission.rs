@@ -18,9 +18,9 @@ pub(super) fn facts(request: &mut TaskRequest, caller: &Caller, ids: &RequestIds
     request.task_id = given;
     let task_id = given.unwrap_or_else(|| TaskId(Uuid::new_v4()));
     let holder = caller.holder.as_deref();
-    let caller =
-        holder.map(|who| TaskCaller { name: who.name.clone(), fingerprint: who.fingerprint.clone() });
-    TaskSpec::of(request, task_id, digest, caller, ids.trace())
+    let shown = holder.map(|who| TaskCaller { name: who.name.clone(), fingerprint: who.fingerprint.clone() });
+    let spec = TaskSpec::of(request, task_id, digest, shown, ids.trace());
+    TaskSpec { holder: caller.holder_id(), ..spec }
 }
 
 /// What a node needs of the request, as the client wrote it and with its defaults.
@@ -33,7 +33,9 @@ pub(super) fn payload(request: TaskRequest) -> Payload {
         reasoning: Reasoning::Keep,
         ..request
     };
-    let bytes = serde_json::to_vec(&task).expect("a task request is always JSON");
+    let mut bytes = serde_json::to_vec(&task).expect("a task request is always JSON");
+    // It may wait for long, and is counted as long as it is.
+    bytes.shrink_to_fit();
     Payload { format: PayloadFormat::Native, bytes: bytes.into() }
 }
 

@@ -8,15 +8,16 @@ use axum::extract::{Extension, Query, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use daemon_kit::correlation::RequestIds;
-use daemon_kit::{ApiError, Body, Caller, PathId, stream_body};
+use daemon_kit::{ApiError, Body, Caller, CountedBody, PathId, stream_body};
 use pool_registry_types::placement::Explanation;
 use pool_registry_types::routes::headers;
 use pool_registry_types::task::{TaskAccepted, TaskPage, TaskRequest, TaskState, TaskView};
 use pool_registry_types::{ErrorBody, ErrorCode, ModelRef, NodeId, TaskId, routes as paths};
 use serde::Deserialize;
-use task_scheduler::TaskFilter;
+use task_scheduler::{TaskFilter, TaskRecord};
 use utoipa::IntoParams;
 
+use super::holders::{self, OfHolder, Reach};
 use super::{checked, defect, submission};
 use crate::app::state::AppState;
 use crate::services::readers::{self, Gauge};
@@ -35,15 +36,19 @@ pub(crate) async fn submit(
     headers: HeaderMap,
     caller: Caller,
     Extension(ids): Extension<RequestIds>,
-    Body(mut request): Body<TaskRequest>,
+    CountedBody(mut request, mut held): CountedBody<TaskRequest>,
 ) -> Result<Response, ApiError> {
     request.check()?;
     let spec = submission::facts(&mut request, &caller, &ids);
-    let task_id = spec.task_id;
+    let (task_id, holder) = (spec.task_id, spec.holder);
     // Whoever attaches to a task that is there has no other one.
-    let known = state.streams.get(task_id).is_some() || state.control.published.task(task_id).is_some();
+    let known = state.control.published.task(holder, task_id).is_some();
+    if !known {
+        state.streams.check_room()?;
+    }
     let permit = if known { None } else { state.quota.task(&caller)? };
     let payload = submission::payload(request);
+    held.set(payload.bytes.len());
     let threads = &state.relays.threads;
     let wants_stream = wants_stream(&headers);
     // Where its submitter reads it, or else where there is the least to do.
@@ -51,16 +56,19 @@ pub(crate) async fn submit(
     // Whoever hangs up now may have been admitted: the task has its place all the same.
     let (control, streams) = (state.control.clone(), Arc::clone(&state.streams));
     let admission = owned_tasks::uninterrupted("admission of a task", async move {
-        let answer = control.submit(spec, payload, thread).await?;
-        if let Some(permit) = permit {
-            streams.hold_permit(task_id, permit);
+        let answer = control.submit(spec, payload, held, thread).await?;
+        let record = control.published.task(holder, task_id);
+        if let Some((record, permit)) = record.zip(permit) {
+            streams.hold_permit(record.key, permit);
         }
         Ok::<_, ErrorBody>(answer)
     });
     let answered = admission.await.map_err(|_| defect())?;
     let accepted = answered?;
     let mut response = if wants_stream {
-        stream(&state, task_id, None, false).await?
+        let record = state.control.published.task(holder, task_id);
+        let record = record.ok_or_else(|| holders::no_task(task_id))?;
+        stream(&state, &caller, &record, None, false).await?
     } else {
         (StatusCode::ACCEPTED, Json(accepted)).into_response()
     };
@@ -76,20 +84,22 @@ fn wants_stream(map: &HeaderMap) -> bool {
 }
 
 /// The task's state and attempts.
-#[utoipa::path(get, path = paths::TASK, tag = "tasks", params(("task_id" = Uuid, Path)),
-    responses((status = 200, body = TaskView), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
+#[utoipa::path(get, path = paths::TASK, tag = "tasks", params(("task_id" = Uuid, Path), OfHolder),
+    responses((status = 200, body = TaskView), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn get(
     State(state): State<AppState>,
     PathId(id): PathId<TaskId>,
+    caller: Caller,
+    of: Result<Query<OfHolder>, QueryRejection>,
 ) -> Result<Json<TaskView>, ApiError> {
     let published = &state.control.published;
-    let unknown = || ApiError::new(ErrorCode::NotFound, format!("no task {id}"));
-    let record = published.task(id).ok_or_else(unknown)?;
+    let record = holders::task(&state, &caller, Reach::Metadata, id, &checked(of)?)?;
     let position = match record.state {
         TaskState::Queued => published.queue_position(&record).await?,
         _ => None,
     };
-    Ok(Json(record.view(published.now(), position)))
+    let holder = caller.sees_all().then(|| state.tokens.name_of(record.holder)).flatten();
+    Ok(Json(TaskView { holder, ..record.view(published.now(), position) }))
 }
 
 /// What a list of tasks shows.
@@ -103,6 +113,9 @@ pub(crate) struct Listing {
     node_id: Option<NodeId>,
     #[param(value_type = ModelRef, required = false)]
     model: Option<ModelRef>,
+    /// By its name; those of all where it is absent. Whoever sees its own tasks only is shown those.
+    #[param(value_type = String, required = false)]
+    holder: Option<String>,
     /// The `next` of the page before.
     #[param(value_type = Uuid, required = false)]
     after: Option<TaskId>,
@@ -116,15 +129,21 @@ pub(crate) struct Listing {
     responses((status = 200, body = TaskPage), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,
+    caller: Caller,
     listing: Result<Query<Listing>, QueryRejection>,
 ) -> Result<Json<TaskPage>, ApiError> {
-    let Listing { state: of_state, node_id, model, after, limit } = checked(listing)?;
+    let Listing { state: of_state, node_id, model, holder, after, limit } = checked(listing)?;
     let limit = limit.unwrap_or(PAGE);
     if !(1..=MAX_PAGE).contains(&limit) {
         let message = format!("limit: must be between 1 and {MAX_PAGE}");
         return Err(ApiError::new(ErrorCode::InvalidParams, message));
     }
-    let filter = TaskFilter { state: of_state, node_id, model };
+    let holder = if caller.sees_all() {
+        holder.map(|name| state.tokens.holder_named(&name))
+    } else {
+        Some(caller.holder_id())
+    };
+    let filter = TaskFilter { holder, state: of_state, node_id, model };
     let published = &state.control.published;
     let below = match after {
         None => u64::MAX,
@@ -133,20 +152,28 @@ pub(crate) async fn list(
                 let message = format!("after: task {id} is not kept any more");
                 ApiError::new(ErrorCode::NotFound, message)
             };
-            published.task(id).ok_or_else(unknown)?.number
+            let last = match holder {
+                Some(holder) => published.task(holder, id),
+                None => published.task_by_key(id),
+            };
+            last.ok_or_else(unknown)?.number
         }
     };
-    Ok(Json(published.list().await?.page(published.now(), &filter, below, limit)))
+    let name = |of| caller.sees_all().then(|| state.tokens.name_of(of)).flatten();
+    Ok(Json(published.list().await?.page(published.now(), &filter, below, limit, name)))
 }
 
 /// What every pool says to a task that has not ended.
-#[utoipa::path(get, path = paths::TASK_EXPLAIN, tag = "tasks", params(("task_id" = Uuid, Path)),
-    responses((status = 200, body = Explanation), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
+#[utoipa::path(get, path = paths::TASK_EXPLAIN, tag = "tasks", params(("task_id" = Uuid, Path), OfHolder),
+    responses((status = 200, body = Explanation), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn explain(
     State(state): State<AppState>,
     PathId(id): PathId<TaskId>,
+    caller: Caller,
+    of: Result<Query<OfHolder>, QueryRejection>,
 ) -> Result<Json<Explanation>, ApiError> {
-    Ok(Json(state.control.explain(id).await?))
+    let record = holders::task(&state, &caller, Reach::Metadata, id, &checked(of)?)?;
+    Ok(Json(state.control.explain(record.key).await?))
 }
 
 /// The same for a request that is not submitted: a dry run.
@@ -169,6 +196,10 @@ pub(crate) struct Reading {
     /// With `metrics` each second also while the task runs.
     #[serde(default)]
     verbose: bool,
+    /// The name of the task's holder: needed where several have one of this id, and whoever asks sees
+    /// them all.
+    #[param(value_type = String, required = false)]
+    holder: Option<String>,
 }
 
 /// The task's events from the start, or after `Last-Event-ID`. Many may read. `token` and `reasoning`
@@ -176,39 +207,51 @@ pub(crate) struct Reading {
 #[utoipa::path(get, path = paths::TASK_EVENTS, tag = "tasks",
     params(("task_id" = Uuid, Path), Reading, ("Last-Event-ID" = Option<String>, Header, description = "id of the last event that was seen")),
     responses((status = 200, content_type = "text/event-stream"), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 404, body = ErrorBody), (status = 410, body = ErrorBody)))]
+        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 410, body = ErrorBody)))]
 pub(crate) async fn events(
     State(state): State<AppState>,
     PathId(id): PathId<TaskId>,
+    caller: Caller,
     reading: Result<Query<Reading>, QueryRejection>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let Reading { verbose } = checked(reading)?;
+    let Reading { verbose, holder } = checked(reading)?;
+    let record = holders::task(&state, &caller, Reach::Contents, id, &OfHolder { holder })?;
     let last = headers.get("last-event-id").map(|value| value.to_str().unwrap_or("unreadable"));
-    stream(&state, id, last, verbose).await
+    stream(&state, &caller, &record, last, verbose).await
 }
 
 async fn stream(
     state: &AppState,
-    id: TaskId,
+    caller: &Caller,
+    task: &TaskRecord,
     last_event_id: Option<&str>,
     verbose: bool,
 ) -> Result<Response, ApiError> {
     let gauge = Gauge::new(state.control.clone(), verbose);
-    let (stream, next) = state.streams.find(id, last_event_id)?;
-    let permit = stream.reader()?;
-    let body = stream_body(readers::follow(stream, permit, next, id, gauge)).await;
+    let (stream, next) =
+        state.streams.find(task.key, last_event_id).map_err(|error| known_by(task, error))?;
+    let permit = stream.reader(caller)?;
+    let body = stream_body(readers::follow(stream, permit, next, task.key, gauge)).await;
     let kind = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
     Ok((StatusCode::OK, kind, body).into_response())
 }
 
+/// A task that went meanwhile is not found under the id that its holder knows.
+fn known_by(task: &TaskRecord, error: ErrorBody) -> ErrorBody {
+    if error.code == ErrorCode::NotFound { holders::no_task(task.id) } else { error }
+}
+
 /// Ends the task. Nothing but its terminal `error CANCELED` follows the answer.
-#[utoipa::path(post, path = paths::TASK_CANCEL, tag = "tasks", params(("task_id" = Uuid, Path)),
-    responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
+#[utoipa::path(post, path = paths::TASK_CANCEL, tag = "tasks", params(("task_id" = Uuid, Path), OfHolder),
+    responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn cancel(
     State(state): State<AppState>,
     PathId(id): PathId<TaskId>,
+    caller: Caller,
+    of: Result<Query<OfHolder>, QueryRejection>,
 ) -> Result<StatusCode, ApiError> {
-    state.control.cancel(id).await?;
+    let record = holders::task(&state, &caller, Reach::Metadata, id, &checked(of)?)?;
+    state.control.cancel(record.key).await.map_err(|error| known_by(&record, error))?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use daemon_kit::auth::{Gate, Shapes};
-use daemon_kit::connections::{Counts, Streaming};
+use daemon_kit::byte_budget::{BodyBudgets, ByteBudget};
+use daemon_kit::connections::{ConnLimits, Counts, Streaming};
 use daemon_kit::front::{Front, FrontError, Shown};
 use daemon_kit::quota::Quota;
 use daemon_kit::{Clock, serve};
 use handoff_watcher::watch::WatchError;
-use owned_tasks::StreamThreads;
+use owned_tasks::{StreamThreads, Worker};
 use task_scheduler::{ControlCore, Event};
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -31,8 +32,14 @@ use crate::services::placement;
 use crate::services::registry::ServiceRegistryHandle;
 use crate::services::streams::Streams;
 
+/// Bytes of nodes' requests that are read at a time, half of them of one token.
+const NODE_BODY_BYTES: usize = 32 * 1024 * 1024;
+
 /// How often a stopping daemon looks whether its tasks have ended.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// Artifacts that wait to be written or read at most; each may hold 4 MiB. Source: .specs/01 CLOUD-2758.
+const WAITING_ARTIFACTS: usize = 16;
 
 /// What links are waited for at the end; each waits for less.
 const LINKS_BOUND: Duration = Duration::from_secs(2);
@@ -50,6 +57,8 @@ pub(crate) enum StartError {
     Client(#[from] reqwest::Error),
     #[error("ORCHESTRATORD_STREAM_THREADS: a thread cannot be started: {0}")]
     Threads(#[source] io::Error),
+    #[error("the thread for artifacts cannot be started: {0}")]
+    Worker(#[source] io::Error),
     #[error("the control loop ended by a defect, see the log")]
     LoopEnded,
     #[error("serving failed")]
@@ -65,16 +74,15 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let catalog = Arc::new(Catalog::open(&config.data_dir)?);
     let home = (!config.cloud_profile).then(|| Home::new(interval, &config.runtime_dir, front.loops.clone()));
     let clock = Clock::default();
+    let threads = StreamThreads::start(config.stream_threads).map_err(StartError::Threads)?;
     let (link, drivers) = match &home {
         Some(home) => (NodeLink::Local(home.node.clone()), Vec::new()),
         None => {
-            let threads = config.stream_threads;
-            let (http, drivers) = HttpLink::new(&front.tls.client, tokens.clone(), clock, threads)?;
+            let (http, drivers) = HttpLink::new(&front.tls.client, tokens.clone(), clock, &threads)?;
             (NodeLink::Http(Box::new(http)), drivers)
         }
     };
-    let threads = StreamThreads::start(config.stream_threads).map_err(StartError::Threads)?;
-    let streams = Arc::new(Streams::new(config.event_log_bytes));
+    let streams = Arc::new(Streams::new(config.event_log_bytes, config.live_log_bytes));
     let relays = Arc::new(Relays { clock, link, streams: Arc::clone(&streams), threads: threads.clone() });
     let strategy = config.policy.strategy.as_str();
     let core = ControlCore::new(config.policy, Uuid::new_v4().as_u64_pair().0);
@@ -124,9 +132,14 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         catalog_order: Arc::default(),
         artifacts: Arc::new(Artifacts::new(&config.data_dir)),
         gateway: config.gateway,
+        artifact_worker: Worker::start("artifacts", WAITING_ARTIFACTS).map_err(StartError::Worker)?,
         cloud_profile: config.cloud_profile,
         node_addresses: Arc::new(config.node_addresses),
         quota: Arc::clone(&quota),
+        bodies: Arc::new(BodyBudgets {
+            clients: ByteBudget::new(config.queue_bytes),
+            nodes: ByteBudget::new(NODE_BODY_BYTES),
+        }),
         tokens: tokens.clone(),
         connections: Arc::clone(&counts),
         loops: front.loops.clone(),
@@ -151,7 +164,8 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     state.loops.start(&tracker, "changes of tokens", &stop, telling);
     let open_routes = router::metrics(state.clone());
     let streaming = Streaming { threads, is_stream: router::is_stream };
-    let shown = Shown { routes: router::router(state), gate, counts, streaming, open_routes };
+    let limits = ConnLimits { stalled: config.stalled_write, ..ConnLimits::default() };
+    let shown = Shown { routes: router::router(state), gate, counts, limits, streaming, open_routes };
     let server = front.serve(shown, &tracker, &stop);
 
     tokio::pin!(deciding);

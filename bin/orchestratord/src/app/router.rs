@@ -1,6 +1,9 @@
 //! All routes with their document, made from the same handlers.
 
+use std::sync::Arc;
+
 use axum::Router;
+use axum::extract::Extension;
 use axum::http::{Method, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
@@ -56,6 +59,7 @@ fn parts() -> (Router<AppState>, utoipa::openapi::OpenApi) {
         .routes(routes!(pools::drain))
         .routes(routes!(pools::reload))
         .routes(routes!(pools::purge))
+        .routes(routes!(pools::logs))
         .routes(routes!(catalog::availability))
         .routes(routes!(catalog::create, catalog::list))
         .routes(routes!(catalog::get, catalog::delete))
@@ -93,6 +97,7 @@ pub(crate) fn router(state: AppState) -> Router {
     let json = complete(&document);
     let page = SwaggerUi::new(paths::API_PAGE).config(Config::new([paths::OPENAPI]));
     let page: Router<AppState> = page.into();
+    let bodies = Arc::clone(&state.bodies);
     routes
         .route(
             paths::OPENAPI,
@@ -100,8 +105,12 @@ pub(crate) fn router(state: AppState) -> Router {
         )
         .merge(page)
         .route(&format!("{}/swagger-initializer.js", paths::API_PAGE), get(initializer))
+        .layer(Extension(bodies))
         .with_state(state)
 }
+
+/// What a client is shown of its own, and an operator of everything.
+const LOOK: Need = Need::Either([Scope::Client, Scope::Operator]);
 
 /// What each route needs. What is not named needs everything.
 pub(crate) fn needs(method: &Method, path: &str) -> Need {
@@ -111,16 +120,10 @@ pub(crate) fn needs(method: &Method, path: &str) -> Need {
         paths::NODE_REGISTER | paths::NODE_HEARTBEAT => Need::Scope(Scope::Node),
         // A node leaves by itself; an operator may send it away.
         paths::NODE if *method == Method::DELETE => Need::Scope(Scope::Node),
+        paths::TASK | paths::TASK_CANCEL | paths::TASK_EXPLAIN | paths::PLACEMENT_EXPLAIN => LOOK,
         paths::TASKS
-        | paths::TASK
-        | paths::TASK_EVENTS
-        | paths::TASK_CANCEL
-        | paths::TASK_EXPLAIN
-        | paths::PLACEMENT_EXPLAIN
         | paths::SESSION
-        | paths::ARTIFACTS
-        | paths::ARTIFACT => Need::Scope(Scope::Client),
-        paths::NODES
+        | paths::NODES
         | paths::NODE
         | paths::POOLS
         | paths::POOL_HEALTH
@@ -130,7 +133,14 @@ pub(crate) fn needs(method: &Method, path: &str) -> Need {
         | paths::EVENTS
             if reads =>
         {
+            LOOK
+        }
+        paths::TASKS | paths::TASK_EVENTS | paths::SESSION | paths::ARTIFACTS | paths::ARTIFACT => {
             Need::Scope(Scope::Client)
+        }
+        paths::POOL_LOGS if reads => Need::Scope(Scope::Operator),
+        paths::NODE_DRAIN | paths::NODE_RESUME | paths::POOL_DRAIN | paths::POOL_RELOAD => {
+            Need::Scope(Scope::Operator)
         }
         // The routes of engines, and the list of their models.
         _ if v1::is_ours(path) => Need::Scope(Scope::Client),
@@ -165,6 +175,40 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
+
+    // CLOUD-2700
+    #[test]
+    fn an_operator_looks_drains_resumes_reloads_and_cancels_and_does_nothing_else() {
+        let admits = |method: &Method, path: &str| match needs(method, path) {
+            Need::Open | Need::Any => true,
+            Need::Scope(scope) => scope == Scope::Operator,
+            Need::Either(scopes) => scopes.contains(&Scope::Operator),
+        };
+        let (mut reads, mut orders) = (Vec::new(), Vec::new());
+        let (_, document) = parts();
+        for (path, item) in &document.paths.paths {
+            // The probes are open in every daemon.
+            if item.get.is_some() && !path.starts_with("/health") && !admits(&Method::GET, path) {
+                reads.push(path.as_str());
+            }
+            if item.post.is_some() && admits(&Method::POST, path) {
+                orders.push(path.as_str());
+            }
+            assert!(item.delete.is_none() || !admits(&Method::DELETE, path), "DELETE {path}");
+        }
+        reads.sort_unstable();
+        orders.sort_unstable();
+        assert_eq!(reads, [paths::ARTIFACT, paths::TASK_EVENTS], "contents are not an operator's");
+        let may = [
+            paths::NODE_DRAIN,
+            paths::NODE_RESUME,
+            paths::PLACEMENT_EXPLAIN,
+            paths::POOL_DRAIN,
+            paths::POOL_RELOAD,
+            paths::TASK_CANCEL,
+        ];
+        assert_eq!(orders, may);
+    }
 
     // CLOUD-2840
     #[test]

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use daemon_kit::Tokens;
+use daemon_kit::byte_budget::BodyBudgets;
 use daemon_kit::connections::Counts;
 use daemon_kit::quota::Quota;
-use owned_tasks::Loops;
+use owned_tasks::{Loops, Worker};
 
 use crate::services::addresses::NodeAddresses;
 use crate::services::artifacts::Artifacts;
@@ -33,10 +34,14 @@ pub(crate) struct App {
     pub(crate) catalog_order: Arc<tokio::sync::Mutex<()>>,
     pub(crate) artifacts: Arc<Artifacts>,
     pub(crate) gateway: Gateway,
+    /// On which they are written and read.
+    pub(crate) artifact_worker: Worker,
     pub(crate) cloud_profile: bool,
     pub(crate) node_addresses: Arc<NodeAddresses>,
     /// What one token may have at once.
     pub(crate) quota: Arc<Quota>,
+    /// What requests may take of memory.
+    pub(crate) bodies: Arc<BodyBudgets>,
     pub(crate) tokens: Tokens,
     pub(crate) connections: Arc<Counts>,
     pub(crate) loops: Loops,

@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use daemon_kit::Clock;
+use daemon_kit::byte_budget::HeldBytes;
 use owned_tasks::StreamThread;
 use pool_registry_types::node::{
     Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, RegisterAnswer, RegisterRequest,
@@ -15,8 +16,8 @@ use pool_registry_types::node::{
 use pool_registry_types::placement::Explanation;
 use pool_registry_types::task::TaskAccepted;
 use pool_registry_types::view::ClusterChange;
-use pool_registry_types::{Epoch, ErrorBody, ErrorCode, NodeId, SessionId, TaskId};
-use task_scheduler::{Answer, Event, ReplyTo};
+use pool_registry_types::{Epoch, ErrorBody, ErrorCode, HolderId, NodeId, SessionKey, TaskId};
+use task_scheduler::{Answer, Event, Registrar, ReplyTo};
 use task_stream::{Payload, TaskSpec};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
@@ -30,13 +31,16 @@ const QUESTIONS: usize = 64;
 /// Changes that a follower may lag behind before it misses some.
 const CHANGES: usize = 4096;
 
+/// What changes in the cluster; of a task with whose it is.
+pub(crate) type Change = (Option<HolderId>, ClusterChange);
+
 /// The core's answer to a call, on its way to whoever made it.
 pub(super) type Reply = oneshot::Sender<Result<Answer, ErrorBody>>;
 
 pub(super) enum Message {
     Event(Event),
     Call { event: Box<dyn FnOnce(ReplyTo) -> Event + Send>, reply: Reply },
-    Submit { spec: Box<TaskSpec>, payload: Payload, thread: StreamThread, reply: Reply },
+    Submit { spec: Box<TaskSpec>, payload: Payload, held: HeldBytes, thread: StreamThread, reply: Reply },
 }
 
 pub(super) enum Question {
@@ -77,7 +81,7 @@ pub(crate) fn mailbox(clock: Clock) -> (Control, Inbox) {
 pub(crate) struct Control {
     mailbox: mpsc::Sender<Message>,
     questions: mpsc::Sender<Question>,
-    changes: broadcast::Sender<ClusterChange>,
+    changes: broadcast::Sender<Change>,
     /// What readers are answered from, without the loop.
     pub(crate) published: Arc<Published>,
 }
@@ -108,8 +112,13 @@ impl Control {
 
     // ---- calls: errors are the decision's own, `OVERLOADED`, and `DRAINING` where the loop has ended ----
 
-    pub(crate) async fn register(&self, request: RegisterRequest) -> Result<RegisterAnswer, ErrorBody> {
-        match self.call(|reply| Event::Register { reply, request }).await? {
+    /// `registrar`: whose place the node takes, where those are bounded.
+    pub(crate) async fn register(
+        &self,
+        request: RegisterRequest,
+        registrar: Option<Registrar>,
+    ) -> Result<RegisterAnswer, ErrorBody> {
+        match self.call(|reply| Event::Register { reply, request, registrar }).await? {
             Answer::Registered(answer) => Ok(answer),
             other => Err(unexpected(&other)),
         }
@@ -141,23 +150,24 @@ impl Control {
         }
     }
 
-    /// Submits a task. The payload is kept with the task's log, if it gets one, and its stream lives on
-    /// the thread.
+    /// Submits a task. The payload is kept, and counted, with the task's log, if it gets one, and its
+    /// stream lives on the thread.
     pub(crate) async fn submit(
         &self,
         spec: TaskSpec,
         payload: Payload,
+        held: HeldBytes,
         thread: StreamThread,
     ) -> Result<TaskAccepted, ErrorBody> {
         let (reply, answer) = oneshot::channel();
-        let message = Message::Submit { spec: Box::new(spec), payload, thread, reply };
+        let message = Message::Submit { spec: Box::new(spec), payload, held, thread, reply };
         match self.answered(message, answer).await? {
             Answer::Submitted(accepted) => Ok(accepted),
             other => Err(unexpected(&other)),
         }
     }
 
-    /// Nothing but a terminal `CANCELED` follows in the task's log once this has returned well.
+    /// By the task's key. Nothing but a terminal `CANCELED` follows in the task's log once this has returned well.
     pub(crate) async fn cancel(&self, task_id: TaskId) -> Result<(), ErrorBody> {
         match self.call(move |reply| Event::Cancel { reply, task_id }).await? {
             Answer::Canceled => Ok(()),
@@ -165,8 +175,8 @@ impl Control {
         }
     }
 
-    pub(crate) async fn delete_session(&self, session_id: SessionId) -> Result<(), ErrorBody> {
-        match self.call(move |reply| Event::DeleteSession { reply, session_id }).await? {
+    pub(crate) async fn delete_session(&self, session: SessionKey) -> Result<(), ErrorBody> {
+        match self.call(move |reply| Event::DeleteSession { reply, session }).await? {
             Answer::SessionDeleted => Ok(()),
             other => Err(unexpected(&other)),
         }
@@ -174,6 +184,7 @@ impl Control {
 
     // ---- questions ----
 
+    /// By the task's key.
     pub(crate) async fn explain(&self, id: TaskId) -> Result<Explanation, ErrorBody> {
         self.ask(|reply| Question::Explain(id, reply)).await?
     }
@@ -185,12 +196,12 @@ impl Control {
     // ---- followers ----
 
     /// What changes in the cluster from now on.
-    pub(crate) fn follow(&self) -> broadcast::Receiver<ClusterChange> {
+    pub(crate) fn follow(&self) -> broadcast::Receiver<Change> {
         self.changes.subscribe()
     }
 
     /// For those who follow.
-    pub(super) fn publish(&self, change: ClusterChange) {
+    pub(super) fn publish(&self, change: Change) {
         // Without followers nobody is told.
         let _ = self.changes.send(change);
     }

@@ -103,7 +103,7 @@ struct InProcess {
 
 impl ControlPlane for InProcess {
     async fn register(&self, request: RegisterRequest) -> Result<RegisterAnswer, CallError> {
-        self.control.register(request).await.map_err(CallError::Refused)
+        self.control.register(request, None).await.map_err(CallError::Refused)
     }
 
     async fn heartbeat(&self, node_id: &NodeId, beat: Heartbeat) -> Result<HeartbeatAnswer, CallError> {

@@ -8,6 +8,8 @@ mod lanes;
 mod links;
 #[cfg(test)]
 mod loopback_tests;
+mod names;
+mod pool_order;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -18,15 +20,17 @@ use bytes::Bytes;
 use daemon_kit::tls::{self, ClientTls, Connector};
 use daemon_kit::{Clock, Tokens};
 use futures::{Stream, StreamExt};
-use http_body_util::{BodyExt, BodyStream};
+use http_body_util::BodyStream;
 use hyper::Request;
 use hyper::header::{self, HeaderValue};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use node_agent::{AttemptReader, Node, PassedRequest, RecordReader, Retention};
-use owned_tasks::{Panicked, StreamThread};
+use node_registration::body::read_at_most;
+use owned_tasks::{Panicked, StreamThread, StreamThreads};
+use pool_registry_types::limits::MAX_ANSWER_BYTES;
 use pool_registry_types::node::{IntentOrder, LiveAnswer};
-use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
+use pool_registry_types::pool::PoolOrdered;
 use pool_registry_types::routes::{self, headers};
 use pool_registry_types::task::Resume;
 use pool_registry_types::{ErrorBody, ErrorCode, LifeId, PoolId, ReplicaId, TraceContext};
@@ -40,6 +44,8 @@ use calls::{Clients, fresh, kept};
 pub(crate) use driver::Driver;
 use lanes::Lanes;
 pub(crate) use links::{AttemptSink, LinkTable, LinkedAttempt, Links};
+use names::NodeNames;
+pub(crate) use pool_order::PoolOrder;
 
 /// Bound of connecting to a node. Source: .specs/01 CLOUD-1501.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -47,6 +53,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Bound of an order to a node, connecting included.
 const ORDER_TIMEOUT: Duration = Duration::from_secs(5);
+/// So long a log is handed on at most.
+const LOG_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 /// A connection of a link on which so long nothing is acknowledged is broken.
 const LINK_USER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest error body of a node that is read, bytes.
@@ -74,8 +82,8 @@ pub(crate) enum LinkError {
     Defect(#[from] Panicked),
 }
 
-/// The bytes of an attempt; an error is a broken connection.
-type Frames = Pin<Box<dyn Stream<Item = Result<Bytes, LinkError>> + Send>>;
+/// The bytes of an attempt, or of a log; an error is a broken connection.
+pub(crate) type Frames = Pin<Box<dyn Stream<Item = Result<Bytes, LinkError>> + Send>>;
 
 /// A node took an attempt.
 pub(crate) struct Taken {
@@ -249,23 +257,56 @@ impl NodeLink {
         };
         let (path, body) = order.call();
         let path = routes::of_pool(path, pool_id);
-        let unavailable = |reason: String| {
-            ErrorBody::new(ErrorCode::NodeUnavailable, format!("the node does not answer: {reason}"))
-        };
         let response =
             http.order(address, &path, &body).await.map_err(|error| unavailable(error.to_string()))?;
         let status = response.status();
-        let body = http_body_util::Limited::new(reqwest::Body::from(response), MAX_ERROR_BYTES);
-        let bytes = body.collect().await.map_err(|error| unavailable(error.to_string()))?.to_bytes();
+        let bytes = short_body(response).await?;
         if status.is_success() {
             return serde_json::from_slice(&bytes).map_err(|error| unavailable(error.to_string()));
         }
-        match serde_json::from_slice::<ErrorBody>(&bytes) {
-            // Our own token is not the one it wants: nothing that whoever asked could mend.
-            Ok(refused) if status.as_u16() == 401 => Err(unavailable(refused.to_string())),
-            Ok(refused) => Err(refused),
-            Err(_) => Err(unavailable("something else answers there".into())),
+        Err(refusal(status.as_u16(), &bytes))
+    }
+
+    /// What an engine of one of the node's pools has written, as the node hands it out. Errors: the
+    /// node's own, and `NODE_UNAVAILABLE` when it does not answer.
+    pub(crate) async fn pool_logs(
+        &self,
+        address: &str,
+        pool_id: &PoolId,
+        replica_id: Option<&ReplicaId>,
+        follow: bool,
+    ) -> Result<Frames, ErrorBody> {
+        let http = match self {
+            Self::Http(http) => http,
+            Self::Local(_) => {
+                // It starts none.
+                let message = format!("no engine of pool {pool_id} has written here");
+                return Err(ErrorBody::new(ErrorCode::NotFound, message));
+            }
+        };
+        // What an id may hold needs no escape.
+        let replica = replica_id.map(|id| format!("&replica_id={id}")).unwrap_or_default();
+        let path = routes::of_pool(routes::POOL_LOGS, pool_id);
+        let url = format!("{address}{path}?follow={follow}{replica}");
+        let mut call = http.probes.get(url).timeout(LOG_TIMEOUT);
+        if let Some(value) = http.tokens.authorization() {
+            call = call.header(header::AUTHORIZATION, value);
         }
+        let answered = tokio::time::timeout(ORDER_TIMEOUT, call.send()).await;
+        let response = answered
+            .map_err(|_| unavailable(format!("no answer within {} s", ORDER_TIMEOUT.as_secs())))?
+            .map_err(|error| unavailable(LinkError::NoAnswer(error.without_url()).to_string()))?;
+        let status = response.status();
+        if !status.is_success() {
+            return Err(refusal(status.as_u16(), &short_body(response).await?));
+        }
+        let pieces = BodyStream::new(reqwest::Body::from(response)).filter_map(|piece| async move {
+            match piece {
+                Ok(frame) => frame.into_data().ok().map(Ok),
+                Err(error) => Some(Err(LinkError::NoAnswer(error.without_url()))),
+            }
+        });
+        Ok(Box::pin(pieces))
     }
 
     /// Dials the node on a fresh connection, and where that is wanted asks whether it lets us in.
@@ -281,26 +322,26 @@ impl NodeLink {
     }
 }
 
-/// What an operator orders of a pool.
-#[derive(Debug, Clone)]
-pub(crate) enum PoolOrder {
-    Drain(PoolDrain),
-    Reload(PoolReload),
-    Purge(PoolPurge),
-    /// A task waits for the pool.
-    Load,
+fn unavailable(reason: String) -> ErrorBody {
+    ErrorBody::new(ErrorCode::NodeUnavailable, format!("the node does not answer: {reason}"))
 }
 
-impl PoolOrder {
-    fn call(&self) -> (&'static str, serde_json::Value) {
-        let json = |body: Result<_, _>| body.unwrap_or_default();
-        match self {
-            Self::Drain(drain) => (routes::POOL_DRAIN, json(serde_json::to_value(drain))),
-            Self::Reload(reload) => (routes::POOL_RELOAD, json(serde_json::to_value(reload))),
-            Self::Purge(purge) => (routes::POOL_PURGE, json(serde_json::to_value(purge))),
-            Self::Load => (routes::POOL_LOAD, serde_json::json!({})),
-        }
-    }
+/// The whole of an answer that is not long.
+async fn short_body(response: reqwest::Response) -> Result<Bytes, ErrorBody> {
+    let body = read_at_most(reqwest::Body::from(response), MAX_ANSWER_BYTES);
+    let read = tokio::time::timeout(ORDER_TIMEOUT, body).await;
+    let read = read.map_err(|_| unavailable("its answer has no end".into()))?;
+    read.map_err(|error| unavailable(tls::explain(&error)))
+}
+
+/// Why a node has refused what it was asked for.
+fn refusal(status: u16, body: &[u8]) -> ErrorBody {
+    let Ok(mut refused) = serde_json::from_slice::<ErrorBody>(body) else {
+        return unavailable("something else answers there".into());
+    };
+    refused.cut();
+    // Our own token is not the one it wants: nothing that whoever asked could mend.
+    if status == 401 { unavailable(refused.to_string()) } else { refused }
 }
 
 /// Nodes behind HTTP.
@@ -317,13 +358,15 @@ pub(crate) struct HttpLink {
 
 impl HttpLink {
     /// The first of the tokens is sent. Links are what the drivers, which are to be run, make of them,
-    /// one on each thread for streams.
+    /// one on each thread for streams; names are resolved there.
     pub(crate) fn new(
         tls: &ClientTls,
         tokens: Tokens,
         clock: Clock,
-        threads: usize,
+        threads: &StreamThreads,
     ) -> Result<(Self, Vec<Driver>), reqwest::Error> {
+        let names = NodeNames(threads.first().handle().clone());
+        let threads = threads.iter().count();
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
@@ -337,6 +380,7 @@ impl HttpLink {
         let probes = reqwest::Client::builder()
             .pool_max_idle_per_host(0)
             .timeout(PROBE_TIMEOUT)
+            .dns_resolver(Arc::new(names))
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none());
         let probes = tls.reqwest(probes).build()?;
@@ -375,10 +419,10 @@ impl HttpLink {
         };
         let status = response.status();
         if !status.is_success() {
-            let limited = http_body_util::Limited::new(response.into_body(), MAX_ERROR_BYTES);
+            let body = read_at_most(response.into_body(), MAX_ERROR_BYTES);
             // The status says the most: what stalls after it is not waited for.
-            let body = tokio::time::timeout(ERROR_BODY_TIMEOUT, limited.collect()).await;
-            let bytes = body.ok().and_then(Result::ok).map(|body| body.to_bytes()).unwrap_or_default();
+            let body = tokio::time::timeout(ERROR_BODY_TIMEOUT, body).await;
+            let bytes = body.ok().and_then(Result::ok).unwrap_or_default();
             return Err(HowEnded::answered(status.as_u16(), serde_json::from_slice(&bytes).ok()));
         }
         let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
@@ -432,7 +476,7 @@ impl HttpLink {
             let reason = format!("its health call answers HTTP {}", response.status().as_u16());
             return Err(Unprobed::Node(reason));
         }
-        response.json().await.map_err(|_| Unprobed::Node("something else answers there".into()))
+        live_answer(response).await.ok_or_else(|| Unprobed::Node("something else answers there".into()))
     }
 
     /// Whether the node lets the control plane in, on a route that needs the token that an attempt
@@ -446,6 +490,12 @@ impl HttpLink {
         let status = response.status();
         Ok(if status.is_success() { Ok(()) } else { Err(Denied(denial(status.as_u16(), None))) })
     }
+}
+
+/// Who answers at an address; nothing where something else does.
+async fn live_answer(response: reqwest::Response) -> Option<LiveAnswer> {
+    let body = read_at_most(reqwest::Body::from(response), MAX_ANSWER_BYTES).await.ok()?;
+    serde_json::from_slice(&body).ok()
 }
 
 /// One attempt as a request.
@@ -512,10 +562,14 @@ fn was_not_sent(error: &hyper_util::client::legacy::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use task_stream::PayloadFormat;
 
     use super::*;
     use crate::services::attempt_body::tests::{dispatch, spec};
+
+    const PIECE: &[u8] = &[b' '; 16 * 1024];
 
     // CLOUD-1146
     #[test]
@@ -535,6 +589,26 @@ mod tests {
             assert_eq!(call.headers()["x-correlation-id"], "c-1");
             assert!(!call.headers().contains_key(header::AUTHORIZATION));
         }
+    }
+
+    // CLOUD-2720
+    #[tokio::test]
+    async fn an_answer_to_a_probe_that_does_not_end_is_read_no_further_than_its_bound() {
+        let sent = Arc::new(AtomicUsize::new(0));
+        let pieces = futures::stream::repeat_with({
+            let sent = Arc::clone(&sent);
+            move || {
+                let all = sent.fetch_add(PIECE.len(), Ordering::Relaxed) + PIECE.len();
+                // It is endless for whoever stops in time.
+                if all < 64 * MAX_ANSWER_BYTES { Ok(Bytes::from_static(PIECE)) } else { Err("read too far") }
+            }
+        });
+        let answer = hyper::Response::new(reqwest::Body::wrap_stream(pieces));
+        assert_eq!(live_answer(answer.into()).await, None);
+        assert!(sent.load(Ordering::Relaxed) <= MAX_ANSWER_BYTES + 2 * PIECE.len(), "{sent:?}");
+        let live = r#"{"node_id":"a","boot_id":"7f3b1c52-64a5-4c56-9e1e-0a3e0f3d2b11","newer":1}"#;
+        let answer = hyper::Response::new(reqwest::Body::from(live));
+        assert_eq!(live_answer(answer.into()).await.unwrap().node_id.as_str(), "a");
     }
 
     // CLOUD-1316

@@ -12,6 +12,7 @@ pub(crate) mod handoff;
 pub(crate) mod link;
 pub(crate) mod placement;
 pub(crate) mod published;
+pub(crate) mod reader_permits;
 pub(crate) mod readers;
 pub(crate) mod registry;
 pub(crate) mod streams;

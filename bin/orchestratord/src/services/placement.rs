@@ -119,9 +119,10 @@ impl Loop {
                 let to = self.reply_to(reply);
                 self.apply(event(to));
             }
-            Message::Submit { spec, payload, thread, reply } => {
+            Message::Submit { spec, payload, held, thread, reply } => {
                 let reply = self.reply_to(reply);
-                self.submitted = Some(Submitted { payload, trace: spec.trace.clone(), thread });
+                let (owner, trace) = (spec.caller.clone(), spec.trace.clone());
+                self.submitted = Some(Submitted { payload, held, owner, trace, thread });
                 self.apply(Event::Submit { reply, spec: Arc::from(spec) });
                 // A task that was refused, or is there already, has no log opened.
                 self.submitted = None;
@@ -265,13 +266,13 @@ impl Loop {
                     control.send(Event::IntentDelivered { reply: to, node_id, order, kept_by_node }).await;
                 });
             }
-            Effect::Changed(change) => {
+            Effect::Changed { holder, change } => {
                 if let ClusterChange::Node { node_id, liveness: None, .. } = &change
                     && let Some(links) = self.relays.link.links()
                 {
                     links.gone(node_id);
                 }
-                self.control.publish(change);
+                self.control.publish((holder, change));
             }
             Effect::Probe { node_id, address, authorized } => {
                 let (relays, control) = (Arc::clone(&self.relays), self.control.clone());

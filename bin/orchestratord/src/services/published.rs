@@ -17,9 +17,14 @@ use parking_lot::{Mutex, RwLock};
 use pool_registry_types::node::Liveness;
 use pool_registry_types::snapshot::ClusterSnapshot;
 use pool_registry_types::task::{Metrics, Priority, SessionView, TaskState};
-use pool_registry_types::{ErrorBody, ErrorCode, ModelRef, Moment, NodeId, PoolKey, SessionId, TaskId};
+use pool_registry_types::view::NodeView;
+use pool_registry_types::{
+    AttemptId, ErrorBody, ErrorCode, HolderId, ModelRef, Moment, NodeId, PoolKey, SessionId, SessionKey,
+    TaskId,
+};
 use task_scheduler::{ControlCore, Counters, TaskList, TaskRecord};
 use tokio::sync::{Notify, watch};
+use uuid::Uuid;
 
 /// How old a snapshot may be that readers are shown. Source: .specs/01 CLOUD-1771.
 pub(crate) const MOST_AGE: Duration = Duration::from_millis(100);
@@ -55,7 +60,7 @@ impl Facts {
 /// Tokens a second of one slot, pool by pool; of all pools, and so only for who shows them.
 pub(crate) type AllPaces = Vec<(PoolKey, f64)>;
 
-/// Where every task that has not ended stands.
+/// Where every task that has not ended stands, by its key.
 pub(crate) type AllMetrics = BTreeMap<TaskId, (TaskState, Metrics)>;
 
 /// A snapshot, and when it was made.
@@ -92,6 +97,42 @@ impl<T> Snapshot<T> {
     }
 }
 
+/// The tasks that are kept.
+#[derive(Debug, Default)]
+struct Tasks {
+    by_key: HashMap<TaskId, Arc<TaskRecord>>,
+    by_id: BTreeMap<(TaskId, HolderId), Arc<TaskRecord>>,
+    /// Whose their attempts are.
+    attempts: HashMap<AttemptId, HolderId>,
+}
+
+impl Tasks {
+    fn put(&mut self, record: &Arc<TaskRecord>) {
+        // A record is dropped with its task before another task goes under its key.
+        if let Some(before) = self.by_key.insert(record.key, Arc::clone(record)) {
+            for attempt in before.attempts() {
+                self.attempts.remove(&attempt);
+            }
+        }
+        self.attempts.extend(record.attempts().map(|attempt| (attempt, record.holder)));
+        self.by_id.insert((record.id, record.holder), Arc::clone(record));
+    }
+
+    fn remove(&mut self, key: TaskId) -> Option<Arc<TaskRecord>> {
+        let gone = self.by_key.remove(&key)?;
+        self.by_id.remove(&(gone.id, gone.holder));
+        for attempt in gone.attempts() {
+            self.attempts.remove(&attempt);
+        }
+        Some(gone)
+    }
+}
+
+/// Where every holder's things of one id stand among all of them.
+fn of_any<I: Copy>(id: I) -> std::ops::RangeInclusive<(I, HolderId)> {
+    (id, HolderId(Uuid::nil()))..=(id, HolderId(Uuid::max()))
+}
+
 /// A session as it was when it last changed.
 #[derive(Debug, Clone)]
 struct WrittenSession {
@@ -126,8 +167,8 @@ impl Written {
 #[derive(Debug)]
 pub(crate) struct Published {
     clock: Clock,
-    tasks: RwLock<HashMap<TaskId, Arc<TaskRecord>>>,
-    sessions: RwLock<HashMap<SessionId, WrittenSession>>,
+    tasks: RwLock<Tasks>,
+    sessions: RwLock<BTreeMap<(SessionId, HolderId), WrittenSession>>,
     /// Rises with every answered change of the nodes but their reports.
     nodes_changed: AtomicU64,
     /// Nodes that were written of, their reports included, since the last snapshot of the cluster.
@@ -170,13 +211,44 @@ impl Published {
 
     // ---- what readers ask ----
 
-    /// The task as it is; nothing for one that is not kept.
-    pub(crate) fn task(&self, id: TaskId) -> Option<Arc<TaskRecord>> {
-        self.tasks.read().get(&id).cloned()
+    /// The holder's task as it is; nothing for one that is not kept.
+    pub(crate) fn task(&self, holder: HolderId, id: TaskId) -> Option<Arc<TaskRecord>> {
+        self.tasks.read().by_id.get(&(id, holder)).cloned()
     }
 
-    pub(crate) fn session(&self, id: SessionId) -> Option<SessionView> {
-        let WrittenSession { as_of, is_idle, mut view } = self.sessions.read().get(&id).cloned()?;
+    pub(crate) fn task_by_key(&self, key: TaskId) -> Option<Arc<TaskRecord>> {
+        self.tasks.read().by_key.get(&key).cloned()
+    }
+
+    /// Who has a task of this id.
+    pub(crate) fn holders_of_task(&self, id: TaskId) -> Vec<HolderId> {
+        self.tasks.read().by_id.range(of_any(id)).map(|((_, holder), _)| *holder).collect()
+    }
+
+    /// Who has a session of this id.
+    pub(crate) fn holders_of_session(&self, id: SessionId) -> Vec<HolderId> {
+        self.sessions.read().range(of_any(id)).map(|((_, holder), _)| *holder).collect()
+    }
+
+    /// Leaves of attempts those of the holder's tasks, and nothing of what engines have written.
+    pub(crate) fn show_own(&self, holder: HolderId, node: &mut NodeView) {
+        let tasks = self.tasks.read();
+        let is_own = |attempt: &AttemptId| tasks.attempts.get(attempt) == Some(&holder);
+        node.running_attempts.retain(is_own);
+        for pool in &mut node.pools {
+            for replica in &mut pool.report.replicas {
+                replica.attempts.retain(is_own);
+                replica.held.retain(is_own);
+            }
+            if let Some(supervised) = &mut pool.report.supervised {
+                supervised.log_tail.clear();
+            }
+        }
+    }
+
+    pub(crate) fn session(&self, key: SessionKey) -> Option<SessionView> {
+        let known = self.sessions.read().get(&(key.session_id, key.holder)).cloned();
+        let WrittenSession { as_of, is_idle, mut view } = known?;
         if is_idle {
             view.ttl_ms = view.ttl_ms.saturating_sub(self.clock.now().millis_since(as_of));
         }
@@ -225,7 +297,7 @@ impl Published {
     pub(crate) async fn queue_position(&self, task: &TaskRecord) -> Result<Option<u32>, ErrorBody> {
         let all = self.metrics().await?;
         // One that is not there has come since.
-        Ok(all.get(&task.id).map_or(task.queue_position, |(_, metrics)| Some(metrics.queue_position)))
+        Ok(all.get(&task.key).map_or(task.queue_position, |(_, metrics)| Some(metrics.queue_position)))
     }
 
     /// A snapshot that was made at most so long before this call, and after every change of the
@@ -287,21 +359,21 @@ impl Published {
     pub(crate) fn take(&self, now: Moment, core: &mut ControlCore) {
         let (tasks, sessions) = core.take_changed();
         if !tasks.is_empty() {
-            let (mut by_id, mut by_number) = (self.tasks.write(), self.by_number.lock());
-            for id in tasks {
-                if let Some(record) = core.record(id).map(Arc::new) {
-                    by_number.insert(record.number, Arc::clone(&record));
-                    by_id.insert(id, record);
-                } else if let Some(gone) = by_id.remove(&id) {
+            let (mut kept, mut by_number) = (self.tasks.write(), self.by_number.lock());
+            for key in tasks {
+                if let Some(record) = core.record(key).map(Arc::new) {
+                    kept.put(&record);
+                    by_number.insert(record.number, record);
+                } else if let Some(gone) = kept.remove(key) {
                     by_number.remove(&gone.number);
                 }
             }
         }
         if !sessions.is_empty() {
             let mut written = self.sessions.write();
-            for id in sessions {
-                let is_idle = core.session_is_idle(id);
-                match core.session_view(now, id) {
+            for key in sessions {
+                let (is_idle, id) = (core.session_is_idle(key), (key.session_id, key.holder));
+                match core.session_view(now, key) {
                     Some(view) => drop(written.insert(id, WrittenSession { as_of: now, is_idle, view })),
                     None => drop(written.remove(&id)),
                 }

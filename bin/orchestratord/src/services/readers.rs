@@ -3,7 +3,6 @@
 //! A reader keeps an index into a log and nothing else of it: a slow one slows nobody, and one
 //! that goes is not missed. While its task waits, it is told where the task stands.
 
-use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,11 +12,11 @@ use futures::{Stream, stream};
 use pool_registry_types::TaskId;
 use pool_registry_types::sse::write_frame;
 use pool_registry_types::task::{Metrics, TaskState};
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, Sleep, sleep};
 
 use crate::services::control::Control;
-use crate::services::streams::TaskStream;
+use crate::services::reader_permits::ReaderPermit;
+use crate::services::streams::{ReadOutcome, ReadPosition, TaskStream};
 
 /// A reader that was given nothing for so long is given a comment. Source: .specs/01 CLOUD-1940.
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(10);
@@ -32,15 +31,21 @@ const SAME_METRICS_EVERY: Duration = Duration::from_secs(5);
 /// The task's events from frame `next` on; `gauge` tells what the log does not.
 pub(crate) fn follow(
     stream: Arc<TaskStream>,
-    permit: OwnedSemaphorePermit,
+    permit: ReaderPermit,
     next: u64,
     task: TaskId,
     gauge: Gauge,
-) -> impl Stream<Item = Result<Bytes, Infallible>> + Send + use<> {
+) -> impl Stream<Item = Result<Bytes, StreamReleased>> + Send + use<> {
     let timer = Box::pin(sleep(FIRST_METRICS_AFTER));
-    let reader = Reader { stream, _permit: permit, next, finished: false, task, gauge, timer };
-    stream::unfold(reader, |mut reader| async move { reader.more().await.map(|bytes| (Ok(bytes), reader)) })
+    let place = ReadPosition { frame: next, part: 0 };
+    let reader = Reader { stream, permit, place, finished: false, task, gauge, timer };
+    stream::unfold(reader, |mut reader| async move { reader.more().await.map(|read| (read, reader)) })
 }
+
+/// The stream made room before its reader had all of it.
+#[derive(Debug, thiserror::Error)]
+#[error("the stream was not read for long, and made room for others")]
+pub(crate) struct StreamReleased;
 
 /// What a reader is told besides the log: where a waiting task stands.
 #[derive(Debug)]
@@ -103,8 +108,8 @@ impl Gauge {
 /// One reader of one stream.
 struct Reader {
     stream: Arc<TaskStream>,
-    _permit: OwnedSemaphorePermit,
-    next: u64,
+    permit: ReaderPermit,
+    place: ReadPosition,
     /// The terminal frame was given out.
     finished: bool,
     task: TaskId,
@@ -117,29 +122,40 @@ struct Reader {
 impl Reader {
     /// What stands in the log from `next` on, waiting for it if need be; where the task stands,
     /// or a comment, when nothing comes for a while; nothing at the end.
-    async fn more(&mut self) -> Option<Bytes> {
+    async fn more(&mut self) -> Option<Result<Bytes, StreamReleased>> {
         if self.finished {
             return None;
         }
         let bytes = loop {
-            if self.gauge.is_due()
+            // Nothing stands within a frame.
+            if self.place.part == 0
+                && self.gauge.is_due()
                 && let Some(metrics) = self.gauge.look(self.task).await
             {
                 break metrics;
             }
-            let changed = match self.stream.read(self.next) {
-                Ok((bytes, next, finished)) => {
-                    (self.next, self.finished) = (next, finished);
-                    break bytes;
+            // Another reader took its place, which wakes this one.
+            if self.permit.has_ended() {
+                self.finished = true;
+                return Some(Err(StreamReleased));
+            }
+            let changed = match self.stream.read(self.place) {
+                ReadOutcome::Frames(piece) => {
+                    (self.place, self.finished) = (piece.place, piece.is_last);
+                    break piece.bytes;
                 }
-                Err(changed) => changed,
+                ReadOutcome::Released => {
+                    self.finished = true;
+                    return Some(Err(StreamReleased));
+                }
+                ReadOutcome::Nothing(changed) => changed,
             };
             tokio::select! {
                 biased;
                 () = changed => continue,
                 () = &mut self.timer => {}
             }
-            let started = self.next > 0;
+            let started = self.place.frame > 0;
             if Instant::now() >= self.gauge.look_at(started)
                 && let Some(metrics) = self.gauge.look(self.task).await
             {
@@ -152,13 +168,13 @@ impl Reader {
             self.timer.as_mut().reset(next);
         };
         self.gauge.spoke = Instant::now();
-        (!bytes.is_empty()).then_some(bytes)
+        (!bytes.is_empty()).then_some(Ok(bytes))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use daemon_kit::Clock;
+    use daemon_kit::{Caller, Clock};
     use futures::StreamExt;
     use pool_registry_types::{AttemptId, LogId};
     use task_stream::{Payload, PayloadFormat, Segment};
@@ -172,7 +188,7 @@ mod tests {
     const TASK: TaskId = TaskId(Uuid::from_u128(1));
 
     fn opened() -> Arc<TaskStream> {
-        let streams = Streams::new(1_000);
+        let streams = Streams::new(1_000, usize::MAX);
         let payload = Payload { format: PayloadFormat::Native, bytes: Bytes::new() };
         streams.open(TASK, LogId(Uuid::from_u128(1)), Submitted::with(payload));
         streams.get(TASK).unwrap()
@@ -186,7 +202,7 @@ mod tests {
             let attempt = AttemptId(Uuid::from_u128(1));
             stream.write(|log| log.open(attempt));
             let (control, _inbox) = mailbox(Clock::default());
-            let permit = stream.reader().unwrap();
+            let permit = stream.reader(&Caller::default()).unwrap();
             let gauge = Gauge::new(control, false);
             let mut reader = Box::pin(follow(Arc::clone(&stream), permit, 0, TASK, gauge));
             if started {

@@ -1,27 +1,41 @@
 //! The tasks' logs: opened, written, kept after their end, and dropped. Beside each log stands the
 //! task's payload, until its end.
 //!
-//! Each log has its own lock, held while references to its bytes are taken. Who reads them is not known
-//! here.
+//! Each log has its own lock, held while references to its bytes are taken. Of who reads them only is
+//! known when somebody did last.
+//!
+//! Every log counts in one of two sums: those of ended tasks in the room of their own setting, and all
+//! others, which are *live*: those that may be written still, and those that left the table while somebody
+//! read them. Where live ones take more than they may, those that left the table are let go, the one that
+//! nobody has read for longest first, and no new task is taken. What runs goes on.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 
 use bytes::Bytes;
+use daemon_kit::Caller;
+use daemon_kit::byte_budget::HeldBytes;
 use owned_tasks::StreamThread;
 use parking_lot::Mutex;
 use pool_registry_types::sse::{self, Decoder, write_frame};
 use pool_registry_types::task::{Resume, ResumeMode};
 use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, TaskId, TraceContext};
-use task_stream::{AppendError, Fence, PassedHead, Payload, PayloadFormat, Staged, TaskLog};
+use task_stream::{AppendError, Fence, PassedHead, Payload, PayloadFormat, Staged, TaskCaller, TaskLog};
 use tokio::sync::futures::Notified;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit};
+use tokio::time::Instant;
 
-/// Readers of one stream at once.
-const MOST_READERS: usize = 64;
+use crate::services::reader_permits::{ReaderPermit, ReaderPermits};
+
 /// Bytes that a reader is given at once.
 const READ_BYTES: usize = 64 * 1024;
+/// Of these so many are a reader's own: frames that lie apart, joined, or a part of one that is longer than
+/// a reader is given. A connection holds 16 pieces for a peer that takes none.
+const OWN_BYTES: usize = 4 * 1024;
+/// When a new task may come again that had no room, milliseconds.
+const RETRY_AFTER_MS: u64 = 1_000;
 
 /// Of an answer that is passed on so much waits for its reader, bytes: of a stream, and of a whole answer,
 /// of which what was held back comes at once.
@@ -32,6 +46,10 @@ const UNREAD_WHOLE_BYTES: usize = 64 * 1024 * 1024;
 #[derive(Debug)]
 pub(crate) struct Submitted {
     pub(crate) payload: Payload,
+    /// Absent where no tokens are configured.
+    pub(crate) owner: Option<TaskCaller>,
+    /// What counts for it.
+    pub(crate) held: HeldBytes,
     pub(crate) trace: TraceContext,
     pub(crate) thread: StreamThread,
 }
@@ -42,16 +60,18 @@ impl Submitted {
     pub(crate) fn with(payload: Payload) -> Self {
         let threads = owned_tasks::StreamThreads::start(1).expect("a thread for streams");
         let trace = TraceContext { traceparent: String::new(), correlation_id: "c-1".into() };
-        Self { payload, trace, thread: threads.first().clone() }
+        Self { payload, held: HeldBytes::default(), owner: None, trace, thread: threads.first().clone() }
     }
 }
 
 /// One task's log, and whoever waits for more of it.
 #[derive(Debug)]
 pub(crate) struct TaskStream {
-    log: Mutex<TaskLog>,
+    kept: Mutex<CountedLog>,
+    /// Of all live logs.
+    live_bytes: Arc<AtomicUsize>,
     /// Dropped when the task has ended.
-    payload: Mutex<Option<Payload>>,
+    payload: Mutex<Option<(Payload, HeldBytes)>>,
     /// That of the submission, for the log's lines of the task.
     pub(crate) trace: TraceContext,
     /// On which its relays run.
@@ -63,26 +83,122 @@ pub(crate) struct TaskStream {
     changed: Notify,
     /// Among the tasks of its token; free when the task has ended.
     permit: Mutex<Option<OwnedSemaphorePermit>>,
-    readers: Arc<Semaphore>,
+    owner: Option<TaskCaller>,
+    readers: Arc<ReaderPermits>,
+}
+
+/// A log, and what of it counts as live.
+#[derive(Debug)]
+struct CountedLog {
+    log: TaskLog,
+    is_live: bool,
+    counted: usize,
+    /// Nobody is given any more of it.
+    is_released: bool,
+    read: Instant,
+}
+
+impl CountedLog {
+    /// Brings the sum of live logs up to what this one takes now.
+    fn count(&mut self, live_bytes: &AtomicUsize) {
+        let is = if self.is_live { self.log.len_bytes() } else { 0 };
+        let was = std::mem::replace(&mut self.counted, is);
+        if is >= was {
+            live_bytes.fetch_add(is - was, Ordering::Relaxed);
+        } else {
+            live_bytes.fetch_sub(was - is, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for TaskStream {
+    fn drop(&mut self) {
+        let kept = self.kept.get_mut();
+        kept.is_live = false;
+        kept.count(&self.live_bytes);
+    }
+}
+
+/// What a reader finds in a log.
+pub(crate) enum ReadOutcome<'s> {
+    Frames(ReadFrames),
+    /// Nothing yet, and the next change.
+    Nothing(Notified<'s>),
+    /// The stream was let go to make room.
+    Released,
+}
+
+/// Frames, or a part of a long one.
+#[derive(Debug)]
+pub(crate) struct ReadFrames {
+    pub(crate) bytes: Bytes,
+    /// Where to read after them.
+    pub(crate) place: ReadPosition,
+    /// Nothing follows.
+    pub(crate) is_last: bool,
+}
+
+/// Where a reader stands in a log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ReadPosition {
+    /// The frame that it reads next.
+    pub(crate) frame: u64,
+    /// Bytes of it that it has.
+    pub(crate) part: usize,
 }
 
 impl TaskStream {
-    /// A place among the readers.
+    /// A place among the readers, which whoever submitted the task always gets.
     ///
     /// # Errors
     /// `RATE_LIMITED` when so many read it that one more would be too many.
-    pub(crate) fn reader(&self) -> Result<OwnedSemaphorePermit, ErrorBody> {
-        Arc::clone(&self.readers).try_acquire_owned().map_err(|_| {
-            ErrorBody::new(
-                ErrorCode::RateLimited,
-                format!("{MOST_READERS} read this stream, which is the most"),
-            )
-        })
+    pub(crate) fn reader(&self, caller: &Caller) -> Result<ReaderPermit, ErrorBody> {
+        // A token that took the place of the submitter's has its name.
+        let is_owner = self.owner.as_ref().is_none_or(|owner| {
+            caller
+                .holder
+                .as_ref()
+                .is_some_and(|who| who.name == owner.name || who.fingerprint == owner.fingerprint)
+        });
+        let permit = self.readers.take(is_owner)?;
+        // For the one that may have had to make room.
+        self.changed.notify_waiters();
+        Ok(permit)
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut TaskLog) -> T) -> T {
+        let mut kept = self.kept.lock();
+        let result = change(&mut kept.log);
+        kept.count(&self.live_bytes);
+        result
+    }
+
+    /// Whether the log counts as live, from now on.
+    fn set_live(&self, is_live: bool) {
+        let mut kept = self.kept.lock();
+        kept.is_live = is_live;
+        kept.count(&self.live_bytes);
+    }
+
+    /// Drops the log, whoever reads it.
+    fn release(&self) {
+        if self.passes {
+            let message = "the answer was not read for long, and made room for others";
+            let _ = self.error.set(ErrorBody::new(ErrorCode::Overloaded, message));
+        }
+        let mut kept = self.kept.lock();
+        let id = kept.log.id();
+        let dropped = std::mem::replace(&mut kept.log, TaskLog::new(id));
+        kept.is_released = true;
+        kept.count(&self.live_bytes);
+        drop(kept);
+        drop(dropped);
+        self.changed.notify_waiters();
     }
 
     /// Changes the log and wakes its readers.
     pub(crate) fn write<T>(&self, change: impl FnOnce(&mut TaskLog) -> T) -> T {
-        let result = change(&mut self.log.lock());
+        let result = self.change(change);
         self.changed.notify_waiters();
         result
     }
@@ -90,7 +206,7 @@ impl TaskStream {
     /// Takes over what a relay has read, and wakes the readers where there is something for them.
     pub(crate) fn take(&self, staged: &mut Staged) -> Result<(), AppendError> {
         let has_frames = staged.has_frames();
-        let taken = staged.append_to(&mut self.log.lock());
+        let taken = self.change(|log| staged.append_to(log));
         if has_frames {
             self.changed.notify_waiters();
         }
@@ -99,31 +215,70 @@ impl TaskStream {
 
     /// The attempt may write no more.
     pub(crate) fn fence(&self, attempt: AttemptId) -> Fence {
-        self.log.lock().fence(attempt)
+        self.kept.lock().log.fence(attempt)
     }
 
     /// The stream begins anew, thoughts that were left out of it included.
     pub(crate) fn forget_unlogged(&self, attempt: AttemptId) {
-        self.log.lock().forget_unlogged(attempt);
+        self.kept.lock().log.forget_unlogged(attempt);
     }
 
-    /// The frames from `next` on, the index to read after them, and whether that was the end; or
-    /// the next change, when there are none yet.
-    pub(crate) fn read(&self, next: u64) -> Result<(Bytes, u64, bool), Notified<'_>> {
+    /// The frames from `at` on, if there are any.
+    pub(crate) fn read(&self, at: ReadPosition) -> ReadOutcome<'_> {
         // Before the look: it hears of every change from its making on, so none is missed.
         let changed = self.changed.notified();
-        let read = self.log.lock().read_from(next, READ_BYTES);
+        let read = {
+            let mut kept = self.kept.lock();
+            if kept.is_released {
+                return ReadOutcome::Released;
+            }
+            kept.read = Instant::now();
+            // What is copied is not copied under the lock; what lies in one piece is not copied at all.
+            let read = kept.log.read_from(at.frame, READ_BYTES);
+            if read.is_in_pieces() { kept.log.read_from(at.frame, OWN_BYTES) } else { read }
+        };
+        if read.is_empty() && !read.finished {
+            return ReadOutcome::Nothing(changed);
+        }
+        let (next, finished) = (ReadPosition { frame: read.next, part: 0 }, read.finished);
+        let bytes = read.into_bytes();
+        if bytes.len() <= READ_BYTES {
+            return ReadOutcome::Frames(ReadFrames { bytes, place: next, is_last: finished });
+        }
+        // One long frame: a peer that takes no more of it does not hold all of it.
+        let rest = &bytes[at.part.min(bytes.len())..];
+        if rest.len() <= OWN_BYTES {
+            return ReadOutcome::Frames(ReadFrames {
+                bytes: Bytes::copy_from_slice(rest),
+                place: next,
+                is_last: finished,
+            });
+        }
+        let bytes = Bytes::copy_from_slice(&rest[..OWN_BYTES]);
+        let place = ReadPosition { frame: at.frame, part: at.part + OWN_BYTES };
+        ReadOutcome::Frames(ReadFrames { bytes, place, is_last: false })
+    }
+
+    /// The bytes of an answer that is passed on from `next` on, the index behind them, and whether nothing
+    /// follows; or the next change. What is before `next` is not kept for anybody.
+    pub(crate) fn pass(&self, next: u64) -> Result<(Bytes, u64, bool), Notified<'_>> {
+        let changed = self.changed.notified();
+        let read = {
+            let mut kept = self.kept.lock();
+            if kept.is_released {
+                // Its error says why.
+                return Ok((Bytes::new(), next, true));
+            }
+            kept.read = Instant::now();
+            kept.log.drop_before(next);
+            kept.count(&self.live_bytes);
+            kept.log.read_from(next, READ_BYTES)
+        };
         if read.is_empty() && !read.finished {
             return Err(changed);
         }
         let (next, finished) = (read.next, read.finished);
         Ok((read.into_bytes(), next, finished))
-    }
-
-    /// The same of an answer that is passed on: what is before `next` is not kept for anybody.
-    pub(crate) fn pass(&self, next: u64) -> Result<(Bytes, u64, bool), Notified<'_>> {
-        self.log.lock().drop_before(next);
-        self.read(next)
     }
 
     /// Whether the engine's answer is passed on as it comes.
@@ -133,7 +288,7 @@ impl TaskStream {
 
     /// The head of the answer that is passed on, once any of it is here.
     pub(crate) fn head(&self) -> Option<PassedHead> {
-        self.log.lock().head().cloned()
+        self.kept.lock().log.head().cloned()
     }
 
     /// Why the answer that was passed on has ended without being whole.
@@ -150,7 +305,8 @@ impl TaskStream {
         }
         let (mut decoder, mut text, mut reasoning) = (Decoder::new(), String::new(), String::new());
         let (read, tokens, token_ids) = {
-            let log = self.log.lock();
+            let kept = self.kept.lock();
+            let log = &kept.log;
             let frames = log.next_index();
             let known = log.token_ids();
             // An engine that does not say how many tokens a frame has sends one in each, mostly.
@@ -173,7 +329,7 @@ impl TaskStream {
 
     /// What the task's engine is to work on; nothing when the task has ended.
     pub(crate) fn payload(&self) -> Option<Payload> {
-        self.payload.lock().clone()
+        self.payload.lock().as_ref().map(|(payload, _)| payload.clone())
     }
 }
 
@@ -193,12 +349,24 @@ struct Table {
     /// again under its id.
     ended: VecDeque<(TaskId, LogId, usize)>,
     ended_bytes: usize,
+    /// Streams that are no task's any more and were read when they left.
+    left: Vec<Weak<TaskStream>>,
 }
 
 impl Table {
     /// Whether the log is that of the task, and counts as ended.
     fn has_ended(&self, task: TaskId, log: LogId) -> bool {
-        matches!(self.tasks.get(&task), Some(Entry::Ended(stream)) if stream.log.lock().id() == log)
+        matches!(self.tasks.get(&task), Some(Entry::Ended(stream)) if stream.kept.lock().log.id() == log)
+    }
+
+    /// The entry is no task's any more: its stream goes with its last reader.
+    fn leaves(&mut self, entry: &Entry) {
+        let (Entry::Stream(stream) | Entry::Ended(stream)) = entry else { return };
+        if Arc::strong_count(stream) > 1 {
+            stream.set_live(true);
+            self.left.retain(|stream| stream.strong_count() > 0);
+            self.left.push(Arc::downgrade(stream));
+        }
     }
 }
 
@@ -207,11 +375,53 @@ impl Table {
 pub(crate) struct Streams {
     table: Mutex<Table>,
     ended_bytes_at_most: usize,
+    live_bytes: Arc<AtomicUsize>,
+    live_bytes_at_most: usize,
 }
 
 impl Streams {
-    pub(crate) fn new(ended_bytes_at_most: usize) -> Self {
-        Self { table: Mutex::default(), ended_bytes_at_most }
+    pub(crate) fn new(ended_bytes_at_most: usize, live_bytes_at_most: usize) -> Self {
+        Self { table: Mutex::default(), ended_bytes_at_most, live_bytes: Arc::default(), live_bytes_at_most }
+    }
+
+    /// Bytes of the logs that are live.
+    pub(crate) fn live_bytes(&self) -> usize {
+        self.live_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Whether there is room for the stream of one task more.
+    ///
+    /// # Errors
+    /// `OVERLOADED`.
+    pub(crate) fn check_room(&self) -> Result<(), ErrorBody> {
+        let most = self.live_bytes_at_most;
+        if self.live_bytes() < most {
+            return Ok(());
+        }
+        self.make_room();
+        if self.live_bytes() < most {
+            return Ok(());
+        }
+        let message = format!("the streams of tasks that run take {most} bytes, which is the most");
+        Err(ErrorBody::new(ErrorCode::Overloaded, message).retry_after_ms(RETRY_AFTER_MS))
+    }
+
+    /// Where live logs take more than they may: lets go of those that are no task's any more, the one first
+    /// that was read longest ago.
+    fn make_room(&self) {
+        if self.live_bytes() < self.live_bytes_at_most {
+            return;
+        }
+        let left = std::mem::take(&mut self.table.lock().left);
+        let mut left: Vec<_> = left.iter().filter_map(Weak::upgrade).collect();
+        left.sort_by_cached_key(|stream| stream.kept.lock().read);
+        let mut left = VecDeque::from(left);
+        while self.live_bytes() >= self.live_bytes_at_most
+            && let Some(stream) = left.pop_front()
+        {
+            stream.release();
+        }
+        self.table.lock().left.extend(left.iter().map(Arc::downgrade));
     }
 
     pub(crate) fn open(&self, task: TaskId, log: LogId, submitted: Submitted) {
@@ -223,15 +433,23 @@ impl Streams {
             PayloadFormat::OpenAi(_) => (true, TaskLog::bounded(log, UNREAD_WHOLE_BYTES)),
         };
         let stream = TaskStream {
-            log: Mutex::new(log),
-            payload: Mutex::new(Some(submitted.payload)),
+            kept: Mutex::new(CountedLog {
+                log,
+                is_live: true,
+                counted: 0,
+                is_released: false,
+                read: Instant::now(),
+            }),
+            live_bytes: Arc::clone(&self.live_bytes),
+            payload: Mutex::new(Some((submitted.payload, submitted.held))),
             trace: submitted.trace,
             thread: submitted.thread,
             passes,
             error: OnceLock::new(),
             changed: Notify::new(),
             permit: Mutex::default(),
-            readers: Arc::new(Semaphore::new(MOST_READERS)),
+            owner: submitted.owner,
+            readers: Arc::default(),
         };
         self.table.lock().tasks.insert(task, Entry::Stream(Arc::new(stream)));
     }
@@ -281,8 +499,9 @@ impl Streams {
         let Some(Entry::Stream(stream)) = table.tasks.get(&task) else { return };
         let stream = Arc::clone(stream);
         let over = (stream.permit.lock().take(), stream.payload.lock().take());
+        stream.set_live(false);
         let (log, size) = {
-            let log = stream.log.lock();
+            let log = &stream.kept.lock().log;
             (log.id(), log.len_bytes())
         };
         table.tasks.insert(task, Entry::Ended(stream));
@@ -296,12 +515,15 @@ impl Streams {
             if table.has_ended(oldest, log)
                 && let Some(entry) = table.tasks.get_mut(&oldest)
             {
-                evicted.push(std::mem::replace(entry, Entry::Evicted));
+                let entry = std::mem::replace(entry, Entry::Evicted);
+                table.leaves(&entry);
+                evicted.push(entry);
             }
         }
         // What they hold is given back when nobody waits for the table.
         drop(table);
         drop((over, evicted));
+        self.make_room();
     }
 
     /// Nobody will read the answer any more, which was passed on.
@@ -319,6 +541,7 @@ impl Streams {
     pub(crate) fn forget(&self, task: TaskId) {
         let mut table = self.table.lock();
         let forgotten = table.tasks.remove(&task);
+        forgotten.iter().for_each(|entry| table.leaves(entry));
         // Tasks are forgotten in the order in which they ended.
         while let Some((oldest, log, size)) = table.ended.front().copied()
             && !table.has_ended(oldest, log)
@@ -328,6 +551,7 @@ impl Streams {
         }
         drop(table);
         drop(forgotten);
+        self.make_room();
     }
 
     /// The task's stream, and the frame with which a reader begins: the first, or the one after
@@ -350,7 +574,7 @@ impl Streams {
         let next = match last_event_id {
             None => 0,
             Some(id) => {
-                let log = stream.log.lock();
+                let log = &stream.kept.lock().log;
                 match sse::parse_event_id(id) {
                     Some((of, n)) if of == log.id() && n < log.next_index() => n + 1,
                     _ => return Err(expired("Last-Event-ID is not of this stream")),
@@ -362,121 +586,5 @@ impl Streams {
 }
 
 #[cfg(test)]
-mod tests {
-    use task_stream::Segment;
-    use uuid::Uuid;
-
-    use super::*;
-
-    fn payload(bytes: usize) -> Payload {
-        Payload { format: PayloadFormat::Native, bytes: vec![b'x'; bytes].into() }
-    }
-
-    fn ended(streams: &Streams, n: u128, bytes: usize) -> TaskId {
-        let (task, attempt) = (TaskId(Uuid::from_u128(n)), AttemptId(Uuid::from_u128(n)));
-        streams.open(task, LogId(Uuid::from_u128(n)), Submitted::with(payload(0)));
-        let stream = streams.get(task).unwrap();
-        stream.write(|log| {
-            log.open(attempt);
-            log.finish(attempt, Segment::frame(0, vec![b'x'; bytes].into())).unwrap();
-        });
-        streams.ended(task);
-        streams.ended(task);
-        task
-    }
-
-    fn code(streams: &Streams, task: TaskId) -> Option<ErrorCode> {
-        streams.find(task, None).err().map(|error| error.code)
-    }
-
-    // CLOUD-1534
-    #[test]
-    fn what_was_sent_is_read_from_the_log_with_its_ids_where_they_are_all_known() {
-        let (task, attempt) = (TaskId(Uuid::from_u128(1)), AttemptId(Uuid::from_u128(1)));
-        let streams = Streams::new(1_000);
-        streams.open(task, LogId(Uuid::from_u128(1)), Submitted::with(payload(0)));
-        let stream = streams.get(task).unwrap();
-        stream.write(|log| log.open(attempt));
-        for (n, text) in ["{\"t\":\"a \\\"b\\\"\",\"i\":0}", "{\"t\":\" c\",\"i\":1}"].iter().enumerate() {
-            let mut frame = Vec::new();
-            if n == 0 {
-                write_frame(&mut frame, None, "started", "{\"t\":\"not a token\"}");
-            }
-            write_frame(&mut frame, Some((&LogId(Uuid::from_u128(1)), n as u64)), "token", text);
-            stream.write(|log| log.append(attempt, Segment::frame(n as u64, frame.into()))).unwrap();
-        }
-        stream.write(|log| log.keep_ids(0, 2, &[7, 8]));
-        let sent = stream.sent(ResumeMode::Append);
-        assert_eq!((sent.text.as_str(), sent.token_ids.len(), sent.tokens), ("a \"b\" c", 0, 2));
-        stream.write(|log| log.keep_ids(1, 3, &[9]));
-        let sent = stream.sent(ResumeMode::Append);
-        assert_eq!((sent.token_ids, sent.tokens), (vec![7, 8, 9], 3));
-        // Half a character has a token and no frame, and its id never comes.
-        let half = Segment::frame(2, "event: token\ndata: {\"t\":\"x\",\"i\":2}\n\n".into());
-        stream.write(|log| log.append(attempt, half)).unwrap();
-        stream.write(|log| log.keep_ids(2, 5, &[10]));
-        let sent = stream.sent(ResumeMode::Append);
-        assert_eq!((sent.token_ids.len(), sent.tokens), (0, 5));
-    }
-
-    // CLOUD-1609
-    #[test]
-    fn a_task_that_comes_again_under_its_id_is_not_evicted_for_the_one_before() {
-        let streams = Streams::new(350);
-        // The second has ended before the first in the core's books, and is forgotten first.
-        let (first, second) = (ended(&streams, 1, 100), ended(&streams, 2, 100));
-        streams.forget(second);
-        streams.open(second, LogId(Uuid::from_u128(9)), Submitted::with(payload(0)));
-        // Room is made twice: of the first, and of what was the second's.
-        let third = ended(&streams, 3, 100);
-        let fourth = ended(&streams, 4, 100);
-        assert_eq!(code(&streams, first), Some(ErrorCode::EventsExpired));
-        assert_eq!([second, third, fourth].map(|task| code(&streams, task)), [None; 3]);
-        assert!(streams.get(second).unwrap().payload().is_some(), "it runs");
-    }
-
-    // CLOUD-1217
-    #[test]
-    fn a_payload_is_kept_until_its_task_ends_however_it_ends_and_no_longer() {
-        let streams = Streams::new(1_000);
-        let attempt = AttemptId(Uuid::from_u128(1));
-        for closed in [false, true] {
-            let task = TaskId(Uuid::from_u128(u128::from(closed)));
-            let payload = payload(10);
-            let bytes = payload.bytes.clone();
-            streams.open(task, LogId(Uuid::from_u128(1)), Submitted::with(payload));
-            let stream = streams.get(task).unwrap();
-            stream.write(|log| log.open(attempt));
-            assert_eq!(stream.payload().unwrap().bytes.as_ptr(), bytes.as_ptr());
-            streams.fence(task, attempt);
-            assert!(stream.payload().is_some(), "another attempt may need it");
-            assert!(!bytes.is_unique());
-            if closed {
-                streams.close(task, &ErrorBody::new(ErrorCode::Canceled, "canceled"));
-            } else {
-                streams.ended(task);
-            }
-            assert_eq!(stream.payload(), None);
-            assert!(bytes.is_unique(), "the bytes are free");
-        }
-    }
-
-    // CLOUD-1609
-    #[test]
-    fn ended_streams_take_so_much_room_and_the_oldest_goes_first() {
-        // Each takes 100 bytes and what its segment costs.
-        let streams = Streams::new(400);
-        let tasks: Vec<TaskId> = (1..=3).map(|n| ended(&streams, n, 100)).collect();
-        assert_eq!(code(&streams, tasks[0]), Some(ErrorCode::EventsExpired));
-        assert_eq!(code(&streams, tasks[1]), None);
-        streams.forget(tasks[0]);
-        streams.forget(tasks[1]);
-        assert_eq!(code(&streams, tasks[1]), Some(ErrorCode::NotFound));
-        let fourth = ended(&streams, 4, 100);
-        assert_eq!(
-            (code(&streams, tasks[2]), code(&streams, fourth)),
-            (None, None),
-            "forgotten ones left room"
-        );
-    }
-}
+#[path = "streams_tests.rs"]
+mod tests;

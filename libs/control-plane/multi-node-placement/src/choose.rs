@@ -9,12 +9,13 @@ use pool_registry_types::PoolKey;
 use pool_registry_types::placement::{PlacementMode, Refusal};
 
 use crate::candidate::{Availability, Candidate};
-use crate::index::{ModelPools, PoolIndex};
+use crate::index::{ModelPools, PoolIndex, PoolRow};
 use crate::shape::{TaskShape, fits, misfit};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Choice {
     pub pool: PoolKey,
+    pub row: PoolRow,
 }
 
 /// Why no pool was chosen now.
@@ -72,15 +73,16 @@ impl Preference {
 /// until all that is preferred is found.
 pub fn choose(index: &PoolIndex, shape: &TaskShape<'_>) -> Result<Choice, NoPlacement> {
     let Some(pools) = index.of_model(shape.model) else { return Err(NoPlacement::NoPool) };
-    let fits = |key: &PoolKey| index.get(key).is_some_and(|candidate| fits(candidate, shape));
-    let untried = |key: &PoolKey| !shape.tried.contains(key);
-    if let Some(choice) = best(index, pools, shape, &|key| untried(key) && fits(key)) {
+    let fits = |candidate: &Candidate| fits(candidate, shape);
+    let untried = |candidate: &Candidate| !shape.tried.contains(&candidate.key) && fits(candidate);
+    if let Some(choice) = best(index, pools, shape, &untried) {
         return Ok(choice);
     }
-    if pools.placeable.iter().any(|key| untried(key) && fits(key)) {
+    let mut placeable = pools.placeable.iter().filter_map(|key| index.get(key));
+    if placeable.clone().any(untried) {
         return Err(NoPlacement::Full);
     }
-    if !pools.placeable.iter().any(&fits) {
+    if !placeable.any(fits) {
         return Err(NoPlacement::NoPool);
     }
     if !shape.may_repeat {
@@ -93,22 +95,23 @@ fn best(
     index: &PoolIndex,
     pools: &ModelPools,
     shape: &TaskShape<'_>,
-    eligible: &dyn Fn(&PoolKey) -> bool,
+    eligible: &dyn Fn(&Candidate) -> bool,
 ) -> Option<Choice> {
-    let mut best: Option<(Preference, &PoolKey)> = None;
-    for key in pools.free(shape.draw) {
-        if !eligible(key) || shape.apart_from.contains(key) {
+    let mut best: Option<(Preference, PoolRow, &Candidate)> = None;
+    for row in pools.free(shape.draw) {
+        let candidate = index.at(row)?;
+        if !eligible(candidate) || shape.apart_from.contains(&candidate.key) {
             continue;
         }
-        let preference = Preference::of(index.get(key)?, shape);
-        if best.is_none_or(|(least, _)| preference < least) {
-            best = Some((preference, key));
+        let preference = Preference::of(candidate, shape);
+        if best.is_none_or(|(least, ..)| preference < least) {
+            best = Some((preference, row, candidate));
         }
         if preference == Preference::GRANTED {
             break;
         }
     }
-    best.map(|(_, key)| Choice { pool: key.clone() })
+    best.map(|(_, row, candidate)| Choice { pool: candidate.key.clone(), row })
 }
 
 /// What could be loaded for a task that no pool takes now.

@@ -43,7 +43,7 @@ const VRAM_STEP: u64 = 256 << 20;
 /// Smaller is better; the order of a variant's fields is their priority, and what is equal goes by
 /// turn. An index holds one variant only, that of its strategy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Rank {
+pub(crate) enum Rank {
     LeastLoaded {
         /// Busy slots of all slots, in millionths.
         busy_share_ppm: u64,
@@ -63,23 +63,39 @@ pub enum Rank {
     Random,
 }
 
-/// The key comes last, so ties are broken the same way every time.
+/// Where a pool stands in the index while it is there: whoever has kept this finds it at once. The row
+/// of one that has gone is given to another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PoolRow(usize);
+
+impl PoolRow {
+    /// For tables beside the index; rows are dense.
+    pub fn place(self) -> usize {
+        self.0
+    }
+}
+
+/// The key comes before the row, so ties are broken the same way every time.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Score {
-    pub rank: Rank,
-    pub key: PoolKey,
+pub(crate) struct Score {
+    rank: Rank,
+    key: PoolKey,
+    row: PoolRow,
 }
 
 #[derive(Debug)]
 struct Entry {
     candidate: Candidate,
+    row: PoolRow,
     /// The number of the choice that took it last; 0 for never.
     last_taken: u64,
+    /// While it is placeable, its numbers among the pools of its models, in the order of these.
+    numbers: Vec<usize>,
 }
 
 impl Entry {
     fn score(&self, strategy: Strategy) -> Score {
-        let Self { candidate, last_taken } = self;
+        let Self { candidate, row, last_taken, .. } = self;
         let last_taken = *last_taken;
         let busy_share_ppm =
             u64::from(candidate.slots_busy) * 1_000_000 / u64::from(candidate.slots_total.max(1));
@@ -95,35 +111,35 @@ impl Entry {
             Strategy::RoundRobin => Rank::RoundRobin { last_taken },
             Strategy::Random => Rank::Random,
         };
-        Score { rank, key: candidate.key.clone() }
+        Score { rank, key: candidate.key.clone(), row: *row }
     }
 }
 
 /// Pools of which any can be drawn at once: a list, and the place of each in it.
 #[derive(Debug, Default)]
 pub(crate) struct Bag {
-    list: Vec<PoolKey>,
-    places: Lookup<PoolKey, usize>,
+    list: Vec<PoolRow>,
+    places: Lookup<PoolRow, usize>,
 }
 
 impl Bag {
-    fn insert(&mut self, key: PoolKey) {
-        if !self.places.contains_key(&key) {
-            self.places.insert(key.clone(), self.list.len());
-            self.list.push(key);
+    fn insert(&mut self, row: PoolRow) {
+        if !self.places.contains_key(&row) {
+            self.places.insert(row, self.list.len());
+            self.list.push(row);
         }
     }
 
-    fn remove(&mut self, key: &PoolKey) {
-        let Some(place) = self.places.remove(key) else { return };
+    fn remove(&mut self, row: PoolRow) {
+        let Some(place) = self.places.remove(&row) else { return };
         self.list.swap_remove(place);
         if let Some(moved) = self.list.get(place) {
-            self.places.insert(moved.clone(), place);
+            self.places.insert(*moved, place);
         }
     }
 
     /// All of them, from a drawn one on.
-    fn from(&self, draw: u64) -> impl Iterator<Item = &PoolKey> {
+    fn from(&self, draw: u64) -> impl Iterator<Item = &PoolRow> {
         let len = self.list.len() as u64;
         let start = if len == 0 { 0 } else { usize::try_from(draw % len).unwrap_or(0) };
         self.list[start..].iter().chain(&self.list[..start])
@@ -134,7 +150,7 @@ impl Bag {
 #[derive(Debug, Default)]
 struct Numbered {
     /// Absent while no pool has the number.
-    pool: Option<PoolKey>,
+    pool: Option<PoolRow>,
     /// The version of the index at which the pool came, went or changed what it takes.
     changed: u64,
 }
@@ -147,9 +163,8 @@ pub(crate) struct ModelPools {
     bag: Bag,
     /// The same ones as bits.
     free_bits: FixedBitSet,
-    /// Placeable pools, full ones included, in their order and with their numbers.
+    /// Placeable pools, full ones included, in their order.
     pub(crate) placeable: BTreeSet<PoolKey>,
-    number_of: Lookup<PoolKey, usize>,
     numbered: Vec<Numbered>,
     /// Numbers that no pool has.
     vacant: Vec<usize>,
@@ -166,23 +181,20 @@ pub(crate) struct ModelPools {
 
 impl ModelPools {
     /// The placeable pools with a free slot, in the order in which the strategy takes them.
-    pub(crate) fn free(&self, draw: u64) -> impl Iterator<Item = &PoolKey> {
+    pub(crate) fn free(&self, draw: u64) -> impl Iterator<Item = PoolRow> {
         // One of the two is empty.
-        self.free.iter().map(|score| &score.key).chain(self.bag.from(draw))
+        self.free.iter().map(|score| score.row).chain(self.bag.from(draw).copied())
     }
 
-    fn number(&mut self, key: &PoolKey) -> usize {
-        if let Some(number) = self.number_of.get(key) {
-            return *number;
-        }
+    /// Gives a placeable pool a number.
+    fn number(&mut self, key: &PoolKey, row: PoolRow) -> usize {
         let number = self.vacant.pop().unwrap_or_else(|| {
             self.numbered.push(Numbered::default());
             self.free_bits.grow(self.numbered.len());
             self.numbered.len() - 1
         });
-        self.numbered[number].pool = Some(key.clone());
+        self.numbered[number].pool = Some(row);
         self.placeable.insert(key.clone());
-        self.number_of.insert(key.clone(), number);
         number
     }
 
@@ -214,7 +226,11 @@ impl Eligible {
 #[derive(Debug, Default)]
 pub struct PoolIndex {
     strategy: Strategy,
-    pools: Lookup<PoolKey, Box<Entry>>,
+    /// By their rows.
+    pools: Vec<Option<Box<Entry>>>,
+    row_of: Lookup<PoolKey, PoolRow>,
+    /// Rows that no pool has.
+    vacant: Vec<PoolRow>,
     /// Their keys in order, for readers.
     keys: BTreeSet<PoolKey>,
     by_model: BTreeMap<ModelRef, ModelPools>,
@@ -230,47 +246,57 @@ impl PoolIndex {
         Self { strategy, ..Self::default() }
     }
 
-    /// Takes the facts of a pool, new or changed.
-    pub fn upsert(&mut self, candidate: Candidate) {
-        let before = self.pools.get(&candidate.key).map(Box::as_ref);
-        if before.is_some_and(|entry| entry.candidate == candidate) {
-            return;
-        }
-        let last_taken = before.map_or(0, |entry| entry.last_taken);
-        let stays = |entry: &Entry| {
-            entry.candidate.availability == candidate.availability
-                && entry.candidate.takes_the_same(&candidate)
-        };
-        if before.is_some_and(stays) {
-            self.reorder(&candidate.key.clone(), |entry| entry.candidate = candidate);
-            return;
-        }
-        if before.is_some_and(|entry| entry.candidate.takes_the_same(&candidate)) {
-            self.take_out(&candidate.key.clone());
-        } else {
-            self.remove(&candidate.key.clone());
+    /// Takes the facts of a pool, new or changed. Returns its row, which stays its own.
+    pub fn upsert(&mut self, candidate: Candidate) -> PoolRow {
+        let Some(row) = self.row(&candidate.key) else {
+            let row = self.vacant.pop().unwrap_or_else(|| {
+                self.pools.push(None);
+                PoolRow(self.pools.len() - 1)
+            });
+            self.row_of.insert(candidate.key.clone(), row);
+            self.keys.insert(candidate.key.clone());
             self.version += 1;
+            self.insert(Entry { candidate, row, last_taken: 0, numbers: Vec::new() });
+            return row;
+        };
+        let Some(entry) = self.entry(row) else { return row };
+        if entry.candidate == candidate {
+            return row;
         }
-        self.insert(candidate, last_taken);
+        if !entry.candidate.takes_the_same(&candidate) {
+            let last_taken = entry.last_taken;
+            self.vacate(row);
+            self.version += 2;
+            self.insert(Entry { candidate, row, last_taken, numbers: Vec::new() });
+        } else if entry.candidate.availability == candidate.availability {
+            self.reorder(row, |entry| entry.candidate = candidate);
+        } else if let Some(old) = self.take_out(row) {
+            self.insert(Entry { candidate, ..*old });
+        }
+        row
+    }
+
+    fn entry(&self, row: PoolRow) -> Option<&Entry> {
+        self.pools.get(row.0)?.as_deref()
     }
 
     /// Changes a known pool that stands as before and takes the same tasks: only its order among the
     /// free ones may be another.
-    fn reorder(&mut self, key: &PoolKey, change: impl FnOnce(&mut Entry)) {
-        let Some(entry) = self.pools.get_mut(key) else { return };
+    fn reorder(&mut self, row: PoolRow, change: impl FnOnce(&mut Entry)) {
+        let Some(entry) = self.pools.get_mut(row.0).and_then(Option::as_deref_mut) else { return };
         let (before, was_free) = (entry.score(self.strategy), entry.candidate.has_free_slot());
         change(entry);
         let (score, is_free) = (entry.score(self.strategy), entry.candidate.has_free_slot());
         if entry.candidate.availability != Availability::Placeable || !(was_free || is_free) {
             return;
         }
-        for model in &entry.candidate.models {
+        for (model, number) in entry.candidate.models.iter().zip(&entry.numbers) {
             let Some(pools) = self.by_model.get_mut(model) else { continue };
             if score.rank == Rank::Random {
                 // What has changed goes to the end: another draw is another pool.
-                pools.bag.remove(&score.key);
+                pools.bag.remove(row);
                 if is_free {
-                    pools.bag.insert(score.key.clone());
+                    pools.bag.insert(row);
                 }
             } else if !is_free || score != before {
                 pools.free.remove(&before);
@@ -280,41 +306,48 @@ impl PoolIndex {
             } else if !was_free {
                 pools.free.insert(score.clone());
             }
-            if was_free != is_free
-                && let Some(number) = pools.number_of.get(&score.key)
-            {
+            if was_free != is_free {
                 pools.free_bits.set(*number, is_free);
             }
         }
     }
 
     /// A known pool is as full as this, and otherwise as it was; `taken` as by [`PoolIndex::taken`].
-    pub fn set_slots(&mut self, key: &PoolKey, slots_busy: u32, held: bool, taken: bool) {
+    pub fn set_slots(&mut self, row: PoolRow, slots_busy: u32, held: bool, taken: bool) {
         self.taken += u64::from(taken);
         let number = taken.then_some(self.taken);
-        self.reorder(key, |entry| {
+        self.reorder(row, |entry| {
             entry.last_taken = number.unwrap_or(entry.last_taken);
             entry.candidate.slots_busy = slots_busy;
             entry.candidate.held = held;
         });
     }
 
-    fn insert(&mut self, candidate: Candidate, last_taken: u64) {
-        let version = self.version;
-        let entry = Box::new(Entry { candidate, last_taken });
+    /// Puts a pool into its row, which is empty, and orders it by its facts.
+    fn insert(&mut self, mut entry: Entry) {
+        let (version, row) = (self.version, entry.row);
         let candidate = &entry.candidate;
         if candidate.availability == Availability::Placeable {
             let score = candidate.has_free_slot().then(|| entry.score(self.strategy));
-            for model in &candidate.models {
+            for (n, model) in candidate.models.iter().enumerate() {
                 let pools = self.by_model.entry(model.clone()).or_default();
-                let is_new = !pools.number_of.contains_key(&candidate.key);
-                let number = pools.number(&candidate.key);
-                if is_new {
-                    pools.changed(number, version);
-                }
+                let number = match entry.numbers.get(n) {
+                    Some(number) => *number,
+                    None => {
+                        // A node may name a model twice.
+                        let same = candidate.models[..n].iter().position(|other| other == model);
+                        let number = same.map(|n| entry.numbers[n]).unwrap_or_else(|| {
+                            let number = pools.number(&candidate.key, row);
+                            pools.changed(number, version);
+                            number
+                        });
+                        entry.numbers.push(number);
+                        number
+                    }
+                };
                 pools.free_bits.set(number, score.is_some());
                 match &score {
-                    Some(score) if score.rank == Rank::Random => pools.bag.insert(score.key.clone()),
+                    Some(score) if score.rank == Rank::Random => pools.bag.insert(row),
                     Some(score) => drop(pools.free.insert(score.clone())),
                     None => {}
                 }
@@ -330,15 +363,12 @@ impl PoolIndex {
                 pools.loadable += usize::from(candidate.availability == Availability::Loadable);
             }
         }
-        let key = candidate.key.clone();
-        if self.pools.insert(key.clone(), entry).is_none() {
-            self.keys.insert(key);
-        }
+        self.pools[row.0] = Some(Box::new(entry));
     }
 
     /// Takes a pool out of what is ordered by its facts; its numbers stay its own.
-    fn take_out(&mut self, key: &PoolKey) -> Option<Box<Entry>> {
-        let old = self.pools.remove(key)?;
+    fn take_out(&mut self, row: PoolRow) -> Option<Box<Entry>> {
+        let old = self.pools.get_mut(row.0)?.take()?;
         let score = old.score(self.strategy);
         if let Some(count) = self.standings.get_mut(&old.candidate.availability) {
             *count -= 1;
@@ -346,8 +376,8 @@ impl PoolIndex {
         for model in &old.candidate.models {
             if let Some(pools) = self.by_model.get_mut(model) {
                 pools.free.remove(&score);
-                pools.bag.remove(key);
-                if pools.unloaded.remove(key) {
+                pools.bag.remove(row);
+                if pools.unloaded.remove(&score.key) {
                     pools.loadable -= usize::from(old.candidate.availability == Availability::Loadable);
                 }
             }
@@ -355,18 +385,20 @@ impl PoolIndex {
         Some(old)
     }
 
-    pub fn remove(&mut self, key: &PoolKey) {
-        let Some(old) = self.take_out(key) else { return };
-        self.keys.remove(key);
-        self.version += 1;
-        for model in &old.candidate.models {
+    /// Takes a pool out of its row, with its numbers.
+    fn vacate(&mut self, row: PoolRow) {
+        let Some(old) = self.take_out(row) else { return };
+        let Candidate { key, models, .. } = &old.candidate;
+        for (n, model) in models.iter().enumerate() {
             let Some(pools) = self.by_model.get_mut(model) else { continue };
-            if let Some(number) = pools.number_of.remove(key) {
+            // One that was named twice has one number.
+            if let Some(number) = old.numbers.get(n)
+                && pools.numbered[*number].pool.take_if(|of| *of == row).is_some()
+            {
                 pools.placeable.remove(key);
-                pools.numbered[number].pool = None;
-                pools.vacant.push(number);
-                pools.free_bits.set(number, false);
-                pools.changed(number, self.version);
+                pools.vacant.push(*number);
+                pools.free_bits.set(*number, false);
+                pools.changed(*number, self.version + 1);
             }
             pools.all.remove(key);
             if pools.all.is_empty() {
@@ -375,11 +407,21 @@ impl PoolIndex {
         }
     }
 
+    pub fn remove(&mut self, key: &PoolKey) {
+        let Some(row) = self.row_of.remove(key) else { return };
+        self.vacate(row);
+        self.version += 1;
+        self.keys.remove(key);
+        self.vacant.push(row);
+    }
+
     /// The pool was given a task: it is the last among its equals.
     pub fn taken(&mut self, key: &PoolKey) {
         self.taken += 1;
         let taken = self.taken;
-        self.reorder(key, |entry| entry.last_taken = taken);
+        if let Some(row) = self.row(key) {
+            self.reorder(row, |entry| entry.last_taken = taken);
+        }
     }
 
     /// Brings up to date which pools take tasks of this shape. Returns whether anything had changed.
@@ -394,7 +436,7 @@ impl PoolIndex {
         }
         eligible.pools.grow(pools.numbered.len());
         for (_, number) in pools.changes.range((eligible.seen + 1, 0)..) {
-            let candidate = pools.numbered[*number].pool.as_ref().and_then(|key| self.get(key));
+            let candidate = pools.numbered[*number].pool.and_then(|row| self.at(row));
             eligible.pools.set(*number, candidate.is_some_and(|candidate| fits(candidate, shape)));
         }
         eligible.seen = pools.version;
@@ -411,8 +453,16 @@ impl PoolIndex {
         self.by_model.get(model).is_some_and(|pools| !pools.free_bits.is_disjoint(&eligible.pools))
     }
 
+    pub fn row(&self, key: &PoolKey) -> Option<PoolRow> {
+        self.row_of.get(key).copied()
+    }
+
+    pub fn at(&self, row: PoolRow) -> Option<&Candidate> {
+        self.entry(row).map(|entry| &entry.candidate)
+    }
+
     pub fn get(&self, key: &PoolKey) -> Option<&Candidate> {
-        self.pools.get(key).map(|entry| &entry.candidate)
+        self.at(self.row(key)?)
     }
 
     /// Whether any placeable pool of the model has a free slot.

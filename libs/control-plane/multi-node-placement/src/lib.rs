@@ -16,7 +16,7 @@ pub use choose::{
     Choice, NoPlacement, ToLoad, Verdict, choose, choose_to_load, count_refusals, explain, explain_one,
     might_take, temporarily_unavailable,
 };
-pub use index::{Eligible, PoolIndex, Rank, Score, Strategy};
+pub use index::{Eligible, PoolIndex, PoolRow, Strategy};
 pub use shape::{Spread, TaskShape};
 
 #[cfg(test)]

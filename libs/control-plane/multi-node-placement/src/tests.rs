@@ -46,7 +46,9 @@ fn index(pools: impl IntoIterator<Item = Candidate>) -> PoolIndex {
 
 fn index_by(strategy: Strategy, pools: impl IntoIterator<Item = Candidate>) -> PoolIndex {
     let mut index = PoolIndex::new(strategy);
-    pools.into_iter().for_each(|pool| index.upsert(pool));
+    for pool in pools {
+        index.upsert(pool);
+    }
     index
 }
 
@@ -364,7 +366,9 @@ proptest! {
     ) {
         let (_, strategy) = strategy;
         let mut index = PoolIndex::new(strategy);
-        facts.into_iter().for_each(|fact| index.upsert(fact));
+        for fact in facts {
+            index.upsert(fact);
+        }
         for (node, pool_id) in removed {
             index.remove(&key(&format!("n{node}"), &format!("p{pool_id}")));
         }
@@ -384,7 +388,8 @@ proptest! {
         let loadable = |c: &Candidate| c.availability == Availability::Loadable && c.models.contains(&m);
         prop_assert_eq!(index.has_loadable(&m), index.all().any(loadable));
         // The free ones are those that a walk finds, each once.
-        let mut free: Vec<&PoolKey> = index.of_model(&m).into_iter().flat_map(|pools| pools.free(draw)).collect();
+        let free = index.of_model(&m).into_iter().flat_map(|pools| pools.free(draw));
+        let mut free: Vec<&PoolKey> = free.map(|row| &index.at(row).unwrap().key).collect();
         free.sort();
         let takes = |c: &&Candidate| c.availability == Availability::Placeable && c.has_free_slot() && c.models.contains(&m);
         prop_assert_eq!(free, index.all().filter(takes).map(|c| &c.key).collect::<Vec<_>>());

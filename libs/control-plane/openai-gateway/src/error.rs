@@ -49,6 +49,7 @@ pub fn shape(code: ErrorCode) -> ErrorShape {
         | ErrorCode::AttemptDuplicate
         | ErrorCode::EventsExpired
         | ErrorCode::PoolAmbiguous
+        | ErrorCode::HolderAmbiguous
         | ErrorCode::Canceled => row(code.http_status(), INVALID, ours, INVALID),
         ErrorCode::PayloadTooLarge => row(413, INVALID, ours, "request_too_large"),
         ErrorCode::AdmissionReject

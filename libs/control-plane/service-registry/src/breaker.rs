@@ -28,8 +28,13 @@ enum State {
     },
 }
 
+/// Of what has not failed since its last success nothing is known: mostly it is that.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Breaker {
+pub(crate) struct Breaker(Option<Box<Failing>>);
+
+/// What has failed, and is not known to be well again.
+#[derive(Debug, Clone, Default)]
+struct Failing {
     state: State,
     /// Failures that count since the last success, each with its task where one is known.
     failures: Vec<Option<TaskId>>,
@@ -44,6 +49,75 @@ impl Breaker {
     /// An attempt failed; those of one task count once. Returns until when nothing is sent, if this
     /// tripped it.
     pub(crate) fn failed(
+        &mut self,
+        now: Moment,
+        attempt: &AttemptId,
+        task: Option<TaskId>,
+        dispatched: Moment,
+    ) -> Option<Moment> {
+        self.0.get_or_insert_default().failed(now, attempt, task, dispatched)
+    }
+
+    /// What the task had counted was its own fault. Returns whether this lets tasks through again.
+    pub(crate) fn withdraw(&mut self, task: TaskId) -> bool {
+        self.0.as_mut().is_some_and(|failing| failing.withdraw(task))
+    }
+
+    /// An attempt got through.
+    pub(crate) fn succeeded(&mut self) {
+        self.0 = None;
+    }
+
+    /// Lets one attempt through when the pause is over. Returns whether it just ended.
+    pub(crate) fn rest(&mut self, now: Moment) -> bool {
+        self.0.as_mut().is_some_and(|failing| failing.rest(now))
+    }
+
+    /// When [`Breaker::rest`] has something to do.
+    pub(crate) fn rests_until(&self) -> Option<Moment> {
+        match self.state() {
+            State::Open { until } => Some(until),
+            State::Closed | State::HalfOpen { .. } => None,
+        }
+    }
+
+    /// Nothing has failed since its last success.
+    pub(crate) fn is_well(&self) -> bool {
+        self.0.is_none()
+    }
+
+    fn state(&self) -> State {
+        self.0.as_ref().map_or(State::Closed, |failing| failing.state)
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.state() == State::Closed
+    }
+
+    /// An attempt goes out.
+    pub(crate) fn sent(&mut self, attempt: AttemptId) {
+        if let Some(State::HalfOpen { trial }) = self.0.as_mut().map(|failing| &mut failing.state) {
+            trial.get_or_insert(attempt);
+        }
+    }
+
+    /// The attempt is over; when it was the trial and has shown nothing, another may go.
+    pub(crate) fn over(&mut self, attempt: &AttemptId) {
+        if let Some(State::HalfOpen { trial }) = self.0.as_mut().map(|failing| &mut failing.state)
+            && *trial == Some(*attempt)
+        {
+            *trial = None;
+        }
+    }
+
+    /// Nothing may be sent now.
+    pub(crate) fn blocks(&self) -> bool {
+        matches!(self.state(), State::Open { .. } | State::HalfOpen { trial: Some(_) })
+    }
+}
+
+impl Failing {
+    fn failed(
         &mut self,
         now: Moment,
         attempt: &AttemptId,
@@ -70,8 +144,7 @@ impl Breaker {
         Some(until)
     }
 
-    /// What the task had counted was its own fault. Returns whether this lets tasks through again.
-    pub(crate) fn withdraw(&mut self, task: TaskId) -> bool {
+    fn withdraw(&mut self, task: TaskId) -> bool {
         self.failures.retain(|failed| *failed != Some(task));
         if self.failures.is_empty() {
             self.last_failure = None;
@@ -91,51 +164,12 @@ impl Breaker {
         reopens
     }
 
-    /// An attempt got through.
-    pub(crate) fn succeeded(&mut self) {
-        *self = Self::default();
-    }
-
-    /// Lets one attempt through when the pause is over. Returns whether it just ended.
-    pub(crate) fn rest(&mut self, now: Moment) -> bool {
+    fn rest(&mut self, now: Moment) -> bool {
         let over = matches!(self.state, State::Open { until } if until <= now);
         if over {
             self.state = State::HalfOpen { trial: None };
         }
         over
-    }
-
-    /// When [`Breaker::rest`] has something to do.
-    pub(crate) fn rests_until(&self) -> Option<Moment> {
-        match self.state {
-            State::Open { until } => Some(until),
-            State::Closed | State::HalfOpen { .. } => None,
-        }
-    }
-
-    pub(crate) fn is_closed(&self) -> bool {
-        self.state == State::Closed
-    }
-
-    /// An attempt goes out.
-    pub(crate) fn sent(&mut self, attempt: AttemptId) {
-        if let State::HalfOpen { trial } = &mut self.state {
-            trial.get_or_insert(attempt);
-        }
-    }
-
-    /// The attempt is over; when it was the trial and has shown nothing, another may go.
-    pub(crate) fn over(&mut self, attempt: &AttemptId) {
-        if let State::HalfOpen { trial } = &mut self.state
-            && *trial == Some(*attempt)
-        {
-            *trial = None;
-        }
-    }
-
-    /// Nothing may be sent now.
-    pub(crate) fn blocks(&self) -> bool {
-        matches!(self.state, State::Open { .. } | State::HalfOpen { trial: Some(_) })
     }
 }
 

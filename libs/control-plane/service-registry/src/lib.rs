@@ -16,6 +16,6 @@ mod rules;
 pub use liveness::{Denied, ProbeOutcome, Suspicion, Timing, Transition};
 pub use mismatch::IndexMismatch;
 pub use registry::{
-    HeartbeatOutcome, NodeConflict, NodeNotKnown, PoolFacts, Registered, ServiceRegistry, Settings,
+    HeartbeatOutcome, NodeConflict, NodeNotKnown, PoolFacts, Registered, Registrar, ServiceRegistry, Settings,
 };
 pub use rules::Rule;

@@ -92,6 +92,8 @@ pub(crate) struct Evidence {
     pub(crate) undialled: Option<Suspicion>,
     /// Since when each dial has succeeded.
     dialled_since: Option<Moment>,
+    /// A dial has succeeded at least once.
+    pub(crate) was_dialled: bool,
     pub(crate) denied: Option<Denial>,
     /// The lanes of its link by which orders do not reach it, while they live.
     pub(crate) undelivered: BTreeSet<u16>,
@@ -113,6 +115,7 @@ impl Evidence {
             silent_since: None,
             undialled: Some(Suspicion::NotDialledYet),
             dialled_since: None,
+            was_dialled: false,
             denied: None,
             undelivered: BTreeSet::new(),
             let_in: Moment::ZERO,
@@ -175,6 +178,7 @@ impl Evidence {
     /// It was dialled, and where that was asked it said whether it lets us in.
     pub(crate) fn dialled(&mut self, now: Moment, authorized: Option<Result<(), Denied>>) {
         self.undialled = None;
+        self.was_dialled = true;
         self.dialled_since.get_or_insert(now);
         match authorized {
             Some(Ok(())) if self.denied.take().is_some() => self.let_in = now,

@@ -1,4 +1,4 @@
-//! The registry: nodes by id, reservations by attempt.
+//! The registry: nodes by id, each with the claims on its slots.
 //!
 //! Verbs come in pairs with what the caller must do: attempts that a verb returns as ended or
 //! vanished are still reserved until [`ServiceRegistry::release`] is called for each of them.
@@ -17,17 +17,19 @@ use pool_registry_types::{AttemptId, BootId, Epoch, ModelRef, Moment, NodeId, Po
 use crate::breaker::Breaker;
 use crate::liveness::{Evidence, PROBE_EVERY, ProbeOutcome, Suspicion, Timing, Transition};
 use crate::mismatch::IndexMismatch;
-use crate::reservations::{ClosedAttempts, PoolBook, Reservation, Reservations};
+use crate::reservations::{Claims, ClosedAttempts, PoolBook, Reservation, Reservations};
 use crate::rules::Rule;
 
 mod evidence;
 mod models;
+mod places;
 mod reading;
 mod reports;
 mod slots;
 mod table;
 
 use models::Models;
+pub use places::Registrar;
 use table::{Entries, Node, NodeTable, Unshown};
 
 /// How a registry behaves.
@@ -49,6 +51,8 @@ pub enum NodeConflict {
     IdTaken { node_id: NodeId, address: String },
     #[error("{0} nodes are known, which is the most")]
     TooMany(usize),
+    #[error("the token {name} has {most} nodes, which is the most")]
+    RegistrarFull { name: String, most: usize },
 }
 
 /// The node, or the registration it speaks of, is not known: it must register again.
@@ -77,7 +81,8 @@ pub enum HeartbeatOutcome {
         returned: bool,
         /// We thought they ran; the node does not.
         vanished: Vec<AttemptId>,
-        /// The node runs them; we do not know them.
+        /// The node runs them and they are not reserved there; whether they are elsewhere, the caller
+        /// knows.
         orphans: Vec<AttemptId>,
     },
 }
@@ -86,6 +91,9 @@ pub enum HeartbeatOutcome {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoolFacts<'r> {
     pub report: &'r PoolReport,
+    /// As that report says.
+    pub ready: bool,
+    pub draining: bool,
     pub labels: &'r Arc<Labels>,
     pub liveness: Liveness,
     pub intent: Intent,
@@ -145,12 +153,14 @@ impl ServiceRegistry {
     // ---- membership ----
 
     /// Takes a node in. A live id with another boot is a restart when it comes from the same
-    /// address, and a conflict otherwise. The node is suspect until its address was dialled.
-    pub fn register(&mut self, now: Moment, request: RegisterRequest) -> Result<Registered, NodeConflict> {
-        let max_nodes = self.settings.max_nodes;
-        if self.nodes.get(&request.node_id).is_none() && self.nodes.len() >= max_nodes {
-            self.forget_longest_offline().ok_or(NodeConflict::TooMany(max_nodes))?;
-        }
+    /// address, and a conflict otherwise. The node is suspect until its address was dialled. It takes
+    /// one of its registrar's places, where those are bounded.
+    pub fn register(
+        &mut self,
+        now: Moment,
+        request: RegisterRequest,
+        registrar: Option<&Registrar>,
+    ) -> Result<Registered, NodeConflict> {
         let known = self.nodes.get(&request.node_id);
         if let Some(node) = known
             && node.request.boot_id != request.boot_id
@@ -162,6 +172,9 @@ impl ServiceRegistry {
                 address: node.request.address.clone(),
             });
         }
+        self.make_room(&request.node_id, registrar)?;
+        let registrar = registrar.map(|registrar| Arc::clone(&registrar.name));
+        let known = self.nodes.get(&request.node_id);
         let same_boot = known.is_some_and(|node| node.request.boot_id == request.boot_id);
         // An operator's order is for the node, not for one life of it.
         let before = known.and_then(|node| node.wanted.clone());
@@ -169,6 +182,7 @@ impl ServiceRegistry {
         let epoch = self.next_epoch();
         let ended = if same_boot { Vec::new() } else { self.attempts_of(&node_id) };
         if same_boot {
+            self.nodes.set_registrar(&node_id, registrar);
             self.nodes.change(&node_id, |node| {
                 if node.request.address != request.address {
                     node.evidence.undialled = Some(Suspicion::NotDialledYet);
@@ -188,7 +202,12 @@ impl ServiceRegistry {
         } else {
             let before = before.or_else(|| self.stored_orders.remove(&node_id));
             let wanted = before.filter(|wanted| wanted.intent != request.intent);
+            let claims = match self.nodes.remove_claims(&node_id) {
+                Some(claims) => claims,
+                None => self.reservations.take(&node_id),
+            };
             self.nodes.insert(Node {
+                registrar,
                 epoch: epoch.clone(),
                 intent: request.intent,
                 wanted: wanted.map(|wanted| IntentOrder { epoch: epoch.clone(), ..wanted }),
@@ -201,6 +220,7 @@ impl ServiceRegistry {
                 models: Vec::new(),
                 link: BTreeMap::new(),
                 breaker: Breaker::default(),
+                claims,
                 closed: ClosedAttempts::default(),
                 number: 0,
                 entries: Entries::default(),
@@ -210,14 +230,6 @@ impl ServiceRegistry {
         }
         let intent = self.nodes.get(&node_id).map_or((Intent::Serving, 0), Node::order);
         Ok(Registered { epoch, intent, ended })
-    }
-
-    /// Makes room: an offline node is worth less than one that wants to join.
-    fn forget_longest_offline(&mut self) -> Option<()> {
-        let oldest = self.nodes.longest_offline()?.clone();
-        self.remove(&oldest);
-        self.forgotten.push(oldest);
-        Some(())
     }
 
     fn next_epoch(&mut self) -> Epoch {
@@ -243,7 +255,9 @@ impl ServiceRegistry {
 
     /// Forgets a node, but not what is wanted of it.
     fn remove(&mut self, node_id: &NodeId) {
-        let Some(order) = self.nodes.remove(node_id).and_then(|node| node.wanted) else { return };
+        let Some(node) = self.nodes.remove(node_id) else { return };
+        self.reservations.keep(node_id, node.claims);
+        let Some(order) = node.wanted else { return };
         if self.stored_orders.len() >= self.settings.max_nodes {
             let oldest = self.stored_orders.iter().min_by_key(|(_, order)| order.number);
             let oldest = oldest.map(|(node_id, _)| node_id.clone());

@@ -1,12 +1,14 @@
 //! What is ordered and counted is what a walk over everything finds, whatever has happened.
 
+use std::collections::btree_map::Entry;
+
 use pool_registry_types::LabelName;
 
 use super::*;
 
 #[derive(Debug, Clone)]
 enum Verb {
-    Register(u8, u8, bool, u8),
+    Register(u8, u8, bool, u8, u8),
     Deregister(u8),
     Beat(u8, Vec<u8>, bool),
     Alive(u8),
@@ -34,8 +36,8 @@ enum Verb {
 fn verbs() -> impl Strategy<Value = Vec<Verb>> {
     let node = 0_u8..6;
     let verb = prop_oneof![
-        3 => (node.clone(), 0_u8..2, any::<bool>(), 0_u8..3)
-            .prop_map(|(n, b, a, labels)| Verb::Register(n, b, a, labels)),
+        3 => (node.clone(), 0_u8..2, any::<bool>(), 0_u8..3, 0_u8..3)
+            .prop_map(|(n, b, a, labels, by)| Verb::Register(n, b, a, labels, by)),
         1 => node.clone().prop_map(Verb::Deregister),
         6 => (node.clone(), prop::collection::vec(0_u8..12, 0..4), any::<bool>())
             .prop_map(|(n, listed, tokens)| Verb::Beat(n, listed, tokens)),
@@ -68,7 +70,8 @@ struct Driven {
     now: u64,
     seq: u64,
     epochs: BTreeMap<String, Epoch>,
-    reserved: BTreeSet<u8>,
+    /// The nodes of the attempts that have a claim.
+    reserved: BTreeMap<u8, u8>,
     /// The last two orders for each node.
     orders: BTreeMap<String, [Option<IntentOrder>; 2]>,
 }
@@ -86,11 +89,12 @@ impl Driven {
         let id = |n: u8| node_id(&name(n));
         let address = |n: u8| format!("http://n{n}");
         match verb {
-            Verb::Register(n, boot, elsewhere, which) => {
+            Verb::Register(n, boot, elsewhere, which, by) => {
                 let address = if elsewhere { "http://elsewhere".to_owned() } else { address(n) };
                 let request = request(&name(n), boot.into(), &address);
                 let request = RegisterRequest { labels: labels(which), ..request };
-                if let Ok(registered) = r.register(now, request) {
+                let by = (by > 0).then(|| registrar(&format!("token {by}"), usize::from(by)));
+                if let Ok(registered) = r.register(now, request, by.as_ref()) {
                     self.epochs.insert(name(n), registered.epoch);
                 }
             }
@@ -140,14 +144,20 @@ impl Driven {
                 }
             }
             Verb::Reserve(n, k) => {
-                if self.reserved.insert(k) {
+                if let Entry::Vacant(free) = self.reserved.entry(k) {
+                    free.insert(n);
                     r.reserve(&pool(&name(n)), attempt(k.into()));
                 }
             }
-            Verb::Accepted(k) => r.accepted(&attempt(k.into()), self.seq),
+            Verb::Accepted(k) => {
+                let n = self.reserved.get(&k).copied().unwrap_or_default();
+                r.accepted(&pool(&name(n)), &attempt(k.into()), self.seq);
+            }
             Verb::Release(k, closed) => {
-                self.reserved.remove(&k);
-                drop(r.release(&attempt(k.into()), closed.then_some(self.seq)));
+                let n = self.reserved.remove(&k);
+                let at = pool(&name(n.unwrap_or_default()));
+                let released = r.release(&at, &attempt(k.into()), closed.then_some(self.seq));
+                assert_eq!(released, n.is_some(), "a claim outlives its node");
             }
             Verb::Hold(n) => r.hold(&pool(&name(n)), now + Duration::from_millis(250)),
             Verb::PoolFailed(n, k) => {
@@ -179,13 +189,14 @@ proptest! {
                 now: 0,
                 seq: 0,
                 epochs: BTreeMap::new(),
-                reserved: BTreeSet::new(),
+                reserved: BTreeMap::new(),
                 orders: BTreeMap::new(),
             };
         for (n, verb) in verbs.into_iter().enumerate() {
             driven.apply(verb.clone());
             let (now, r) = (at(driven.now), &mut driven.registry);
             prop_assert_eq!(r.check_order(), Ok(()), "after {:?}", verb);
+            prop_assert_eq!(r.reservation_count(), driven.reserved.len(), "after {:?}", verb);
             if n % 3 == 0 {
                 // CLOUD-1775
                 prop_assert_eq!(r.snapshot(now).view(), r.view(now), "after {:?}", verb);

@@ -27,7 +27,7 @@ fn a_report_that_names_a_pool_twice_loses_no_reservation_and_frees_no_slot() {
         assert_eq!((facts.slots_total, facts.slots_busy), (4, 2), "{reported}");
     }
     for id in mine {
-        r.release(&id, None);
+        r.release(&pool("a"), &id, None);
     }
     assert_eq!((r.reservation_count(), busy(&r, "a")), (0, 0));
 }
@@ -70,7 +70,7 @@ fn an_attempt_whose_end_its_node_has_kept_has_not_vanished() {
         let epoch = join(&mut r, at(0), "a");
         r.heartbeat(at(0), &node_id("a"), beat(&epoch, 1, &[])).unwrap();
         r.reserve(&pool("a"), attempt(1));
-        r.accepted(&attempt(1), 1);
+        r.accepted(&pool("a"), &attempt(1), 1);
         let mut kept = report(4, &[]);
         kept.replicas[0].held = vec![attempt(1), attempt(9)];
         let kept = Heartbeat { pools: vec![kept], ..beat(&epoch, 2, &[]) };
@@ -93,7 +93,7 @@ fn a_pool_whose_engine_fails_again_and_again_gets_one_attempt_until_one_gets_thr
         let tripped =
             r.pool_failed(at(n * 10 + 5), &pool("a"), &id, TaskId(Uuid::from_u128(n.into())), at(n * 10));
         assert_eq!(tripped, n == 3);
-        r.release(&id, None);
+        r.release(&pool("a"), &id, None);
     }
     assert!(r.pool_facts(&pool("a")).unwrap().tripped);
     assert_eq!(r.next_deadline(), Some(at(1_035)));
@@ -119,7 +119,7 @@ fn broken_streams_trip_the_node_with_all_its_pools_and_a_new_boot_starts_afresh(
     r.expire(at(1_035));
     assert_eq!(r.take_lifted_holds().first(), Some(&pool("a")));
     assert!(r.has_open_breaker(&node_id("a")), "until an attempt has got through");
-    r.register(at(1_040), request("a", 2, "http://a")).unwrap();
+    r.register(at(1_040), request("a", 2, "http://a"), None).unwrap();
     assert!(!r.has_open_breaker(&node_id("a")));
 }
 
@@ -160,10 +160,10 @@ proptest! {
                         r.reserve(&pool("a"), attempt(n.into()));
                     }
                 }
-                Action::Accept(n) => r.accepted(&attempt(n.into()), seq),
+                Action::Accept(n) => r.accepted(&pool("a"), &attempt(n.into()), seq),
                 Action::Release(n, closed) => {
-                    let released = r.release(&attempt(n.into()), closed.then_some(seq));
-                    prop_assert_eq!(released.is_some(), reserved.remove(&n));
+                    let released = r.release(&pool("a"), &attempt(n.into()), closed.then_some(seq));
+                    prop_assert_eq!(released, reserved.remove(&n));
                 }
                 Action::Beat(listed) => {
                     seq += 1;

@@ -106,7 +106,7 @@ fn live(name: &str, boot: u128) -> ProbeOutcome {
 /// A node that is online since `now`.
 fn join(registry: &mut ServiceRegistry, now: Moment, name: &str) -> Epoch {
     let address = format!("http://{name}");
-    let epoch = registry.register(now, request(name, 1, &address)).unwrap().epoch;
+    let epoch = registry.register(now, request(name, 1, &address), None).unwrap().epoch;
     registry.take_due_probes(now);
     registry.probed(now, &node_id(name), &address, live(name, 1));
     assert_eq!(registry.liveness(&node_id(name)), Some(Liveness::Online));
@@ -132,7 +132,7 @@ fn taken(outcome: Result<HeartbeatOutcome, NodeNotKnown>) -> (Vec<AttemptId>, Ve
 #[test]
 fn a_registered_node_is_suspect_until_its_address_answers_with_its_identity() {
     let mut r = registry();
-    r.register(at(0), request("a", 1, "http://a")).unwrap();
+    r.register(at(0), request("a", 1, "http://a"), None).unwrap();
     assert_eq!(r.liveness(&node_id("a")), Some(Liveness::Suspect));
     assert_eq!(r.take_due_probes(at(0)), vec![(node_id("a"), "http://a".into(), false)]);
     r.probed(at(1), &node_id("a"), "http://a", live("b", 1));
@@ -204,9 +204,9 @@ fn a_live_id_from_another_address_is_a_conflict_and_from_the_same_a_restart() {
     let epoch = join(&mut r, at(0), "a");
     taken(r.heartbeat(at(1), &node_id("a"), beat(&epoch, 1, &[])));
     r.reserve(&pool("a"), attempt(1));
-    let conflict = r.register(at(2), request("a", 2, "http://elsewhere"));
+    let conflict = r.register(at(2), request("a", 2, "http://elsewhere"), None);
     assert!(matches!(conflict, Err(NodeConflict::IdTaken { .. })));
-    let restarted = r.register(at(3), request("a", 2, "http://a")).unwrap();
+    let restarted = r.register(at(3), request("a", 2, "http://a"), None).unwrap();
     assert_eq!(restarted.ended, vec![attempt(1)]);
     assert_ne!(restarted.epoch, epoch);
     assert_eq!(r.heartbeat(at(4), &node_id("a"), beat(&epoch, 2, &[])), Err(NodeNotKnown));
@@ -218,7 +218,7 @@ fn an_offline_id_may_come_back_from_another_address() {
     let mut r = registry();
     join(&mut r, at(0), "a");
     r.expire(at(5_000));
-    assert!(r.register(at(5_001), request("a", 2, "http://elsewhere")).is_ok());
+    assert!(r.register(at(5_001), request("a", 2, "http://elsewhere"), None).is_ok());
 }
 
 // CLOUD-1004
@@ -228,7 +228,7 @@ fn the_same_boot_keeps_its_attempts_and_its_report_numbers_when_it_registers_aga
     let epoch = join(&mut r, at(0), "a");
     taken(r.heartbeat(at(1), &node_id("a"), beat(&epoch, 7, &[])));
     r.reserve(&pool("a"), attempt(1));
-    let again = r.register(at(2), request("a", 1, "http://a")).unwrap();
+    let again = r.register(at(2), request("a", 1, "http://a"), None).unwrap();
     assert!(again.ended.is_empty());
     assert_eq!(r.liveness(&node_id("a")), Some(Liveness::Online));
     assert_eq!(r.heartbeat(at(3), &node_id("a"), beat(&again.epoch, 7, &[])), Ok(HeartbeatOutcome::Ignored));
@@ -257,7 +257,7 @@ fn epochs_differ_between_two_lives_of_the_control_plane() {
 fn a_late_deregistration_of_an_old_epoch_has_no_effect() {
     let mut r = registry();
     let old = join(&mut r, at(0), "a");
-    let new = r.register(at(1), request("a", 1, "http://a")).unwrap().epoch;
+    let new = r.register(at(1), request("a", 1, "http://a"), None).unwrap().epoch;
     assert_eq!(r.deregister(&node_id("a"), Some(&old)), None);
     assert_eq!(r.deregister(&node_id("a"), Some(&new)), Some(vec![]));
     assert_eq!(r.heartbeat(at(2), &node_id("a"), beat(&new, 1, &[])), Err(NodeNotKnown));
@@ -274,7 +274,7 @@ fn a_report_that_crossed_a_dispatch_does_not_free_the_slot() {
     let (vanished, _) = taken(r.heartbeat(at(2), &node_id("a"), beat(&epoch, 2, &[])));
     assert!(vanished.is_empty(), "not accepted yet: the report says nothing about it");
     assert_eq!(busy(&r, "a"), 1);
-    r.accepted(&attempt(1), 3);
+    r.accepted(&pool("a"), &attempt(1), 3);
     let (vanished, _) = taken(r.heartbeat(at(3), &node_id("a"), beat(&epoch, 3, &[])));
     assert!(vanished.is_empty(), "report 3 was made before the acceptance");
     let (vanished, _) = taken(r.heartbeat(at(4), &node_id("a"), beat(&epoch, 4, &[attempt(1)])));
@@ -291,8 +291,8 @@ fn a_report_from_before_the_end_makes_no_orphan_and_a_later_one_does() {
     let epoch = join(&mut r, at(0), "a");
     taken(r.heartbeat(at(1), &node_id("a"), beat(&epoch, 1, &[])));
     r.reserve(&pool("a"), attempt(1));
-    r.accepted(&attempt(1), 1);
-    r.release(&attempt(1), Some(2));
+    r.accepted(&pool("a"), &attempt(1), 1);
+    r.release(&pool("a"), &attempt(1), Some(2));
     let (_, orphans) = taken(r.heartbeat(at(2), &node_id("a"), beat(&epoch, 2, &[attempt(1)])));
     assert!(orphans.is_empty());
     assert_eq!(busy(&r, "a"), 0, "the node said that it has ended");
@@ -351,7 +351,7 @@ fn a_node_that_was_not_well_neither_prevents_nor_ends_the_guard_and_one_that_was
         join(&mut r, at(0), name);
     }
     // One that could never be dialled, and one that could not long before the others fell silent.
-    r.register(at(0), request("new", 1, "http://new")).unwrap();
+    r.register(at(0), request("new", 1, "http://new"), None).unwrap();
     r.dial_failed(at(1), &node_id("c"), "refused".into());
     let again = |r: &mut ServiceRegistry, now: u64| {
         let refused = || ProbeOutcome::Failed("refused".into());
@@ -380,7 +380,7 @@ fn a_node_that_was_not_well_neither_prevents_nor_ends_the_guard_and_one_that_was
 #[test]
 fn a_probe_that_we_could_not_make_changes_nothing_and_is_made_again_after_a_second() {
     let mut r = registry();
-    r.register(at(0), request("a", 1, "http://a")).unwrap();
+    r.register(at(0), request("a", 1, "http://a"), None).unwrap();
     let inconclusive = |r: &mut ServiceRegistry, now: u64| {
         let before = format!("{:?}", r.view(at(now)));
         assert_eq!(r.take_due_probes(at(now)).len(), 1, "at {now}");
@@ -416,7 +416,7 @@ fn what_one_node_says_never_changes_another() {
     let b = join(&mut r, at(0), "b");
     taken(r.heartbeat(at(1), &node_id("b"), beat(&b, 1, &[])));
     r.reserve(&pool("b"), attempt(9));
-    r.accepted(&attempt(9), 1);
+    r.accepted(&pool("b"), &attempt(9), 1);
     let before = format!("{:?}", r.view(at(5)).nodes[1]);
     let (vanished, orphans) = taken(r.heartbeat(at(5), &node_id("a"), beat(&a, 1, &[attempt(3)])));
     assert!(vanished.is_empty());
@@ -424,19 +424,78 @@ fn what_one_node_says_never_changes_another() {
     assert_eq!(format!("{:?}", r.view(at(5)).nodes[1]), before);
 }
 
+fn registrar(name: &str, max_nodes: usize) -> Registrar {
+    Registrar { name: name.into(), max_nodes }
+}
+
 // CLOUD-1009
 #[test]
 fn the_registry_is_bounded_and_an_offline_node_makes_room() {
     let mut r = registry();
     for n in 0..MAX_NODES {
-        r.register(at(0), request(&format!("n{n}"), 1, "http://x")).unwrap();
+        join(&mut r, at(0), &format!("n{n}"));
     }
-    assert_eq!(r.register(at(1), request("late", 1, "http://x")), Err(NodeConflict::TooMany(MAX_NODES)));
+    let late = || request("late", 1, "http://x");
+    assert_eq!(r.register(at(1), late(), None), Err(NodeConflict::TooMany(MAX_NODES)));
     // All are silent at once, which is taken for our own fault for one more timeout.
     r.expire(at(10_000));
-    r.register(at(10_001), request("late", 1, "http://x")).unwrap();
+    r.register(at(10_001), late(), None).unwrap();
     assert_eq!(r.take_forgotten().len(), 1);
     assert_eq!(r.view(at(10_001)).nodes.len(), MAX_NODES);
+}
+
+// CLOUD-2756
+#[test]
+fn nodes_that_were_never_dialled_well_give_their_places_first_and_in_the_order_in_which_they_came() {
+    let mut r = registry();
+    join(&mut r, at(0), "well");
+    for n in 1..MAX_NODES {
+        r.register(at(1), request(&format!("n{n:03}"), 1, "http://x"), None).unwrap();
+    }
+    // Offline for long, and known for what it is.
+    r.expire(at(10_000));
+    assert_eq!(r.liveness(&node_id("well")), Some(Liveness::Offline));
+    join(&mut r, at(10_001), "late");
+    assert_eq!(r.take_forgotten(), vec![node_id("n001")]);
+    // One that is known takes nobody's place.
+    r.register(at(10_002), request("n002", 1, "http://x"), None).unwrap();
+    assert_eq!(r.take_forgotten(), vec![]);
+    for n in 1..MAX_NODES - 1 {
+        r.register(at(10_003), request(&format!("new{n}"), 1, "http://x"), None).unwrap();
+    }
+    let gone = r.take_forgotten();
+    assert_eq!((gone.len(), &gone[0]), (MAX_NODES - 2, &node_id("n002")));
+    let left = [node_id("well"), node_id("late")].map(|node_id| r.liveness(&node_id));
+    assert_eq!(left, [Some(Liveness::Offline), Some(Liveness::Online)]);
+}
+
+// CLOUD-2757
+#[test]
+fn a_bounded_registrar_takes_its_own_places_only_and_its_offline_nodes_make_room() {
+    let mut r = registry();
+    let (one, other) = (registrar("one", 2), registrar("other", 2));
+    let register = |r: &mut ServiceRegistry, now, name: &str, by: Option<&Registrar>| {
+        r.register(at(now), request(name, 1, "http://x"), by)
+    };
+    let full = Err(NodeConflict::RegistrarFull { name: "one".into(), most: 2 });
+    register(&mut r, 0, "a", Some(&one)).unwrap();
+    register(&mut r, 0, "b", Some(&one)).unwrap();
+    assert_eq!(register(&mut r, 1, "c", Some(&one)), full);
+    // Its own nodes come again, others have places of their own, and an operator has as many as fit.
+    register(&mut r, 1, "a", Some(&one)).unwrap();
+    register(&mut r, 1, "c", Some(&other)).unwrap();
+    register(&mut r, 1, "d", None).unwrap();
+    assert_eq!(register(&mut r, 2, "c", Some(&one)), full, "a node of another's is one more");
+    // One that leaves, or comes by another token, leaves its place.
+    r.deregister(&node_id("a"), None).unwrap();
+    register(&mut r, 3, "e", Some(&one)).unwrap();
+    register(&mut r, 3, "b", Some(&other)).unwrap();
+    register(&mut r, 3, "f", Some(&one)).unwrap();
+    assert_eq!(register(&mut r, 4, "g", Some(&one)), full);
+    r.expire(at(20_000));
+    register(&mut r, 20_001, "g", Some(&one)).unwrap();
+    assert_eq!(r.take_forgotten(), vec![node_id("e")]);
+    assert_eq!(r.check_order(), Ok(()));
 }
 
 // CLOUD-1020
@@ -494,15 +553,19 @@ fn an_intent_belongs_to_the_node_and_not_to_one_life_of_it() {
     let mut r = registry();
     join(&mut r, at(0), "a");
     let (_, order) = r.want(&node_id("a"), Intent::Draining).unwrap();
-    let again = r.register(at(10), request("a", 2, "http://a")).unwrap();
+    let again = r.register(at(10), request("a", 2, "http://a"), None).unwrap();
     assert_eq!(again.intent, (Intent::Draining, order.number), "the restarted node is told");
     assert_eq!(r.intent(&node_id("a")), Some(Intent::Draining));
     // Not even when it leaves, or is removed, before it was told.
     r.deregister(&node_id("a"), None).unwrap();
-    let back = r.register(at(15), request("a", 2, "http://a")).unwrap();
+    let back = r.register(at(15), request("a", 2, "http://a"), None).unwrap();
     assert_eq!(back.intent, (Intent::Draining, order.number));
     let kept = RegisterRequest { intent: Intent::Draining, ..request("a", 3, "http://a") };
-    assert_eq!(r.register(at(20), kept).unwrap().intent, (Intent::Draining, 0), "it has it in its file");
+    assert_eq!(
+        r.register(at(20), kept, None).unwrap().intent,
+        (Intent::Draining, 0),
+        "it has it in its file"
+    );
 }
 
 // CLOUD-1324
@@ -516,7 +579,7 @@ fn a_drain_that_was_asked_of_a_node_that_is_away_holds_however_long_it_stays_awa
     let day = 24 * 3600 * 1000;
     r.expire(at(5_000 + day));
     assert_eq!((r.take_forgotten(), r.liveness(&node_id("a"))), (vec![node_id("a")], None));
-    let back = r.register(at(3 * day), request("a", 2, "http://elsewhere")).unwrap();
+    let back = r.register(at(3 * day), request("a", 2, "http://elsewhere"), None).unwrap();
     assert_eq!(back.intent, (Intent::Draining, order.number));
     assert_eq!(r.intent(&node_id("a")), Some(Intent::Draining));
 }

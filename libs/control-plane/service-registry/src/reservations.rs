@@ -8,66 +8,72 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use pool_registry_types::pool::{PoolReport, ReplicaReport};
-use pool_registry_types::{AttemptId, Lookup, Moment, NodeId, PoolKey};
+use pool_registry_types::{AttemptId, Moment, NodeId, PoolId, PoolKey};
 
 use crate::breaker::Breaker;
 
-/// The control plane's claim on a slot.
+/// The control plane's claim on a slot of a node's pool.
 #[derive(Debug, Clone)]
 pub(crate) struct Reservation {
-    pub(crate) pool: PoolKey,
+    pub(crate) pool_id: PoolId,
     /// The last report before the node accepted; absent until it has.
     pub(crate) accepted_after: Option<u64>,
 }
 
-/// All claims, by node and attempt. A claim may outlive its node.
+/// All claims on one node.
+pub(crate) type Claims = BTreeMap<AttemptId, Reservation>;
+
+/// How many claims there are of all, and those that have outlived their nodes: the others stand with
+/// these.
 #[derive(Debug, Default)]
 pub(crate) struct Reservations {
-    by_node: Lookup<NodeId, BTreeMap<AttemptId, Reservation>>,
-    node_of: Lookup<AttemptId, NodeId>,
+    outliving: BTreeMap<NodeId, Claims>,
+    pub(crate) all: usize,
 }
 
 impl Reservations {
-    /// Panics where the attempt has a claim already.
-    pub(crate) fn insert(&mut self, attempt: AttemptId, pool: &PoolKey) {
-        let before = self.node_of.insert(attempt, pool.node_id.clone());
-        assert!(before.is_none(), "attempt {attempt} reserved twice");
-        let reservation = Reservation { pool: pool.clone(), accepted_after: None };
-        self.by_node.get_or_insert_with(pool.node_id.clone(), BTreeMap::new).insert(attempt, reservation);
-    }
-
-    pub(crate) fn remove(&mut self, attempt: &AttemptId) -> Option<Reservation> {
-        let node_id = self.node_of.remove(attempt)?;
-        let of_node = self.by_node.get_mut(&node_id)?;
-        let reservation = of_node.remove(attempt);
-        if of_node.is_empty() {
-            self.by_node.remove(&node_id);
+    /// The node has gone.
+    pub(crate) fn keep(&mut self, node_id: &NodeId, claims: Claims) {
+        if !claims.is_empty() {
+            self.outliving.insert(node_id.clone(), claims);
         }
-        reservation
     }
 
-    pub(crate) fn contains(&self, attempt: &AttemptId) -> bool {
-        self.node_of.contains_key(attempt)
+    /// The node has come.
+    pub(crate) fn take(&mut self, node_id: &NodeId) -> Claims {
+        self.outliving.remove(node_id).unwrap_or_default()
     }
 
-    pub(crate) fn get_mut(&mut self, attempt: &AttemptId) -> Option<&mut Reservation> {
-        self.by_node.get_mut(self.node_of.get(attempt)?)?.get_mut(attempt)
+    pub(crate) fn insert(&mut self, pool: &PoolKey, attempt: AttemptId, claim: Reservation) {
+        self.outliving.entry(pool.node_id.clone()).or_default().insert(attempt, claim);
     }
 
-    /// Those of a node, whether or not it is known.
-    pub(crate) fn of_node(&self, node_id: &NodeId) -> Option<&BTreeMap<AttemptId, Reservation>> {
-        self.by_node.get(node_id)
+    pub(crate) fn remove(&mut self, node_id: &NodeId, attempt: &AttemptId) -> Option<Reservation> {
+        let of_node = self.outliving.get_mut(node_id)?;
+        let claim = of_node.remove(attempt);
+        if of_node.is_empty() {
+            self.outliving.remove(node_id);
+        }
+        claim
     }
 
-    pub(crate) fn len(&self) -> usize {
-        self.node_of.len()
+    pub(crate) fn get_mut(&mut self, node_id: &NodeId, attempt: &AttemptId) -> Option<&mut Reservation> {
+        self.outliving.get_mut(node_id)?.get_mut(attempt)
+    }
+
+    pub(crate) fn of_node(&self, node_id: &NodeId) -> Option<&Claims> {
+        self.outliving.get(node_id)
     }
 }
 
 /// One pool as reported, and the slots that are taken in it.
+///
+/// A pool's row is read with each event of its attempts: the report, which is large, stands apart, and
+/// what such an event asks of it is here.
 #[derive(Debug, Clone)]
 pub(crate) struct PoolBook {
-    pub(crate) report: PoolReport,
+    report: Box<PoolReport>,
+    brief: Brief,
     /// The number of that report.
     pub(crate) named_in: u64,
     pub(crate) reserved: BTreeSet<AttemptId>,
@@ -79,15 +85,75 @@ pub(crate) struct PoolBook {
     pub(crate) breaker: Breaker,
 }
 
+/// What each event of a pool's attempts asks of its report.
+#[derive(Debug, Clone)]
+struct Brief {
+    ready: bool,
+    draining: bool,
+    /// Of the replicas that take requests.
+    slots_total: u32,
+    slots_foreign: u32,
+    /// Attempts at replicas that take no requests.
+    gone: BTreeSet<AttemptId>,
+}
+
+impl Brief {
+    fn of(report: &PoolReport) -> Self {
+        // A node may say any number.
+        let of_ready = |of: fn(&ReplicaReport) -> u32| {
+            report.replicas.iter().filter(|replica| replica.ready).map(of).fold(0, u32::saturating_add)
+        };
+        let gone = report.replicas.iter().filter(|replica| !replica.ready).flat_map(|r| &r.attempts);
+        Self {
+            ready: report.ready,
+            draining: report.draining,
+            slots_total: of_ready(|replica| replica.slots_total),
+            slots_foreign: of_ready(|replica| replica.slots_foreign),
+            gone: gone.copied().collect(),
+        }
+    }
+}
+
 impl PoolBook {
-    /// Slots of the replicas that take requests.
-    pub(crate) fn slots_total(&self) -> u32 {
-        self.of_ready(|replica| replica.slots_total)
+    pub(crate) fn new(
+        report: PoolReport,
+        named_in: u64,
+        reserved: BTreeSet<AttemptId>,
+        reported: BTreeSet<AttemptId>,
+    ) -> Self {
+        Self {
+            brief: Brief::of(&report),
+            report: Box::new(report),
+            named_in,
+            reserved,
+            reported,
+            held_until: None,
+            breaker: Breaker::default(),
+        }
     }
 
-    /// Sums over the ready replicas; a node may say any number.
-    fn of_ready(&self, of: fn(&ReplicaReport) -> u32) -> u32 {
-        self.report.replicas.iter().filter(|replica| replica.ready).map(of).fold(0, u32::saturating_add)
+    pub(crate) fn report(&self) -> &PoolReport {
+        &self.report
+    }
+
+    pub(crate) fn is_ready(&self) -> bool {
+        self.brief.ready
+    }
+
+    pub(crate) fn is_draining(&self) -> bool {
+        self.brief.draining
+    }
+
+    /// The pool as the next report has it.
+    pub(crate) fn renew(&mut self, report: PoolReport, named_in: u64, reported: BTreeSet<AttemptId>) {
+        self.brief = Brief::of(&report);
+        (*self.report, self.named_in, self.reported) = (report, named_in, reported);
+        self.held_until = None;
+    }
+
+    /// Slots of the replicas that take requests.
+    pub(crate) fn slots_total(&self) -> u32 {
+        self.brief.slots_total
     }
 
     /// A report that names the pool once more: its replicas and attempts are this pool's too.
@@ -104,24 +170,19 @@ impl PoolBook {
                 Some(known) => known.attempts.extend(replica.attempts),
             }
         }
-    }
-
-    fn slots_foreign(&self) -> u32 {
-        self.of_ready(|replica| replica.slots_foreign)
+        self.brief = Brief::of(&self.report);
     }
 
     /// |reported ∪ reserved| + foreign, without the attempts that run at replicas which take no
     /// requests: these have no slots either.
     pub(crate) fn slots_busy(&self, count_reservations: bool) -> u32 {
-        let gone: BTreeSet<&AttemptId> =
-            self.report.replicas.iter().filter(|replica| !replica.ready).flat_map(|r| &r.attempts).collect();
-        let takes_a_slot = |attempt: &&AttemptId| !gone.contains(attempt);
+        let takes_a_slot = |attempt: &&AttemptId| !self.brief.gone.contains(attempt);
         let ours = if count_reservations {
             self.reserved.union(&self.reported).filter(takes_a_slot).count()
         } else {
             self.reported.iter().filter(takes_a_slot).count()
         };
-        u32::try_from(ours).unwrap_or(u32::MAX).saturating_add(self.slots_foreign())
+        u32::try_from(ours).unwrap_or(u32::MAX).saturating_add(self.brief.slots_foreign)
     }
 }
 

@@ -3,6 +3,9 @@
 //! One function, [`classify`], holds the whole rule: it is given the evidence and says whether the
 //! task is over, is tried again at a cost, or goes back to its place for free.
 
+use std::borrow::Cow;
+
+use multi_node_placement::PoolRow;
 use pool_registry_types::error::{EndCause, EngineCrash};
 use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, Moment, PoolKey, ReplicaId, TaskId};
 use task_stream::{HowEnded, Overdue};
@@ -35,6 +38,8 @@ pub enum CloseReason {
 pub(crate) struct Attempt {
     pub(crate) task: TaskId,
     pub(crate) pool: PoolKey,
+    /// Where the pool stood at its dispatch.
+    pub(crate) row: PoolRow,
     pub(crate) dispatched: Moment,
     pub(crate) first_token: Option<Moment>,
     /// Frames that stood in the log before.
@@ -53,7 +58,8 @@ pub(crate) struct AttemptRecord {
     pub(crate) id: AttemptId,
     pub(crate) pool: PoolKey,
     pub(crate) replica: Option<ReplicaId>,
-    pub(crate) outcome: String,
+    /// For people; mostly one of two texts.
+    pub(crate) outcome: Cow<'static, str>,
 }
 
 /// What an ended attempt means for its task.

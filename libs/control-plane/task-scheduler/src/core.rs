@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use multi_node_placement::{
-    Availability, Candidate, NoPlacement, PoolIndex, Spread, Strategy, TaskShape, ToLoad, choose,
-    choose_to_load, count_refusals, explain, explain_one, might_take, temporarily_unavailable,
+    Availability, Candidate, Choice, NoPlacement, PoolIndex, PoolRow, Spread, Strategy, TaskShape, ToLoad,
+    choose, choose_to_load, count_refusals, explain, explain_one, might_take, temporarily_unavailable,
 };
 use pool_registry_types::error::EndCause;
 use pool_registry_types::moment::millis;
@@ -29,8 +29,8 @@ use pool_registry_types::task::{
 };
 use pool_registry_types::view::{ClusterChange, ClusterView};
 use pool_registry_types::{
-    AttemptId, Backoff, Epoch, ErrorBody, ErrorCode, LogId, Lookup, ModelRef, Moment, NodeId, PoolId,
-    PoolKey, ReplicaId, SessionId, TaskId, routes,
+    AttemptId, Backoff, Epoch, ErrorBody, ErrorCode, HolderId, LogId, Lookup, ModelRef, Moment, NodeId,
+    PoolId, PoolKey, ReplicaId, SessionKey, TaskId, routes,
 };
 use service_registry::{
     HeartbeatOutcome, IndexMismatch, Rule, ServiceRegistry, Settings, Timing, Transition,
@@ -160,11 +160,14 @@ pub struct Counters {
 enum Stage {
     Queued,
     Running(AttemptId),
-    Ended { at: Moment, state: TaskState, error: Option<ErrorBody> },
+    Ended { at: Moment, state: TaskState, error: Option<Box<ErrorBody>> },
 }
 
 #[derive(Debug)]
 struct Task {
+    /// As its holder knows it.
+    id: TaskId,
+    holder: HolderId,
     log: LogId,
     model: ModelRef,
     priority: Priority,
@@ -191,13 +194,13 @@ struct Task {
     /// It may be what brought an engine down: never on one engine with another that may.
     suspect: bool,
     /// What nodes found wrong with it, while another is to be asked.
-    rejection: Option<Rejection>,
+    rejection: Option<Box<Rejection>>,
     /// A node has taken it: whoever finds it wrong is wrong itself.
     taken: bool,
     attempts: Vec<AttemptRecord>,
     dispatches: u32,
     cancel_waits: Vec<ReplyTo>,
-    session: Option<SessionId>,
+    session: Option<SessionKey>,
     /// How it goes on when an attempt is lost after tokens.
     continuation: Option<ResumeMode>,
     /// Frames in its log before a terminal one.
@@ -264,12 +267,16 @@ pub struct ControlCore {
     ids_given: u64,
     registry: ServiceRegistry,
     index: PoolIndex,
-    /// The pools of each node as they were last shown and indexed.
-    synced: Lookup<NodeId, BTreeMap<PoolId, nodes::Synced>>,
+    /// The pools of each node that were last shown and indexed.
+    synced: Lookup<NodeId, BTreeMap<PoolId, PoolRow>>,
+    /// What is known of them beside the index, by their rows in it.
+    shown_pools: Vec<Option<nodes::Shown>>,
     /// Models for which a slot or a task has come.
     dirty: BTreeSet<ModelRef>,
-    /// By ids that clients choose.
+    /// By their keys: the ids that clients choose, but for `renamed`.
     tasks: Lookup<TaskId, Box<Task>, std::hash::RandomState>,
+    /// The keys of tasks whose id another holder's task had for its key when they came.
+    renamed: BTreeMap<(TaskId, HolderId), TaskId>,
     attempts: Lookup<AttemptId, Attempt>,
     queue: Queue,
     /// Wait deadlines and backoff ends of queued tasks.
@@ -289,8 +296,6 @@ pub struct ControlCore {
     /// When to look again at the lanes whose pools are not loaded; one time for each.
     load_alarms: BTreeSet<(Moment, ModelRef)>,
     load_alarm_of: BTreeMap<ModelRef, Moment>,
-    /// The pools that have served a task lately.
-    served: Lookup<PoolKey, Served>,
     /// Nodes whose pinned tasks are to be looked at.
     dirty_pins: BTreeSet<NodeId>,
     /// Models that no node has any more, and for which only tasks wait whose nodes are suspect.
@@ -311,7 +316,8 @@ pub struct ControlCore {
     retired: BTreeSet<ModelRef>,
     /// What followers were told last.
     shown_nodes: Lookup<NodeId, (Liveness, Intent)>,
-    changes: Vec<ClusterChange>,
+    /// Of tasks with whose they are.
+    changes: Vec<(Option<HolderId>, ClusterChange)>,
     draining: bool,
     armed: Option<Moment>,
     counters: Counters,
@@ -336,8 +342,10 @@ impl ControlCore {
             ids_given: 0,
             registry: ServiceRegistry::new(settings),
             synced: Lookup::default(),
+            shown_pools: Vec::new(),
             dirty: BTreeSet::new(),
             tasks: Lookup::default(),
+            renamed: BTreeMap::new(),
             attempts: Lookup::default(),
             queue: Queue::default(),
             alarms: BTreeSet::new(),
@@ -350,7 +358,6 @@ impl ControlCore {
             loads_asked: Lookup::default(),
             load_alarms: BTreeSet::new(),
             load_alarm_of: BTreeMap::new(),
-            served: Lookup::default(),
             dirty_pins: BTreeSet::new(),
             lapsed: BTreeSet::new(),
             leases: lanes::Leases::default(),
@@ -391,7 +398,9 @@ impl ControlCore {
             self.counters.stalls += 1;
         }
         match event {
-            Event::Register { reply, request } => self.register(now, reply, request, &mut effects),
+            Event::Register { reply, request, registrar } => {
+                self.register(now, reply, request, registrar.as_ref(), &mut effects);
+            }
             Event::Heartbeat { reply, node_id, beat } => {
                 self.heartbeat(now, reply, &node_id, beat, &mut effects);
             }
@@ -413,7 +422,9 @@ impl ControlCore {
             Event::Submit { reply, spec } => admitted = self.submit(now, reply, spec, &mut effects),
             Event::Cancel { reply, task_id } => self.cancel(now, reply, task_id, &mut effects),
             Event::Accepted { attempt, replica_id, report_seq } => {
-                self.registry.accepted(&attempt, report_seq);
+                if let Some(known) = self.attempts.get(&attempt) {
+                    self.registry.accepted(&known.pool, &attempt, report_seq);
+                }
                 self.shortages = 0;
                 if self.short_until.take().is_some() {
                     self.dirty.extend(self.queue.models().cloned());
@@ -447,11 +458,11 @@ impl ControlCore {
                 self.intent_delivered(reply, node_id, &order, kept_by_node, &mut effects);
             }
             Event::SetRetired { model, retired } => self.set_retired(model, retired),
-            Event::DeleteSession { reply, session_id } => {
-                let answer = if self.sessions.delete(session_id) {
+            Event::DeleteSession { reply, session } => {
+                let answer = if self.sessions.delete(session) {
                     Ok(Answer::SessionDeleted)
                 } else {
-                    Err(ErrorBody::new(ErrorCode::NotFound, format!("no session {session_id}")))
+                    Err(ErrorBody::new(ErrorCode::NotFound, format!("no session {}", session.session_id)))
                 };
                 effects.push(Effect::Reply { to: reply, answer });
             }
@@ -466,7 +477,8 @@ impl ControlCore {
             effects
                 .push(Effect::Reply { to, answer: Ok(Answer::Submitted(self.accepted_body(now, id, true))) });
         }
-        effects.extend(self.changes.drain(..).map(Effect::Changed));
+        let changes = self.changes.drain(..);
+        effects.extend(changes.map(|(holder, change)| Effect::Changed { holder, change }));
         if timer || self.enforces(Rule::TimerRearmed) || self.armed.is_none() {
             // What is due already is due now: a deadline in the past would look like a stall.
             self.review_leases();

@@ -39,7 +39,7 @@ fn unloaded(state: PoolState, fits: bool) -> PoolReport {
 impl Bench {
     fn join_unloaded(&mut self, name: &str, fits: bool) {
         let reply = self.reply();
-        self.apply(Event::Register { reply, request: register(name) });
+        self.apply(Event::Register { reply, request: register(name), registrar: None });
         self.report(name, 1, unloaded(PoolState::Loadable, fits));
     }
 
@@ -116,7 +116,7 @@ fn a_loadable_pool_counts_as_having_its_model() {
 fn what_no_engine_of_the_model_can_do_is_refused_at_once() {
     let mut b = Bench::new();
     let reply = b.reply();
-    b.apply(Event::Register { reply, request: register("a") });
+    b.apply(Event::Register { reply, request: register("a"), registrar: None });
     b.report("a", 1, PoolReport { engine: Some(EngineKind::OpenAi), ..report(2, &[]) });
     let lacking = Lacking { engine: EngineKind::OpenAi, field: "grammar".into() };
     let engines = [EngineKind::LlamaCpp].into_iter().collect();
@@ -137,7 +137,7 @@ fn what_no_engine_of_the_model_can_do_is_refused_at_once() {
 fn a_pool_of_an_unknown_kind_of_engine_gets_no_task_and_promises_no_model() {
     let mut b = Bench::new();
     let reply = b.reply();
-    b.apply(Event::Register { reply, request: register("a") });
+    b.apply(Event::Register { reply, request: register("a"), registrar: None });
     b.report("a", 1, PoolReport { engine: None, ..report(2, &[]) });
     assert!(b.submit(task()).1.is_ok(), "other nodes may still come back");
     b.advance_to(TIMEOUT_MS + 1);
@@ -179,7 +179,7 @@ fn a_body_that_is_passed_on_is_refused_where_nodes_are_older_and_placed_where_on
     assert_eq!(b.submit(passes.clone()).1.unwrap_err().code, ErrorCode::Unsupported);
     let reply = b.reply();
     let request = RegisterRequest { features: vec!["openai".into()], ..register("b") };
-    b.apply(Event::Register { reply, request });
+    b.apply(Event::Register { reply, request, registrar: None });
     b.report("b", 1, report(1, &[]));
     b.submit(passes).1.unwrap();
     assert_eq!(b.last_dispatch().pool.node_id.as_str(), "b");
@@ -193,9 +193,10 @@ fn a_session_of_a_body_that_is_passed_on_has_no_bounds_and_is_warm_all_the_same(
     b.apply(Event::Register {
         reply,
         request: RegisterRequest { features: vec!["openai".into()], ..register("a") },
+        registrar: None,
     });
     b.report("a", 1, report(2, &[]));
-    let session = Some(SessionId(Uuid::from_u128(7)));
+    let session = Some(pool_registry_types::SessionId(Uuid::from_u128(7)));
     for n in 0..20 {
         b.submit(TaskSpec { passes_on: true, session_id: session, ..task() }).1.unwrap();
         assert_eq!(b.last_dispatch().warm_replica.is_some(), n > 0, "{n}");

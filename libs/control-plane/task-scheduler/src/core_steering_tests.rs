@@ -4,7 +4,7 @@ use super::*;
 use crate::core::reading::{TaskFilter, TaskList, TaskRecord};
 
 fn of_session(n: u128) -> TaskSpec {
-    TaskSpec { session_id: Some(SessionId(Uuid::from_u128(n))), ..task() }
+    TaskSpec { session_id: Some(pool_registry_types::SessionId(Uuid::from_u128(n))), ..task() }
 }
 
 impl Bench {
@@ -372,7 +372,7 @@ fn a_sessions_budgets_are_enforced_before_the_queue() {
     b.submit(TaskSpec { workload, ..of_session(2) }).1.unwrap();
     assert_eq!((b.last_dispatch().spec.workload, b.last_dispatch().max_tokens), (workload, None));
     let reply = b.reply();
-    b.apply(Event::DeleteSession { reply, session_id: SessionId(Uuid::from_u128(2)) });
+    b.apply(Event::DeleteSession { reply, session: of_session(2).session().unwrap() });
     assert_eq!(b.replies[&reply], Ok(Answer::SessionDeleted));
     b.submit(of_session(2)).1.unwrap();
 }
@@ -490,7 +490,7 @@ fn tasks_are_listed_newest_first_page_by_page_through_a_filter() {
             b.core.tasks.in_order().filter_map(|(id, _)| b.core.record(*id)).collect();
         tasks.sort_by_key(|task| task.number);
         let below = after.map_or(u64::MAX, |id| b.core.record(id).unwrap().number);
-        TaskList(tasks.into_iter().map(Arc::new).collect()).page(at(b.now), filter, below, 3)
+        TaskList(tasks.into_iter().map(Arc::new).collect()).page(at(b.now), filter, below, 3, |_| None)
     };
     let first = page(&b, &queued, None);
     assert_eq!(first.tasks.iter().map(|t| t.task_id).collect::<Vec<_>>(), [ids[6], ids[5], ids[4]]);

@@ -17,6 +17,8 @@ mod ends;
 mod fleet;
 #[path = "core_forecast_tests.rs"]
 mod forecast;
+#[path = "core_holders_tests.rs"]
+mod holders;
 #[path = "core_links_tests.rs"]
 mod links;
 #[path = "core_loading_tests.rs"]
@@ -137,7 +139,7 @@ impl Bench {
                     let kept_by_node = self.node_takes_intents;
                     self.apply(Event::IntentDelivered { reply: to, node_id, order, kept_by_node });
                 }
-                Effect::Changed(change) => self.changes.push(change),
+                Effect::Changed { change, .. } => self.changes.push(change),
                 Effect::Load { pool, .. } => self.loads.push((self.now, pool.node_id.to_string())),
                 Effect::OpenLog { .. } | Effect::Forget { .. } => {}
             }
@@ -170,7 +172,7 @@ impl Bench {
     /// A node with one pool of `slots` slots is there and serves.
     fn join(&mut self, name: &str, slots: u32) {
         let reply = self.reply();
-        self.apply(Event::Register { reply, request: register(name) });
+        self.apply(Event::Register { reply, request: register(name), registrar: None });
         self.beat(name, 1, slots, &[]);
     }
 
@@ -294,6 +296,7 @@ fn report(slots: u32, attempts: &[AttemptId]) -> PoolReport {
 fn task() -> TaskSpec {
     TaskSpec {
         task_id: TaskId(Uuid::nil()),
+        holder: HolderId::OPEN,
         model_ref: ModelRef::new("m").unwrap(),
         engines: EngineKind::ALL.into_iter().collect(),
         lacking: Vec::new(),
@@ -449,7 +452,7 @@ fn a_node_that_restarted_ends_its_old_attempts() {
     b.submit(task()).1.unwrap();
     let reply = b.reply();
     let request = RegisterRequest { boot_id: BootId(Uuid::from_u128(2)), ..register("a") };
-    b.apply(Event::Register { reply, request });
+    b.apply(Event::Register { reply, request, registrar: None });
     assert_eq!(b.closed, vec![b.dispatches[0].attempt]);
 }
 

@@ -8,10 +8,10 @@ use pool_registry_types::node::{
 use pool_registry_types::task::{ResumeMode, TaskAccepted};
 use pool_registry_types::view::{ClusterChange, LinkView};
 use pool_registry_types::{
-    AttemptId, BootId, Epoch, ErrorBody, LogId, ModelRef, Moment, NodeId, PoolKey, ReplicaId, SessionId,
-    TaskId,
+    AttemptId, BootId, Epoch, ErrorBody, HolderId, LogId, ModelRef, Moment, NodeId, PoolKey, ReplicaId,
+    SessionKey, TaskId,
 };
-use service_registry::ProbeOutcome;
+use service_registry::{ProbeOutcome, Registrar};
 use task_stream::{Assignment, AttemptDeadlines, HowEnded, TaskSpec};
 
 use crate::attempts::CloseReason;
@@ -26,6 +26,8 @@ pub enum Event {
     Register {
         reply: ReplyTo,
         request: RegisterRequest,
+        /// Absent where whoever registers may have as many nodes as fit.
+        registrar: Option<Registrar>,
     },
     Heartbeat {
         reply: ReplyTo,
@@ -68,6 +70,7 @@ pub enum Event {
     },
     Cancel {
         reply: ReplyTo,
+        /// Its key here, as in [`crate::TaskRecord`].
         task_id: TaskId,
     },
     /// The node took the attempt: response headers came.
@@ -119,7 +122,7 @@ pub enum Event {
     },
     DeleteSession {
         reply: ReplyTo,
-        session_id: SessionId,
+        session: SessionKey,
     },
     /// A deadline has come.
     Timer,
@@ -143,7 +146,8 @@ pub enum LinkEvidence {
     OrdersArrive,
 }
 
-/// Something is to be done. Effects of one `apply` are carried out in their order.
+/// Something is to be done. Effects of one `apply` are carried out in their order. Tasks are named by
+/// their keys here, which are unlike those of other holders' tasks of the same id.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Effect {
     Reply {
@@ -191,8 +195,11 @@ pub enum Effect {
         address: String,
         order: IntentOrder,
     },
-    /// For those who follow what happens in the cluster.
-    Changed(ClusterChange),
+    /// For those who follow what happens in the cluster; of a task with whose it is.
+    Changed {
+        holder: Option<HolderId>,
+        change: ClusterChange,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -246,6 +253,7 @@ impl Dispatch {
             attempt_number: self.attempt_number,
             queue_wait_ms: self.queue_wait_ms,
             warm_replica: self.warm_replica.clone(),
+            keeps_ids: self.spec.continuation == Some(ResumeMode::Append),
             deadlines: self.deadlines,
             task_deadline: self.task_deadline,
             stops_overdue: self.stops_overdue,

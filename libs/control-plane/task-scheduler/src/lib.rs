@@ -20,6 +20,6 @@ pub use core::reading::{TaskFilter, TaskList, TaskRecord};
 pub use core::{ControlCore, Counters, FullLane, Policy};
 pub use event::{Answer, Dispatch, Effect, Event, LinkEvidence, ReplyTo};
 pub use multi_node_placement::Strategy;
-pub use service_registry::{Denied, IndexMismatch, ProbeOutcome, Rule, Timing};
+pub use service_registry::{Denied, IndexMismatch, ProbeOutcome, Registrar, Rule, Timing};
 pub use sessions::SessionPolicy;
 pub use task_stream::{HowEnded, Overdue};

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use pool_registry_types::moment::millis;
 use pool_registry_types::task::SessionView;
-use pool_registry_types::{ErrorBody, ErrorCode, Moment, NodeId, PoolKey, ReplicaId, SessionId, TaskId};
+use pool_registry_types::{ErrorBody, ErrorCode, Moment, NodeId, PoolKey, ReplicaId, SessionKey, TaskId};
 
 /// Most sessions at a time; beyond, the one that was not used for the longest time goes.
 const MAX_SESSIONS: usize = 10_000;
@@ -81,13 +81,13 @@ impl Session {
 #[derive(Debug)]
 pub(crate) struct Sessions {
     policy: SessionPolicy,
-    sessions: BTreeMap<SessionId, Session>,
+    sessions: BTreeMap<SessionKey, Session>,
     /// Sessions without an open task, by when they were used last.
-    idle: BTreeSet<(Moment, SessionId)>,
+    idle: BTreeSet<(Moment, SessionKey)>,
     /// Sessions by the pool where they are warm.
-    warm_at: BTreeMap<PoolKey, BTreeSet<SessionId>>,
+    warm_at: BTreeMap<PoolKey, BTreeSet<SessionKey>>,
     /// What has come, gone or changed since [`Sessions::take_changed`].
-    changed: BTreeSet<SessionId>,
+    changed: BTreeSet<SessionKey>,
 }
 
 impl Sessions {
@@ -102,7 +102,7 @@ impl Sessions {
     }
 
     /// The sessions that have come, gone or changed since the last time.
-    pub(crate) fn take_changed(&mut self) -> BTreeSet<SessionId> {
+    pub(crate) fn take_changed(&mut self) -> BTreeSet<SessionKey> {
         std::mem::take(&mut self.changed)
     }
 
@@ -111,13 +111,13 @@ impl Sessions {
     pub(crate) fn admit(
         &mut self,
         now: Moment,
-        id: SessionId,
+        id: SessionKey,
         task: TaskId,
         max_tokens: Option<u32>,
     ) -> Result<Option<u64>, ErrorBody> {
         let policy = self.policy;
         let exceeded = |what: String| {
-            let message = format!("session {id}: {what}; delete it, or start another");
+            let message = format!("session {}: {what}; delete it, or start another", id.session_id);
             Err(ErrorBody::new(ErrorCode::BudgetExceeded, message))
         };
         let asked = max_tokens.map(u64::from);
@@ -151,7 +151,7 @@ impl Sessions {
 
     /// Takes a task into its session for the sake of where that is warm: nothing is held of its budgets,
     /// no turn is counted, and where there is no room for another session the task goes without.
-    pub(crate) fn join(&mut self, now: Moment, id: SessionId, task: TaskId) {
+    pub(crate) fn join(&mut self, now: Moment, id: SessionKey, task: TaskId) {
         if !self.sessions.contains_key(&id) && self.make_room().is_err() {
             return;
         }
@@ -174,14 +174,14 @@ impl Sessions {
     }
 
     /// The task runs on a node, or has stopped running on one.
-    pub(crate) fn runs_on(&mut self, id: SessionId, task: TaskId, node: Option<NodeId>) {
+    pub(crate) fn runs_on(&mut self, id: SessionKey, task: TaskId, node: Option<NodeId>) {
         if let Some(open) = self.sessions.get_mut(&id).and_then(|session| session.open.get_mut(&task)) {
             open.node = node;
         }
     }
 
     /// The first token of a task came from there: the context is there now.
-    pub(crate) fn record_replica(&mut self, id: SessionId, task: TaskId, pool: PoolKey, replica: ReplicaId) {
+    pub(crate) fn record_replica(&mut self, id: SessionKey, task: TaskId, pool: PoolKey, replica: ReplicaId) {
         if let Some(session) = self.sessions.get_mut(&id).filter(|session| session.open.contains_key(&task)) {
             self.warm_at.entry(pool.clone()).or_default().insert(id);
             let before = session.last.replace(SessionReplica { pool, replica, warm: true });
@@ -193,7 +193,7 @@ impl Sessions {
     }
 
     /// The task is over: what it used is used.
-    pub(crate) fn ended(&mut self, now: Moment, id: SessionId, task: TaskId, tokens: u64, took: Duration) {
+    pub(crate) fn ended(&mut self, now: Moment, id: SessionKey, task: TaskId, tokens: u64, took: Duration) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         // A session that was deleted and made anew owes nothing to the tasks of the old one.
         if session.open.remove(&task).is_none() {
@@ -212,14 +212,14 @@ impl Sessions {
     pub(crate) fn cooled(&mut self, pool: &PoolKey, but: &[ReplicaId]) {
         let Some(warm) = self.warm_at.get(pool) else { return };
         let sessions = &mut self.sessions;
-        let mut stays = |id: &SessionId| {
+        let mut stays = |id: &SessionKey| {
             let last = sessions.get_mut(id).and_then(|session| session.last.as_mut());
             last.is_some_and(|last| {
                 last.warm = but.contains(&last.replica);
                 last.warm
             })
         };
-        let cooled: Vec<SessionId> = warm.iter().filter(|id| !stays(id)).copied().collect();
+        let cooled: Vec<SessionKey> = warm.iter().filter(|id| !stays(id)).copied().collect();
         for id in cooled {
             self.leaves(id, pool);
             self.changed.insert(id);
@@ -227,7 +227,7 @@ impl Sessions {
     }
 
     /// The session is not warm there any more.
-    fn leaves(&mut self, id: SessionId, pool: &PoolKey) {
+    fn leaves(&mut self, id: SessionKey, pool: &PoolKey) {
         if let Some(warm) = self.warm_at.get_mut(pool) {
             warm.remove(&id);
             if warm.is_empty() {
@@ -236,7 +236,7 @@ impl Sessions {
         }
     }
 
-    fn forget(&mut self, id: SessionId) -> Option<Session> {
+    fn forget(&mut self, id: SessionKey) -> Option<Session> {
         let session = self.sessions.remove(&id)?;
         if let Some(last) = &session.last {
             self.leaves(id, &last.pool);
@@ -246,22 +246,22 @@ impl Sessions {
     }
 
     /// Where the session's context is, while it is warm.
-    pub(crate) fn warm_replica(&self, id: SessionId) -> Option<&SessionReplica> {
+    pub(crate) fn warm_replica(&self, id: SessionKey) -> Option<&SessionReplica> {
         self.sessions.get(&id)?.last.as_ref().filter(|last| last.warm)
     }
 
     /// The nodes on which its tasks run now, one entry a task.
-    pub(crate) fn running_on(&self, id: SessionId) -> impl Iterator<Item = &NodeId> {
+    pub(crate) fn running_on(&self, id: SessionKey) -> impl Iterator<Item = &NodeId> {
         let open = self.sessions.get(&id).into_iter().flat_map(|session| session.open.values());
         open.filter_map(|open| open.node.as_ref())
     }
 
-    pub(crate) fn tokens_left(&self, id: SessionId) -> Option<u64> {
+    pub(crate) fn tokens_left(&self, id: SessionKey) -> Option<u64> {
         self.sessions.get(&id)?.tokens_left(&self.policy)
     }
 
     /// Forgets a session. Its tasks go on.
-    pub(crate) fn delete(&mut self, id: SessionId) -> bool {
+    pub(crate) fn delete(&mut self, id: SessionKey) -> bool {
         let session = self.forget(id);
         if let Some(session) = &session {
             self.idle.remove(&(session.last_used, id));
@@ -282,7 +282,7 @@ impl Sessions {
         self.idle.first().map(|(used, _)| *used + self.policy.ttl)
     }
 
-    pub(crate) fn is_idle(&self, id: SessionId) -> bool {
+    pub(crate) fn is_idle(&self, id: SessionKey) -> bool {
         self.sessions.get(&id).is_some_and(|session| session.open.is_empty())
     }
 
@@ -290,7 +290,7 @@ impl Sessions {
         self.sessions.len()
     }
 
-    pub(crate) fn view(&self, now: Moment, id: SessionId) -> Option<SessionView> {
+    pub(crate) fn view(&self, now: Moment, id: SessionKey) -> Option<SessionView> {
         let session = self.sessions.get(&id)?;
         let last = session.last.as_ref();
         let ttl = if session.open.is_empty() {
@@ -299,7 +299,7 @@ impl Sessions {
             self.policy.ttl
         };
         Some(SessionView {
-            session_id: id,
+            session_id: id.session_id,
             ttl_ms: millis(ttl),
             turns: session.turns,
             turns_max: self.policy.max_turns,
@@ -316,7 +316,7 @@ impl Sessions {
 
 #[cfg(test)]
 mod tests {
-    use pool_registry_types::PoolId;
+    use pool_registry_types::{HolderId, PoolId, SessionId};
     use uuid::Uuid;
 
     use super::*;
@@ -325,8 +325,8 @@ mod tests {
         Moment::from_millis(seconds * 1_000)
     }
 
-    fn id(n: u128) -> SessionId {
-        SessionId(Uuid::from_u128(n))
+    fn id(n: u128) -> SessionKey {
+        SessionKey { holder: HolderId::OPEN, session_id: SessionId(Uuid::from_u128(n)) }
     }
 
     fn task(n: u128) -> TaskId {
@@ -359,6 +359,25 @@ mod tests {
         assert_eq!(code(s.admit(at(0), id(2), task(4), Some(1))), None, "another session has its own");
         assert_eq!(code(s.admit(at(0), id(3), task(5), Some(101))), EXCEEDED);
         assert_eq!((s.len(), s.view(at(0), id(3))), (2, None), "what was refused leaves nothing behind");
+    }
+
+    // CLOUD-2705
+    #[test]
+    fn sessions_of_one_id_and_two_holders_have_their_own_turns_places_and_ends() {
+        let mut s = sessions();
+        let other = SessionKey { holder: HolderId(Uuid::from_u128(1)), ..id(1) };
+        for n in 0..3 {
+            s.admit(at(0), id(1), task(n), Some(1)).unwrap();
+        }
+        assert_eq!(s.admit(at(0), other, task(3), Some(1)).err(), None);
+        let refused = s.admit(at(0), id(1), task(4), Some(1)).unwrap_err();
+        assert!(refused.message.contains(&id(1).session_id.to_string()), "{refused}");
+        assert_eq!(s.view(at(0), other).map(|view| view.turns), Some(1));
+        assert!(s.delete(other));
+        assert_eq!(
+            s.view(at(0), id(1)).map(|view| (view.turns, view.session_id)),
+            Some((3, id(1).session_id))
+        );
     }
 
     // CLOUD-1741

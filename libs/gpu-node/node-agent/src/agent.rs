@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use handoff_watcher::{Handoff, HandoffName};
 use node_core::{Declared, Identity, NodeCore, Retention, Session};
-use owned_tasks::{Loops, StreamThreads};
+use owned_tasks::{Loops, StreamThread, StreamThreads};
 use parking_lot::Mutex;
 use pool_registry_types::node::{GpuReport, Intent, StagedModel};
 use pool_registry_types::pool::PoolReport;
@@ -115,6 +115,8 @@ pub struct Agent {
     pub(crate) tracker: TaskTracker,
     /// Where drivers run that are nobody's, if not where they begin.
     pub(crate) threads: OnceLock<StreamThreads>,
+    /// By the index of the thread.
+    thread_clients: OnceLock<Box<[EngineClient]>>,
     loops: Loops,
     stop: CancellationToken,
     /// An attempt has ended, or memory was looked at: somebody may be idle, or fit, now.
@@ -159,6 +161,7 @@ impl Agent {
             counters: Mutex::new(NodeCounters::default()),
             tracker: TaskTracker::new(),
             threads: OnceLock::new(),
+            thread_clients: OnceLock::new(),
             loops,
             stop: CancellationToken::new(),
             work_ended: Notify::new(),
@@ -178,8 +181,17 @@ impl Agent {
         &self.loops
     }
 
+    /// Threads for streams: drivers that are nobody's run on them, and each has connections of its own
+    /// to the engines. Only the first call counts.
+    pub fn stream_on(&self, threads: StreamThreads) {
+        let _ = self.thread_clients.set(threads.iter().map(|_| self.client.apart()).collect());
+        let _ = self.threads.set(threads);
+    }
+
+    /// Calls engines from the thread that this runs on.
     pub(crate) fn client(&self) -> &EngineClient {
-        &self.client
+        let own = || self.thread_clients.get()?.get(StreamThread::current()?.index());
+        own().unwrap_or(&self.client)
     }
 
     /// Keeps attempts' streams until the agent stops: at most so many bytes together, and each for its

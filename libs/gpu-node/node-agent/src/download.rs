@@ -2,22 +2,26 @@
 //!
 //! The beginning that is on the disk counts only together with the server's own validator of what it
 //! is a beginning of (a strong ETag, or a time of change): `If-Range` asks the server, and one
-//! that answers with the whole starts it over. The digest is reckoned over what lies on the disk.
+//! that answers with the whole starts it over. The digest is reckoned over what lies on the disk. Of a
+//! length that nobody says, a disk is filled to what stays free on it and no further.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures::StreamExt;
+use node_registration::body::read_at_most;
 use pool_registry_types::{Backoff, Digest, RetryPolicy};
 use reqwest::header::{self, HeaderMap};
-use reqwest::{Client, Response, StatusCode};
+use reqwest::redirect::Policy;
+use reqwest::{Client, ClientBuilder, Response, StatusCode};
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::io::AsyncWriteExt;
 
-use crate::source::ModelSource;
+use crate::engines::client::with_causes;
+use crate::source::{ModelSource, check_place};
 
 /// Bound of connecting to a server.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
@@ -30,6 +34,10 @@ const RETRIES: RetryPolicy =
 const MAX_LIST: usize = 8 * 1024 * 1024;
 /// Bytes that stay free on the disk.
 const SPARE_BYTES: u64 = 64 * 1024 * 1024;
+/// While bytes arrive the disk is looked at before each so many of them.
+pub(crate) const PIECE_BYTES: u64 = 4 * 1024 * 1024;
+/// Most redirects of one request.
+const MAX_HOPS: usize = 5;
 
 /// The hub that `hf:` sources name.
 #[derive(Debug, Clone, Copy)]
@@ -88,12 +96,37 @@ struct Begun {
 
 /// A client for downloads.
 pub fn client() -> reqwest::Result<Client> {
-    Client::builder()
-        .connect_timeout(CONNECT_TIMEOUT)
-        .read_timeout(IDLE_TIMEOUT)
-        .redirect(reqwest::redirect::Policy::limited(5))
-        .build()
+    builder().connect_timeout(CONNECT_TIMEOUT).read_timeout(IDLE_TIMEOUT).build()
 }
+
+/// Of clients that follow redirects to where a source could be, and to where the request began.
+fn builder() -> ClientBuilder {
+    let policy = Policy::custom(|attempt| {
+        let origin = attempt.previous().first().map(reqwest::Url::origin);
+        if attempt.previous().len() > MAX_HOPS {
+            return attempt.error(BadHop(format!("more than {MAX_HOPS} redirects")));
+        }
+        match check_place(attempt.url()) {
+            Err(what) if origin != Some(attempt.url().origin()) => {
+                let hop = BadHop(format!(
+                    "the redirect to {} {what}",
+                    attempt.url().origin().ascii_serialization()
+                ));
+                attempt.error(hop)
+            }
+            _ => attempt.follow(),
+        }
+    });
+    Client::builder().redirect(policy)
+}
+
+/// Why a redirect is not followed.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct BadHop(String);
+
+/// How many bytes the file system of a folder has for us.
+pub(crate) type FreeBytes = fn(&Path) -> io::Result<u64>;
 
 /// Bytes that the file system of the folder has for us.
 pub(crate) fn free_bytes(folder: &Path) -> io::Result<u64> {
@@ -102,9 +135,9 @@ pub(crate) fn free_bytes(folder: &Path) -> io::Result<u64> {
 }
 
 /// Says before anything is written whether so many bytes fit.
-pub(crate) fn check_space(folder: &Path, needed: u64) -> Result<(), DownloadError> {
+pub(crate) fn check_space(folder: &Path, needed: u64, free: FreeBytes) -> Result<(), DownloadError> {
     let disk = |source| DownloadError::Disk { path: folder.to_owned(), source };
-    let free = free_bytes(folder).map_err(disk)?;
+    let free = free(folder).map_err(disk)?;
     if free < needed.saturating_add(SPARE_BYTES) {
         return Err(DownloadError::NoSpace { folder: folder.to_owned(), needed, free });
     }
@@ -168,14 +201,8 @@ async fn list(client: &Client, hub: &Hub<'_>, url: &str) -> Result<Value, Downlo
     if !response.status().is_success() {
         return Err(DownloadError::Status { url: url.to_owned(), status });
     }
-    let mut body = Vec::new();
-    let mut pieces = response.bytes_stream();
-    while let Some(piece) = pieces.next().await {
-        body.extend_from_slice(&piece.map_err(|error| broken(crate::engines::describe(error)))?);
-        if body.len() > MAX_LIST {
-            return Err(broken(format!("its list is longer than {MAX_LIST} bytes")));
-        }
-    }
+    let body = read_at_most(reqwest::Body::from(response), MAX_LIST).await;
+    let body = body.map_err(|error| broken(with_causes(&error)))?;
     serde_json::from_slice(&body).map_err(|error| broken(format!("its list is unreadable: {error}")))
 }
 
@@ -221,6 +248,7 @@ pub(crate) async fn download(
     hub: &Hub<'_>,
     remote: &Remote,
     path: &Path,
+    free: FreeBytes,
     progress: &mut (dyn FnMut(u64, Option<u64>) + Send),
 ) -> Result<u64, DownloadError> {
     let mut part = Part::open(path, &remote.url).await;
@@ -228,7 +256,7 @@ pub(crate) async fn download(
     let mut failures = 0;
     loop {
         let before = part.done;
-        match attempt(client, hub, remote, &mut part, progress).await {
+        match attempt(client, hub, remote, &mut part, free, progress).await {
             Ok(()) => {
                 // The validator has done its work; one that stays does no harm.
                 let _ = tokio::fs::remove_file(part.begun_path()).await;
@@ -256,6 +284,7 @@ async fn attempt(
     hub: &Hub<'_>,
     remote: &Remote,
     part: &mut Part<'_>,
+    free: FreeBytes,
     progress: &mut (dyn FnMut(u64, Option<u64>) + Send),
 ) -> Result<(), Failed> {
     let broken = |reason: String| Failed::Perhaps(DownloadError::Broken { url: remote.url.clone(), reason });
@@ -277,7 +306,14 @@ async fn attempt(
         call =
             call.header(header::RANGE, format!("bytes={}-", part.done)).header(header::IF_RANGE, validator);
     }
-    let response = call.send().await.map_err(|error| broken(crate::engines::describe(error)))?;
+    let response = call.send().await.map_err(|error| {
+        let leads_astray = error.is_redirect();
+        match broken(crate::engines::describe(error)) {
+            // Its server would say the same again.
+            Failed::Perhaps(error) if leads_astray => Failed::ForGood(error),
+            failed => failed,
+        }
+    })?;
     let status = response.status();
     match status {
         StatusCode::PARTIAL_CONTENT if range_start(response.headers()) == Some(part.done) => {}
@@ -304,9 +340,12 @@ async fn attempt(
     }
     let all = part.begun.as_ref().and_then(|begun| begun.bytes);
     let folder = part.path.parent().unwrap_or(Path::new(".")).to_owned();
-    check_space(&folder, all.map_or(0, |all| all.saturating_sub(part.done))).map_err(Failed::ForGood)?;
-    receive(response, part, all, progress).await.map_err(|error| match error {
+    check_space(&folder, all.map_or(0, |all| all.saturating_sub(part.done)), free)
+        .map_err(Failed::ForGood)?;
+    let look = |needed| check_space(&folder, needed, free);
+    receive(response, part, all, &look, progress).await.map_err(|error| match error {
         Received::Disk(source) => disk(source),
+        Received::NoSpace(error) => Failed::ForGood(error),
         Received::Broken(reason) => broken(reason),
     })?;
     match all {
@@ -317,6 +356,7 @@ async fn attempt(
 
 enum Received {
     Disk(io::Error),
+    NoSpace(DownloadError),
     Broken(String),
 }
 
@@ -324,16 +364,23 @@ async fn receive(
     response: Response,
     part: &mut Part<'_>,
     all: Option<u64>,
+    look: &(dyn Fn(u64) -> Result<(), DownloadError> + Send + Sync),
     progress: &mut (dyn FnMut(u64, Option<u64>) + Send),
 ) -> Result<(), Received> {
     let file = tokio::fs::OpenOptions::new().append(true).create(true).open(part.path).await;
     let mut file = tokio::io::BufWriter::with_capacity(1024 * 1024, file.map_err(Received::Disk)?);
     let mut pieces = response.bytes_stream();
     let mut outcome = Ok(());
-    let mut received = 0;
+    let (mut received, mut looked) = (0, 0);
     while let Some(piece) = pieces.next().await {
         match piece {
             Ok(piece) => {
+                if received + piece.len() as u64 > looked {
+                    // What was taken is on the disk, or the disk would look freer than it is.
+                    file.flush().await.map_err(Received::Disk)?;
+                    look(PIECE_BYTES.max(piece.len() as u64)).map_err(Received::NoSpace)?;
+                    looked = received + PIECE_BYTES.max(piece.len() as u64);
+                }
                 file.write_all(&piece).await.map_err(Received::Disk)?;
                 received += piece.len() as u64;
                 progress(part.done + received, all);

@@ -20,6 +20,10 @@ struct Server {
     /// Bytes of the file before which each answer in turn breaks off; whole answers after them.
     cuts: VecDeque<usize>,
     no_ranges: bool,
+    /// Says no length: the answer ends with its connection.
+    no_length: bool,
+    /// Where requests for files are sent instead.
+    redirect: Option<String>,
     /// Answers with this status and nothing else.
     status: Option<u16>,
     requests: Vec<String>,
@@ -58,6 +62,11 @@ async fn answer(mut stream: TcpStream, shared: &Shared) -> io::Result<()> {
         if head.starts_with("get /api/") {
             let list = server.list.clone().into_bytes();
             (format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", list.len()), list)
+        } else if let Some(to) = &server.redirect {
+            let reply = format!(
+                "HTTP/1.1 302 Found\r\nlocation: {to}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+            );
+            (reply, Vec::new())
         } else if let Some(status) = server.status {
             (format!("HTTP/1.1 {status} No\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"), Vec::new())
         } else {
@@ -72,11 +81,12 @@ async fn answer(mut stream: TcpStream, shared: &Shared) -> io::Result<()> {
                 None => "200 OK".to_owned(),
             };
             let end = server.cuts.pop_front().unwrap_or(all).clamp(start, all);
-            let head = format!(
-                "HTTP/1.1 {status}\r\netag: {}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
-                server.etag,
-                all - start
-            );
+            let length = match server.no_length {
+                true => String::new(),
+                false => format!("content-length: {}\r\n", all - start),
+            };
+            let head =
+                format!("HTTP/1.1 {status}\r\netag: {}\r\n{length}connection: close\r\n\r\n", server.etag);
             (head, server.content[start..end].to_vec())
         }
     };
@@ -104,7 +114,7 @@ struct Bench {
 impl Bench {
     fn new(endpoint: &str) -> Self {
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = Client::builder().no_proxy().read_timeout(Duration::from_secs(5)).build().unwrap();
+        let client = builder().no_proxy().read_timeout(Duration::from_secs(5)).build().unwrap();
         Self { folder: tempfile::tempdir().unwrap(), client, endpoint: endpoint.to_owned() }
     }
 
@@ -165,7 +175,7 @@ async fn a_download_goes_on_in_the_next_process_and_starts_over_when_the_file_ha
         // The first process is killed after 20,000 bytes.
         server.lock().cuts = [20_000].into();
         let mut quiet = |_, _| {};
-        let first = download(&bench.client, &hub, &remote, &path, &mut quiet);
+        let first = download(&bench.client, &hub, &remote, &path, free_bytes, &mut quiet);
         let first = tokio::time::timeout(Duration::from_millis(150), first).await;
         assert!(first.is_err(), "it pauses before its second try");
         let next = content(60_000);
@@ -173,7 +183,8 @@ async fn a_download_goes_on_in_the_next_process_and_starts_over_when_the_file_ha
             let mut server = server.lock();
             (server.etag, server.content) = ("\"two\"".into(), next.clone());
         }
-        let resumed_at = download(&bench.client, &hub, &remote, &path, &mut |_, _| {}).await.unwrap();
+        let resumed_at =
+            download(&bench.client, &hub, &remote, &path, free_bytes, &mut |_, _| {}).await.unwrap();
         assert_eq!(resumed_at, 20_000);
         assert_eq!(std::fs::read(&path).unwrap(), if changed { next } else { whole.clone() });
     }
@@ -239,4 +250,81 @@ async fn a_repository_of_the_hub_is_resolved_with_its_digest_and_its_token() {
     server.lock().list = format!(r#"[{{"path":"a.gguf","lfs":{{"oid":"{}"}}}}]"#, "0".repeat(64));
     assert!(matches!(bench.fetch("hf:org/repo/a.gguf", None).await, Err(ModelError::Digest { .. })));
     assert_eq!(bench.leftovers(), [""; 0]);
+}
+
+/// Bytes of all files below a folder.
+fn bytes_in(folder: &Path) -> u64 {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .map(|entry| match entry.metadata() {
+            Ok(about) if about.is_dir() => bytes_in(&entry.path()),
+            Ok(about) => about.len(),
+            Err(_) => 0,
+        })
+        .sum()
+}
+
+/// A disk on which 12 MiB fit beside what stays free.
+fn small_disk(folder: &Path) -> io::Result<u64> {
+    // The folder of a model's beginning, or the one around it.
+    let models = folder.ancestors().find(|folder| folder.ends_with("models")).unwrap_or(folder);
+    Ok((SPARE_BYTES + 12 * 1024 * 1024).saturating_sub(bytes_in(models)))
+}
+
+// CLOUD-2753
+// CLOUD-2754
+#[tokio::test]
+async fn a_download_without_a_length_leaves_what_stays_free_and_a_full_disk_is_not_filled_again() {
+    let (url, server) = serve(content(20 * 1024 * 1024)).await;
+    server.lock().no_length = true;
+    let bench = Bench::new(&url);
+    let most = Arc::new(Mutex::new(0));
+    let small = bench.models().with_free_bytes(small_disk);
+    let source = ModelSource::parse(&format!("{url}/a.gguf")).unwrap();
+    let hub = Hub { endpoint: &url, token: None };
+    let model = ModelRef::new("m").unwrap();
+    let mut progress = |done: u64, _: Option<u64>| *most.lock() = done;
+    for _ in 0..3 {
+        let error = small.fetch(&model, &source, None, &bench.client, &hub, &mut progress).await.unwrap_err();
+        assert!(matches!(error, ModelError::Download(DownloadError::NoSpace { .. })), "{error}");
+        assert_eq!(bench.leftovers(), [""; 0]);
+    }
+    let written = *most.lock();
+    assert!(written > 4 * 1024 * 1024 && written <= 12 * 1024 * 1024, "{written} bytes");
+    assert_eq!(server.lock().requests.len(), 1, "what does not fit is not asked for again");
+    // Once there is room it is.
+    let staged = bench.fetch(&format!("{url}/a.gguf"), None).await.unwrap();
+    assert!(matches!(staged, Staged::Copied { .. }), "{staged:?}");
+}
+
+// CLOUD-2755
+#[tokio::test]
+async fn each_hop_of_a_redirect_is_held_to_the_rule_of_sources() {
+    let (target, _served) = serve(content(1_000)).await;
+    for (to, refused) in [
+        (format!("{target}/a.gguf"), None),
+        ("http://192.0.2.7/a.gguf".into(), Some("must be https://")),
+        ("https://169.254.169.254/a.gguf".into(), Some("link-local")),
+        ("https://name:secret@192.0.2.7/a.gguf".into(), Some("a name or a password")),
+    ] {
+        // Two hops: the first is a good one.
+        let (second, last) = serve(Vec::new()).await;
+        last.lock().redirect = Some(to.clone());
+        let (first, server) = serve(Vec::new()).await;
+        server.lock().redirect = Some(format!("{second}/a.gguf"));
+        let fetched = Bench::new(&first).fetch(&format!("{first}/a.gguf"), None).await;
+        match refused {
+            None => assert!(matches!(fetched, Ok(Staged::Copied { .. })), "{fetched:?}"),
+            Some(reason) => {
+                let error = fetched.unwrap_err().to_string();
+                assert!(error.contains(reason) && !error.contains("secret"), "{to}: {error}");
+                assert_eq!(last.lock().requests.len(), 1, "{to} is not tried again");
+            }
+        }
+    }
+    let (url, server) = serve(Vec::new()).await;
+    server.lock().redirect = Some(format!("{url}/a.gguf"));
+    let error = Bench::new(&url).fetch(&format!("{url}/a.gguf"), None).await.unwrap_err().to_string();
+    assert!(error.contains("more than 5 redirects"), "{error}");
+    assert_eq!(server.lock().requests.len(), 6);
 }

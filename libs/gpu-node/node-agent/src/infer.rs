@@ -18,7 +18,6 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
 use handoff_watcher::HandoffName;
 use node_core::{Accepted, Ask, Cursor, ResumeError, Retention, Taken};
-use owned_tasks::StreamThreads;
 use pool_registry_types::task::InferRequest;
 use pool_registry_types::{AttemptId, ErrorBody, PoolId, ReplicaId, TraceContext};
 use tokio::time::{Instant, Sleep, sleep};
@@ -296,11 +295,6 @@ impl Agent {
         }
         let slot = Slot::new(Arc::clone(self), attempt, signals, log, name, accepted.engine, at);
         Ok((slot, accepted))
-    }
-
-    /// Drivers that are nobody's run on these threads. Only the first call counts.
-    pub fn stream_on(&self, threads: StreamThreads) {
-        let _ = self.threads.set(threads);
     }
 
     /// The driver goes on by itself.

@@ -18,6 +18,7 @@ pub mod guard;
 mod infer;
 mod intent;
 mod link;
+mod model_lock;
 pub mod models;
 mod node;
 mod orders;

@@ -14,7 +14,8 @@ use pool_registry_types::{Digest, ModelRef};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::download::{self, DownloadError, Hub, check_space};
+use crate::download::{self, DownloadError, FreeBytes, Hub, PIECE_BYTES, check_space, free_bytes};
+use crate::model_lock::{ModelLock, Outgrown};
 use crate::source::ModelSource;
 
 const MANIFEST: &str = "manifest.json";
@@ -89,6 +90,7 @@ pub enum Staged {
 #[derive(Debug, Clone)]
 pub struct Models {
     folder: PathBuf,
+    free: FreeBytes,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,7 +126,12 @@ fn folder_name(model: &ModelRef) -> String {
 
 impl Models {
     pub fn new(folder: impl Into<PathBuf>) -> Self {
-        Self { folder: folder.into() }
+        Self { folder: folder.into(), free: free_bytes }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn with_free_bytes(self, free: FreeBytes) -> Self {
+        Self { free, ..self }
     }
 
     /// The models that are whole, by their manifests; the content is not read.
@@ -167,7 +174,8 @@ impl Models {
 
     /// Removes a model and whatever an interrupted copy of it has left.
     pub(crate) fn remove(&self, model: &ModelRef) -> Result<(), ModelError> {
-        let _one = self.lock(model)?;
+        let one = self.lock(model)?;
+        one.remember(None);
         let name = folder_name(model);
         for folder in [name.clone(), format!(".{name}.staging"), format!(".{name}.broken")] {
             let folder = self.folder.join(folder);
@@ -188,15 +196,11 @@ impl Models {
     }
 
     /// One process stages a model at a time. The lock goes with the process.
-    fn lock(&self, model: &ModelRef) -> Result<File, ModelError> {
+    fn lock(&self, model: &ModelRef) -> Result<ModelLock, ModelError> {
         fs::create_dir_all(&self.folder).map_err(disk(&self.folder))?;
         let path = self.folder.join(format!(".{}.lock", folder_name(model)));
-        let file = File::create(&path).map_err(disk(&path))?;
-        match file.try_lock() {
-            Ok(()) => Ok(file),
-            Err(fs::TryLockError::WouldBlock) => Err(ModelError::Busy(model.clone())),
-            Err(fs::TryLockError::Error(error)) => Err(disk(&path)(error)),
-        }
+        let lock = ModelLock::take(&path).map_err(disk(&path))?;
+        lock.ok_or_else(|| ModelError::Busy(model.clone()))
     }
 
     /// Copies a file in as a model. `expected` is what its content must be; `progress` is told
@@ -246,7 +250,7 @@ impl Models {
             write(&origin_file, &origin)?;
         }
         let missing = about.len().saturating_sub(fs::metadata(&copy).map_or(0, |copy| copy.len()));
-        let copied = check_space(&staging, missing)
+        let copied = check_space(&staging, missing, self.free)
             .map_err(ModelError::from)
             .and_then(|()| copy_on(&source, &copy, about.len(), progress));
         let (digest, resumed_at, copied) = match copied {
@@ -291,7 +295,7 @@ impl Models {
         hub: &Hub<'_>,
         progress: &mut (dyn FnMut(u64, Option<u64>) + Send),
     ) -> Result<Staged, ModelError> {
-        let _one = self.lock(model)?;
+        let one = self.lock(model)?;
         if let Some(here) = self.get(model) {
             if expected.is_some_and(|expected| *expected != here.digest) {
                 return Err(ModelError::Taken { model: model.clone(), digest: here.digest });
@@ -305,16 +309,26 @@ impl Models {
             return Err(ModelError::Name(remote.file.into()));
         }
         let staging = self.folder.join(format!(".{}.staging", folder_name(model)));
+        if let Some(bytes) = one.outgrown(&remote.url) {
+            let begun = fs::metadata(staging.join(&remote.file)).map_or(0, |part| part.len());
+            check_space(&self.folder, bytes.saturating_sub(begun), self.free)?;
+        }
         fs::create_dir_all(&staging).map_err(disk(&staging))?;
         let path = staging.join(&remote.file);
-        let fetched = download::download(client, hub, &remote, &path, progress).await;
+        let fetched = download::download(client, hub, &remote, &path, self.free, progress).await;
         let resumed_at = match fetched.map_err(ModelError::from) {
             Ok(resumed_at) => resumed_at,
             Err(error) => {
+                let bytes = fs::metadata(&path).map_or(0, |part| part.len());
                 self.give_up(&staging, &error);
+                if error.is_no_space() && bytes > 0 {
+                    let bytes = bytes.saturating_add(PIECE_BYTES);
+                    one.remember(Some(&Outgrown { url: remote.url, bytes }));
+                }
                 return Err(error);
             }
         };
+        one.remember(None);
         let (own, manifest) = (
             self.clone(),
             Manifest {

@@ -18,9 +18,10 @@ impl Node {
         self.ordered(pool_id, known)
     }
 
-    /// Opens the pool again. Errors: `NOT_FOUND`, and
+    /// Opens the pool again. Errors: `NOT_FOUND`, `INVALID_PARAMS`, and
     /// `UNSUPPORTED` for another model.
     pub fn order_reload(&self, pool_id: &PoolId, reload: &PoolReload) -> Result<PoolOrdered, ErrorBody> {
+        reload.check()?;
         if let Some(supervision) = self.supervising(pool_id) {
             supervision.reload(pool_id, reload)?;
             // It takes work again, as soon as something of it does.

@@ -13,6 +13,7 @@ use handoff_watcher::{Handoff, HandoffName, MAX_SLOTS};
 use node_core::{BindError, Busy, Readiness, ReplicaSpec};
 use owned_tasks::{Panicked, blocking};
 use pool_registry_types::Backoff;
+use pool_registry_types::limits::MAX_POOL_MODELS;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -217,9 +218,15 @@ fn spec(handoff: &Handoff, facts: Option<EngineFacts>) -> Result<ReplicaSpec, Un
     let names_from_engine = named.is_empty();
     let mut warning = None;
     let (models, engine_names) = if names_from_engine {
-        let others = facts.models.iter().filter(|(name, own)| name.as_str() != own.as_str());
+        let listed = facts.models.len();
+        if listed > MAX_POOL_MODELS {
+            warning =
+                Some(format!("the engine lists {listed} models: it serves the first {MAX_POOL_MODELS}"));
+        }
+        let served = || facts.models.iter().take(MAX_POOL_MODELS);
+        let others = served().filter(|(name, own)| name.as_str() != own.as_str());
         (
-            facts.models.keys().cloned().collect(),
+            served().map(|(name, _)| name.clone()).collect(),
             others.map(|(name, own)| (name.clone(), own.clone())).collect(),
         )
     } else {

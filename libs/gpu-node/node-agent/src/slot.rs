@@ -126,6 +126,7 @@ impl Slot {
 
     /// The attempt has failed at its engine. Returns what is said of that, and the final report number.
     pub(crate) fn fail(&mut self, mut error: ErrorBody, engine_idle: bool) -> (ErrorBody, u64) {
+        error.cut();
         error.engine = Some(self.engine);
         let identity = self.agent.identity();
         error = error.at(&identity.node_id, &self.name.pool_id);

@@ -1,6 +1,9 @@
 //! Where a model comes from, as its operator writes it.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
+
+use reqwest::Url;
 
 /// A file on this machine, on a web server, or in a repository of a hub.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,16 +41,9 @@ impl ModelSource {
             return Ok(Self::File(path.into()));
         }
         if text.starts_with("https://") || text.starts_with("http://") {
-            let Ok(url) = reqwest::Url::parse(text) else { return bad("is no URL") };
-            let local = url.host_str().is_some_and(|host| {
-                let host = host.trim_matches(['[', ']']);
-                host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
-            });
-            if url.scheme() == "http" && !local {
-                return bad("must be https://: what comes over plain http:// may be anybody's");
-            }
-            if !url.username().is_empty() || url.password().is_some() {
-                return bad("must not hold a name or a password");
+            let Ok(url) = Url::parse(text) else { return bad("is no URL") };
+            if let Err(what) = check_place(&url) {
+                return bad(what);
             }
             return match url.path_segments().and_then(|mut parts| parts.next_back()) {
                 Some(file) if !file.is_empty() => Ok(Self::Web(url.to_string())),
@@ -73,6 +69,27 @@ impl ModelSource {
         }
         Ok(Self::Hub { repository: format!("{owner}/{name}"), revision: revision.to_owned(), file })
     }
+}
+
+/// Whether a file may be read there: by `https://`, or of this machine. The error says why not.
+pub(crate) fn check_place(url: &Url) -> Result<(), &'static str> {
+    let host = url.host_str().unwrap_or_default();
+    let ip = host.trim_matches(['[', ']']).parse::<IpAddr>().ok().map(|ip| ip.to_canonical());
+    let is_link_local = ip.is_some_and(|ip| match ip {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    });
+    if is_link_local {
+        return Err("must not name a link-local address: what answers there is no server of files");
+    }
+    let is_here = ip.is_some_and(|ip| ip.is_loopback()) || host == "localhost";
+    if url.scheme() != "https" && !(url.scheme() == "http" && is_here) {
+        return Err("must be https://: what comes over plain http:// may be anybody's");
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err("must not hold a name or a password");
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -103,6 +120,9 @@ mod tests {
             "file:a",
             "http://host/a.gguf",
             "https://u:p@host/a",
+            "https://169.254.169.254/a",
+            "https://[fe80::1]/a",
+            "https://[::ffff:169.254.1.1]/a",
             "https://host/",
             "hf:org",
             "hf:o/r/../x",

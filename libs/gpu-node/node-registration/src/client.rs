@@ -4,10 +4,13 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pool_registry_types::limits::MAX_ANSWER_BYTES;
 use pool_registry_types::node::{Heartbeat, HeartbeatAnswer, RegisterAnswer, RegisterRequest};
 use pool_registry_types::{Epoch, ErrorBody, ErrorCode, NodeId, routes};
 use reqwest::header::{AUTHORIZATION, HeaderValue};
 use serde::{Serialize, de::DeserializeOwned};
+
+use crate::body::read_at_most;
 
 /// Bound of one call, connecting included.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -114,13 +117,17 @@ impl HttpControlPlane {
         if status == reqwest::StatusCode::NO_CONTENT {
             return Ok(None);
         }
-        let bytes = response.bytes().await.map_err(unreachable)?;
+        let bytes = read_at_most(reqwest::Body::from(response), MAX_ANSWER_BYTES).await;
+        let bytes = bytes.map_err(|error| CallError::Unreachable((self.explain)(&error)))?;
         if status.is_success() {
             let answer = serde_json::from_slice(&bytes);
             return answer.map(Some).map_err(|e| CallError::Unreachable(format!("unreadable answer: {e}")));
         }
         match serde_json::from_slice::<ErrorBody>(&bytes) {
-            Ok(body) => Err(CallError::Refused(body)),
+            Ok(mut body) => {
+                body.cut();
+                Err(CallError::Refused(body))
+            }
             Err(_) => Err(CallError::Unreachable(format!("HTTP {status} without an error body"))),
         }
     }
@@ -146,4 +153,49 @@ impl ControlPlane for HttpControlPlane {
 
 fn some_body<A>(answer: Option<A>) -> Result<A, CallError> {
     answer.ok_or_else(|| CallError::Unreachable("an answer without a body".into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+
+    use super::*;
+
+    /// Takes one call, answers it with so many bytes, or until nobody reads them, and says how many went out.
+    fn answering(status: &'static str, most: usize) -> (String, std::thread::JoinHandle<usize>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let base = format!("http://{}", listener.local_addr().unwrap());
+        let serving = std::thread::spawn(move || {
+            let (mut caller, _) = listener.accept().unwrap();
+            let _ = caller.read(&mut [0; 4096]).unwrap();
+            write!(caller, "HTTP/1.1 {status}\r\nconnection: close\r\n\r\n").unwrap();
+            let piece = [b' '; 64 * 1024];
+            let mut sent = 0;
+            while sent < most && caller.write_all(&piece).is_ok() {
+                sent += piece.len();
+            }
+            sent
+        });
+        (base, serving)
+    }
+
+    // CLOUD-2720
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn an_answer_without_end_is_read_no_further_than_its_bound() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let most = 64 * MAX_ANSWER_BYTES;
+        for status in ["200 OK", "503 Service Unavailable"] {
+            let (base, serving) = answering(status, most);
+            let client = HttpControlPlane::client().build().unwrap();
+            let plane = HttpControlPlane::new(&base, client, Arc::new(|| None), |error| error.to_string());
+            let node_id = NodeId::new("a").unwrap();
+            let error = plane.deregister(&node_id, &Epoch::new("1").unwrap()).await.unwrap_err();
+            assert!(error.to_string().contains("is longer than 1048576 bytes"), "{error}");
+            drop(plane);
+            // What lies in the buffers of the kernel was sent too.
+            let sent = serving.join().unwrap();
+            assert!(sent < most, "{sent} bytes were read");
+        }
+    }
 }

@@ -32,6 +32,7 @@ enum Phase {
 pub(crate) struct Activity {
     head: Duration,
     idle: Duration,
+    stalled: Duration,
     now: Mutex<Doing>,
 }
 
@@ -40,6 +41,8 @@ struct Doing {
     /// When the phase has lasted too long; without meaning while busy.
     until: Instant,
     http2: bool,
+    /// Since when its peer takes nothing of what is to be written.
+    stopped: Option<Instant>,
 }
 
 pub(crate) enum Look {
@@ -47,12 +50,19 @@ pub(crate) enum Look {
     Idle(Instant),
     Over,
     Slow,
+    Stalled,
 }
 
 impl Activity {
-    pub(crate) fn new(head: Duration, idle: Duration) -> Self {
-        let doing = Doing { phase: Phase::Head, until: Instant::now() + head, http2: false };
-        Self { head, idle, now: Mutex::new(doing) }
+    pub(crate) fn new(head: Duration, idle: Duration, stalled: Duration) -> Self {
+        let until = Instant::now() + head;
+        let doing = Doing { phase: Phase::Head, until, http2: false, stopped: None };
+        Self { head, idle, stalled, now: Mutex::new(doing) }
+    }
+
+    /// Whether what is to be written waits for the peer, from now on.
+    fn write_waits(&self, waits: bool) {
+        self.now.lock().stopped = waits.then(Instant::now);
     }
 
     pub(crate) fn begin(self: &Arc<Self>, http2: bool) -> Running {
@@ -83,7 +93,10 @@ impl Activity {
         let mut doing = self.now.lock();
         match doing.phase {
             // The end of an HTTP/2 request does not wake the connection: look again.
-            Phase::Busy(_) => Look::Again(now + self.idle),
+            Phase::Busy(_) => match doing.stopped.map(|since| since + self.stalled) {
+                Some(at) if at <= now => Look::Stalled,
+                at => Look::Again(at.unwrap_or(now + self.idle).min(now + self.idle)),
+            },
             _ if now < doing.until => Look::Again(doing.until),
             Phase::Head => Look::Slow,
             Phase::Leaving => Look::Over,
@@ -134,10 +147,25 @@ impl hyper::body::Body for Answer {
     }
 }
 
-/// A stream that tells when bytes arrive.
+/// A stream that tells when bytes arrive, and when none are taken.
 pub(crate) struct Instrumented<T> {
-    pub(crate) io: T,
-    pub(crate) activity: Arc<Activity>,
+    io: T,
+    activity: Arc<Activity>,
+    write_waits: bool,
+}
+
+impl<T> Instrumented<T> {
+    pub(crate) fn new(io: T, activity: Arc<Activity>) -> Self {
+        Self { io, activity, write_waits: false }
+    }
+
+    fn wrote<R>(&mut self, written: Poll<R>) -> Poll<R> {
+        let waits = written.is_pending();
+        if std::mem::replace(&mut self.write_waits, waits) != waits {
+            self.activity.write_waits(waits);
+        }
+        written
+    }
 }
 
 impl<T: AsyncRead + Unpin> AsyncRead for Instrumented<T> {
@@ -157,7 +185,8 @@ impl<T: AsyncRead + Unpin> AsyncRead for Instrumented<T> {
 
 impl<T: AsyncWrite + Unpin> AsyncWrite for Instrumented<T> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, buf)
+        let written = Pin::new(&mut self.io).poll_write(cx, buf);
+        self.wrote(written)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -173,7 +202,8 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Instrumented<T> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+        let written = Pin::new(&mut self.io).poll_write_vectored(cx, bufs);
+        self.wrote(written)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -17,7 +17,7 @@ use axum::response::{IntoResponse, Response};
 use jiff::Timestamp;
 use owned_tasks::blocking;
 use parking_lot::{Mutex, RwLock};
-use pool_registry_types::{ErrorBody, ErrorCode, routes};
+use pool_registry_types::{ErrorBody, ErrorCode, HolderId, routes};
 use secrecy::{ExposeSecret, SecretString};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -29,6 +29,7 @@ use crate::config;
 use crate::connections::Peer;
 use crate::follow::follow;
 use crate::quota::Quota;
+use crate::room::ConnectionEntry;
 use crate::tokens::{Holder, Scope, TokenError, TokenSet, Verdict};
 
 /// A refused token is answered so much later: guessing is slow, and nobody else waits for it.
@@ -42,6 +43,19 @@ pub enum Need {
     /// A token that is known, whatever it may do.
     Any,
     Scope(Scope),
+    /// One of the two.
+    Either([Scope; 2]),
+}
+
+impl Need {
+    /// One of them is enough; none where no scope is asked for.
+    pub(crate) fn scopes(&self) -> &[Scope] {
+        match self {
+            Self::Open | Self::Any => &[],
+            Self::Scope(scope) => std::slice::from_ref(scope),
+            Self::Either(scopes) => scopes,
+        }
+    }
 }
 
 /// What each route needs: its method and its path as it is routed.
@@ -171,22 +185,38 @@ impl Tokens {
         }
     }
 
-    /// Whether the caller's token is one still. For answers that have no end; whoever was let in
-    /// without a token stays.
+    /// Whether the caller's token is one still, the same holder's and with the same scopes. For answers
+    /// that have no end; whoever was let in without a token stays.
     pub fn still_admit(&self, caller: &Caller) -> bool {
-        self.still_know(caller, |_| true)
+        self.still_know(caller, |known, shown| known.id == shown.id && known.scopes() == shown.scopes())
     }
 
-    /// The same of one that must have this scope.
+    /// Whether it is one still that has this scope.
     pub fn still_admit_to(&self, caller: &Caller, scope: Scope) -> bool {
-        self.still_know(caller, |holder| holder.has(scope))
+        self.still_know(caller, |known, _| known.has(scope))
     }
 
-    fn still_know(&self, caller: &Caller, may: impl Fn(&Holder) -> bool) -> bool {
+    fn still_know(&self, caller: &Caller, may: impl Fn(&Holder, &Holder) -> bool) -> bool {
         let Some(holder) = &caller.holder else { return true };
         let (set, now) = (Arc::clone(&self.0.set.read()), Timestamp::now());
         let is_same = |known: &Holder| known.fingerprint == holder.fingerprint;
-        set.holders().any(|known| is_same(known) && !known.has_expired(now) && may(known))
+        set.holders().any(|known| is_same(known) && !known.has_expired(now) && may(known, holder))
+    }
+
+    /// Whose things those of this name are.
+    pub fn holder_named(&self, name: &str) -> HolderId {
+        self.0.set.read().holder_named(name)
+    }
+
+    /// By which a holder is shown, and named: its id where no token of it is in force. None of the open
+    /// one.
+    pub fn name_of(&self, id: HolderId) -> Option<String> {
+        if id == HolderId::OPEN {
+            return None;
+        }
+        let set = Arc::clone(&self.0.set.read());
+        let known = set.holders().find(|holder| holder.id == id).map(|holder| holder.name.clone());
+        Some(known.unwrap_or_else(|| id.to_string()))
     }
 
     /// Who shows these headers.
@@ -291,16 +321,22 @@ impl Gate {
     }
 
     /// Without tokens, a page of some site in a browser of this machine could call: its origin, or
-    /// the name by which it believes to call its own host, gives it away.
-    fn check_local(&self, headers: &HeaderMap) -> Result<(), ApiError> {
-        let origin = headers.get(header::ORIGIN);
-        let foreign_page = origin.is_some_and(|origin| {
-            let host = origin.to_str().ok().and_then(|text| text.split_once("://")).map(|(_, host)| host);
-            !self.origins.contains(origin) && !host.is_some_and(config::is_this_machine)
+    /// the name by which it believes to call its own host, gives it away. That name stands in the
+    /// header `Host`, in the request's target, or in both.
+    fn check_local(&self, request: &Request) -> Result<(), ApiError> {
+        let headers = request.headers();
+        let foreign_page = headers.get_all(header::ORIGIN).iter().any(|origin| {
+            let parts = origin.to_str().ok().and_then(|text| text.split_once("://"));
+            let is_own = parts.is_some_and(|(scheme, host)| {
+                ["http", "https"].contains(&scheme) && config::is_this_machine(host)
+            });
+            !is_own && !self.origins.contains(origin)
         });
-        let host = headers.get(header::HOST);
-        let foreign_host = host.is_some_and(|host| !host.to_str().is_ok_and(config::is_this_machine));
-        if foreign_page || foreign_host {
+        let named = request.uri().authority().map(|authority| Some(authority.as_str()));
+        let named =
+            named.into_iter().chain(headers.get_all(header::HOST).iter().map(|host| host.to_str().ok()));
+        let hosts: Vec<bool> = named.map(|host| host.is_some_and(config::is_this_machine)).collect();
+        if foreign_page || hosts.is_empty() || hosts.contains(&false) {
             let message = "without tokens only this machine may call, by its own name: set LLORCH_API_TOKEN";
             return Err(ApiError::new(ErrorCode::Forbidden, message));
         }
@@ -339,7 +375,7 @@ impl Gate {
         }
         // That this is allowed is decided at the start: only this machine reaches the listener.
         if self.tokens.is_empty() {
-            return self.check_local(request.headers());
+            return self.check_local(request);
         }
         let now = Timestamp::now();
         let holder = match self.api_key(request) {
@@ -347,13 +383,13 @@ impl Gate {
             None => self.tokens.authenticate(request.headers(), now)?,
         };
         caller.holder = Some(Arc::clone(&holder));
-        if let Need::Scope(scope) = need
-            && !holder.has(scope)
-        {
-            let message = format!("this token is without the scope \"{}\"", scope.as_str());
+        let wanted = need.scopes();
+        if !wanted.is_empty() && !wanted.iter().any(|scope| holder.has(*scope)) {
+            let names: Vec<String> = wanted.iter().map(|scope| format!("\"{}\"", scope.as_str())).collect();
+            let message = format!("this token is without the scope {}", names.join(" or "));
             return Err(ApiError::new(ErrorCode::Forbidden, message));
         }
-        if let (Some(quota), Need::Scope(Scope::Client)) = (&self.quota, need) {
+        if let Some(quota) = self.quota.as_ref().filter(|_| wanted.contains(&Scope::Client)) {
             quota.request(&holder.fingerprint)?;
         }
         Ok(())
@@ -368,6 +404,13 @@ pub(crate) async fn layer(State(gate): State<Arc<Gate>>, mut request: Request, n
     // For the audit log, which also writes of those who do not wait for their answer.
     if let Some(record) = request.extensions().get::<Record>() {
         record.send(caller.holder.clone(), checked.as_ref().err().map(|error| error.0.code));
+    }
+    // Whoever lacks a scope has shown who it is all the same.
+    if need != Need::Open
+        && (checked.is_ok() || caller.holder.is_some())
+        && let Some(entry) = request.extensions().get::<Arc<ConnectionEntry>>()
+    {
+        entry.let_in();
     }
     match checked {
         Ok(()) => {
@@ -466,7 +509,38 @@ mod tests {
         following.await.unwrap();
     }
 
+    // CLOUD-2707
+    #[test]
+    fn an_answer_without_an_end_ends_when_its_token_becomes_another_holders_or_may_do_something_else() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let write = |name: &str, scopes: &str| {
+            let text =
+                format!("[[token]]\nname = \"{name}\"\ntoken = \"token-of-shop\"\nscopes = [{scopes}]");
+            std::fs::write(&file, &text).unwrap();
+            text
+        };
+        write("shop", "\"client\"");
+        let tokens = Tokens::load(None, Some(file.path().to_owned())).unwrap();
+        let mut headers = HeaderMap::new();
+        headers.insert(header::AUTHORIZATION, HeaderValue::from_static("Bearer token-of-shop"));
+        let holder = tokens.authenticate(&headers, Timestamp::now()).ok();
+        let caller = Caller { holder, ..Caller::default() };
+        assert_eq!((caller.sees_all(), caller.is_admin()), (false, false));
+        assert_eq!(tokens.name_of(caller.holder_id()).as_deref(), Some("shop"));
+        for (name, scopes) in [("inn", "\"client\""), ("shop", "\"client\", \"operator\"")] {
+            tokens.take(&Ok(write(name, scopes)));
+            assert!(!tokens.still_admit(&caller), "{name} {scopes}");
+            assert!(tokens.still_admit_to(&caller, Scope::Client));
+        }
+        let gone = caller.holder_id();
+        tokens.take(&Ok(write("inn", "\"client\"")));
+        assert_eq!(tokens.holder_named(&tokens.name_of(gone).unwrap()), gone, "by its id when it is gone");
+        assert!(Caller::default().sees_all() && Caller::default().is_admin());
+        assert_eq!(tokens.name_of(Caller::default().holder_id()), None);
+    }
+
     // CLOUD-1118
+    // CLOUD-2751
     #[test]
     fn without_tokens_a_page_of_another_site_may_not_call() {
         let gate = Gate {
@@ -478,23 +552,53 @@ mod tests {
             origins: vec![HeaderValue::from_static("https://pages.example")],
             shapes: None,
         };
-        let may = |host: &str, origin: Option<&str>| {
-            let mut request = Request::builder().uri("/v2/tasks").header("host", host);
-            if let Some(origin) = origin {
-                request = request.header("origin", origin);
+        let ask = |target: &str, headers: &[(&str, &str)]| {
+            let mut request = Request::builder().uri(target);
+            for (name, value) in headers {
+                request = request.header(*name, *value);
             }
             let request = request.body(axum::body::Body::empty()).unwrap();
             gate.check(Need::Any, &request, &mut Caller::default()).is_ok()
+        };
+        let may = |host: &str, origin: Option<&str>| {
+            let headers: Vec<_> = [("host", Some(host)), ("origin", origin)]
+                .into_iter()
+                .filter_map(|(n, v)| Some((n, v?)))
+                .collect();
+            ask("/v2/tasks", &headers)
         };
         for host in ["localhost:8080", "127.0.0.1:8080", "[::1]:8080", "localhost"] {
             assert!(may(host, None), "{host}");
         }
         assert!(may("localhost:8080", Some("http://127.0.0.1:3000")));
         assert!(may("localhost:8080", Some("https://pages.example")));
-        for origin in ["https://evil.example", "null", "http://localhost.evil.example"] {
+        for origin in [
+            "https://evil.example",
+            "null",
+            "http://localhost.evil.example",
+            "evil-extension://localhost",
+            "file://localhost",
+        ] {
             assert!(!may("localhost:8080", Some(origin)), "{origin}");
         }
         assert!(!may("evil.example:8080", None), "a name that was made to point here");
+        // HTTP/2 names the host in its target, HTTP/1.1 may.
+        assert!(ask("http://localhost:8080/v2/tasks", &[]));
+        assert!(ask("http://localhost:8080/v2/tasks", &[("host", "localhost:8080")]));
+        for (target, host) in [
+            ("http://evil.example:8080/v2/tasks", None),
+            ("http://evil.example:8080/v2/tasks", Some("localhost")),
+            ("http://localhost:8080/v2/tasks", Some("evil.example")),
+            ("/v2/tasks", None),
+        ] {
+            let host = host.map(|host| ("host", host));
+            assert!(!ask(target, host.as_slice()), "{target} {host:?}");
+        }
+        assert!(!ask("/v2/tasks", &[("host", "localhost"), ("host", "evil.example")]));
+        assert!(!ask(
+            "/v2/tasks",
+            &[("host", "localhost"), ("origin", "http://localhost"), ("origin", "http://evil.example")],
+        ));
     }
 
     // CLOUD-1116

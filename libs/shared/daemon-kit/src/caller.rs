@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
-use pool_registry_types::{ErrorCode, NodeId};
+use pool_registry_types::{ErrorCode, HolderId, NodeId};
 
 use crate::answer::ApiError;
 use crate::connections::Peer;
@@ -22,6 +22,21 @@ pub struct Caller {
 }
 
 impl Caller {
+    /// Whose its tasks, sessions and artifacts are. All who call without a token are one holder.
+    pub fn holder_id(&self) -> HolderId {
+        self.holder.as_ref().map_or(HolderId::OPEN, |holder| holder.id)
+    }
+
+    /// Whether it may look at everybody's things, their contents left out, and cancel everybody's tasks.
+    pub fn sees_all(&self) -> bool {
+        self.holder.as_ref().is_none_or(|holder| holder.has(Scope::Operator))
+    }
+
+    /// Whether it may do everything.
+    pub fn is_admin(&self) -> bool {
+        self.holder.as_ref().is_none_or(|holder| holder.has(Scope::Admin))
+    }
+
     /// # Errors
     /// `FORBIDDEN` when the token is bound to another node, or the certificate is for another name.
     pub fn authorize_node(&self, node_id: &NodeId) -> Result<(), ApiError> {

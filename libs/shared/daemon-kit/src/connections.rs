@@ -3,15 +3,14 @@
 //! Each connection is one task with one clock, on a thread for streams where there are such: what is
 //! no stream is answered by the runtime that accepts. A peer that was accepted, or has begun the head of
 //! a request, has to finish that head in time; a connection without requests is closed after a
-//! while; a running request has no bound here, because a stream may last. hyper's own limit for
+//! while; a running request has no bound here, because a stream may last. Whom there is no room for is
+//! [`crate::room`]'s to say. hyper's own limit for
 //! heads is off: it does not run before a connection's first bytes, it would also close idle
 //! connections as fast as slow ones, and HTTP/2 has none.
 
-use std::collections::HashMap;
-use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,6 +19,7 @@ use std::time::Duration;
 
 use axum::Router;
 use futures::future::Either;
+use futures::{FutureExt, TryFutureExt};
 use hyper::body::{Body as _, Incoming};
 use hyper::{Method, Request, Version};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -29,13 +29,13 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tower::Service;
 
 use crate::activity::{Activity, Answer, Instrumented, Look};
+use crate::room::{ConnectionPermit, Found, Room};
 use crate::socket::Socket;
 use crate::tls::{self, PeerCertificate, ServerTls};
 
@@ -44,13 +44,19 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Largest body of a request that is answered on a thread for streams, bytes: a larger one takes longer
 /// to read than the streams there may wait.
 const MOST_BODY_BYTES: u64 = 256 * 1024;
+/// Connections at once where nobody says how many, and files are enough.
+/// Source: .specs/01 CLOUD-2762.
+const MOST_CONNECTIONS: usize = 16_384;
+/// Most bytes of an answer that wait for a peer which takes none, on HTTP/2; on HTTP/1 it is what a head may
+/// have.
+const MOST_UNSENT_BYTES: usize = 64 * 1024;
 /// At most one line of a kind is logged in this time.
 const LOG_EVERY: Duration = Duration::from_secs(1);
 
 /// The bounds of connections.
 #[derive(Debug, Clone)]
 pub struct ConnLimits {
-    /// Connections at once, of one host half as many; one more is closed at once.
+    /// Connections at once. For one more a stranger is closed; without one it is closed itself, at once.
     pub connections: usize,
     /// From accepting to the end of the TLS handshake.
     pub handshake: Duration,
@@ -58,6 +64,8 @@ pub struct ConnLimits {
     pub head: Duration,
     /// Without any request. Longer than our clients keep connections (60 s), so that they close first.
     pub idle: Duration,
+    /// With an answer of which the peer takes nothing.
+    pub stalled: Duration,
     /// A request's line and headers, bytes; at least 8192.
     pub head_bytes: u32,
     /// Requests at once on one HTTP/2 connection.
@@ -69,10 +77,11 @@ pub struct ConnLimits {
 impl Default for ConnLimits {
     fn default() -> Self {
         Self {
-            connections: 4096,
+            connections: MOST_CONNECTIONS,
             handshake: Duration::from_secs(5),
             head: Duration::from_secs(10),
             idle: Duration::from_secs(75),
+            stalled: Duration::from_secs(600),
             head_bytes: 64 * 1024,
             streams: 256,
             ping: Duration::from_secs(20),
@@ -85,11 +94,15 @@ impl Default for ConnLimits {
 pub struct Counts {
     /// Closed because of too many.
     pub over_limit: AtomicU64,
+    /// Closed for others, before they had shown a token.
+    pub made_room: AtomicU64,
     pub failed_handshakes: AtomicU64,
     /// Closed because a head did not arrive in time.
     pub slow: AtomicU64,
     /// Closed after a while without requests.
     pub idle: AtomicU64,
+    /// Closed because their peers took nothing of an answer for long.
+    pub stalled: AtomicU64,
 }
 
 /// Where connections live, and which requests are answered there.
@@ -119,6 +132,29 @@ pub struct Peer {
     pub certificate: Option<PeerCertificate>,
 }
 
+/// Connections that there may be at once: as many as are asked for, or by default, and no more than leave
+/// a quarter of the files that this process may have for everything else.
+pub(crate) fn most_connections(wanted: Option<u32>) -> usize {
+    let files = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
+        .map_or(u64::MAX, |(files, _)| files);
+    let (most, is_bounded) = within_files(wanted, files);
+    if is_bounded {
+        tracing::warn!(
+            files,
+            connections = most,
+            "the limit of open files leaves room for fewer connections"
+        );
+    }
+    most
+}
+
+/// How many, and whether they are fewer than were asked for.
+fn within_files(wanted: Option<u32>, files: u64) -> (usize, bool) {
+    let fit = usize::try_from((files - files / 4).max(1)).unwrap_or(usize::MAX);
+    let wanted = wanted.and_then(|wanted| usize::try_from(wanted).ok());
+    (wanted.unwrap_or(MOST_CONNECTIONS).min(fit), wanted.is_some_and(|wanted| wanted > fit))
+}
+
 /// Serves until `stop`. Then nothing new is accepted, idle connections close, running requests
 /// get `grace`, and what is left is cut off.
 pub async fn run(
@@ -132,8 +168,7 @@ pub async fn run(
     // Also when this future is dropped.
     let _cut_off = CutOff(tasks.clone());
     let ServeOptions { tls, limits, counts, loops, streaming } = options;
-    let room = Arc::new(Semaphore::new(limits.connections));
-    let hosts = Arc::new(Hosts { share: limits.connections.div_ceil(2), open: Mutex::default() });
+    let room = Room::new(limits.connections);
     let server = Arc::new(Server {
         // Turns handlers into routes once; from here on a clone is one reference more.
         app: app.with_state(()),
@@ -142,7 +177,6 @@ pub async fn run(
         limits,
         counts,
         handshakes: Seldom::default(),
-        hosts,
         streaming,
         elsewhere: Handle::current(),
     });
@@ -160,7 +194,7 @@ pub async fn run(
 async fn accept(
     server: &Arc<Server>,
     listener: &TcpListener,
-    room: &Arc<Semaphore>,
+    room: &Arc<Room>,
     tasks: &Tasks,
     stop: &CancellationToken,
 ) {
@@ -171,16 +205,26 @@ async fn accept(
             () = stop.cancelled() => return,
         };
         match accepted {
-            Ok((stream, addr)) => match server.hosts.permit(room, addr.ip()) {
-                Some(permit) => Arc::clone(server).connection(stream, addr, stop.clone(), permit, tasks),
-                None => {
-                    server.counts.over_limit.fetch_add(1, Ordering::Relaxed);
-                    if let Some(suppressed) = crowded.turn() {
-                        let limit = server.limits.connections;
-                        tracing::warn!(peer = %addr, limit, suppressed, "too many connections: the newest is closed");
+            Ok((stream, addr)) => {
+                let (permit, count, what) = match room.find(addr.ip()) {
+                    Found::Free(permit) => {
+                        Arc::clone(server).connection(stream, addr, stop.clone(), permit, tasks);
+                        continue;
                     }
+                    Found::InPlaceOf(permit) => {
+                        (Some(permit), &server.counts.made_room, "one without a token")
+                    }
+                    Found::Full => (None, &server.counts.over_limit, "the newest one"),
+                };
+                count.fetch_add(1, Ordering::Relaxed);
+                if let Some(suppressed) = crowded.turn() {
+                    let limit = server.limits.connections;
+                    tracing::warn!(peer = %addr, limit, closed = what, suppressed, "too many connections");
                 }
-            },
+                if let Some(permit) = permit {
+                    Arc::clone(server).connection(stream, addr, stop.clone(), permit, tasks);
+                }
+            }
             Err(error) if of_one_connection(&error) => {}
             Err(error) => {
                 if let Some(suppressed) = unaccepted.turn() {
@@ -208,6 +252,7 @@ fn protocols(limits: &ConnLimits, tasks: Tasks) -> auto::Builder<Tasks> {
         .timer(TokioTimer::new())
         .max_header_list_size(limits.head_bytes)
         .max_concurrent_streams(limits.streams)
+        .max_send_buf_size(MOST_UNSENT_BYTES)
         .keep_alive_interval(limits.ping)
         .keep_alive_timeout(limits.ping);
     http
@@ -220,46 +265,9 @@ struct Server {
     limits: ConnLimits,
     counts: Arc<Counts>,
     handshakes: Seldom,
-    hosts: Arc<Hosts>,
     streaming: Option<Streaming>,
     /// The runtime that accepts.
     elsewhere: Handle,
-}
-
-/// How many connections each host has: none takes all of them.
-struct Hosts {
-    share: usize,
-    open: Mutex<HashMap<IpAddr, usize>>,
-}
-
-/// One connection among all, and among those of its host.
-struct ConnectionPermit {
-    _room: OwnedSemaphorePermit,
-    hosts: Arc<Hosts>,
-    host: IpAddr,
-}
-
-impl Hosts {
-    fn permit(self: &Arc<Self>, room: &Arc<Semaphore>, host: IpAddr) -> Option<ConnectionPermit> {
-        let mut open = self.open.lock();
-        let own = open.get(&host).copied().unwrap_or(0);
-        if own >= self.share {
-            return None;
-        }
-        let room = Arc::clone(room).try_acquire_owned().ok()?;
-        open.insert(host, own + 1);
-        Some(ConnectionPermit { _room: room, hosts: Arc::clone(self), host })
-    }
-}
-
-impl Drop for ConnectionPermit {
-    fn drop(&mut self) {
-        let mut open = self.hosts.open.lock();
-        match open.get_mut(&self.host) {
-            Some(own) if *own > 1 => *own -= 1,
-            _ => drop(open.remove(&self.host)),
-        }
-    }
 }
 
 /// What a connection's bytes go over.
@@ -283,6 +291,7 @@ impl Movable for tokio_rustls::server::TlsStream<Socket> {
 enum End {
     Closed,
     Slow,
+    Stalled,
     Failed(Box<dyn std::error::Error + Send + Sync>),
 }
 
@@ -308,7 +317,11 @@ impl Server {
         tasks.add(async move {
             let Some(tls) = &self.tls else { return };
             let handshake = timeout(self.limits.handshake, tls.accept(socket));
-            let Some(outcome) = stop.run_until_cancelled(handshake).await else { return };
+            let outcome = tokio::select! {
+                outcome = handshake => outcome,
+                () = stop.cancelled() => return,
+                () = permit.closed() => return,
+            };
             match outcome {
                 Ok(Ok((stream, certificate))) => {
                     Arc::clone(&self).serve(stream, Peer { addr, certificate }, stop, permit, &all);
@@ -334,7 +347,7 @@ impl Server {
         let moves = thread.is_some();
         let serving = async move {
             let end = match if moves { io.socket().move_here() } else { Ok(()) } {
-                Ok(()) => self.requests(io, peer, &stop).await,
+                Ok(()) => self.requests(io, peer, &permit, &stop).await,
                 Err(error) => End::Failed(error.into()),
             };
             match end {
@@ -342,6 +355,10 @@ impl Server {
                 End::Slow => {
                     self.counts.slow.fetch_add(1, Ordering::Relaxed);
                     tracing::debug!(peer = %addr, "a request's head did not arrive in time");
+                }
+                End::Stalled => {
+                    self.counts.stalled.fetch_add(1, Ordering::Relaxed);
+                    tracing::debug!(peer = %addr, "nothing of an answer was taken for long");
                 }
                 End::Failed(error) => tracing::debug!(peer = %addr, error, "a connection broke"),
             }
@@ -368,43 +385,54 @@ impl Server {
         (!stays).then(|| self.elsewhere.clone())
     }
 
-    async fn requests<T: Movable>(&self, io: T, peer: Peer, stop: &CancellationToken) -> End {
-        let peer = Arc::new(peer);
-        let activity = Arc::new(Activity::new(self.limits.head, self.limits.idle));
-        let io = TokioIo::new(Instrumented { io, activity: Arc::clone(&activity) });
+    async fn requests<T: Movable>(
+        &self,
+        io: T,
+        peer: Peer,
+        permit: &ConnectionPermit,
+        stop: &CancellationToken,
+    ) -> End {
+        let (peer, entry) = (Arc::new(peer), Arc::clone(permit.entry()));
+        let activity = Arc::new(Activity::new(self.limits.head, self.limits.idle, self.limits.stalled));
+        let io = TokioIo::new(Instrumented::new(io, Arc::clone(&activity)));
         let service = hyper::service::service_fn({
             let activity = Arc::clone(&activity);
             move |mut request: Request<Incoming>| {
                 let running = Activity::begin(&activity, request.version() == Version::HTTP_2);
                 request.extensions_mut().insert(Arc::clone(&peer));
+                request.extensions_mut().insert(Arc::clone(&entry));
                 let elsewhere = self.elsewhere(&request);
                 let answer = self.app.clone().call(request);
                 let answer = match elsewhere {
                     None => Either::Left(answer),
-                    Some(runtime) => Either::Right(async move {
-                        let answered = owned_tasks::elsewhere(&runtime, "request", answer).await;
-                        answered.unwrap_or_else(|panicked| panicked.resume())
-                    }),
+                    Some(runtime) => {
+                        let answered = owned_tasks::elsewhere(&runtime, "request", answer);
+                        Either::Right(answered.map(|all| all.unwrap_or_else(|panicked| panicked.resume())))
+                    }
                 };
-                async move {
-                    let response = answer.await?;
+                // Not an async block, which would hold the answer's future twice.
+                answer.map_ok(move |response| {
                     // An answer of known size has the time of an idle connection to be fetched; a
                     // stream has all the time, as long as it is written.
                     let is_stream = response.body().size_hint().exact().is_none();
                     let running = is_stream.then_some(running);
-                    Ok::<_, Infallible>(response.map(|body| Answer { body, _running: running }))
-                }
+                    response.map(|body| Answer { body, _running: running })
+                })
             }
         });
         let mut connection = pin!(self.http.serve_connection(io, service));
         let mut clock = pin!(sleep_until(Instant::now() + self.limits.head));
         let mut stopped = pin!(stop.cancelled());
+        let mut closed = pin!(permit.closed());
         let mut stopping = false;
         poll_fn(|cx| {
             loop {
                 if !stopping && stopped.as_mut().poll(cx).is_ready() {
                     stopping = true;
                     connection.as_mut().graceful_shutdown();
+                }
+                if permit.entry().is_strangers() && closed.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(End::Closed);
                 }
                 if let Poll::Ready(outcome) = connection.as_mut().poll(cx) {
                     return Poll::Ready(outcome.map_or_else(End::Failed, |()| End::Closed));
@@ -425,6 +453,7 @@ impl Server {
                     }
                     Look::Over => return Poll::Ready(End::Closed),
                     Look::Slow => return Poll::Ready(End::Slow),
+                    Look::Stalled => return Poll::Ready(End::Stalled),
                 }
             }
         })
@@ -509,5 +538,21 @@ impl Seldom {
         }
         *reported = Some(Instant::now());
         Some(std::mem::take(suppressed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // CLOUD-2762
+    #[test]
+    fn connections_follow_the_limit_of_files() {
+        assert_eq!(within_files(None, 1 << 20), (16_384, false));
+        assert_eq!(within_files(None, 1024), (768, false));
+        assert_eq!(within_files(Some(100_000), 1 << 20), (100_000, false));
+        assert_eq!(within_files(Some(100_000), 1024), (768, true));
+        assert_eq!(within_files(None, 1), (1, false));
+        assert!(within_files(None, u64::MAX).0 == 16_384, "without a limit");
     }
 }

@@ -61,10 +61,10 @@ fn complete(operation: &mut Value, need: Need, error: &str) {
     if need != Need::Open {
         refuse("401", "no token, or one that is not known");
     }
-    if matches!(need, Need::Scope(_)) {
+    if !need.scopes().is_empty() {
         refuse("403", "the token may not do this");
     }
-    if need == Need::Scope(Scope::Client) {
+    if need.scopes().contains(&Scope::Client) {
         refuse("429", "the token asks too much");
     }
     for (status, response) in responses {

@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Bytes;
@@ -14,6 +15,7 @@ use pool_registry_types::{ErrorCode, NodeId};
 use serde::de::DeserializeOwned;
 
 use crate::answer::ApiError;
+use crate::byte_budget::{BodyBudgets, ByteBudget, HeldBytes};
 use crate::caller::Caller;
 
 /// How long a whole body may take to arrive.
@@ -25,6 +27,14 @@ const MOST_DROPPED: usize = 16 * 1024 * 1024;
 /// The parsed body of a request of a client.
 #[derive(Debug)]
 pub struct Body<T>(pub T);
+
+/// The same of a task's: what is read of it counts until what comes with it is dropped.
+#[derive(Debug)]
+pub struct CountedBody<T>(pub T, pub HeldBytes);
+
+/// The parsed body of a request of a node.
+#[derive(Debug)]
+pub struct NodeBody<T>(pub T);
 
 /// The parsed body of the hop to a node, which wraps a client's.
 #[derive(Debug)]
@@ -42,7 +52,7 @@ impl<S: Send + Sync, const MOST: usize> FromRequest<S> for RawBody<MOST> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
-        collect(request, MOST).await.map(Self)
+        collect(request, MOST, of_clients).await.map(|(bytes, _)| Self(bytes))
     }
 }
 
@@ -50,7 +60,23 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
-        read(request, MAX_BODY_BYTES).await.map(Self)
+        read(request, of_clients).await.map(|(value, _)| Self(value))
+    }
+}
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for CountedBody<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
+        read(request, of_clients).await.map(|(value, held)| Self(value, held))
+    }
+}
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for NodeBody<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
+        read(request, |budgets| &budgets.nodes).await.map(|(value, _)| Self(value))
     }
 }
 
@@ -58,44 +84,75 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for WrappedBody<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
-        let body = collect(request, MAX_BODY_BYTES + INFER_OVERHEAD_BYTES).await?;
+        let (body, _) = collect(request, MAX_BODY_BYTES + INFER_OVERHEAD_BYTES, of_clients).await?;
         Ok(Self { value: parse(&body)?, bytes: body.len() })
     }
 }
 
-async fn read<T: DeserializeOwned>(request: Request, at_most: usize) -> Result<T, ApiError> {
-    parse(&collect(request, at_most).await?)
+fn of_clients(budgets: &BodyBudgets) -> &Arc<ByteBudget> {
+    &budgets.clients
 }
 
-/// The bytes of a body of at most so many. Errors: `INVALID_PARAMS` where it is cut off or too slow, and
-/// `PAYLOAD_TOO_LARGE`.
-pub async fn body(request: Request, at_most: usize) -> Result<Bytes, ApiError> {
-    collect(request, at_most).await
+/// The bytes of a client's body of at most so many, and what counts for them. Errors: `INVALID_PARAMS` where
+/// it is cut off or too slow, `OVERLOADED` and `PAYLOAD_TOO_LARGE`.
+pub async fn body(request: Request, at_most: usize) -> Result<(Bytes, HeldBytes), ApiError> {
+    collect(request, at_most, of_clients).await
 }
 
-async fn collect(request: Request, at_most: usize) -> Result<Bytes, ApiError> {
-    let reading = read_whole(request.into_body(), at_most);
-    tokio::time::timeout(BODY_PATIENCE, reading).await.unwrap_or_else(|_| {
+/// Whose of the budgets a body counts in.
+type Budget = fn(&BodyBudgets) -> &Arc<ByteBudget>;
+
+/// The parsed body, and what counts for its bytes.
+async fn read<T: DeserializeOwned>(request: Request, budget: Budget) -> Result<(T, HeldBytes), ApiError> {
+    let (bytes, held) = collect(request, MAX_BODY_BYTES, budget).await?;
+    Ok((parse(&bytes)?, held))
+}
+
+/// The whole body, and what counts for it.
+async fn collect(request: Request, at_most: usize, budget: Budget) -> Result<(Bytes, HeldBytes), ApiError> {
+    let extensions = request.extensions();
+    let holder = extensions.get::<Caller>().and_then(|caller| caller.holder.as_deref());
+    let fingerprint = holder.map(|holder| holder.fingerprint.as_str());
+    let budgets = extensions.get::<Arc<BodyBudgets>>();
+    let mut held = budgets.map(|budgets| budget(budgets).begin(fingerprint)).unwrap_or_default();
+    let reading = read_counted(request.into_body(), at_most, &mut held);
+    let read = tokio::time::timeout(BODY_PATIENCE, reading).await.unwrap_or_else(|_| {
         let message = format!("the body did not arrive within {} s", BODY_PATIENCE.as_secs());
         Err(ApiError::new(ErrorCode::InvalidParams, message))
-    })
+    });
+    Ok((read?, held))
 }
 
-/// Of a body that is too long the rest is read and dropped, as far as that is reasonable: who is
-/// still sending when the connection is closed hears of no answer.
-async fn read_whole(mut body: axum::body::Body, at_most: usize) -> Result<Bytes, ApiError> {
+/// Reads a whole body of at most so many bytes, each counted before it is kept. Of one that is too long,
+/// or for which there is no room, the rest is read and dropped, as far as that is reasonable: who is still
+/// sending when the connection is closed hears of no answer.
+///
+/// # Errors
+/// `PAYLOAD_TOO_LARGE`, `OVERLOADED`, and `INVALID_PARAMS` for a body that is cut off.
+pub async fn read_counted(
+    mut body: axum::body::Body,
+    at_most: usize,
+    held: &mut HeldBytes,
+) -> Result<Bytes, ApiError> {
     let announced = body.size_hint().lower();
     let mut too_long = announced > at_most as u64;
     let room = if too_long { 0 } else { usize::try_from(announced).unwrap_or(0) };
-    let (mut bytes, mut seen) = (Vec::with_capacity(room), 0_usize);
+    let (mut bytes, mut seen, mut refused) = (Vec::with_capacity(room), 0_usize, None);
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|_| ApiError::new(ErrorCode::InvalidParams, "the body was cut off"))?;
         let Ok(data) = frame.into_data() else { continue };
         seen = seen.saturating_add(data.len());
         too_long |= seen > at_most;
-        if !too_long {
+        if !too_long && refused.is_none() {
+            refused = held.add(data.len()).err();
+        }
+        if !too_long && refused.is_none() {
             bytes.extend_from_slice(&data);
-        } else if seen > at_most.saturating_add(MOST_DROPPED) {
+            continue;
+        }
+        bytes = Vec::new();
+        held.set(0);
+        if seen > at_most.saturating_add(MOST_DROPPED) {
             break;
         }
     }
@@ -105,7 +162,7 @@ async fn read_whole(mut body: axum::body::Body, at_most: usize) -> Result<Bytes,
             format!("the body is longer than {at_most} bytes"),
         ));
     }
-    Ok(bytes.into())
+    refused.map_or(Ok(bytes.into()), |refused| Err(refused.into()))
 }
 
 /// An id in a path, or `INVALID_PARAMS` that names it.
@@ -157,4 +214,41 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     })?;
     json.end().map_err(|_| ApiError::new(ErrorCode::InvalidParams, "something follows the JSON body"))?;
     Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::stream;
+
+    use super::*;
+
+    /// A body of so many pieces, which looks after each of them at what is counted.
+    fn body(pieces: usize, piece: usize, look: impl Fn(usize) + Send + 'static) -> axum::body::Body {
+        let pieces = (0..pieces).map(move |n| {
+            look(n);
+            Ok::<_, std::convert::Infallible>(Bytes::from(vec![b' '; piece]))
+        });
+        axum::body::Body::from_stream(stream::iter(pieces))
+    }
+
+    // CLOUD-2725
+    #[tokio::test]
+    async fn a_body_counts_from_its_first_byte_until_whoever_read_it_lets_it_go() {
+        let budget = ByteBudget::new(1_000);
+        let mut held = budget.begin(None);
+        let seen = Arc::clone(&budget);
+        let read =
+            read_counted(body(5, 100, move |n| assert_eq!(seen.held(), n * 100)), 500, &mut held).await;
+        assert_eq!((read.unwrap().len(), budget.held()), (500, 500));
+        // Another one, for which there is no room: nothing of it counts while the rest of it is dropped.
+        let (mut second, seen) = (budget.begin(None), Arc::clone(&budget));
+        let look = move |n| assert!(n <= 5 || seen.held() == 500, "{n}: {}", seen.held());
+        let refused = read_counted(body(20, 100, look), 4_000, &mut second).await.unwrap_err().0;
+        assert_eq!((refused.code, refused.retry_after_ms), (ErrorCode::Overloaded, Some(1_000)));
+        drop(held);
+        assert_eq!(budget.held(), 0);
+        // One that is longer than it may be holds nothing either.
+        let long = read_counted(body(20, 100, |_| ()), 500, &mut second).await.unwrap_err().0;
+        assert_eq!((long.code, budget.held()), (ErrorCode::PayloadTooLarge, 0));
+    }
 }

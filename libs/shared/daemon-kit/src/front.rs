@@ -16,7 +16,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::audit::{Audit, AuditError};
 use crate::auth::Gate;
-use crate::connections::{self, Counts, ServeOptions, Streaming};
+use crate::connections::{self, ConnLimits, Counts, ServeOptions, Streaming};
 use crate::serve::{self, Edge};
 use crate::tls::{Tls, TlsError, TlsPaths};
 
@@ -47,6 +47,8 @@ pub struct FrontSettings {
     pub addr: SocketAddr,
     /// A second listener, which asks for no token.
     pub metrics_addr: Option<SocketAddr>,
+    /// Of the first one, at once; absent: as many as files allow, within reason.
+    pub max_connections: Option<u32>,
     pub tls: TlsPaths,
     pub audit_log: Option<PathBuf>,
 }
@@ -62,6 +64,7 @@ pub struct Front {
     listener: TcpListener,
     metrics: Option<TcpListener>,
     audit: Audit,
+    connections: usize,
 }
 
 /// What is served where.
@@ -70,6 +73,7 @@ pub struct Shown {
     pub routes: Router,
     pub gate: Gate,
     pub counts: Arc<Counts>,
+    pub limits: ConnLimits,
     pub streaming: Streaming,
     /// The routes of the second listener.
     pub open_routes: Router,
@@ -87,7 +91,8 @@ impl Front {
         let loops = Loops::default();
         let audit = settings.audit_log.as_deref().map(|path| Audit::open(path, &loops));
         let audit = audit.transpose()?.unwrap_or_default();
-        Ok(Self { tls, bound, loops, prefix, listener, metrics, audit })
+        let connections = connections::most_connections(settings.max_connections);
+        Ok(Self { tls, bound, loops, prefix, listener, metrics, audit, connections })
     }
 
     /// Serves until `stop`. Returns the main listener's end; what runs beside it is the tracker's.
@@ -122,8 +127,10 @@ impl Front {
         }
         let app = serve::with_layers(shown.routes, Edge { gate: shown.gate, audit: self.audit });
         let (tls, counts) = (self.tls.server, shown.counts);
+        // How many there may be is the process's to say.
+        let limits = ConnLimits { connections: self.connections, ..shown.limits };
         let streaming = Some(shown.streaming);
-        let options = ServeOptions { tls, counts, loops, streaming, ..ServeOptions::default() };
+        let options = ServeOptions { tls, counts, limits, loops, streaming };
         owned_tasks::watched(
             "connections",
             connections::run(self.listener, app, options, stop.clone(), LINGER),

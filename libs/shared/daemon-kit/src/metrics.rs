@@ -64,9 +64,11 @@ impl Page {
         }
         let closed = [
             ("over_limit", &connections.over_limit),
+            ("made_room", &connections.made_room),
             ("failed_handshake", &connections.failed_handshakes),
             ("slow", &connections.slow),
             ("idle", &connections.idle),
+            ("stalled", &connections.stalled),
         ];
         for (why, count) in closed {
             let labels = [labels, &[("why", why)]].concat();

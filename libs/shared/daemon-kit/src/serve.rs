@@ -106,8 +106,15 @@ mod tests {
     use axum::routing::get;
     use tower::ServiceExt;
 
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpListener, TcpStream};
+    use tokio_util::sync::CancellationToken;
+
     use super::*;
     use crate::auth::{Need, Tokens};
+    use crate::connections::{self, ConnLimits, ServeOptions};
     use crate::tokens::Scope;
 
     fn open_edge() -> Edge {
@@ -127,7 +134,7 @@ mod tests {
         let routes = Router::new()
             .route("/fine", get(|| async { "fine" }))
             .route("/broken", get(|| async { panic!("a secret of ours") as &str }));
-        let mut request = Request::builder().uri(path).method(method);
+        let mut request = Request::builder().uri(path).method(method).header("host", "localhost");
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
@@ -136,6 +143,64 @@ mod tests {
         let (parts, body) = response.into_parts();
         let text = to_bytes(body, 4096).await.unwrap();
         (parts.status.as_u16(), parts.headers, String::from_utf8(text.to_vec()).unwrap())
+    }
+
+    /// Asks on a connection. Returns the status; nothing where it is closed.
+    async fn ask_again(socket: &mut TcpStream, token: &str) -> Option<String> {
+        let head = format!("GET /fine HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n");
+        socket.write_all(head.as_bytes()).await.ok()?;
+        let mut answer = [0; 2048];
+        let read = socket.read(&mut answer).await.ok().filter(|read| *read > 0)?;
+        Some(String::from_utf8_lossy(&answer[9..12.min(read)]).into_owned())
+    }
+
+    // CLOUD-2760
+    #[tokio::test]
+    async fn connections_that_have_shown_a_token_outlive_any_number_of_others() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let routes = Router::new().route("/fine", get(|| async { "fine" }));
+        let tokens = Tokens::load(Some("a-token-of-ours".into()), None).unwrap();
+        let edge = Edge { gate: Gate { tokens, ..open_edge().gate }, audit: Audit::default() };
+        let limits = ConnLimits { connections: 8, ..ConnLimits::default() };
+        let options = ServeOptions { limits, ..ServeOptions::default() };
+        let counts = Arc::clone(&options.counts);
+        let stop = CancellationToken::new();
+        let grace = Duration::from_secs(1);
+        let server =
+            tokio::spawn(connections::run(listener, with_layers(routes, edge), options, stop.clone(), grace));
+        let asked = |token: &'static str| async move {
+            let mut socket = TcpStream::connect(addr).await.unwrap();
+            ask_again(&mut socket, token).await.map(|status| (socket, status))
+        };
+        let (mut known, status) = asked("a-token-of-ours").await.unwrap();
+        assert_eq!(status, "200");
+        // Many that say nothing, and some whose token is none.
+        let mut strangers = Vec::new();
+        for _ in 0..50 {
+            strangers.push(TcpStream::connect(addr).await.unwrap());
+        }
+        for _ in 0..3 {
+            let (socket, status) = asked("a-token-of-others").await.unwrap();
+            assert_eq!(status, "401");
+            strangers.push(socket);
+        }
+        let (mut late, status) = asked("a-token-of-ours").await.expect("there is room");
+        assert_eq!(status, "200");
+        for socket in [&mut known, &mut late] {
+            assert_eq!(ask_again(socket, "a-token-of-ours").await.as_deref(), Some("200"));
+        }
+        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        assert_eq!((load(&counts.over_limit), load(&counts.made_room)), (0, 48));
+        // Once all are known, the newest is closed.
+        let mut all = Vec::new();
+        for _ in 0..6 {
+            all.push(asked("a-token-of-ours").await.expect("there is room"));
+        }
+        assert!(asked("a-token-of-ours").await.is_none());
+        assert_eq!(load(&counts.over_limit), 1);
+        stop.cancel();
+        server.await.unwrap().unwrap();
     }
 
     // CLOUD-1104

@@ -46,6 +46,10 @@ pub struct SharedSettings {
     /// A second listener for the metrics and the probes, which asks for no token [default: none].
     #[arg(long)]
     metrics_addr: Option<SocketAddr>,
+    /// Connections at once at most [default: 16384, or what three quarters of the files allow that this
+    /// process may open].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    max_connections: Option<u32>,
     /// Bearer tokens, comma-separated; all are accepted, the first is sent. Only as a variable: every
     /// user of the machine can read a command line.
     #[arg(long, env = "LLORCH_API_TOKEN", hide_env_values = true, value_parser = config::secret)]
@@ -114,6 +118,7 @@ impl SharedSettings {
             prefix: own.prefix,
             addr: self.addr,
             metrics_addr: self.metrics_addr,
+            max_connections: self.max_connections,
             tls,
             audit_log: self.audit_log,
         };

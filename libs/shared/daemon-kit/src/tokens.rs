@@ -7,16 +7,20 @@
 use std::path::Path;
 
 use jiff::Timestamp;
-use pool_registry_types::NodeId;
+use pool_registry_types::{HolderId, NodeId};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
+use uuid::Uuid;
 
 /// Shortest token that is taken, bytes.
 pub const MIN_TOKEN_BYTES: usize = 8;
 /// Longest file of tokens that is read, bytes.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
+/// Nodes that a token may register whose file does not say how many, and that is for nodes only.
+/// Source: .specs/01 CLOUD-2757.
+const DEFAULT_MAX_NODES: u32 = 64;
 const BY_LIST: &str = "LLORCH_API_TOKEN";
 const BY_FILE: &str = "LLORCH_API_TOKEN_FILE";
 
@@ -38,16 +42,19 @@ pub enum TokenError {
 }
 
 /// What a token lets its holder do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Scope {
-    /// Tasks, sessions, artifacts, and looking at the cluster.
+    /// Tasks, sessions and artifacts of its own, and looking at the cluster.
     Client,
     /// Registering as a node and reporting.
     Node,
     /// What a control plane asks of its nodes. Worth nothing at a control plane, since every node
     /// hears the token that is sent to it.
     Control,
+    /// Looking at everything but contents (prompts, tokens, artifacts), engines' logs, drain, resume,
+    /// reload, and the cancel of any task.
+    Operator,
     /// Everything.
     Admin,
 }
@@ -59,6 +66,7 @@ impl Scope {
             Self::Client => "client",
             Self::Node => "node",
             Self::Control => "control",
+            Self::Operator => "operator",
             Self::Admin => "admin",
         }
     }
@@ -67,12 +75,18 @@ impl Scope {
 /// Who holds a token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Holder {
+    /// Of a file of TOML; of a plain token its fingerprint, wherever it stands.
     pub name: String,
+    /// Whose its tasks, sessions and artifacts are: that of all tokens of the name, so that one can be
+    /// replaced by another; of a plain token its own.
+    pub id: HolderId,
     /// The first six hexadecimal digits of the token's SHA-256: names it and tells nothing of it.
     pub fingerprint: String,
     scopes: Vec<Scope>,
     /// The only node that it authorizes; absent: any.
     pub node_id: Option<NodeId>,
+    /// Nodes that it may have registered at a time; absent: any number.
+    pub max_nodes: Option<u32>,
     pub expires: Option<Timestamp>,
 }
 
@@ -155,6 +169,13 @@ impl TokenSet {
         self.known.is_empty()
     }
 
+    /// Whose things they are that the name's holder has. A name that is in force for no token may be that
+    /// of one that was, or the id itself.
+    pub(crate) fn holder_named(&self, name: &str) -> HolderId {
+        let known = self.holders().find(|holder| holder.name == name).map(|holder| holder.id);
+        known.or_else(|| name.parse().ok()).unwrap_or_else(|| id_of_name(name))
+    }
+
     pub fn holders(&self) -> impl Iterator<Item = &Holder> {
         self.known.iter().map(|known| known.holder.as_ref())
     }
@@ -193,10 +214,12 @@ impl TokenSet {
                 return Err(TokenError::Malformed { origin, place });
             }
             let holder = Holder {
-                name: place,
+                name: fingerprint(token),
+                id: holder_id("token", &digest(token)),
                 fingerprint: fingerprint(token),
                 scopes: vec![Scope::Admin],
                 node_id: None,
+                max_nodes: None,
                 expires: None,
             };
             // One that stands in the list and in the file is one.
@@ -232,12 +255,23 @@ impl TokenSet {
             };
             if entry.scopes.is_empty() {
                 return wrong(
-                    "scopes must name at least one of \"client\", \"node\", \"control\", \"admin\"",
+                    "scopes must name at least one of \"client\", \"node\", \"control\", \"operator\", \"admin\"",
                 );
             }
             if entry.node_id.is_some() && entry.scopes != [Scope::Node] {
                 return wrong("node_id binds a token whose only scope is \"node\"");
             }
+            let is_of_nodes = entry.scopes.contains(&Scope::Node) && !entry.scopes.contains(&Scope::Admin);
+            let max_nodes = match (entry.max_nodes, &entry.node_id) {
+                (None, None) if is_of_nodes => Some(DEFAULT_MAX_NODES),
+                (None, _) => None,
+                (Some(most), None) if is_of_nodes && most > 0 => Some(most),
+                (Some(_), _) => {
+                    return wrong(
+                        "max_nodes is at least 1, of a token with the scope \"node\", without \"admin\" and node_id",
+                    );
+                }
+            };
             let expires = match entry.expires.as_ref().map(|at| at.to_string().parse::<Timestamp>()) {
                 None => None,
                 Some(Ok(at)) => Some(at),
@@ -251,10 +285,12 @@ impl TokenSet {
             }
             let fingerprint = hex(&digest)[..6].to_owned();
             let holder = Holder {
+                id: id_of_name(&entry.name),
                 name: entry.name,
                 fingerprint,
                 scopes: entry.scopes,
                 node_id: entry.node_id,
+                max_nodes,
                 expires,
             };
             self.add(digest, holder);
@@ -289,7 +325,24 @@ struct TokenEntry {
     #[serde(default)]
     scopes: Vec<Scope>,
     node_id: Option<NodeId>,
+    max_nodes: Option<u32>,
     expires: Option<toml::value::Datetime>,
+}
+
+fn id_of_name(name: &str) -> HolderId {
+    holder_id("name", name.as_bytes())
+}
+
+/// The first half of a SHA-256: nobody can make a name or a token that is another holder's.
+fn holder_id(kind: &str, of: &[u8]) -> HolderId {
+    let mut hasher = Sha256::new();
+    hasher.update(kind.as_bytes());
+    hasher.update([0]);
+    hasher.update(of);
+    let whole: [u8; 32] = hasher.finalize().into();
+    let (mut half, first) = ([0; 16], whole.as_chunks::<16>().0);
+    half.copy_from_slice(&first[0]);
+    HolderId(Uuid::from_bytes(half))
 }
 
 fn has_expired(end: Option<Timestamp>, now: Timestamp) -> bool {
@@ -327,6 +380,14 @@ pub fn generate() -> Result<SecretString, getrandom::Error> {
     let mut bytes = [0_u8; 32];
     getrandom::fill(&mut bytes)?;
     Ok(hex(&bytes).into())
+}
+
+/// The entry of a token in the file of tokens. It has the token, and so is a secret.
+pub fn entry(name: &str, token: &SecretString, scopes: &[Scope]) -> SecretString {
+    let text = |text: &str| toml::Value::String(text.into()).to_string();
+    let scopes: Vec<String> = scopes.iter().map(|scope| text(scope.as_str())).collect();
+    let (name, token) = (text(name), text(token.expose_secret()));
+    format!("[[token]]\nname = {name}\ntoken = {token}\nscopes = [{}]", scopes.join(", ")).into()
 }
 
 fn digest(token: &str) -> [u8; 32] {
@@ -371,12 +432,40 @@ mod tests {
             TokenSet::parse(Some("first-token, second-token"), Some("# old\nthird-token\nfirst-token\n"))
                 .unwrap();
         assert_eq!(set.to_send(Timestamp::now()).unwrap().expose_secret(), "first-token");
-        assert_eq!(known(&set, "first-token").as_deref(), Some("token 1"));
-        assert_eq!(known(&set, "third-token").as_deref(), Some("line 1"));
+        assert_eq!(known(&set, "first-token").as_deref(), Some(fingerprint("first-token").as_str()));
+        assert_eq!(known(&set, "third-token").as_deref(), Some(fingerprint("third-token").as_str()));
         assert_eq!(set.holders().count(), 3);
         for bad in ["first-toke", "first-token2", "", "FIRST-TOKEN"] {
             assert_eq!(known(&set, bad), None, "{bad}");
         }
+    }
+
+    // CLOUD-2702
+    #[test]
+    fn a_holder_is_a_name_of_toml_or_one_plain_token_wherever_it_stands() {
+        let id = |set: &TokenSet, token: &str| match set.look_up(token, at("2026-06-01T00:00:00Z")) {
+            Verdict::Known(holder) => holder.id,
+            other => panic!("{other:?}"),
+        };
+        let plain = TokenSet::parse(Some("first-token,second-token"), None).unwrap();
+        let prepended = TokenSet::parse(Some("new-token-0,first-token"), Some("second-token")).unwrap();
+        assert_eq!(id(&plain, "first-token"), id(&prepended, "first-token"));
+        assert_eq!(id(&plain, "second-token"), id(&prepended, "second-token"));
+        assert_ne!(id(&plain, "first-token"), id(&plain, "second-token"));
+        let entry = |name: &str, token: &str| {
+            format!("[[token]]\nname = \"{name}\"\ntoken = \"{token}\"\nscopes = [\"client\"]\n")
+        };
+        let fingerprint = fingerprint("first-token");
+        let text =
+            entry("shop", "old-of-shop") + &entry("shop", "new-of-shop") + &entry(&fingerprint, "of-thief");
+        let set = TokenSet::parse(None, Some(&text)).unwrap();
+        assert_eq!(id(&set, "old-of-shop"), id(&set, "new-of-shop"), "so one is replaced by another");
+        assert_ne!(id(&set, "of-thief"), id(&plain, "first-token"), "a name is no token");
+        assert_eq!(set.holder_named("shop"), id(&set, "new-of-shop"));
+        assert_eq!(plain.holder_named("shop"), id(&set, "new-of-shop"), "also when it is gone");
+        assert_eq!(plain.holder_named(&fingerprint), id(&plain, "first-token"));
+        assert_eq!(set.holder_named(&id(&plain, "first-token").to_string()), id(&plain, "first-token"));
+        assert!([&plain, &set].iter().all(|set| set.holders().all(|holder| holder.id != HolderId::OPEN)));
     }
 
     // CLOUD-1111
@@ -437,6 +526,48 @@ mod tests {
             panic!("it is known")
         };
         assert!([Scope::Client, Scope::Node, Scope::Admin].iter().all(|scope| control.has(*scope)));
+    }
+
+    // CLOUD-2757
+    #[test]
+    fn a_token_of_nodes_that_is_bound_to_none_is_bounded_in_their_number() {
+        let most = |more: &str| {
+            let text = format!("[[token]]\nname = \"x\"\ntoken = \"token-of-x\"\n{more}");
+            let set = TokenSet::parse(None, Some(&text));
+            set.map(|set| set.holders().next().unwrap().max_nodes).map_err(|error| error.to_string())
+        };
+        assert_eq!(most("scopes = [\"node\"]"), Ok(Some(64)));
+        assert_eq!(most("scopes = [\"node\", \"client\"]\nmax_nodes = 500"), Ok(Some(500)));
+        for unbounded in
+            ["[\"node\"]\nnode_id = \"a\"", "[\"admin\"]", "[\"client\"]", "[\"node\", \"admin\"]"]
+        {
+            assert_eq!(most(&format!("scopes = {unbounded}")), Ok(None), "{unbounded}");
+        }
+        for bad in [
+            "[\"node\"]\nmax_nodes = 0",
+            "[\"client\"]\nmax_nodes = 1",
+            "[\"node\"]\nnode_id = \"a\"\nmax_nodes = 1",
+            "[\"admin\"]\nmax_nodes = 1",
+        ] {
+            let error = most(&format!("scopes = {bad}")).unwrap_err();
+            assert!(error.contains("max_nodes is at least 1"), "{bad}: {error}");
+        }
+        let plain = TokenSet::parse(Some("plain-token"), None).unwrap();
+        assert_eq!(plain.holders().next().unwrap().max_nodes, None);
+    }
+
+    // CLOUD-2701
+    #[test]
+    fn an_entry_that_is_made_is_read_as_it_was_meant_whatever_its_name() {
+        let token = generate().unwrap();
+        for name in ["ann", "a \"quoted\" \\ name", "line\nbreak = 1"] {
+            let made = entry(name, &token, &[Scope::Client, Scope::Operator]);
+            let set = TokenSet::parse(None, Some(made.expose_secret())).unwrap();
+            assert_eq!(known(&set, token.expose_secret()).as_deref(), Some(name));
+            let holder = set.holders().next().unwrap();
+            assert_eq!(holder.scopes(), [Scope::Client, Scope::Operator]);
+            assert!(holder.has(Scope::Operator) && !holder.has(Scope::Admin) && !holder.has(Scope::Node));
+        }
     }
 
     // CLOUD-1114

@@ -1,5 +1,8 @@
 //! Serving and calling, over sockets of this machine.
 
+#![expect(clippy::disallowed_methods, reason = "what a test asks of its own server is read whole")]
+
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
@@ -28,6 +31,8 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 const SOON: Duration = Duration::from_secs(5);
+/// Of an answer without end.
+const PIECE: &[u8] = &[b'x'; 16 * 1024];
 
 struct Rig {
     addr: SocketAddr,
@@ -52,6 +57,12 @@ async fn rig(limits: ConnLimits, tls: Option<Arc<ServerTls>>, grace: Duration) -
     let open: Arc<AtomicUsize> = Arc::clone(&open_streams);
     let app = Router::new()
         .route("/fine", get(|| async { "fine" }))
+        .route(
+            "/flood",
+            get(|| async {
+                Body::from_stream(stream::repeat_with(|| Ok::<_, Infallible>(Bytes::from_static(PIECE))))
+            }),
+        )
         .route("/thread", get(thread).post(thread))
         .route("/lines", get(thread).post(thread))
         .route("/peer", get(|Extension(peer): Extension<Arc<Peer>>| async move { format!("{peer:?}") }))
@@ -468,31 +479,54 @@ async fn too_long_a_head_is_answered_with_431() {
 
 // CLOUD-1131
 #[tokio::test]
-async fn one_connection_too_many_is_closed_and_counted() {
-    // All of them come from one host, which has half of the connections.
-    let server = rig(ConnLimits { connections: 6, ..ConnLimits::default() }, None, SOON).await;
+async fn for_one_connection_too_many_the_first_stranger_is_closed_and_counted() {
+    // Strangers have three of the four.
+    let server = rig(ConnLimits { connections: 4, ..ConnLimits::default() }, None, SOON).await;
     let ask = b"GET /fine HTTP/1.1\r\nHost: x\r\n\r\n";
-    let mut held = Vec::new();
+    let mut held = VecDeque::new();
     let mut piece = [0; 4096];
-    for _ in 0..3 {
+    for n in 0..6_u64 {
         let mut socket = TcpStream::connect(server.addr).await.unwrap();
         socket.write_all(ask).await.unwrap();
-        assert!(socket.read(&mut piece).await.unwrap() > 0);
-        held.push(socket);
-    }
-    let mut fourth = TcpStream::connect(server.addr).await.unwrap();
-    assert_eq!(rest(&mut fourth).await, "");
-    assert_eq!(server.counts.over_limit.load(Ordering::Relaxed), 1);
-    drop(held.pop());
-    let start = Instant::now();
-    loop {
-        let mut socket = TcpStream::connect(server.addr).await.unwrap();
-        let _ = socket.write_all(ask).await;
-        if matches!(socket.read(&mut piece).await, Ok(n) if n > 0) {
-            break;
+        assert!(socket.read(&mut piece).await.unwrap() > 0, "the newest is served");
+        held.push_back(socket);
+        if held.len() > 3 {
+            assert_eq!(rest(&mut held.pop_front().unwrap()).await, "", "the first one makes room");
+            assert_eq!(server.counts.made_room.load(Ordering::Relaxed), n - 2);
         }
-        assert!(start.elapsed() < SOON);
     }
+    assert_eq!(server.counts.over_limit.load(Ordering::Relaxed), 0);
+    for socket in &mut held {
+        socket.write_all(ask).await.unwrap();
+        assert!(socket.read(&mut piece).await.unwrap() > 0, "the others stay");
+    }
+}
+
+// CLOUD-2728
+#[tokio::test]
+async fn a_peer_that_takes_nothing_of_an_answer_is_closed_in_time_and_one_that_takes_little_is_not() {
+    let stalled = Duration::from_millis(500);
+    let often = Duration::from_millis(50);
+    let limits = ConnLimits { head: often * 4, idle: often, stalled, ..ConnLimits::default() };
+    let server = rig(limits, None, SOON).await;
+    let asked = async || {
+        let mut socket = TcpStream::connect(server.addr).await.unwrap();
+        socket.write_all(b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        socket
+    };
+    let (mut stopped, mut slow) = (asked().await, asked().await);
+    let (start, mut piece) = (Instant::now(), vec![0; 256 * 1024]);
+    let closed = || server.counts.stalled.load(Ordering::SeqCst);
+    while closed() == 0 || start.elapsed() < stalled * 3 {
+        assert!(start.elapsed() < SOON, "never closed");
+        assert!(slow.read(&mut piece).await.unwrap() > 0);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(closed(), 1);
+    // What lies in the buffers of the kernel is still read.
+    let all = async { while stopped.read(&mut piece).await.is_ok_and(|read| read > 0) {} };
+    timeout(SOON, all).await.expect("its end");
+    assert!(slow.read(&mut piece).await.unwrap() > 0);
 }
 
 // CLOUD-1132

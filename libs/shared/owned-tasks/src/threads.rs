@@ -3,13 +3,14 @@
 
 use std::cell::OnceCell;
 use std::io;
-use std::pin::pin;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures::future::poll_fn;
 use nix::time::{ClockId, clock_gettime};
+use pin_project_lite::pin_project;
 use tokio::runtime::{Builder, Handle};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -29,22 +30,36 @@ pub fn longest_poll() -> Duration {
     Duration::from_nanos(LONGEST.load(Ordering::Relaxed))
 }
 
-/// Work whose turns are timed now and then.
-pub async fn timed<T>(work: impl Future<Output = T>) -> T {
-    let mut work = pin!(work);
-    poll_fn(|cx| {
+pin_project! {
+    /// Work whose turns are timed now and then.
+    #[derive(Debug)]
+    pub struct Timed<W> {
+        #[pin]
+        work: W,
+    }
+}
+
+/// Times the work's turns now and then, for [`longest_poll`].
+pub fn timed<W: Future>(work: W) -> Timed<W> {
+    Timed { work }
+}
+
+impl<W: Future> Future for Timed<W> {
+    type Output = W::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<W::Output> {
+        let work = self.project().work;
         if !TURNS.fetch_add(1, Ordering::Relaxed).is_multiple_of(TIMED_EVERY) {
-            return work.as_mut().poll(cx);
+            return work.poll(cx);
         }
         let before = cpu_time();
-        let polled = work.as_mut().poll(cx);
+        let polled = work.poll(cx);
         if let (Some(before), Some(after)) = (before, cpu_time()) {
             let took = after.saturating_sub(before).as_nanos();
             LONGEST.fetch_max(u64::try_from(took).unwrap_or(u64::MAX), Ordering::Relaxed);
         }
         polled
-    })
-    .await
+    }
 }
 
 /// Of this thread.

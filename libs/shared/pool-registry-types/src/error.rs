@@ -8,6 +8,7 @@ use utoipa::ToSchema;
 
 use crate::engines::EngineKind;
 use crate::ids::{NodeId, PoolId};
+use crate::limits;
 use crate::newer;
 
 macro_rules! codes {
@@ -79,6 +80,8 @@ codes! {
     QueueFullDropLru = "QUEUE_FULL_DROP_LRU", 429, true;
     /// The pool id is on several nodes: name one.
     PoolAmbiguous = "POOL_AMBIGUOUS", 409, false;
+    /// Several holders have a task or a session of this id, and whoever asks sees them all: name one.
+    HolderAmbiguous = "HOLDER_AMBIGUOUS", 409, false;
     /// The one node that may do it is offline, draining or not known.
     NodeUnavailable = "NODE_UNAVAILABLE", 503, true;
     /// No node reported a pool with this model within the last node timeout.
@@ -184,6 +187,14 @@ impl ErrorBody {
         self
     }
 
+    /// As another process has it, within what is kept of its texts.
+    pub fn cut(&mut self) {
+        let Self { message, policy_label, crash, correlation_id, .. } = self;
+        limits::cut(message);
+        let signal = crash.as_mut().map(|crash| &mut crash.signal);
+        policy_label.iter_mut().chain(correlation_id).chain(signal).for_each(limits::cut);
+    }
+
     #[must_use]
     pub fn retry_after_ms(mut self, millis: u64) -> Self {
         self.retry_after_ms = Some(millis);
@@ -253,6 +264,20 @@ mod tests {
         assert_eq!(read.crash.unwrap().signal, "SIGNEW");
         let old = r#"{"code":"WORKER_RESET","message":"it died","retriable":true}"#;
         assert_eq!(serde_json::from_str::<ErrorBody>(old).unwrap().crash, None);
+    }
+
+    // CLOUD-2721
+    #[test]
+    fn no_text_of_a_foreign_error_is_kept_beyond_its_bound() {
+        let long = || "x".repeat(1_000_000);
+        let mut body = ErrorBody {
+            policy_label: Some(long()),
+            correlation_id: Some(long()),
+            crash: Some(EngineCrash { signal: long(), suspects: 1, suspect: true }),
+            ..ErrorBody::new(ErrorCode::WorkerReset, long())
+        };
+        body.cut();
+        assert!(serde_json::to_string(&body).unwrap().len() < 4 * limits::MAX_MESSAGE_BYTES + 256);
     }
 
     #[test]

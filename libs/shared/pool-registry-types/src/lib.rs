@@ -12,12 +12,14 @@ pub mod engines;
 pub mod error;
 pub mod ids;
 mod inputs;
+pub mod limits;
 mod lookup;
 pub mod moment;
 mod newer;
 pub mod node;
 pub mod placement;
 pub mod pool;
+mod report_bounds;
 pub mod retry;
 pub mod routes;
 pub mod snapshot;
@@ -28,8 +30,8 @@ pub mod view;
 
 pub use error::{ErrorBody, ErrorCode};
 pub use ids::{
-    AttemptId, BootId, Digest, Epoch, LabelName, LifeId, LogId, MachineId, ModelRef, NodeId, PoolId, PoolKey,
-    ReplicaId, SessionId, TaskId,
+    AttemptId, BootId, Digest, Epoch, HolderId, LabelName, LifeId, LogId, MachineId, ModelRef, NodeId,
+    PoolId, PoolKey, ReplicaId, SessionId, SessionKey, TaskId,
 };
 pub use lookup::Lookup;
 pub use moment::Moment;

@@ -56,11 +56,13 @@ pub struct RegisterRequest {
     #[serde(default, deserialize_with = "labels_of_newer", skip_serializing_if = "Labels::is_empty")]
     pub labels: Labels,
     #[serde(default, deserialize_with = "newer::entries")]
+    #[schema(max_items = 2048)]
     pub pools: Vec<PoolId>,
     #[serde(default)]
     pub capabilities: Capabilities,
     /// What the node can do that an older one cannot.
     #[serde(default, deserialize_with = "newer::entries", skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 64)]
     pub features: Vec<String>,
 }
 
@@ -68,6 +70,7 @@ pub struct RegisterRequest {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 pub struct Capabilities {
     #[serde(default, deserialize_with = "newer::entries")]
+    #[schema(max_items = 256)]
     pub gpus: Vec<GpuCapability>,
     #[serde(default)]
     pub cpu_cores: u32,
@@ -125,12 +128,16 @@ pub struct Heartbeat {
     /// node that refused the control plane is asked again.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub tokens_changed: u64,
+    /// With 8,192 models, 4,096 replicas and 100,000 attempts of all of them together at most.
     #[serde(default, deserialize_with = "newer::entries")]
+    #[schema(max_items = 2048)]
     pub pools: Vec<PoolReport>,
     #[serde(default, deserialize_with = "newer::entries")]
+    #[schema(max_items = 256)]
     pub gpus: Vec<GpuReport>,
     /// The models that lie on the node's disk.
     #[serde(default, deserialize_with = "newer::entries", skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 8192)]
     pub models: Vec<StagedModel>,
 }
 

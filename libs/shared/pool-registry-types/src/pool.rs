@@ -47,6 +47,7 @@ pub struct PoolReport {
     #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub engine_version: Option<String>,
     #[serde(default, deserialize_with = "newer::entries")]
+    #[schema(max_items = 4096)]
     pub models: Vec<ModelRef>,
     #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub device_mask: Option<String>,
@@ -57,6 +58,7 @@ pub struct PoolReport {
     #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub vram_free_bytes: Option<u64>,
     #[serde(default, deserialize_with = "newer::entries")]
+    #[schema(max_items = 4096)]
     pub replicas: Vec<ReplicaReport>,
     #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
@@ -93,6 +95,7 @@ pub struct Supervised {
     pub unloads: u64,
     /// The last lines of the engine that ended last; empty once one is ready again.
     #[serde(default, deserialize_with = "newer::entries", skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 64)]
     pub log_tail: Vec<String>,
     #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub reload: Option<PoolReloading>,
@@ -152,9 +155,24 @@ impl PoolDrain {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PoolReload {
-    /// Another model than the one it has.
+    /// Another model than the one it has. It stands on an engine's command line: it must not begin with a
+    /// dash, also after `hf:` or `file:`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, min_length = 1, max_length = 255,
+        pattern = r"^[^\-\u0000-\u0020\u007f-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000][^\u0000-\u0020\u007f-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*$")]
     pub new_model_ref: Option<ModelRef>,
+}
+
+impl PoolReload {
+    /// Errors: `INVALID_PARAMS` for a model that an engine would take for an option.
+    pub fn check(&self) -> Result<(), ErrorBody> {
+        let model = self.new_model_ref.as_ref().map_or("", ModelRef::as_str);
+        let name = model.strip_prefix("hf:").or_else(|| model.strip_prefix("file:")).unwrap_or(model);
+        if name.starts_with('-') {
+            return Err(ErrorBody::invalid("new_model_ref: must not begin with a dash"));
+        }
+        Ok(())
+    }
 }
 
 /// `POST /v2/pools/{id}/purge`: the pool's engines end, and what is named goes with them.
@@ -210,5 +228,24 @@ impl ReplicaReport {
             attempts: Vec::new(),
             held: Vec::new(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // CLOUD-2752
+    #[test]
+    fn a_model_that_an_engine_would_take_for_an_option_is_no_new_one() {
+        let reload = |model: &str| PoolReload { new_model_ref: Some(ModelRef::new(model).unwrap()) };
+        for bad in ["-m", "--help", "hf:-org/repo", "file:-x"] {
+            let error = reload(bad).check().unwrap_err();
+            assert!(error.message.starts_with("new_model_ref: "), "{bad}: {error}");
+        }
+        for good in ["m-1", "hf:org/-repo", "/models/-m.gguf"] {
+            assert_eq!(reload(good).check(), Ok(()), "{good}");
+        }
+        assert_eq!(PoolReload::default().check(), Ok(()));
     }
 }

@@ -38,7 +38,7 @@ pub const POOL_RELOAD: &str = "/v2/pools/{pool_id}/reload";
 pub const POOL_PURGE: &str = "/v2/pools/{pool_id}/purge";
 /// Of a node: start the engines of a pool that is `loadable`, a task waits for it.
 pub const POOL_LOAD: &str = "/v2/pools/{pool_id}/load";
-/// Of a node: what the engines of a pool have written.
+/// What the engines of a pool have written: of their node, and by the control plane of any.
 pub const POOL_LOGS: &str = "/v2/pools/{pool_id}/logs";
 /// Of a node: whether it takes work.
 pub const INTENT: &str = "/v2/intent";

@@ -1,6 +1,6 @@
 //! How an attempt ends, as far as its relay has seen.
 
-use pool_registry_types::{ErrorBody, ErrorCode};
+use pool_registry_types::{ErrorBody, ErrorCode, limits};
 
 use crate::watch::Overdue;
 
@@ -65,6 +65,21 @@ impl HowEnded {
     /// The same of a refusal that comes without a status.
     pub fn refused(error: ErrorBody) -> Self {
         Self::answered(error.code.http_status(), Some(error))
+    }
+
+    /// Within what is kept of the texts of other processes: whoever is told of an end keeps it.
+    pub(crate) fn cut(&mut self) {
+        match self {
+            Self::Refused(error) | Self::Rejected(error) | Self::NodeError(error) => error.cut(),
+            Self::Denied(text)
+            | Self::NodeFailed(text)
+            | Self::OwnShortage { reason: text, .. }
+            | Self::OwnDefect(text)
+            | Self::NeverSent(text)
+            | Self::NoAnswer(text)
+            | Self::Broken(text) => limits::cut(text),
+            Self::Finished | Self::TimedOut(_) | Self::TooLong | Self::Closed => {}
+        }
     }
 
     /// A word for logs, without what a node or an engine wrote: that may quote a prompt.

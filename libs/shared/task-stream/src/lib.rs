@@ -15,6 +15,7 @@ mod openai_route;
 mod passage;
 mod payload;
 mod relay;
+mod shape;
 mod spec;
 mod staged;
 mod token_ids;

@@ -120,6 +120,11 @@ impl Read {
         self.first.is_empty()
     }
 
+    /// They lie apart.
+    pub fn is_in_pieces(&self) -> bool {
+        !self.rest.is_empty()
+    }
+
     /// The bytes in their order.
     pub fn pieces(&self) -> impl Iterator<Item = &Bytes> {
         std::iter::once(&self.first).chain(&self.rest)
@@ -155,6 +160,8 @@ pub struct TaskLog {
     small: usize,
     /// Bytes of all frames.
     bytes: usize,
+    /// Ends of frames that the segments keep.
+    ends: usize,
     token_ids: TokenIds,
     /// Tokens so far that are left out.
     unlogged: u64,
@@ -177,6 +184,7 @@ impl TaskLog {
             segments: Vec::new(),
             small: 0,
             bytes: 0,
+            ends: 0,
             token_ids: TokenIds::default(),
             unlogged: 0,
             writer: None,
@@ -223,8 +231,7 @@ impl TaskLog {
 
     /// What the log takes, bytes: frames, what their segments cost, and ids of tokens.
     pub fn len_bytes(&self) -> usize {
-        let ends: usize = self.segments.iter().map(|segment| segment.ends.len()).sum();
-        let segments = self.segments.len() * SEGMENT_BYTES + ends * size_of::<u32>();
+        let segments = self.segments.len() * SEGMENT_BYTES + self.ends * size_of::<u32>();
         self.bytes + segments + self.token_ids.len_bytes()
     }
 
@@ -275,15 +282,17 @@ impl TaskLog {
     /// Appends the attempt's last frames, of which the last one is terminal.
     pub fn finish(&mut self, attempt: AttemptId, segment: Segment) -> Result<(), AppendError> {
         self.append(attempt, segment)?;
-        self.finished = true;
         self.writer = None;
-        self.compact();
+        self.end();
         Ok(())
     }
 
     /// Remembers the engine's ids of the tokens of a frame, and the count of all so far.
     pub fn keep_ids(&mut self, index: u64, count: u64, ids: &[u32]) {
-        self.token_ids.keep(index, count, ids);
+        // The last ones come together with the end.
+        if !self.finished {
+            self.token_ids.keep(index, count, ids);
+        }
     }
 
     /// Counts tokens of the attempt that are left out.
@@ -307,13 +316,14 @@ impl TaskLog {
         assert!(self.writer.is_none(), "log {} is closed under a writing attempt", self.id);
         assert!(!self.finished, "log {} is finished already", self.id);
         self.push(Segment::frame(self.next_index(), frame));
-        self.finished = true;
-        self.compact();
+        self.end();
     }
 
-    /// A short log that has ended takes one allocation as long as it is: the blocks that its frames
-    /// were read into may be much longer.
-    fn compact(&mut self) {
+    /// Nothing goes on from the ids of its tokens any more. If it is short it takes one allocation as
+    /// long as it is: the blocks that its frames were read into may be much longer.
+    fn end(&mut self) {
+        self.finished = true;
+        self.token_ids = TokenIds::default();
         if self.bytes <= COMPACT_BYTES {
             self.small = self.segments.len();
             self.join_small();
@@ -322,6 +332,7 @@ impl TaskLog {
 
     fn push(&mut self, segment: Segment) {
         self.bytes += segment.bytes.len();
+        self.ends += segment.ends.len();
         let is_small = segment.bytes.len() < SMALL_BYTES;
         if !is_small && self.small >= JOINED_BEFORE_A_LARGE_ONE {
             self.join_small();
@@ -341,6 +352,8 @@ impl TaskLog {
             Vec::with_capacity(small.iter().map(|segment| segment.bytes.len()).sum()),
             Vec::with_capacity(frames),
         );
+        // One segment's last end is not kept, where each had one before.
+        self.ends += small.len() - 1;
         for segment in &small {
             let before = u32::try_from(bytes.len()).expect("small segments are at most 64 KiB together");
             ends.extend(segment.ends.iter().map(|end| before + end));

@@ -3,7 +3,7 @@
 //! A [`Relay`] is told what comes of the node and when, and says what is to be done, as [`Action`]s;
 //! the shell around it owns the connection, the log's lock and the timer. It looks at frames and does
 //! not rewrite them: it adds the event `started` before the first one and leaves out what is meant for
-//! the control plane only. Bytes are given with [`Relay::chunk`] as they arrive, and what has arrived
+//! the control plane only; one that a client could read otherwise ends the attempt. Bytes are given with [`Relay::chunk`] as they arrive, and what has arrived
 //! together goes into the log together, with [`Relay::flush`].
 //!
 //! A stream of its own brings everything in its bytes. Where the attempt goes by its node's link
@@ -23,11 +23,12 @@ use pool_registry_types::sse::{
     ENGINE_WORKS, Frame, TOKEN_IDS, UNLOGGED_THOUGHT, parse_event_id, write_frame,
 };
 use pool_registry_types::task::Started;
-use pool_registry_types::{AttemptId, ErrorBody, LogId, Moment, PoolKey, ReplicaId};
+use pool_registry_types::{AttemptId, ErrorBody, LogId, Moment, PoolKey, ReplicaId, limits};
 
 use crate::end::HowEnded;
 use crate::frames::FrameBuffer;
 use crate::log::{AppendError, Segment};
+use crate::shape;
 use crate::staged::{Staged, TokensOfFrame};
 use crate::watch::{AttemptDeadlines, Overdue, StreamWatch};
 
@@ -37,8 +38,11 @@ use passing::Passing;
 const NUMBERED: [&str; 4] = ["token", "reasoning", "result", "end"];
 /// Tokens prove that a node lives; telling so once in this span is enough.
 const ALIVE_EVERY: Duration = Duration::from_secs(1);
-/// Most frames, and ids of theirs, that are known before they come: a node says them just before.
+/// Most ids that are known before their frames come, each frame being as ten: a node says them just before.
 const MOST_COMING: usize = 64 * 1024;
+const COMING_FRAME: usize = 10;
+/// Most tokens of a task, which is more than any log shows.
+const MOST_TOKENS: u64 = u32::MAX as u64;
 /// Longest run of frames that is kept as one segment, bytes, before the frame that ends it.
 const RUN_BYTES: usize = 64 * 1024;
 
@@ -56,6 +60,8 @@ pub struct Assignment {
     pub queue_wait_ms: u64,
     /// Where the session's context is, if it is on this pool.
     pub warm_replica: Option<ReplicaId>,
+    /// Its stream may go on from the ids of its tokens; else they are passed over.
+    pub keeps_ids: bool,
     pub deadlines: AttemptDeadlines,
     pub task_deadline: Option<Moment>,
     /// Whether an attempt that is over in time is stopped too; false in a mutant only.
@@ -113,6 +119,10 @@ struct Reading {
     /// The count of all tokens up to the frame that comes next, and the ids of its own.
     count: Option<u64>,
     ids: Vec<u32>,
+    /// The count at the last frame that said it; none where nobody has.
+    tokens: Option<u64>,
+    /// Events of the engine since the last frame that have brought none.
+    quiet_events: u64,
     /// The same of frames that are to come, by their index.
     coming: VecDeque<(u64, TokensOfFrame)>,
     /// Thoughts since the last frame that are left out of the log, and how many of them come again.
@@ -175,6 +185,9 @@ impl Relay {
             broken: None,
             count: None,
             ids: Vec::new(),
+            // Where it goes on from other attempts' tokens, the first frame says how many those were.
+            tokens: (assignment.first_index == 0).then_some(0),
+            quiet_events: 0,
             coming: VecDeque::new(),
             thoughts: 0,
             repeated: 0,
@@ -232,11 +245,17 @@ impl Relay {
 
     /// On a link: the tokens of the frames from `first` on, which follow.
     pub fn token_ids(&mut self, first: u64, frames: impl IntoIterator<Item = TokensOfFrame>) {
-        self.reading.coming.extend((first..).zip(frames));
-        let coming = &mut self.reading.coming;
-        if coming.iter().map(|(_, tokens)| 1 + tokens.ids.len()).sum::<usize>() > MOST_COMING {
-            coming.clear();
+        if !self.assignment.keeps_ids {
+            return;
         }
+        let coming = &mut self.reading.coming;
+        let mut room = MOST_COMING;
+        let all = coming.drain(..).chain((first..).zip(frames));
+        let fitting = all.map_while(|(of, tokens)| {
+            room = room.checked_sub(COMING_FRAME + tokens.ids.len())?;
+            Some((of, tokens))
+        });
+        *coming = fitting.collect();
     }
 
     /// On a link: the node's error, which counts with the next [`Relay::flush`] after its end.
@@ -373,12 +392,13 @@ impl Relay {
         if std::mem::replace(&mut self.ended, true) {
             return;
         }
-        let how = match self.reading.last.take() {
+        let mut how = match self.reading.last.take() {
             // Taken, and not in the log: the readers have no end yet.
             Some(HowEnded::Finished) if self.has_unwritten_end() => otherwise,
             Some(last) => last,
             None => otherwise,
         };
+        how.cut();
         let is_mutant = !self.assignment.stops_overdue && matches!(how, HowEnded::TimedOut(_));
         if how.may_still_run() && !is_mutant {
             self.actions.push_back(Action::Stop);
@@ -464,7 +484,7 @@ impl Reading {
     /// Looks at a frame once and says where it goes. The error ends the attempt.
     fn sink(&mut self, assignment: &Assignment, frame: &Frame<'_>) -> Result<FrameSink, HowEnded> {
         let Some(data) = &frame.data else {
-            self.comment(frame.comment.unwrap_or_default());
+            self.comment(frame.comment.unwrap_or_default(), assignment.keeps_ids);
             return Ok(FrameSink::Nowhere);
         };
         if self.last.is_some() {
@@ -499,27 +519,50 @@ impl Reading {
             let error = AppendError::Gap { expected: self.taken, got: index };
             return Err(HowEnded::Broken(error.to_string()));
         }
+        shape::check(frame, index).map_err(|error| HowEnded::Broken(error.to_string()))?;
         let started = (!std::mem::replace(&mut self.started, true)).then(|| self.started(assignment));
         if is_last {
             self.last = Some(HowEnded::Finished);
             return Ok(FrameSink::Last(started));
         }
         if let Some(count) = count {
-            self.staged.counted.push((index, count, self.ids.len()));
-            self.staged.ids.extend_from_slice(&self.ids);
+            let ids = std::mem::take(&mut self.ids);
+            self.brought(index, count, &ids, frame.raw.len())?;
+            self.ids = ids;
         }
         while let Some((of, tokens)) = self.coming.pop_front_if(|(of, _)| *of <= index) {
             if of == index {
-                self.staged.counted.push((index, tokens.total, tokens.ids.len()));
-                self.staged.ids.extend(tokens.ids);
+                self.brought(index, tokens.total, &tokens.ids, frame.raw.len())?;
             }
         }
+        self.quiet_events = 0;
         self.news.tokens = true;
         Ok(started.map_or(FrameSink::Next, FrameSink::First))
     }
 
-    fn comment(&mut self, text: &str) {
+    /// Takes what the node says of the tokens of a frame of so many bytes, where they can be its.
+    fn brought(&mut self, index: u64, total: u64, ids: &[u32], frame_bytes: usize) -> Result<(), HowEnded> {
+        let (named, most) = (ids.len() as u64, limits::most_tokens(frame_bytes, self.quiet_events + 1));
+        let grown = match self.tokens {
+            Some(before) => total.checked_sub(before).filter(|new| *new <= most),
+            None => Some(total),
+        };
+        if total > MOST_TOKENS || named > most || grown.is_none_or(|new| named > new) {
+            let why = format!("frame {index} cannot have brought {named} ids of {total} tokens");
+            return Err(HowEnded::Broken(why));
+        }
+        self.tokens = Some(total);
+        self.staged.counted.push((index, total, ids.len()));
+        self.staged.ids.extend_from_slice(ids);
+        Ok(())
+    }
+
+    fn comment(&mut self, text: &str, keeps_ids: bool) {
+        self.quiet_events += u64::from(matches!(text, UNLOGGED_THOUGHT | ENGINE_WORKS));
         if let Some(text) = text.strip_prefix(TOKEN_IDS) {
+            if !keeps_ids {
+                return;
+            }
             let (count, ids) = text.split_once(' ').unwrap_or((text, ""));
             self.count = count.parse().ok();
             self.ids.clear();

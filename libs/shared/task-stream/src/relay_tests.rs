@@ -23,6 +23,7 @@ fn assignment(first_index: u64) -> Assignment {
         attempt_number: 1,
         queue_wait_ms: 5,
         warm_replica: None,
+        keeps_ids: true,
         deadlines: AttemptDeadlines {
             acceptance: Duration::from_secs(5),
             first_token: Duration::from_secs(60),
@@ -493,7 +494,9 @@ proptest! {
         prop_assert_eq!(bench.log.next_index(), tokens + u64::from(!fails));
         prop_assert_eq!(bench.log.unlogged(), thoughts.iter().map(|n| u64::from(*n)).sum::<u64>());
         let ids: Vec<u32> = (70..).take(thoughts.len()).collect();
-        prop_assert_eq!(bench.log.token_ids().all(tokens), Some(ids.as_slice()));
+        // Nothing goes on from those of a stream that has ended.
+        let ids = if fails { Some(ids.as_slice()) } else { (tokens == 0).then_some(&[][..]) };
+        prop_assert_eq!(bench.log.token_ids().all(tokens), ids);
         let expected: Vec<u8> = (0..tokens).flat_map(token).collect();
         let text = bench.read(0);
         let from = text.find("id: ").unwrap_or(text.len());
@@ -580,7 +583,7 @@ fn on_a_link_the_ids_of_several_frames_come_before_them_and_count_once() {
     bench.take(3, &[token(1), token(2), token(3)].concat());
     assert_eq!(bench.log.token_ids().all(4), Some([7, 8, 9, 10, 11, 12].as_slice()));
     // A frame without ids has none, and more than a node can mean are none either.
-    bench.relay.token_ids(4, [tokens(7, &vec![0; MOST_COMING])]);
+    bench.relay.token_ids(4, [tokens(70_000, &vec![0; MOST_COMING])]);
     bench.take(4, &token(4));
     assert_eq!((bench.log.next_index(), bench.log.token_ids().all(5)), (5, None));
 }
@@ -615,4 +618,109 @@ fn on_a_link_an_attempt_ends_by_its_end_or_its_error_and_by_neither_is_stopped()
         "{:?}",
         bench.done
     );
+}
+
+/// How an attempt ends whose node says these ids of the first frame's tokens, by an exchange and by a link.
+fn claimed(total: u64, ids: usize) -> [Option<HowEnded>; 2] {
+    let ids = vec![7; ids];
+    let end = |bench: &Bench| {
+        bench.done.iter().find_map(|action| match action {
+            Action::Ended { how, .. } => Some(how.clone()),
+            _ => None,
+        })
+    };
+    let mut by_exchange = Bench::accepted(0);
+    let listed: Vec<String> = ids.iter().map(u32::to_string).collect();
+    by_exchange.take(2, format!(": token-ids {total} {}\n\n", listed.join(",")).as_bytes());
+    by_exchange.take(3, &token(0));
+    let mut by_link = Bench::linked();
+    by_link.relay.accepted(at(1), replica(), 7);
+    by_link.relay.token_ids(0, [tokens(total, &ids)]);
+    by_link.take(3, &token(0));
+    [end(&by_exchange), end(&by_link)]
+}
+
+// CLOUD-2724
+#[test]
+fn a_node_that_names_more_tokens_than_a_frame_can_have_ends_its_attempt_and_nothing_of_it_is_kept() {
+    for (total, ids) in [(1, 1), (3, 3), (9, 0), (40, 40)] {
+        assert_eq!(claimed(total, ids), [None, None], "{ids} of {total}");
+    }
+    let lies = [(1, 2), (10_000, 10_000), (5_000, 1), (u64::from(u32::MAX) + 1, 1), (u64::MAX, 0)];
+    for (total, ids) in lies {
+        for how in claimed(total, ids) {
+            assert!(
+                matches!(&how, Some(HowEnded::Broken(why)) if why.contains("cannot have brought")),
+                "{how:?}"
+            );
+        }
+    }
+    // What was left out of the log has tokens too.
+    let mut bench = Bench::accepted(0);
+    let thoughts = b": thought\n\n".repeat(500);
+    bench.take(
+        2,
+        &[thoughts, b": token-ids 501 ".to_vec(), b"7,".repeat(500), b"7\n\n".to_vec(), token(0)].concat(),
+    );
+    assert_eq!(bench.log.token_ids().all(1).map(<[u32]>::len), Some(501));
+    // They count no less from one frame to the next.
+    bench.take(3, &[b": token-ids 500 \n\n".to_vec(), token(1)].concat());
+    assert!(
+        matches!(bench.done.last(), Some(Action::Ended { how: HowEnded::Broken(_), .. })),
+        "{:?}",
+        bench.done
+    );
+}
+
+// CLOUD-2724
+#[test]
+fn ids_of_a_task_that_is_not_continued_from_them_are_passed_over_and_none_outlive_the_stream() {
+    let mut bench = Bench::accepted(0);
+    bench.relay = Relay::new(at(0), Assignment { keeps_ids: false, ..assignment(0) });
+    bench.take(2, &[b": token-ids 99999 1,2,3\n\n".to_vec(), token(0)].concat());
+    bench.relay.token_ids(1, [tokens(7, &vec![0; 1_000])]);
+    assert!(bench.relay.reading.coming.is_empty());
+    bench.take(3, &token(1));
+    assert_eq!((bench.log.next_index(), bench.log.token_ids().count(2)), (2, None));
+    let mut bench = Bench::accepted(0);
+    bench.take(2, &[b": token-ids 3 1,2,3\n\n".to_vec(), token(0)].concat());
+    let running = bench.log.len_bytes();
+    bench.take(3, &event("end", 1));
+    let (read, segments) = (bench.read(0).len(), 2 * size_of::<Segment>());
+    assert!(running >= token(0).len() + 3 * 4 && bench.log.len_bytes() <= read + segments, "{:?}", bench.log);
+    assert!(bench.log.is_finished());
+}
+
+// CLOUD-2721
+#[test]
+fn of_what_a_node_says_of_an_end_no_more_is_told_than_is_kept() {
+    let long = "€".repeat(300_000);
+    let message_bytes = |bench: &Bench| match bench.done.last() {
+        Some(Action::Ended { how: HowEnded::NodeError(error) | HowEnded::Refused(error), .. }) => {
+            error.message.len()
+        }
+        Some(Action::Ended { how: HowEnded::Broken(why), .. }) => why.len(),
+        other => panic!("{other:?}"),
+    };
+    let mut bench = Bench::accepted(0);
+    let mut frame = Vec::new();
+    let error = ErrorBody::new(ErrorCode::WorkerReset, long.clone());
+    write_frame(&mut frame, None, "error", &serde_json::to_string(&error).unwrap());
+    bench.take(2, &[frame, b": report-seq 3\n\n".to_vec()].concat());
+    assert_eq!(message_bytes(&bench), 1_023);
+    // An error of ours may quote theirs.
+    let mut bench = Bench::accepted(0);
+    let mut frame = Vec::new();
+    write_frame(
+        &mut frame,
+        None,
+        "error",
+        &format!("{{\"code\":\"INTERNAL\",\"message\":\"\",\"retriable\":\"{long}\"}}"),
+    );
+    bench.take(2, &frame);
+    assert!(message_bytes(&bench) <= pool_registry_types::limits::MAX_MESSAGE_BYTES);
+    let mut bench = Bench::linked();
+    bench.relay.not_accepted(HowEnded::refused(ErrorBody::new(ErrorCode::PoolUnready, long)));
+    bench.collect();
+    assert_eq!(message_bytes(&bench), 1_023);
 }

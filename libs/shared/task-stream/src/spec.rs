@@ -12,13 +12,17 @@ use pool_registry_types::placement::PlacementConstraints;
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::task::{KvHint, Priority, Reasoning, ResumeMode, TaskRequest, Workload};
 use pool_registry_types::trace::TraceContext;
-use pool_registry_types::{ModelRef, SessionId, TaskId};
+use pool_registry_types::{HolderId, ModelRef, SessionId, SessionKey, TaskId};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// All that schedulers know of a task. What its engine works on is its [`crate::Payload`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TaskSpec {
+    /// As its holder knows it: another holder may have given the same one.
     pub task_id: TaskId,
+    /// Whose it is.
+    #[serde(default)]
+    pub holder: HolderId,
     pub model_ref: ModelRef,
     /// The kinds of engines that can do it, and that it does not rule out.
     pub engines: EngineSet,
@@ -90,7 +94,7 @@ pub struct TaskCaller {
 }
 
 impl TaskSpec {
-    /// The facts of a checked request. `task_id` counts, whatever the request has.
+    /// The facts of a checked request, of the open holder's. `task_id` counts, whatever the request has.
     pub fn of(
         request: &TaskRequest,
         task_id: TaskId,
@@ -102,6 +106,7 @@ impl TaskSpec {
         let timeouts = request.timeouts.unwrap_or_default();
         Self {
             task_id,
+            holder: HolderId::OPEN,
             model_ref: request.model_ref.clone(),
             engines: request.engines(),
             lacking: EngineKind::ALL.into_iter().filter_map(lacks).collect(),
@@ -123,6 +128,11 @@ impl TaskSpec {
             trace,
             digest,
         }
+    }
+
+    /// The session that it belongs to: its holder's own.
+    pub fn session(&self) -> Option<SessionKey> {
+        self.session_id.map(|session_id| SessionKey { holder: self.holder, session_id })
     }
 
     /// The first field that engines of the kind cannot honour; nothing when they can do it all.

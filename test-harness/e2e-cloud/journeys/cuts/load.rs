@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
 /// Milliseconds between two tokens.
-const PACE_MS: u64 = 500;
+pub(super) const PACE_MS: u64 = 500;
 /// Words from the first one of a task to the first one of the next.
 const APART: u32 = 400;
 pub(super) const TASKS: u32 = 200;

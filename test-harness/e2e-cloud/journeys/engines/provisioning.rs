@@ -115,9 +115,8 @@ async fn a_full_disk_leaves_nothing_half_done() {
         command.args(["--mount", "sh", "-c", &script]).kill_on_drop(true);
         async move { command.output().await.unwrap() }
     };
-    for (source, reported) in
-        [(big.display().to_string(), "bytes are needed and"), (endless().await, "No space left on device")]
-    {
+    for source in [big.display().to_string(), endless().await] {
+        let reported = "bytes are needed and";
         let output = stage(&source).await;
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(1), "{error}");

@@ -14,7 +14,8 @@ use pool_registry_types::task::{KvHint, Priority, Reasoning, ResumeMode, Workloa
 use pool_registry_types::trace::TraceContext;
 use pool_registry_types::view::ClusterChange;
 use pool_registry_types::{
-    AttemptId, BootId, ErrorBody, ErrorCode, MachineId, ModelRef, Moment, NodeId, SessionId, TaskId,
+    AttemptId, BootId, ErrorBody, ErrorCode, HolderId, MachineId, ModelRef, Moment, NodeId, SessionId,
+    SessionKey, TaskId,
 };
 use task_scheduler::{
     Answer, CloseReason, ControlCore, Counters, Dispatch, Effect, Event, HowEnded, LinkEvidence, Overdue,
@@ -316,7 +317,7 @@ impl World {
             }
             Effect::CloseTask { task, error } => self.close_task(task, &error),
             Effect::Forget { .. } => {}
-            Effect::Changed(change) => {
+            Effect::Changed { change, .. } => {
                 if let ClusterChange::Node { node_id, liveness: None, .. } = &change {
                     self.link_gone(node_id);
                 }
@@ -418,7 +419,7 @@ impl World {
                 }
                 self.oracle.life.insert(node_id, life);
                 let reply = self.reply_to(To::Caller(caller, Kind::Register));
-                self.apply(Event::Register { reply, request });
+                self.apply(Event::Register { reply, request, registrar: None });
             }
             Call::Heartbeat(beat) => {
                 let reply = self.reply_to(To::Caller(caller, Kind::Heartbeat));

@@ -5,13 +5,14 @@ use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
+use daemon_kit::byte_budget::HeldBytes;
 use daemon_kit::correlation::RequestIds;
 use daemon_kit::{ApiError, Caller, extract};
 use openai_gateway::request::{self, RequestFacts};
 use pool_registry_types::engines::EngineKind;
 use pool_registry_types::node::Liveness;
 use pool_registry_types::task::{KvHint, Priority, Reasoning, Workload};
-use pool_registry_types::{ErrorBody, ErrorCode, ModelRef, SessionId, TaskId};
+use pool_registry_types::{ErrorBody, ErrorCode, HolderId, ModelRef, SessionId, TaskId};
 use sha2::{Digest, Sha256};
 use task_stream::{BodyDigest, Lacking, OpenAiRoute, Passage, Payload, PayloadFormat, TaskCaller, TaskSpec};
 use uuid::Uuid;
@@ -33,6 +34,8 @@ pub(crate) struct Call {
     caller: Caller,
     ids: RequestIds,
     body: Bytes,
+    /// What counts for it.
+    held: HeldBytes,
 }
 
 impl FromRequest<AppState> for Call {
@@ -52,8 +55,8 @@ impl FromRequest<AppState> for Call {
         };
         let (query, headers) = (parts.uri.query().map(str::to_owned), parts.headers.clone());
         let body = extract::body(Request::from_parts(parts, body), state.gateway.body_bytes).await;
-        let body = body.map_err(IntoResponse::into_response)?;
-        Ok(Self { query, headers, caller, ids, body })
+        let (body, held) = body.map_err(IntoResponse::into_response)?;
+        Ok(Self { query, headers, caller, ids, body, held })
     }
 }
 
@@ -62,13 +65,14 @@ impl FromRequest<AppState> for Call {
 pub(super) struct Admitted {
     pub(super) spec: TaskSpec,
     pub(super) payload: Payload,
+    pub(super) held: HeldBytes,
     pub(super) caller: Caller,
     pub(super) stream: bool,
 }
 
 /// Reads what is to be known of a request. Errors: `INVALID_PARAMS`, `UNSUPPORTED`, `MODEL_NOT_AVAILABLE`.
 pub(super) async fn admit(state: &AppState, route: OpenAiRoute, call: Call) -> Result<Admitted, ApiError> {
-    let Call { query, headers, caller, ids, body } = call;
+    let Call { query, headers, caller, ids, body, mut held } = call;
     let refused = |error: request::RequestError| ApiError::from(error.body());
     let digest = digest(route, query.as_deref(), &body);
     let facts = request::read(route, &body).map_err(refused)?;
@@ -100,7 +104,7 @@ pub(super) async fn admit(state: &AppState, route: OpenAiRoute, call: Call) -> R
         ctx: None,
         priority: priority(&headers)?,
         placement: None,
-        session_id: session(&headers, &facts, who.as_ref())?,
+        session_id: session(&headers, &facts, caller.holder_id())?,
         kv_hint: KvHint::Reuse,
         workload: match route {
             OpenAiRoute::Embeddings => Workload::Embedding,
@@ -115,6 +119,7 @@ pub(super) async fn admit(state: &AppState, route: OpenAiRoute, call: Call) -> R
         continuation: None,
         reasoning: Reasoning::Keep,
         caller: who,
+        holder: caller.holder_id(),
         trace: ids.trace(),
         digest,
     };
@@ -123,7 +128,8 @@ pub(super) async fn admit(state: &AppState, route: OpenAiRoute, call: Call) -> R
     let headers = passed_on(&headers);
     let passage = Passage { route, stream: facts.stream, query, headers, model_at };
     let payload = Payload { format: PayloadFormat::OpenAi(Box::new(passage)), bytes: body };
-    Ok(Admitted { spec, payload, caller, stream: facts.stream })
+    held.set(payload.bytes.len());
+    Ok(Admitted { spec, payload, held, caller, stream: facts.stream })
 }
 
 /// The bound of the first byte, where it is not that of first tokens.
@@ -210,7 +216,7 @@ fn check_recovery(headers: &HeaderMap) -> Result<(), ApiError> {
 fn session(
     headers: &HeaderMap,
     facts: &RequestFacts,
-    who: Option<&TaskCaller>,
+    holder: HolderId,
 ) -> Result<Option<SessionId>, ApiError> {
     const NAME: &str = "x-session-id";
     let given = text(headers, NAME)?;
@@ -223,7 +229,7 @@ fn session(
     let id = given.or(facts.prompt_cache_key.as_deref()).or(facts.user.as_deref());
     let Some(id) = id.filter(|id| !id.is_empty()) else { return Ok(None) };
     let mut hasher = Sha256::new();
-    hasher.update(who.map_or("", |who| who.fingerprint.as_str()));
+    hasher.update(holder.0);
     hasher.update([0]);
     hasher.update(id);
     let hash: [u8; 32] = hasher.finalize().into();
@@ -286,19 +292,18 @@ mod tests {
     fn a_session_is_its_callers_and_the_header_says_it_before_the_body() {
         let facts = |body: &str| request::read(OpenAiRoute::ChatCompletions, body.as_bytes()).unwrap();
         let (user, both) = (facts(r#"{"user":"u"}"#), facts(r#"{"user":"u","prompt_cache_key":"k"}"#));
-        let who = |fingerprint: &str| TaskCaller { name: "n".into(), fingerprint: fingerprint.into() };
-        let (a, b) = (who("aaaaaa"), who("bbbbbb"));
-        let of = |given: &[(&str, &str)], facts, who| session(&headers(given), facts, Some(who)).unwrap();
-        let plain = of(&[], &user, &a);
+        let (a, b) = (HolderId(Uuid::from_u128(1)), HolderId(Uuid::from_u128(2)));
+        let of = |given: &[(&str, &str)], facts, holder| session(&headers(given), facts, holder).unwrap();
+        let plain = of(&[], &user, a);
         assert!(plain.is_some());
-        assert_eq!(of(&[("x-session-id", "u")], &both, &a), plain);
-        for other in [of(&[], &user, &b), of(&[], &both, &a), of(&[("x-session-id", "v")], &user, &a)] {
+        assert_eq!(of(&[("x-session-id", "u")], &both, a), plain);
+        for other in [of(&[], &user, b), of(&[], &both, a), of(&[("x-session-id", "v")], &user, a)] {
             assert!(other.is_some() && other != plain);
         }
-        assert_eq!(of(&[], &facts("{}"), &a), None);
+        assert_eq!(of(&[], &facts("{}"), a), None);
         let long = "x".repeat(257);
         for wrong in ["", "a b", &long] {
-            assert!(session(&headers(&[("x-session-id", wrong)]), &user, None).is_err(), "{wrong}");
+            assert!(session(&headers(&[("x-session-id", wrong)]), &user, a).is_err(), "{wrong}");
         }
     }
 

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use daemon_kit::ApiError;
-use pool_registry_types::{ErrorBody, ErrorCode, TaskId};
+use pool_registry_types::{ErrorBody, ErrorCode, HolderId, TaskId};
+use task_scheduler::TaskRecord;
 use task_stream::PassedHead;
 use tokio::runtime::Handle;
 use tokio::sync::OwnedSemaphorePermit;
@@ -25,6 +26,7 @@ struct Departure {
     control: Control,
     streams: Arc<Streams>,
     task_id: TaskId,
+    holder: HolderId,
     /// Where the client's connection lives.
     runtime: Handle,
     left: CancellationToken,
@@ -69,8 +71,9 @@ pub(super) struct Running {
 
 /// Submits the task. Errors: those of its admission.
 pub(super) async fn submit(state: &AppState, admitted: Admitted) -> Result<Running, ApiError> {
-    let Admitted { spec, payload, caller, .. } = admitted;
-    let task_id = spec.task_id;
+    let Admitted { spec, payload, held, caller, .. } = admitted;
+    let (task_id, holder) = (spec.task_id, spec.holder);
+    state.streams.check_room()?;
     let permit: Option<OwnedSemaphorePermit> = state.quota.task(&caller)?;
     let thread = state.relays.threads.here();
     let (control, streams) = (state.control.clone(), Arc::clone(&state.streams));
@@ -79,12 +82,13 @@ pub(super) async fn submit(state: &AppState, admitted: Admitted) -> Result<Runni
         control: control.clone(),
         streams: Arc::clone(&streams),
         task_id,
+        holder,
         runtime: Handle::current(),
         left: left.clone(),
         is_over: false,
     };
     let admission = owned_tasks::uninterrupted("admission of a task", async move {
-        control.submit(spec, payload, thread).await?;
+        control.submit(spec, payload, held, thread).await?;
         if let Some(permit) = permit {
             streams.hold_permit(task_id, permit);
         }
@@ -105,6 +109,11 @@ pub(super) async fn submit(state: &AppState, admitted: Admitted) -> Result<Runni
 impl Running {
     pub(super) fn task_id(&self) -> TaskId {
         self.departure.task_id
+    }
+
+    /// As readers are shown it.
+    pub(super) fn record(&self) -> Option<Arc<TaskRecord>> {
+        self.control.published.task(self.departure.holder, self.departure.task_id)
     }
 
     pub(super) fn head(&self) -> Option<PassedHead> {

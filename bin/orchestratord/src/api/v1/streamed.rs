@@ -175,7 +175,7 @@ impl Reader {
     /// Where a task that waits stands.
     async fn place(&self) -> Bytes {
         let published = &self.running.control.published;
-        let record = published.task(self.running.task_id());
+        let record = self.running.record();
         let queued = record.filter(|record| record.state == TaskState::Queued);
         let place = async {
             let record = queued?;

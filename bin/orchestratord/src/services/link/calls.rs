@@ -12,18 +12,18 @@ use attempt_link::wire::{ControlAnswer, LinkQuery, MAX_POST_BYTES};
 use bytes::Bytes;
 use daemon_kit::Tokens;
 use daemon_kit::tls::{self, Connector};
-use http_body_util::{BodyExt, Limited};
+use http_body_util::BodyExt;
 use hyper::Request;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::header;
 use hyper_util::client::legacy::{Client, Error};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use pool_registry_types::node::LiveAnswer;
+use node_registration::body::read_at_most;
 use pool_registry_types::{BootId, ErrorBody, ErrorCode, NodeId, routes};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::{MAX_ERROR_BYTES, own_shortage, was_not_sent};
+use super::{MAX_ERROR_BYTES, live_answer, own_shortage, was_not_sent};
 
 /// Unused connections to a node are closed after this; shorter than any server's own limit.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -196,7 +196,7 @@ impl Clients {
     pub(super) async fn probe_live(self, address: String, teller: Teller) {
         let url = format!("{address}{}", routes::HEALTH_LIVE);
         let Ok(response) = self.probes.get(url).send().await else { return };
-        if let Ok(live) = response.json::<LiveAnswer>().await
+        if let Some(live) = live_answer(response).await
             && live.node_id == teller.node_id
         {
             teller.tell(Heard::Live { boot_id: live.boot_id }).await;
@@ -226,7 +226,7 @@ where
 
 /// What a refusal says.
 async fn code_of(response: hyper::Response<Incoming>) -> Option<ErrorCode> {
-    let body = Limited::new(response.into_body(), MAX_ERROR_BYTES).collect().await.ok()?.to_bytes();
+    let body = read_at_most(response.into_body(), MAX_ERROR_BYTES).await.ok()?;
     serde_json::from_slice::<ErrorBody>(&body).ok().map(|error| error.code)
 }
 
@@ -243,10 +243,9 @@ async fn outcome(
         Err(_) => return (PostOutcome::Broken, false),
     };
     let status = response.status().as_u16();
-    let Ok(body) = Limited::new(response.into_body(), MAX_POST_BYTES).collect().await else {
+    let Ok(body) = read_at_most(response.into_body(), MAX_POST_BYTES).await else {
         return (PostOutcome::Broken, false);
     };
-    let body = body.to_bytes();
     let outcome = match status {
         200 if reads_answer => match serde_json::from_slice::<ControlAnswer>(&body) {
             Ok(answer) => PostOutcome::Answered(answer),

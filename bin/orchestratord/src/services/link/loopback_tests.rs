@@ -33,7 +33,7 @@ use super::*;
 use crate::services::attempt_body::tests::{dispatch, spec};
 use crate::services::control::{self, Control, Inbox, Message};
 use crate::services::dispatch::Relays;
-use crate::services::streams::{Streams, Submitted};
+use crate::services::streams::{ReadOutcome, ReadPosition, Streams, Submitted};
 
 const BOOT: BootId = BootId(Uuid::from_u128(4));
 const BOUND: Duration = Duration::from_secs(20);
@@ -289,7 +289,8 @@ impl World {
         });
         let clock = Clock::default();
         let tls = ClientTls::new("TEST", None, None).unwrap();
-        let (http, drivers) = HttpLink::new(&tls, Tokens::default(), clock, 1).unwrap();
+        let threads = StreamThreads::start(1).unwrap();
+        let (http, drivers) = HttpLink::new(&tls, Tokens::default(), clock, &threads).unwrap();
         let (control, inbox) = control::mailbox(clock);
         for mut driver in drivers {
             let (control, calls, stop) = (control.clone(), tracker.clone(), stop.clone());
@@ -297,8 +298,7 @@ impl World {
         }
         node.lock().lanes.registered(http.links.life);
         http.links.registered(&registers(address));
-        let streams = Arc::new(Streams::new(1 << 20));
-        let threads = StreamThreads::start(1).unwrap();
+        let streams = Arc::new(Streams::new(1 << 20, usize::MAX));
         let relays = Arc::new(Relays { clock, link: NodeLink::Http(Box::new(http)), streams, threads });
         let closed = CancellationToken::new();
         let address = format!("http://{address}");
@@ -384,9 +384,11 @@ fn registers(address: SocketAddr) -> RegisterRequest {
 }
 
 fn text(stream: &crate::services::streams::TaskStream) -> String {
-    let Ok((bytes, _, finished)) = stream.read(0) else { panic!("nothing is there") };
-    assert!(finished);
-    String::from_utf8(bytes.to_vec()).unwrap()
+    let ReadOutcome::Frames(piece) = stream.read(ReadPosition { frame: 0, part: 0 }) else {
+        panic!("nothing is there")
+    };
+    assert!(piece.is_last);
+    String::from_utf8(piece.bytes.to_vec()).unwrap()
 }
 
 // CLOUD-2620

@@ -282,9 +282,8 @@ impl ServiceRegistry {
         let kept = (self.nodes.live(), self.nodes.live_and_silent());
         IndexMismatch::unless_equal("live nodes, and the silent ones", &kept, &(live, silent))?;
         for node in self.nodes.in_order().filter(|_| self.enforces(Rule::PoolNamedTwice)) {
-            let of_node = self.reservations.of_node(&node.request.node_id);
             for (pool_id, book) in &node.pools {
-                let of_pool = of_node.into_iter().flatten().filter(|(_, of)| of.pool.pool_id == *pool_id);
+                let of_pool = node.claims.iter().filter(|(_, claim)| claim.pool_id == *pool_id);
                 let walked = of_pool.map(|(attempt, _)| *attempt).collect();
                 IndexMismatch::unless_equal("reservations of a pool", &book.reserved, &walked)?;
             }

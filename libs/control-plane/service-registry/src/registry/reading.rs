@@ -7,7 +7,9 @@ use super::*;
 impl ServiceRegistry {
     /// Attempts that are reserved on the node.
     pub fn attempts_of(&self, node_id: &NodeId) -> Vec<AttemptId> {
-        self.reservations.of_node(node_id).into_iter().flat_map(BTreeMap::keys).copied().collect()
+        let known = self.nodes.get(node_id).map(|node| &node.claims);
+        let claims = known.or_else(|| self.reservations.of_node(node_id));
+        claims.into_iter().flat_map(BTreeMap::keys).copied().collect()
     }
 
     /// Attempts that are reserved on one of its pools, as it was reported.
@@ -17,7 +19,7 @@ impl ServiceRegistry {
     }
 
     pub fn liveness(&self, node_id: &NodeId) -> Option<Liveness> {
-        self.nodes.get(node_id).map(|node| node.evidence.liveness())
+        self.nodes.get(node_id).map(Node::liveness)
     }
 
     pub fn address(&self, node_id: &NodeId) -> Option<(&str, BootId)> {
@@ -76,9 +78,11 @@ impl ServiceRegistry {
 
     fn facts<'r>(&self, node: &'r Node, book: &'r PoolBook) -> PoolFacts<'r> {
         PoolFacts {
-            report: &book.report,
+            report: book.report(),
+            ready: book.is_ready(),
+            draining: book.is_draining(),
             labels: &node.labels,
-            liveness: node.evidence.liveness(),
+            liveness: node.liveness(),
             intent: node.effective_intent(self.enforces(Rule::DrainAtOnce)),
             slots_total: book.slots_total(),
             slots_busy: book.slots_busy(self.enforces(Rule::UnionOfReservations)),
@@ -108,7 +112,7 @@ impl ServiceRegistry {
     }
 
     pub fn reservation_count(&self) -> usize {
-        self.reservations.len()
+        self.reservations.all
     }
 
     /// All nodes for readers; only what has changed since the last time is made anew.
@@ -136,7 +140,7 @@ impl Node {
                 slots_free: total.saturating_sub(book.slots_busy(true)),
                 reservations: u32::try_from(book.reserved.len()).unwrap_or(u32::MAX),
                 tripped: self.breaker.blocks() || book.breaker.blocks(),
-                report: book.report.clone(),
+                report: book.report().clone(),
             }
         });
         let running: BTreeSet<AttemptId> =

@@ -4,22 +4,13 @@ use super::*;
 
 /// What a report is held against.
 struct Books<'r> {
-    reservations: &'r Reservations,
-    of_node: Option<&'r BTreeMap<AttemptId, Reservation>>,
+    claims: &'r Claims,
     /// The numbers of reports count.
     fenced: bool,
     /// A pool that is named twice is one.
     once: bool,
     /// What a node has kept the end of is there.
     held: bool,
-}
-
-impl Books<'_> {
-    fn knows(&self, attempt: &AttemptId) -> bool {
-        // Mostly it is of this node.
-        self.of_node.is_some_and(|of_node| of_node.contains_key(attempt))
-            || self.reservations.contains(attempt)
-    }
 }
 
 impl ServiceRegistry {
@@ -38,13 +29,8 @@ impl ServiceRegistry {
             return Ok(HeartbeatOutcome::Ignored);
         }
         let fenced = self.enforces(Rule::ReportSequence);
-        let books = Books {
-            reservations: &self.reservations,
-            of_node: self.reservations.of_node(node_id),
-            fenced,
-            once: self.enforces(Rule::PoolNamedTwice),
-            held: self.enforces(Rule::HeldIsListed),
-        };
+        let once = self.enforces(Rule::PoolNamedTwice);
+        let held = self.enforces(Rule::HeldIsListed);
         let models = &mut self.models;
         let taken = self.nodes.change(node_id, |node| {
             let before = node.evidence.liveness();
@@ -57,18 +43,18 @@ impl ServiceRegistry {
             node.reported(beat.intent, beat.intent_order);
             node.gpus = beat.gpus;
             node.models = beat.models;
+            let claims = std::mem::take(&mut node.claims);
+            let books = Books { claims: &claims, fenced, once, held };
             let (listed, orphans) = node.take_pools(now, beat.seq, beat.pools, &books, models);
             node.closed.forget_before(beat.seq);
-            let vanished = books.of_node.into_iter().flatten().filter(|(attempt, reservation)| {
-                let accepted_after = reservation.accepted_after;
+            let vanished = claims.iter().filter(|(attempt, claim)| {
+                let accepted_after = claim.accepted_after;
                 !listed.contains(attempt) && (!fenced || accepted_after.is_some_and(|after| after < beat.seq))
             });
-            HeartbeatOutcome::Taken {
-                intent: node.order(),
-                returned: before != Liveness::Online,
-                vanished: vanished.map(|(attempt, _)| *attempt).collect(),
-                orphans,
-            }
+            let vanished = vanished.map(|(attempt, _)| *attempt).collect();
+            node.claims = claims;
+            let returned = before != Liveness::Online;
+            HeartbeatOutcome::Taken { intent: node.order(), returned, vanished, orphans }
         });
         self.review_mass_silence();
         taken.ok_or(NodeNotKnown)
@@ -77,7 +63,7 @@ impl ServiceRegistry {
 
 impl Node {
     /// Takes the pools of report `seq`. Returns the attempts that it lists, those included whose end the
-    /// node has kept, and the orphans: those that run and that nobody here knows.
+    /// node has kept, and the orphans: those that run and are not reserved here.
     fn take_pools(
         &mut self,
         now: Moment,
@@ -93,7 +79,7 @@ impl Node {
             if let Some(engine) = report.engine {
                 for model in &report.models {
                     // An engine is kept by its reports, whether or not it takes tasks at the moment.
-                    models.seen(now, model, engine, report.state.has_model());
+                    models.seen(now, &self.request.node_id, model, engine, report.state.has_model());
                 }
             }
             if books.held {
@@ -106,7 +92,7 @@ impl Node {
                     continue;
                 }
                 reported.insert(*attempt);
-                if !books.knows(attempt) {
+                if !books.claims.contains_key(attempt) {
                     orphans.push(*attempt);
                 }
             }
@@ -119,12 +105,9 @@ impl Node {
 
     fn take_pool(&mut self, seq: u64, report: PoolReport, reported: BTreeSet<AttemptId>, books: &Books<'_>) {
         let Some(book) = self.pools.get_mut(&report.pool_id) else {
-            let of_pool = books.of_node.into_iter().flatten();
-            let of_pool = of_pool.filter(|(_, reservation)| reservation.pool.pool_id == report.pool_id);
+            let of_pool = books.claims.iter().filter(|(_, claim)| claim.pool_id == report.pool_id);
             let reserved = of_pool.map(|(attempt, _)| *attempt).collect();
-            let (id, breaker) = (report.pool_id.clone(), Breaker::default());
-            let book = PoolBook { report, named_in: seq, reserved, reported, held_until: None, breaker };
-            self.pools.insert(id, book);
+            self.pools.insert(report.pool_id.clone(), PoolBook::new(report, seq, reserved, reported));
             return;
         };
         let again = book.named_in == seq;
@@ -138,10 +121,9 @@ impl Node {
         }
         // A pool that was away may have another engine: nothing is held against that one.
         let away = |report: &PoolReport| !report.ready && !report.draining;
-        if again || away(&book.report) || away(&report) {
+        if again || away(book.report()) || away(&report) {
             book.breaker = Breaker::default();
         }
-        (book.report, book.reported, book.named_in) = (report, reported, seq);
-        book.held_until = None;
+        book.renew(report, seq, reported);
     }
 }

@@ -5,31 +5,48 @@ use super::*;
 impl ServiceRegistry {
     /// Claims a slot of a pool for an attempt. The caller has checked that one is free.
     pub fn reserve(&mut self, pool: &PoolKey, attempt: AttemptId) {
-        self.reservations.insert(attempt, pool);
-        self.nodes.change(&pool.node_id, |node| {
+        let claim = Reservation { pool_id: pool.pool_id.clone(), accepted_after: None };
+        let of_known = claim.clone();
+        let known = self.nodes.change_claims(&pool.node_id, |node| {
             node.breaker.sent(attempt);
             if let Some(book) = node.pools.get_mut(&pool.pool_id) {
                 book.reserved.insert(attempt);
                 book.breaker.sent(attempt);
             }
+            let before = node.claims.insert(attempt, of_known);
+            assert!(before.is_none(), "attempt {attempt} reserved twice");
         });
+        if known.is_none() {
+            self.reservations.insert(pool, attempt, claim);
+        }
+        self.reservations.all += 1;
     }
 
-    /// The node took the attempt after having made the report of this number.
-    pub fn accepted(&mut self, attempt: &AttemptId, accepted_after: u64) {
-        if let Some(reservation) = self.reservations.get_mut(attempt) {
-            reservation.accepted_after = Some(accepted_after);
-            self.nodes.change(&reservation.pool.node_id, |node| node.evidence.took_attempt());
+    /// The node took the attempt on the pool after having made the report of this number.
+    pub fn accepted(&mut self, pool: &PoolKey, attempt: &AttemptId, accepted_after: u64) {
+        let known = self.nodes.change_claims(&pool.node_id, |node| {
+            if let Some(claim) = node.claims.get_mut(attempt) {
+                claim.accepted_after = Some(accepted_after);
+                node.evidence.took_attempt();
+            }
+        });
+        if known.is_none()
+            && let Some(claim) = self.reservations.get_mut(&pool.node_id, attempt)
+        {
+            claim.accepted_after = Some(accepted_after);
         }
     }
 
-    /// Gives a claim back. `final_report` is the final report number, when it came: that
-    /// of its last report before the attempt ended. Releasing twice has no effect.
-    pub fn release(&mut self, attempt: &AttemptId, final_report: Option<u64>) -> Option<PoolKey> {
-        let reservation = self.reservations.remove(attempt)?;
-        self.nodes.change(&reservation.pool.node_id, |node| {
+    /// Gives a claim on a slot of the pool back. `final_report` is the final report number, when it
+    /// came: that of its last report before the attempt ended. Returns whether there was a claim:
+    /// releasing twice has no effect.
+    pub fn release(&mut self, pool: &PoolKey, attempt: &AttemptId, final_report: Option<u64>) -> bool {
+        let released = self.nodes.change_claims(&pool.node_id, |node| {
+            if node.claims.remove(attempt).is_none() {
+                return false;
+            }
             node.breaker.over(attempt);
-            if let Some(book) = node.pools.get_mut(&reservation.pool.pool_id) {
+            if let Some(book) = node.pools.get_mut(&pool.pool_id) {
                 book.reserved.remove(attempt);
                 book.breaker.over(attempt);
                 if final_report.is_some() {
@@ -39,8 +56,11 @@ impl ServiceRegistry {
             if let Some(final_report) = final_report {
                 node.closed.insert(*attempt, final_report);
             }
+            true
         });
-        Some(reservation.pool)
+        let released = released.unwrap_or_else(|| self.reservations.remove(&pool.node_id, attempt).is_some());
+        self.reservations.all -= usize::from(released);
+        released
     }
 
     /// The pool refused a dispatch: it counts as full until its next report or `until`.
@@ -63,6 +83,10 @@ impl ServiceRegistry {
     /// The attempt got through to its engine: neither its pool nor its node has anything wrong.
     /// Returns whether a breaker of either was open.
     pub fn proven(&mut self, pool: &PoolKey) -> bool {
+        let Some(node) = self.nodes.get(&pool.node_id) else { return false };
+        if node.breaker.is_well() && node.pools.get(&pool.pool_id).is_none_or(|book| book.breaker.is_well()) {
+            return false;
+        }
         let was_open = self.nodes.change(&pool.node_id, |node| {
             let mut was_open = node.breaker.blocks();
             node.breaker.succeeded();

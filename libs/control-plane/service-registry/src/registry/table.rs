@@ -18,10 +18,12 @@ use pool_registry_types::{Epoch, Lookup, Moment, NodeId, PoolId};
 use crate::breaker::Breaker;
 use crate::liveness::Evidence;
 use crate::mismatch::IndexMismatch;
-use crate::reservations::{ClosedAttempts, PoolBook};
+use crate::reservations::{Claims, ClosedAttempts, PoolBook};
+
+use super::places::{ByRegistrar, RegistrarNodes};
 
 /// Nodes by a moment, those of one moment by their numbers.
-type ByMoment = BTreeMap<(Moment, u64), NodeId>;
+pub(super) type ByMoment = BTreeMap<(Moment, u64), NodeId>;
 
 /// How much of what readers were last shown of a node has changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -32,33 +34,38 @@ pub(super) enum Unshown {
     Anything,
 }
 
-/// A node as it is known.
+/// A node as it is known. What each event of its attempts reads stands together, first.
 #[derive(Debug)]
+#[repr(C)]
 pub(super) struct Node {
-    pub(super) request: RegisterRequest,
-    pub(super) epoch: Epoch,
+    pub(super) pools: BTreeMap<PoolId, PoolBook>,
+    /// On its slots.
+    pub(super) claims: Claims,
+    pub(super) closed: ClosedAttempts,
+    /// For its streams.
+    pub(super) breaker: Breaker,
+    /// Its number, which no other node has or had; the table's own.
+    pub(super) number: u64,
+    pub(super) unshown: Unshown,
     /// As the node says itself.
     pub(super) intent: Intent,
     /// What an operator asked for and the node has not reported yet.
     pub(super) wanted: Option<IntentOrder>,
+    /// Where it stands among the others; the table's own.
+    pub(super) entries: Entries,
     pub(super) labels: Arc<Labels>,
+    /// Whose place it takes, where those are bounded; changed by the table only.
+    pub(super) registrar: Option<Arc<str>>,
+    pub(super) request: RegisterRequest,
+    pub(super) evidence: Evidence,
+    pub(super) epoch: Epoch,
     pub(super) last_seq: Option<u64>,
     /// As its last report said.
     pub(super) tokens_changed: u64,
-    pub(super) evidence: Evidence,
-    pub(super) pools: BTreeMap<PoolId, PoolBook>,
     pub(super) gpus: Vec<GpuReport>,
     pub(super) models: Vec<StagedModel>,
-    /// As it was told last; absent where the node has none.
-    /// By its lanes.
+    /// By its lanes, as it was told last; empty where the node has none.
     pub(super) link: BTreeMap<u16, LinkView>,
-    /// For its streams.
-    pub(super) breaker: Breaker,
-    pub(super) closed: ClosedAttempts,
-    /// Its number, which no other node has or had, and where it stands among the others; the table's own.
-    pub(super) number: u64,
-    pub(super) entries: Entries,
-    pub(super) unshown: Unshown,
 }
 
 impl Node {
@@ -74,6 +81,11 @@ impl Node {
         self.wanted.as_ref().map_or((self.intent, 0), |wanted| (wanted.intent, wanted.number))
     }
 
+    /// As of its last change.
+    pub(super) fn liveness(&self) -> Liveness {
+        self.entries.liveness.unwrap_or_else(|| self.evidence.liveness())
+    }
+
     /// Draining as soon as either side says so, serving when both do.
     pub(super) fn effective_intent(&self, at_once: bool) -> Intent {
         match &self.wanted {
@@ -85,7 +97,9 @@ impl Node {
 
 /// Where one node stands in the ordered sets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
 pub(super) struct Entries {
+    liveness: Option<Liveness>,
     /// Its last heartbeat, while it may still fall silent.
     silence: Option<Moment>,
     /// Its last sign of life, while it is not offline.
@@ -96,7 +110,8 @@ pub(super) struct Entries {
     /// When the pause of its breaker ends.
     rest: Option<Moment>,
     silent: Option<Moment>,
-    liveness: Option<Liveness>,
+    /// No dial has ever succeeded.
+    never_dialled: bool,
 }
 
 impl Entries {
@@ -111,6 +126,7 @@ impl Entries {
             rest: node.breaker.rests_until(),
             silent: evidence.silent_since,
             liveness: Some(evidence.liveness()),
+            never_dialled: !evidence.was_dialled,
         }
     }
 
@@ -131,11 +147,22 @@ struct Order {
     silent: ByMoment,
     by_liveness: BTreeMap<Liveness, BTreeSet<NodeId>>,
     live_and_silent: usize,
+    /// In the order in which they came.
+    never_dialled: BTreeMap<u64, NodeId>,
+    places: ByRegistrar,
 }
 
 impl Order {
-    fn enter(&mut self, number: u64, id: &NodeId, was: Entries, is: Entries) {
+    fn enter(&mut self, number: u64, id: &NodeId, registrar: Option<&Arc<str>>, was: Entries, is: Entries) {
         let id_of = (number, id);
+        self.enter_place(id_of, registrar, was, is);
+        if was.never_dialled != is.never_dialled {
+            if is.never_dialled {
+                self.never_dialled.insert(number, id.clone());
+            } else {
+                self.never_dialled.remove(&number);
+            }
+        }
         move_entry(&mut self.silence, id_of, was.silence, is.silence);
         move_entry(&mut self.life, id_of, was.life, is.life);
         move_entry(&mut self.offline, id_of, was.offline, is.offline);
@@ -151,6 +178,23 @@ impl Order {
             if let Some(is) = is.liveness {
                 self.by_liveness.entry(is).or_default().insert(id.clone());
             }
+        }
+    }
+
+    fn enter_place(
+        &mut self,
+        id_of: (u64, &NodeId),
+        registrar: Option<&Arc<str>>,
+        was: Entries,
+        is: Entries,
+    ) {
+        let Some(name) = registrar else { return };
+        let places = self.places.entry(Arc::clone(name)).or_default();
+        places.nodes += usize::from(is.liveness.is_some());
+        places.nodes -= usize::from(was.liveness.is_some());
+        move_entry(&mut places.offline, id_of, was.offline, is.offline);
+        if places.nodes == 0 {
+            self.places.remove(name);
         }
     }
 }
@@ -209,19 +253,22 @@ impl NodeTable {
     pub(super) fn insert(&mut self, mut node: Node) {
         let id = node.request.node_id.clone();
         let before = self.nodes.get(&id);
-        let was = before.map(|before| before.entries).unwrap_or_default();
         node.number = before.map_or(self.numbers, |before| before.number);
         self.numbers += u64::from(before.is_none());
         node.entries = Entries::of(&node);
         node.unshown = Unshown::Anything;
-        self.order.enter(node.number, &id, was, node.entries);
+        if let Some(before) = before {
+            let registrar = before.registrar.as_ref();
+            self.order.enter(before.number, &id, registrar, before.entries, Entries::default());
+        }
+        self.order.enter(node.number, &id, node.registrar.as_ref(), Entries::default(), node.entries);
         self.unshown.insert(node.number, id.clone());
         self.nodes.insert(id, Box::new(node));
     }
 
     pub(super) fn remove(&mut self, id: &NodeId) -> Option<Node> {
         let node = self.nodes.remove(id)?;
-        self.order.enter(node.number, id, node.entries, Entries::default());
+        self.order.enter(node.number, id, node.registrar.as_ref(), node.entries, Entries::default());
         self.unshown.remove(&node.number);
         self.shown.remove(id);
         Some(*node)
@@ -230,6 +277,32 @@ impl NodeTable {
     /// Changes a node that is known.
     pub(super) fn change<T>(&mut self, id: &NodeId, change: impl FnOnce(&mut Node) -> T) -> Option<T> {
         self.change_and_show(id, Unshown::Anything, change)
+    }
+
+    /// A known node takes the place of another registrar.
+    pub(super) fn set_registrar(&mut self, id: &NodeId, registrar: Option<Arc<str>>) {
+        let Some(node) = self.nodes.get_mut(id).filter(|node| node.registrar != registrar) else { return };
+        let id_of = (node.number, id);
+        self.order.enter_place(id_of, node.registrar.as_ref(), node.entries, Entries::default());
+        node.registrar = registrar;
+        self.order.enter_place(id_of, node.registrar.as_ref(), Entries::default(), node.entries);
+    }
+
+    /// Changes what is given to a known node, which moves it in no order.
+    pub(super) fn change_claims<T>(&mut self, id: &NodeId, change: impl FnOnce(&mut Node) -> T) -> Option<T> {
+        let node = self.nodes.get_mut(id)?;
+        let result = change(node);
+        debug_assert_eq!(node.entries, Entries::of(node), "something else was changed");
+        if node.unshown == Unshown::Nothing {
+            self.unshown.insert(node.number, id.clone());
+        }
+        node.unshown = Unshown::Anything;
+        Some(result)
+    }
+
+    /// Takes the claims away from a node that is about to be another one.
+    pub(super) fn remove_claims(&mut self, id: &NodeId) -> Option<Claims> {
+        self.nodes.get_mut(id).map(|node| std::mem::take(&mut node.claims))
     }
 
     /// A known node gave a sign of life at `at`.
@@ -247,7 +320,7 @@ impl NodeTable {
         let result = change(node);
         let is = Entries::of(node);
         if node.entries != is {
-            self.order.enter(node.number, id, node.entries, is);
+            self.order.enter(node.number, id, node.registrar.as_ref(), node.entries, is);
             node.entries = is;
         }
         if node.unshown == Unshown::Nothing {
@@ -344,6 +417,16 @@ impl NodeTable {
         self.order.offline.first_key_value().map(|(_, id)| id)
     }
 
+    /// Of those that no dial has ever reached the one that is known for longest.
+    pub(super) fn never_dialled(&self) -> Option<&NodeId> {
+        self.order.never_dialled.first_key_value().map(|(_, id)| id)
+    }
+
+    /// What a registrar has, where it has any node.
+    pub(super) fn places_of(&self, registrar: &str) -> Option<&RegistrarNodes> {
+        self.order.places.get(registrar)
+    }
+
     // ---- readers ----
 
     /// All nodes, those made anew that have changed since the last time.
@@ -367,7 +450,7 @@ impl NodeTable {
     pub(super) fn check(&self) -> Result<(), IndexMismatch> {
         let mut walked = Order::default();
         for (id, node) in self.nodes.in_order() {
-            walked.enter(node.number, id, Entries::default(), Entries::of(node));
+            walked.enter(node.number, id, node.registrar.as_ref(), Entries::default(), Entries::of(node));
         }
         // What is left out of these on purpose, and what is empty and there all the same.
         let silent = std::mem::take(&mut walked.silent);

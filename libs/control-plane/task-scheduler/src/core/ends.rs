@@ -1,5 +1,8 @@
 //! Attempts: asking for their end, and what the end means for the task.
 
+use std::borrow::Cow;
+
+use super::predicting::note_change;
 use super::*;
 
 impl ControlCore {
@@ -59,7 +62,8 @@ impl ControlCore {
         let Some(attempt) = self.attempts.get_mut(&id) else { return };
         attempt.first_token = Some(now);
         let (task, pool, replica) = (attempt.task, attempt.pool.clone(), attempt.replica.clone());
-        self.served(now, pool.clone(), task);
+        let row = self.attempts.get(&id).and_then(|attempt| self.row_of(attempt));
+        self.served(now, row, task);
         self.registry.alive(now, &pool.node_id);
         if self.registry.proven(&pool) {
             self.sync_node(&pool.node_id);
@@ -133,7 +137,7 @@ impl ControlCore {
                 self.registry.stream_failed(now, &pool.node_id, &id, dispatched)
             }
             HowEnded::Finished => {
-                self.served(now, pool.clone(), attempt.task);
+                self.served(now, self.row_of(attempt), attempt.task);
                 self.registry.proven(pool);
                 false
             }
@@ -146,16 +150,17 @@ impl ControlCore {
     }
 
     /// The pool's engine did what a task asked.
-    fn served(&mut self, now: Moment, pool: PoolKey, task: TaskId) {
-        let before = self.served.get(&pool).copied();
+    fn served(&mut self, now: Moment, pool: Option<PoolRow>, task: TaskId) {
+        let Some(served) = pool.and_then(|row| self.served_at(row)) else { return };
         let another_at =
-            before.and_then(|last| if last.task == task { last.another_at } else { Some(last.at) });
-        self.served.insert(pool, Served { task, at: now, another_at });
+            served.and_then(|last| if last.task == task { last.another_at } else { Some(last.at) });
+        *served = Some(Served { task, at: now, another_at });
     }
 
     /// Whether the pool has served another task than this one since then.
     fn served_another(&self, pool: &PoolKey, task: TaskId, since: Moment) -> bool {
-        self.served.get(pool).is_some_and(|served| {
+        let row = self.index.row(pool);
+        row.and_then(|row| self.served_by(row)).is_some_and(|served| {
             let at = if served.task == task { served.another_at } else { Some(served.at) };
             at.is_some_and(|at| at > since)
         })
@@ -220,7 +225,7 @@ impl ControlCore {
         let bound = before.as_ref().map_or(task.wait_until, |before| before.bound);
         let mut pools = before.map(|before| before.by).unwrap_or_default();
         pools.push(by.clone());
-        task.rejection = Some(Rejection { error: error.clone(), by: pools, bound });
+        task.rejection = Some(Box::new(Rejection { error: error.clone(), by: pools, bound }));
         true
     }
 
@@ -255,10 +260,8 @@ impl ControlCore {
     }
 
     /// The attempt of a task that may have brought an engine down makes room for the next one.
-    fn leaves_suspects(&mut self, attempt: &Attempt) {
-        let suspect = self.tasks.get(&attempt.task).is_some_and(|task| task.suspect);
-        let at = self.suspects_at.iter().position(|pool| suspect && *pool == attempt.pool);
-        if let Some(at) = at {
+    fn leaves_suspects(&mut self, at: &PoolKey) {
+        if let Some(at) = self.suspects_at.iter().position(|pool| pool == at) {
             self.suspects_at.swap_remove(at);
         }
     }
@@ -277,13 +280,15 @@ impl ControlCore {
         self.touched.insert(attempt.task);
         // Where a report lists it, its slot stays taken until the next one, and its pool is as before:
         // only this tells the lane's forecast.
-        if let Some(model) = self.tasks.get(&attempt.task).map(|task| task.model.clone()) {
-            self.lane_changed(&model);
+        if let Some(task) = self.tasks.get(&attempt.task) {
+            note_change(&mut self.forecasts, &task.model);
+            if task.suspect {
+                self.leaves_suspects(&attempt.pool);
+            }
         }
-        self.leaves_suspects(&attempt);
         let was_open = self.registry.has_open_breaker(&node_id);
         self.learn_from(now, id, &attempt, how);
-        self.registry.release(&id, final_report);
+        self.registry.release(&attempt.pool, &id, final_report);
         if was_open || self.registry.has_open_breaker(&node_id) {
             self.sync_node(&node_id);
         }
@@ -343,7 +348,7 @@ impl ControlCore {
             }
             _ => {}
         }
-        self.sync_pool(&attempt.pool);
+        self.sync_pool_of(&attempt);
 
         let continuation = self.tasks.get(&attempt.task).and_then(|task| task.continuation);
         let crash = match how {
@@ -442,7 +447,8 @@ impl ControlCore {
                 self.counters.replaced += u64::from(outcome != Outcome::FreeRefusal);
                 if outcome == Outcome::FreeElsewhere {
                     // The node has failed it, whichever pool of it is asked.
-                    let of_node = self.synced.get(&node_id).into_iter().flatten().map(|(_, pool)| pool.key());
+                    let of_node = self.synced.get(&node_id).into_iter().flatten();
+                    let of_node = of_node.filter_map(|(_, row)| self.index.at(*row)).map(|pool| &pool.key);
                     let more: Vec<PoolKey> = of_node
                         .chain([&attempt.pool])
                         .filter(|key| !task.tried.contains(key))
@@ -500,19 +506,19 @@ fn exhausted(task: &Task, last: ErrorBody) -> ErrorBody {
     ErrorBody { code, message, retriable: true, ..last }
 }
 
-fn describe(how: &HowEnded, outcome: &Outcome) -> String {
+fn describe(how: &HowEnded, outcome: &Outcome) -> Cow<'static, str> {
     match (how, outcome) {
         (_, Outcome::Completed) => "finished".into(),
         (_, Outcome::Canceled) => "canceled".into(),
-        (HowEnded::Refused(error), _) => format!("refused: {}", error.code),
+        (HowEnded::Refused(error), _) => format!("refused: {}", error.code).into(),
         (HowEnded::NeverSent(reason) | HowEnded::OwnShortage { reason, .. }, _) => {
-            format!("not connected: {reason}")
+            format!("not connected: {reason}").into()
         }
-        (HowEnded::Denied(reason) | HowEnded::NodeFailed(reason), _) => reason.clone(),
+        (HowEnded::Denied(reason) | HowEnded::NodeFailed(reason), _) => reason.clone().into(),
         (_, Outcome::FreeRefusal) => "refused: POOL_UNREADY".into(),
         (_, Outcome::FreeReplace | Outcome::FreeElsewhere) => "not connected".into(),
         (_, Outcome::Failed(error) | Outcome::AskAnother(error) | Outcome::Retry { error, .. }) => {
-            error.message.clone()
+            error.message.clone().into()
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What nodes say: registration, heartbeats, deregistration; and the index that follows from them.
 
-use service_registry::{IndexMismatch, PoolFacts};
+use service_registry::{IndexMismatch, NodeConflict, PoolFacts, Registrar};
 
 use super::predicting::note_change;
 use super::*;
@@ -11,10 +11,11 @@ impl ControlCore {
         now: Moment,
         to: ReplyTo,
         request: RegisterRequest,
+        registrar: Option<&Registrar>,
         effects: &mut Vec<Effect>,
     ) {
         let node_id = request.node_id.clone();
-        let answer = match self.registry.register(now, request) {
+        let answer = match self.registry.register(now, request, registrar) {
             Ok(registered) => {
                 self.counters.registrations += 1;
                 self.close_all(now, &registered.ended, CloseReason::NodeRestarted, effects);
@@ -30,8 +31,13 @@ impl ControlCore {
                 }))
             }
             Err(conflict) => {
-                self.counters.conflicts += 1;
-                let mut body = ErrorBody::new(ErrorCode::NodeIdConflict, conflict.to_string())
+                let code = match conflict {
+                    NodeConflict::IdTaken { .. } => ErrorCode::NodeIdConflict,
+                    NodeConflict::TooMany(_) => ErrorCode::Overloaded,
+                    NodeConflict::RegistrarFull { .. } => ErrorCode::RateLimited,
+                };
+                self.counters.conflicts += u64::from(code == ErrorCode::NodeIdConflict);
+                let mut body = ErrorBody::new(code, conflict.to_string())
                     .retry_after_ms(millis(self.policy.timing.heartbeat_interval));
                 body.node_id = Some(node_id);
                 Err(body)
@@ -54,7 +60,9 @@ impl ControlCore {
                 self.counters.old_reports += 1;
                 (Vec::new(), (reported, 0))
             }
-            Ok(HeartbeatOutcome::Taken { intent, returned, vanished, orphans }) => {
+            Ok(HeartbeatOutcome::Taken { intent, returned, vanished, mut orphans }) => {
+                // What runs on another node for all we know is no orphan of this one.
+                orphans.retain(|id| self.attempts.get(id).is_none());
                 self.counters.returns += u64::from(returned);
                 self.counters.orphans += orphans.len() as u64;
                 self.await_ends(now, &vanished);
@@ -167,17 +175,17 @@ impl ControlCore {
         self.dirty_pins.insert(node_id.clone());
         self.show_node(node_id);
         // What differs; nothing for a pool that is gone.
-        let mut differs: Vec<(PoolId, Option<Synced>)> = Vec::new();
+        let mut differs: Vec<(PoolId, Option<(Candidate, Shown)>)> = Vec::new();
         let mut known = self.synced.get(node_id).into_iter().flatten().peekable();
         for (id, facts) in self.registry.pools_facts(node_id) {
             while let Some((gone, _)) = known.next_if(|(known, _)| *known < id) {
                 differs.push((gone.clone(), None));
             }
             match known.next_if(|(known, _)| *known == id) {
-                Some((_, known)) if known.is_of(&facts) => {}
+                Some((_, row)) if self.is_synced(*row, &facts) => {}
                 _ => {
                     let key = PoolKey::new(node_id.clone(), id.clone());
-                    differs.push((id.clone(), Some(Synced::of(key, &facts))));
+                    differs.push((id.clone(), Some((candidate_of(key, &facts), Shown::of(&facts)))));
                 }
             }
         }
@@ -187,18 +195,17 @@ impl ControlCore {
         }
         let mut pools = self.synced.get_mut(node_id).map(std::mem::take).unwrap_or_default();
         // Of a pool that is as it was, no lane learns anything.
-        let before =
-            differs.iter().filter_map(|(id, _)| pools.get(id)).flat_map(|pool| &pool.candidate.models);
-        self.dirty.extend(before.cloned());
+        let before = differs.iter().filter_map(|(id, _)| self.index.at(*pools.get(id)?));
+        self.dirty.extend(before.flat_map(|pool| &pool.models).cloned());
         for (id, is) in differs {
             let key = PoolKey::new(node_id.clone(), id.clone());
-            self.show_and_index(&key, pools.remove(&id).as_ref(), is.as_ref());
-            pools.extend(is.map(|is| (id, is)));
+            let row = self.show_and_index(&key, pools.remove(&id), is);
+            pools.extend(row.map(|row| (id, row)));
         }
         self.keep_synced(node_id, pools);
     }
 
-    fn keep_synced(&mut self, node_id: &NodeId, pools: BTreeMap<PoolId, Synced>) {
+    fn keep_synced(&mut self, node_id: &NodeId, pools: BTreeMap<PoolId, PoolRow>) {
         if pools.is_empty() {
             self.synced.remove(node_id);
         } else if let Some(known) = self.synced.get_mut(node_id) {
@@ -210,7 +217,7 @@ impl ControlCore {
 
     /// The pools of a node as the index has them.
     pub(super) fn pools_of(&self, node_id: &NodeId) -> impl Iterator<Item = &Candidate> {
-        self.synced.get(node_id).into_iter().flatten().map(|(_, pool)| &pool.candidate)
+        self.synced.get(node_id).into_iter().flatten().filter_map(|(_, row)| self.index.at(*row))
     }
 
     fn show_node(&mut self, node_id: &NodeId) {
@@ -223,33 +230,44 @@ impl ControlCore {
             None => self.shown_nodes.remove(node_id),
         };
         let (liveness, intent) = is.unzip();
-        self.changes.push(ClusterChange::Node { node_id: node_id.clone(), liveness, intent });
+        self.changes.push((None, ClusterChange::Node { node_id: node_id.clone(), liveness, intent }));
     }
 
     /// Brings the index up to what the registry knows of a pool, as far as that changes between the
     /// reports of its node.
     pub(super) fn sync_pool(&mut self, key: &PoolKey) {
-        self.sync_one(key, false);
+        self.sync_one(key, self.index.row(key), false);
+    }
+
+    /// The same of the pool that an attempt runs on.
+    pub(super) fn sync_pool_of(&mut self, attempt: &Attempt) {
+        self.sync_one(&attempt.pool, self.row_of(attempt), false);
     }
 
     /// The same of one that was given a task.
-    pub(super) fn sync_taken(&mut self, key: &PoolKey) {
+    pub(super) fn sync_taken(&mut self, choice: &Choice) {
+        let key = &choice.pool;
         if self.registry.has_open_breaker(&key.node_id) {
             self.index.taken(key);
-            self.sync_node(&key.node_id.clone());
+            self.sync_node(&key.node_id);
         } else {
-            self.sync_one(key, true);
+            self.sync_one(key, Some(choice.row), true);
         }
     }
 
-    fn sync_one(&mut self, key: &PoolKey, taken: bool) {
+    /// Where the pool of an attempt stands now, if it is still there.
+    pub(super) fn row_of(&self, attempt: &Attempt) -> Option<PoolRow> {
+        let is_there = self.index.at(attempt.row).is_some_and(|pool| pool.key == attempt.pool);
+        if is_there { Some(attempt.row) } else { self.index.row(&attempt.pool) }
+    }
+
+    fn sync_one(&mut self, key: &PoolKey, row: Option<PoolRow>, taken: bool) {
         let facts = self.registry.pool_facts(key);
-        let known = self.synced.get_mut(&key.node_id).and_then(|pools| pools.get_mut(&key.pool_id));
-        if let Some((known, facts)) = known.zip(facts.as_ref())
-            && known.candidate.availability == availability(facts)
+        let known = row.and_then(|row| Some((row, self.index.at(row)?)));
+        if let Some(((row, candidate), facts)) = known.zip(facts.as_ref())
+            && candidate.availability == availability(facts)
         {
             // What its node reports was compared when it came: only how full it is may differ.
-            let candidate = &mut known.candidate;
             self.dirty.extend(candidate.models.iter().cloned());
             let (slots_busy, held) = (facts.slots_busy, facts.held);
             if candidate.slots_busy != slots_busy {
@@ -258,22 +276,38 @@ impl ControlCore {
                 }
             }
             if taken || (candidate.slots_busy, candidate.held) != (slots_busy, held) {
-                (candidate.slots_busy, candidate.held) = (slots_busy, held);
-                self.index.set_slots(key, slots_busy, held, taken);
+                self.index.set_slots(row, slots_busy, held, taken);
             }
             return;
         }
-        let is = facts.map(|facts| Synced::of(key.clone(), &facts));
+        let is = facts.map(|facts| (candidate_of(key.clone(), &facts), Shown::of(&facts)));
         let mut pools = self.synced.get_mut(&key.node_id).map(std::mem::take).unwrap_or_default();
-        let was = pools.remove(&key.pool_id);
         // Who avoids a pool that failed it may take that one again once the others are out.
-        self.dirty.extend(was.iter().flat_map(|was| &was.candidate.models).cloned());
+        let was = pools.remove(&key.pool_id);
+        let models = was.and_then(|row| self.index.at(row)).into_iter().flat_map(|was| &was.models);
+        self.dirty.extend(models.cloned());
         if taken {
             self.index.taken(key);
         }
-        self.show_and_index(key, was.as_ref(), is.as_ref());
-        pools.extend(is.map(|is| (key.pool_id.clone(), is)));
+        let row = self.show_and_index(key, was, is);
+        pools.extend(row.map(|row| (key.pool_id.clone(), row)));
         self.keep_synced(&key.node_id, pools);
+    }
+
+    /// Whether the pool in the row is shown and indexed as these facts are.
+    fn is_synced(&self, row: PoolRow, facts: &PoolFacts<'_>) -> bool {
+        let shown = self.shown_pools.get(row.place()).and_then(Option::as_ref);
+        shown.is_some_and(|shown| shown.is_of(facts))
+            && self.index.at(row).is_some_and(|candidate| is_of(candidate, facts))
+    }
+
+    pub(super) fn served_by(&self, row: PoolRow) -> Option<Served> {
+        self.shown_pools.get(row.place())?.as_ref()?.served
+    }
+
+    /// What a pool last served, while it is there.
+    pub(super) fn served_at(&mut self, row: PoolRow) -> Option<&mut Option<Served>> {
+        Some(&mut self.shown_pools.get_mut(row.place())?.as_mut()?.served)
     }
 
     /// Compares what is shown and indexed with all that the registry knows.
@@ -284,45 +318,58 @@ impl ControlCore {
         let mut known = 0;
         for (node_id, _) in self.shown_nodes.in_order() {
             for (id, facts) in self.registry.pools_facts(node_id) {
-                let pool = self.synced.get(node_id).and_then(|pools| pools.get(id));
+                let row = self.synced.get(node_id).and_then(|pools| pools.get(id));
+                let key = PoolKey::new(node_id.clone(), id.clone());
                 let is_indexed =
-                    |pool: &Synced| pool.is_of(&facts) && self.index.get(pool.key()) == Some(&pool.candidate);
-                if !pool.is_some_and(is_indexed) {
-                    let known = (node_id, id, &facts);
-                    return Err(IndexMismatch::new("a pool that is shown and indexed", &pool, &known));
+                    |row: &PoolRow| self.is_synced(*row, &facts) && self.index.row(&key) == Some(*row);
+                if !row.is_some_and(is_indexed) {
+                    let pool = row.and_then(|row| self.index.at(*row));
+                    return Err(IndexMismatch::new(
+                        "a pool that is shown and indexed",
+                        &pool,
+                        &(key, &facts),
+                    ));
                 }
                 known += 1;
             }
         }
         let indexed: usize = self.synced.in_order().map(|(_, pools)| pools.len()).sum();
-        IndexMismatch::unless_equal("pools that are shown and indexed", &indexed, &known)
+        IndexMismatch::unless_equal("pools that are shown and indexed", &indexed, &known)?;
+        let shown = self.shown_pools.iter().flatten().count();
+        IndexMismatch::unless_equal("pools that are shown", &shown, &known)
     }
 
-    fn show_and_index(&mut self, key: &PoolKey, was: Option<&Synced>, is: Option<&Synced>) {
-        if was.map(|was| &was.shown) != is.map(|is| &is.shown) {
-            let (state, ready, preparation) = match is.map(|is| is.shown.clone()) {
+    /// Shows and indexes what has become of a pool. Returns where it stands, if it is there.
+    fn show_and_index(
+        &mut self,
+        key: &PoolKey,
+        was: Option<PoolRow>,
+        is: Option<(Candidate, Shown)>,
+    ) -> Option<PoolRow> {
+        let before = was.and_then(|row| self.shown_pools.get_mut(row.place())?.take());
+        if before.as_ref().map(|was| &was.state) != is.as_ref().map(|(_, is)| &is.state) {
+            let (state, ready, preparation) = match is.as_ref().map(|(_, is)| is.state.clone()) {
                 Some((state, ready, preparation)) => (Some(state), ready, preparation),
                 None => (None, false, None),
             };
             let (node_id, pool_id) = (key.node_id.clone(), key.pool_id.clone());
-            self.changes.push(ClusterChange::Pool { node_id, pool_id, state, ready, preparation });
+            self.changes.push((None, ClusterChange::Pool { node_id, pool_id, state, ready, preparation }));
         }
-        let Some(is) = is else {
-            for model in was.iter().flat_map(|was| &was.candidate.models) {
+        let was = was.and_then(|row| Some((row, self.index.at(row)?)));
+        let Some((candidate, shown)) = is else {
+            for model in was.into_iter().flat_map(|(_, was)| &was.models) {
                 self.forecasts.remove(model);
             }
             self.sessions.cooled(key, &[]);
             self.paces.forget(key);
             self.loads_asked.remove(key);
             self.index.remove(key);
-            self.served.remove(key);
-            return;
+            return None;
         };
         // A replica that was away may have another engine: its cache is another one.
-        if was.map(|was| &was.ready) != Some(&is.ready) {
-            self.sessions.cooled(key, &is.ready);
+        if before.as_ref().map(|was| &was.ready) != Some(&shown.ready) {
+            self.sessions.cooled(key, &shown.ready);
         }
-        let candidate = &is.candidate;
         let availability = candidate.availability;
         if (availability == Availability::Placeable && candidate.has_free_slot())
             || availability == Availability::Loadable
@@ -332,26 +379,18 @@ impl ControlCore {
         if availability != Availability::Loadable {
             self.loads_asked.remove(key);
         }
-        let was = was.map(|was| &was.candidate);
-        if was != Some(candidate) {
-            self.forget_forecasts(was, candidate);
-            self.index.upsert(candidate.clone());
-        }
-    }
-
-    /// Where a pool comes, goes or gets other slots, what was forecast for its models is worth nothing.
-    fn forget_forecasts(&mut self, was: Option<&Candidate>, is: &Candidate) {
-        let slots = |c: &Candidate| (c.availability == Availability::Placeable).then_some(c.slots_total);
-        let models = |c: &Candidate| c.models.clone();
-        if was.map(|was| (slots(was), models(was))) == Some((slots(is), models(is))) {
-            if was.is_some_and(|was| was.slots_busy != is.slots_busy) {
-                is.models.iter().for_each(|model| self.lane_changed(model));
+        let row = match was {
+            Some((row, was)) if *was == candidate => row,
+            _ => {
+                forget_forecasts(&mut self.forecasts, was.map(|(_, was)| was), &candidate);
+                self.index.upsert(candidate)
             }
-            return;
+        };
+        if self.shown_pools.len() <= row.place() {
+            self.shown_pools.resize_with(row.place() + 1, || None);
         }
-        for model in was.into_iter().chain([is]).flat_map(|c| &c.models) {
-            self.forecasts.remove(model);
-        }
+        self.shown_pools[row.place()] = Some(Shown { served: before.and_then(|was| was.served), ..shown });
+        Some(row)
     }
 
     pub(super) fn note(&mut self, transitions: &[Transition]) {
@@ -365,76 +404,97 @@ impl ControlCore {
     }
 }
 
-/// A pool as it was last shown to followers and indexed for placement.
-#[derive(Debug)]
-pub(super) struct Synced {
-    candidate: Candidate,
-    shown: (PoolState, bool, Option<String>),
-    /// Its replicas that took requests at its last report.
-    ready: Vec<ReplicaId>,
+/// Where a pool comes, goes or gets other slots, what was forecast for its models is worth nothing.
+fn forget_forecasts(forecasts: &mut BTreeMap<ModelRef, Forecast>, was: Option<&Candidate>, is: &Candidate) {
+    let slots = |c: &Candidate| (c.availability == Availability::Placeable).then_some(c.slots_total);
+    if let Some(was) = was
+        && (slots(was), &was.models) == (slots(is), &is.models)
+    {
+        if was.slots_busy != is.slots_busy {
+            is.models.iter().for_each(|model| note_change(forecasts, model));
+        }
+        return;
+    }
+    for model in was.into_iter().chain([is]).flat_map(|c| &c.models) {
+        forecasts.remove(model);
+    }
 }
 
-impl Synced {
-    fn of(key: PoolKey, facts: &PoolFacts<'_>) -> Self {
-        let supervised = facts.report.supervised.as_ref();
+/// A pool as it was last shown to followers, and what else is known of it beside the index.
+#[derive(Debug)]
+pub(super) struct Shown {
+    state: (PoolState, bool, Option<String>),
+    /// Its replicas that took requests at its last report.
+    ready: Vec<ReplicaId>,
+    /// What it served last.
+    served: Option<Served>,
+}
+
+impl Shown {
+    fn of(facts: &PoolFacts<'_>) -> Self {
         Self {
-            shown: (facts.report.state, facts.report.ready, preparation(facts).cloned()),
+            state: (facts.report.state, facts.report.ready, preparation(facts).cloned()),
             ready: ready(facts).cloned().collect(),
-            candidate: Candidate {
-                key,
-                availability: availability(facts),
-                engine: facts.report.engine,
-                models: facts.report.models.clone(),
-                ctx_max: facts.report.ctx_max,
-                device_mask: facts.report.device_mask.clone(),
-                labels: Arc::clone(facts.labels),
-                slots_total: facts.slots_total,
-                slots_busy: facts.slots_busy,
-                held: facts.held,
-                vram_free_bytes: facts.report.vram_free_bytes,
-                load_estimate_ms: supervised.and_then(|own| own.load_estimate_ms),
-                fits_now: fits_now(facts),
-                passes_on: facts.passes_on,
-            },
+            served: None,
         }
     }
 
-    /// Whether [`Synced::of`] these facts is this.
+    /// Whether [`Shown::of`] these facts is this, whatever it has served.
     fn is_of(&self, facts: &PoolFacts<'_>) -> bool {
-        let Candidate {
-            key: _,
-            availability: stands,
-            engine,
-            models,
-            ctx_max,
-            device_mask,
-            labels,
-            slots_total,
-            slots_busy,
-            held,
-            vram_free_bytes,
-            load_estimate_ms,
-            fits_now: fits,
-            passes_on,
-        } = &self.candidate;
-        let (report, supervised) = (facts.report, facts.report.supervised.as_ref());
-        *stands == availability(facts)
-            && (*slots_total, *slots_busy, *held) == (facts.slots_total, facts.slots_busy, facts.held)
-            && (*engine, *ctx_max, *vram_free_bytes)
-                == (report.engine, report.ctx_max, report.vram_free_bytes)
-            && *load_estimate_ms == supervised.and_then(|own| own.load_estimate_ms)
-            && (*fits, *passes_on) == (fits_now(facts), facts.passes_on)
-            && *models == report.models
-            && *device_mask == report.device_mask
-            && labels == facts.labels
-            && (self.shown.0, self.shown.1) == (report.state, report.ready)
-            && self.shown.2.as_ref() == preparation(facts)
+        (self.state.0, self.state.1) == (facts.report.state, facts.report.ready)
+            && self.state.2.as_ref() == preparation(facts)
             && self.ready.iter().eq(ready(facts))
     }
+}
 
-    pub(super) fn key(&self) -> &PoolKey {
-        &self.candidate.key
+/// A pool as placement is to know it.
+fn candidate_of(key: PoolKey, facts: &PoolFacts<'_>) -> Candidate {
+    let supervised = facts.report.supervised.as_ref();
+    Candidate {
+        key,
+        availability: availability(facts),
+        engine: facts.report.engine,
+        models: facts.report.models.clone(),
+        ctx_max: facts.report.ctx_max,
+        device_mask: facts.report.device_mask.clone(),
+        labels: Arc::clone(facts.labels),
+        slots_total: facts.slots_total,
+        slots_busy: facts.slots_busy,
+        held: facts.held,
+        vram_free_bytes: facts.report.vram_free_bytes,
+        load_estimate_ms: supervised.and_then(|own| own.load_estimate_ms),
+        fits_now: fits_now(facts),
+        passes_on: facts.passes_on,
     }
+}
+
+/// Whether [`candidate_of`] these facts is this.
+fn is_of(candidate: &Candidate, facts: &PoolFacts<'_>) -> bool {
+    let Candidate {
+        key: _,
+        availability: stands,
+        engine,
+        models,
+        ctx_max,
+        device_mask,
+        labels,
+        slots_total,
+        slots_busy,
+        held,
+        vram_free_bytes,
+        load_estimate_ms,
+        fits_now: fits,
+        passes_on,
+    } = candidate;
+    let (report, supervised) = (facts.report, facts.report.supervised.as_ref());
+    *stands == availability(facts)
+        && (*slots_total, *slots_busy, *held) == (facts.slots_total, facts.slots_busy, facts.held)
+        && (*engine, *ctx_max, *vram_free_bytes) == (report.engine, report.ctx_max, report.vram_free_bytes)
+        && *load_estimate_ms == supervised.and_then(|own| own.load_estimate_ms)
+        && (*fits, *passes_on) == (fits_now(facts), facts.passes_on)
+        && *models == report.models
+        && *device_mask == report.device_mask
+        && labels == facts.labels
 }
 
 fn availability(facts: &PoolFacts<'_>) -> Availability {
@@ -442,8 +502,8 @@ fn availability(facts: &PoolFacts<'_>) -> Availability {
         (Liveness::Offline, _) => Availability::Offline,
         (Liveness::Suspect, _) => Availability::Suspect,
         (Liveness::Online, Intent::Draining) => Availability::Draining,
-        (Liveness::Online, Intent::Serving) if facts.report.draining => Availability::Draining,
-        (Liveness::Online, Intent::Serving) if !facts.report.ready => unready(facts.report),
+        (Liveness::Online, Intent::Serving) if facts.draining => Availability::Draining,
+        (Liveness::Online, Intent::Serving) if !facts.ready => unready(facts.report),
         (Liveness::Online, Intent::Serving) if facts.tripped => Availability::Tripped,
         (Liveness::Online, Intent::Serving) => Availability::Placeable,
     }

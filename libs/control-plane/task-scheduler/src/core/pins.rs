@@ -29,13 +29,15 @@ impl ControlCore {
         self.enforces(Rule::PinBeforeLease) && task.pinned_node().is_some_and(suspect)
     }
 
-    pub(super) fn hold_pin(&mut self, id: TaskId) {
-        let Some(node_id) = self.tasks.get(&id).and_then(|task| task.pinned_node()).cloned() else { return };
+    pub(super) fn hold_pin(&mut self, node_id: NodeId, id: TaskId) {
         self.dirty_pins.insert(node_id.clone());
         self.pinned.entry(node_id).or_default().insert(id);
     }
 
     pub(super) fn release_pin(&mut self, id: TaskId) {
+        if self.pinned.is_empty() {
+            return;
+        }
         let Some(node_id) = self.tasks.get(&id).and_then(|task| task.pinned_node()).cloned() else { return };
         if let Some(waiting) = self.pinned.get_mut(&node_id) {
             waiting.remove(&id);

@@ -13,8 +13,8 @@ impl ControlCore {
         models.retain(|model| self.queue.lane(model).is_some());
         models.sort_by_key(|model| self.queue.oldest(model));
         for model in models {
-            while let Some((id, pool)) = self.next_start(now, &model) {
-                self.start(now, id, pool, effects);
+            while let Some((id, choice)) = self.next_start(now, &model) {
+                self.start(now, id, choice, effects);
             }
             if self.queue.lane(&model).is_some() {
                 self.ask_to_load(now, &model, effects);
@@ -25,7 +25,7 @@ impl ControlCore {
     }
 
     /// The oldest task, in the order of priorities, for which there is a slot.
-    pub(super) fn next_start(&mut self, now: Moment, model: &ModelRef) -> Option<(TaskId, PoolKey)> {
+    pub(super) fn next_start(&mut self, now: Moment, model: &ModelRef) -> Option<(TaskId, Choice)> {
         if !self.index.has_free(model) {
             return None;
         }
@@ -44,7 +44,7 @@ impl ControlCore {
             let spread = self.spread_of(task.session, spec);
             let Some(shape) = self.shape(now, task, spread.as_ref()) else { continue };
             if let Ok(choice) = choose(&self.index, &shape) {
-                return Some((id, choice.pool));
+                return Some((id, choice));
             }
         }
         None
@@ -68,7 +68,7 @@ impl ControlCore {
     pub(super) fn shape_of<'a>(
         &'a self,
         spec: &'a TaskSpec,
-        session: Option<SessionId>,
+        session: Option<SessionKey>,
         spread: Option<&'a Spread>,
     ) -> TaskShape<'a> {
         let warm = session.filter(|_| spec.kv_hint == KvHint::Reuse);
@@ -91,7 +91,7 @@ impl ControlCore {
     }
 
     /// Where the running tasks of the session are, by the label that the task spreads by.
-    pub(super) fn spread_of(&self, session: Option<SessionId>, spec: &TaskSpec) -> Option<Spread> {
+    pub(super) fn spread_of(&self, session: Option<SessionKey>, spec: &TaskSpec) -> Option<Spread> {
         let spread_by = spec.placement.as_ref()?.spread_by.as_ref()?;
         let mut spread = Spread::new();
         for node_id in self.sessions.running_on(session?) {
@@ -110,16 +110,17 @@ impl ControlCore {
         z ^ (z >> 31)
     }
 
-    pub(super) fn start(&mut self, now: Moment, id: TaskId, pool: PoolKey, effects: &mut Vec<Effect>) {
+    pub(super) fn start(&mut self, now: Moment, id: TaskId, choice: Choice, effects: &mut Vec<Effect>) {
         let attempt = AttemptId(self.next_id());
+        let pool = &choice.pool;
         let Some((address, boot_id)) = self.registry.address(&pool.node_id) else { return };
         let address = address.to_owned();
         self.leave_queue_to_start(id);
-        let mut deadlines = self.deadlines(id);
+        let Some(spec) = self.tasks.get(&id).and_then(|task| task.spec.clone()) else { return };
+        let mut deadlines = self.deadlines(&spec);
         let at_the_log = self.enforces(Rule::ContinueAtTheLog);
         let stops_overdue = self.enforces(Rule::OverdueIsStopped);
         let Some(task) = self.tasks.get_mut(&id) else { return };
-        let Some(spec) = task.spec.clone() else { return };
         let first_index = if at_the_log { task.sent } else { 0 };
         let resume = task.continuation.filter(|_| task.sent > 0);
         if resume == Some(ResumeMode::Replay) {
@@ -132,12 +133,16 @@ impl ControlCore {
         }
         let warm_replica = task.session.and_then(|session| {
             self.sessions.runs_on(session, id, Some(pool.node_id.clone()));
-            let place = self.sessions.warm_replica(session).filter(|place| place.pool == pool)?;
+            let place = self.sessions.warm_replica(session).filter(|place| place.pool == *pool)?;
             Some(place.replica.clone())
         });
         task.stage = Stage::Running(attempt);
         task.last_dispatch = Some(now);
         task.dispatches += 1;
+        if task.attempts.is_empty() {
+            // Mostly it is the only one, and it is kept for as long as the task.
+            task.attempts.reserve_exact(1);
+        }
         task.attempts.push(AttemptRecord {
             id: attempt,
             pool: pool.clone(),
@@ -168,13 +173,16 @@ impl ControlCore {
         if task.suspect {
             self.suspects_at.push(pool.clone());
         }
+        let state = TaskState::Running;
+        let change = ClusterChange::Task { task_id: task.id, state, node_id };
+        self.changes.push((Some(task.holder), change));
         self.touched.insert(id);
-        self.changes.push(ClusterChange::Task { task_id: id, state: TaskState::Running, node_id });
         self.attempts.insert(
             attempt,
             Attempt {
                 task: id,
                 pool: pool.clone(),
+                row: choice.row,
                 dispatched: now,
                 first_token: None,
                 first_index,
@@ -184,8 +192,8 @@ impl ControlCore {
                 vanishing: false,
             },
         );
-        self.registry.reserve(&pool, attempt);
-        self.sync_taken(&pool);
+        self.registry.reserve(pool, attempt);
+        self.sync_taken(&choice);
     }
 
     pub(super) fn leave_queue_to_start(&mut self, id: TaskId) {
@@ -198,16 +206,15 @@ impl ControlCore {
         self.left_lane(&model);
     }
 
-    pub(super) fn deadlines(&self, id: TaskId) -> AttemptDeadlines {
+    fn deadlines(&self, spec: &TaskSpec) -> AttemptDeadlines {
         if !self.enforces(Rule::AttemptDeadlines) {
             return AttemptDeadlines::UNBOUNDED;
         }
-        let spec = self.tasks.get(&id).and_then(|task| task.spec.as_deref());
         let or = |asked: Option<u64>, default: Duration| asked.map_or(default, Duration::from_millis);
         AttemptDeadlines {
             acceptance: ACCEPTANCE_TIMEOUT,
-            first_token: or(spec.and_then(|spec| spec.first_token_ms), self.policy.first_token_timeout),
-            token_idle: or(spec.and_then(|spec| spec.token_idle_ms), self.policy.token_idle_timeout),
+            first_token: or(spec.first_token_ms, self.policy.first_token_timeout),
+            token_idle: or(spec.token_idle_ms, self.policy.token_idle_timeout),
             silence: SILENCE_TIMEOUT,
         }
     }

@@ -177,7 +177,7 @@ impl ControlCore {
     }
 
     /// The metrics of a task of the session that does not wait.
-    fn metrics_of_session(&self, session: Option<SessionId>) -> Metrics {
+    fn metrics_of_session(&self, session: Option<SessionKey>) -> Metrics {
         Metrics {
             queue_position: 0,
             predicted_start_ms: None,

@@ -15,6 +15,7 @@ impl ControlCore {
         {
             task.predicted_ms = predicted_start_ms;
         }
+        let id = self.tasks.get(&id).map_or(id, |task| task.id);
         let sse = routes::task_events(id);
         TaskAccepted {
             task_id: id,
@@ -40,24 +41,26 @@ impl ControlCore {
         let task = self.tasks.get(&id)?;
         let (end, error) = match &task.stage {
             Stage::Queued | Stage::Running(_) => (None, None),
-            Stage::Ended { at, error, .. } => (Some(*at), error.clone()),
+            Stage::Ended { at, error, .. } => (Some(*at), error.as_deref().cloned()),
         };
         let attempts = task.attempts.iter().map(|record| AttemptView {
             attempt_id: record.id,
             node_id: record.pool.node_id.clone(),
             pool_id: record.pool.pool_id.clone(),
             replica_id: record.replica.clone(),
-            outcome: record.outcome.clone(),
+            outcome: record.outcome.clone().into_owned(),
         });
         let position = self.queue.position(&task.model, task.priority, task.number);
         Some(TaskRecord {
-            id,
+            key: id,
+            id: task.id,
+            holder: task.holder,
             number: task.number,
             queue_position: task.is_queued().then(|| u32::try_from(position).unwrap_or(u32::MAX)),
             log: task.log,
             model: task.model.clone(),
             priority: task.priority,
-            session: task.session,
+            session: task.session.map(|session| session.session_id),
             state: task.state(),
             admitted: task.admitted,
             last_dispatch: task.last_dispatch,
@@ -68,27 +71,28 @@ impl ControlCore {
         })
     }
 
-    /// The tasks and the sessions that have come, gone or changed since the last time.
-    pub fn take_changed(&mut self) -> (BTreeSet<TaskId>, BTreeSet<SessionId>) {
+    /// The keys of the tasks and the sessions that have come, gone or changed since the last time.
+    pub fn take_changed(&mut self) -> (BTreeSet<TaskId>, BTreeSet<SessionKey>) {
         (std::mem::take(&mut self.touched), self.sessions.take_changed())
     }
 
     /// What each pool says to a task that is known, or nothing for one that is not. Errors:
     /// `NOT_FOUND` for one that has ended.
     pub fn explain_task(&self, now: Moment, id: TaskId) -> Result<Explanation, ErrorBody> {
-        let task = self.tasks.get(&id);
-        let task = task.ok_or_else(|| ErrorBody::new(ErrorCode::NotFound, format!("no task {id}")))?;
+        let gone = || ErrorBody::new(ErrorCode::NotFound, "the task is not kept any more");
+        let task = self.tasks.get(&id).ok_or_else(gone)?;
         let spread = task.spec.as_ref().and_then(|spec| self.spread_of(task.session, spec));
         let shape = self.shape(now, task, spread.as_ref()).ok_or_else(|| {
-            ErrorBody::new(ErrorCode::NotFound, format!("task {id} has ended: its request is not kept"))
+            let message = format!("task {} has ended: its request is not kept", task.id);
+            ErrorBody::new(ErrorCode::NotFound, message)
         })?;
-        Ok(self.explanation(Some(id), &shape))
+        Ok(self.explanation(Some(task.id), &shape))
     }
 
     /// The same for a task that nobody has submitted.
     pub fn explain_request(&self, spec: &TaskSpec) -> Explanation {
-        let spread = self.spread_of(spec.session_id, spec);
-        self.explanation(None, &self.shape_of(spec, spec.session_id, spread.as_ref()))
+        let spread = self.spread_of(spec.session(), spec);
+        self.explanation(None, &self.shape_of(spec, spec.session(), spread.as_ref()))
     }
 
     fn explanation(&self, task_id: Option<TaskId>, shape: &TaskShape<'_>) -> Explanation {
@@ -121,12 +125,12 @@ impl ControlCore {
         }
     }
 
-    pub fn session_view(&self, now: Moment, id: SessionId) -> Option<SessionView> {
+    pub fn session_view(&self, now: Moment, id: SessionKey) -> Option<SessionView> {
         self.sessions.view(now, id)
     }
 
     /// Whether the session is there and none of its tasks is open.
-    pub fn session_is_idle(&self, id: SessionId) -> bool {
+    pub fn session_is_idle(&self, id: SessionKey) -> bool {
         self.sessions.is_idle(id)
     }
 
@@ -174,7 +178,11 @@ impl ControlCore {
 /// What readers see of a task: as it was when it last changed.
 #[derive(Debug, Clone)]
 pub struct TaskRecord {
+    /// What it goes by within the cluster; mostly its id.
+    pub key: TaskId,
+    /// As its holder knows it.
     pub id: TaskId,
+    pub holder: HolderId,
     /// Rises from task to task.
     pub number: u64,
     /// When it came to wait, if it does.
@@ -182,7 +190,7 @@ pub struct TaskRecord {
     log: LogId,
     model: ModelRef,
     priority: Priority,
-    session: Option<SessionId>,
+    session: Option<pool_registry_types::SessionId>,
     pub state: TaskState,
     admitted: Moment,
     last_dispatch: Option<Moment>,
@@ -209,10 +217,16 @@ impl TaskRecord {
             elapsed_ms: end.millis_since(self.admitted),
             attempts: self.attempts.clone(),
             error: self.error.clone(),
+            holder: None,
         }
     }
 
-    fn summary(&self, now: Moment) -> TaskSummary {
+    /// Its attempts that are kept, running or not.
+    pub fn attempts(&self) -> impl Iterator<Item = AttemptId> + '_ {
+        self.attempts.iter().map(|attempt| attempt.attempt_id)
+    }
+
+    fn summary(&self, now: Moment, holder: Option<String>) -> TaskSummary {
         TaskSummary {
             task_id: self.id,
             model_ref: self.model.clone(),
@@ -222,6 +236,7 @@ impl TaskRecord {
             session_id: self.session,
             attempts: self.dispatches,
             age_ms: now.millis_since(self.admitted),
+            holder,
         }
     }
 
@@ -236,12 +251,22 @@ pub struct TaskList(pub Vec<Arc<TaskRecord>>);
 
 impl TaskList {
     /// The tasks that the filter lets through, newest first, those from the number on left out;
-    /// `at_most` of them.
-    pub fn page(&self, now: Moment, filter: &TaskFilter, below: u64, at_most: usize) -> TaskPage {
+    /// `at_most` of them, each with what the name of its holder is for whoever asks. Where tasks of all
+    /// holders are listed, the next page begins behind a key.
+    pub fn page(
+        &self,
+        now: Moment,
+        filter: &TaskFilter,
+        below: u64,
+        at_most: usize,
+        name: impl Fn(HolderId) -> Option<String>,
+    ) -> TaskPage {
         let older = self.0.partition_point(|task| task.number < below);
         let mut found = self.0[..older].iter().rev().filter(|task| filter.lets_through(task));
-        let tasks: Vec<TaskSummary> = found.by_ref().take(at_most).map(|task| task.summary(now)).collect();
-        let next = found.next().and(tasks.last()).map(|last| last.task_id);
+        let shown: Vec<_> = found.by_ref().take(at_most).collect();
+        let next = found.next().and(shown.last());
+        let next = next.map(|last| if filter.holder.is_some() { last.id } else { last.key });
+        let tasks = shown.into_iter().map(|task| task.summary(now, name(task.holder))).collect();
         TaskPage { tasks, next }
     }
 }
@@ -249,6 +274,8 @@ impl TaskList {
 /// Which tasks a list shows.
 #[derive(Debug, Clone, Default)]
 pub struct TaskFilter {
+    /// Whose tasks; absent: everybody's.
+    pub holder: Option<HolderId>,
     pub state: Option<TaskState>,
     /// Of the last attempt.
     pub node_id: Option<NodeId>,
@@ -257,7 +284,8 @@ pub struct TaskFilter {
 
 impl TaskFilter {
     fn lets_through(&self, task: &TaskRecord) -> bool {
-        self.state.is_none_or(|state| state == task.state)
+        self.holder.is_none_or(|holder| holder == task.holder)
+            && self.state.is_none_or(|state| state == task.state)
             && self.model.as_ref().is_none_or(|model| *model == task.model)
             && self.node_id.as_ref().is_none_or(|node_id| task.last_node() == Some(node_id))
     }

@@ -14,20 +14,21 @@ impl ControlCore {
         spec: Arc<TaskSpec>,
         effects: &mut Vec<Effect>,
     ) -> Option<(ReplyTo, TaskId)> {
-        let id = spec.task_id;
-        if let Some(task) = self.tasks.get(&id) {
-            let answer = if task.digest == spec.digest {
+        if let Some(id) = self.key_of(spec.holder, spec.task_id) {
+            let is_same = self.tasks.get(&id).is_some_and(|task| task.digest == spec.digest);
+            let answer = if is_same {
                 self.counters.attached += 1;
                 Ok(Answer::Submitted(self.accepted_body(now, id, false)))
             } else {
-                let message = format!("task_id {id} is taken by a task with another body");
+                let message = format!("task_id {} is taken by a task with another body", spec.task_id);
                 Err(ErrorBody::new(ErrorCode::TaskConflict, message))
             };
             effects.push(Effect::Reply { to, answer });
             return None;
         }
+        let id = self.free_key(spec.task_id);
         let admitted = self.admissible(now, &spec).and_then(|dropped| {
-            let allowed = match spec.session_id {
+            let allowed = match spec.session() {
                 // To its client a session is a preference, which no budget comes with.
                 Some(session) if spec.passes_on => {
                     self.sessions.join(now, session, id);
@@ -63,6 +64,8 @@ impl ControlCore {
         let deadline = spec.deadline_ms.map(|left| now + Duration::from_millis(left));
         let log = LogId(self.next_id());
         let task = Task {
+            id: spec.task_id,
+            holder: spec.holder,
             log,
             model: spec.model_ref.clone(),
             priority: spec.priority,
@@ -71,7 +74,7 @@ impl ControlCore {
             engine_failures: Vec::new(),
             ran: Duration::ZERO,
             predicted_ms: None,
-            session: spec.session_id,
+            session: spec.session(),
             continuation: spec.continuation,
             digest: spec.digest,
             budget_bound,
@@ -96,11 +99,31 @@ impl ControlCore {
         };
         // With its log, two changes of its state, a dispatch and the reply: one allocation.
         effects.reserve(5);
+        if task.id != id {
+            self.renamed.insert((task.id, task.holder), id);
+        }
         self.by_number.insert(task.number, id);
         self.tasks.insert(id, Box::new(task));
         effects.push(Effect::OpenLog { task: id, log });
         self.enqueue(now, id, now + self.policy.queue_timeout);
         Some((to, id))
+    }
+
+    /// The key of the holder's task of this id.
+    fn key_of(&self, holder: HolderId, id: TaskId) -> Option<TaskId> {
+        let is_own =
+            |key: &TaskId| self.tasks.get(key).is_some_and(|task| (task.holder, task.id) == (holder, id));
+        Some(id).filter(is_own).or_else(|| self.renamed.get(&(id, holder)).copied())
+    }
+
+    /// A key that no task has: the id itself unless another holder's task goes under it. Nodes know
+    /// tasks by their keys, and so tell those of two holders apart.
+    fn free_key(&mut self, id: TaskId) -> TaskId {
+        let mut key = id;
+        while self.tasks.contains_key(&key) {
+            key = TaskId(self.next_id());
+        }
+        key
     }
 
     /// Whether the task may be queued, and which waiting one has to go for it.
@@ -234,14 +257,22 @@ impl ControlCore {
         self.dirty.insert(task.model.clone());
         self.touched.insert(id);
         let again = task.last_dispatch.is_some();
-        let model = task.model.clone();
+        let (model, pinned) = (task.model.clone(), task.pinned_node().cloned());
         // A lane that has lapsed is looked at again for whoever comes to it.
         self.watch_lane(&model);
         if again {
             self.lane_changed(&model);
         }
-        self.hold_pin(id);
-        self.changes.push(ClusterChange::Task { task_id: id, state: TaskState::Queued, node_id: None });
+        if let Some(node_id) = pinned {
+            self.hold_pin(node_id, id);
+        }
+        self.task_changed(id, TaskState::Queued, None);
+    }
+
+    fn task_changed(&mut self, id: TaskId, state: TaskState, node_id: Option<NodeId>) {
+        let Some(task) = self.tasks.get(&id) else { return };
+        let change = ClusterChange::Task { task_id: task.id, state, node_id };
+        self.changes.push((Some(task.holder), change));
     }
 
     pub(super) fn cancel(&mut self, now: Moment, to: ReplyTo, id: TaskId, effects: &mut Vec<Effect>) {
@@ -317,17 +348,17 @@ impl ControlCore {
         effects: &mut Vec<Effect>,
     ) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
-        task.stage = Stage::Ended { at: now, state, error };
+        task.stage = Stage::Ended { at: now, state, error: error.map(Box::new) };
         task.spec = None;
         self.touched.insert(id);
         if let Some(session) = task.session {
             self.sessions.ended(now, session, id, task.sent.saturating_add(task.unlogged), task.ran);
         }
         let node_id = task.attempts.last().map(|attempt| attempt.pool.node_id.clone());
-        self.changes.push(ClusterChange::Task { task_id: id, state, node_id });
         for to in std::mem::take(&mut task.cancel_waits) {
             effects.push(Effect::Reply { to, answer: Ok(Answer::Canceled) });
         }
+        self.task_changed(id, state, node_id);
         self.ended.push_back((now, id));
         if self.ended.len() > self.policy.retained_tasks {
             self.forget_oldest(effects);
@@ -338,6 +369,7 @@ impl ControlCore {
         if let Some((_, id)) = self.ended.pop_front() {
             if let Some(task) = self.tasks.remove(&id) {
                 self.by_number.remove(&task.number);
+                self.renamed.remove(&(task.id, task.holder));
             }
             self.touched.insert(id);
             effects.push(Effect::Forget { task: id });

@@ -285,7 +285,7 @@ impl Driver {
         use std::io::Write;
         self.brought();
         let (log_id, index) = (self.log_id, self.out.next());
-        if let Some((ids, count)) = self.reader.take_ids() {
+        if let Some((ids, count)) = self.reader.take_ids(text) {
             let count = self.tokens_before.saturating_add(count);
             if self.slot.signals.by_link {
                 let total = u32::try_from(count).unwrap_or(u32::MAX);

@@ -6,12 +6,16 @@
 
 use std::borrow::Cow;
 
+use pool_registry_types::limits;
 use pool_registry_types::sse::Frame;
 use pool_registry_types::task::FinishReason;
 
 use super::json::Json;
 use super::refusal::{self, Refusal, shown};
 use super::thoughts::{Delta, Splitter};
+
+/// Most ids of tokens that wait for the text of theirs.
+const MOST_WAITING: usize = 256 * 1024;
 
 /// Reads the ids of the tokens of an event, and the count of all so far.
 pub(super) type TokenIds = fn(Json<'_>) -> (Vec<u32>, u32);
@@ -68,10 +72,19 @@ pub(crate) struct Reader {
     pub(super) thought_field: Option<&'static str>,
     /// Separates thoughts from a text that holds both.
     splitter: Option<Splitter>,
-    /// The engine's ids of the tokens since they were taken last, and its count of all, where they
-    /// are wanted. Some tokens bring no text of their own: half a character, or the beginning of a
-    /// stop text.
-    ids: Option<(Vec<u32>, u64)>,
+    /// Where they are wanted, and as long as they can be its tokens'.
+    ids: Option<NewIds>,
+}
+
+/// The engine's ids of the tokens since they were taken last, and its count of all. Some tokens bring no
+/// text of their own: half a character, or the beginning of a stop text.
+#[derive(Debug, Default)]
+struct NewIds {
+    new: Vec<u32>,
+    count: u64,
+    /// The count when they were taken last, and events since.
+    counted: u64,
+    events: u64,
 }
 
 impl Reader {
@@ -85,7 +98,7 @@ impl Reader {
             finish_reason: None,
             thought_field: None,
             splitter: None,
-            ids: wants_ids.then(|| (Vec::new(), 0)),
+            ids: wants_ids.then(NewIds::default),
         }
     }
 
@@ -104,10 +117,19 @@ impl Reader {
         self.deltas == 0
     }
 
-    /// The ids of the tokens since they were taken last, and the count of all tokens so far;
-    /// nothing where they are not wanted.
-    pub(crate) fn take_ids(&mut self) -> Option<(Vec<u32>, u64)> {
-        self.ids.as_mut().map(|(ids, count)| (std::mem::take(ids), *count))
+    /// The ids of the tokens since they were taken last, which `text` ends, and the count of all tokens so
+    /// far; nothing where they are not wanted. An engine whose tokens cannot be those of its text is asked
+    /// for none any more: the stream goes on from its text.
+    pub(crate) fn take_ids(&mut self, text: &str) -> Option<(Vec<u32>, u64)> {
+        let ids = self.ids.as_mut()?;
+        let most = limits::most_tokens(text.len(), std::mem::take(&mut ids.events));
+        let grown = ids.count - std::mem::replace(&mut ids.counted, ids.count);
+        let new = std::mem::take(&mut ids.new);
+        if grown > most {
+            self.ids = None;
+            return None;
+        }
+        Some((new, ids.count))
     }
 
     /// The stream has ended in order, after its last event. Returns what an end event would have
@@ -170,10 +192,15 @@ impl Reader {
             return error_event(event);
         }
         self.events += 1;
-        if let Some(((ids, count), token_ids)) = self.ids.as_mut().zip(self.reply.token_ids) {
+        if let Some((ids, token_ids)) = self.ids.as_mut().zip(self.reply.token_ids) {
             let (new, all) = token_ids(event);
-            ids.extend(&new);
-            *count = u64::from(all).max(count.saturating_add(new.len() as u64));
+            ids.events += 1;
+            ids.count = u64::from(all).max(ids.count.saturating_add(new.len() as u64));
+            if ids.new.len() + new.len() > MOST_WAITING {
+                self.ids = None;
+            } else {
+                ids.new.extend(&new);
+            }
         }
         match (self.reply.read)(self, event) {
             EngineEvent::Delta(delta) => {

@@ -17,12 +17,13 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri};
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
 use hyper_util::client::legacy::connect::{Connection, HttpConnector, HttpInfo, capture_connection};
 use hyper_util::client::legacy::{Client, Error};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use node_registration::body::{BodyError, read_at_most};
 use parking_lot::Mutex;
 use pool_registry_types::routes::headers;
 use pool_registry_types::{AttemptId, TraceContext};
@@ -134,33 +135,20 @@ impl Answer {
 
     /// The whole body, of at most `most` bytes.
     pub(crate) async fn bytes(self, most: usize) -> Result<Bytes, BodyError> {
-        match Limited::new(self.response.into_body(), most).collect().await {
-            Ok(body) => Ok(body.to_bytes()),
-            Err(error) if error.is::<LengthLimitError>() => Err(BodyError::TooLong { most }),
-            Err(error) => Err(BodyError::Lost(with_causes(error.as_ref()))),
-        }
+        read_at_most(self.response.into_body(), most).await
     }
 
     async fn json(self) -> Result<Value, BadAnswer> {
-        let bytes = self.bytes(MAX_ANSWER_BYTES).await?;
+        let bytes = self.bytes(MAX_ANSWER_BYTES).await.map_err(BadAnswer::Body)?;
         super::json::document(&bytes).map_err(BadAnswer::Unreadable)
     }
-}
-
-/// Why there is no whole body.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum BodyError {
-    #[error("its answer is longer than {most} bytes")]
-    TooLong { most: usize },
-    #[error("its answer was cut off: {0}")]
-    Lost(String),
 }
 
 /// Why an answer is no JSON.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BadAnswer {
-    #[error(transparent)]
-    Body(#[from] BodyError),
+    #[error("{}", with_causes(.0))]
+    Body(BodyError),
     #[error("unreadable: {0}")]
     Unreadable(serde_json::Error),
 }
@@ -211,9 +199,11 @@ fn both(about: &HttpInfo) -> Ends {
     (about.local_addr(), about.remote_addr())
 }
 
-/// Calls engines.
+/// Calls engines. A connection is polled by the runtime that opened it, whoever uses it later: a thread
+/// for streams has a client of its own.
 #[derive(Debug, Clone)]
 pub(crate) struct EngineClient {
+    connector: Connector,
     kept: Client<Connector, Full<Bytes>>,
     /// Makes a connection for each call.
     fresh: Client<Connector, Full<Bytes>>,
@@ -248,8 +238,15 @@ impl EngineClient {
             .https_or_http()
             .enable_http1()
             .wrap_connector(http);
-        let used = Used::default();
-        let connector = Connector { inner, used: Arc::clone(&used) };
+        Self::over(Connector { inner, used: Used::default() })
+    }
+
+    /// The same with connections of its own.
+    pub(crate) fn apart(&self) -> Self {
+        Self::over(self.connector.clone())
+    }
+
+    fn over(connector: Connector) -> Self {
         let client = |most_idle| {
             Client::builder(TokioExecutor::new())
                 .pool_timer(TokioTimer::new())
@@ -257,7 +254,8 @@ impl EngineClient {
                 .pool_max_idle_per_host(most_idle)
                 .build(connector.clone())
         };
-        Self { kept: client(MOST_IDLE), fresh: client(0), used }
+        let used = Arc::clone(&connector.used);
+        Self { kept: client(MOST_IDLE), fresh: client(0), used, connector }
     }
 
     /// Asks at a path below the endpoint's URL. Who calls bounds the time.
@@ -492,5 +490,35 @@ mod tests {
         assert!(matches!(client.get(&nobody, "/").await, Err(CallError::Refused(_))));
         let (at, _) = engine(&[1]).await;
         assert!(client.get(&at, "/").await.unwrap().bytes(1).await.is_err());
+    }
+
+    // CLOUD-2720
+    #[tokio::test]
+    async fn what_an_engine_answers_without_end_is_read_no_further_than_its_bound() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = Endpoint::new(format!("http://{}", listener.local_addr().unwrap()));
+        let sent = Arc::new(AtomicU32::new(0));
+        let count = Arc::clone(&sent);
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                read_request(&mut stream).await;
+                stream.write_all(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n[").await.unwrap();
+                while stream.write_all(&[b'1'; 64 * 1024]).await.is_ok() {
+                    count.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        });
+        // Beside what is read, what fits into the buffers of the kernel is sent.
+        let most = |bytes: usize| u32::try_from((bytes + 16 * 1024 * 1024) / (64 * 1024)).unwrap();
+        let client = EngineClient::new();
+        let answer = client.get_json(&at, "/v1/models").await;
+        assert!(
+            matches!(&answer, Err(Question::Bad(BadAnswer::Body(BodyError::TooLong { .. })))),
+            "{answer:?}"
+        );
+        assert!(sent.swap(0, Ordering::Relaxed) <= most(MAX_ANSWER_BYTES));
+        let answer = client.get(&at, "/completion").await.unwrap();
+        assert_eq!(answer.beginning(MAX_ERROR_BYTES, Duration::from_secs(10)).await.len(), MAX_ERROR_BYTES);
+        assert!(sent.load(Ordering::Relaxed) <= most(MAX_ERROR_BYTES));
     }
 }

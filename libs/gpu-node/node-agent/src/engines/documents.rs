@@ -4,13 +4,14 @@
 //! A document is read whole, within a bound, and must answer all that was asked, once: what is
 //! missing cannot be asked again for a part.
 
+use node_registration::body::BodyError;
 use owned_tasks::Panicked;
 use pool_registry_types::task::{EmbeddingResult, Inputs, RerankResult};
 use serde::Deserialize;
 use serde_json::json;
 
 use super::answer::{EngineEvent, Reader, Reply};
-use super::client::{Answer, BodyError};
+use super::client::{Answer, with_causes};
 use super::dialect::EngineRequest;
 use super::json::{Json, typed};
 
@@ -47,7 +48,7 @@ pub(crate) struct Document {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DocumentError {
     /// The connection broke.
-    #[error("{0}")]
+    #[error("{}", with_causes(.0))]
     Lost(BodyError),
     /// Fewer inputs make a shorter one.
     #[error("its answer is longer than {MAX_DOCUMENT_BYTES} bytes")]

@@ -176,6 +176,7 @@ fn command_line(pool: &PoolSpec) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use pool_registry_types::ModelRef;
+    use pool_registry_types::sse::Decoder;
     use pool_registry_types::task::{Resume, TaskRequest};
 
     use super::preparation::{APPLY_TEMPLATE, PROPS};
@@ -228,6 +229,29 @@ mod tests {
         let event =
             Json::object(r#"{"content":" a","tokens":[7],"stop":false,"tokens_predicted":3}"#).unwrap();
         assert_eq!(token_ids(event), (vec![7], 3));
+    }
+
+    // CLOUD-2724
+    #[test]
+    fn an_engine_whose_ids_cannot_be_those_of_its_text_is_asked_for_none_any_more() {
+        let taken = |events: &[Value]| {
+            let (mut decoder, mut reader) = (Decoder::lossy(), Reader::new(&COMPLETION, true));
+            for event in events {
+                decoder.push(format!("data: {event}\n\n").as_bytes());
+                while let Ok(Some(frame)) = decoder.next_frame() {
+                    reader.read(&frame);
+                }
+            }
+            reader.take_ids("x")
+        };
+        let event = |ids: usize, count: usize| json!({"content":"x","tokens":vec![7; ids],"tokens_predicted":count,"stop":false});
+        assert_eq!(taken(&[event(1, 1)]), Some((vec![7], 1)));
+        // Half a character, or the beginning of a stop text, waits for what follows it.
+        assert_eq!(taken(&[event(50, 50), event(50, 100)]), Some((vec![7; 100], 100)));
+        assert_eq!(taken(&[event(10_000, 1)]), None);
+        assert_eq!(taken(&[event(1, 10_000)]), None);
+        let waiting: Vec<Value> = (0..30).map(|_| event(10_000, 0)).collect();
+        assert_eq!(taken(&waiting), None, "nor are they held without end");
     }
 
     // CLOUD-1517

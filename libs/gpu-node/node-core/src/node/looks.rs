@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use pool_registry_types::node::{GpuReport, StagedModel};
-use pool_registry_types::{AttemptId, Moment, PoolId, ReplicaId};
+use pool_registry_types::{AttemptId, Moment, PoolId, ReplicaId, limits};
 
 use super::NodeCore;
 use super::replica::{Busy, Readiness};
@@ -13,7 +13,16 @@ const REACHES_ENGINE: Duration = Duration::from_millis(100);
 
 impl NodeCore {
     /// What a look at the engine said. Reported at once when it matters.
-    pub fn observed(&mut self, now: Moment, pool_id: &PoolId, replica_id: &ReplicaId, readiness: Readiness) {
+    pub fn observed(
+        &mut self,
+        now: Moment,
+        pool_id: &PoolId,
+        replica_id: &ReplicaId,
+        mut readiness: Readiness,
+    ) {
+        if let Readiness::Failed(why) | Readiness::Gone(why) | Readiness::Silent(why) = &mut readiness {
+            limits::cut(why);
+        }
         let Some(pool) = self.pools.get_mut(pool_id) else { return };
         if pool.observed(now, replica_id, readiness) {
             self.session.poke(now);
@@ -93,7 +102,9 @@ impl NodeCore {
     pub fn refused_operator(&mut self, now: Moment, attempt: &AttemptId, reason: &str) {
         let task = self.running.get(attempt).and_then(|running| running.task);
         if let Some(replica) = self.replica_of(attempt) {
-            replica.refuses(now, task, reason.to_owned());
+            let mut reason = reason.to_owned();
+            limits::cut(&mut reason);
+            replica.refuses(now, task, reason);
             self.session.poke(now);
         }
     }

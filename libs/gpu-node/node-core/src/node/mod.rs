@@ -206,7 +206,7 @@ impl NodeCore {
 
     fn report(&mut self, now: Moment, epoch: Epoch) -> Heartbeat {
         self.seq += 1;
-        Heartbeat {
+        let mut beat = Heartbeat {
             epoch,
             seq: self.seq,
             timestamp: String::new(),
@@ -216,7 +216,10 @@ impl NodeCore {
             pools: self.pool_reports(now),
             gpus: self.gpus.clone(),
             models: self.models.clone(),
-        }
+        };
+        beat.cut_lists();
+        beat.cut_texts();
+        beat
     }
 
     /// Takes the answer in; returns what the control plane wants done.

@@ -44,7 +44,7 @@ const DIAL_EVERY_WHEN_EARLY: Duration = Duration::from_millis(50);
 const KNOWN_WITHIN: Duration = Duration::from_secs(1);
 /// The same after the first dial of an interruption, where that broke: a process that is killed may
 /// still have taken it, and refuses the next one.
-const DIAL_EVERY_WHEN_BROKEN: Duration = Duration::from_millis(50);
+const DIAL_EVERY_WHEN_BROKEN: Duration = Duration::from_millis(10);
 /// From a dial to its hello.
 const DIAL_BOUND: Duration = Duration::from_secs(1);
 const MAX_DIALS: usize = 3;

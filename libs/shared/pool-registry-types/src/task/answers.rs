@@ -53,6 +53,9 @@ pub struct TaskSummary {
     pub attempts: u32,
     /// Milliseconds since admission.
     pub age_ms: u64,
+    /// The name of its holder; shown to those who see the tasks of all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holder: Option<String>,
 }
 
 /// `GET /v2/tasks`: newest first.
@@ -82,6 +85,9 @@ pub struct TaskView {
     pub attempts: Vec<AttemptView>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<ErrorBody>,
+    /// The name of its holder; shown to those who see the tasks of all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holder: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

@@ -18,8 +18,8 @@ use crate::task::request::{
 };
 
 /// What the hop to a node adds to a task at most: ids, defaults, and what an earlier attempt has
-/// sent, which is a stream of at most 8 MiB and the ids of its tokens.
-pub const INFER_OVERHEAD_BYTES: usize = 10 * 1024 * 1024;
+/// sent, which is a stream of at most 8 MiB and at most 256 Ki ids of its tokens, 11 bytes each.
+pub const INFER_OVERHEAD_BYTES: usize = 12 * 1024 * 1024;
 
 /// `POST /v2/pools/{id}/infer` of a node.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]

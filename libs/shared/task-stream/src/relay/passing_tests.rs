@@ -28,6 +28,7 @@ impl Bench {
     fn new(log: TaskLog, n: u128) -> Self {
         let long = Duration::from_secs(60);
         let assignment = Assignment {
+            keeps_ids: false,
             attempt: attempt(n),
             log: log.id(),
             pool: PoolKey::new(NodeId::new("n0").unwrap(), PoolId::new("p").unwrap()),

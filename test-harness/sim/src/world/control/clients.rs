@@ -20,7 +20,9 @@ impl World {
         let mut digest = [0; 32];
         digest[..16].copy_from_slice(id.0.as_bytes());
         let spec = TaskSpec {
+            passes_on: false,
             task_id: id,
+            holder: HolderId::OPEN,
             model_ref: model,
             engines: EngineKind::ALL.into_iter().collect(),
             lacking: Vec::new(),
@@ -104,7 +106,7 @@ impl World {
             return;
         }
         let reply = self.reply_to(To::Twin(node_id));
-        self.apply(Event::Register { reply, request });
+        self.apply(Event::Register { reply, request, registrar: None });
     }
 
     pub(crate) fn cancel(&mut self, task: usize) {
@@ -145,7 +147,9 @@ impl World {
         let reply = self.reply_to(To::Operator);
         self.coverage.hit("task: session deleted");
         self.oracle.session_deleted(session);
-        self.apply(Event::DeleteSession { reply, session_id: SessionId(Uuid::from_u128(session)) });
+        let session_id = SessionId(Uuid::from_u128(session));
+        let session = SessionKey { holder: HolderId::OPEN, session_id };
+        self.apply(Event::DeleteSession { reply, session });
     }
 
     /// SIGTERM.

@@ -1,0 +1,273 @@
+//! Whether a frame of a node's may be passed on as it came.
+//!
+//! A relay passes bytes on that it has read its own way, and a client's `EventSource` reads them
+//! again: a frame is passed on where both can only read the same. It has its three lines once each,
+//! all lines end with LF, and its data is what its event promises, under its own number. Fields and
+//! lines that nobody knows are passed over by both.
+
+use std::borrow::Cow;
+
+use pool_registry_types::sse::{BYTE_ORDER_MARK, Frame};
+use serde::Deserialize;
+
+/// Why a frame is not passed on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum BadFrame {
+    #[error("a frame that others read otherwise: {0}")]
+    Lines(&'static str),
+    #[error("a frame whose data is not that of its event")]
+    Data,
+    #[error("a frame whose data has another number than its id")]
+    Number,
+}
+
+/// Of events `token` and `reasoning`.
+#[derive(Deserialize)]
+struct Text<'d> {
+    #[serde(borrow, rename = "t")]
+    _text: Cow<'d, str>,
+    i: u64,
+}
+
+/// Of event `result`.
+#[derive(Deserialize)]
+struct Numbered {
+    i: u64,
+}
+
+/// Of event `end`: a newer node may say more, and end for more reasons.
+#[derive(Deserialize)]
+struct End<'d> {
+    #[serde(default, rename = "tokens_out")]
+    _tokens_out: Option<u64>,
+    #[serde(borrow, default, rename = "finish_reason")]
+    _finish_reason: Option<Cow<'d, str>>,
+}
+
+/// Checks a frame of the attempt's log, whose id names `index`.
+pub(crate) fn check(frame: &Frame<'_>, index: u64) -> Result<(), BadFrame> {
+    check_lines(frame)?;
+    let data = frame.data.as_deref().unwrap_or_default();
+    if !data.starts_with('{') {
+        // A list would be read as the fields in their order.
+        return Err(BadFrame::Data);
+    }
+    let number = match frame.event {
+        "end" => return serde_json::from_str::<End<'_>>(data).map(|_| ()).map_err(|_| BadFrame::Data),
+        "result" => serde_json::from_str::<Numbered>(data).map(|result| result.i),
+        _ => serde_json::from_str::<Text<'_>>(data).map(|text| text.i),
+    };
+    if number.map_err(|_| BadFrame::Data)? == index { Ok(()) } else { Err(BadFrame::Number) }
+}
+
+fn check_lines(frame: &Frame<'_>) -> Result<(), BadFrame> {
+    if frame.raw.contains(&b'\r') {
+        return Err(BadFrame::Lines("a line that does not end with LF"));
+    }
+    if frame.raw.starts_with(BYTE_ORDER_MARK) {
+        // Whoever begins to read here passes it over.
+        return Err(BadFrame::Lines("a byte order mark"));
+    }
+    let (mut ids, mut events, mut texts) = (0_u32, 0_u32, 0_u32);
+    for line in frame.raw.split(|byte| *byte == b'\n') {
+        match line.split(|byte| *byte == b':').next().unwrap_or_default() {
+            b"id" => ids += 1,
+            b"event" => events += 1,
+            b"data" => texts += 1,
+            b"retry" => return Err(BadFrame::Lines("a time to reconnect")),
+            _ => {}
+        }
+    }
+    if (ids, events, texts) != (1, 1, 1) {
+        return Err(BadFrame::Lines("not one id, one event and one data"));
+    }
+    if !frame.id.is_some_and(is_plain_id) {
+        return Err(BadFrame::Lines("an id that is not written as ours"));
+    }
+    Ok(())
+}
+
+/// Whether an id that is one is written as the control plane writes it: clients send it back.
+fn is_plain_id(id: &str) -> bool {
+    /// Of a UUID with its hyphens.
+    const UUID_CHARS: usize = 36;
+    id.rsplit_once(':').is_some_and(|(log, n)| {
+        let is_log = log.len() == UUID_CHARS && !log.bytes().any(|b| b.is_ascii_uppercase());
+        is_log && n.bytes().all(|b| b.is_ascii_digit()) && (n == "0" || !n.starts_with('0'))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use pool_registry_types::{AttemptId, LogId, Moment, NodeId, PoolId, PoolKey, ReplicaId};
+    use proptest::prelude::*;
+    use uuid::Uuid;
+
+    use crate::{Action, Assignment, AttemptDeadlines, HowEnded, Relay, TaskLog};
+
+    const LOG: LogId = LogId(Uuid::from_u128(9));
+    const ATTEMPT: AttemptId = AttemptId(Uuid::from_u128(1));
+
+    /// What a client has got: event, data and the id that it would resume with.
+    type Got = Vec<(String, String, String)>;
+
+    /// A client's reader, written from the HTML standard (9.2.6) and from nothing of ours. The time to
+    /// reconnect is told as an event.
+    fn event_source(bytes: &[u8]) -> Got {
+        let text = String::from_utf8_lossy(bytes).into_owned();
+        let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+        let text = text.replace("\r\n", "\n").replace('\r', "\n");
+        let mut lines: Vec<&str> = text.split('\n').collect();
+        // What has no end of line is none yet.
+        lines.pop();
+        let (mut got, mut event, mut data, mut id) =
+            (Got::new(), String::new(), String::new(), String::new());
+        for line in lines {
+            if line.is_empty() {
+                let event = std::mem::take(&mut event);
+                let data = std::mem::take(&mut data);
+                if let Some(data) = data.strip_suffix('\n') {
+                    let event = if event.is_empty() { "message".into() } else { event };
+                    got.push((event, data.to_owned(), id.clone()));
+                }
+                continue;
+            }
+            let (field, value) = line.split_once(':').unwrap_or((line, ""));
+            let value = value.strip_prefix(' ').unwrap_or(value);
+            match field {
+                "event" => event = value.into(),
+                "data" => data.push_str(&format!("{value}\n")),
+                "id" if !value.contains('\0') => id = value.into(),
+                "retry" => got.push(("retry".into(), value.into(), String::new())),
+                _ => {}
+            }
+        }
+        got
+    }
+
+    /// What a relay has put into its log of these bytes, and whether it has broken the stream off.
+    fn relayed(bytes: &[u8]) -> (TaskLog, bool) {
+        let at = Moment::from_millis;
+        let second = Duration::from_secs(1);
+        let deadlines =
+            AttemptDeadlines { acceptance: second, first_token: second, token_idle: second, silence: second };
+        let assignment = Assignment {
+            keeps_ids: false,
+            attempt: ATTEMPT,
+            log: LOG,
+            pool: PoolKey::new(NodeId::new("n").unwrap(), PoolId::new("p").unwrap()),
+            first_index: 0,
+            attempt_number: 1,
+            queue_wait_ms: 0,
+            warm_replica: None,
+            deadlines,
+            task_deadline: None,
+            stops_overdue: true,
+        };
+        let mut log = TaskLog::new(LOG);
+        log.open(ATTEMPT);
+        let mut relay = Relay::new(at(0), assignment);
+        relay.accepted(at(0), ReplicaId::new("r").unwrap(), 1);
+        relay.chunk(at(1), bytes);
+        relay.flush(at(1), |staged| staged.append_to(&mut log));
+        let broken = std::iter::from_fn(|| relay.next_action())
+            .any(|action| matches!(action, Action::Ended { how: HowEnded::Broken(_), .. }));
+        (log, broken)
+    }
+
+    /// Whoever reads the log, from wherever, reads frames with their own numbers and one end at most.
+    fn assert_read_alike(log: &TaskLog) {
+        for from in 0..=log.next_index() {
+            let got = event_source(&log.read_from(from, usize::MAX).into_bytes());
+            let frames: Vec<_> = got.iter().filter(|(event, ..)| event != "started").collect();
+            let mut next = from;
+            for (event, data, id) in frames {
+                assert!(["token", "reasoning", "result", "end"].contains(&event.as_str()), "{got:?}");
+                assert_eq!(*id, format!("{LOG}:{next}"), "{got:?}");
+                let data: serde_json::Value = serde_json::from_str(data).expect("one text of JSON");
+                if event == "end" {
+                    assert!(log.is_finished() && next + 1 == log.next_index(), "{got:?}");
+                } else {
+                    assert_eq!(data["i"], next, "{got:?}");
+                }
+                next += 1;
+            }
+            assert_eq!(next, log.next_index(), "{got:?}");
+        }
+    }
+
+    // CLOUD-2750
+    #[test]
+    fn a_frame_that_a_client_would_read_otherwise_ends_its_attempt_and_is_not_passed_on() {
+        let token = |n: u64| format!("id: {LOG}:{n}\nevent: token\ndata: {{\"t\":\"x\",\"i\":{n}}}\n\n");
+        let end = format!("id: {LOG}:1\nevent: end\ndata: {{\"tokens_out\":1,\"new\":[1]}}\n\n");
+        let (log, broken) = relayed(format!("{}{end}", token(0)).as_bytes());
+        assert!(!broken && log.is_finished());
+        assert_read_alike(&log);
+        let of = |data: &str| format!("id: {LOG}:1\nevent: token\ndata: {data}\n\n");
+        let bad = [
+            token(1).replace('\n', "\r"),
+            token(1).replace('\n', "\r\n"),
+            format!("id: {LOG}:1\nevent: token\ndata: {{\"t\":\"x\",\rdata: \"i\":1}}\n\n"),
+            format!("\u{feff}event: end\n{}", token(1)),
+            format!("retry: 1\n{}", token(1)),
+            format!("id: {LOG}:7\n{}", token(1)),
+            format!("event: end\n{}", token(1)),
+            of("{\"t\":\"x\",\ndata: \"i\":1}"),
+            token(1).replace(":1\n", ":+1\n"),
+            token(1).replace(":1\n", ":01\n"),
+            token(1).replace(&LOG.to_string(), &format!("urn:uuid:{LOG}")),
+            of("{\"t\":\"x\",\"i\":2}"),
+            of("{\"t\":\"x\",\"i\":1,\"i\":2}"),
+            of("{\"t\":\"x\"}"),
+            of("{\"t\":5,\"i\":1}"),
+            of("[\"x\",1]"),
+            of("x"),
+            of("{\"t\":\"x\",\"i\":1} x"),
+            of("{\"t\":\"x\",\"i\":1}")
+                .replace("token", "end")
+                .replace("{\"t\"", "{\"tokens_out\":\"\",\"t\""),
+            of("{\"t\":\"x\",\"i\":3}").replace("token", "result"),
+            of("null").replace("token", "end"),
+        ];
+        for frame in bad {
+            // A CR at the end of all bytes may be the half of a line end.
+            let (log, broken) = relayed(format!("{}{frame}: ka\n\n", token(0)).as_bytes());
+            assert!(broken && log.next_index() == 1, "{frame:?} is passed on");
+            assert_read_alike(&log);
+        }
+        let newer =
+            token(1).replace("event", ": a comment\nnewer: x\nevent").replace("\"i\"", "\"n\":{},\"i\"");
+        let (log, broken) = relayed(format!("{}{newer}", token(0)).as_bytes());
+        assert!(!broken && log.next_index() == 2);
+        assert_read_alike(&log);
+    }
+
+    proptest! {
+        // CLOUD-2750
+        #[test]
+        fn whatever_a_node_sends_its_log_is_read_alike_by_every_reader(
+            pieces in prop::collection::vec(
+                prop_oneof![
+                    6 => (0_u64..4).prop_map(|n| format!("id: {LOG}:{n}\n")),
+                    6 => Just("event: token\n".to_owned()),
+                    2 => Just("event: end\n".to_owned()),
+                    6 => (0_u64..4).prop_map(|n| format!("data: {{\"t\":\"x\",\"i\":{n}}}\n")),
+                    8 => Just("\n".to_owned()),
+                    1 => Just("\r".to_owned()),
+                    1 => Just("\u{feff}".to_owned()),
+                    1 => Just("retry: 1\n".to_owned()),
+                    1 => Just(": ka\n\n".to_owned()),
+                    2 => (0_u64..3).prop_map(|n| {
+                        format!("id: {LOG}:{n}\nevent: token\ndata: {{\"t\":\"x\",\"i\":{n}}}\n\n")
+                    }),
+                ],
+                0..24,
+            ),
+        ) {
+            assert_read_alike(&relayed(pieces.concat().as_bytes()).0);
+        }
+    }
+}
