@@ -11,6 +11,7 @@
 mod end;
 mod frames;
 mod log;
+mod openai_route;
 mod payload;
 mod relay;
 mod spec;
@@ -20,6 +21,7 @@ mod watch;
 
 pub use end::{HowEnded, denial};
 pub use log::{AppendError, Fence, MAX_LOG_BYTES, Read, Segment, TaskLog};
+pub use openai_route::{ApiDialect, EndMarker, OpenAiRoute};
 pub use payload::{Payload, PayloadFormat};
 pub use relay::{Action, Assignment, Relay};
 pub use spec::{BodyDigest, InvalidDigest, Lacking, TaskCaller, TaskSpec};
