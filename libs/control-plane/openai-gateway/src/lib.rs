@@ -2,9 +2,12 @@
 //!
 //! Bodies and answers pass as they came; this crate finds in them what queueing, quotas and retries
 //! need, and changes nothing but what it names: [`request`] reads a body's facts and puts a model's
-//! name into it, [`error`] is the table of our codes in the shapes that clients know. All are values
-//! and functions of bytes: no I/O, no clock, no HTTP. The idea needed to read it: a client's bytes
-//! are measured and never made anew.
+//! name into it, [`events`] cuts an engine's stream into its events, [`replay`] compares a second
+//! attempt's with what was passed on, [`error`] is the table of our codes in the shapes that clients
+//! know. All are values and functions of bytes: no I/O, no clock, no HTTP. The idea needed to read it:
+//! bytes of clients and engines are measured and never made anew.
 
 pub mod error;
+pub mod events;
+pub mod replay;
 pub mod request;

@@ -6,7 +6,7 @@
 //! a field that is absent. Not known here: what a conversation says, and whether the engine takes it.
 
 mod constrained;
-mod scan;
+pub(crate) mod scan;
 
 use std::ops::Range;
 
