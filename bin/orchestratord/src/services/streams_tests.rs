@@ -139,10 +139,11 @@ fn a_reader_has_little_of_its_own_however_long_a_frame_is_and_gets_every_byte() 
     stream.write(|log| log.open(attempt));
     let mut expected = Vec::new();
     let lengths = [700_000, 10].into_iter().chain(std::iter::repeat_n(900, 200)).chain([66_000, 1, 3_000]);
-    for (n, length) in (0..).zip(lengths) {
-        let bytes: Vec<u8> = (0..length).map(|at| b'a' + u8::try_from((at + n) % 26).unwrap()).collect();
+    for (n, length) in (0_u64..).zip(lengths) {
+        let letter = |at: u64| b'a' + u8::try_from((at + n) % 26).unwrap();
+        let bytes: Vec<u8> = (0..length).map(letter).collect();
         expected.extend_from_slice(&bytes);
-        stream.write(|log| log.append(attempt, Segment::frame(n as u64, bytes.into()))).unwrap();
+        stream.write(|log| log.append(attempt, Segment::frame(n, bytes.into()))).unwrap();
     }
     let (read, pieces) = rest(&stream, BEGIN);
     assert!(read == expected, "every byte, once and in order");

@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn comments_are_told_from_events() {
+    fn comments_are_known_from_events() {
         assert!(is_comments(b": a\r\n\r\n:\n\n") && !is_comments(b": a\n\ndata: x\n\n"));
     }
 }
