@@ -143,6 +143,7 @@ pub(crate) fn needs(method: &Method, path: &str) -> Need {
             Need::Scope(Scope::Operator)
         }
         // The routes of engines, and the list of their models.
+        _ if v1::is_ours(path) && reads => LOOK,
         _ if v1::is_ours(path) => Need::Scope(Scope::Client),
         _ => Need::Scope(Scope::Admin),
     }
@@ -223,6 +224,6 @@ mod tests {
         }
         assert!(document["components"]["schemas"]["GatewayError"].is_object());
         assert!(paths["/v1/models/{model}"]["get"].is_object() && paths["/v1/models/{*model}"].is_null());
-        assert_eq!(needs(&Method::GET, "/v1/models/{*model}"), Need::Scope(Scope::Client));
+        assert_eq!(needs(&Method::GET, "/v1/models/{*model}"), LOOK);
     }
 }
