@@ -25,7 +25,9 @@ const SOON: Duration = Duration::from_secs(20);
 /// The settings by which memory is bounded here, MiB: smaller than by default, so that they are filled soon.
 const QUEUE_MIB: u64 = 64;
 const LIVE_MIB: u64 = 32;
-const ENDED_MIB: u64 = 8;
+const ENDED_MIB: u64 = 24;
+/// Of 4 MiB each, at once: three times what there is room for.
+const PROMPTS: usize = 24;
 
 async fn cluster(nodes: usize, engine: Engine) -> Cluster {
     // Both ends of all connections are files, those of this process among them.
@@ -76,7 +78,7 @@ async fn prompts_that_wait_take_no_more_than_their_setting_and_the_rest_are_told
     let (task, client) = (Arc::new(task), cluster.client.clone());
     let attack = async {
         let mut running = tokio::task::JoinSet::new();
-        for _ in 0..100 {
+        for _ in 0..PROMPTS {
             let (task, client) = (Arc::clone(&task), client.clone());
             running.spawn(async move {
                 let answer =
@@ -90,10 +92,10 @@ async fn prompts_that_wait_take_no_more_than_their_setting_and_the_rest_are_told
         running.join_all().await
     };
     // A connection holds up to 64 KiB of each, and parsing a body takes it twice more for a moment.
-    let answers = filling(&cluster, "100 prompts of 4 MiB", QUEUE_MIB, attack).await;
+    let answers = filling(&cluster, &format!("{PROMPTS} prompts of 4 MiB"), QUEUE_MIB, attack).await;
     let taken = answers.iter().filter(|(status, ..)| *status == 202).count();
-    // Half of it, of 4 MiB each.
-    assert!((4..=8).contains(&taken), "{taken} were taken");
+    // Half of it, of 4 MiB each; where the machine is slow one has ended meanwhile, without a first token.
+    assert!((4..=10).contains(&taken), "{taken} were taken");
     for (_, again, body) in answers.iter().filter(|(status, ..)| *status != 202) {
         assert_eq!(
             (body["code"].as_str(), again.as_ref().map(|it| it.as_bytes())),
@@ -105,7 +107,8 @@ async fn prompts_that_wait_take_no_more_than_their_setting_and_the_rest_are_told
     assert!(held > 0.0 && held <= (QUEUE_MIB << 19) as f64, "{held}");
     for (_, _, body) in answers.iter().filter(|(status, ..)| *status == 202) {
         let path = format!("/v2/tasks/{}/cancel", body["task_id"].as_str().expect("an id"));
-        assert_eq!(client.post(&path, &json!({})).await.status(), 204);
+        let status = client.post(&path, &json!({})).await.status().as_u16();
+        assert!(status == 204 || status == 409, "{status}");
     }
     eventually("all is given back", SOON, || async {
         (metric(&client, "llorch_queue_bytes").await == 0.0).then_some(())
@@ -245,7 +248,7 @@ async fn a_node_that_answers_without_end_and_invents_models_takes_little_and_cos
         }
         println!("38 reports of 8,192 new models each: the slowest task took {} ms", worst.as_millis());
         let view = client.get_json("/v2/nodes/inventor").await.unwrap();
-        assert_eq!(view["pools"][0]["last_error"].as_str().map(str::len), Some(1_024));
+        assert_eq!(view["pools"][0]["report"]["last_error"].as_str().map(str::len), Some(1_024));
     };
     filling(&cluster, "a node that answers without end and invents models", 0, attack).await;
 }

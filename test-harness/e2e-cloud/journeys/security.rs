@@ -37,6 +37,8 @@ pub(crate) const CONTROL_PLANE: &[(&str, Need)] = &[
     ("GET /metrics", Need::Any),
     ("GET /nowhere", Need::Any),
     ("GET /openapi.json", Need::Any),
+    ("GET /v1/models", Need::Look),
+    ("GET /v1/models/{model}", Need::Look),
     ("GET /v2/artifacts/{digest}", Need::Client),
     ("GET /v2/catalog/availability", Need::Look),
     ("GET /v2/catalog/models", Need::Look),
@@ -54,6 +56,16 @@ pub(crate) const CONTROL_PLANE: &[(&str, Need)] = &[
     ("GET /v2/tasks/{task_id}", Need::Look),
     ("GET /v2/tasks/{task_id}/events", Need::Client),
     ("GET /v2/tasks/{task_id}/explain", Need::Look),
+    ("POST /apply-template", Need::Client),
+    ("POST /detokenize", Need::Client),
+    ("POST /tokenize", Need::Client),
+    ("POST /v1/chat/completions", Need::Client),
+    ("POST /v1/completions", Need::Client),
+    ("POST /v1/embeddings", Need::Client),
+    ("POST /v1/messages", Need::Client),
+    ("POST /v1/messages/count_tokens", Need::Client),
+    ("POST /v1/rerank", Need::Client),
+    ("POST /v1/responses", Need::Client),
     ("POST /v2/artifacts", Need::Client),
     ("POST /v2/catalog/models", Need::Admin),
     ("POST /v2/catalog/models/{model_id}/state", Need::Admin),
@@ -150,8 +162,13 @@ async fn ask(base: &str, operation: &str, token: Option<&str>) -> (u16, Option<S
     let status = response.status().as_u16();
     let challenge =
         response.headers().get("www-authenticate").map(|value| value.to_str().unwrap().to_owned());
+    // Under `/v1` the body has the shape of another API.
+    let ours = response.headers().get("x-llorch-error").map(|code| code.to_str().unwrap().to_owned());
     // Streams have no end: only refusals are read.
-    let body = if [401, 403].contains(&status) { response.json().await.unwrap() } else { Value::Null };
+    let mut body = if [401, 403].contains(&status) { response.json().await.unwrap() } else { Value::Null };
+    if let Some(code) = ours {
+        body["code"] = code.into();
+    }
     (status, challenge, body)
 }
 
@@ -525,7 +542,7 @@ async fn the_audit_log_says_who_did_what_and_metrics_have_a_door_of_their_own() 
         ("POST", "/v2/tasks", 202, Some("client")),
         ("POST", cancel.as_str(), 204, Some("client")),
         ("POST", "/v2/nodes/gpu-node-1/drain", 403, Some("client")),
-        ("POST", "/v2/nodes/register", 200, Some("operator")),
+        ("POST", "/v2/nodes/register", 200, Some("admin")),
     ];
     let lines = eventually("all of it is written", Duration::from_secs(5), || async {
         let text = std::fs::read_to_string(&audit).unwrap_or_default();
