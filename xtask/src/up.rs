@@ -429,16 +429,19 @@ fn print_usage(cluster: &Cluster) {
         .token
         .as_ref()
         .map_or_else(String::new, |token| format!(" -H 'Authorization: Bearer {token}'"));
-    println!("\nThe cluster is up: {url}");
-    if let Some(token) = &cluster.token {
-        println!("Token: {token}");
-    }
-    println!("API in the browser: {url}/docs/\n");
-    println!("curl{header} {url}/v2/nodes");
-    println!("curl{header} {url}/v2/catalog/availability");
+    let model = &cluster.model;
+    println!("\nThe cluster is up: {url}, the API in the browser: {url}/docs/\n");
+    let key = cluster.token.as_deref().unwrap_or("none");
+    println!("export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={key}\n");
     println!(
-        "curl -N{header} -H 'Accept: text/event-stream' {url}/v2/tasks -d '{{\"model_ref\":\"{}\",\"prompt\":\"Once upon a time\",\"max_tokens\":32}}'",
-        cluster.model
+        "curl -N{header} -H 'Content-Type: application/json' {url}/v1/chat/completions -d '{{\"model\":\"{model}\",\"stream\":true,\"max_tokens\":32,\"messages\":[{{\"role\":\"user\",\"content\":\"Once upon a time\"}}]}}'"
     );
+    println!(
+        "python3 -c 'import openai; print(openai.OpenAI().completions.create(model=\"{model}\", prompt=\"Once upon a time\", max_tokens=32).choices[0].text)'"
+    );
+    println!(
+        "curl -N{header} -H 'Accept: text/event-stream' {url}/v2/tasks -d '{{\"model_ref\":\"{model}\",\"prompt\":\"Once upon a time\",\"max_tokens\":32}}'"
+    );
+    println!("curl{header} {url}/v2/nodes");
     println!("\nCtrl-C stops everything.");
 }

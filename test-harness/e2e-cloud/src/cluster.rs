@@ -62,8 +62,6 @@ pub struct Options {
     pub node: Vec<(usize, &'static str, String)>,
     /// Files of pools of single nodes, which then run their engines themselves.
     pub pools: Vec<(usize, String)>,
-    /// Descriptors that the control plane may have; absent: as many as the tests themselves.
-    pub control_files: Option<usize>,
     /// The hosts that they run on; absent: all on this one. The clients' thread is on the control
     /// plane's.
     pub network: Option<Arc<Network>>,
@@ -81,7 +79,6 @@ impl Default for Options {
             control: Vec::new(),
             node: Vec::new(),
             pools: Vec::new(),
-            control_files: None,
             network: None,
             control_program: None,
             node_program: None,
@@ -141,7 +138,7 @@ impl Cluster {
         let daemon = self.options.control_program.clone().unwrap_or_else(|| program("orchestratord"));
         let mut command = match &self.options.network {
             Some(network) => network.control.command(daemon),
-            None => control_command(daemon, self.options.control_files),
+            None => Command::new(daemon),
         };
         let host = if self.options.network.is_some() { "0.0.0.0" } else { "127.0.0.1" };
         command
@@ -294,14 +291,6 @@ impl Cluster {
     pub fn task(&self, tokens: u32) -> serde_json::Value {
         serde_json::json!({ "model_ref": self.options.engine.model(), "prompt": "once upon a time", "max_tokens": tokens })
     }
-}
-
-/// The control plane, which raises its limit of descriptors as far as it may: the hard one is set.
-fn control_command(daemon: PathBuf, files: Option<usize>) -> Command {
-    let Some(files) = files else { return Command::new(daemon) };
-    let mut command = Command::new("sh");
-    command.args(["-c", "ulimit -n \"$0\" && exec \"$1\"", &files.to_string()]).arg(daemon);
-    command
 }
 
 /// The clusters' own token, unless the command has a file of tokens.

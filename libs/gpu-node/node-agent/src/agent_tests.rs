@@ -40,6 +40,24 @@ pub(super) async fn until(what: &str, is: impl Fn() -> bool) {
     assert!(tokio::time::timeout(PATIENCE, waiting).await.is_ok(), "{what}");
 }
 
+// CLOUD-1962
+#[tokio::test]
+async fn each_thread_for_streams_calls_engines_over_connections_of_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let agent = agent(&folder);
+    let threads = StreamThreads::start(2).unwrap();
+    agent.stream_on(threads.clone());
+    let client_of = |agent: &Agent| std::ptr::from_ref(agent.client()).addr();
+    let mut clients = BTreeSet::from([client_of(&agent)]);
+    for thread in threads.iter() {
+        for _ in 0..2 {
+            let agent = Arc::clone(&agent);
+            clients.insert(thread.handle().spawn(async move { client_of(&agent) }).await.unwrap());
+        }
+    }
+    assert_eq!(clients.len(), 3, "one for each thread, and one for all else");
+}
+
 // CLOUD-1145
 #[tokio::test]
 async fn a_replica_whose_watch_panicked_is_not_ready_and_says_why() {
