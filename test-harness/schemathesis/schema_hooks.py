@@ -89,7 +89,8 @@ def refusal_is_of_the_whole_task(ctx, response, case):
     if case.meta is None or not case.meta.generation.mode.is_positive or response.status_code != 400:
         return
     if case.operation.path.startswith(OTHER_APIS):
-        # Our document says "any JSON" of them: what is in it is the engine's to know.
+        # Our document says "any JSON" of them: what is in it is the engine's to know. Whatever else is held
+        # of answers is held of theirs too.
         return
     try:
         error = response.json()
