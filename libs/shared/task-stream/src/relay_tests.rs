@@ -326,6 +326,32 @@ fn an_end_that_was_read_and_is_not_in_the_log_is_none() {
     assert_eq!(bench.done, [ended(HowEnded::NodeError(body))]);
 }
 
+// CLOUD-1610
+#[test]
+fn an_end_that_readers_have_holds_where_the_attempt_is_closed_after_it_and_an_error_does_not() {
+    // As the property below found it, which lets nodes begin before they accept.
+    let mut bench = Bench::new(0);
+    bench.relay.chunk(at(1), &token(0));
+    bench.relay.chunk(at(1), &event("end", 1));
+    bench.flush(1);
+    assert!(bench.log.is_finished());
+    bench.relay.close();
+    bench.collect();
+    assert_eq!(bench.done, [Action::Started, ended(HowEnded::Finished)]);
+    // Read, and not in the log yet.
+    let mut bench = Bench::accepted(0);
+    bench.relay.chunk(at(2), &event("end", 0));
+    bench.relay.close();
+    bench.collect();
+    assert_eq!(bench.done, [Action::Stop, ended(HowEnded::Closed)]);
+    let body = serde_json::to_string(&ErrorBody::new(ErrorCode::WorkerReset, "x")).unwrap();
+    let mut bench = Bench::accepted(0);
+    bench.take(2, format!("event: error\ndata: {body}\n\n").as_bytes());
+    bench.relay.close();
+    bench.collect();
+    assert_eq!(bench.done, [Action::Stop, ended(HowEnded::Closed)]);
+}
+
 #[derive(Debug, Clone)]
 enum Input {
     Accepted,
