@@ -13,6 +13,7 @@ mod tidy;
 mod up;
 mod words;
 
+use std::num::NonZero;
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
@@ -138,15 +139,17 @@ const STEPS: [Step; 12] = [
 ];
 
 /// The part of [`STEPS`] that is short: no daemon is started, and no engine.
-const CHECK_STEPS: [Step; 4] = [
+const CHECK_STEPS: [Step; 5] = [
     FORMAT,
     LINTS,
     ("unit tests", unit_tests),
+    ("simulator: scenarios", || sim(&["--scenarios".into()])),
     ("simulator: 200 schedules", || sim(&["--seeds".into(), "200".into()])),
 ];
 
 /// The crates whose tests `check` leaves out, and why. Any other crate's are in.
-const NO_UNIT_TESTS: [(&str, &str); 2] = [
+const NO_UNIT_TESTS: [(&str, &str); 3] = [
+    ("sim", "its tests are schedules, mutants among them: half a minute, and the last steps are the same"),
     ("e2e-cloud", "its journeys start the daemons, and some the real engine: minutes"),
     ("load", "it measures and has no tests; to build it is to build the journeys' library"),
 ];
@@ -155,6 +158,10 @@ fn unit_tests() -> Result<(), Failed> {
     let mut arguments =
         vec!["test", "--locked", "--lib", "--bins", "--tests", "--no-fail-fast", "--workspace"];
     arguments.extend(NO_UNIT_TESTS.iter().flat_map(|(name, _)| ["--exclude", name]));
+    // Many of them wait for a time and not for a processor.
+    let threads = 2 * std::thread::available_parallelism().map_or(1, NonZero::get);
+    let threads = format!("--test-threads={threads}");
+    arguments.extend(["--", threads.as_str()]);
     cargo(&arguments, "see the failing test above")
 }
 

@@ -56,12 +56,19 @@ const RETIRED_PHRASES: &[(&str, &str)] = &[
     ("cries for help", "fatal driver errors"),
     ("the witness", "the oracle"),
 ];
+/// Where the words that are used stand, and the most lines that it may have.
+const GLOSSARY: &str = ".docs/GLOSSARY.md";
+const GLOSSARY_LINES: usize = 40;
 /// A name of more words is a sentence.
 const LONGEST_NAME_WORDS: usize = 5;
 
 /// Complains of each retired word in the code, the documents and the requirements.
 pub(crate) fn check(files: &[String], complaints: &mut Vec<String>) -> Result<(), Failed> {
-    for file in files.iter().filter(|file| *file != "xtask/src/words.rs" && *file != ".docs/GLOSSARY.md") {
+    let lines = read(&root().join(GLOSSARY))?.lines().count();
+    if lines > GLOSSARY_LINES {
+        complaints.push(format!("{GLOSSARY} has {lines} lines, at most {GLOSSARY_LINES}"));
+    }
+    for file in files.iter().filter(|file| *file != "xtask/src/words.rs" && *file != GLOSSARY) {
         let is = |extension: &str| Path::new(file).extension().is_some_and(|its| its == extension);
         if !is("rs") && !is("md") {
             continue;

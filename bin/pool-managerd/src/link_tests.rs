@@ -269,6 +269,7 @@ fn start(number: u64, prompt: &str, tokens: u32) -> Start {
         keep: true,
         traceparent: String::new(),
         correlation_id: String::new(),
+        tracestate: String::new(),
         caller: None,
     };
     let bytes = json!({"model_ref": "m", "prompt": prompt}).to_string().into();

@@ -1,12 +1,6 @@
 //! The home profile: one daemon, engines found through local handoff files.
 
-use std::process::Command;
-use std::time::Duration;
-
-use e2e_cloud::cluster::start_engine;
-use e2e_cloud::process::{free_port, program};
-use e2e_cloud::{Client, Engine, Process, eventually};
-use nix::sys::signal::Signal;
+use e2e_cloud::{Engine, Home};
 use serde_json::json;
 
 // CLOUD-1021
@@ -14,21 +8,8 @@ use serde_json::json;
 // CLOUD-2330
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_daemon_serves_the_same_api_without_a_token() {
-    let dir = tempfile::tempdir().unwrap();
-    let runtime_dir = dir.path().join("engines");
-    let port = free_port();
-    let mut command = Command::new(program("orchestratord"));
-    command
-        .env("ORCHESTRATORD_ADDR", format!("127.0.0.1:{port}"))
-        .env("ORCHESTRATORD_RUNTIME_DIR", &runtime_dir);
-    let mut daemon = Process::start(command, &dir.path().join("orchestratord.log"));
-    let client = Client::new(&format!("http://127.0.0.1:{port}"), None);
-    let mut engine = start_engine(&Engine::steady(), &runtime_dir, &dir.path().join("engine.log"));
-    eventually("the model can be asked for", Duration::from_secs(20), || async {
-        let models = client.get_json("/v2/catalog/availability").await?;
-        (models["models"][0]["model_id"] == "fake-model").then_some(())
-    })
-    .await;
+    let mut home = Home::start(Engine::steady(), &[]).await;
+    let client = home.client.clone();
     let task = json!({"model_ref": "fake-model", "prompt": "x", "max_tokens": 4});
     let transcript = client.run(task.clone()).await;
     transcript.check();
@@ -46,7 +27,7 @@ async fn one_daemon_serves_the_same_api_without_a_token() {
     // The one node is steered like any other.
     let drain = client.post("/v2/nodes/home/drain", &json!({})).await;
     assert_eq!(drain.json::<serde_json::Value>().await.unwrap()["kept_by_node"], true);
-    assert!(runtime_dir.join(".home.draining").exists());
+    assert!(home.runtime_dir.join(".home.draining").exists());
     let mut pinned = task.clone();
     pinned["placement"] = json!({"mode": "pin", "node_id": "home"});
     assert_eq!(client.refused(&pinned).await.1["code"], "NODE_UNAVAILABLE");
@@ -62,17 +43,14 @@ async fn one_daemon_serves_the_same_api_without_a_token() {
     let accepted: serde_json::Value = client.post("/v2/tasks", &long).await.json().await.unwrap();
     let id = accepted["task_id"].as_str().unwrap().to_owned();
     assert!(!client.follow(&id, None, 4).await.tokens().is_empty(), "it has sent tokens");
-    engine.as_mut().unwrap().kill();
+    home.engine.as_mut().unwrap().kill();
     let lost = client.follow(&id, None, usize::MAX).await;
     lost.check();
     assert_eq!(lost.error(), Some("WORKER_RESET"));
-    engine = start_engine(&Engine::steady(), &runtime_dir, &dir.path().join("engine.log"));
+    home.start_engine();
     let next = client.run(task).await;
     next.check();
     assert!(next.completed(), "{:?}", next.events.last());
-    drop(engine);
-
-    daemon.signal(Signal::SIGTERM);
-    let status = tokio::task::block_in_place(|| daemon.wait(Duration::from_secs(10)));
-    assert!(status.success(), "{}", daemon.log());
+    drop(home.engine.take());
+    home.stop().await;
 }

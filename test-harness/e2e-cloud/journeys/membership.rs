@@ -89,6 +89,30 @@ async fn a_stopped_control_plane_finishes_what_runs_and_takes_nothing_new() {
     assert!(status.success());
 }
 
+// CLOUD-1942
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_control_plane_that_stops_cuts_off_what_runs_by_its_links_and_logs_no_panic() {
+    let control = vec![("ORCHESTRATORD_SHUTDOWN_GRACE_SECS", "1".to_owned())];
+    let mut cluster = Cluster::start(Options { control, ..Options::default() }).await;
+    let task = cluster.task(2_000);
+    let accepted: Value = cluster.client.post("/v2/tasks", &task).await.json().await.unwrap();
+    let id = accepted["task_id"].as_str().unwrap().to_owned();
+    let begun = cluster.client.follow_tokens(&id, 2).await;
+    let busy = cluster.nodes.iter().position(|node| begun.node() == Some(&node.id)).unwrap();
+    // The other one has gone without a word.
+    cluster.nodes[1 - busy].daemon.as_mut().unwrap().kill();
+    let control = cluster.control.as_mut().unwrap();
+    control.signal(Signal::SIGTERM);
+    let status = tokio::task::block_in_place(|| control.wait(Duration::from_secs(10)));
+    assert!(status.success() && !control.log().contains("panicked"), "{}", control.log());
+    let engine = Client::new(&cluster.engine_url(busy), None);
+    // A node that heard nothing would keep the attempt for 15 s and longer.
+    eventually("the attempt is stopped at its engine", Duration::from_secs(5), || async {
+        (engine.get_json("/fake/busy").await?["busy"] == 0).then_some(())
+    })
+    .await;
+}
+
 // CLOUD-2313
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_silent_node_is_suspect_and_then_offline_and_comes_back() {

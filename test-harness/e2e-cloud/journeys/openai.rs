@@ -1,14 +1,11 @@
 //! Clients of OpenAI's and Anthropic's APIs, unchanged: what they send is what an engine gets, and what
 //! they get is what it has sent.
 
-use std::process::Command;
 use std::time::Duration;
 
-use e2e_cloud::cluster::{Cluster, Options, TOKEN, start_engine};
-use e2e_cloud::process::{free_port, program};
-use e2e_cloud::{Client, Engine, Process, eventually};
+use e2e_cloud::cluster::{Cluster, Options, TOKEN};
+use e2e_cloud::{Client, Engine, Home, eventually};
 use futures::StreamExt;
-use nix::sys::signal::Signal;
 use reqwest::{Method, Response};
 use serde_json::{Value, json};
 
@@ -239,22 +236,9 @@ async fn a_client_that_waits_hears_comments_with_an_empty_line_behind_them_until
 // CLOUD-2839
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_home_profile_serves_them_too() {
-    let dir = tempfile::tempdir().unwrap();
-    let runtime_dir = dir.path().join("engines");
-    let port = free_port();
-    let mut command = Command::new(program("orchestratord"));
-    command
-        .env("ORCHESTRATORD_ADDR", format!("127.0.0.1:{port}"))
-        .env("ORCHESTRATORD_RUNTIME_DIR", &runtime_dir);
-    let mut daemon = Process::start(command, &dir.path().join("orchestratord.log"));
-    let client = Client::new(&format!("http://127.0.0.1:{port}"), None);
-    let steady = Engine::steady();
-    let mut engine = start_engine(&steady, &runtime_dir, &dir.path().join("engine.log"));
-    eventually("the model can be asked for", Duration::from_secs(20), || async {
-        let models = client.get_json("/v1/models").await?;
-        (models["data"][0]["id"] == "fake-model").then_some(())
-    })
-    .await;
+    let mut home = Home::start(Engine::steady(), &[]).await;
+    let client = home.client.clone();
+    assert_eq!(client.get_json("/v1/models").await.unwrap()["data"][0]["id"], "fake-model");
     let stream = raw(&client, CHAT, ODD_CHAT).await;
     assert_eq!((stream.status().as_u16(), header(&stream, "x-llorch-node")), (200, "home"));
     let text = stream.text().await.unwrap();
@@ -263,16 +247,14 @@ async fn the_home_profile_serves_them_too() {
     assert_eq!(answer.json::<Value>().await.unwrap()["data"][0]["embedding"][0], 3.0);
     let mut cut = begin(&client, CHAT, &chat(500)).await.bytes_stream();
     assert!(cut.next().await.unwrap().is_ok());
-    engine.as_mut().unwrap().kill();
+    home.engine.as_mut().unwrap().kill();
     let mut rest = Vec::new();
     while let Some(piece) = cut.next().await {
         rest.extend_from_slice(&piece.unwrap());
     }
     let rest = String::from_utf8(rest).unwrap();
     assert!(rest.contains("\"WORKER_RESET\"") && !rest.contains("[DONE]"), "{rest}");
-    daemon.signal(Signal::SIGTERM);
-    let status = tokio::task::block_in_place(|| daemon.wait(Duration::from_secs(10)));
-    assert!(status.success(), "{}", daemon.log());
+    home.stop().await;
 }
 
 // CLOUD-2830

@@ -2,19 +2,18 @@
 //! daemons and reach the engines, which are asked what came with their requests.
 
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
-use e2e_cloud::cluster::start_engine;
-use e2e_cloud::process::{free_port, program};
-use e2e_cloud::{Client, Cluster, Engine, Options, Process, eventually};
-use reqwest::Method;
+use e2e_cloud::{Client, Cluster, Engine, Home, Options, eventually};
+use reqwest::{Method, Response};
 use serde_json::{Value, json};
 
 /// Our own lines of requests and attempts, and of other crates what they always log.
 const FILTER: &str = "info,daemon_kit=debug,node_agent=debug,orchestratord=debug,pool_managerd=debug";
 /// The client's own span.
 const SPAN: &str = "00f067aa0ba902b7";
+/// What a vendor says of the client's trace.
+const STATE: &str = "vendor=t61rcWkgMzE,other=1";
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a client calls its request.
@@ -25,17 +24,24 @@ struct Ids {
 }
 
 impl Ids {
-    /// Submits the task under these ids. Returns its id.
-    async fn submit(self, client: &Client, task: &Value) -> String {
+    /// Sends a request under these ids. Returns its answer, which names both.
+    async fn send(self, client: &Client, path: &str, body: &Value) -> Response {
         let request = client
-            .request(Method::POST, "/v2/tasks")
+            .request(Method::POST, path)
             .header("traceparent", format!("00-{}-{SPAN}-01", self.trace))
+            .header("tracestate", STATE)
             .header("x-correlation-id", self.correlation)
-            .timeout(PATIENCE)
-            .json(task);
+            .timeout(2 * PATIENCE)
+            .json(body);
         let response = request.send().await.expect("an answer");
         assert_eq!(response.headers()["x-trace-id"], self.trace);
         assert_eq!(response.headers()["x-correlation-id"], self.correlation);
+        response
+    }
+
+    /// Submits the task under these ids. Returns its id.
+    async fn submit(self, client: &Client, task: &Value) -> String {
+        let response = self.send(client, "/v2/tasks", task).await;
         let accepted: Value = response.json().await.expect("JSON");
         accepted["task_id"].as_str().expect("an accepted task").to_owned()
     }
@@ -51,7 +57,7 @@ impl Ids {
     }
 
     /// The paths that the engine was asked for by its one attempt, and the `traceparent` that came
-    /// with all of them: of the client's trace, under another parent.
+    /// with all of them: of the client's trace, under another parent, with what vendors say of it.
     async fn one_attempt_at(self, runtime_dir: &Path) -> (Vec<String>, String) {
         let requests = self.asked_of(runtime_dir).await;
         let of = |request: &Value, name: &str| request[name].as_str().unwrap_or_default().to_owned();
@@ -61,6 +67,7 @@ impl Ids {
                 (of(request, "traceparent"), of(request, "request_id")),
                 (trace.clone(), attempt.clone())
             );
+            assert_eq!(of(request, "tracestate"), STATE);
         }
         let parts: Vec<&str> = trace.split('-').collect();
         assert_eq!((parts[0], parts[1], parts[3]), ("00", self.trace, "01"), "{trace}");
@@ -81,6 +88,12 @@ impl Ids {
         })
         .await;
     }
+}
+
+const CHAT: &str = "/v1/chat/completions";
+
+fn chat(tokens: u32) -> Value {
+    json!({"model": "fake-model", "stream": true, "max_tokens": tokens, "messages": [{"role": "user", "content": "hi"}]})
 }
 
 fn words(to: u32) -> String {
@@ -105,6 +118,7 @@ fn task(cluster: &Cluster, tokens: u32) -> Value {
 
 // CLOUD-1152
 // CLOUD-1153
+// CLOUD-1943
 // CLOUD-2331
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_trace_goes_on_when_its_task_is_placed_again_and_when_it_is_continued() {
@@ -165,32 +179,73 @@ async fn a_trace_goes_on_when_its_task_is_placed_again_and_when_it_is_continued(
     assert_eq!(accepted[1]["task_id"], id.as_str());
 }
 
+// CLOUD-1152
+// CLOUD-1153
+// CLOUD-1943
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_is_passed_on_keeps_its_trace_when_it_is_placed_again() {
+    let mut cluster = cluster().await;
+    let logs = ["gpu-node-1", "gpu-node-2"].map(|id| cluster.log(id));
+    let folders = [0, 1].map(|n| cluster.nodes[n].runtime_dir.clone());
+    let control = cluster.log("orchestratord");
+    // Whichever engine is asked first says nothing, and its node dies.
+    for node in [0, 1] {
+        cluster.fault(node, json!({"kind": "hang", "after": 0})).await;
+    }
+    let ids = Ids { trace: "4bf92f3577b34da6a3ce929d0e0e4736", correlation: "passed-on" };
+    let client = cluster.client.clone();
+    let asking = tokio::spawn(async move {
+        let answer = ids.send(&client, CHAT, &chat(4)).await;
+        (answer.headers()["x-llorch-node"].to_str().unwrap().to_owned(), answer.text().await.unwrap())
+    });
+    let first = eventually("an engine is asked", PATIENCE, || async {
+        for (node, folder) in folders.iter().enumerate() {
+            if !ids.asked_of(folder).await.is_empty() {
+                return Some(node);
+            }
+        }
+        None
+    })
+    .await;
+    let second = 1 - first;
+    ids.wait_logged(&logs[first], "an attempt is accepted", 1).await;
+    cluster.fault(second, json!({"kind": "none"})).await;
+    cluster.nodes[first].daemon.as_mut().unwrap().kill();
+    let (node, text) = asking.await.unwrap();
+    assert_eq!(node, format!("gpu-node-{}", second + 1));
+    assert!(text.ends_with("data: [DONE]\n\n"), "{text}");
+    let asked = [ids.one_attempt_at(&folders[0]).await, ids.one_attempt_at(&folders[1]).await];
+    assert_ne!(asked[0].1, asked[1].1, "each attempt has a span of its own");
+    assert_eq!(asked.map(|(paths, _)| paths), [vec![CHAT.to_owned()], vec![CHAT.to_owned()]]);
+    ids.wait_logged(&logs[second], "an attempt is accepted", 1).await;
+    ids.wait_logged(&logs[second], "an attempt has ended", 1).await;
+    ids.wait_logged(&control, "a request is answered", 1).await;
+    ids.wait_logged(&control, "dispatched", 2).await;
+}
+
+// CLOUD-1943
 // CLOUD-2331
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_trace_reaches_the_engine_and_the_log_in_the_home_profile() {
-    let dir = tempfile::tempdir().unwrap();
-    let (runtime_dir, log) = (dir.path().join("engines"), dir.path().join("orchestratord.log"));
-    let port = free_port();
-    let mut command = Command::new(program("orchestratord"));
-    command
-        .env("ORCHESTRATORD_ADDR", format!("127.0.0.1:{port}"))
-        .env("ORCHESTRATORD_RUNTIME_DIR", &runtime_dir)
-        .env("LLORCH_LOG", FILTER);
-    let _daemon = Process::start(command, &log);
-    let client = Client::new(&format!("http://127.0.0.1:{port}"), None);
-    let _engine = start_engine(&Engine::steady(), &runtime_dir, &dir.path().join("engine.log"));
-    eventually("the model can be asked for", Duration::from_secs(20), || async {
-        let models = client.get_json("/v2/catalog/availability").await?;
-        (models["models"][0]["model_id"] == "fake-model").then_some(())
-    })
-    .await;
+    let home = Home::start(Engine::steady(), &[("LLORCH_LOG", FILTER)]).await;
+    let (client, runtime_dir, log) = (home.client.clone(), home.runtime_dir.clone(), home.log());
     let ids = Ids { trace: "4bf92f3577b34da6a3ce929d0e0e4736", correlation: "at-home" };
     let id = ids.submit(&client, &json!({"model_ref": "fake-model", "prompt": "x", "max_tokens": 4})).await;
     let transcript = client.follow(&id, None, usize::MAX).await;
     transcript.check();
     assert_eq!(transcript.text(), words(4));
     assert_eq!(ids.one_attempt_at(&runtime_dir).await.0, ["/completion"]);
-    for what in ["a request is answered", "dispatched", "an attempt is accepted", "an attempt has ended"] {
+    const LINES: [&str; 4] =
+        ["a request is answered", "dispatched", "an attempt is accepted", "an attempt has ended"];
+    for what in LINES {
+        ids.wait_logged(&log, what, 1).await;
+    }
+    // A request that is passed on to its engine.
+    let ids = Ids { trace: "0af7651916cd43dd8448eb211c80319c", correlation: "passed-on" };
+    let answer = ids.send(&client, CHAT, &chat(4)).await;
+    assert!(answer.text().await.unwrap().ends_with("data: [DONE]\n\n"));
+    assert_eq!(ids.one_attempt_at(&runtime_dir).await.0, [CHAT]);
+    for what in LINES {
         ids.wait_logged(&log, what, 1).await;
     }
 }

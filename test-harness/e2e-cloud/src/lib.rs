@@ -8,6 +8,7 @@ pub mod client;
 pub mod cluster;
 pub mod connection;
 pub mod fake_node;
+pub mod home;
 pub mod network;
 pub mod old;
 pub mod process;
@@ -17,6 +18,7 @@ pub use client::{Client, Transcript};
 pub use cluster::{Cluster, Engine, Options};
 pub use connection::Connection;
 pub use fake_node::{FakeNode, NodeAnswer};
+pub use home::Home;
 pub use network::Network;
 pub use process::Process;
 

@@ -15,8 +15,12 @@ use crate::engine::Engine;
 /// Requests that are remembered; the oldest goes first.
 const MOST: usize = 1024;
 /// What is remembered of a request beside its path, by the name that it is shown under.
-const HEADERS: [(&str, &str); 3] =
-    [("traceparent", "traceparent"), ("correlation_id", "x-correlation-id"), ("request_id", "x-request-id")];
+const HEADERS: [(&str, &str); 4] = [
+    ("traceparent", "traceparent"),
+    ("tracestate", "tracestate"),
+    ("correlation_id", "x-correlation-id"),
+    ("request_id", "x-request-id"),
+];
 
 /// The newest requests, the last one at the end.
 #[derive(Debug, Default)]

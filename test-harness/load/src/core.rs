@@ -361,7 +361,7 @@ impl Fleet {
         self.given += 1;
         let task_id = TaskId(Uuid::from_u128(u128::from(self.given)));
         let request = TaskRequest::completion(name(model, ModelRef::new), "x");
-        let trace = TraceContext { traceparent: String::new(), correlation_id: task_id.to_string() };
+        let trace = TraceContext { correlation_id: task_id.to_string(), ..Default::default() };
         let spec = TaskSpec::of(&request, task_id, BodyDigest::new([0; 32]), None, trace);
         Event::Submit { reply: ReplyTo(self.given), spec: Arc::new(spec) }
     }

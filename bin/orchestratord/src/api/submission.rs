@@ -61,7 +61,11 @@ mod tests {
     }
 
     fn ids() -> RequestIds {
-        RequestIds { correlation_id: "c-1".into(), traceparent: "00-1-2-01".into() }
+        RequestIds {
+            correlation_id: "c-1".into(),
+            traceparent: "00-1-2-01".into(),
+            tracestate: String::new(),
+        }
     }
 
     fn spec(mut request: TaskRequest) -> TaskSpec {

@@ -11,7 +11,7 @@ use daemon_kit::front::{Front, FrontError, Shown};
 use daemon_kit::quota::Quota;
 use daemon_kit::{Clock, serve};
 use handoff_watcher::watch::WatchError;
-use owned_tasks::{StreamThreads, Worker};
+use owned_tasks::{StreamThreads, Unfinished, Worker};
 use task_scheduler::{ControlCore, Event};
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -109,8 +109,10 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
             let run = async move { driver.lock().await.run(control, calls, stop).await };
             let thread = thread.clone();
             async move {
-                let ended = owned_tasks::elsewhere(&thread, "links", run).await;
-                ended.unwrap_or_else(|panicked| panicked.resume());
+                match owned_tasks::elsewhere(&thread, "links", run).await {
+                    Ok(()) | Err(Unfinished::CutOff(_)) => {}
+                    Err(Unfinished::Panicked(panicked)) => panicked.resume(),
+                }
             }
         };
         front.loops.start(&links, "links", &links_stop, drive);
@@ -163,7 +165,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     };
     state.loops.start(&tracker, "changes of tokens", &stop, telling);
     let open_routes = router::metrics(state.clone());
-    let streaming = Streaming { threads, is_stream: router::is_stream };
+    let streaming = Streaming { threads: threads.clone(), is_stream: router::is_stream };
     let limits = ConnLimits { stalled: config.stalled_write, ..ConnLimits::default() };
     let shown = Shown { routes: router::router(state), gate, counts, limits, streaming, open_routes };
     let server = front.serve(shown, &tracker, &stop);
@@ -194,6 +196,8 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     if tokio::time::timeout(LINKS_BOUND, links.wait()).await.is_err() {
         tracing::warn!("some links did not end in time");
     }
+    // Whatever else was on them has ended; links run there to their own end.
+    drop(threads);
     ended.map_or(Ok(()), |result| result.map_err(StartError::Serve))
 }
 

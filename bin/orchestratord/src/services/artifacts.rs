@@ -43,7 +43,9 @@ struct ArtifactFiles {
 
 impl Artifacts {
     pub(crate) fn new(folder: &Path) -> Self {
-        Self { folder: folder.join("artifacts"), at_most: MAX_BYTES, kept: Mutex::default() }
+        let folder = folder.join("artifacts");
+        atomic_file::remove_drafts(&folder);
+        Self { folder, at_most: MAX_BYTES, kept: Mutex::default() }
     }
 
     /// Keeps the document, as the holder's too. Blocks on the disk. Errors: `INVALID_PARAMS` for what is

@@ -126,7 +126,11 @@ pub(crate) mod tests {
     /// The facts of a plain completion.
     pub(crate) fn spec() -> TaskSpec {
         let request = TaskRequest::completion(ModelRef::new("m").unwrap(), "x");
-        let trace = TraceContext { traceparent: TRACEPARENT.into(), correlation_id: "c-1".into() };
+        let trace = TraceContext {
+            traceparent: TRACEPARENT.into(),
+            correlation_id: "c-1".into(),
+            tracestate: "vendor=x".into(),
+        };
         TaskSpec::of(&request, TaskId(Uuid::from_u128(1)), BodyDigest::new([0; 32]), None, trace)
     }
 

@@ -77,6 +77,7 @@ pub(crate) struct CatalogError {
 impl Catalog {
     /// Reads the file of entries, where there is one.
     pub(crate) fn open(folder: &Path) -> Result<Self, CatalogError> {
+        atomic_file::remove_drafts(folder);
         let file = folder.join("catalog.json");
         let failed = |source| CatalogError { file: file.clone(), source };
         let entries: Vec<ModelEntry> = match fs::read(&file) {

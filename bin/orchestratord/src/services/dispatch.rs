@@ -92,6 +92,9 @@ impl Relays {
             None => {
                 carrier.feed.relay(Relay::close);
                 carrier.conclude();
+                carrier.done();
+                // Its end is in the log, and its node is about to say that it is over.
+                carrier.stop();
                 return;
             }
             Some(Ok(end)) => end,
@@ -102,9 +105,7 @@ impl Relays {
             }
         };
         let fence = carrier.stream.fence(attempt);
-        if let Some(Exchange::Linked(linked)) = carrier.exchange.take_if(|_| carrier.feed.has_ended()) {
-            linked.done();
-        }
+        carrier.done();
         let how = match how {
             _ if fence.finished => HowEnded::Finished,
             HowEnded::Finished => HowEnded::OwnDefect("an end that its log does not have".into()),
@@ -317,6 +318,13 @@ impl Carrier {
             }
         }
         None
+    }
+
+    /// The node need not keep what it has said the end of.
+    fn done(&mut self) {
+        if let Some(Exchange::Linked(linked)) = self.exchange.take_if(|_| self.feed.has_ended()) {
+            linked.done();
+        }
     }
 
     fn stop(&mut self) {

@@ -410,7 +410,11 @@ impl HttpLink {
                 let again = call(dispatch, &trace, self.tokens.authorization(), body)?;
                 self.fresh.request(again).await.map_err(|error| {
                     if was_not_sent(&error) {
-                        not_sent(&error)
+                        // What was written on the kept one may be what the node died of.
+                        match not_sent(&error) {
+                            HowEnded::NeverSent(reason) => HowEnded::NoAnswer(reason),
+                            ours => ours,
+                        }
                     } else {
                         HowEnded::NoAnswer(tls::explain(&error))
                     }
@@ -510,6 +514,9 @@ fn call(
         .header(header::CONTENT_TYPE, "application/json")
         .header(headers::TRACEPARENT, &trace.traceparent)
         .header(headers::CORRELATION_ID, &trace.correlation_id);
+    if !trace.tracestate.is_empty() {
+        call = call.header(headers::TRACESTATE, &trace.tracestate);
+    }
     if let Some(value) = authorization {
         call = call.header(header::AUTHORIZATION, value);
     }
@@ -565,6 +572,8 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use task_stream::PayloadFormat;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpListener, TcpStream};
 
     use super::*;
     use crate::services::attempt_body::tests::{dispatch, spec};
@@ -572,6 +581,7 @@ mod tests {
     const PIECE: &[u8] = &[b' '; 16 * 1024];
 
     // CLOUD-1146
+    // CLOUD-1943
     #[test]
     fn an_attempt_goes_out_under_the_trace_of_whoever_submitted_its_task() {
         let payload = Payload { format: PayloadFormat::Native, bytes: Bytes::from_static(b"{\"a\":1}") };
@@ -587,8 +597,51 @@ mod tests {
                 "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000007-01"
             );
             assert_eq!(call.headers()["x-correlation-id"], "c-1");
+            assert_eq!(call.headers()["tracestate"], "vendor=x");
             assert!(!call.headers().contains_key(header::AUTHORIZATION));
         }
+    }
+
+    /// Reads one request, which has no more than its head and `{"a":1}` in it.
+    async fn read_request(socket: &mut TcpStream) {
+        let (mut read, mut buffer) = (Vec::new(), [0; 4096]);
+        while !read.ends_with(b"}") {
+            let n = socket.read(&mut buffer).await.unwrap();
+            assert!(n > 0, "the request breaks off");
+            read.extend_from_slice(&buffer[..n]);
+        }
+    }
+
+    // CLOUD-1944
+    #[tokio::test]
+    async fn a_node_that_dies_of_what_came_over_a_kept_connection_has_given_no_answer() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let tls = ClientTls::new("TEST", None, None).unwrap();
+        let threads = StreamThreads::start(1).unwrap();
+        let (http, _drivers) = HttpLink::new(&tls, Tokens::default(), Clock::default(), &threads).unwrap();
+        let payload = Payload { format: PayloadFormat::Native, bytes: Bytes::from_static(b"{\"a\":1}") };
+        let dispatch = Dispatch { address, ..dispatch(spec()) };
+        let infer = || http.infer(&dispatch, AttemptBody::new(&dispatch, &payload, None));
+        let node = async {
+            let (mut socket, _) = listener.accept().await.unwrap();
+            read_request(&mut socket).await;
+            let head = "HTTP/1.1 200 OK\r\nx-llorch-report-seq: 1\r\nx-llorch-replica-id: r0\r\n";
+            socket.write_all(format!("{head}content-length: 0\r\n\r\n").as_bytes()).await.unwrap();
+            socket
+        };
+        let (taken, mut socket) = tokio::join!(infer(), node);
+        let Exchange::Http(frames) = taken.unwrap_or_else(|how| panic!("{how:?}")).exchange else { panic!() };
+        assert_eq!(frames.count().await, 0);
+        // It reads the next attempt, and is gone.
+        let dies = async {
+            read_request(&mut socket).await;
+            drop((socket, listener));
+        };
+        let (taken, ()) = tokio::join!(infer(), dies);
+        assert!(matches!(taken, Err(HowEnded::NoAnswer(_))), "{:?}", taken.err());
+        // Nothing was sent from then on.
+        assert!(matches!(infer().await, Err(HowEnded::NeverSent(_))));
     }
 
     // CLOUD-2720

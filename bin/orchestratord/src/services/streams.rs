@@ -59,7 +59,7 @@ impl Submitted {
     /// Of a task whose relays are run by the test.
     pub(crate) fn with(payload: Payload) -> Self {
         let threads = owned_tasks::StreamThreads::start(1).expect("a thread for streams");
-        let trace = TraceContext { traceparent: String::new(), correlation_id: "c-1".into() };
+        let trace = TraceContext { correlation_id: "c-1".into(), ..Default::default() };
         Self { payload, held: HeldBytes::default(), owner: None, trace, thread: threads.first().clone() }
     }
 }

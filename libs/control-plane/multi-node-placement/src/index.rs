@@ -481,10 +481,12 @@ impl PoolIndex {
         self.by_model.get(model).map_or(0, |pools| pools.placeable.len())
     }
 
-    /// Every so manieth of the placeable pools of the model.
-    pub fn placeable_by(&self, model: &ModelRef, step: usize) -> impl Iterator<Item = &Candidate> {
-        let keys = self.by_model.get(model).into_iter().flat_map(|pools| &pools.placeable);
-        keys.step_by(step).filter_map(|key| self.get(key))
+    /// Every so manieth of the placeable pools of the model, in no order that means anything: of many
+    /// some that stand for the others. Cost: a step for each of these.
+    pub fn some_placeable(&self, model: &ModelRef, step: usize) -> impl Iterator<Item = &Candidate> {
+        let pools = self.by_model.get(model).into_iter();
+        let numbered = pools.flat_map(move |pools| pools.numbered.iter().step_by(step));
+        numbered.filter_map(|numbered| self.at(numbered.pool?))
     }
 
     /// Whether any pool of the model could be loaded.

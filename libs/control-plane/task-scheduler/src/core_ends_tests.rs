@@ -249,3 +249,64 @@ fn a_cancel_that_comes_after_the_end_changes_nothing() {
     assert_eq!(b.replies[&reply], Ok(Answer::Canceled));
     assert_eq!(b.view(id).unwrap().state, TaskState::Completed);
 }
+
+// CLOUD-1945
+#[test]
+fn a_task_that_was_taken_once_waits_whatever_is_found_wrong_with_it_and_its_end_says_what() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.join("b", 1);
+    let (id, _) = b.submit(task());
+    assert_eq!(b.node_of(0), "a");
+    let (attempt, replica_id) = (b.dispatches[0].attempt, ReplicaId::new("r0").unwrap());
+    b.apply(Event::Accepted { attempt, replica_id, report_seq: 1 });
+    b.end(attempt, 0, HowEnded::Broken("reset".into()));
+    let wrong = || HowEnded::Rejected(ErrorBody::new(ErrorCode::InvalidParams, "no such thing"));
+    assert_eq!(b.node_of(1), "b");
+    b.end(b.dispatches[1].attempt, 0, wrong());
+    for second in 1..700 {
+        b.advance_to(second * 1_000);
+        for name in ["a", "b"] {
+            b.beat(name, second + 1, 1, &[]);
+        }
+        if b.dispatches.len() == 3 && b.core.running() == 1 {
+            assert_eq!((b.node_of(2), b.terminal.len()), ("a", 0), "it may take it again");
+            b.end(b.dispatches[2].attempt, 0, wrong());
+        }
+        if b.terminal.contains_key(&id) {
+            break;
+        }
+        assert!(second < 620, "it waits without an end");
+    }
+    assert_eq!((b.terminal[&id], b.dispatches.len()), (ErrorCode::DeadlineExceeded, 3));
+    let Some(Stage::Ended { error: Some(error), .. }) = b.core.tasks.get(&id).map(|task| task.stage.clone())
+    else {
+        panic!("it has ended with an error")
+    };
+    let before =
+        "before: a/pool-0: the stream broke: reset; b/pool-0: no such thing; a/pool-0: no such thing";
+    assert!(error.message.ends_with(before), "{}", error.message);
+}
+
+// CLOUD-1946
+#[test]
+fn an_end_on_a_pool_that_has_gone_counts_for_its_task_and_the_pool_comes_back_with_nothing_against_it() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    let (id, _) = b.submit(task());
+    let (attempt, replica_id) = (b.dispatches[0].attempt, ReplicaId::new("r0").unwrap());
+    b.apply(Event::Accepted { attempt, replica_id, report_seq: 1 });
+    let reply = b.reply();
+    b.apply(Event::Deregister { reply, node_id: node("a"), epoch: None });
+    b.apply(Event::Started { attempt });
+    b.end(attempt, 3, HowEnded::Finished);
+    assert!(b.terminal.is_empty() && matches!(b.core.tasks.get(&id).unwrap().stage, Stage::Ended { .. }));
+    assert_eq!(b.core.counters().completed, 1);
+    // It is another pool that has its name from now on: it is chosen, shown and explained as any other.
+    b.join("a", 1);
+    b.submit(task()).1.unwrap();
+    assert_eq!((b.dispatches.len(), b.node_of(1)), (2, "a"));
+    b.end(b.dispatches[1].attempt, 3, HowEnded::Finished);
+    assert_eq!(b.core.counters().completed, 2);
+    b.core.check_order(at(b.now)).unwrap();
+}

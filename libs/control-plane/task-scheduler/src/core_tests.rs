@@ -315,7 +315,7 @@ fn task() -> TaskSpec {
         continuation: None,
         reasoning: Reasoning::Keep,
         caller: None,
-        trace: TraceContext { traceparent: String::new(), correlation_id: String::new() },
+        trace: TraceContext::default(),
         digest: BodyDigest::new([0; 32]),
     }
 }

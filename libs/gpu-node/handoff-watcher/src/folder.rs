@@ -100,7 +100,7 @@ impl Folder {
     }
 
     /// The process of a bound file is gone.
-    pub fn process_gone(&mut self, file: &str, pid: u32) -> Vec<Change> {
+    pub(crate) fn process_gone(&mut self, file: &str, pid: u32) -> Vec<Change> {
         let mut changes = Vec::new();
         if let Some(entry) = self.entries.get(file) {
             let seen =

@@ -9,7 +9,7 @@ use pool_registry_types::{ModelRef, PoolId, ReplicaId};
 use serde::Deserialize;
 
 /// Largest handoff file that is read, bytes.
-pub const MAX_HANDOFF_BYTES: u64 = 64 * 1024;
+pub(crate) const MAX_HANDOFF_BYTES: u64 = 64 * 1024;
 /// Most slots that a replica may claim.
 pub const MAX_SLOTS: u32 = 4096;
 

@@ -12,7 +12,7 @@ const SLACK: Duration = Duration::from_secs(2);
 
 /// When a process started, in ticks since the machine's boot; nothing when there is none. An
 /// error says only that it could not be found out.
-pub fn start_ticks(pid: u32) -> std::io::Result<Option<u64>> {
+pub(crate) fn start_ticks(pid: u32) -> std::io::Result<Option<u64>> {
     match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
         Ok(stat) => Ok(parse_start(&stat)),
         // A process that ends while it is read is "no such process" (3).
@@ -45,7 +45,7 @@ fn parse_start(stat: &str) -> Option<u64> {
 }
 
 /// Whether the process is older than the file that names it.
-pub fn is_older_than(start_ticks: u64, file: SystemTime) -> bool {
+pub(crate) fn is_older_than(start_ticks: u64, file: SystemTime) -> bool {
     let boot = std::fs::read_to_string("/proc/stat").ok().and_then(|stat| {
         stat.lines().find_map(|line| line.strip_prefix("btime ")?.trim().parse::<u64>().ok())
     });

@@ -164,7 +164,7 @@ fn refused(attempt: u128) -> InferRequest {
 
 fn trace() -> TraceContext {
     let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".to_owned();
-    TraceContext { traceparent, correlation_id: "order-7".into() }
+    TraceContext { traceparent, correlation_id: "order-7".into(), tracestate: "vendor=x".into() }
 }
 
 async fn run(agent: &Arc<Agent>, request: InferRequest, trace: Option<&TraceContext>) -> String {
@@ -176,6 +176,7 @@ async fn run(agent: &Arc<Agent>, request: InferRequest, trace: Option<&TraceCont
 
 // CLOUD-1151
 // CLOUD-1153
+// CLOUD-1943
 #[tokio::test]
 async fn every_request_to_an_engine_for_one_attempt_carries_the_same_child_of_the_clients_trace() {
     let folder = tempfile::tempdir().unwrap();
@@ -197,9 +198,13 @@ async fn every_request_to_an_engine_for_one_attempt_carries_the_same_child_of_th
         assert!(paths.starts_with(asks), "{paths:?}");
         let traceparent = requests[0].1["traceparent"].clone();
         for (path, headers) in &requests {
-            let reported =
-                ["traceparent", "x-correlation-id", "x-request-id"].map(|name| headers[name].as_str());
-            assert_eq!(reported, [traceparent.as_str(), "order-7", attempt_id.as_str()], "{path}");
+            let reported = ["traceparent", "tracestate", "x-correlation-id", "x-request-id"]
+                .map(|name| headers[name].as_str());
+            assert_eq!(
+                reported,
+                [traceparent.as_str(), "vendor=x", "order-7", attempt_id.as_str()],
+                "{path}"
+            );
         }
         assert_eq!(read_traceparent(&traceparent).as_ref(), Some(&traceparent));
         let passed_on = TraceContext { traceparent: traceparent.clone(), ..trace() };
@@ -208,7 +213,7 @@ async fn every_request_to_an_engine_for_one_attempt_carries_the_same_child_of_th
     }
     assert!(parents[0] != parents[1] && !parents.contains(&trace().traceparent), "{parents:?}");
     run(&agent, continued(3), None).await;
-    let ours = |name: &str| ["traceparent", "x-correlation-id", "x-request-id"].contains(&name);
+    let ours = |name: &str| ["traceparent", "tracestate", "x-correlation-id", "x-request-id"].contains(&name);
     assert!(!seen.lock().iter().any(|(_, headers)| headers.keys().any(|name| ours(name))));
 }
 

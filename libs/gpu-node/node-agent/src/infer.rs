@@ -327,7 +327,7 @@ impl Agent {
 
     /// Ends the attempt: whoever wanted it has no use for its end either. One that has not come yet is
     /// refused when it does.
-    pub fn stop_attempt(&self, attempt: &AttemptId) {
+    pub(crate) fn stop_attempt(&self, attempt: &AttemptId) {
         self.with_core(|core, now| core.stopped(now, attempt));
         if let Some(signals) = self.drivers.lock().get(attempt) {
             signals.cancel.cancel();

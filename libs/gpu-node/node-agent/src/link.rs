@@ -24,7 +24,7 @@ use futures::Stream;
 use node_core::{Cursor, Identity};
 use parking_lot::Mutex;
 use pool_registry_types::task::{InferRequest, Reasoning, TaskRequest, read_task};
-use pool_registry_types::trace::read_traceparent;
+use pool_registry_types::trace::{read_traceparent, read_tracestate};
 use pool_registry_types::{AttemptId, ErrorBody, LifeId, Moment, TraceContext};
 use task_stream::{Passage, PayloadFormat};
 use tokio::sync::Notify;
@@ -276,9 +276,13 @@ impl Agent {
 }
 
 fn trace_of(start: &Start) -> TraceContext {
+    let facts = &start.facts;
+    let traceparent = read_traceparent(&facts.traceparent).unwrap_or_default();
+    let state = read_tracestate([facts.tracestate.as_str()]).filter(|_| !traceparent.is_empty());
     TraceContext {
-        traceparent: read_traceparent(&start.facts.traceparent).unwrap_or_default(),
-        correlation_id: start.facts.correlation_id.clone(),
+        traceparent,
+        correlation_id: facts.correlation_id.clone(),
+        tracestate: state.unwrap_or_default(),
     }
 }
 

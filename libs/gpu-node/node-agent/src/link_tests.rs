@@ -105,6 +105,7 @@ fn start(number: u64, attempt: u128, payload: &str) -> Start {
         keep: false,
         traceparent: String::new(),
         correlation_id: "order-7".into(),
+        tracestate: String::new(),
         caller: None,
     };
     Start { facts, payload: Bytes::copy_from_slice(payload.as_bytes()) }

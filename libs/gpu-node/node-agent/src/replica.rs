@@ -28,7 +28,7 @@ const LOOK_EVERY_READY: Duration = Duration::from_secs(1);
 /// Pause between two questions how busy it is. llama.cpp notices that the caller of a whole answer
 /// has left only after a second in which it delivers no other result, this one's included.
 const COUNT_EVERY: Duration = Duration::from_millis(1_500);
-/// Between two questions while a slot settles.
+/// Between two questions until a slot is released.
 const RELEASE_PAUSES: Backoff = Backoff::new(Duration::from_millis(25), COUNT_EVERY);
 
 /// Looks at the engine until `stop`, and at once when told to. Whoever stops it unbinds the replica.

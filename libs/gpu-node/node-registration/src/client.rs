@@ -13,7 +13,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::body::read_at_most;
 
 /// Bound of one call, connecting included.
-pub const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Bound of connecting. Source: .specs/01 CLOUD-1501.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 

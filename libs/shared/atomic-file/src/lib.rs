@@ -80,6 +80,27 @@ pub fn remove(path: &Path) -> Result<(), WriteError> {
     }
 }
 
+/// Removes what writers that were killed have left in the folder, which no reader sees. To be called before
+/// anybody writes there: a write that is under way would fail. What cannot be removed is left.
+pub fn remove_drafts(folder: &Path) {
+    // A folder that is not there has none.
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    let drafts = entries.flatten().filter(|entry| entry.file_name().to_str().is_some_and(is_draft));
+    for draft in drafts {
+        // It takes room, and harms nobody.
+        let _ = fs::remove_file(draft.path());
+    }
+}
+
+/// Whether [`draft_of`] makes such names.
+fn is_draft(name: &str) -> bool {
+    let numbers = name.strip_prefix('.').and_then(|name| name.strip_suffix(".tmp")?.rsplit_once('.'));
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    numbers
+        .and_then(|(_, numbers)| numbers.split_once('-'))
+        .is_some_and(|(a, b)| is_number(a) && is_number(b))
+}
+
 /// Puts on the disk which names are in the folder.
 ///
 /// # Errors
@@ -128,6 +149,26 @@ mod tests {
     fn names(folder: &Path) -> Vec<String> {
         let entries = fs::read_dir(folder).unwrap();
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    // CLOUD-1947
+    #[test]
+    fn what_a_killed_writer_has_left_is_removed_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a.json");
+        replace(&file, b"whole", BY_UMASK).unwrap();
+        for _ in 0..2 {
+            fs::write(draft_of(&file), b"hal").unwrap();
+        }
+        let others = [".a.json", ".a.json.tmp", ".a.7.tmp", ".a.-7.tmp", "a.json.1-2.tmp", ".a.x-2.tmp"];
+        others.iter().for_each(|name| fs::write(dir.path().join(name), b"").unwrap());
+        remove_drafts(dir.path());
+        let mut left = names(dir.path());
+        left.sort();
+        let mut expected: Vec<&str> = others.iter().copied().chain(["a.json"]).collect();
+        expected.sort_unstable();
+        assert_eq!(left, expected);
+        remove_drafts(&dir.path().join("none"));
     }
 
     #[test]

@@ -194,7 +194,7 @@ fn of_a_tasks_facts_a_node_gets_what_it_acts_on() {
         reasoning: Reasoning::Drop,
         ..TaskRequest::completion(ModelRef::new("m").unwrap(), "a secret prompt")
     };
-    let trace = TraceContext { traceparent: String::new(), correlation_id: "c-1".into() };
+    let trace = TraceContext { correlation_id: "c-1".into(), ..Default::default() };
     let spec = TaskSpec::of(&request, TaskId(Uuid::nil()), BodyDigest::new([0; 32]), None, trace);
     let own = json!(StartSpec::of(&spec, Some(9)));
     assert_eq!(own, json!({"model_ref":"m","workload":"completion","reasoning":"drop","max_tokens":9}));

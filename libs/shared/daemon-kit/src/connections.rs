@@ -18,14 +18,16 @@ use std::task::Poll;
 use std::time::Duration;
 
 use axum::Router;
+use axum::response::IntoResponse;
 use futures::future::Either;
 use futures::{FutureExt, TryFutureExt};
 use hyper::body::{Body as _, Incoming};
 use hyper::{Method, Request, Version};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use owned_tasks::{Loops, StreamThread, StreamThreads};
+use owned_tasks::{Loops, StreamThread, StreamThreads, Unfinished};
 use parking_lot::{Mutex, MutexGuard};
+use pool_registry_types::ErrorCode;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Handle;
@@ -35,6 +37,7 @@ use tokio_util::sync::CancellationToken;
 use tower::Service;
 
 use crate::activity::{Activity, Answer, Instrumented, Look};
+use crate::answer::ApiError;
 use crate::room::{ConnectionPermit, Found, Room};
 use crate::socket::Socket;
 use crate::tls::{self, PeerCertificate, ServerTls};
@@ -407,7 +410,14 @@ impl Server {
                     None => Either::Left(answer),
                     Some(runtime) => {
                         let answered = owned_tasks::elsewhere(&runtime, "request", answer);
-                        Either::Right(answered.map(|all| all.unwrap_or_else(|panicked| panicked.resume())))
+                        Either::Right(answered.map(|all| match all {
+                            Ok(answer) => answer,
+                            Err(Unfinished::Panicked(panicked)) => panicked.resume(),
+                            Err(Unfinished::CutOff(_)) => {
+                                let error = ApiError::new(ErrorCode::Draining, "the server is shutting down");
+                                Ok(error.into_response())
+                            }
+                        }))
                     }
                 };
                 // Not an async block, which would hold the answer's future twice.

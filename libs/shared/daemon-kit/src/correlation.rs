@@ -10,7 +10,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use pool_registry_types::routes::headers;
-use pool_registry_types::trace::{read_traceparent, traceparent};
+use pool_registry_types::trace::{read_traceparent, read_tracestate, traceparent};
 use pool_registry_types::{ErrorBody, ErrorCode, TraceContext};
 use uuid::Uuid;
 
@@ -28,12 +28,18 @@ pub struct RequestIds {
     pub correlation_id: String,
     /// W3C trace context, complete.
     pub traceparent: String,
+    /// As it came with the request's own `traceparent`; empty without.
+    pub tracestate: String,
 }
 
 impl RequestIds {
     /// What goes along with whatever is done for the request.
     pub fn trace(&self) -> TraceContext {
-        TraceContext { traceparent: self.traceparent.clone(), correlation_id: self.correlation_id.clone() }
+        TraceContext {
+            traceparent: self.traceparent.clone(),
+            correlation_id: self.correlation_id.clone(),
+            tracestate: self.tracestate.clone(),
+        }
     }
 }
 
@@ -43,9 +49,12 @@ pub(crate) async fn layer(
     mut request: Request,
     next: Next,
 ) -> Response {
+    let given = given_trace(request.headers());
+    let tracestate = given.as_ref().and_then(|_| given_state(request.headers())).unwrap_or_default();
     let ids = RequestIds {
         correlation_id: given_id(request.headers()).unwrap_or_else(|| Uuid::new_v4().to_string()),
-        traceparent: given_trace(request.headers()).unwrap_or_else(new_trace),
+        traceparent: given.unwrap_or_else(new_trace),
+        tracestate,
     };
     request.extensions_mut().insert(ids.clone());
     let (method, uri) = (request.method().clone(), request.uri().clone());
@@ -100,6 +109,13 @@ fn given_trace(map: &HeaderMap) -> Option<String> {
     read_traceparent(only.to_str().ok()?)
 }
 
+/// What vendors say of it.
+fn given_state(map: &HeaderMap) -> Option<String> {
+    let all: Result<Vec<&str>, _> =
+        map.get_all(headers::TRACESTATE).iter().map(HeaderValue::to_str).collect();
+    read_tracestate(all.ok()?)
+}
+
 fn new_trace() -> String {
     let (trace, parent) = (Uuid::new_v4(), Uuid::new_v4());
     traceparent(trace.as_u128(), parent.as_u64_pair().1, FLAGS_OF_NEW_TRACES)
@@ -144,7 +160,15 @@ mod tests {
         let (parent, other) = (format!("00-{TRACE}-00f067aa0ba902b7-00"), format!("00-{TRACE}-01-01"));
         let trace =
             trace_of(ask("/ids", &[("x-correlation-id", "abc"), ("traceparent", &parent)]).await).await;
-        assert_eq!(trace, TraceContext { traceparent: parent.clone(), correlation_id: "abc".into() });
+        let expected = TraceContext {
+            traceparent: parent.clone(),
+            correlation_id: "abc".into(),
+            tracestate: String::new(),
+        };
+        assert_eq!(trace, expected);
+        let state = [("traceparent", parent.as_str()), ("tracestate", "a=1"), ("tracestate", "b=2")];
+        assert_eq!(trace_of(ask("/ids", &state).await).await.tracestate, "a=1,b=2");
+        assert_eq!(trace_of(ask("/ids", &state[1..]).await).await.tracestate, "", "it is of no trace");
         let doubled = [("traceparent", parent.as_str()), ("traceparent", parent.as_str())];
         for headers in [&doubled[..], &[("traceparent", other.as_str())], &[]] {
             let response = ask("/ids", headers).await;

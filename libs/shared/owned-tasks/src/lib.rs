@@ -36,8 +36,8 @@ const WELL_AFTER: Duration = Duration::from_secs(5);
 /// Characters of a panic's message that are kept.
 const LONGEST_MESSAGE: usize = 400;
 
-/// Work that ended without a result: it panicked, or the runtime ends. What is shown of it does
-/// not hold the panic's message, which may quote what was worked on.
+/// Work that panicked, or that a thread for blocking work did not come to before its runtime ended. What
+/// is shown of it does not hold the panic's message, which may quote what was worked on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("a defect in: {name}; see the log")]
 pub struct Panicked {
@@ -58,6 +58,16 @@ impl Panicked {
     pub fn resume(self) -> ! {
         std::panic::resume_unwind(Box::new(self.message))
     }
+}
+
+/// Why there is no result of work that runs by itself.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unfinished {
+    #[error(transparent)]
+    Panicked(Panicked),
+    /// The runtime that it ran on has ended before, as at the end of a daemon: no defect.
+    #[error("{0}: cut off, what it ran on has ended")]
+    CutOff(&'static str),
 }
 
 // What wraps work is no `async fn`: such a one keeps what it was called with beside what it awaits, so
@@ -118,12 +128,15 @@ pub struct Awaited<H> {
 }
 
 impl<T, H: Future<Output = Result<Result<T, Panicked>, JoinError>> + Unpin> Future for Awaited<H> {
-    type Output = Result<T, Panicked>;
+    type Output = Result<T, Unfinished>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let name = self.name;
-        let cut_off = |error: JoinError| Err(Panicked { name, message: error.to_string() });
-        self.running.poll_unpin(cx).map(|ended| ended.unwrap_or_else(cut_off))
+        self.running.poll_unpin(cx).map(|ended| match ended {
+            Ok(result) => result.map_err(Unfinished::Panicked),
+            // Its panics are caught: it was cancelled.
+            Err(_) => Err(Unfinished::CutOff(name)),
+        })
     }
 }
 
@@ -446,7 +459,8 @@ mod tests {
         let zero = 0;
         let panicked = blocking("a look", move || 10 / zero).await.unwrap_err();
         assert_eq!((panicked.name, panicked.message.as_str()), ("a look", "attempt to divide by zero"));
-        assert_eq!(uninterrupted("a change", divides(0)).await.unwrap_err().name, "a change");
+        let unfinished = uninterrupted("a change", divides(0)).await.unwrap_err();
+        assert!(matches!(unfinished, Unfinished::Panicked(panicked) if panicked.name == "a change"));
         assert_eq!(watched("a change", divides(2)).await.unwrap(), Ok(5));
         assert!(watched("a change", divides(0)).await.is_err_and(|error| error.is_panic()));
     }
@@ -469,6 +483,23 @@ mod tests {
         assert!(timeout(Duration::from_millis(20), uninterrupted("a change", work)).await.is_err());
         go.notify_one();
         assert!(timeout(PATIENCE, done.notified()).await.is_ok());
+    }
+
+    // CLOUD-1942
+    #[tokio::test]
+    async fn work_whose_runtime_ends_was_cut_off_and_has_not_panicked() {
+        let threads = StreamThreads::start(1).unwrap();
+        let begun = Arc::new(Notify::new());
+        let begins = Arc::clone(&begun);
+        let work = async move {
+            begins.notify_one();
+            std::future::pending::<()>().await;
+        };
+        let running = elsewhere(threads.first().handle(), "a lane", work);
+        begun.notified().await;
+        drop(threads);
+        let ended = timeout(PATIENCE, running).await.expect("it ends with its thread");
+        assert_eq!(ended, Err(Unfinished::CutOff("a lane")));
     }
 
     // CLOUD-1145

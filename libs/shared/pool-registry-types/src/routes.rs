@@ -85,6 +85,7 @@ pub mod headers {
     pub const CORRELATION_ID: &str = "x-correlation-id";
     pub const TRACE_ID: &str = "x-trace-id";
     pub const TRACEPARENT: &str = "traceparent";
+    pub const TRACESTATE: &str = "tracestate";
     /// To engines: the id of the attempt.
     pub const REQUEST_ID: &str = "x-request-id";
     pub const BACKOFF_MS: &str = "x-backoff-ms";

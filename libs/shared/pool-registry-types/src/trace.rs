@@ -3,7 +3,7 @@
 //! The trace is that of W3C Trace Context (<https://www.w3.org/TR/trace-context-2/>): a trace id
 //! that all hops share, the id of the span that called, and flags. Whoever calls on passes a
 //! [`TraceContext::child`] on: the parent span is another one at each hop, the rest stays. Nothing
-//! here draws an id, and nothing knows of `tracestate`, which belongs to vendors and is not passed on.
+//! here draws an id, and nothing reads `tracestate`, which belongs to vendors and is passed on as it came.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,11 +11,13 @@ use serde::{Deserialize, Serialize};
 const LENGTH: usize = 55;
 /// `sampled` and `random`. The others have no meaning yet, and are passed on as zero.
 const KNOWN_FLAGS: u8 = 0b11;
+/// Longest `tracestate` that is passed on, bytes. Source: .specs/01 CLOUD-1943.
+pub const MAX_TRACESTATE_BYTES: usize = 512;
 
 /// The trace that a request belongs to, and the id by which its client knows it.
 ///
 /// Between daemons and in files an absent field reads as empty: the request runs without it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TraceContext {
     /// As version 00 of W3C Trace Context writes it.
     #[serde(default)]
@@ -23,6 +25,9 @@ pub struct TraceContext {
     /// 1 to 128 visible ASCII characters.
     #[serde(default)]
     pub correlation_id: String,
+    /// What vendors say of the trace, by [`read_tracestate`]; empty where they say nothing.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub tracestate: String,
 }
 
 impl TraceContext {
@@ -39,8 +44,26 @@ impl TraceContext {
             (Some(trace), Some(flags)) => format!("{trace}{:016x}{flags}", span_id.max(1)),
             _ => self.traceparent.clone(),
         };
-        Self { traceparent, correlation_id: self.correlation_id.clone() }
+        Self { traceparent, ..self.clone() }
     }
+}
+
+/// The headers `tracestate` that came with a request, as one; nothing where they are none. Of vendors'
+/// lists no member may be left out in the middle, so what is too long goes whole.
+pub fn read_tracestate<'t>(headers: impl IntoIterator<Item = &'t str>) -> Option<String> {
+    let mut all = String::new();
+    for list in headers.into_iter().map(|list| list.trim_matches([' ', '\t'])).filter(|list| !list.is_empty())
+    {
+        if all.len() + list.len() + 1 > MAX_TRACESTATE_BYTES + usize::from(all.is_empty()) {
+            return None;
+        }
+        if !all.is_empty() {
+            all.push(',');
+        }
+        all.push_str(list);
+    }
+    let is_text = all.bytes().all(|b| b == b'\t' || (b' '..=b'~').contains(&b));
+    (is_text && !all.is_empty()).then_some(all)
 }
 
 /// A `traceparent` of version 00. Neither id may be 0, which is none.
@@ -111,9 +134,13 @@ mod tests {
     // CLOUD-1151
     #[test]
     fn a_child_has_another_parent_and_the_same_trace_flags_and_correlation_id() {
-        let trace =
-            TraceContext { traceparent: format!("00-{TRACE}-{SPAN}-01"), correlation_id: "order 7".into() };
+        let trace = TraceContext {
+            traceparent: format!("00-{TRACE}-{SPAN}-01"),
+            correlation_id: "order 7".into(),
+            tracestate: "vendor=x".into(),
+        };
         assert_eq!(trace.trace_id(), TRACE);
+        assert_eq!(trace.child(7).tracestate, "vendor=x");
         let child = trace.child(0x2a);
         assert_eq!(child.traceparent, format!("00-{TRACE}-000000000000002a-01"));
         assert_eq!((child.trace_id(), child.correlation_id.as_str()), (TRACE, "order 7"));
@@ -124,12 +151,29 @@ mod tests {
         }
     }
 
+    // CLOUD-1943
+    #[test]
+    fn what_vendors_say_is_passed_on_as_it_came_and_whole() {
+        let read = |headers: &[&str]| read_tracestate(headers.iter().copied());
+        assert_eq!(read(&["a=1,b@c=2 3", " d=4\t"]).as_deref(), Some("a=1,b@c=2 3,d=4"));
+        assert_eq!(
+            read(&[&"x".repeat(MAX_TRACESTATE_BYTES)]).map(|all| all.len()),
+            Some(MAX_TRACESTATE_BYTES)
+        );
+        let half = "x".repeat(MAX_TRACESTATE_BYTES / 2);
+        let long = "x".repeat(MAX_TRACESTATE_BYTES + 1);
+        for none in [&[][..], &[""], &[" "], &["a=\u{e4}"], &["a=\n"], &[long.as_str()], &[&half, &half]] {
+            assert_eq!(read(none), None, "{none:?}");
+        }
+    }
+
     // CLOUD-1151
     #[test]
     fn a_trace_that_is_not_there_or_unreadable_costs_nothing_but_itself() {
         let absent: TraceContext = serde_json::from_str(r#"{"of_a_newer_daemon": 1}"#).unwrap();
         assert_eq!((absent.trace_id(), absent.child(7)), ("", absent.clone()));
-        let odd = TraceContext { traceparent: "é".repeat(40), correlation_id: "c".into() };
+        let odd =
+            TraceContext { traceparent: "é".repeat(40), correlation_id: "c".into(), ..Default::default() };
         assert_eq!((odd.trace_id(), odd.child(7)), ("", odd.clone()));
         let json = serde_json::to_string(&odd.child(7)).unwrap();
         assert_eq!(serde_json::from_str::<TraceContext>(&json).unwrap(), odd);

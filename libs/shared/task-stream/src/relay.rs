@@ -376,9 +376,9 @@ impl Relay {
         self.actions.push_back(Action::Arm(self.armed));
     }
 
-    /// The core wants the attempt's end, whatever came of it.
+    /// The core wants the attempt's end, whatever came of it but an end that readers have.
     pub fn close(&mut self) {
-        self.reading.last = None;
+        self.reading.last.take_if(|last| *last != HowEnded::Finished);
         self.end(HowEnded::Closed);
     }
 

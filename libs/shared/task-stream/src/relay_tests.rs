@@ -7,6 +7,11 @@ use uuid::Uuid;
 use super::*;
 use crate::log::TaskLog;
 
+#[path = "relay_link_tests.rs"]
+mod links;
+#[path = "relay_resume_tests.rs"]
+mod resumes;
+
 const LOG: LogId = LogId(Uuid::from_u128(9));
 const ATTEMPT: AttemptId = AttemptId(Uuid::from_u128(1));
 
@@ -326,6 +331,32 @@ fn an_end_that_was_read_and_is_not_in_the_log_is_none() {
     assert_eq!(bench.done, [ended(HowEnded::NodeError(body))]);
 }
 
+// CLOUD-1610
+#[test]
+fn an_end_that_readers_have_holds_where_the_attempt_is_closed_after_it_and_an_error_does_not() {
+    // As the property below found it, which lets nodes begin before they accept.
+    let mut bench = Bench::new(0);
+    bench.relay.chunk(at(1), &token(0));
+    bench.relay.chunk(at(1), &event("end", 1));
+    bench.flush(1);
+    assert!(bench.log.is_finished());
+    bench.relay.close();
+    bench.collect();
+    assert_eq!(bench.done, [Action::Started, ended(HowEnded::Finished)]);
+    // Read, and not in the log yet.
+    let mut bench = Bench::accepted(0);
+    bench.relay.chunk(at(2), &event("end", 0));
+    bench.relay.close();
+    bench.collect();
+    assert_eq!(bench.done, [Action::Stop, ended(HowEnded::Closed)]);
+    let body = serde_json::to_string(&ErrorBody::new(ErrorCode::WorkerReset, "x")).unwrap();
+    let mut bench = Bench::accepted(0);
+    bench.take(2, format!("event: error\ndata: {body}\n\n").as_bytes());
+    bench.relay.close();
+    bench.collect();
+    assert_eq!(bench.done, [Action::Stop, ended(HowEnded::Closed)]);
+}
+
 #[derive(Debug, Clone)]
 enum Input {
     Accepted,
@@ -412,283 +443,6 @@ proptest! {
             prop_assert_eq!(&text.as_bytes()[tokens..], expected.as_slice());
         }
     }
-}
-
-// CLOUD-1560
-#[test]
-fn a_relay_goes_on_in_another_stream_of_its_attempt_without_gap_or_repeat() {
-    let mut bench = Bench::accepted(0);
-    bench.take(2, &[token(0), b": thought\n\n: thought\n\n".to_vec(), token(1)[..20].to_vec()].concat());
-    bench.relay.closed("connection reset".into());
-    assert_eq!(bench.relay.resume(), Some(1));
-    bench.flush(3);
-    let thoughts = b": thought\n\n: thought\n\n: thought\n\n";
-    bench.take(4, &[thoughts.to_vec(), token(1), b": thought\n\n".to_vec()].concat());
-    assert_eq!((bench.log.next_index(), bench.log.unlogged()), (2, 4));
-    assert_eq!(bench.relay.resume(), Some(2));
-    bench.take(5, &[b": thought\n\n".to_vec(), token(2), event("end", 3)].concat());
-    assert_eq!((bench.log.next_index(), bench.log.unlogged()), (4, 4));
-    // The number behind the final frame was lost.
-    assert_eq!(bench.relay.resume(), Some(4));
-    bench.take(6, b": report-seq 8\n\n");
-    let end = Action::Ended { how: HowEnded::Finished, final_report: Some(8) };
-    assert_eq!(bench.done.last(), Some(&end));
-    assert_eq!(bench.relay.resume(), None);
-}
-
-/// A node's stream: its bytes, and where each record begins in them.
-fn stream(thoughts: &[u8], fails: bool) -> (Vec<u8>, Vec<usize>) {
-    let (mut bytes, mut begins) = (Vec::new(), vec![0]);
-    for (index, before) in (0..).zip(thoughts) {
-        bytes.extend(b": thought\n\n".repeat(usize::from(*before)));
-        bytes.extend(format!(": token-ids {} {}\n\n", index + 1, index + 70).bytes());
-        bytes.extend(token(index));
-        begins.push(bytes.len());
-    }
-    if fails {
-        let body = serde_json::to_string(&ErrorBody::new(ErrorCode::WorkerReset, "x")).unwrap();
-        bytes.extend(format!("event: error\ndata: {body}\n\n").bytes());
-    } else {
-        bytes.extend(event("end", thoughts.len() as u64));
-        begins.push(bytes.len());
-    }
-    bytes.extend(b": report-seq 8\n\n");
-    (bytes, begins)
-}
-
-proptest! {
-    // CLOUD-1920
-    #[test]
-    fn a_stream_that_breaks_anywhere_and_is_resumed_comes_whole_and_once(
-        thoughts in prop::collection::vec(0_u8..3, 0..5),
-        fails in any::<bool>(),
-        cuts in prop::collection::vec(
-            (prop_oneof![2 => 0_usize..160, 1 => Just(usize::MAX)], any::<bool>(), any::<bool>()), 0..6),
-    ) {
-        let (bytes, begins) = stream(&thoughts, fails);
-        let (mut bench, mut at_byte) = (Bench::accepted(0), 0_usize);
-        for (cut, flushes, breaks) in cuts {
-            let upto = at_byte.saturating_add(cut).min(bytes.len());
-            bench.relay.chunk(at(2), &bytes[at_byte..upto]);
-            at_byte = upto;
-            if flushes {
-                bench.flush(2);
-            }
-            if breaks {
-                bench.relay.closed("reset".into());
-                let Some(from) = bench.relay.resume() else { break };
-                at_byte = begins[usize::try_from(from).unwrap()];
-            }
-        }
-        bench.relay.chunk(at(3), &bytes[at_byte..]);
-        bench.flush(3);
-        let how = if fails {
-            HowEnded::NodeError(ErrorBody::new(ErrorCode::WorkerReset, "x"))
-        } else {
-            HowEnded::Finished
-        };
-        let end = Action::Ended { how, final_report: Some(8) };
-        let ends = bench.done.iter().filter(|action| matches!(action, Action::Ended { .. } | Action::Stop));
-        prop_assert_eq!(ends.collect::<Vec<_>>(), [&end]);
-        let tokens = thoughts.len() as u64;
-        prop_assert_eq!(bench.log.next_index(), tokens + u64::from(!fails));
-        prop_assert_eq!(bench.log.unlogged(), thoughts.iter().map(|n| u64::from(*n)).sum::<u64>());
-        let ids: Vec<u32> = (70..).take(thoughts.len()).collect();
-        // Nothing goes on from those of a stream that has ended.
-        let ids = if fails { Some(ids.as_slice()) } else { (tokens == 0).then_some(&[][..]) };
-        prop_assert_eq!(bench.log.token_ids().all(tokens), ids);
-        let expected: Vec<u8> = (0..tokens).flat_map(token).collect();
-        let text = bench.read(0);
-        let from = text.find("id: ").unwrap_or(text.len());
-        prop_assert!(text.as_bytes()[from..].starts_with(&expected), "{}", text);
-    }
-}
-
-// CLOUD-1920
-#[test]
-fn an_acceptance_that_comes_again_changes_nothing() {
-    let mut bench = Bench::accepted(0);
-    bench.take(2, &token(0));
-    bench.done.clear();
-    bench.relay.accepted(at(3), replica(), 7);
-    bench.collect();
-    assert_eq!(bench.done, []);
-    for second in 1..70 {
-        bench.take(second * 1_000, &token(second));
-    }
-    assert!(!bench.done.iter().any(|action| matches!(action, Action::Ended { .. })), "{:?}", bench.done);
-    bench.relay.accepted(at(69_500), replica(), 7);
-    bench.relay.timer(at(70_000));
-    bench.collect();
-    assert!(!bench.done.iter().any(|action| matches!(action, Action::Ended { .. })), "{:?}", bench.done);
-}
-
-// CLOUD-1920
-#[test]
-fn an_error_that_was_read_before_its_stream_broke_comes_again_with_its_number() {
-    let (bytes, _) = stream(&[], true);
-    let mut bench = Bench::accepted(0);
-    bench.relay.chunk(at(2), &bytes);
-    assert_eq!(bench.relay.resume(), Some(0));
-    bench.take(3, b": ka\n\n");
-    assert_eq!(bench.done, [], "the number was of what comes again");
-    bench.take(4, &bytes);
-    let how = HowEnded::NodeError(ErrorBody::new(ErrorCode::WorkerReset, "x"));
-    assert_eq!(bench.done, [Action::Ended { how, final_report: Some(8) }]);
-}
-
-fn tokens(total: u64, ids: &[u32]) -> TokensOfFrame {
-    TokensOfFrame { total, ids: ids.to_vec() }
-}
-
-// CLOUD-1501
-#[test]
-fn a_start_that_waits_for_its_link_is_not_late_and_one_that_was_sent_is() {
-    let mut bench = Bench::linked();
-    bench.relay.timer(at(50_000));
-    bench.collect();
-    assert_eq!(bench.done, []);
-    bench.relay.sent(at(60_000));
-    assert_eq!(bench.relay.next_action(), Some(Action::Arm(at(65_000))));
-    bench.relay.timer(at(65_000));
-    bench.collect();
-    assert_eq!(bench.done, [Action::Stop, ended(HowEnded::TimedOut(Overdue::Acceptance))]);
-}
-
-// CLOUD-1540
-#[test]
-fn on_a_link_only_the_link_says_that_an_attempt_is_silent() {
-    let mut bench = Bench::linked();
-    bench.relay.sent(at(1));
-    bench.relay.accepted(at(2), replica(), 7);
-    bench.take(10, &token(0));
-    bench.relay.timer(at(19_000));
-    bench.flush(19_000);
-    assert_eq!(bench.done, [Action::Accepted { replica_id: replica(), report_seq: 7 }, Action::Started]);
-    bench.relay.silent();
-    bench.collect();
-    assert_eq!(bench.done[2..], [Action::Stop, ended(HowEnded::TimedOut(Overdue::Silence))]);
-}
-
-// CLOUD-1534
-#[test]
-fn on_a_link_the_ids_of_several_frames_come_before_them_and_count_once() {
-    let mut bench = Bench::linked();
-    bench.relay.accepted(at(1), replica(), 7);
-    bench.relay.token_ids(0, [tokens(2, &[7, 8]), tokens(3, &[9]), tokens(4, &[10])]);
-    bench.take(2, &[token(0), token(1)].concat());
-    // It is read again from the second frame on.
-    assert_eq!(bench.relay.resume(), Some(2));
-    bench.relay.token_ids(1, [tokens(3, &[9]), tokens(4, &[10]), tokens(6, &[11, 12])]);
-    bench.take(3, &[token(1), token(2), token(3)].concat());
-    assert_eq!(bench.log.token_ids().all(4), Some([7, 8, 9, 10, 11, 12].as_slice()));
-    // A frame without ids has none, and more than a node can mean are none either.
-    bench.relay.token_ids(4, [tokens(70_000, &vec![0; MOST_COMING])]);
-    bench.take(4, &token(4));
-    assert_eq!((bench.log.next_index(), bench.log.token_ids().all(5)), (5, None));
-}
-
-// CLOUD-1610
-#[test]
-fn on_a_link_an_attempt_ends_by_its_end_or_its_error_and_by_neither_is_stopped() {
-    let error = ErrorBody::new(ErrorCode::WorkerReset, "the engine died");
-    let mut bench = Bench::linked();
-    bench.relay.accepted(at(1), replica(), 7);
-    bench.take(2, &[token(0), event("end", 1)].concat());
-    bench.done.clear();
-    bench.relay.over(12);
-    bench.flush(3);
-    assert_eq!(bench.done, [Action::Ended { how: HowEnded::Finished, final_report: Some(12) }]);
-    let mut bench = Bench::linked();
-    bench.relay.error(error.clone());
-    bench.flush(3);
-    assert_eq!(bench.done, [], "the number of the report is awaited");
-    // The link breaks before it; both come again.
-    assert_eq!(bench.relay.resume(), Some(0));
-    bench.relay.error(error.clone());
-    bench.relay.over(9);
-    bench.flush(4);
-    let how = HowEnded::NodeError(error);
-    assert_eq!(bench.done, [Action::Ended { how, final_report: Some(9) }]);
-    let mut bench = Bench::linked();
-    bench.relay.over(9);
-    bench.flush(4);
-    assert!(
-        matches!(&bench.done[..], [Action::Stop, Action::Ended { how: HowEnded::Broken(_), .. }]),
-        "{:?}",
-        bench.done
-    );
-}
-
-/// How an attempt ends whose node says these ids of the first frame's tokens, by an exchange and by a link.
-fn claimed(total: u64, ids: usize) -> [Option<HowEnded>; 2] {
-    let ids = vec![7; ids];
-    let end = |bench: &Bench| {
-        bench.done.iter().find_map(|action| match action {
-            Action::Ended { how, .. } => Some(how.clone()),
-            _ => None,
-        })
-    };
-    let mut by_exchange = Bench::accepted(0);
-    let listed: Vec<String> = ids.iter().map(u32::to_string).collect();
-    by_exchange.take(2, format!(": token-ids {total} {}\n\n", listed.join(",")).as_bytes());
-    by_exchange.take(3, &token(0));
-    let mut by_link = Bench::linked();
-    by_link.relay.accepted(at(1), replica(), 7);
-    by_link.relay.token_ids(0, [tokens(total, &ids)]);
-    by_link.take(3, &token(0));
-    [end(&by_exchange), end(&by_link)]
-}
-
-// CLOUD-2724
-#[test]
-fn a_node_that_names_more_tokens_than_a_frame_can_have_ends_its_attempt_and_nothing_of_it_is_kept() {
-    for (total, ids) in [(1, 1), (3, 3), (9, 0), (40, 40)] {
-        assert_eq!(claimed(total, ids), [None, None], "{ids} of {total}");
-    }
-    let lies = [(1, 2), (10_000, 10_000), (5_000, 1), (u64::from(u32::MAX) + 1, 1), (u64::MAX, 0)];
-    for (total, ids) in lies {
-        for how in claimed(total, ids) {
-            assert!(
-                matches!(&how, Some(HowEnded::Broken(why)) if why.contains("cannot have brought")),
-                "{how:?}"
-            );
-        }
-    }
-    // What was left out of the log has tokens too.
-    let mut bench = Bench::accepted(0);
-    let thoughts = b": thought\n\n".repeat(500);
-    bench.take(
-        2,
-        &[thoughts, b": token-ids 501 ".to_vec(), b"7,".repeat(500), b"7\n\n".to_vec(), token(0)].concat(),
-    );
-    assert_eq!(bench.log.token_ids().all(1).map(<[u32]>::len), Some(501));
-    // They count no less from one frame to the next.
-    bench.take(3, &[b": token-ids 500 \n\n".to_vec(), token(1)].concat());
-    assert!(
-        matches!(bench.done.last(), Some(Action::Ended { how: HowEnded::Broken(_), .. })),
-        "{:?}",
-        bench.done
-    );
-}
-
-// CLOUD-2724
-#[test]
-fn ids_of_a_task_that_is_not_continued_from_them_are_passed_over_and_none_outlive_the_stream() {
-    let mut bench = Bench::accepted(0);
-    bench.relay = Relay::new(at(0), Assignment { keeps_ids: false, ..assignment(0) });
-    bench.take(2, &[b": token-ids 99999 1,2,3\n\n".to_vec(), token(0)].concat());
-    bench.relay.token_ids(1, [tokens(7, &vec![0; 1_000])]);
-    assert!(bench.relay.reading.coming.is_empty());
-    bench.take(3, &token(1));
-    assert_eq!((bench.log.next_index(), bench.log.token_ids().count(2)), (2, None));
-    let mut bench = Bench::accepted(0);
-    bench.take(2, &[b": token-ids 3 1,2,3\n\n".to_vec(), token(0)].concat());
-    let running = bench.log.len_bytes();
-    bench.take(3, &event("end", 1));
-    let (read, segments) = (bench.read(0).len(), 2 * size_of::<Segment>());
-    assert!(running >= token(0).len() + 3 * 4 && bench.log.len_bytes() <= read + segments, "{:?}", bench.log);
-    assert!(bench.log.is_finished());
 }
 
 // CLOUD-2721

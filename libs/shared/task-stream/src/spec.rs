@@ -224,6 +224,7 @@ mod tests {
         let trace = TraceContext {
             traceparent: "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01".into(),
             correlation_id: "c-1".into(),
+            tracestate: String::new(),
         };
         let digest = BodyDigest::new([0xa5; DIGEST_BYTES]);
         TaskSpec::of(request, TaskId(Uuid::from_u128(7)), digest, Some(caller), trace)

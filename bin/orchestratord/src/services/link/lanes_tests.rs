@@ -63,6 +63,7 @@ fn start(n: u128) -> Start {
         keep: true,
         traceparent: String::new(),
         correlation_id: String::new(),
+        tracestate: String::new(),
         caller: None,
     };
     Start::new(facts, &Payload { format: PayloadFormat::Native, bytes: Bytes::from_static(b"{}") })

@@ -241,6 +241,7 @@ fn start_of(now: Moment, dispatch: &Dispatch, payload: &Payload, resume: Option<
         keep: !payload.format.passes(),
         traceparent: trace.traceparent,
         correlation_id: trace.correlation_id,
+        tracestate: trace.tracestate,
         caller: dispatch.spec.caller.clone(),
     };
     Start::new(facts, payload)

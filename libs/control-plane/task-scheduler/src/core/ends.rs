@@ -496,12 +496,17 @@ impl ControlCore {
     }
 }
 
+/// How the task's attempts have ended, for an error's message.
+pub(super) fn causes(task: &Task) -> String {
+    let causes: Vec<String> = task.attempts.iter().map(|a| format!("{}: {}", a.pool, a.outcome)).collect();
+    causes.join("; ")
+}
+
 fn exhausted(task: &Task, last: ErrorBody) -> ErrorBody {
     if last.code == ErrorCode::DecodeTimeout {
         return last;
     }
-    let causes: Vec<String> = task.attempts.iter().map(|a| format!("{}: {}", a.pool, a.outcome)).collect();
-    let message = format!("all {} tries failed ({})", task.tries, causes.join("; "));
+    let message = format!("all {} tries failed ({})", task.tries, causes(task));
     let code = if task.sent > 0 { ErrorCode::WorkerReset } else { ErrorCode::PoolUnavailable };
     ErrorBody { code, message, retriable: true, ..last }
 }

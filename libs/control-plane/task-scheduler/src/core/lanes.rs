@@ -12,8 +12,8 @@ use super::*;
 pub(super) struct Leases {
     order: BTreeSet<(Moment, ModelRef)>,
     entered: BTreeMap<ModelRef, Moment>,
-    /// Lanes that may be over whatever their leases say: a task has come to them, or their model
-    /// was retired.
+    /// Lanes that may be over whatever their leases say: their first task has come, or their model was
+    /// retired.
     fresh: BTreeSet<ModelRef>,
     /// The lease by which lapsed lanes were last looked at; none where they must be.
     lease: Option<Duration>,
@@ -44,6 +44,15 @@ impl Leases {
 }
 
 impl ControlCore {
+    /// A task has come to the model's lane: one that has lapsed is looked at again for it, and one that is
+    /// not waited for yet.
+    pub(super) fn joined_lane(&mut self, model: &ModelRef) {
+        let is_watched = self.leases.entered.contains_key(model);
+        if !is_watched || self.lapsed.contains(model) || self.retired.contains(model) {
+            self.watch_lane(model);
+        }
+    }
+
     /// A lane is waited for, and looked at once.
     pub(super) fn watch_lane(&mut self, model: &ModelRef) {
         self.lapsed.remove(model);

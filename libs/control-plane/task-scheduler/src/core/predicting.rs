@@ -73,7 +73,10 @@ impl ControlCore {
         let waiting = u32::try_from(self.lane_depth(model) + 1).unwrap_or(u32::MAX);
         // Of very many pools some stand for the others.
         let each = self.index.placeable_count(model).div_ceil(MOST_POOLS).max(1);
-        for candidate in self.index.placeable_by(model, each) {
+        let mut candidates: Vec<&Candidate> = self.index.some_placeable(model, each).collect();
+        // Which of two slots that are free together is taken does not hang on when their pools came.
+        candidates.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+        for candidate in candidates {
             let taken = self.left_on(now, &candidate.key);
             let free = candidate.slots_total.saturating_sub(candidate.slots_busy);
             // More free slots than tasks that wait make no difference, and a node may say any number.

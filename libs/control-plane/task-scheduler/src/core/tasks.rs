@@ -258,8 +258,7 @@ impl ControlCore {
         self.touched.insert(id);
         let again = task.last_dispatch.is_some();
         let (model, pinned) = (task.model.clone(), task.pinned_node().cloned());
-        // A lane that has lapsed is looked at again for whoever comes to it.
-        self.watch_lane(&model);
+        self.joined_lane(&model);
         if again {
             self.lane_changed(&model);
         }

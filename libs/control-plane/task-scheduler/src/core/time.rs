@@ -1,5 +1,6 @@
 //! What time alone changes: leases, waits, backoffs, retention.
 
+use super::ends::causes;
 use super::*;
 
 impl ControlCore {
@@ -110,7 +111,10 @@ impl ControlCore {
             Some(ask) => counted.entry((task.model.clone(), ask)).or_insert_with(count).clone(),
             None => count(),
         };
-        let message = format!("not started within {waited} ms ({why})");
+        let mut message = format!("not started within {waited} ms ({why})");
+        if let Some(before) = self.tasks.get(&id).filter(|task| !task.attempts.is_empty()) {
+            message.push_str(&format!("; before: {}", causes(before)));
+        }
         self.leave_queue(id);
         self.fail(now, id, ErrorBody::new(ErrorCode::DeadlineExceeded, message), effects);
     }

@@ -72,6 +72,7 @@ pub(crate) fn attempt_headers(trace: &TraceContext, attempt: &AttemptId) -> Head
     let attempt = attempt.to_string();
     let reported = [
         (headers::TRACEPARENT, trace.traceparent.as_str()),
+        (headers::TRACESTATE, trace.tracestate.as_str()),
         (headers::CORRELATION_ID, trace.correlation_id.as_str()),
         (headers::REQUEST_ID, attempt.as_str()),
     ];

@@ -20,7 +20,7 @@ pub use start::{
 /// Most starts of one POST. Source: .specs/01 CLOUD-2604.
 pub const MAX_STARTS: usize = 64;
 /// Most bytes that the starts of one POST take together.
-pub const MAX_STARTS_BYTES: usize = 256 * 1024;
+pub(crate) const MAX_STARTS_BYTES: usize = 256 * 1024;
 /// Most positions of one POST, and most ids of each of its other lists.
 pub const MAX_SEEN: usize = 16 * 1024;
 pub const MAX_IDS: usize = 4 * 1024;

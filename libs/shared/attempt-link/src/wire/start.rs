@@ -47,13 +47,19 @@ pub struct StartFacts {
     pub traceparent: String,
     #[serde(default)]
     pub correlation_id: String,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub tracestate: String,
     #[serde(default, deserialize_with = "lenient", skip_serializing_if = "Option::is_none")]
     pub caller: Option<TaskCaller>,
 }
 
 impl StartFacts {
     pub fn trace(&self) -> TraceContext {
-        TraceContext { traceparent: self.traceparent.clone(), correlation_id: self.correlation_id.clone() }
+        TraceContext {
+            traceparent: self.traceparent.clone(),
+            correlation_id: self.correlation_id.clone(),
+            tracestate: self.tracestate.clone(),
+        }
     }
 }
 

@@ -95,6 +95,7 @@ pub(crate) fn start(id: u128, prompt: &str) -> Start {
         keep: false,
         traceparent: String::new(),
         correlation_id: String::new(),
+        tracestate: String::new(),
         caller: None,
     };
     Start { facts, payload: serde_json::json!({ "prompt": prompt }).to_string().into() }

@@ -43,7 +43,7 @@ impl World {
             }),
             reasoning: Reasoning::Keep,
             caller: None,
-            trace: TraceContext { traceparent: String::new(), correlation_id: id.to_string() },
+            trace: TraceContext { correlation_id: id.to_string(), ..Default::default() },
             digest: BodyDigest::new(digest),
         };
         let reply = self.reply_to(To::Client(id));

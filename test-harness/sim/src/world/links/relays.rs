@@ -62,6 +62,7 @@ impl World {
             keep,
             traceparent: String::new(),
             correlation_id: String::new(),
+            tracestate: String::new(),
             caller: None,
         };
         self.lane_starts(node, Start::new(facts, &payload));
