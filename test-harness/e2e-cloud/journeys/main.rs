@@ -2,6 +2,7 @@
 
 mod attacks;
 mod bad_input;
+mod callers;
 mod continuation;
 mod cuts;
 mod decisions;
