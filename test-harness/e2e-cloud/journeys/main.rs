@@ -3,6 +3,7 @@
 mod attacks;
 mod bad_input;
 mod callers;
+mod clients;
 mod continuation;
 mod cuts;
 mod decisions;
