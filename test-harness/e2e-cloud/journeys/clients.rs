@@ -71,3 +71,18 @@ async fn a_message_stream_of_the_real_engine_comes_as_the_engine_sends_it() {
     assert_eq!(ours, direct);
     assert!(ours.last().is_some_and(|event| event.starts_with("event: message_stop")), "{ours:#?}");
 }
+
+// CLOUD-2888
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_lines_of_the_readme_work_as_they_stand_there() {
+    let engine = Engine::Tiny { slots: SLOTS };
+    let cluster = Cluster::start(Options { engine, ..Options::default() }).await;
+    let lines = clients::readme_lines().replace("smollm2-135m-instruct.q4_1", "tiny");
+    assert_eq!(lines.matches("\"tiny\"").count(), 3, "{lines}");
+    let output = clients::shell(&cluster, &lines).await;
+    let (before, after) = output.split_once("data: [DONE]").expect(&output);
+    assert!(before.contains("chat.completion.chunk"), "{output}");
+    let (words, task) = after.split_once("event: started").expect(&output);
+    assert!(words.split_whitespace().count() >= 16, "what Python prints: {output}");
+    assert!(task.contains("event: token") && task.contains("event: end"), "{output}");
+}

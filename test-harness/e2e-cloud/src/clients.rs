@@ -53,6 +53,31 @@ pub async fn run(script: &str, cluster: &Cluster, more: &[(&str, String)], least
     assert!(cases.len() >= least, "{script}: {} cases were run: {output}\n{errors}", cases.len());
 }
 
+/// The lines to try of the README, without the one that says where the cluster is.
+pub fn readme_lines() -> String {
+    let readme = std::fs::read_to_string(root().join("README.md")).expect("the README");
+    let (_, block) = readme.split_once("```bash\nexport OPENAI_BASE_URL=").expect("the lines of the README");
+    let (block, _) = block.split_once("```").expect("their end");
+    let (_, lines) = block.split_once('\n').expect("lines behind the first one");
+    lines.to_owned()
+}
+
+/// What lines of a shell print that has taken over what `up` prints of the cluster.
+pub async fn shell(cluster: &Cluster, lines: &str) -> String {
+    let mut command = Command::new("bash");
+    command
+        .args(["-euo", "pipefail", "-c", lines])
+        .env("PYTHONPATH", folder())
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .env("NO_PROXY", "*")
+        .env("OPENAI_BASE_URL", format!("{}/v1", cluster.client.base))
+        .env("OPENAI_API_KEY", TOKEN);
+    let ended = ended("the lines", command).await;
+    let errors = String::from_utf8_lossy(&ended.stderr);
+    assert!(ended.status.success(), "{errors}");
+    String::from_utf8_lossy(&ended.stdout).into_owned()
+}
+
 async fn ended(what: &str, mut command: Command) -> Output {
     command.stdin(Stdio::null());
     let mut command = tokio::process::Command::from(command);
