@@ -12,11 +12,13 @@ const ONLINE: &str = "the package index must be reached once, by pip (Debian: ap
 
 /// A Python that sees llama.cpp's server: the system's, told where the wheel was unpacked.
 pub(crate) fn python() -> Result<PathBuf, Failed> {
-    let folder = cache().join("engine");
+    launcher("llama.cpp's server (a wheel of 34 MB)", &cache().join("engine"), &lock("requirements.lock"))
+}
+
+/// The system's Python, told where the wheels of a lock file were unpacked.
+pub(crate) fn launcher(what: &str, folder: &Path, lock: &Path) -> Result<PathBuf, Failed> {
     let launcher = folder.join("python");
-    if fetch("llama.cpp's server (a wheel of 34 MB)", &folder, &lock("requirements.lock"))?
-        || !launcher.exists()
-    {
+    if fetch(what, folder, lock)? || !launcher.exists() {
         let text = format!(
             "#!/bin/sh\nPYTHONPATH='{}' exec {} \"$@\"\n",
             folder.display(),

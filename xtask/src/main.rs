@@ -3,6 +3,7 @@
 #![expect(clippy::print_stdout, reason = "a command-line program says what it does")]
 
 mod certs;
+mod clients;
 mod contracts;
 mod engine;
 mod fuzz;
@@ -76,6 +77,8 @@ enum Chore {
     Fuzz(fuzz::Options),
     /// Fetch the real engine into the cache.
     Engine,
+    /// Fetch the clients of other APIs into the cache.
+    Clients,
     /// Build the daemons of the commit before the link into the cache.
     Old,
 }
@@ -95,6 +98,7 @@ fn main() -> ExitCode {
         Chore::Fuzz(options) => fuzz::run(&options),
         Chore::Certs(options) => certs::run(&options),
         Chore::Engine => engine::python().map(|_| ()),
+        Chore::Clients => clients::python().map(|_| ()),
         Chore::Old => old::build(),
     };
     match outcome {
@@ -119,7 +123,7 @@ const LINTS: Step = ("lints", || {
 
 /// What needs no build comes first, then what needs the compiler, then what runs for long. Each
 /// step gets what it needs by itself: any of them passes alone, with empty caches.
-const STEPS: [Step; 12] = [
+const STEPS: [Step; 13] = [
     ("structure: crates, arrows, documents, requirements, spawns", tidy::run),
     FORMAT,
     ("licences, bans and sources of the dependencies", deny),
@@ -129,6 +133,7 @@ const STEPS: [Step; 12] = [
         cargo(&["build", "--locked", "--workspace", "--all-targets"], "mend what the compiler says")
     }),
     ("the real engine, for the end-to-end tests", || engine::python().map(drop)),
+    ("the clients of other APIs, for the same", || clients::python().map(drop)),
     ("the daemons of the commit before the link, for the same", old::build),
     ("tests, end-to-end ones with the real engine included", || {
         cargo(&["test", "--locked", "--workspace", "--no-fail-fast"], "see the failing test above")

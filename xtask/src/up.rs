@@ -425,23 +425,45 @@ fn text<'v>(data: &'v Value, field: &str) -> &'v str {
 
 fn print_usage(cluster: &Cluster) {
     let url = &cluster.url;
-    let header = cluster
-        .token
-        .as_ref()
-        .map_or_else(String::new, |token| format!(" -H 'Authorization: Bearer {token}'"));
-    let model = &cluster.model;
     println!("\nThe cluster is up: {url}, the API in the browser: {url}/docs/\n");
     let key = cluster.token.as_deref().unwrap_or("none");
     println!("export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={key}\n");
-    println!(
-        "curl -N{header} -H 'Content-Type: application/json' {url}/v1/chat/completions -d '{{\"model\":\"{model}\",\"stream\":true,\"max_tokens\":32,\"messages\":[{{\"role\":\"user\",\"content\":\"Once upon a time\"}}]}}'"
-    );
-    println!(
-        "python3 -c 'import openai; print(openai.OpenAI().completions.create(model=\"{model}\", prompt=\"Once upon a time\", max_tokens=32).choices[0].text)'"
-    );
-    println!(
-        "curl -N{header} -H 'Accept: text/event-stream' {url}/v2/tasks -d '{{\"model_ref\":\"{model}\",\"prompt\":\"Once upon a time\",\"max_tokens\":32}}'"
-    );
-    println!("curl{header} {url}/v2/nodes");
+    for line in to_try(&cluster.model) {
+        println!("{line}");
+    }
     println!("\nCtrl-C stops everything.");
+}
+
+/// Lines for a shell that has taken the two variables over: OpenAI's API by hand and by its own client, and a
+/// task with its stream.
+fn to_try(model: &str) -> [String; 3] {
+    let authorized =
+        "-H \"Authorization: Bearer $OPENAI_API_KEY\" -H \"Content-Type: application/json\" \\\n ";
+    let messages = "[{\"role\": \"user\", \"content\": \"What is the capital of France?\"}]";
+    [
+        format!(
+            "curl -N \"$OPENAI_BASE_URL/chat/completions\" {authorized} -d '{{\"model\": \"{model}\", \"max_tokens\": 32, \"stream\": true, \"messages\": {messages}}}'"
+        ),
+        format!(
+            "python3 -c 'import openai; print(openai.OpenAI().chat.completions.create(model=\"{model}\", max_tokens=32,\n  messages={messages}).choices[0].message.content)'   # pip install openai"
+        ),
+        format!(
+            "curl -N \"${{OPENAI_BASE_URL%/v1}}/v2/tasks\" {authorized} -H \"Accept: text/event-stream\" -d '{{\"model_ref\": \"{model}\", \"max_tokens\": 32, \"prompt\": \"Once upon a time\"}}'"
+        ),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::steps::read;
+
+    // CLOUD-2888
+    #[test]
+    fn the_readme_shows_the_lines_that_up_prints() {
+        let readme = read(&root().join("README.md")).unwrap();
+        for line in to_try("smollm2-135m-instruct.q4_1") {
+            assert!(readme.contains(&format!("\n{line}\n")), "not in README.md:\n{line}");
+        }
+    }
 }

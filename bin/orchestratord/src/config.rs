@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use axum::http::HeaderValue;
+use daemon_kit::hosts::{AllowedHosts, HostError};
 use daemon_kit::settings::{Daemon, Own, Shared, SharedError, SharedSettings};
 use pool_registry_types::ModelRef;
 use pool_registry_types::task::MAX_PASSED_BYTES;
@@ -100,6 +101,10 @@ pub(crate) struct Settings {
     /// Origins whose pages may call, comma-separated [default: none].
     #[arg(long, env = "ORCHESTRATORD_CORS_ORIGINS")]
     cors_origins: Option<String>,
+    /// Without tokens: names of hosts by which this daemon may be called besides this machine's own,
+    /// comma-separated, whatever the port [default: none].
+    #[arg(long, env = "ORCHESTRATORD_ALLOWED_HOSTS")]
+    allowed_hosts: Option<String>,
     /// Requests a second of one client token at most [default: no limit].
     #[arg(long, env = "ORCHESTRATORD_REQUESTS_PER_SECOND")]
     requests_per_second: Option<NonZeroU32>,
@@ -141,6 +146,7 @@ const OWN: Own = Own {
     before: &[
         ("addr", "cloud_profile"),
         ("cors_origins", "api_token"),
+        ("allowed_hosts", "api_token"),
         ("requests_per_second", "api_token"),
         ("tasks_per_token", "api_token"),
         ("node_addresses", "api_token"),
@@ -184,6 +190,7 @@ pub(crate) struct Config {
     pub(crate) data_dir: PathBuf,
     pub(crate) runtime_dir: PathBuf,
     pub(crate) origins: Vec<HeaderValue>,
+    pub(crate) hosts: AllowedHosts,
     pub(crate) requests_per_second: Option<NonZeroU32>,
     pub(crate) tasks_per_token: Option<usize>,
     pub(crate) node_addresses: NodeAddresses,
@@ -207,6 +214,8 @@ pub(crate) enum ConfigError {
     Shared(#[from] SharedError),
     #[error("ORCHESTRATORD_CORS_ORIGINS: {0:?} is no origin, as https://host:port")]
     Origin(String),
+    #[error("ORCHESTRATORD_ALLOWED_HOSTS: {0}")]
+    Host(#[from] HostError),
     #[error("ORCHESTRATORD_MODEL_ALIASES: {0}")]
     Aliases(#[from] AliasError),
     #[error("ORCHESTRATORD_NODE_ADDRESSES: {0}")]
@@ -245,6 +254,8 @@ impl Daemon for Settings {
             return Err(ConfigError::OpenToNetwork(addr));
         }
         let origins = self.cors_origins.as_deref().map(origins).transpose()?.unwrap_or_default();
+        let settings = ["ORCHESTRATORD_ALLOWED_HOSTS", "ORCHESTRATORD_CORS_ORIGINS"];
+        let hosts = AllowedHosts::parse(settings, self.allowed_hosts.as_deref().unwrap_or_default())?;
         let node_addresses = self.node_addresses.as_deref().unwrap_or_default();
         let needs_https = shared.requires_tls || shared.front.tls.client_ca.is_some();
         let node_addresses = NodeAddresses::parse(node_addresses, needs_https)?;
@@ -288,6 +299,7 @@ impl Daemon for Settings {
             data_dir: self.data_dir,
             runtime_dir: self.runtime_dir,
             origins,
+            hosts,
             requests_per_second: self.requests_per_second,
             tasks_per_token: self.tasks_per_token.map(|tasks| tasks as usize),
             node_addresses,
@@ -349,6 +361,8 @@ mod tests {
         assert!(error(&["--admission-policy", "maybe"]).contains("drop-lru"));
         assert!(error(&["--require-tls"]).contains("ORCHESTRATORD_REQUIRE_TLS"));
         assert!(error(&["--cors-origins", "*"]).contains("ORCHESTRATORD_CORS_ORIGINS"));
+        let host = error(&["--allowed-hosts", "llm.lan,http://x"]);
+        assert!(host.contains("ORCHESTRATORD_ALLOWED_HOSTS") && host.contains("http://x"), "{host}");
         assert!(error(&["--model-aliases", "a"]).contains("ORCHESTRATORD_MODEL_ALIASES"));
         assert!(error(&["--node-addresses", "10.0.0.0/99"]).contains("ORCHESTRATORD_NODE_ADDRESSES"));
         assert!(error(&["--session-max-turns", "0"]).contains("session-max-turns"));

@@ -7,6 +7,7 @@ use std::time::Duration;
 use daemon_kit::auth::Gate;
 use daemon_kit::connections::{ConnLimits, Counts, Streaming};
 use daemon_kit::front::{Front, FrontError, Shown};
+use daemon_kit::hosts::AllowedHosts;
 use daemon_kit::serve;
 use handoff_watcher::{HandoffWatcher, watch::WatchError};
 use node_agent::{Agent, Identity, IntentFile, gpu};
@@ -107,6 +108,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         nodes_show_certificates: false,
         quota: None,
         origins: Vec::new(),
+        hosts: AllowedHosts::default(),
         shapes: None,
     };
     let beside = TaskTracker::new();

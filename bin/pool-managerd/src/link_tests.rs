@@ -19,6 +19,7 @@ use daemon_kit::Tokens;
 use daemon_kit::auth::Gate;
 use daemon_kit::connections::{ConnLimits, Counts, Streaming};
 use daemon_kit::front::{Front, FrontSettings, Shown};
+use daemon_kit::hosts::AllowedHosts;
 use daemon_kit::tls::TlsPaths;
 use futures::stream;
 use handoff_watcher::Change;
@@ -145,6 +146,7 @@ async fn serve() -> Served {
         nodes_show_certificates: false,
         quota: None,
         origins: Vec::new(),
+        hosts: AllowedHosts::default(),
         shapes: None,
     };
     let stop = CancellationToken::new();

@@ -45,13 +45,20 @@ stone story summer sun tall tell that the their then there they this time to tow
 walk warm was water way we well were what when where which white who will wind with word world you young
 """.split()
 
-# The markers of a chat: what opens a turn, what ends it.
+# The markers of a chat: what opens a turn, what ends it. A call of a tool is one that begins a turn within
+# another: an engine finds that in the template, and whoever wants a call makes that marker likely.
 TURN, END = "<|turn|>", "<|end-of-turn|>"
 CHAT_TEMPLATE = (
+    f"{{% if tools %}}{TURN}system\n"
+    "{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+    f"{END}\n{{% endif %}}"
     "{% for message in messages %}"
-    f"{{{{ '{TURN}' + message['role'] + '\\n' + message['content'] + '{END}\\n' }}}}"
+    f"{{{{ '{TURN}' + message['role'] + '\n' + (message['content'] or '') }}}}"
+    "{% if message['tool_calls'] %}{% set call = message['tool_calls'][0]['function'] %}"
+    f"{TURN}{{{{ {{'name': call['name'], 'arguments': call['arguments']}} | tojson }}}}{{% endif %}}"
+    f"{{{{ '{END}\n' }}}}"
     "{% endfor %}"
-    f"{{% if add_generation_prompt %}}{{{{ '{TURN}assistant\\n' }}}}{{% endif %}}"
+    f"{{% if add_generation_prompt %}}{{{{ '{TURN}assistant\n' }}}}{{% endif %}}"
 )
 
 # Value types and tensor types, numbered by the GGUF specification.

@@ -2,6 +2,8 @@
 
 mod attacks;
 mod bad_input;
+mod callers;
+mod clients;
 mod continuation;
 mod cuts;
 mod decisions;

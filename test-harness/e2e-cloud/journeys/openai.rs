@@ -136,7 +136,7 @@ async fn models_are_listed_and_every_refusal_has_the_shape_of_its_api() {
     let keyed = nobody.request(Method::GET, "/v2/nodes").header("x-api-key", TOKEN);
     assert_eq!(keyed.send().await.unwrap().status(), 401, "only where that is the custom");
     // What this engine has no route for ends by its own word, and in shape.
-    let (status, body) = error(client.post("/v1/messages", &chat(1)).await).await;
+    let (status, body) = error(client.post("/v1/responses", &chat(1)).await).await;
     assert_eq!((status, &body["error"]["type"]), (400, &json!("invalid_request_error")), "{body}");
 }
 

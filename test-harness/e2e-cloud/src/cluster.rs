@@ -32,6 +32,10 @@ pub enum Engine {
     Tiny {
         slots: u32,
     },
+    /// The same with the whole context of the model: an answer can last for half a minute.
+    TinyLong {
+        slots: u32,
+    },
     None,
 }
 
@@ -43,7 +47,7 @@ impl Engine {
 
     pub fn model(&self) -> &'static str {
         match self {
-            Self::Tiny { .. } => "tiny",
+            Self::Tiny { .. } | Self::TinyLong { .. } => "tiny",
             _ => "fake-model",
         }
     }
@@ -327,7 +331,10 @@ pub fn start_engine(engine: &Engine, runtime_dir: &Path, log: &Path) -> Option<P
         Engine::None => return None,
         Engine::Fake { .. } => fake_engine(Command::new(program("fake-engine")), engine, runtime_dir),
         Engine::Tiny { slots } => {
-            real_engine::command(&real_engine::tiny_model(), "tiny", *slots, runtime_dir)
+            real_engine::command(&real_engine::tiny_model(), "tiny", *slots, 1024, runtime_dir)
+        }
+        Engine::TinyLong { slots } => {
+            real_engine::command(&real_engine::tiny_model(), "tiny", *slots, 8192, runtime_dir)
         }
     };
     Some(Process::start(command, log))

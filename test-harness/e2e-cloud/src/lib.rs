@@ -5,6 +5,7 @@
 //! transcripts are the evidence. Waits are for conditions and bounded.
 
 pub mod client;
+pub mod clients;
 pub mod cluster;
 pub mod connection;
 pub mod fake_node;

@@ -77,15 +77,28 @@ pub fn grammars() -> Vec<(String, String)> {
     grammars
 }
 
-/// The command that serves a model as `pool-0`, replica `r0`.
-pub fn command(model: &Path, alias: &str, slots: u32, runtime_dir: &Path) -> Command {
+/// The command that serves a model as `pool-0`, replica `r0`, with so many tokens of context a slot.
+pub fn command(model: &Path, alias: &str, slots: u32, ctx: u32, runtime_dir: &Path) -> Command {
     let mut command = Command::new(python());
     command
         .arg(root().join("deploy/engines/llama_server.py"))
         .arg("--model")
         .arg(model)
-        .args(["--alias", alias, "--slots", &slots.to_string(), "--ctx", "1024", "--keep"])
+        .args(["--alias", alias, "--slots", &slots.to_string(), "--ctx", &ctx.to_string(), "--keep"])
         .args(["--pool-id", "pool-0", "--replica-id", "r0", "--handoff"])
         .arg(runtime_dir.join("pool-0-r0.json"));
+    command
+}
+
+/// The command that makes embeddings with the tiny model, under another name, as `pool-1`, replica `r0`.
+pub fn embeddings(alias: &str, runtime_dir: &Path) -> Command {
+    let mut command = Command::new(python());
+    command
+        .arg(root().join("deploy/engines/llama_server.py"))
+        .arg("--model")
+        .arg(tiny_model())
+        .args(["--alias", alias, "--slots", "2", "--ctx", "1024", "--keep", "--embeddings"])
+        .args(["--pool-id", "pool-1", "--replica-id", "r0", "--handoff"])
+        .arg(runtime_dir.join("pool-1-r0.json"));
     command
 }

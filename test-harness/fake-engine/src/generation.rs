@@ -46,6 +46,11 @@ pub(crate) async fn openai_chat(State(engine): State<Arc<Engine>>, Json(body): J
     stream::answer(engine, Dialect::Chat, tokens, 0).await
 }
 
+pub(crate) async fn messages(State(engine): State<Arc<Engine>>, Json(body): Json<Value>) -> Response {
+    let tokens = tokens_of(&body["max_tokens"]);
+    stream::answer(engine, Dialect::Messages, tokens, 0).await
+}
+
 pub(crate) async fn tgi(State(engine): State<Arc<Engine>>, Json(body): Json<Value>) -> Response {
     let parameters = &body["parameters"];
     if let Some(reason) = tgi_refusal(parameters) {

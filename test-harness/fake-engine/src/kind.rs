@@ -27,6 +27,7 @@ pub(crate) fn routes(kind: Kind) -> Router<Arc<Engine>> {
     match kind {
         Kind::Llamacpp => openai()
             .merge(health())
+            .route("/v1/messages", post(generation::messages))
             .route("/props", get(props))
             .route("/slots", get(slots))
             .route("/completion", post(generation::completion))

@@ -23,6 +23,8 @@ pub(crate) enum Dialect {
     Completion,
     /// `/v1/chat/completions`.
     Chat,
+    /// `/v1/messages`: a message and its one block begin before the first token.
+    Messages,
     /// TGI's `/generate_stream`: the last token brings the end.
     Tgi,
     /// Triton's `/generate_stream`: the end is that of the message.
@@ -48,6 +50,10 @@ impl Dialect {
                     "data: {{\"choices\":[{{\"delta\":{{\"content\":\"{word}\"}},\"finish_reason\":null}}]}}\n\n"
                 )
             }
+            Self::Messages => named(
+                "content_block_delta",
+                json!({"index": 0, "delta": {"type": "text_delta", "text": word}}),
+            ),
             Self::Tgi => {
                 let end = if last {
                     format!(
@@ -68,10 +74,35 @@ impl Dialect {
         }
     }
 
+    /// What comes before the first token, where anything does.
+    fn start(self, model: &str) -> Option<String> {
+        if self != Self::Messages {
+            return None;
+        }
+        let message = json!({
+            "id": "msg_fake", "type": "message", "role": "assistant", "model": model, "content": [],
+            "stop_reason": null, "stop_sequence": null, "usage": {"input_tokens": 3, "output_tokens": 0},
+        });
+        let block = json!({"index": 0, "content_block": {"type": "text", "text": ""}});
+        Some(named("message_start", json!({"message": message})) + &named("content_block_start", block))
+    }
+
     /// What follows the last token, where anything does.
     fn end(self, tokens: u64) -> Option<String> {
         Some(match self {
             Self::Tgi | Self::Triton => return None,
+            Self::Messages => {
+                let delta = json!({
+                    "delta": {"stop_reason": "max_tokens", "stop_sequence": null},
+                    "usage": {"output_tokens": tokens},
+                });
+                [
+                    named("content_block_stop", json!({"index": 0})),
+                    named("message_delta", delta),
+                    named("message_stop", json!({})),
+                ]
+                .concat()
+            }
             Self::Llama => {
                 format!(
                     "data: {{\"content\":\"\",\"stop\":true,\"stop_type\":\"limit\",\"tokens_predicted\":{tokens}}}\n\n"
@@ -82,6 +113,12 @@ impl Dialect {
             ),
         })
     }
+}
+
+/// An event that says its name twice, as Anthropic's do.
+fn named(name: &str, mut data: Value) -> String {
+    data["type"] = json!(name);
+    format!("event: {name}\ndata: {data}\n\n")
 }
 
 /// The token that ends the thoughts.
@@ -286,7 +323,8 @@ impl Answer {
             ))));
         }
         let last = self.made == self.tokens;
-        let token = self.dialect.token(letter, n, self.made, last);
+        let start = if self.made == 1 { self.dialect.start(&self.engine.model) } else { None };
+        let token = start.unwrap_or_default() + &self.dialect.token(letter, n, self.made, last);
         if last && self.dialect == Dialect::Tgi {
             // The end was written: the slot is free.
             self.over = true;

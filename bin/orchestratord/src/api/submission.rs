@@ -5,7 +5,7 @@
 use daemon_kit::Caller;
 use daemon_kit::correlation::RequestIds;
 use pool_registry_types::TaskId;
-use pool_registry_types::task::{Reasoning, TaskRequest};
+use pool_registry_types::task::{OnDisconnect, Reasoning, TaskRequest};
 use sha2::{Digest, Sha256};
 use task_stream::{BodyDigest, Payload, PayloadFormat, TaskCaller, TaskSpec};
 use uuid::Uuid;
@@ -31,6 +31,7 @@ pub(super) fn payload(request: TaskRequest) -> Payload {
         placement: None,
         expected_tokens: None,
         reasoning: Reasoning::Keep,
+        on_disconnect: OnDisconnect::Continue,
         ..request
     };
     let mut bytes = serde_json::to_vec(&task).expect("a task request is always JSON");
@@ -131,6 +132,7 @@ mod tests {
                 placement: None,
                 expected_tokens: None,
                 reasoning: Reasoning::Keep,
+                on_disconnect: OnDisconnect::Continue,
                 max_tokens: task.max_tokens.or(dispatch.max_tokens),
                 ..task.clone()
             },
@@ -150,6 +152,7 @@ mod tests {
             max_tokens: Some(7),
             recovery: Recovery::Continue,
             reasoning: Reasoning::Drop,
+            on_disconnect: OnDisconnect::Cancel,
             stop: vec!["x".into()],
             ..plain.clone()
         };

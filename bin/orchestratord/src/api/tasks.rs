@@ -11,7 +11,7 @@ use daemon_kit::correlation::RequestIds;
 use daemon_kit::{ApiError, Body, Caller, CountedBody, PathId, stream_body};
 use pool_registry_types::placement::Explanation;
 use pool_registry_types::routes::headers;
-use pool_registry_types::task::{TaskAccepted, TaskPage, TaskRequest, TaskState, TaskView};
+use pool_registry_types::task::{OnDisconnect, TaskAccepted, TaskPage, TaskRequest, TaskState, TaskView};
 use pool_registry_types::{ErrorBody, ErrorCode, ModelRef, NodeId, TaskId, routes as paths};
 use serde::Deserialize;
 use task_scheduler::{TaskFilter, TaskRecord};
@@ -20,7 +20,9 @@ use utoipa::IntoParams;
 use super::holders::{self, OfHolder, Reach};
 use super::{checked, defect, submission};
 use crate::app::state::AppState;
-use crate::services::readers::{self, Gauge};
+use crate::services::departures::{Admission, Departure};
+use crate::services::readers::{self, Follower, Gauge};
+use crate::services::usage::TaskUsage;
 
 /// Tasks on one page, unless another number is asked for; and the most.
 const PAGE: usize = 50;
@@ -47,19 +49,29 @@ pub(crate) async fn submit(
         state.streams.check_room()?;
     }
     let permit = if known { None } else { state.quota.task(&caller)? };
+    let wants_stream = wants_stream(&headers);
+    let cancels = request.on_disconnect == OnDisconnect::Cancel;
     let payload = submission::payload(request);
     held.set(payload.bytes.len());
     let threads = &state.relays.threads;
-    let wants_stream = wants_stream(&headers);
     // Where its submitter reads it, or else where there is the least to do.
     let thread = if wants_stream { threads.here() } else { threads.least_loaded().clone() };
     // Whoever hangs up now may have been admitted: the task has its place all the same.
     let (control, streams) = (state.control.clone(), Arc::clone(&state.streams));
+    let departure = (cancels && wants_stream)
+        .then(|| Departure::of_submitter(control.clone(), Arc::clone(&streams), holder, task_id));
+    let admitted: Option<Admission> = departure.as_ref().map(Departure::admission);
     let admission = owned_tasks::uninterrupted("admission of a task", async move {
         let answer = control.submit(spec, payload, held, thread).await?;
         let record = control.published.task(holder, task_id);
+        if let Some(stream) = record.as_ref().filter(|_| cancels).and_then(|task| streams.get(task.key)) {
+            stream.cancel_unread();
+        }
         if let Some((record, permit)) = record.zip(permit) {
             streams.hold_permit(record.key, permit);
+        }
+        if let Some(admitted) = admitted {
+            admitted.done().await;
         }
         Ok::<_, ErrorBody>(answer)
     });
@@ -68,7 +80,7 @@ pub(crate) async fn submit(
     let mut response = if wants_stream {
         let record = state.control.published.task(holder, task_id);
         let record = record.ok_or_else(|| holders::no_task(task_id))?;
-        stream(&state, &caller, &record, None, false).await?
+        stream(&state, &caller, &record, None, false, departure).await?
     } else {
         (StatusCode::ACCEPTED, Json(accepted)).into_response()
     };
@@ -99,7 +111,10 @@ pub(crate) async fn get(
         _ => None,
     };
     let holder = caller.sees_all().then(|| state.tokens.name_of(record.holder)).flatten();
-    Ok(Json(TaskView { holder, ..record.view(published.now(), position) }))
+    let TaskUsage { tokens_in, tokens_out, finish_reason } =
+        state.streams.usage(record.key).unwrap_or_default();
+    let view = record.view(published.now(), position);
+    Ok(Json(TaskView { holder, tokens_in, tokens_out, finish_reason, ..view }))
 }
 
 /// What a list of tasks shows.
@@ -218,7 +233,7 @@ pub(crate) async fn events(
     let Reading { verbose, holder } = checked(reading)?;
     let record = holders::task(&state, &caller, Reach::Contents, id, &OfHolder { holder })?;
     let last = headers.get("last-event-id").map(|value| value.to_str().unwrap_or("unreadable"));
-    stream(&state, &caller, &record, last, verbose).await
+    stream(&state, &caller, &record, last, verbose, None).await
 }
 
 async fn stream(
@@ -227,12 +242,18 @@ async fn stream(
     task: &TaskRecord,
     last_event_id: Option<&str>,
     verbose: bool,
+    departure: Option<Departure>,
 ) -> Result<Response, ApiError> {
     let gauge = Gauge::new(state.control.clone(), verbose);
     let (stream, next) =
         state.streams.find(task.key, last_event_id).map_err(|error| known_by(task, error))?;
     let permit = stream.reader(caller)?;
-    let body = stream_body(readers::follow(stream, permit, next, task.key, gauge)).await;
+    let departure = departure.or_else(|| {
+        let (control, streams) = (state.control.clone(), Arc::clone(&state.streams));
+        stream.is_canceled_unread().then(|| Departure::of_reader(control, streams, task.holder, task.id))
+    });
+    let follower = Follower::new(permit, departure);
+    let body = stream_body(readers::follow(stream, follower, next, task.key, gauge)).await;
     let kind = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
     Ok((StatusCode::OK, kind, body).into_response())
 }

@@ -153,6 +153,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         nodes_show_certificates: config.shared.front.tls.client_ca.is_some(),
         quota: Some(quota),
         origins: config.origins,
+        hosts: config.hosts,
         shapes: Some(Shapes { is_theirs: v1::is_ours, shape: v1::shape }),
     };
     let (tokens, reported, ended) = (state.tokens.clone(), control.clone(), stop.clone());

@@ -48,6 +48,11 @@ impl ReaderPermits {
         readers.reading.insert(number, (is_owner, ended.clone()));
         Ok(ReaderPermit { of: Arc::clone(self), number, ended })
     }
+
+    /// Whether nobody reads the stream.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.lock().reading.is_empty()
+    }
 }
 
 /// One reader among those of a stream, until it is dropped.

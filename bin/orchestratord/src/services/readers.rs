@@ -15,6 +15,7 @@ use pool_registry_types::task::{Metrics, TaskState};
 use tokio::time::{Instant, Sleep, sleep};
 
 use crate::services::control::Control;
+use crate::services::departures::Departure;
 use crate::services::reader_permits::ReaderPermit;
 use crate::services::streams::{ReadOutcome, ReadPosition, TaskStream};
 
@@ -31,15 +32,29 @@ const SAME_METRICS_EVERY: Duration = Duration::from_secs(5);
 /// The task's events from frame `next` on; `gauge` tells what the log does not.
 pub(crate) fn follow(
     stream: Arc<TaskStream>,
-    permit: ReaderPermit,
+    follower: Follower,
     next: u64,
     task: TaskId,
     gauge: Gauge,
 ) -> impl Stream<Item = Result<Bytes, StreamReleased>> + Send + use<> {
     let timer = Box::pin(sleep(FIRST_METRICS_AFTER));
     let place = ReadPosition { frame: next, part: 0 };
-    let reader = Reader { stream, permit, place, finished: false, task, gauge, timer };
+    let reader = Reader { stream, follower, place, finished: false, task, gauge, timer };
     stream::unfold(reader, |mut reader| async move { reader.more().await.map(|read| (read, reader)) })
+}
+
+/// A place among the readers of a stream, and what its end may bring with it.
+#[derive(Debug)]
+pub(crate) struct Follower {
+    permit: ReaderPermit,
+    /// Dropped after the permit, so that it sees whether anybody reads still.
+    _departure: Option<Departure>,
+}
+
+impl Follower {
+    pub(crate) fn new(permit: ReaderPermit, departure: Option<Departure>) -> Self {
+        Self { permit, _departure: departure }
+    }
 }
 
 /// The stream made room before its reader had all of it.
@@ -108,7 +123,7 @@ impl Gauge {
 /// One reader of one stream.
 struct Reader {
     stream: Arc<TaskStream>,
-    permit: ReaderPermit,
+    follower: Follower,
     place: ReadPosition,
     /// The terminal frame was given out.
     finished: bool,
@@ -135,7 +150,7 @@ impl Reader {
                 break metrics;
             }
             // Another reader took its place, which wakes this one.
-            if self.permit.has_ended() {
+            if self.follower.permit.has_ended() {
                 self.finished = true;
                 return Some(Err(StreamReleased));
             }
@@ -203,8 +218,9 @@ mod tests {
             stream.write(|log| log.open(attempt));
             let (control, _inbox) = mailbox(Clock::default());
             let permit = stream.reader(&Caller::default()).unwrap();
+            let follower = Follower::new(permit, None);
             let gauge = Gauge::new(control, false);
-            let mut reader = Box::pin(follow(Arc::clone(&stream), permit, 0, TASK, gauge));
+            let mut reader = Box::pin(follow(Arc::clone(&stream), follower, 0, TASK, gauge));
             if started {
                 let frame = Segment::frame(0, "event: token\ndata: {}\n\n".into());
                 stream.write(|log| log.append(attempt, frame)).unwrap();

@@ -11,7 +11,7 @@
 
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
 use bytes::Bytes;
@@ -28,6 +28,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::Instant;
 
 use crate::services::reader_permits::{ReaderPermit, ReaderPermits};
+use crate::services::usage::{AnswerMeter, TaskUsage};
 
 /// Bytes that a reader is given at once.
 const READ_BYTES: usize = 64 * 1024;
@@ -85,6 +86,10 @@ pub(crate) struct TaskStream {
     permit: Mutex<Option<OwnedSemaphorePermit>>,
     owner: Option<TaskCaller>,
     readers: Arc<ReaderPermits>,
+    /// Nobody is to work on the task once nobody reads it.
+    is_canceled_unread: AtomicBool,
+    /// Of an answer that is passed on.
+    meter: Option<AnswerMeter>,
 }
 
 /// A log, and what of it counts as live.
@@ -206,7 +211,19 @@ impl TaskStream {
     /// Takes over what a relay has read, and wakes the readers where there is something for them.
     pub(crate) fn take(&self, staged: &mut Staged) -> Result<(), AppendError> {
         let has_frames = staged.has_frames();
-        let taken = self.change(|log| staged.append_to(log));
+        let taken = match &self.meter {
+            None => self.change(|log| staged.append_to(log)),
+            Some(meter) => {
+                let (taken, appended, is_event_stream) = self.change(|log| {
+                    let from = log.next_index();
+                    let taken = staged.append_to(log);
+                    let is_event_stream = log.head().is_some_and(|head| head.head.is_event_stream());
+                    (taken, log.read_from(from, usize::MAX), is_event_stream)
+                });
+                meter.follow(&appended, is_event_stream);
+                taken
+            }
+        };
         if has_frames {
             self.changed.notify_waiters();
         }
@@ -327,6 +344,25 @@ impl TaskStream {
         Resume { mode, text, reasoning, token_ids, tokens }
     }
 
+    /// What the task has cost by now.
+    fn usage(&self) -> TaskUsage {
+        self.meter.as_ref().map_or_else(|| TaskUsage::of_log(&self.kept.lock().log), AnswerMeter::usage)
+    }
+
+    /// From now on nobody is to work on the task once nobody reads it.
+    pub(crate) fn cancel_unread(&self) {
+        self.is_canceled_unread.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_canceled_unread(&self) -> bool {
+        self.is_canceled_unread.load(Ordering::Relaxed)
+    }
+
+    /// Whether its task runs or waits, and nobody reads it.
+    pub(crate) fn is_left(&self) -> bool {
+        self.readers.is_empty() && !self.kept.lock().log.is_finished()
+    }
+
     /// What the task's engine is to work on; nothing when the task has ended.
     pub(crate) fn payload(&self) -> Option<Payload> {
         self.payload.lock().as_ref().map(|(payload, _)| payload.clone())
@@ -339,7 +375,21 @@ enum Entry {
     /// Its stream is whole, and counts for the room that ended ones take.
     Ended(Arc<TaskStream>),
     /// The stream made room for newer ones.
-    Evicted,
+    Evicted(Box<TaskUsage>),
+}
+
+impl Entry {
+    fn usage(&self) -> TaskUsage {
+        match self {
+            Self::Stream(stream) | Self::Ended(stream) => stream.usage(),
+            Self::Evicted(usage) => (**usage).clone(),
+        }
+    }
+
+    /// What stays of it when its stream goes.
+    fn evicted(&self) -> Self {
+        Self::Evicted(Box::new(self.usage()))
+    }
 }
 
 #[derive(Debug, Default)]
@@ -425,12 +475,12 @@ impl Streams {
     }
 
     pub(crate) fn open(&self, task: TaskId, log: LogId, submitted: Submitted) {
-        let (passes, log) = match &submitted.payload.format {
-            PayloadFormat::Native => (false, TaskLog::new(log)),
-            PayloadFormat::OpenAi(passage) if passage.stream => {
-                (true, TaskLog::bounded(log, UNREAD_STREAM_BYTES))
+        let (meter, log) = match &submitted.payload.format {
+            PayloadFormat::Native => (None, TaskLog::new(log)),
+            PayloadFormat::OpenAi(passage) => {
+                let most = if passage.stream { UNREAD_STREAM_BYTES } else { UNREAD_WHOLE_BYTES };
+                (Some(AnswerMeter::new(passage)), TaskLog::bounded(log, most))
             }
-            PayloadFormat::OpenAi(_) => (true, TaskLog::bounded(log, UNREAD_WHOLE_BYTES)),
         };
         let stream = TaskStream {
             kept: Mutex::new(CountedLog {
@@ -444,12 +494,14 @@ impl Streams {
             payload: Mutex::new(Some((submitted.payload, submitted.held))),
             trace: submitted.trace,
             thread: submitted.thread,
-            passes,
+            passes: meter.is_some(),
             error: OnceLock::new(),
             changed: Notify::new(),
             permit: Mutex::default(),
             owner: submitted.owner,
             readers: Arc::default(),
+            is_canceled_unread: AtomicBool::new(false),
+            meter,
         };
         self.table.lock().tasks.insert(task, Entry::Stream(Arc::new(stream)));
     }
@@ -464,8 +516,13 @@ impl Streams {
     pub(crate) fn get(&self, task: TaskId) -> Option<Arc<TaskStream>> {
         match self.table.lock().tasks.get(&task)? {
             Entry::Stream(stream) | Entry::Ended(stream) => Some(Arc::clone(stream)),
-            Entry::Evicted => None,
+            Entry::Evicted(_) => None,
         }
+    }
+
+    /// What a task has cost by now; nothing where it is not kept.
+    pub(crate) fn usage(&self, task: TaskId) -> Option<TaskUsage> {
+        self.table.lock().tasks.get(&task).map(Entry::usage)
     }
 
     /// Ends an attempt's right to write.
@@ -515,7 +572,8 @@ impl Streams {
             if table.has_ended(oldest, log)
                 && let Some(entry) = table.tasks.get_mut(&oldest)
             {
-                let entry = std::mem::replace(entry, Entry::Evicted);
+                let left_over = entry.evicted();
+                let entry = std::mem::replace(entry, left_over);
                 table.leaves(&entry);
                 evicted.push(entry);
             }
@@ -530,7 +588,10 @@ impl Streams {
     pub(crate) fn release(&self, task: TaskId) {
         let released = match self.table.lock().tasks.get_mut(&task) {
             // One that has not ended is let go of when it does.
-            Some(entry) if !matches!(entry, Entry::Stream(_)) => std::mem::replace(entry, Entry::Evicted),
+            Some(entry) if !matches!(entry, Entry::Stream(_)) => {
+                let left_over = entry.evicted();
+                std::mem::replace(entry, left_over)
+            }
             _ => return,
         };
         // Freed when nobody waits for the table.
@@ -565,7 +626,7 @@ impl Streams {
         let expired = |message: &str| ErrorBody::new(ErrorCode::EventsExpired, message);
         let stream = match self.table.lock().tasks.get(&task) {
             None => return Err(ErrorBody::new(ErrorCode::NotFound, format!("no task {task}"))),
-            Some(Entry::Evicted) => return Err(expired("the stream made room for newer ones")),
+            Some(Entry::Evicted(_)) => return Err(expired("the stream made room for newer ones")),
             Some(Entry::Stream(stream) | Entry::Ended(stream)) if stream.passes => {
                 return Err(expired("the answer of this task is given to whoever asked for it only"));
             }

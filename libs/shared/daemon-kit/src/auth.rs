@@ -25,9 +25,9 @@ use tokio_util::sync::CancellationToken;
 use crate::answer::{ApiError, is_page};
 use crate::audit::Record;
 use crate::caller::Caller;
-use crate::config;
 use crate::connections::Peer;
 use crate::follow::follow;
+use crate::hosts::AllowedHosts;
 use crate::quota::Quota;
 use crate::room::ConnectionEntry;
 use crate::tokens::{Holder, Scope, TokenError, TokenSet, Verdict};
@@ -277,6 +277,8 @@ pub struct Gate {
     pub quota: Option<Arc<Quota>>,
     /// Origins whose pages may call.
     pub origins: Vec<HeaderValue>,
+    /// By which names it may be called without tokens.
+    pub hosts: AllowedHosts,
     /// In which shape other APIs than ours have our errors.
     pub shapes: Option<Shapes>,
 }
@@ -305,6 +307,7 @@ impl Gate {
             nodes_show_certificates: false,
             quota: None,
             origins: Vec::new(),
+            hosts: AllowedHosts::default(),
             shapes: None,
         }
     }
@@ -327,18 +330,19 @@ impl Gate {
         let headers = request.headers();
         let foreign_page = headers.get_all(header::ORIGIN).iter().any(|origin| {
             let parts = origin.to_str().ok().and_then(|text| text.split_once("://"));
-            let is_own = parts.is_some_and(|(scheme, host)| {
-                ["http", "https"].contains(&scheme) && config::is_this_machine(host)
-            });
+            let is_own = parts
+                .is_some_and(|(scheme, host)| ["http", "https"].contains(&scheme) && self.hosts.has(host));
             !is_own && !self.origins.contains(origin)
         });
         let named = request.uri().authority().map(|authority| Some(authority.as_str()));
         let named =
             named.into_iter().chain(headers.get_all(header::HOST).iter().map(|host| host.to_str().ok()));
-        let hosts: Vec<bool> = named.map(|host| host.is_some_and(config::is_this_machine)).collect();
-        if foreign_page || hosts.is_empty() || hosts.contains(&false) {
-            let message = "without tokens only this machine may call, by its own name: set LLORCH_API_TOKEN";
-            return Err(ApiError::new(ErrorCode::Forbidden, message));
+        let hosts: Vec<bool> = named.map(|host| host.is_some_and(|host| self.hosts.has(host))).collect();
+        if hosts.is_empty() || hosts.contains(&false) {
+            return Err(ApiError::new(ErrorCode::Forbidden, self.hosts.refusal_of_host()));
+        }
+        if foreign_page {
+            return Err(ApiError::new(ErrorCode::Forbidden, self.hosts.refusal_of_page()));
         }
         Ok(())
     }
@@ -360,10 +364,11 @@ impl Gate {
         Caller { holder: None, peer, nodes_show_certificates: self.nodes_show_certificates }
     }
 
-    /// Learns who calls on the way, as far as it comes.
-    fn check(&self, need: Need, request: &Request, caller: &mut Caller) -> Result<(), ApiError> {
+    /// Learns who calls on the way, as far as it comes. Returns how many requests its rate leaves it, where
+    /// that is bounded.
+    fn check(&self, need: Need, request: &Request, caller: &mut Caller) -> Result<Option<u32>, ApiError> {
         if need == Need::Open {
-            return Ok(());
+            return Ok(None);
         }
         if let Some(wanted) = &self.certificate {
             let certificate = caller.peer.as_ref().and_then(|peer| peer.certificate.as_ref());
@@ -375,7 +380,7 @@ impl Gate {
         }
         // That this is allowed is decided at the start: only this machine reaches the listener.
         if self.tokens.is_empty() {
-            return self.check_local(request);
+            return self.check_local(request).map(|()| None);
         }
         let now = Timestamp::now();
         let holder = match self.api_key(request) {
@@ -389,10 +394,17 @@ impl Gate {
             let message = format!("this token is without the scope {}", names.join(" or "));
             return Err(ApiError::new(ErrorCode::Forbidden, message));
         }
-        if let Some(quota) = self.quota.as_ref().filter(|_| wanted.contains(&Scope::Client)) {
-            quota.request(&holder.fingerprint)?;
+        match self.quota.as_ref().filter(|_| wanted.contains(&Scope::Client)) {
+            Some(quota) => quota.request(&holder.fingerprint),
+            None => Ok(None),
         }
-        Ok(())
+    }
+
+    /// Tells a client of another API what its limits leave it, in the headers that it knows.
+    fn show_limits(&self, caller: &Caller, left: Option<u32>, response: &mut Response) {
+        if let Some(limits) = self.quota.as_ref().and_then(|quota| quota.limits(caller, left)) {
+            limits.show(response.headers_mut());
+        }
     }
 }
 
@@ -412,19 +424,25 @@ pub(crate) async fn layer(State(gate): State<Arc<Gate>>, mut request: Request, n
     {
         entry.let_in();
     }
-    match checked {
-        Ok(()) => {
-            request.extensions_mut().insert(caller);
-            next.run(request).await
+    let shows_limits = gate.shapes.is_some_and(|shapes| (shapes.is_theirs)(request.uri().path()));
+    let (left, mut response) = match checked {
+        Ok(left) => {
+            request.extensions_mut().insert(caller.clone());
+            (left, next.run(request).await)
         }
         Err(error) => {
             gate.tokens.refusals().count(error.0.code);
             if matches!(error.0.code, ErrorCode::MissingToken | ErrorCode::BadToken) {
                 tokio::time::sleep(REFUSAL_PAUSE).await;
             }
-            error.into_response()
+            let left = (error.0.code == ErrorCode::RateLimited).then_some(0);
+            (left, error.into_response())
         }
+    };
+    if shows_limits {
+        gate.show_limits(&caller, left, &mut response);
     }
+    response
 }
 
 #[cfg(test)]
@@ -543,15 +561,9 @@ mod tests {
     // CLOUD-2751
     #[test]
     fn without_tokens_a_page_of_another_site_may_not_call() {
-        let gate = Gate {
-            tokens: Tokens::default(),
-            needs: |_, _| Need::Any,
-            certificate: None,
-            nodes_show_certificates: false,
-            quota: None,
-            origins: vec![HeaderValue::from_static("https://pages.example")],
-            shapes: None,
-        };
+        let origins = vec![HeaderValue::from_static("https://pages.example")];
+        let hosts = AllowedHosts::parse(["HOSTS", "ORIGINS"], "llm.lan").unwrap();
+        let gate = Gate { needs: |_, _| Need::Any, origins, hosts, ..Gate::open() };
         let ask = |target: &str, headers: &[(&str, &str)]| {
             let mut request = Request::builder().uri(target);
             for (name, value) in headers {
@@ -572,6 +584,8 @@ mod tests {
         }
         assert!(may("localhost:8080", Some("http://127.0.0.1:3000")));
         assert!(may("localhost:8080", Some("https://pages.example")));
+        // CLOUD-2884
+        assert!(may("llm.lan:8080", None) && may("llm.lan", Some("http://llm.lan:3000")));
         for origin in [
             "https://evil.example",
             "null",

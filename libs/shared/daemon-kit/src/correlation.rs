@@ -85,9 +85,22 @@ pub(crate) async fn layer(
             }
         }
     }
+    if shapes.is_some_and(|shapes| (shapes.is_theirs)(uri.path())) {
+        name_request(response.headers_mut(), &ids.correlation_id);
+    }
     set(response.headers_mut(), headers::CORRELATION_ID, &ids.correlation_id);
     set(response.headers_mut(), headers::TRACE_ID, trace_id);
     response
+}
+
+/// What clients of other APIs name a request by: its task's id, where it has one.
+fn name_request(map: &mut HeaderMap, correlation_id: &str) {
+    if !map.contains_key(headers::REQUEST_ID) {
+        set(map, headers::REQUEST_ID, correlation_id);
+    }
+    if let Some(id) = map.get(headers::REQUEST_ID).cloned() {
+        map.insert(headers::ANTHROPIC_REQUEST_ID, id);
+    }
 }
 
 fn set(map: &mut HeaderMap, name: &'static str, value: &str) {

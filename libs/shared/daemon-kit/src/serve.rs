@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::http::Method;
+use axum::http::{HeaderName, Method};
 use axum::middleware;
+use pool_registry_types::routes::headers;
 use tower::util::option_layer;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowHeaders, CorsLayer};
@@ -31,6 +32,7 @@ pub(crate) fn with_layers(routes: Router, edge: Edge) -> Router {
             .allow_origin(edge.gate.origins.clone())
             .allow_methods([Method::GET, Method::POST, Method::DELETE])
             .allow_headers(AllowHeaders::mirror_request())
+            .expose_headers(headers::FOR_CLIENTS.map(HeaderName::from_static))
             .max_age(Duration::from_secs(3600))
     });
     let shapes = edge.gate.shapes;
@@ -115,6 +117,7 @@ mod tests {
     use super::*;
     use crate::auth::{Need, Tokens};
     use crate::connections::{self, ConnLimits, ServeOptions};
+    use crate::hosts::AllowedHosts;
     use crate::tokens::Scope;
 
     fn open_edge() -> Edge {
@@ -125,6 +128,7 @@ mod tests {
             nodes_show_certificates: false,
             quota: None,
             origins: vec![HeaderValue::from_static("http://pages.example")],
+            hosts: AllowedHosts::default(),
             shapes: None,
         };
         Edge { gate, audit: Audit::default() }

@@ -95,4 +95,28 @@ pub mod headers {
     pub const ERROR: &str = "x-llorch-error";
     /// Where clients of Anthropic's API show their token.
     pub const API_KEY: &str = "x-api-key";
+    /// As [`REQUEST_ID`], where clients of Anthropic's API look for it.
+    pub const ANTHROPIC_REQUEST_ID: &str = "request-id";
+    /// Whether whoever was refused should come again.
+    pub const SHOULD_RETRY: &str = "x-should-retry";
+    /// What a token's limits leave of requests, as OpenAI's clients read it.
+    pub const RATE_LIMIT: &str = "x-ratelimit-limit-requests";
+    pub const RATE_REMAINING: &str = "x-ratelimit-remaining-requests";
+    pub const RATE_RESET: &str = "x-ratelimit-reset-requests";
+    /// Of ours, what pages of other origins may read.
+    pub const FOR_CLIENTS: [&str; 13] = [
+        TASK_ID,
+        REQUEST_ID,
+        ANTHROPIC_REQUEST_ID,
+        NODE,
+        ERROR,
+        CORRELATION_ID,
+        TRACE_ID,
+        "retry-after",
+        BACKOFF_MS,
+        SHOULD_RETRY,
+        RATE_LIMIT,
+        RATE_REMAINING,
+        RATE_RESET,
+    ];
 }

@@ -217,6 +217,10 @@ impl TaskRecord {
             elapsed_ms: end.millis_since(self.admitted),
             attempts: self.attempts.clone(),
             error: self.error.clone(),
+            // Tokens never pass through the core.
+            tokens_in: None,
+            tokens_out: None,
+            finish_reason: None,
             holder: None,
         }
     }

@@ -85,6 +85,15 @@ pub struct TaskView {
     pub attempts: Vec<AttemptView>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<ErrorBody>,
+    /// Tokens of the inputs, where the engine says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens_in: Option<u64>,
+    /// Tokens of the answer so far: the engine's own count where it says one, else events are counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens_out: Option<u64>,
+    /// Why the answer ended; of a request under `/v1` in the words of its API.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finish_reason: Option<String>,
     /// The name of its holder; shown to those who see the tasks of all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub holder: Option<String>,

@@ -89,6 +89,17 @@ pub enum Reasoning {
     Drop,
 }
 
+/// What becomes of a task whose stream nobody reads any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnDisconnect {
+    /// It goes on, and can be read again.
+    #[default]
+    Continue,
+    /// It is canceled when the last client that reads its stream goes away before its end.
+    Cancel,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
@@ -187,6 +198,8 @@ pub struct TaskRequest {
     pub recovery: Recovery,
     #[serde(default, skip_serializing_if = "is_default")]
     pub reasoning: Reasoning,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub on_disconnect: OnDisconnect,
     /// The client's own estimate, for predictions only; at most `max_tokens` counts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 1)]
@@ -228,6 +241,7 @@ impl TaskRequest {
             determinism: Determinism::BestEffort,
             recovery: Recovery::Fail,
             reasoning: Reasoning::Keep,
+            on_disconnect: OnDisconnect::Continue,
             expected_tokens: None,
             kv_hint: KvHint::Reuse,
             placement: None,
