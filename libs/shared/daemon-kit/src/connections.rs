@@ -411,13 +411,8 @@ impl Server {
                     }
                 };
                 // Not an async block, which would hold the answer's future twice.
-                answer.map_ok(move |response| {
-                    // An answer of known size has the time of an idle connection to be fetched; a
-                    // stream has all the time, as long as it is written.
-                    let is_stream = response.body().size_hint().exact().is_none();
-                    let running = is_stream.then_some(running);
-                    response.map(|body| Answer { body, _running: running })
-                })
+                // An answer has all the time, as long as its peer takes of it.
+                answer.map_ok(move |response| response.map(|body| Answer::new(body, running)))
             }
         });
         let mut connection = pin!(self.http.serve_connection(io, service));
