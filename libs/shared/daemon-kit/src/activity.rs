@@ -13,6 +13,8 @@ use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 
+use crate::handover::Handover;
+
 /// What an idle connection gets to be closed in good order.
 const LINGER: Duration = Duration::from_secs(1);
 /// Longest piece of an answer that is handed over at once, bytes. An answer counts as running until its
@@ -149,15 +151,18 @@ pub(crate) struct Answer {
     body: Body,
     /// What of the body's last frame was not handed over.
     rest: Bytes,
+    /// Where its own window may be closed.
+    handover: Option<Arc<Handover>>,
     _running: Running,
 }
 
 impl Answer {
     pub(crate) fn new(body: Body, running: Running) -> Self {
-        Self { body, rest: Bytes::new(), _running: running }
+        Self { body, rest: Bytes::new(), handover: Handover::current(), _running: running }
     }
 
     fn next_piece(&mut self) -> Frame<Bytes> {
+        self.handover.iter().for_each(|handover| handover.handed_over());
         Frame::data(self.rest.split_to(self.rest.len().min(PIECE_BYTES)))
     }
 }
@@ -170,6 +175,7 @@ impl hyper::body::Body for Answer {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        self.handover.iter().for_each(|handover| handover.asked());
         if !self.rest.is_empty() {
             return Poll::Ready(Some(Ok(self.next_piece())));
         }

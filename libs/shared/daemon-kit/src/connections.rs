@@ -35,6 +35,7 @@ use tokio_util::sync::CancellationToken;
 use tower::Service;
 
 use crate::activity::{Activity, Answer, Instrumented, Look};
+use crate::handover::Bounded;
 use crate::room::{ConnectionPermit, Found, Room};
 use crate::socket::Socket;
 use crate::tls::{self, PeerCertificate, ServerTls};
@@ -101,7 +102,7 @@ pub struct Counts {
     pub slow: AtomicU64,
     /// Closed after a while without requests.
     pub idle: AtomicU64,
-    /// Closed because their peers took nothing of an answer for long.
+    /// Closed because their peers took nothing of an answer for long; on HTTP/2 such an answer alone.
     pub stalled: AtomicU64,
 }
 
@@ -172,7 +173,7 @@ pub async fn run(
     let server = Arc::new(Server {
         // Turns handlers into routes once; from here on a clone is one reference more.
         app: app.with_state(()),
-        http: protocols(&limits, tasks.clone()),
+        http: protocols(&limits, Requests::new(tasks.clone(), limits.stalled, Arc::clone(&counts))),
         tls,
         limits,
         counts,
@@ -242,8 +243,8 @@ fn of_one_connection(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
-fn protocols(limits: &ConnLimits, tasks: Tasks) -> auto::Builder<Tasks> {
-    let mut http = auto::Builder::new(tasks);
+fn protocols(limits: &ConnLimits, requests: Requests) -> auto::Builder<Requests> {
+    let mut http = auto::Builder::new(requests);
     http.http1()
         .timer(TokioTimer::new())
         .header_read_timeout(None)
@@ -260,7 +261,7 @@ fn protocols(limits: &ConnLimits, tasks: Tasks) -> auto::Builder<Tasks> {
 
 struct Server {
     app: Router,
-    http: auto::Builder<Tasks>,
+    http: auto::Builder<Requests>,
     tls: Option<Arc<ServerTls>>,
     limits: ConnLimits,
     counts: Arc<Counts>,
@@ -501,12 +502,26 @@ fn report(ended: Result<(), JoinError>) {
     }
 }
 
-impl<F> hyper::rt::Executor<F> for Tasks
+/// Runs the requests of HTTP/2, each as long as its peer takes of its answer.
+#[derive(Clone)]
+struct Requests {
+    tasks: Tasks,
+    stalled: Duration,
+    counts: Arc<Counts>,
+}
+
+impl Requests {
+    fn new(tasks: Tasks, stalled: Duration, counts: Arc<Counts>) -> Self {
+        Self { tasks, stalled, counts }
+    }
+}
+
+impl<F> hyper::rt::Executor<F> for Requests
 where
     F: Future<Output = ()> + Send + 'static,
 {
-    fn execute(&self, task: F) {
-        self.add(task);
+    fn execute(&self, request: F) {
+        self.tasks.add(Bounded::new(request, self.stalled, Arc::clone(&self.counts)));
     }
 }
 

@@ -18,6 +18,7 @@ pub mod document;
 pub mod extract;
 mod follow;
 pub mod front;
+mod handover;
 pub mod metrics;
 pub mod quota;
 mod room;

@@ -42,6 +42,8 @@ struct Rig {
     stop: CancellationToken,
     counts: Arc<Counts>,
     open_streams: Arc<AtomicUsize>,
+    /// Bytes of `/pieces`.
+    handed_over: Arc<AtomicUsize>,
     server: JoinHandle<io::Result<()>>,
 }
 
@@ -58,12 +60,24 @@ async fn rig(limits: ConnLimits, tls: Option<Arc<ServerTls>>, grace: Duration) -
     let addr = listener.local_addr().unwrap();
     let (stop, counts, open_streams) = (CancellationToken::new(), Arc::default(), Arc::default());
     let open: Arc<AtomicUsize> = Arc::clone(&open_streams);
+    let all_handed_over = Arc::<AtomicUsize>::default();
+    let handed_over = Arc::clone(&all_handed_over);
     let app = Router::new()
         .route("/fine", get(|| async { "fine" }))
         .route(
             "/flood",
             get(|| async {
                 Body::from_stream(stream::repeat_with(|| Ok::<_, Infallible>(Bytes::from_static(PIECE))))
+            }),
+        )
+        .route(
+            "/pieces",
+            get(move || async move {
+                let handed_over = move || {
+                    handed_over.fetch_add(PIECE.len(), Ordering::SeqCst);
+                    Ok::<_, Infallible>(Bytes::from_static(PIECE))
+                };
+                Body::from_stream(stream::repeat_with(handed_over))
             }),
         )
         .route("/whole", get(|| async { WHOLE }))
@@ -89,7 +103,7 @@ async fn rig(limits: ConnLimits, tls: Option<Arc<ServerTls>>, grace: Duration) -
     let counts_of = Arc::clone(&counts);
     let options = ServeOptions { tls, limits, counts: counts_of, streaming, ..ServeOptions::default() };
     let server = tokio::spawn(serve::run(listener, app, options, stop.clone(), grace));
-    Rig { addr, stop, counts, open_streams, server }
+    Rig { addr, stop, counts, open_streams, handed_over: all_handed_over, server }
 }
 
 async fn thread(body: Bytes) -> String {
@@ -587,6 +601,40 @@ async fn a_peer_that_takes_nothing_of_a_whole_answer_is_closed_as_one_that_takes
     until("it is closed", || server.counts.stalled.load(Ordering::SeqCst) == 1).await;
     assert!(start.elapsed() >= Duration::from_millis(400), "{:?}", start.elapsed());
     assert_eq!(server.counts.idle.load(Ordering::SeqCst), 0);
+}
+
+// CLOUD-2849
+#[tokio::test]
+async fn an_answer_over_http2_whose_window_stays_closed_holds_little_and_is_ended_alone() {
+    const WINDOW: usize = 128 * 1024;
+    let stalled = Duration::from_millis(500);
+    let server = rig(ConnLimits { stalled, ..ConnLimits::default() }, None, SOON).await;
+    let mut connection = http2(server.addr, u32::try_from(WINDOW).unwrap()).await;
+    let mut ask = async |path: &str| {
+        connection.send_request(http2_request(server.addr, path)).await.unwrap().into_body()
+    };
+    let (mut stopped, mut slow) = (ask("/pieces").await, ask("/flood").await);
+    let ended = || server.counts.stalled.load(Ordering::SeqCst);
+    let start = Instant::now();
+    while ended() == 0 || start.elapsed() < stalled * 3 {
+        assert!(start.elapsed() < SOON, "never ended");
+        assert!(slow.frame().await.unwrap().is_ok(), "who takes little goes on");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(ended(), 1);
+    let held = server.handed_over.load(Ordering::SeqCst) - WINDOW;
+    assert!(held <= 64 * 1024, "{held} bytes are held beside what the peer has");
+    // What lies with the peer is still read.
+    let mut read = 0;
+    let error = loop {
+        match timeout(SOON, stopped.frame()).await.unwrap().expect("it is no orderly end") {
+            Ok(frame) => read += frame.into_data().unwrap().len(),
+            Err(error) => break error,
+        }
+    };
+    assert!(read <= WINDOW && !error.is_timeout(), "{read}: {error}");
+    assert_eq!(ask("/fine").await.collect().await.unwrap().to_bytes(), "fine");
+    drop((stopped, slow));
 }
 
 // CLOUD-1132
