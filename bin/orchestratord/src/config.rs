@@ -112,7 +112,7 @@ pub(crate) struct Settings {
     /// The model of a request under /v1 that names none [default: such a request is refused].
     #[arg(long, env = "ORCHESTRATORD_DEFAULT_MODEL")]
     default_model: Option<ModelRef>,
-    /// Longest body of a request under /v1, bytes.
+    /// Longest body of a request under /v1, bytes; never more than half of ORCHESTRATORD_QUEUE_BYTES.
     #[arg(long, env = "ORCHESTRATORD_V1_BODY_BYTES", default_value_t = 32 * 1024 * 1024, value_parser = clap::value_parser!(u64).range(1..=MAX_PASSED_BYTES as u64))]
     v1_body_bytes: u64,
     /// Where nodes may be: networks (10.0.0.0/8), addresses, names or *.suffixes, comma-separated [default: anywhere].
@@ -250,7 +250,8 @@ impl Daemon for Settings {
         let node_addresses = NodeAddresses::parse(node_addresses, needs_https)?;
         let aliases = self.model_aliases.as_deref().map(Gateway::aliases).transpose()?.unwrap_or_default();
         let body_bytes = usize::try_from(self.v1_body_bytes).unwrap_or(usize::MAX);
-        let gateway = Gateway::new(aliases, self.default_model, body_bytes);
+        let queue_bytes = usize::try_from(self.queue_bytes).unwrap_or(usize::MAX);
+        let gateway = Gateway::new(aliases, self.default_model, body_bytes, queue_bytes);
         let policy = Policy {
             timing: Timing {
                 heartbeat_interval: Duration::from_secs(interval),
@@ -281,7 +282,7 @@ impl Daemon for Settings {
             cloud_profile: self.cloud_profile,
             policy,
             event_log_bytes: usize::try_from(self.event_log_bytes).unwrap_or(usize::MAX),
-            queue_bytes: usize::try_from(self.queue_bytes).unwrap_or(usize::MAX),
+            queue_bytes,
             live_log_bytes: usize::try_from(self.live_log_bytes).unwrap_or(usize::MAX),
             stalled_write: Duration::from_secs(self.stalled_write_secs),
             stream_threads: self.stream_threads.map_or_else(default_stream_threads, usize::from),
