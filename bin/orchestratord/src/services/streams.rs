@@ -22,7 +22,9 @@ use parking_lot::Mutex;
 use pool_registry_types::sse::{self, Decoder, write_frame};
 use pool_registry_types::task::{Resume, ResumeMode};
 use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, TaskId, TraceContext};
-use task_stream::{AppendError, Fence, PassedHead, Payload, PayloadFormat, Staged, TaskCaller, TaskLog};
+use task_stream::{
+    AppendError, Fence, PassedHead, Payload, PayloadFormat, Read, Staged, TaskCaller, TaskLog,
+};
 use tokio::sync::futures::Notified;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::Instant;
@@ -147,6 +149,10 @@ pub(crate) struct ReadPosition {
     pub(crate) part: usize,
 }
 
+impl ReadPosition {
+    pub(crate) const BEGIN: Self = Self { frame: 0, part: 0 };
+}
+
 impl TaskStream {
     /// A place among the readers, which whoever submitted the task always gets.
     ///
@@ -245,40 +251,53 @@ impl TaskStream {
         if bytes.len() <= READ_BYTES {
             return ReadOutcome::Frames(ReadFrames { bytes, place: next, is_last: finished });
         }
-        // One long frame: a peer that takes no more of it does not hold all of it.
-        let rest = &bytes[at.part.min(bytes.len())..];
-        if rest.len() <= OWN_BYTES {
-            return ReadOutcome::Frames(ReadFrames {
-                bytes: Bytes::copy_from_slice(rest),
-                place: next,
-                is_last: finished,
-            });
-        }
-        let bytes = Bytes::copy_from_slice(&rest[..OWN_BYTES]);
-        let place = ReadPosition { frame: at.frame, part: at.part + OWN_BYTES };
-        ReadOutcome::Frames(ReadFrames { bytes, place, is_last: false })
+        ReadOutcome::Frames(part_of(&bytes, at, next, finished))
     }
 
-    /// The bytes of an answer that is passed on from `next` on, the index behind them, and whether nothing
-    /// follows; or the next change. What is before `next` is not kept for anybody.
-    pub(crate) fn pass(&self, next: u64) -> Result<(Bytes, u64, bool), Notified<'_>> {
+    /// What is there of an answer that is passed on from `at` on, or the next change. What is before it is
+    /// kept for nobody, so that all of this is the reader's own: it is copied, and as little as a reader may
+    /// have.
+    pub(crate) fn pass(&self, at: ReadPosition) -> Result<ReadFrames, Notified<'_>> {
         let changed = self.changed.notified();
         let read = {
             let mut kept = self.kept.lock();
             if kept.is_released {
                 // Its error says why.
-                return Ok((Bytes::new(), next, true));
+                return Ok(ReadFrames { bytes: Bytes::new(), place: at, is_last: true });
             }
             kept.read = Instant::now();
-            kept.log.drop_before(next);
+            kept.log.drop_before(at.frame);
             kept.count(&self.live_bytes);
-            kept.log.read_from(next, READ_BYTES)
+            kept.log.read_from(at.frame, OWN_BYTES)
         };
         if read.is_empty() && !read.finished {
             return Err(changed);
         }
-        let (next, finished) = (read.next, read.finished);
-        Ok((read.into_bytes(), next, finished))
+        let (next, is_last) = (ReadPosition { frame: read.next, part: 0 }, read.finished);
+        if read.is_in_pieces() {
+            return Ok(ReadFrames { bytes: read.into_bytes(), place: next, is_last });
+        }
+        Ok(part_of(&read.into_bytes(), at, next, is_last))
+    }
+
+    /// How many bytes of an answer that is passed on wait for its reader, and whether these are all; or the
+    /// next change.
+    pub(crate) fn unread(&self) -> Result<(usize, bool), Notified<'_>> {
+        let changed = self.changed.notified();
+        let kept = self.kept.lock();
+        let is_over = kept.log.is_finished() || kept.is_released;
+        let bytes = kept.log.frame_bytes();
+        if bytes == 0 && !is_over { Err(changed) } else { Ok((bytes, is_over)) }
+    }
+
+    /// All of an answer that is passed on and of which nothing was read, once it has ended; or the next
+    /// change. It stays in the log.
+    pub(crate) fn whole(&self) -> Result<Read, Notified<'_>> {
+        let changed = self.changed.notified();
+        let mut kept = self.kept.lock();
+        kept.read = Instant::now();
+        let is_over = kept.log.is_finished() || kept.is_released;
+        if is_over { Ok(kept.log.read_from(0, usize::MAX)) } else { Err(changed) }
     }
 
     /// Whether the engine's answer is passed on as it comes.
@@ -331,6 +350,18 @@ impl TaskStream {
     pub(crate) fn payload(&self) -> Option<Payload> {
         self.payload.lock().as_ref().map(|(payload, _)| payload.clone())
     }
+}
+
+/// Of one frame, or of frames that are short, what stands behind `at`, copied, and at most what a reader may
+/// have of its own: it does not hold all of a long one. `next` and `is_last` are of their end.
+fn part_of(bytes: &Bytes, at: ReadPosition, next: ReadPosition, is_last: bool) -> ReadFrames {
+    let rest = &bytes[at.part.min(bytes.len())..];
+    if rest.len() <= OWN_BYTES {
+        return ReadFrames { bytes: Bytes::copy_from_slice(rest), place: next, is_last };
+    }
+    let bytes = Bytes::copy_from_slice(&rest[..OWN_BYTES]);
+    let place = ReadPosition { frame: at.frame, part: at.part + OWN_BYTES };
+    ReadFrames { bytes, place, is_last: false }
 }
 
 #[derive(Debug)]

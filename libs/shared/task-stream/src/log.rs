@@ -143,7 +143,7 @@ impl Read {
     fn push(&mut self, piece: Bytes) {
         if self.first.is_empty() {
             self.first = piece;
-        } else {
+        } else if !piece.is_empty() {
             self.rest.push(piece);
         }
     }
@@ -243,6 +243,11 @@ impl TaskLog {
     pub fn len_bytes(&self) -> usize {
         let segments = self.segments.len() * SEGMENT_BYTES + self.ends * size_of::<u32>();
         self.bytes + segments + self.token_ids.len_bytes()
+    }
+
+    /// Bytes of all frames that are kept.
+    pub fn frame_bytes(&self) -> usize {
+        self.bytes
     }
 
     pub fn token_ids(&self) -> &TokenIds {
@@ -373,8 +378,8 @@ impl TaskLog {
         self.segments.push(Segment::new(first, bytes.into(), &ends));
     }
 
-    /// The frames from `index` on, or from the first one that is kept, at most `at_most` bytes but one frame where there is one; none when
-    /// it is past the end.
+    /// The frames from `index` on, or from the first one that is kept, at most `at_most` bytes but one frame
+    /// where there is one; none when it is past the end.
     pub fn read_from(&self, index: u64, at_most: usize) -> Read {
         let end = self.next_index();
         let begin = self.segments.first().map_or(end, |segment| segment.first);
