@@ -97,6 +97,8 @@ struct CountedLog {
     counted: usize,
     /// Nobody is given any more of it.
     is_released: bool,
+    /// Its one reader has gone: nothing of it is kept.
+    is_left: bool,
     read: Instant,
 }
 
@@ -175,6 +177,9 @@ impl TaskStream {
     fn change<T>(&self, change: impl FnOnce(&mut TaskLog) -> T) -> T {
         let mut kept = self.kept.lock();
         let result = change(&mut kept.log);
+        if kept.is_left {
+            kept.log.drop_before(u64::MAX);
+        }
         kept.count(&self.live_bytes);
         result
     }
@@ -469,6 +474,7 @@ impl Streams {
                 is_live: true,
                 counted: 0,
                 is_released: false,
+                is_left: false,
                 read: Instant::now(),
             }),
             live_bytes: Arc::clone(&self.live_bytes),
@@ -530,6 +536,22 @@ impl Streams {
         let Some(Entry::Stream(stream)) = table.tasks.get(&task) else { return };
         let stream = Arc::clone(stream);
         let over = (stream.permit.lock().take(), stream.payload.lock().take());
+        if stream.passes {
+            // Its one reader has it, and nobody else will: it takes no room of others. It counts as live
+            // until it was read, and may be let go of when memory is short.
+            let is_left = {
+                let mut kept = stream.kept.lock();
+                kept.read = Instant::now();
+                kept.is_left
+            };
+            let entry = if is_left { Entry::Evicted } else { Entry::Ended(Arc::clone(&stream)) };
+            table.tasks.insert(task, entry);
+            table.left.retain(|stream| stream.strong_count() > 0);
+            table.left.push(Arc::downgrade(&stream));
+            drop(table);
+            drop(over);
+            return self.make_room();
+        }
         stream.set_live(false);
         let (log, size) = {
             let log = &stream.kept.lock().log;
@@ -557,15 +579,27 @@ impl Streams {
         self.make_room();
     }
 
-    /// Nobody will read the answer any more, which was passed on.
+    /// Nobody will read the answer any more, which was passed on: what is there of it is let go of, and what
+    /// is written still.
     pub(crate) fn release(&self, task: TaskId) {
-        let released = match self.table.lock().tasks.get_mut(&task) {
-            // One that has not ended is let go of when it does.
-            Some(entry) if !matches!(entry, Entry::Stream(_)) => std::mem::replace(entry, Entry::Evicted),
-            _ => return,
+        let stream = {
+            let mut table = self.table.lock();
+            let Some(entry) = table.tasks.get_mut(&task) else { return };
+            let stream = match entry {
+                // It goes when it ends.
+                Entry::Stream(stream) => Arc::clone(stream),
+                Entry::Ended(stream) => {
+                    let stream = Arc::clone(stream);
+                    *entry = Entry::Evicted;
+                    stream
+                }
+                Entry::Evicted => return,
+            };
+            stream.kept.lock().is_left = true;
+            stream
         };
         // Freed when nobody waits for the table.
-        drop(released);
+        stream.change(|_| ());
     }
 
     /// The task's retention is over.

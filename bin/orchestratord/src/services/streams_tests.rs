@@ -272,3 +272,32 @@ fn the_reader_of_an_answer_that_is_passed_on_has_little_of_its_own_and_what_it_h
     assert!(all == expected, "every byte, once and in order");
     assert!(streams.live_bytes() < 10_000, "{}", streams.live_bytes());
 }
+
+// CLOUD-2855
+#[test]
+fn an_ended_answer_that_is_passed_on_takes_no_room_of_others_and_all_of_it_goes_with_its_reader() {
+    let streams = Streams::new(10_000, usize::MAX);
+    let other = ended(&streams, 9, 5_000);
+    let write = |n: u64, (_, attempt, stream): &(TaskId, AttemptId, Arc<TaskStream>)| {
+        stream.write(|log| log.append(*attempt, Segment::frame(n, vec![b'x'; 100_000].into()))).unwrap();
+    };
+    // It ends before it was read.
+    let first = open_passed(&streams, 1);
+    write(0, &first);
+    first.2.write(|log| log.finish(first.1, Segment::frame(1, Bytes::new()))).unwrap();
+    streams.ended(first.0);
+    assert_eq!(code(&streams, other), None, "it stays");
+    assert!(streams.live_bytes() >= 100_000, "it counts until it was read");
+    streams.release(first.0);
+    assert_eq!((streams.live_bytes(), streams.get(first.0).is_none()), (0, true));
+    // Its reader goes while it runs: nothing is kept of what is written until it ends.
+    let second = open_passed(&streams, 2);
+    write(0, &second);
+    streams.release(second.0);
+    assert_eq!(streams.live_bytes(), 0);
+    write(1, &second);
+    assert_eq!((streams.live_bytes(), streams.fence(second.0, second.1).tokens_written), (0, 2));
+    streams.close(second.0, &ErrorBody::new(ErrorCode::Canceled, "canceled"));
+    assert_eq!((streams.live_bytes(), streams.get(second.0).is_none()), (0, true));
+    assert_eq!(code(&streams, second.0), Some(ErrorCode::EventsExpired));
+}
