@@ -77,6 +77,10 @@ pub(crate) struct Settings {
     /// tasks answer `503 OVERLOADED`.
     #[arg(long, env = "ORCHESTRATORD_LIVE_LOG_BYTES", default_value_t = 256 * 1024 * 1024, value_parser = clap::value_parser!(u64).range(1024 * 1024..))]
     live_log_bytes: u64,
+    /// Bytes of answers under /v1 that are held back until they are whole at most, 8 MiB of one; beyond it an
+    /// answer passes as it comes, and is not asked for again where it breaks off. 0 holds none.
+    #[arg(long, env = "ORCHESTRATORD_HELD_ANSWER_BYTES", default_value_t = 256 * 1024 * 1024)]
+    held_answer_bytes: u64,
     /// Seconds after which a connection is closed whose peer takes nothing of what is to be written.
     #[arg(long, env = "ORCHESTRATORD_STALLED_WRITE_SECS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     stalled_write_secs: u64,
@@ -179,6 +183,7 @@ pub(crate) struct Config {
     pub(crate) event_log_bytes: usize,
     pub(crate) queue_bytes: usize,
     pub(crate) live_log_bytes: usize,
+    pub(crate) held_answer_bytes: usize,
     pub(crate) stalled_write: Duration,
     pub(crate) stream_threads: usize,
     pub(crate) data_dir: PathBuf,
@@ -284,6 +289,7 @@ impl Daemon for Settings {
             event_log_bytes: usize::try_from(self.event_log_bytes).unwrap_or(usize::MAX),
             queue_bytes,
             live_log_bytes: usize::try_from(self.live_log_bytes).unwrap_or(usize::MAX),
+            held_answer_bytes: usize::try_from(self.held_answer_bytes).unwrap_or(usize::MAX),
             stalled_write: Duration::from_secs(self.stalled_write_secs),
             stream_threads: self.stream_threads.map_or_else(default_stream_threads, usize::from),
             data_dir: self.data_dir,
@@ -333,6 +339,7 @@ mod tests {
         assert_eq!((config.policy.max_nodes, config.policy.retained_tasks), (10_000, 10_000));
         assert_eq!(config.event_log_bytes, 32 << 20);
         assert_eq!((config.queue_bytes, config.live_log_bytes), (128 << 20, 256 << 20));
+        assert_eq!(config.held_answer_bytes, 256 << 20);
         assert_eq!(config.stalled_write, Duration::from_secs(600));
     }
 
