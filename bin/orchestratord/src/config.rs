@@ -78,6 +78,10 @@ pub(crate) struct Settings {
     /// tasks answer `503 OVERLOADED`.
     #[arg(long, env = "ORCHESTRATORD_LIVE_LOG_BYTES", default_value_t = 256 * 1024 * 1024, value_parser = clap::value_parser!(u64).range(1024 * 1024..))]
     live_log_bytes: u64,
+    /// Bytes of answers under /v1 that are held back until they are whole at most, 8 MiB of one; beyond it an
+    /// answer passes as it comes, and is not asked for again where it breaks off. 0 holds none.
+    #[arg(long, env = "ORCHESTRATORD_HELD_ANSWER_BYTES", default_value_t = 256 * 1024 * 1024)]
+    held_answer_bytes: u64,
     /// Seconds after which a connection is closed whose peer takes nothing of what is to be written.
     #[arg(long, env = "ORCHESTRATORD_STALLED_WRITE_SECS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     stalled_write_secs: u64,
@@ -117,7 +121,7 @@ pub(crate) struct Settings {
     /// The model of a request under /v1 that names none [default: such a request is refused].
     #[arg(long, env = "ORCHESTRATORD_DEFAULT_MODEL")]
     default_model: Option<ModelRef>,
-    /// Longest body of a request under /v1, bytes.
+    /// Longest body of a request under /v1, bytes; never more than half of ORCHESTRATORD_QUEUE_BYTES.
     #[arg(long, env = "ORCHESTRATORD_V1_BODY_BYTES", default_value_t = 32 * 1024 * 1024, value_parser = clap::value_parser!(u64).range(1..=MAX_PASSED_BYTES as u64))]
     v1_body_bytes: u64,
     /// Where nodes may be: networks (10.0.0.0/8), addresses, names or *.suffixes, comma-separated [default: anywhere].
@@ -185,6 +189,7 @@ pub(crate) struct Config {
     pub(crate) event_log_bytes: usize,
     pub(crate) queue_bytes: usize,
     pub(crate) live_log_bytes: usize,
+    pub(crate) held_answer_bytes: usize,
     pub(crate) stalled_write: Duration,
     pub(crate) stream_threads: usize,
     pub(crate) data_dir: PathBuf,
@@ -261,7 +266,8 @@ impl Daemon for Settings {
         let node_addresses = NodeAddresses::parse(node_addresses, needs_https)?;
         let aliases = self.model_aliases.as_deref().map(Gateway::aliases).transpose()?.unwrap_or_default();
         let body_bytes = usize::try_from(self.v1_body_bytes).unwrap_or(usize::MAX);
-        let gateway = Gateway::new(aliases, self.default_model, body_bytes);
+        let queue_bytes = usize::try_from(self.queue_bytes).unwrap_or(usize::MAX);
+        let gateway = Gateway::new(aliases, self.default_model, body_bytes, queue_bytes);
         let policy = Policy {
             timing: Timing {
                 heartbeat_interval: Duration::from_secs(interval),
@@ -292,8 +298,9 @@ impl Daemon for Settings {
             cloud_profile: self.cloud_profile,
             policy,
             event_log_bytes: usize::try_from(self.event_log_bytes).unwrap_or(usize::MAX),
-            queue_bytes: usize::try_from(self.queue_bytes).unwrap_or(usize::MAX),
+            queue_bytes,
             live_log_bytes: usize::try_from(self.live_log_bytes).unwrap_or(usize::MAX),
+            held_answer_bytes: usize::try_from(self.held_answer_bytes).unwrap_or(usize::MAX),
             stalled_write: Duration::from_secs(self.stalled_write_secs),
             stream_threads: self.stream_threads.map_or_else(default_stream_threads, usize::from),
             data_dir: self.data_dir,
@@ -344,6 +351,7 @@ mod tests {
         assert_eq!((config.policy.max_nodes, config.policy.retained_tasks), (10_000, 10_000));
         assert_eq!(config.event_log_bytes, 32 << 20);
         assert_eq!((config.queue_bytes, config.live_log_bytes), (128 << 20, 256 << 20));
+        assert_eq!(config.held_answer_bytes, 256 << 20);
         assert_eq!(config.stalled_write, Duration::from_secs(600));
     }
 

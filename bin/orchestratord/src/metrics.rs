@@ -51,11 +51,13 @@ fn links_of(page: &mut Page, links: &LinkTable) {
 }
 
 /// Memory that clients fill, as its settings bound it.
-pub(crate) fn held(page: &mut Page, queue_bytes: usize, live_log_bytes: usize) {
+pub(crate) fn held(page: &mut Page, queue_bytes: usize, live_log_bytes: usize, held_answer_bytes: usize) {
     let help = "Bytes of requests that are read or wait for an engine.";
     page.gauge("llorch_queue_bytes", help, &[], queue_bytes as f64);
     let help = "Bytes of the streams of tasks that have not ended, and of others that are read still.";
     page.gauge("llorch_live_log_bytes", help, &[], live_log_bytes as f64);
+    let help = "Bytes of answers under /v1 that are held back until they are whole.";
+    page.gauge("llorch_held_answer_bytes", help, &[], held_answer_bytes as f64);
 }
 
 pub(crate) fn page(

@@ -47,7 +47,8 @@ pub(crate) async fn metrics(State(state): State<AppState>) -> Result<Response, A
     let view = state.service_registry.view().await?;
     let links = state.relays.link.links().map(|links| &*links.table);
     let mut page = metrics::page(&facts, &paces, &view, links);
-    metrics::held(&mut page, state.bodies.clients.held(), state.streams.live_bytes());
+    let held_answers = state.relays.held_answers.held();
+    metrics::held(&mut page, state.bodies.clients.held(), state.streams.live_bytes(), held_answers);
     Ok(page.edge(state.tokens.refusals(), &state.connections, &[]).process(&[]).render())
 }
 

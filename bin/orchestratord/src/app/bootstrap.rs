@@ -13,6 +13,7 @@ use daemon_kit::{Clock, serve};
 use handoff_watcher::watch::WatchError;
 use owned_tasks::{StreamThreads, Unfinished, Worker};
 use task_scheduler::{ControlCore, Event};
+use task_stream::HoldBudget;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -83,7 +84,13 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         }
     };
     let streams = Arc::new(Streams::new(config.event_log_bytes, config.live_log_bytes));
-    let relays = Arc::new(Relays { clock, link, streams: Arc::clone(&streams), threads: threads.clone() });
+    let relays = Arc::new(Relays {
+        clock,
+        link,
+        streams: Arc::clone(&streams),
+        threads: threads.clone(),
+        held_answers: HoldBudget::new(config.held_answer_bytes),
+    });
     let strategy = config.policy.strategy.as_str();
     let core = ControlCore::new(config.policy, Uuid::new_v4().as_u64_pair().0);
     let (control, inbox) = control::mailbox(clock);

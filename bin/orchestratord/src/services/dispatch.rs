@@ -17,7 +17,7 @@ use owned_tasks::StreamThreads;
 use pool_registry_types::Moment;
 use pool_registry_types::task::ResumeMode;
 use task_scheduler::{Dispatch, Event, HowEnded};
-use task_stream::{Action, PayloadFormat, Relay};
+use task_stream::{Action, HoldBudget, PayloadFormat, Relay};
 use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
 
@@ -39,6 +39,8 @@ pub(crate) struct Relays {
     pub(crate) link: NodeLink,
     pub(crate) streams: Arc<Streams>,
     pub(crate) threads: StreamThreads,
+    /// What whole answers hold back together.
+    pub(crate) held_answers: Arc<HoldBudget>,
 }
 
 /// How an attempt ended, and the number of its node's last report before that.
@@ -49,6 +51,7 @@ struct Carrier {
     clock: Clock,
     control: Control,
     stream: Arc<TaskStream>,
+    held_answers: Arc<HoldBudget>,
     dispatch: Arc<Dispatch>,
     feed: Arc<Feed>,
     exchange: Option<Exchange>,
@@ -81,8 +84,18 @@ impl Relays {
         let feed = Feed::new(relay, Arc::clone(&stream));
         let timer = Box::pin(tokio::time::sleep(Duration::ZERO));
         let (clock, dispatch) = (self.clock, Arc::new(dispatch));
-        let mut carrier =
-            Carrier { clock, control, stream, dispatch, feed, exchange: None, timer, last_pieces: None };
+        let held_answers = Arc::clone(&self.held_answers);
+        let mut carrier = Carrier {
+            clock,
+            control,
+            stream,
+            held_answers,
+            dispatch,
+            feed,
+            exchange: None,
+            timer,
+            last_pieces: None,
+        };
         let outcome = tokio::select! {
             biased;
             () = closed.cancelled() => None,
@@ -171,7 +184,7 @@ impl Carrier {
         let passes = self.stream.passes();
         if lane.is_some() || passes {
             let relay = Relay::linked(self.clock.now(), self.dispatch.assignment());
-            let relay = if passes { relay.passing_on() } else { relay };
+            let relay = if passes { relay.passing_on(Arc::clone(&self.held_answers)) } else { relay };
             self.feed = Feed::new(relay, Arc::clone(&self.stream));
         }
         if let Some(end) = self.act().await {

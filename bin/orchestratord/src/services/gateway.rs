@@ -20,7 +20,9 @@ pub(crate) struct Gateway {
     /// Of requests that name none.
     pub(crate) default_model: Option<ModelRef>,
     /// Longest body, bytes.
-    pub(crate) body_bytes: usize,
+    body_bytes: usize,
+    /// Most of all requests of one token, bytes.
+    token_bytes: usize,
     /// When each name was first listed, seconds since 1970.
     seen: Mutex<BTreeMap<String, i64>>,
 }
@@ -43,8 +45,21 @@ impl Gateway {
         aliases: BTreeMap<String, ModelRef>,
         default_model: Option<ModelRef>,
         body_bytes: usize,
+        queue_bytes: usize,
     ) -> Self {
-        Self { aliases, default_model, body_bytes, seen: Mutex::default() }
+        let token_bytes = queue_bytes / 2;
+        Self { aliases, default_model, body_bytes, token_bytes, seen: Mutex::default() }
+    }
+
+    /// Longest body behind a head of so many bytes, and the setting that says so. One for which there is
+    /// never room is too long, and does not come again and again.
+    pub(crate) fn most_body_bytes(&self, head: usize) -> (usize, &'static str) {
+        let room = self.token_bytes.saturating_sub(head);
+        if room < self.body_bytes {
+            (room, "half of ORCHESTRATORD_QUEUE_BYTES")
+        } else {
+            (self.body_bytes, "ORCHESTRATORD_V1_BODY_BYTES")
+        }
     }
 
     /// `a=b,…`. Errors: [`AliasError`].
@@ -84,6 +99,15 @@ impl Gateway {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    // CLOUD-2852
+    #[test]
+    fn a_body_for_which_there_is_never_room_is_too_long() {
+        let most = |body, queue, head| Gateway::new(BTreeMap::new(), None, body, queue).most_body_bytes(head);
+        assert_eq!(most(100, 1_000, 10), (100, "ORCHESTRATORD_V1_BODY_BYTES"));
+        assert_eq!(most(600, 1_000, 10), (490, "half of ORCHESTRATORD_QUEUE_BYTES"));
+        assert_eq!(most(600, 1_000, 700).0, 0);
+    }
 
     // CLOUD-2845
     #[test]

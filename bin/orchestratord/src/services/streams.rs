@@ -22,7 +22,9 @@ use parking_lot::Mutex;
 use pool_registry_types::sse::{self, Decoder, write_frame};
 use pool_registry_types::task::{Resume, ResumeMode};
 use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, TaskId, TraceContext};
-use task_stream::{AppendError, Fence, PassedHead, Payload, PayloadFormat, Staged, TaskCaller, TaskLog};
+use task_stream::{
+    AppendError, Fence, PassedHead, Payload, PayloadFormat, Read, Staged, TaskCaller, TaskLog,
+};
 use tokio::sync::futures::Notified;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::Instant;
@@ -100,6 +102,8 @@ struct CountedLog {
     counted: usize,
     /// Nobody is given any more of it.
     is_released: bool,
+    /// Its one reader has gone: nothing of it is kept.
+    is_left: bool,
     read: Instant,
 }
 
@@ -152,6 +156,10 @@ pub(crate) struct ReadPosition {
     pub(crate) part: usize,
 }
 
+impl ReadPosition {
+    pub(crate) const BEGIN: Self = Self { frame: 0, part: 0 };
+}
+
 impl TaskStream {
     /// A place among the readers, which whoever submitted the task always gets.
     ///
@@ -174,6 +182,9 @@ impl TaskStream {
     fn change<T>(&self, change: impl FnOnce(&mut TaskLog) -> T) -> T {
         let mut kept = self.kept.lock();
         let result = change(&mut kept.log);
+        if kept.is_left {
+            kept.log.drop_before(u64::MAX);
+        }
         kept.count(&self.live_bytes);
         result
     }
@@ -262,40 +273,53 @@ impl TaskStream {
         if bytes.len() <= READ_BYTES {
             return ReadOutcome::Frames(ReadFrames { bytes, place: next, is_last: finished });
         }
-        // One long frame: a peer that takes no more of it does not hold all of it.
-        let rest = &bytes[at.part.min(bytes.len())..];
-        if rest.len() <= OWN_BYTES {
-            return ReadOutcome::Frames(ReadFrames {
-                bytes: Bytes::copy_from_slice(rest),
-                place: next,
-                is_last: finished,
-            });
-        }
-        let bytes = Bytes::copy_from_slice(&rest[..OWN_BYTES]);
-        let place = ReadPosition { frame: at.frame, part: at.part + OWN_BYTES };
-        ReadOutcome::Frames(ReadFrames { bytes, place, is_last: false })
+        ReadOutcome::Frames(part_of(&bytes, at, next, finished))
     }
 
-    /// The bytes of an answer that is passed on from `next` on, the index behind them, and whether nothing
-    /// follows; or the next change. What is before `next` is not kept for anybody.
-    pub(crate) fn pass(&self, next: u64) -> Result<(Bytes, u64, bool), Notified<'_>> {
+    /// What is there of an answer that is passed on from `at` on, or the next change. What is before it is
+    /// kept for nobody, so that all of this is the reader's own: it is copied, and as little as a reader may
+    /// have.
+    pub(crate) fn pass(&self, at: ReadPosition) -> Result<ReadFrames, Notified<'_>> {
         let changed = self.changed.notified();
         let read = {
             let mut kept = self.kept.lock();
             if kept.is_released {
                 // Its error says why.
-                return Ok((Bytes::new(), next, true));
+                return Ok(ReadFrames { bytes: Bytes::new(), place: at, is_last: true });
             }
             kept.read = Instant::now();
-            kept.log.drop_before(next);
+            kept.log.drop_before(at.frame);
             kept.count(&self.live_bytes);
-            kept.log.read_from(next, READ_BYTES)
+            kept.log.read_from(at.frame, OWN_BYTES)
         };
         if read.is_empty() && !read.finished {
             return Err(changed);
         }
-        let (next, finished) = (read.next, read.finished);
-        Ok((read.into_bytes(), next, finished))
+        let (next, is_last) = (ReadPosition { frame: read.next, part: 0 }, read.finished);
+        if read.is_in_pieces() {
+            return Ok(ReadFrames { bytes: read.into_bytes(), place: next, is_last });
+        }
+        Ok(part_of(&read.into_bytes(), at, next, is_last))
+    }
+
+    /// How many bytes of an answer that is passed on wait for its reader, and whether these are all; or the
+    /// next change.
+    pub(crate) fn unread(&self) -> Result<(usize, bool), Notified<'_>> {
+        let changed = self.changed.notified();
+        let kept = self.kept.lock();
+        let is_over = kept.log.is_finished() || kept.is_released;
+        let bytes = kept.log.frame_bytes();
+        if bytes == 0 && !is_over { Err(changed) } else { Ok((bytes, is_over)) }
+    }
+
+    /// All of an answer that is passed on and of which nothing was read, once it has ended; or the next
+    /// change. It stays in the log.
+    pub(crate) fn whole(&self) -> Result<Read, Notified<'_>> {
+        let changed = self.changed.notified();
+        let mut kept = self.kept.lock();
+        kept.read = Instant::now();
+        let is_over = kept.log.is_finished() || kept.is_released;
+        if is_over { Ok(kept.log.read_from(0, usize::MAX)) } else { Err(changed) }
     }
 
     /// Whether the engine's answer is passed on as it comes.
@@ -367,6 +391,18 @@ impl TaskStream {
     pub(crate) fn payload(&self) -> Option<Payload> {
         self.payload.lock().as_ref().map(|(payload, _)| payload.clone())
     }
+}
+
+/// Of one frame, or of frames that are short, what stands behind `at`, copied, and at most what a reader may
+/// have of its own: it does not hold all of a long one. `next` and `is_last` are of their end.
+fn part_of(bytes: &Bytes, at: ReadPosition, next: ReadPosition, is_last: bool) -> ReadFrames {
+    let rest = &bytes[at.part.min(bytes.len())..];
+    if rest.len() <= OWN_BYTES {
+        return ReadFrames { bytes: Bytes::copy_from_slice(rest), place: next, is_last };
+    }
+    let bytes = Bytes::copy_from_slice(&rest[..OWN_BYTES]);
+    let place = ReadPosition { frame: at.frame, part: at.part + OWN_BYTES };
+    ReadFrames { bytes, place, is_last: false }
 }
 
 #[derive(Debug)]
@@ -488,6 +524,7 @@ impl Streams {
                 is_live: true,
                 counted: 0,
                 is_released: false,
+                is_left: false,
                 read: Instant::now(),
             }),
             live_bytes: Arc::clone(&self.live_bytes),
@@ -556,6 +593,23 @@ impl Streams {
         let Some(Entry::Stream(stream)) = table.tasks.get(&task) else { return };
         let stream = Arc::clone(stream);
         let over = (stream.permit.lock().take(), stream.payload.lock().take());
+        if stream.passes {
+            // Its one reader has it, and nobody else will: it takes no room of others. It counts as live
+            // until it was read, and may be let go of when memory is short.
+            let is_left = {
+                let mut kept = stream.kept.lock();
+                kept.read = Instant::now();
+                kept.is_left
+            };
+            let entry = Entry::Ended(Arc::clone(&stream));
+            let entry = if is_left { entry.evicted() } else { entry };
+            table.tasks.insert(task, entry);
+            table.left.retain(|stream| stream.strong_count() > 0);
+            table.left.push(Arc::downgrade(&stream));
+            drop(table);
+            drop(over);
+            return self.make_room();
+        }
         stream.set_live(false);
         let (log, size) = {
             let log = &stream.kept.lock().log;
@@ -584,18 +638,27 @@ impl Streams {
         self.make_room();
     }
 
-    /// Nobody will read the answer any more, which was passed on.
+    /// Nobody will read the answer any more, which was passed on: what is there of it is let go of, and what
+    /// is written still.
     pub(crate) fn release(&self, task: TaskId) {
-        let released = match self.table.lock().tasks.get_mut(&task) {
-            // One that has not ended is let go of when it does.
-            Some(entry) if !matches!(entry, Entry::Stream(_)) => {
-                let left_over = entry.evicted();
-                std::mem::replace(entry, left_over)
-            }
-            _ => return,
+        let stream = {
+            let mut table = self.table.lock();
+            let Some(entry) = table.tasks.get_mut(&task) else { return };
+            let stream = match entry {
+                // It goes when it ends.
+                Entry::Stream(stream) => Arc::clone(stream),
+                Entry::Ended(stream) => {
+                    let stream = Arc::clone(stream);
+                    *entry = entry.evicted();
+                    stream
+                }
+                Entry::Evicted(_) => return,
+            };
+            stream.kept.lock().is_left = true;
+            stream
         };
         // Freed when nobody waits for the table.
-        drop(released);
+        stream.change(|_| ());
     }
 
     /// The task's retention is over.

@@ -225,3 +225,79 @@ fn what_counts_for_a_payload_counts_until_its_task_has_ended() {
     streams.close(task, &ErrorBody::new(ErrorCode::Canceled, "canceled"));
     assert_eq!((budget.held(), streams.get(task).is_some()), (0, true));
 }
+
+fn passed(bytes: usize, stream: bool) -> Payload {
+    let passage = task_stream::Passage {
+        route: task_stream::OpenAiRoute::Responses,
+        stream,
+        query: None,
+        headers: Vec::new(),
+        model_at: None,
+    };
+    Payload { format: PayloadFormat::OpenAi(Box::new(passage)), bytes: vec![b'x'; bytes].into() }
+}
+
+fn open_passed(streams: &Streams, n: u128) -> (TaskId, AttemptId, Arc<TaskStream>) {
+    let (task, attempt) = (TaskId(Uuid::from_u128(n)), AttemptId(Uuid::from_u128(n)));
+    streams.open(task, LogId(Uuid::from_u128(n)), Submitted::with(passed(0, true)));
+    let stream = streams.get(task).unwrap();
+    stream.write(|log| log.open(attempt));
+    (task, attempt, stream)
+}
+
+// CLOUD-2854
+#[test]
+fn the_reader_of_an_answer_that_is_passed_on_has_little_of_its_own_and_what_it_has_read_is_let_go() {
+    let streams = Streams::new(usize::MAX, usize::MAX);
+    let (_, attempt, stream) = open_passed(&streams, 1);
+    let lengths = [1_000_000, 10, 4_096, 9_000, 3];
+    let mut expected = Vec::new();
+    for (n, length) in (0_u64..).zip(lengths) {
+        let letter = |at: u64| b'a' + u8::try_from((at + n) % 26).unwrap();
+        let bytes: Vec<u8> = (0..length).map(letter).collect();
+        expected.extend_from_slice(&bytes);
+        stream.write(|log| log.append(attempt, Segment::frame(n, bytes.into()))).unwrap();
+    }
+    stream.write(|log| log.finish(attempt, Segment::frame(5, Bytes::new()))).unwrap();
+    assert_eq!(stream.unread().ok(), Some((expected.len(), true)));
+    let (mut place, mut all, mut lasts) = (ReadPosition::BEGIN, Vec::new(), 0);
+    while lasts == 0 {
+        let Ok(piece) = stream.pass(place) else { panic!("nothing is there") };
+        assert!(piece.bytes.len() <= OWN_BYTES && piece.bytes.is_unique(), "{}", piece.bytes.len());
+        assert!(place.frame == 0 || streams.live_bytes() < 20_000, "the long one was read");
+        all.extend_from_slice(&piece.bytes);
+        place = piece.place;
+        lasts += usize::from(piece.is_last);
+    }
+    assert!(all == expected, "every byte, once and in order");
+    assert!(streams.live_bytes() < 10_000, "{}", streams.live_bytes());
+}
+
+// CLOUD-2855
+#[test]
+fn an_ended_answer_that_is_passed_on_takes_no_room_of_others_and_all_of_it_goes_with_its_reader() {
+    let streams = Streams::new(10_000, usize::MAX);
+    let other = ended(&streams, 9, 5_000);
+    let write = |n: u64, (_, attempt, stream): &(TaskId, AttemptId, Arc<TaskStream>)| {
+        stream.write(|log| log.append(*attempt, Segment::frame(n, vec![b'x'; 100_000].into()))).unwrap();
+    };
+    // It ends before it was read.
+    let first = open_passed(&streams, 1);
+    write(0, &first);
+    first.2.write(|log| log.finish(first.1, Segment::frame(1, Bytes::new()))).unwrap();
+    streams.ended(first.0);
+    assert_eq!(code(&streams, other), None, "it stays");
+    assert!(streams.live_bytes() >= 100_000, "it counts until it was read");
+    streams.release(first.0);
+    assert_eq!((streams.live_bytes(), streams.get(first.0).is_none()), (0, true));
+    // Its reader goes while it runs: nothing is kept of what is written until it ends.
+    let second = open_passed(&streams, 2);
+    write(0, &second);
+    streams.release(second.0);
+    assert_eq!(streams.live_bytes(), 0);
+    write(1, &second);
+    assert_eq!((streams.live_bytes(), streams.fence(second.0, second.1).tokens_written), (0, 2));
+    streams.close(second.0, &ErrorBody::new(ErrorCode::Canceled, "canceled"));
+    assert_eq!((streams.live_bytes(), streams.get(second.0).is_none()), (0, true));
+    assert_eq!(code(&streams, second.0), Some(ErrorCode::EventsExpired));
+}

@@ -150,9 +150,10 @@ impl Sessions {
     }
 
     /// Takes a task into its session for the sake of where that is warm: nothing is held of its budgets,
-    /// no turn is counted, and where there is no room for another session the task goes without.
+    /// no turn is counted, and where there is no room for another session the task goes without: a
+    /// preference is worth none of another caller's sessions.
     pub(crate) fn join(&mut self, now: Moment, id: SessionKey, task: TaskId) {
-        if !self.sessions.contains_key(&id) && self.make_room().is_err() {
+        if !self.sessions.contains_key(&id) && !self.make_room_of(&id) {
             return;
         }
         self.changed.insert(id);
@@ -160,6 +161,18 @@ impl Sessions {
         self.idle.remove(&(session.last_used, id));
         session.last_used = now;
         session.open.insert(task, Open::default());
+    }
+
+    /// Room for another session of this caller, for which one of its own goes at most.
+    fn make_room_of(&mut self, id: &SessionKey) -> bool {
+        if self.sessions.len() < MAX_SESSIONS {
+            return true;
+        }
+        let own = self.idle.iter().find(|(_, idle)| idle.holder == id.holder).copied();
+        let Some(oldest) = own else { return false };
+        self.idle.remove(&oldest);
+        self.forget(oldest.1);
+        true
     }
 
     fn make_room(&mut self) -> Result<(), ErrorBody> {
@@ -378,6 +391,24 @@ mod tests {
             s.view(at(0), id(1)).map(|view| (view.turns, view.session_id)),
             Some((3, id(1).session_id))
         );
+    }
+
+    // CLOUD-2853
+    #[test]
+    fn a_session_that_is_joined_takes_the_place_of_one_of_its_caller_and_of_nobody_else() {
+        let mut s = sessions();
+        let of = |holder: u128, n: u128| SessionKey { holder: HolderId(Uuid::from_u128(holder)), ..id(n) };
+        for n in 0..MAX_SESSIONS as u128 {
+            s.join(at(0), of(1, n), task(n));
+            s.ended(at(1), of(1, n), task(n), 1, Duration::ZERO);
+        }
+        let (joined, others) = (task(100_000), task(100_001));
+        s.join(at(2), of(2, 0), joined);
+        assert_eq!((s.len(), s.view(at(2), of(2, 0))), (MAX_SESSIONS, None), "it goes without");
+        s.ended(at(3), of(2, 0), joined, 1, Duration::ZERO);
+        s.join(at(4), of(1, 100_000), others);
+        assert!(s.view(at(4), of(1, 100_000)).is_some());
+        assert_eq!((s.len(), s.view(at(4), of(1, 0))), (MAX_SESSIONS, None), "its own oldest went");
     }
 
     // CLOUD-1741

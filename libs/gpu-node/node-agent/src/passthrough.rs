@@ -23,14 +23,14 @@ use pool_registry_types::error::EndCause;
 use pool_registry_types::{
     AttemptId, BootId, ErrorBody, ErrorCode, LogId, ModelRef, NodeId, PoolId, ReplicaId, TaskId, TraceContext,
 };
-use task_stream::{OpenAiRoute, Passage};
-use tokio::time::Instant;
+use task_stream::{MAX_PASSED_EVENT_BYTES, OpenAiRoute, Passage};
+use tokio::time::{Instant, timeout_at};
 
 use crate::agent::{Agent, Signals};
 use crate::attempt_log::AttemptLog;
 use crate::driver::{HEARD_EVERY, Pieces, first_of_its_process, pieces, polled, unsent};
 use crate::engines::client::with_causes;
-use crate::engines::{self, Answer, Whose, too_long};
+use crate::engines::{self, Answer, Whose, longer_than};
 use crate::infer::ReadBy;
 use crate::slot::Slot;
 
@@ -38,7 +38,8 @@ use events::{EventCutter, Events};
 
 /// Pieces of an engine's answer that are taken together when they have arrived already.
 const MOST_PIECES_AT_ONCE: usize = 64;
-/// What may follow the end of a stream before its connection is given up.
+/// How long an engine may take for the orderly end of a stream whose last event has come: then its
+/// connection can be used again. Later it is closed, whatever comes on it. Source: .specs/01 CLOUD-2850.
 const LEFT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Longest wait for how an engine has ended whose connection was lost.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
@@ -172,14 +173,14 @@ impl Passthrough {
         polled(&agent, &signals, work).await;
     }
 
-    /// Asks the engine and passes on what it answers, to its end.
+    /// Asks the engine and passes on what it answers, to its end. Returns whether the engine is done with it.
     async fn pass(
         &mut self,
         query: Option<String>,
         body: Bytes,
         model: ModelRef,
         accepted: &Accepted,
-    ) -> Result<(), Failure> {
+    ) -> Result<bool, Failure> {
         let at = self.slot.at.clone();
         let client = self.slot.agent.client().clone();
         let target = query
@@ -202,11 +203,14 @@ impl Passthrough {
         self.heard();
         let head = head_of(&answer.response);
         if !(200..300).contains(&head.status) {
-            return self.refused(head, answer).await;
+            return self.refused(head, answer).await.map(|()| true);
         }
         let is_event_stream = head.is_event_stream();
         self.slot.agent.with_core(|core, _| core.held_mut().set_head(&attempt, head));
-        if is_event_stream { self.events(pieces(answer)).await } else { self.bytes(pieces(answer)).await }
+        if is_event_stream {
+            return self.events(pieces(answer)).await;
+        }
+        self.bytes(pieces(answer)).await.map(|()| true)
     }
 
     /// What the engine says of a request that it does not take.
@@ -245,22 +249,32 @@ impl Passthrough {
         self.append(bytes, ends)
     }
 
-    async fn events(&mut self, pieces: Pieces) -> Result<(), Failure> {
+    /// Returns whether the engine has ended its answer too, once its last event has come.
+    async fn events(&mut self, pieces: Pieces) -> Result<bool, Failure> {
         let mut cutter = EventCutter::new(self.route.end_marker());
         let mut incoming = Incoming::new(pieces);
+        // It is whole: what stands behind its end is waited for, so that its connection is kept.
+        let mut left_until = None;
         loop {
-            self.slot.room().await;
-            // It is whole: what stands behind its end is waited for, so that its connection is kept.
-            let patience = cutter.has_ended().then_some(LEFT_TIMEOUT);
-            let end = incoming.take(patience, |piece| cutter.push(piece)).await;
+            match left_until {
+                None => self.slot.room().await,
+                Some(at) if Instant::now() >= at || timeout_at(at, self.slot.room()).await.is_err() => {
+                    return Ok(false);
+                }
+                Some(_) => {}
+            }
+            let end = incoming.take(left_until, |piece| cutter.push(piece)).await;
             self.heard();
             let in_order = matches!(end, Some(Ok(())));
-            let Events { bytes, ends } =
-                cutter.take(in_order).map_err(|_| Failure { error: too_long(), engine_idle: false })?;
+            let too_long = |_| Failure { error: longer_than(MAX_PASSED_EVENT_BYTES), engine_idle: false };
+            let Events { bytes, ends } = cutter.take(in_order).map_err(too_long)?;
             self.append(bytes, ends)?;
+            if left_until.is_none() && cutter.has_ended() {
+                left_until = Some(Instant::now() + LEFT_TIMEOUT);
+            }
             match end {
                 None => {}
-                _ if cutter.has_ended() => return Ok(()),
+                _ if cutter.has_ended() => return Ok(in_order),
                 Some(Err(error)) => return Err(self.lost(&with_causes(&error))),
                 Some(Ok(())) => return Err(self.lost("it closed the stream without its end marker")),
             }
@@ -295,7 +309,7 @@ impl Passthrough {
     }
 
     /// Nothing where it was told to end.
-    async fn end(mut self, passed: Option<Result<(), Failure>>) {
+    async fn end(mut self, passed: Option<Result<bool, Failure>>) {
         let (mut error, engine_idle) = match passed {
             // Nobody wants to know how it ends.
             None if self.slot.is_stopped() => return,
@@ -304,7 +318,7 @@ impl Passthrough {
                 (error.with_cause(EndCause::Canceled), false)
             }
             Some(Err(Failure { error, engine_idle })) => (error, engine_idle),
-            Some(Ok(())) => return self.finish(),
+            Some(Ok(engine_idle)) => return self.finish(engine_idle),
         };
         if error.cause == Some(EndCause::EngineDied) {
             self.slot.lost = true;
@@ -315,11 +329,11 @@ impl Passthrough {
         self.slot.finish(None);
     }
 
-    fn finish(mut self) {
+    fn finish(mut self, engine_idle: bool) {
         let attempt = self.slot.attempt;
         self.slot.agent.with_core(|core, _| core.succeeded(&attempt));
         self.slot.cleared();
-        self.slot.end(true);
+        self.slot.end(engine_idle);
         self.slot.agent.counters.lock().finished += 1;
         self.slot.log.ended(self.next);
         self.slot.error = None;
@@ -339,20 +353,18 @@ impl Incoming {
         Self { pieces, ready: None }
     }
 
-    /// Waits for a piece, for so long at most, and hands it out with what has arrived already. Returns the
-    /// end, if that has come.
+    /// Waits for a piece, until this moment at most, and hands it out with what has arrived already. Returns
+    /// the end, if that has come.
     async fn take(
         &mut self,
-        patience: Option<Duration>,
+        until: Option<Instant>,
         mut give: impl FnMut(&[u8]),
     ) -> Option<hyper::Result<()>> {
         let mut next = match self.ready.take() {
             Some(next) => Some(next),
-            None => match patience {
+            None => match until {
                 None => Some(self.pieces.next().await),
-                Some(patience) => {
-                    Some(tokio::time::timeout(patience, self.pieces.next()).await.unwrap_or(None))
-                }
+                Some(until) => timeout_at(until, self.pieces.next()).await.ok(),
             },
         };
         for _ in 0..MOST_PIECES_AT_ONCE {

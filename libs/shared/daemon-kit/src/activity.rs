@@ -13,8 +13,13 @@ use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 
+use crate::handover::Handover;
+
 /// What an idle connection gets to be closed in good order.
 const LINGER: Duration = Duration::from_secs(1);
+/// Longest piece of an answer that is handed over at once, bytes. An answer counts as running until its
+/// last piece was taken, which HTTP/2 does without being able to write it.
+const PIECE_BYTES: usize = 64 * 1024;
 
 /// What a connection is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +50,13 @@ struct Doing {
     stopped: Option<Instant>,
 }
 
+impl Doing {
+    /// Whether requests run, or the end of an answer is written still.
+    fn is_busy(&self) -> bool {
+        matches!(self.phase, Phase::Busy(_)) || self.phase == Phase::Idle && self.stopped.is_some()
+    }
+}
+
 pub(crate) enum Look {
     Again(Instant),
     Idle(Instant),
@@ -62,7 +74,13 @@ impl Activity {
 
     /// Whether what is to be written waits for the peer, from now on.
     fn write_waits(&self, waits: bool) {
-        self.now.lock().stopped = waits.then(Instant::now);
+        let mut doing = self.now.lock();
+        let now = Instant::now();
+        doing.stopped = waits.then_some(now);
+        // The end of an answer stands with the connection after its request is over.
+        if doing.phase == Phase::Idle {
+            doing.until = now + self.idle;
+        }
     }
 
     pub(crate) fn begin(self: &Arc<Self>, http2: bool) -> Running {
@@ -86,22 +104,29 @@ impl Activity {
     /// When the phase has lasted too long.
     pub(crate) fn until(&self) -> Option<Instant> {
         let doing = self.now.lock();
-        (!matches!(doing.phase, Phase::Busy(_))).then_some(doing.until)
+        (!doing.is_busy()).then_some(doing.until)
     }
 
     pub(crate) fn look(&self, now: Instant) -> Look {
         let mut doing = self.now.lock();
-        match doing.phase {
+        if doing.is_busy() {
             // The end of an HTTP/2 request does not wake the connection: look again.
-            Phase::Busy(_) => match doing.stopped.map(|since| since + self.stalled) {
+            return match doing.stopped.map(|since| since + self.stalled) {
                 Some(at) if at <= now => Look::Stalled,
                 at => Look::Again(at.unwrap_or(now + self.idle).min(now + self.idle)),
-            },
-            _ if now < doing.until => Look::Again(doing.until),
+            };
+        }
+        if now < doing.until {
+            return Look::Again(doing.until);
+        }
+        match doing.phase {
             Phase::Head => Look::Slow,
             Phase::Leaving => Look::Over,
-            Phase::Idle => {
-                (doing.phase, doing.until) = (Phase::Leaving, now + LINGER);
+            Phase::Idle | Phase::Busy(_) => {
+                // On HTTP/2 ends of answers may wait for the room that their peer gives each, and the
+                // connection is over by itself once they are written.
+                let patience = if doing.http2 { self.stalled } else { LINGER };
+                (doing.phase, doing.until) = (Phase::Leaving, now + patience);
                 Look::Idle(doing.until)
             }
         }
@@ -121,10 +146,25 @@ impl Drop for Running {
     }
 }
 
+/// An answer in pieces, and its request until the last of them was taken.
 pub(crate) struct Answer {
-    pub(crate) body: Body,
-    /// Absent where the size is known.
-    pub(crate) _running: Option<Running>,
+    body: Body,
+    /// What of the body's last frame was not handed over.
+    rest: Bytes,
+    /// Where its own window may be closed.
+    handover: Option<Arc<Handover>>,
+    _running: Running,
+}
+
+impl Answer {
+    pub(crate) fn new(body: Body, running: Running) -> Self {
+        Self { body, rest: Bytes::new(), handover: Handover::current(), _running: running }
+    }
+
+    fn next_piece(&mut self) -> Frame<Bytes> {
+        self.handover.iter().for_each(|handover| handover.handed_over());
+        Frame::data(self.rest.split_to(self.rest.len().min(PIECE_BYTES)))
+    }
 }
 
 impl hyper::body::Body for Answer {
@@ -135,15 +175,27 @@ impl hyper::body::Body for Answer {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
+        self.handover.iter().for_each(|handover| handover.asked());
+        if !self.rest.is_empty() {
+            return Poll::Ready(Some(Ok(self.next_piece())));
+        }
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        let Poll::Ready(Some(Ok(frame))) = polled else { return polled };
+        let long = frame.into_data().map(|bytes| self.rest = bytes);
+        Poll::Ready(Some(Ok(long.map_or_else(|frame| frame, |()| self.next_piece()))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.rest.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        let (mut hint, rest) = (self.body.size_hint(), self.rest.len() as u64);
+        if let Some(upper) = hint.upper() {
+            hint.set_upper(upper.saturating_add(rest));
+        }
+        hint.set_lower(hint.lower().saturating_add(rest));
+        hint
     }
 }
 
@@ -190,7 +242,9 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Instrumented<T> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
+        // TLS takes what it cannot write yet.
+        let flushed = Pin::new(&mut self.io).poll_flush(cx);
+        self.wrote(flushed)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

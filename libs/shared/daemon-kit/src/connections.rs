@@ -38,6 +38,7 @@ use tower::Service;
 
 use crate::activity::{Activity, Answer, Instrumented, Look};
 use crate::answer::ApiError;
+use crate::handover::Bounded;
 use crate::room::{ConnectionPermit, Found, Room};
 use crate::socket::Socket;
 use crate::tls::{self, PeerCertificate, ServerTls};
@@ -104,7 +105,7 @@ pub struct Counts {
     pub slow: AtomicU64,
     /// Closed after a while without requests.
     pub idle: AtomicU64,
-    /// Closed because their peers took nothing of an answer for long.
+    /// Closed because their peers took nothing of an answer for long; on HTTP/2 such an answer alone.
     pub stalled: AtomicU64,
 }
 
@@ -175,7 +176,7 @@ pub async fn run(
     let server = Arc::new(Server {
         // Turns handlers into routes once; from here on a clone is one reference more.
         app: app.with_state(()),
-        http: protocols(&limits, tasks.clone()),
+        http: protocols(&limits, Requests::new(tasks.clone(), limits.stalled, Arc::clone(&counts))),
         tls,
         limits,
         counts,
@@ -245,8 +246,8 @@ fn of_one_connection(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
-fn protocols(limits: &ConnLimits, tasks: Tasks) -> auto::Builder<Tasks> {
-    let mut http = auto::Builder::new(tasks);
+fn protocols(limits: &ConnLimits, requests: Requests) -> auto::Builder<Requests> {
+    let mut http = auto::Builder::new(requests);
     http.http1()
         .timer(TokioTimer::new())
         .header_read_timeout(None)
@@ -263,7 +264,7 @@ fn protocols(limits: &ConnLimits, tasks: Tasks) -> auto::Builder<Tasks> {
 
 struct Server {
     app: Router,
-    http: auto::Builder<Tasks>,
+    http: auto::Builder<Requests>,
     tls: Option<Arc<ServerTls>>,
     limits: ConnLimits,
     counts: Arc<Counts>,
@@ -421,13 +422,8 @@ impl Server {
                     }
                 };
                 // Not an async block, which would hold the answer's future twice.
-                answer.map_ok(move |response| {
-                    // An answer of known size has the time of an idle connection to be fetched; a
-                    // stream has all the time, as long as it is written.
-                    let is_stream = response.body().size_hint().exact().is_none();
-                    let running = is_stream.then_some(running);
-                    response.map(|body| Answer { body, _running: running })
-                })
+                // An answer has all the time, as long as its peer takes of it.
+                answer.map_ok(move |response| response.map(|body| Answer::new(body, running)))
             }
         });
         let mut connection = pin!(self.http.serve_connection(io, service));
@@ -516,12 +512,26 @@ fn report(ended: Result<(), JoinError>) {
     }
 }
 
-impl<F> hyper::rt::Executor<F> for Tasks
+/// Runs the requests of HTTP/2, each as long as its peer takes of its answer.
+#[derive(Clone)]
+struct Requests {
+    tasks: Tasks,
+    stalled: Duration,
+    counts: Arc<Counts>,
+}
+
+impl Requests {
+    fn new(tasks: Tasks, stalled: Duration, counts: Arc<Counts>) -> Self {
+        Self { tasks, stalled, counts }
+    }
+}
+
+impl<F> hyper::rt::Executor<F> for Requests
 where
     F: Future<Output = ()> + Send + 'static,
 {
-    fn execute(&self, task: F) {
-        self.add(task);
+    fn execute(&self, request: F) {
+        self.tasks.add(Bounded::new(request, self.stalled, Arc::clone(&self.counts)));
     }
 }
 

@@ -99,6 +99,15 @@ pub async fn body(request: Request, at_most: usize) -> Result<(Bytes, HeldBytes)
     collect(request, at_most, of_clients).await
 }
 
+/// The same, with so many bytes of the request's head, which are kept too and count before the body.
+pub async fn body_with_head(
+    request: Request,
+    head: usize,
+    at_most: usize,
+) -> Result<(Bytes, HeldBytes), ApiError> {
+    collect_with(request, head, at_most, of_clients).await
+}
+
 /// Whose of the budgets a body counts in.
 type Budget = fn(&BodyBudgets) -> &Arc<ByteBudget>;
 
@@ -110,12 +119,21 @@ async fn read<T: DeserializeOwned>(request: Request, budget: Budget) -> Result<(
 
 /// The whole body, and what counts for it.
 async fn collect(request: Request, at_most: usize, budget: Budget) -> Result<(Bytes, HeldBytes), ApiError> {
+    collect_with(request, 0, at_most, budget).await
+}
+
+async fn collect_with(
+    request: Request,
+    head: usize,
+    at_most: usize,
+    budget: Budget,
+) -> Result<(Bytes, HeldBytes), ApiError> {
     let extensions = request.extensions();
     let holder = extensions.get::<Caller>().and_then(|caller| caller.holder.as_deref());
     let fingerprint = holder.map(|holder| holder.fingerprint.as_str());
     let budgets = extensions.get::<Arc<BodyBudgets>>();
     let mut held = budgets.map(|budgets| budget(budgets).begin(fingerprint)).unwrap_or_default();
-    let reading = read_counted(request.into_body(), at_most, &mut held);
+    let reading = read_behind(request.into_body(), head, at_most, &mut held);
     let read = tokio::time::timeout(BODY_PATIENCE, reading).await.unwrap_or_else(|_| {
         let message = format!("the body did not arrive within {} s", BODY_PATIENCE.as_secs());
         Err(ApiError::new(ErrorCode::InvalidParams, message))
@@ -130,14 +148,25 @@ async fn collect(request: Request, at_most: usize, budget: Budget) -> Result<(By
 /// # Errors
 /// `PAYLOAD_TOO_LARGE`, `OVERLOADED`, and `INVALID_PARAMS` for a body that is cut off.
 pub async fn read_counted(
+    body: axum::body::Body,
+    at_most: usize,
+    held: &mut HeldBytes,
+) -> Result<Bytes, ApiError> {
+    read_behind(body, 0, at_most, held).await
+}
+
+/// The same behind a head of which so many bytes are kept.
+async fn read_behind(
     mut body: axum::body::Body,
+    head: usize,
     at_most: usize,
     held: &mut HeldBytes,
 ) -> Result<Bytes, ApiError> {
     let announced = body.size_hint().lower();
     let mut too_long = announced > at_most as u64;
     let room = if too_long { 0 } else { usize::try_from(announced).unwrap_or(0) };
-    let (mut bytes, mut seen, mut refused) = (Vec::with_capacity(room), 0_usize, None);
+    let (mut bytes, mut seen) = (Vec::with_capacity(room), 0_usize);
+    let mut refused = held.add(head).err();
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|_| ApiError::new(ErrorCode::InvalidParams, "the body was cut off"))?;
         let Ok(data) = frame.into_data() else { continue };
@@ -162,6 +191,8 @@ pub async fn read_counted(
             format!("the body is longer than {at_most} bytes"),
         ));
     }
+    // Where no length was announced its room has doubled with each piece that did not fit.
+    bytes.shrink_to_fit();
     refused.map_or(Ok(bytes.into()), |refused| Err(refused.into()))
 }
 
@@ -250,5 +281,19 @@ mod tests {
         // One that is longer than it may be holds nothing either.
         let long = read_counted(body(20, 100, |_| ()), 500, &mut second).await.unwrap_err().0;
         assert_eq!((long.code, budget.held()), (ErrorCode::PayloadTooLarge, 0));
+    }
+
+    // CLOUD-2852
+    #[tokio::test]
+    async fn a_head_counts_before_its_body_and_no_room_is_kept_that_is_not_filled() {
+        let budget = ByteBudget::new(1_000);
+        let (mut held, seen) = (budget.begin(None), Arc::clone(&budget));
+        let look = move |n| assert_eq!(seen.held(), 70 + n * 90);
+        let read = read_behind(body(5, 90, look), 70, 500, &mut held).await.unwrap();
+        assert_eq!((read.len(), held.bytes()), (450, 520));
+        assert_eq!(Vec::from(read).capacity(), 450);
+        let mut second = budget.begin(None);
+        let refused = read_behind(body(2, 10, |_| ()), 900, 500, &mut second).await.unwrap_err().0;
+        assert_eq!((refused.code, second.bytes()), (ErrorCode::Overloaded, 0));
     }
 }

@@ -19,6 +19,7 @@ pub mod extract;
 mod follow;
 pub mod front;
 pub mod hosts;
+mod handover;
 pub mod metrics;
 pub mod quota;
 mod room;

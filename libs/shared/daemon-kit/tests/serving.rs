@@ -34,11 +34,16 @@ const SOON: Duration = Duration::from_secs(5);
 /// Of an answer without end.
 const PIECE: &[u8] = &[b'x'; 16 * 1024];
 
+/// One that is longer than what sockets take of it.
+const WHOLE: &[u8] = &[b'x'; 20 * 1024 * 1024];
+
 struct Rig {
     addr: SocketAddr,
     stop: CancellationToken,
     counts: Arc<Counts>,
     open_streams: Arc<AtomicUsize>,
+    /// Bytes of `/pieces`.
+    handed_over: Arc<AtomicUsize>,
     server: JoinHandle<io::Result<()>>,
 }
 
@@ -55,6 +60,8 @@ async fn rig(limits: ConnLimits, tls: Option<Arc<ServerTls>>, grace: Duration) -
     let addr = listener.local_addr().unwrap();
     let (stop, counts, open_streams) = (CancellationToken::new(), Arc::default(), Arc::default());
     let open: Arc<AtomicUsize> = Arc::clone(&open_streams);
+    let all_handed_over = Arc::<AtomicUsize>::default();
+    let handed_over = Arc::clone(&all_handed_over);
     let app = Router::new()
         .route("/fine", get(|| async { "fine" }))
         .route(
@@ -63,6 +70,17 @@ async fn rig(limits: ConnLimits, tls: Option<Arc<ServerTls>>, grace: Duration) -
                 Body::from_stream(stream::repeat_with(|| Ok::<_, Infallible>(Bytes::from_static(PIECE))))
             }),
         )
+        .route(
+            "/pieces",
+            get(move || async move {
+                let handed_over = move || {
+                    handed_over.fetch_add(PIECE.len(), Ordering::SeqCst);
+                    Ok::<_, Infallible>(Bytes::from_static(PIECE))
+                };
+                Body::from_stream(stream::repeat_with(handed_over))
+            }),
+        )
+        .route("/whole", get(|| async { WHOLE }))
         .route("/thread", get(thread).post(thread))
         .route("/lines", get(thread).post(thread))
         .route("/peer", get(|Extension(peer): Extension<Arc<Peer>>| async move { format!("{peer:?}") }))
@@ -85,7 +103,7 @@ async fn rig(limits: ConnLimits, tls: Option<Arc<ServerTls>>, grace: Duration) -
     let counts_of = Arc::clone(&counts);
     let options = ServeOptions { tls, limits, counts: counts_of, streaming, ..ServeOptions::default() };
     let server = tokio::spawn(serve::run(listener, app, options, stop.clone(), grace));
-    Rig { addr, stop, counts, open_streams, server }
+    Rig { addr, stop, counts, open_streams, handed_over: all_handed_over, server }
 }
 
 async fn thread(body: Bytes) -> String {
@@ -527,6 +545,96 @@ async fn a_peer_that_takes_nothing_of_an_answer_is_closed_in_time_and_one_that_t
     let all = async { while stopped.read(&mut piece).await.is_ok_and(|read| read > 0) {} };
     timeout(SOON, all).await.expect("its end");
     assert!(slow.read(&mut piece).await.unwrap() > 0);
+}
+
+/// An HTTP/2 connection that gives each answer so much room until it is read.
+async fn http2(addr: SocketAddr, window: u32) -> hyper::client::conn::http2::SendRequest<Empty<Bytes>> {
+    let socket = TokioIo::new(TcpStream::connect(addr).await.unwrap());
+    let mut builder = hyper::client::conn::http2::Builder::new(TokioExecutor::new());
+    builder.initial_stream_window_size(window).initial_connection_window_size(1024 * 1024);
+    let (send, connection) = builder.handshake(socket).await.unwrap();
+    tokio::spawn(connection);
+    send
+}
+
+fn http2_request(addr: SocketAddr, path: &str) -> hyper::Request<Empty<Bytes>> {
+    hyper::Request::get(format!("http://{addr}{path}")).body(Empty::new()).unwrap()
+}
+
+// CLOUD-2848
+#[tokio::test]
+async fn a_whole_answer_is_no_idle_connection_while_its_peer_reads_it_however_slowly() {
+    let idle = Duration::from_millis(100);
+    // What an idle connection would have had, and its end.
+    let long = idle + Duration::from_millis(1_300);
+    let server = rig(ConnLimits { idle, ..ConnLimits::default() }, None, SOON).await;
+    let mut socket = TcpStream::connect(server.addr).await.unwrap();
+    socket.write_all(b"GET /whole HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    let response = http2(server.addr, 64 * 1024).await.send_request(http2_request(server.addr, "/whole"));
+    let response = response.await.unwrap();
+    assert_eq!(response.headers()["content-length"], WHOLE.len().to_string().as_str());
+    let (mut read, mut piece, mut pauses) = (0, vec![0; 1024 * 1024], 0);
+    while read < WHOLE.len() {
+        if pauses * WHOLE.len() / 3 <= read {
+            pauses += 1;
+            tokio::time::sleep(long).await;
+        }
+        let more = timeout(SOON, socket.read(&mut piece)).await.unwrap().unwrap();
+        assert!(more > 0, "cut after {read} bytes");
+        read += more;
+    }
+    let over_http2 = timeout(SOON, response.into_body().collect()).await.unwrap().unwrap().to_bytes();
+    assert!(over_http2 == WHOLE);
+    // Then it is idle.
+    assert_eq!(rest(&mut socket).await, "");
+}
+
+// CLOUD-2848
+#[tokio::test]
+async fn a_peer_that_takes_nothing_of_a_whole_answer_is_closed_as_one_that_takes_nothing_of_a_stream() {
+    let (head, idle) = (Duration::from_millis(200), Duration::from_millis(50));
+    let limits = ConnLimits { head, idle, stalled: Duration::from_millis(400), ..ConnLimits::default() };
+    let server = rig(limits, None, SOON).await;
+    let mut socket = TcpStream::connect(server.addr).await.unwrap();
+    let start = Instant::now();
+    socket.write_all(b"GET /whole HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    until("it is closed", || server.counts.stalled.load(Ordering::SeqCst) == 1).await;
+    assert!(start.elapsed() >= Duration::from_millis(400), "{:?}", start.elapsed());
+    assert_eq!(server.counts.idle.load(Ordering::SeqCst), 0);
+}
+
+// CLOUD-2849
+#[tokio::test]
+async fn an_answer_over_http2_whose_window_stays_closed_holds_little_and_is_ended_alone() {
+    const WINDOW: usize = 128 * 1024;
+    let stalled = Duration::from_millis(500);
+    let server = rig(ConnLimits { stalled, ..ConnLimits::default() }, None, SOON).await;
+    let mut connection = http2(server.addr, u32::try_from(WINDOW).unwrap()).await;
+    let mut ask = async |path: &str| {
+        connection.send_request(http2_request(server.addr, path)).await.unwrap().into_body()
+    };
+    let (mut stopped, mut slow) = (ask("/pieces").await, ask("/flood").await);
+    let ended = || server.counts.stalled.load(Ordering::SeqCst);
+    let start = Instant::now();
+    while ended() == 0 || start.elapsed() < stalled * 3 {
+        assert!(start.elapsed() < SOON, "never ended");
+        assert!(slow.frame().await.unwrap().is_ok(), "who takes little goes on");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(ended(), 1);
+    let held = server.handed_over.load(Ordering::SeqCst) - WINDOW;
+    assert!(held <= 64 * 1024, "{held} bytes are held beside what the peer has");
+    // What lies with the peer is still read.
+    let mut read = 0;
+    let error = loop {
+        match timeout(SOON, stopped.frame()).await.unwrap().expect("it is no orderly end") {
+            Ok(frame) => read += frame.into_data().unwrap().len(),
+            Err(error) => break error,
+        }
+    };
+    assert!(read <= WINDOW && !error.is_timeout(), "{read}: {error}");
+    assert_eq!(ask("/fine").await.collect().await.unwrap().to_bytes(), "fine");
+    drop((stopped, slow));
 }
 
 // CLOUD-1132

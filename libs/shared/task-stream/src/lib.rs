@@ -10,6 +10,7 @@
 
 mod end;
 mod frames;
+mod hold_budget;
 mod log;
 mod openai_route;
 mod passage;
@@ -22,9 +23,10 @@ mod token_ids;
 mod watch;
 
 pub use end::{HowEnded, denial};
+pub use hold_budget::HoldBudget;
 pub use log::{AppendError, Fence, MAX_LOG_BYTES, Read, Segment, TaskLog};
 pub use openai_route::{ApiDialect, EndMarker, OpenAiRoute};
-pub use passage::{AnswerHead, Passage, PassedHead};
+pub use passage::{AnswerHead, MAX_PASSED_EVENT_BYTES, Passage, PassedHead};
 pub use payload::{Payload, PayloadFormat};
 pub use relay::{Action, Assignment, Relay};
 pub use spec::{BodyDigest, InvalidDigest, Lacking, TaskCaller, TaskSpec};

@@ -143,7 +143,7 @@ impl Read {
     fn push(&mut self, piece: Bytes) {
         if self.first.is_empty() {
             self.first = piece;
-        } else {
+        } else if !piece.is_empty() {
             self.rest.push(piece);
         }
     }
@@ -156,6 +156,8 @@ pub struct TaskLog {
     /// Most bytes of all frames.
     max_bytes: usize,
     segments: Vec<Segment>,
+    /// The index of the next frame where there is no segment.
+    next: u64,
     /// Of these the last ones that are small and were not joined.
     small: usize,
     /// Bytes of all frames.
@@ -182,6 +184,7 @@ impl TaskLog {
             id,
             max_bytes,
             segments: Vec::new(),
+            next: 0,
             small: 0,
             bytes: 0,
             ends: 0,
@@ -199,7 +202,7 @@ impl TaskLog {
 
     /// The index of the next frame.
     pub fn next_index(&self) -> u64 {
-        self.segments.last().map_or(0, Segment::next)
+        self.segments.last().map_or(self.next, Segment::next)
     }
 
     pub fn is_finished(&self) -> bool {
@@ -218,14 +221,21 @@ impl TaskLog {
         }
     }
 
-    /// Lets go of what stands before the index and will not be read again. The last segment stays, by
-    /// which the next one is known.
+    /// Lets go of what stands before the index and will not be read again, as far as it ends a segment.
     pub fn drop_before(&mut self, index: u64) {
-        let passed = self.segments.partition_point(|segment| segment.next() <= index);
-        let gone = passed.min(self.segments.len().saturating_sub(1));
-        if gone > 0 {
-            self.bytes -= self.segments.drain(..gone).map(|segment| segment.bytes.len()).sum::<usize>();
-            self.small = self.small.min(self.segments.len());
+        let gone = self.segments.partition_point(|segment| segment.next() <= index);
+        if gone == 0 {
+            return;
+        }
+        self.next = self.next_index();
+        for segment in self.segments.drain(..gone) {
+            self.bytes -= segment.bytes.len();
+            self.ends -= segment.ends.len();
+        }
+        self.small = self.small.min(self.segments.len());
+        // A reader that was far behind leaves none of the room that it took.
+        if self.segments.is_empty() && self.segments.capacity() > JOINED_AT_ONCE {
+            self.segments = Vec::new();
         }
     }
 
@@ -233,6 +243,11 @@ impl TaskLog {
     pub fn len_bytes(&self) -> usize {
         let segments = self.segments.len() * SEGMENT_BYTES + self.ends * size_of::<u32>();
         self.bytes + segments + self.token_ids.len_bytes()
+    }
+
+    /// Bytes of all frames that are kept.
+    pub fn frame_bytes(&self) -> usize {
+        self.bytes
     }
 
     pub fn token_ids(&self) -> &TokenIds {
@@ -363,11 +378,13 @@ impl TaskLog {
         self.segments.push(Segment::new(first, bytes.into(), &ends));
     }
 
-    /// The frames from `index` on, at most `at_most` bytes but one frame where there is one; none when
-    /// it is past the end.
+    /// The frames from `index` on, or from the first one that is kept, at most `at_most` bytes but one frame
+    /// where there is one; none when it is past the end.
     pub fn read_from(&self, index: u64, at_most: usize) -> Read {
         let end = self.next_index();
-        let mut read = Read { first: Bytes::new(), rest: Vec::new(), next: index.min(end), finished: false };
+        let begin = self.segments.first().map_or(end, |segment| segment.first);
+        let next = index.clamp(begin, end);
+        let mut read = Read { first: Bytes::new(), rest: Vec::new(), next, finished: false };
         let mut left = at_most;
         let from = self.segments.partition_point(|segment| segment.next() <= index);
         for segment in &self.segments[from..] {
@@ -512,12 +529,30 @@ mod tests {
             assert_eq!((read.next, read.into_bytes().len()), (n + 1, 100));
             log.drop_before(n + 1);
         }
-        assert_eq!(log.segments.len(), 1);
-        for n in 500..509 {
+        assert_eq!((log.segments.len(), log.len_bytes()), (0, 0), "all of it is given back");
+        for n in 500..510 {
             log.append(attempt(1), frame(n, &[b'x'; 100])).unwrap();
         }
-        assert_eq!(log.append(attempt(1), frame(509, b"x")), Err(AppendError::Full));
-        assert_eq!(log.read_from(500, ALL).into_bytes().len(), 900);
+        assert_eq!(log.append(attempt(1), frame(510, b"x")), Err(AppendError::Full));
+        assert_eq!(log.read_from(500, ALL).into_bytes().len(), 1_000);
+    }
+
+    // CLOUD-2851
+    #[test]
+    fn ends_of_frames_that_were_read_are_counted_no_more_and_what_follows_has_the_next_index() {
+        let mut log = log();
+        log.open(attempt(1));
+        let frames = vec![vec![b'x'; 10]; 300];
+        log.append(attempt(1), segment(0, &frames)).unwrap();
+        log.drop_before(299);
+        assert_eq!(log.read_from(299, ALL).into_bytes().len(), 10, "a part of a segment stays with it");
+        log.drop_before(300);
+        assert_eq!((log.len_bytes(), log.next_index()), (0, 300));
+        log.drop_before(300);
+        log.append(attempt(1), frame(300, b"y")).unwrap();
+        assert_eq!(log.read_from(300, ALL).into_bytes(), "y");
+        assert_eq!(log.read_from(0, ALL).into_bytes(), "y", "what is kept");
+        assert_eq!(log.fence(attempt(1)).tokens_written, 301);
     }
 
     proptest! {

@@ -6,8 +6,10 @@
 //! crate `openai-gateway`'s.
 
 mod answer;
+mod document;
 mod errors;
 mod models;
+mod passed_events;
 mod request;
 mod running;
 mod streamed;

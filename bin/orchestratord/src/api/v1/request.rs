@@ -54,10 +54,26 @@ impl FromRequest<AppState> for Call {
             return Err(crate::api::defect().into_response());
         };
         let (query, headers) = (parts.uri.query().map(str::to_owned), parts.headers.clone());
-        let body = extract::body(Request::from_parts(parts, body), state.gateway.body_bytes).await;
-        let (body, held) = body.map_err(IntoResponse::into_response)?;
+        let head = head_bytes(query.as_deref(), &headers);
+        let (most, setting) = state.gateway.most_body_bytes(head);
+        let body = extract::body_with_head(Request::from_parts(parts, body), head, most).await;
+        let (body, held) = body.map_err(|ApiError(error)| too_long(error, setting).into_response())?;
         Ok(Self { query, headers, caller, ids, body, held })
     }
+}
+
+/// What is kept of a head, bytes.
+fn head_bytes(query: Option<&str>, headers: &HeaderMap) -> usize {
+    let headers = headers.iter().map(|(name, value)| name.as_str().len() + value.len());
+    headers.sum::<usize>() + query.map_or(0, str::len)
+}
+
+/// The error of a body, with the setting by which it is too long.
+fn too_long(error: ErrorBody, setting: &str) -> ApiError {
+    if error.code != ErrorCode::PayloadTooLarge {
+        return error.into();
+    }
+    ErrorBody { message: format!("{}, by {setting}", error.message), ..error }.into()
 }
 
 /// A request that may become a task.
@@ -126,9 +142,11 @@ pub(super) async fn admit(state: &AppState, route: OpenAiRoute, call: Call) -> R
     let place = facts.model_place();
     let model_at = place.and_then(|at| Some((u32::try_from(at.start).ok()?, u32::try_from(at.end).ok()?)));
     let headers = passed_on(&headers);
+    let passed_head = headers.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>()
+        + query.as_deref().map_or(0, str::len);
     let passage = Passage { route, stream: facts.stream, query, headers, model_at };
     let payload = Payload { format: PayloadFormat::OpenAi(Box::new(passage)), bytes: body };
-    held.set(payload.bytes.len());
+    held.set(payload.bytes.len() + passed_head);
     Ok(Admitted { spec, payload, held, caller, stream: facts.stream })
 }
 
@@ -279,6 +297,18 @@ mod tests {
             check_recovery(&headers(&[("x-llorch-recovery", "continue")])).unwrap_err().0.code,
             ErrorCode::Unsupported
         );
+    }
+
+    // CLOUD-2852
+    #[test]
+    fn a_head_counts_with_its_query_and_a_body_that_is_too_long_names_the_setting() {
+        let given = headers(&[("x-title", "tt"), ("openai-beta", "b")]);
+        assert_eq!(head_bytes(Some("a=b"), &given), 9 + 12 + 3);
+        let long = ErrorBody::new(ErrorCode::PayloadTooLarge, "the body is longer than 5 bytes");
+        let ApiError(named) = too_long(long, "ORCHESTRATORD_V1_BODY_BYTES");
+        assert_eq!(named.message, "the body is longer than 5 bytes, by ORCHESTRATORD_V1_BODY_BYTES");
+        let ApiError(other) = too_long(ErrorBody::invalid("the body was cut off"), "X");
+        assert_eq!(other.message, "the body was cut off");
     }
 
     // CLOUD-2841

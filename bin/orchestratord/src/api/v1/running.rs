@@ -15,7 +15,7 @@ use super::request::Admitted;
 use crate::api::defect;
 use crate::app::state::AppState;
 use crate::services::control::Control;
-use crate::services::streams::{Streams, TaskStream};
+use crate::services::streams::{ReadFrames, ReadPosition, Streams, TaskStream};
 
 /// Before a control loop that could not take a cancel is asked again.
 const AGAIN_AFTER: Duration = Duration::from_millis(100);
@@ -118,6 +118,26 @@ impl Running {
 
     pub(super) fn head(&self) -> Option<PassedHead> {
         self.stream.head()
+    }
+
+    /// What of the answer is to be read next, once it is here.
+    pub(super) async fn next_piece(&self, at: ReadPosition) -> ReadFrames {
+        loop {
+            match self.stream.pass(at) {
+                Ok(piece) => return piece,
+                Err(changed) => changed.await,
+            }
+        }
+    }
+
+    /// The bytes of the answer once any are here, of which none was read, and whether these are all.
+    pub(super) async fn unread(&self) -> (usize, bool) {
+        loop {
+            match self.stream.unread() {
+                Ok(unread) => return unread,
+                Err(changed) => changed.await,
+            }
+        }
     }
 
     /// The engine's own end was passed on: a client that goes from now on cuts nothing short.

@@ -12,32 +12,26 @@ use bytes::Bytes;
 use daemon_kit::ApiError;
 use futures::stream;
 use openai_gateway::error;
-use pool_registry_types::ErrorBody;
 use pool_registry_types::task::TaskState;
+use pool_registry_types::{ErrorBody, ErrorCode};
 use task_stream::{EndMarker, OpenAiRoute};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::answer::{failed, name, passed};
+use super::passed_events::PassedEvents;
 use super::running::Running;
-use super::whole;
+use super::{document, whole};
+use crate::services::streams::{ReadFrames, ReadPosition};
 
 /// How long the status waits, and how often a client that waits hears so. Source: .specs/01 CLOUD-2838.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Longest wait for where the task stands.
 const PLACE_WITHIN: Duration = Duration::from_millis(100);
-/// Of an engine's whole answer to a request for a stream so much is read.
-const MAX_WHOLE_BYTES: usize = 8 * 1024 * 1024;
-/// The events by which a response ends.
-const RESPONSE_ENDS: [&[u8]; 3] =
-    [b"event: response.completed", b"event: response.failed", b"event: response.incomplete"];
 const WAITING: &str = ": waiting\n\n";
-
-/// Bytes, the index behind them, and whether nothing follows.
-type Piece = (Bytes, u64, bool);
 
 pub(super) async fn answer(running: Running, route: OpenAiRoute) -> Result<Response, ApiError> {
     let task_id = running.task_id();
-    let Ok(first) = timeout(PATIENCE, next_piece(&running, 0)).await else {
+    let Ok((bytes, is_over)) = timeout(PATIENCE, running.unread()).await else {
         let mut response = Response::new(body(Reader::new(running, route)));
         complete(&mut response);
         name(response.headers_mut(), task_id, None);
@@ -51,17 +45,15 @@ pub(super) async fn answer(running: Running, route: OpenAiRoute) -> Result<Respo
     };
     if head.head.is_event_stream() {
         let mut reader = Reader::new(running, route);
-        reader.taken = Some(first);
         reader.begin();
         let mut response = passed(&head, task_id, body(reader));
         complete(&mut response);
         return Ok(response);
     }
     if !(200..300).contains(&head.head.status) {
-        return whole::rest(running, first);
+        return whole::rest(running, bytes, is_over);
     }
     let mut reader = Reader::new(running, route);
-    reader.taken = Some(first);
     reader.begin();
     let mut response = Response::new(body(reader));
     complete(&mut response);
@@ -77,15 +69,6 @@ fn complete(response: &mut Response) {
     out.insert("x-accel-buffering", HeaderValue::from_static("no"));
 }
 
-async fn next_piece(running: &Running, next: u64) -> Piece {
-    loop {
-        match running.stream.pass(next) {
-            Ok(piece) => return piece,
-            Err(changed) => changed.await,
-        }
-    }
-}
-
 fn body(reader: Reader) -> Body {
     Body::from_stream(stream::unfold(reader, |mut reader| async move {
         reader.more().await.map(|bytes| (Ok::<_, Infallible>(bytes), reader))
@@ -99,8 +82,10 @@ enum Phase {
     Waiting(Instant),
     /// Events are passed on.
     Events,
-    /// The engine answers whole, and that becomes one event.
-    Whole(Vec<u8>),
+    /// The engine answers whole, and that becomes one event once it is here.
+    Whole,
+    /// It is here, and passes on as the data of an event.
+    Document,
     Over,
 }
 
@@ -110,18 +95,17 @@ struct Reader {
     running: Running,
     route: OpenAiRoute,
     phase: Phase,
-    next: u64,
-    /// A piece that was read already.
-    taken: Option<Piece>,
-    /// Events that were passed on.
-    passed: u64,
+    next: ReadPosition,
+    /// What was passed on.
+    passed: PassedEvents,
     has_ended: bool,
 }
 
 impl Reader {
     fn new(running: Running, route: OpenAiRoute) -> Self {
         let phase = Phase::Waiting(Instant::now());
-        Self { running, route, phase, next: 0, taken: None, passed: 0, has_ended: false }
+        let passed = PassedEvents::new(route.end_marker());
+        Self { running, route, phase, next: ReadPosition::BEGIN, passed, has_ended: false }
     }
 
     /// The engine's answer is here: from now on it is passed on, or read to its end.
@@ -130,45 +114,29 @@ impl Reader {
             head.head.is_event_stream()
                 && StatusCode::from_u16(head.head.status).is_ok_and(|s| s.is_success())
         });
-        self.phase = if is_event_stream { Phase::Events } else { Phase::Whole(Vec::new()) };
+        self.phase = if is_event_stream { Phase::Events } else { Phase::Whole };
     }
 
     async fn more(&mut self) -> Option<Bytes> {
         loop {
-            if matches!(self.phase, Phase::Over) {
-                return None;
-            }
-            let (bytes, next, is_over) = match self.taken.take() {
-                Some(piece) => piece,
-                None => match self.phase {
-                    Phase::Waiting(at) => match timeout_at(at, next_piece(&self.running, self.next)).await {
-                        Ok(piece) => {
-                            self.begin();
-                            piece
-                        }
-                        Err(_) => {
-                            self.phase = Phase::Waiting(Instant::now() + PATIENCE);
-                            return Some(self.place().await);
-                        }
-                    },
-                    _ => next_piece(&self.running, self.next).await,
-                },
-            };
-            self.next = next;
-            if let Phase::Whole(all) = &mut self.phase {
-                if all.len() + bytes.len() <= MAX_WHOLE_BYTES {
-                    all.extend_from_slice(&bytes);
+            match self.phase {
+                Phase::Over => return None,
+                Phase::Waiting(at) => {
+                    if timeout_at(at, self.running.unread()).await.is_err() {
+                        self.phase = Phase::Waiting(Instant::now() + PATIENCE);
+                        return Some(self.place().await);
+                    }
+                    self.begin();
                 }
-                if is_over {
-                    return self.end_whole();
+                Phase::Whole => return self.begin_whole().await,
+                Phase::Document => return self.go_on_with_document().await,
+                Phase::Events => {
+                    let ReadFrames { bytes, place, is_last } = self.running.next_piece(self.next).await;
+                    self.next = place;
+                    self.count(&bytes, place.part == 0);
+                    return if is_last { self.end(bytes) } else { Some(bytes) };
                 }
-                continue;
             }
-            self.count(&bytes);
-            if !is_over {
-                return Some(bytes);
-            }
-            return self.end(bytes);
         }
     }
 
@@ -188,23 +156,11 @@ impl Reader {
         }
     }
 
-    /// Counts the events, and looks whether the last one is the engine's own end.
-    fn count(&mut self, bytes: &Bytes) {
-        if self.route == OpenAiRoute::Responses {
-            let lines = bytes.split(|byte| matches!(byte, b'\n' | b'\r'));
-            self.passed += lines.filter(|line| line.starts_with(b"data:")).count() as u64;
-        }
+    /// Counts the events, and looks whether the last one is the engine's own end. `is_whole`: the bytes end
+    /// with an event.
+    fn count(&mut self, bytes: &Bytes, is_whole: bool) {
         if !bytes.is_empty() {
-            let end = bytes.trim_ascii_end();
-            self.has_ended = match self.route.end_marker() {
-                Some(EndMarker::Done) => end.ends_with(b"[DONE]"),
-                Some(EndMarker::MessageStop) => end.ends_with(b"\"message_stop\"}"),
-                Some(EndMarker::Response) => {
-                    let mut lines = bytes.split(|byte| matches!(byte, b'\n' | b'\r'));
-                    lines.any(|line| RESPONSE_ENDS.contains(&line))
-                }
-                None => false,
-            };
+            self.has_ended = self.passed.pass(bytes, is_whole);
             if self.has_ended {
                 // Whoever goes now has all of it.
                 self.running.passed_end();
@@ -217,48 +173,49 @@ impl Reader {
         self.running.finish();
         let broke = self.running.stream.error().filter(|_| !self.has_ended);
         let Some(error) = broke else { return (!bytes.is_empty()).then_some(bytes) };
-        let event = error::event(self.route, error, self.passed);
+        let event = error::event(self.route, error, self.passed.count());
         Some(if bytes.is_empty() { event } else { [bytes, event].concat().into() })
     }
 
-    /// An answer that is no stream: its error, or itself, as one event.
-    fn end_whole(&mut self) -> Option<Bytes> {
-        let Phase::Whole(all) = std::mem::replace(&mut self.phase, Phase::Over) else { return None };
-        self.running.finish();
-        if let Some(error) = self.running.stream.error() {
-            return Some(error::event(self.route, error, self.passed));
-        }
-        let is_good = self.running.head().is_some_and(|head| (200..300).contains(&head.head.status));
-        if !is_good {
-            return Some(error::engine_event(self.route, &all, self.passed));
-        }
-        let Some(data) = one_line(&all) else {
-            let error = ErrorBody::new(
-                pool_registry_types::ErrorCode::WorkerReset,
-                "the engine answered something else than a stream",
-            );
-            return Some(error::event(self.route, &error, self.passed));
+    /// An answer that is no stream, once it is here: its error, or the beginning of itself as one event.
+    async fn begin_whole(&mut self) -> Option<Bytes> {
+        let all = loop {
+            match self.running.stream.whole() {
+                Ok(all) => break all,
+                Err(changed) => changed.await,
+            }
         };
-        let end = if self.route.end_marker() == Some(EndMarker::Done) { "data: [DONE]\n\n" } else { "" };
-        Some(format!("data: {data}\n\n{end}").into())
+        let is_good = self.running.head().is_some_and(|head| (200..300).contains(&head.head.status));
+        let error = self.running.stream.error().cloned();
+        if error.is_none() && is_good && document::is_json(&all) {
+            self.phase = Phase::Document;
+            return Some(Bytes::from_static(document::BEFORE));
+        }
+        self.phase = Phase::Over;
+        self.running.finish();
+        let none = self.passed.count();
+        Some(match error {
+            Some(error) => error::event(self.route, &error, none),
+            None if is_good => {
+                let message = "the engine answered something else than a stream";
+                error::event(self.route, &ErrorBody::new(ErrorCode::WorkerReset, message), none)
+            }
+            // A refusal, of which a node passes on as much as is short.
+            None => error::engine_event(self.route, &all.into_bytes(), none),
+        })
     }
-}
 
-/// A JSON document as the data of an event.
-fn one_line(document: &[u8]) -> Option<String> {
-    let text = std::str::from_utf8(document).ok()?.trim();
-    let value: serde_json::Value = serde_json::from_str(text).ok()?;
-    if text.contains(['\n', '\r']) { Some(value.to_string()) } else { Some(text.to_owned()) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_document_becomes_one_line_and_stays_as_it_is_where_it_is_one() {
-        assert_eq!(one_line(b" {\"a\": 1.50} ").as_deref(), Some("{\"a\": 1.50}"));
-        assert_eq!(one_line(b"{\"a\":\n1}").as_deref(), Some("{\"a\":1}"));
-        assert_eq!(one_line(b"<html>"), None);
+    async fn go_on_with_document(&mut self) -> Option<Bytes> {
+        let ReadFrames { bytes, place, is_last } = self.running.next_piece(self.next).await;
+        self.next = place;
+        let part = document::in_line(&bytes);
+        if !is_last {
+            return Some(part);
+        }
+        self.phase = Phase::Over;
+        self.running.finish();
+        let is_done = self.route.end_marker() == Some(EndMarker::Done);
+        let end: &[u8] = if is_done { b"data: [DONE]\n\n" } else { b"" };
+        Some([&part, document::BEHIND, end].concat().into())
     }
 }

@@ -299,7 +299,9 @@ impl World {
         node.lock().lanes.registered(http.links.life);
         http.links.registered(&registers(address));
         let streams = Arc::new(Streams::new(1 << 20, usize::MAX));
-        let relays = Arc::new(Relays { clock, link: NodeLink::Http(Box::new(http)), streams, threads });
+        let held_answers = task_stream::HoldBudget::new(usize::MAX);
+        let link = NodeLink::Http(Box::new(http));
+        let relays = Arc::new(Relays { clock, link, streams, threads, held_answers });
         let closed = CancellationToken::new();
         let address = format!("http://{address}");
         Self { node, relays, control, inbox, closed, stop, tracker, address, last: 100 }

@@ -2,29 +2,33 @@
 //!
 //! Nothing is shown that could not be taken back: of an event stream nothing before its first event,
 //! of another answer nothing before its end. So an attempt that is lost before leaves no trace, and its
-//! task is placed again. What is longer than [`MOST_HELD`] is shown as it comes from then on.
+//! task is placed again. What is longer than [`MOST_HELD`] is shown as it comes from then on, and so is an
+//! answer for which there is no room beside those that others hold back.
 //!
 //! The node counts events or bytes; the log counts what came together, whose parts nobody asks for.
+
+use std::sync::Arc;
 
 use bytes::Bytes;
 use pool_registry_types::{Moment, NodeId};
 
 use super::{Action, Relay};
 use crate::end::HowEnded;
+use crate::hold_budget::{HeldBack, HoldBudget};
 use crate::log::{AppendError, Segment};
 use crate::passage::{AnswerHead, PassedHead, is_comments};
 use crate::staged::Staged;
 
-/// Longest part of an answer that is held back, bytes. Source: .specs/01 CLOUD-2833.
+/// Longest part of one answer that is held back, bytes. Source: .specs/01 CLOUD-2833.
 const MOST_HELD: usize = 8 * 1024 * 1024;
 
 impl Relay {
     /// What comes is the engine's own answer: it is passed on as it is, and no part of an answer that
-    /// is no event stream before it is whole or too long to be held.
+    /// is no event stream before it is whole or too long to be held. What is held back counts in `room`.
     #[must_use]
-    pub fn passing_on(self) -> Self {
+    pub fn passing_on(self, room: Arc<HoldBudget>) -> Self {
         let node_id = self.assignment.pool.node_id.clone();
-        Self { passing: Some(Box::new(Passing::new(node_id))), ..self }
+        Self { passing: Some(Box::new(Passing::new(node_id, room))), ..self }
     }
 
     /// On a link: status and headers of an answer that is passed on.
@@ -77,7 +81,7 @@ pub(super) struct Passing {
     head: Option<AnswerHead>,
     is_event_stream: bool,
     held: Vec<Bytes>,
-    held_bytes: usize,
+    held_back: HeldBack,
     is_shown: bool,
     /// The index in the log of what is shown next.
     next: u64,
@@ -98,13 +102,13 @@ enum Passed {
 }
 
 impl Passing {
-    fn new(node_id: NodeId) -> Self {
+    fn new(node_id: NodeId, room: Arc<HoldBudget>) -> Self {
         Self {
             node_id,
             head: None,
             is_event_stream: false,
             held: Vec::new(),
-            held_bytes: 0,
+            held_back: HeldBack::new(room),
             is_shown: false,
             next: 0,
         }
@@ -132,9 +136,11 @@ impl Passing {
             return Passed::Shown;
         }
         let is_comments = self.is_event_stream && is_comments(&bytes);
-        self.held_bytes += bytes.len();
+        let is_shown = self.is_event_stream && !is_comments
+            || self.held_back.bytes() + bytes.len() > MOST_HELD
+            || !self.held_back.add(bytes.len());
         self.held.push(bytes);
-        if self.held_bytes > MOST_HELD || self.is_event_stream && !is_comments {
+        if is_shown {
             self.begin(staged);
             return Passed::Shown;
         }
@@ -161,6 +167,8 @@ impl Passing {
         for bytes in std::mem::take(&mut self.held) {
             self.show(bytes, staged);
         }
+        // From here on they count with the log.
+        self.held_back.release();
     }
 
     fn show(&mut self, bytes: Bytes, staged: &mut Staged) {

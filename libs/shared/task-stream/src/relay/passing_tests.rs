@@ -26,6 +26,11 @@ struct Bench {
 
 impl Bench {
     fn new(log: TaskLog, n: u128) -> Self {
+        Self::within(log, n, &HoldBudget::new(usize::MAX))
+    }
+
+    /// One of those that hold back so much together.
+    fn within(log: TaskLog, n: u128, room: &Arc<HoldBudget>) -> Self {
         let long = Duration::from_secs(60);
         let assignment = Assignment {
             keeps_ids: false,
@@ -45,8 +50,8 @@ impl Bench {
             task_deadline: None,
             stops_overdue: true,
         };
-        let mut bench =
-            Self { relay: Relay::linked(at(0), assignment).passing_on(), log, attempt: attempt(n) };
+        let relay = Relay::linked(at(0), assignment).passing_on(Arc::clone(room));
+        let mut bench = Self { relay, log, attempt: attempt(n) };
         bench.log.open(bench.attempt);
         bench.relay.accepted(at(1), ReplicaId::new("r0").unwrap(), 1);
         bench
@@ -141,6 +146,34 @@ fn what_is_longer_than_is_held_is_shown_as_it_comes() {
     bench.takes(u64::from(len) * 2, 1, "y");
     assert_eq!(bench.shown().len(), 2 * piece.len() + 1);
     assert_eq!(bench.done(), [Action::Started]);
+}
+
+// CLOUD-2857
+#[test]
+fn answers_hold_back_so_much_together_and_one_without_room_is_shown_as_it_comes() {
+    let room = HoldBudget::new(10);
+    let bench = |n: u128| {
+        let mut bench = Bench::within(TaskLog::new(LogId(Uuid::from_u128(n))), n, &room);
+        bench.head("application/json");
+        bench
+    };
+    let (mut first, mut second) = (bench(1), bench(2));
+    first.takes(0, 6, "{\"a\":1");
+    second.takes(0, 4, "{\"b\"");
+    assert_eq!((room.held(), first.shown(), second.shown()), (10, String::new(), String::new()));
+    second.takes(4, 1, ":");
+    assert_eq!((second.shown().as_str(), room.held()), ("{\"b\":", 6), "it counts with its log now");
+    // There is room again, and what is shown goes on being shown.
+    second.takes(5, 2, "2}");
+    assert_eq!((second.shown().as_str(), room.held()), ("{\"b\":2}", 6));
+    first.takes(6, 1, "}");
+    assert_eq!((first.end(), room.held()), (Some(HowEnded::Finished), 0));
+    assert_eq!(first.shown(), "{\"a\":1}");
+    let mut cut = bench(3);
+    cut.takes(0, 1, "{");
+    assert_eq!(room.held(), 1);
+    drop(cut);
+    assert_eq!(room.held(), 0);
 }
 
 // CLOUD-2832
