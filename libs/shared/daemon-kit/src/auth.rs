@@ -10,9 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use axum::extract::{MatchedPath, Request, State};
+use axum::extract::{MatchedPath, Request};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
-use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use jiff::Timestamp;
 use owned_tasks::blocking;
@@ -23,7 +22,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::answer::{ApiError, is_page};
-use crate::audit::Record;
+use crate::audit::Found;
 use crate::caller::Caller;
 use crate::config;
 use crate::connections::Peer;
@@ -396,15 +395,14 @@ impl Gate {
     }
 }
 
-/// Refuses requests that the gate does not let through, and tells handlers who calls.
-pub(crate) async fn layer(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
-    let need = gate.need(&request);
-    let mut caller = gate.caller(&request);
-    let checked = gate.check(need, &request, &mut caller);
-    // For the audit log, which also writes of those who do not wait for their answer.
-    if let Some(record) = request.extensions().get::<Record>() {
-        record.send(caller.holder.clone(), checked.as_ref().err().map(|error| error.0.code));
-    }
+/// Decides whether the request goes on to its handler, which is told who calls, and says what was found
+/// out about it on the way.
+pub(crate) fn admit(gate: &Gate, request: &mut Request) -> (Found, Result<(), ApiError>) {
+    let need = gate.need(request);
+    let mut caller = gate.caller(request);
+    let checked = gate.check(need, request, &mut caller);
+    let found =
+        Found { holder: caller.holder.clone(), refused: checked.as_ref().err().map(|error| error.0.code) };
     // Whoever lacks a scope has shown who it is all the same.
     if need != Need::Open
         && (checked.is_ok() || caller.holder.is_some())
@@ -412,19 +410,19 @@ pub(crate) async fn layer(State(gate): State<Arc<Gate>>, mut request: Request, n
     {
         entry.let_in();
     }
-    match checked {
-        Ok(()) => {
-            request.extensions_mut().insert(caller);
-            next.run(request).await
-        }
-        Err(error) => {
-            gate.tokens.refusals().count(error.0.code);
-            if matches!(error.0.code, ErrorCode::MissingToken | ErrorCode::BadToken) {
-                tokio::time::sleep(REFUSAL_PAUSE).await;
-            }
-            error.into_response()
-        }
+    if checked.is_ok() {
+        request.extensions_mut().insert(caller);
     }
+    (found, checked)
+}
+
+/// The answer to whom the gate has not let through.
+pub(crate) async fn refuse(gate: &Gate, error: ApiError) -> Response {
+    gate.tokens.refusals().count(error.0.code);
+    if matches!(error.0.code, ErrorCode::MissingToken | ErrorCode::BadToken) {
+        tokio::time::sleep(REFUSAL_PAUSE).await;
+    }
+    error.into_response()
 }
 
 #[cfg(test)]
