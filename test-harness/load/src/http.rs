@@ -65,9 +65,12 @@ impl Caller {
     /// Fake engines, or what speaks like one.
     pub(crate) fn engines(urls: &[String], api: Api) -> Self {
         match api {
-            Api::V2 => Self::new(urls, "/completion", b"\"stop\":false", |tokens| {
-                json!({"prompt": "x", "stream": true, "n_predict": tokens})
-            }),
+            Api::V2 => Self::new(
+                urls,
+                "/completion",
+                b"\"stop\":false",
+                |tokens| json!({"prompt": "x", "stream": true, "n_predict": tokens}),
+            ),
             Api::V1 => Self::new(urls, "/v1/chat/completions", CHAT_MARKER, chat_task),
         }
     }
@@ -76,9 +79,12 @@ impl Caller {
     pub(crate) fn cluster(url: &str, token: &str, api: Api) -> Self {
         let urls = [url.to_owned()];
         let caller = match api {
-            Api::V2 => Self::new(&urls, "/v2/tasks", b"event: token", |tokens| {
-                json!({"model_ref": "fake-model", "prompt": "x", "max_tokens": tokens})
-            }),
+            Api::V2 => Self::new(
+                &urls,
+                "/v2/tasks",
+                b"event: token",
+                |tokens| json!({"model_ref": "fake-model", "prompt": "x", "max_tokens": tokens}),
+            ),
             Api::V1 => Self::new(&urls, "/v1/chat/completions", CHAT_MARKER, chat_task),
         };
         Self { authorization: Some(format!("Bearer {token}")), ..caller }

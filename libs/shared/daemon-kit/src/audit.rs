@@ -287,8 +287,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("audit");
         let audit = Audit::open(&path, &Loops::default()).unwrap();
-        let routes = axum::Router::new()
-            .route("/slow", axum::routing::post(std::future::pending::<&str>));
+        let routes = axum::Router::new().route("/slow", axum::routing::post(std::future::pending::<&str>));
         let routes = with_layers(routes, Edge { gate: Gate::open(), audit: audit.clone() });
         let request = |method: &str| {
             Request::builder().method(method).uri("/slow").body(axum::body::Body::empty()).unwrap()
