@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval_at};
 
 use crate::haproxy::HaProxy;
-use crate::http::{Caller, Seen};
+use crate::http::{Api, Caller, Seen};
 use crate::table::{Row, Target};
 use crate::{cpu, median, quantile};
 
@@ -44,6 +44,7 @@ enum Via {
 pub(crate) struct Comparison<'c> {
     pub(crate) cluster: &'c Cluster,
     pub(crate) haproxy: &'c HaProxy,
+    pub(crate) api: Api,
     /// The engines themselves, taken in turn.
     pub(crate) bare: Caller,
     pub(crate) through_haproxy: Caller,
@@ -150,7 +151,11 @@ impl Comparison<'_> {
         });
         let (haproxy, ours) = measured.await;
         self.fault(json!({"kind": "none"})).await;
-        let (what, target) = if in_steps { ("paced in steps", 1.4) } else { ("paced", 1.6) };
+        let (what, target) = match (in_steps, self.api) {
+            (false, Api::V2) => ("paced", 1.6),
+            (false, Api::V1) => ("paced", 1.7),
+            (true, _) => ("paced in steps", 1.4),
+        };
         let what = format!("{what}, {STREAMS} x {TOKENS_PER_SECOND} tokens/s");
         Self::row(&what, "a token", &haproxy, &ours, target)
     }
@@ -177,13 +182,22 @@ impl Comparison<'_> {
     pub(crate) async fn unpaced(&self) -> Row {
         let count = |seen: &[Seen]| seen.iter().map(|seen| seen.tokens as f64).sum();
         let (haproxy, ours) = self.loaded(LONG, count).await;
-        Self::row(&format!("unpaced, {CLIENTS} x {LONG}"), "a token", &haproxy, &ours, 4.0)
+        let target = self.target(4.0, 4.5);
+        Self::row(&format!("unpaced, {CLIENTS} x {LONG}"), "a token", &haproxy, &ours, target)
     }
 
     /// Requests of one token by 64 clients.
     pub(crate) async fn one_token(&self) -> Row {
         let (haproxy, ours) = self.loaded(1, |seen| seen.len() as f64).await;
-        Self::row(&format!("one-token requests, {CLIENTS} clients"), "a request", &haproxy, &ours, 3.4)
+        let target = self.target(3.4, 3.8);
+        Self::row(&format!("one-token requests, {CLIENTS} clients"), "a request", &haproxy, &ours, target)
+    }
+
+    fn target(&self, v2: f64, v1: f64) -> f64 {
+        match self.api {
+            Api::V2 => v2,
+            Api::V1 => v1,
+        }
     }
 
     async fn loaded(&self, tokens: u32, count: impl Fn(&[Seen]) -> f64) -> (Costs, Costs) {

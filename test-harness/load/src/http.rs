@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use clap::ValueEnum;
 use http_body_util::{BodyExt, Full};
 use hyper::{Request, header};
 use hyper_util::client::legacy::Client;
@@ -18,6 +19,25 @@ pub(crate) struct Seen {
     pub(crate) first_token: Duration,
     pub(crate) tokens: usize,
 }
+
+/// In which API one asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Api {
+    /// Tasks of ours, and the completions of llama.cpp's own API.
+    V2,
+    /// Chat completions of OpenAI's.
+    V1,
+}
+
+fn chat_task(tokens: u32) -> Value {
+    json!({
+        "model": "fake-model", "stream": true, "max_tokens": tokens,
+        "messages": [{"role": "user", "content": "x"}]
+    })
+}
+
+/// What stands once in each token's chunk of a chat.
+const CHAT_MARKER: &[u8] = b"\"delta\":{\"content\"";
 
 /// Asks for completions, of one endpoint or of several in turn.
 #[derive(Debug, Clone)]
@@ -43,28 +63,41 @@ fn client() -> Client<HttpConnector, Full<Bytes>> {
 
 impl Caller {
     /// Fake engines, or what speaks like one.
-    pub(crate) fn engines(urls: &[String]) -> Self {
-        Self {
-            client: client(),
-            urls: urls.iter().map(|url| format!("{url}/completion")).collect(),
-            turn: Arc::default(),
-            authorization: None,
-            token_marker: b"\"stop\":false",
-            task: |tokens| json!({"prompt": "x", "stream": true, "n_predict": tokens}),
-            all: Arc::default(),
-            begun: Arc::default(),
+    pub(crate) fn engines(urls: &[String], api: Api) -> Self {
+        match api {
+            Api::V2 => Self::new(
+                urls,
+                "/completion",
+                b"\"stop\":false",
+                |tokens| json!({"prompt": "x", "stream": true, "n_predict": tokens}),
+            ),
+            Api::V1 => Self::new(urls, "/v1/chat/completions", CHAT_MARKER, chat_task),
         }
     }
 
     /// Through both daemons.
-    pub(crate) fn cluster(url: &str, token: &str) -> Self {
+    pub(crate) fn cluster(url: &str, token: &str, api: Api) -> Self {
+        let urls = [url.to_owned()];
+        let caller = match api {
+            Api::V2 => Self::new(
+                &urls,
+                "/v2/tasks",
+                b"event: token",
+                |tokens| json!({"model_ref": "fake-model", "prompt": "x", "max_tokens": tokens}),
+            ),
+            Api::V1 => Self::new(&urls, "/v1/chat/completions", CHAT_MARKER, chat_task),
+        };
+        Self { authorization: Some(format!("Bearer {token}")), ..caller }
+    }
+
+    fn new(urls: &[String], path: &str, token_marker: &'static [u8], task: fn(u32) -> Value) -> Self {
         Self {
             client: client(),
-            urls: [format!("{url}/v2/tasks")].into(),
+            urls: urls.iter().map(|url| format!("{url}{path}")).collect(),
             turn: Arc::default(),
-            authorization: Some(format!("Bearer {token}")),
-            token_marker: b"event: token",
-            task: |tokens| json!({"model_ref": "fake-model", "prompt": "x", "max_tokens": tokens}),
+            authorization: None,
+            token_marker,
+            task,
             all: Arc::default(),
             begun: Arc::default(),
         }

@@ -22,7 +22,7 @@ use e2e_cloud::{Cluster, Engine, Options};
 
 use crate::compare::Comparison;
 use crate::haproxy::HaProxy;
-use crate::http::Caller;
+use crate::http::{Api, Caller};
 
 const NODES: usize = 3;
 /// Slots of each engine: more than the most clients.
@@ -47,6 +47,9 @@ struct Arguments {
     /// Only these measurements of the daemons.
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Measurement>,
+    /// In which API the daemons are asked, and what they are compared with.
+    #[arg(long, value_enum, default_value_t = Api::V2)]
+    api: Api,
     /// How many nodes, for `--core`.
     #[arg(long, value_delimiter = ',', default_values_t = [10, 100, 1_000, 10_000])]
     nodes: Vec<usize>,
@@ -103,9 +106,10 @@ async fn main() -> ExitCode {
         let comparison = Comparison {
             cluster: &cluster,
             haproxy: &haproxy,
-            bare: Caller::engines(&engines),
-            through_haproxy: Caller::engines(std::slice::from_ref(&haproxy.url)),
-            ours: Caller::cluster(&cluster.client.base, e2e_cloud::cluster::TOKEN),
+            api: arguments.api,
+            bare: Caller::engines(&engines, arguments.api),
+            through_haproxy: Caller::engines(std::slice::from_ref(&haproxy.url), arguments.api),
+            ours: Caller::cluster(&cluster.client.base, e2e_cloud::cluster::TOKEN, arguments.api),
             repetitions: arguments.repetitions,
             seconds: arguments.seconds,
         };

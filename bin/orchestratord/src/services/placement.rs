@@ -11,6 +11,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use daemon_kit::Clock;
+use owned_tasks::Turn;
 use pool_registry_types::view::ClusterChange;
 use pool_registry_types::{AttemptId, Moment};
 use task_scheduler::{ControlCore, Denied, Effect, Event, HowEnded, ProbeOutcome, ReplyTo};
@@ -71,7 +72,7 @@ impl Loop {
     async fn work(&mut self, inbox: Inbox, stop: CancellationToken) {
         let Inbox { mut messages, mut questions } = inbox;
         let published = Arc::clone(&self.control.published);
-        let mut since_question = 0;
+        let (mut since_question, mut turn) = (0, Turn::begin());
         self.apply(Event::Timer);
         while !stop.is_cancelled() {
             // What is due comes first, whatever waits.
@@ -84,14 +85,14 @@ impl Loop {
                 since_question += 1;
                 self.handle(message);
                 // Others on this thread are not kept waiting either.
-                tokio::task::coop::consume_budget().await;
+                turn.rest().await;
                 continue;
             }
             let had_messages = std::mem::take(&mut since_question) >= MESSAGES_A_QUESTION;
             published.serve(self.clock.now(), &mut self.core);
             if let Ok(question) = questions.try_recv() {
                 self.answer(question);
-                tokio::task::coop::consume_budget().await;
+                turn.rest().await;
                 continue;
             }
             if had_messages {
@@ -109,6 +110,8 @@ impl Loop {
                 () = published.wanted() => {}
                 () = tokio::time::sleep_until(self.clock.instant(deadline).into()) => {}
             }
+            // It has slept, mostly.
+            turn = Turn::begin();
         }
     }
 

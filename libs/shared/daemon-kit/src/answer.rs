@@ -1,9 +1,7 @@
 //! An error as an HTTP answer: the one conversion, at the edge.
 
 use axum::Json;
-use axum::extract::Request;
 use axum::http::{HeaderValue, StatusCode, header};
-use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use pool_registry_types::routes::{self, headers};
 use pool_registry_types::{ErrorBody, ErrorCode};
@@ -67,13 +65,10 @@ pub(crate) fn is_page(path: &str) -> bool {
 }
 
 /// The headers of every answer. What a handler has said of caching stands.
-pub async fn headers(request: Request, next: Next) -> Response {
-    let is_page = is_page(request.uri().path());
-    let mut response = next.run(request).await;
+pub(crate) fn set_headers(response: &mut Response, is_page: bool) {
     let out = response.headers_mut();
     out.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     if !is_page {
         out.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     }
-    response
 }

@@ -12,9 +12,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::Duration;
 
-use axum::extract::{MatchedPath, Request, State};
+use axum::extract::{MatchedPath, Request};
 use axum::http::{Method, StatusCode};
-use axum::middleware::Next;
 use axum::response::Response;
 use jiff::Timestamp;
 use owned_tasks::Loops;
@@ -192,39 +191,43 @@ fn is_chatter(path: &str) -> bool {
     attempts || path == routes::NODE_HEARTBEAT
 }
 
-/// What the gate finds out about a call, for its line. In the extensions of each request.
+/// What the gate finds out about a call.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Record(Arc<Mutex<Found>>);
-
-#[derive(Debug, Clone, Default)]
-struct Found {
-    holder: Option<Arc<Holder>>,
-    refused: Option<ErrorCode>,
-}
-
-impl Record {
-    pub(crate) fn send(&self, holder: Option<Arc<Holder>>, refused: Option<ErrorCode>) {
-        *self.0.lock() = Found { holder, refused };
-    }
+pub(crate) struct Found {
+    pub(crate) holder: Option<Arc<Holder>>,
+    pub(crate) refused: Option<ErrorCode>,
 }
 
 /// A call that has no answer yet. Dropped without one, its client has gone: what it asked for may
 /// have been done, so its line is written too.
-struct Call {
+#[derive(Debug)]
+pub(crate) struct Call {
     audit: Audit,
     method: Method,
     path: String,
     /// Only looks, or one of very many: written when it was refused only.
     is_quiet: bool,
     peer: Option<Arc<Peer>>,
-    ids: Option<RequestIds>,
-    record: Record,
+    correlation_id: String,
+    found: Found,
     answered: Option<(StatusCode, Option<&'static str>)>,
+}
+
+impl Call {
+    /// What its line is to say of whoever calls, also where it is not waited for.
+    pub(crate) fn found(&mut self, found: Found) {
+        self.found = found;
+    }
+
+    pub(crate) fn answered(mut self, response: &Response) {
+        let code = response.extensions().get::<ErrorBody>().map(|body| body.code.as_str());
+        self.answered = Some((response.status(), code));
+    }
 }
 
 impl Drop for Call {
     fn drop(&mut self) {
-        let Found { holder, refused } = self.record.0.lock().clone();
+        let Found { holder, refused } = std::mem::take(&mut self.found);
         let (status, code) = match self.answered {
             Some((status, code)) => (status.as_u16(), code),
             None => (CLIENT_GONE, refused.map(ErrorCode::as_str)),
@@ -245,42 +248,37 @@ impl Drop for Call {
             fingerprint: holder.map(|holder| holder.fingerprint.as_str()),
             certificate: certificate.map_or(&[], |certificate| &certificate.names),
             peer: self.peer.as_ref().map(|peer| peer.addr.to_string()),
-            correlation_id: self.ids.as_ref().map(|ids| ids.correlation_id.as_str()),
+            correlation_id: Some(&self.correlation_id),
         };
         self.audit.write(&line, was_refused);
     }
 }
 
-/// Writes a line for each call that changes something or is refused.
-pub(crate) async fn layer(State(audit): State<Audit>, mut request: Request, next: Next) -> Response {
-    if audit.0.is_none() {
-        return next.run(request).await;
-    }
+/// Begins a call whose line is written when it was answered, if it changes something or is refused.
+/// Nothing where there is no audit log.
+pub(crate) fn begin(audit: &Audit, request: &Request, ids: &RequestIds) -> Option<Call> {
+    audit.0.as_ref()?;
     let method = request.method().clone();
     let reads = matches!(method, Method::GET | Method::HEAD | Method::OPTIONS);
     let routed = request.extensions().get::<MatchedPath>();
     let is_quiet = reads || routed.is_some_and(|path| is_chatter(path.as_str()));
-    let record = Record::default();
-    let mut call = Call {
-        audit,
+    Some(Call {
+        audit: audit.clone(),
         method,
         path: request.uri().path().chars().take(LONGEST_PATH).collect(),
         is_quiet,
         peer: request.extensions().get::<Arc<Peer>>().cloned(),
-        ids: request.extensions().get::<RequestIds>().cloned(),
-        record: record.clone(),
+        correlation_id: ids.correlation_id.clone(),
+        found: Found::default(),
         answered: None,
-    };
-    request.extensions_mut().insert(record);
-    let response = next.run(request).await;
-    let code = response.extensions().get::<ErrorBody>().map(|body| body.code.as_str());
-    call.answered = Some((response.status(), code));
-    response
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::auth::Gate;
+    use crate::serve::{Edge, with_layers};
 
     // CLOUD-2505
     #[tokio::test]
@@ -289,9 +287,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("audit");
         let audit = Audit::open(&path, &Loops::default()).unwrap();
-        let routes = axum::Router::new()
-            .route("/slow", axum::routing::post(std::future::pending::<&str>))
-            .layer(axum::middleware::from_fn_with_state(audit.clone(), layer));
+        let routes = axum::Router::new().route("/slow", axum::routing::post(std::future::pending::<&str>));
+        let routes = with_layers(routes, Edge { gate: Gate::open(), audit: audit.clone() });
         let request = |method: &str| {
             Request::builder().method(method).uri("/slow").body(axum::body::Body::empty()).unwrap()
         };

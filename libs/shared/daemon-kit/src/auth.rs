@@ -10,9 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use axum::extract::{MatchedPath, Request, State};
+use axum::extract::{MatchedPath, Request};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
-use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use jiff::Timestamp;
 use owned_tasks::blocking;
@@ -23,7 +22,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::answer::{ApiError, is_page};
-use crate::audit::Record;
+use crate::audit::Found;
 use crate::caller::Caller;
 use crate::connections::Peer;
 use crate::follow::follow;
@@ -408,15 +407,30 @@ impl Gate {
     }
 }
 
-/// Refuses requests that the gate does not let through, and tells handlers who calls.
-pub(crate) async fn layer(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
-    let need = gate.need(&request);
-    let mut caller = gate.caller(&request);
-    let checked = gate.check(need, &request, &mut caller);
-    // For the audit log, which also writes of those who do not wait for their answer.
-    if let Some(record) = request.extensions().get::<Record>() {
-        record.send(caller.holder.clone(), checked.as_ref().err().map(|error| error.0.code));
+/// What the gate has found out about a request.
+#[derive(Debug)]
+pub(crate) struct Admission {
+    /// For its line in the audit log.
+    pub(crate) found: Found,
+    /// Whose limits the answer shows, and what they leave where that is known.
+    limits: Option<(Caller, Option<u32>)>,
+    pub(crate) refused: Option<ApiError>,
+}
+
+impl Admission {
+    /// Puts on the answer what its client is shown.
+    pub(crate) fn finish(&self, gate: &Gate, response: &mut Response) {
+        if let Some((caller, left)) = &self.limits {
+            gate.show_limits(caller, *left, response);
+        }
     }
+}
+
+/// Decides whether the request goes on to its handler, which is told who calls.
+pub(crate) fn admit(gate: &Gate, request: &mut Request) -> Admission {
+    let need = gate.need(request);
+    let mut caller = gate.caller(request);
+    let checked = gate.check(need, request, &mut caller);
     // Whoever lacks a scope has shown who it is all the same.
     if need != Need::Open
         && (checked.is_ok() || caller.holder.is_some())
@@ -424,25 +438,27 @@ pub(crate) async fn layer(State(gate): State<Arc<Gate>>, mut request: Request, n
     {
         entry.let_in();
     }
+    let holder = caller.holder.clone();
     let shows_limits = gate.shapes.is_some_and(|shapes| (shapes.is_theirs)(request.uri().path()));
-    let (left, mut response) = match checked {
-        Ok(left) => {
-            request.extensions_mut().insert(caller.clone());
-            (left, next.run(request).await)
-        }
-        Err(error) => {
-            gate.tokens.refusals().count(error.0.code);
-            if matches!(error.0.code, ErrorCode::MissingToken | ErrorCode::BadToken) {
-                tokio::time::sleep(REFUSAL_PAUSE).await;
-            }
-            let left = (error.0.code == ErrorCode::RateLimited).then_some(0);
-            (left, error.into_response())
-        }
+    let (left, refused) = match checked {
+        Ok(left) => (left, None),
+        Err(error) => ((error.0.code == ErrorCode::RateLimited).then_some(0), Some(error)),
     };
-    if shows_limits {
-        gate.show_limits(&caller, left, &mut response);
+    let limits = shows_limits.then(|| (caller.clone(), left));
+    if refused.is_none() {
+        request.extensions_mut().insert(caller);
     }
-    response
+    let found = Found { holder, refused: refused.as_ref().map(|error| error.0.code) };
+    Admission { found, limits, refused }
+}
+
+/// The answer to whom the gate has not let through.
+pub(crate) async fn refuse(gate: &Gate, error: ApiError) -> Response {
+    gate.tokens.refusals().count(error.0.code);
+    if matches!(error.0.code, ErrorCode::MissingToken | ErrorCode::BadToken) {
+        tokio::time::sleep(REFUSAL_PAUSE).await;
+    }
+    error.into_response()
 }
 
 #[cfg(test)]

@@ -5,9 +5,8 @@
 //! of the request names both.
 
 use axum::Json;
-use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue};
-use axum::middleware::Next;
+use axum::extract::Request;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 use axum::response::{IntoResponse, Response};
 use pool_registry_types::routes::headers;
 use pool_registry_types::trace::{read_traceparent, read_tracestate, traceparent};
@@ -43,54 +42,68 @@ impl RequestIds {
     }
 }
 
-/// Reads or draws the ids, writes them on the answer, and logs that it was given.
-pub(crate) async fn layer(
-    State(shapes): State<Option<Shapes>>,
-    mut request: Request,
-    next: Next,
-) -> Response {
-    let given = given_trace(request.headers());
-    let tracestate = given.as_ref().and_then(|_| given_state(request.headers())).unwrap_or_default();
-    let ids = RequestIds {
-        correlation_id: given_id(request.headers()).unwrap_or_else(|| Uuid::new_v4().to_string()),
-        traceparent: given.unwrap_or_else(new_trace),
-        tracestate,
-    };
-    request.extensions_mut().insert(ids.clone());
-    let (method, uri) = (request.method().clone(), request.uri().clone());
-    let mut response = next.run(request).await;
-    let trace_id = ids.traceparent.get(3..35).unwrap_or_default();
-    let error = response.extensions_mut().remove::<ErrorBody>();
-    tracing::debug!(
-        %method,
-        path = uri.path(),
-        status = response.status().as_u16(),
-        code = error.as_ref().map(|body| body.code.as_str()),
-        // What is wrong with a body may quote it.
-        reason = error.as_ref().filter(|body| body.code != ErrorCode::InvalidParams).map(|body| body.message.as_str()),
-        correlation_id = ids.correlation_id,
-        trace_id,
-        "a request is answered"
-    );
-    if let Some(mut body) = error {
-        body.correlation_id = Some(ids.correlation_id.clone());
-        let (parts, _) = response.into_parts();
-        let theirs = shapes.and_then(|shapes| (shapes.shape)(uri.path(), parts.status, &body));
-        let is_ours = theirs.is_none();
-        response = theirs.unwrap_or_else(|| (parts.status, Json(body)).into_response());
-        for (name, value) in &parts.headers {
-            // What another API says of an error in its own way stands.
-            if name != "content-length" && (is_ours || !response.headers().contains_key(name)) {
-                response.headers_mut().insert(name, value.clone());
+/// A request whose answer is to say which it belongs to.
+#[derive(Debug)]
+pub(crate) struct Answering {
+    ids: RequestIds,
+    method: Method,
+    uri: Uri,
+}
+
+impl Answering {
+    /// Reads or draws the ids, and tells handlers of them.
+    pub(crate) fn begin(request: &mut Request) -> Self {
+        let given = given_trace(request.headers());
+        let tracestate = given.as_ref().and_then(|_| given_state(request.headers())).unwrap_or_default();
+        let ids = RequestIds {
+            correlation_id: given_id(request.headers()).unwrap_or_else(|| Uuid::new_v4().to_string()),
+            traceparent: given.unwrap_or_else(new_trace),
+            tracestate,
+        };
+        request.extensions_mut().insert(ids.clone());
+        Self { ids, method: request.method().clone(), uri: request.uri().clone() }
+    }
+
+    pub(crate) fn ids(&self) -> &RequestIds {
+        &self.ids
+    }
+
+    /// Writes the ids on the answer, gives an error the shape of its path, and logs that it was given.
+    pub(crate) fn finish(self, mut response: Response, shapes: Option<Shapes>) -> Response {
+        let Self { ids, method, uri } = self;
+        let trace_id = ids.traceparent.get(3..35).unwrap_or_default();
+        let error = response.extensions_mut().remove::<ErrorBody>();
+        tracing::debug!(
+            %method,
+            path = uri.path(),
+            status = response.status().as_u16(),
+            code = error.as_ref().map(|body| body.code.as_str()),
+            // What is wrong with a body may quote it.
+            reason = error.as_ref().filter(|body| body.code != ErrorCode::InvalidParams).map(|body| body.message.as_str()),
+            correlation_id = ids.correlation_id,
+            trace_id,
+            "a request is answered"
+        );
+        if let Some(mut body) = error {
+            body.correlation_id = Some(ids.correlation_id.clone());
+            let (parts, _) = response.into_parts();
+            let theirs = shapes.and_then(|shapes| (shapes.shape)(uri.path(), parts.status, &body));
+            let is_ours = theirs.is_none();
+            response = theirs.unwrap_or_else(|| (parts.status, Json(body)).into_response());
+            for (name, value) in &parts.headers {
+                // What another API says of an error in its own way stands.
+                if name != "content-length" && (is_ours || !response.headers().contains_key(name)) {
+                    response.headers_mut().insert(name, value.clone());
+                }
             }
         }
+        if shapes.is_some_and(|shapes| (shapes.is_theirs)(uri.path())) {
+            name_request(response.headers_mut(), &ids.correlation_id);
+        }
+        set(response.headers_mut(), headers::CORRELATION_ID, &ids.correlation_id);
+        set(response.headers_mut(), headers::TRACE_ID, trace_id);
+        response
     }
-    if shapes.is_some_and(|shapes| (shapes.is_theirs)(uri.path())) {
-        name_request(response.headers_mut(), &ids.correlation_id);
-    }
-    set(response.headers_mut(), headers::CORRELATION_ID, &ids.correlation_id);
-    set(response.headers_mut(), headers::TRACE_ID, trace_id);
-    response
 }
 
 /// What clients of other APIs name a request by: its task's id, where it has one.
@@ -140,12 +153,15 @@ mod tests {
 
     use axum::body::Body;
     use axum::routing::get;
-    use axum::{Extension, Router, middleware};
+    use axum::{Extension, Router};
     use pool_registry_types::ErrorCode;
     use tower::ServiceExt;
 
     use super::*;
     use crate::ApiError;
+    use crate::audit::Audit;
+    use crate::auth::Gate;
+    use crate::serve::{Edge, with_layers};
 
     const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 
@@ -153,13 +169,13 @@ mod tests {
         let routes = Router::new()
             .route("/ids", get(|Extension(ids): Extension<RequestIds>| async move { Json(ids.trace()) }))
             .route("/bad", get(|| async { ApiError::new(ErrorCode::InvalidParams, "seed: a number") }))
-            .route("/full", get(|| async { ApiError::new(ErrorCode::Overloaded, "too much to do") }))
-            .layer(middleware::from_fn_with_state(None, layer));
+            .route("/full", get(|| async { ApiError::new(ErrorCode::Overloaded, "too much to do") }));
+        let edge = Edge { gate: Gate::open(), audit: Audit::default() };
         let mut request = axum::http::Request::builder().uri(path);
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        routes.oneshot(request.body(Body::empty()).unwrap()).await.unwrap()
+        with_layers(routes, edge).oneshot(request.body(Body::empty()).unwrap()).await.unwrap()
     }
 
     async fn trace_of(response: Response) -> TraceContext {

@@ -1,21 +1,24 @@
 //! The layers every request passes, running, and stopping.
 
+use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::extract::{Request, State};
 use axum::http::{HeaderName, Method};
-use axum::middleware;
+use axum::middleware::{self, Next};
+use axum::response::Response;
+use futures::FutureExt;
 use pool_registry_types::routes::headers;
-use tower::util::option_layer;
-use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowHeaders, CorsLayer};
 
+use crate::answer;
 use crate::audit::{self, Audit};
 use crate::auth::{self, Gate};
+use crate::correlation::Answering;
 use crate::telemetry::{self, Logs};
-use crate::{answer, correlation};
 
 /// What a daemon puts around its routes.
 #[derive(Debug, Clone)]
@@ -24,8 +27,7 @@ pub(crate) struct Edge {
     pub audit: Audit,
 }
 
-/// Puts the common layers around the routes: outermost the headers of every answer, then CORS
-/// (off unless the gate knows origins), the correlation id, the audit log, panics, and the gate.
+/// Puts the common layer around the routes, and outside of it CORS, where the gate knows origins.
 pub(crate) fn with_layers(routes: Router, edge: Edge) -> Router {
     let cors = (!edge.gate.origins.is_empty()).then(|| {
         CorsLayer::new()
@@ -35,16 +37,45 @@ pub(crate) fn with_layers(routes: Router, edge: Edge) -> Router {
             .expose_headers(headers::FOR_CLIENTS.map(HeaderName::from_static))
             .max_age(Duration::from_secs(3600))
     });
-    let shapes = edge.gate.shapes;
-    routes
+    let routes = routes
         .fallback(answer::not_found)
         .method_not_allowed_fallback(answer::method_not_allowed)
-        .layer(middleware::from_fn_with_state(Arc::new(edge.gate), auth::layer))
-        .layer(CatchPanicLayer::custom(answer::panicked))
-        .layer(middleware::from_fn_with_state(edge.audit, audit::layer))
-        .layer(middleware::from_fn_with_state(shapes, correlation::layer))
-        .layer(option_layer(cors))
-        .layer(middleware::from_fn(answer::headers))
+        .layer(middleware::from_fn_with_state(Arc::new(edge), layer));
+    match cors {
+        None => routes,
+        // Its own answers have the headers of every answer too.
+        Some(cors) => routes.layer(cors).layer(middleware::from_fn(with_headers)),
+    }
+}
+
+/// What every request passes: the ids of its answer, the audit log, the gate, and panics. One layer,
+/// because each boxes and clones all that is inside it, for each request.
+async fn layer(State(edge): State<Arc<Edge>>, mut request: Request, next: Next) -> Response {
+    let is_page = answer::is_page(request.uri().path());
+    let answering = Answering::begin(&mut request);
+    let mut call = audit::begin(&edge.audit, &request, answering.ids());
+    let mut admission = auth::admit(&edge.gate, &mut request);
+    if let Some(call) = &mut call {
+        call.found(std::mem::take(&mut admission.found));
+    }
+    let mut response = match admission.refused.take() {
+        None => AssertUnwindSafe(next.run(request)).catch_unwind().await.unwrap_or_else(answer::panicked),
+        Some(refused) => auth::refuse(&edge.gate, refused).await,
+    };
+    admission.finish(&edge.gate, &mut response);
+    if let Some(call) = call {
+        call.answered(&response);
+    }
+    let mut response = answering.finish(response, edge.gate.shapes);
+    answer::set_headers(&mut response, is_page);
+    response
+}
+
+async fn with_headers(request: Request, next: Next) -> Response {
+    let is_page = answer::is_page(request.uri().path());
+    let mut response = next.run(request).await;
+    answer::set_headers(&mut response, is_page);
+    response
 }
 
 /// How long blocking calls that hang (a dead mount, a dead driver) may delay the exit.

@@ -26,7 +26,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
-pub use crate::threads::{Load, StreamThread, StreamThreads, longest_poll, timed};
+pub use crate::threads::{Load, StreamThread, StreamThreads, Turn, longest_poll, timed};
 pub use crate::worker::{NotDone, Worker};
 
 /// Before a loop is started again, by how often it has panicked and has not run well since.

@@ -2,12 +2,13 @@
 //! token passes on its way wakes no other thread.
 
 use std::cell::OnceCell;
+use std::future::poll_fn;
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 use pin_project_lite::pin_project;
@@ -65,6 +66,47 @@ impl<W: Future> Future for Timed<W> {
 /// Of this thread.
 fn cpu_time() -> Option<Duration> {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).ok().map(Duration::from)
+}
+
+/// How long one task may work on before others on its thread have a turn.
+const LONGEST_TURN: Duration = Duration::from_micros(500);
+
+/// A turn of a task that may have much to do.
+#[derive(Debug)]
+pub struct Turn(Instant);
+
+impl Turn {
+    pub fn begin() -> Self {
+        Self(Instant::now())
+    }
+
+    /// It has lasted long enough.
+    pub fn is_long(&self) -> bool {
+        self.0.elapsed() >= LONGEST_TURN
+    }
+
+    /// Lets others on this thread have theirs, where it is long.
+    pub async fn rest(&mut self) {
+        if self.is_long() {
+            tokio::task::yield_now().await;
+            *self = Self::begin();
+        }
+    }
+
+    /// Waits for something to do. Where there is nothing yet, others have their turns meanwhile, and this
+    /// one begins when there is.
+    pub async fn wait<T>(&mut self, work: impl Future<Output = T>) -> T {
+        let (mut work, mut has_waited) = (pin!(work), false);
+        let done = poll_fn(|cx| {
+            let begun = Instant::now();
+            let polled = work.as_mut().poll(cx);
+            if std::mem::replace(&mut has_waited, polled.is_pending()) {
+                self.0 = begun;
+            }
+            polled
+        });
+        done.await
+    }
 }
 
 /// The threads of a daemon. When the last clone goes they end, and what still runs on them with them.
@@ -202,6 +244,38 @@ mod tests {
             timed(async { while cpu_time().unwrap() < begun + Duration::from_millis(3) {} }).await;
         }
         assert!(longest_poll() >= Duration::from_millis(3), "{:?}", longest_poll());
+    }
+
+    // CLOUD-1961
+    #[tokio::test]
+    async fn others_have_their_turns_while_one_has_much_to_do() {
+        let others = std::rc::Rc::new(std::cell::Cell::new(0));
+        let work = async {
+            let mut turn = Turn::begin();
+            for _ in 0..5 {
+                let begun = Instant::now();
+                while begun.elapsed() < LONGEST_TURN {}
+                turn.rest().await;
+            }
+            assert!(!turn.is_long(), "it has begun anew");
+            while !turn.is_long() {}
+            turn.wait(std::future::ready(())).await;
+            assert!(turn.is_long(), "nobody had a turn");
+            turn.wait(tokio::task::yield_now()).await;
+            assert!(!turn.is_long(), "others had theirs");
+            others.get()
+        };
+        let count = async {
+            loop {
+                others.set(others.get() + 1);
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            biased;
+            had = work => assert!(had >= 4, "{had}"),
+            () = count => {}
+        }
     }
 
     // CLOUD-1960

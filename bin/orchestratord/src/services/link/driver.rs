@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use attempt_link::control::PostId;
 use daemon_kit::Clock;
+use owned_tasks::Turn;
 use pool_registry_types::{Moment, NodeId};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -53,42 +54,53 @@ impl Driver {
     /// Runs until `stop`, and then until what was ordered before has gone. Calls belong to `tracker`.
     pub(crate) async fn run(&mut self, control: Control, tracker: TaskTracker, stop: CancellationToken) {
         let mut end = Moment::NEVER;
+        let mut turn = Turn::begin();
         loop {
             self.carry_out(&tracker);
             if end != Moment::NEVER && (self.posts.is_empty() || self.clock.now() >= end) {
                 break;
             }
             let deadline = self.clock.instant(self.lanes.next_deadline().min(end));
-            tokio::select! {
-                biased;
-                () = control.send_first(self.lanes.events()) => {}
-                Some(order) = self.orders.recv() => self.take_orders(order),
-                Some(heard) = self.heard.recv() => self.take_heard(heard),
-                () = tokio::time::sleep_until(deadline.into()) => {}
-                () = stop.cancelled(), if end == Moment::NEVER => {
-                    end = self.clock.now() + STOP_BOUND;
+            turn.wait(async {
+                tokio::select! {
+                    biased;
+                    () = control.send_first(self.lanes.events()) => {}
+                    Some(order) = self.orders.recv() => self.take_orders(order),
+                    Some(heard) = self.heard.recv() => self.take_heard(heard),
+                    () = tokio::time::sleep_until(deadline.into()) => {}
+                    () = stop.cancelled(), if end == Moment::NEVER => {
+                        end = self.clock.now() + STOP_BOUND;
+                    }
                 }
-            }
-            // Neither orders nor sockets keep the time waiting.
+            })
+            .await;
+            // Neither orders nor sockets keep the time waiting, nor others on this thread.
             self.lanes.timer(self.clock.now());
+            turn.rest().await;
         }
         self.lanes.close(self.clock.now());
         self.carry_out(&tracker);
     }
 
     fn take_orders(&mut self, first: Order) {
-        let now = self.clock.now();
+        let (now, turn) = (self.clock.now(), Turn::begin());
         self.order(now, first);
         for _ in 1..MOST_AT_ONCE {
+            if turn.is_long() {
+                return;
+            }
             let Ok(order) = self.orders.try_recv() else { return };
             self.order(now, order);
         }
     }
 
     fn take_heard(&mut self, first: (NodeId, Heard)) {
-        let now = self.clock.now();
+        let (now, turn) = (self.clock.now(), Turn::begin());
         self.hear(now, first);
         for _ in 1..MOST_AT_ONCE {
+            if turn.is_long() {
+                return;
+            }
             let Ok(heard) = self.heard.try_recv() else { return };
             self.hear(now, heard);
         }

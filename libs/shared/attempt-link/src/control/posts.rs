@@ -17,6 +17,11 @@ use crate::wire::{
     write_starts,
 };
 
+/// Starts, and ids of what is done, that one POST has: a node takes them in one turn of a thread on which
+/// streams live. Source: .specs/01 CLOUD-2604.
+const STARTS_AT_ONCE: usize = MAX_STARTS / 4;
+const DONE_AT_ONCE: usize = MAX_IDS / 8;
+
 /// A POST of a lane; never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PostId(u64);
@@ -176,7 +181,7 @@ impl ControlLane {
         let (mut attempts, mut starts, mut bytes) = (Vec::new(), Vec::new(), 0);
         let id = PostId(self.post + 1);
         while let Some((place, attempt)) = self.queue.first_key_value().map(|(place, id)| (*place, *id))
-            && attempts.len() < MAX_STARTS
+            && attempts.len() < STARTS_AT_ONCE
         {
             let Some(written) = self.write(now, attempt) else {
                 self.queue.pop_first();
@@ -206,7 +211,7 @@ impl ControlLane {
         }
         let positions: Vec<Seen> = news.iter().map(|&(_, number, next)| Seen { number, next }).collect();
         let seen = news.into_iter().map(|(attempt, _, taken)| (attempt, taken)).collect();
-        let done: Vec<AttemptId> = self.done.drain(..self.done.len().min(MAX_IDS)).collect();
+        let done: Vec<AttemptId> = self.done.drain(..self.done.len().min(DONE_AT_ONCE)).collect();
         self.done_due = (!self.done.is_empty()).then_some(now);
         let body = write_starts(self.key(n), &starts, &positions, &done)
             .expect("a POST is filled up to its bounds only");
