@@ -12,6 +12,15 @@ use pool_registry_types::snapshot::ClusterSnapshot;
 /// Most models whose first moment is remembered.
 const MAX_SEEN: usize = 10_000;
 
+/// What becomes of a stream whose attempt is lost after its first event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum StreamRecovery {
+    /// Where it makes the same again, by its own words, it is generated again and goes on.
+    Continue,
+    /// It ends with an error.
+    Fail,
+}
+
 /// The settings of the gateway, and what it remembers.
 #[derive(Debug)]
 pub(crate) struct Gateway {
@@ -21,6 +30,8 @@ pub(crate) struct Gateway {
     pub(crate) default_model: Option<ModelRef>,
     /// Longest body, bytes.
     pub(crate) body_bytes: usize,
+    /// Of requests that do not say it themselves.
+    pub(crate) recovery: StreamRecovery,
     /// When each name was first listed, seconds since 1970.
     seen: Mutex<BTreeMap<String, i64>>,
 }
@@ -43,8 +54,9 @@ impl Gateway {
         aliases: BTreeMap<String, ModelRef>,
         default_model: Option<ModelRef>,
         body_bytes: usize,
+        recovery: StreamRecovery,
     ) -> Self {
-        Self { aliases, default_model, body_bytes, seen: Mutex::default() }
+        Self { aliases, default_model, body_bytes, recovery, seen: Mutex::default() }
     }
 
     /// `a=b,…`. Errors: [`AliasError`].

@@ -22,7 +22,7 @@ mod token_ids;
 mod watch;
 
 pub use end::{HowEnded, denial};
-pub use log::{AppendError, Fence, MAX_LOG_BYTES, Read, Segment, TaskLog};
+pub use log::{AppendError, Fence, MAX_LOG_BYTES, Read, Segment, StreamComparer, TaskLog};
 pub use openai_route::{ApiDialect, EndMarker, OpenAiRoute};
 pub use passage::{AnswerHead, Passage, PassedHead};
 pub use payload::{Payload, PayloadFormat};

@@ -1,6 +1,6 @@
 //! Streamed answers. The status waits for the engine's first event, for a while; from then on the client
 //! hears comments until that comes, then the engine's own events, and one error event of ours where they
-//! break off.
+//! break off. While what it has is generated again it hears comments too.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -151,6 +151,15 @@ impl Reader {
                             return Some(self.place().await);
                         }
                     },
+                    Phase::Events if self.running.stream.is_repeatable() => {
+                        match timeout(PATIENCE, next_piece(&self.running, self.next)).await {
+                            Ok(piece) => piece,
+                            Err(_) if self.running.stream.is_catching_up() => {
+                                return Some(Bytes::from_static(WAITING.as_bytes()));
+                            }
+                            Err(_) => continue,
+                        }
+                    }
                     _ => next_piece(&self.running, self.next).await,
                 },
             };
