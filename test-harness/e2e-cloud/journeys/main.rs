@@ -16,6 +16,7 @@ mod membership;
 mod memory;
 mod openai;
 mod real_engine;
+mod replays;
 mod security;
 mod steering;
 mod streams;
