@@ -15,7 +15,7 @@ use pool_registry_types::task::MAX_PASSED_BYTES;
 use task_scheduler::{FullLane, Policy, SessionPolicy, Strategy, Timing};
 
 use crate::services::addresses::{NodeAddresses, PlaceError};
-use crate::services::gateway::{AliasError, Gateway};
+use crate::services::gateway::{AliasError, Gateway, StreamRecovery};
 use crate::token;
 
 /// The settings as they are given.
@@ -124,6 +124,9 @@ pub(crate) struct Settings {
     /// Longest body of a request under /v1, bytes; never more than half of ORCHESTRATORD_QUEUE_BYTES.
     #[arg(long, env = "ORCHESTRATORD_V1_BODY_BYTES", default_value_t = 32 * 1024 * 1024, value_parser = clap::value_parser!(u64).range(1..=MAX_PASSED_BYTES as u64))]
     v1_body_bytes: u64,
+    /// Whether a stream under /v1 that is lost is generated again and goes on, where it makes the same again: continue or fail.
+    #[arg(long, env = "ORCHESTRATORD_V1_RECOVERY", default_value = "continue")]
+    v1_recovery: StreamRecovery,
     /// Where nodes may be: networks (10.0.0.0/8), addresses, names or *.suffixes, comma-separated [default: anywhere].
     #[arg(long, env = "ORCHESTRATORD_NODE_ADDRESSES")]
     node_addresses: Option<String>,
@@ -267,7 +270,7 @@ impl Daemon for Settings {
         let aliases = self.model_aliases.as_deref().map(Gateway::aliases).transpose()?.unwrap_or_default();
         let body_bytes = usize::try_from(self.v1_body_bytes).unwrap_or(usize::MAX);
         let queue_bytes = usize::try_from(self.queue_bytes).unwrap_or(usize::MAX);
-        let gateway = Gateway::new(aliases, self.default_model, body_bytes, queue_bytes);
+        let gateway = Gateway::new(aliases, self.default_model, body_bytes, queue_bytes, self.v1_recovery);
         let policy = Policy {
             timing: Timing {
                 heartbeat_interval: Duration::from_secs(interval),

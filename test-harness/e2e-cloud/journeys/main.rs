@@ -18,6 +18,7 @@ mod membership;
 mod memory;
 mod openai;
 mod real_engine;
+mod replays;
 mod security;
 mod steering;
 mod streams;

@@ -309,4 +309,5 @@ async fn the_real_engine_answers_in_its_own_words() {
     let chat = json!({"model": "tiny", "max_tokens": 8, "temperature": 0, "stream": true, "messages": [{"role": "user", "content": "once"}]});
     let stream = begin(client, CHAT, &chat).await.text().await.unwrap();
     assert!(stream.ends_with("data: [DONE]\n\n"), "{stream}");
-}
+}#[expect(clippy::print_stdout, reason = "the figures of the run are part of its result")]
+

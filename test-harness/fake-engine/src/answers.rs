@@ -88,6 +88,7 @@ async fn document(engine: Arc<Engine>, answer: Value) -> Response {
         _ => engine.first_token,
     };
     tokio::time::sleep(pace).await;
+    engine.thawed().await;
     let text = answer.to_string();
     let half = text.get(..text.len() / 2).unwrap_or_default().to_owned();
     let body = match fault {

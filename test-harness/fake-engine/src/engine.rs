@@ -52,3 +52,15 @@ pub(crate) struct Engine {
     /// Where its streams make their tokens all at once.
     pub(crate) steps: Steps,
 }
+
+/// How often a frozen engine looks whether it is one still.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+impl Engine {
+    /// Returns once the engine is not frozen.
+    pub(crate) async fn thawed(&self) {
+        while *self.fault.lock() == Fault::Frozen {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+}

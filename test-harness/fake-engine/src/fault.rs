@@ -17,6 +17,8 @@ pub(crate) enum Fault {
     Hang {
         after: u64,
     },
+    /// Nothing is made any more, by what runs already neither; whether it is up is answered.
+    Frozen,
     /// The connection breaks.
     Cut {
         after: u64,

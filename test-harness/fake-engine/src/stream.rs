@@ -280,6 +280,7 @@ impl Answer {
         } else {
             wait(self.pace).await;
         }
+        self.engine.thawed().await;
         match self.fault {
             Fault::Hang { after } if self.next >= after => std::future::pending().await,
             Fault::Cut { after } if self.next >= after => {

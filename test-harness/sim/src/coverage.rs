@@ -54,6 +54,7 @@ pub const REQUIRED: &[&str] = &[
     "task: pinned",
     "task: continued from what was sent",
     "task: replayed",
+    "task: cannot be generated again",
     "task: bad for every engine",
     "task: of a warm session",
     "race: report crossed a dispatch",

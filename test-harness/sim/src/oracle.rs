@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use pool_registry_types::error::EndCause;
 use pool_registry_types::node::{Intent, Liveness};
 use pool_registry_types::placement::PlacementConstraints;
+use pool_registry_types::pool::EngineKind;
 use pool_registry_types::view::{ClusterView, NodeView};
 use pool_registry_types::{
     AttemptId, ErrorBody, ErrorCode, ModelRef, Moment, NodeId, PoolId, PoolKey, TaskId,
@@ -15,7 +16,7 @@ use pool_registry_types::{
 use task_scheduler::{ControlCore, Dispatch, HowEnded, Overdue};
 use task_stream::TaskLog;
 
-use crate::draw::{MAX_TURNS, Plan, TaskPlan};
+use crate::draw::{MAX_TURNS, Plan, Replays, TaskPlan};
 use crate::transcript::{Transcript, Writer};
 
 mod dispatch;
@@ -37,6 +38,13 @@ pub(crate) struct Seen {
     pub(crate) terminal: Option<String>,
     constraints: Option<PlacementConstraints>,
     continues: bool,
+    /// What it has sent is generated again here, by the kind of engines that it began on.
+    passes_on: bool,
+    kind: Option<EngineKind>,
+    /// The attempt that does so.
+    again: Option<AttemptId>,
+    /// It was said that it cannot be.
+    is_final: bool,
     /// A replay of it did not begin with what had been sent.
     differed: bool,
     /// The pools whose engines failed with it, when, and how.
@@ -60,6 +68,18 @@ pub(crate) struct Seen {
     canceled: bool,
     /// Interactive starts in a row while it waited and could have had the slot.
     passed_over: u32,
+}
+
+impl Seen {
+    /// Whether the attempt generates again what another one has sent.
+    pub(crate) fn has_gone_on(&self, attempt: AttemptId) -> bool {
+        self.again == Some(attempt)
+    }
+
+    /// Whether an engine of the kind may go on with it.
+    fn goes_on_with(&self, kind: Option<EngineKind>) -> bool {
+        !self.passes_on || self.transcript.tokens == 0 || self.kind == kind
+    }
 }
 
 /// Errors of one pool's engine in a row, those side by side and those of one task counted once.
@@ -177,6 +197,7 @@ impl Oracle {
             queued_since: Some(now),
             constraints: plan.constraints.clone(),
             continues: plan.recovery.is_some(),
+            passes_on: plan.recovery == Some(Replays::PassedOn),
             deadline,
             patient_until: deadline.unwrap_or(Moment::NEVER).min(now + queue_timeout),
             ..Seen::default()
@@ -189,6 +210,13 @@ impl Oracle {
             return Err(format!("session {session} was given turn {turns}"));
         }
         Ok(())
+    }
+
+    /// What the task has sent cannot be generated again. Returns whether that is new.
+    pub(crate) fn cannot_be_repeated(&mut self, task: TaskId) -> bool {
+        let Some(seen) = self.tasks.get_mut(&task).filter(|seen| !seen.is_final) else { return false };
+        (seen.is_final, seen.continues) = (true, false);
+        true
     }
 
     /// A client wants the end of its task.

@@ -174,14 +174,15 @@ impl Carrier {
 
     /// Sends the attempt to its node. Returns its end if it was not taken.
     async fn open(&mut self, link: &NodeLink) -> Option<End> {
-        let resume = self.dispatch.resume.map(|mode| self.stream.sent(mode));
+        let passes = self.stream.passes();
+        // An engine that is asked as it was the first time is told nothing of that.
+        let resume = self.dispatch.resume.filter(|_| !passes).map(|mode| self.stream.sent(mode));
         if self.dispatch.resume != Some(ResumeMode::Append) {
             // They come again.
             self.stream.forget_unlogged(self.dispatch.attempt);
         }
         let pool = &self.dispatch.pool;
         let lane = link.links().and_then(|links| links.lane(&pool.node_id, self.dispatch.attempt));
-        let passes = self.stream.passes();
         if lane.is_some() || passes {
             let relay = Relay::linked(self.clock.now(), self.dispatch.assignment());
             let relay = if passes { relay.passing_on(Arc::clone(&self.held_answers)) } else { relay };
@@ -306,6 +307,7 @@ impl Carrier {
                 Action::Alive => Event::Alive { node_id: self.dispatch.pool.node_id.clone() },
                 Action::Quiet => Event::Quiet { attempt },
                 Action::Heard => Event::Heard { attempt },
+                Action::CannotBeRepeated => Event::CannotBeRepeated { attempt },
                 Action::Arm(at) => {
                     self.timer.as_mut().reset(self.clock.instant(at).into());
                     continue;

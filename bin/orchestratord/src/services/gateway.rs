@@ -12,6 +12,15 @@ use pool_registry_types::snapshot::ClusterSnapshot;
 /// Most models whose first moment is remembered.
 const MAX_SEEN: usize = 10_000;
 
+/// What becomes of a stream whose attempt is lost after its first event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum StreamRecovery {
+    /// Where it makes the same again, by its own words, it is generated again and goes on.
+    Continue,
+    /// It ends with an error.
+    Fail,
+}
+
 /// The settings of the gateway, and what it remembers.
 #[derive(Debug)]
 pub(crate) struct Gateway {
@@ -23,6 +32,8 @@ pub(crate) struct Gateway {
     body_bytes: usize,
     /// Most of all requests of one token, bytes.
     token_bytes: usize,
+    /// Of requests that do not say it themselves.
+    pub(crate) recovery: StreamRecovery,
     /// When each name was first listed, seconds since 1970.
     seen: Mutex<BTreeMap<String, i64>>,
 }
@@ -46,9 +57,10 @@ impl Gateway {
         default_model: Option<ModelRef>,
         body_bytes: usize,
         queue_bytes: usize,
+        recovery: StreamRecovery,
     ) -> Self {
         let token_bytes = queue_bytes / 2;
-        Self { aliases, default_model, body_bytes, token_bytes, seen: Mutex::default() }
+        Self { aliases, default_model, body_bytes, token_bytes, recovery, seen: Mutex::default() }
     }
 
     /// Longest body behind a head of so many bytes, and the setting that says so. One for which there is
@@ -103,7 +115,8 @@ mod tests {
     // CLOUD-2852
     #[test]
     fn a_body_for_which_there_is_never_room_is_too_long() {
-        let most = |body, queue, head| Gateway::new(BTreeMap::new(), None, body, queue).most_body_bytes(head);
+        let of = |body, queue| Gateway::new(BTreeMap::new(), None, body, queue, StreamRecovery::Continue);
+        let most = |body, queue, head| of(body, queue).most_body_bytes(head);
         assert_eq!(most(100, 1_000, 10), (100, "ORCHESTRATORD_V1_BODY_BYTES"));
         assert_eq!(most(600, 1_000, 10), (490, "half of ORCHESTRATORD_QUEUE_BYTES"));
         assert_eq!(most(600, 1_000, 700).0, 0);

@@ -125,7 +125,8 @@ impl Loop {
             Message::Submit { spec, payload, held, thread, reply } => {
                 let reply = self.reply_to(reply);
                 let (owner, trace) = (spec.caller.clone(), spec.trace.clone());
-                self.submitted = Some(Submitted { payload, held, owner, trace, thread });
+                let is_repeatable = spec.passes_on && spec.continuation.is_some();
+                self.submitted = Some(Submitted { payload, held, owner, trace, thread, is_repeatable });
                 self.apply(Event::Submit { reply, spec: Arc::from(spec) });
                 // A task that was refused, or is there already, has no log opened.
                 self.submitted = None;

@@ -17,6 +17,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use bytes::Bytes;
 use daemon_kit::Caller;
 use daemon_kit::byte_budget::HeldBytes;
+use openai_gateway::replay::StreamReplay;
 use owned_tasks::StreamThread;
 use parking_lot::Mutex;
 use pool_registry_types::sse::{self, Decoder, write_frame};
@@ -55,6 +56,8 @@ pub(crate) struct Submitted {
     pub(crate) held: HeldBytes,
     pub(crate) trace: TraceContext,
     pub(crate) thread: StreamThread,
+    /// What is passed on may be generated again.
+    pub(crate) is_repeatable: bool,
 }
 
 #[cfg(test)]
@@ -63,7 +66,14 @@ impl Submitted {
     pub(crate) fn with(payload: Payload) -> Self {
         let threads = owned_tasks::StreamThreads::start(1).expect("a thread for streams");
         let trace = TraceContext { correlation_id: "c-1".into(), ..Default::default() };
-        Self { payload, held: HeldBytes::default(), owner: None, trace, thread: threads.first().clone() }
+        Self {
+            payload,
+            held: HeldBytes::default(),
+            owner: None,
+            trace,
+            thread: threads.first().clone(),
+            is_repeatable: false,
+        }
     }
 }
 
@@ -81,6 +91,8 @@ pub(crate) struct TaskStream {
     pub(crate) thread: StreamThread,
     /// The engine's answer is passed on as it comes, to one reader.
     passes: bool,
+    /// What was passed on may be generated again, which its reader may have to wait for.
+    is_repeatable: bool,
     /// Why there is no whole answer; only where it is passed on.
     error: OnceLock<ErrorBody>,
     changed: Notify,
@@ -327,6 +339,16 @@ impl TaskStream {
         self.passes
     }
 
+    /// Whether its reader may have to wait between events.
+    pub(crate) fn is_repeatable(&self) -> bool {
+        self.is_repeatable
+    }
+
+    /// Whether what was passed on is generated again at this time.
+    pub(crate) fn is_catching_up(&self) -> bool {
+        self.kept.lock().log.is_catching_up()
+    }
+
     /// The head of the answer that is passed on, once any of it is here.
     pub(crate) fn head(&self) -> Option<PassedHead> {
         self.kept.lock().log.head().cloned()
@@ -511,13 +533,17 @@ impl Streams {
     }
 
     pub(crate) fn open(&self, task: TaskId, log: LogId, submitted: Submitted) {
-        let (meter, log) = match &submitted.payload.format {
+        let (meter, mut log) = match &submitted.payload.format {
             PayloadFormat::Native => (None, TaskLog::new(log)),
             PayloadFormat::OpenAi(passage) => {
                 let most = if passage.stream { UNREAD_STREAM_BYTES } else { UNREAD_WHOLE_BYTES };
                 (Some(AnswerMeter::new(passage)), TaskLog::bounded(log, most))
             }
         };
+        let is_repeatable = submitted.is_repeatable;
+        if is_repeatable && let PayloadFormat::OpenAi(passage) = &submitted.payload.format {
+            log.compare_with(Box::new(StreamReplay::new(passage.route)));
+        }
         let stream = TaskStream {
             kept: Mutex::new(CountedLog {
                 log,
@@ -532,6 +558,7 @@ impl Streams {
             trace: submitted.trace,
             thread: submitted.thread,
             passes: meter.is_some(),
+            is_repeatable,
             error: OnceLock::new(),
             changed: Notify::new(),
             permit: Mutex::default(),

@@ -7,12 +7,16 @@
 //! chunks each time, so texts are compared and never events. What differs is said and nothing of it
 //! passed on. Not known here: when an attempt has died, and how much time there is.
 
+mod stream;
+
 use std::ops::Range;
 
 use bytes::{Bytes, BytesMut};
 
 use crate::events::{Chunk, EventKind, IDENTITY, StreamEvent, TextField};
 use crate::request::scan::text;
+
+pub use stream::StreamReplay;
 
 /// Longest text that is kept for a replay, events that have a token. Source: .specs/01 CLOUD-2815.
 pub const MAX_REPLAY_TOKENS: u32 = 32_000;
@@ -49,6 +53,20 @@ pub enum Difference {
     FinishReason,
     #[error("an event that cannot be compared")]
     Incomparable,
+}
+
+impl Difference {
+    /// The same without the place.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Text { .. } => "it has another text",
+            Self::Order => "its texts come in another order",
+            Self::Shorter => "it has ended before what was sent",
+            Self::Longer => "it has a text behind its end",
+            Self::FinishReason => "it has another reason to finish",
+            Self::Incomparable => "it has an event that cannot be compared",
+        }
+    }
 }
 
 /// What becomes of an event of the second attempt.
@@ -123,6 +141,28 @@ impl Replay {
             State::First => None,
             State::Impossible(why) => Some(why),
             State::Second(_) => Some(NotReplayed::Again),
+        }
+    }
+
+    /// Whether a second attempt may begin.
+    pub fn may_begin(&self) -> bool {
+        self.impossible().is_none()
+    }
+
+    /// What is kept of what was passed on, bytes.
+    pub fn len_bytes(&self) -> usize {
+        let passed = &self.passed;
+        let finish = passed.finish_reason.iter().map(String::capacity);
+        let identity = passed.identity.iter().flatten().map(String::capacity);
+        size_of::<Self>()
+            + passed.texts.iter().map(String::capacity).chain(identity).chain(finish).sum::<usize>()
+    }
+
+    /// What was passed on had something that is no event.
+    fn unreadable(&mut self) {
+        if matches!(self.state, State::First) {
+            self.passed = Passed::default();
+            self.state = State::Impossible(NotReplayed::Unreadable);
         }
     }
 

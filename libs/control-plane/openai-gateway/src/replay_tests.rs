@@ -11,17 +11,24 @@ use crate::events::EventReader;
 
 /// What a request makes, whichever replica works on it.
 #[derive(Debug, Clone)]
-struct Script {
-    is_chat: bool,
+pub(super) struct Script {
+    pub(super) is_chat: bool,
     reasoning: String,
-    content: String,
+    pub(super) content: String,
     finish: &'static str,
     has_usage: bool,
 }
 
+impl Script {
+    /// The same with other words.
+    pub(super) fn saying(&self, content: String) -> Self {
+        Self { content, ..self.clone() }
+    }
+}
+
 /// How an engine writes it.
 #[derive(Debug, Clone)]
-struct Dress {
+pub(super) struct Dress {
     cuts: Vec<usize>,
     role_with_text: bool,
     finish_with_text: bool,
@@ -32,7 +39,7 @@ struct Dress {
     has_comments: bool,
 }
 
-fn scripts() -> impl Strategy<Value = Script> {
+pub(super) fn scripts() -> impl Strategy<Value = Script> {
     let text = || prop::string::string_regex("[a-c\"\\\\\né€😀]{0,12}").unwrap();
     (any::<bool>(), text(), text(), prop::sample::select(vec!["stop", "length"]), any::<bool>()).prop_map(
         |(is_chat, reasoning, content, finish, has_usage)| Script {
@@ -45,7 +52,7 @@ fn scripts() -> impl Strategy<Value = Script> {
     )
 }
 
-fn dresses() -> impl Strategy<Value = Dress> {
+pub(super) fn dresses() -> impl Strategy<Value = Dress> {
     let line_end = prop::sample::select(vec!["\n", "\r\n"]);
     let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
     (prop::collection::vec(1_usize..5, 1..8), line_end, flags).prop_map(|(cuts, line_end, flags)| Dress {
@@ -120,7 +127,7 @@ fn chunks(script: &Script, dress: &Dress) -> Vec<(Option<Value>, bool)> {
     chunks
 }
 
-fn stream(script: &Script, dress: &Dress, name: &str) -> Vec<Vec<u8>> {
+pub(super) fn stream(script: &Script, dress: &Dress, name: &str) -> Vec<Vec<u8>> {
     let mut events = Vec::new();
     for (n, (choice, usage)) in chunks(script, dress).into_iter().enumerate() {
         if dress.has_comments && n % 2 == 0 {
@@ -139,7 +146,7 @@ fn stream(script: &Script, dress: &Dress, name: &str) -> Vec<Vec<u8>> {
     events
 }
 
-fn read(script: &Script, bytes: &[u8], cut: usize) -> Vec<StreamEvent> {
+pub(super) fn read(script: &Script, bytes: &[u8], cut: usize) -> Vec<StreamEvent> {
     let route = if script.is_chat { OpenAiRoute::ChatCompletions } else { OpenAiRoute::Completions };
     let mut reader = EventReader::new(route);
     let mut events = Vec::new();
@@ -154,8 +161,8 @@ fn read(script: &Script, bytes: &[u8], cut: usize) -> Vec<StreamEvent> {
 
 /// What an SDK makes of a stream.
 #[derive(Debug, Default, PartialEq, Eq, Clone)]
-struct Client {
-    texts: [String; 3],
+pub(super) struct Client {
+    pub(super) texts: [String; 3],
     roles: usize,
     finish: Vec<String>,
     usages: usize,
@@ -164,7 +171,7 @@ struct Client {
 }
 
 impl Client {
-    fn take(&mut self, bytes: &[u8]) {
+    pub(super) fn take(&mut self, bytes: &[u8]) {
         let text = std::str::from_utf8(bytes).unwrap();
         let Some(data) = text.lines().find_map(|line| line.strip_prefix("data: ")) else { return };
         assert_eq!(self.ends, 0, "nothing follows the end");
@@ -200,7 +207,7 @@ fn follow(events: &[StreamEvent]) -> (Replay, Client) {
     (replay, client)
 }
 
-fn whole(script: &Script, dress: &Dress, name: &str) -> Client {
+pub(super) fn whole(script: &Script, dress: &Dress, name: &str) -> Client {
     let mut client = Client::default();
     stream(script, dress, name).iter().for_each(|event| client.take(event));
     client
@@ -257,7 +264,7 @@ proptest! {
         } else {
             other[at] = 'z';
         }
-        let other = Script { content: other.into_iter().collect(), ..script.clone() };
+        let other = script.saying(other.into_iter().collect());
         replay.begin().unwrap();
         let mut differs = false;
         for event in read(&script, &stream(&other, &second, "b").concat(), 1000) {

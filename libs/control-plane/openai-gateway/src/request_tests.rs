@@ -333,7 +333,9 @@ proptest! {
         whole.extend_from_slice(&body);
         whole.push(b'}');
         let taken = read(CHAT, &whole).is_ok();
-        let is_json = serde_json::from_slice::<serde::de::IgnoredAny>(&whole).is_ok();
+        // What is passed over it does not look at.
+        let text = std::str::from_utf8(&whole);
+        let is_json = text.is_ok_and(|text| serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok());
         // Of a text that is skipped nobody asks which halves of pairs it has.
         prop_assert_eq!(taken, is_json, "{}", String::from_utf8_lossy(&whole));
     }

@@ -64,10 +64,14 @@ pub enum Rule {
     OverdueIsStopped,
     /// An attempt whose end its node has kept has not vanished.
     HeldIsListed,
+    /// A stream of which it is said that it cannot be generated again is not.
+    UnrepeatableIsFinal,
+    /// What was passed on is generated again by an engine of the same kind, with the same model.
+    RepeatedByTheSameKind,
 }
 
 impl Rule {
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 31] = [
         Self::UnionOfReservations,
         Self::AttemptDeadlines,
         Self::ReportSequence,
@@ -97,5 +101,7 @@ impl Rule {
         Self::OwnShortageIsNoEvidence,
         Self::OverdueIsStopped,
         Self::HeldIsListed,
+        Self::UnrepeatableIsFinal,
+        Self::RepeatedByTheSameKind,
     ];
 }

@@ -7,7 +7,8 @@ use std::borrow::Cow;
 
 use multi_node_placement::PoolRow;
 use pool_registry_types::error::{EndCause, EngineCrash};
-use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, Moment, PoolKey, ReplicaId, TaskId};
+use pool_registry_types::pool::EngineKind;
+use pool_registry_types::{AttemptId, Digest, ErrorBody, ErrorCode, Moment, PoolKey, ReplicaId, TaskId};
 use task_stream::{HowEnded, Overdue};
 
 /// Most attempts of a task that count. Source: .specs/01 CLOUD-1502.
@@ -45,11 +46,29 @@ pub(crate) struct Attempt {
     /// Frames that stood in the log before.
     pub(crate) first_index: u64,
     pub(crate) replica: Option<ReplicaId>,
+    /// What makes its tokens.
+    pub(crate) maker: Maker,
     /// Its stream is quiet.
     pub(crate) quiet: bool,
     pub(crate) closing: Option<CloseReason>,
     /// A report did not list it; its end is awaited.
     pub(crate) vanishing: bool,
+}
+
+/// What makes a task's tokens: another one of these makes others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Maker {
+    pub(crate) engine: Option<EngineKind>,
+    /// Of the model; unknown where it lies on no disk that its node looks at.
+    pub(crate) digest: Option<Digest>,
+}
+
+impl Maker {
+    /// Whether both are known to be different.
+    pub(crate) fn differs(&self, other: &Self) -> bool {
+        let digests = self.digest.as_ref().zip(other.digest.as_ref());
+        self.engine != other.engine || digests.is_some_and(|(own, others)| own != others)
+    }
 }
 
 /// One attempt in the task's history.
@@ -140,6 +159,10 @@ pub(crate) fn classify(evidence: &Evidence<'_>) -> Outcome {
         HowEnded::TooLong => {
             let message = "the stream is longer than what is kept of a task".to_owned();
             return Outcome::Failed(at(ErrorCode::PayloadTooLarge, message));
+        }
+        HowEnded::Differs(reason) => {
+            let message = format!("{reason}, so the stream could not go on");
+            return Outcome::Failed(at(ErrorCode::WorkerReset, message));
         }
         HowEnded::TimedOut(Overdue::Task) => {
             let message = "the task's deadline passed while it was running".to_owned();

@@ -4,7 +4,8 @@
 //! Every event is handled, then time is let pass, then the queue is served: whatever freed a
 //! slot or brought a pool places a waiting task in the same `apply`. The rooms: [`nodes`] takes
 //! what nodes say, [`tasks`] what clients ask, [`ends`] how attempts end, [`time`] what passes by
-//! itself, [`placing`] starts what can start, and [`reading`] shows it. Beside them, [`lanes`] says how
+//! itself, [`placing`] starts what can start, [`repeating`] says where a stream is generated again, and
+//! [`reading`] shows it. Beside them, [`lanes`] says how
 //! long a model is waited for, [`pins`] a node; [`loading`] asks for engines, and [`predicting`] foretells.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -15,6 +16,7 @@ use multi_node_placement::{
     Availability, Candidate, Choice, NoPlacement, PoolIndex, PoolRow, Spread, Strategy, TaskShape, ToLoad,
     choose, choose_to_load, count_refusals, explain, explain_one, might_take, temporarily_unavailable,
 };
+use pool_registry_types::engines::EngineSet;
 use pool_registry_types::error::EndCause;
 use pool_registry_types::moment::millis;
 use pool_registry_types::node::{
@@ -39,7 +41,7 @@ use task_stream::{AttemptDeadlines, BodyDigest, HowEnded, Overdue, TaskSpec};
 use uuid::Uuid;
 
 use crate::attempts::{
-    Attempt, AttemptRecord, CloseReason, Evidence, MAX_ENGINE_DEATHS, MAX_TRIES, Outcome, classify,
+    Attempt, AttemptRecord, CloseReason, Evidence, MAX_ENGINE_DEATHS, MAX_TRIES, Maker, Outcome, classify,
 };
 use crate::event::{Answer, Dispatch, Effect, Event, LinkEvidence, ReplyTo};
 use crate::groups::{Ask, Next};
@@ -55,6 +57,7 @@ mod pins;
 mod placing;
 mod predicting;
 pub(crate) mod reading;
+mod repeating;
 mod tasks;
 mod time;
 
@@ -203,6 +206,8 @@ struct Task {
     session: Option<SessionKey>,
     /// How it goes on when an attempt is lost after tokens.
     continuation: Option<ResumeMode>,
+    /// What has made the tokens that were sent, where they may have to be made again here.
+    maker: Option<Maker>,
     /// Frames in its log before a terminal one.
     sent: u64,
     /// Tokens that are left out of its log.
@@ -445,6 +450,7 @@ impl ControlCore {
                     attempt.quiet = false;
                 }
             }
+            Event::CannotBeRepeated { attempt } => self.cannot_be_repeated(attempt),
             Event::Ended { attempt, tokens_written, unlogged, how, final_report } => {
                 if let Some(attempt) = self.attempts.get(&attempt)
                     && let Some(task) = self.tasks.get_mut(&attempt.task)

@@ -25,6 +25,8 @@ mod links;
 mod loading;
 #[path = "core_peers_tests.rs"]
 mod peers;
+#[path = "core_repeating_tests.rs"]
+mod repeating;
 #[path = "core_steering_tests.rs"]
 mod steering;
 

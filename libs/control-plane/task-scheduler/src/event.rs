@@ -91,6 +91,10 @@ pub enum Event {
     Heard {
         attempt: AttemptId,
     },
+    /// What the task has sent cannot be generated again, whatever becomes of its attempt.
+    CannotBeRepeated {
+        attempt: AttemptId,
+    },
     /// The attempt's log is fenced or finished, with this many frames in it before a terminal one.
     /// `final_report` is the number of the node's last report before the end.
     Ended {

@@ -36,6 +36,8 @@ pub enum HowEnded {
     TimedOut(Overdue),
     /// The stream grew past what a log keeps.
     TooLong,
+    /// It was to generate a stream again, and made another one.
+    Differs(String),
     /// The core asked for it.
     Closed,
 }
@@ -77,7 +79,8 @@ impl HowEnded {
             | Self::OwnDefect(text)
             | Self::NeverSent(text)
             | Self::NoAnswer(text)
-            | Self::Broken(text) => limits::cut(text),
+            | Self::Broken(text)
+            | Self::Differs(text) => limits::cut(text),
             Self::Finished | Self::TimedOut(_) | Self::TooLong | Self::Closed => {}
         }
     }
@@ -98,6 +101,7 @@ impl HowEnded {
             Self::NodeError(_) => "node error",
             Self::TimedOut(_) => "timed out",
             Self::TooLong => "too long",
+            Self::Differs(_) => "differs",
             Self::Closed => "closed",
         }
     }
@@ -118,6 +122,7 @@ impl HowEnded {
             | Self::Broken(_)
             | Self::TimedOut(_)
             | Self::TooLong
+            | Self::Differs(_)
             | Self::Closed => true,
         }
     }

@@ -24,7 +24,7 @@ mod watch;
 
 pub use end::{HowEnded, denial};
 pub use hold_budget::HoldBudget;
-pub use log::{AppendError, Fence, MAX_LOG_BYTES, Read, Segment, TaskLog};
+pub use log::{AppendError, Fence, MAX_LOG_BYTES, Read, Segment, StreamComparer, TaskLog};
 pub use openai_route::{ApiDialect, EndMarker, OpenAiRoute};
 pub use passage::{AnswerHead, MAX_PASSED_EVENT_BYTES, Passage, PassedHead};
 pub use payload::{Payload, PayloadFormat};

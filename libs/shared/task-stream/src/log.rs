@@ -14,6 +14,11 @@ use pool_registry_types::{AttemptId, LogId};
 use crate::passage::PassedHead;
 use crate::token_ids::TokenIds;
 
+mod repeating;
+
+use repeating::Repeating;
+pub use repeating::StreamComparer;
+
 /// Longest stream of a task, bytes. Source: .specs/01 CLOUD-1603.
 pub const MAX_LOG_BYTES: usize = 8 * 1024 * 1024;
 /// What a segment costs beside its bytes.
@@ -37,6 +42,9 @@ pub enum AppendError {
     /// Those before the one that would be too much were appended.
     #[error("the stream is longer than its log may be")]
     Full,
+    /// It generates the stream again, and makes another one.
+    #[error("the stream that was generated again differs: {0}")]
+    Differs(&'static str),
 }
 
 /// What stood in the log when an attempt was fenced off.
@@ -171,6 +179,8 @@ pub struct TaskLog {
     finished: bool,
     /// Of an answer that is passed on as it came.
     head: Option<Box<PassedHead>>,
+    /// Of a stream that may be generated again.
+    repeating: Option<Box<Repeating>>,
 }
 
 impl TaskLog {
@@ -193,6 +203,7 @@ impl TaskLog {
             writer: None,
             finished: false,
             head: None,
+            repeating: None,
         }
     }
 
@@ -217,7 +228,8 @@ impl TaskLog {
     /// The attempt's answer has this head.
     pub(crate) fn set_head(&mut self, attempt: AttemptId, head: Box<PassedHead>) {
         if self.writer == Some(attempt) {
-            self.head = Some(head);
+            // The first one counts, also where another attempt goes on with its answer.
+            self.head.get_or_insert(head);
         }
     }
 
@@ -239,10 +251,12 @@ impl TaskLog {
         }
     }
 
-    /// What the log takes, bytes: frames, what their segments cost, and ids of tokens.
+    /// What the log takes, bytes: frames, what their segments cost, ids of tokens, and what is kept to be
+    /// compared.
     pub fn len_bytes(&self) -> usize {
         let segments = self.segments.len() * SEGMENT_BYTES + self.ends * size_of::<u32>();
-        self.bytes + segments + self.token_ids.len_bytes()
+        let compared = self.repeating.as_ref().map_or(0, |repeating| repeating.len_bytes());
+        self.bytes + segments + self.token_ids.len_bytes() + compared
     }
 
     /// Bytes of all frames that are kept.
@@ -339,6 +353,7 @@ impl TaskLog {
     fn end(&mut self) {
         self.finished = true;
         self.token_ids = TokenIds::default();
+        self.repeating = None;
         if self.bytes <= COMPACT_BYTES {
             self.small = self.segments.len();
             self.join_small();

@@ -81,6 +81,8 @@ pub enum Action {
     Quiet,
     /// Tell the core: something came on a stream that had been quiet.
     Heard,
+    /// Tell the core: what was sent cannot be generated again, whatever becomes of the attempt.
+    CannotBeRepeated,
     /// Call [`Relay::timer`] at this moment, and not at the one named before.
     Arm(Moment),
     /// End the attempt at its node, which may work on it still.
@@ -322,9 +324,9 @@ impl Relay {
         }
         self.seal();
         let news = std::mem::take(&mut self.reading.news);
-        if !self.reading.staged.is_empty()
-            && let Err(error) = write(&mut self.reading.staged)
-        {
+        let written = if self.reading.staged.is_empty() { Ok(()) } else { write(&mut self.reading.staged) };
+        self.note_repeatable();
+        if let Err(error) = written {
             // The final frame is not in the log either.
             self.reading.last = None;
             return self.end(append_error(error));
@@ -600,6 +602,7 @@ impl Reading {
 fn append_error(error: AppendError) -> HowEnded {
     match error {
         AppendError::Full => HowEnded::TooLong,
+        AppendError::Differs(_) => HowEnded::Differs(error.to_string()),
         AppendError::Fenced => HowEnded::Closed,
         AppendError::Gap { .. } => HowEnded::Broken(error.to_string()),
     }

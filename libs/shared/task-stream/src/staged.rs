@@ -26,6 +26,8 @@ pub struct Staged {
     pub(crate) unlogged: u64,
     /// Of an answer that is passed on as it comes, with its first segment.
     pub(crate) head: Option<Box<PassedHead>>,
+    /// What is in the log could be generated again, and cannot any more.
+    pub(crate) cannot_be_repeated: bool,
 }
 
 impl Staged {
@@ -38,6 +40,7 @@ impl Staged {
             ids: Vec::new(),
             unlogged: 0,
             head: None,
+            cannot_be_repeated: false,
         }
     }
 
@@ -52,12 +55,20 @@ impl Staged {
 
     /// Moves everything into the log.
     pub fn append_to(&mut self, log: &mut TaskLog) -> Result<(), AppendError> {
+        let appended = self.append(log);
+        self.cannot_be_repeated = log.cannot_be_repeated();
+        appended
+    }
+
+    fn append(&mut self, log: &mut TaskLog) -> Result<(), AppendError> {
         log.count_unlogged(self.attempt, std::mem::take(&mut self.unlogged));
         if let Some(head) = self.head.take() {
+            log.check_head(self.attempt, &head.head)?;
             log.set_head(self.attempt, head);
         }
         let last = self.segments.len().saturating_sub(1);
         for (n, segment) in self.segments.drain(..).enumerate() {
+            let Some(segment) = log.compared(self.attempt, segment)? else { continue };
             if self.terminal && n == last {
                 log.finish(self.attempt, segment)?;
             } else {

@@ -116,9 +116,20 @@ impl Oracle {
                 dispatch.task, dispatch.first_index, seen.transcript.tokens
             ));
         }
+        if seen.is_final {
+            return Err(format!("{} goes on, and cannot be generated again", dispatch.task));
+        }
+        let kind = pool.report.engine;
+        if !seen.goes_on_with(kind) {
+            return Err(format!(
+                "[3] {} goes on with {kind:?} where {:?} had begun",
+                dispatch.task, seen.kind
+            ));
+        }
         let could_have_it = |other: &Seen| {
             let constraints = other.constraints.as_ref();
             other.queued_since.is_some()
+                && other.goes_on_with(kind)
                 && other.model == seen.model
                 && !other.suspect
                 && !other.tried.contains(&dispatch.pool)
@@ -149,6 +160,11 @@ impl Oracle {
         seen.queued_since = None;
         seen.passed_over = 0;
         seen.dispatches += 1;
+        if seen.transcript.tokens == 0 {
+            seen.kind = kind;
+        } else if seen.passes_on {
+            seen.again = Some(dispatch.attempt);
+        }
         seen.open = Some((dispatch.attempt, dispatch.pool.clone()));
         self.dispatched.insert(dispatch.attempt, now);
         Ok(())

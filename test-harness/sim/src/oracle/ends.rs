@@ -165,7 +165,12 @@ impl Oracle {
                 ))
             }
             ErrorCode::WorkerReset
-                if seen.continues && seen.tries < 3 && seen.engine_deaths < 2 && !seen.differed =>
+                if seen.continues
+                    && seen.tries < 3
+                    && seen.engine_deaths < 2
+                    && !seen.differed
+                    // What was sent may take longer again than there is time.
+                    && !(seen.passes_on && seen.deadline.is_some()) =>
             {
                 Err(format!("{task} continues, and was given up after {} tries", seen.tries))
             }

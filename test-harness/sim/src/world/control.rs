@@ -517,6 +517,7 @@ fn brief_end(how: &HowEnded) -> String {
         HowEnded::NodeError(body) => format!("node error, {}", body.message),
         HowEnded::TimedOut(overdue) => format!("timed out, {overdue:?}"),
         HowEnded::TooLong => "too long".into(),
+        HowEnded::Differs(reason) => format!("differs, {reason}"),
         HowEnded::Closed => "closed".into(),
     }
 }

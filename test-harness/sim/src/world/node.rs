@@ -11,7 +11,9 @@ use node_core::{
     Session, Verdict,
 };
 use pool_registry_types::error::EndCause;
-use pool_registry_types::node::{Capabilities, Intent, IntentOrder, LINK_FEATURE, LiveAnswer};
+use pool_registry_types::node::{
+    Capabilities, Intent, IntentOrder, LINK_FEATURE, LiveAnswer, OPENAI_FEATURE,
+};
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::{EngineKind, PoolState};
 use pool_registry_types::sse::write_frame;
@@ -169,6 +171,11 @@ fn next_deadline(core: &NodeCore) -> Option<Moment> {
     core.next_deadline().into_iter().chain(core.held().next_deadline()).min()
 }
 
+/// Every second node has engines of another kind.
+pub(super) fn kind_of(node: usize) -> EngineKind {
+    if node.is_multiple_of(2) { EngineKind::LlamaCpp } else { EngineKind::Vllm }
+}
+
 impl World {
     pub(crate) fn start_node(&mut self, node: usize) {
         if self.nodes[node].core.is_some() {
@@ -187,7 +194,10 @@ impl World {
             boot_id: boot,
             version: "sim".into(),
             capabilities: Capabilities::default(),
-            features: if self.plan.nodes[node].link { vec![LINK_FEATURE.to_owned()] } else { Vec::new() },
+            features: {
+                let link = self.plan.nodes[node].link.then_some(LINK_FEATURE);
+                link.into_iter().chain([OPENAI_FEATURE]).map(str::to_owned).collect()
+            },
         };
         let session = Session::new(self.now, self.plan.timing.heartbeat_interval, self.random.u64(..));
         let (slow, sick, busy) = (self.nodes[node].slow, self.nodes[node].sick, self.nodes[node].busy);

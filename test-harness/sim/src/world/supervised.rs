@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use node_core::supervisor::{Happened, Ordered, PoolPlan, Prepared, RunId, Supervisor, Work};
-use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{ModelRef, PoolId, ReplicaId};
 
+use super::node::kind_of;
 use super::{What, World};
 
 /// The engine of a supervised node.
@@ -22,7 +22,7 @@ impl World {
     pub(super) fn start_supervision(&mut self, node: usize) {
         let plan = &self.plan.nodes[node];
         let pool = PoolPlan {
-            engine: EngineKind::LlamaCpp,
+            engine: kind_of(node),
             models: vec![ModelRef::new(&format!("m{}", plan.model)).expect("a valid model")],
             device_mask: None,
             ctx_max: None,

@@ -11,13 +11,14 @@ use daemon_kit::{ApiError, Caller, extract};
 use openai_gateway::request::{self, RequestFacts};
 use pool_registry_types::engines::EngineKind;
 use pool_registry_types::node::Liveness;
-use pool_registry_types::task::{KvHint, Priority, Reasoning, Workload};
+use pool_registry_types::task::{KvHint, Priority, Reasoning, ResumeMode, Workload};
 use pool_registry_types::{ErrorBody, ErrorCode, HolderId, ModelRef, SessionId, TaskId};
 use sha2::{Digest, Sha256};
 use task_stream::{BodyDigest, Lacking, OpenAiRoute, Passage, Payload, PayloadFormat, TaskCaller, TaskSpec};
 use uuid::Uuid;
 
 use crate::app::state::AppState;
+use crate::services::gateway::StreamRecovery;
 
 /// Longest wait for an answer that is asked for whole, of which nothing comes before its end. Source:
 /// .specs/01 CLOUD-2841.
@@ -108,7 +109,7 @@ pub(super) async fn admit(state: &AppState, route: OpenAiRoute, call: Call) -> R
     let holder = caller.holder.as_deref();
     let who = holder.map(|who| TaskCaller { name: who.name.clone(), fingerprint: who.fingerprint.clone() });
     let deadline_ms = timeout_ms(&headers)?;
-    check_recovery(&headers)?;
+    let continuation = continuation(&headers, state.gateway.recovery, route, &facts)?;
     let lacks = |engine: &EngineKind| !route.is_of(*engine);
     let lacking = EngineKind::ALL.into_iter().filter(lacks);
     let spec = TaskSpec {
@@ -132,7 +133,7 @@ pub(super) async fn admit(state: &AppState, route: OpenAiRoute, call: Call) -> R
         deadline_ms,
         first_token_ms: begins_within_ms(facts.stream),
         token_idle_ms: None,
-        continuation: None,
+        continuation,
         reasoning: Reasoning::Keep,
         caller: who,
         holder: caller.holder_id(),
@@ -218,15 +219,31 @@ fn priority(headers: &HeaderMap) -> Result<Priority, ApiError> {
     }
 }
 
-fn check_recovery(headers: &HeaderMap) -> Result<(), ApiError> {
+/// Whether the stream is generated again where it is lost. Errors: `UNSUPPORTED` where the client asks for
+/// it and it cannot be, and `INVALID_PARAMS`.
+fn continuation(
+    headers: &HeaderMap,
+    otherwise: StreamRecovery,
+    route: OpenAiRoute,
+    facts: &RequestFacts,
+) -> Result<Option<ResumeMode>, ApiError> {
     const NAME: &str = "x-llorch-recovery";
-    match text(headers, NAME)? {
-        None | Some("fail") => Ok(()),
-        Some("continue") => {
-            let message = format!("{NAME}: streams of these routes are not continued");
+    let asked = text(headers, NAME)?;
+    let recovery = match asked {
+        None => otherwise,
+        Some(asked) => <StreamRecovery as clap::ValueEnum>::from_str(asked, false)
+            .map_err(|_| ErrorBody::invalid(format!("{NAME}: must be continue or fail")))?,
+    };
+    if recovery == StreamRecovery::Fail {
+        return Ok(None);
+    }
+    match facts.not_replayed(route) {
+        None => Ok(Some(ResumeMode::Replay)),
+        Some(_) if asked.is_none() => Ok(None),
+        Some(reason) => {
+            let message = format!("{NAME}: this answer cannot be generated again: {reason}");
             Err(ApiError::new(ErrorCode::Unsupported, message))
         }
-        Some(_) => Err(ErrorBody::invalid(format!("{NAME}: must be continue or fail")).into()),
     }
 }
 
@@ -293,10 +310,30 @@ mod tests {
             assert!(error.message.starts_with("x-request-timeout-ms: "), "{error}");
         }
         assert!(priority(&headers(&[("x-llorch-priority", "high")])).is_err());
-        assert_eq!(
-            check_recovery(&headers(&[("x-llorch-recovery", "continue")])).unwrap_err().0.code,
-            ErrorCode::Unsupported
-        );
+    }
+
+    // CLOUD-2860
+    // CLOUD-2861
+    #[test]
+    fn a_stream_is_generated_again_where_it_can_be_and_refused_at_once_where_that_is_asked_for_in_vain() {
+        use StreamRecovery::{Continue, Fail};
+        let read = |body: &str| request::read(OpenAiRoute::ChatCompletions, body.as_bytes()).unwrap();
+        let exact = read(r#"{"model":"m","stream":true,"temperature":0}"#);
+        let drawn = read(r#"{"model":"m","stream":true,"temperature":1}"#);
+        let of = |asked: Option<&str>, otherwise, facts| {
+            let given = asked.map(|asked| ("X-LLORCH-Recovery", asked));
+            let headers = headers(given.as_slice());
+            let mode = continuation(&headers, otherwise, OpenAiRoute::ChatCompletions, facts);
+            mode.map_err(|error| error.0.code)
+        };
+        let replay = Ok(Some(ResumeMode::Replay));
+        assert_eq!(of(None, Continue, &exact), replay);
+        assert_eq!(of(None, Fail, &exact), Ok(None));
+        assert_eq!(of(Some("continue"), Fail, &exact), replay);
+        assert_eq!(of(Some("fail"), Continue, &exact), Ok(None));
+        assert_eq!(of(None, Continue, &drawn), Ok(None));
+        assert_eq!(of(Some("continue"), Continue, &drawn), Err(ErrorCode::Unsupported));
+        assert_eq!(of(Some("resume"), Continue, &exact), Err(ErrorCode::InvalidParams));
     }
 
     // CLOUD-2852

@@ -1,6 +1,6 @@
 //! Streamed answers. The status waits for the engine's first event, for a while; from then on the client
 //! hears comments until that comes, then the engine's own events, and one error event of ours where they
-//! break off.
+//! break off. While what it has is generated again it hears comments too.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -131,11 +131,30 @@ impl Reader {
                 Phase::Whole => return self.begin_whole().await,
                 Phase::Document => return self.go_on_with_document().await,
                 Phase::Events => {
-                    let ReadFrames { bytes, place, is_last } = self.running.next_piece(self.next).await;
+                    let Some(piece) = self.next_events().await else {
+                        return Some(Bytes::from_static(WAITING.as_bytes()));
+                    };
+                    let ReadFrames { bytes, place, is_last } = piece;
                     self.next = place;
                     self.count(&bytes, place.part == 0);
                     return if is_last { self.end(bytes) } else { Some(bytes) };
                 }
+            }
+        }
+    }
+
+    /// What is to be passed on next; nothing where it is generated again, and the client waits between
+    /// events.
+    async fn next_events(&self) -> Option<ReadFrames> {
+        let (running, at) = (&self.running, self.next);
+        if !running.stream.is_repeatable() {
+            return Some(running.next_piece(at).await);
+        }
+        loop {
+            match timeout(PATIENCE, running.next_piece(at)).await {
+                Ok(piece) => return Some(piece),
+                Err(_) if at.part == 0 && running.stream.is_catching_up() => return None,
+                Err(_) => {}
             }
         }
     }

@@ -231,7 +231,8 @@ fn start_of(now: Moment, dispatch: &Dispatch, payload: &Payload, resume: Option<
         attempt_id: dispatch.attempt,
         task_id: dispatch.task,
         log_id: dispatch.log,
-        first_index: dispatch.first_index,
+        // Of an answer that is passed on its own events count.
+        first_index: if payload.format.passes() { 0 } else { dispatch.first_index },
         deadline_ms: dispatch.task_deadline.map(|at| at.millis_since(now)),
         replica_hint: dispatch.warm_replica.clone(),
         resume,

@@ -1,5 +1,6 @@
 //! What placement, people and metrics see.
 
+use pool_registry_types::Digest;
 use pool_registry_types::node::OPENAI_FEATURE;
 
 use super::*;
@@ -62,6 +63,12 @@ impl ServiceRegistry {
     /// What the operator says of the node.
     pub fn labels(&self, node_id: &NodeId) -> Option<&Arc<Labels>> {
         self.nodes.get(node_id).map(|node| &node.labels)
+    }
+
+    /// What the model is on the node's disk, by its bytes; nothing where that is not known.
+    pub fn model_digest(&self, node_id: &NodeId, model: &ModelRef) -> Option<&Digest> {
+        let staged = &self.nodes.get(node_id)?.models;
+        staged.iter().find(|staged| staged.model_id == *model).map(|staged| &staged.digest)
     }
 
     /// The facts that placement uses, or nothing for a pool that is not there.

@@ -412,6 +412,9 @@ impl ControlCore {
             record.outcome = describe(how, &outcome);
         }
         task.sent = tokens_written;
+        if tokens_written > 0 {
+            task.maker.get_or_insert(attempt.maker);
+        }
         task.ran += now.since(attempt.dispatched);
         if let Some(session) = task.session {
             self.sessions.runs_on(session, id_of_task, None);
@@ -440,6 +443,7 @@ impl ControlCore {
             Outcome::Failed(error) => {
                 let differs =
                     matches!(how, HowEnded::NodeError(body) if body.cause == Some(EndCause::ReplayDiffers));
+                let differs = differs || matches!(how, HowEnded::Differs(_));
                 self.counters.replays_differed += u64::from(differs);
                 self.fail(now, id_of_task, error, effects);
             }

@@ -14,7 +14,9 @@ impl ControlCore {
         models.sort_by_key(|model| self.queue.oldest(model));
         for model in models {
             while let Some((id, choice)) = self.next_start(now, &model) {
-                self.start(now, id, choice, effects);
+                if self.may_repeat_there(now, id, &choice, effects) {
+                    self.start(now, id, choice, effects);
+                }
             }
             if self.queue.lane(&model).is_some() {
                 self.ask_to_load(now, &model, effects);
@@ -59,10 +61,18 @@ impl ControlCore {
     ) -> Option<TaskShape<'a>> {
         let spec = task.spec.as_deref()?;
         let shape = self.shape_of(spec, task.session, spread);
+        let engines = self.engines_of(task, spec);
         let may_repeat = task.not_before <= now;
         let apart = task.suspect && self.enforces(Rule::SuspectsApart);
         let apart_from: &[PoolKey] = if apart { &self.suspects_at } else { &[] };
-        Some(TaskShape { tried: &task.tried, lacking: &task.lacking, apart_from, may_repeat, ..shape })
+        Some(TaskShape {
+            engines,
+            tried: &task.tried,
+            lacking: &task.lacking,
+            apart_from,
+            may_repeat,
+            ..shape
+        })
     }
 
     pub(super) fn shape_of<'a>(
@@ -114,6 +124,7 @@ impl ControlCore {
         let attempt = AttemptId(self.next_id());
         let pool = &choice.pool;
         let Some((address, boot_id)) = self.registry.address(&pool.node_id) else { return };
+        let maker = self.maker_on(pool, self.tasks.get(&id).map(|task| &task.model));
         let address = address.to_owned();
         self.leave_queue_to_start(id);
         let Some(spec) = self.tasks.get(&id).and_then(|task| task.spec.clone()) else { return };
@@ -123,8 +134,9 @@ impl ControlCore {
         let Some(task) = self.tasks.get_mut(&id) else { return };
         let first_index = if at_the_log { task.sent } else { 0 };
         let resume = task.continuation.filter(|_| task.sent > 0);
-        if resume == Some(ResumeMode::Replay) {
-            // What was sent has to be made again before the first new token can come.
+        if resume == Some(ResumeMode::Replay) && !spec.passes_on {
+            // What was sent has to be made again before the first new token can come; where it is passed on,
+            // each is seen.
             deadlines.first_token += task.ran;
         }
         let waited = now.millis_since(task.admitted);
@@ -187,6 +199,7 @@ impl ControlCore {
                 first_token: None,
                 first_index,
                 replica: None,
+                maker,
                 quiet: false,
                 closing: None,
                 vanishing: false,

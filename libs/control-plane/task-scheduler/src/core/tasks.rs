@@ -76,6 +76,7 @@ impl ControlCore {
             predicted_ms: None,
             session: spec.session(),
             continuation: spec.continuation,
+            maker: None,
             digest: spec.digest,
             budget_bound,
             spec: Some(spec),

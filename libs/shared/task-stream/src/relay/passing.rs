@@ -26,9 +26,12 @@ impl Relay {
     /// What comes is the engine's own answer: it is passed on as it is, and no part of an answer that
     /// is no event stream before it is whole or too long to be held. What is held back counts in `room`.
     #[must_use]
-    pub fn passing_on(self, room: Arc<HoldBudget>) -> Self {
+    pub fn passing_on(mut self, room: Arc<HoldBudget>) -> Self {
         let node_id = self.assignment.pool.node_id.clone();
-        Self { passing: Some(Box::new(Passing::new(node_id, room))), ..self }
+        let mut passing = Passing::new(node_id, room);
+        // Its node counts what it answers itself, whatever stands in the log.
+        (passing.next, self.reading.taken) = (self.assignment.first_index, 0);
+        Self { passing: Some(Box::new(passing)), ..self }
     }
 
     /// On a link: status and headers of an answer that is passed on.
@@ -62,6 +65,14 @@ impl Relay {
         reading.taken = reading.taken.max(next);
     }
 
+    /// What was written may be what makes another attempt impossible: the core is told so once.
+    pub(super) fn note_repeatable(&mut self) {
+        let Some(passing) = &mut self.passing else { return };
+        if self.reading.staged.cannot_be_repeated && !std::mem::replace(&mut passing.is_reported, true) {
+            self.actions.push_back(Action::CannotBeRepeated);
+        }
+    }
+
     /// The node says that the attempt is over. Without an error before it the answer is whole.
     pub(super) fn passed_whole(&mut self) {
         let Some(passing) = &mut self.passing else { return };
@@ -85,6 +96,8 @@ pub(super) struct Passing {
     is_shown: bool,
     /// The index in the log of what is shown next.
     next: u64,
+    /// That it cannot be generated again was said.
+    is_reported: bool,
 }
 
 /// What was done with a piece.
@@ -111,6 +124,7 @@ impl Passing {
             held_back: HeldBack::new(room),
             is_shown: false,
             next: 0,
+            is_reported: false,
         }
     }
 

@@ -20,7 +20,7 @@ impl World {
         let mut digest = [0; 32];
         digest[..16].copy_from_slice(id.0.as_bytes());
         let spec = TaskSpec {
-            passes_on: false,
+            passes_on: plan.recovery == Some(Replays::PassedOn),
             task_id: id,
             holder: HolderId::OPEN,
             model_ref: model,
@@ -38,7 +38,7 @@ impl World {
             first_token_ms: None,
             token_idle_ms: None,
             continuation: plan.recovery.map(|replays| match replays {
-                Replays::FromTheStart => ResumeMode::Replay,
+                Replays::FromTheStart | Replays::PassedOn => ResumeMode::Replay,
                 Replays::FromTheEnd => ResumeMode::Append,
             }),
             reasoning: Reasoning::Keep,

@@ -237,8 +237,23 @@ impl World {
                 self.note(|w| format!("t{} ends: {} tokens", w.names[&task], after - 1));
             }
             self.read(task);
+            self.passed_on(task, attempt, after);
         }
         self.act(attempt);
+    }
+
+    /// What is passed on may have become too much to be generated again, and is that only once.
+    fn passed_on(&mut self, task: TaskId, attempt: AttemptId, frames: u64) {
+        let plan = &self.plan.tasks[self.names[&task]];
+        if plan.recovery != Some(Replays::PassedOn) {
+            return;
+        }
+        let is_too_much = plan.tokens.is_multiple_of(3) && frames * 2 > plan.tokens;
+        let is_again = self.oracle.tasks.get(&task).is_some_and(|seen| seen.has_gone_on(attempt));
+        if (is_too_much || is_again) && self.oracle.cannot_be_repeated(task) {
+            self.coverage.hit("task: cannot be generated again");
+            self.apply(Event::CannotBeRepeated { attempt });
+        }
     }
 
     /// Carries out what the attempt's relay asks for.
@@ -270,6 +285,7 @@ impl World {
                 }
                 Action::Quiet => self.apply(Event::Quiet { attempt }),
                 Action::Heard => self.apply(Event::Heard { attempt }),
+                Action::CannotBeRepeated => self.apply(Event::CannotBeRepeated { attempt }),
                 Action::Stop if relay.via.conn().is_none() => {
                     relay.stop = Stop::ByLink { life };
                     self.lane_cancels(number_of(&node_id), attempt);

@@ -15,7 +15,7 @@ impl World {
             let pool_id = pool_of(&replica_id);
             let spec = ReplicaSpec {
                 replica_id: replica_id.clone(),
-                engine: EngineKind::LlamaCpp,
+                engine: kind_of(node),
                 engine_version: None,
                 url: "http://engine".into(),
                 models: vec![ModelRef::new(&format!("m{model}")).expect("a valid model")],
