@@ -1,8 +1,8 @@
 //! The routes of OpenAI's and Anthropic's clients: bodies go to an engine as they came, and its answers
 //! come back so.
 //!
-//! A request here is a task like any other, in the same queue and with the same tries; only nobody reads
-//! its payload, and its answer is given to whoever asked and to nobody else. What is read of a body is the
+//! A request that takes a slot is a task like any other, in the same queue and with the same tries; only
+//! nobody reads its payload, and its answer is given to whoever asked and to nobody else. What is read of a body is the
 //! crate `openai-gateway`'s.
 
 mod answer;
@@ -10,6 +10,7 @@ mod errors;
 mod models;
 mod request;
 mod running;
+mod slotless;
 mod streamed;
 mod whole;
 
@@ -64,6 +65,9 @@ routes! {
 }
 
 async fn pass(state: &AppState, route: OpenAiRoute, call: Call) -> Result<Response, ApiError> {
+    if !route.takes_slot() {
+        return slotless::answer(state, route, call).await;
+    }
     let admitted = request::admit(state, route, call).await?;
     let wants_stream = admitted.stream;
     let running = running::submit(state, admitted).await?;

@@ -2,7 +2,7 @@
 //! engine.
 
 use axum::extract::{FromRequest, FromRequestParts, Request};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use daemon_kit::byte_budget::HeldBytes;
@@ -245,9 +245,9 @@ fn passed_on(headers: &HeaderMap) -> Vec<(String, String)> {
             || matches!(name, "x-title" | "content-type")
     };
     let passed = headers.iter().filter(|(name, _)| is_for_engines(name.as_str()));
-    passed
-        .filter_map(|(name, value)| Some((name.as_str().to_owned(), value.to_str().ok()?.to_owned())))
-        .collect()
+    // What is no text cannot be told on the way.
+    let text = |value: &HeaderValue| std::str::from_utf8(value.as_bytes()).ok().map(str::to_owned);
+    passed.filter_map(|(name, value)| Some((name.as_str().to_owned(), text(value)?))).collect()
 }
 
 #[cfg(test)]
