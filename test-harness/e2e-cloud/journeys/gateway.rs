@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 mod constraints;
 mod departures;
 mod identity;
+mod keyed;
 mod requests;
 mod sse;
 mod unqueued;

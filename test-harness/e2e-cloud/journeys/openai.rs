@@ -237,6 +237,7 @@ async fn a_client_that_waits_hears_comments_with_an_empty_line_behind_them_until
 
 // CLOUD-2830
 // CLOUD-2839
+// CLOUD-2906
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_home_profile_serves_them_too() {
     let dir = tempfile::tempdir().unwrap();
@@ -261,6 +262,9 @@ async fn the_home_profile_serves_them_too() {
     assert!(text.contains("w0 ") && text.ends_with("data: [DONE]\n\n"), "{text}");
     let answer = client.post("/v1/embeddings", &json!({"input": "abc", "model": "fake-model"})).await;
     assert_eq!(answer.json::<Value>().await.unwrap()["data"][0]["embedding"][0], 3.0);
+    let tokens = client.post("/detokenize", &json!({"model": "fake-model", "tokens": [1, 2]})).await;
+    assert_eq!((tokens.status().as_u16(), header(&tokens, "x-llorch-node")), (200, "home"));
+    assert_eq!(tokens.json::<Value>().await.unwrap(), json!({"content": "w1 w2 "}));
     let mut cut = begin(&client, CHAT, &chat(500)).await.bytes_stream();
     assert!(cut.next().await.unwrap().is_ok());
     engine.as_mut().unwrap().kill();

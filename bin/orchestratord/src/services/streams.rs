@@ -9,6 +9,8 @@
 //! read them. Where live ones take more than they may, those that left the table are let go, the one that
 //! nobody has read for longest first, and no new task is taken. What runs goes on.
 
+mod keyed;
+
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -28,6 +30,9 @@ use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::Instant;
 
 use crate::services::reader_permits::{ReaderPermit, ReaderPermits};
+
+use keyed::Shared;
+pub(crate) use keyed::{Awaited, Claim, HeldKey, IdempotencyKey, Keys, Passed, ReaderPlace};
 
 /// Bytes that a reader is given at once.
 const READ_BYTES: usize = 64 * 1024;
@@ -96,6 +101,8 @@ struct CountedLog {
     /// Nobody is given any more of it.
     is_released: bool,
     read: Instant,
+    /// Of an answer that is passed on to all who come with its key.
+    shared: Option<Shared>,
 }
 
 impl CountedLog {
@@ -190,6 +197,9 @@ impl TaskStream {
         let id = kept.log.id();
         let dropped = std::mem::replace(&mut kept.log, TaskLog::new(id));
         kept.is_released = true;
+        if let Some(shared) = &mut kept.shared {
+            shared.free_key();
+        }
         kept.count(&self.live_bytes);
         drop(kept);
         drop(dropped);
@@ -206,7 +216,13 @@ impl TaskStream {
     /// Takes over what a relay has read, and wakes the readers where there is something for them.
     pub(crate) fn take(&self, staged: &mut Staged) -> Result<(), AppendError> {
         let has_frames = staged.has_frames();
-        let taken = self.change(|log| staged.append_to(log));
+        let taken = {
+            let mut kept = self.kept.lock();
+            kept.make_way(staged.len_bytes());
+            let taken = staged.append_to(&mut kept.log);
+            kept.count(&self.live_bytes);
+            taken
+        };
         if has_frames {
             self.changed.notify_waiters();
         }
@@ -362,6 +378,7 @@ impl Table {
     /// The entry is no task's any more: its stream goes with its last reader.
     fn leaves(&mut self, entry: &Entry) {
         let (Entry::Stream(stream) | Entry::Ended(stream)) = entry else { return };
+        stream.free_key();
         if Arc::strong_count(stream) > 1 {
             stream.set_live(true);
             self.left.retain(|stream| stream.strong_count() > 0);
@@ -439,6 +456,7 @@ impl Streams {
                 counted: 0,
                 is_released: false,
                 read: Instant::now(),
+                shared: None,
             }),
             live_bytes: Arc::clone(&self.live_bytes),
             payload: Mutex::new(Some((submitted.payload, submitted.held))),
@@ -480,6 +498,7 @@ impl Streams {
         if stream.passes {
             // Whoever reads says it in the language of its client.
             let _ = stream.error.set(error.clone());
+            stream.free_key();
             stream.write(|log| log.close(Bytes::new()));
             return self.ended(task);
         }
@@ -528,11 +547,18 @@ impl Streams {
 
     /// Nobody will read the answer any more, which was passed on.
     pub(crate) fn release(&self, task: TaskId) {
-        let released = match self.table.lock().tasks.get_mut(&task) {
+        let mut table = self.table.lock();
+        let released = match table.tasks.get_mut(&task) {
             // One that has not ended is let go of when it does.
             Some(entry) if !matches!(entry, Entry::Stream(_)) => std::mem::replace(entry, Entry::Evicted),
             _ => return,
         };
+        // It ended a moment ago, mostly.
+        if let Some((.., size)) = table.ended.iter_mut().rev().find(|(ended, ..)| *ended == task) {
+            let freed = std::mem::take(size);
+            table.ended_bytes -= freed;
+        }
+        drop(table);
         // Freed when nobody waits for the table.
         drop(released);
     }

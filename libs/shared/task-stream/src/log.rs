@@ -73,6 +73,10 @@ impl Segment {
         Self { first, bytes, ends: Box::default() }
     }
 
+    pub(crate) fn len_bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
     fn frames(&self) -> usize {
         self.ends.len() + 1
     }
@@ -233,6 +237,11 @@ impl TaskLog {
     pub fn len_bytes(&self) -> usize {
         let segments = self.segments.len() * SEGMENT_BYTES + self.ends * size_of::<u32>();
         self.bytes + segments + self.token_ids.len_bytes()
+    }
+
+    /// Bytes of frames that it takes before it is full.
+    pub fn room(&self) -> usize {
+        self.max_bytes - self.bytes
     }
 
     pub fn token_ids(&self) -> &TokenIds {

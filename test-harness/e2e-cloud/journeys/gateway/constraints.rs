@@ -41,7 +41,7 @@ fn schemas() -> Vec<String> {
         "{\"items\":".repeat(100) + "{}" + &"}".repeat(100),
         json!({"type": "string", "enum": vec!["x".repeat(1_000); 70]}).to_string(),
         json!({"type": "string", "maxLength": 1_000_000}).to_string(),
-        json!({"type": "array", "minItems": 100_000, "items": {"type": "string"}}).to_string(),
+        json!({"type": "array", "minItems": 300_000, "items": {"type": "string"}}).to_string(),
         json!({"type": "string", "pattern": format!("^{}a{}$", "(".repeat(200), ")".repeat(200))})
             .to_string(),
         json!({"type": "string", "pattern": "^((a{1,1000}){1,1000}){1,1000}$"}).to_string(),

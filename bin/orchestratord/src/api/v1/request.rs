@@ -18,6 +18,7 @@ use task_stream::{BodyDigest, Lacking, OpenAiRoute, Passage, Payload, PayloadFor
 use uuid::Uuid;
 
 use crate::app::state::AppState;
+use crate::services::streams::IdempotencyKey;
 
 /// Longest wait for an answer that is asked for whole, of which nothing comes before its end. Source:
 /// .specs/01 CLOUD-2841.
@@ -57,6 +58,25 @@ impl FromRequest<AppState> for Call {
         let body = extract::body(Request::from_parts(parts, body), state.gateway.body_bytes).await;
         let (body, held) = body.map_err(IntoResponse::into_response)?;
         Ok(Self { query, headers, caller, ids, body, held })
+    }
+}
+
+impl Call {
+    pub(super) fn holder(&self) -> HolderId {
+        self.caller.holder_id()
+    }
+
+    /// By the client's own bytes, and where they go.
+    pub(super) fn digest(&self, route: OpenAiRoute) -> BodyDigest {
+        digest(route, self.query.as_deref(), &self.body)
+    }
+
+    /// The client's own name for the request. Errors: `INVALID_PARAMS`.
+    pub(super) fn idempotency_key(&self) -> Result<Option<IdempotencyKey>, ApiError> {
+        const NAME: &str = "idempotency-key";
+        let Some(given) = text(&self.headers, NAME)? else { return Ok(None) };
+        let wrong = || ErrorBody::invalid(format!("{NAME}: must be 1 to 255 visible characters"));
+        IdempotencyKey::new(given).map(Some).ok_or_else(|| wrong().into())
     }
 }
 
