@@ -42,7 +42,8 @@ impl Script {
 
     /// Of which the body consists.
     fn bytes(&self) -> Vec<u8> {
-        self.pieces.iter().flat_map(|(bytes, times)| bytes.repeat(*times)).collect()
+        let all: Vec<Vec<u8>> = self.pieces.iter().map(|(bytes, times)| bytes.repeat(*times)).collect();
+        all.concat()
     }
 
     fn json(&self) -> Value {

@@ -1,6 +1,5 @@
 //! Streams of events, however an engine cuts them, breaks them off, or goes on.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -85,6 +84,8 @@ async fn a_stream_that_breaks_off_at_any_byte_has_whole_events_and_one_error_and
             script = script.piece(&bytes[..at]);
         }
         script.breaks = true;
+        // What was sent has gone out by then.
+        script.pause_ms = PAUSE_MS;
         for engine in &engines {
             set(engine, &script).await;
         }
@@ -92,25 +93,25 @@ async fn a_stream_that_breaks_off_at_any_byte_has_whole_events_and_one_error_and
         let status = ours.status().as_u16();
         let ours = body(ours).await;
         let text = String::from_utf8_lossy(&ours);
-        // An end marker counts without its empty line: what it says is said.
-        let has_end = String::from_utf8_lossy(&bytes[..at]).trim_end().ends_with("data: [DONE]");
+        let has_mark = String::from_utf8_lossy(&bytes[..at]).trim_end().ends_with("data: [DONE]");
         if at < first {
             before += 1;
             assert!(status >= 500 && text.contains("\"error\""), "broken off at {at}: {status} {text}");
             continue;
         }
         assert_eq!(status, 200, "broken off at {at}: {text}");
-        if has_end {
-            assert!(
-                text.ends_with("[DONE]") || text.trim_end().ends_with("[DONE]"),
-                "broken off at {at}: {text}"
-            );
-            assert!(!text.contains("\"error\""), "broken off at {at}: {text}");
+        // The mark without its empty line, behind which a connection broke, may be taken for either.
+        if has_mark && text.contains("data: [DONE]") {
+            assert!(bytes.starts_with(&ours) && !text.contains("\"error\""), "broken off at {at}: {text}");
             continue;
         }
-        let whole =
-            ends.iter().map(|(end, _)| *end).filter(|end| *end <= at).max().expect("an event is whole");
-        assert!(ours.starts_with(&bytes[..whole]), "broken off at {at}: {text}");
+        // So may an event whose last line end may be a half of one.
+        let is_whole = |end: &usize| *end < at || *end == at && !bytes[..at].ends_with(b"\r");
+        let least = ends.iter().map(|(end, _)| *end).filter(is_whole).max().expect("an event is whole");
+        let passed =
+            ends.iter().map(|(end, _)| *end).filter(|end| *end <= at && ours.starts_with(&bytes[..*end]));
+        let whole = passed.max().unwrap_or_default();
+        assert!(whole >= least, "broken off at {at}: {text}");
         let rest = String::from_utf8_lossy(&ours[whole..]);
         assert!(
             rest.starts_with("data: {\"error\":") && rest.ends_with("}\n\n"),
@@ -163,18 +164,24 @@ async fn a_chat_of_a_hundred_thousand_tokens_with_logprobs_passes_in_bounded_mem
     let mut script = stream();
     // As batches of many streams come; a client that is 8 MiB behind would be ended.
     script.pieces.push((token.repeat(AT_ONCE).into_bytes(), TOKENS / AT_ONCE));
-    script.pause_ms = 1;
+    script.pause_ms = 4;
     let script = script.piece("data: [DONE]\n\n");
+    // Before it is asked: a client that takes nothing meanwhile is soon 8 MiB behind.
+    let wanted = script.bytes();
     set(&engines[0], &script).await;
     let begun = Instant::now();
     let ours =
         cluster.client.request(reqwest::Method::POST, CHAT).json(&chat(9)).send().await.expect("an answer");
     let pids = [cluster.control.as_ref().unwrap().pid(), cluster.nodes[0].daemon.as_ref().unwrap().pid()];
     let (mut pieces, mut most, mut got) = (ours.bytes_stream(), [0; 2], 0_usize);
-    let wanted = Arc::new(script.bytes());
     while let Some(piece) = pieces.next().await {
         let piece = piece.expect("an orderly end");
-        assert!(wanted.get(got..got + piece.len()) == Some(&piece[..]), "at byte {got}");
+        let is_right = wanted.get(got..got + piece.len()) == Some(&piece[..]);
+        assert!(
+            is_right,
+            "at byte {got}: … {}",
+            String::from_utf8_lossy(&piece[piece.len().saturating_sub(300)..])
+        );
         got += piece.len();
         if got / 1_000_000 != (got - piece.len()) / 1_000_000 {
             for (most, pid) in most.iter_mut().zip(pids) {
