@@ -81,6 +81,7 @@ fn parts() -> (Router<AppState>, utoipa::openapi::OpenApi) {
         .routes(routes!(crate::link::starts))
         .routes(routes!(crate::link::start))
         .routes(routes!(crate::link::control))
+        .routes(routes!(crate::slotless::pass))
         .routes(routes!(drain))
         .routes(routes!(reload))
         .routes(routes!(purge))

@@ -7,6 +7,7 @@ mod link;
 mod logs;
 mod models;
 mod registry;
+mod slotless;
 mod state;
 
 use std::process::ExitCode;

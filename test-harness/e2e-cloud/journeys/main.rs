@@ -11,6 +11,7 @@ mod dialects;
 mod engines;
 mod faults;
 mod field;
+mod gateway;
 mod gpus;
 mod holders;
 mod home;

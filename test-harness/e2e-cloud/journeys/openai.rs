@@ -213,6 +213,7 @@ async fn a_client_that_goes_away_is_noticed_at_once_streaming_in_prefill_and_que
 // CLOUD-2854
 // CLOUD-2858
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[expect(clippy::print_stdout, reason = "the figures of the run are part of its result")]
 async fn long_events_and_long_whole_answers_pass_as_they_came_and_leave_nothing_behind() {
     let cluster = Cluster::start(Options { nodes: 1, ..Options::default() }).await;
     let (client, engine) = (&cluster.client, Client::new(&cluster.engine_url(0), None));
@@ -270,6 +271,7 @@ async fn a_client_that_waits_hears_comments_with_an_empty_line_behind_them_until
 
 // CLOUD-2830
 // CLOUD-2839
+// CLOUD-2906
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_home_profile_serves_them_too() {
     let mut home = Home::start(Engine::steady(), &[]).await;
@@ -281,6 +283,9 @@ async fn the_home_profile_serves_them_too() {
     assert!(text.contains("w0 ") && text.ends_with("data: [DONE]\n\n"), "{text}");
     let answer = client.post("/v1/embeddings", &json!({"input": "abc", "model": "fake-model"})).await;
     assert_eq!(answer.json::<Value>().await.unwrap()["data"][0]["embedding"][0], 3.0);
+    let tokens = client.post("/detokenize", &json!({"model": "fake-model", "tokens": [1, 2]})).await;
+    assert_eq!((tokens.status().as_u16(), header(&tokens, "x-llorch-node")), (200, "home"));
+    assert_eq!(tokens.json::<Value>().await.unwrap(), json!({"content": "w1 w2 "}));
     let mut cut = begin(&client, CHAT, &chat(500)).await.bytes_stream();
     assert!(cut.next().await.unwrap().is_ok());
     home.engine.as_mut().unwrap().kill();
@@ -309,5 +314,4 @@ async fn the_real_engine_answers_in_its_own_words() {
     let chat = json!({"model": "tiny", "max_tokens": 8, "temperature": 0, "stream": true, "messages": [{"role": "user", "content": "once"}]});
     let stream = begin(client, CHAT, &chat).await.text().await.unwrap();
     assert!(stream.ends_with("data: [DONE]\n\n"), "{stream}");
-}#[expect(clippy::print_stdout, reason = "the figures of the run are part of its result")]
-
+}

@@ -7,6 +7,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use crate::fault::Fault;
+use crate::script::Scripted;
 use crate::seen::Seen;
 use crate::slots::Slots;
 use crate::steps::Steps;
@@ -49,6 +50,8 @@ pub(crate) struct Engine {
     pub(crate) connections: AtomicU64,
     /// Traces and ids that came with its requests.
     pub(crate) seen: Seen,
+    /// Answers to the byte, and what was asked.
+    pub(crate) scripted: Scripted,
     /// Where its streams make their tokens all at once.
     pub(crate) steps: Steps,
 }

@@ -3,7 +3,8 @@
 //!
 //! It stands beside the real engine in tests of failure and of speed, never instead of it.
 //! Faults are set at run time with `POST /fake/fault`, and `GET /fake/seen` shows which traces and ids
-//! came with its requests. Each answer is the words `w0 w1 w2 …`, so that a reader sees at once
+//! came with its requests; `PUT /fake/script` sets answers to the byte, and `GET /fake/received` shows what
+//! came meanwhile. Each answer is the words `w0 w1 w2 …`, so that a reader sees at once
 //! whether one is missing or doubled.
 
 mod answers;
@@ -11,6 +12,7 @@ mod engine;
 mod fault;
 mod generation;
 mod kind;
+mod script;
 mod seen;
 mod slots;
 mod steps;
@@ -25,11 +27,11 @@ use std::time::Duration;
 
 use atomic_file::WriteError;
 use axum::Router;
-use axum::extract::{Json, Request, State};
+use axum::extract::{DefaultBodyLimit, Json, Request, State};
 use axum::http::StatusCode;
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{get, post, put};
 use axum::serve::ListenerExt;
 use clap::Parser;
 use parking_lot::Mutex;
@@ -37,6 +39,7 @@ use serde_json::{Value, json};
 
 use crate::engine::{Engine, Kind};
 use crate::fault::Fault;
+use crate::script::Scripted;
 use crate::seen::Seen;
 use crate::slots::Slots;
 use crate::steps::Steps;
@@ -104,15 +107,21 @@ async fn run(arguments: Arguments) -> std::io::Result<()> {
         key: arguments.api_key.clone(),
         connections: AtomicU64::new(0),
         seen: Seen::default(),
+        scripted: Scripted::default(),
         steps: Steps::begin(),
     });
     let own: Router<Arc<Engine>> = Router::new()
         .route("/fake/fault", post(set_fault))
         .route("/fake/busy", get(busy))
-        .route("/fake/seen", get(seen::seen));
-    let guarded = kind::routes(arguments.engine).layer(from_fn_with_state(Arc::clone(&engine), guard));
+        .route("/fake/seen", get(seen::seen))
+        .route("/fake/script", put(script::set))
+        .route("/fake/received", get(script::received));
+    // A script answers for routes too that the kind of engine has not.
+    let guarded = kind::routes(arguments.engine).fallback(|| async { StatusCode::NOT_FOUND });
+    let guarded = guarded.layer(from_fn_with_state(Arc::clone(&engine), script::play));
+    let guarded = guarded.layer(from_fn_with_state(Arc::clone(&engine), guard));
     let guarded = guarded.layer(from_fn_with_state(Arc::clone(&engine), seen::remember));
-    let app = own.merge(guarded).with_state(Arc::clone(&engine));
+    let app = own.merge(guarded).layer(DefaultBodyLimit::disable()).with_state(Arc::clone(&engine));
     if let Some(dir) = &arguments.handoff_dir {
         write_handoff(&arguments, dir, &url)?;
     }

@@ -136,6 +136,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         service_registry: ServiceRegistryHandle::new(control.clone()),
         control: control.clone(),
         streams,
+        keys: Arc::default(),
         relays,
         catalog,
         catalog_order: Arc::default(),

@@ -151,7 +151,7 @@ pub(crate) fn needs(method: &Method, path: &str) -> Need {
 
 /// Whether a request is one for a task's stream, by its method and path.
 pub(crate) fn is_stream(method: &Method, path: &str) -> bool {
-    let passes = || OpenAiRoute::of_path(path).is_some();
+    let passes = || OpenAiRoute::of_path(path).is_some_and(OpenAiRoute::takes_slot);
     let submits = *method == Method::POST && (path == paths::TASKS || passes());
     let reads = *method == Method::GET && path.starts_with(paths::TASKS) && path.ends_with("/events");
     submits || reads
@@ -220,7 +220,8 @@ mod tests {
             let refused = &paths[path]["post"]["responses"]["401"]["content"]["application/json"]["schema"];
             assert_eq!(refused["$ref"], "#/components/schemas/GatewayError", "{path}");
             assert_eq!(needs(&Method::POST, path), Need::Scope(Scope::Client));
-            assert!(is_stream(&Method::POST, path) && !is_stream(&Method::GET, path));
+            assert_eq!(is_stream(&Method::POST, path), path != "/tokenize", "{path}");
+            assert!(!is_stream(&Method::GET, path), "{path}");
         }
         assert!(document["components"]["schemas"]["GatewayError"].is_object());
         assert!(paths["/v1/models/{model}"]["get"].is_object() && paths["/v1/models/{*model}"].is_null());

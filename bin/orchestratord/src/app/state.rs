@@ -15,7 +15,7 @@ use crate::services::control::Control;
 use crate::services::dispatch::Relays;
 use crate::services::gateway::Gateway;
 use crate::services::registry::ServiceRegistryHandle;
-use crate::services::streams::Streams;
+use crate::services::streams::{Keys, Streams};
 
 /// Shared by all requests.
 pub(crate) type AppState = Arc<App>;
@@ -27,6 +27,8 @@ pub(crate) struct App {
     /// Tasks and sessions.
     pub(crate) control: Control,
     pub(crate) streams: Arc<Streams>,
+    /// Names that clients give their requests.
+    pub(crate) keys: Arc<Keys>,
     /// The way to the nodes.
     pub(crate) relays: Arc<Relays>,
     pub(crate) catalog: Arc<Catalog>,

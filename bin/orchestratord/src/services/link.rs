@@ -10,6 +10,7 @@ mod links;
 mod loopback_tests;
 mod names;
 mod pool_order;
+mod slotless;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -20,7 +21,7 @@ use bytes::Bytes;
 use daemon_kit::tls::{self, ClientTls, Connector};
 use daemon_kit::{Clock, Tokens};
 use futures::{Stream, StreamExt};
-use http_body_util::BodyStream;
+use http_body_util::{BodyStream, Full};
 use hyper::Request;
 use hyper::header::{self, HeaderValue};
 use hyper_util::client::legacy::Client;
@@ -351,6 +352,8 @@ pub(crate) struct HttpLink {
     streams: Box<[Client<Connector, AttemptBody>]>,
     /// Keeps no connections.
     fresh: Client<Connector, AttemptBody>,
+    /// For requests that take no slot.
+    slotless: Client<Connector, Full<Bytes>>,
     probes: reqwest::Client,
     tokens: Tokens,
     links: Links,
@@ -375,6 +378,7 @@ impl HttpLink {
         let of_links = tls.connector(of_links, CONNECT_TIMEOUT);
         let connector = tls.connector(connector, CONNECT_TIMEOUT);
         let streams = (0..threads).map(|_| kept(connector.clone())).collect();
+        let slotless = kept(connector.clone());
         let fresh = fresh(connector);
         // No kept connections: a probe must show that a new one can be made.
         let probes = reqwest::Client::builder()
@@ -393,7 +397,7 @@ impl HttpLink {
             Driver::new(clock, lanes, clients, orders)
         };
         let drivers = (0..).zip(orders).map(driver).collect();
-        Ok((Self { streams, fresh, probes, tokens, links }, drivers))
+        Ok((Self { streams, fresh, slotless, probes, tokens, links }, drivers))
     }
 
     async fn infer(&self, dispatch: &Dispatch, body: AttemptBody) -> Result<Taken, HowEnded> {

@@ -9,6 +9,8 @@
 //! read them. Where live ones take more than they may, those that left the table are let go, the one that
 //! nobody has read for longest first, and no new task is taken. What runs goes on.
 
+mod keyed;
+
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -32,6 +34,9 @@ use tokio::time::Instant;
 
 use crate::services::reader_permits::{ReaderPermit, ReaderPermits};
 use crate::services::usage::{AnswerMeter, TaskUsage};
+
+use keyed::Shared;
+pub(crate) use keyed::{Awaited, Claim, HeldKey, IdempotencyKey, Keys, ReaderPlace};
 
 /// Bytes that a reader is given at once.
 const READ_BYTES: usize = 64 * 1024;
@@ -117,9 +122,19 @@ struct CountedLog {
     /// Its one reader has gone: nothing of it is kept.
     is_left: bool,
     read: Instant,
+    /// Of an answer that is passed on to all who come with its key.
+    shared: Option<Shared>,
 }
 
 impl CountedLog {
+    /// The log was written to.
+    fn changed(&mut self, live_bytes: &AtomicUsize) {
+        if self.is_left {
+            self.log.drop_before(u64::MAX);
+        }
+        self.count(live_bytes);
+    }
+
     /// Brings the sum of live logs up to what this one takes now.
     fn count(&mut self, live_bytes: &AtomicUsize) {
         let is = if self.is_live { self.log.len_bytes() } else { 0 };
@@ -194,10 +209,7 @@ impl TaskStream {
     fn change<T>(&self, change: impl FnOnce(&mut TaskLog) -> T) -> T {
         let mut kept = self.kept.lock();
         let result = change(&mut kept.log);
-        if kept.is_left {
-            kept.log.drop_before(u64::MAX);
-        }
-        kept.count(&self.live_bytes);
+        kept.changed(&self.live_bytes);
         result
     }
 
@@ -218,6 +230,9 @@ impl TaskStream {
         let id = kept.log.id();
         let dropped = std::mem::replace(&mut kept.log, TaskLog::new(id));
         kept.is_released = true;
+        if let Some(shared) = &mut kept.shared {
+            shared.free_key();
+        }
         kept.count(&self.live_bytes);
         drop(kept);
         drop(dropped);
@@ -234,19 +249,22 @@ impl TaskStream {
     /// Takes over what a relay has read, and wakes the readers where there is something for them.
     pub(crate) fn take(&self, staged: &mut Staged) -> Result<(), AppendError> {
         let has_frames = staged.has_frames();
-        let taken = match &self.meter {
-            None => self.change(|log| staged.append_to(log)),
-            Some(meter) => {
-                let (taken, appended, is_event_stream) = self.change(|log| {
-                    let from = log.next_index();
-                    let taken = staged.append_to(log);
-                    let is_event_stream = log.head().is_some_and(|head| head.head.is_event_stream());
-                    (taken, log.read_from(from, usize::MAX), is_event_stream)
-                });
-                meter.follow(&appended, is_event_stream);
-                taken
-            }
+        let (taken, appended) = {
+            let mut kept = self.kept.lock();
+            let kept = &mut *kept;
+            kept.make_way(staged.len_bytes());
+            let from = kept.log.next_index();
+            let taken = staged.append_to(&mut kept.log);
+            let appended = self.meter.as_ref().map(|meter| {
+                let is_event_stream = kept.log.head().is_some_and(|head| head.head.is_event_stream());
+                (meter, kept.log.read_from(from, usize::MAX), is_event_stream)
+            });
+            kept.changed(&self.live_bytes);
+            (taken, appended)
         };
+        if let Some((meter, appended, is_event_stream)) = appended {
+            meter.follow(&appended, is_event_stream);
+        }
         if has_frames {
             self.changed.notify_waiters();
         }
@@ -304,14 +322,7 @@ impl TaskStream {
             kept.count(&self.live_bytes);
             kept.log.read_from(at.frame, OWN_BYTES)
         };
-        if read.is_empty() && !read.finished {
-            return Err(changed);
-        }
-        let (next, is_last) = (ReadPosition { frame: read.next, part: 0 }, read.finished);
-        if read.is_in_pieces() {
-            return Ok(ReadFrames { bytes: read.into_bytes(), place: next, is_last });
-        }
-        Ok(part_of(&read.into_bytes(), at, next, is_last))
+        own_part(read, at).ok_or(changed)
     }
 
     /// How many bytes of an answer that is passed on wait for its reader, and whether these are all; or the
@@ -415,6 +426,18 @@ impl TaskStream {
     }
 }
 
+/// What was read for a reader of which all is its own; nothing where there is nothing yet.
+fn own_part(read: Read, at: ReadPosition) -> Option<ReadFrames> {
+    if read.is_empty() && !read.finished {
+        return None;
+    }
+    let (next, is_last) = (ReadPosition { frame: read.next, part: 0 }, read.finished);
+    if read.is_in_pieces() {
+        return Some(ReadFrames { bytes: read.into_bytes(), place: next, is_last });
+    }
+    Some(part_of(&read.into_bytes(), at, next, is_last))
+}
+
 /// Of one frame, or of frames that are short, what stands behind `at`, copied, and at most what a reader may
 /// have of its own: it does not hold all of a long one. `next` and `is_last` are of their end.
 fn part_of(bytes: &Bytes, at: ReadPosition, next: ReadPosition, is_last: bool) -> ReadFrames {
@@ -470,6 +493,7 @@ impl Table {
     /// The entry is no task's any more: its stream goes with its last reader.
     fn leaves(&mut self, entry: &Entry) {
         let (Entry::Stream(stream) | Entry::Ended(stream)) = entry else { return };
+        stream.free_key();
         if Arc::strong_count(stream) > 1 {
             stream.set_live(true);
             self.left.retain(|stream| stream.strong_count() > 0);
@@ -552,6 +576,7 @@ impl Streams {
                 is_released: false,
                 is_left: false,
                 read: Instant::now(),
+                shared: None,
             }),
             live_bytes: Arc::clone(&self.live_bytes),
             payload: Mutex::new(Some((submitted.payload, submitted.held))),
@@ -601,6 +626,7 @@ impl Streams {
         if stream.passes {
             // Whoever reads says it in the language of its client.
             let _ = stream.error.set(error.clone());
+            stream.free_key();
             stream.write(|log| log.close(Bytes::new()));
             return self.ended(task);
         }
@@ -620,7 +646,7 @@ impl Streams {
         let Some(Entry::Stream(stream)) = table.tasks.get(&task) else { return };
         let stream = Arc::clone(stream);
         let over = (stream.permit.lock().take(), stream.payload.lock().take());
-        if stream.passes {
+        if stream.passes && !stream.has_key() {
             // Its one reader has it, and nobody else will: it takes no room of others. It counts as live
             // until it was read, and may be let go of when memory is short.
             let is_left = {

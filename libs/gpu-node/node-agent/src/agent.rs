@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 use pool_registry_types::node::{GpuReport, Intent, StagedModel};
 use pool_registry_types::pool::PoolReport;
 use pool_registry_types::{AttemptId, Moment, PoolId, ReplicaId};
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -31,6 +31,7 @@ use crate::engines::{ApiKey, EngineClient};
 use crate::infer::ReadBy;
 use crate::intent::IntentFile;
 use crate::link::Links;
+use crate::slotless;
 
 /// Counts of what happened on the node; only ever rise.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -118,6 +119,8 @@ pub struct Agent {
     /// By the index of the thread.
     thread_clients: OnceLock<Box<[EngineClient]>>,
     loops: Loops,
+    /// Places of requests that take no slot.
+    pub(crate) slotless: Arc<Semaphore>,
     stop: CancellationToken,
     /// An attempt has ended, or memory was looked at: somebody may be idle, or fit, now.
     work_ended: Notify,
@@ -163,6 +166,7 @@ impl Agent {
             threads: OnceLock::new(),
             thread_clients: OnceLock::new(),
             loops,
+            slotless: Arc::new(Semaphore::new(slotless::AT_ONCE)),
             stop: CancellationToken::new(),
             work_ended: Notify::new(),
             look_at_gpus: Notify::new(),

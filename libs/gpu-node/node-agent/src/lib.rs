@@ -27,6 +27,7 @@ pub mod pools_file;
 mod records;
 mod replica;
 mod slot;
+mod slotless;
 pub mod source;
 pub mod supervisor;
 
@@ -37,5 +38,6 @@ pub use crate::link::LinkReader;
 pub use crate::node::Node;
 pub use crate::passthrough::PassedRequest;
 pub use crate::records::{PassedOn, RecordReader};
+pub use crate::slotless::SlotlessPlace;
 pub use node_core::attempts::HELD_BYTES;
 pub use node_core::{Identity, Retention};

@@ -43,9 +43,9 @@ const MOST_PIECES_AT_ONCE: usize = 64;
 const LEFT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Longest wait for how an engine has ended whose connection was lost.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
-/// Longest refusal of an engine that is passed on, bytes, and longest wait for it.
-const MAX_REFUSAL_BYTES: usize = 64 * 1024;
-const REFUSAL_TIMEOUT: Duration = Duration::from_secs(3);
+/// What is read of a refusal before it is known whose it is, bytes, and longest wait for that.
+pub(crate) const MAX_REFUSAL_BYTES: usize = 64 * 1024;
+pub(crate) const REFUSAL_TIMEOUT: Duration = Duration::from_secs(3);
 /// Most headers of an answer that are passed on, and their bytes.
 const MAX_HEADERS: usize = 64;
 const MAX_HEADER_BYTES: usize = 16 * 1024;
@@ -117,15 +117,15 @@ impl Agent {
         self.change_held(|core, _| core.held_mut().link(&attempt, request.log_id, Cursor::first()));
         let driver =
             Passthrough { slot, route: request.passage.route, next: 0, has_brought: false, heard: None };
-        self.drive(driver.run(request.passage.query, body, request.model, accepted));
+        self.drive(driver.run(request.passage.target(), body, request.model, accepted));
         Ok((acceptance, signals))
     }
 }
 
 /// The client's headers, whose names are those that the control plane passes on.
-fn to_engine(passage: &Passage) -> HeaderMap {
+pub(crate) fn to_engine(passage: &Passage) -> HeaderMap {
     let header = |(name, value): &(String, String)| {
-        Some((name.parse::<HeaderName>().ok()?, HeaderValue::from_str(value).ok()?))
+        Some((name.parse::<HeaderName>().ok()?, HeaderValue::from_bytes(value.as_bytes()).ok()?))
     };
     passage.headers.iter().filter_map(header).collect()
 }
@@ -159,14 +159,14 @@ impl Failure {
 }
 
 impl Passthrough {
-    async fn run(mut self, query: Option<String>, body: Bytes, model: ModelRef, accepted: Accepted) {
+    async fn run(mut self, target: String, body: Bytes, model: ModelRef, accepted: Accepted) {
         let (agent, signals) = (Arc::clone(&self.slot.agent), Arc::clone(&self.slot.signals));
         let cancel = signals.cancel.clone();
         let work = pin!(async move {
             let passed = tokio::select! {
                 biased;
                 () = cancel.cancelled() => None,
-                passed = self.pass(query, body, model, &accepted) => Some(passed),
+                passed = self.pass(target, body, model, &accepted) => Some(passed),
             };
             self.end(passed).await;
         });
@@ -176,15 +176,13 @@ impl Passthrough {
     /// Asks the engine and passes on what it answers, to its end. Returns whether the engine is done with it.
     async fn pass(
         &mut self,
-        query: Option<String>,
+        target: String,
         body: Bytes,
         model: ModelRef,
         accepted: &Accepted,
     ) -> Result<bool, Failure> {
         let at = self.slot.at.clone();
         let client = self.slot.agent.client().clone();
-        let target = query
-            .map_or_else(|| self.route.path().to_owned(), |query| format!("{}?{query}", self.route.path()));
         let sent = client.pass(&at, &target, body).await;
         let attempt = self.slot.attempt;
         self.slot.agent.with_core(|core, _| core.held_mut().count_payload(&attempt, 0));
@@ -210,26 +208,38 @@ impl Passthrough {
         if is_event_stream {
             return self.events(pieces(answer)).await;
         }
-        self.bytes(pieces(answer)).await.map(|()| true)
+        self.bytes(Incoming::new(pieces(answer))).await.map(|()| true)
     }
 
     /// What the engine says of a request that it does not take.
     async fn refused(&mut self, head: AnswerHead, answer: Answer) -> Result<(), Failure> {
         let status = head.status;
-        let body = answer.beginning(MAX_REFUSAL_BYTES, REFUSAL_TIMEOUT).await;
-        let refusal = engines::refusal(status, &String::from_utf8_lossy(&body));
+        let (mut incoming, mut begun, mut end) = (Incoming::new(pieces(answer)), Vec::new(), None);
+        let beginning = async {
+            while begun.len() < MAX_REFUSAL_BYTES && end.is_none() {
+                end = incoming.take(None, |piece| begun.extend_from_slice(piece)).await;
+            }
+        };
+        // What has come says whose it is.
+        let _ = tokio::time::timeout(REFUSAL_TIMEOUT, beginning).await;
+        let known = &begun[..begun.len().min(MAX_REFUSAL_BYTES)];
+        let refusal = engines::refusal(status, &String::from_utf8_lossy(known));
         if refusal.whose != Whose::Client {
             let error = self.slot.refused(refusal, Some(self.route.path()));
             return Err(Failure { error, engine_idle: true });
         }
         let attempt = self.slot.attempt;
         self.slot.agent.with_core(|core, _| core.held_mut().set_head(&attempt, head));
-        self.append_bytes(body)
+        self.append_bytes(begun)?;
+        match end {
+            None => self.bytes(incoming).await,
+            Some(Ok(())) => Ok(()),
+            Some(Err(error)) => Err(self.lost(&with_causes(&error))),
+        }
     }
 
     /// An answer that is no event stream.
-    async fn bytes(&mut self, pieces: Pieces) -> Result<(), Failure> {
-        let mut incoming = Incoming::new(pieces);
+    async fn bytes(&mut self, mut incoming: Incoming) -> Result<(), Failure> {
         loop {
             self.slot.room().await;
             let mut all = Vec::new();
@@ -382,11 +392,12 @@ impl Incoming {
 }
 
 /// What of an answer's head is passed on.
-fn head_of(response: &Response<body::Incoming>) -> AnswerHead {
+pub(crate) fn head_of(response: &Response<body::Incoming>) -> AnswerHead {
     let mut left = MAX_HEADER_BYTES;
     let passed = response.headers().iter().filter_map(|(name, value)| {
         let is_own = HOP_BY_HOP.contains(&name.as_str());
-        let value = value.to_str().ok().filter(|_| !is_own)?;
+        // What is no text cannot be told on the way.
+        let value = std::str::from_utf8(value.as_bytes()).ok().filter(|_| !is_own)?;
         left = left.checked_sub(name.as_str().len() + value.len())?;
         Some((name.as_str().to_owned(), value.to_owned()))
     });

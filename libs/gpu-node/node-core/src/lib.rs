@@ -13,6 +13,7 @@ pub mod supervisor;
 
 pub use attempts::{Cursor, Ending, Ends, Held, Piece, ResumeError, Resumed, Retention, Taken, TooLong};
 pub use node::{
-    Accepted, Ask, BindError, Busy, Declared, Identity, NodeCore, NodeEffect, Readiness, ReplicaSpec, Verdict,
+    Accepted, Ask, BindError, Busy, Declared, Identity, NodeCore, NodeEffect, Readiness, ReplicaSpec,
+    Serving, Verdict,
 };
 pub use session::{BeatFailure, Session};

@@ -53,6 +53,8 @@ pub const ATTEMPTS: &str = "/v2/attempts";
 pub const ATTEMPT: &str = "/v2/attempts/{attempt_id}";
 /// Of a node: stops and resumes.
 pub const ATTEMPTS_CONTROL: &str = "/v2/attempts/control";
+/// Of a node: a request that takes no slot, passed on to an engine.
+pub const SLOTLESS: &str = "/v2/slotless";
 
 pub fn node(node_id: &NodeId, epoch: &Epoch) -> String {
     format!("{NODES}/{node_id}?epoch={epoch}")

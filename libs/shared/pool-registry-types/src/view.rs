@@ -201,7 +201,8 @@ pub struct StagedAt {
 }
 
 impl NodeView {
-    pub(crate) fn serves(&self, pool: &PoolView) -> bool {
+    /// Whether the pool, which is the node's, takes tasks.
+    pub fn serves(&self, pool: &PoolView) -> bool {
         self.liveness == Liveness::Online
             && self.intent == Intent::Serving
             && pool.report.engine.is_some()

@@ -81,6 +81,10 @@ impl Segment {
         Self { first, bytes, ends: Box::default() }
     }
 
+    pub(crate) fn len_bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
     fn frames(&self) -> usize {
         self.ends.len() + 1
     }
@@ -262,6 +266,11 @@ impl TaskLog {
     /// Bytes of all frames that are kept.
     pub fn frame_bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Bytes of frames that it takes before it is full.
+    pub fn room(&self) -> usize {
+        self.max_bytes - self.bytes
     }
 
     pub fn token_ids(&self) -> &TokenIds {

@@ -30,6 +30,12 @@ pub struct Passage {
 }
 
 impl Passage {
+    /// The engine's path, with the client's query.
+    pub fn target(&self) -> String {
+        let path = self.route.path();
+        self.query.as_ref().map_or_else(|| path.to_owned(), |query| format!("{path}?{query}"))
+    }
+
     /// The body with this name of the model; shared where there is nothing to change. Nothing where the
     /// place of the name is none of the body's.
     pub fn with_model(&self, body: &Bytes, model: &str) -> Option<Bytes> {

@@ -53,6 +53,11 @@ impl Staged {
         !self.segments.is_empty()
     }
 
+    /// What the log will take for it, bytes.
+    pub fn len_bytes(&self) -> usize {
+        self.segments.iter().map(Segment::len_bytes).sum()
+    }
+
     /// Moves everything into the log.
     pub fn append_to(&mut self, log: &mut TaskLog) -> Result<(), AppendError> {
         let appended = self.append(log);

@@ -25,7 +25,8 @@ pub(super) fn passed(head: &PassedHead, task_id: TaskId, body: Body) -> Response
     *response.status_mut() = StatusCode::from_u16(head.head.status).unwrap_or(StatusCode::BAD_GATEWAY);
     let out = response.headers_mut();
     for (name, value) in &head.head.headers {
-        if let (Ok(name), Ok(value)) = (name.parse::<HeaderName>(), HeaderValue::from_str(value)) {
+        if let (Ok(name), Ok(value)) = (name.parse::<HeaderName>(), HeaderValue::from_bytes(value.as_bytes()))
+        {
             out.append(name, value);
         }
     }

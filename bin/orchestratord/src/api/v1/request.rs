@@ -2,7 +2,7 @@
 //! engine.
 
 use axum::extract::{FromRequest, FromRequestParts, Request};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use daemon_kit::byte_budget::HeldBytes;
@@ -19,6 +19,7 @@ use uuid::Uuid;
 
 use crate::app::state::AppState;
 use crate::services::gateway::StreamRecovery;
+use crate::services::streams::IdempotencyKey;
 
 /// Longest wait for an answer that is asked for whole, of which nothing comes before its end. Source:
 /// .specs/01 CLOUD-2841.
@@ -75,6 +76,25 @@ fn too_long(error: ErrorBody, setting: &str) -> ApiError {
         return error.into();
     }
     ErrorBody { message: format!("{}, by {setting}", error.message), ..error }.into()
+}
+
+impl Call {
+    pub(super) fn holder(&self) -> HolderId {
+        self.caller.holder_id()
+    }
+
+    /// By the client's own bytes, and where they go.
+    pub(super) fn digest(&self, route: OpenAiRoute) -> BodyDigest {
+        digest(route, self.query.as_deref(), &self.body)
+    }
+
+    /// The client's own name for the request. Errors: `INVALID_PARAMS`.
+    pub(super) fn idempotency_key(&self) -> Result<Option<IdempotencyKey>, ApiError> {
+        const NAME: &str = "idempotency-key";
+        let Some(given) = text(&self.headers, NAME)? else { return Ok(None) };
+        let wrong = || ErrorBody::invalid(format!("{NAME}: must be 1 to 255 visible characters"));
+        IdempotencyKey::new(given).map(Some).ok_or_else(|| wrong().into())
+    }
 }
 
 /// A request that may become a task.
@@ -280,9 +300,9 @@ fn passed_on(headers: &HeaderMap) -> Vec<(String, String)> {
             || matches!(name, "x-title" | "content-type")
     };
     let passed = headers.iter().filter(|(name, _)| is_for_engines(name.as_str()));
-    passed
-        .filter_map(|(name, value)| Some((name.as_str().to_owned(), value.to_str().ok()?.to_owned())))
-        .collect()
+    // What is no text cannot be told on the way.
+    let text = |value: &HeaderValue| std::str::from_utf8(value.as_bytes()).ok().map(str::to_owned);
+    passed.filter_map(|(name, value)| Some((name.as_str().to_owned(), text(value)?))).collect()
 }
 
 #[cfg(test)]

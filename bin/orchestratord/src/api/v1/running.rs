@@ -1,4 +1,5 @@
-//! A task of a client that waits for its answer here: when the client goes, the task ends.
+//! A task of a client that waits for its answer here: when the client goes, the task ends. One that a key
+//! names ends when the last of its clients has been away for a while.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,11 +12,12 @@ use tokio::runtime::Handle;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
+use super::reader::AnswerReader;
 use super::request::Admitted;
 use crate::api::defect;
 use crate::app::state::AppState;
 use crate::services::control::Control;
-use crate::services::streams::{ReadFrames, ReadPosition, Streams, TaskStream};
+use crate::services::streams::{HeldKey, ReadFrames, ReadPosition, ReaderPlace, Streams};
 
 /// Before a control loop that could not take a cancel is asked again.
 const AGAIN_AFTER: Duration = Duration::from_millis(100);
@@ -52,25 +54,34 @@ impl Drop for Departure {
 }
 
 async fn end(control: Control, streams: Arc<Streams>, task_id: TaskId) {
-    // One that has not come yet is ended by its admission.
+    cancel(&control, task_id).await;
+    streams.release(task_id);
+}
+
+/// One that has not come yet is ended by its admission.
+pub(super) async fn cancel(control: &Control, task_id: TaskId) {
     while let Err(error) = control.cancel(task_id).await
         && error.code == ErrorCode::Overloaded
     {
         tokio::time::sleep(AGAIN_AFTER).await;
     }
-    streams.release(task_id);
 }
 
-/// A task on its way, and the one reader of its answer.
+/// A task on its way, and a reader of its answer: the only one, unless a key names the task.
 #[derive(Debug)]
 pub(super) struct Running {
-    pub(super) stream: Arc<TaskStream>,
+    pub(super) stream: AnswerReader,
     pub(super) control: Control,
     departure: Departure,
 }
 
-/// Submits the task. Errors: those of its admission.
-pub(super) async fn submit(state: &AppState, admitted: Admitted) -> Result<Running, ApiError> {
+/// Submits the task, which has the key's name where there is one. Errors: those of its admission.
+pub(super) async fn submit(
+    state: &AppState,
+    admitted: Admitted,
+    key: Option<HeldKey>,
+) -> Result<Running, ApiError> {
+    let wants_stream = admitted.stream;
     let Admitted { spec, payload, held, caller, .. } = admitted;
     let (task_id, holder) = (spec.task_id, spec.holder);
     state.streams.check_room()?;
@@ -85,28 +96,53 @@ pub(super) async fn submit(state: &AppState, admitted: Admitted) -> Result<Runni
         holder,
         runtime: Handle::current(),
         left: left.clone(),
-        is_over: false,
+        // Of one that a key names the reader says when it is left.
+        is_over: key.is_some(),
     };
+    let runtime = Handle::current();
     let admission = owned_tasks::uninterrupted("admission of a task", async move {
         control.submit(spec, payload, held, thread).await?;
         if let Some(permit) = permit {
             streams.hold_permit(task_id, permit);
         }
+        let stream = streams.get(task_id);
+        if let Some(key) = key {
+            let place = stream.map(|stream| stream.keep_for(key, task_id, wants_stream));
+            return Ok(place.map(|place| AnswerReader::shared(place, task_id, control, &runtime)));
+        }
         if left.is_cancelled() {
             end(control, streams, task_id).await;
         }
-        Ok::<_, ErrorBody>(())
+        Ok::<_, ErrorBody>(stream.map(AnswerReader::alone))
     });
     let admitted = admission.await.map_err(|_| defect())?;
-    if let Err(error) = admitted {
-        departure.over();
-        return Err(error.into());
-    }
-    let stream = state.streams.get(task_id).ok_or_else(defect)?;
+    let stream = match admitted {
+        Ok(stream) => stream.ok_or_else(defect)?,
+        Err(error) => {
+            departure.over();
+            return Err(error.into());
+        }
+    };
     Ok(Running { stream, control: state.control.clone(), departure })
 }
 
 impl Running {
+    /// One more reader of a task that a key names.
+    pub(super) fn attached(state: &AppState, holder: HolderId, task_id: TaskId, place: ReaderPlace) -> Self {
+        let (control, runtime) = (state.control.clone(), Handle::current());
+        let departure = Departure {
+            control: control.clone(),
+            streams: Arc::clone(&state.streams),
+            task_id,
+            holder,
+            runtime: runtime.clone(),
+            left: CancellationToken::new(),
+            is_over: true,
+        };
+        let stream = AnswerReader::shared(place, task_id, control.clone(), &runtime);
+        Self { stream, control, departure }
+    }
+
     pub(super) fn task_id(&self) -> TaskId {
         self.departure.task_id
     }
@@ -148,6 +184,9 @@ impl Running {
     /// The task has ended, and its answer was read.
     pub(super) fn finish(&mut self) {
         self.departure.over();
-        self.departure.streams.release(self.departure.task_id);
+        // What a key names is kept for whoever comes with it.
+        if self.stream.is_the_last() {
+            self.departure.streams.release(self.departure.task_id);
+        }
     }
 }

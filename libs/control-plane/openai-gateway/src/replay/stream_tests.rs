@@ -9,7 +9,7 @@ use pool_registry_types::{
 use proptest::prelude::*;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use task_stream::{Action, AnswerHead, Assignment, AttemptDeadlines, HowEnded, Relay, TaskLog};
+use task_stream::{Action, AnswerHead, Assignment, AttemptDeadlines, HoldBudget, HowEnded, Relay, TaskLog};
 
 use super::*;
 use crate::events::EventKind;
@@ -62,7 +62,7 @@ fn begin(log: &mut TaskLog, n: u8) -> Relay {
         stops_overdue: true,
     };
     log.open(assignment.attempt);
-    let mut relay = Relay::linked(NOW, assignment).passing_on();
+    let mut relay = Relay::linked(NOW, assignment).passing_on(HoldBudget::new(usize::MAX));
     relay.accepted(NOW, ReplicaId::new("r0").unwrap(), 1);
     relay
 }

@@ -15,6 +15,7 @@ mod pools;
 mod reading;
 mod remembered;
 mod replica;
+mod slotless;
 mod slots;
 mod streams;
 
@@ -38,6 +39,7 @@ pub use pools::Declared;
 use pools::{Drain, Pool};
 use remembered::Remembered;
 pub use replica::{BindError, Busy, Readiness, ReplicaSpec};
+pub use slotless::Serving;
 
 /// Who this node is.
 #[derive(Debug, Clone)]
