@@ -213,6 +213,42 @@ async fn a_client_that_goes_away_is_noticed_at_once_streaming_in_prefill_and_que
     is_idle().await;
 }
 
+// CLOUD-2854
+// CLOUD-2858
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn long_events_and_long_whole_answers_pass_as_they_came_and_leave_nothing_behind() {
+    let cluster = Cluster::start(Options { nodes: 1, ..Options::default() }).await;
+    let (client, engine) = (&cluster.client, Client::new(&cluster.engine_url(0), None));
+    let patient = async |client: &Client, path: &str, body: &Value| {
+        let request = client.request(Method::POST, path).json(body).timeout(Duration::from_secs(60));
+        let answer = request.send().await.expect("an answer");
+        assert_eq!(answer.status(), 200, "{path}");
+        answer.bytes().await.expect("all of it")
+    };
+    for bytes in [300_000, 4 * 1024 * 1024] {
+        cluster.fault(0, json!({"kind": "long", "bytes": bytes})).await;
+        let ours = patient(client, CHAT, &chat(2)).await;
+        assert!(ours.len() > 2 * bytes && ours.ends_with(b"data: [DONE]\n\n"), "{}", ours.len());
+        assert!(ours == patient(&engine, CHAT, &chat(2)).await, "{bytes}");
+    }
+    cluster.fault(0, json!({"kind": "none"})).await;
+    for inputs in [10, 250_000] {
+        let body = json!({"model": "fake-model", "input": vec!["a"; inputs]});
+        let ours = patient(client, "/v1/embeddings", &body).await;
+        println!("{inputs} inputs: an answer of {} bytes", ours.len());
+        assert!(ours == patient(&engine, "/v1/embeddings", &body).await, "{inputs}");
+    }
+    eventually("nothing is held", Duration::from_secs(5), || async {
+        let page = client.get("/metrics").await.ok()?.text().await.ok()?;
+        let is_zero = |name: &str| page.lines().any(|line| line == format!("{name} 0"));
+        ["llorch_live_log_bytes", "llorch_held_answer_bytes", "llorch_queue_bytes"]
+            .into_iter()
+            .all(is_zero)
+            .then_some(())
+    })
+    .await;
+}
+
 // CLOUD-2838
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_waits_hears_comments_with_an_empty_line_behind_them_until_its_first_event() {

@@ -50,6 +50,10 @@ pub(crate) enum Fault {
     },
     /// One event of more than 1 MiB.
     Huge,
+    /// The text of each token is so long, in the stream of a chat.
+    Long {
+        bytes: usize,
+    },
     /// Refuses with this status, in the words of vLLM.
     Status {
         status: u16,

@@ -261,6 +261,12 @@ impl Answer {
             self.slot = None;
             return self.dialect.end(self.tokens).map(|end| Ok(Bytes::from(end)));
         }
+        if let Fault::Long { bytes } = self.fault {
+            self.made += 1;
+            let text = "y".repeat(bytes);
+            let event = format!("data: {{\"choices\":[{{\"delta\":{{\"content\":\"{text}\"}}}}]}}\n\n");
+            return Some(Ok(event.into()));
+        }
         let letter = if self.fault == Fault::OtherWords { 'x' } else { 'w' };
         if self.delimiters && self.thoughts == 0 {
             self.delimiters = false;

@@ -23,14 +23,14 @@ use pool_registry_types::error::EndCause;
 use pool_registry_types::{
     AttemptId, BootId, ErrorBody, ErrorCode, LogId, ModelRef, NodeId, PoolId, ReplicaId, TaskId, TraceContext,
 };
-use task_stream::{OpenAiRoute, Passage};
+use task_stream::{MAX_PASSED_EVENT_BYTES, OpenAiRoute, Passage};
 use tokio::time::{Instant, timeout_at};
 
 use crate::agent::{Agent, Signals};
 use crate::attempt_log::AttemptLog;
 use crate::driver::{HEARD_EVERY, Pieces, first_of_its_process, pieces, polled, unsent};
 use crate::engines::client::with_causes;
-use crate::engines::{self, Answer, Whose, too_long};
+use crate::engines::{self, Answer, Whose, longer_than};
 use crate::infer::ReadBy;
 use crate::slot::Slot;
 
@@ -266,8 +266,8 @@ impl Passthrough {
             let end = incoming.take(left_until, |piece| cutter.push(piece)).await;
             self.heard();
             let in_order = matches!(end, Some(Ok(())));
-            let Events { bytes, ends } =
-                cutter.take(in_order).map_err(|_| Failure { error: too_long(), engine_idle: false })?;
+            let too_long = |_| Failure { error: longer_than(MAX_PASSED_EVENT_BYTES), engine_idle: false };
+            let Events { bytes, ends } = cutter.take(in_order).map_err(too_long)?;
             self.append(bytes, ends)?;
             if left_until.is_none() && cutter.has_ended() {
                 left_until = Some(Instant::now() + LEFT_TIMEOUT);

@@ -26,7 +26,7 @@ pub use end::{HowEnded, denial};
 pub use hold_budget::HoldBudget;
 pub use log::{AppendError, Fence, MAX_LOG_BYTES, Read, Segment, TaskLog};
 pub use openai_route::{ApiDialect, EndMarker, OpenAiRoute};
-pub use passage::{AnswerHead, Passage, PassedHead};
+pub use passage::{AnswerHead, MAX_PASSED_EVENT_BYTES, Passage, PassedHead};
 pub use payload::{Payload, PayloadFormat};
 pub use relay::{Action, Assignment, Relay};
 pub use spec::{BodyDigest, InvalidDigest, Lacking, TaskCaller, TaskSpec};

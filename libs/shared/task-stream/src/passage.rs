@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::openai_route::OpenAiRoute;
 
+/// Longest event of a stream that is passed on, bytes. Source: .specs/01 CLOUD-2858.
+pub const MAX_PASSED_EVENT_BYTES: usize = 8 * 1024 * 1024;
+
 /// How a body goes to the engine's own route.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Passage {

@@ -113,7 +113,11 @@ pub(crate) fn describe(error: reqwest::Error) -> String {
 /// The end of an attempt whose engine wrote more in one event than is read of one. Every engine
 /// would: it is final.
 pub(crate) fn too_long() -> ErrorBody {
-    let most = pool_registry_types::sse::MAX_FRAME_BYTES;
+    longer_than(pool_registry_types::sse::MAX_FRAME_BYTES)
+}
+
+/// The same, where an event may have so many bytes.
+pub(crate) fn longer_than(most: usize) -> ErrorBody {
     let message = format!("the engine's answer has one event of more than {most} bytes, which is the most");
     ErrorBody::new(ErrorCode::PayloadTooLarge, message)
 }

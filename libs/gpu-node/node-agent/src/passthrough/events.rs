@@ -1,8 +1,11 @@
 //! Where the events of a stream end, and which of them is its end.
 
 use node_core::Ends;
-use pool_registry_types::sse::{MAX_FRAME_BYTES, frame_end};
-use task_stream::EndMarker;
+use pool_registry_types::sse::frame_end;
+use task_stream::{EndMarker, MAX_PASSED_EVENT_BYTES};
+
+// A link carries an event as one record.
+const _: () = assert!(MAX_PASSED_EVENT_BYTES <= attempt_link::records::MAX_WHOLE_BYTES);
 
 /// The types of events by which streams end.
 const ENDS: [&str; 5] =
@@ -15,7 +18,7 @@ pub(super) struct Events {
     pub(super) ends: Ends,
 }
 
-/// An event of more than [`MAX_FRAME_BYTES`].
+/// An event of more than [`MAX_PASSED_EVENT_BYTES`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct TooLong;
 
@@ -58,7 +61,7 @@ impl EventCutter {
                 None if is_last && !rest.is_empty() && self.is_end(rest) => rest.len(),
                 None => break,
             };
-            if end > MAX_FRAME_BYTES {
+            if end > MAX_PASSED_EVENT_BYTES {
                 return Err(TooLong);
             }
             self.has_ended |= self.is_end(&rest[..end]);
@@ -66,8 +69,11 @@ impl EventCutter {
             self.searched = 0;
             ends.push(at);
         }
-        if self.rest.len() - at > MAX_FRAME_BYTES {
+        if self.rest.len() - at > MAX_PASSED_EVENT_BYTES {
             return Err(TooLong);
+        }
+        if at == 0 {
+            return Ok(Events::default());
         }
         let left = self.rest.split_off(at);
         Ok(Events { bytes: std::mem::replace(&mut self.rest, left), ends })
@@ -167,7 +173,25 @@ mod tests {
         assert!(cutter.has_ended());
         cutter.push(b"data: half");
         assert!(cutter.take(true).unwrap().bytes.is_empty());
-        cutter.push(&vec![b'x'; MAX_FRAME_BYTES]);
+        cutter.push(&vec![b'x'; MAX_PASSED_EVENT_BYTES]);
+        assert_eq!(cutter.take(false).unwrap_err(), TooLong);
+    }
+
+    // CLOUD-2858
+    #[test]
+    fn long_events_pass_and_one_that_is_too_long_is_known_before_its_end() {
+        for bytes in [300_000, 4 * 1024 * 1024, MAX_PASSED_EVENT_BYTES - 8] {
+            let mut cutter = EventCutter::new(Some(EndMarker::Done));
+            let event = format!("data: {}\n\n", "x".repeat(bytes));
+            for piece in event.as_bytes().chunks(60_000) {
+                assert!(cutter.take(false).unwrap().bytes.is_empty());
+                cutter.push(piece);
+            }
+            let taken = cutter.take(false).unwrap();
+            assert!(taken.bytes == event.as_bytes() && taken.ends.frames() == 1, "{bytes}");
+        }
+        let mut cutter = EventCutter::new(Some(EndMarker::Done));
+        cutter.push(&vec![b'x'; MAX_PASSED_EVENT_BYTES + 1]);
         assert_eq!(cutter.take(false).unwrap_err(), TooLong);
     }
 

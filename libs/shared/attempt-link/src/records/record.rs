@@ -23,8 +23,9 @@ pub const HEADER_BYTES: usize = 26;
 pub(super) const LENGTH_BYTES: usize = 4;
 /// Most bytes of its own that a record has, of any kind. Source: .specs/01 CLOUD-2601.
 pub const MAX_RECORD_BYTES: usize = 64 * 1024;
-/// Most bytes of parts that belong together: a frame of 1 MiB and the comments before it.
-pub const MAX_WHOLE_BYTES: usize = 4 * 1024 * 1024;
+/// Most bytes of parts that belong together: an event that is passed on, which is longer than any frame of
+/// ours and the comments before it.
+pub const MAX_WHOLE_BYTES: usize = 8 * 1024 * 1024;
 /// The flag of a part that is not the last.
 const MORE: u8 = 1;
 

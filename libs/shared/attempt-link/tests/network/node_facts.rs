@@ -430,7 +430,7 @@ fn a_record_that_no_link_can_carry_ends_its_own_attempt_with_an_error_and_no_oth
     let (mut node, link) = Node::up();
     node.post(key(1, 1), &[3, 7]).unwrap();
     node.append(3, 2, 100);
-    node.append(3, 1, 5 << 20);
+    node.append(3, 1, 9 << 20);
     node.append(7, 1, 100);
     let of = |records: &[Record], number| -> Vec<(Kind, u64)> {
         let own = records.iter().filter(|record| record.head.number == number);
