@@ -100,6 +100,7 @@ const NODE: &[(&str, Need)] = &[
     ("POST /v2/pools/{pool_id}/load", Need::Control),
     ("POST /v2/pools/{pool_id}/purge", Need::Control),
     ("POST /v2/pools/{pool_id}/reload", Need::Control),
+    ("POST /v2/slotless", Need::Control),
 ];
 
 /// Routes that stand in no document.

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::PipeReader;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -27,10 +28,23 @@ pub fn program(name: &str) -> PathBuf {
     })
 }
 
-/// A TCP port that was free a moment ago.
+/// Ports that no system takes for outgoing connections by itself: one of those may be taken before whoever
+/// is started listens there.
+const PORTS: std::ops::Range<u16> = 10_000..32_000;
+
+/// A TCP port that was free a moment ago, and is given to nobody else for long.
 pub fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback has free ports");
-    listener.local_addr().expect("a bound address").port()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let count = u32::from(PORTS.end - PORTS.start);
+    let first = std::process::id().wrapping_mul(7_919);
+    for _ in 0..count {
+        let at = first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % count;
+        let port = PORTS.start + u16::try_from(at).expect("fewer than there are ports");
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+    panic!("loopback has no free port between {} and {}", PORTS.start, PORTS.end)
 }
 
 impl Process {
