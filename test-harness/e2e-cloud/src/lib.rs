@@ -8,6 +8,7 @@ pub mod client;
 pub mod cluster;
 pub mod connection;
 pub mod fake_node;
+pub mod hostile;
 pub mod network;
 pub mod old;
 pub mod process;
