@@ -82,7 +82,11 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
             (NodeLink::Http(Box::new(http)), drivers)
         }
     };
-    let streams = Arc::new(Streams::new(config.event_log_bytes, config.live_log_bytes));
+    let streams = Streams::new(config.event_log_bytes, config.live_log_bytes);
+    let streams = Arc::new(match link.links() {
+        Some(links) => streams.counting(links.table.parts_bytes()),
+        None => streams,
+    });
     let relays = Arc::new(Relays { clock, link, streams: Arc::clone(&streams), threads: threads.clone() });
     let strategy = config.policy.strategy.as_str();
     let core = ControlCore::new(config.policy, Uuid::new_v4().as_u64_pair().0);
@@ -136,6 +140,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         cloud_profile: config.cloud_profile,
         node_addresses: Arc::new(config.node_addresses),
         quota: Arc::clone(&quota),
+        report_shares: Arc::default(),
         bodies: Arc::new(BodyBudgets {
             clients: ByteBudget::new(config.queue_bytes),
             nodes: ByteBudget::new(NODE_BODY_BYTES),

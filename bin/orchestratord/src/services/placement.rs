@@ -121,7 +121,7 @@ impl Loop {
             }
             Message::Submit { spec, payload, held, thread, reply } => {
                 let reply = self.reply_to(reply);
-                let (owner, trace) = (spec.caller.clone(), spec.trace.clone());
+                let (owner, trace) = (spec.holder, spec.trace.clone());
                 self.submitted = Some(Submitted { payload, held, owner, trace, thread });
                 self.apply(Event::Submit { reply, spec: Arc::from(spec) });
                 // A task that was refused, or is there already, has no log opened.

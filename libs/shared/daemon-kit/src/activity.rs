@@ -29,6 +29,7 @@ enum Phase {
     Leaving,
 }
 
+#[derive(Debug)]
 pub(crate) struct Activity {
     head: Duration,
     idle: Duration,
@@ -36,6 +37,7 @@ pub(crate) struct Activity {
     now: Mutex<Doing>,
 }
 
+#[derive(Debug)]
 struct Doing {
     phase: Phase,
     /// When the phase has lasted too long; without meaning while busy.
@@ -61,8 +63,13 @@ impl Activity {
     }
 
     /// Whether what is to be written waits for the peer, from now on.
-    fn write_waits(&self, waits: bool) {
+    pub(crate) fn write_waits(&self, waits: bool) {
         self.now.lock().stopped = waits.then(Instant::now);
+    }
+
+    /// Since when its peer takes nothing of what is to be written.
+    pub(crate) fn stopped(&self) -> Option<Instant> {
+        self.now.lock().stopped
     }
 
     pub(crate) fn begin(self: &Arc<Self>, http2: bool) -> Running {

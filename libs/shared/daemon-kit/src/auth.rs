@@ -390,7 +390,7 @@ impl Gate {
             return Err(ApiError::new(ErrorCode::Forbidden, message));
         }
         if let Some(quota) = self.quota.as_ref().filter(|_| wanted.contains(&Scope::Client)) {
-            quota.request(&holder.fingerprint)?;
+            quota.request(holder.id)?;
         }
         Ok(())
     }
@@ -400,17 +400,19 @@ impl Gate {
 pub(crate) async fn layer(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
     let need = gate.need(&request);
     let mut caller = gate.caller(&request);
-    let checked = gate.check(need, &request, &mut caller);
-    // For the audit log, which also writes of those who do not wait for their answer.
-    if let Some(record) = request.extensions().get::<Record>() {
-        record.send(caller.holder.clone(), checked.as_ref().err().map(|error| error.0.code));
-    }
+    let mut checked = gate.check(need, &request, &mut caller);
     // Whoever lacks a scope has shown who it is all the same.
     if need != Need::Open
         && (checked.is_ok() || caller.holder.is_some())
         && let Some(entry) = request.extensions().get::<Arc<ConnectionEntry>>()
+        && let Err(too_many) = entry.let_in((!caller.is_admin()).then(|| caller.holder_id()))
+        && checked.is_ok()
     {
-        entry.let_in();
+        checked = Err(ApiError::new(ErrorCode::RateLimited, too_many.to_string()));
+    }
+    // For the audit log, which also writes of those who do not wait for their answer.
+    if let Some(record) = request.extensions().get::<Record>() {
+        record.send(caller.holder.clone(), checked.as_ref().err().map(|error| error.0.code));
     }
     match checked {
         Ok(()) => {

@@ -1,4 +1,7 @@
-//! How much the holder of one token may ask: requests a second, and tasks at once.
+//! How much one holder may ask: requests a second, and tasks at once.
+//!
+//! Tokens of one name share their holder's bounds, as they share its tasks: a second token of a name,
+//! of which one replaces the other, is no second share.
 
 use std::collections::HashMap;
 use std::num::NonZeroU32;
@@ -7,7 +10,7 @@ use std::sync::Arc;
 use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota as Rate, RateLimiter};
 use parking_lot::Mutex;
-use pool_registry_types::{ErrorBody, ErrorCode};
+use pool_registry_types::{ErrorBody, ErrorCode, HolderId};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::answer::ApiError;
@@ -16,12 +19,12 @@ use crate::caller::Caller;
 /// Holders that are remembered before those that have been quiet are forgotten.
 const MANY: usize = 1024;
 
-/// The bounds of one token. What is absent is not bounded.
+/// The bounds of one holder. What is absent is not bounded.
 #[derive(Debug)]
 pub struct Quota {
-    rate: Option<DefaultKeyedRateLimiter<String>>,
+    rate: Option<DefaultKeyedRateLimiter<HolderId>>,
     tasks: Option<usize>,
-    permits: Mutex<HashMap<String, Arc<Semaphore>>>,
+    permits: Mutex<HashMap<HolderId, Arc<Semaphore>>>,
 }
 
 impl Quota {
@@ -33,15 +36,16 @@ impl Quota {
 
     /// # Errors
     /// `RATE_LIMITED` with the time until the next request is taken.
-    pub fn request(&self, fingerprint: &str) -> Result<(), ApiError> {
+    pub fn request(&self, holder: HolderId) -> Result<(), ApiError> {
         let Some(rate) = &self.rate else { return Ok(()) };
         if rate.len() > MANY {
             rate.retain_recent();
         }
-        rate.check_key(&fingerprint.to_owned()).map_err(|until| {
+        rate.check_key(&holder).map_err(|until| {
             let wait = until.wait_time_from(DefaultClock::default().now());
             let millis = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX).max(1);
-            let mut body = ErrorBody::new(ErrorCode::RateLimited, "this token makes too many requests");
+            let mut body =
+                ErrorBody::new(ErrorCode::RateLimited, "the holder of this token makes too many requests");
             body.retry_after_ms = Some(millis);
             ApiError(body)
         })
@@ -59,12 +63,10 @@ impl Quota {
             if all.len() > MANY {
                 all.retain(|_, permits| permits.available_permits() < most);
             }
-            Arc::clone(
-                all.entry(holder.fingerprint.clone()).or_insert_with(|| Arc::new(Semaphore::new(most))),
-            )
+            Arc::clone(all.entry(holder.id).or_insert_with(|| Arc::new(Semaphore::new(most))))
         };
         permits.try_acquire_owned().map(Some).map_err(|_| {
-            let message = format!("this token has {most} tasks already, which is the most");
+            let message = format!("the holder of this token has {most} tasks already, which is the most");
             ApiError::new(ErrorCode::RateLimited, message)
         })
     }
@@ -72,29 +74,37 @@ impl Quota {
 
 #[cfg(test)]
 mod tests {
+    use uuid::Uuid;
+
     use super::*;
+    use crate::tokens::{TokenSet, Verdict};
+
+    fn callers(set: &TokenSet) -> impl Fn(&str) -> Caller {
+        move |token| match set.look_up(token, jiff::Timestamp::now()) {
+            Verdict::Known(holder) => Caller { holder: Some(holder), ..Caller::default() },
+            other => panic!("{other:?}"),
+        }
+    }
 
     // CLOUD-1120
     #[test]
-    fn one_token_cannot_take_the_requests_of_another() {
+    fn one_holder_cannot_take_the_requests_of_another() {
+        let (a, b) = (HolderId(Uuid::from_u128(1)), HolderId(Uuid::from_u128(2)));
         let quota = Quota::new(NonZeroU32::new(2), None);
-        assert!(quota.request("a").is_ok() && quota.request("a").is_ok());
-        let refused = quota.request("a").unwrap_err().0;
+        assert!(quota.request(a).is_ok() && quota.request(a).is_ok());
+        let refused = quota.request(a).unwrap_err().0;
         assert_eq!(refused.code, ErrorCode::RateLimited);
         assert!((1..=1000).contains(&refused.retry_after_ms.unwrap()), "{refused:?}");
-        assert!(quota.request("b").is_ok());
+        assert!(quota.request(b).is_ok());
         let unbounded = Quota::new(None, None);
-        assert!((0..100).all(|_| unbounded.request("a").is_ok()));
+        assert!((0..100).all(|_| unbounded.request(a).is_ok()));
     }
 
     // CLOUD-1121
     #[test]
-    fn a_task_that_ends_makes_place_for_the_next_of_its_token() {
-        let set = crate::tokens::TokenSet::parse(Some("token-of-a, token-of-b"), None).unwrap();
-        let caller = |token| match set.look_up(token, jiff::Timestamp::now()) {
-            crate::tokens::Verdict::Known(holder) => Caller { holder: Some(holder), ..Caller::default() },
-            other => panic!("{other:?}"),
-        };
+    fn a_task_that_ends_makes_place_for_the_next_of_its_holder() {
+        let set = TokenSet::parse(Some("token-of-a, token-of-b"), None).unwrap();
+        let caller = callers(&set);
         let quota = Quota::new(None, Some(1));
         let running = quota.task(&caller("token-of-a")).unwrap();
         assert!(running.is_some());
@@ -103,5 +113,28 @@ mod tests {
         drop(running);
         assert!(quota.task(&caller("token-of-a")).unwrap().is_some());
         assert!(quota.task(&Caller::default()).unwrap().is_none(), "without tokens nobody is told apart");
+    }
+
+    // CLOUD-2765
+    #[test]
+    fn tokens_of_one_name_have_one_share_together() {
+        let entry = |name: &str, token: &str| {
+            format!("[[token]]\nname = \"{name}\"\ntoken = \"{token}\"\nscopes = [\"client\"]\n")
+        };
+        let file = [
+            entry("ann", "old-token-of-ann"),
+            entry("ann", "new-token-of-ann"),
+            entry("bob", "token-of-bob"),
+        ];
+        let set = TokenSet::parse(None, Some(&file.concat())).unwrap();
+        let caller = callers(&set);
+        let quota = Quota::new(NonZeroU32::new(1), Some(1));
+        let _running = quota.task(&caller("old-token-of-ann")).unwrap();
+        let refused = quota.task(&caller("new-token-of-ann")).unwrap_err().0;
+        assert_eq!(refused.code, ErrorCode::RateLimited);
+        assert!(quota.task(&caller("token-of-bob")).unwrap().is_some());
+        assert!(quota.request(caller("old-token-of-ann").holder_id()).is_ok());
+        assert!(quota.request(caller("new-token-of-ann").holder_id()).is_err());
+        assert!(quota.request(caller("token-of-bob").holder_id()).is_ok());
     }
 }

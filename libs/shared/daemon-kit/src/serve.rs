@@ -11,6 +11,7 @@ use tower::util::option_layer;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowHeaders, CorsLayer};
 
+use crate::answer_room::{self, AnswerRoom};
 use crate::audit::{self, Audit};
 use crate::auth::{self, Gate};
 use crate::telemetry::{self, Logs};
@@ -37,6 +38,7 @@ pub(crate) fn with_layers(routes: Router, edge: Edge) -> Router {
     routes
         .fallback(answer::not_found)
         .method_not_allowed_fallback(answer::method_not_allowed)
+        .layer(middleware::from_fn_with_state(AnswerRoom::default(), answer_room::layer))
         .layer(middleware::from_fn_with_state(Arc::new(edge.gate), auth::layer))
         .layer(CatchPanicLayer::custom(answer::panicked))
         .layer(middleware::from_fn_with_state(edge.audit, audit::layer))
