@@ -2,6 +2,8 @@
 
 #![expect(clippy::print_stdout, reason = "the figures of a run are part of its result")]
 
+mod engines;
+mod floods;
 mod readers;
 
 use std::process::Command;

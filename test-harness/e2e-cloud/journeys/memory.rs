@@ -3,6 +3,8 @@
 
 #![expect(clippy::print_stdout, reason = "the figures of a run are part of its result")]
 
+mod defaults;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};

@@ -49,8 +49,9 @@ pub enum Harm {
 
 /// Texts to which an engine that answers at length does so.
 pub const LONG_INPUTS: usize = 16;
-/// Numbers of the vector of each; one takes four bytes in a stream.
-const LONG_VECTOR: usize = 125_000;
+/// Numbers of the vector of each, which are as long as any: few of them make a long answer.
+const LONG_VECTOR: usize = 33_000;
+const LONG_NUMBER: &str = "-1.1754944e-38";
 
 impl Harm {
     /// Those that are wrong.
@@ -187,9 +188,12 @@ async fn hurt(socket: &mut TcpStream, harm: Harm, sent: &AtomicU64) -> io::Resul
         Harm::Numbers | Harm::OddNumbers => {
             let odd = if harm == Harm::OddNumbers { "\"odd\":NaN," } else { "" };
             let begin = format!("{{{odd}\"data\":[");
-            return document(socket, sent, &begin, 1, DOCUMENT_BYTES / 2 - 1_000).await;
+            return document(socket, sent, &begin, (1, DOCUMENT_BYTES / 2 - 1_000), "1").await;
         }
-        Harm::Long => return document(socket, sent, "{\"data\":[", LONG_INPUTS, LONG_VECTOR).await,
+        Harm::Long => {
+            let vectors = (LONG_INPUTS, LONG_VECTOR);
+            return document(socket, sent, "{\"data\":[", vectors, LONG_NUMBER).await;
+        }
         Harm::Compressed => {
             let head = head("application/json", "content-encoding: gzip\r\ntransfer-encoding: chunked\r\n");
             (head, chunk(&"\0".repeat(16 * 1024)))
@@ -206,27 +210,28 @@ async fn hurt(socket: &mut TcpStream, harm: Harm, sent: &AtomicU64) -> io::Resul
     }
 }
 
-/// As many vectors of so many ones, with its length in front.
+/// As many vectors of so many numbers each, with the length of it all in front.
 async fn document(
     socket: &mut TcpStream,
     sent: &AtomicU64,
     begin: &str,
-    vectors: usize,
-    numbers: usize,
+    (vectors, numbers): (usize, usize),
+    number: &str,
 ) -> io::Result<()> {
     let opened = |n: usize| {
         let comma = if n > 0 { "," } else { "" };
-        format!("{comma}{{\"index\":{n},\"embedding\":[1")
+        format!("{comma}{{\"index\":{n},\"embedding\":[{number}")
     };
+    let next = format!(",{number}");
     let around: usize = (0..vectors).map(|n| opened(n).len() + "]}".len()).sum();
-    let length = begin.len() + around + vectors * (numbers - 1) * ",1".len() + "]}".len();
+    let length = begin.len() + around + vectors * (numbers - 1) * next.len() + "]}".len();
     let head =
         format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n");
     write(socket, sent, (head + begin).as_bytes()).await?;
-    let many = ",1".repeat(16 * 1024);
+    let many = next.repeat(4 * 1024);
     for n in 0..vectors {
         write(socket, sent, opened(n).as_bytes()).await?;
-        let mut left = (numbers - 1) * ",1".len();
+        let mut left = (numbers - 1) * next.len();
         while left > 0 {
             let piece = left.min(many.len());
             write(socket, sent, &many.as_bytes()[..piece]).await?;

@@ -62,8 +62,11 @@ impl Record {
     /// An invariant.
     pub(crate) fn broke(&self, what: impl Into<String>) {
         self.with(|seen| {
-            let (since, beside) = (seen.begun.elapsed(), seen.running.join(" + "));
-            seen.broken.entry(what.into()).or_insert((0, since, beside)).0 += 1;
+            let (since, beside, what) = (seen.begun.elapsed(), seen.running.join(" + "), what.into());
+            if !seen.broken.contains_key(&what) {
+                println!("broken after {} s, beside {beside}: {what}", since.as_secs());
+            }
+            seen.broken.entry(what).or_insert((0, since, beside)).0 += 1;
         });
     }
 
