@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -25,6 +26,13 @@ pub fn program(name: &str) -> PathBuf {
     found.unwrap_or_else(|| {
         panic!("{name} is not built: run `cargo xtask test`, or `cargo build --workspace` first")
     })
+}
+
+/// As many open files for this process as it may have: both ends of all connections are files, its own among
+/// them.
+pub fn raise_file_limit() {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit of open files");
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).expect("up to the hard limit anybody may");
 }
 
 /// A TCP port that was free a moment ago.
