@@ -123,14 +123,11 @@ async fn a_real_engine_takes_every_real_grammar() {
     assert_eq!((pool["state"].as_str(), pool["supervised"]["restarts"].as_u64()), (Some("ready"), Some(0)));
 }
 
-// CLOUD-1210
-// CLOUD-1216
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn grammars_that_would_kill_or_stop_a_real_engine_do_not_reach_it() {
-    let cluster = supervised().await;
+/// Grammars at which a real engine dies, or compiles for minutes.
+pub(crate) fn hostile_grammars() -> Vec<String> {
     let doubled: String =
         (0..40).map(|rule| format!("a{rule} ::= a{0} \"x\" | a{0} \"y\"\n", rule + 1)).collect();
-    let attacks = [
+    vec![
         format!("root ::= a0\n{doubled}a40 ::= \"z\""),
         "root ::= a{0,1999}\na ::= \"a\"?".to_owned(),
         "root ::= a root \"x\"\na ::= \"a\"?".to_owned(),
@@ -138,8 +135,15 @@ async fn grammars_that_would_kill_or_stop_a_real_engine_do_not_reach_it() {
         "root ::= \"a\"".to_owned() + &"?".repeat(60_000),
         "root ::= ".to_owned() + &"\"a\"{0,2000} ".repeat(4_000),
         format!("root ::= \"{}\"", "a".repeat(70_000)),
-    ];
-    for attack in attacks {
+    ]
+}
+
+// CLOUD-1210
+// CLOUD-1216
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn grammars_that_would_kill_or_stop_a_real_engine_do_not_reach_it() {
+    let cluster = supervised().await;
+    for attack in hostile_grammars() {
         // A pool fails after four requests that each kill its engine.
         for _ in 0..4 {
             let mut task = cluster.task(4);

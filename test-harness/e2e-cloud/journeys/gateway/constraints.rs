@@ -5,6 +5,7 @@ use e2e_cloud::{Cluster, Engine, Options, real_engine};
 use serde_json::{Value, json};
 
 use super::{CHAT, post};
+use crate::real_engine::hostile_grammars;
 
 /// A cluster of one node that runs the engine itself, once it is ready.
 async fn supervised() -> Cluster {
@@ -19,20 +20,6 @@ async fn is_well(cluster: &Cluster) {
     assert_eq!((pool["state"].as_str(), pool["supervised"]["restarts"].as_u64()), (Some("ready"), Some(0)));
     let body = json!({"model": "tiny", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]});
     assert_eq!(post(&cluster.client, CHAT, body.to_string()).await.status(), 200);
-}
-
-fn grammars() -> Vec<String> {
-    let doubled: String =
-        (0..40).map(|rule| format!("a{rule} ::= a{0} \"x\" | a{0} \"y\"\n", rule + 1)).collect();
-    vec![
-        format!("root ::= a0\n{doubled}a40 ::= \"z\""),
-        "root ::= a{0,1999}\na ::= \"a\"?".to_owned(),
-        "root ::= a root \"x\"\na ::= \"a\"?".to_owned(),
-        "root ::= ".to_owned() + &"(".repeat(50_000),
-        "root ::= \"a\"".to_owned() + &"?".repeat(60_000),
-        "root ::= ".to_owned() + &"\"a\"{0,2000} ".repeat(4_000),
-        format!("root ::= \"{}\"", "a".repeat(70_000)),
-    ]
 }
 
 /// Schemas as texts: deep, long, and with lengths that engines write out.
@@ -57,7 +44,7 @@ fn body(field: &str, value: &str) -> String {
 
 fn bodies() -> Vec<String> {
     let mut bodies = Vec::new();
-    for grammar in grammars() {
+    for grammar in hostile_grammars() {
         let text = Value::from(grammar).to_string();
         bodies.push(body("\"grammar\"", &text));
         bodies.push(body("\"gramm\\u0061r\"", &text));
