@@ -94,8 +94,6 @@ pub(crate) struct TaskStream {
     pub(crate) trace: TraceContext,
     /// On which its relays run.
     pub(crate) thread: StreamThread,
-    /// The engine's answer is passed on as it comes, to one reader.
-    passes: bool,
     /// What was passed on may be generated again, which its reader may have to wait for.
     is_repeatable: bool,
     /// Why there is no whole answer; only where it is passed on.
@@ -107,7 +105,7 @@ pub(crate) struct TaskStream {
     readers: Arc<ReaderPermits>,
     /// Nobody is to work on the task once nobody reads it.
     is_canceled_unread: AtomicBool,
-    /// Of an answer that is passed on.
+    /// Of an answer that is passed on as it comes; nothing of any other.
     meter: Option<AnswerMeter>,
 }
 
@@ -222,7 +220,7 @@ impl TaskStream {
 
     /// Drops the log, whoever reads it.
     fn release(&self) {
-        if self.passes {
+        if self.passes() {
             let message = "the answer was not read for long, and made room for others";
             let _ = self.error.set(ErrorBody::new(ErrorCode::Overloaded, message));
         }
@@ -347,7 +345,7 @@ impl TaskStream {
 
     /// Whether the engine's answer is passed on as it comes.
     pub(crate) fn passes(&self) -> bool {
-        self.passes
+        self.meter.is_some()
     }
 
     /// Whether its reader may have to wait between events.
@@ -582,7 +580,6 @@ impl Streams {
             payload: Mutex::new(Some((submitted.payload, submitted.held))),
             trace: submitted.trace,
             thread: submitted.thread,
-            passes: meter.is_some(),
             is_repeatable,
             error: OnceLock::new(),
             changed: Notify::new(),
@@ -623,7 +620,7 @@ impl Streams {
     /// Appends the control plane's own terminal error.
     pub(crate) fn close(&self, task: TaskId, error: &ErrorBody) {
         let Some(stream) = self.get(task) else { return };
-        if stream.passes {
+        if stream.passes() {
             // Whoever reads says it in the language of its client.
             let _ = stream.error.set(error.clone());
             stream.free_key();
@@ -646,7 +643,7 @@ impl Streams {
         let Some(Entry::Stream(stream)) = table.tasks.get(&task) else { return };
         let stream = Arc::clone(stream);
         let over = (stream.permit.lock().take(), stream.payload.lock().take());
-        if stream.passes && !stream.has_key() {
+        if stream.passes() && !stream.has_key() {
             // Its one reader has it, and nobody else will: it takes no room of others. It counts as live
             // until it was read, and may be let go of when memory is short.
             let is_left = {
@@ -743,7 +740,7 @@ impl Streams {
         let stream = match self.table.lock().tasks.get(&task) {
             None => return Err(ErrorBody::new(ErrorCode::NotFound, format!("no task {task}"))),
             Some(Entry::Evicted(_)) => return Err(expired("the stream made room for newer ones")),
-            Some(Entry::Stream(stream) | Entry::Ended(stream)) if stream.passes => {
+            Some(Entry::Stream(stream) | Entry::Ended(stream)) if stream.passes() => {
                 return Err(expired("the answer of this task is given to whoever asked for it only"));
             }
             Some(Entry::Stream(stream) | Entry::Ended(stream)) => Arc::clone(stream),
