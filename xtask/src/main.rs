@@ -66,7 +66,8 @@ enum Chore {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
-    /// Both daemons with hostile and honest peers side by side: --seed S, --minutes N.
+    /// Both daemons with hostile and honest peers side by side: --seed S, --minutes N, --only KIND,…;
+    /// --release first: as a release build.
     Soak {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
@@ -123,7 +124,7 @@ const LINTS: Step = ("lints", || {
 
 /// What needs no build comes first, then what needs the compiler, then what runs for long. Each
 /// step gets what it needs by itself: any of them passes alone, with empty caches.
-const STEPS: [Step; 13] = [
+const STEPS: [Step; 14] = [
     ("structure: crates, arrows, documents, requirements, spawns", tidy::run),
     FORMAT,
     ("licences, bans and sources of the dependencies", deny),
@@ -139,6 +140,9 @@ const STEPS: [Step; 13] = [
         cargo(&["test", "--locked", "--workspace", "--no-fail-fast"], "see the failing test above")
     }),
     ("documents: both daemons do what they say", || schema::run(&schema::Options::default())),
+    ("soak: two minutes of hostile peers beside honest ones", || {
+        soak(&["--seed".into(), "1".into(), "--minutes".into(), "2".into()])
+    }),
     ("simulator: 10,000 schedules", || sim(&["--seeds".into(), "10000".into()])),
     ("simulator: each rule switched off must be noticed", || sim(&["--mutants".into()])),
 ];
@@ -239,9 +243,15 @@ fn sim(rest: &[String]) -> Result<(), Failed> {
 }
 
 fn soak(rest: &[String]) -> Result<(), Failed> {
-    cargo(&["build", "--locked", "--quiet", "--workspace", "--bins"], "mend what the compiler says")?;
+    let (profile, rest) = match rest.split_first() {
+        Some((first, rest)) if first == "--release" => ("release", rest),
+        _ => ("debug", rest),
+    };
+    let mut build = vec!["build", "--locked", "--quiet", "--workspace", "--bins"];
+    build.extend((profile == "release").then_some("--release"));
+    cargo(&build, "mend what the compiler says")?;
     steps::run(
-        Command::new(up::target("debug").join("soak")).args(rest),
+        Command::new(up::target(profile).join("soak")).args(rest),
         "see the invariants above that broke",
     )
 }

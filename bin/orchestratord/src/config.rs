@@ -109,10 +109,10 @@ pub(crate) struct Settings {
     /// comma-separated, whatever the port [default: none].
     #[arg(long, env = "ORCHESTRATORD_ALLOWED_HOSTS")]
     allowed_hosts: Option<String>,
-    /// Requests a second of one client token at most [default: no limit].
+    /// Requests a second of one holder of client tokens at most [default: no limit].
     #[arg(long, env = "ORCHESTRATORD_REQUESTS_PER_SECOND")]
     requests_per_second: Option<NonZeroU32>,
-    /// Tasks of one token that wait or run at most [default: no limit].
+    /// Tasks of one holder that wait or run at most [default: no limit].
     #[arg(long, env = "ORCHESTRATORD_TASKS_PER_TOKEN", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     tasks_per_token: Option<u32>,
     /// Names of models that clients use for others: alias=model, comma-separated [default: none].

@@ -2,13 +2,16 @@
 
 #![expect(clippy::print_stdout, reason = "the figures of a run are part of its result")]
 
+mod engines;
+mod floods;
+mod readers;
+
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use e2e_cloud::cluster::TOKEN;
-use e2e_cloud::process::{free_port, program};
+use e2e_cloud::process::{free_port, program, raise_file_limit};
 use e2e_cloud::{Client, Cluster, Options, Process, eventually};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -167,9 +170,7 @@ async fn wrong_tokens(base: &str, token: impl Fn(usize) -> String) -> Duration {
 // CLOUD-2510
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn strangers_do_not_keep_a_daemon_from_answering_nor_fill_its_memory() {
-    // Both ends of all connections are files, those of this process among them.
-    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    raise_file_limit();
     let cluster = Cluster::start(Options { nodes: 1, ..Options::default() }).await;
     let control =
         (cluster.client.clone(), cluster.port, cluster.control.as_ref().unwrap().pid(), "/v2/nodes");

@@ -3,13 +3,15 @@
 
 #![expect(clippy::print_stdout, reason = "the figures of a run are part of its result")]
 
+mod defaults;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use e2e_cloud::cluster::{Engine, TOKEN};
+use e2e_cloud::process::raise_file_limit;
 use e2e_cloud::{Client, Cluster, Options, eventually};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -30,9 +32,7 @@ const ENDED_MIB: u64 = 24;
 const PROMPTS: usize = 24;
 
 async fn cluster(nodes: usize, engine: Engine) -> Cluster {
-    // Both ends of all connections are files, those of this process among them.
-    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    raise_file_limit();
     let bytes = |mib: u64| (mib << 20).to_string();
     let control = vec![
         ("ORCHESTRATORD_QUEUE_BYTES", bytes(QUEUE_MIB)),

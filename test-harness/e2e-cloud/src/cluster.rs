@@ -297,6 +297,21 @@ impl Cluster {
     }
 }
 
+/// A file of tokens with that of the tests, which may do everything, and these with their scopes. Each is its
+/// own holder's, named `holder-0` and so on. Returns the folder, with which the file goes, and its path.
+pub fn tokens_file(more: &[(&str, &str)]) -> (TempDir, String) {
+    let entry = |name: &str, token: &str, scope: &str| {
+        format!("[[token]]\nname = \"{name}\"\ntoken = \"{token}\"\nscopes = [\"{scope}\"]\n")
+    };
+    let more = more.iter().enumerate().map(|(n, (token, scope))| entry(&format!("holder-{n}"), token, scope));
+    let text: String = std::iter::once(entry("admin", TOKEN, "admin")).chain(more).collect();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("tokens.toml");
+    std::fs::write(&file, text).expect("a writable folder");
+    let path = file.display().to_string();
+    (folder, path)
+}
+
 /// The clusters' own token, unless the command has a file of tokens.
 fn with_token(command: &mut Command) {
     let has_file = command.get_envs().any(|(name, _)| name == "LLORCH_API_TOKEN_FILE");

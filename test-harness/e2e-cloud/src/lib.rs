@@ -10,6 +10,7 @@ pub mod cluster;
 pub mod connection;
 pub mod fake_node;
 pub mod home;
+pub mod hostile;
 pub mod network;
 pub mod old;
 pub mod process;

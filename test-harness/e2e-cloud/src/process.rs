@@ -7,6 +7,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -26,6 +27,13 @@ pub fn program(name: &str) -> PathBuf {
     found.unwrap_or_else(|| {
         panic!("{name} is not built: run `cargo xtask test`, or `cargo build --workspace` first")
     })
+}
+
+/// As many open files for this process as it may have: both ends of all connections are files, its own among
+/// them.
+pub fn raise_file_limit() {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit of open files");
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).expect("up to the hard limit anybody may");
 }
 
 /// Ports that no system takes for outgoing connections by itself: one of those may be taken before whoever

@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
-use daemon_kit::{ApiError, Caller, NodeBody, OwnNode, PathId};
+use daemon_kit::{ApiError, Caller, NodeBody, OwnNode, PathId, SizedNodeBody};
 use pool_registry_types::node::{
     Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, RegisterAnswer, RegisterRequest,
 };
@@ -15,6 +15,7 @@ use utoipa::IntoParams;
 
 use super::checked;
 use crate::app::state::AppState;
+use crate::services::report_shares;
 
 fn require_cloud(state: &AppState) -> Result<(), ApiError> {
     if state.cloud_profile {
@@ -77,16 +78,32 @@ pub(crate) async fn register(
 /// A node's whole report.
 #[utoipa::path(post, path = paths::NODE_HEARTBEAT, tag = "nodes", params(("node_id" = NodeId, Path)), request_body = Heartbeat,
     responses((status = 200, body = HeartbeatAnswer), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
+        (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 429, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn heartbeat(
     State(state): State<AppState>,
     OwnNode(id): OwnNode,
-    NodeBody(mut beat): NodeBody<Heartbeat>,
+    caller: Caller,
+    SizedNodeBody(mut beat, body_bytes): SizedNodeBody<Heartbeat>,
 ) -> Result<Json<HeartbeatAnswer>, ApiError> {
     require_cloud(&state)?;
     beat.check()?;
     beat.cut_texts();
-    Ok(Json(state.control.heartbeat(id, beat).await?))
+    let shares = &state.report_shares;
+    let bounded = caller.holder.as_ref().filter(|holder| holder.max_nodes.is_some());
+    let bytes = report_shares::cost(&beat, body_bytes);
+    if let Some(holder) = bounded
+        && shares.check(holder.id, &holder.name, &id, bytes).is_err()
+    {
+        // Some of its nodes may have gone.
+        let cluster = state.service_registry.view().await?;
+        shares.retain(holder.id, |id| cluster.has_node(id));
+        shares.check(holder.id, &holder.name, &id, bytes)?;
+    }
+    let answer = state.control.heartbeat(id.clone(), beat).await?;
+    if let Some(holder) = bounded {
+        shares.set(holder.id, id, bytes);
+    }
+    Ok(Json(answer))
 }
 
 #[derive(Debug, Deserialize, IntoParams)]

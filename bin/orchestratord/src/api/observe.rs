@@ -10,12 +10,11 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use daemon_kit::{ApiError, Caller};
 use pool_registry_types::sse::{write_comment, write_frame};
-use pool_registry_types::{ErrorBody, ErrorCode, HolderId, routes as paths};
-use tokio::sync::broadcast::error::RecvError;
-use tokio::time::Instant;
+use pool_registry_types::{ErrorBody, ErrorCode, routes as paths};
 
 use crate::app::state::AppState;
 use crate::metrics;
+use crate::services::followers::Update;
 
 /// The process answers.
 #[utoipa::path(get, path = paths::HEALTH_LIVE, tag = "observe", responses((status = 200)))]
@@ -56,35 +55,30 @@ pub(crate) async fn metrics(State(state): State<AppState>) -> Result<Response, A
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(10);
 
 /// Changes of nodes, pools and tasks as they happen from now on; a client hears of its own tasks only.
-/// Whoever reads too slowly is told with an event `missed` how many were lost, and looks at the lists
-/// again. Ends with the token.
+/// Whoever reads too slowly is told with an event `missed` how many of those were lost, and looks at the
+/// lists again. Ends with the token.
 #[utoipa::path(get, path = paths::EVENTS, tag = "observe", responses((status = 200, content_type = "text/event-stream"), (status = 401, body = ErrorBody)))]
 pub(crate) async fn events(State(state): State<AppState>, caller: Caller) -> Response {
-    let following = (state.control.follow(), state.tokens.clone(), caller);
+    let only = (!caller.sees_all()).then(|| caller.holder_id());
+    let following = (state.control.follow(only), state.tokens.clone(), caller);
     let stream = futures::stream::unfold(following, |(mut changes, tokens, caller)| async move {
-        let keep_alive_at = Instant::now() + KEEP_ALIVE_EVERY;
-        let is_anothers = |of: Option<HolderId>| {
-            !caller.sees_all() && of.is_some_and(|holder| holder != caller.holder_id())
-        };
-        let change = loop {
-            if !tokens.still_admit(&caller) {
-                return None;
-            }
-            match tokio::time::timeout_at(keep_alive_at, changes.recv()).await {
-                Ok(Ok((holder, _))) if is_anothers(holder) => {}
-                change => break change,
-            }
-        };
+        if !tokens.still_admit(&caller) {
+            return None;
+        }
+        let update = tokio::time::timeout(KEEP_ALIVE_EVERY, changes.next()).await;
+        if !tokens.still_admit(&caller) {
+            return None;
+        }
         let mut out = Vec::with_capacity(256);
-        match change {
-            Ok(Ok((_, change))) => {
+        match update {
+            Ok(Some(Update::Change(change))) => {
                 let data = serde_json::to_string(&change).unwrap_or_default();
                 write_frame(&mut out, None, change.name(), &data);
             }
-            Ok(Err(RecvError::Lagged(missed))) => {
+            Ok(Some(Update::Missed(missed))) => {
                 write_frame(&mut out, None, "missed", &format!("{{\"changes\":{missed}}}"));
             }
-            Ok(Err(RecvError::Closed)) => return None,
+            Ok(None) => return None,
             Err(_) => write_comment(&mut out, "ka"),
         }
         Some((Ok::<_, Infallible>(Bytes::from(out)), (changes, tokens, caller)))

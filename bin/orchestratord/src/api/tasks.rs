@@ -9,6 +9,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use daemon_kit::correlation::RequestIds;
 use daemon_kit::{ApiError, Body, Caller, CountedBody, PathId, stream_body};
+use pool_registry_types::limits::TASK_BYTES;
 use pool_registry_types::placement::Explanation;
 use pool_registry_types::routes::headers;
 use pool_registry_types::task::{OnDisconnect, TaskAccepted, TaskPage, TaskRequest, TaskState, TaskView};
@@ -52,7 +53,8 @@ pub(crate) async fn submit(
     let wants_stream = wants_stream(&headers);
     let cancels = request.on_disconnect == OnDisconnect::Cancel;
     let payload = submission::payload(request);
-    held.set(payload.bytes.len());
+    held.add(TASK_BYTES)?;
+    held.set(payload.bytes.len() + TASK_BYTES);
     let threads = &state.relays.threads;
     // Where its submitter reads it, or else where there is the least to do.
     let thread = if wants_stream { threads.here() } else { threads.least_loaded().clone() };
@@ -78,9 +80,12 @@ pub(crate) async fn submit(
     let answered = admission.await.map_err(|_| defect())?;
     let accepted = answered?;
     let mut response = if wants_stream {
-        let record = state.control.published.task(holder, task_id);
-        let record = record.ok_or_else(|| holders::no_task(task_id))?;
-        stream(&state, &caller, &record, None, false, departure).await?
+        // The task is there, also where its stream cannot be read: whoever hears that hears of which.
+        match state.control.published.task(holder, task_id) {
+            Some(record) => stream(&state, &caller, &record, None, false, departure).await,
+            None => Err(holders::no_task(task_id).into()),
+        }
+        .unwrap_or_else(IntoResponse::into_response)
     } else {
         (StatusCode::ACCEPTED, Json(accepted)).into_response()
     };

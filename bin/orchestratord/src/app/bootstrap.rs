@@ -83,7 +83,11 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
             (NodeLink::Http(Box::new(http)), drivers)
         }
     };
-    let streams = Arc::new(Streams::new(config.event_log_bytes, config.live_log_bytes));
+    let streams = Streams::new(config.event_log_bytes, config.live_log_bytes);
+    let streams = Arc::new(match link.links() {
+        Some(links) => streams.counting(links.table.parts_bytes()),
+        None => streams,
+    });
     let relays = Arc::new(Relays {
         clock,
         link,
@@ -146,6 +150,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         cloud_profile: config.cloud_profile,
         node_addresses: Arc::new(config.node_addresses),
         quota: Arc::clone(&quota),
+        report_shares: Arc::default(),
         bodies: Arc::new(BodyBudgets {
             clients: ByteBudget::new(config.queue_bytes),
             nodes: ByteBudget::new(NODE_BODY_BYTES),

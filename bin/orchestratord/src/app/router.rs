@@ -7,6 +7,7 @@ use axum::extract::Extension;
 use axum::http::{Method, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
+use bytes::Bytes;
 use daemon_kit::auth::Need;
 use daemon_kit::tokens::Scope;
 use pool_registry_types::routes as paths;
@@ -94,7 +95,8 @@ fn complete(document: &utoipa::openapi::OpenApi) -> String {
 
 pub(crate) fn router(state: AppState) -> Router {
     let (routes, document) = parts();
-    let json = complete(&document);
+    // Shared by all who are given it, and so by all who do not take it.
+    let json = Bytes::from(complete(&document));
     let page = SwaggerUi::new(paths::API_PAGE).config(Config::new([paths::OPENAPI]));
     let page: Router<AppState> = page.into();
     let bodies = Arc::clone(&state.bodies);

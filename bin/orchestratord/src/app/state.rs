@@ -15,6 +15,7 @@ use crate::services::control::Control;
 use crate::services::dispatch::Relays;
 use crate::services::gateway::Gateway;
 use crate::services::registry::ServiceRegistryHandle;
+use crate::services::report_shares::ReportShares;
 use crate::services::streams::{Keys, Streams};
 
 /// Shared by all requests.
@@ -40,8 +41,10 @@ pub(crate) struct App {
     pub(crate) artifact_worker: Worker,
     pub(crate) cloud_profile: bool,
     pub(crate) node_addresses: Arc<NodeAddresses>,
-    /// What one token may have at once.
+    /// What one holder may have at once.
     pub(crate) quota: Arc<Quota>,
+    /// What the reports of one token's nodes may take.
+    pub(crate) report_shares: Arc<ReportShares>,
     /// What requests may take of memory.
     pub(crate) bodies: Arc<BodyBudgets>,
     pub(crate) tokens: Tokens,

@@ -2,8 +2,9 @@
 //!
 //! The bytes are kept as they came, once for all holders who have put them; who they are stands in a
 //! file beside them. A document that is there already is not written again; when all together take too
-//! much room, the ones that were written first go, for all their holders. How much they take is counted
-//! once, at the first writing, and kept in memory from then on.
+//! much room, the ones that were written first go, for all their holders: of whoever writes, where that one
+//! has half of the room, and else of all. What several holders have put is no single one's. How much they
+//! take is counted once, at the first writing, and kept in memory from then on.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -29,6 +30,7 @@ const MAX_FILES: usize = 10_000;
 pub(crate) struct Artifacts {
     folder: PathBuf,
     at_most: u64,
+    files_at_most: usize,
     /// Held by the one that writes; absent before the first.
     kept: Mutex<Option<ArtifactFiles>>,
 }
@@ -36,16 +38,24 @@ pub(crate) struct Artifacts {
 /// The files that there are.
 #[derive(Debug, Default)]
 struct ArtifactFiles {
-    /// With their bytes, in the order in which they were written.
-    files: VecDeque<(PathBuf, u64)>,
+    /// In the order in which they were written.
+    files: VecDeque<ArtifactFile>,
     bytes: u64,
+}
+
+#[derive(Debug)]
+struct ArtifactFile {
+    path: PathBuf,
+    bytes: u64,
+    /// Whose it is, where it is one holder's.
+    only: Option<HolderId>,
 }
 
 impl Artifacts {
     pub(crate) fn new(folder: &Path) -> Self {
         let folder = folder.join("artifacts");
         atomic_file::remove_drafts(&folder);
-        Self { folder, at_most: MAX_BYTES, kept: Mutex::default() }
+        Self { folder, at_most: MAX_BYTES, files_at_most: MAX_FILES, kept: Mutex::default() }
     }
 
     /// Keeps the document, as the holder's too. Blocks on the disk. Errors: `INVALID_PARAMS` for what is
@@ -96,34 +106,55 @@ impl Artifacts {
         known.push(holder);
         let lines: String = known.iter().map(|holder| format!("{holder}\n")).collect();
         let beside = file.with_extension(HOLDERS);
-        if !is_there {
-            self.write(kept, file, bytes)?;
+        if is_there {
+            if let Some(kept) = kept
+                && let Some(shared) = kept.files.iter_mut().find(|known| known.path == file)
+            {
+                shared.only = None;
+            }
+        } else {
+            self.write(kept, file, bytes, holder)?;
         }
         Ok(atomic_file::replace(&beside, lines.as_bytes(), atomic_file::BY_UMASK)?)
     }
 
-    fn write(&self, kept: &mut Option<ArtifactFiles>, file: PathBuf, bytes: &[u8]) -> io::Result<()> {
+    fn write(
+        &self,
+        kept: &mut Option<ArtifactFiles>,
+        file: PathBuf,
+        bytes: &[u8],
+        holder: HolderId,
+    ) -> io::Result<()> {
         let kept = match kept {
             Some(kept) => kept,
             None => kept.insert(ArtifactFiles::in_folder(&self.folder)?),
         };
         let wanted = bytes.len() as u64;
-        while kept.bytes + wanted > self.at_most || kept.files.len() >= MAX_FILES {
-            let Some((oldest, bytes)) = kept.files.front() else { break };
-            for path in [&oldest.with_extension(HOLDERS), oldest] {
+        while kept.bytes + wanted > self.at_most || kept.files.len() >= self.files_at_most {
+            let Some(place) = self.next_to_go(kept, holder, wanted) else { break };
+            let path = &kept.files[place].path;
+            for path in [&path.with_extension(HOLDERS), path] {
                 match fs::remove_file(path) {
                     // Somebody else has removed it.
                     Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                     _ => {}
                 }
             }
-            kept.bytes -= bytes;
-            kept.files.pop_front();
+            kept.bytes -= kept.files.remove(place).map_or(0, |gone| gone.bytes);
         }
         atomic_file::replace(&file, bytes, atomic_file::BY_UMASK)?;
-        kept.files.push_back((file, wanted));
+        kept.files.push_back(ArtifactFile { path: file, bytes: wanted, only: Some(holder) });
         kept.bytes += wanted;
         Ok(())
+    }
+
+    /// The place of the file that goes for one more of so many bytes, which the holder writes.
+    fn next_to_go(&self, kept: &ArtifactFiles, holder: HolderId, wanted: u64) -> Option<usize> {
+        let own = || kept.files.iter().filter(|file| file.only == Some(holder));
+        let has_half = own().map(|file| file.bytes).sum::<u64>() + wanted > self.at_most / 2
+            || own().count() >= self.files_at_most / 2;
+        let first_own = kept.files.iter().position(|file| file.only == Some(holder));
+        first_own.filter(|_| has_half).or_else(|| (!kept.files.is_empty()).then_some(0))
     }
 }
 
@@ -146,7 +177,12 @@ impl ArtifactFiles {
         }
         known.sort();
         let bytes = known.iter().map(|(_, bytes, _)| *bytes).sum();
-        Ok(Self { files: known.into_iter().map(|(_, bytes, path)| (path, bytes)).collect(), bytes })
+        let file = |(_, bytes, path): (_, u64, PathBuf)| {
+            let holders = holders(&path);
+            let only = holders.first().copied().filter(|_| holders.len() == 1);
+            ArtifactFile { path, bytes, only }
+        };
+        Ok(Self { files: known.into_iter().map(file).collect(), bytes })
     }
 }
 
@@ -215,6 +251,36 @@ mod tests {
         let small = Artifacts { at_most: 9, ..Artifacts::new(folder.path()) };
         small.put(TWO, b"[2]").unwrap();
         assert_eq!((files(), code(&small, Some(ONE))), (2, Some(ErrorCode::NotFound)));
+    }
+
+    // CLOUD-2769
+    #[test]
+    fn whoever_puts_very_many_makes_room_by_its_own_first_and_leaves_others_theirs() {
+        let folder = tempfile::tempdir().unwrap();
+        let artifacts = Artifacts { at_most: 1_000, files_at_most: 8, ..Artifacts::new(folder.path()) };
+        let document = |name: &str, n: usize| format!("[\"{name}\",{n}]").into_bytes();
+        let put = |of, name, n| artifacts.put(of, &document(name, n)).unwrap();
+        let shared = put(ONE, "shared", 0);
+        let own = [put(ONE, "own", 0), put(ONE, "own", 1)];
+        put(TWO, "shared", 0);
+        // By their number, and by their bytes.
+        for n in 0..100 {
+            put(TWO, "another", n);
+        }
+        for n in 0..100 {
+            artifacts.put(TWO, format!("[\"{}\",{n}]", "x".repeat(190)).as_bytes()).unwrap();
+        }
+        let is_there = |of, digest: &Digest| artifacts.get(Some(of), digest).is_ok();
+        assert!(own.iter().chain([&shared]).all(|digest| is_there(ONE, digest)));
+        assert!(is_there(TWO, &shared), "it is no single one's");
+        // As after a restart.
+        let again = Artifacts { at_most: 1_000, files_at_most: 8, ..Artifacts::new(folder.path()) };
+        for n in 0..100 {
+            again.put(TWO, &document("more", n)).unwrap();
+        }
+        assert!(own.iter().chain([&shared]).all(|digest| again.get(Some(ONE), digest).is_ok()));
+        let count = fs::read_dir(folder.path().join("artifacts")).unwrap().count();
+        assert!(count <= 2 * 8, "{count}");
     }
 
     // CLOUD-1623

@@ -15,12 +15,12 @@ use pool_registry_types::node::{
 };
 use pool_registry_types::placement::Explanation;
 use pool_registry_types::task::TaskAccepted;
-use pool_registry_types::view::ClusterChange;
 use pool_registry_types::{Epoch, ErrorBody, ErrorCode, HolderId, NodeId, SessionKey, TaskId};
 use task_scheduler::{Answer, Event, Registrar, ReplyTo};
 use task_stream::{Payload, TaskSpec};
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 
+use crate::services::followers::{Change, Changes, Follower};
 use crate::services::published::Published;
 
 /// Messages that wait for the loop; a full mailbox answers `OVERLOADED`. One message takes some
@@ -28,11 +28,6 @@ use crate::services::published::Published;
 const MAILBOX: usize = 8192;
 /// Questions that wait for the loop; one may take a millisecond in a large cluster.
 const QUESTIONS: usize = 64;
-/// Changes that a follower may lag behind before it misses some.
-const CHANGES: usize = 4096;
-
-/// What changes in the cluster; of a task with whose it is.
-pub(crate) type Change = (Option<HolderId>, ClusterChange);
 
 /// The core's answer to a call, on its way to whoever made it.
 pub(super) type Reply = oneshot::Sender<Result<Answer, ErrorBody>>;
@@ -71,7 +66,7 @@ pub(crate) struct Inbox {
 pub(crate) fn mailbox(clock: Clock) -> (Control, Inbox) {
     let (mailbox, messages) = mpsc::channel(MAILBOX);
     let (ask, questions) = mpsc::channel(QUESTIONS);
-    let (changes, _) = broadcast::channel(CHANGES);
+    let changes = Changes::default();
     let published = Arc::new(Published::new(clock));
     (Control { mailbox, questions: ask, changes, published }, Inbox { messages, questions })
 }
@@ -81,7 +76,7 @@ pub(crate) fn mailbox(clock: Clock) -> (Control, Inbox) {
 pub(crate) struct Control {
     mailbox: mpsc::Sender<Message>,
     questions: mpsc::Sender<Question>,
-    changes: broadcast::Sender<Change>,
+    changes: Changes,
     /// What readers are answered from, without the loop.
     pub(crate) published: Arc<Published>,
 }
@@ -195,15 +190,14 @@ impl Control {
 
     // ---- followers ----
 
-    /// What changes in the cluster from now on.
-    pub(crate) fn follow(&self) -> broadcast::Receiver<Change> {
-        self.changes.subscribe()
+    /// What changes in the cluster from now on; of tasks this holder's only, where one is given.
+    pub(crate) fn follow(&self, only: Option<HolderId>) -> Follower {
+        self.changes.follow(only)
     }
 
     /// For those who follow.
     pub(super) fn publish(&self, change: Change) {
-        // Without followers nobody is told.
-        let _ = self.changes.send(change);
+        self.changes.publish(change);
     }
 
     async fn call(&self, event: impl FnOnce(ReplyTo) -> Event + Send + 'static) -> Result<Answer, ErrorBody> {

@@ -124,7 +124,7 @@ impl Loop {
             }
             Message::Submit { spec, payload, held, thread, reply } => {
                 let reply = self.reply_to(reply);
-                let (owner, trace) = (spec.caller.clone(), spec.trace.clone());
+                let (owner, trace) = (spec.holder, spec.trace.clone());
                 let is_repeatable = spec.passes_on && spec.continuation.is_some();
                 self.submitted = Some(Submitted { payload, held, owner, trace, thread, is_repeatable });
                 self.apply(Event::Submit { reply, spec: Arc::from(spec) });

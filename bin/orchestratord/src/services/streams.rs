@@ -24,10 +24,8 @@ use owned_tasks::StreamThread;
 use parking_lot::Mutex;
 use pool_registry_types::sse::{self, Decoder, write_frame};
 use pool_registry_types::task::{Resume, ResumeMode};
-use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, TaskId, TraceContext};
-use task_stream::{
-    AppendError, Fence, PassedHead, Payload, PayloadFormat, Read, Staged, TaskCaller, TaskLog,
-};
+use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, HolderId, LogId, TaskId, TraceContext};
+use task_stream::{AppendError, Fence, PassedHead, Payload, PayloadFormat, Read, Staged, TaskLog};
 use tokio::sync::futures::Notified;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::Instant;
@@ -55,8 +53,7 @@ const UNREAD_WHOLE_BYTES: usize = 64 * 1024 * 1024;
 #[derive(Debug)]
 pub(crate) struct Submitted {
     pub(crate) payload: Payload,
-    /// Absent where no tokens are configured.
-    pub(crate) owner: Option<TaskCaller>,
+    pub(crate) owner: HolderId,
     /// What counts for it.
     pub(crate) held: HeldBytes,
     pub(crate) trace: TraceContext,
@@ -74,7 +71,7 @@ impl Submitted {
         Self {
             payload,
             held: HeldBytes::default(),
-            owner: None,
+            owner: HolderId::OPEN,
             trace,
             thread: threads.first().clone(),
             is_repeatable: false,
@@ -101,7 +98,7 @@ pub(crate) struct TaskStream {
     changed: Notify,
     /// Among the tasks of its token; free when the task has ended.
     permit: Mutex<Option<OwnedSemaphorePermit>>,
-    owner: Option<TaskCaller>,
+    owner: HolderId,
     readers: Arc<ReaderPermits>,
     /// Nobody is to work on the task once nobody reads it.
     is_canceled_unread: AtomicBool,
@@ -191,13 +188,7 @@ impl TaskStream {
     /// # Errors
     /// `RATE_LIMITED` when so many read it that one more would be too many.
     pub(crate) fn reader(&self, caller: &Caller) -> Result<ReaderPermit, ErrorBody> {
-        // A token that took the place of the submitter's has its name.
-        let is_owner = self.owner.as_ref().is_none_or(|owner| {
-            caller
-                .holder
-                .as_ref()
-                .is_some_and(|who| who.name == owner.name || who.fingerprint == owner.fingerprint)
-        });
+        let is_owner = caller.holder_id() == self.owner;
         let permit = self.readers.take(is_owner)?;
         // For the one that may have had to make room.
         self.changed.notify_waiters();
@@ -506,17 +497,30 @@ pub(crate) struct Streams {
     table: Mutex<Table>,
     ended_bytes_at_most: usize,
     live_bytes: Arc<AtomicUsize>,
+    /// What is on its way into live logs and not whole: counted by whoever receives it.
+    coming_bytes: Arc<AtomicUsize>,
     live_bytes_at_most: usize,
 }
 
 impl Streams {
     pub(crate) fn new(ended_bytes_at_most: usize, live_bytes_at_most: usize) -> Self {
-        Self { table: Mutex::default(), ended_bytes_at_most, live_bytes: Arc::default(), live_bytes_at_most }
+        Self {
+            table: Mutex::default(),
+            ended_bytes_at_most,
+            live_bytes: Arc::default(),
+            coming_bytes: Arc::default(),
+            live_bytes_at_most,
+        }
     }
 
-    /// Bytes of the logs that are live.
+    /// The same, with this beside what its logs take.
+    pub(crate) fn counting(self, coming_bytes: &Arc<AtomicUsize>) -> Self {
+        Self { coming_bytes: Arc::clone(coming_bytes), ..self }
+    }
+
+    /// Bytes of the logs that are live, and of what is on its way into them.
     pub(crate) fn live_bytes(&self) -> usize {
-        self.live_bytes.load(Ordering::Relaxed)
+        self.live_bytes.load(Ordering::Relaxed) + self.coming_bytes.load(Ordering::Relaxed)
     }
 
     /// Whether there is room for the stream of one task more.

@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::announced::Announced;
+use crate::engines::documents::DocumentRoom;
 use crate::engines::{ApiKey, EngineClient};
 use crate::infer::ReadBy;
 use crate::intent::IntentFile;
@@ -104,6 +105,8 @@ pub struct Agent {
     pub(crate) drivers: Mutex<HashMap<AttemptId, Arc<Signals>>>,
     /// A stream that is kept is due sooner than any was.
     held_sooner: Notify,
+    /// For the answers of engines that are documents.
+    documents: OnceLock<Arc<DocumentRoom>>,
     pub(crate) links: Links,
     replicas: Mutex<BTreeMap<HandoffName, Watched>>,
     announced: Mutex<Announced>,
@@ -156,6 +159,7 @@ impl Agent {
             slot_watchers: Mutex::new(BTreeMap::new()),
             drivers: Mutex::new(HashMap::new()),
             held_sooner: Notify::new(),
+            documents: OnceLock::new(),
             links,
             replicas: Mutex::new(BTreeMap::new()),
             announced: Mutex::default(),
@@ -202,6 +206,7 @@ impl Agent {
     /// time.
     pub fn keep_streams(self: &Arc<Self>, bytes: usize) {
         self.with_core(|core, _| core.bound_held(bytes));
+        let _ = self.documents.set(DocumentRoom::within(bytes));
         let agent = Arc::clone(self);
         let make = move || Arc::clone(&agent).run_held();
         self.loops.start(&self.tracker, "streams that are kept", &self.stop, make);
@@ -373,6 +378,10 @@ impl Agent {
     }
 
     // ---- reading ----
+
+    pub(crate) fn documents(&self) -> &Arc<DocumentRoom> {
+        self.documents.get_or_init(|| DocumentRoom::within(node_core::attempts::HELD_BYTES))
+    }
 
     /// What the streams that are kept take together, bytes.
     pub fn held_bytes(&self) -> usize {

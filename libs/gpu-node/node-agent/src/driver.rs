@@ -422,7 +422,18 @@ impl Driver {
         }
         self.framing = if kind == "text/event-stream" { Framing::Events } else { Framing::Open };
         self.phase = if self.reply.is_document {
-            Phase::Reading(Box::pin(documents::read(answer, self.reply, self.asked)))
+            let (agent, attempt) = (Arc::clone(&self.slot.agent), self.slot.attempt);
+            let (reply, asked) = (self.reply, self.asked);
+            Phase::Reading(Box::pin(async move {
+                let room = Arc::clone(agent.documents());
+                let permit = room.take(&answer).await;
+                let count = |bytes| agent.with_core(|core, _| core.held_mut().count_payload(&attempt, bytes));
+                count(permit.bytes);
+                let document = documents::read(answer, reply, asked, &room).await;
+                // Its results count as they are appended; without them it ends, and nothing is counted.
+                count(0);
+                document
+            }))
         } else {
             Phase::Streaming(pieces(answer))
         };

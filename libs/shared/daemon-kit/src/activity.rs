@@ -34,6 +34,7 @@ enum Phase {
     Leaving,
 }
 
+#[derive(Debug)]
 pub(crate) struct Activity {
     head: Duration,
     idle: Duration,
@@ -41,6 +42,7 @@ pub(crate) struct Activity {
     now: Mutex<Doing>,
 }
 
+#[derive(Debug)]
 struct Doing {
     phase: Phase,
     /// When the phase has lasted too long; without meaning while busy.
@@ -73,7 +75,7 @@ impl Activity {
     }
 
     /// Whether what is to be written waits for the peer, from now on.
-    fn write_waits(&self, waits: bool) {
+    pub(crate) fn write_waits(&self, waits: bool) {
         let mut doing = self.now.lock();
         let now = Instant::now();
         doing.stopped = waits.then_some(now);
@@ -81,6 +83,11 @@ impl Activity {
         if doing.phase == Phase::Idle {
             doing.until = now + self.idle;
         }
+    }
+
+    /// Since when its peer takes nothing of what is to be written.
+    pub(crate) fn stopped(&self) -> Option<Instant> {
+        self.now.lock().stopped
     }
 
     pub(crate) fn begin(self: &Arc<Self>, http2: bool) -> Running {

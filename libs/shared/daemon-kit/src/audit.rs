@@ -2,7 +2,8 @@
 //!
 //! Written are calls that change something, and calls that were refused. What nodes and daemons
 //! say to each other all the time (heartbeats, attempts) is not. A thread writes; a request never
-//! waits for the disk. What cannot be kept up with is counted, and the count is written.
+//! waits for the disk. What cannot be kept up with is counted, and the count is written; so is what
+//! strangers are refused too often, who could fill a disk with it.
 
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -10,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::extract::{MatchedPath, Request};
 use axum::http::{Method, StatusCode};
@@ -31,6 +32,10 @@ const CLIENT_GONE: u16 = 499;
 const LONGEST_PATH: usize = 300;
 /// Lines that may wait for the disk.
 const WAITING: usize = 4096;
+/// Lines of refused callers without a token that is known: so many at once, and so many a second from then
+/// on. Source: .specs/01 CLOUD-2778.
+const STRANGERS_LINES: u64 = 2_000;
+const STRANGERS_LINES_PER_SECOND: u64 = 50;
 /// How long the end of a daemon waits for what is to be written.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// The file is looked for at its path again after this: something may have rotated it.
@@ -54,8 +59,34 @@ struct Sink {
     /// Absent at the end only.
     lines: Option<SyncSender<Vec<u8>>>,
     tally: Arc<Tally>,
+    strangers: Allowance,
     /// Closed when everything is written.
     written: Mutex<Receiver<()>>,
+}
+
+/// Lines that may be written, and when they were counted last.
+#[derive(Debug)]
+struct Allowance(Mutex<(u64, Instant)>);
+
+impl Allowance {
+    fn new(now: Instant) -> Self {
+        Self(Mutex::new((STRANGERS_LINES, now)))
+    }
+
+    /// Whether one more may be written.
+    fn take(&self, now: Instant) -> bool {
+        let mut allowance = self.0.lock();
+        let (left, counted) = &mut *allowance;
+        let seconds = now.saturating_duration_since(*counted).as_secs();
+        if seconds > 0 {
+            *left =
+                left.saturating_add(seconds.saturating_mul(STRANGERS_LINES_PER_SECOND)).min(STRANGERS_LINES);
+            *counted = now;
+        }
+        let may = *left > 0;
+        *left = left.saturating_sub(1);
+        may
+    }
 }
 
 /// What the threads count for each other.
@@ -107,12 +138,17 @@ impl Audit {
             Writer { queue, tally: Arc::clone(&tally), path: path.to_owned(), file, _done: done };
         // It ends when nobody can write any more.
         loops.thread("audit log", move || writer.run()).map_err(failed)?;
-        Ok(Self(Some(Arc::new(Sink { lines: Some(lines), tally, written: Mutex::new(written) }))))
+        let strangers = Allowance::new(Instant::now());
+        Ok(Self(Some(Arc::new(Sink { lines: Some(lines), tally, strangers, written: Mutex::new(written) }))))
     }
 
     /// Refusals have half of the room only: a flood of them displaces nothing else.
     fn write(&self, line: &Line<'_>, refused: bool) {
         let Some(sink) = &self.0 else { return };
+        if refused && line.caller.is_none() && !sink.strangers.take(Instant::now()) {
+            sink.tally.lost.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
         let mut text = serde_json::to_vec(line).unwrap_or_default();
         text.push(b'\n');
         let has_room = !refused || sink.tally.queued.load(Ordering::Relaxed) < WAITING / 2;
@@ -298,6 +334,54 @@ mod tests {
         drop((routes, audit));
         let text = std::fs::read_to_string(&path).unwrap();
         assert!(text.contains("\"status\":499") && text.lines().count() == 1, "{text}");
+    }
+
+    // CLOUD-2778
+    #[test]
+    fn lines_of_strangers_come_to_an_end_that_those_of_others_do_not_and_some_come_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("audit");
+        let audit = Audit::open(&path, &Loops::default()).unwrap();
+        let (start, second) = (Instant::now(), Duration::from_secs(1));
+        let allowance = Allowance::new(start);
+        let takes = |now: Instant| (0..5_000).filter(|_| allowance.take(now)).count();
+        assert_eq!((takes(start), takes(start + second / 2)), (2_000, 0));
+        assert_eq!((takes(start + second), takes(start + 3 * second)), (50, 100));
+        assert_eq!(takes(start + 1_000 * second), 2_000);
+        for n in 0..3_000 {
+            let line = Line {
+                at: Timestamp::UNIX_EPOCH,
+                method: "POST",
+                path: "/v2/tasks",
+                status: 401,
+                code: None,
+                caller: (n % 2 == 0).then_some("known"),
+                fingerprint: None,
+                certificate: &[],
+                peer: None,
+                correlation_id: None,
+            };
+            // No faster than it is written.
+            while audit.0.as_ref().unwrap().tally.queued.load(Ordering::Relaxed) > WAITING / 4 {
+                std::thread::yield_now();
+            }
+            audit.write(&line, true);
+            audit.write(&Line { caller: None, ..line }, true);
+        }
+        drop(audit);
+        let text = std::fs::read_to_string(&path).unwrap();
+        let known = text.lines().filter(|line| line.contains("known")).count();
+        let strangers = text.lines().filter(|line| line.contains("401") && !line.contains("known")).count();
+        let lost: usize = text
+            .lines()
+            .filter_map(|line| {
+                line.split_once("\"lost_lines\":")?.1.trim_end_matches('}').parse::<usize>().ok()
+            })
+            .sum();
+        assert_eq!(known, 1_500);
+        // What was left out behind the last line is in none.
+        assert!((2_000..3_000).contains(&strangers), "{strangers}");
+        assert!(lost > 0 && strangers + lost <= 4_500, "{lost}");
     }
 
     // CLOUD-2505

@@ -394,7 +394,7 @@ impl Gate {
             return Err(ApiError::new(ErrorCode::Forbidden, message));
         }
         match self.quota.as_ref().filter(|_| wanted.contains(&Scope::Client)) {
-            Some(quota) => quota.request(&holder.fingerprint),
+            Some(quota) => quota.request(holder.id),
             None => Ok(None),
         }
     }
@@ -412,6 +412,8 @@ impl Gate {
 pub(crate) struct Admission {
     /// For its line in the audit log.
     pub(crate) found: Found,
+    /// Whose what is made for the request is.
+    pub(crate) holder: HolderId,
     /// Whose limits the answer shows, and what they leave where that is known.
     limits: Option<(Caller, Option<u32>)>,
     pub(crate) refused: Option<ApiError>,
@@ -430,15 +432,17 @@ impl Admission {
 pub(crate) fn admit(gate: &Gate, request: &mut Request) -> Admission {
     let need = gate.need(request);
     let mut caller = gate.caller(request);
-    let checked = gate.check(need, request, &mut caller);
+    let mut checked = gate.check(need, request, &mut caller);
     // Whoever lacks a scope has shown who it is all the same.
     if need != Need::Open
         && (checked.is_ok() || caller.holder.is_some())
         && let Some(entry) = request.extensions().get::<Arc<ConnectionEntry>>()
+        && let Err(too_many) = entry.let_in((!caller.is_admin()).then(|| caller.holder_id()))
+        && checked.is_ok()
     {
-        entry.let_in();
+        checked = Err(ApiError::new(ErrorCode::RateLimited, too_many.to_string()));
     }
-    let holder = caller.holder.clone();
+    let (holder, holder_id) = (caller.holder.clone(), caller.holder_id());
     let shows_limits = gate.shapes.is_some_and(|shapes| (shapes.is_theirs)(request.uri().path()));
     let (left, refused) = match checked {
         Ok(left) => (left, None),
@@ -449,7 +453,7 @@ pub(crate) fn admit(gate: &Gate, request: &mut Request) -> Admission {
         request.extensions_mut().insert(caller);
     }
     let found = Found { holder, refused: refused.as_ref().map(|error| error.0.code) };
-    Admission { found, limits, refused }
+    Admission { found, holder: holder_id, limits, refused }
 }
 
 /// The answer to whom the gate has not let through.

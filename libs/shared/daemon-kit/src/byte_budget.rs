@@ -1,11 +1,11 @@
-//! Bytes of requests that are held at a time: counted from the first byte that is read until whoever
-//! holds them lets them go, and never more than a bound, of which no token takes more than half.
+//! Bytes of requests, or of answers, that are held at a time: counted from the first byte that is read until whoever
+//! holds them lets them go, and never more than a bound, of which no holder takes more than half.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use pool_registry_types::{ErrorBody, ErrorCode};
+use pool_registry_types::{ErrorBody, ErrorCode, HolderId};
 
 /// When somebody who was refused may try again, milliseconds.
 const RETRY_AFTER_MS: u64 = 1_000;
@@ -13,6 +13,8 @@ const RETRY_AFTER_MS: u64 = 1_000;
 /// So many bytes for all who ask.
 #[derive(Debug)]
 pub struct ByteBudget {
+    /// What holds them, for those who find no room.
+    what: &'static str,
     most: usize,
     held: Mutex<Counted>,
 }
@@ -20,18 +22,28 @@ pub struct ByteBudget {
 #[derive(Debug, Default)]
 struct Counted {
     all: usize,
-    /// By the fingerprints of tokens, for those that hold something.
-    by: HashMap<Arc<str>, usize>,
+    /// Of those that hold something.
+    by: HashMap<HolderId, usize>,
 }
 
 impl ByteBudget {
     pub fn new(most: usize) -> Arc<Self> {
-        Arc::new(Self { most, held: Mutex::default() })
+        Self::of("requests", most)
     }
 
-    /// Nothing yet, for the token of this fingerprint; without one nobody is told apart.
-    pub fn begin(self: &Arc<Self>, fingerprint: Option<&str>) -> HeldBytes {
-        HeldBytes { of: Some((Arc::clone(self), fingerprint.map(Arc::from))), bytes: 0 }
+    /// Of what is called so.
+    pub fn of(what: &'static str, most: usize) -> Arc<Self> {
+        Arc::new(Self { what, most, held: Mutex::default() })
+    }
+
+    /// The most of one holder.
+    pub fn share(&self) -> usize {
+        self.most / 2
+    }
+
+    /// Nothing yet, for this holder; without one nobody is told apart.
+    pub fn begin(self: &Arc<Self>, holder: Option<HolderId>) -> HeldBytes {
+        HeldBytes { of: Some((Arc::clone(self), holder)), bytes: 0 }
     }
 
     /// Bytes that are held.
@@ -43,7 +55,7 @@ impl ByteBudget {
 /// Bytes that somebody holds; given back when it is dropped. The default counts nothing.
 #[derive(Debug, Default)]
 pub struct HeldBytes {
-    of: Option<(Arc<ByteBudget>, Option<Arc<str>>)>,
+    of: Option<(Arc<ByteBudget>, Option<HolderId>)>,
     bytes: usize,
 }
 
@@ -56,21 +68,21 @@ impl HeldBytes {
         let Some((budget, who)) = &self.of else { return Ok(()) };
         let mut held = budget.held.lock();
         let full = |whose: &str, most: usize| {
-            let message = format!("requests {whose}hold {most} bytes together, which is the most");
+            let message = format!("{} {whose}hold {most} bytes together, which is the most", budget.what);
             Err(ErrorBody::new(ErrorCode::Overloaded, message).retry_after_ms(RETRY_AFTER_MS))
         };
         if let Some(who) = who {
             let own = held.by.get(who).copied().unwrap_or(0);
-            if own.saturating_add(bytes) > budget.most / 2 {
-                return full("of this token ", budget.most / 2);
+            if own.saturating_add(bytes) > budget.share() {
+                return full("of this token's holder ", budget.share());
             }
         }
         if held.all.saturating_add(bytes) > budget.most {
             return full("", budget.most);
         }
         held.all += bytes;
-        if let Some(who) = who.as_ref().filter(|_| bytes > 0) {
-            *held.by.entry(Arc::clone(who)).or_default() += bytes;
+        if let Some(who) = who.filter(|_| bytes > 0) {
+            *held.by.entry(who).or_default() += bytes;
         }
         drop(held);
         self.bytes += bytes;
@@ -85,7 +97,7 @@ impl HeldBytes {
         let mut held = budget.held.lock();
         held.all = held.all - before + bytes;
         let Some(who) = who else { return };
-        let own = held.by.entry(Arc::clone(who)).or_default();
+        let own = held.by.entry(*who).or_default();
         *own = *own - before + bytes;
         if *own == 0 {
             held.by.remove(who);
@@ -116,20 +128,23 @@ pub struct BodyBudgets {
 
 #[cfg(test)]
 mod tests {
+    use uuid::Uuid;
+
     use super::*;
 
     // CLOUD-2725
     #[test]
-    fn all_have_one_bound_one_token_half_of_it_and_what_is_dropped_is_given_back() {
+    fn all_have_one_bound_one_holder_half_of_it_and_what_is_dropped_is_given_back() {
         let budget = ByteBudget::new(100);
-        let mut first = budget.begin(Some("a"));
+        let [a, b] = [1, 2].map(|n| Some(HolderId(Uuid::from_u128(n))));
+        let mut first = budget.begin(a);
         first.add(30).unwrap();
         first.add(20).unwrap();
         let refused = first.add(1).unwrap_err();
         assert_eq!((refused.code, refused.retry_after_ms), (ErrorCode::Overloaded, Some(1_000)));
         assert!(refused.message.contains("this token"), "{}", refused.message);
-        assert!(budget.begin(Some("a")).add(1).is_err(), "another request of the token");
-        let mut second = budget.begin(Some("b"));
+        assert!(budget.begin(a).add(1).is_err(), "another request of the holder");
+        let mut second = budget.begin(b);
         second.add(40).unwrap();
         // Without a token nobody is told apart, and there is one bound.
         let mut open = budget.begin(None);

@@ -32,7 +32,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Handle;
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, MissedTickBehavior, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tower::Service;
 
@@ -54,13 +54,16 @@ const MOST_CONNECTIONS: usize = 16_384;
 /// Most bytes of an answer that wait for a peer which takes none, on HTTP/2; on HTTP/1 it is what a head may
 /// have.
 const MOST_UNSENT_BYTES: usize = 64 * 1024;
+/// Pause between two looks for connections that stand still.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// At most one line of a kind is logged in this time.
 const LOG_EVERY: Duration = Duration::from_secs(1);
 
 /// The bounds of connections.
 #[derive(Debug, Clone)]
 pub struct ConnLimits {
-    /// Connections at once. For one more a stranger is closed; without one it is closed itself, at once.
+    /// Connections at once. For one more a stranger is closed, or one that stands still; without one it is
+    /// closed itself, at once.
     pub connections: usize,
     /// From accepting to the end of the TLS handshake.
     pub handshake: Duration,
@@ -105,7 +108,8 @@ pub struct Counts {
     pub slow: AtomicU64,
     /// Closed after a while without requests.
     pub idle: AtomicU64,
-    /// Closed because their peers took nothing of an answer for long; on HTTP/2 such an answer alone.
+    /// Closed because their peers took nothing of an answer for long, or while there were too many; on HTTP/2
+    /// such an answer alone.
     pub stalled: AtomicU64,
 }
 
@@ -203,9 +207,19 @@ async fn accept(
     stop: &CancellationToken,
 ) {
     let (crowded, unaccepted) = (Seldom::default(), Seldom::default());
+    let mut look = tokio::time::interval(LOOK_EVERY);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
+            _ = look.tick() => {
+                let closed = room.close_too_many_still();
+                if closed > 0 {
+                    server.counts.stalled.fetch_add(closed as u64, Ordering::Relaxed);
+                    tracing::warn!(closed, "too many connections take nothing of their answers");
+                }
+                continue;
+            }
             () = stop.cancelled() => return,
         };
         match accepted {
@@ -217,6 +231,9 @@ async fn accept(
                     }
                     Found::InPlaceOf(permit) => {
                         (Some(permit), &server.counts.made_room, "one without a token")
+                    }
+                    Found::InPlaceOfStill(permit) => {
+                        (Some(permit), &server.counts.stalled, "one that takes nothing of an answer")
                     }
                     Found::Full => (None, &server.counts.over_limit, "the newest one"),
                 };
@@ -398,6 +415,7 @@ impl Server {
     ) -> End {
         let (peer, entry) = (Arc::new(peer), Arc::clone(permit.entry()));
         let activity = Arc::new(Activity::new(self.limits.head, self.limits.idle, self.limits.stalled));
+        entry.serves(&activity);
         let io = TokioIo::new(Instrumented::new(io, Arc::clone(&activity)));
         let service = hyper::service::service_fn({
             let activity = Arc::clone(&activity);
@@ -437,7 +455,8 @@ impl Server {
                     stopping = true;
                     connection.as_mut().graceful_shutdown();
                 }
-                if permit.entry().is_strangers() && closed.as_mut().poll(cx).is_ready() {
+                // It was looked at before anything was let in, and so wakes this also later.
+                if permit.entry().makes_room() && closed.as_mut().poll(cx).is_ready() {
                     return Poll::Ready(End::Closed);
                 }
                 if let Poll::Ready(outcome) = connection.as_mut().poll(cx) {

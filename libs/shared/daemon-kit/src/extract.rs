@@ -36,6 +36,10 @@ pub struct CountedBody<T>(pub T, pub HeldBytes);
 #[derive(Debug)]
 pub struct NodeBody<T>(pub T);
 
+/// The same with its length as it came, bytes.
+#[derive(Debug)]
+pub struct SizedNodeBody<T>(pub T, pub usize);
+
 /// The parsed body of the hop to a node, which wraps a client's.
 #[derive(Debug)]
 pub struct WrappedBody<T> {
@@ -77,6 +81,15 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for NodeBody<T> {
 
     async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
         read(request, |budgets| &budgets.nodes).await.map(|(value, _)| Self(value))
+    }
+}
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for SizedNodeBody<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
+        let (body, _) = collect(request, MAX_BODY_BYTES, |budgets| &budgets.nodes).await?;
+        Ok(Self(parse(&body)?, body.len()))
     }
 }
 
@@ -130,9 +143,9 @@ async fn collect_with(
 ) -> Result<(Bytes, HeldBytes), ApiError> {
     let extensions = request.extensions();
     let holder = extensions.get::<Caller>().and_then(|caller| caller.holder.as_deref());
-    let fingerprint = holder.map(|holder| holder.fingerprint.as_str());
+    let holder = holder.map(|holder| holder.id);
     let budgets = extensions.get::<Arc<BodyBudgets>>();
-    let mut held = budgets.map(|budgets| budget(budgets).begin(fingerprint)).unwrap_or_default();
+    let mut held = budgets.map(|budgets| budget(budgets).begin(holder)).unwrap_or_default();
     let reading = read_behind(request.into_body(), head, at_most, &mut held);
     let read = tokio::time::timeout(BODY_PATIENCE, reading).await.unwrap_or_else(|_| {
         let message = format!("the body did not arrive within {} s", BODY_PATIENCE.as_secs());

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use axum::Router;
 use owned_tasks::Loops;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -82,9 +82,9 @@ pub struct Shown {
 impl Front {
     pub async fn open(settings: &FrontSettings) -> Result<Self, FrontError> {
         let prefix = settings.prefix;
-        let (listener, bound) = listen(format!("{prefix}_ADDR"), settings.addr).await?;
+        let (listener, bound) = listen(format!("{prefix}_ADDR"), settings.addr)?;
         let metrics = match settings.metrics_addr {
-            Some(addr) => Some(listen(format!("{prefix}_METRICS_ADDR"), addr).await?.0),
+            Some(addr) => Some(listen(format!("{prefix}_METRICS_ADDR"), addr)?.0),
             None => None,
         };
         let tls = Tls::load(prefix, &settings.tls)?;
@@ -138,10 +138,19 @@ impl Front {
     }
 }
 
-async fn listen(variable: String, addr: SocketAddr) -> Result<(TcpListener, SocketAddr), FrontError> {
-    let bound = TcpListener::bind(addr).await.and_then(|listener| {
+/// Connections that wait to be accepted, as far as the kernel lets them: while a burst of them fills that, a
+/// peer's first packet is dropped, and its next one comes a second later.
+const BACKLOG: u32 = 4096;
+
+fn listen(variable: String, addr: SocketAddr) -> Result<(TcpListener, SocketAddr), FrontError> {
+    let listening = || {
+        let socket = if addr.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        // A daemon that is started again does not wait for connections of its former life.
+        socket.set_reuseaddr(true)?;
+        socket.bind(addr)?;
+        let listener = socket.listen(BACKLOG)?;
         let bound = listener.local_addr()?;
         Ok((listener, bound))
-    });
-    bound.map_err(|source| FrontError::Listen { variable, addr, source })
+    };
+    listening().map_err(|source| FrontError::Listen { variable, addr, source })
 }

@@ -6,6 +6,7 @@
 
 mod activity;
 pub mod answer;
+mod answer_room;
 mod audit;
 pub mod auth;
 pub mod byte_budget;
@@ -35,5 +36,5 @@ pub use answer::ApiError;
 pub use auth::Tokens;
 pub use caller::Caller;
 pub use clock::Clock;
-pub use extract::{Body, CountedBody, NodeBody, OwnNode, PathId, RawBody, WrappedBody};
+pub use extract::{Body, CountedBody, NodeBody, OwnNode, PathId, RawBody, SizedNodeBody, WrappedBody};
 pub use stream_body::stream_body;

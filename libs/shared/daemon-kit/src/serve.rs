@@ -15,6 +15,7 @@ use pool_registry_types::routes::headers;
 use tower_http::cors::{AllowHeaders, CorsLayer};
 
 use crate::answer;
+use crate::answer_room::{self, AnswerRoom};
 use crate::audit::{self, Audit};
 use crate::auth::{self, Gate};
 use crate::correlation::Answering;
@@ -40,7 +41,7 @@ pub(crate) fn with_layers(routes: Router, edge: Edge) -> Router {
     let routes = routes
         .fallback(answer::not_found)
         .method_not_allowed_fallback(answer::method_not_allowed)
-        .layer(middleware::from_fn_with_state(Arc::new(edge), layer));
+        .layer(middleware::from_fn_with_state(Arc::new((edge, AnswerRoom::default())), layer));
     match cors {
         None => routes,
         // Its own answers have the headers of every answer too.
@@ -50,8 +51,10 @@ pub(crate) fn with_layers(routes: Router, edge: Edge) -> Router {
 
 /// What every request passes: the ids of its answer, the audit log, the gate, and panics. One layer,
 /// because each boxes and clones all that is inside it, for each request.
-async fn layer(State(edge): State<Arc<Edge>>, mut request: Request, next: Next) -> Response {
+async fn layer(State(around): State<Arc<(Edge, AnswerRoom)>>, mut request: Request, next: Next) -> Response {
+    let (edge, room) = &*around;
     let is_page = answer::is_page(request.uri().path());
+    let is_others = answer_room::is_others(request.uri().path());
     let answering = Answering::begin(&mut request);
     let mut call = audit::begin(&edge.audit, &request, answering.ids());
     let mut admission = auth::admit(&edge.gate, &mut request);
@@ -59,7 +62,11 @@ async fn layer(State(edge): State<Arc<Edge>>, mut request: Request, next: Next) 
         call.found(std::mem::take(&mut admission.found));
     }
     let mut response = match admission.refused.take() {
-        None => AssertUnwindSafe(next.run(request)).catch_unwind().await.unwrap_or_else(answer::panicked),
+        None => {
+            let answered = AssertUnwindSafe(next.run(request)).catch_unwind().await;
+            let response = answered.unwrap_or_else(answer::panicked);
+            if is_others { response } else { room.counted(admission.holder, response) }
+        }
         Some(refused) => auth::refuse(&edge.gate, refused).await,
     };
     admission.finish(&edge.gate, &mut response);

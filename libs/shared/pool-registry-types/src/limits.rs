@@ -7,6 +7,9 @@
 /// Longest answer of a daemon to the other one that is read, bytes: to a registration, a heartbeat,
 /// an order, a probe.
 pub const MAX_ANSWER_BYTES: usize = 1024 * 1024;
+/// Answers of known length that their peers have not taken, of all connections of a daemon together, bytes;
+/// half of them of one holder. Source: .specs/01 CLOUD-2771.
+pub const MAX_UNREAD_ANSWER_BYTES: usize = 32 * 1024 * 1024;
 /// Pools of one report, the handoff files that a node reads and the entries of its file of pools among
 /// them. Source, as of the others of a report: .specs/01 CLOUD-2722.
 pub const MAX_REPORT_POOLS: usize = 2_048;
@@ -29,6 +32,14 @@ pub const MAX_TAIL_LINES: usize = 64;
 pub const MAX_GPUS: usize = 256;
 /// Labels of one node, and its features.
 pub const MAX_LABELS: usize = 64;
+
+/// What a task counts for beside its payload until it has ended, bytes: what is known of it, its log's
+/// beginning and its place in lists. Source: .specs/01 CLOUD-2725.
+pub const TASK_BYTES: usize = 4 * 1024;
+/// What the last reports of all nodes of one token may take together whose nodes are bounded, bytes; each
+/// thing that they name counts as so many beside its text. Source: .specs/01 CLOUD-2779.
+pub const MAX_REPORTED_BYTES: usize = 32 * 1024 * 1024;
+pub const REPORTED_ITEM_BYTES: usize = 512;
 
 /// Tokens that one event of an engine may bring beside those that its text shows: half characters, the
 /// beginning of a stop text, what has no text. Source: .specs/01 CLOUD-2724.

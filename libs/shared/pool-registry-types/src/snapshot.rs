@@ -96,6 +96,10 @@ impl ClusterSnapshot {
         self.entries().map(|entry| (&*entry.node, self.at.millis_since(entry.last_evidence)))
     }
 
+    pub fn has_node(&self, node_id: &NodeId) -> bool {
+        self.pieces.get(self.piece_of(node_id)).is_some_and(|piece| position(piece, node_id).is_ok())
+    }
+
     pub fn node(&self, node_id: &NodeId) -> Option<NodeView> {
         let piece = self.pieces.get(self.piece_of(node_id))?;
         let entry = &piece[position(piece, node_id).ok()?];

@@ -6,7 +6,11 @@
 //!
 //! Memory: a segment costs [`SEGMENT_BYTES`] beside its frames, and each further frame in it four
 //! bytes. So that this stays a fraction, the writer joins small segments once some dozens stand in a
-//! row: each byte is moved once more, at most 64 KiB at a time.
+//! row: each byte is moved once more, some 64 KiB at a time.
+//!
+//! A segment comes as a slice of what a socket was read into, and keeps all of that. What a writer sends
+//! between its frames, and nobody keeps, must not cost more than they do: so segments that are small beside
+//! such a block are joined too, and before a larger one follows them.
 
 use bytes::Bytes;
 use pool_registry_types::{AttemptId, LogId};
@@ -23,12 +27,12 @@ pub use repeating::StreamComparer;
 pub const MAX_LOG_BYTES: usize = 8 * 1024 * 1024;
 /// What a segment costs beside its bytes.
 const SEGMENT_BYTES: usize = size_of::<Segment>();
-/// Segments below this are joined, ...
-const SMALL_BYTES: usize = 1024;
-/// ... so many at once.
+/// Segments below this are joined: a quarter of what a connection of ours to a node reads at once. ...
+const SMALL_BYTES: usize = 16 * 1024;
+/// ... so many at once, ...
 const JOINED_AT_ONCE: usize = 64;
-/// ... or so many where a larger one follows them.
-const JOINED_BEFORE_A_LARGE_ONE: usize = 8;
+/// ... or once they have so many bytes.
+const JOINED_BYTES: usize = 64 * 1024;
 /// A log that ends with fewer bytes is joined whole.
 const COMPACT_BYTES: usize = 64 * 1024;
 
@@ -172,6 +176,8 @@ pub struct TaskLog {
     next: u64,
     /// Of these the last ones that are small and were not joined.
     small: usize,
+    /// Bytes of those.
+    small_bytes: usize,
     /// Bytes of all frames.
     bytes: usize,
     /// Ends of frames that the segments keep.
@@ -200,6 +206,7 @@ impl TaskLog {
             segments: Vec::new(),
             next: 0,
             small: 0,
+            small_bytes: 0,
             bytes: 0,
             ends: 0,
             token_ids: TokenIds::default(),
@@ -248,7 +255,10 @@ impl TaskLog {
             self.bytes -= segment.bytes.len();
             self.ends -= segment.ends.len();
         }
-        self.small = self.small.min(self.segments.len());
+        if self.small > self.segments.len() {
+            self.small = self.segments.len();
+            self.small_bytes = self.segments.iter().map(|segment| segment.bytes.len()).sum();
+        }
         // A reader that was far behind leaves none of the room that it took.
         if self.segments.is_empty() && self.segments.capacity() > JOINED_AT_ONCE {
             self.segments = Vec::new();
@@ -365,25 +375,28 @@ impl TaskLog {
         self.repeating = None;
         if self.bytes <= COMPACT_BYTES {
             self.small = self.segments.len();
-            self.join_small();
         }
+        self.join_small();
     }
 
     fn push(&mut self, segment: Segment) {
         self.bytes += segment.bytes.len();
         self.ends += segment.ends.len();
         let is_small = segment.bytes.len() < SMALL_BYTES;
-        if !is_small && self.small >= JOINED_BEFORE_A_LARGE_ONE {
+        if is_small {
+            self.small += 1;
+            self.small_bytes += segment.bytes.len();
+        } else {
             self.join_small();
         }
-        self.small = if is_small { self.small + 1 } else { 0 };
         self.segments.push(segment);
-        if self.small == JOINED_AT_ONCE {
+        if self.small == JOINED_AT_ONCE || self.small_bytes >= JOINED_BYTES {
             self.join_small();
         }
     }
 
     fn join_small(&mut self) {
+        self.small_bytes = 0;
         let small = self.segments.split_off(self.segments.len() - std::mem::take(&mut self.small));
         let Some(first) = small.first().map(|segment| segment.first) else { return };
         let frames = small.iter().map(Segment::frames).sum();
@@ -394,10 +407,10 @@ impl TaskLog {
         // One segment's last end is not kept, where each had one before.
         self.ends += small.len() - 1;
         for segment in &small {
-            let before = u32::try_from(bytes.len()).expect("small segments are at most 64 KiB together");
+            let before = u32::try_from(bytes.len()).expect("small segments are some 64 KiB together");
             ends.extend(segment.ends.iter().map(|end| before + end));
             bytes.extend_from_slice(&segment.bytes);
-            ends.push(u32::try_from(bytes.len()).expect("small segments are at most 64 KiB together"));
+            ends.push(u32::try_from(bytes.len()).expect("small segments are some 64 KiB together"));
         }
         self.segments.push(Segment::new(first, bytes.into(), &ends));
     }
@@ -434,6 +447,9 @@ impl TaskLog {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use proptest::prelude::*;
     use uuid::Uuid;
 
@@ -540,6 +556,39 @@ mod tests {
         assert_eq!(log.segments.len(), 100);
         assert!((640_000..680_000).contains(&log.len_bytes()), "{}", log.len_bytes());
         assert_eq!(log.read_from(6_399, ALL).into_bytes().len(), 100);
+    }
+
+    // CLOUD-2770
+    #[test]
+    fn few_of_the_blocks_stay_that_segments_are_small_parts_of_however_they_follow_each_other() {
+        /// What a socket was read into.
+        struct Block(Vec<u8>, Arc<AtomicUsize>);
+        impl AsRef<[u8]> for Block {
+            fn as_ref(&self) -> &[u8] {
+                &self.0
+            }
+        }
+        impl Drop for Block {
+            fn drop(&mut self) {
+                self.1.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        for lengths in [vec![60], vec![1_025], vec![8_000], vec![60, 60, SMALL_BYTES], vec![SMALL_BYTES - 1]]
+        {
+            let (mut log, blocks) = (log(), Arc::<AtomicUsize>::default());
+            log.open(attempt(1));
+            let small = |length: &usize| *length < SMALL_BYTES;
+            for (n, length) in (0..400).zip(lengths.iter().cycle()) {
+                let of_small = if small(length) { Arc::clone(&blocks) } else { Arc::default() };
+                of_small.fetch_add(1, Ordering::Relaxed);
+                let block = Bytes::from_owner(Block(vec![b'x'; 64 * 1024], of_small));
+                log.append(attempt(1), Segment::frame(n, block.slice(..*length))).unwrap();
+                assert!(blocks.load(Ordering::Relaxed) <= JOINED_AT_ONCE, "{lengths:?}, {n}");
+            }
+            let fence = log.fence(attempt(1));
+            log.close(Bytes::from_static(b"end"));
+            assert_eq!((blocks.load(Ordering::Relaxed), fence.tokens_written), (0, 400), "{lengths:?}");
+        }
     }
 
     // CLOUD-2832

@@ -10,6 +10,7 @@ use daemon_kit::correlation::RequestIds;
 use daemon_kit::{ApiError, Caller, extract};
 use openai_gateway::request::{self, RequestFacts};
 use pool_registry_types::engines::EngineKind;
+use pool_registry_types::limits::TASK_BYTES;
 use pool_registry_types::node::Liveness;
 use pool_registry_types::task::{KvHint, Priority, Reasoning, ResumeMode, Workload};
 use pool_registry_types::{ErrorBody, ErrorCode, HolderId, ModelRef, SessionId, TaskId};
@@ -167,7 +168,7 @@ pub(super) async fn admit(state: &AppState, route: OpenAiRoute, call: Call) -> R
         + query.as_deref().map_or(0, str::len);
     let passage = Passage { route, stream: facts.stream, query, headers, model_at };
     let payload = Payload { format: PayloadFormat::OpenAi(Box::new(passage)), bytes: body };
-    held.set(payload.bytes.len() + passed_head);
+    held.set(payload.bytes.len() + passed_head + TASK_BYTES);
     Ok(Admitted { spec, payload, held, caller, stream: facts.stream })
 }
 

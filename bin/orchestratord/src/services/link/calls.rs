@@ -204,6 +204,10 @@ impl Clients {
     }
 }
 
+/// Most that a connection is read at once, bytes: what is kept of a stream lies in blocks of this length,
+/// and keeps them.
+const READ_BYTES: usize = 64 * 1024;
+
 /// Keeps connections.
 pub(super) fn kept<B: Body + Send>(connector: Connector) -> Client<Connector, B>
 where
@@ -213,6 +217,7 @@ where
         .pool_timer(TokioTimer::new())
         .pool_idle_timeout(IDLE_TIMEOUT)
         .pool_max_idle_per_host(256)
+        .http1_max_buf_size(READ_BYTES)
         .build(connector)
 }
 
@@ -221,7 +226,10 @@ pub(super) fn fresh<B: Body + Send>(connector: Connector) -> Client<Connector, B
 where
     B::Data: Send,
 {
-    Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(connector)
+    Client::builder(TokioExecutor::new())
+        .pool_max_idle_per_host(0)
+        .http1_max_buf_size(READ_BYTES)
+        .build(connector)
 }
 
 /// What a refusal says.

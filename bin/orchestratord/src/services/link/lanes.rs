@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use attempt_link::ResumeGate;
@@ -77,6 +77,8 @@ struct Entry {
     /// Since when it stands as it does.
     since: Moment,
     dropped: u64,
+    /// What its lane keeps of records that are not whole, as it was counted.
+    parts: usize,
     /// The control core does not know how it stands.
     unreported: bool,
     /// After a stall: nothing is judged before.
@@ -151,6 +153,7 @@ impl Lanes {
                 lives: false,
                 since: now,
                 dropped: 0,
+                parts: 0,
                 unreported: true,
                 reads_until: now,
                 gone: None,
@@ -170,11 +173,14 @@ impl Lanes {
     }
 
     fn forget_gone(&mut self, now: Moment) {
-        let due = &mut self.due;
+        let (due, parts) = (&mut self.due, &self.table.parts_bytes);
         self.entries.retain(|node_id, entry| {
             let is_over = entry.readers.is_empty() && entry.gone.is_some_and(|at| now >= at + GONE_KEPT);
             if let Some(at) = entry.due.filter(|_| is_over) {
                 due.remove(&(at, node_id.clone()));
+            }
+            if is_over {
+                parts.fetch_sub(std::mem::take(&mut entry.parts), Ordering::Relaxed);
             }
             !is_over
         });
@@ -445,6 +451,7 @@ impl Lanes {
         let dropped = entry.lane.dropped_records();
         self.table.dropped.fetch_add(dropped - entry.dropped, Ordering::Relaxed);
         entry.dropped = dropped;
+        entry.count_parts(&self.table.parts_bytes);
         let link = entry.view();
         if entry.shown.as_ref() != Some(&link) {
             let was = entry.shown.as_ref().map(|shown| shown.state);
@@ -475,6 +482,16 @@ impl Lanes {
 }
 
 impl Entry {
+    fn count_parts(&mut self, all: &AtomicUsize) {
+        let is = self.lane.held_bytes();
+        let was = std::mem::replace(&mut self.parts, is);
+        if is >= was {
+            all.fetch_add(is - was, Ordering::Relaxed);
+        } else {
+            all.fetch_sub(was - is, Ordering::Relaxed);
+        }
+    }
+
     fn view(&self) -> LinkView {
         let (state, reason) = match self.lane.state() {
             LaneState::Up => (LinkState::Up, None),

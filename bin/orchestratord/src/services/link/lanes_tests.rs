@@ -242,6 +242,22 @@ fn what_we_lack_ourselves_is_evidence_against_no_node() {
     assert!(matches!(evidence(&bench.reported())[..], [LinkEvidence::CannotConnect(_)]));
 }
 
+// CLOUD-2777
+#[test]
+fn what_is_kept_of_a_record_that_is_not_whole_counts_until_its_link_is_over() {
+    let mut bench = Bench::up();
+    let _actions = bench.start(20, 1);
+    let counted = Arc::clone(bench.links.table.parts_bytes());
+    let bytes = || counted.load(Ordering::Relaxed);
+    let head = RecordHead { more: true, ..RecordHead::new(Kind::Frames, 1, 0, 1) };
+    let part = record(head, &[b'x'; 5_000]);
+    bench.lanes.received(at(21), &node(), 1, part.clone());
+    bench.lanes.received(at(22), &node(), 1, part);
+    assert_eq!(bytes(), 10_000);
+    bench.lanes.closed(at(26), &node(), 1, ConnectionEnd::Broken, None, false);
+    assert_eq!(bytes(), 0);
+}
+
 // CLOUD-1314
 // CLOUD-2656
 #[test]

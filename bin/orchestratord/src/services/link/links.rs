@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use attempt_link::control::Action;
@@ -81,6 +81,8 @@ pub(crate) struct LinkTable {
     interrupted_ms: AtomicU64,
     pub(super) dropped: AtomicU64,
     pub(super) own_shortages: AtomicU64,
+    /// What the lanes keep of records whose last parts have not come, bytes. Counts as live streams do.
+    pub(super) parts_bytes: Arc<AtomicUsize>,
 }
 
 impl LinkTable {
@@ -95,6 +97,11 @@ impl LinkTable {
         let span_ms = u64::try_from(span.as_millis()).unwrap_or(u64::MAX);
         self.interrupted_ms.fetch_add(span_ms, Ordering::Relaxed);
         self.resumes.fetch_add(u64::from(is_up), Ordering::Relaxed);
+    }
+
+    /// What is kept of records that are not whole.
+    pub(crate) fn parts_bytes(&self) -> &Arc<AtomicUsize> {
+        &self.parts_bytes
     }
 
     // ---- for metrics ----

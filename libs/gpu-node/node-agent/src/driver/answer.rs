@@ -202,7 +202,7 @@ impl Driver {
             Err(error) => {
                 let (cause, idle) = match &error {
                     DocumentError::Lost(_) => (EndCause::EngineDied, true),
-                    DocumentError::TooLong => {
+                    DocumentError::TooLong | DocumentError::TooMany => {
                         // Every engine would say as much.
                         let message = format!("inputs: {error}: send fewer");
                         return self.fail(ErrorBody::new(ErrorCode::PayloadTooLarge, message), false);

@@ -200,6 +200,10 @@ fn both(about: &HttpInfo) -> Ends {
     (about.local_addr(), about.remote_addr())
 }
 
+/// Most that a connection is read at once, and longest head of an answer, bytes: an engine that sends without
+/// end keeps a thread from others for no longer than that takes.
+const READ_BYTES: usize = 64 * 1024;
+
 /// Calls engines. A connection is polled by the runtime that opened it, whoever uses it later: a thread
 /// for streams has a client of its own.
 #[derive(Debug, Clone)]
@@ -253,6 +257,7 @@ impl EngineClient {
                 .pool_timer(TokioTimer::new())
                 .pool_idle_timeout(IDLE_TIMEOUT)
                 .pool_max_idle_per_host(most_idle)
+                .http1_max_buf_size(READ_BYTES)
                 .build(connector.clone())
         };
         let used = Arc::clone(&connector.used);

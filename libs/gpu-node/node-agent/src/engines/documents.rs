@@ -2,13 +2,18 @@
 //! them.
 //!
 //! A document is read whole, within a bound, and must answer all that was asked, once: what is
-//! missing cannot be asked again for a part.
+//! missing cannot be asked again for a part. There is room for so many bytes of them at a time
+//! ([`DocumentRoom`]), and whoever finds none waits: an answer that begins to be read is read to its end.
 
+use std::sync::Arc;
+
+use hyper::body::Body as _;
 use node_registration::body::BodyError;
 use owned_tasks::Panicked;
-use pool_registry_types::task::{EmbeddingResult, Inputs, RerankResult};
+use pool_registry_types::task::{EmbeddingResult, Inputs, MAX_RESULT_BYTES, RerankResult};
 use serde::Deserialize;
 use serde_json::json;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::answer::{EngineEvent, Reader, Reply};
 use super::client::{Answer, with_causes};
@@ -34,6 +39,47 @@ fn no_stream(_: &mut Reader, _: Json<'_>) -> EngineEvent {
 /// Longest document that is read, bytes: the most texts that a task may have, with vectors of a
 /// thousand numbers written in full, take about as much.
 const MAX_DOCUMENT_BYTES: usize = 64 * 1024 * 1024;
+/// Most values that one has: twice as many as a task's results can have, which take four bytes each.
+const MAX_DOCUMENT_VALUES: usize = MAX_RESULT_BYTES / 2;
+/// What a document takes while it is read and parsed, in lengths of its own.
+const COST: usize = 2;
+/// The unit in which room is counted, bytes.
+const ROOM_UNIT: usize = 1024;
+
+/// Room for the documents of all attempts of a node together, and the turns in which they are parsed.
+#[derive(Debug)]
+pub(crate) struct DocumentRoom {
+    units: Semaphore,
+    most: usize,
+    parsing: Semaphore,
+}
+
+/// The room that one document takes, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct DocumentPermit<'r> {
+    _units: Option<SemaphorePermit<'r>>,
+    /// What it takes.
+    pub(crate) bytes: usize,
+}
+
+impl DocumentRoom {
+    /// Half of what a node keeps of its attempts: what is asked of engines and streams have the rest.
+    pub(crate) fn within(held_bytes: usize) -> Arc<Self> {
+        let most = (held_bytes / 2 / ROOM_UNIT).clamp(1, u32::MAX as usize);
+        Arc::new(Self { units: Semaphore::new(most), most, parsing: Semaphore::new(1) })
+    }
+
+    /// Room for an answer, which announces its length or may have as much as any; of all, where that is less.
+    /// Those who wait get it in their order.
+    pub(crate) async fn take(&self, answer: &Answer) -> DocumentPermit<'_> {
+        let announced = answer.response.body().size_hint().exact();
+        let length = announced.and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(usize::MAX);
+        let units = (length.min(MAX_DOCUMENT_BYTES) * COST).div_ceil(ROOM_UNIT).min(self.most);
+        let permit = self.units.acquire_many(u32::try_from(units).unwrap_or(u32::MAX)).await;
+        // It is never closed.
+        DocumentPermit { _units: permit.ok(), bytes: units * ROOM_UNIT }
+    }
+}
 
 /// What a document says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,6 +99,9 @@ pub(crate) enum DocumentError {
     /// Fewer inputs make a shorter one.
     #[error("its answer is longer than {MAX_DOCUMENT_BYTES} bytes")]
     TooLong,
+    /// As many of them would not be kept.
+    #[error("its answer has more than {MAX_DOCUMENT_VALUES} values")]
+    TooMany,
     /// It is whole, and not what was asked for.
     #[error("its answer is unreadable: {0}")]
     Unreadable(Unreadable),
@@ -84,16 +133,22 @@ pub(super) fn request(model: &str, inputs: &Inputs) -> EngineRequest {
     }
 }
 
-/// Reads the answer to a request for `asked` results.
+/// Reads the answer to a request for `asked` results, for which there is room.
 pub(crate) async fn read(
     answer: Answer,
     reply: &'static Reply,
     asked: usize,
+    room: &DocumentRoom,
 ) -> Result<Document, DocumentError> {
     let body = answer.bytes(MAX_DOCUMENT_BYTES).await.map_err(|error| match error {
         BodyError::TooLong { .. } => DocumentError::TooLong,
         BodyError::Lost(_) => DocumentError::Lost(error),
     })?;
+    if body.iter().filter(|byte| **byte == b',').count() > MAX_DOCUMENT_VALUES {
+        return Err(DocumentError::TooMany);
+    }
+    // What a text becomes while it is parsed may be some times as long: one after the other.
+    let _turn = room.parsing.acquire().await;
     // A document of this length takes a good part of a second.
     let parsing = owned_tasks::blocking("answer of an engine", move || parse(reply, asked, &body));
     let parsed = parsing.await.unwrap_or_else(|panicked| Err(Unreadable::Panicked(panicked)));

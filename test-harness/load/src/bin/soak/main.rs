@@ -1,35 +1,55 @@
 //! The soak: both daemons with hostile and honest peers side by side, for as long as one likes.
 //!
-//! Hostile ones fill whatever a peer can fill (`hostile.rs`); honest ones run tasks and look at the
-//! cluster meanwhile. What it draws follows from its seed; when what happens, does not. It prints memory and
-//! the times of honest requests, and each invariant that broke, with how often it did and when first:
-//! with any, it ends with 1.
+//! Hostile ones fill whatever a peer can fill (`hostile.rs`), some kinds at a time, which and for how long
+//! being drawn from the seed; honest ones run tasks and look at the cluster meanwhile. What is drawn follows
+//! from the seed; when what happens, does not. It prints memory and the times of honest requests, and each
+//! invariant that broke, with how often it did and when first, and what was drawn then: with any, it ends
+//! with 1.
 
 #![expect(clippy::print_stdout, reason = "its figures are its result")]
 
 mod hostile;
+mod seen;
 
-use std::collections::BTreeMap;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
 use e2e_cloud::cluster::TOKEN;
+use e2e_cloud::process::raise_file_limit;
 use e2e_cloud::{Client, Cluster, Engine, Options};
+use fastrand::Rng;
 use pool_registry_types::node::Liveness;
+use serde_json::Value;
 use tokio::task::JoinSet;
 
-use crate::hostile::{HOSTILE, Target};
+use crate::hostile::{Attack, Target};
+use crate::seen::{Record, open_files, resident_mib, threads};
 
-/// Resident memory that a daemon may have at any time, MiB. With defaults, where all bounds are filled.
-const MOST_MIB: u64 = 500;
 /// Connections that the control plane may have; the hostile ones want more.
 const MOST_CONNECTIONS: usize = 512;
-/// How long an honest request may take before it counts as not answered.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Files that it has open beside them: its links and calls to nodes among them.
+const OTHER_FILES: usize = 256;
+const MOST_THREADS: usize = 160;
+/// What the settings of a daemon allow, bytes. Defaults.
+const QUEUE_BYTES: f64 = (128 << 20) as f64;
+const LIVE_LOG_BYTES: f64 = (256 << 20) as f64;
+/// How far streams that run may go beyond, once no new task is taken.
+const LIVE_LOG_SPARE: f64 = (64 << 20) as f64;
+/// How long an honest request may take, tries of it that were closed in front of an answer included, before it
+/// counts as not answered.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Pause before a request is tried again whose connection was closed.
+const TRY_AGAIN_AFTER: Duration = Duration::from_millis(50);
+const TRIES: u32 = 20;
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 const SAY_EVERY: Duration = Duration::from_secs(10);
+/// Kinds of hostile peers at a time.
+const LANES: u64 = 3;
+/// How long it may take until everything is as it was, once all hostile peers are gone.
+const RECOVERS_WITHIN: Duration = Duration::from_secs(60);
+/// Of the nodes of our own the first ones are honest, and the last one's engine is hostile.
+const HONEST_NODES: usize = 2;
 /// Tokens of the file, by whom they stand for.
 pub(crate) const INVENTORS_TOKEN: &str = "test-token-of-an-inventor-of-nodes";
 pub(crate) const READERS_TOKEN: &str = "test-token-of-a-reader";
@@ -41,42 +61,57 @@ struct Arguments {
     seed: u64,
     #[arg(long, default_value_t = 2)]
     minutes: u64,
-}
-
-/// What was seen so far.
-#[derive(Debug)]
-struct Seen {
-    begun: Instant,
-    broken: BTreeMap<String, (u64, Duration)>,
-    /// Of honest requests, milliseconds.
-    took: Vec<u128>,
-    tasks: u64,
-    /// By the daemons' names.
-    most_mib: BTreeMap<String, u64>,
-}
-
-/// The same for all who see.
-#[derive(Debug, Clone)]
-struct Record(Arc<Mutex<Seen>>);
-
-impl Record {
-    fn with<T>(&self, change: impl FnOnce(&mut Seen) -> T) -> T {
-        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn broke(&self, what: impl Into<String>) {
-        self.with(|seen| {
-            let since = seen.begun.elapsed();
-            seen.broken.entry(what.into()).or_insert((0, since)).0 += 1;
-        });
-    }
+    /// Resident memory that a daemon may have at any time, MiB. With defaults, where all bounds are filled.
+    #[arg(long, default_value_t = 500)]
+    most_mib: u64,
+    /// The kinds of hostile peers, instead of those that are drawn: by their names, as it prints them.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let Arguments { seed, minutes } = Arguments::parse();
+    let Arguments { seed, minutes, most_mib, only } = Arguments::parse();
+    raise_file_limit();
+    let attacks: Vec<Attack> =
+        Attack::all().into_iter().filter(|attack| only.is_empty() || only.contains(&attack.name())).collect();
+    if attacks.is_empty() {
+        let names: Vec<String> = Attack::all().iter().map(Attack::name).collect();
+        println!("there are: {}", names.join(", "));
+        return ExitCode::FAILURE;
+    }
     let folder = tempfile::tempdir().expect("a folder for the tokens");
-    let tokens = folder.path().join("tokens.toml");
+    let cluster = start(folder.path()).await;
+    let record = Record::new();
+    println!("seed {seed}, {minutes} minutes, {} kinds of hostile peers", attacks.len());
+    let end = Instant::now() + Duration::from_secs(minutes * 60);
+    let target = Target {
+        control: cluster.port,
+        node: cluster.nodes[0].port,
+        handoffs: cluster.nodes[HONEST_NODES].runtime_dir.clone(),
+    };
+    let mut running = JoinSet::new();
+    for lane in 0..LANES {
+        let random = Rng::with_seed(seed.wrapping_mul(LANES).wrapping_add(lane));
+        running.spawn(hurt(attacks.clone(), target.clone(), random, record.clone(), end));
+    }
+    for _ in 0..4 {
+        running.spawn(run_tasks(cluster.client.clone(), cluster.task(20), record.clone(), end));
+    }
+    running.spawn(look(cluster.client.clone(), record.clone(), end));
+    watch(&cluster, &record, most_mib, end).await;
+    while let Some(ended) = running.join_next().await {
+        if let Err(error) = ended {
+            record.broke(format!("a peer of the soak has failed: {error}"));
+        }
+    }
+    recover(&cluster, &record).await;
+    record.finish(seed)
+}
+
+/// Both daemons with defaults but for the number of connections, and one node more with no engine yet.
+async fn start(folder: &std::path::Path) -> Cluster {
+    let tokens = folder.join("tokens.toml");
     let entry = |(name, token, scope)| {
         format!("[[token]]\nname = \"{name}\"\ntoken = \"{token}\"\nscopes = [\"{scope}\"]\n")
     };
@@ -92,136 +127,175 @@ async fn main() -> ExitCode {
         ("LLORCH_LOG", "error".to_owned()),
     ];
     let engine = Engine::Fake { slots: 16, first_token_ms: 20, pace_ms: 2, dialect: "llamacpp" };
-    let cluster = Cluster::start(Options { nodes: 2, engine, control, ..Options::default() }).await;
-    let record = Record(Arc::new(Mutex::new(Seen {
-        begun: Instant::now(),
-        broken: BTreeMap::new(),
-        took: Vec::new(),
-        tasks: 0,
-        most_mib: BTreeMap::new(),
-    })));
-    println!("seed {seed}, {minutes} minutes, {} kinds of hostile peers", HOSTILE.len());
-    let end = Instant::now() + Duration::from_secs(minutes * 60);
-    let mut running = JoinSet::new();
-    let target = Target { control: cluster.port, node: cluster.nodes[0].port };
-    for (n, (_, attack)) in HOSTILE.into_iter().enumerate() {
-        let mut random = fastrand::Rng::with_seed(seed.wrapping_mul(1_000).wrapping_add(n as u64));
-        running.spawn(async move {
-            while Instant::now() < end {
-                attack(target, random.fork()).await;
-            }
-        });
+    let mut cluster =
+        Cluster::start(Options { nodes: HONEST_NODES, engine, control, ..Options::default() }).await;
+    cluster.prepare_node(HONEST_NODES);
+    cluster.start_daemon(HONEST_NODES);
+    cluster
+}
+
+/// Kinds of hostile peers one after the other, as they are drawn.
+async fn hurt(attacks: Vec<Attack>, target: Target, mut random: Rng, record: Record, end: Instant) {
+    while Instant::now() < end {
+        let attack = attacks[random.usize(..attacks.len())];
+        let span = Duration::from_millis(random.u64(2_000..6_000));
+        let until = (Instant::now() + span).min(end);
+        let running = record.begins(attack.name());
+        attack.run(&target, random.fork(), until).await;
+        drop(running);
     }
-    for _ in 0..4 {
-        running.spawn(run_tasks(cluster.client.clone(), cluster.task(20), record.clone(), end));
-    }
-    running.spawn(look(cluster.client.clone(), record.clone(), end));
-    watch(&cluster, &record, end).await;
-    while let Some(ended) = running.join_next().await {
-        if let Err(error) = ended {
-            record.broke(format!("a peer of the soak has failed: {error}"));
-        }
-    }
-    // What hostile peers have left does not keep honest ones out afterwards.
-    let transcript = cluster.client.run(cluster.task(20)).await;
-    if !transcript.completed() {
-        record.broke("no task completes after all hostile peers have gone");
-    }
-    finish(&record)
 }
 
 /// Runs tasks one after the other: each completes, and its stream is whole.
-async fn run_tasks(client: Client, task: serde_json::Value, record: Record, end: Instant) {
+async fn run_tasks(client: Client, task: Value, record: Record, end: Instant) {
     while Instant::now() < end {
+        run_task(&client, &task, &record).await;
+    }
+}
+
+async fn run_task(client: &Client, task: &Value, record: &Record) {
+    for _ in 0..TRIES {
         let (client, task) = (client.clone(), task.clone());
         let checked = tokio::spawn(async move {
             let transcript = client.run(task).await;
-            transcript.check();
-            transcript
+            let is_answered = transcript.status != 0;
+            if is_answered {
+                transcript.check();
+            }
+            (is_answered, transcript)
         });
         match checked.await {
-            Ok(transcript) if transcript.completed() => record.with(|seen| seen.tasks += 1),
-            Ok(transcript) => {
-                let code = transcript.error().unwrap_or("no end").to_owned();
-                record.broke(format!("an honest task ends with {code}"));
+            Ok((false, _)) => {
+                // Its connection was a stranger's, and has made room before its request was read.
+                record.tried_again();
+                tokio::time::sleep(TRY_AGAIN_AFTER).await;
             }
-            Err(_) => record.broke("an honest task has no whole stream, see above"),
+            Ok((true, transcript)) if transcript.completed() => return record.task(transcript.took),
+            Ok((true, transcript)) => {
+                let code = transcript.error().unwrap_or("no end").to_owned();
+                return record.broke(format!("an honest task ends with {code}"));
+            }
+            Err(_) => return record.broke("an honest task has no whole stream, see above"),
         }
     }
+    record.broke("an honest task is not answered");
 }
 
 /// Looks at the cluster, each time on a connection of its own: it is answered, and shows our nodes live.
 async fn look(client: Client, record: Record, end: Instant) {
     while Instant::now() < end {
-        let fresh = Client::new(&client.base, client.token.as_deref());
         let start = Instant::now();
-        match tokio::time::timeout(PATIENCE, fresh.nodes()).await {
-            Ok(nodes) if !nodes.is_empty() => {
-                record.with(|seen| seen.took.push(start.elapsed().as_millis()));
+        let mut seen = None;
+        while seen.is_none() && start.elapsed() < PATIENCE {
+            let fresh = Client::new(&client.base, client.token.as_deref());
+            let asked = tokio::time::timeout(PATIENCE, fresh.nodes()).await.unwrap_or_default();
+            if asked.is_empty() {
+                record.tried_again();
+                tokio::time::sleep(TRY_AGAIN_AFTER).await;
+            } else {
+                seen = Some(asked);
+            }
+        }
+        match seen {
+            Some(nodes) => {
+                record.answered(start.elapsed());
                 let live = |node: &&pool_registry_types::view::NodeView| {
                     node.node_id.as_str().starts_with("gpu-node-") && node.liveness != Liveness::Offline
                 };
-                if nodes.iter().filter(live).count() < 2 {
+                if nodes.iter().filter(live).count() < HONEST_NODES {
                     record.broke("a node of ours is offline");
                 }
             }
-            _ => record.broke("an honest request is not answered"),
+            None => record.broke("an honest request is not answered"),
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 
-/// Looks at the daemons' memory until the end.
-async fn watch(cluster: &Cluster, record: &Record, end: Instant) {
+/// The daemons with their process ids.
+fn daemons(cluster: &Cluster) -> Vec<(String, u32)> {
+    let control = cluster.control.as_ref().map(|process| ("orchestratord".to_owned(), process.pid()));
+    let daemon = |node: &e2e_cloud::cluster::Node| Some((node.id.clone(), node.daemon.as_ref()?.pid()));
+    control.into_iter().chain(cluster.nodes.iter().filter_map(daemon)).collect()
+}
+
+/// A value of the control plane's metrics; nothing where they are not answered.
+async fn metric(client: &Client, name: &str) -> Option<f64> {
+    let page = tokio::time::timeout(PATIENCE, client.get("/metrics")).await.ok()?.ok()?.text().await.ok()?;
+    let line = page.lines().find(|line| line.starts_with(name))?;
+    line.rsplit_once(' ')?.1.parse().ok()
+}
+
+/// Looks at what the daemons hold until the end.
+async fn watch(cluster: &Cluster, record: &Record, most_mib: u64, end: Instant) {
     let mut reported = Instant::now();
     while Instant::now() < end {
         tokio::time::sleep(LOOK_EVERY).await;
         let mut now = Vec::new();
-        let control = cluster.control.as_ref().map(|process| ("orchestratord".to_owned(), process.pid()));
-        let daemon = |node: &e2e_cloud::cluster::Node| Some((node.id.clone(), node.daemon.as_ref()?.pid()));
-        for (name, pid) in control.into_iter().chain(cluster.nodes.iter().filter_map(daemon)) {
+        for (name, pid) in daemons(cluster) {
             let Some(mib) = resident_mib(pid) else {
                 record.broke(format!("{name} has ended"));
                 continue;
             };
-            now.push(format!("{name} {mib} MiB"));
-            record.with(|seen| {
-                let most = seen.most_mib.entry(name.clone()).or_default();
-                *most = (*most).max(mib);
-            });
-            if mib > MOST_MIB {
-                record.broke(format!("{name} has more than {MOST_MIB} MiB"));
+            let (files, threads) = (open_files(pid), threads(pid));
+            now.push(format!("{name} {mib} MiB, {files} files"));
+            record.holds(&name, mib, files, threads);
+            if mib > most_mib {
+                record.broke(format!("{name} has more than {most_mib} MiB"));
+            }
+            if files > MOST_CONNECTIONS + OTHER_FILES {
+                record.broke(format!("{name} has more than {} files open", MOST_CONNECTIONS + OTHER_FILES));
+            }
+            if threads > MOST_THREADS {
+                record.broke(format!("{name} has more than {MOST_THREADS} threads"));
+            }
+        }
+        for (name, most) in
+            [("llorch_queue_bytes", QUEUE_BYTES), ("llorch_live_log_bytes", LIVE_LOG_BYTES + LIVE_LOG_SPARE)]
+        {
+            // That there is an answer is looked at elsewhere.
+            if metric(&cluster.client, name).await.is_some_and(|bytes| bytes > most) {
+                record.broke(format!("{name} is above {most}"));
             }
         }
         if reported.elapsed() >= SAY_EVERY {
             reported = Instant::now();
-            let (tasks, asked) = record.with(|seen| (seen.tasks, seen.took.len()));
-            println!("{}: {tasks} tasks, {asked} requests", now.join(", "));
+            println!("{}: {}", now.join(", "), record.progress());
         }
     }
 }
 
-/// Nothing where the process has gone.
-fn resident_mib(pid: u32) -> Option<u64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-    Some(line.split_whitespace().next()?.parse::<u64>().ok()? / 1024)
-}
-
-fn finish(record: &Record) -> ExitCode {
-    record.with(|seen| {
-        seen.took.sort_unstable();
-        let p99 = seen.took.get(seen.took.len() * 99 / 100).copied().unwrap_or_default();
-        for (name, most) in &seen.most_mib {
-            println!("{name}: at most {most} MiB");
+/// Looks whether everything is as it was before, once all hostile peers have gone.
+async fn recover(cluster: &Cluster, record: &Record) {
+    run_task(&cluster.client, &cluster.task(20), record).await;
+    let start = Instant::now();
+    let mut left = "nothing is answered".to_owned();
+    while start.elapsed() < RECOVERS_WITHIN {
+        let queued = metric(&cluster.client, "llorch_queue_bytes").await;
+        let slots: u32 =
+            cluster.client.nodes().await.iter().flat_map(|node| &node.pools).fold(0, |all, pool| {
+                let honest =
+                    pool.report.models.iter().any(|model| model.as_str() == cluster.options.engine.model());
+                all + if honest { pool.slots_total.saturating_sub(pool.slots_free) } else { 0 }
+            });
+        if queued == Some(0.0) && slots == 0 {
+            println!("as before after {} s", start.elapsed().as_secs());
+            left.clear();
+            break;
         }
-        println!("honest: {} tasks, {} requests, p99 {p99} ms", seen.tasks, seen.took.len());
-        if seen.tasks == 0 || seen.took.is_empty() {
-            seen.broken.insert("no honest peer was served".into(), (1, seen.begun.elapsed()));
+        left = format!("{queued:?} bytes of requests and {slots} slots are still held");
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+    if !left.is_empty() {
+        record.broke(format!(
+            "not as before {} s after all hostile peers have gone: {left}",
+            RECOVERS_WITHIN.as_secs()
+        ));
+    }
+    for (name, _) in daemons(cluster) {
+        let text = std::fs::read_to_string(cluster.log(&name)).unwrap_or_default();
+        for line in text.lines().filter(|line| line.contains("defect") || line.contains("panicked")) {
+            record.broke(format!("{name} says: {line}"));
         }
-        for (what, (times, first)) in &seen.broken {
-            println!("BROKEN: {what}: {times} times, first after {} s", first.as_secs());
-        }
-        if seen.broken.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-    })
+    }
 }
