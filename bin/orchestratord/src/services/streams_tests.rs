@@ -270,7 +270,7 @@ fn the_reader_of_an_answer_that_is_passed_on_has_little_of_its_own_and_what_it_h
         lasts += usize::from(piece.is_last);
     }
     assert!(all == expected, "every byte, once and in order");
-    assert!(streams.live_bytes() < 10_000, "{}", streams.live_bytes());
+    assert!(streams.live_bytes() < 20_000, "no more than the short ones: {}", streams.live_bytes());
 }
 
 // CLOUD-2855

@@ -410,7 +410,8 @@ impl Lanes {
     fn move_quiet(&mut self, now: Moment, node_id: &NodeId) {
         let says_nothing = |entry: &&mut Entry| entry.short_dial || entry.lives;
         let Some(entry) = self.entries.get_mut(node_id).filter(|entry| !says_nothing(entry)) else { return };
-        let unsent = entry.readers.iter().filter(|(_, reader)| !reader.sent).map(|(id, _)| *id);
+        let is_unsent = |id: AttemptId, reader: &Reader| !reader.sent && entry.lane.is_queued(id);
+        let unsent = entry.readers.iter().filter(|(id, reader)| is_unsent(**id, reader)).map(|(id, _)| *id);
         for attempt in unsent.collect::<Vec<_>>() {
             entry.deliver(now, attempt, true, Action::NeverSent { attempt });
             entry.lane.cancel(now, attempt);

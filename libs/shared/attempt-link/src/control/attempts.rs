@@ -173,6 +173,11 @@ impl ControlLane {
         self.advance(now);
     }
 
+    /// Whether nothing of the attempt's start has gone: of one whose POST is under way nobody knows.
+    pub fn is_queued(&self, attempt: AttemptId) -> bool {
+        self.attempts.get(&attempt).is_some_and(|entry| matches!(entry.stage, Stage::Queued(_)))
+    }
+
     // ---- bookkeeping ----
 
     /// Attempts of which nothing was sent.

@@ -363,7 +363,8 @@ impl World {
     fn lane_moves_quiet(&mut self, node: usize) {
         let now = self.now;
         let Some(entry) = self.lane(node).filter(|entry| !entry.short_dial && !entry.lives) else { return };
-        let unsent = entry.readers.iter().filter(|(_, reader)| !reader.sent).map(|(id, _)| *id);
+        let is_unsent = |id: AttemptId, reader: &Reader| !reader.sent && entry.lane.is_queued(id);
+        let unsent = entry.readers.iter().filter(|(id, reader)| is_unsent(**id, reader)).map(|(id, _)| *id);
         for attempt in unsent.collect::<Vec<_>>() {
             self.deliver(node, attempt, true, Action::NeverSent { attempt });
             if let Some(entry) = self.lane(node) {
