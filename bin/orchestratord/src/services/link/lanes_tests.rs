@@ -221,6 +221,19 @@ fn what_was_not_sent_when_the_node_is_gone_ends_as_never_sent() {
     assert_eq!(links_reported(&reported), [broke]);
 }
 
+// CLOUD-2625
+#[test]
+fn a_start_whose_post_is_under_way_when_the_node_is_gone_may_have_arrived() {
+    let mut bench = Bench::up();
+    let mut under_way = bench.start(20, 1);
+    assert_eq!(bench.posts().len(), 1, "and nobody has heard that it went");
+    bench.lanes.closed(at(30), &node(), 1, ConnectionEnd::Broken, None, false);
+    bench.lanes.timer(at(500));
+    bench.lanes.closed(at(501), &node(), 2, ConnectionEnd::Refused, None, false);
+    assert_eq!(heard(&mut under_way), []);
+    assert!(matches!(evidence(&bench.reported())[..], [LinkEvidence::Quiet(_)]));
+}
+
 // CLOUD-1316
 #[test]
 fn what_we_lack_ourselves_is_evidence_against_no_node() {

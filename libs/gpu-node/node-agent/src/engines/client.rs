@@ -11,6 +11,7 @@ use std::fmt::Write;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -30,6 +31,7 @@ use pool_registry_types::{AttemptId, TraceContext};
 use rustls_platform_verifier::BuilderVerifierExt;
 use serde_json::Value;
 use tokio::net::TcpStream;
+use tokio::sync::Notify;
 
 use super::key::ApiKey;
 
@@ -204,6 +206,9 @@ fn both(about: &HttpInfo) -> Ends {
 /// end keeps a thread from others for no longer than that takes.
 const READ_BYTES: usize = 64 * 1024;
 
+/// Most informational responses (1xx) before an answer. They may be any number: see RFC 9110, 15.2.
+const MOST_INFORMATIONAL: usize = 64;
+
 /// Calls engines. A connection is polled by the runtime that opened it, whoever uses it later: a thread
 /// for streams has a client of its own.
 #[derive(Debug, Clone)]
@@ -311,9 +316,10 @@ impl EngineClient {
         let mut first = request()?;
         let connection = capture_connection(&mut first);
         let began = Instant::now();
-        let error = match self.kept.request(first).await {
+        let error = match requested(&self.kept, first).await {
             Ok(response) => return Ok(self.answered(response)),
-            Err(error) => error,
+            Err(Failed::Answering) => return Err(CallError::Lost(Failed::Answering.to_string())),
+            Err(Failed::Request(error)) => error,
         };
         let ends = connection.connection_metadata().as_ref().and_then(ends);
         let was_used = ends.is_some_and(|ends| self.used.lock().remove(&ends));
@@ -324,9 +330,10 @@ impl EngineClient {
             return Err(classify(&error));
         }
         tracing::debug!(url = at.url, "a kept connection was closed as it was used: asking on a fresh one");
-        match self.fresh.request(request()?).await {
+        match requested(&self.fresh, request()?).await {
             Ok(response) => Ok(Answer { response, fresh: true }),
-            Err(error) => Err(match classify(&error) {
+            Err(Failed::Answering) => Err(CallError::Lost(Failed::Answering.to_string())),
+            Err(Failed::Request(error)) => Err(match classify(&error) {
                 // It was there when the request went out and is not any more: that may be its doing.
                 CallError::Refused(why) if *method == Method::POST => {
                     CallError::Lost(format!("closed as it was used, and then {why}"))
@@ -340,6 +347,33 @@ impl EngineClient {
         let ends = response.extensions().get().map(both);
         let fresh = ends.is_none_or(|ends| self.used.lock().insert(ends));
         Answer { response, fresh }
+    }
+}
+
+/// Why a request has no answer.
+#[derive(Debug, thiserror::Error)]
+enum Failed {
+    #[error("{}", with_causes(.0))]
+    Request(Error),
+    #[error("more than {MOST_INFORMATIONAL} informational responses (HTTP 1xx) came before an answer")]
+    Answering,
+}
+
+/// The answer to a request, whose connection is closed where its engine announces one without end.
+async fn requested(
+    client: &Client<Connector, Full<Bytes>>,
+    mut request: Request<Full<Bytes>>,
+) -> Result<Response<Incoming>, Failed> {
+    let (came, too_many) = (AtomicUsize::new(0), Arc::new(Notify::new()));
+    let exceeded = Arc::clone(&too_many);
+    hyper::ext::on_informational(&mut request, move |_| {
+        if came.fetch_add(1, Ordering::Relaxed) == MOST_INFORMATIONAL {
+            exceeded.notify_one();
+        }
+    });
+    tokio::select! {
+        response = client.request(request) => response.map_err(Failed::Request),
+        () = too_many.notified() => Err(Failed::Answering),
     }
 }
 
@@ -403,7 +437,7 @@ pub(crate) fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::atomic::AtomicU32;
 
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
@@ -496,6 +530,27 @@ mod tests {
         assert!(matches!(client.get(&nobody, "/").await, Err(CallError::Refused(_))));
         let (at, _) = engine(&[1]).await;
         assert!(client.get(&at, "/").await.unwrap().bytes(1).await.is_err());
+    }
+
+    // CLOUD-2780
+    #[tokio::test]
+    async fn an_engine_may_announce_its_answer_and_not_for_ever() {
+        const EARLY: &[u8] = b"HTTP/1.1 103 Early Hints\r\n\r\n";
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = Endpoint::new(format!("http://{}", listener.local_addr().unwrap()));
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            read_request(&mut stream).await;
+            stream.write_all(&EARLY.repeat(MOST_INFORMATIONAL)).await.unwrap();
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}").await.unwrap();
+            read_request(&mut stream).await;
+            while stream.write_all(&EARLY.repeat(1_000)).await.is_ok() {}
+        });
+        let client = EngineClient::new();
+        assert_eq!(client.get(&at, "/").await.unwrap().bytes(2).await.unwrap(), "{}");
+        let ended = client.get(&at, "/").await.map(|answer| answer.status());
+        let Err(CallError::Lost(why)) = &ended else { panic!("{ended:?}") };
+        assert!(why.contains("informational"), "{why}");
     }
 
     // CLOUD-2720
