@@ -5,7 +5,8 @@ use std::time::Duration;
 use e2e_cloud::cluster::tokens_file;
 use e2e_cloud::hostile::engine::{Harm, HostileEngine, LONG_INPUTS};
 use e2e_cloud::process::raise_file_limit;
-use e2e_cloud::{Cluster, Engine, Options, eventually};
+use e2e_cloud::{Client, Cluster, Engine, Options, eventually};
+use reqwest::Method;
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -16,19 +17,27 @@ use crate::attacks::{Watch, resident_mib, right_requests_during};
 
 /// Resident memory where one bound is filled, MiB.
 const ONE_MIB: u64 = 360;
+/// And where all are.
+const ALL_MIB: u64 = 500;
 const SOON: Duration = Duration::from_secs(60);
 const HOLDER: &str = "test-token-of-one-holder";
+const OTHER: &str = "test-token-of-another-holder";
+const QUEUE_BYTES: f64 = (128_u32 << 20) as f64;
+/// Prompts of 4 MiB, for which there is no engine: of each holder more than its half has room for.
+const PROMPTS: usize = 24;
 /// More than fit into `ORCHESTRATORD_LIVE_LOG_BYTES` and `…_EVENT_LOG_BYTES`.
 const STREAMS: usize = 44;
 const LONG_SLOTS: u32 = 8;
 const LIVE_LOG_BYTES: f64 = (256_u32 << 20) as f64;
+/// Connections with lists that are not read.
+const LISTS: usize = 200;
 /// Connections of strangers at once.
 const STRANGERS: usize = 4_000;
 
 /// A cluster of a node whose engine makes everybody wait, and one that answers at length.
 async fn cluster() -> (Cluster, HostileEngine, TempDir) {
     raise_file_limit();
-    let (folder, file) = tokens_file(&[(HOLDER, "client")]);
+    let (folder, file) = tokens_file(&[(HOLDER, "client"), (OTHER, "client")]);
     let control = vec![("LLORCH_API_TOKEN_FILE", file)];
     let engine = Engine::Fake { slots: 1, first_token_ms: 600_000, pace_ms: 20, dialect: "llamacpp" };
     let mut cluster = Cluster::start(Options { nodes: 1, engine, control, ..Options::default() }).await;
@@ -96,6 +105,40 @@ async fn fill_connections(cluster: &Cluster) -> Vec<TcpStream> {
     held
 }
 
+/// Prompts of both holders that wait, each taken or told to come again. Returns the bytes that they hold.
+async fn fill_queue(cluster: &Cluster) -> f64 {
+    let mut task = cluster.task(4);
+    task["prompt"] = "x".repeat(4 * 1024 * 1024 - 4096).into();
+    let task = task.to_string();
+    let mut most = 0.0_f64;
+    for token in [HOLDER, OTHER] {
+        let client = Client::new(&cluster.client.base, Some(token));
+        for _ in 0..PROMPTS {
+            let ask = client.request(Method::POST, "/v2/tasks").timeout(SOON);
+            let answer =
+                ask.header("content-type", "application/json").body(task.clone()).send().await.unwrap();
+            assert!(matches!(answer.status().as_u16(), 202 | 503), "{}", answer.status());
+        }
+        most = most.max(metric(&cluster.client, "llorch_queue_bytes").await);
+    }
+    assert!(most >= 0.85 * QUEUE_BYTES, "{most}");
+    most
+}
+
+/// Whole tables that nobody reads, of as many connections as may be.
+async fn fill_lists(cluster: &Cluster, token: &str) -> Vec<TcpStream> {
+    let ask = format!(
+        "GET /v2/tasks?limit=1000 HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\n\r\n"
+    );
+    let mut held = Vec::new();
+    for _ in 0..LISTS {
+        let Ok(mut socket) = TcpStream::connect(("127.0.0.1", cluster.port)).await else { break };
+        let _ = socket.write_all(ask.repeat(8).as_bytes()).await;
+        held.push(socket);
+    }
+    held
+}
+
 // CLOUD-2772
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn with_defaults_a_bound_that_is_filled_takes_no_more_than_360_mib() {
@@ -105,4 +148,21 @@ async fn with_defaults_a_bound_that_is_filled_takes_no_more_than_360_mib() {
     let logs = fill_logs(&cluster, HOLDER);
     let (stopped, live) = watched(&cluster, "streams that are not read", ONE_MIB, logs).await;
     println!("{} streams of {live} bytes at most; the engine sent {} MiB", stopped.len(), long.sent() >> 20);
+}
+
+// CLOUD-2772
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_defaults_all_bounds_filled_take_no_more_than_500_mib() {
+    let (cluster, _long, _folder) = cluster().await;
+    let all = async {
+        let strangers = fill_connections(&cluster).await;
+        let (stopped, live) = fill_logs(&cluster, HOLDER).await;
+        let queued = fill_queue(&cluster).await;
+        let lists = fill_lists(&cluster, OTHER).await;
+        // All at once for a while.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        (strangers.len(), stopped.len(), live, queued, lists.len())
+    };
+    let filled = watched(&cluster, "all of them", ALL_MIB, all).await;
+    println!("strangers, streams, bytes of streams, bytes of prompts, lists: {filled:?}");
 }

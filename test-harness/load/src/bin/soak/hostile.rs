@@ -94,8 +94,9 @@ impl Attack {
         }
     }
 
-    /// Until its time is over, and not much longer.
-    pub(crate) async fn run(self, target: &Target, mut random: Rng, until: Instant) {
+    /// Until its time is over, and not much longer. Returns the bytes that its engine has answered, where it
+    /// is one.
+    pub(crate) async fn run(self, target: &Target, mut random: Rng, until: Instant) -> Option<u64> {
         match self {
             Self::Flood(flood) => {
                 let port = target.any(&mut random);
@@ -103,13 +104,14 @@ impl Attack {
                 let target = hostile::Target { port, token: token.to_owned(), until: until.into() };
                 flood.pour(&target, &mut random).await;
             }
-            Self::Engine(harm) => harmed(harm, target, &mut random, until).await,
+            Self::Engine(harm) => return Some(harmed(harm, target, &mut random, until).await),
             Self::Excess(excess) => {
                 while Instant::now() < until {
                     excess.once(target, random.fork()).await;
                 }
             }
         }
+        None
     }
 }
 
@@ -133,20 +135,20 @@ impl Excess {
 }
 
 /// An engine that harms whoever asks it, behind a node of ours, and tasks for it.
-async fn harmed(harm: Harm, target: &Target, random: &mut Rng, until: Instant) {
+async fn harmed(harm: Harm, target: &Target, random: &mut Rng, until: Instant) -> u64 {
     // Each engine has a place of its own: several may run at a time.
     let engine = HostileEngine::start(harm, EVIL_MODEL, &target.handoffs, EVIL_SLOTS).await;
     let client = target.client(READERS_TOKEN);
     let mut ids = Vec::new();
     while Instant::now() < until {
         if ids.len() < 8 {
-            let mut task =
-                json!({ "model_ref": EVIL_MODEL, "max_tokens": random.u32(1..1_000), "deadline_ms": 10_000 });
+            let mut task = json!({ "model_ref": EVIL_MODEL, "deadline_ms": 10_000 });
             if harm.is_of_documents() {
                 task["workload"] = "embedding".into();
                 task["inputs"] = json!({ "embedding": ["a"] });
             } else {
                 task["prompt"] = "once".into();
+                task["max_tokens"] = random.u32(1..1_000).into();
             }
             ids.extend(submit(&client, &task).await);
         }
@@ -156,7 +158,7 @@ async fn harmed(harm: Harm, target: &Target, random: &mut Rng, until: Instant) {
         let path = format!("/v2/tasks/{id}/cancel");
         let _ = client.request(Method::POST, &path).timeout(INSISTS).send().await;
     }
-    drop(engine);
+    engine.sent()
 }
 
 /// The task's id, where it was taken.

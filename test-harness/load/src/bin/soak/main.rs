@@ -141,7 +141,9 @@ async fn hurt(attacks: Vec<Attack>, target: Target, mut random: Rng, record: Rec
         let span = Duration::from_millis(random.u64(2_000..6_000));
         let until = (Instant::now() + span).min(end);
         let running = record.begins(attack.name());
-        attack.run(&target, random.fork(), until).await;
+        if let Some(bytes) = attack.run(&target, random.fork(), until).await {
+            record.sent(attack.name(), bytes);
+        }
         drop(running);
     }
 }

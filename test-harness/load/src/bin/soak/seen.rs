@@ -5,6 +5,9 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+/// So often a hostile engine may have run without being asked: its time may be over before it is known.
+const AT_LEAST_ASKED: u64 = 3;
+
 /// What was seen so far.
 #[derive(Debug)]
 struct Seen {
@@ -14,6 +17,8 @@ struct Seen {
     /// The hostile peers that run, and how often each has.
     running: Vec<String>,
     ran: BTreeMap<String, u64>,
+    /// Bytes that hostile engines have answered.
+    sent: BTreeMap<String, u64>,
     /// Of honest requests, and of honest tasks.
     requests: Vec<Duration>,
     tasks: Vec<Duration>,
@@ -48,6 +53,7 @@ impl Record {
             broken: BTreeMap::new(),
             running: Vec::new(),
             ran: BTreeMap::new(),
+            sent: BTreeMap::new(),
             requests: Vec::new(),
             tasks: Vec::new(),
             again: 0,
@@ -76,6 +82,10 @@ impl Record {
             seen.running.push(name.clone());
         });
         Running(self.clone(), name)
+    }
+
+    pub(crate) fn sent(&self, name: String, bytes: u64) {
+        self.with(|seen| *seen.sent.entry(name).or_default() += bytes);
     }
 
     pub(crate) fn tried_again(&self) {
@@ -111,7 +121,15 @@ impl Record {
     pub(crate) fn finish(&self, seed: u64) -> ExitCode {
         self.with(|seen| {
             for (name, times) in &seen.ran {
-                println!("hostile: {name}, {times} times");
+                let sent = seen.sent.get(name);
+                let bytes = sent.map(|bytes| format!(", {bytes} bytes sent")).unwrap_or_default();
+                println!("hostile: {name}, {times} times{bytes}");
+                // That of invented names harms by what it is called.
+                let asks = !name.ends_with(":Names");
+                if asks && *times >= AT_LEAST_ASKED && sent == Some(&0) {
+                    let what = format!("{name} was never asked anything");
+                    seen.broken.insert(what, (*times, seen.begun.elapsed(), name.clone()));
+                }
             }
             for (name, (mib, files, threads)) in &seen.most {
                 println!("{name}: at most {mib} MiB, {files} files, {threads} threads");
