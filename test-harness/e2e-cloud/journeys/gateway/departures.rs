@@ -112,3 +112,44 @@ async fn a_hundred_and_twenty_clients_that_leave_at_once_leave_nothing_behind() 
     let answers = join_all((0..16).map(|_| whole(&cluster.client).send())).await;
     assert!(answers.into_iter().all(|answer| answer.unwrap().status() == 200));
 }
+
+/// Slots that the real engine works on.
+async fn working(engine: &Client) -> Option<usize> {
+    let slots = engine.get_json("/slots").await?;
+    Some(slots.as_array()?.iter().filter(|slot| slot["is_processing"] == true).count())
+}
+
+// CLOUD-2903
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_real_engine_works_for_no_client_that_has_left_whole_or_streaming() {
+    const SLOTS: u32 = 2;
+    let options = Options { nodes: 1, engine: Engine::TinyLong { slots: SLOTS }, ..Options::default() };
+    let cluster = Cluster::start(options).await;
+    let engine = Client::new(&cluster.engine_url(0), None);
+    let ask = |stream: bool, tokens: u32| {
+        let body = json!({
+            "model": "tiny", "messages": [{"role": "user", "content": "Once upon a time"}],
+            "max_tokens": tokens, "ignore_eos": true, "temperature": 0, "stream": stream,
+        });
+        cluster.client.request(Method::POST, CHAT).json(&body)
+    };
+    for stream in [false, true] {
+        // Two that run and two that wait for them.
+        let asked: Vec<_> = (0..4).map(|_| tokio::spawn(ask(stream, 8_000).send())).collect();
+        eventually("it works for two of them", SOON, || async {
+            (working(&engine).await? == 2).then_some(())
+        })
+        .await;
+        let left = Instant::now();
+        drop(asked.into_iter().map(|asked| asked.abort()).collect::<Vec<()>>());
+        eventually("it works for nobody, and no slot is taken", SOON, || async {
+            let node = cluster.client.node("gpu-node-1").await?;
+            let tasks = cluster.client.get_json("/v2/tasks?limit=500&state=queued").await?;
+            let is_free = node.pools[0].slots_free == SLOTS && node.running_attempts.is_empty();
+            (is_free && working(&engine).await? == 0 && tasks["tasks"].as_array()?.is_empty()).then_some(())
+        })
+        .await;
+        eprintln!("streaming: {stream}: the engine is idle {} ms after they left", left.elapsed().as_millis());
+    }
+    assert_eq!(ask(false, 4).send().await.unwrap().status(), 200, "the slots serve others");
+}

@@ -124,6 +124,9 @@ async fn start(folder: &std::path::Path) -> Cluster {
     let control = vec![
         ("LLORCH_API_TOKEN_FILE", tokens.display().to_string()),
         ("ORCHESTRATORD_MAX_CONNECTIONS", MOST_CONNECTIONS.to_string()),
+        // Those of the journeys are shorter than the defaults.
+        ("ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS", "10".to_owned()),
+        ("ORCHESTRATORD_NODE_TIMEOUT_SECS", "30".to_owned()),
         ("LLORCH_LOG", "error".to_owned()),
     ];
     let engine = Engine::Fake { slots: 16, first_token_ms: 20, pace_ms: 2, dialect: "llamacpp" };
