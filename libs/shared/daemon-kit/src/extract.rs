@@ -9,17 +9,23 @@ use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Path, Request};
 use axum::http::request::Parts;
 use http_body_util::BodyExt;
-use hyper::body::Body as _;
+use hyper::body::{Body as _, Frame};
 use pool_registry_types::task::{INFER_OVERHEAD_BYTES, MAX_BODY_BYTES};
 use pool_registry_types::{ErrorCode, NodeId};
 use serde::de::DeserializeOwned;
+use tokio::time::Instant;
 
 use crate::answer::ApiError;
 use crate::byte_budget::{BodyBudgets, ByteBudget, HeldBytes};
 use crate::caller::Caller;
 
-/// How long a whole body may take to arrive.
+/// How long nothing of a body may come.
+const BODY_IDLE: Duration = Duration::from_secs(30);
+/// How long a body may take to arrive, ...
 const BODY_PATIENCE: Duration = Duration::from_secs(60);
+/// ... and a second more for so many bytes of it that are here: who sends it a byte at a time holds its room
+/// no longer.
+const BODY_BYTES_PER_SECOND: usize = 16 * 1024;
 
 /// Bytes of a body that is too long that are read for nothing.
 const MOST_DROPPED: usize = 16 * 1024 * 1024;
@@ -146,12 +152,32 @@ async fn collect_with(
     let holder = holder.map(|holder| holder.id);
     let budgets = extensions.get::<Arc<BodyBudgets>>();
     let mut held = budgets.map(|budgets| budget(budgets).begin(holder)).unwrap_or_default();
-    let reading = read_behind(request.into_body(), head, at_most, &mut held);
-    let read = tokio::time::timeout(BODY_PATIENCE, reading).await.unwrap_or_else(|_| {
-        let message = format!("the body did not arrive within {} s", BODY_PATIENCE.as_secs());
-        Err(ApiError::new(ErrorCode::InvalidParams, message))
-    });
-    Ok((read?, held))
+    let read = read_behind(request.into_body(), head, at_most, &mut held).await?;
+    Ok((read, held))
+}
+
+/// The next piece of a body of which so much has come since then.
+async fn next_piece(
+    body: &mut axum::body::Body,
+    began: Instant,
+    seen: usize,
+) -> Result<Option<Frame<Bytes>>, ApiError> {
+    let invalid = |message: String| ApiError::new(ErrorCode::InvalidParams, message);
+    let whole = BODY_PATIENCE + Duration::from_secs((seen / BODY_BYTES_PER_SECOND) as u64);
+    let left = whole.saturating_sub(began.elapsed());
+    match tokio::time::timeout(left.min(BODY_IDLE), body.frame()).await {
+        Ok(frame) => frame.transpose().map_err(|_| invalid("the body was cut off".to_owned())),
+        Err(_) if left < BODY_IDLE => {
+            let bytes = BODY_BYTES_PER_SECOND;
+            Err(invalid(format!(
+                "the body came too slowly: {seen} bytes of it, where {bytes} a second are due"
+            )))
+        }
+        Err(_) => Err(invalid(format!(
+            "nothing came of the body for {} s, after {seen} bytes",
+            BODY_IDLE.as_secs()
+        ))),
+    }
 }
 
 /// Reads a whole body of at most so many bytes, each counted before it is kept. Of one that is too long,
@@ -159,7 +185,7 @@ async fn collect_with(
 /// sending when the connection is closed hears of no answer.
 ///
 /// # Errors
-/// `PAYLOAD_TOO_LARGE`, `OVERLOADED`, and `INVALID_PARAMS` for a body that is cut off.
+/// `PAYLOAD_TOO_LARGE`, `OVERLOADED`, and `INVALID_PARAMS` for a body that is cut off or comes too slowly.
 pub async fn read_counted(
     body: axum::body::Body,
     at_most: usize,
@@ -180,8 +206,8 @@ async fn read_behind(
     let room = if too_long { 0 } else { usize::try_from(announced).unwrap_or(0) };
     let (mut bytes, mut seen) = (Vec::with_capacity(room), 0_usize);
     let mut refused = held.add(head).err();
-    while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|_| ApiError::new(ErrorCode::InvalidParams, "the body was cut off"))?;
+    let began = Instant::now();
+    while let Some(frame) = next_piece(&mut body, began, seen).await? {
         let Ok(data) = frame.into_data() else { continue };
         seen = seen.saturating_add(data.len());
         too_long |= seen > at_most;
@@ -273,6 +299,34 @@ mod tests {
             Ok::<_, std::convert::Infallible>(Bytes::from(vec![b' '; piece]))
         });
         axum::body::Body::from_stream(stream::iter(pieces))
+    }
+
+    // CLOUD-2781
+    #[tokio::test(start_paused = true)]
+    async fn a_body_may_take_long_where_it_keeps_coming_and_no_longer() {
+        let every = |seconds: u64, piece: usize| {
+            axum::body::Body::from_stream(stream::unfold(0, move |n| async move {
+                tokio::time::sleep(Duration::from_secs(seconds)).await;
+                (n < 20).then(|| (Ok::<_, std::convert::Infallible>(Bytes::from(vec![b' '; piece])), n + 1))
+            }))
+        };
+        let budget = ByteBudget::new(usize::MAX);
+        let read = async |seconds, piece| {
+            let began = Instant::now();
+            let read = read_counted(every(seconds, piece), 32 << 20, &mut budget.begin(None)).await;
+            assert_eq!(budget.held(), 0);
+            (read.map(|bytes| bytes.len()).map_err(|refused| refused.0.message), began.elapsed().as_secs())
+        };
+        // 1 MiB each 29 s for ten minutes.
+        assert_eq!(read(29, 1 << 20).await, (Ok(20 << 20), 609));
+        let (stopped, after) = read(31, 1 << 20).await;
+        assert_eq!(
+            (stopped.unwrap_err().as_str(), after),
+            ("nothing came of the body for 30 s, after 0 bytes", 30)
+        );
+        let (trickle, after) = read(10, 100).await;
+        assert!(trickle.unwrap_err().contains("too slowly"));
+        assert_eq!(after, 60);
     }
 
     // CLOUD-2725

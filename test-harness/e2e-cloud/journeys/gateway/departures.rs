@@ -149,7 +149,10 @@ async fn the_real_engine_works_for_no_client_that_has_left_whole_or_streaming() 
             (is_free && working(&engine).await? == 0 && tasks["tasks"].as_array()?.is_empty()).then_some(())
         })
         .await;
-        eprintln!("streaming: {stream}: the engine is idle {} ms after they left", left.elapsed().as_millis());
+        eprintln!(
+            "streaming: {stream}: the engine is idle {} ms after they left",
+            left.elapsed().as_millis()
+        );
     }
     assert_eq!(ask(false, 4).send().await.unwrap().status(), 200, "the slots serve others");
 }
