@@ -63,7 +63,7 @@ async fn one_daemon_serves_the_same_api_without_a_token() {
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Where everything is below `home`, as for a user without any setting: systemd's directories are unset.
+/// A daemon that is told of no directory: its service manager has one for each purpose, below `home`.
 fn of_user(home: &Path, port: u16) -> Command {
     let mut command = Command::new(program("orchestratord"));
     command
