@@ -100,7 +100,8 @@ pub(crate) struct Settings {
     /// the operator's orders.
     #[arg(long)]
     data_dir: Option<PathBuf>,
-    #[command(flatten, next_help_heading = "Home profile: this machine as a node")]
+    /// Of the home profile, where this machine is the one node.
+    #[command(flatten)]
     home: NodeSettings,
     #[command(flatten)]
     shared: SharedSettings,
