@@ -226,6 +226,7 @@ impl Cluster {
             .env("POOL_MANAGERD_NODE_ID", "gpu-node-1")
             .env("POOL_MANAGERD_ADDR", format!("127.0.0.1:{node_port}"))
             .env("POOL_MANAGERD_RUNTIME_DIR", &runtime_dir)
+            .env("POOL_MANAGERD_STATE_DIR", folder.join("pool-managerd"))
             .env("POOL_MANAGERD_MODELS_DIR", folder.join("models"))
             .env("POOL_MANAGERD_SHUTDOWN_GRACE_SECS", "2")
             .env("ORCHESTRATORD_URL", &control_url);

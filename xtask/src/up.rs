@@ -215,7 +215,10 @@ fn start(options: &Options, serving: &Serving, model: &Path) -> Result<Cluster, 
         "starting orchestratord (cloud profile)"
     });
     let mut control = Command::new(target("debug").join("orchestratord"));
-    control.env("ORCHESTRATORD_ADDR", cluster.url.trim_start_matches("http://"));
+    control
+        .env("ORCHESTRATORD_ADDR", cluster.url.trim_start_matches("http://"))
+        .env("ORCHESTRATORD_DATA_DIR", work.join("orchestratord"))
+        .env("ORCHESTRATORD_MODELS_DIR", work.join("models"));
     if let Some(token) = &cluster.token {
         control.env("ORCHESTRATORD_CLOUD_PROFILE", "true").env("LLORCH_API_TOKEN", token);
     } else {
@@ -250,6 +253,8 @@ fn start(options: &Options, serving: &Serving, model: &Path) -> Result<Cluster, 
             .env("POOL_MANAGERD_NODE_ID", &node)
             .env("POOL_MANAGERD_ADDR", format!("127.0.0.1:{}", port(9200 + n)?))
             .env("POOL_MANAGERD_RUNTIME_DIR", &runtime_dir)
+            .env("POOL_MANAGERD_STATE_DIR", work.join(format!("{node}-state")))
+            .env("POOL_MANAGERD_MODELS_DIR", work.join(format!("{node}-models")))
             .env("ORCHESTRATORD_URL", &cluster.url)
             .env("LLORCH_API_TOKEN", cluster.token.as_deref().unwrap_or_default());
         cluster.nodes.push(Started::spawn(&node, daemon, &work)?);

@@ -8,8 +8,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use axum::http::HeaderValue;
+use daemon_kit::directories::{Directory, Purpose};
 use daemon_kit::hosts::{AllowedHosts, HostError};
 use daemon_kit::settings::{Daemon, Own, Shared, SharedError, SharedSettings};
+use node_agent::settings::{NodeConfig, NodeSettings, NodeSettingsError};
 use pool_registry_types::ModelRef;
 use pool_registry_types::task::MAX_PASSED_BYTES;
 use task_scheduler::{FullLane, Policy, SessionPolicy, Strategy, Timing};
@@ -94,12 +96,13 @@ pub(crate) struct Settings {
     /// Threads on which streams live [default: one for two cores, four at most].
     #[arg(long, env = "ORCHESTRATORD_STREAM_THREADS", value_parser = clap::value_parser!(u16).range(1..=256))]
     stream_threads: Option<u16>,
-    /// The directory of what outlives this process: entries of models, artifacts.
-    #[arg(long, env = "ORCHESTRATORD_DATA_DIR", default_value = ".runtime/orchestratord")]
-    data_dir: PathBuf,
-    /// Home profile: the directory of the engines' handoff files.
-    #[arg(long, env = "ORCHESTRATORD_RUNTIME_DIR", default_value = ".runtime/engines")]
-    runtime_dir: PathBuf,
+    /// The directory of what outlives this process: entries of models, artifacts, and in the home profile
+    /// the operator's orders.
+    #[arg(long)]
+    data_dir: Option<PathBuf>,
+    /// Of the home profile, where this machine is the one node.
+    #[command(flatten)]
+    home: NodeSettings,
     #[command(flatten)]
     shared: SharedSettings,
     /// Origins whose pages may call, comma-separated [default: none].
@@ -150,6 +153,13 @@ const OWN: Own = Own {
         ),
         ("require_tls", "Refuse to serve, and to call nodes, without TLS"),
     ],
+    directories: &[
+        Directory { setting: "data_dir", purpose: Purpose::State, folder: "orchestratord" },
+        Directory { setting: "runtime_dir", purpose: Purpose::Runtime, folder: "engines" },
+        Directory { setting: "models_dir", purpose: Purpose::State, folder: "models" },
+        Directory { setting: "packages_dir", purpose: Purpose::State, folder: "packages" },
+        Directory { setting: "logs_dir", purpose: Purpose::Logs, folder: "" },
+    ],
     before: &[
         ("addr", "cloud_profile"),
         ("cors_origins", "api_token"),
@@ -166,6 +176,9 @@ enum Order {
     /// The bearer tokens: make one, name one, check a file of them.
     #[command(subcommand)]
     Token(token::Order),
+    /// Guard one engine. For orchestratord itself, which speaks to it through its standard input.
+    #[command(hide = true)]
+    Guard,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -187,7 +200,8 @@ fn strategy_parser() -> impl clap::builder::TypedValueParser<Value = Strategy> {
 #[derive(Debug)]
 pub(crate) struct Config {
     pub(crate) shared: Shared,
-    pub(crate) cloud_profile: bool,
+    /// This machine as the one node; absent: the cloud profile, where nodes register.
+    pub(crate) home: Option<NodeConfig>,
     pub(crate) policy: Policy,
     pub(crate) event_log_bytes: usize,
     pub(crate) queue_bytes: usize,
@@ -196,7 +210,6 @@ pub(crate) struct Config {
     pub(crate) stalled_write: Duration,
     pub(crate) stream_threads: usize,
     pub(crate) data_dir: PathBuf,
-    pub(crate) runtime_dir: PathBuf,
     pub(crate) origins: Vec<HeaderValue>,
     pub(crate) hosts: AllowedHosts,
     pub(crate) requests_per_second: Option<NonZeroU32>,
@@ -220,6 +233,12 @@ pub(crate) enum ConfigError {
     OpenToNetwork(SocketAddr),
     #[error(transparent)]
     Shared(#[from] SharedError),
+    #[error(transparent)]
+    Home(#[from] NodeSettingsError),
+    #[error("ORCHESTRATORD_POOLS: in the cloud profile the nodes run the engines: POOL_MANAGERD_POOLS there")]
+    CloudRunsNoEngines,
+    #[error("ORCHESTRATORD_DATA_DIR: no directory for it can be written here, set one")]
+    NoDataDir,
     #[error("ORCHESTRATORD_CORS_ORIGINS: {0:?} is no origin, as https://host:port")]
     Origin(String),
     #[error("ORCHESTRATORD_ALLOWED_HOSTS: {0}")]
@@ -240,8 +259,10 @@ impl Daemon for Settings {
     }
 
     fn chore(&self) -> Option<ExitCode> {
-        let Order::Token(order) = self.order.as_ref()?;
-        Some(token::run(order))
+        match self.order.as_ref()? {
+            Order::Token(order) => Some(token::run(order)),
+            Order::Guard => Some(node_agent::guard::inside::run()),
+        }
     }
 
     fn document() -> String {
@@ -261,6 +282,12 @@ impl Daemon for Settings {
         if shared.tokens.is_empty() && !daemon_kit::config::is_loopback(addr) {
             return Err(ConfigError::OpenToNetwork(addr));
         }
+        let home = match self.cloud_profile {
+            false => Some(self.home.check(OWN.prefix)?),
+            true if self.home.pools().is_some() => return Err(ConfigError::CloudRunsNoEngines),
+            true => None,
+        };
+        let data_dir = self.data_dir.ok_or(ConfigError::NoDataDir)?;
         let origins = self.cors_origins.as_deref().map(origins).transpose()?.unwrap_or_default();
         let settings = ["ORCHESTRATORD_ALLOWED_HOSTS", "ORCHESTRATORD_CORS_ORIGINS"];
         let hosts = AllowedHosts::parse(settings, self.allowed_hosts.as_deref().unwrap_or_default())?;
@@ -298,7 +325,7 @@ impl Daemon for Settings {
         };
         Ok(Config {
             shared,
-            cloud_profile: self.cloud_profile,
+            home,
             policy,
             event_log_bytes: usize::try_from(self.event_log_bytes).unwrap_or(usize::MAX),
             queue_bytes,
@@ -306,8 +333,7 @@ impl Daemon for Settings {
             held_answer_bytes: usize::try_from(self.held_answer_bytes).unwrap_or(usize::MAX),
             stalled_write: Duration::from_secs(self.stalled_write_secs),
             stream_threads: self.stream_threads.map_or_else(default_stream_threads, usize::from),
-            data_dir: self.data_dir,
-            runtime_dir: self.runtime_dir,
+            data_dir,
             origins,
             hosts,
             requests_per_second: self.requests_per_second,
@@ -348,7 +374,7 @@ mod tests {
     #[test]
     fn the_defaults_are_the_home_profile_on_loopback_without_a_token() {
         let config = check(&[]).unwrap();
-        assert!(!config.cloud_profile && config.shared.tokens.is_empty());
+        assert!(config.home.is_some() && config.shared.tokens.is_empty());
         assert_eq!(config.shared.front.addr.to_string(), "127.0.0.1:8080");
         assert_eq!(config.policy.timing.node_timeout, Duration::from_secs(30));
         assert_eq!((config.policy.max_nodes, config.policy.retained_tasks), (10_000, 10_000));
@@ -360,6 +386,8 @@ mod tests {
 
     // CLOUD-1301
     // CLOUD-2202
+    // CLOUD-2941
+    // CLOUD-2942
     #[test]
     fn each_contradiction_names_its_variable() {
         let error = |flags: &[&str]| check(flags).unwrap_err();
@@ -367,6 +395,12 @@ mod tests {
         assert!(error(&["--addr", "0.0.0.0:8080"]).contains("ORCHESTRATORD_ADDR"));
         assert!(error(&["--node-timeout-secs", "29"]).contains("ORCHESTRATORD_NODE_TIMEOUT_SECS"));
         assert!(error(&["--admission-capacity", "0"]).contains("admission-capacity"));
+        let cloud = ["--cloud-profile", "true", "--api-token", "secret-token", "--pools", "x"];
+        assert!(error(&cloud).contains("POOL_MANAGERD_POOLS"));
+        assert!(
+            error(&["--pools", "/nowhere/pools.toml"]).contains("ORCHESTRATORD_POOLS: /nowhere/pools.toml")
+        );
+        assert!(error(&["--labels", "zone"]).contains("ORCHESTRATORD_LABELS"));
         assert!(error(&["--addr", "nonsense"]).contains("addr"));
         assert!(error(&["--placement-strategy", "best"]).contains("most-free-vram"));
         assert!(error(&["--admission-policy", "maybe"]).contains("drop-lru"));

@@ -1,27 +1,30 @@
 //! From configuration to a serving node, and back down.
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use daemon_kit::auth::Gate;
 use daemon_kit::connections::{ConnLimits, Counts, Streaming};
+use daemon_kit::directories::{self, DirectoryError};
 use daemon_kit::front::{Front, FrontError, Shown};
 use daemon_kit::hosts::AllowedHosts;
 use daemon_kit::serve;
-use handoff_watcher::{HandoffWatcher, watch::WatchError};
-use node_agent::{Agent, Identity, IntentFile, gpu};
+use handoff_watcher::watch::WatchError;
+use node_agent::{Assembled, Assembly, AssemblyError, Identity};
 use node_registration::HttpControlPlane;
 use owned_tasks::StreamThreads;
 use pool_registry_types::BootId;
-use pool_registry_types::node::{Capabilities, LINK_FEATURE, OPENAI_FEATURE};
+use pool_registry_types::node::{LINK_FEATURE, OPENAI_FEATURE};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::field;
 use uuid::Uuid;
 
+use crate::api;
 use crate::config::Config;
 use crate::state::App;
-use crate::{api, registry};
 
 /// How long leaving the cluster may take, once attempts have finished.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(6);
@@ -33,8 +36,10 @@ const LINGER: Duration = Duration::from_secs(1);
 pub(crate) enum StartError {
     #[error(transparent)]
     Front(#[from] FrontError),
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
     #[error("POOL_MANAGERD_RUNTIME_DIR: {0}")]
-    RuntimeDir(#[from] WatchError),
+    RuntimeDir(#[source] WatchError),
     #[error("POOL_MANAGERD_STREAM_THREADS: a thread cannot be started: {0}")]
     Threads(#[source] io::Error),
     #[error("the HTTP client cannot be made")]
@@ -43,12 +48,26 @@ pub(crate) enum StartError {
     Serve(#[source] io::Error),
 }
 
+impl From<AssemblyError> for StartError {
+    fn from(error: AssemblyError) -> Self {
+        match error {
+            AssemblyError::RuntimeDir(error) => Self::RuntimeDir(error),
+            AssemblyError::Client(_) => Self::Client,
+        }
+    }
+}
+
 pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     // Only the first installation in a process can fail, and this is the first.
     let _ = rustls::crypto::ring::default_provider().install_default();
+    let writable = |setting, path: &Path| directories::writable("POOL_MANAGERD", setting, path);
+    writable("STATE_DIR", &config.state_dir)?;
+    if let Some(engines) = &config.node.engines {
+        writable("RUNTIME_DIR", &engines.runtime_dir)?;
+        writable("LOGS_DIR", &engines.logs_dir)?;
+    }
     let front = Front::open(&config.shared.front).await?;
     let (bound, loops) = (front.bound, front.loops.clone());
-    let gpus = gpu::GpuWatch::start(config.nvml_lib.clone(), &loops);
     let boot_id = BootId(Uuid::new_v4());
     let identity = Identity {
         node_id: config.node_id.clone(),
@@ -56,32 +75,31 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         boot_id,
         address: config.address(bound),
         version: env!("CARGO_PKG_VERSION").into(),
-        labels: config.labels.clone(),
-        capabilities: Capabilities { gpus: gpus.inventory().to_vec(), ..daemon_kit::config::machine() },
+        labels: config.node.labels.clone(),
+        capabilities: daemon_kit::config::machine(),
         features: vec![LINK_FEATURE.into(), OPENAI_FEATURE.into()],
     };
-    tracing::info!(node_id = %identity.node_id, %boot_id, address = identity.address, %bound, "pool-managerd starts");
-    let seed = boot_id.0.as_u64_pair().0;
-    let intent_file = IntentFile::new(&config.runtime_dir, &config.node_id);
-    let agent = Agent::new(identity, config.heartbeat_interval, seed, intent_file, loops.clone());
-    agent.keep_streams(config.held_bytes);
-    agent.keep_links();
-    agent.watch_models(config.models_dir.clone());
-    let stop = CancellationToken::new();
-
-    let watcher =
-        HandoffWatcher::new(&config.runtime_dir, config.engine_hosts.clone(), config.watch_interval)?;
-    let (changes, watching) = watcher.start(&loops, stop.clone());
-    let own = match &config.supervision {
-        None => node_agent::Node::new(Arc::clone(&agent)),
-        Some(supervised) => {
-            let settings = registry::supervision(&config, supervised);
-            node_agent::Node::with_engines(Arc::clone(&agent), settings, seed)
-                .map_err(|_| StartError::Client)?
-        }
+    tracing::info!(
+        node_id = %identity.node_id, %boot_id, address = identity.address, %bound,
+        control_plane = config.control_plane.as_deref().unwrap_or("none"),
+        runtime_dir = %config.node.runtime_dir.display(), state_dir = %config.state_dir.display(),
+        models_dir = %config.node.models_dir.display(),
+        pools = config.node.engines.as_ref().map(|engines| field::display(engines.pools.display())),
+        logs_dir = config.node.engines.as_ref().map(|engines| field::display(engines.logs_dir.display())),
+        packages_dir = config.node.engines.as_ref().map(|engines| field::display(engines.packages_dir.display())),
+        "pool-managerd starts"
+    );
+    let assembly = Assembly {
+        identity,
+        state_dir: config.state_dir,
+        heartbeat_interval: config.heartbeat_interval,
+        watch_interval: config.watch_interval,
+        held_bytes: config.held_bytes,
     };
-    agent.follow_handoffs(changes);
-    agent.watch_gpus(gpus);
+    let stop = CancellationToken::new();
+    let Assembled { node: own, watching } = assembly.start(&config.node, &loops, &stop)?;
+    let agent = Arc::clone(own.agent());
+    agent.keep_links();
     let session = match &config.control_plane {
         Some(url) => {
             let client = front.tls.client.reqwest(HttpControlPlane::client()).build();

@@ -6,13 +6,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use crate::models;
+use daemon_kit::directories::{Directory, Purpose};
 use daemon_kit::settings::{Daemon, Own, Shared, SharedError, SharedSettings};
-use handoff_watcher::EngineHosts;
 use node_agent::HELD_BYTES;
-use node_agent::pools_file::{PoolsFile, PoolsFileError};
-use pool_registry_types::placement::{Labels, MAX_CONSTRAINTS};
-use pool_registry_types::{LabelName, MachineId, NodeId};
-use secrecy::SecretString;
+use node_agent::pools_file::PoolsFile;
+use node_agent::settings::{NodeConfig, NodeSettings, NodeSettingsError};
+use pool_registry_types::{MachineId, NodeId};
 
 /// The settings as they are given.
 #[derive(Debug, clap::Args)]
@@ -35,21 +34,14 @@ pub(crate) struct Settings {
     /// Join the cluster at the start.
     #[arg(long, env = "ORCHESTRATORD_REGISTER_ON_STARTUP", default_value_t = true, action = clap::ArgAction::Set)]
     register_on_startup: bool,
-    /// What the operator says of this node, for placement: zone=a,tier=fast.
-    #[arg(long, env = "POOL_MANAGERD_LABELS")]
-    labels: Option<String>,
-    /// The directory of the models on this node's disk, one folder each.
-    #[arg(long, env = "POOL_MANAGERD_MODELS_DIR", default_value = ".runtime/models", global = true)]
-    models_dir: PathBuf,
-    /// The directory of the engines' handoff files.
-    #[arg(long, env = "POOL_MANAGERD_RUNTIME_DIR", default_value = ".runtime/engines")]
-    runtime_dir: PathBuf,
-    /// Milliseconds between two scans of it.
+    #[command(flatten)]
+    own_node: NodeSettings,
+    /// The directory of what outlives a reboot: the operator's orders for this node.
+    #[arg(long)]
+    state_dir: Option<PathBuf>,
+    /// Milliseconds between two scans of the runtime directory.
     #[arg(long, env = "POOL_MANAGERD_WATCH_INTERVAL_MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(10..=60_000))]
     watch_interval_ms: u64,
-    /// Hosts on which engines may be, comma-separated [default: this machine].
-    #[arg(long, env = "POOL_MANAGERD_ENGINE_HOSTS")]
-    engine_hosts: Option<String>,
     /// Seconds between two heartbeats, until the control plane's answer says otherwise.
     #[arg(long, env = "POOL_MANAGERD_HEARTBEAT_INTERVAL_SECS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     heartbeat_interval_secs: u64,
@@ -61,27 +53,6 @@ pub(crate) struct Settings {
     /// Threads on which streams live.
     #[arg(long, env = "POOL_MANAGERD_STREAM_THREADS", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     stream_threads: u16,
-    /// A TOML file of the pools whose engines this node runs itself [default: none, engines are only found].
-    #[arg(long, env = "POOL_MANAGERD_POOLS")]
-    pools: Option<PathBuf>,
-    /// Where engines from the package index are installed.
-    #[arg(long, env = "POOL_MANAGERD_PACKAGES_DIR", default_value = ".runtime/packages")]
-    packages_dir: PathBuf,
-    /// Where the engines' output goes.
-    #[arg(long, env = "POOL_MANAGERD_LOGS_DIR", default_value = ".runtime/logs")]
-    logs_dir: PathBuf,
-    /// Download and install nothing, whatever the file of pools allows.
-    #[arg(long, env = "POOL_MANAGERD_FORBID_PROVISIONING", default_value_t = false, action = clap::ArgAction::Set)]
-    forbid_provisioning: bool,
-    /// The hub that hf: sources of models name.
-    #[arg(long, env = "HF_ENDPOINT", default_value = "https://huggingface.co", global = true)]
-    hf_endpoint: String,
-    /// A token for the hub.
-    #[arg(long, env = "HF_TOKEN", hide_env_values = true, value_parser = daemon_kit::config::secret, global = true)]
-    hf_token: Option<SecretString>,
-    /// NVIDIA's management library [default: where the system keeps it].
-    #[arg(long, env = "POOL_MANAGERD_NVML_LIB")]
-    nvml_lib: Option<PathBuf>,
     /// The name that the control plane's certificate must be for, where one is asked for.
     #[arg(long, env = "POOL_MANAGERD_TLS_CONTROL_NAME", default_value = "orchestratord")]
     tls_control_name: String,
@@ -110,6 +81,13 @@ const OWN: Own = Own {
         ),
         ("require_tls", "Refuse to serve, and to call the control plane, without TLS"),
     ],
+    directories: &[
+        Directory { setting: "runtime_dir", purpose: Purpose::Runtime, folder: "engines" },
+        Directory { setting: "state_dir", purpose: Purpose::State, folder: "pool-managerd" },
+        Directory { setting: "models_dir", purpose: Purpose::State, folder: "models" },
+        Directory { setting: "packages_dir", purpose: Purpose::State, folder: "packages" },
+        Directory { setting: "logs_dir", purpose: Purpose::Logs, folder: "" },
+    ],
     before: &[("addr", "node_id"), ("shutdown_grace_secs", "pools"), ("tls_control_name", "tls_ca")],
 };
 
@@ -130,33 +108,17 @@ pub(crate) struct Config {
     pub(crate) shared: Shared,
     pub(crate) node_id: NodeId,
     pub(crate) machine_id: MachineId,
-    pub(crate) labels: Labels,
-    pub(crate) models_dir: PathBuf,
     pub(crate) advertise_url: Option<String>,
     /// Absent: this node joins no cluster.
     pub(crate) control_plane: Option<String>,
-    pub(crate) runtime_dir: PathBuf,
+    pub(crate) node: NodeConfig,
+    pub(crate) state_dir: PathBuf,
     pub(crate) watch_interval: Duration,
-    pub(crate) engine_hosts: EngineHosts,
     pub(crate) heartbeat_interval: Duration,
     /// What streams that are kept may take together.
     pub(crate) held_bytes: usize,
     pub(crate) stream_threads: usize,
-    pub(crate) nvml_lib: Option<PathBuf>,
-    /// Absent: this node runs no engines of its own.
-    pub(crate) supervision: Option<Supervised>,
     pub(crate) control_name: String,
-}
-
-/// Where the engines of this node's own are, and what may be fetched for them.
-#[derive(Debug)]
-pub(crate) struct Supervised {
-    pub(crate) pools: PathBuf,
-    pub(crate) packages_dir: PathBuf,
-    pub(crate) logs_dir: PathBuf,
-    pub(crate) forbid_provisioning: bool,
-    pub(crate) hub: String,
-    pub(crate) hub_token: Option<SecretString>,
 }
 
 /// Why the settings do not hold together. Each names the variable.
@@ -168,12 +130,10 @@ pub(crate) enum ConfigError {
     NoControlPlane,
     #[error("{variable}: {url:?} is not http://host:port")]
     Url { variable: &'static str, url: String },
-    #[error("POOL_MANAGERD_LABELS: {0:?} is not name=value, comma-separated, of [A-Za-z0-9._-]")]
-    Labels(String),
-    #[error("POOL_MANAGERD_LABELS: {0:?} names a label twice, or is one more than {MAX_CONSTRAINTS}")]
-    LabelTwice(String),
-    #[error("POOL_MANAGERD_POOLS: {0}")]
-    Pools(PoolsFileError),
+    #[error(transparent)]
+    Node(#[from] NodeSettingsError),
+    #[error("POOL_MANAGERD_STATE_DIR: no directory for it can be written here, set one")]
+    NoStateDir,
     #[error("LLORCH_API_TOKEN: a node needs the cluster's token (or LLORCH_API_TOKEN_FILE)")]
     NoToken,
     #[error(transparent)]
@@ -203,8 +163,14 @@ impl Daemon for Settings {
         match &self.order {
             Some(Order::Guard) => Some(node_agent::guard::inside::run()),
             Some(Order::Models(order)) => {
-                let hub = models::Hub { endpoint: &self.hf_endpoint, token: self.hf_token.as_ref() };
-                Some(models::run(order, &self.models_dir, &hub))
+                let Some(folder) = self.own_node.models_dir() else {
+                    daemon_kit::telemetry::say_fatal(&NodeSettingsError::NoDirectory {
+                        prefix: OWN.prefix,
+                        setting: "MODELS_DIR",
+                    });
+                    return Some(ExitCode::from(2));
+                };
+                Some(models::run(order, folder, &self.own_node.hub()))
             }
             None if self.print_pools_schema => {
                 daemon_kit::config::print(&PoolsFile::schema());
@@ -251,44 +217,18 @@ impl Daemon for Settings {
         if serves_tls && !daemon_kit::tls::is_name(node_id.as_str()) {
             return Err(ConfigError::NoCertificateName(node_id));
         }
-        let supervision = match self.pools {
-            None => None,
-            Some(pools) => {
-                // A file that is wrong from the start stops it; one that is made wrong later does not.
-                let read = std::fs::read_to_string(&pools);
-                let text = read.map_err(|error| PoolsFileError::Unreadable {
-                    path: pools.clone(),
-                    reason: error.to_string(),
-                });
-                text.and_then(|text| PoolsFile::parse(&text)).map_err(ConfigError::Pools)?;
-                Some(Supervised {
-                    pools,
-                    packages_dir: self.packages_dir,
-                    logs_dir: self.logs_dir,
-                    forbid_provisioning: self.forbid_provisioning,
-                    hub: check_url("HF_ENDPOINT", self.hf_endpoint)?,
-                    hub_token: self.hf_token,
-                })
-            }
-        };
         let config = Config {
             shared,
             node_id,
             machine_id,
-            labels: self.labels.as_deref().map(labels).transpose()?.unwrap_or_default(),
-            models_dir: self.models_dir,
             advertise_url,
             control_plane,
-            runtime_dir: self.runtime_dir,
+            node: self.own_node.check(OWN.prefix)?,
+            state_dir: self.state_dir.ok_or(ConfigError::NoStateDir)?,
             watch_interval: Duration::from_millis(self.watch_interval_ms),
-            engine_hosts: self
-                .engine_hosts
-                .map_or_else(EngineHosts::default, |list| EngineHosts::parse(&list)),
             heartbeat_interval: Duration::from_secs(self.heartbeat_interval_secs),
             held_bytes: usize::try_from(self.held_bytes).unwrap_or(usize::MAX),
             stream_threads: usize::from(self.stream_threads),
-            nvml_lib: self.nvml_lib,
-            supervision,
             control_name: self.tls_control_name,
         };
         config.check_reachable()?;
@@ -341,21 +281,6 @@ fn check_url(variable: &'static str, url: String) -> Result<String, ConfigError>
     if good { Ok(trimmed.to_owned()) } else { Err(ConfigError::Url { variable, url }) }
 }
 
-fn labels(text: &str) -> Result<Labels, ConfigError> {
-    let pair = |pair: &str| {
-        let (name, value) = pair.trim().split_once('=')?;
-        Some((LabelName::new(name).ok()?, LabelName::new(value).ok()?))
-    };
-    let mut labels = Labels::new();
-    for part in text.split(',').filter(|part| !part.trim().is_empty()) {
-        let (name, value) = pair(part).ok_or_else(|| ConfigError::Labels(part.to_owned()))?;
-        if labels.insert(name, value).is_some() || labels.len() > MAX_CONSTRAINTS {
-            return Err(ConfigError::LabelTwice(part.to_owned()));
-        }
-    }
-    Ok(labels)
-}
-
 fn machine_id(node_id: &NodeId) -> MachineId {
     let read = std::fs::read_to_string("/etc/machine-id").ok();
     let id = read.and_then(|text| MachineId::new(text.trim()).ok());
@@ -391,10 +316,10 @@ mod tests {
         assert!(with(&["--heartbeat-interval-secs", "0"]).contains("heartbeat-interval-secs"));
         assert!(with(&["--node-id", "a/b"]).contains("node_id"));
         assert!(with(&["--labels", "zone"]).contains("POOL_MANAGERD_LABELS"));
-        let labels = check(&[&GOOD[..], &["--labels", "zone=a, tier=fast"]].concat()).unwrap().labels;
+        let labels = check(&[&GOOD[..], &["--labels", "zone=a, tier=fast"]].concat()).unwrap().node.labels;
         assert_eq!(labels.len(), 2);
         assert!(with(&["--labels", "zone=a,zone=b"]).contains("twice"));
-        assert!(check(&[&GOOD[..], &["--labels", ""]].concat()).unwrap().labels.is_empty());
+        assert!(check(&[&GOOD[..], &["--labels", ""]].concat()).unwrap().node.labels.is_empty());
         assert!(with(&["--require-tls"]).contains("POOL_MANAGERD_REQUIRE_TLS"));
         assert!(with(&["--require-tls", "--tls-cert", "x"]).contains("ORCHESTRATORD_URL"));
         assert!(with(&["--tls-cert", "x", "--node-id", "10.0.0.1"]).contains("POOL_MANAGERD_NODE_ID"));

@@ -120,7 +120,7 @@ async fn serve() -> Served {
     };
     let front = Front::open(&settings).await.unwrap();
     let url = format!("http://{}", front.bound);
-    let intent_file = IntentFile::new(folder.path(), &node_id);
+    let intent_file = IntentFile::new(folder.path(), folder.path(), &node_id);
     let agent = Agent::new(identity, Duration::from_secs(10), 1, intent_file, front.loops.clone());
     agent.keep_streams(64 * 1024 * 1024);
     agent.keep_links();

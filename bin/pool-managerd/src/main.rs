@@ -6,7 +6,6 @@ mod config;
 mod link;
 mod logs;
 mod models;
-mod registry;
 mod slotless;
 mod state;
 

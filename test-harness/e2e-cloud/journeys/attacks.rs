@@ -309,6 +309,8 @@ async fn a_log_that_nobody_reads_stops_neither_daemon() {
             .current_dir(dir.path())
             .env(address, &bound)
             .env(variable, value)
+            .env("STATE_DIRECTORY", dir.path().join("state"))
+            .env("RUNTIME_DIRECTORY", dir.path().join("run"))
             .env("POOL_MANAGERD_NODE_ID", "gpu-node-1")
             .env("LLORCH_API_TOKEN_FILE", &file);
         let mut daemon = Process::start_unread(command);

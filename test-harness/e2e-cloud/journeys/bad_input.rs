@@ -236,6 +236,7 @@ async fn each_bad_handoff_file_is_named_and_never_bound() {
 }
 
 // CLOUD-2353
+// CLOUD-2946
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_start_that_cannot_be_says_why_in_one_line() {
     let dir = tempfile::tempdir().unwrap();
@@ -257,6 +258,16 @@ async fn a_start_that_cannot_be_says_why_in_one_line() {
             "orchestratord",
             vec![("ORCHESTRATORD_RUNTIME_DIR", &file), ("ORCHESTRATORD_ADDR", "127.0.0.1:0")],
             "ORCHESTRATORD_RUNTIME_DIR",
+        ),
+        ("orchestratord", vec![("ORCHESTRATORD_DATA_DIR", &file)], "ORCHESTRATORD_DATA_DIR"),
+        (
+            "pool-managerd",
+            vec![
+                ("LLORCH_API_TOKEN", TOKEN),
+                ("ORCHESTRATORD_URL", "http://127.0.0.1:1"),
+                ("POOL_MANAGERD_STATE_DIR", &file),
+            ],
+            "POOL_MANAGERD_STATE_DIR",
         ),
         ("pool-managerd", vec![], "LLORCH_API_TOKEN"),
         ("pool-managerd", vec![("LLORCH_API_TOKEN", TOKEN)], "ORCHESTRATORD_URL"),

@@ -1,7 +1,13 @@
 //! The home profile: one daemon, engines found through local handoff files.
 
-use e2e_cloud::{Engine, Home};
-use serde_json::json;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use e2e_cloud::process::{free_port, program};
+use e2e_cloud::{Client, Engine, Home, Process, eventually};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
 
 // CLOUD-1021
 // CLOUD-1320
@@ -27,7 +33,7 @@ async fn one_daemon_serves_the_same_api_without_a_token() {
     // The one node is steered like any other.
     let drain = client.post("/v2/nodes/home/drain", &json!({})).await;
     assert_eq!(drain.json::<serde_json::Value>().await.unwrap()["kept_by_node"], true);
-    assert!(home.runtime_dir.join(".home.draining").exists());
+    assert!(home.data_dir().join("home.draining").exists());
     let mut pinned = task.clone();
     pinned["placement"] = json!({"mode": "pin", "node_id": "home"});
     assert_eq!(client.refused(&pinned).await.1["code"], "NODE_UNAVAILABLE");
@@ -53,4 +59,144 @@ async fn one_daemon_serves_the_same_api_without_a_token() {
     assert!(next.completed(), "{:?}", next.events.last());
     drop(home.engine.take());
     home.stop().await;
+}
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A daemon that is told of no directory: its service manager has one for each purpose, below `home`.
+fn of_user(home: &Path, port: u16) -> Command {
+    let mut command = Command::new(program("orchestratord"));
+    command
+        .current_dir(home)
+        .env("ORCHESTRATORD_ADDR", format!("127.0.0.1:{port}"))
+        .env("STATE_DIRECTORY", home.join("state"))
+        .env("RUNTIME_DIRECTORY", home.join("run"))
+        .env("LOGS_DIRECTORY", home.join("logs"));
+    command
+}
+
+async fn stop(mut daemon: Process) {
+    daemon.signal(Signal::SIGTERM);
+    let status = tokio::task::block_in_place(|| daemon.wait(PATIENCE));
+    assert!(status.success(), "{}", daemon.log());
+}
+
+async fn ready_pool(client: &Client, pool_id: &str) -> Value {
+    eventually("the pool is ready", PATIENCE, || async {
+        let pool = client.get_json(&format!("/v2/pools/{pool_id}/health")).await?;
+        (pool["ready"] == true).then_some(pool)
+    })
+    .await
+}
+
+// CLOUD-2940
+// CLOUD-2941
+// CLOUD-2947
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn from_nothing_a_file_of_pools_and_one_command_are_a_served_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let (home, port) = (folder.path(), free_port());
+    let engine = program("fake-engine");
+    let file = format!(
+        "[pools.pool-0]\nengine = \"llamacpp\"\nmodel = \"mine\"\nslots = 2\nprovision = {{ mode = \"binary\", program = \"{}\", args = [\"--addr\", \"127.0.0.1:{{port}}\", \"--model\", \"{{model}}\", \"--slots\", \"{{slots}}\"] }}\n",
+        engine.display()
+    );
+    assert_eq!(file.lines().count(), 5);
+    std::fs::write(home.join("pools.toml"), file).unwrap();
+    let start = || {
+        let mut command = of_user(home, port);
+        command.env("ORCHESTRATORD_POOLS", home.join("pools.toml")).env("ORCHESTRATORD_LABELS", "zone=a");
+        Process::start(command, &home.join("orchestratord.log"))
+    };
+    let daemon = start();
+    let client = Client::new(&format!("http://127.0.0.1:{port}"), None);
+    ready_pool(&client, "pool-0").await;
+    let task = json!({"model_ref": "mine", "prompt": "x", "max_tokens": 4,
+        "placement": {"require_labels": {"zone": "a"}}});
+    let transcript = client.run(task.clone()).await;
+    transcript.check();
+    assert!(transcript.completed() && transcript.node() == Some("home"), "{:?}", transcript.events.last());
+    let line = daemon.log();
+    for named in
+        ["orchestratord starts", "url=", "data_dir=", "runtime_dir=", "models_dir=", "logs_dir=", "pools="]
+    {
+        assert!(line.contains(named), "{named}: {line}");
+    }
+
+    // It is supervised as on a node: what dies is started again, and its output can be read.
+    let before = engine_pid(home);
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(before), Signal::SIGKILL).unwrap();
+    eventually("another engine serves", PATIENCE, || async {
+        let handoff = handoff(home)?;
+        (handoff["pid"].as_i64()? != i64::from(before)).then_some(())
+    })
+    .await;
+    ready_pool(&client, "pool-0").await;
+    assert!(client.run(task.clone()).await.completed());
+    assert_eq!(client.get("/v2/pools/pool-0/logs").await.unwrap().status(), 200);
+    let reload = client.post("/v2/pools/pool-0/reload", &json!({"new_model_ref": "other"})).await;
+    assert_eq!(reload.status(), 202);
+
+    // Its engines end with it.
+    let last = engine_pid(home);
+    stop(daemon).await;
+    assert!(!Path::new(&format!("/proc/{last}")).exists(), "engine {last} outlived its daemon");
+}
+
+fn handoff(home: &Path) -> Option<Value> {
+    let text = std::fs::read_to_string(home.join("run/engines/pool-0-r0.json")).ok()?;
+    serde_json::from_str(&text).ok()
+}
+
+fn engine_pid(home: &Path) -> i32 {
+    let pid = handoff(home).expect("a handoff file")["pid"].as_i64().expect("a process id");
+    i32::try_from(pid).expect("process ids are small")
+}
+
+// CLOUD-2945
+// CLOUD-2948
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drain_outlives_the_runtime_directory_and_a_working_directory_of_before_serves_as_before() {
+    let folder = tempfile::tempdir().unwrap();
+    let (home, port) = (folder.path(), free_port());
+    let client = Client::new(&format!("http://127.0.0.1:{port}"), None);
+    let log = home.join("orchestratord.log");
+    let lives = || eventually("it is the one node", PATIENCE, || async { client.node("home").await });
+    let daemon = Process::start(of_user(home, port), &log);
+    lives().await;
+    assert_eq!(client.post("/v2/nodes/home/drain", &json!({})).await.status(), 202);
+    stop(daemon).await;
+    std::fs::remove_dir_all(home.join("run")).unwrap();
+    let daemon = Process::start(of_user(home, port), &log);
+    let intent = serde_json::to_value(lives().await.intent).unwrap();
+    assert_eq!(intent, "draining");
+    stop(daemon).await;
+    assert!(!daemon_says(&log, "./.runtime is there"), "nothing is there of before");
+
+    // Where versions before have kept everything.
+    let before = home.join("before");
+    let engines = before.join(".runtime/engines");
+    std::fs::create_dir_all(&engines).unwrap();
+    std::fs::write(engines.join(".home.draining"), "this node takes no work until it is resumed\n").unwrap();
+    let mut engine = Command::new(program("fake-engine"));
+    engine.args(["--pool-id", "pool-0", "--replica-id", "r0", "--handoff-dir"]).arg(&engines);
+    let _engine = Process::start(engine, &home.join("engine.log"));
+    let mut command = of_user(home, port);
+    command.current_dir(&before);
+    let daemon = Process::start(command, &log);
+    assert_eq!(serde_json::to_value(lives().await.intent).unwrap(), "draining");
+    assert!(!engines.join(".home.draining").exists());
+    assert!(before.join(".runtime/orchestratord/home.draining").exists());
+    assert_eq!(client.post("/v2/nodes/home/resume", &json!({})).await.status(), 202);
+    ready_pool(&client, "pool-0").await;
+    assert!(client.run(json!({"model_ref": "fake-model", "prompt": "x", "max_tokens": 2})).await.completed());
+    stop(daemon).await;
+    let text = std::fs::read_to_string(&log).unwrap();
+    assert_eq!(text.matches("./.runtime is there").count(), 1, "{text}");
+    assert!(text.contains(&home.join("state/orchestratord").display().to_string()), "{text}");
+    assert!(!before.join(".runtime/orchestratord/home.draining").exists());
+}
+
+fn daemon_says(log: &Path, what: &str) -> bool {
+    std::fs::read_to_string(log).unwrap_or_default().contains(what)
 }

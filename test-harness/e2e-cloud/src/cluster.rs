@@ -193,6 +193,7 @@ impl Cluster {
             .env("POOL_MANAGERD_NODE_ID", &node.id)
             .env("POOL_MANAGERD_ADDR", format!("{}:{}", self.node_host(n), node.port))
             .env("POOL_MANAGERD_RUNTIME_DIR", &node.runtime_dir)
+            .env("POOL_MANAGERD_STATE_DIR", self.dir.path().join(format!("{}-state", node.id)))
             .env("POOL_MANAGERD_MODELS_DIR", self.models_dir(n))
             .env("POOL_MANAGERD_SHUTDOWN_GRACE_SECS", "10")
             .env("ORCHESTRATORD_URL", control);

@@ -37,6 +37,8 @@ impl Home {
         command
             .env("ORCHESTRATORD_ADDR", &address)
             .env("ORCHESTRATORD_RUNTIME_DIR", &runtime_dir)
+            .env("ORCHESTRATORD_DATA_DIR", dir.path().join("data"))
+            .env("ORCHESTRATORD_MODELS_DIR", dir.path().join("models"))
             .envs(settings.iter().copied());
         let daemon = Process::start(command, &dir.path().join("orchestratord.log"));
         let client = Client::new(&format!("http://{address}"), None);
@@ -53,6 +55,11 @@ impl Home {
     /// Starts the engine, or another one in its place.
     pub fn start_engine(&mut self) {
         self.engine = start_engine(&self.spec, &self.runtime_dir, &self.dir.path().join("engine.log"));
+    }
+
+    /// Where what outlives the daemon is.
+    pub fn data_dir(&self) -> PathBuf {
+        self.dir.path().join("data")
     }
 
     pub fn log(&self) -> PathBuf {

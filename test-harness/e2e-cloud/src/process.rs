@@ -57,7 +57,16 @@ pub fn free_port() -> u16 {
 
 impl Process {
     /// Starts the command with its output in `log`. No variable of ours comes through.
-    pub fn start(command: Command, log: &Path) -> Self {
+    pub fn start(mut command: Command, log: &Path) -> Self {
+        // Directories that the command does not name are beside the log, not those of this machine.
+        if let Some(folder) = log.parent() {
+            for (variable, name) in [("STATE", "state"), ("RUNTIME", "run"), ("LOGS", "logs")] {
+                let variable = format!("{variable}_DIRECTORY");
+                if !command.get_envs().any(|(name, _)| name == variable.as_str()) {
+                    command.env(variable, folder.join(format!("default-{name}")));
+                }
+            }
+        }
         let file = File::options().create(true).append(true).open(log).expect("a writable log");
         let errors = file.try_clone().expect("a second handle");
         Self { child: spawn(command, file.into(), errors.into()), log: log.to_owned(), _unread: None }

@@ -1,22 +1,27 @@
 //! Home or cloud is decided here and nowhere else.
 
 use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use daemon_kit::auth::{Gate, Shapes};
 use daemon_kit::byte_budget::{BodyBudgets, ByteBudget};
 use daemon_kit::connections::{ConnLimits, Counts, Streaming};
+use daemon_kit::directories::{self, DirectoryError};
 use daemon_kit::front::{Front, FrontError, Shown};
 use daemon_kit::quota::Quota;
 use daemon_kit::{Clock, serve};
 use handoff_watcher::watch::WatchError;
+use node_agent::AssemblyError;
 use owned_tasks::{StreamThreads, Unfinished, Worker};
 use task_scheduler::{ControlCore, Event};
 use task_stream::HoldBudget;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::field;
 use uuid::Uuid;
 
 use crate::api::v1;
@@ -50,8 +55,10 @@ const LINKS_BOUND: Duration = Duration::from_secs(2);
 pub(crate) enum StartError {
     #[error(transparent)]
     Front(#[from] FrontError),
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
     #[error("ORCHESTRATORD_RUNTIME_DIR: {0}")]
-    RuntimeDir(#[from] WatchError),
+    RuntimeDir(#[source] WatchError),
     #[error("ORCHESTRATORD_DATA_DIR: {0}")]
     DataDir(#[from] CatalogError),
     #[error("the HTTP client cannot be made")]
@@ -66,14 +73,51 @@ pub(crate) enum StartError {
     Serve(#[source] io::Error),
 }
 
+impl From<AssemblyError> for StartError {
+    fn from(error: AssemblyError) -> Self {
+        match error {
+            AssemblyError::RuntimeDir(error) => Self::RuntimeDir(error),
+            AssemblyError::Client(error) => Self::Client(error),
+        }
+    }
+}
+
+/// One line with what is in use.
+fn say_start(config: &Config, bound: SocketAddr) {
+    let scheme = if config.shared.serves_tls() { "https" } else { "http" };
+    let url = format!("{scheme}://{bound}");
+    let (data_dir, strategy) = (config.data_dir.display(), config.policy.strategy.as_str());
+    let Some(home) = &config.home else {
+        tracing::info!(url, %bound, profile = "cloud", strategy, %data_dir, "orchestratord starts");
+        return;
+    };
+    let engines = home.engines.as_ref();
+    tracing::info!(
+        url, %bound, profile = "home", strategy, %data_dir,
+        runtime_dir = %home.runtime_dir.display(), models_dir = %home.models_dir.display(),
+        pools = engines.map(|engines| field::display(engines.pools.display())),
+        logs_dir = engines.map(|engines| field::display(engines.logs_dir.display())),
+        packages_dir = engines.map(|engines| field::display(engines.packages_dir.display())),
+        "orchestratord starts"
+    );
+}
+
 pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     // Only the first installation in a process can fail, and this is the first.
     let _ = rustls::crypto::ring::default_provider().install_default();
+    let writable = |setting, path: &Path| directories::writable("ORCHESTRATORD", setting, path);
+    writable("DATA_DIR", &config.data_dir)?;
+    if let Some(engines) = config.home.as_ref().and_then(|home| home.engines.as_ref()) {
+        writable("RUNTIME_DIR", &engines.runtime_dir)?;
+        writable("LOGS_DIR", &engines.logs_dir)?;
+    }
     let front = Front::open(&config.shared.front).await?;
+    say_start(&config, front.bound);
     let tokens = config.shared.tokens;
     let interval = config.policy.timing.heartbeat_interval;
     let catalog = Arc::new(Catalog::open(&config.data_dir)?);
-    let home = (!config.cloud_profile).then(|| Home::new(interval, &config.runtime_dir, front.loops.clone()));
+    let home = config.home.as_ref();
+    let home = home.map(|home| Home::new(home, &config.data_dir, interval, &front.loops)).transpose()?;
     let clock = Clock::default();
     let threads = StreamThreads::start(config.stream_threads).map_err(StartError::Threads)?;
     let (link, drivers) = match &home {
@@ -95,7 +139,6 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         threads: threads.clone(),
         held_answers: HoldBudget::new(config.held_answer_bytes),
     });
-    let strategy = config.policy.strategy.as_str();
     let core = ControlCore::new(config.policy, Uuid::new_v4().as_u64_pair().0);
     let (control, inbox) = control::mailbox(clock);
     let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
@@ -128,12 +171,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         };
         front.loops.start(&links, "links", &links_stop, drive);
     }
-    let home = match home {
-        Some(home) => Some(home.start(&config.runtime_dir, control.clone())?),
-        None => None,
-    };
-    let profile = if config.cloud_profile { "cloud" } else { "home" };
-    tracing::info!(bound = %front.bound, profile, strategy, "orchestratord starts");
+    let home = home.map(|home| home.start(control.clone()));
     let quota = Arc::new(Quota::new(config.requests_per_second, config.tasks_per_token));
     let counts = Arc::new(Counts::default());
     let state = Arc::new(App {
@@ -147,7 +185,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         artifacts: Arc::new(Artifacts::new(&config.data_dir)),
         gateway: config.gateway,
         artifact_worker: Worker::start("artifacts", WAITING_ARTIFACTS).map_err(StartError::Worker)?,
-        cloud_profile: config.cloud_profile,
+        cloud_profile: config.home.is_none(),
         node_addresses: Arc::new(config.node_addresses),
         quota: Arc::clone(&quota),
         report_shares: Arc::default(),

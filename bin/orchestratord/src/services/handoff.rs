@@ -1,18 +1,18 @@
 //! The home profile: this machine as the cluster's one node, in process.
 //!
-//! The same agent that `pool-managerd` runs, fed by the same handoff files, with the control
-//! loop where the network would be. The core cannot tell the difference.
+//! The same node that `pool-managerd` runs, put together by the same hand: engines of handoff files, and
+//! those of a file of pools, with the control loop where the network would be. The core cannot tell
+//! the difference.
 
 use std::path::Path;
 use std::time::Duration;
 
-use handoff_watcher::watch::WatchError;
-use handoff_watcher::{EngineHosts, HandoffWatcher};
-use node_agent::{Agent, HELD_BYTES, Identity, IntentFile, Node, gpu};
+use node_agent::settings::NodeConfig;
+use node_agent::{Assembled, Assembly, AssemblyError, HELD_BYTES, Identity, Node};
 use node_registration::{CallError, ControlPlane};
 use owned_tasks::Loops;
 use pool_registry_types::node::{
-    Capabilities, Heartbeat, HeartbeatAnswer, OPENAI_FEATURE, RegisterAnswer, RegisterRequest,
+    Heartbeat, HeartbeatAnswer, OPENAI_FEATURE, RegisterAnswer, RegisterRequest,
 };
 use pool_registry_types::placement::Labels;
 use pool_registry_types::{BootId, Epoch, MachineId, NodeId};
@@ -32,6 +32,8 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(crate) struct Home {
     pub(crate) node: Node,
+    watching: JoinHandle<()>,
+    stop: CancellationToken,
 }
 
 /// The tasks of a running home node.
@@ -44,39 +46,41 @@ pub(crate) struct Running {
 }
 
 impl Home {
-    /// Looks at this machine. `interval` is the heartbeat's; `runtime_dir` also keeps what the
-    /// operator wants of the node.
-    pub(crate) fn new(interval: Duration, runtime_dir: &Path, loops: Loops) -> Self {
-        let boot_id = BootId(Uuid::new_v4());
+    /// Looks at this machine, and starts its engines. `interval` is the heartbeat's; `data_dir` also keeps
+    /// what the operator wants of the node.
+    pub(crate) fn new(
+        config: &NodeConfig,
+        data_dir: &Path,
+        interval: Duration,
+        loops: &Loops,
+    ) -> Result<Self, AssemblyError> {
         let identity = Identity {
             node_id: NodeId::new(HOME_NODE).expect("a valid node id"),
             machine_id: MachineId::new(HOME_NODE).expect("a valid machine id"),
-            boot_id,
+            boot_id: BootId(Uuid::new_v4()),
             address: IN_PROCESS.into(),
             version: env!("CARGO_PKG_VERSION").into(),
             labels: Labels::new(),
             capabilities: daemon_kit::config::machine(),
             features: vec![OPENAI_FEATURE.into()],
         };
-        let gpus = gpu::GpuWatch::start(None, &loops);
-        let capabilities = Capabilities { gpus: gpus.inventory().to_vec(), ..identity.capabilities.clone() };
-        let intent_file = IntentFile::new(runtime_dir, &identity.node_id);
-        let identity = Identity { capabilities, ..identity };
-        let agent = Agent::new(identity, interval, boot_id.0.as_u64_pair().0, intent_file, loops);
-        agent.watch_gpus(gpus);
-        agent.keep_streams(HELD_BYTES);
-        Self { node: Node::new(agent) }
+        let assembly = Assembly {
+            identity,
+            state_dir: data_dir.to_owned(),
+            heartbeat_interval: interval,
+            watch_interval: WATCH_INTERVAL,
+            held_bytes: HELD_BYTES,
+        };
+        let stop = CancellationToken::new();
+        let Assembled { node, watching } = assembly.start(config, loops, &stop)?;
+        Ok(Self { node, watching, stop })
     }
 
-    /// Watches the runtime directory and joins the control loop.
-    pub(crate) fn start(&self, runtime_dir: &Path, control: Control) -> Result<Running, WatchError> {
-        let stop = CancellationToken::new();
-        let watcher = HandoffWatcher::new(runtime_dir, EngineHosts::default(), WATCH_INTERVAL)?;
-        let agent = self.node.agent();
-        let (changes, watching) = watcher.start(agent.loops(), stop.clone());
-        agent.follow_handoffs(changes);
-        let session = agent.keep_session(InProcess { control });
-        Ok(Running { node: self.node.clone(), session, watching, stop })
+    /// Joins the control loop.
+    pub(crate) fn start(self, control: Control) -> Running {
+        let Self { node, watching, stop } = self;
+        let session = node.agent().keep_session(InProcess { control });
+        Running { node, session, watching, stop }
     }
 }
 

@@ -20,7 +20,7 @@ use attempt_link::node::Supply;
 use bytes::Bytes;
 use daemon_kit::tls::{self, ClientTls, Connector};
 use daemon_kit::{Clock, Tokens};
-use futures::{Stream, StreamExt};
+use futures::{Stream, StreamExt, stream};
 use http_body_util::{BodyStream, Full};
 use hyper::Request;
 use hyper::header::{self, HeaderValue};
@@ -279,10 +279,14 @@ impl NodeLink {
     ) -> Result<Frames, ErrorBody> {
         let http = match self {
             Self::Http(http) => http,
-            Self::Local(_) => {
-                // It starts none.
-                let message = format!("no engine of pool {pool_id} has written here");
-                return Err(ErrorBody::new(ErrorCode::NotFound, message));
+            Self::Local(node) => {
+                let reader = node.open_log(pool_id, replica_id)?;
+                let pieces = stream::unfold(reader, move |mut reader| async move {
+                    // Whoever reads looks whether the caller may still read.
+                    let piece = reader.next(|| follow).await?;
+                    Some((Ok(piece), reader))
+                });
+                return Ok(Box::pin(pieces));
             }
         };
         // What an id may hold needs no escape.

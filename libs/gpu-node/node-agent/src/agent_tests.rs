@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) fn agent(folder: &tempfile::TempDir) -> Arc<Agent> {
     let node_id = NodeId::new("a").unwrap();
-    let intent_file = IntentFile::new(folder.path(), &node_id);
+    let intent_file = IntentFile::new(folder.path(), folder.path(), &node_id);
     let identity = Identity {
         node_id,
         machine_id: MachineId::new("m").unwrap(),

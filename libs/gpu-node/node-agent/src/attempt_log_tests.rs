@@ -86,7 +86,7 @@ async fn serve(mut stream: BufReader<TcpStream>, seen: Seen) {
 /// A node whose one pool `p` has this engine, which gave the name of its model itself.
 pub(crate) fn node(folder: &tempfile::TempDir, url: String) -> Arc<Agent> {
     let node_id = NodeId::new("a").unwrap();
-    let intent_file = IntentFile::new(folder.path(), &node_id);
+    let intent_file = IntentFile::new(folder.path(), folder.path(), &node_id);
     let identity = Identity {
         node_id,
         machine_id: MachineId::new("m").unwrap(),

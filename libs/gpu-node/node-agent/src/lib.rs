@@ -3,10 +3,12 @@
 //! `node-core` decides (pools, slots, the session, engines) and is told the time; the simulator
 //! drives it as it is. [`agent`] is the shell around it: it watches replicas, keeps the session, and
 //! runs attempts on engines ([`infer`]) in their dialects ([`engines`]); [`Node`] owns it together with
-//! the supervision of the engines that the node runs itself ([`supervisor`]). What a node does not
+//! the supervision of the engines that the node runs itself ([`supervisor`]), and [`Assembly`] puts it
+//! together for both daemons by the settings that both have ([`settings`]). What a node does not
 //! know is the cluster: it never sees another node or a queue.
 
 mod agent;
+mod assembly;
 mod attempt_log;
 mod crash;
 pub mod download;
@@ -18,6 +20,7 @@ pub mod guard;
 mod infer;
 mod intent;
 mod link;
+mod logs;
 mod model_lock;
 pub mod models;
 mod node;
@@ -26,15 +29,18 @@ mod passthrough;
 pub mod pools_file;
 mod records;
 mod replica;
+pub mod settings;
 mod slot;
 mod slotless;
 pub mod source;
 pub mod supervisor;
 
 pub use crate::agent::Agent;
+pub use crate::assembly::{Assembled, Assembly, AssemblyError};
 pub use crate::infer::{AttemptReader, ExchangeBody, Inference};
 pub use crate::intent::IntentFile;
 pub use crate::link::LinkReader;
+pub use crate::logs::LogReader;
 pub use crate::node::Node;
 pub use crate::passthrough::PassedRequest;
 pub use crate::records::{PassedOn, RecordReader};

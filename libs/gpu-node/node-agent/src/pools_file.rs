@@ -5,7 +5,7 @@
 //! field. Nothing of the machine is looked at here.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{Digest, ModelRef, PoolId};
@@ -220,6 +220,16 @@ pub enum PoolsFileError {
 }
 
 impl PoolsFile {
+    /// Errors: as [`Self::parse`], and that it cannot be read.
+    pub fn read(path: &Path) -> Result<Self, PoolsFileError> {
+        let read = std::fs::read_to_string(path);
+        let unreadable = |error: std::io::Error| PoolsFileError::Unreadable {
+            path: path.to_owned(),
+            reason: error.to_string(),
+        };
+        Self::parse(&read.map_err(unreadable)?)
+    }
+
     pub fn parse(text: &str) -> Result<Self, PoolsFileError> {
         let file: Self = toml::from_str(text)
             .map_err(|error| PoolsFileError::Syntax(error.to_string().trim().to_owned()))?;

@@ -50,14 +50,22 @@ pub fn secret(text: &str) -> Result<SecretString, std::convert::Infallible> {
     Ok(text.into())
 }
 
-/// Reads the settings of a command line from flags and environment. Returns them with the text of what is
-/// in force; warns of misspelt variables with one of the prefixes, other than the `foreign`. `Err`: what was wrong, or the
-/// help that was asked for, is printed, and this is the status to exit with.
+/// What a command line and the environment say.
+pub(crate) struct Parsed<S> {
+    pub(crate) settings: S,
+    /// The text of what is in force.
+    pub(crate) in_force: String,
+    /// The settings that have their defaults.
+    pub(crate) defaults: Vec<String>,
+}
+
+/// Reads the settings of a command line from flags and environment. Warns of misspelt variables with one of the prefixes, other
+/// than the `foreign`. `Err`: what was wrong, or the help that was asked for, is printed, and this is the status to exit with.
 pub(crate) fn parse<S: clap::FromArgMatches>(
     command: &clap::Command,
     prefixes: &[&str],
     foreign: &[&str],
-) -> Result<(S, String), ExitCode> {
+) -> Result<Parsed<S>, ExitCode> {
     let parsed = command.clone().try_get_matches().and_then(|matches| {
         if let Some(name) = secret_on_command_line(command, &matches) {
             let message =
@@ -65,7 +73,11 @@ pub(crate) fn parse<S: clap::FromArgMatches>(
             return Err(clap::Error::raw(clap::error::ErrorKind::ArgumentConflict, message));
         }
         let settings = S::from_arg_matches(&matches)?;
-        Ok((settings, describe(command, &matches)))
+        let is_default =
+            |name: &str| matches.value_source(name) == Some(clap::parser::ValueSource::DefaultValue);
+        let names = command.get_arguments().map(|arg| arg.get_id().as_str().to_owned());
+        let defaults = names.filter(|name| is_default(name)).collect();
+        Ok(Parsed { settings, in_force: describe(command, &matches), defaults })
     });
     let known = variables(command);
     let known: Vec<&str> = known.iter().map(String::as_str).chain(foreign.iter().copied()).collect();

@@ -15,6 +15,7 @@ pub mod clock;
 pub mod config;
 pub mod connections;
 pub mod correlation;
+pub mod directories;
 pub mod document;
 pub mod extract;
 mod follow;

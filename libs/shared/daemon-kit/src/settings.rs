@@ -1,7 +1,7 @@
 //! The settings that both daemons have, and how a daemon reads its settings.
 //!
-//! The variables of the shared ones have each daemon's prefix, and a default and some sentences are
-//! each daemon's own: those stand in its [`Own`], all else stands here once.
+//! A setting without a variable has each daemon's prefix before its name, and a default and some
+//! sentences are each daemon's own: those stand in its [`Own`], all else stands here once.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -13,6 +13,7 @@ use secrecy::SecretString;
 
 use crate::auth::Tokens;
 use crate::config;
+use crate::directories::{self, Directory};
 use crate::front::FrontSettings;
 use crate::telemetry::{self, LogFormat};
 use crate::tls::TlsPaths;
@@ -146,6 +147,8 @@ pub struct Own {
     pub addr: &'static str,
     /// What is said of a setting.
     pub help: &'static [(&'static str, &'static str)],
+    /// Those that are directories: where they are unless they are given.
+    pub directories: &'static [Directory],
     /// Where settings are listed: each with the one that it stands before.
     pub before: &'static [(&'static str, &'static str)],
 }
@@ -162,6 +165,12 @@ impl Own {
             Some((_, sentence)) => arg.help(*sentence),
             None => arg,
         };
+        if let Some(directory) = self.directories.iter().find(|directory| directory.setting == name) {
+            return match directories::surroundings().place(directory) {
+                Some(path) => arg.default_value(path.into_os_string()),
+                None => arg,
+            };
+        }
         if name == "addr" { arg.required(false).default_value(self.addr) } else { arg }
     }
 }
@@ -170,9 +179,7 @@ impl Own {
 /// have one version.
 fn command<S: Args>(own: &Own) -> Command {
     let command = Command::new(own.name).version(env!("CARGO_PKG_VERSION"));
-    let shared = names(&SharedSettings::augment_args(Command::default()));
-    let is_shared = |arg: &Arg| shared.iter().any(|name| name == arg.get_id().as_str());
-    let adapted = S::augment_args(command).mut_args(|arg| if is_shared(&arg) { own.adapt(arg) } else { arg });
+    let adapted = S::augment_args(command).mut_args(|arg| own.adapt(arg));
     let mut order = names(&adapted);
     for (moved, before) in own.before {
         order.retain(|name| name != moved);
@@ -213,7 +220,7 @@ pub fn given<D: Daemon>(flags: &[&str]) -> Result<D, clap::Error> {
 /// was asked for and is done; this is the status to exit with.
 pub fn read<D: Daemon>() -> Result<D::Config, ExitCode> {
     let prefix = format!("{}_", D::OWN.prefix);
-    let (settings, in_force) =
+    let config::Parsed { settings, in_force, defaults } =
         config::parse::<D>(&command::<D>(&D::OWN), &[&prefix, "LLORCH_"], D::OWN.foreign)?;
     if let Some(code) = settings.chore() {
         return Err(code);
@@ -223,9 +230,37 @@ pub fn read<D: Daemon>() -> Result<D::Config, ExitCode> {
         config::print(&if shared.print_openapi { D::document() } else { in_force });
         return Err(ExitCode::SUCCESS);
     }
+    if let Some(warning) = before_others(&D::OWN, &defaults) {
+        telemetry::say(warning);
+    }
     settings.check().map_err(|error| {
         telemetry::say_fatal(&error);
         ExitCode::from(2)
+    })
+}
+
+/// What is said where directories are in `.runtime` because it is there. `defaults` are the settings
+/// that were not given.
+fn before_others(own: &Own, defaults: &[String]) -> Option<String> {
+    let around = directories::surroundings();
+    let moved = own
+        .directories
+        .iter()
+        .filter(|directory| around.has_before && defaults.iter().any(|name| name == directory.setting));
+    let places: Vec<String> = moved
+        .map(|directory| {
+            let setting = directory.setting.to_ascii_uppercase();
+            let place = around.new_place(directory);
+            let place =
+                place.map_or_else(|| "nowhere yet, set it".to_owned(), |path| path.display().to_string());
+            format!("{}_{setting}: {place}", own.prefix)
+        })
+        .collect();
+    let list = places.join(", ");
+    (!places.is_empty()).then(|| {
+        format!(
+            "./.runtime is there and is used, as by earlier versions. Without it the directories are: {list}"
+        )
     })
 }
 
@@ -241,6 +276,7 @@ mod tests {
         foreign: &[],
         addr: "127.0.0.1:7",
         help: &[("tls_ca", "Who signs nodes")],
+        directories: &[],
         before: &[("addr", "first"), ("last", "tls_key")],
     };
 
