@@ -111,14 +111,14 @@ pub(crate) async fn get(
 ) -> Result<Json<TaskView>, ApiError> {
     let published = &state.control.published;
     let record = holders::task(&state, &caller, Reach::Metadata, id, &checked(of)?)?;
-    let position = match record.state {
-        TaskState::Queued => published.queue_position(&record).await?,
+    let waiting = match record.state {
+        TaskState::Queued => published.waiting(&record).await?,
         _ => None,
     };
     let holder = caller.sees_all().then(|| state.tokens.name_of(record.holder)).flatten();
     let TaskUsage { tokens_in, tokens_out, finish_reason } =
         state.streams.usage(record.key).unwrap_or_default();
-    let view = record.view(published.now(), position);
+    let view = record.view(published.now(), waiting);
     Ok(Json(TaskView { holder, tokens_in, tokens_out, finish_reason, ..view }))
 }
 

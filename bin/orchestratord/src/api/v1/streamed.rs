@@ -166,7 +166,7 @@ impl Reader {
         let queued = record.filter(|record| record.state == TaskState::Queued);
         let place = async {
             let record = queued?;
-            published.queue_position(&record).await.ok().flatten()
+            published.waiting(&record).await.ok().flatten().and_then(|waiting| waiting.queue_position)
         };
         // A loop that is busy has more to do than this.
         match timeout(PLACE_WITHIN, place).await {
