@@ -1,7 +1,9 @@
-//! What waits says for what, and does not hold a stop.
+//! What waits says for what, and does not hold a stop; what a query and a body may say.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
+use e2e_cloud::process::program;
 use e2e_cloud::{Cluster, Engine, Options, eventually};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -74,4 +76,48 @@ async fn what_nothing_could_take_does_not_hold_a_stop_and_what_runs_does() {
     assert!(log.contains("waiting for tasks to end"), "{log}");
     assert!(log.contains("tasks that no pool could take are ended"), "{log}");
     assert!(!log.contains("the grace is over"), "{log}");
+}
+
+// CLOUD-2983
+// CLOUD-2984
+// CLOUD-2985
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_misspelt_filter_and_a_compressed_body_are_refused_and_streams_are_not_to_be_gathered() {
+    let cluster = Cluster::start(Options { nodes: 1, engine: slow(), ..Options::default() }).await;
+    let get = async |path: &str| cluster.client.get(path).await.unwrap();
+    for path in ["/v2/tasks?limt=5", "/v2/nodes?limit=5", "/v2/pools?node=a", "/v2/catalog/models?x"] {
+        let response = get(path).await;
+        assert_eq!(response.status(), 400, "{path}");
+        let body: Value = response.json().await.unwrap();
+        assert!(body["message"].as_str().unwrap().starts_with("query: no parameter is called"), "{body}");
+    }
+    for path in ["/v2/tasks?limit=5", "/health/live?x=1", "/metrics?x=1", "/v1/models?limit=5"] {
+        assert_eq!(get(path).await.status(), 200, "{path}");
+    }
+    for path in ["/v2/tasks", "/v1/chat/completions", "/v2/nodes/register"] {
+        let request = cluster.client.request(reqwest::Method::POST, path);
+        let response = request.header("content-encoding", "gzip").body("\u{1f}").send().await.unwrap();
+        assert_eq!(response.status(), 415, "{path}");
+        assert_eq!(response.headers()["accept-encoding"], "identity");
+        let body: Value = response.json().await.unwrap();
+        let code = if path.starts_with("/v1") { &body["error"]["code"] } else { &body["code"] };
+        assert_eq!(code, "UNSUPPORTED", "{body}");
+    }
+    let id = submitted(&cluster, &cluster.task(1)).await["task_id"].as_str().unwrap().to_owned();
+    for path in [format!("/v2/tasks/{id}/events"), "/v2/events".to_owned()] {
+        assert_eq!(get(&path).await.headers()["x-accel-buffering"], "no", "{path}");
+    }
+}
+
+// CLOUD-2981
+#[test]
+fn whoever_reads_no_more_of_the_settings_does_not_make_printing_them_fail() {
+    for daemon in ["orchestratord", "pool-managerd"] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = Command::new(program(daemon));
+        let output = command.arg("--print-config").stdout(writer).output().unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && errors.is_empty(), "{daemon}: {}: {errors}", output.status);
+    }
 }

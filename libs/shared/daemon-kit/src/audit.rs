@@ -371,7 +371,8 @@ mod tests {
         drop(audit);
         let text = std::fs::read_to_string(&path).unwrap();
         let known = text.lines().filter(|line| line.contains("known")).count();
-        let strangers = text.lines().filter(|line| line.contains("\"status\":401") && !line.contains("known")).count();
+        let strangers =
+            text.lines().filter(|line| line.contains("\"status\":401") && !line.contains("known")).count();
         let lost: usize = text
             .lines()
             .filter_map(|line| {
