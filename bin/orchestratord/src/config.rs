@@ -27,7 +27,7 @@ pub(crate) struct Settings {
     #[command(subcommand)]
     order: Option<Order>,
     /// false: one machine, engines found through local handoff files. true: nodes register.
-    #[arg(long, env = "ORCHESTRATORD_CLOUD_PROFILE", default_value_t = false, action = clap::ArgAction::Set)]
+    #[arg(long, env = "ORCHESTRATORD_CLOUD_PROFILE", default_value_t = false, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     cloud_profile: bool,
     /// Seconds without a sign of life after which a node is offline; at least three heartbeat intervals.
     #[arg(long, env = "ORCHESTRATORD_NODE_TIMEOUT_SECS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
@@ -371,6 +371,16 @@ mod tests {
     }
 
     // CLOUD-2201
+    // CLOUD-2982
+    #[test]
+    fn the_cloud_profile_is_a_flag_with_or_without_a_value() {
+        let profile = |flags: &[&str]| daemon_kit::settings::given::<Settings>(flags).unwrap().cloud_profile;
+        assert!(profile(&["--cloud-profile"]) && profile(&["--cloud-profile", "--addr", "localhost:8080"]));
+        assert!(
+            profile(&["--cloud-profile", "true"]) && !profile(&["--cloud-profile=false"]) && !profile(&[])
+        );
+    }
+
     #[test]
     fn the_defaults_are_the_home_profile_on_loopback_without_a_token() {
         let config = check(&[]).unwrap();

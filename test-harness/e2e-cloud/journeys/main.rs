@@ -24,3 +24,4 @@ mod security;
 mod steering;
 mod streams;
 mod trace;
+mod waiting;

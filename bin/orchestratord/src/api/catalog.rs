@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use task_scheduler::Event;
 use utoipa::ToSchema;
 
+use super::query::{Known, NoParameters};
 use super::{defect, on_disk};
 use crate::app::state::AppState;
 use crate::services::catalog::{Catalog, ModelEntry, ModelState, Verification};
@@ -20,9 +21,10 @@ use crate::services::catalog::{Catalog, ModelEntry, ModelState, Verification};
 const MAX_DESCRIPTION_CHARS: usize = 4096;
 
 /// The models of all ready pools on online nodes, and those that lie on disks.
-#[utoipa::path(get, path = paths::CATALOG_AVAILABILITY, tag = "catalog", responses((status = 200, body = CatalogAvailability), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
+#[utoipa::path(get, path = paths::CATALOG_AVAILABILITY, tag = "catalog", responses((status = 200, body = CatalogAvailability), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn availability(
     State(state): State<AppState>,
+    _: Known<NoParameters>,
 ) -> Result<Json<CatalogAvailability>, ApiError> {
     Ok(Json(state.service_registry.view().await?.availability()))
 }
@@ -92,8 +94,8 @@ async fn change<T: Send + 'static>(
 }
 
 /// All entries.
-#[utoipa::path(get, path = paths::CATALOG_MODELS, tag = "catalog", responses((status = 200, body = ModelList), (status = 401, body = ErrorBody)))]
-pub(crate) async fn list(State(state): State<AppState>) -> Json<ModelList> {
+#[utoipa::path(get, path = paths::CATALOG_MODELS, tag = "catalog", responses((status = 200, body = ModelList), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody)))]
+pub(crate) async fn list(State(state): State<AppState>, _: Known<NoParameters>) -> Json<ModelList> {
     Json(ModelList { models: state.catalog.list() })
 }
 

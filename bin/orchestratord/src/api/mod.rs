@@ -7,6 +7,7 @@ pub(crate) mod meta;
 pub(crate) mod nodes;
 pub(crate) mod observe;
 pub(crate) mod pools;
+mod query;
 pub(crate) mod sessions;
 mod submission;
 pub(crate) mod tasks;
@@ -14,8 +15,12 @@ pub(crate) mod v1;
 
 use axum::extract::Query;
 use axum::extract::rejection::QueryRejection;
+use axum::http::HeaderName;
 use daemon_kit::ApiError;
 use pool_registry_types::{ErrorBody, ErrorCode};
+
+/// Of every stream: a proxy before us is not to gather it.
+const UNBUFFERED: (HeaderName, &str) = (HeaderName::from_static("x-accel-buffering"), "no");
 
 /// The query of a request, or `INVALID_PARAMS` with what is wrong in it.
 fn checked<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, ApiError> {

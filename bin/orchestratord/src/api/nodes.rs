@@ -14,6 +14,7 @@ use task_scheduler::Registrar;
 use utoipa::IntoParams;
 
 use super::checked;
+use super::query::{Known, NoParameters};
 use crate::app::state::AppState;
 use crate::services::report_shares;
 
@@ -27,10 +28,11 @@ fn require_cloud(state: &AppState) -> Result<(), ApiError> {
 }
 
 /// All nodes: what is observed of them and what they report, at most 100 ms old.
-#[utoipa::path(get, path = paths::NODES, tag = "nodes", responses((status = 200, body = ClusterView), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
+#[utoipa::path(get, path = paths::NODES, tag = "nodes", responses((status = 200, body = ClusterView), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,
     caller: Caller,
+    _: Known<NoParameters>,
 ) -> Result<Json<ClusterView>, ApiError> {
     let mut view = state.service_registry.view().await?.view();
     view.nodes.iter_mut().for_each(|node| show(&state, &caller, node));

@@ -12,6 +12,7 @@ use daemon_kit::{ApiError, Caller};
 use pool_registry_types::sse::{write_comment, write_frame};
 use pool_registry_types::{ErrorBody, ErrorCode, routes as paths};
 
+use super::UNBUFFERED;
 use crate::app::state::AppState;
 use crate::metrics;
 use crate::services::followers::Update;
@@ -83,6 +84,6 @@ pub(crate) async fn events(State(state): State<AppState>, caller: Caller) -> Res
         }
         Some((Ok::<_, Infallible>(Bytes::from(out)), (changes, tokens, caller)))
     });
-    let kind = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
+    let kind = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store"), UNBUFFERED];
     (StatusCode::OK, kind, HttpBody::from_stream(stream)).into_response()
 }

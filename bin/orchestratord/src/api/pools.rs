@@ -16,7 +16,8 @@ use pool_registry_types::{ErrorBody, NodeId, PoolId, ReplicaId, routes as paths}
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::checked;
+use super::query::{Known, NoParameters};
+use super::{UNBUFFERED, checked};
 use crate::app::state::AppState;
 use crate::services::link::PoolOrder;
 
@@ -36,8 +37,11 @@ type NodeQuery = Result<Query<OnNode>, QueryRejection>;
 type Ordered = Result<(StatusCode, Json<PoolOrdered>), ApiError>;
 
 /// All pools of all nodes, at most 100 ms old.
-#[utoipa::path(get, path = paths::POOLS, tag = "pools", responses((status = 200, body = PoolList), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
-pub(crate) async fn list(State(state): State<AppState>) -> Result<Json<PoolList>, ApiError> {
+#[utoipa::path(get, path = paths::POOLS, tag = "pools", responses((status = 200, body = PoolList), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn list(
+    State(state): State<AppState>,
+    _: Known<NoParameters>,
+) -> Result<Json<PoolList>, ApiError> {
     let view = state.service_registry.view().await?;
     Ok(Json(PoolList { pools: view.pools().collect() }))
 }
@@ -151,6 +155,10 @@ pub(crate) async fn logs(
         }
         None
     });
-    let kind = [(header::CONTENT_TYPE, "text/plain; charset=utf-8"), (header::CACHE_CONTROL, "no-store")];
+    let kind = [
+        (header::CONTENT_TYPE, "text/plain; charset=utf-8"),
+        (header::CACHE_CONTROL, "no-store"),
+        UNBUFFERED,
+    ];
     Ok((StatusCode::OK, kind, HttpBody::from_stream(stream)).into_response())
 }

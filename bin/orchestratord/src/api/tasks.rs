@@ -19,7 +19,8 @@ use task_scheduler::{TaskFilter, TaskRecord};
 use utoipa::IntoParams;
 
 use super::holders::{self, OfHolder, Reach};
-use super::{checked, defect, submission};
+use super::query::{Known, NoParameters};
+use super::{UNBUFFERED, checked, defect, submission};
 use crate::app::state::AppState;
 use crate::services::departures::{Admission, Departure};
 use crate::services::readers::{self, Follower, Gauge};
@@ -111,14 +112,14 @@ pub(crate) async fn get(
 ) -> Result<Json<TaskView>, ApiError> {
     let published = &state.control.published;
     let record = holders::task(&state, &caller, Reach::Metadata, id, &checked(of)?)?;
-    let position = match record.state {
-        TaskState::Queued => published.queue_position(&record).await?,
+    let waiting = match record.state {
+        TaskState::Queued => published.waiting(&record).await?,
         _ => None,
     };
     let holder = caller.sees_all().then(|| state.tokens.name_of(record.holder)).flatten();
     let TaskUsage { tokens_in, tokens_out, finish_reason } =
         state.streams.usage(record.key).unwrap_or_default();
-    let view = record.view(published.now(), position);
+    let view = record.view(published.now(), waiting);
     Ok(Json(TaskView { holder, tokens_in, tokens_out, finish_reason, ..view }))
 }
 
@@ -150,9 +151,9 @@ pub(crate) struct Listing {
 pub(crate) async fn list(
     State(state): State<AppState>,
     caller: Caller,
-    listing: Result<Query<Listing>, QueryRejection>,
+    Known(listing): Known<Listing>,
 ) -> Result<Json<TaskPage>, ApiError> {
-    let Listing { state: of_state, node_id, model, holder, after, limit } = checked(listing)?;
+    let Listing { state: of_state, node_id, model, holder, after, limit } = listing;
     let limit = limit.unwrap_or(PAGE);
     if !(1..=MAX_PAGE).contains(&limit) {
         let message = format!("limit: must be between 1 and {MAX_PAGE}");
@@ -190,9 +191,9 @@ pub(crate) async fn explain(
     State(state): State<AppState>,
     PathId(id): PathId<TaskId>,
     caller: Caller,
-    of: Result<Query<OfHolder>, QueryRejection>,
+    Known(of): Known<OfHolder>,
 ) -> Result<Json<Explanation>, ApiError> {
-    let record = holders::task(&state, &caller, Reach::Metadata, id, &checked(of)?)?;
+    let record = holders::task(&state, &caller, Reach::Metadata, id, &of)?;
     Ok(Json(state.control.explain(record.key).await?))
 }
 
@@ -203,6 +204,7 @@ pub(crate) async fn explain_request(
     State(state): State<AppState>,
     caller: Caller,
     Extension(ids): Extension<RequestIds>,
+    _: Known<NoParameters>,
     Body(mut request): Body<TaskRequest>,
 ) -> Result<Json<Explanation>, ApiError> {
     request.check()?;
@@ -259,7 +261,7 @@ async fn stream(
     });
     let follower = Follower::new(permit, departure);
     let body = stream_body(readers::follow(stream, follower, next, task.key, gauge)).await;
-    let kind = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store")];
+    let kind = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store"), UNBUFFERED];
     Ok((StatusCode::OK, kind, body).into_response())
 }
 

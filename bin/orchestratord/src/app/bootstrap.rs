@@ -16,9 +16,10 @@ use daemon_kit::{Clock, serve};
 use handoff_watcher::watch::WatchError;
 use node_agent::AssemblyError;
 use owned_tasks::{StreamThreads, Unfinished, Worker};
-use task_scheduler::{ControlCore, Event};
+use task_scheduler::{ControlCore, Event, WaitingTasks};
 use task_stream::HoldBudget;
 use tokio::sync::Mutex;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::field;
@@ -43,6 +44,9 @@ const NODE_BODY_BYTES: usize = 32 * 1024 * 1024;
 
 /// How often a stopping daemon looks whether its tasks have ended.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// How often it says what it waits for, where that has changed.
+const SAY_EVERY: Duration = Duration::from_secs(1);
 
 /// Artifacts that wait to be written or read at most; each may hold 4 MiB. Source: .specs/01 CLOUD-2758.
 const WAITING_ARTIFACTS: usize = 16;
@@ -253,11 +257,32 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     ended.map_or(Ok(()), |result| result.map_err(StartError::Serve))
 }
 
-/// Waits until every task has ended, for `grace` at most.
+/// Waits until every task has ended that runs or that some pool might take, for `grace` at most, and
+/// says meanwhile what is waited for.
 async fn finish_tasks(control: &Control, grace: Duration) {
     let finished = async {
-        // A full mailbox is no answer: look again.
-        while control.published.facts_now().await.map_or(true, |facts| facts.running + facts.queued > 0) {
+        let mut reported = None;
+        loop {
+            // A full mailbox is no answer: look again.
+            if let Ok(facts) = control.published.facts_now().await {
+                let unknown = WaitingTasks { startable: facts.queued, ..WaitingTasks::default() };
+                let WaitingTasks { startable, stuck, reason } = facts.waiting.unwrap_or(unknown);
+                if facts.running + startable == 0 {
+                    if stuck > 0 {
+                        let waiting_for = reason.map(tracing::field::display);
+                        tracing::warn!(tasks = stuck, waiting_for, "tasks that no pool could take are ended");
+                    }
+                    return;
+                }
+                let now = (facts.running, startable, stuck);
+                let due = reported
+                    .is_none_or(|(before, at): (_, Instant)| before != now && at.elapsed() >= SAY_EVERY);
+                if due {
+                    let (running, waiting) = (facts.running, startable);
+                    tracing::info!(running, waiting, no_pool = stuck, "waiting for tasks to end");
+                    reported = Some((now, Instant::now()));
+                }
+            }
             tokio::time::sleep(LOOK_EVERY).await;
         }
     };

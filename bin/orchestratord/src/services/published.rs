@@ -22,7 +22,7 @@ use pool_registry_types::{
     AttemptId, ErrorBody, ErrorCode, HolderId, ModelRef, Moment, NodeId, PoolKey, SessionId, SessionKey,
     TaskId,
 };
-use task_scheduler::{ControlCore, Counters, TaskList, TaskRecord};
+use task_scheduler::{ControlCore, Counters, TaskList, TaskRecord, Waiting, WaitingTasks};
 use tokio::sync::{Notify, watch};
 use uuid::Uuid;
 
@@ -40,10 +40,12 @@ pub(crate) struct Facts {
     pub(crate) sessions: usize,
     pub(crate) mass_silence: bool,
     pub(crate) draining: bool,
+    /// Which tasks wait; counted when the control plane stops.
+    pub(crate) waiting: Option<WaitingTasks>,
 }
 
 impl Facts {
-    fn of(core: &ControlCore) -> Self {
+    fn of(core: &mut ControlCore, now: Moment) -> Self {
         Self {
             counters: core.counters(),
             nodes: core.registry().counts().into_iter().collect(),
@@ -53,6 +55,7 @@ impl Facts {
             sessions: core.session_count(),
             mass_silence: core.registry().mass_silence_since().is_some(),
             draining: core.is_draining(),
+            waiting: core.is_draining().then(|| core.waiting_tasks(now)),
         }
     }
 }
@@ -293,11 +296,17 @@ impl Published {
         self.latest(&self.metrics, MOST_AGE).await
     }
 
-    /// How many tasks start before one that waits.
-    pub(crate) async fn queue_position(&self, task: &TaskRecord) -> Result<Option<u32>, ErrorBody> {
+    /// Where a task stands that waits.
+    pub(crate) async fn waiting(&self, task: &TaskRecord) -> Result<Option<Waiting>, ErrorBody> {
         let all = self.metrics().await?;
         // One that is not there has come since.
-        Ok(all.get(&task.key).map_or(task.queue_position, |(_, metrics)| Some(metrics.queue_position)))
+        Ok(all.get(&task.key).map_or_else(
+            || task.waiting.clone(),
+            |(_, metrics)| {
+                let Metrics { queue_position, waiting_for, .. } = metrics;
+                Some(Waiting { queue_position: *queue_position, waiting_for: waiting_for.clone() })
+            },
+        ))
     }
 
     /// A snapshot that was made at most so long before this call, and after every change of the
@@ -338,7 +347,7 @@ impl Published {
         if self.cluster.serve(now, nodes_changed, || core.snapshot(now)) {
             *self.written.write() = Written::default();
         }
-        self.facts.serve(now, nodes_changed, || Facts::of(&*core));
+        self.facts.serve(now, nodes_changed, || Facts::of(core, now));
         self.paces.serve(now, nodes_changed, || core.paces());
         self.list.serve(now, nodes_changed, || TaskList(self.by_number.lock().values().cloned().collect()));
         self.metrics.serve(now, nodes_changed, || core.metrics(now));

@@ -108,8 +108,10 @@ impl Gauge {
         if state != TaskState::Queued && !self.verbose {
             return None;
         }
-        let moved =
-            self.reported.as_ref().is_none_or(|reported| reported.queue_position != metrics.queue_position);
+        let moved = self.reported.as_ref().is_none_or(|reported| {
+            let reason = |metrics: &Metrics| metrics.waiting_for.as_ref().and_then(|of| of.reason);
+            reported.queue_position != metrics.queue_position || reason(reported) != reason(&metrics)
+        });
         if !moved && !self.verbose && self.spoke.elapsed() < SAME_METRICS_EVERY {
             return None;
         }

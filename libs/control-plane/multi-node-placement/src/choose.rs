@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use pool_registry_types::PoolKey;
-use pool_registry_types::placement::{PlacementMode, Refusal};
+use pool_registry_types::placement::{PlacementMode, Refusal, WaitingFor};
 
 use crate::candidate::{Availability, Candidate};
 use crate::index::{ModelPools, PoolIndex, PoolRow};
@@ -162,17 +162,18 @@ pub fn explain<'i>(index: &'i PoolIndex, shape: &TaskShape<'_>) -> impl Iterator
 /// Whether any pool might take the task soon: one that has the model and is not known to
 /// lack what the task must have.
 pub fn might_take(index: &PoolIndex, shape: &TaskShape<'_>) -> bool {
-    index.all_of(shape.model).any(|candidate| {
-        let soon = match candidate.availability {
-            Availability::Placeable | Availability::Loadable | Availability::Loading => true,
-            Availability::Suspect | Availability::Tripped => true,
-            Availability::Offline
-            | Availability::Draining
-            | Availability::NoMemory
-            | Availability::NotReady => false,
-        };
-        soon && fits(candidate, shape)
-    })
+    index.all_of(shape.model).any(|candidate| might(candidate, shape))
+}
+
+fn might(candidate: &Candidate, shape: &TaskShape<'_>) -> bool {
+    let soon = match candidate.availability {
+        Availability::Placeable | Availability::Loadable | Availability::Loading => true,
+        Availability::Suspect | Availability::Tripped => true,
+        Availability::Offline | Availability::Draining | Availability::NoMemory | Availability::NotReady => {
+            false
+        }
+    };
+    soon && fits(candidate, shape)
 }
 
 /// The pools that take nothing for the moment, because they or their nodes are suspect or tripped,
@@ -213,6 +214,34 @@ pub fn count_refusals(index: &PoolIndex, shape: &TaskShape<'_>) -> String {
     }
     let parts: Vec<String> = counts.iter().map(|(refusal, n)| format!("{n} {refusal}")).collect();
     format!("pools: {}", parts.join(", "))
+}
+
+/// What the pools say to a task that waits.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Refused {
+    pub waiting_for: WaitingFor,
+    /// Some pool might take it soon, as [`might_take`] has it.
+    pub might_be_taken: bool,
+}
+
+/// Counts what the pools of the model say to the task; where there are none, what all of the cluster
+/// do. Cost: a step for each pool of the model.
+pub fn refused(index: &PoolIndex, shape: &TaskShape<'_>) -> Refused {
+    let mut counts: BTreeMap<Refusal, u32> = BTreeMap::new();
+    let (mut any, mut might_be_taken) = (false, false);
+    for candidate in index.all_of(shape.model) {
+        any = true;
+        might_be_taken |= might(candidate, shape);
+        if let Some(refusal) = refusal(candidate, shape) {
+            *counts.entry(refusal).or_default() += 1;
+        }
+    }
+    if !any {
+        for (availability, count) in index.standings().iter().filter(|(_, count)| **count > 0) {
+            *counts.entry(refusal_of(*availability).unwrap_or(Refusal::ModelMissing)).or_default() += count;
+        }
+    }
+    Refused { waiting_for: WaitingFor::of(counts), might_be_taken }
 }
 
 /// What a pool that stands so says to every task.

@@ -7,6 +7,7 @@ use fixedbitset::FixedBitSet;
 use pool_registry_types::{Lookup, ModelRef, PoolKey};
 
 use crate::candidate::{Availability, Candidate};
+use crate::offers::{Lack, Offers};
 use crate::shape::{TaskShape, fits};
 
 /// In which order pools that fit are taken.
@@ -177,6 +178,8 @@ pub(crate) struct ModelPools {
     loadable: usize,
     /// Pools of the model, however they stand.
     pub(crate) all: BTreeSet<PoolKey>,
+    /// What these can do.
+    offers: Offers,
 }
 
 impl ModelPools {
@@ -356,7 +359,9 @@ impl PoolIndex {
         *self.standings.entry(candidate.availability).or_default() += 1;
         for model in &candidate.models {
             let pools = self.by_model.entry(model.clone()).or_default();
-            pools.all.insert(candidate.key.clone());
+            if pools.all.insert(candidate.key.clone()) {
+                pools.offers.add(candidate);
+            }
             if matches!(candidate.availability, Availability::Loading | Availability::Loadable)
                 && pools.unloaded.insert(candidate.key.clone())
             {
@@ -400,7 +405,9 @@ impl PoolIndex {
                 pools.free_bits.set(*number, false);
                 pools.changed(*number, self.version + 1);
             }
-            pools.all.remove(key);
+            if pools.all.remove(key) {
+                pools.offers.remove(&old.candidate);
+            }
             if pools.all.is_empty() {
                 self.by_model.remove(model);
             }
@@ -505,12 +512,15 @@ impl PoolIndex {
         self.by_model.get(model)
     }
 
-    /// Whether the node of any pool of the model, however that stands, passes bodies on as they come.
-    /// Nothing where there is no such pool.
-    pub fn passes_on(&self, model: &ModelRef) -> Option<bool> {
-        let mut pools = self.all_of(model).peekable();
-        pools.peek()?;
-        Some(pools.any(|pool| pool.passes_on))
+    /// What of the task's own words every pool of its model lacks, however these stand. Nothing where there
+    /// is no such pool. Cost: a step for each kind of engine.
+    pub fn lack(&self, shape: &TaskShape<'_>) -> Option<Lack> {
+        self.by_model.get(shape.model)?.offers.lack(shape)
+    }
+
+    /// How many pools the model has, however they stand.
+    pub fn count_of(&self, model: &ModelRef) -> usize {
+        self.by_model.get(model).map_or(0, |pools| pools.all.len())
     }
 
     /// The pools of the model, however they stand.

@@ -9,14 +9,16 @@
 mod candidate;
 mod choose;
 mod index;
+mod offers;
 mod shape;
 
 pub use candidate::{Availability, Candidate};
 pub use choose::{
-    Choice, NoPlacement, ToLoad, Verdict, choose, choose_to_load, count_refusals, explain, explain_one,
-    might_take, temporarily_unavailable,
+    Choice, NoPlacement, Refused, ToLoad, Verdict, choose, choose_to_load, count_refusals, explain,
+    explain_one, might_take, refused, temporarily_unavailable,
 };
 pub use index::{Eligible, PoolIndex, PoolRow, Strategy};
+pub use offers::Lack;
 pub use shape::{Spread, TaskShape};
 
 #[cfg(test)]

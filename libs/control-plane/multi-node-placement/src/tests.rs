@@ -126,13 +126,15 @@ fn a_tried_pool_waits_for_an_untried_one_even_a_full_one() {
 #[test]
 fn a_body_that_is_passed_on_goes_to_nodes_that_do_so() {
     let m = model("m");
+    let other = model("other");
     let older = Candidate { passes_on: false, ..pool("a", 0, 4) };
     let passes = TaskShape { passes_on: true, ..shape(&m, &[]) };
     let of_older = index([older.clone()]);
     assert_eq!(node_for(&of_older, &passes), Err(NoPlacement::NoPool));
-    assert_eq!((of_older.passes_on(&m), of_older.passes_on(&model("other"))), (Some(false), None));
+    let of_other = TaskShape { passes_on: true, ..TaskShape::plain(&other) };
+    assert_eq!((of_older.lack(&passes), of_older.lack(&of_other)), (Some(Lack::PassesOn), None));
     let both = index([older, pool("b", 3, 4)]);
-    assert_eq!((node_for(&both, &passes), both.passes_on(&m)), (Ok("b".into()), Some(true)));
+    assert_eq!((node_for(&both, &passes), both.lack(&passes)), (Ok("b".into()), None));
     assert_eq!(node_for(&both, &shape(&m, &[])), Ok("a".into()));
 }
 

@@ -4,7 +4,7 @@
 //! Every event is handled, then time is let pass, then the queue is served: whatever freed a
 //! slot or brought a pool places a waiting task in the same `apply`. The rooms: [`nodes`] takes
 //! what nodes say, [`tasks`] what clients ask, [`ends`] how attempts end, [`time`] what passes by
-//! itself, [`placing`] starts what can start, [`repeating`] says where a stream is generated again, and
+//! itself, [`waiting`] says what is waited for, [`placing`] starts what can start, [`repeating`] says where a stream is generated again, and
 //! [`reading`] shows it. Beside them, [`lanes`] says how
 //! long a model is waited for, [`pins`] a node; [`loading`] asks for engines, and [`predicting`] foretells.
 
@@ -13,8 +13,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use multi_node_placement::{
-    Availability, Candidate, Choice, NoPlacement, PoolIndex, PoolRow, Spread, Strategy, TaskShape, ToLoad,
-    choose, choose_to_load, count_refusals, explain, explain_one, might_take, temporarily_unavailable,
+    Availability, Candidate, Choice, Lack, NoPlacement, PoolIndex, PoolRow, Refused, Spread, Strategy,
+    TaskShape, ToLoad, choose, choose_to_load, count_refusals, explain, explain_one, might_take, refused,
+    temporarily_unavailable,
 };
 use pool_registry_types::engines::EngineSet;
 use pool_registry_types::error::EndCause;
@@ -22,7 +23,7 @@ use pool_registry_types::moment::millis;
 use pool_registry_types::node::{
     Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, IntentOrder, Liveness, RegisterAnswer, RegisterRequest,
 };
-use pool_registry_types::placement::{Explanation, PoolName, PoolVerdict};
+use pool_registry_types::placement::{Explanation, PoolName, PoolVerdict, Refusal, WaitingFor};
 use pool_registry_types::pool::{PoolReport, PoolState};
 use pool_registry_types::snapshot::ClusterSnapshot;
 use pool_registry_types::task::{
@@ -60,6 +61,7 @@ pub(crate) mod reading;
 mod repeating;
 mod tasks;
 mod time;
+pub(crate) mod waiting;
 
 /// A pool that refused a dispatch counts as full this long, or until its next report.
 const HOLD: Duration = Duration::from_millis(250);
@@ -309,6 +311,8 @@ pub struct ControlCore {
     leases: lanes::Leases,
     /// We have nothing to dial with: nothing is placed before this.
     short_until: Option<Moment>,
+    /// What waiting tasks wait for.
+    waits: waiting::Waits,
     /// How often in a row; none after an attempt was taken.
     shortages: u32,
     /// Where tasks run of which each may have brought an engine down; one entry an attempt.
@@ -367,6 +371,7 @@ impl ControlCore {
             lapsed: BTreeSet::new(),
             leases: lanes::Leases::default(),
             short_until: None,
+            waits: waiting::Waits::default(),
             shortages: 0,
             suspects_at: Vec::new(),
             touched: BTreeSet::new(),

@@ -30,7 +30,7 @@ fn a_node_is_told_for_which_of_its_loaded_pools_tasks_wait() {
     assert!(waiting(&mut b, 5).is_empty());
 }
 
-fn unloaded(state: PoolState, fits: bool) -> PoolReport {
+pub(super) fn unloaded(state: PoolState, fits: bool) -> PoolReport {
     let supervised = Supervised { fits, ..Supervised::default() };
     let report = report(0, &[]);
     PoolReport { state, ready: false, replicas: vec![], supervised: Some(supervised), ..report }

@@ -418,7 +418,7 @@ fn a_start_is_predicted_from_measured_paces_and_a_deadline_before_it_is_refused_
     b.now += 500;
     let (state, metrics) = b.core.metrics(at(b.now)).remove(&id).unwrap();
     assert_eq!(state, TaskState::Queued);
-    assert_eq!((metrics.queue_position, metrics.queue_depth), (0, 1));
+    assert_eq!((metrics.queue_position, metrics.queue_depth), (Some(0), 1));
     assert_eq!(metrics.predicted_start_ms, Some(600));
     let error = b.submit(TaskSpec { deadline_ms: Some(1_000), ..task() }).1.unwrap_err();
     assert_eq!((error.code, error.policy_label.as_deref()), (ErrorCode::AdmissionReject, Some("deadline")));

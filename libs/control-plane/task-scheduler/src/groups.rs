@@ -47,6 +47,18 @@ impl Ask {
         }
     }
 
+    /// The same of a shape.
+    pub(crate) fn of_shape(shape: &TaskShape<'_>) -> Self {
+        Self {
+            engines: shape.engines,
+            passes_on: shape.passes_on,
+            ctx: shape.ctx,
+            constraints: shape.constraints.cloned(),
+            tried: shape.tried.to_vec(),
+            lacking: shape.lacking.to_vec(),
+        }
+    }
+
     fn shape<'a>(&'a self, model: &'a ModelRef) -> TaskShape<'a> {
         TaskShape {
             engines: self.engines,

@@ -17,6 +17,7 @@ mod sessions;
 
 pub use attempts::CloseReason;
 pub use core::reading::{TaskFilter, TaskList, TaskRecord};
+pub use core::waiting::{Waiting, WaitingTasks};
 pub use core::{ControlCore, Counters, FullLane, Policy};
 pub use event::{Answer, Dispatch, Effect, Event, LinkEvidence, ReplyTo};
 pub use multi_node_placement::Strategy;

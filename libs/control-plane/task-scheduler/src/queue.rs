@@ -57,6 +57,11 @@ impl Lane {
         self.of(priority).iter().map(|(_, id)| *id)
     }
 
+    /// All waiting tasks, by priority and age.
+    pub(crate) fn all(&self) -> impl Iterator<Item = TaskId> + '_ {
+        Priority::BOTH.into_iter().flat_map(|priority| self.waiting(priority))
+    }
+
     /// The task that starts first, if it may take every slot.
     pub(crate) fn first(&self) -> Option<TaskId> {
         self.order().into_iter().find_map(|priority| self.waiting(priority).next())

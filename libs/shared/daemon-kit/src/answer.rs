@@ -53,6 +53,15 @@ pub(crate) async fn method_not_allowed() -> ApiError {
     ApiError::new(ErrorCode::MethodNotAllowed, "this path does not take that method")
 }
 
+/// A body in a coding that is not taken; it says which one is. Source: RFC 9110, 15.5.16.
+pub(crate) fn encoded() -> Response {
+    let message = "Content-Encoding: a body is taken as it is, and not compressed";
+    let mut response = ApiError::new(ErrorCode::Unsupported, message).into_response();
+    *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+    response.headers_mut().insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+    response
+}
+
 /// A handler panicked: the text goes to the log, not to the client.
 pub fn panicked(_panic: Box<dyn std::any::Any + Send>) -> Response {
     tracing::error!("a request handler panicked");

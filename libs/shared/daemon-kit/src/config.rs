@@ -18,8 +18,8 @@ pub(crate) fn misspelt<'a>(
     let unknown = ours.filter(|name| !known.contains(&name.as_str()));
     unknown
         .filter_map(|name| {
-            let nearest = known.iter().min_by_key(|known| distance(&name, known))?;
-            Some((name, *nearest))
+            let nearest = nearest(&name, known)?;
+            Some((name, nearest))
         })
         .collect()
 }
@@ -106,10 +106,45 @@ fn secret_on_command_line(command: &clap::Command, matches: &clap::ArgMatches) -
     Some(arg.get_env()?.to_string_lossy().into_owned())
 }
 
-/// Prints the text of what is in force.
-#[expect(clippy::print_stdout, reason = "this is what --print-config is for")]
+/// Prints the text of what is in force. Whoever has read enough of it and closed its end is no failure.
 pub fn print(text: &str) {
-    println!("{text}");
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    let written = writeln!(out, "{text}").and_then(|()| out.flush());
+    if let Err(error) = written.as_ref()
+        && error.kind() != std::io::ErrorKind::BrokenPipe
+    {
+        telemetry::say(format!("standard output: {error}"));
+    }
+}
+
+/// An address to listen on: `127.0.0.1:8080`, `[::1]:8080`, or a name of this machine's with a port. Of a
+/// name with several addresses an IPv4 one is taken, as the defaults are; blocks on the resolver.
+pub fn listen_addr(text: &str) -> Result<SocketAddr, UnknownAddr> {
+    use std::net::ToSocketAddrs;
+    if let Ok(addr) = text.parse() {
+        return Ok(addr);
+    }
+    let unknown = |reason: String| UnknownAddr { text: text.to_owned(), reason };
+    let found: Vec<SocketAddr> = match text.to_socket_addrs() {
+        Ok(found) => found.collect(),
+        Err(error) => return Err(unknown(error.to_string())),
+    };
+    let first = found.iter().find(|addr| addr.is_ipv4()).or(found.first());
+    first.copied().ok_or_else(|| unknown("the name has no address".into()))
+}
+
+/// Why a text is no address to listen on.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{text:?} is no address and port, as 127.0.0.1:8080 or localhost:8080: {reason}")]
+pub struct UnknownAddr {
+    text: String,
+    reason: String,
+}
+
+/// The name that the text is most likely meant to be.
+pub fn nearest<'a>(text: &str, names: &[&'a str]) -> Option<&'a str> {
+    names.iter().min_by_key(|name| distance(text, name)).copied()
 }
 
 /// The host's name, as the kernel has it.
@@ -170,6 +205,20 @@ pub fn is_loopback(addr: SocketAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    // CLOUD-2982
+    #[test]
+    fn a_name_of_this_machine_is_an_address_to_listen_on_and_nonsense_is_named() {
+        for (text, addr) in
+            [("127.0.0.1:8", "127.0.0.1:8"), ("[::1]:9", "[::1]:9"), ("localhost:10", "127.0.0.1:10")]
+        {
+            assert_eq!(listen_addr(text).unwrap().to_string(), addr);
+        }
+        for text in ["localhost", "127.0.0.1", "8080", "localhost:99999", ""] {
+            let error = listen_addr(text).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("{text:?} is no address and port")), "{error}");
+        }
+    }
 
     // CLOUD-2103
     #[test]

@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::http::{HeaderName, Method};
+use axum::http::{HeaderName, HeaderValue, Method, header};
 use axum::middleware::{self, Next};
 use axum::response::Response;
 use futures::FutureExt;
+use hyper::body::Body as _;
 use pool_registry_types::routes::headers;
 use tower_http::cors::{AllowHeaders, CorsLayer};
 
@@ -62,6 +63,7 @@ async fn layer(State(around): State<Arc<(Edge, AnswerRoom)>>, mut request: Reque
         call.found(std::mem::take(&mut admission.found));
     }
     let mut response = match admission.refused.take() {
+        None if is_encoded(&request) => answer::encoded(),
         None => {
             let answered = AssertUnwindSafe(next.run(request)).catch_unwind().await;
             let response = answered.unwrap_or_else(answer::panicked);
@@ -76,6 +78,13 @@ async fn layer(State(around): State<Arc<(Edge, AnswerRoom)>>, mut request: Reque
     let mut response = answering.finish(response, edge.gate.shapes);
     answer::set_headers(&mut response, is_page);
     response
+}
+
+/// Whether the request has a body that is not there as it is.
+fn is_encoded(request: &Request) -> bool {
+    let mut codings = request.headers().get_all(header::CONTENT_ENCODING).iter();
+    let is_other = |value: &HeaderValue| !value.as_bytes().eq_ignore_ascii_case(b"identity");
+    codings.any(is_other) && !request.body().is_end_stream()
 }
 
 async fn with_headers(request: Request, next: Next) -> Response {
@@ -142,7 +151,7 @@ pub async fn stop_signal() {
 #[cfg(test)]
 mod tests {
     use axum::body::{Body, to_bytes};
-    use axum::http::{HeaderValue, Request};
+    use axum::http::Request;
     use axum::routing::get;
     use tower::ServiceExt;
 
@@ -258,6 +267,27 @@ mod tests {
             assert!(text.contains(&format!("\"code\":\"{code}\"")) && !text.contains("secret"), "{text}");
             let id = headers["x-correlation-id"].to_str().unwrap();
             assert!(text.contains(id), "{text}");
+        }
+    }
+
+    // CLOUD-2984
+    #[tokio::test]
+    async fn a_body_in_a_coding_is_refused_with_the_one_that_is_taken() {
+        let routes = || Router::new().route("/fine", get(|| async { "fine" }).post(|| async { "taken" }));
+        for (coding, body, status) in [
+            ("gzip", "{}", 415),
+            ("identity, br", "{}", 415),
+            ("Identity", "{}", 200),
+            // Nothing is there that could be in a coding.
+            ("gzip", "", 200),
+        ] {
+            let request =
+                Request::post("/fine").header("host", "localhost").header("content-encoding", coding);
+            let request = request.body(Body::from(body)).unwrap();
+            let response = with_layers(routes(), open_edge()).oneshot(request).await.unwrap();
+            assert_eq!(response.status().as_u16(), status, "{coding}");
+            let taken = response.headers().get("accept-encoding").map(|value| value.to_str().unwrap());
+            assert_eq!(taken, (status == 415).then_some("identity"));
         }
     }
 

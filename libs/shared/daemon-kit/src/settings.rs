@@ -24,7 +24,7 @@ use crate::tokens::TokenError;
 #[derive(Debug, Clone, Args)]
 pub struct SharedSettings {
     /// Where this daemon listens.
-    #[arg(long)]
+    #[arg(long, value_parser = config::listen_addr)]
     addr: SocketAddr,
     /// Seconds that what runs gets to finish at SIGTERM.
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=86_400))]
@@ -45,7 +45,7 @@ pub struct SharedSettings {
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
     require_tls: bool,
     /// A second listener for the metrics and the probes, which asks for no token [default: none].
-    #[arg(long)]
+    #[arg(long, value_parser = config::listen_addr)]
     metrics_addr: Option<SocketAddr>,
     /// Connections at once at most [default: 16384, or what three quarters of the files allow that this
     /// process may open].

@@ -10,6 +10,7 @@ use crate::engines::EngineKind;
 use crate::ids::{NodeId, PoolId};
 use crate::limits;
 use crate::newer;
+use crate::placement::WaitingFor;
 
 macro_rules! codes {
     ($($(#[$doc:meta])* $variant:ident = $text:literal, $status:literal, $retriable:literal;)*) => {
@@ -136,6 +137,9 @@ pub struct ErrorBody {
     /// Which rule refused an admission.
     #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
     pub policy_label: Option<String>,
+    /// Of a task that was not to wait: what it would have waited for.
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
+    pub detail: Option<Box<WaitingFor>>,
     /// Between the daemons only: what ended an attempt on its node.
     #[serde(default, deserialize_with = "cause", skip_serializing_if = "Option::is_none")]
     pub cause: Option<EndCause>,
@@ -163,6 +167,7 @@ impl ErrorBody {
             node_id: None,
             pool_id: None,
             policy_label: None,
+            detail: None,
             cause: None,
             crash: None,
             correlation_id: None,

@@ -127,6 +127,15 @@ pub struct PlacementConstraints {
     /// Whether a preference may be left.
     #[serde(default = "yes")]
     pub allow_fallback: bool,
+    /// False: a task that does not start at once is refused, not queued. One that has started and has to
+    /// be placed again waits for that.
+    #[serde(default = "yes", skip_serializing_if = "is_true")]
+    pub wait: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives it so")]
+fn is_true(value: &bool) -> bool {
+    *value
 }
 
 fn yes() -> bool {
@@ -145,6 +154,7 @@ impl Default for PlacementConstraints {
             require_labels: Labels::new(),
             spread_by: None,
             allow_fallback: true,
+            wait: true,
         }
     }
 }
@@ -295,6 +305,36 @@ pub enum Refusal {
     Avoided,
     Tried,
     SlotsFull,
+}
+
+/// What a task waits for: how many of the pools that have its model refuse it for which reason, as in
+/// [`Explanation`]; where no pool has the model, how many of all.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub struct WaitingFor {
+    /// The most common one, of equals the one that is checked last. Absent where no pool refuses it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<Refusal>,
+    pub pools: BTreeMap<Refusal, u32>,
+}
+
+impl WaitingFor {
+    pub fn of(pools: BTreeMap<Refusal, u32>) -> Self {
+        let reason = pools.iter().max_by_key(|(refusal, count)| (**count, **refusal));
+        Self { reason: reason.map(|(refusal, _)| *refusal), pools }
+    }
+}
+
+/// The counts, for people.
+impl fmt::Display for WaitingFor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.pools.is_empty() {
+            return f.write_str("no pool refuses it");
+        }
+        for (n, (refusal, count)) in self.pools.iter().enumerate() {
+            write!(f, "{}{count} {refusal}", if n == 0 { "pools: " } else { ", " })?;
+        }
+        Ok(())
+    }
 }
 
 impl fmt::Display for Refusal {

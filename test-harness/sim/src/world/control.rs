@@ -230,7 +230,7 @@ impl World {
         };
         let mut in_order = Ok(());
         if self.plan.read && self.readers.u8(..4) == 0 {
-            look_at(&control.core, now, &mut self.readers);
+            look_at(&mut control.core, now, &mut self.readers);
             self.coverage.hit("core: read between events");
             let mut kept = control.core.check_order(now).map_err(|why| why.to_string());
             if control.core.snapshot(now).view() != control.core.view(now) {
@@ -496,7 +496,10 @@ impl World {
 
 fn brief(answer: &Answer) -> String {
     match answer {
-        Answer::Submitted(accepted) => format!("accepted, {} before it", accepted.queue_position),
+        Answer::Submitted(accepted) => match accepted.queue_position {
+            Some(before) => format!("accepted, {before} before it"),
+            None => "accepted, and nothing could take it".into(),
+        },
         Answer::Canceled => "canceled".into(),
         other => format!("{other:?}"),
     }

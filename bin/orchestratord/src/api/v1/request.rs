@@ -2,7 +2,7 @@
 //! engine.
 
 use axum::extract::{FromRequest, FromRequestParts, Request};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use daemon_kit::byte_budget::HeldBytes;
@@ -46,12 +46,6 @@ impl FromRequest<AppState> for Call {
 
     async fn from_request(request: Request, state: &AppState) -> Result<Self, Response> {
         let (mut parts, body) = request.into_parts();
-        if parts.headers.get(header::CONTENT_ENCODING).is_some_and(|coding| coding != "identity") {
-            let message = "Content-Encoding: a body is taken as it is, and not compressed";
-            let mut response = ApiError::new(ErrorCode::Unsupported, message).into_response();
-            *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
-            return Err(response);
-        }
         let Ok(caller) = Caller::from_request_parts(&mut parts, state).await;
         let Some(ids) = parts.extensions.get::<RequestIds>().cloned() else {
             return Err(crate::api::defect().into_response());
@@ -308,6 +302,8 @@ fn passed_on(headers: &HeaderMap) -> Vec<(String, String)> {
 
 #[cfg(test)]
 mod tests {
+    use axum::http::header;
+
     use super::*;
 
     fn headers(given: &[(&str, &str)]) -> HeaderMap {

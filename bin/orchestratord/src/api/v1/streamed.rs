@@ -66,7 +66,8 @@ fn complete(response: &mut Response) {
     let out = response.headers_mut();
     out.entry(header::CONTENT_TYPE).or_insert(HeaderValue::from_static("text/event-stream; charset=utf-8"));
     out.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-    out.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    let (name, value) = crate::api::UNBUFFERED;
+    out.insert(name, HeaderValue::from_static(value));
 }
 
 fn body(reader: Reader) -> Body {
@@ -166,7 +167,7 @@ impl Reader {
         let queued = record.filter(|record| record.state == TaskState::Queued);
         let place = async {
             let record = queued?;
-            published.queue_position(&record).await.ok().flatten()
+            published.waiting(&record).await.ok().flatten().and_then(|waiting| waiting.queue_position)
         };
         // A loop that is busy has more to do than this.
         match timeout(PLACE_WITHIN, place).await {

@@ -3,6 +3,7 @@
 //! A lane's forecast holds until the lane changes: it is made and kept while an event is handled,
 //! and whoever reads makes one of its own.
 
+use super::waiting::Waiting;
 use super::*;
 
 /// A forecast that is behind by one change for so many tasks that wait, or pools, is made anew, and
@@ -146,7 +147,8 @@ impl ControlCore {
     }
 
     /// What the clients of all tasks that have not ended are told while these wait, or run.
-    pub fn metrics(&self, now: Moment) -> BTreeMap<TaskId, (TaskState, Metrics)> {
+    pub fn metrics(&mut self, now: Moment) -> BTreeMap<TaskId, (TaskState, Metrics)> {
+        self.count_waits(now);
         let to_u32 = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         let mut reported = BTreeMap::new();
         for model in self.queue.models() {
@@ -160,8 +162,10 @@ impl ControlCore {
                     predicted_start_ms.zip(task.deadline).and_then(|(predicted, deadline)| {
                         self.paces.on_time(predicted, deadline.millis_since(now))
                     });
+                let waiting = Waiting::of(position, self.counted_wait(task));
                 let metrics = Metrics {
-                    queue_position: to_u32(position),
+                    queue_position: waiting.queue_position,
+                    waiting_for: waiting.waiting_for,
                     predicted_start_ms,
                     queue_depth,
                     on_time_probability,
@@ -182,7 +186,8 @@ impl ControlCore {
     /// The metrics of a task of the session that does not wait.
     fn metrics_of_session(&self, session: Option<SessionKey>) -> Metrics {
         Metrics {
-            queue_position: 0,
+            queue_position: Some(0),
+            waiting_for: None,
             predicted_start_ms: None,
             queue_depth: 0,
             on_time_probability: None,

@@ -1,5 +1,6 @@
 //! What readers and metrics see.
 
+use super::waiting::Waiting;
 use super::*;
 
 impl ControlCore {
@@ -15,11 +16,17 @@ impl ControlCore {
         {
             task.predicted_ms = predicted_start_ms;
         }
+        let waiting = if queued {
+            Waiting::of(position, self.count_wait(now, id))
+        } else {
+            Waiting { queue_position: Some(0), waiting_for: None }
+        };
         let id = self.tasks.get(&id).map_or(id, |task| task.id);
         let sse = routes::task_events(id);
         TaskAccepted {
             task_id: id,
-            queue_position: u32::try_from(position).unwrap_or(u32::MAX),
+            queue_position: waiting.queue_position,
+            waiting_for: waiting.waiting_for,
             predicted_start_ms,
             backoff_ms: if queued { self.backoff_ms(now, &model, priority) } else { 0 },
             streams: TaskStreams { sse_verbose: format!("{sse}?verbose=true"), sse },
@@ -50,13 +57,16 @@ impl ControlCore {
             replica_id: record.replica.clone(),
             outcome: record.outcome.clone().into_owned(),
         });
-        let position = self.queue.position(&task.model, task.priority, task.number);
+        let waiting = task.is_queued().then(|| {
+            let position = self.queue.position(&task.model, task.priority, task.number);
+            Waiting::of(position, self.answered_wait(task))
+        });
         Some(TaskRecord {
             key: id,
             id: task.id,
             holder: task.holder,
             number: task.number,
-            queue_position: task.is_queued().then(|| u32::try_from(position).unwrap_or(u32::MAX)),
+            waiting,
             log: task.log,
             model: task.model.clone(),
             priority: task.priority,
@@ -185,8 +195,8 @@ pub struct TaskRecord {
     pub holder: HolderId,
     /// Rises from task to task.
     pub number: u64,
-    /// When it came to wait, if it does.
-    pub queue_position: Option<u32>,
+    /// As it was when it came to wait, if it does.
+    pub waiting: Option<Waiting>,
     log: LogId,
     model: ModelRef,
     priority: Priority,
@@ -201,10 +211,11 @@ pub struct TaskRecord {
 }
 
 impl TaskRecord {
-    /// `queue_position` is for a task that waits.
-    pub fn view(&self, now: Moment, queue_position: Option<u32>) -> TaskView {
+    /// `waiting` is for a task that waits.
+    pub fn view(&self, now: Moment, waiting: Option<Waiting>) -> TaskView {
         let end = self.end.unwrap_or(now);
         let queued = self.state == TaskState::Queued;
+        let Waiting { queue_position, waiting_for } = waiting.filter(|_| queued).unwrap_or_default();
         let wait_end = if queued { now } else { self.last_dispatch.unwrap_or(end) };
         TaskView {
             task_id: self.id,
@@ -212,7 +223,8 @@ impl TaskRecord {
             model_ref: self.model.clone(),
             priority: self.priority,
             state: self.state,
-            queue_position: queue_position.filter(|_| queued),
+            queue_position,
+            waiting_for,
             queue_wait_ms: wait_end.millis_since(self.admitted),
             elapsed_ms: end.millis_since(self.admitted),
             attempts: self.attempts.clone(),

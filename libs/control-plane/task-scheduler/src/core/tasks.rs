@@ -150,6 +150,9 @@ impl ControlCore {
         if let Some(refusal) = pinned.and_then(|node_id| self.pin_refusal(now, node_id)) {
             return Err(refusal);
         }
+        if let Some(refusal) = self.refusal_to_wait(now, spec) {
+            return Err(refusal);
+        }
         let reject = |core: &mut Self, label: &str, message: String| {
             let mut error = ErrorBody::new(ErrorCode::AdmissionReject, message);
             error.retry_after_ms = Some(core.backoff_ms(now, model, spec.priority));
@@ -190,30 +193,37 @@ impl ControlCore {
         }
     }
 
-    /// What every engine of the model lacks for the task: it would wait for nothing. While nodes may
-    /// still come back, nothing is known of what they lack.
+    /// What every pool of the model lacks of the task's own words: it would wait for nothing. Pools of
+    /// nodes that are offline count until these are forgotten; while nodes may still come back, nothing is
+    /// known of what they lack.
     fn engine_refusal(&self, now: Moment, spec: &TaskSpec) -> Option<ErrorBody> {
         if now < self.grace_end() {
             return None;
         }
-        if spec.passes_on && self.index.passes_on(&spec.model_ref) == Some(false) {
-            let message =
-                "the nodes that have this model are of an older version, which passes no requests on";
-            return Some(ErrorBody::new(ErrorCode::Unsupported, message));
-        }
-        if spec.lacking.is_empty() {
-            return None;
-        }
-        let since = now.before(self.policy.timing.node_timeout);
-        let mut lacking = None;
-        for engine in self.registry.engines_since(&spec.model_ref, since) {
-            if spec.engines.contains(engine) {
-                return None;
+        let TaskSpec { engines, passes_on, ctx, model_ref, .. } = spec;
+        let shape =
+            TaskShape { engines: *engines, passes_on: *passes_on, ctx: *ctx, ..TaskShape::plain(model_ref) };
+        match self.index.lack(&shape)? {
+            Lack::PassesOn => Some(ErrorBody::new(
+                ErrorCode::Unsupported,
+                "the nodes that have this model are of an older version, which passes no requests on",
+            )),
+            Lack::Context(longest) => {
+                let asked = ctx.unwrap_or_default();
+                let message =
+                    format!("ctx: {asked} tokens are more than any pool of {model_ref} has ({longest})");
+                Some(ErrorBody::new(ErrorCode::ContextTooLong, message))
             }
-            lacking = Some(engine);
+            Lack::Engine(engine) => {
+                // A pool that is gone from its node's report for a moment is not known to lack anything.
+                let since = now.before(self.policy.timing.node_timeout);
+                let mut lately = self.registry.engines_since(model_ref, since);
+                if lately.any(|engine| engines.contains(engine)) {
+                    return None;
+                }
+                Some(unsupported(spec.lacks(engine).unwrap_or("engine"), engine))
+            }
         }
-        let engine = lacking?;
-        Some(unsupported(spec.lacks(engine).unwrap_or("engine"), engine))
     }
 
     /// The task of the lane that waits longest and has not run yet: what has begun is not dropped.

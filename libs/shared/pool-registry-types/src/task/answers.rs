@@ -5,14 +5,20 @@ use utoipa::ToSchema;
 
 use crate::error::ErrorBody;
 use crate::ids::{AttemptId, LogId, ModelRef, NodeId, PoolId, ReplicaId, SessionId, TaskId};
+use crate::placement::WaitingFor;
 use crate::task::request::Priority;
 
 /// `202` of `POST /v2/tasks`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct TaskAccepted {
     pub task_id: TaskId,
-    /// Tasks of the lane that start before this one; 0 when it starts now.
-    pub queue_position: u32,
+    /// Tasks of the lane that start before this one; 0 when it starts now. Absent while no pool could take
+    /// it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue_position: Option<u32>,
+    /// Present where it waits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting_for: Option<WaitingFor>,
     /// From measured service times; absent before there are any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub predicted_start_ms: Option<u64>,
@@ -75,9 +81,12 @@ pub struct TaskView {
     pub model_ref: ModelRef,
     pub priority: Priority,
     pub state: TaskState,
-    /// Present while queued.
+    /// Present while it waits and some pool could take it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queue_position: Option<u32>,
+    /// Present while it waits; at most some hundred milliseconds old.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting_for: Option<WaitingFor>,
     /// Milliseconds from admission to the last dispatch, or until now while queued.
     pub queue_wait_ms: u64,
     /// Milliseconds from admission to the end, or until now.

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::ids::{NodeId, PoolId, ReplicaId};
+use crate::placement::WaitingFor;
 
 /// Event `started`: comes with the first token of an attempt that sends any.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -22,8 +23,12 @@ pub struct Started {
 /// Event `metrics`: comes while a task waits. It is not kept: a resumed reader gets newer ones.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Metrics {
-    /// Tasks of the lane that start before this one.
-    pub queue_position: u32,
+    /// Tasks of the lane that start before this one, 0 when it runs. Absent while no pool could take it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue_position: Option<u32>,
+    /// Present while it waits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting_for: Option<WaitingFor>,
     /// From measured paces; absent before there are any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub predicted_start_ms: Option<u64>,

@@ -181,7 +181,7 @@ impl Before {
 }
 
 /// What a reader may look at.
-pub(super) fn look_at(core: &ControlCore, now: Moment, random: &mut fastrand::Rng) {
+pub(super) fn look_at(core: &mut ControlCore, now: Moment, random: &mut fastrand::Rng) {
     match random.u8(..4) {
         0 => drop(core.metrics(now)),
         1 => drop(core.view(now)),
