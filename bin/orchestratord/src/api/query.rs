@@ -40,19 +40,17 @@ impl<T: DeserializeOwned + IntoParams, S: Send + Sync> FromRequestParts<S> for K
     }
 }
 
-fn refuse_unknown<'q, T: IntoParams>(given: impl Iterator<Item = &'q str>) -> Result<(), ApiError> {
+fn refuse_unknown<'q, T: IntoParams>(mut given: impl Iterator<Item = &'q str>) -> Result<(), ApiError> {
     let known = T::into_params(|| Some(ParameterIn::Query));
     let known: Vec<&str> = known.iter().map(|parameter| parameter.name.as_str()).collect();
-    for name in given.filter(|name| !known.contains(name)) {
-        let shown: String = name.chars().take(64).collect();
-        let instead = match nearest(name, &known) {
-            Some(nearest) => format!("is {nearest} meant?"),
-            None => "this path takes none".into(),
-        };
-        let message = format!("query: no parameter is called {shown:?}, {instead}");
-        return Err(ApiError::new(ErrorCode::InvalidParams, message));
-    }
-    Ok(())
+    let Some(name) = given.find(|name| !known.contains(name)) else { return Ok(()) };
+    let shown: String = name.chars().take(64).collect();
+    let instead = match nearest(name, &known) {
+        Some(nearest) => format!("is {nearest} meant?"),
+        None => "this path takes none".into(),
+    };
+    let message = format!("query: no parameter is called {shown:?}, {instead}");
+    Err(ApiError::new(ErrorCode::InvalidParams, message))
 }
 
 #[cfg(test)]
