@@ -162,14 +162,20 @@ async fn a_drain_outlives_the_runtime_directory_and_a_working_directory_of_befor
     let client = Client::new(&format!("http://127.0.0.1:{port}"), None);
     let log = home.join("orchestratord.log");
     let lives = || eventually("it is the one node", PATIENCE, || async { client.node("home").await });
+    let is_draining = || {
+        eventually("it drains", PATIENCE, || async {
+            let node = client.node("home").await?;
+            (serde_json::to_value(node.intent).unwrap() == "draining").then_some(())
+        })
+    };
     let daemon = Process::start(of_user(home, port), &log);
     lives().await;
     assert_eq!(client.post("/v2/nodes/home/drain", &json!({})).await.status(), 202);
+    is_draining().await;
     stop(daemon).await;
     std::fs::remove_dir_all(home.join("run")).unwrap();
     let daemon = Process::start(of_user(home, port), &log);
-    let intent = serde_json::to_value(lives().await.intent).unwrap();
-    assert_eq!(intent, "draining");
+    is_draining().await;
     stop(daemon).await;
     assert!(!daemon_says(&log, "./.runtime is there"), "nothing is there of before");
 
@@ -184,7 +190,7 @@ async fn a_drain_outlives_the_runtime_directory_and_a_working_directory_of_befor
     let mut command = of_user(home, port);
     command.current_dir(&before);
     let daemon = Process::start(command, &log);
-    assert_eq!(serde_json::to_value(lives().await.intent).unwrap(), "draining");
+    is_draining().await;
     assert!(!engines.join(".home.draining").exists());
     assert!(before.join(".runtime/orchestratord/home.draining").exists());
     assert_eq!(client.post("/v2/nodes/home/resume", &json!({})).await.status(), 202);

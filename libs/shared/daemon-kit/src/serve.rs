@@ -12,7 +12,9 @@ use axum::middleware::{self, Next};
 use axum::response::Response;
 use futures::FutureExt;
 use hyper::body::Body as _;
+use parking_lot::Mutex;
 use pool_registry_types::routes::headers;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tower_http::cors::{AllowHeaders, CorsLayer};
 
 use crate::answer;
@@ -109,7 +111,10 @@ pub fn block_on<E: std::error::Error>(logs: Logs, daemon: impl Future<Output = R
             return ExitCode::FAILURE;
         }
     };
-    let outcome = runtime.block_on(daemon);
+    let outcome = runtime.block_on(async {
+        *STOP_SIGNALS.lock() = Some(stop_signals());
+        daemon.await
+    });
     runtime.shutdown_timeout(BLOCKING_PATIENCE);
     // What was logged stands before why the daemon ends.
     drop(logs);
@@ -132,17 +137,26 @@ fn raise_file_limit() {
     }
 }
 
-/// Resolves at the first SIGTERM or SIGINT.
+/// Signals that stop a daemon: SIGTERM and SIGINT, from when this was made.
+type StopSignals = std::io::Result<(Signal, Signal)>;
+
+/// Those of this process, from its first moment on until somebody waits for them: a daemon that was stopped
+/// while it still started ends as any other.
+static STOP_SIGNALS: Mutex<Option<StopSignals>> = Mutex::new(None);
+
+fn stop_signals() -> StopSignals {
+    Ok((signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?))
+}
+
+/// Resolves at the first SIGTERM or SIGINT since the start of the daemon.
 pub async fn stop_signal() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let terminate = signal(SignalKind::terminate());
-    let interrupt = signal(SignalKind::interrupt());
-    match (terminate, interrupt) {
-        (Ok(mut terminate), Ok(mut interrupt)) => {
+    let since_start = STOP_SIGNALS.lock().take();
+    match since_start.unwrap_or_else(stop_signals) {
+        Ok((mut terminate, mut interrupt)) => {
             tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
         }
-        _ => {
-            tracing::error!("signals cannot be received: stop this process with SIGKILL");
+        Err(error) => {
+            tracing::error!(%error, "signals cannot be received: stop this process with SIGKILL");
             std::future::pending::<()>().await;
         }
     }
