@@ -28,8 +28,9 @@ use crate::seen::{Record, open_files, resident_mib, threads};
 
 /// Connections that the control plane may have; the hostile ones want more.
 const MOST_CONNECTIONS: usize = 512;
-/// Files that it has open beside them: its links and calls to nodes among them.
-const OTHER_FILES: usize = 256;
+/// Files that it has open beside them: its links and calls to nodes, and connections that have made room and
+/// are not closed yet (on a busy machine some hundred and more).
+const OTHER_FILES: usize = 512;
 const MOST_THREADS: usize = 160;
 /// What the settings of a daemon allow, bytes. Defaults.
 const QUEUE_BYTES: f64 = (128 << 20) as f64;
