@@ -513,6 +513,11 @@ impl PoolIndex {
         Some(pools.any(|pool| pool.passes_on))
     }
 
+    /// Whether there is a pool of the model, however it stands: those of offline nodes too.
+    pub fn knows(&self, model: &ModelRef) -> bool {
+        self.all_of(model).next().is_some()
+    }
+
     /// The pools of the model, however they stand.
     pub(crate) fn all_of(&self, model: &ModelRef) -> impl Iterator<Item = &Candidate> {
         let keys = self.by_model.get(model).into_iter().flat_map(|pools| &pools.all);
