@@ -15,8 +15,11 @@ macro_rules! example {
     };
 }
 
+/// Bodies, each with its name.
+type NamedBodies = &'static [(&'static str, &'static str)];
+
 /// Method, path, and the bodies that can be sent, each with its name; the first one is tried out.
-const REQUESTS: &[(&str, &str, &[(&str, &str)])] = &[
+const REQUESTS: &[(&str, &str, NamedBodies)] = &[
     (
         "post",
         paths::TASKS,
