@@ -124,7 +124,7 @@ const LINTS: Step = ("lints", || {
 
 /// What needs no build comes first, then what needs the compiler, then what runs for long. Each
 /// step gets what it needs by itself: any of them passes alone, with empty caches.
-const STEPS: [Step; 13] = [
+const STEPS: [Step; 14] = [
     ("structure: crates, arrows, documents, requirements, spawns", tidy::run),
     FORMAT,
     ("licences, bans and sources of the dependencies", deny),
@@ -136,8 +136,18 @@ const STEPS: [Step; 13] = [
     ("the real engine, for the end-to-end tests", || engine::python().map(drop)),
     ("the clients of other APIs, for the same", || clients::python().map(drop)),
     ("the daemons of the commit before the link, for the same", old::build),
-    ("tests, end-to-end ones with the real engine included", || {
-        cargo(&["test", "--locked", "--workspace", "--no-fail-fast"], "see the failing test above")
+    // In two steps, so that what failed of either stands at its end.
+    ("tests of the crates", || {
+        cargo(
+            &["test", "--locked", "--workspace", "--lib", "--bins", "--no-fail-fast"],
+            "see the failing test above",
+        )
+    }),
+    ("journeys, those with the real engine included", || {
+        cargo(
+            &["test", "--locked", "--workspace", "--test", "*", "--no-fail-fast"],
+            "see the failing test above",
+        )
     }),
     ("documents: both daemons do what they say", || schema::run(&schema::Options::default())),
     ("simulator: 10,000 schedules", || sim(&["--seeds".into(), "10000".into()])),

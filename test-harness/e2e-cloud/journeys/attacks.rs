@@ -255,7 +255,8 @@ async fn a_token_of_nodes_has_its_own_places_and_no_other() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("tokens.toml");
     let tokens =
-        [("autoscaler", NODES_TOKEN, "node"), ("operator", TOKEN, "admin")].map(|(name, token, scope)| {
+        // The first is the one that the control plane shows its nodes.
+        [("operator", TOKEN, "admin"), ("autoscaler", NODES_TOKEN, "node")].map(|(name, token, scope)| {
             format!("[[token]]\nname = \"{name}\"\ntoken = \"{token}\"\nscopes = [\"{scope}\"]\n")
         });
     std::fs::write(&file, tokens.concat()).unwrap();

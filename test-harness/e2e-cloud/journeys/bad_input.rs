@@ -256,7 +256,7 @@ async fn a_start_that_cannot_be_says_why_in_one_line() {
         ("orchestratord", vec![("LLORCH_API_TOKEN_FILE", "/nowhere")], "LLORCH_API_TOKEN_FILE"),
         (
             "orchestratord",
-            vec![("ORCHESTRATORD_RUNTIME_DIR", &file), ("ORCHESTRATORD_ADDR", "127.0.0.1:0")],
+            vec![("ORCHESTRATORD_RUNTIME_DIR", &file)],
             "ORCHESTRATORD_RUNTIME_DIR",
         ),
         ("orchestratord", vec![("ORCHESTRATORD_DATA_DIR", &file)], "ORCHESTRATORD_DATA_DIR"),
@@ -293,6 +293,8 @@ async fn a_start_that_cannot_be_says_why_in_one_line() {
     ];
     for (n, (name, variables, names)) in cases.into_iter().enumerate() {
         let mut command = Command::new(program(name));
+        // Whatever listens at the addresses of the defaults is none of these cases.
+        command.env("ORCHESTRATORD_ADDR", "127.0.0.1:0").env("POOL_MANAGERD_ADDR", "127.0.0.1:0");
         command.current_dir(dir.path()).envs(variables.iter().copied());
         let mut daemon = Process::start(command, &dir.path().join(format!("{n}.log")));
         let status = tokio::task::block_in_place(|| daemon.wait(Duration::from_secs(10)));

@@ -36,8 +36,8 @@ const WELL_AFTER: Duration = Duration::from_secs(5);
 /// Characters of a panic's message that are kept.
 const LONGEST_MESSAGE: usize = 400;
 
-/// Work that panicked, or that a thread for blocking work did not come to before its runtime ended. What
-/// is shown of it does not hold the panic's message, which may quote what was worked on.
+/// Work that panicked. What is shown of it does not hold the panic's message, which may quote what was
+/// worked on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("a defect in: {name}; see the log")]
 pub struct Panicked {
@@ -166,28 +166,36 @@ pub fn uninterrupted<T: Send + 'static>(
     Awaited { name, running: tokio::spawn(caught(name, work)) }
 }
 
-/// Work that waits for a disk or reckons for long, on a thread that may. Dropped, it runs on.
+/// Work that waits for a disk or reckons for long, on a thread that may. Dropped, it runs on. Where no
+/// thread came to it before the runtime ended, this never resolves: whoever awaits it ends with the runtime.
 pub async fn blocking<T: Send + 'static>(
     name: &'static str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Panicked> {
-    blocking_on(&Handle::current(), name, work).await
+    match unblocked(name, tokio::task::spawn_blocking(work).await) {
+        Ok(done) => Ok(done),
+        Err(Unfinished::Panicked(panicked)) => Err(panicked),
+        Err(Unfinished::CutOff(_)) => std::future::pending().await,
+    }
 }
 
-/// The same on a thread of another runtime's.
+/// The same on a thread of another runtime's, which may end before the one of whoever awaits it.
 pub async fn blocking_on<T: Send + 'static>(
     runtime: &Handle,
     name: &'static str,
     work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Panicked> {
-    let ended = runtime.spawn_blocking(work).await;
+) -> Result<T, Unfinished> {
+    unblocked(name, runtime.spawn_blocking(work).await)
+}
+
+fn unblocked<T>(name: &'static str, ended: Result<T, JoinError>) -> Result<T, Unfinished> {
     ended.map_err(|error| match error.try_into_panic() {
         Ok(payload) => {
             let panicked = Panicked::of(name, &*payload);
             log_task(&panicked);
-            panicked
+            Unfinished::Panicked(panicked)
         }
-        Err(cut_off) => Panicked { name, message: cut_off.to_string() },
+        Err(_) => Unfinished::CutOff(name),
     })
 }
 
@@ -364,6 +372,18 @@ mod tests {
             }
         };
         assert!(timeout(PATIENCE, waiting).await.is_ok(), "{what}");
+    }
+
+    // CLOUD-2918
+    #[test]
+    fn work_that_no_thread_came_to_before_its_runtime_ended_has_not_panicked() {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
+        let handle = runtime.handle().clone();
+        runtime.shutdown_background();
+        let _entered = handle.enter();
+        assert_eq!(blocking("a look", || ()).now_or_never(), None);
+        let elsewhere = blocking_on(&handle, "a look", || ()).now_or_never();
+        assert_eq!(elsewhere, Some(Err(Unfinished::CutOff("a look"))));
     }
 
     // CLOUD-1145

@@ -288,7 +288,8 @@ impl World {
         if let Some(conn) = self.conns.get_mut(&conn) {
             conn.node_open = false;
             conn.ended_at_node = true;
-            conn.ended_well = ended_well && !conn.unreliable;
+            // An end behind a break is had by a resume only, as long as its node has room for it.
+            conn.ended_well = ended_well && !conn.unreliable && !conn.broken;
         }
     }
 
