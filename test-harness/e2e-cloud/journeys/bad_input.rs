@@ -254,11 +254,7 @@ async fn a_start_that_cannot_be_says_why_in_one_line() {
         ("orchestratord", vec![("ORCHESTRATORD_NODE_TIMEOUT_SECS", "5")], "ORCHESTRATORD_NODE_TIMEOUT_SECS"),
         ("orchestratord", vec![("LLORCH_API_TOKEN", "short")], "LLORCH_API_TOKEN"),
         ("orchestratord", vec![("LLORCH_API_TOKEN_FILE", "/nowhere")], "LLORCH_API_TOKEN_FILE"),
-        (
-            "orchestratord",
-            vec![("ORCHESTRATORD_RUNTIME_DIR", &file)],
-            "ORCHESTRATORD_RUNTIME_DIR",
-        ),
+        ("orchestratord", vec![("ORCHESTRATORD_RUNTIME_DIR", &file)], "ORCHESTRATORD_RUNTIME_DIR"),
         ("orchestratord", vec![("ORCHESTRATORD_DATA_DIR", &file)], "ORCHESTRATORD_DATA_DIR"),
         (
             "pool-managerd",
