@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use attempt_link::ResumeGate;
-use attempt_link::control::{Action, ConnectionEnd, ControlLane, LaneState, PostId, PostOutcome};
+use attempt_link::control::{
+    Action, ConnectionEnd, ControlLane, LaneState, Lost, PostId, PostOutcome, StartTaken,
+};
 use attempt_link::wire::Start;
 use bytes::Bytes;
 use pool_registry_types::node::{LINK_FEATURE, RegisterRequest};
@@ -379,7 +381,16 @@ impl World {
     fn lane_is_denied(&mut self, node: usize, status: u16) {
         let now = self.now;
         for attempt in self.unaccepted(node) {
-            self.deliver(node, attempt, true, Action::PostStatus { status });
+            let taken = self.lane(node).map_or(StartTaken::No, |entry| entry.lane.start_taken(attempt));
+            let action = match taken {
+                StartTaken::UnderWay => continue,
+                StartTaken::Maybe => {
+                    self.stopped_by_link(attempt);
+                    Action::Lost { attempt, reason: Lost::NotResumed }
+                }
+                StartTaken::No => Action::PostStatus { status },
+            };
+            self.deliver(node, attempt, true, action);
             if let Some(entry) = self.lane(node) {
                 entry.lane.cancel(now, attempt);
             }
