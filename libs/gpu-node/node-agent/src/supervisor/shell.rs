@@ -421,7 +421,9 @@ impl Supervision {
                 _ => None,
             },
         };
-        if let Some(refusal) = launch::reload_refusal(&next, is_staged) {
+        let refusal = launch::reload_refusal(&next, is_staged);
+        // The model that it has is there, wherever its engine finds it.
+        if let Some(refusal) = refusal.filter(|_| *model != now.pool.model) {
             return Err(refusal);
         }
         state.specs.insert(next.fingerprint(), next.clone());
