@@ -1,5 +1,6 @@
 //! `cargo xtask up`: a small cluster on this machine, with a real model that answers.
 
+use std::fs::{File, TryLockError};
 use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
@@ -20,6 +21,9 @@ use crate::steps::{Failed, cache, cargo, root, say};
 /// Tokens of context per slot, and slots per engine.
 const CTX: u32 = 1024;
 const SLOTS: u32 = 2;
+/// Clusters of one checkout at once, and how far the ports lie apart that they ask for first.
+const MOST_RUNS: u16 = 16;
+const PORTS_APART: u16 = 100;
 /// How long engines may take to load the model and nodes to be ready.
 const READY_PATIENCE: Duration = Duration::from_secs(180);
 /// How long a process may take to end by itself.
@@ -40,6 +44,9 @@ pub(crate) struct Options {
     /// A GGUF file of your own.
     #[arg(long)]
     model: Option<PathBuf>,
+    /// Do not build: both daemons lie where cargo puts them.
+    #[arg(long)]
+    built: bool,
     /// A llama-server of your own.
     #[arg(long)]
     engine: Option<PathBuf>,
@@ -59,6 +66,58 @@ enum Serving {
     Own { program: PathBuf },
 }
 
+/// The directory of one run, and the ports that it asks for first: several may be up in one checkout.
+struct RunFolder {
+    folder: PathBuf,
+    /// Added to each port.
+    ports: u16,
+    /// Held for as long as the run lasts: the kernel lets go of it however that ends.
+    _lock: File,
+}
+
+impl RunFolder {
+    /// The first that no other run has, emptied: what an earlier run left there is of no use.
+    fn take(all: &Path) -> Result<Self, Failed> {
+        let failed =
+            |path: &Path, error: &dyn std::fmt::Display| Failed(format!("{}: {error}", path.display()));
+        std::fs::create_dir_all(all).map_err(|error| failed(all, &error))?;
+        for n in 1..=MOST_RUNS {
+            let folder = all.join(n.to_string());
+            let lock_path = all.join(format!("{n}.lock"));
+            let lock = File::create(&lock_path).map_err(|error| failed(&lock_path, &error))?;
+            match lock.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => continue,
+                Err(TryLockError::Error(error)) => return Err(failed(&lock_path, &error)),
+            }
+            match std::fs::remove_dir_all(&folder) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(failed(&folder, &error));
+                }
+                _ => {}
+            }
+            std::fs::create_dir_all(&folder).map_err(|error| failed(&folder, &error))?;
+            return Ok(Self { folder, ports: (n - 1) * PORTS_APART, _lock: lock });
+        }
+        Err(Failed(format!("{MOST_RUNS} clusters are up in this checkout, which is the most")))
+    }
+}
+
+/// A command whose process is told to end when the thread that starts it ends, however that does.
+/// The kernel does it at the word of util-linux's setpriv, as which the process begins.
+fn ending_with_us(program: &Path) -> Command {
+    let on_path = std::env::var_os("PATH").and_then(|path| {
+        std::env::split_paths(&path).map(|folder| folder.join("setpriv")).find(|program| program.is_file())
+    });
+    let Some(setpriv) = on_path else {
+        say("there is no setpriv (util-linux): what is started would outlive a SIGKILL of this");
+        return Command::new(program);
+    };
+    let mut command = Command::new(setpriv);
+    command.args(["--pdeathsig", "SIGTERM", "--"]).arg(program);
+    command
+}
+
 /// A started process, ended when dropped.
 pub(crate) struct Started {
     name: String,
@@ -76,6 +135,10 @@ impl Started {
         command.stdin(Stdio::null()).stdout(file).stderr(errors).process_group(0);
         let child = command.spawn().map_err(|error| Failed(format!("{name} does not start: {error}")))?;
         Ok(Self { name: name.to_owned(), child, log })
+    }
+
+    fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Its status, once it has ended.
@@ -121,11 +184,13 @@ impl Drop for Started {
     }
 }
 
-/// The cluster; fields are dropped in order, so nodes leave before the control plane goes.
+/// The cluster; fields are dropped in order, so nodes leave before the control plane goes, and its directory
+/// is another run's when all have ended.
 struct Cluster {
     nodes: Vec<Started>,
     engines: Vec<Started>,
     control: Vec<Started>,
+    place: RunFolder,
     url: String,
     token: Option<String>,
     model: String,
@@ -135,9 +200,11 @@ pub(crate) fn run(options: &Options) -> Result<(), Failed> {
     let runtime = tokio::runtime::Runtime::new().map_err(|error| Failed(format!("tokio: {error}")))?;
     // Only the first installation in a process can fail.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    say("building both daemons (the first time takes some minutes)");
-    // The same selection as every other chore builds, so that nothing is compiled twice.
-    cargo(&["build", "--locked", "--workspace", "--bins"], "mend what the compiler says")?;
+    if !options.built {
+        say("building both daemons (the first time takes some minutes)");
+        // The same selection as every other chore builds, so that nothing is compiled twice.
+        cargo(&["build", "--locked", "--workspace", "--bins"], "mend what the compiler says")?;
+    }
     let serving = serving(options)?;
     let model = match &options.model {
         Some(path) if path.is_file() => path.clone(),
@@ -159,12 +226,12 @@ pub(crate) fn run(options: &Options) -> Result<(), Failed> {
 
 async fn interrupted() {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut terminate), Ok(mut interrupt)) =
-        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    let (Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()), signal(SignalKind::hangup()))
     else {
         return std::future::pending().await;
     };
-    tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+    tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {}, _ = hangup.recv() => {} }
 }
 
 fn serving(options: &Options) -> Result<Serving, Failed> {
@@ -198,23 +265,28 @@ pub(crate) fn port(wanted: u16) -> Result<u16, Failed> {
 }
 
 fn start(options: &Options, serving: &Serving, model: &Path) -> Result<Cluster, Failed> {
-    let work = cache().join("up");
-    // What an earlier run left there is of no use.
-    let _ = std::fs::remove_dir_all(&work);
-    std::fs::create_dir_all(&work).map_err(|error| Failed(format!("{}: {error}", work.display())))?;
+    let place = RunFolder::take(&cache().join("up"))?;
+    let (work, ports) = (place.folder.clone(), place.ports);
     let name = model.file_stem().map_or_else(|| "model".into(), |stem| stem.to_string_lossy().to_lowercase());
     let name = name.replace(char::is_whitespace, "-");
-    let url = format!("http://127.0.0.1:{}", port(8080)?);
+    let url = format!("http://127.0.0.1:{}", port(8080 + ports)?);
     let token = (!options.home).then(|| format!("{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple()));
-    let mut cluster =
-        Cluster { nodes: Vec::new(), engines: Vec::new(), control: Vec::new(), url, token, model: name };
+    let mut cluster = Cluster {
+        nodes: Vec::new(),
+        engines: Vec::new(),
+        control: Vec::new(),
+        place,
+        url,
+        token,
+        model: name,
+    };
 
     say(if options.home {
         "starting orchestratord (home profile)"
     } else {
         "starting orchestratord (cloud profile)"
     });
-    let mut control = Command::new(target("debug").join("orchestratord"));
+    let mut control = ending_with_us(&target("debug").join("orchestratord"));
     control
         .env("ORCHESTRATORD_ADDR", cluster.url.trim_start_matches("http://"))
         .env("ORCHESTRATORD_DATA_DIR", work.join("orchestratord"))
@@ -248,10 +320,10 @@ fn start(options: &Options, serving: &Serving, model: &Path) -> Result<Cluster, 
         let engine =
             start_engine(&format!("{node}-engine"), serving, model, &cluster.model, &runtime_dir, &work)?;
         cluster.engines.push(engine);
-        let mut daemon = Command::new(target("debug").join("pool-managerd"));
+        let mut daemon = ending_with_us(&target("debug").join("pool-managerd"));
         daemon
             .env("POOL_MANAGERD_NODE_ID", &node)
-            .env("POOL_MANAGERD_ADDR", format!("127.0.0.1:{}", port(9200 + n)?))
+            .env("POOL_MANAGERD_ADDR", format!("127.0.0.1:{}", port(9200 + ports + n)?))
             .env("POOL_MANAGERD_RUNTIME_DIR", &runtime_dir)
             .env("POOL_MANAGERD_STATE_DIR", work.join(format!("{node}-state")))
             .env("POOL_MANAGERD_MODELS_DIR", work.join(format!("{node}-models")))
@@ -283,7 +355,7 @@ fn start_engine(
         }
         Serving::Own { program } => {
             let port = port(0)?;
-            let mut command = Command::new(program);
+            let mut command = ending_with_us(program);
             command.arg("--model").arg(model).args([
                 "--host",
                 "127.0.0.1",
@@ -329,9 +401,32 @@ async fn serve(mut cluster: Cluster, options: &Options) -> Result<(), Failed> {
     print_usage(&cluster);
     loop {
         tokio::time::sleep(Duration::from_secs(1)).await;
-        for part in cluster.control.iter_mut().chain(&mut cluster.engines).chain(&mut cluster.nodes) {
+        for part in &mut cluster.control {
             part.check()?;
         }
+        for ended in take_ended(&mut cluster.engines) {
+            say(&format!("{ended}: its node goes on without it"));
+        }
+        for ended in take_ended(&mut cluster.nodes) {
+            say(&format!("{ended}: the cluster goes on with {}", count(cluster.nodes.len(), "node")));
+        }
+    }
+}
+
+/// Takes those out that have ended, and says of each that it has.
+fn take_ended(parts: &mut Vec<Started>) -> Vec<String> {
+    let gone = |part: &mut Started| part.ended().map(|status| (part.name.clone(), part.pid(), status));
+    let ended = parts.iter_mut().filter_map(gone);
+    let ended = ended.map(|(name, pid, status)| format!("{name} (pid {pid}) has ended, {status}")).collect();
+    parts.retain_mut(|part| part.ended().is_none());
+    ended
+}
+
+fn count(n: usize, of: &str) -> String {
+    match n {
+        0 => format!("no {of}: it takes tasks, and they wait"),
+        1 => format!("1 {of}"),
+        _ => format!("{n} {of}s"),
     }
 }
 
@@ -366,7 +461,7 @@ async fn wait_ready(client: &reqwest::Client, cluster: &mut Cluster, wanted: u64
             return Err(Failed(format!(
                 "not ready after {} s: see the logs in {}",
                 READY_PATIENCE.as_secs(),
-                cache().join("up").display()
+                cluster.place.folder.display()
             )));
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
@@ -382,7 +477,7 @@ async fn sample(client: &reqwest::Client, cluster: &Cluster) -> Result<(), Faile
     });
     let start = Instant::now();
     let failed = |what: String| {
-        Failed(format!("the sample failed: {what}; see the logs in {}", cache().join("up").display()))
+        Failed(format!("the sample failed: {what}; see the logs in {}", cluster.place.folder.display()))
     };
     let request =
         client.post(format!("{}/v2/tasks", cluster.url)).header("accept", "text/event-stream").json(&task);
@@ -436,7 +531,12 @@ fn print_usage(cluster: &Cluster) {
     for line in to_try(&cluster.model) {
         println!("{line}");
     }
-    println!("\nCtrl-C stops everything.");
+    println!();
+    if let [node, _, ..] = cluster.nodes.as_slice() {
+        println!("Kill a node, also while it answers, and see what becomes of its tasks:\n");
+        println!("kill -9 {}   # {}\n", node.pid(), node.name);
+    }
+    println!("Logs are in {}. Ctrl-C stops everything.", cluster.place.folder.display());
 }
 
 /// Lines for a shell that has taken the two variables over: OpenAI's API by hand and by its own client, and a
@@ -462,6 +562,77 @@ fn to_try(model: &str) -> [String; 3] {
 mod tests {
     use super::*;
     use crate::steps::read;
+
+    // CLOUD-3020
+    #[test]
+    fn two_runs_have_a_directory_and_ports_each_and_the_third_takes_what_the_first_has_left() {
+        let all = tempfile::tempdir().unwrap();
+        let first = RunFolder::take(all.path()).unwrap();
+        let second = RunFolder::take(all.path()).unwrap();
+        assert_ne!((&first.folder, first.ports), (&second.folder, second.ports));
+        let (folder, ports) = (first.folder.clone(), first.ports);
+        std::fs::write(folder.join("left"), "x").unwrap();
+        drop(first);
+        // A process that a test beside this one forks holds the lock too, until it is a program of its own.
+        let end = Instant::now() + Duration::from_secs(10);
+        let third = loop {
+            let taken = RunFolder::take(all.path()).unwrap();
+            if taken.folder == folder || Instant::now() > end {
+                break taken;
+            }
+            drop(taken);
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        assert_eq!((&third.folder, third.ports), (&folder, ports));
+        assert!(!folder.join("left").exists(), "it begins empty");
+    }
+
+    // CLOUD-3021
+    #[test]
+    fn what_has_ended_is_named_once_with_its_pid_and_the_others_stay() {
+        let logs = tempfile::tempdir().unwrap();
+        let sleeping = |name: &str| {
+            let mut command = ending_with_us(Path::new("sleep"));
+            command.arg("60");
+            Started::spawn(name, command, logs.path()).unwrap()
+        };
+        let mut parts = vec![sleeping("gpu-node-1"), sleeping("gpu-node-2")];
+        assert!(take_ended(&mut parts).is_empty());
+        let pid = parts[0].pid();
+        kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGKILL).unwrap();
+        parts[0].child.wait().unwrap();
+        let reported = take_ended(&mut parts);
+        assert!(
+            reported.len() == 1 && reported[0].starts_with(&format!("gpu-node-1 (pid {pid}) has ended")),
+            "{reported:?}"
+        );
+        assert_eq!((parts.len(), take_ended(&mut parts).len()), (1, 0));
+        assert!(count(0, "node").starts_with("no node"));
+    }
+
+    // CLOUD-3022
+    #[test]
+    fn what_is_started_ends_with_the_thread_that_started_it() {
+        let logs = tempfile::tempdir().unwrap();
+        let folder = logs.path().to_owned();
+        let starting = std::thread::spawn(move || {
+            let mut command = ending_with_us(Path::new("sleep"));
+            command.arg("60");
+            let child = Started::spawn("child", command, &folder).unwrap();
+            let name = format!("/proc/{}/comm", child.pid());
+            // It has been told by then.
+            while std::fs::read_to_string(&name).unwrap().trim() != "sleep" {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            child
+        });
+        let mut child = starting.join().unwrap();
+        let start = Instant::now();
+        while child.ended().is_none() {
+            assert!(start.elapsed() < STOP_PATIENCE, "it outlives its thread");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
 
     // CLOUD-2888
     #[test]

@@ -34,15 +34,7 @@ pub(crate) fn run(order: &Order) -> ExitCode {
     let done = match order {
         Order::New { scope, name } => make(scope, name.as_deref()),
         Order::Fingerprint => fingerprint(),
-        Order::Check { file } => {
-            TokenSet::read_file(file).and_then(|text| TokenSet::parse(None, Some(&text))).map_or_else(
-                |error| Err(Box::from(error)),
-                |set| {
-                    print_all(&set);
-                    Ok(())
-                },
-            )
-        }
+        Order::Check { file } => TokenSet::check_file(file).map(|set| print_all(&set)).map_err(Box::from),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

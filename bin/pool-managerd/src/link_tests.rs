@@ -154,8 +154,15 @@ async fn serve() -> Served {
     agent.stream_on(threads.clone());
     let streaming = Streaming { threads, is_stream: api::is_stream };
     let limits = ConnLimits::default();
-    let shown =
-        Shown { routes: api::router(app), gate, counts, limits, streaming, open_routes: Router::new() };
+    let shown = Shown {
+        routes: api::router(app),
+        page: None,
+        gate,
+        counts,
+        limits,
+        streaming,
+        open_routes: Router::new(),
+    };
     front.serve(shown, &TaskTracker::new(), &stop);
     let client = reqwest::Client::new();
     let served = Served { url, agent, client, tokens: tokens_file, stop, _changes: send, _folder: folder };

@@ -75,19 +75,23 @@ async fn each_bad_request_is_refused_by_code_and_name() {
         (submit(&deep), 400, "INVALID_PARAMS", "grammar: nested 50000 deep"),
         (submit(&stops), 400, "INVALID_PARAMS", "stop: "),
         (submit(r#"{"model_ref":"unknown","prompt":"x"}"#), 503, "MODEL_NOT_AVAILABLE", "gpu-node-1"),
+        // CLOUD-3001
+        (submit(r#"{"model_ref":"unknown","prompt":"x"}"#), 503, "MODEL_NOT_AVAILABLE", "(models: "),
         (submit(&huge), 413, "PAYLOAD_TOO_LARGE", "4194304"),
         (get("/v2/tasks/not-a-uuid"), 400, "INVALID_PARAMS", "task_id"),
         (get("/v2/tasks/..%2f..%2fetc"), 400, "INVALID_PARAMS", "task_id"),
         (get("/v2/tasks/7f3b1c52-64a5-4c56-9e1e-0a3e0f3d2b11"), 404, "NOT_FOUND", "7f3b1c52"),
         (get("/v2/tasks/7f3b1c52-64a5-4c56-9e1e-0a3e0f3d2b11/events"), 404, "NOT_FOUND", "7f3b1c52"),
-        (get("/v2/nowhere"), 404, "NOT_FOUND", "path"),
+        // CLOUD-3009
+        (get("/v2/nowhere"), 404, "NOT_FOUND", "/docs/"),
         ((Method::PUT, "/v2/tasks".into(), String::new()), 405, "METHOD_NOT_ALLOWED", "method"),
         (register(|b| b["node_id"] = json!("a/b")), 400, "INVALID_PARAMS", "node_id"),
         (register(|b| b["node_id"] = json!("n".repeat(64))), 400, "INVALID_PARAMS", "node_id"),
         (register(|b| b["address"] = json!("http://me:pw@host:1")), 400, "INVALID_PARAMS", "address"),
         (register(|b| b["address"] = json!("file:///etc/passwd")), 400, "INVALID_PARAMS", "address"),
         (register(|b| b["boot_id"] = json!(5)), 400, "INVALID_PARAMS", "boot_id"),
-        (register(|b| b["node_id"] = json!("gpu-node-1")), 409, "NODE_ID_CONFLICT", "gpu-node-1"),
+        // CLOUD-3005
+        (register(|b| b["node_id"] = json!("gpu-node-1")), 409, "NODE_ID_CONFLICT", "POOL_MANAGERD_NODE_ID"),
         (
             (
                 Method::POST,

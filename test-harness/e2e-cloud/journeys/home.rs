@@ -134,8 +134,10 @@ async fn from_nothing_a_file_of_pools_and_one_command_are_a_served_model() {
     ready_pool(&client, "pool-0").await;
     assert!(client.run(task.clone()).await.completed());
     assert_eq!(client.get("/v2/pools/pool-0/logs").await.unwrap().status(), 200);
-    let reload = client.post("/v2/pools/pool-0/reload", &json!({"new_model_ref": "other"})).await;
-    assert_eq!(reload.status(), 202);
+    for (model, status) in [("other", 400), ("mine", 202)] {
+        let reload = client.post("/v2/pools/pool-0/reload", &json!({"new_model_ref": model})).await;
+        assert_eq!(reload.status(), status, "{model}");
+    }
 
     // Its engines end with it.
     let last = engine_pid(home);

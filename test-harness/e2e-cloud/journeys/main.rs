@@ -11,6 +11,7 @@ mod dialects;
 mod engines;
 mod faults;
 mod field;
+mod first_steps;
 mod gateway;
 mod gpus;
 mod holders;

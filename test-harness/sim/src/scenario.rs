@@ -318,7 +318,7 @@ mod tests {
     // CLOUD-1901
     #[test]
     fn every_rule_is_missed_when_it_is_switched_off() {
-        let unnoticed: Vec<Mutant> = crate::run_mutants(400)
+        let unnoticed: Vec<Mutant> = crate::run_mutants(1_500)
             .into_iter()
             .filter_map(|(mutant, failure)| failure.is_none().then_some(mutant))
             .collect();

@@ -166,7 +166,7 @@ mod tests {
             let mut bytes = Vec::new();
             if last != Some(n) {
                 let started = format!(
-                    r#"{{"queue_wait_ms":0,"node_id":"n{n}","pool_id":"p","replica_id":"r","attempt":{n}}}"#
+                    r#"{{"task_id":"{LOG}","queue_wait_ms":0,"node_id":"n{n}","pool_id":"p","replica_id":"r","attempt":{n}}}"#
                 );
                 write_frame(&mut bytes, None, "started", &started);
                 if let Some(before) = last {

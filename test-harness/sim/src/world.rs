@@ -26,7 +26,7 @@ use crate::draw::{NodeFault, Plan};
 use crate::oracle::{Broken, Oracle};
 use crate::transcript::Writer;
 use control::Control;
-pub(crate) use events::{Call, CallAnswer, Caller, Heal, Piece, What};
+pub(crate) use events::{Call, CallAnswer, Caller, DoneDue, Heal, Piece, What};
 use links::{Get, Watch, Wire};
 pub(crate) use network::{Conn, Link};
 use node::SimNode;
@@ -334,7 +334,7 @@ impl World {
             What::LiveAnswered { life, node, boot } => self.live_answered(life, node, boot),
             What::LaneTimer { life, node, armed } => self.lane_timer(life, node, armed),
             What::LinkSays { life, event } => self.link_says(life, *event),
-            What::DoneDue { life, node, boot, attempt } => self.done_due(life, node, boot, attempt),
+            What::DoneDue(due) => self.done_due(due),
             What::DeadDue { life, node, n } => self.dead_due(life, node, n),
             What::StuckDue { life, node, boot, attempt } => self.stuck_due(life, node, boot, attempt),
             What::LifeDue { life } => self.life_due(life),

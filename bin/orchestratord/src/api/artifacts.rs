@@ -24,7 +24,9 @@ pub(crate) struct ArtifactCreated {
     bytes: usize,
 }
 
-/// Keeps a JSON document for its holder. The same bytes have the same id.
+/// Keeps a JSON document for its holder.
+///
+/// The same bytes have the same id.
 #[utoipa::path(post, path = paths::ARTIFACTS, tag = "artifacts", request_body = serde_json::Value,
     responses((status = 201, body = ArtifactCreated), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn create(
@@ -37,7 +39,7 @@ pub(crate) async fn create(
     Ok((StatusCode::CREATED, Json(ArtifactCreated { id, bytes })))
 }
 
-/// A document, byte for byte.
+/// Shows a document that was kept, byte for byte.
 #[utoipa::path(get, path = paths::ARTIFACT, tag = "artifacts", params(("digest" = Digest, Path)),
     responses((status = 200, body = serde_json::Value), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn get(

@@ -18,7 +18,7 @@ pub(crate) struct Version {
     api: &'static str,
 }
 
-/// The version of the daemon and of the API.
+/// Shows the version of the daemon and of the API.
 #[utoipa::path(get, path = paths::META_VERSION, tag = "meta", responses((status = 200, body = Version), (status = 401, body = ErrorBody)))]
 pub(crate) async fn version() -> Json<Version> {
     Json(Version { version: env!("CARGO_PKG_VERSION"), api: "v2" })
@@ -34,7 +34,7 @@ pub(crate) struct ServerCapabilities {
     max_body_bytes: usize,
 }
 
-/// What can be asked of this server.
+/// Shows what can be asked of this server.
 #[utoipa::path(get, path = paths::META_CAPABILITIES, tag = "meta", responses((status = 200, body = ServerCapabilities), (status = 401, body = ErrorBody)))]
 pub(crate) async fn capabilities(State(state): State<AppState>) -> Json<ServerCapabilities> {
     Json(ServerCapabilities {

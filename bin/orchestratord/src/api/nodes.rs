@@ -27,7 +27,9 @@ fn require_cloud(state: &AppState) -> Result<(), ApiError> {
     Err(ApiError::new(ErrorCode::CloudProfileDisabled, message))
 }
 
-/// All nodes: what is observed of them and what they report, at most 100 ms old.
+/// Lists all nodes: what is observed of them and what they report.
+///
+/// At most 100 ms old.
 #[utoipa::path(get, path = paths::NODES, tag = "nodes", responses((status = 200, body = ClusterView), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,
@@ -46,7 +48,9 @@ fn show(state: &AppState, caller: &Caller, node: &mut NodeView) {
     }
 }
 
-/// A node joins, or joins again. Idempotent.
+/// Registers a node, or registers it again; called by `pool-managerd`.
+///
+/// Idempotent.
 #[utoipa::path(post, path = paths::NODE_REGISTER, tag = "nodes", request_body = RegisterRequest,
     responses((status = 200, body = RegisterAnswer), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
         (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 429, body = ErrorBody), (status = 503, body = ErrorBody)))]
@@ -77,7 +81,7 @@ pub(crate) async fn register(
     Ok(Json(RegisterAnswer { life, ..answer }))
 }
 
-/// A node's whole report.
+/// Takes the whole report of a node; called by `pool-managerd`.
 #[utoipa::path(post, path = paths::NODE_HEARTBEAT, tag = "nodes", params(("node_id" = NodeId, Path)), request_body = Heartbeat,
     responses((status = 200, body = HeartbeatAnswer), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
         (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 429, body = ErrorBody), (status = 503, body = ErrorBody)))]
@@ -116,7 +120,9 @@ pub(crate) struct Deregistration {
     epoch: Option<Epoch>,
 }
 
-/// A node leaves. With an old epoch nothing happens.
+/// Deregisters a node.
+///
+/// With an old epoch nothing happens.
 #[utoipa::path(delete, path = paths::NODE, tag = "nodes", params(("node_id" = NodeId, Path), Deregistration),
     responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn deregister(
@@ -133,7 +139,7 @@ pub(crate) async fn deregister(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// One node.
+/// Shows one node: what is observed of it and what it reports.
 #[utoipa::path(get, path = paths::NODE, tag = "nodes", params(("node_id" = NodeId, Path)),
     responses((status = 200, body = NodeView), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn get(
@@ -146,24 +152,28 @@ pub(crate) async fn get(
     Ok(Json(node))
 }
 
-/// The node takes no new work from now on, until it is resumed; what runs there may finish.
+/// Drains a node: it takes no new work until it is resumed.
+///
+/// What runs there may finish.
 #[utoipa::path(post, path = paths::NODE_DRAIN, tag = "nodes", params(("node_id" = NodeId, Path)),
     responses((status = 202, body = IntentAnswer), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn drain(
     State(state): State<AppState>,
     PathId(id): PathId<NodeId>,
 ) -> Result<(StatusCode, Json<IntentAnswer>), ApiError> {
+    let answer = state.control.want(id.clone(), Intent::Draining).await?;
     tracing::info!(node_id = %id, "a node is drained");
-    Ok((StatusCode::ACCEPTED, Json(state.control.want(id, Intent::Draining).await?)))
+    Ok((StatusCode::ACCEPTED, Json(answer)))
 }
 
-/// The node takes work again.
+/// Resumes a drained node: it takes work again.
 #[utoipa::path(post, path = paths::NODE_RESUME, tag = "nodes", params(("node_id" = NodeId, Path)),
     responses((status = 202, body = IntentAnswer), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn resume(
     State(state): State<AppState>,
     PathId(id): PathId<NodeId>,
 ) -> Result<(StatusCode, Json<IntentAnswer>), ApiError> {
+    let answer = state.control.want(id.clone(), Intent::Serving).await?;
     tracing::info!(node_id = %id, "a node is resumed");
-    Ok((StatusCode::ACCEPTED, Json(state.control.want(id, Intent::Serving).await?)))
+    Ok((StatusCode::ACCEPTED, Json(answer)))
 }

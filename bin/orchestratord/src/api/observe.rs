@@ -17,13 +17,13 @@ use crate::app::state::AppState;
 use crate::metrics;
 use crate::services::followers::Update;
 
-/// The process answers.
+/// Says that the process answers.
 #[utoipa::path(get, path = paths::HEALTH_LIVE, tag = "observe", responses((status = 200)))]
 pub(crate) async fn live() -> StatusCode {
     StatusCode::OK
 }
 
-/// Whether new tasks are taken.
+/// Says whether new tasks are taken.
 #[utoipa::path(get, path = paths::HEALTH_READY, tag = "observe", responses((status = 200), (status = 503, body = ErrorBody)))]
 pub(crate) async fn ready(State(state): State<AppState>) -> Result<StatusCode, ApiError> {
     let facts = state.control.published.facts().await?;
@@ -40,7 +40,9 @@ pub(crate) async fn ready(State(state): State<AppState>) -> Result<StatusCode, A
     Ok(StatusCode::OK)
 }
 
-/// Prometheus text, at most 100 ms old.
+/// Shows the metrics as Prometheus text.
+///
+/// At most 100 ms old.
 #[utoipa::path(get, path = paths::METRICS, tag = "observe", responses((status = 200, content_type = "text/plain"), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn metrics(State(state): State<AppState>) -> Result<Response, ApiError> {
     let (facts, paces) = (state.control.published.facts().await?, state.control.published.paces().await?);
@@ -55,8 +57,9 @@ pub(crate) async fn metrics(State(state): State<AppState>) -> Result<Response, A
 /// Pause between two comments on a quiet stream.
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(10);
 
-/// Changes of nodes, pools and tasks as they happen from now on; a client hears of its own tasks only.
-/// Whoever reads too slowly is told with an event `missed` how many of those were lost, and looks at the
+/// Streams the changes of nodes, pools and tasks as they happen from now on.
+///
+/// A client hears of its own tasks only. Whoever reads too slowly is told with an event `missed` how many of those were lost, and looks at the
 /// lists again. Ends with the token.
 #[utoipa::path(get, path = paths::EVENTS, tag = "observe", responses((status = 200, content_type = "text/event-stream"), (status = 401, body = ErrorBody)))]
 pub(crate) async fn events(State(state): State<AppState>, caller: Caller) -> Response {

@@ -36,7 +36,9 @@ pub(crate) struct OnNode {
 type NodeQuery = Result<Query<OnNode>, QueryRejection>;
 type Ordered = Result<(StatusCode, Json<PoolOrdered>), ApiError>;
 
-/// All pools of all nodes, at most 100 ms old.
+/// Lists all pools of all nodes.
+///
+/// At most 100 ms old.
 #[utoipa::path(get, path = paths::POOLS, tag = "pools", responses((status = 200, body = PoolList), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,
@@ -46,7 +48,7 @@ pub(crate) async fn list(
     Ok(Json(PoolList { pools: view.pools().collect() }))
 }
 
-/// Whether one pool takes tasks, and why not.
+/// Shows whether one pool takes tasks, and why not.
 #[utoipa::path(get, path = paths::POOL_HEALTH, tag = "pools", params(("pool_id" = PoolId, Path), OnNode),
     responses((status = 200, body = PoolOfNode), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
         (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 503, body = ErrorBody)))]
@@ -70,7 +72,9 @@ async fn order(state: &AppState, id: PoolId, query: NodeQuery, order: PoolOrder)
     Ok((StatusCode::ACCEPTED, Json(ordered)))
 }
 
-/// The pool takes no new work; what runs may finish until the deadline.
+/// Drains a pool: it takes no new work until it is reloaded.
+///
+/// What runs may finish until the deadline.
 #[utoipa::path(post, path = paths::POOL_DRAIN, tag = "pools", params(("pool_id" = PoolId, Path), OnNode), request_body = PoolDrain,
     responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
         (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody), (status = 500, body = ErrorBody)))]
@@ -84,7 +88,9 @@ pub(crate) async fn drain(
     order(&state, id, query, PoolOrder::Drain(drain)).await
 }
 
-/// The pool takes work again; with another model where one is named and its node can load it.
+/// Reloads a pool: it takes work again, with another model where one is named.
+///
+/// Another model is for pools whose engines their node has started.
 #[utoipa::path(post, path = paths::POOL_RELOAD, tag = "pools", params(("pool_id" = PoolId, Path), OnNode), request_body = PoolReload,
     responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
         (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody), (status = 500, body = ErrorBody)))]
@@ -98,7 +104,9 @@ pub(crate) async fn reload(
     order(&state, id, query, PoolOrder::Reload(reload)).await
 }
 
-/// The pool's engines end, where their node has started them, and what is named is removed.
+/// Purges a pool: its engines end, and what is named is removed.
+///
+/// Of pools whose engines their node has started.
 #[utoipa::path(post, path = paths::POOL_PURGE, tag = "pools", params(("pool_id" = PoolId, Path), OnNode), request_body = PoolPurge,
     responses((status = 202, body = PoolOrdered), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
         (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody), (status = 500, body = ErrorBody)))]
@@ -126,8 +134,9 @@ pub(crate) struct Log {
     follow: bool,
 }
 
-/// What an engine of the pool has written last, as its node has it. A log that is followed ends with the
-/// token.
+/// Shows what an engine of a pool has written last, as its node has it.
+///
+/// A log that is followed ends with the token.
 #[utoipa::path(get, path = paths::POOL_LOGS, tag = "pools", params(("pool_id" = PoolId, Path), Log),
     responses((status = 200, content_type = "text/plain"), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
         (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 503, body = ErrorBody)))]

@@ -12,7 +12,7 @@ use super::checked;
 use super::holders::{self, OfHolder, Reach};
 use crate::app::state::AppState;
 
-/// What the session may still use, and where it is warm.
+/// Shows what a session may still use, and where it is warm.
 #[utoipa::path(get, path = paths::SESSION, tag = "sessions", params(("session_id" = Uuid, Path), OfHolder),
     responses((status = 200, body = SessionView), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn get(
@@ -26,7 +26,7 @@ pub(crate) async fn get(
     session.map(Json).ok_or_else(|| ApiError::new(ErrorCode::NotFound, format!("no session {id}")))
 }
 
-/// Forgets the session; its tasks go on.
+/// Forgets a session; its tasks go on.
 #[utoipa::path(delete, path = paths::SESSION, tag = "sessions", params(("session_id" = Uuid, Path), OfHolder),
     responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn delete(

@@ -30,7 +30,10 @@ use crate::services::usage::TaskUsage;
 const PAGE: usize = 50;
 const MAX_PAGE: usize = 500;
 
-/// Takes a task in. With `Accept: text/event-stream` the answer is 200 and the stream itself.
+/// Submits a task.
+///
+/// The answer is 202 with where its stream is; with `Accept: text/event-stream` it is 200 and the stream
+/// itself. The same `task_id` with the same body attaches to the task that is there.
 #[utoipa::path(post, path = paths::TASKS, tag = "tasks", request_body = TaskRequest,
     responses((status = 202, body = TaskAccepted), (status = 200, content_type = "text/event-stream"),
         (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 409, body = ErrorBody),
@@ -101,7 +104,7 @@ fn wants_stream(map: &HeaderMap) -> bool {
     accepted.flat_map(|value| value.split(',')).any(|kind| kind.trim().starts_with("text/event-stream"))
 }
 
-/// The task's state and attempts.
+/// Shows the state of a task, its attempts and its tokens.
 #[utoipa::path(get, path = paths::TASK, tag = "tasks", params(("task_id" = Uuid, Path), OfHolder),
     responses((status = 200, body = TaskView), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn get(
@@ -145,7 +148,9 @@ pub(crate) struct Listing {
     limit: Option<usize>,
 }
 
-/// Tasks that wait, run or are still kept: newest first, page by page, at most 100 ms old.
+/// Lists the tasks that wait, run or are still kept, newest first.
+///
+/// Page by page, and at most 100 ms old.
 #[utoipa::path(get, path = paths::TASKS, tag = "tasks", params(Listing),
     responses((status = 200, body = TaskPage), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn list(
@@ -184,7 +189,7 @@ pub(crate) async fn list(
     Ok(Json(published.list().await?.page(published.now(), &filter, below, limit, name)))
 }
 
-/// What every pool says to a task that has not ended.
+/// Explains what every pool says to a task that has not ended.
 #[utoipa::path(get, path = paths::TASK_EXPLAIN, tag = "tasks", params(("task_id" = Uuid, Path), OfHolder),
     responses((status = 200, body = Explanation), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn explain(
@@ -197,7 +202,7 @@ pub(crate) async fn explain(
     Ok(Json(state.control.explain(record.key).await?))
 }
 
-/// The same for a request that is not submitted: a dry run.
+/// Explains what every pool would say to a task that is not submitted.
 #[utoipa::path(post, path = paths::PLACEMENT_EXPLAIN, tag = "tasks", request_body = TaskRequest,
     responses((status = 200, body = Explanation), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn explain_request(
@@ -224,8 +229,10 @@ pub(crate) struct Reading {
     holder: Option<String>,
 }
 
-/// The task's events from the start, or after `Last-Event-ID`. Many may read. `token` and `reasoning`
-/// (thoughts, which a client that does not know them may pass over) are counted together.
+/// Streams the events of a task, from the start or after `Last-Event-ID`.
+///
+/// Many may read. `token` and `reasoning` (thoughts, which a client that does not know them may pass over)
+/// are counted together.
 #[utoipa::path(get, path = paths::TASK_EVENTS, tag = "tasks",
     params(("task_id" = Uuid, Path), Reading, ("Last-Event-ID" = Option<String>, Header, description = "id of the last event that was seen")),
     responses((status = 200, content_type = "text/event-stream"), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
@@ -270,7 +277,9 @@ fn known_by(task: &TaskRecord, error: ErrorBody) -> ErrorBody {
     if error.code == ErrorCode::NotFound { holders::no_task(task.id) } else { error }
 }
 
-/// Ends the task. Nothing but its terminal `error CANCELED` follows the answer.
+/// Cancels a task, waiting or running.
+///
+/// Nothing but its terminal `error CANCELED` follows the answer.
 #[utoipa::path(post, path = paths::TASK_CANCEL, tag = "tasks", params(("task_id" = Uuid, Path), OfHolder),
     responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn cancel(

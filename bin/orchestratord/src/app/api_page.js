@@ -12,7 +12,18 @@ async function openApi() {
     sessionStorage.setItem(kept, token.trim());
     answer = await ask();
   }
-  return answer.json();
+  return fillIn(await answer.json());
+}
+// What can be tried out names a model of this cluster, where it has one.
+async function fillIn(spec) {
+  const token = sessionStorage.getItem(kept);
+  try {
+    const answer = await fetch("/v1/models", token ? { headers: { Authorization: `Bearer ${token}` } } : {});
+    const model = (await answer.json()).data[0].id;
+    return JSON.parse(JSON.stringify(spec).replaceAll('"smollm2-135m"', () => JSON.stringify(model)));
+  } catch {
+    return spec;
+  }
 }
 window.onload = async () => {
   window.ui = SwaggerUIBundle({

@@ -16,6 +16,7 @@ use daemon_kit::{Clock, serve};
 use handoff_watcher::watch::WatchError;
 use node_agent::AssemblyError;
 use owned_tasks::{StreamThreads, Unfinished, Worker};
+use pool_registry_types::routes;
 use task_scheduler::{ControlCore, Event, WaitingTasks};
 use task_stream::HoldBudget;
 use tokio::sync::Mutex;
@@ -151,8 +152,14 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         placement::run(core, Arc::clone(&relays), control.clone(), inbox, tracker.clone(), loop_stop.clone());
     // Not started again: what it had decided may be half done. The daemon ends with it.
     let deciding = owned_tasks::watched_on(threads.first().handle(), "control loop", deciding);
-    for entry in catalog.list().into_iter().filter(|entry| entry.state == ModelState::Retired) {
-        control.send(Event::SetRetired { model: entry.model_id, retired: true }).await;
+    for model in config.gateway.names() {
+        control.send(Event::SetNamed { model, named: true }).await;
+    }
+    for entry in catalog.list() {
+        control.send(Event::SetNamed { model: entry.model_id.clone(), named: true }).await;
+        if entry.state == ModelState::Retired {
+            control.send(Event::SetRetired { model: entry.model_id, retired: true }).await;
+        }
     }
     // They end last: the stops of what is cut off go by them.
     let (links, links_stop) = (TaskTracker::new(), CancellationToken::new());
@@ -223,7 +230,15 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let open_routes = router::metrics(state.clone());
     let streaming = Streaming { threads: threads.clone(), is_stream: router::is_stream };
     let limits = ConnLimits { stalled: config.stalled_write, ..ConnLimits::default() };
-    let shown = Shown { routes: router::router(state), gate, counts, limits, streaming, open_routes };
+    let shown = Shown {
+        routes: router::router(state),
+        page: Some(routes::API_PAGE),
+        gate,
+        counts,
+        limits,
+        streaming,
+        open_routes,
+    };
     let server = front.serve(shown, &tracker, &stop);
 
     tokio::pin!(deciding);

@@ -11,6 +11,8 @@ use bytes::Bytes;
 use daemon_kit::auth::Need;
 use daemon_kit::tokens::Scope;
 use pool_registry_types::routes as paths;
+use pool_registry_types::task::{EmbeddingResult, End, Metrics, RerankResult, Started, Token};
+use pool_registry_types::view::ClusterChange;
 use task_stream::OpenAiRoute;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
@@ -18,11 +20,13 @@ use utoipa_axum::routes;
 use utoipa_swagger_ui::{Config, SwaggerUi};
 
 use crate::api::{artifacts, catalog, meta, nodes, observe, pools, sessions, tasks, v1};
+use crate::app::examples;
 use crate::app::state::AppState;
 
 #[derive(OpenApi)]
 #[openapi(
     info(title = "llama-orch", description = "The control plane: tasks in, tokens out. Every error has the body ErrorBody; its code is the contract."),
+    components(schemas(Metrics, Started, Token, EmbeddingResult, RerankResult, End, ClusterChange)),
     tags((name = "tasks"), (name = "sessions"), (name = "nodes"), (name = "pools"), (name = "catalog"), (name = "artifacts"),
         (name = "meta"), (name = "observe"), (name = "openai"))
 )]
@@ -90,7 +94,9 @@ fn complete(document: &utoipa::openapi::OpenApi) -> String {
     {
         all.insert("/v1/models/{model}".to_owned(), item);
     }
-    format!("{:#}", daemon_kit::document::finish(document, needs))
+    let mut document = daemon_kit::document::finish(document, needs);
+    examples::add(&mut document);
+    format!("{document:#}")
 }
 
 pub(crate) fn router(state: AppState) -> Router {

@@ -20,8 +20,10 @@ const MAX_ENTRIES: usize = 10_000;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 pub(crate) enum ModelState {
     #[default]
+    #[serde(alias = "active", alias = "ACTIVE")]
     Active,
     /// It is not placed any more.
+    #[serde(alias = "retired", alias = "RETIRED")]
     Retired,
 }
 
@@ -175,6 +177,15 @@ mod tests {
 
     fn model(name: &str) -> ModelRef {
         ModelRef::new(name).unwrap()
+    }
+
+    // CLOUD-3013
+    #[test]
+    fn a_state_is_taken_in_either_case_and_kept_as_before() {
+        for text in ["Retired", "retired", "RETIRED"] {
+            let state: ModelState = serde_json::from_str(&format!("{text:?}")).unwrap();
+            assert_eq!(serde_json::to_string(&state).unwrap(), "\"Retired\"");
+        }
     }
 
     // CLOUD-1622

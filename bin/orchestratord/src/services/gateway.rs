@@ -5,12 +5,19 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use parking_lot::Mutex;
-use pool_registry_types::ModelRef;
+use pool_registry_types::nearest::nearest;
 use pool_registry_types::node::Liveness;
 use pool_registry_types::snapshot::ClusterSnapshot;
+use pool_registry_types::{ErrorBody, ErrorCode, ModelRef};
 
 /// Most models whose first moment is remembered.
 const MAX_SEEN: usize = 10_000;
+/// Names that a message names, and those among which the nearest are looked for.
+/// Source: .specs/01 CLOUD-3001.
+const MAX_NAMED: usize = 8;
+const MAX_COMPARED: usize = 512;
+/// Characters of an unknown name that are repeated.
+const MAX_NAME_CHARS: usize = 256;
 
 /// What becomes of a stream whose attempt is lost after its first event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -85,6 +92,23 @@ impl Gateway {
         list.split(',').map(str::trim).filter(|text| !text.is_empty()).map(alias).collect()
     }
 
+    /// The aliases, and the models that they and the setting of the default model name.
+    pub(crate) fn names(&self) -> BTreeSet<ModelRef> {
+        let aliases = self.aliases.keys().filter_map(|alias| ModelRef::new(alias).ok());
+        aliases.chain(self.aliases.values().cloned()).chain(self.default_model.clone()).collect()
+    }
+
+    /// Says that nobody has the name, and which names there are, the nearest first.
+    pub(crate) fn unknown_model(&self, cluster: &ClusterSnapshot, name: &str) -> ErrorBody {
+        let models = self.models(cluster);
+        let names = models.iter().map(|model| model.id.as_str()).take(MAX_COMPARED);
+        let near = nearest(name, names, MAX_NAMED);
+        let near = if near.is_empty() { "none".into() } else { near.join(", ") };
+        let name: String = name.chars().take(MAX_NAME_CHARS).collect();
+        let message = format!("no node has the model {name} (models: {near})");
+        ErrorBody::new(ErrorCode::ModelNotAvailable, message)
+    }
+
     /// The models of all nodes that are not offline, those that could be loaded too, and their aliases.
     pub(crate) fn models(&self, cluster: &ClusterSnapshot) -> Vec<NamedModel> {
         let live = cluster.nodes().filter(|(node, _)| node.liveness != Liveness::Offline);
@@ -120,6 +144,18 @@ mod tests {
         assert_eq!(most(100, 1_000, 10), (100, "ORCHESTRATORD_V1_BODY_BYTES"));
         assert_eq!(most(600, 1_000, 10), (490, "half of ORCHESTRATORD_QUEUE_BYTES"));
         assert_eq!(most(600, 1_000, 700).0, 0);
+    }
+
+    // CLOUD-3001
+    #[test]
+    fn whoever_asks_for_a_model_that_nobody_has_is_told_so_within_a_bound() {
+        let aliases = Gateway::aliases("gpt-4o=qwen").unwrap();
+        let gateway = Gateway::new(aliases, None, 1, 1, StreamRecovery::Continue);
+        let names: Vec<String> = gateway.names().iter().map(ToString::to_string).collect();
+        assert_eq!(names, ["gpt-4o", "qwen"]);
+        let error = gateway.unknown_model(&ClusterSnapshot::default(), &"x".repeat(100_000));
+        assert_eq!(error.code, ErrorCode::ModelNotAvailable);
+        assert!(error.message.ends_with("(models: none)") && error.message.len() < 400, "{error}");
     }
 
     // CLOUD-2845

@@ -43,6 +43,8 @@ const READ_BYTES: usize = 64 * 1024;
 const OWN_BYTES: usize = 4 * 1024;
 /// When a new task may come again that had no room, milliseconds.
 const RETRY_AFTER_MS: u64 = 1_000;
+/// What a client is told whose `Last-Event-ID` is none.
+const EVENT_ID_FORM: &str = "Last-Event-ID is no id of an event: give the id of the last event that was seen as it came, <uuid>:<number>; without it the stream is read from its start";
 
 /// Of an answer that is passed on so much waits for its reader, bytes: of a stream, and of a whole answer,
 /// of which what was held back comes at once.
@@ -755,7 +757,15 @@ impl Streams {
                 let log = &stream.kept.lock().log;
                 match sse::parse_event_id(id) {
                     Some((of, n)) if of == log.id() && n < log.next_index() => n + 1,
-                    _ => return Err(expired("Last-Event-ID is not of this stream")),
+                    Some((of, _)) if of == log.id() => {
+                        return Err(expired("Last-Event-ID: the stream has no such event yet"));
+                    }
+                    Some(_) => {
+                        return Err(expired(
+                            "Last-Event-ID is of another stream; without it this one is read from its start",
+                        ));
+                    }
+                    None => return Err(expired(EVENT_ID_FORM)),
                 }
             }
         };

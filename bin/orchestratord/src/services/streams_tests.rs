@@ -26,6 +26,23 @@ fn code(streams: &Streams, task: TaskId) -> Option<ErrorCode> {
     streams.find(task, None).err().map(|error| error.code)
 }
 
+// CLOUD-3014
+#[test]
+fn a_place_in_a_stream_that_is_none_is_told_why() {
+    let streams = Streams::new(1_000, usize::MAX);
+    let (task, log) = (ended(&streams, 1, 10), LogId(Uuid::from_u128(1)));
+    assert_eq!(streams.find(task, Some(&format!("{log}:0"))).unwrap().1, 1);
+    for (id, why) in [
+        ("17", "<uuid>:<number>"),
+        (format!("{log}:7").as_str(), "no such event yet"),
+        (format!("{}:0", LogId(Uuid::from_u128(2))).as_str(), "of another stream"),
+    ] {
+        let error = streams.find(task, Some(id)).err().unwrap();
+        assert_eq!(error.code, ErrorCode::EventsExpired);
+        assert!(error.message.starts_with("Last-Event-ID") && error.message.contains(why), "{error}");
+    }
+}
+
 // CLOUD-1534
 #[test]
 fn what_was_sent_is_read_from_the_log_with_its_ids_where_they_are_all_known() {

@@ -523,6 +523,11 @@ impl PoolIndex {
         self.by_model.get(model).map_or(0, |pools| pools.all.len())
     }
 
+    /// Whether there is a pool of the model, however it stands: those of offline nodes too.
+    pub fn knows(&self, model: &ModelRef) -> bool {
+        self.all_of(model).next().is_some()
+    }
+
     /// The pools of the model, however they stand.
     pub(crate) fn all_of(&self, model: &ModelRef) -> impl Iterator<Item = &Candidate> {
         let keys = self.by_model.get(model).into_iter().flat_map(|pools| &pools.all);

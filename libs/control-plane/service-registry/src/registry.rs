@@ -47,7 +47,9 @@ pub struct Settings {
 /// A registration was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NodeConflict {
-    #[error("node_id {node_id} belongs to a live process at {address}")]
+    #[error(
+        "node_id {node_id} belongs to a live process at {address}: give one of the two another POOL_MANAGERD_NODE_ID"
+    )]
     IdTaken { node_id: NodeId, address: String },
     #[error("{0} nodes are known, which is the most")]
     TooMany(usize),

@@ -323,6 +323,8 @@ pub struct ControlCore {
     grace_over: bool,
     /// Models that are not placed any more.
     retired: BTreeSet<ModelRef>,
+    /// Models that the catalog or an alias names.
+    named: BTreeSet<ModelRef>,
     /// What followers were told last.
     shown_nodes: Lookup<NodeId, (Liveness, Intent)>,
     /// Of tasks with whose they are.
@@ -377,6 +379,7 @@ impl ControlCore {
             touched: BTreeSet::new(),
             grace_over: false,
             retired: BTreeSet::new(),
+            named: BTreeSet::new(),
             shown_nodes: Lookup::default(),
             changes: Vec::new(),
             draining: false,
@@ -469,6 +472,8 @@ impl ControlCore {
                 self.intent_delivered(reply, node_id, &order, kept_by_node, &mut effects);
             }
             Event::SetRetired { model, retired } => self.set_retired(model, retired),
+            Event::SetNamed { model, named: true } => drop(self.named.insert(model)),
+            Event::SetNamed { model, named: false } => drop(self.named.remove(&model)),
             Event::DeleteSession { reply, session } => {
                 let answer = if self.sessions.delete(session) {
                     Ok(Answer::SessionDeleted)

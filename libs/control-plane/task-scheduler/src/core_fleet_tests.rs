@@ -2,6 +2,10 @@
 
 use super::*;
 
+fn model(name: &str) -> ModelRef {
+    ModelRef::new(name).unwrap()
+}
+
 fn fleet(nodes: usize) -> Bench {
     let mut b = Bench::new();
     b.core = ControlCore::new(Policy { max_nodes: nodes, admission_capacity: 10_000, ..policy() }, 7);
@@ -66,6 +70,51 @@ fn a_refusal_names_some_of_very_many_nodes() {
     let error = b.submit(other).1.unwrap_err();
     assert_eq!(error.code, ErrorCode::ModelNotAvailable);
     assert_eq!(error.message.matches(", n").count(), 15, "{}", error.message);
+}
+
+// CLOUD-3001
+#[test]
+fn a_refusal_names_the_models_that_stand_nearest_and_no_more_than_its_bound() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    let models = (0..500).map(|n| model(&format!("llama-{n:03}"))).chain([model("qwen2.5-7b")]).collect();
+    b.advance_to(TIMEOUT_MS + 1);
+    b.report("a", 2, PoolReport { models, ..report(1, &[]) });
+    let refused =
+        |b: &mut Bench, name: &str| b.submit(TaskSpec { model_ref: model(name), ..task() }).1.unwrap_err();
+    let error = refused(&mut b, "qwen2.5-8b");
+    assert!(error.message.contains("(models: qwen2.5-7b, llama-"), "{error}");
+    assert_eq!(error.message.matches("llama-").count(), 7, "{error}");
+    assert!(refused(&mut b, "llama-1000").message.contains("(models: llama-100, "));
+}
+
+// CLOUD-3002
+#[test]
+fn a_name_that_nobody_has_had_is_not_to_be_tried_again_and_one_that_may_come_back_is() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.advance_to(TIMEOUT_MS + 1);
+    let retriable = |b: &mut Bench, name: &str| {
+        let error = b.submit(TaskSpec { model_ref: model(name), ..task() }).1.unwrap_err();
+        assert_eq!(error.code, ErrorCode::ModelNotAvailable);
+        error.retriable
+    };
+    assert!(!retriable(&mut b, "never-had"));
+    assert!(retriable(&mut b, "m"), "its node is silent and not forgotten");
+    b.apply(Event::SetNamed { model: model("named"), named: true });
+    assert!(retriable(&mut b, "named"));
+    b.apply(Event::SetNamed { model: model("named"), named: false });
+    assert!(!retriable(&mut b, "named"));
+}
+
+// CLOUD-3002
+#[test]
+fn a_task_that_waited_for_a_name_that_nobody_has_ends_so_too() {
+    let mut b = Bench::new();
+    let (early, _) = b.submit(task());
+    b.advance_to(TIMEOUT_MS);
+    let ended = b.view(early).unwrap().error.unwrap();
+    assert_eq!((ended.code, ended.retriable), (ErrorCode::ModelNotAvailable, false));
 }
 
 // CLOUD-1774

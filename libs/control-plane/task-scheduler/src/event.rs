@@ -124,6 +124,12 @@ pub enum Event {
         model: ModelRef,
         retired: bool,
     },
+    /// The catalog, or an alias, names a model: it may be waited for though no pool has it. Or neither
+    /// does any more.
+    SetNamed {
+        model: ModelRef,
+        named: bool,
+    },
     DeleteSession {
         reply: ReplyTo,
         session: SessionKey,
@@ -250,6 +256,7 @@ impl Dispatch {
     /// What the attempt's relay needs to know of it.
     pub fn assignment(&self) -> Assignment {
         Assignment {
+            task_id: self.spec.task_id,
             attempt: self.attempt,
             log: self.log,
             pool: self.pool.clone(),

@@ -105,6 +105,7 @@ fn readiness(
     stop: &CancellationToken,
     looked: Result<EngineFacts, NotReady>,
 ) -> Option<Readiness> {
+    let asked = |why: String| format!("{}: {why}", handoff.url);
     Some(match looked {
         Ok(facts) => {
             let bound = spec(handoff, Some(facts)).and_then(|spec| {
@@ -113,11 +114,11 @@ fn readiness(
             bound.map_or_else(|error| Readiness::Failed(error.to_string()), |()| Readiness::Ready)
         }
         Err(NotReady::Loading) => Readiness::Loading,
-        Err(NotReady::Failed(why)) => Readiness::Failed(why),
-        Err(NotReady::Gone(why)) => Readiness::Gone(why),
-        Err(NotReady::Silent(why)) => Readiness::Silent(why),
+        Err(NotReady::Failed(why)) => Readiness::Failed(asked(why)),
+        Err(NotReady::Gone(why)) => Readiness::Gone(asked(why)),
+        Err(NotReady::Silent(why)) => Readiness::Silent(asked(why)),
         Err(NotReady::Unasked(why)) => {
-            tracing::warn!(pool_id = %handoff.pool_id, reason = why, "an engine cannot be looked at");
+            tracing::warn!(pool_id = %handoff.pool_id, url = handoff.url, reason = why, "an engine cannot be looked at");
             return None;
         }
     })
@@ -199,9 +200,11 @@ pub(crate) async fn endpoint(url: &str, key_file: Option<&Path>) -> Result<Endpo
 /// Why a replica is not bound.
 #[derive(Debug, thiserror::Error)]
 enum Unbound {
-    #[error("neither the handoff nor the engine names a model")]
+    #[error("neither the handoff nor the engine names a model: give the handoff `models`")]
     NoModel,
-    #[error("neither the handoff nor the engine says how many slots there are")]
+    #[error(
+        "neither the handoff nor the engine says how many slots there are: give the handoff, or its pool, `slots`"
+    )]
     NoSlots,
     /// The engine was not asked yet.
     #[error("the handoff does not say how many slots there are")]
@@ -330,7 +333,13 @@ mod tests {
     #[test]
     fn what_neither_says_is_unknown_and_what_is_needed_is_named() {
         let none = EngineFacts { slots: None, ..facts(&[("m", "m")]) };
-        assert!(spec(&handoff(""), Some(none)).unwrap_err().to_string().contains("slots"));
+        // CLOUD-3006
+        assert!(
+            spec(&handoff(""), Some(none))
+                .unwrap_err()
+                .to_string()
+                .ends_with("give the handoff, or its pool, `slots`")
+        );
         assert!(
             spec(&handoff(r#","slots":1"#), Some(EngineFacts::default()))
                 .unwrap_err()

@@ -42,6 +42,11 @@ impl CallError {
 
 /// What a node calls. Implemented over HTTP and, in the home profile, in process.
 pub trait ControlPlane: Send + Sync + 'static {
+    /// Where it is called; nothing in process.
+    fn url(&self) -> Option<&str> {
+        None
+    }
+
     fn register(
         &self,
         request: RegisterRequest,
@@ -136,6 +141,10 @@ impl HttpControlPlane {
 const NO_BODY: Option<&()> = None;
 
 impl ControlPlane for HttpControlPlane {
+    fn url(&self) -> Option<&str> {
+        Some(&self.base)
+    }
+
     async fn register(&self, request: RegisterRequest) -> Result<RegisterAnswer, CallError> {
         self.call(reqwest::Method::POST, routes::NODE_REGISTER, Some(&request)).await.and_then(some_body)
     }

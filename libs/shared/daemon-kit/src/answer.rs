@@ -43,9 +43,10 @@ impl IntoResponse for ApiError {
     }
 }
 
-/// What is not routed.
-pub(crate) async fn not_found() -> ApiError {
-    ApiError::new(ErrorCode::NotFound, "no such path")
+/// What is not routed; `shown`: where the page is that shows what is.
+pub(crate) fn not_found(shown: Option<&str>) -> ApiError {
+    let page = shown.map_or_else(String::new, |page| format!("; {page}/ shows those that there are"));
+    ApiError::new(ErrorCode::NotFound, format!("no such path{page}"))
 }
 
 /// What is routed, with another method.

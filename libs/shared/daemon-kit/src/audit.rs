@@ -324,7 +324,7 @@ mod tests {
         let path = folder.path().join("audit");
         let audit = Audit::open(&path, &Loops::default()).unwrap();
         let routes = axum::Router::new().route("/slow", axum::routing::post(std::future::pending::<&str>));
-        let routes = with_layers(routes, Edge { gate: Gate::open(), audit: audit.clone() });
+        let routes = with_layers(routes, Edge { gate: Gate::open(), audit: audit.clone(), page: None });
         let request = |method: &str| {
             Request::builder().method(method).uri("/slow").body(axum::body::Body::empty()).unwrap()
         };

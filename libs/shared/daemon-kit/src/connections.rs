@@ -39,6 +39,7 @@ use tower::Service;
 use crate::activity::{Activity, Answer, Instrumented, Look};
 use crate::answer::ApiError;
 use crate::handover::Bounded;
+use crate::plaintext;
 use crate::room::{ConnectionPermit, Found, Room};
 use crate::socket::Socket;
 use crate::tls::{self, PeerCertificate, ServerTls};
@@ -330,23 +331,31 @@ impl Server {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "a connection without TCP_NODELAY");
         }
-        let socket = Socket::new(stream);
         if self.tls.is_none() {
+            let socket = Socket::new(stream);
             return self.serve(socket, Peer { addr, certificate: None }, stop, permit, tasks);
         }
         let all = tasks.clone();
         tasks.add(async move {
             let Some(tls) = &self.tls else { return };
-            let handshake = timeout(self.limits.handshake, tls.accept(socket));
+            let shaking_hands = async {
+                if plaintext::is_http(&stream).await? {
+                    plaintext::refuse(stream).await?;
+                    return Ok(None);
+                }
+                tls.accept(Socket::new(stream)).await.map(Some)
+            };
+            let handshake = timeout(self.limits.handshake, shaking_hands);
             let outcome = tokio::select! {
                 outcome = handshake => outcome,
                 () = stop.cancelled() => return,
                 () = permit.closed() => return,
             };
             match outcome {
-                Ok(Ok((stream, certificate))) => {
+                Ok(Ok(Some((stream, certificate)))) => {
                     Arc::clone(&self).serve(stream, Peer { addr, certificate }, stop, permit, &all);
                 }
+                Ok(Ok(None)) => self.no_handshake(addr, plaintext::MESSAGE),
                 Ok(Err(error)) => self.no_handshake(addr, &tls::explain(&error)),
                 Err(_) => self.no_handshake(addr, "it did not finish in time"),
             }

@@ -170,7 +170,7 @@ mod tests {
             .route("/ids", get(|Extension(ids): Extension<RequestIds>| async move { Json(ids.trace()) }))
             .route("/bad", get(|| async { ApiError::new(ErrorCode::InvalidParams, "seed: a number") }))
             .route("/full", get(|| async { ApiError::new(ErrorCode::Overloaded, "too much to do") }));
-        let edge = Edge { gate: Gate::open(), audit: Audit::default() };
+        let edge = Edge { gate: Gate::open(), audit: Audit::default(), page: None };
         let mut request = axum::http::Request::builder().uri(path);
         for (name, value) in headers {
             request = request.header(*name, *value);

@@ -71,6 +71,8 @@ pub struct Front {
 #[derive(Debug)]
 pub struct Shown {
     pub routes: Router,
+    /// The path of a page that shows them, where there is one.
+    pub page: Option<&'static str>,
     pub gate: Gate,
     pub counts: Arc<Counts>,
     pub limits: ConnLimits,
@@ -115,7 +117,7 @@ impl Front {
             loops.start(tracker, "TLS files", stop, move || Arc::clone(&own).follow(ended.clone()));
         }
         if let Some(listener) = self.metrics {
-            let edge = Edge { gate: Gate::open(), audit: Audit::default() };
+            let edge = Edge { gate: Gate::open(), audit: Audit::default(), page: None };
             let app = serve::with_layers(shown.open_routes, edge);
             let options = ServeOptions { loops: loops.clone(), ..ServeOptions::default() };
             let serving = connections::run(listener, app, options, stop.clone(), LINGER);
@@ -125,7 +127,8 @@ impl Front {
                 }
             });
         }
-        let app = serve::with_layers(shown.routes, Edge { gate: shown.gate, audit: self.audit });
+        let app =
+            serve::with_layers(shown.routes, Edge { gate: shown.gate, audit: self.audit, page: shown.page });
         let (tls, counts) = (self.tls.server, shown.counts);
         // How many there may be is the process's to say.
         let limits = ConnLimits { connections: self.connections, ..shown.limits };

@@ -23,6 +23,7 @@ pub mod front;
 mod handover;
 pub mod hosts;
 pub mod metrics;
+mod plaintext;
 pub mod quota;
 mod room;
 pub mod serve;

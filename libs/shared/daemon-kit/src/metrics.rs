@@ -51,7 +51,8 @@ impl Page {
             registry.register(Box::new(vec.clone())).expect("each name once");
             vec
         });
-        vec.with_label_values(&values(labels)).set(value);
+        // A sum of no numbers is -0: readers are shown 0.
+        vec.with_label_values(&values(labels)).set(value + 0.0);
         self
     }
 
@@ -119,4 +120,19 @@ fn names(labels: &Labels<'_>) -> Vec<&'static str> {
 
 fn values<'a>(labels: &Labels<'a>) -> Vec<&'a str> {
     labels.iter().map(|(_, value)| *value).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // CLOUD-3010
+    #[tokio::test]
+    async fn a_gauge_shows_no_negative_zero() {
+        let mut page = Page::new();
+        page.gauge("llorch_a", "A.", &[], -0.0).gauge("llorch_b", "B.", &[], -1.5);
+        let body = axum::body::to_bytes(page.render().into_body(), 4096).await.unwrap();
+        let text = String::from_utf8(body.to_vec()).unwrap();
+        assert!(text.contains("\nllorch_a 0\n") && text.contains("\nllorch_b -1.5\n"), "{text}");
+    }
 }

@@ -29,6 +29,8 @@ use crate::telemetry::{self, Logs};
 pub(crate) struct Edge {
     pub gate: Gate,
     pub audit: Audit,
+    /// Where the routes are shown.
+    pub page: Option<&'static str>,
 }
 
 /// Puts the common layer around the routes, and outside of it CORS, where the gate knows origins.
@@ -41,8 +43,9 @@ pub(crate) fn with_layers(routes: Router, edge: Edge) -> Router {
             .expose_headers(headers::FOR_CLIENTS.map(HeaderName::from_static))
             .max_age(Duration::from_secs(3600))
     });
+    let page = edge.page;
     let routes = routes
-        .fallback(answer::not_found)
+        .fallback(move || async move { answer::not_found(page) })
         .method_not_allowed_fallback(answer::method_not_allowed)
         .layer(middleware::from_fn_with_state(Arc::new((edge, AnswerRoom::default())), layer));
     match cors {
@@ -192,7 +195,7 @@ mod tests {
             hosts: AllowedHosts::default(),
             shapes: None,
         };
-        Edge { gate, audit: Audit::default() }
+        Edge { gate, audit: Audit::default(), page: None }
     }
 
     async fn ask(path: &str, method: &str, headers: &[(&str, &str)]) -> (u16, axum::http::HeaderMap, String) {
@@ -226,7 +229,7 @@ mod tests {
         let addr = listener.local_addr().unwrap();
         let routes = Router::new().route("/fine", get(|| async { "fine" }));
         let tokens = Tokens::load(Some("a-token-of-ours".into()), None).unwrap();
-        let edge = Edge { gate: Gate { tokens, ..open_edge().gate }, audit: Audit::default() };
+        let edge = Edge { gate: Gate { tokens, ..open_edge().gate }, audit: Audit::default(), page: None };
         let limits = ConnLimits { connections: 8, ..ConnLimits::default() };
         let options = ServeOptions { limits, ..ServeOptions::default() };
         let counts = Arc::clone(&options.counts);

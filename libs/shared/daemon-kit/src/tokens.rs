@@ -30,15 +30,18 @@ pub enum TokenError {
     #[error(
         "{origin}: {place}: a token must be at least {MIN_TOKEN_BYTES} visible ASCII characters without a comma"
     )]
-    Malformed { origin: &'static str, place: String },
+    Malformed { origin: String, place: String },
     #[error("LLORCH_API_TOKEN_FILE: {path} cannot be read: {reason}")]
     Unreadable { path: String, reason: String },
-    #[error("LLORCH_API_TOKEN_FILE: {0}")]
-    Toml(String),
+    #[error("{origin}: {reason}")]
+    Toml { origin: String, reason: String },
+    /// Of a file that was given by itself, and not by the setting.
+    #[error("{path} cannot be read: {reason}")]
+    UnreadableFile { path: String, reason: String },
     #[error("{origin} holds no token")]
-    Empty { origin: &'static str },
+    Empty { origin: String },
     #[error("{origin}: {place}: the same token as {other}")]
-    Twice { origin: &'static str, place: String, other: String },
+    Twice { origin: String, place: String, other: String },
 }
 
 /// What a token lets its holder do.
@@ -69,6 +72,12 @@ impl Scope {
             Self::Operator => "operator",
             Self::Admin => "admin",
         }
+    }
+
+    /// All of them, as they stand in the file.
+    fn listed() -> String {
+        let all = <Self as clap::ValueEnum>::value_variants();
+        all.iter().map(|scope| format!("\"{}\"", scope.as_str())).collect::<Vec<_>>().join(", ")
     }
 }
 
@@ -129,6 +138,20 @@ pub(crate) enum Verdict {
 impl TokenSet {
     /// From `LLORCH_API_TOKEN` (comma-separated) and the text of `LLORCH_API_TOKEN_FILE`.
     pub fn parse(list: Option<&str>, file: Option<&str>) -> Result<Self, TokenError> {
+        Self::parse_as(BY_FILE, list, file)
+    }
+
+    /// A file of tokens by itself; blocks. Errors name it.
+    pub fn check_file(path: &Path) -> Result<Self, TokenError> {
+        let text = Self::read_file(path).map_err(|error| match error {
+            TokenError::Unreadable { path, reason } => TokenError::UnreadableFile { path, reason },
+            other => other,
+        })?;
+        Self::parse_as(&path.display().to_string(), None, Some(&text))
+    }
+
+    /// `origin` is what errors call the file.
+    fn parse_as(origin: &str, list: Option<&str>, file: Option<&str>) -> Result<Self, TokenError> {
         let mut set = Self::default();
         if let Some(list) = list {
             let found = list.split(',').map(str::trim).filter(|token| !token.is_empty());
@@ -136,12 +159,12 @@ impl TokenSet {
         }
         match file {
             None => {}
-            Some(text) if is_toml(text) => set.add_toml(text)?,
+            Some(text) if is_toml(text) => set.add_toml(text, origin)?,
             Some(text) => {
                 let lines = text.lines().map(str::trim);
                 set.add_plain(
                     lines.filter(|line| !line.is_empty() && !line.starts_with('#')),
-                    BY_FILE,
+                    origin,
                     "line",
                 )?;
             }
@@ -204,14 +227,14 @@ impl TokenSet {
     fn add_plain<'a>(
         &mut self,
         tokens: impl Iterator<Item = &'a str>,
-        origin: &'static str,
+        origin: &str,
         word: &str,
     ) -> Result<(), TokenError> {
         let before = self.known.len();
         for (n, token) in tokens.enumerate() {
             let place = format!("{word} {}", n + 1);
             if !is_token(token) {
-                return Err(TokenError::Malformed { origin, place });
+                return Err(TokenError::Malformed { origin: origin.to_owned(), place });
             }
             let holder = Holder {
                 name: fingerprint(token),
@@ -228,25 +251,28 @@ impl TokenSet {
             }
             self.sendable.push((token.into(), None));
         }
-        if self.known.len() == before { Err(TokenError::Empty { origin }) } else { Ok(()) }
+        if self.known.len() == before { Err(TokenError::Empty { origin: origin.to_owned() }) } else { Ok(()) }
     }
 
-    fn add_toml(&mut self, text: &str) -> Result<(), TokenError> {
+    fn add_toml(&mut self, text: &str, origin: &str) -> Result<(), TokenError> {
+        let origin = || origin.to_owned();
         let file: TokenFile = toml::from_str(text).map_err(|error| {
             // Its excerpt of the text could hold a token.
             let line = error.span().map(|span| text[..span.start.min(text.len())].matches('\n').count() + 1);
             let place = line.map_or_else(String::new, |line| format!("line {line}: "));
-            TokenError::Toml(format!("{place}{}", without_values(error.message())))
+            TokenError::Toml { origin: origin(), reason: format!("{place}{}", in_words(error.message())) }
         })?;
         if file.token.is_empty() {
-            return Err(TokenError::Empty { origin: BY_FILE });
+            return Err(TokenError::Empty { origin: origin() });
         }
         for entry in file.token {
             let place = entry.name.clone();
-            let wrong = |what: &str| Err(TokenError::Toml(format!("token {place:?}: {what}")));
+            let wrong = |what: &str| {
+                Err(TokenError::Toml { origin: origin(), reason: format!("token {place:?}: {what}") })
+            };
             let digest = match (&entry.token, &entry.sha256) {
                 (Some(token), None) if is_token(token.expose_secret()) => digest(token.expose_secret()),
-                (Some(_), None) => return Err(TokenError::Malformed { origin: BY_FILE, place }),
+                (Some(_), None) => return Err(TokenError::Malformed { origin: origin(), place }),
                 (None, Some(hex)) => match from_hex(hex) {
                     Some(digest) => digest,
                     None => return wrong("sha256 must be 64 hexadecimal digits"),
@@ -254,9 +280,7 @@ impl TokenSet {
                 _ => return wrong("give either token or sha256"),
             };
             if entry.scopes.is_empty() {
-                return wrong(
-                    "scopes must name at least one of \"client\", \"node\", \"control\", \"operator\", \"admin\"",
-                );
+                return wrong(&format!("scopes must name at least one of {}", Scope::listed()));
             }
             if entry.node_id.is_some() && entry.scopes != [Scope::Node] {
                 return wrong("node_id binds a token whose only scope is \"node\"");
@@ -281,7 +305,7 @@ impl TokenSet {
             };
             if let Some(other) = self.find(&digest) {
                 let other = other.name.clone();
-                return Err(TokenError::Twice { origin: BY_FILE, place, other });
+                return Err(TokenError::Twice { origin: origin(), place, other });
             }
             let fingerprint = hex(&digest)[..6].to_owned();
             let holder = Holder {
@@ -360,9 +384,17 @@ fn is_token(token: &str) -> bool {
     token.len() >= MIN_TOKEN_BYTES && token.bytes().all(good) && !token.starts_with(['#', '['])
 }
 
-/// A message without the quoted values that it may repeat.
-fn without_values(message: &str) -> &str {
-    message.split(['"', '`']).next().unwrap_or_default().trim_end()
+/// A message of the parser without the quoted values that it may repeat.
+fn in_words(message: &str) -> String {
+    let words = message.split(['"', '`']).next().unwrap_or_default().trim_end();
+    match words {
+        // Nothing else in the file is one of several.
+        "unknown variant" => format!("unknown scope: there are {}", Scope::listed()),
+        "unknown field" => {
+            "unknown field: the file has entries [[token]] of name, token or sha256, scopes, node_id, max_nodes and expires".into()
+        }
+        _ => words.to_owned(),
+    }
 }
 
 /// The SHA-256 of a token in hexadecimal digits, as `sha256` in the file wants it.
@@ -577,7 +609,10 @@ mod tests {
         let scopes = "scopes = [\"client\"]\n";
         let cases = [
             (entry(""), "scopes must name"),
-            (entry("scopes = [\"god\"]"), "line 4: unknown variant"),
+            (
+                entry("scopes = [\"god\"]"),
+                "line 4: unknown scope: there are \"client\", \"node\", \"control\", \"operator\", \"admin\"",
+            ),
             (entry(&format!("{scopes}colour = 1")), "line 5: unknown field"),
             (entry(&format!("{scopes}node_id = \"a\"")), "node_id binds"),
             (entry(&format!("{scopes}sha256 = \"00\"")), "either token or sha256"),
@@ -595,6 +630,22 @@ mod tests {
             let error = TokenSet::parse(None, Some(&text)).unwrap_err().to_string();
             assert!(error.contains(part) && !error.contains("secret"), "{part}: {error}");
         }
+    }
+
+    // CLOUD-3012
+    #[test]
+    fn a_file_that_is_checked_is_named_as_it_was_given() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("mine.toml");
+        let named = path.display().to_string();
+        let wrong = || TokenSet::check_file(&path).unwrap_err().to_string();
+        assert!(wrong().starts_with(&format!("{named} cannot be read: ")), "{}", wrong());
+        for text in ["[[token]]\nname = \"a\"\ntoken = \"12345678\"\nscopes = [\"god\"]", "short", ""] {
+            std::fs::write(&path, text).unwrap();
+            assert!(wrong().starts_with(&named) && !wrong().contains("LLORCH"), "{}", wrong());
+        }
+        std::fs::write(&path, "long-enough").unwrap();
+        assert_eq!(TokenSet::check_file(&path).unwrap().holders().count(), 1);
     }
 
     // CLOUD-1112

@@ -356,10 +356,14 @@ async fn each_failed_handshake_says_why_on_both_sides() {
     // HTTP where TLS is spoken, and the other way round.
     let server = rig(ConnLimits::default(), Some(pki.server("good", None)), SOON).await;
     let plain = pki.client("ca.pem", None);
-    let _ = text(&reqwest_with(&plain), format!("http://{}/fine", server.addr)).await;
+    // CLOUD-3011
+    let response = reqwest_with(&plain).get(format!("http://{}/fine", server.addr)).send().await.unwrap();
+    assert_eq!(response.status(), 400);
+    let answered = response.text().await.unwrap();
+    assert!(answered.contains("use https://"), "{answered}");
     until("it is counted", || server.counts.failed_handshakes.load(Ordering::Relaxed) == 1).await;
     let reported = String::from_utf8(std::mem::take(&mut *log.0.lock().unwrap())).unwrap();
-    assert!(reported.contains("it does not speak TLS"), "{reported}");
+    assert!(reported.contains("plain HTTP came to a port that speaks TLS: use https://"), "{reported}");
     let server = rig(ConnLimits::default(), None, SOON).await;
     let reason = text(&reqwest_with(&plain), format!("https://{}/fine", server.addr)).await.unwrap_err();
     assert!(reason.contains("it does not speak TLS"), "{reason}");

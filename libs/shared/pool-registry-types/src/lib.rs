@@ -15,6 +15,7 @@ mod inputs;
 pub mod limits;
 mod lookup;
 pub mod moment;
+pub mod nearest;
 mod newer;
 pub mod node;
 pub mod placement;

@@ -8,8 +8,8 @@ use pool_registry_types::node::{Heartbeat, HeartbeatAnswer, IntentOrder, Registe
 use pool_registry_types::placement::Explanation;
 use pool_registry_types::pool::{PoolOrdered, PoolReport};
 use pool_registry_types::task::{
-    EmbeddingResult, InferRequest, Metrics, RerankResult, SessionView, TaskAccepted, TaskPage, TaskRequest,
-    Token,
+    EmbeddingResult, End, InferRequest, Metrics, RerankResult, SessionView, Started, TaskAccepted, TaskPage,
+    TaskRequest, Token,
 };
 use pool_registry_types::view::{CatalogAvailability, ClusterChange, ClusterView, PoolList};
 use serde::Serialize;
@@ -36,7 +36,11 @@ fn every_golden_body_is_read_and_written_as_it_stands() {
     stands::<TaskRequest>("task_request_rerank.json");
     stands::<EmbeddingResult>("result_embedding.json");
     stands::<RerankResult>("result_rerank.json");
+    stands::<TaskRequest>("task_request_chat.json");
     stands::<Token>("reasoning.json");
+    stands::<Token>("token.json");
+    stands::<Started>("started.json");
+    stands::<End>("end.json");
     stands::<PoolReport>("pool_loadable.json");
     stands::<TaskAccepted>("task_accepted.json");
     stands::<RegisterRequest>("register_request.json");
@@ -72,4 +76,14 @@ fn an_old_reader_meets_a_new_writer_between_the_daemons() {
     assert_eq!(cause.cause, Some(EndCause::Unknown), "a newer writer says why in words of its own");
     let task = example("task_request.json").replacen('{', "{\"something_new\":1,", 1);
     assert!(serde_json::from_str::<TaskRequest>(&task).is_err(), "a client's misspelt option is not ignored");
+}
+
+// CLOUD-3013
+#[test]
+fn the_state_of_a_task_is_taken_in_either_case_and_said_in_lower_case() {
+    use pool_registry_types::task::TaskState;
+    for text in ["queued", "Queued", "QUEUED"] {
+        let state: TaskState = serde_json::from_str(&format!("{text:?}")).unwrap();
+        assert_eq!(serde_json::to_string(&state).unwrap(), "\"queued\"");
+    }
 }

@@ -23,7 +23,7 @@ use pool_registry_types::sse::{
     ENGINE_WORKS, Frame, TOKEN_IDS, UNLOGGED_THOUGHT, parse_event_id, write_frame,
 };
 use pool_registry_types::task::Started;
-use pool_registry_types::{AttemptId, ErrorBody, LogId, Moment, PoolKey, ReplicaId, limits};
+use pool_registry_types::{AttemptId, ErrorBody, LogId, Moment, PoolKey, ReplicaId, TaskId, limits};
 
 use crate::end::HowEnded;
 use crate::frames::FrameBuffer;
@@ -49,6 +49,8 @@ const RUN_BYTES: usize = 64 * 1024;
 /// What a relay is to carry, and how long each step may take.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Assignment {
+    /// As its client knows it.
+    pub task_id: TaskId,
     pub attempt: AttemptId,
     pub log: LogId,
     pub pool: PoolKey,
@@ -587,6 +589,7 @@ impl Reading {
         let mut frame = Vec::with_capacity(512);
         let Some(replica_id) = self.replica_id.clone() else { return frame };
         let started = Started {
+            task_id: assignment.task_id,
             queue_wait_ms: assignment.queue_wait_ms,
             node_id: assignment.pool.node_id.clone(),
             pool_id: assignment.pool.pool_id.clone(),

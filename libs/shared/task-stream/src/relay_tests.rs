@@ -21,6 +21,7 @@ fn at(millis: u64) -> Moment {
 
 fn assignment(first_index: u64) -> Assignment {
     Assignment {
+        task_id: TaskId(Uuid::from_u128(1)),
         attempt: ATTEMPT,
         log: LOG,
         pool: PoolKey::new(NodeId::new("n0").unwrap(), PoolId::new("pool-0").unwrap()),
@@ -138,7 +139,8 @@ fn a_stream_is_carried_into_its_log_and_ends_with_the_nodes_last_report_number()
         ]
     );
     let text = bench.read(0);
-    assert!(text.starts_with("event: started\ndata: {\"queue_wait_ms\":5,\"node_id\":\"n0\""), "{text}");
+    // CLOUD-3036
+    assert!(text.starts_with("event: started\ndata: {\"task_id\":\"00000000-0000-0000-0000-000000000001\",\"queue_wait_ms\":5,\"node_id\":\"n0\""), "{text}");
     let frames = [token(0), token(1), event("end", 2)].concat();
     assert!(text.as_bytes().ends_with(&frames), "{text}");
     assert!(bench.log.is_finished());

@@ -101,7 +101,7 @@ fn is_plain_id(id: &str) -> bool {
 mod tests {
     use std::time::Duration;
 
-    use pool_registry_types::{AttemptId, LogId, Moment, NodeId, PoolId, PoolKey, ReplicaId};
+    use pool_registry_types::{AttemptId, LogId, Moment, NodeId, PoolId, PoolKey, ReplicaId, TaskId};
     use proptest::prelude::*;
     use uuid::Uuid;
 
@@ -154,6 +154,7 @@ mod tests {
         let deadlines =
             AttemptDeadlines { acceptance: second, first_token: second, token_idle: second, silence: second };
         let assignment = Assignment {
+            task_id: TaskId(Uuid::from_u128(1)),
             keeps_ids: false,
             attempt: ATTEMPT,
             log: LOG,

@@ -284,12 +284,7 @@ pub(crate) enum What {
         event: Box<Event>,
     },
     /// The node was to hear that an attempt is done.
-    DoneDue {
-        life: u64,
-        node: usize,
-        boot: BootId,
-        attempt: AttemptId,
-    },
+    DoneDue(DoneDue),
     /// A link of which nothing comes any more was to be noticed.
     DeadDue {
         life: u64,
@@ -325,4 +320,16 @@ pub(crate) enum Heal {
     Retire { model: usize },
     Stall,
     Link { node: usize, fault: LinkFault },
+}
+
+/// What a node was told is done.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DoneDue {
+    /// Of the control plane that told it.
+    pub(crate) life: u64,
+    pub(crate) node: usize,
+    pub(crate) boot: BootId,
+    /// Of [`World::lane_boots`] at that time.
+    pub(crate) boots: u32,
+    pub(crate) attempt: AttemptId,
 }

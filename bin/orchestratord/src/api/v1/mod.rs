@@ -49,30 +49,30 @@ macro_rules! routes {
 routes! {
     (("Idempotency-Key" = Option<String>, Header, description = "1 to 255 visible characters: the same request with the same key has the same answer, while its task runs and for the retention after it has completed; another request is refused with 409."))
 
-    /// A chat, in OpenAI's language.
+    /// Answers a chat in OpenAI's language.
     chat_completions, ChatCompletions, "/v1/chat/completions";
-    /// A text that goes on.
+    /// Continues a text in OpenAI's language.
     completions, Completions, "/v1/completions";
-    /// The vectors of texts.
+    /// Makes the vectors of texts in OpenAI's language.
     embeddings, Embeddings, "/v1/embeddings";
-    /// Documents by how much they say to a query.
+    /// Ranks documents by how much they say to a query.
     rerank, Rerank, "/v1/rerank";
-    /// A chat, in Anthropic's language.
+    /// Answers a chat in Anthropic's language.
     messages, Messages, "/v1/messages";
-    /// A turn, in the language of OpenAI's responses.
+    /// Answers a turn in the language of OpenAI's responses.
     responses, Responses, "/v1/responses";
 }
 
 routes! {
     ()
 
-    /// How many tokens a chat in Anthropic's language has.
+    /// Counts the tokens of a chat in Anthropic's language.
     count_tokens, CountTokens, "/v1/messages/count_tokens";
-    /// The tokens of a text.
+    /// Shows the tokens of a text.
     tokenize, Tokenize, "/tokenize";
-    /// The text of tokens.
+    /// Shows the text of tokens.
     detokenize, Detokenize, "/detokenize";
-    /// A chat as its model is given it.
+    /// Shows a chat as its model is given it.
     apply_template, ApplyTemplate, "/apply-template";
 }
 

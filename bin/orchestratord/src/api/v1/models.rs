@@ -3,7 +3,6 @@
 use axum::Json;
 use axum::extract::{Path, State};
 use daemon_kit::ApiError;
-use pool_registry_types::ErrorCode;
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -33,26 +32,23 @@ fn shown(model: NamedModel) -> GatewayModel {
     GatewayModel { id: model.id, object: "model", created: model.created, owned_by: OWNER }
 }
 
-async fn all(state: &AppState) -> Result<Vec<NamedModel>, ApiError> {
-    let cluster = state.service_registry.view().await?;
-    Ok(state.gateway.models(&cluster))
-}
-
-/// The models of all nodes that are not offline, and their aliases.
+/// Lists the models that can be asked for, and their aliases.
 #[utoipa::path(get, path = "/v1/models", tag = "openai", responses((status = 200, body = GatewayModels), (status = 401, body = GatewayError), (status = 503, body = GatewayError)))]
 pub(crate) async fn list(State(state): State<AppState>) -> Result<Json<GatewayModels>, ApiError> {
-    let data = all(&state).await?.into_iter().map(shown).collect();
+    let cluster = state.service_registry.view().await?;
+    let data = state.gateway.models(&cluster).into_iter().map(shown).collect();
     Ok(Json(GatewayModels { object: "list", data }))
 }
 
-/// One of them; its name may have slashes.
+/// Shows one model that can be asked for; its name may have slashes.
 #[utoipa::path(get, path = "/v1/models/{*model}", tag = "openai", params(("model" = String, Path)),
     responses((status = 200, body = GatewayModel), (status = 401, body = GatewayError), (status = 404, body = GatewayError), (status = 503, body = GatewayError)))]
 pub(crate) async fn get(
     State(state): State<AppState>,
     Path(name): Path<String>,
 ) -> Result<Json<GatewayModel>, ApiError> {
-    let found = all(&state).await?.into_iter().find(|model| model.id == name);
-    let unknown = || ApiError::new(ErrorCode::ModelNotAvailable, format!("no node has the model {name}"));
+    let cluster = state.service_registry.view().await?;
+    let found = state.gateway.models(&cluster).into_iter().find(|model| model.id == name);
+    let unknown = || ApiError::from(state.gateway.unknown_model(&cluster, &name));
     found.map(|model| Json(shown(model))).ok_or_else(unknown)
 }

@@ -108,7 +108,7 @@ pub(super) async fn admit(state: &AppState, route: OpenAiRoute, call: Call) -> R
     let refused = |error: request::RequestError| ApiError::from(error.body());
     let digest = digest(route, query.as_deref(), &body);
     let facts = request::read(route, &body).map_err(refused)?;
-    let model = model_of(state, &facts)?;
+    let model = model_of(state, &facts).await?;
     let (body, facts) = if facts.model.as_deref() == Some(model.as_str()) {
         (body, facts)
     } else {
@@ -182,7 +182,7 @@ fn digest(route: OpenAiRoute, query: Option<&str>, body: &[u8]) -> BodyDigest {
 }
 
 /// The model that is asked for, an alias being what it stands for.
-fn model_of(state: &AppState, facts: &RequestFacts) -> Result<ModelRef, ApiError> {
+async fn model_of(state: &AppState, facts: &RequestFacts) -> Result<ModelRef, ApiError> {
     let gateway = &state.gateway;
     let Some(name) = &facts.model else {
         let missing = || ApiError::from(ErrorBody::invalid("model: is missing"));
@@ -191,9 +191,14 @@ fn model_of(state: &AppState, facts: &RequestFacts) -> Result<ModelRef, ApiError
     if let Some(model) = gateway.aliases.get(name) {
         return Ok(model.clone());
     }
-    ModelRef::new(name).map_err(|error| {
-        ApiError::new(ErrorCode::ModelNotAvailable, format!("no node has such a model: {error}"))
-    })
+    match ModelRef::new(name) {
+        Ok(model) => Ok(model),
+        // No node could have reported it.
+        Err(_) => {
+            let cluster = state.service_registry.view().await?;
+            Err(state.gateway.unknown_model(&cluster, name).into())
+        }
+    }
 }
 
 /// Whether one replica only serves the model.

@@ -17,6 +17,7 @@ use super::answer::{failed, passed};
 use super::request::{Call, admit};
 use crate::api::defect;
 use crate::app::state::AppState;
+use crate::services::gateway::Gateway;
 
 /// Nodes that are asked at most.
 const TRIES: usize = 3;
@@ -33,7 +34,7 @@ pub(super) async fn answer(state: &AppState, route: OpenAiRoute, call: Call) -> 
     let begun = Instant::now();
     let cluster = state.service_registry.view().await?;
     let request = SlotlessRequest { model, passage: *passage };
-    let outcome = match nodes(&cluster, &request.model, route) {
+    let outcome = match nodes(&state.gateway, &cluster, &request.model, route) {
         Ok(nodes) => {
             // Each is asked first as often as another.
             let first = usize::try_from(Uuid::new_v4().as_u64_pair().0 % nodes.len() as u64).unwrap_or(0);
@@ -88,6 +89,7 @@ fn shown(error: ErrorBody) -> ErrorBody {
 /// The nodes that can be asked, with their addresses. Errors: `MODEL_NOT_AVAILABLE`, `UNSUPPORTED` and
 /// `POOL_UNREADY`.
 fn nodes(
+    gateway: &Gateway,
     cluster: &ClusterSnapshot,
     model: &ModelRef,
     route: OpenAiRoute,
@@ -110,7 +112,7 @@ fn nodes(
         return Ok(found);
     }
     Err(match (known, lacking) {
-        (false, _) => ErrorBody::new(ErrorCode::ModelNotAvailable, format!("no node has the model {model}")),
+        (false, _) => gateway.unknown_model(cluster, model.as_str()),
         (true, Some(engine)) => {
             let message = format!("{}: {} has no such route", route.path(), engine.as_str());
             ErrorBody::new(ErrorCode::Unsupported, message)

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use attempt_link::ResumeGate;
 use attempt_link::control::{
-    Action, ConnectionEnd, ControlLane, LaneState, PostId, PostOutcome, PostRequest,
+    Action, ConnectionEnd, ControlLane, LaneState, Lost, PostId, PostOutcome, PostRequest, StartTaken,
 };
 use attempt_link::wire::{LinkQuery, Start};
 use bytes::Bytes;
@@ -419,12 +419,17 @@ impl Lanes {
         self.tell(node_id, LinkEvidence::Quiet("its link cannot be taken up again".into()));
     }
 
-    /// The node does not let us in: what it has not accepted goes elsewhere, as it would from a call of
-    /// its own. What runs goes on.
+    /// The node does not let us in: what it has not accepted goes elsewhere, at no cost where the node
+    /// cannot have it. What runs goes on.
     fn denied(&mut self, now: Moment, node_id: &NodeId, status: u16) {
         if let Some(entry) = self.entries.get_mut(node_id) {
             for attempt in entry.unaccepted() {
-                entry.pass(now, attempt, Action::PostStatus { status });
+                let action = match entry.lane.start_taken(attempt) {
+                    StartTaken::UnderWay => continue,
+                    StartTaken::Maybe => Action::Lost { attempt, reason: Lost::NotResumed },
+                    StartTaken::No => Action::PostStatus { status },
+                };
+                entry.pass(now, attempt, action);
                 entry.readers.remove(&attempt);
                 entry.lane.cancel(now, attempt);
             }

@@ -289,6 +289,35 @@ fn a_node_that_does_not_let_us_in_is_denied_by_its_dial_and_a_post_alone_ends_no
     assert!(matches!(evidence(&bench.reported())[..], [LinkEvidence::Denied(_)]));
 }
 
+// CLOUD-2663
+#[test]
+fn a_start_that_a_node_may_have_had_before_it_let_us_in_no_more_had_no_answer_and_is_stopped() {
+    let mut bench = Bench::up();
+    let mut broken = bench.start(20, 1);
+    let posts = bench.posts();
+    bench.lanes.post_ended(at(21), &node(), posts[0], PostOutcome::Broken, false);
+    bench.lanes.closed(at(30), &node(), 1, ConnectionEnd::Broken, None, false);
+    heard(&mut broken);
+    bench.lanes.timer(at(500));
+    bench.lanes.closed(at(501), &node(), 2, ConnectionEnd::Broken, Some(401), false);
+    assert_eq!(heard(&mut broken), [Action::Lost { attempt: id(1), reason: Lost::NotResumed }]);
+    assert!(broken.is_closed());
+
+    let mut bench = Bench::up();
+    let mut under_way = bench.start(20, 1);
+    let posts = bench.posts();
+    bench.lanes.closed(at(30), &node(), 1, ConnectionEnd::Broken, None, false);
+    bench.lanes.timer(at(500));
+    bench.lanes.closed(at(501), &node(), 2, ConnectionEnd::Broken, Some(401), false);
+    assert_eq!(heard(&mut under_way), [], "its POST will tell");
+    bench.lanes.post_ended(at(510), &node(), posts[0], PostOutcome::Status(401), false);
+    bench.lanes.timer(at(1_100));
+    bench.lanes.closed(at(1_101), &node(), 3, ConnectionEnd::Broken, Some(401), false);
+    let last = heard(&mut under_way).pop();
+    assert_eq!(last, Some(Action::PostStatus { status: 401 }), "its node cannot have it");
+    assert!(under_way.is_closed());
+}
+
 // CLOUD-2626
 #[test]
 fn starts_of_a_post_that_was_not_taken_know_its_status_and_are_asked_for() {

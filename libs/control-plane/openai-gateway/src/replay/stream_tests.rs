@@ -49,6 +49,7 @@ fn log(script: &Script) -> TaskLog {
 fn begin(log: &mut TaskLog, n: u8) -> Relay {
     let long = Duration::from_secs(60);
     let assignment = Assignment {
+        task_id: id(1),
         attempt: id::<AttemptId>(n),
         log: log.id(),
         pool: PoolKey::new(NodeId::new("n0").unwrap(), PoolId::new("p").unwrap()),

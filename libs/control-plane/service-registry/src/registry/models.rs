@@ -72,6 +72,15 @@ impl Models {
         self.reported.get(model)?.has_model
     }
 
+    /// Models that pools have or load, those that stand beside the name in their order: at most so many on
+    /// each side.
+    pub(super) fn beside(&self, model: &ModelRef, most: usize) -> impl Iterator<Item = &ModelRef> {
+        let has = |(_, reported): &(&ModelRef, &Reported)| reported.has_model.is_some();
+        let before = self.reported.range::<ModelRef, _>(..model).rev().take(most);
+        let after = self.reported.range::<ModelRef, _>(model..).take(most);
+        before.chain(after).filter(has).map(|(name, _)| name)
+    }
+
     pub(super) fn engines(&self, model: &ModelRef) -> impl Iterator<Item = (EngineKind, Moment)> {
         let engines = self.reported.get(model).into_iter().flat_map(|reported| &reported.engines);
         engines.map(|(engine, at)| (*engine, *at))

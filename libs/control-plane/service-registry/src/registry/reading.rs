@@ -104,6 +104,12 @@ impl ServiceRegistry {
         self.models.had(model)
     }
 
+    /// Models that were reported lately and stand beside the name in their order, at most so many on each
+    /// side; for messages.
+    pub fn models_beside(&self, model: &ModelRef, most: usize) -> impl Iterator<Item = &ModelRef> {
+        self.models.beside(model, most)
+    }
+
     /// The kinds of engines that had the model in a report since then.
     pub fn engines_since(&self, model: &ModelRef, since: Moment) -> impl Iterator<Item = EngineKind> {
         self.models.engines(model).filter(move |(_, at)| *at >= since).map(|(engine, _)| engine)

@@ -1,9 +1,15 @@
 //! Tasks on their way in and out: admission, the queue, cancels, terminal events.
 
+use pool_registry_types::nearest::nearest;
+
 use super::*;
 
 /// Nodes that a message names.
 const MOST_NAMED: usize = 16;
+/// Models that a message names, and those on each side of the missing one among which the nearest are
+/// looked for. Source: .specs/01 CLOUD-3001.
+const MOST_NAMED_MODELS: usize = 8;
+const MOST_COMPARED_MODELS: usize = 32;
 
 impl ControlCore {
     /// Returns whom to tell of the task's place once the queue was served.
@@ -249,10 +255,16 @@ impl ControlCore {
         let mut named: Vec<String> = online.by_ref().take(MOST_NAMED).map(ToString::to_string).collect();
         named.extend(online.next().map(|_| "…".to_owned()));
         let nodes = if named.is_empty() { "none".into() } else { named.join(", ") };
-        ErrorBody::new(
-            ErrorCode::ModelNotAvailable,
-            format!("no node has reported a pool with model {model} lately (online nodes: {nodes})"),
-        )
+        let beside = self.registry.models_beside(model, MOST_COMPARED_MODELS).map(ModelRef::as_str);
+        let models = nearest(model.as_str(), beside, MOST_NAMED_MODELS);
+        let models = if models.is_empty() { "none".into() } else { models.join(", ") };
+        let message = format!(
+            "no node has reported a pool with model {model} lately (models: {models}; online nodes: {nodes})"
+        );
+        let mut error = ErrorBody::new(ErrorCode::ModelNotAvailable, message);
+        // Whoever says a name that nobody has had will not be served later either.
+        error.retriable = self.named.contains(model) || self.index.knows(model);
+        error
     }
 
     pub(super) fn enqueue(&mut self, now: Moment, id: TaskId, bound: Moment) {

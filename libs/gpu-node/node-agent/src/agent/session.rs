@@ -45,13 +45,14 @@ impl Agent {
     }
 
     async fn call(self: &Arc<Self>, control: &impl ControlPlane, effect: NodeEffect) {
+        let url = control.url();
         match effect {
             NodeEffect::Register(request) => {
                 let node_id = request.node_id.clone();
                 let answer = answered(control.register(request)).await;
                 match &answer {
-                    Ok(answer) => tracing::info!(%node_id, epoch = %answer.epoch, "registered"),
-                    Err(error) => tracing::warn!(%node_id, %error, "not registered, trying again"),
+                    Ok(answer) => tracing::info!(%node_id, url, epoch = %answer.epoch, "registered"),
+                    Err(error) => tracing::warn!(%node_id, url, %error, "not registered, trying again"),
                 }
                 if let Some(life) = answer.as_ref().ok().and_then(|answer| answer.life) {
                     self.take_links_of(life);
@@ -69,7 +70,7 @@ impl Agent {
                         tracing::info!(%node_id, "the control plane does not know this node: registering again");
                         return BeatFailure::Unknown;
                     }
-                    tracing::warn!(%node_id, %error, "a heartbeat failed");
+                    tracing::warn!(%node_id, url, %error, "a heartbeat failed");
                     BeatFailure::Failed
                 });
                 let now = self.now();
@@ -79,7 +80,7 @@ impl Agent {
             NodeEffect::Deregister(epoch) => {
                 let node_id = self.core.lock().identity().node_id.clone();
                 if let Err(error) = answered(control.deregister(&node_id, &epoch)).await {
-                    tracing::warn!(%node_id, %error, "not deregistered: the lease will run out");
+                    tracing::warn!(%node_id, url, %error, "not deregistered: the lease will run out");
                 }
                 self.core.lock().deregistered();
             }

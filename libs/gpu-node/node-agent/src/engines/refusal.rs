@@ -94,6 +94,12 @@ const NO_SUCH_MODEL: [&[&str]; 12] = [
     &["adapter", "cannot be found"],
 ];
 
+/// What llama.cpp's server says of what it was not started for, and the flag that it is started with for it.
+const STARTED_WITHOUT: [(&[&str], &str); 2] = [
+    (&["server does not support embeddings"], "--embeddings"),
+    (&["server does not support reranking"], "--reranking"),
+];
+
 /// The code of OpenAI's API for it.
 const NO_MODEL: &str = "model_not_found";
 
@@ -179,7 +185,11 @@ fn by_status(status: u16, message: &str, named: Named) -> Refusal {
         _ => (Whose::Engine, ErrorCode::WorkerReset, Some(EndCause::Engine5xx)),
     };
     let message = if message.is_empty() { "no message".into() } else { shown(message) };
-    let mut error = ErrorBody::new(code, format!("the engine answered {status}: {message}"));
+    let remedy = match STARTED_WITHOUT.iter().find(|(fragments, _)| has(&words, fragments)) {
+        Some((_, flag)) if whose == Whose::Missing => format!("; its pool needs flags = [\"{flag}\"]"),
+        _ => String::new(),
+    };
+    let mut error = ErrorBody::new(code, format!("the engine answered {status}: {message}{remedy}"));
     error.cause = cause;
     Refusal { whose, error }
 }
@@ -452,6 +462,21 @@ mod tests {
         ] {
             assert_eq!(code(event), expected, "{event}");
         }
+    }
+
+    // CLOUD-3007
+    #[test]
+    fn what_the_engine_was_not_started_for_comes_with_the_flag_that_its_pool_needs() {
+        for (what, flag) in [("embeddings", "--embeddings"), ("reranking", "--reranking")] {
+            let body = format!(
+                r#"{{"error":{{"code":501,"message":"This server does not support {what}. Start it with `{flag}`"}}}}"#
+            );
+            let refused = refusal(501, &body);
+            assert_eq!((refused.whose, refused.error.code), (Whose::Missing, ErrorCode::Unsupported));
+            let remedy = format!("; its pool needs flags = [\"{flag}\"]");
+            assert!(refused.error.message.ends_with(&remedy), "{}", refused.error);
+        }
+        assert!(!refusal(501, "not implemented").error.message.contains("flags"));
     }
 
     // CLOUD-2488

@@ -13,7 +13,7 @@ use std::time::Duration;
 use node_core::supervisor::{Claim, Device, Prepared, ReplicaKey};
 use owned_tasks::Panicked;
 use pool_registry_types::pool::EngineKind;
-use pool_registry_types::{Digest, ModelRef, PoolId};
+use pool_registry_types::{Digest, ErrorBody, ErrorCode, ModelRef, PoolId};
 use tokio::process::Command;
 
 use crate::engines::client::with_causes;
@@ -124,6 +124,28 @@ impl PrepareError {
             Self::Model(_) | Self::NoDigest | Self::NoHeader | Self::Panicked(_) => false,
         }
     }
+}
+
+/// Why the pool cannot be given another model, where that is known before anything is prepared: a command
+/// line of the file's own is as its operator wrote it, and may name no model, or one that nobody knows.
+/// `is_staged`: whether the model of `next` lies on this machine.
+pub(crate) fn reload_refusal(next: &Spec, is_staged: bool) -> Option<ErrorBody> {
+    let Provision::Binary { args: Some(args), .. } = &next.pool.provision else { return None };
+    let names = |place: &str| args.iter().chain(&next.pool.flags).any(|arg| arg.contains(place));
+    if names("{model_path}") {
+        // What is not there is found when it is prepared.
+        return None;
+    }
+    let model = &next.pool.model;
+    if !names("{model}") && !names("{model_id}") {
+        let message = "new_model_ref: the pool's args have no {model_path}, {model_id} or {model} in them: its engine would go on with the model that it has";
+        return Some(ErrorBody::new(ErrorCode::Unsupported, message));
+    }
+    if next.model.is_none() && !is_staged {
+        let error = PrepareError::NotStaged(model.clone());
+        return Some(ErrorBody::invalid(format!("new_model_ref: {error}")));
+    }
+    None
 }
 
 /// Finds everything that a start needs. `progress` is told what takes its time.
@@ -427,6 +449,31 @@ mod tests {
             args.join(" "),
             "--model /m.gguf --alias m --host 127.0.0.1 --port 81 --parallel 2 --ctx-size 1024 --metrics --slots"
         );
+    }
+
+    // CLOUD-3016
+    #[test]
+    fn a_command_line_that_names_no_model_or_one_that_nobody_knows_is_given_no_other() {
+        let next = |args: &str, source: Option<&str>| {
+            let pool = pool(&format!("provision = {{ mode = \"binary\", program = \"x\", args = {args} }}"));
+            let model = source.map(|source| ModelSpec { source: source.into(), digest: None });
+            Spec { pool, model }
+        };
+        let code = |spec: &Spec, is_staged| reload_refusal(spec, is_staged).map(|error| error.code);
+        let fixed = next("[\"--model\", \"/m.gguf\", \"{port}\"]", Some("/other.gguf"));
+        assert_eq!(code(&fixed, true), Some(ErrorCode::Unsupported));
+        let by_name = |source| next("[\"--alias={model}\", \"{port}\"]", source);
+        let error = reload_refusal(&by_name(None), false).unwrap();
+        assert!(error.message.starts_with("new_model_ref: model: m has no entry"), "{error}");
+        assert_eq!(code(&by_name(None), true), None);
+        assert_eq!(code(&by_name(Some("hf:org/m")), false), None);
+        assert_eq!(
+            code(&next("[\"{model_path}\", \"{port}\"]", None), false),
+            None,
+            "found when it is prepared"
+        );
+        let ours = Spec { pool: pool("provision = { mode = \"binary\", program = \"x\" }"), model: None };
+        assert_eq!(code(&ours, false), None);
     }
 
     // CLOUD-2415

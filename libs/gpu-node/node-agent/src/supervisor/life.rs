@@ -133,8 +133,15 @@ impl Supervision {
     /// The engine is gone, unless it was released.
     async fn over(&self, run: RunId, replica_key: &ReplicaKey, ended: Option<Ended>) {
         let Some(ended) = ended else { return };
-        tracing::warn!(pool_id = %replica_key.pool_id, replica_id = %replica_key.replica_id, run = run.0, how = ended.how, has_culprit = ended.has_culprit, "an engine is gone");
-        self.state.lock().lives.remove(&run);
+        let life = self.state.lock().lives.remove(&run);
+        let (pool_id, replica_id, how) = (&replica_key.pool_id, &replica_key.replica_id, &ended.how);
+        // One that this daemon has ended itself is nothing to be warned of.
+        if life.is_some_and(|life| life.stop.is_cancelled()) {
+            tracing::info!(%pool_id, %replica_id, run = run.0, how, "an engine is ended");
+        } else {
+            let has_culprit = ended.has_culprit;
+            tracing::warn!(%pool_id, %replica_id, run = run.0, how, has_culprit, "an engine is gone");
+        }
         self.send(ended.happened(run)).await;
     }
 

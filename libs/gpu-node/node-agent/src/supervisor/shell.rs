@@ -409,6 +409,7 @@ impl Supervision {
         };
         let mut next = now.clone();
         next.pool.model = model.clone();
+        let is_staged = self.agent.models().iter().any(|staged| staged.model_id == *model);
         let mut state = self.state.lock();
         next.model = match state.file.models.get(model) {
             Some(known) => Some(known.clone()),
@@ -420,6 +421,11 @@ impl Supervision {
                 _ => None,
             },
         };
+        let refusal = launch::reload_refusal(&next, is_staged);
+        // The model that it has is there, wherever its engine finds it.
+        if let Some(refusal) = refusal.filter(|_| *model != now.pool.model) {
+            return Err(refusal);
+        }
         state.specs.insert(next.fingerprint(), next.clone());
         drop(state);
         self.post(Happened::Reload { pool_id: pool_id.clone(), plan: Box::new(plan(&next)) })

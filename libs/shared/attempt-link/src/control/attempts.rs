@@ -33,6 +33,17 @@ pub(super) enum Stage {
     Accepted,
 }
 
+/// Whether a node has a start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StartTaken {
+    /// It was not sent, or its POST was refused.
+    No,
+    /// How its POST ends will say so.
+    UnderWay,
+    /// It was read, or its POST broke.
+    Maybe,
+}
+
 /// A start that goes up, or goes again.
 #[derive(Debug)]
 pub(super) struct Unsent {
@@ -81,6 +92,8 @@ pub(super) struct Attempt {
     behind: Option<Moment>,
     /// Times that it was asked for again since something of it came.
     fruitless: u32,
+    /// Its last POST was read, or broke; for as long as its start does not wait again.
+    pub(super) may_be_there: bool,
 }
 
 /// A start whose attempt the lane has already.
@@ -128,6 +141,7 @@ impl ControlLane {
             is_named: true,
             behind: None,
             fruitless: 0,
+            may_be_there: false,
             stage: Stage::Sent,
         };
         self.place += 1;
@@ -143,7 +157,7 @@ impl ControlLane {
         let Some(entry) = self.attempts.get_mut(&attempt) else { return };
         let queue = if start.write().goes_alone() { &mut self.large } else { &mut self.queue };
         queue.insert(start.place, attempt);
-        entry.stage = Stage::Queued(start);
+        (entry.stage, entry.may_be_there) = (Stage::Queued(start), false);
     }
 
     /// The attempt is to end, whatever became of it. Nothing more of it is handed out.
@@ -176,6 +190,15 @@ impl ControlLane {
     /// Whether nothing of the attempt's start has gone: of one whose POST is under way nobody knows.
     pub fn is_queued(&self, attempt: AttemptId) -> bool {
         self.attempts.get(&attempt).is_some_and(|entry| matches!(entry.stage, Stage::Queued(_)))
+    }
+
+    /// Whether the node may have the attempt's start, which it has not accepted.
+    pub fn start_taken(&self, attempt: AttemptId) -> StartTaken {
+        match self.attempts.get(&attempt) {
+            Some(Attempt { stage: Stage::Posting { .. }, .. }) => StartTaken::UnderWay,
+            Some(Attempt { may_be_there: true, .. }) => StartTaken::Maybe,
+            _ => StartTaken::No,
+        }
     }
 
     // ---- bookkeeping ----

@@ -24,7 +24,7 @@ use crate::Rule;
 use crate::content::{Acceptance, AnswerHead, FrameTokens};
 use crate::wire::{ControlAnswer, ControlBody, LifeId, LinkQuery};
 
-pub use attempts::DuplicateStart;
+pub use attempts::{DuplicateStart, StartTaken};
 pub use dials::ConnectionEnd;
 pub use posts::{PostId, PostOutcome, PostRequest};
 pub use relayed::Relayed;

@@ -324,7 +324,7 @@ impl ControlLane {
             PostOutcome::Stale => self.stale(now, id, post),
             PostOutcome::Status(status) => {
                 self.actions.push_back(Action::PostStatus { status });
-                self.undo(now, id, post);
+                self.undo(now, id, post, false);
                 if matches!(status, 401 | 403) {
                     self.replace(now);
                 }
@@ -335,9 +335,9 @@ impl ControlLane {
                 if self.is_current(post.n) {
                     (self.starts_after, self.control_after) = (now + POST_RETRY, now + POST_RETRY);
                 }
-                self.undo(now, id, post);
+                self.undo(now, id, post, false);
             }
-            PostOutcome::Broken => self.undo(now, id, post),
+            PostOutcome::Broken => self.undo(now, id, post, true),
         }
         self.advance(now);
     }
@@ -391,11 +391,18 @@ impl ControlLane {
         for attempt in
             attempts.into_iter().filter(|attempt| self.is_posting(*attempt, id)).collect::<Vec<_>>()
         {
-            self.set_stage(attempt, Stage::Sent);
+            self.set_sent(attempt, true);
             if !is_current && self.connection().is_some() {
                 // What answered them is not read any more.
                 self.resume(now, attempt);
             }
+        }
+    }
+
+    fn set_sent(&mut self, attempt: AttemptId, may_be_there: bool) {
+        self.set_stage(attempt, Stage::Sent);
+        if let Some(entry) = self.attempts.get_mut(&attempt) {
+            entry.may_be_there = may_be_there;
         }
     }
 
@@ -447,7 +454,7 @@ impl ControlLane {
     }
 
     /// Nobody knows whether it was read: starts are asked for, the rest goes again.
-    fn undo(&mut self, now: Moment, id: PostId, post: Post) {
+    fn undo(&mut self, now: Moment, id: PostId, post: Post, may_be_there: bool) {
         // What went wrong on a link before holds up nothing of this one.
         let retry = if self.is_current(post.n) { now + POST_RETRY } else { now };
         match post.kind {
@@ -459,9 +466,9 @@ impl ControlLane {
                     self.done.push_front(attempt);
                 }
                 self.done_due = (!self.done.is_empty()).then_some(now);
-                self.ask_for(now, id, attempts);
+                self.ask_for(now, id, attempts, may_be_there);
             }
-            PostKind::Single(attempt) => self.ask_for(now, id, vec![attempt]),
+            PostKind::Single(attempt) => self.ask_for(now, id, vec![attempt], may_be_there),
             PostKind::Control { stops, resumes, .. } => {
                 self.control_after = self.control_after.max(retry);
                 self.fresh_control = true;
@@ -478,14 +485,14 @@ impl ControlLane {
     }
 
     /// Starts of a POST that was given up. Those that the link has answered are none of them.
-    fn ask_for(&mut self, now: Moment, id: PostId, attempts: Vec<AttemptId>) {
+    fn ask_for(&mut self, now: Moment, id: PostId, attempts: Vec<AttemptId>, may_be_there: bool) {
         if !self.enforces(Rule::StartOnce) {
             return self.requeue(id, attempts);
         }
         self.fresh_control = true;
         for attempt in attempts {
             if self.is_posting(attempt, id) {
-                self.set_stage(attempt, Stage::Sent);
+                self.set_sent(attempt, may_be_there);
                 if self.connection().is_some() {
                     self.resume(now, attempt);
                 }
@@ -506,7 +513,7 @@ impl ControlLane {
         if post.progress >= self.answered_at && self.is_current(post.n) {
             self.undelivered.get_or_insert(post.progress);
         }
-        self.undo(now, id, post);
+        self.undo(now, id, post, true);
     }
 
     /// Control of a link before: what it says goes with the first POST of the new one.

@@ -34,13 +34,19 @@ pub struct TaskStreams {
     pub sse_verbose: String,
 }
 
+/// Taken in lower and upper case, and said in lower case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum TaskState {
+    #[serde(alias = "Queued", alias = "QUEUED")]
     Queued,
+    #[serde(alias = "Running", alias = "RUNNING")]
     Running,
+    #[serde(alias = "Completed", alias = "COMPLETED")]
     Completed,
+    #[serde(alias = "Failed", alias = "FAILED")]
     Failed,
+    #[serde(alias = "Canceled", alias = "CANCELED")]
     Canceled,
 }
 

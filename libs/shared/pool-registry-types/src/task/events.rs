@@ -3,12 +3,14 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::ids::{NodeId, PoolId, ReplicaId};
+use crate::ids::{NodeId, PoolId, ReplicaId, TaskId};
 use crate::placement::WaitingFor;
 
 /// Event `started`: comes with the first token of an attempt that sends any.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Started {
+    /// As its client knows it.
+    pub task_id: TaskId,
     pub queue_wait_ms: u64,
     pub node_id: NodeId,
     pub pool_id: PoolId,

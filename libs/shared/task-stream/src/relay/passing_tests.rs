@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, PoolId, PoolKey, ReplicaId};
+use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, LogId, PoolId, PoolKey, ReplicaId, TaskId};
 use uuid::Uuid;
 
 use super::*;
@@ -33,6 +33,7 @@ impl Bench {
     fn within(log: TaskLog, n: u128, room: &Arc<HoldBudget>) -> Self {
         let long = Duration::from_secs(60);
         let assignment = Assignment {
+            task_id: TaskId(Uuid::from_u128(1)),
             keeps_ids: false,
             attempt: attempt(n),
             log: log.id(),

@@ -64,6 +64,14 @@ impl World {
         self.act(attempt);
     }
 
+    /// The attempt's lane keeps its stop until it has arrived.
+    pub(crate) fn stopped_by_link(&mut self, attempt: AttemptId) {
+        let life = self.lives;
+        if let Some(relay) = self.control.as_mut().and_then(|control| control.relays.get_mut(&attempt)) {
+            relay.stop = Stop::ByLink { life };
+        }
+    }
+
     /// Sends the attempt by an exchange of its own.
     fn send_attempt(&mut self, life: u64, dispatch: Dispatch) {
         let (now, node) = (self.now, number_of(&dispatch.pool.node_id));

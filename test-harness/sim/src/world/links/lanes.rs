@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use attempt_link::ResumeGate;
-use attempt_link::control::{Action, ConnectionEnd, ControlLane, LaneState, PostId, PostOutcome};
+use attempt_link::control::{
+    Action, ConnectionEnd, ControlLane, LaneState, Lost, PostId, PostOutcome, StartTaken,
+};
 use attempt_link::wire::Start;
 use bytes::Bytes;
 use pool_registry_types::node::{LINK_FEATURE, RegisterRequest};
@@ -38,6 +40,8 @@ struct Reader {
 #[derive(Debug)]
 pub(crate) struct LaneEntry {
     boot_id: BootId,
+    /// Boots that it was one of.
+    boots: u32,
     lane: ControlLane,
     readers: BTreeMap<AttemptId, Reader>,
     due: Option<Moment>,
@@ -77,6 +81,11 @@ impl World {
         self.seen_lane(node).is_some_and(|entry| !entry.gone && !entry.serves_without)
     }
 
+    /// How many boots of the node were taken in this life.
+    pub(crate) fn lane_boots(&self, node: usize) -> u32 {
+        self.seen_lane(node).map_or(0, |entry| entry.boots)
+    }
+
     /// Since when the link of the node is up; nothing where it is not.
     pub(crate) fn up_since(&self, node: usize) -> Option<Moment> {
         let entry = self.seen_lane(node)?;
@@ -110,6 +119,7 @@ impl World {
             (entry.boot_id, entry.unreported, entry.lives) = (boot_id, true, false);
             entry.lane.registered(now, boot_id);
             if is_new {
+                entry.boots += 1;
                 self.watches[node].is_excused(now);
             }
         } else if let Some(control) = self.control.as_mut() {
@@ -117,6 +127,7 @@ impl World {
             lane.switch_off(rule);
             let entry = LaneEntry {
                 boot_id,
+                boots: 1,
                 lane,
                 readers: BTreeMap::new(),
                 due: None,
@@ -379,7 +390,16 @@ impl World {
     fn lane_is_denied(&mut self, node: usize, status: u16) {
         let now = self.now;
         for attempt in self.unaccepted(node) {
-            self.deliver(node, attempt, true, Action::PostStatus { status });
+            let taken = self.lane(node).map_or(StartTaken::No, |entry| entry.lane.start_taken(attempt));
+            let action = match taken {
+                StartTaken::UnderWay => continue,
+                StartTaken::Maybe => {
+                    self.stopped_by_link(attempt);
+                    Action::Lost { attempt, reason: Lost::NotResumed }
+                }
+                StartTaken::No => Action::PostStatus { status },
+            };
+            self.deliver(node, attempt, true, action);
             if let Some(entry) = self.lane(node) {
                 entry.lane.cancel(now, attempt);
             }

@@ -13,7 +13,7 @@ use pool_registry_types::{AttemptId, BootId, Moment};
 use task_scheduler::{HowEnded, Overdue};
 
 use super::super::node::Via;
-use super::super::{What, World};
+use super::super::{DoneDue, What, World};
 use super::Down;
 
 /// A link that is away for less costs nothing.
@@ -213,23 +213,25 @@ impl World {
 
     /// An attempt's end is in its log: its node is to be told.
     pub(crate) fn link_is_done(&mut self, node: usize, attempt: AttemptId) {
-        let (life, boot) = (self.lives, self.nodes[node].boot);
+        let (life, boot, boots) = (self.lives, self.nodes[node].boot, self.lane_boots(node));
         self.lane_is_done(node, attempt);
-        self.after_ms(5_000, What::DoneDue { life, node, boot, attempt });
+        self.after_ms(5_000, What::DoneDue(DoneDue { life, node, boot, boots, attempt }));
     }
 
     /// [11] What is done does not stay with a node whose link lives.
-    pub(crate) fn done_due(&mut self, life: u64, node: usize, boot: BootId, attempt: AttemptId) {
+    pub(crate) fn done_due(&mut self, due: DoneDue) {
+        let DoneDue { life, node, boot, boots, attempt } = due;
         let sim = &self.nodes[node];
         let is_held =
             sim.boot == boot && sim.core.as_ref().is_some_and(|core| core.held().contains(&attempt));
-        if !is_held || life != self.lives {
+        // A registration that arrives late is one of another boot, which was told nothing.
+        if !is_held || life != self.lives || boots != self.lane_boots(node) {
             return;
         }
         if self.link_is_well(node) {
             return self.check(Err(format!("[11] {attempt} is done, and n{node} keeps it")));
         }
-        self.after_ms(5_000, What::DoneDue { life, node, boot, attempt });
+        self.after_ms(5_000, What::DoneDue(due));
     }
 
     /// [11] A control plane that is gone costs a slot no longer than half a minute, also where nobody
