@@ -81,6 +81,7 @@ enum Last {
 pub(crate) struct SimNode {
     pub(crate) core: Option<NodeCore>,
     pub(crate) boot: BootId,
+    pub(crate) started: Moment,
     pub(crate) stopped: u32,
     /// What comes while the process is stopped.
     pub(crate) deferred: Vec<What>,
@@ -119,6 +120,7 @@ impl SimNode {
         Self {
             core: None,
             boot: BootId(Uuid::nil()),
+            started: Moment::ZERO,
             stopped: 0,
             deferred: Vec::new(),
             runs: BTreeMap::new(),
@@ -208,8 +210,8 @@ impl World {
         let mut core = NodeCore::new(identity, session, asked);
         core.bound_held(self.plan.held_bytes);
         core.bound_attempts(self.plan.attempt_bytes);
-        let core = Some(core);
-        self.nodes[node] = SimNode { core, boot, slow, sick, busy, ..SimNode::down() };
+        let (core, started) = (Some(core), self.now);
+        self.nodes[node] = SimNode { core, boot, started, slow, sick, busy, ..SimNode::down() };
         self.start_lanes(node);
         self.note(|_| format!("n{node} starts"));
         let load = self.random.u64(10..3_000);

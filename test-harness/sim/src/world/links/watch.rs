@@ -201,7 +201,8 @@ impl World {
         for node in 0..self.nodes.len() {
             let is_there = self.nodes[node].core.is_some() && self.nodes[node].stopped == 0;
             let is_calm = self.watches[node].is_calm(self.now, BACK) && self.links[node].is_calm(self.now);
-            let is_well = is_there && is_calm && self.node_faults[node].0.is_none();
+            let has_registered = self.now > self.nodes[node].started + BACK;
+            let is_well = is_there && is_calm && has_registered && self.node_faults[node].0.is_none();
             let Some((state, since)) = self.lane_state(node).filter(|_| is_well) else { continue };
             let is_there = matches!(state, LaneState::Up | LaneState::None);
             if !is_there && self.now > since + BACK {
