@@ -38,6 +38,7 @@ use tower::Service;
 
 use crate::activity::{Activity, Answer, Instrumented, Look};
 use crate::answer::ApiError;
+use crate::first_head;
 use crate::handover::Bounded;
 use crate::plaintext;
 use crate::room::{ConnectionPermit, Found, Room};
@@ -52,8 +53,8 @@ const MOST_BODY_BYTES: u64 = 256 * 1024;
 /// Connections at once where nobody says how many, and files are enough.
 /// Source: .specs/01 CLOUD-2762.
 const MOST_CONNECTIONS: usize = 16_384;
-/// Most bytes of an answer that wait for a peer which takes none, on HTTP/2; on HTTP/1 it is what a head may
-/// have.
+/// Most bytes of an answer that wait for a peer which takes none, on HTTP/2; on HTTP/1 they are as many as a
+/// head may have.
 const MOST_UNSENT_BYTES: usize = 64 * 1024;
 /// Pause between two looks for connections that stand still.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -90,7 +91,7 @@ impl Default for ConnLimits {
             head: Duration::from_secs(10),
             idle: Duration::from_secs(75),
             stalled: Duration::from_secs(600),
-            head_bytes: 64 * 1024,
+            head_bytes: 16 * 1024,
             streams: 256,
             ping: Duration::from_secs(20),
         }
@@ -295,17 +296,28 @@ struct Server {
 /// What a connection's bytes go over.
 trait Movable: AsyncRead + AsyncWrite + Unpin + Send + 'static {
     fn socket(&mut self) -> &mut Socket;
+
+    /// The socket, where the bytes in it are those of requests.
+    fn plain(&self) -> Option<&Socket>;
 }
 
 impl Movable for Socket {
     fn socket(&mut self) -> &mut Socket {
         self
     }
+
+    fn plain(&self) -> Option<&Socket> {
+        Some(self)
+    }
 }
 
 impl Movable for tokio_rustls::server::TlsStream<Socket> {
     fn socket(&mut self) -> &mut Socket {
         self.get_mut().0
+    }
+
+    fn plain(&self) -> Option<&Socket> {
+        None
     }
 }
 
@@ -376,9 +388,14 @@ impl Server {
         let load = thread.as_ref().map(StreamThread::load);
         let moves = thread.is_some();
         let serving = async move {
-            let end = match if moves { io.socket().move_here() } else { Ok(()) } {
+            let moved = if moves { io.socket().move_here() } else { Ok(()) };
+            let begun = match moved {
+                Ok(()) => self.first_head(io.plain(), &permit, &stop).await,
+                Err(error) => Err(End::Failed(error.into())),
+            };
+            let end = match begun {
                 Ok(()) => self.requests(io, peer, &permit, &stop).await,
-                Err(error) => End::Failed(error.into()),
+                Err(end) => end,
             };
             match end {
                 End::Closed => {}
@@ -413,6 +430,26 @@ impl Server {
         let is_small = request.body().size_hint().upper().is_some_and(|bytes| bytes <= MOST_BODY_BYTES);
         let stays = is_small && (streaming.is_stream)(request.method(), request.uri().path());
         (!stays).then(|| self.elsewhere.clone())
+    }
+
+    /// Waits for what [`Server::requests`] has to read first, where that is seen from outside.
+    async fn first_head(
+        &self,
+        plain: Option<&Socket>,
+        permit: &ConnectionPermit,
+        stop: &CancellationToken,
+    ) -> Result<(), End> {
+        let Some(socket) = plain else { return Ok(()) };
+        let arrived = async { first_head::arrived(socket.get()?).await };
+        tokio::select! {
+            biased;
+            arrived = timeout(self.limits.head, arrived) => match arrived {
+                Ok(arrived) => arrived.map_err(|error| End::Failed(error.into())),
+                Err(_) => Err(End::Slow),
+            },
+            () = permit.closed() => Err(End::Closed),
+            () = stop.cancelled() => Err(End::Closed),
+        }
     }
 
     async fn requests<T: Movable>(

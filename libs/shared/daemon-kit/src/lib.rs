@@ -18,6 +18,7 @@ pub mod correlation;
 pub mod directories;
 pub mod document;
 pub mod extract;
+mod first_head;
 mod follow;
 pub mod front;
 mod handover;

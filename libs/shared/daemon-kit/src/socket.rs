@@ -23,6 +23,11 @@ impl Socket {
         Ok(())
     }
 
+    /// What it is made of.
+    pub(crate) fn get(&self) -> io::Result<&TcpStream> {
+        self.0.as_ref().ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+
     fn stream(&mut self) -> io::Result<Pin<&mut TcpStream>> {
         let stream = self.0.as_mut().ok_or(io::ErrorKind::NotConnected)?;
         Ok(Pin::new(stream))

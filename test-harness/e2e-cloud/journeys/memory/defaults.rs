@@ -151,7 +151,6 @@ async fn with_defaults_a_bound_that_is_filled_takes_no_more_than_360_mib() {
 }
 
 // CLOUD-2772
-#[ignore = "long, and at its bound: 496 and 501 MiB of 500 were seen"]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn with_defaults_all_bounds_filled_take_no_more_than_500_mib() {
     let (cluster, _long, _folder) = cluster().await;
