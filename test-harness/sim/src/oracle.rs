@@ -157,6 +157,8 @@ pub(crate) struct Oracle {
     /// Nodes that an operator has drained and not resumed.
     pub(crate) draining: BTreeSet<NodeId>,
     sick: BTreeMap<PoolKey, Sick>,
+    /// When the last other process was taken for a node's.
+    booted: BTreeMap<NodeId, Moment>,
     /// The tasks that each pool's engines failed since one got through, whichever engines they were.
     failed: BTreeMap<PoolKey, BTreeSet<TaskId>>,
     /// Streams of a node that broke since one came whole.
@@ -297,7 +299,8 @@ impl Oracle {
     }
 
     /// Another process has the node's name.
-    pub(crate) fn boot_is_new(&mut self, node_id: &NodeId) {
+    pub(crate) fn boot_is_new(&mut self, now: Moment, node_id: &NodeId) {
+        self.booted.insert(node_id.clone(), now);
         self.denied.remove(node_id);
         self.failing.remove(node_id);
         self.broken.remove(node_id);

@@ -46,7 +46,10 @@ impl Oracle {
         match how {
             HowEnded::NodeError(body) if body.cause == Some(EndCause::Engine5xx) => {
                 failed = Some(pool.clone());
-                self.sick.entry(pool.clone()).or_default().failed(now, dispatched, task, now);
+                // What a process before it has failed says nothing of its engines.
+                if self.booted.get(&pool.node_id).is_none_or(|booted| dispatched > *booted) {
+                    self.sick.entry(pool.clone()).or_default().failed(now, dispatched, task, now);
+                }
                 self.failed.entry(pool.clone()).or_default().insert(task);
                 let answer = body.message.clone();
                 seen.engine_failures.push((pool.clone(), now, answer.clone()));

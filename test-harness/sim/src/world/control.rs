@@ -415,7 +415,7 @@ impl World {
                 self.oracle.engine_is_new(&node_id);
                 let known = self.control.as_ref().and_then(|c| c.core.registry().address(&node_id));
                 if known.is_none_or(|(_, boot_id)| boot_id != request.boot_id) {
-                    self.oracle.boot_is_new(&node_id);
+                    self.oracle.boot_is_new(now, &node_id);
                 }
                 self.oracle.life.insert(node_id, life);
                 let reply = self.reply_to(To::Caller(caller, Kind::Register));
