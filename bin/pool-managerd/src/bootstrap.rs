@@ -95,6 +95,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         heartbeat_interval: config.heartbeat_interval,
         watch_interval: config.watch_interval,
         held_bytes: config.held_bytes,
+        hangups: daemon_kit::hangups::subscribe(),
     };
     let stop = CancellationToken::new();
     let Assembled { node: own, watching } = assembly.start(&config.node, &loops, &stop)?;

@@ -70,6 +70,7 @@ impl Home {
             heartbeat_interval: interval,
             watch_interval: WATCH_INTERVAL,
             held_bytes: HELD_BYTES,
+            hangups: daemon_kit::hangups::subscribe(),
         };
         let stop = CancellationToken::new();
         let Assembled { node, watching } = assembly.start(config, loops, &stop)?;

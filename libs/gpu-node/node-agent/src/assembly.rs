@@ -9,6 +9,7 @@ use handoff_watcher::HandoffWatcher;
 use handoff_watcher::watch::WatchError;
 use node_core::Identity;
 use owned_tasks::Loops;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -30,6 +31,8 @@ pub struct Assembly {
     pub watch_interval: Duration,
     /// Bytes of attempts' streams that are kept for their readers.
     pub held_bytes: usize,
+    /// Times that the daemon was told to read its files again (SIGHUP).
+    pub hangups: watch::Receiver<u64>,
 }
 
 /// A node at work that speaks to no control plane yet.
@@ -58,7 +61,7 @@ impl Assembly {
         loops: &Loops,
         stop: &CancellationToken,
     ) -> Result<Assembled, AssemblyError> {
-        let Self { mut identity, state_dir, heartbeat_interval, watch_interval, held_bytes } = self;
+        let Self { mut identity, state_dir, heartbeat_interval, watch_interval, held_bytes, hangups } = self;
         let gpus = GpuWatch::start(config.nvml_lib.clone(), loops);
         identity.labels.clone_from(&config.labels);
         identity.capabilities.gpus = gpus.inventory().to_vec();
@@ -71,7 +74,7 @@ impl Assembly {
         let (changes, watching) = watcher.start(loops, stop.clone());
         let node = match &config.engines {
             None => Node::new(Arc::clone(&agent)),
-            Some(settings) => Node::with_engines(Arc::clone(&agent), settings.clone(), seed)?,
+            Some(settings) => Node::with_engines(Arc::clone(&agent), settings.clone(), hangups, seed)?,
         };
         agent.follow_handoffs(changes);
         agent.watch_gpus(gpus);

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pool_registry_types::PoolId;
+use tokio::sync::watch;
 
 use crate::agent::Agent;
 use crate::supervisor::{Settings, Supervision};
@@ -27,9 +28,15 @@ impl Node {
     }
 
     /// Starts the engines of the file of pools, and whatever the file says later. `seed` decides the
-    /// jitter of pauses. Error: the client for downloads cannot be made.
-    pub fn with_engines(agent: Arc<Agent>, settings: Settings, seed: u64) -> reqwest::Result<Self> {
-        let supervision = Supervision::start(&agent, settings, seed)?;
+    /// jitter of pauses; each of `hangups` has the file read at once, and the log say what came of it.
+    /// Error: the client for downloads cannot be made.
+    pub fn with_engines(
+        agent: Arc<Agent>,
+        settings: Settings,
+        hangups: watch::Receiver<u64>,
+        seed: u64,
+    ) -> reqwest::Result<Self> {
+        let supervision = Supervision::start(&agent, settings, hangups, seed)?;
         Ok(Self { agent, supervision: Some(supervision) })
     }
 

@@ -152,7 +152,7 @@ impl Tokens {
                 read.unwrap_or_else(|panicked| panicked.resume())
             }
         };
-        follow(reported, stop, read, |text| self.take(text)).await;
+        follow(reported, stop, read, |text, _| self.take(text)).await;
     }
 
     fn take(&self, text: &Result<String, TokenError>) {

@@ -22,6 +22,7 @@ mod first_head;
 mod follow;
 pub mod front;
 mod handover;
+pub mod hangups;
 pub mod hosts;
 pub mod metrics;
 mod plaintext;

@@ -22,6 +22,7 @@ use crate::answer_room::{self, AnswerRoom};
 use crate::audit::{self, Audit};
 use crate::auth::{self, Gate};
 use crate::correlation::Answering;
+use crate::hangups;
 use crate::telemetry::{self, Logs};
 
 /// What a daemon puts around its routes.
@@ -115,7 +116,7 @@ pub fn block_on<E: std::error::Error>(logs: Logs, daemon: impl Future<Output = R
         }
     };
     let outcome = runtime.block_on(async {
-        *STOP_SIGNALS.lock() = Some(stop_signals());
+        *SIGNALS.lock() = Some(signals());
         daemon.await
     });
     runtime.shutdown_timeout(BLOCKING_PATIENCE);
@@ -140,27 +141,47 @@ fn raise_file_limit() {
     }
 }
 
-/// Signals that stop a daemon: SIGTERM and SIGINT, from when this was made.
-type StopSignals = std::io::Result<(Signal, Signal)>;
+/// What a daemon is told by signals, from when this was made.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+    /// SIGHUP stops it too.
+    on_terminal: bool,
+}
 
 /// Those of this process, from its first moment on until somebody waits for them: a daemon that was stopped
 /// while it still started ends as any other.
-static STOP_SIGNALS: Mutex<Option<StopSignals>> = Mutex::new(None);
+static SIGNALS: Mutex<Option<std::io::Result<Signals>>> = Mutex::new(None);
 
-fn stop_signals() -> StopSignals {
-    Ok((signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?))
+fn signals() -> std::io::Result<Signals> {
+    Ok(Signals {
+        terminate: signal(SignalKind::terminate())?,
+        interrupt: signal(SignalKind::interrupt())?,
+        hangup: signal(SignalKind::hangup())?,
+        on_terminal: hangups::on_terminal(),
+    })
 }
 
-/// Resolves at the first SIGTERM or SIGINT since the start of the daemon.
+/// Resolves at the first SIGTERM or SIGINT since the start of the daemon, and on a terminal SIGHUP. What
+/// any other SIGHUP does is [`hangups`]' to say.
 pub async fn stop_signal() {
-    let since_start = STOP_SIGNALS.lock().take();
-    match since_start.unwrap_or_else(stop_signals) {
-        Ok((mut terminate, mut interrupt)) => {
-            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
-        }
+    let since_start = SIGNALS.lock().take();
+    let mut signals = match since_start.unwrap_or_else(signals) {
+        Ok(signals) => signals,
         Err(error) => {
             tracing::error!(%error, "signals cannot be received: stop this process with SIGKILL");
-            std::future::pending::<()>().await;
+            return std::future::pending().await;
+        }
+    };
+    loop {
+        tokio::select! {
+            _ = signals.terminate.recv() => return,
+            _ = signals.interrupt.recv() => return,
+            _ = signals.hangup.recv() => match signals.on_terminal {
+                true => return,
+                false => hangups::received(),
+            },
         }
     }
 }

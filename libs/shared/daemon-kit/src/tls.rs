@@ -230,15 +230,21 @@ impl OwnCertificate {
     /// the log says why.
     pub async fn follow(self: Arc<Self>, stop: CancellationToken) {
         let read = || async { self.read().await.map_err(UnusableFiles::from) };
-        follow(&self.reported, stop, read, |found| self.take(found)).await;
+        follow(&self.reported, stop, read, |found, is_new| self.take(found, is_new)).await;
     }
 
-    fn take(&self, found: &Result<Pair, UnusableFiles>) {
+    fn take(&self, found: &Result<Pair, UnusableFiles>, is_new: bool) {
         let usable = found
             .as_ref()
             .map_err(UnusableFiles::clone)
             .and_then(|pair| Ok(certified(&self.cert, &self.key, pair)?));
         match usable {
+            Ok(_) if !is_new => {
+                tracing::info!(
+                    path = self.cert.path(),
+                    "the certificate was read again: it is the one in use"
+                );
+            }
             Ok(new) => {
                 *self.now.write() = Arc::new(new);
                 tracing::info!(path = self.cert.path(), "a new certificate is in use");

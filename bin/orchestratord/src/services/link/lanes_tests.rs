@@ -5,7 +5,7 @@ use attempt_link::records::{Kind, RecordHead};
 use attempt_link::wire::{ControlAnswer, StartFacts, StartSpec};
 use pool_registry_types::node::{Capabilities, Intent, RegisterRequest};
 use pool_registry_types::task::Workload;
-use pool_registry_types::{LogId, MachineId, ModelRef, PoolId, ReplicaId, TaskId};
+use pool_registry_types::{ErrorBody, ErrorCode, LogId, MachineId, ModelRef, PoolId, ReplicaId, TaskId};
 use task_stream::{Payload, PayloadFormat};
 use tokio::sync::mpsc;
 use uuid::Uuid;
@@ -200,6 +200,54 @@ fn an_attempt_is_sent_once_its_link_is_up_and_its_reader_hears_all_of_it() {
     assert!(actions.is_closed(), "nothing more comes of it");
     let reported = bench.reported();
     assert_eq!(links_reported(&reported), [link(LinkState::Connecting, None), link(LinkState::Up, None)]);
+}
+
+// CLOUD-2664
+#[test]
+fn an_error_that_came_before_a_break_comes_again_with_the_end_behind_it() {
+    let mut bench = Bench::up();
+    let mut actions = bench.start(20, 7);
+    let posts = bench.posts();
+    bench.lanes.post_sent(at(21), &node(), posts[0]);
+    let acceptance = Acceptance { replica_id: ReplicaId::new("r0").unwrap(), report_seq: 3 };
+    let error = ErrorBody::new(ErrorCode::PayloadTooLarge, "too long");
+    let said = |kind, number, body: &[u8]| record(RecordHead::new(kind, number, 0, 0), body);
+    let (accepted, failed) = (serde_json::to_vec(&acceptance).unwrap(), serde_json::to_vec(&error).unwrap());
+    for (kind, body) in [(Kind::Accepted, &accepted), (Kind::Error, &failed)] {
+        bench.lanes.received(at(22), &node(), 1, said(kind, 1, body));
+    }
+    bench.lanes.closed(at(30), &node(), 1, ConnectionEnd::Broken, None, false);
+    bench.lanes.timer(at(500));
+    bench.hello(510);
+    // The first one names the link.
+    let number = (0..2).find_map(|_| {
+        let mut number = None;
+        for call in bench.calls() {
+            let Call::Post { id, request: PostRequest::Control(body), .. } = call else { continue };
+            number = number.or(body.resume.first().map(|resume| resume.number));
+            let answer = PostOutcome::Answered(ControlAnswer::default());
+            bench.lanes.post_ended(at(511), &node(), id, answer, false);
+        }
+        number
+    });
+    let number = number.unwrap();
+    for (kind, body) in [(Kind::Accepted, &accepted), (Kind::Error, &failed)] {
+        bench.lanes.received(at(520), &node(), 2, said(kind, number, body));
+    }
+    bench.lanes.received(at(521), &node(), 2, said(Kind::End, number, br#"{"report_seq":4}"#));
+    let attempt = id(7);
+    assert_eq!(
+        heard(&mut actions),
+        [
+            Action::Sent { attempt },
+            Action::Accepted { attempt, acceptance },
+            Action::Error { attempt, error: error.clone() },
+            Action::Restart { attempt, from: 0 },
+            Action::Resumed { attempt },
+            Action::Error { attempt, error },
+            Action::Ended { attempt, report_seq: 4 },
+        ]
+    );
 }
 
 // CLOUD-2653

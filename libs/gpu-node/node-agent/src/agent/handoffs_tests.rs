@@ -130,7 +130,8 @@ async fn supervised(folder: &tempfile::TempDir, runtime_dir: &Path, hosts: Engin
         hub: "http://127.0.0.1:1".into(),
         hub_token: None,
     };
-    Node::with_engines(agent(folder), settings, 1).unwrap()
+    let (_, hangups) = tokio::sync::watch::channel(0);
+    Node::with_engines(agent(folder), settings, hangups, 1).unwrap()
 }
 
 // CLOUD-2438

@@ -68,6 +68,8 @@ struct Inbox {
     mailbox: mpsc::Receiver<Happened>,
     /// The pools for which tasks wait at the control plane: what it has said last counts.
     waited_for: watch::Receiver<BTreeSet<PoolId>>,
+    /// Times that the daemon was told to read its files again.
+    hangups: watch::Receiver<u64>,
 }
 
 /// The engines of a node at work.
@@ -84,7 +86,12 @@ pub(crate) struct Supervision {
 
 impl Supervision {
     /// Starts the loop; the agent answers for its pools from now on.
-    pub(crate) fn start(agent: &Arc<Agent>, settings: Settings, seed: u64) -> reqwest::Result<Arc<Self>> {
+    pub(crate) fn start(
+        agent: &Arc<Agent>,
+        settings: Settings,
+        hangups: watch::Receiver<u64>,
+        seed: u64,
+    ) -> reqwest::Result<Arc<Self>> {
         let (mailbox, heard) = mpsc::channel(MAILBOX);
         let supervision = Arc::new(Self {
             agent: Arc::clone(agent),
@@ -95,7 +102,7 @@ impl Supervision {
             downloads: crate::download::client()?,
             stopped: CancellationToken::new(),
         });
-        let inbox = Inbox { mailbox: heard, waited_for: agent.waited_for() };
+        let inbox = Inbox { mailbox: heard, waited_for: agent.waited_for(), hangups };
         let (own, inbox) = (Arc::clone(&supervision), Arc::new(tokio::sync::Mutex::new(inbox)));
         let mut is_first = true;
         let make = move || {
@@ -110,9 +117,9 @@ impl Supervision {
     /// `is_first`: not started again after a panic, when what an earlier daemon left is ours already.
     async fn run(self: Arc<Self>, inbox: Arc<tokio::sync::Mutex<Inbox>>, is_first: bool) {
         let mut inbox = inbox.lock().await;
-        let Inbox { mailbox, waited_for } = &mut *inbox;
+        let Inbox { mailbox, waited_for, hangups } = &mut *inbox;
         if is_first {
-            if let Some(plans) = self.read_file().await {
+            if let Some(plans) = self.read_file(false).await {
                 self.handle_event(Happened::Configured(plans)).await;
             }
             self.take_over_kept().await;
@@ -143,8 +150,11 @@ impl Supervision {
                 () = tokio::time::sleep_until(next_look) => {
                     next_look = tokio::time::Instant::now() + LOOK_EVERY;
                     self.write_again().await;
-                    let plans = if stopping { None } else { self.read_file().await };
+                    let plans = if stopping { None } else { self.read_file(false).await };
                     plans.map_or(Happened::Timer, Happened::Configured)
+                }
+                Ok(()) = hangups.changed(), if !stopping => {
+                    self.read_file(true).await.map_or(Happened::Timer, Happened::Configured)
                 }
                 () = tokio::time::sleep(timer) => Happened::Timer,
             };
@@ -230,13 +240,19 @@ impl Supervision {
 
     // ---- the file ----
 
-    /// The plans of the file, where it says something new that can be taken.
-    async fn read_file(&self) -> Option<BTreeMap<PoolId, PoolPlan>> {
+    /// The plans of the file, where it says something new that can be taken. `is_asked`: the log says also
+    /// that it says nothing new.
+    async fn read_file(&self, is_asked: bool) -> Option<BTreeMap<PoolId, PoolPlan>> {
         let path = self.settings.pools.clone();
         let read = blocking("file of pools", move || read_bounded(&path)).await;
         let text = read.unwrap_or_else(|panicked| Err(ReadError::Panicked(panicked)));
         let outcome = match text {
-            Ok(text) if self.state.lock().text.as_ref() == Some(&text) => return None,
+            Ok(text) if self.state.lock().text.as_ref() == Some(&text) => {
+                if is_asked {
+                    self.report_unchanged();
+                }
+                return None;
+            }
             Ok(text) => {
                 let parsed = PoolsFile::parse(&text);
                 self.state.lock().text = Some(text);
@@ -256,12 +272,20 @@ impl Supervision {
             }
             Err(error) => {
                 let mut state = self.state.lock();
-                if state.problem.as_ref() != Some(&error.to_string()) {
+                if is_asked || state.problem.as_ref() != Some(&error.to_string()) {
                     tracing::error!(%error, "the file of pools is not taken, what was there before stands");
                 }
                 state.problem = Some(error.to_string());
                 None
             }
+        }
+    }
+
+    /// The file was read again and is as it was.
+    fn report_unchanged(&self) {
+        match self.file_problem() {
+            None => tracing::info!("the file of pools was read again: nothing in it is new"),
+            Some(error) => tracing::error!(error, "the file of pools is still not taken"),
         }
     }
 

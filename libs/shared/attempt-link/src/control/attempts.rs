@@ -83,7 +83,7 @@ pub(super) struct Attempt {
     /// It was accepted, now or by an earlier number.
     was_accepted: bool,
     head_taken: bool,
-    error_taken: bool,
+    pub(super) error_taken: bool,
     is_silent: bool,
     /// When it was named last, and whether the last `alive` did.
     named_at: Moment,

@@ -153,6 +153,8 @@ impl ControlLane {
             let number = self.number_to_resume(attempt);
             let Some(entry) = self.attempts.get_mut(&attempt) else { continue };
             let (log_id, from) = (entry.log_id, entry.reckoned.take().unwrap_or(entry.taken));
+            // It comes again behind the last frame; whoever goes on forgets the one before.
+            entry.error_taken = false;
             self.actions.push_back(Action::Restart { attempt, from });
             resumes.push(ResumeOrder { attempt_id: attempt, log_id, from, number });
         }
