@@ -124,7 +124,7 @@ const LINTS: Step = ("lints", || {
 
 /// What needs no build comes first, then what needs the compiler, then what runs for long. Each
 /// step gets what it needs by itself: any of them passes alone, with empty caches.
-const STEPS: [Step; 14] = [
+const STEPS: [Step; 15] = [
     ("structure: crates, arrows, documents, requirements, spawns", tidy::run),
     FORMAT,
     ("licences, bans and sources of the dependencies", deny),
@@ -150,6 +150,9 @@ const STEPS: [Step; 14] = [
         )
     }),
     ("documents: both daemons do what they say", || schema::run(&schema::Options::default())),
+    ("soak: two minutes of hostile peers beside honest ones", || {
+        soak(&["--seed".into(), "1".into(), "--minutes".into(), "2".into()])
+    }),
     ("simulator: 10,000 schedules", || sim(&["--seeds".into(), "10000".into()])),
     ("simulator: each rule switched off must be noticed", || sim(&["--mutants".into()])),
 ];

@@ -145,6 +145,55 @@ async fn from_nothing_a_file_of_pools_and_one_command_are_a_served_model() {
     assert!(!Path::new(&format!("/proc/{last}")).exists(), "engine {last} outlived its daemon");
 }
 
+// CLOUD-2976
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn at_a_sighup_each_file_is_read_again_and_on_a_terminal_the_daemon_stops() {
+    let folder = tempfile::tempdir().unwrap();
+    let (home, port) = (folder.path(), free_port());
+    let (tokens, pools) = (home.join("tokens"), home.join("pools.toml"));
+    std::fs::write(&tokens, "a-token-that-stays\n").unwrap();
+    std::fs::write(&pools, "").unwrap();
+    let mut command = of_user(home, port);
+    command.env("LLORCH_API_TOKEN_FILE", &tokens).env("ORCHESTRATORD_POOLS", &pools);
+    let daemon = Process::start(command, &home.join("orchestratord.log"));
+    let base = format!("http://127.0.0.1:{port}");
+    let client = Client::new(&base, Some("a-token-that-stays"));
+    eventually("it serves", PATIENCE, || client.get_json("/v2/pools")).await;
+    let said = async |lines: [&str; 2]| {
+        daemon.signal(Signal::SIGHUP);
+        eventually("a line for each file", PATIENCE, || async {
+            let log = daemon.log();
+            lines.iter().all(|line| log.contains(line)).then_some(())
+        })
+        .await;
+    };
+    said(["the file of tokens is read again", "the file of pools was read again: nothing in it is new"])
+        .await;
+    std::fs::write(&tokens, "a-token-that-stays\na-token-that-comes\n").unwrap();
+    std::fs::write(&pools, "[pools.pool-0]\nengine = 7\n").unwrap();
+    said(["tokens=2", "the file of pools is not taken, what was there before stands"]).await;
+    let comes = Client::new(&base, Some("a-token-that-comes"));
+    assert_eq!(comes.get("/v2/pools").await.unwrap().status(), 200);
+    said(["tokens=2", "the file of pools is still not taken"]).await;
+    stop(daemon).await;
+
+    let mut command = of_user(home, port);
+    let program = command.get_program().to_str().unwrap().to_owned();
+    let envs: Vec<_> =
+        command.get_envs().map(|(name, value)| (name.to_owned(), value.unwrap().to_owned())).collect();
+    command = std::process::Command::new("script");
+    command.args(["--quiet", "--flush", "--return", "--command", &format!("exec {program}"), "/dev/null"]);
+    command.env_clear().envs(envs).env("SHELL", "/bin/sh");
+    let mut terminal = Process::start(command, &home.join("terminal.log"));
+    let client = Client::new(&base, None);
+    eventually("it serves", PATIENCE, || client.get_json("/v2/pools")).await;
+    let pid = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", terminal.pid())).unwrap();
+    let pid = nix::unistd::Pid::from_raw(pid.trim().parse().unwrap());
+    nix::sys::signal::kill(pid, Signal::SIGHUP).unwrap();
+    let status = tokio::task::block_in_place(|| terminal.wait(PATIENCE));
+    assert!(status.success() && terminal.log().contains("stopping"), "{}", terminal.log());
+}
+
 fn handoff(home: &Path) -> Option<Value> {
     let text = std::fs::read_to_string(home.join("run/engines/pool-0-r0.json")).ok()?;
     serde_json::from_str(&text).ok()
