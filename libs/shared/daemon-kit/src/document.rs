@@ -53,6 +53,7 @@ fn complete(operation: &mut Value, need: Need, error: &str) {
     if need == Need::Open {
         operation["security"] = json!([]);
     }
+    let has_body = operation.get("requestBody").is_some();
     let responses = operation["responses"].as_object_mut().expect("an operation has answers");
     let mut refuse = |status: &str, why: &str| {
         let body = json!({"application/json": {"schema": {"$ref": format!("#/components/schemas/{error}")}}});
@@ -66,6 +67,9 @@ fn complete(operation: &mut Value, need: Need, error: &str) {
     }
     if need.scopes().contains(&Scope::Client) {
         refuse("429", "the token asks too much");
+    }
+    if has_body {
+        refuse("415", "the body has a content encoding that is not taken");
     }
     for (status, response) in responses {
         let headers = response.as_object_mut().expect("an answer").entry("headers");
@@ -82,6 +86,7 @@ fn add_headers(status: &str, all: &mut Map<String, Value>) {
     add(headers::TRACE_ID, true, json!({"type": "string", "pattern": "^[0-9a-fA-F]{32}$"}));
     match status {
         "401" => add("www-authenticate", true, json!({"type": "string", "enum": ["Bearer"]})),
+        "415" => add("accept-encoding", true, json!({"type": "string", "enum": ["identity"]})),
         "429" => {
             add("retry-after", false, json!({"type": "integer", "minimum": 0}));
             add(headers::BACKOFF_MS, false, json!({"type": "integer", "minimum": 0}));
@@ -136,8 +141,10 @@ mod tests {
                 "responses": {"200": {"description": "fine"}},
             })
         };
+        let mut with_body = operation();
+        with_body["requestBody"] = json!({});
         let document = json!({
-            "paths": {"/health/live": {"get": operation()}, "/v2/tasks": {"post": operation()}},
+            "paths": {"/health/live": {"get": operation()}, "/v2/tasks": {"post": with_body}},
             "components": {"schemas": {"Inputs": {"oneOf": [{"type": "object"}]}}},
         });
         let done = finish(document, |_, _| Need::Scope(Scope::Client));
@@ -146,11 +153,12 @@ mod tests {
         let codes = |of: &Value| of["responses"].as_object().unwrap().keys().cloned().collect::<Vec<_>>();
         assert_eq!(
             (codes(open), codes(closed)),
-            (vec!["200".to_owned()], ["200", "401", "403", "429"].map(str::to_owned).to_vec())
+            (vec!["200".to_owned()], ["200", "401", "403", "415", "429"].map(str::to_owned).to_vec())
         );
         let number = &closed["parameters"][0]["schema"];
         assert_eq!(*number, json!({"type": "integer", "minimum": 0, "maximum": u32::MAX}));
         assert_eq!(done["components"]["schemas"]["Inputs"]["oneOf"][0]["additionalProperties"], false);
         assert_eq!(closed["responses"]["401"]["headers"]["www-authenticate"]["required"], true);
+        assert_eq!(closed["responses"]["415"]["headers"]["accept-encoding"]["required"], true);
     }
 }
