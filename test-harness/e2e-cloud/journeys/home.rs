@@ -159,7 +159,7 @@ async fn at_a_sighup_each_file_is_read_again_and_on_a_terminal_the_daemon_stops(
     let base = format!("http://127.0.0.1:{port}");
     let client = Client::new(&base, Some("a-token-that-stays"));
     eventually("it serves", PATIENCE, || client.get_json("/v2/pools")).await;
-    let said = async |lines: [&str; 2]| {
+    let logged = async |lines: [&str; 2]| {
         daemon.signal(Signal::SIGHUP);
         eventually("a line for each file", PATIENCE, || async {
             let log = daemon.log();
@@ -167,14 +167,14 @@ async fn at_a_sighup_each_file_is_read_again_and_on_a_terminal_the_daemon_stops(
         })
         .await;
     };
-    said(["the file of tokens is read again", "the file of pools was read again: nothing in it is new"])
+    logged(["the file of tokens is read again", "the file of pools was read again: nothing in it is new"])
         .await;
     std::fs::write(&tokens, "a-token-that-stays\na-token-that-comes\n").unwrap();
     std::fs::write(&pools, "[pools.pool-0]\nengine = 7\n").unwrap();
-    said(["tokens=2", "the file of pools is not taken, what was there before stands"]).await;
+    logged(["tokens=2", "the file of pools is not taken, what was there before stands"]).await;
     let comes = Client::new(&base, Some("a-token-that-comes"));
     assert_eq!(comes.get("/v2/pools").await.unwrap().status(), 200);
-    said(["tokens=2", "the file of pools is still not taken"]).await;
+    logged(["tokens=2", "the file of pools is still not taken"]).await;
     stop(daemon).await;
 
     let mut command = of_user(home, port);

@@ -55,14 +55,14 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn at_a_sighup_what_is_there_is_told_at_once_be_it_new_or_not() {
         let there = Arc::new(Mutex::new("old"));
-        let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
+        let (report, mut heard) = tokio::sync::mpsc::unbounded_channel();
         let stop = CancellationToken::new();
         let following = {
             let (there, stop) = (Arc::clone(&there), stop.clone());
             tokio::spawn(async move {
                 let reported = Mutex::new("old");
                 let read = || async { *there.lock() };
-                follow(&reported, stop, read, |found, is_new| told.send((*found, is_new)).unwrap()).await;
+                follow(&reported, stop, read, |found, is_new| report.send((*found, is_new)).unwrap()).await;
             })
         };
         // It has subscribed.

@@ -211,10 +211,10 @@ fn an_error_that_came_before_a_break_comes_again_with_the_end_behind_it() {
     bench.lanes.post_sent(at(21), &node(), posts[0]);
     let acceptance = Acceptance { replica_id: ReplicaId::new("r0").unwrap(), report_seq: 3 };
     let error = ErrorBody::new(ErrorCode::PayloadTooLarge, "too long");
-    let said = |kind, number, body: &[u8]| record(RecordHead::new(kind, number, 0, 0), body);
+    let sent = |kind, number, body: &[u8]| record(RecordHead::new(kind, number, 0, 0), body);
     let (accepted, failed) = (serde_json::to_vec(&acceptance).unwrap(), serde_json::to_vec(&error).unwrap());
     for (kind, body) in [(Kind::Accepted, &accepted), (Kind::Error, &failed)] {
-        bench.lanes.received(at(22), &node(), 1, said(kind, 1, body));
+        bench.lanes.received(at(22), &node(), 1, sent(kind, 1, body));
     }
     bench.lanes.closed(at(30), &node(), 1, ConnectionEnd::Broken, None, false);
     bench.lanes.timer(at(500));
@@ -232,9 +232,9 @@ fn an_error_that_came_before_a_break_comes_again_with_the_end_behind_it() {
     });
     let number = number.unwrap();
     for (kind, body) in [(Kind::Accepted, &accepted), (Kind::Error, &failed)] {
-        bench.lanes.received(at(520), &node(), 2, said(kind, number, body));
+        bench.lanes.received(at(520), &node(), 2, sent(kind, number, body));
     }
-    bench.lanes.received(at(521), &node(), 2, said(Kind::End, number, br#"{"report_seq":4}"#));
+    bench.lanes.received(at(521), &node(), 2, sent(Kind::End, number, br#"{"report_seq":4}"#));
     let attempt = id(7);
     assert_eq!(
         heard(&mut actions),
