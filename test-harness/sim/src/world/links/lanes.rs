@@ -31,6 +31,8 @@ const LEAST_WAIT: Duration = Duration::from_millis(1);
 /// Where what comes of an attempt goes.
 #[derive(Debug, Default)]
 struct Reader {
+    /// When it was handed to its lane.
+    since: Moment,
     /// The last byte of its start may have gone.
     sent: bool,
     accepted: bool,
@@ -175,7 +177,7 @@ impl World {
         if entry.lane.start(now, start).is_err() {
             return self.check(Err(format!("[11] {attempt} is started twice")));
         }
-        entry.readers.insert(attempt, Reader::default());
+        entry.readers.insert(attempt, Reader { since: now, ..Reader::default() });
         self.drive_lane(node);
     }
 
@@ -444,9 +446,10 @@ impl World {
             entry.shown = Some(link.clone());
             entry.unreported = true;
         }
+        let waits = |reader: &Reader| now > entry.since.max(reader.since) + LOST_WITHIN;
         let is_late = entry.lane.state() == LaneState::Interrupted
-            && now > entry.since + LOST_WITHIN
-            && entry.lane.attempts() > 0;
+            && entry.lane.attempts() > 0
+            && entry.readers.values().any(waits);
         let tells = !entry.gone && std::mem::take(&mut entry.unreported);
         let next = entry.lane.next_deadline().max(entry.reads_until).max(now + LEAST_WAIT);
         let is_sooner = next != Moment::NEVER && entry.due.is_none_or(|due| next < due);
