@@ -75,6 +75,15 @@ fn of_user(home: &Path, port: u16) -> Command {
     command
 }
 
+/// The same program by another one, whose arguments have a line of the shell that begins `$DAEMON`.
+fn under(program: &str, arguments: &[&str], command: &Command) -> Command {
+    let mut outer = Command::new(program);
+    outer.args(arguments).env("DAEMON", command.get_program()).env("SHELL", "/bin/sh");
+    outer.current_dir(command.get_current_dir().expect("it has one"));
+    outer.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    outer
+}
+
 async fn stop(mut daemon: Process) {
     daemon.signal(Signal::SIGTERM);
     let status = tokio::task::block_in_place(|| daemon.wait(PATIENCE));
@@ -153,7 +162,8 @@ async fn at_a_sighup_each_file_is_read_again_and_on_a_terminal_the_daemon_stops(
     let (tokens, pools) = (home.join("tokens"), home.join("pools.toml"));
     std::fs::write(&tokens, "a-token-that-stays\n").unwrap();
     std::fs::write(&pools, "").unwrap();
-    let mut command = of_user(home, port);
+    // Also where the tests run on a terminal it is away from that.
+    let mut command = under("sh", &["-c", "trap '' HUP; exec \"$DAEMON\""], &of_user(home, port));
     command.env("LLORCH_API_TOKEN_FILE", &tokens).env("ORCHESTRATORD_POOLS", &pools);
     let daemon = Process::start(command, &home.join("orchestratord.log"));
     let base = format!("http://127.0.0.1:{port}");
@@ -177,13 +187,8 @@ async fn at_a_sighup_each_file_is_read_again_and_on_a_terminal_the_daemon_stops(
     logged(["tokens=2", "the file of pools is still not taken"]).await;
     stop(daemon).await;
 
-    let mut command = of_user(home, port);
-    let program = command.get_program().to_str().unwrap().to_owned();
-    let envs: Vec<_> =
-        command.get_envs().map(|(name, value)| (name.to_owned(), value.unwrap().to_owned())).collect();
-    command = std::process::Command::new("script");
-    command.args(["--quiet", "--flush", "--return", "--command", &format!("exec {program}"), "/dev/null"]);
-    command.env_clear().envs(envs).env("SHELL", "/bin/sh");
+    let arguments = ["--quiet", "--flush", "--return", "--command", "exec \"$DAEMON\"", "/dev/null"];
+    let command = under("script", &arguments, &of_user(home, port));
     let mut terminal = Process::start(command, &home.join("terminal.log"));
     let client = Client::new(&base, None);
     eventually("it serves", PATIENCE, || client.get_json("/v2/pools")).await;

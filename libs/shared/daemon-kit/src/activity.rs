@@ -68,8 +68,9 @@ pub(crate) enum Look {
 }
 
 impl Activity {
-    pub(crate) fn new(head: Duration, idle: Duration, stalled: Duration) -> Self {
-        let until = Instant::now() + head;
+    /// `since`: when its first head was begun to be waited for.
+    pub(crate) fn new(since: Instant, head: Duration, idle: Duration, stalled: Duration) -> Self {
+        let until = since + head;
         let doing = Doing { phase: Phase::Head, until, http2: false, stopped: None };
         Self { head, idle, stalled, now: Mutex::new(doing) }
     }

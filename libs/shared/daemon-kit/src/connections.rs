@@ -388,13 +388,14 @@ impl Server {
         let load = thread.as_ref().map(StreamThread::load);
         let moves = thread.is_some();
         let serving = async move {
+            let since = Instant::now();
             let moved = if moves { io.socket().move_here() } else { Ok(()) };
             let begun = match moved {
                 Ok(()) => self.first_head(io.plain(), &permit, &stop).await,
                 Err(error) => Err(End::Failed(error.into())),
             };
             let end = match begun {
-                Ok(()) => self.requests(io, peer, &permit, &stop).await,
+                Ok(()) => self.requests(since, io, peer, &permit, &stop).await,
                 Err(end) => end,
             };
             match end {
@@ -452,15 +453,18 @@ impl Server {
         }
     }
 
+    /// `since`: its first head has been waited for.
     async fn requests<T: Movable>(
         &self,
+        since: Instant,
         io: T,
         peer: Peer,
         permit: &ConnectionPermit,
         stop: &CancellationToken,
     ) -> End {
         let (peer, entry) = (Arc::new(peer), Arc::clone(permit.entry()));
-        let activity = Arc::new(Activity::new(self.limits.head, self.limits.idle, self.limits.stalled));
+        let ConnLimits { head, idle, stalled, .. } = self.limits;
+        let activity = Arc::new(Activity::new(since, head, idle, stalled));
         entry.serves(&activity);
         let io = TokioIo::new(Instrumented::new(io, Arc::clone(&activity)));
         let service = hyper::service::service_fn({
@@ -491,7 +495,7 @@ impl Server {
             }
         });
         let mut connection = pin!(self.http.serve_connection(io, service));
-        let mut clock = pin!(sleep_until(Instant::now() + self.limits.head));
+        let mut clock = pin!(sleep_until(since + head));
         let mut stopped = pin!(stop.cancelled());
         let mut closed = pin!(permit.closed());
         let mut stopping = false;

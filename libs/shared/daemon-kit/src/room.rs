@@ -376,7 +376,7 @@ mod tests {
         let taken: Vec<_> = (0..3)
             .map(|_| {
                 let (place, second) = (place(room.find(host)), Duration::from_secs(1));
-                let activity = Arc::new(Activity::new(second, second, second));
+                let activity = Arc::new(Activity::new(tokio::time::Instant::now(), second, second, second));
                 place.entry().serves(&activity);
                 place.entry().let_in(None).unwrap();
                 (place, activity)

@@ -155,11 +155,12 @@ struct Signals {
 static SIGNALS: Mutex<Option<std::io::Result<Signals>>> = Mutex::new(None);
 
 fn signals() -> std::io::Result<Signals> {
+    let on_terminal = hangups::on_terminal();
     Ok(Signals {
         terminate: signal(SignalKind::terminate())?,
         interrupt: signal(SignalKind::interrupt())?,
         hangup: signal(SignalKind::hangup())?,
-        on_terminal: hangups::on_terminal(),
+        on_terminal,
     })
 }
 
