@@ -288,7 +288,10 @@ async fn a_node_that_nobody_knows_is_not_logged_as_drained() {
         let known = cluster.client.post(&format!("/v2/nodes/gpu-node-1/{order}"), &json!({})).await;
         assert_eq!(known.status(), 202);
     }
-    let log = cluster.control.as_ref().expect("it runs").log();
-    assert!(log.contains("a node is drained") && log.contains("a node is resumed"), "{log}");
-    assert!(!log.contains("ghost"), "{log}");
+    // Lines are written by a thread of their own, in their order.
+    let log = || cluster.control.as_ref().expect("it runs").log();
+    let lines = ["a node is drained", "a node is resumed"];
+    eventually("both lines", SOON, || async { lines.iter().all(|line| log().contains(line)).then_some(()) })
+        .await;
+    assert!(!log().contains("ghost"), "{}", log());
 }

@@ -357,19 +357,24 @@ fn a_second_start_of_an_attempt_is_an_error_and_touches_nothing_of_the_first() {
 }
 
 // CLOUD-2643
+// CLOUD-2664
 #[test]
-fn an_error_and_a_silence_are_told_once() {
+fn an_error_is_told_once_and_once_more_where_its_stream_goes_on_and_a_silence_once() {
     let mut lane = Lane::up();
     let number = lane.running(1, 1);
     let error = ErrorBody::new(ErrorCode::WorkerReset, "the engine died");
-    lane.receive(1, json(Kind::Error, number, 0, &error));
+    for _ in 0..2 {
+        lane.receive(1, json(Kind::Error, number, 0, &error));
+    }
     lane.receive(1, json(Kind::End, number, 2, &End { report_seq: 9 }));
     let (post, body) = lane.control();
     lane.end(post, PostOutcome::Answered(ControlAnswer::default()));
     lane.receive(1, accepted(body.resume[0].number));
-    lane.receive(1, json(Kind::Error, body.resume[0].number, 0, &error));
+    for _ in 0..2 {
+        lane.receive(1, json(Kind::Error, body.resume[0].number, 0, &error));
+    }
     let count = |lane: &Lane, of: &dyn Fn(&Action) -> bool| lane.actions.iter().filter(|one| of(one)).count();
-    assert_eq!(count(&lane, &|action| matches!(action, Action::Error { .. })), 1);
+    assert_eq!(count(&lane, &|action| matches!(action, Action::Error { .. })), 2);
     for _ in 0..15 {
         lane.now += 1_000;
         lane.receive(1, alive(&[]));
