@@ -169,6 +169,8 @@ async fn a_control_plane_without_descriptors_blames_no_node_and_loses_no_task() 
     let cluster = Cluster::start(Options { control: patient(), ..fleet(1, quick(4)) }).await;
     let pid = cluster.control.as_ref().unwrap().pid();
     let mut connection = Connection::open(cluster.port, TOKEN).await;
+    // Its link is up by this, and the connection there that orders go by.
+    assert!(cluster.client.run(cluster.task(3)).await.completed());
     // Whoever lowers it later: by itself a control plane keeps a quarter of its descriptors from connections.
     let files = open_files(pid) + FREE_FILES;
     let limit = format!("--nofile={files}:");
