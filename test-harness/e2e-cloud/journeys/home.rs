@@ -187,8 +187,18 @@ async fn at_a_sighup_each_file_is_read_again_and_on_a_terminal_the_daemon_stops(
     logged(["tokens=2", "the file of pools is still not taken"]).await;
     stop(daemon).await;
 
-    let arguments = ["--quiet", "--flush", "--return", "--command", "exec \"$DAEMON\"", "/dev/null"];
-    let command = under("script", &arguments, &of_user(home, port));
+    // The tests may run where it is ignored.
+    let arguments = [
+        "--default-signal=HUP",
+        "script",
+        "--quiet",
+        "--flush",
+        "--return",
+        "--command",
+        "exec \"$DAEMON\"",
+        "/dev/null",
+    ];
+    let command = under("env", &arguments, &of_user(home, port));
     let mut terminal = Process::start(command, &home.join("terminal.log"));
     let client = Client::new(&base, None);
     eventually("it serves", PATIENCE, || client.get_json("/v2/pools")).await;

@@ -10,9 +10,13 @@ use tokio::sync::watch;
 /// How many came so far.
 static HANGUPS: LazyLock<watch::Sender<u64>> = LazyLock::new(|| watch::Sender::new(0));
 
-/// Changes with each SIGHUP from now on that does not stop the daemon.
+/// Changes with each SIGHUP that does not stop the daemon; at once where one came before this.
 pub fn subscribe() -> watch::Receiver<u64> {
-    HANGUPS.subscribe()
+    let mut hangups = HANGUPS.subscribe();
+    if *hangups.borrow_and_update() > 0 {
+        hangups.mark_changed();
+    }
+    hangups
 }
 
 /// Whether this process was started on a terminal whose end is to be its own. One that is to outlive it
