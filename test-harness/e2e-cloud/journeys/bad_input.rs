@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use e2e_cloud::cluster::TOKEN;
-use e2e_cloud::process::{free_port, program};
+use e2e_cloud::process::program;
 use e2e_cloud::{Cluster, Options, Process, eventually};
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -199,7 +199,10 @@ async fn each_bad_handoff_file_is_named_and_never_bound() {
     let dir = &cluster.nodes[0].runtime_dir;
     let good =
         r#"{"pool_id":"POOL","replica_id":"r0","engine":"llamacpp","url":"URL","slots":1,"model_ref":"m"}"#;
-    let dead = format!("http://127.0.0.1:{}", free_port());
+    // Bound, and nobody listens: no other test has it meanwhile.
+    let unheard = tokio::net::TcpSocket::new_v4().unwrap();
+    unheard.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let dead = format!("http://{}", unheard.local_addr().unwrap());
     let file = |pool: &str, url: &str| good.replace("POOL", pool).replace("URL", url);
     let cases = [
         ("half-r0.json", r#"{"pool_id":"half","#.to_owned(), "EOF"),
