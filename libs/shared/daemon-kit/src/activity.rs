@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use axum::body::Body;
 use bytes::Bytes;
-use hyper::body::{Frame, SizeHint};
+use hyper::body::{Frame, Incoming, SizeHint};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep, sleep};
 
 use crate::handover::Handover;
 
@@ -20,6 +20,9 @@ const LINGER: Duration = Duration::from_secs(1);
 /// Longest piece of an answer that is handed over at once, bytes. An answer counts as running until its
 /// last piece was taken, which HTTP/2 does without being able to write it.
 const PIECE_BYTES: usize = 64 * 1024;
+
+/// How long a peer's end is held back before its request has to have come whole.
+const BODY_ON_ITS_WAY: Duration = Duration::from_secs(1);
 
 /// What a connection is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +45,19 @@ pub(crate) struct Activity {
     now: Mutex<Doing>,
 }
 
+/// What becomes of the answer to a request whose peer has ended its side of the connection. In the extensions
+/// of each request.
+#[derive(Debug, Clone)]
+pub struct PeerEnd(Arc<Activity>);
+
+impl PeerEnd {
+    /// Whoever ends its side of the connection has left, as one that is gone altogether: nobody waits for
+    /// the answer. Else it is answered.
+    pub fn is_departure(&self) {
+        self.0.now.lock().answers_after_end = false;
+    }
+}
+
 #[derive(Debug)]
 struct Doing {
     phase: Phase,
@@ -50,6 +66,10 @@ struct Doing {
     http2: bool,
     /// Since when its peer takes nothing of what is to be written.
     stopped: Option<Instant>,
+    /// The running request is answered also when its peer has ended its side, on HTTP/1.
+    answers_after_end: bool,
+    /// The running request was read to its end.
+    is_read: bool,
 }
 
 impl Doing {
@@ -57,6 +77,14 @@ impl Doing {
     fn is_busy(&self) -> bool {
         matches!(self.phase, Phase::Busy(_)) || self.phase == Phase::Idle && self.stopped.is_some()
     }
+}
+
+/// What to do at the peer's end.
+enum AtEnd {
+    Close,
+    /// The request may have come whole, and not be read yet.
+    Wait,
+    Answer,
 }
 
 pub(crate) enum Look {
@@ -70,7 +98,14 @@ pub(crate) enum Look {
 impl Activity {
     pub(crate) fn new(head: Duration, idle: Duration, stalled: Duration) -> Self {
         let until = Instant::now() + head;
-        let doing = Doing { phase: Phase::Head, until, http2: false, stopped: None };
+        let doing = Doing {
+            phase: Phase::Head,
+            until,
+            http2: false,
+            stopped: None,
+            answers_after_end: false,
+            is_read: false,
+        };
         Self { head, idle, stalled, now: Mutex::new(doing) }
     }
 
@@ -93,11 +128,34 @@ impl Activity {
     pub(crate) fn begin(self: &Arc<Self>, http2: bool) -> Running {
         let mut doing = self.now.lock();
         doing.http2 = http2;
+        doing.answers_after_end = false;
         doing.phase = match doing.phase {
             Phase::Busy(running) => Phase::Busy(running + 1),
             _ => Phase::Busy(1),
         };
         Running(Arc::clone(self))
+    }
+
+    /// The request that begins is answered also when its peer has ended its side of the connection.
+    /// `is_read`: nothing more of it comes.
+    pub(crate) fn answer_after_end(self: &Arc<Self>, is_read: bool) -> PeerEnd {
+        let mut doing = self.now.lock();
+        (doing.answers_after_end, doing.is_read) = (true, is_read);
+        PeerEnd(Arc::clone(self))
+    }
+
+    fn request_read(&self) {
+        self.now.lock().is_read = true;
+    }
+
+    /// The peer has ended its side.
+    fn at_end(&self) -> AtEnd {
+        let doing = self.now.lock();
+        match matches!(doing.phase, Phase::Busy(_)) && doing.answers_after_end && !doing.http2 {
+            true if doing.is_read => AtEnd::Answer,
+            true => AtEnd::Wait,
+            false => AtEnd::Close,
+        }
     }
 
     fn bytes_arrived(&self) {
@@ -206,16 +264,68 @@ impl hyper::body::Body for Answer {
     }
 }
 
+/// The body of a request that tells when it was read to its end.
+pub(crate) struct ReadBody {
+    body: Incoming,
+    activity: Arc<Activity>,
+}
+
+impl ReadBody {
+    pub(crate) fn new(body: Incoming, activity: Arc<Activity>) -> Self {
+        Self { body, activity }
+    }
+}
+
+impl hyper::body::Body for ReadBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        if matches!(polled, Poll::Ready(None)) || self.body.is_end_stream() {
+            self.activity.request_read();
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
 /// A stream that tells when bytes arrive, and when none are taken.
 pub(crate) struct Instrumented<T> {
     io: T,
     activity: Arc<Activity>,
     write_waits: bool,
+    /// Once its peer's end was held back.
+    end_after: Option<Pin<Box<Sleep>>>,
 }
 
 impl<T> Instrumented<T> {
     pub(crate) fn new(io: T, activity: Arc<Activity>) -> Self {
-        Self { io, activity, write_waits: false }
+        Self { io, activity, write_waits: false, end_after: None }
+    }
+
+    /// The peer has ended its side, which is told once nothing runs that it may wait for. Whether it is gone
+    /// altogether the next piece for it shows.
+    fn end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let at_end = self.activity.at_end();
+        if matches!(at_end, AtEnd::Close) {
+            return Poll::Ready(Ok(()));
+        }
+        // Its request may be read still, or be one whose peer has left by this. The end of the answer has
+        // this read again in any case.
+        let wait = self.end_after.get_or_insert_with(|| Box::pin(sleep(BODY_ON_ITS_WAY)));
+        let is_over = wait.as_mut().poll(cx).is_ready();
+        if is_over && matches!(at_end, AtEnd::Wait) { Poll::Ready(Ok(())) } else { Poll::Pending }
     }
 
     fn wrote<R>(&mut self, written: Poll<R>) -> Poll<R> {
@@ -237,6 +347,8 @@ impl<T: AsyncRead + Unpin> AsyncRead for Instrumented<T> {
         let polled = Pin::new(&mut self.io).poll_read(cx, buf);
         if buf.filled().len() > before {
             self.activity.bytes_arrived();
+        } else if matches!(polled, Poll::Ready(Ok(()))) && buf.remaining() > 0 {
+            return self.end(cx);
         }
         polled
     }
