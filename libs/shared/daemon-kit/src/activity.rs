@@ -3,7 +3,7 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -54,7 +54,9 @@ impl PeerEnd {
     /// Whoever ends its side of the connection has left, as one that is gone altogether: nobody waits for
     /// the answer. Else it is answered.
     pub fn is_departure(&self) {
-        self.0.now.lock().answers_after_end = false;
+        let mut doing = self.0.now.lock();
+        doing.answers_after_end = false;
+        doing.wake_reader();
     }
 }
 
@@ -70,9 +72,17 @@ struct Doing {
     answers_after_end: bool,
     /// The running request was read to its end.
     is_read: bool,
+    /// Of whoever is not told of its peer's end yet.
+    reader: Option<Waker>,
 }
 
 impl Doing {
+    fn wake_reader(&mut self) {
+        if let Some(reader) = self.reader.take() {
+            reader.wake();
+        }
+    }
+
     /// Whether requests run, or the end of an answer is written still.
     fn is_busy(&self) -> bool {
         matches!(self.phase, Phase::Busy(_)) || self.phase == Phase::Idle && self.stopped.is_some()
@@ -105,6 +115,7 @@ impl Activity {
             stopped: None,
             answers_after_end: false,
             is_read: false,
+            reader: None,
         };
         Self { head, idle, stalled, now: Mutex::new(doing) }
     }
@@ -149,13 +160,13 @@ impl Activity {
     }
 
     /// The peer has ended its side.
-    fn at_end(&self) -> AtEnd {
-        let doing = self.now.lock();
-        match matches!(doing.phase, Phase::Busy(_)) && doing.answers_after_end && !doing.http2 {
-            true if doing.is_read => AtEnd::Answer,
-            true => AtEnd::Wait,
-            false => AtEnd::Close,
+    fn at_end(&self, reader: &Waker) -> AtEnd {
+        let mut doing = self.now.lock();
+        if !matches!(doing.phase, Phase::Busy(_)) || !doing.answers_after_end || doing.http2 {
+            return AtEnd::Close;
         }
+        doing.reader = Some(reader.clone());
+        if doing.is_read { AtEnd::Answer } else { AtEnd::Wait }
     }
 
     fn bytes_arrived(&self) {
@@ -208,6 +219,7 @@ impl Drop for Running {
             Phase::Busy(running) if running > 1 => doing.phase = Phase::Busy(running - 1),
             _ => (doing.phase, doing.until) = (Phase::Idle, Instant::now() + self.0.idle),
         }
+        doing.wake_reader();
     }
 }
 
@@ -317,15 +329,14 @@ impl<T> Instrumented<T> {
     /// The peer has ended its side, which is told once nothing runs that it may wait for. Whether it is gone
     /// altogether the next piece for it shows.
     fn end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let at_end = self.activity.at_end();
-        if matches!(at_end, AtEnd::Close) {
-            return Poll::Ready(Ok(()));
+        match self.activity.at_end(cx.waker()) {
+            AtEnd::Close => Poll::Ready(Ok(())),
+            AtEnd::Answer => Poll::Pending,
+            AtEnd::Wait => {
+                let wait = self.end_after.get_or_insert_with(|| Box::pin(sleep(BODY_ON_ITS_WAY)));
+                wait.as_mut().poll(cx).map(Ok)
+            }
         }
-        // Its request may be read still, or be one whose peer has left by this. The end of the answer has
-        // this read again in any case.
-        let wait = self.end_after.get_or_insert_with(|| Box::pin(sleep(BODY_ON_ITS_WAY)));
-        let is_over = wait.as_mut().poll(cx).is_ready();
-        if is_over && matches!(at_end, AtEnd::Wait) { Poll::Ready(Ok(())) } else { Poll::Pending }
     }
 
     fn wrote<R>(&mut self, written: Poll<R>) -> Poll<R> {
