@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::process::ExitCode;
 
+use pool_registry_types::nearest::distance;
 use pool_registry_types::node::Capabilities;
 use secrecy::SecretString;
 
@@ -27,22 +28,6 @@ pub(crate) fn misspelt<'a>(
 /// The names of all variables that a command line's settings read.
 pub(crate) fn variables(command: &clap::Command) -> Vec<String> {
     command.get_arguments().filter_map(|arg| arg.get_env()?.to_str().map(str::to_owned)).collect()
-}
-
-/// Edits between two texts: inserted, removed or replaced characters.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
 
 /// A value that is never printed.
@@ -144,7 +129,9 @@ pub struct UnknownAddr {
 
 /// The name that the text is most likely meant to be.
 pub fn nearest<'a>(text: &str, names: &[&'a str]) -> Option<&'a str> {
-    names.iter().min_by_key(|name| distance(text, name)).copied()
+    let text: Vec<char> = text.chars().collect();
+    let from_text = |name: &&&str| distance(&text, &name.chars().collect::<Vec<_>>());
+    names.iter().min_by_key(from_text).copied()
 }
 
 /// The host's name, as the kernel has it.

@@ -29,7 +29,7 @@ fn contains(whole: &[char], part: &[char]) -> bool {
 }
 
 /// Characters that must be put in, taken out or changed to make one of the other.
-fn distance(a: &[char], b: &[char]) -> usize {
+pub fn distance(a: &[char], b: &[char]) -> usize {
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.iter().enumerate() {
         let mut before = std::mem::replace(&mut row[0], i + 1);
