@@ -238,7 +238,7 @@ async fn pools(State(node): State<AppState>) -> Json<NodePools> {
         gpus: node.agent.gpus(),
         intent: node.agent.intent(),
         handoff_problems: node.agent.problems(),
-        pools_file_problem: node.own.file_problem(),
+        pools_file_problem: node.agent.pools_file_problem(),
     })
 }
 

@@ -193,6 +193,7 @@ async fn the_node_refuses_what_is_not_for_it() {
 }
 
 // CLOUD-2352
+// CLOUD-2943
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_bad_handoff_file_is_named_and_never_bound() {
     let cluster = Cluster::start(Options { nodes: 1, ..Options::default() }).await;
@@ -227,11 +228,31 @@ async fn each_bad_handoff_file_is_named_and_never_bound() {
         let problem = problems[name].as_str().unwrap_or_default();
         assert!(problem.contains(names), "{name}: {problem:?} does not name {names:?}");
     }
-    let pools = cluster.client.node("gpu-node-1").await.unwrap().pools;
-    let ready = pools.iter().filter(|pool| pool.report.ready).count();
-    assert_eq!(ready, 1, "only the good one serves");
-    // Only the engine that cannot be reached is a pool at all, and shown as failed.
-    assert!(pools.len() <= 2, "{pools:?}");
+    // The control plane has all of it too: those that are of a pool are that pool, and the one that is
+    // bound and cannot be reached has its problem there only.
+    let bound = ["away-r0.json"];
+    let of_pools = ["host", "slots", "engine", "pid", "away"];
+    let list = eventually("the control plane shows them", Duration::from_secs(6), || async {
+        let list = cluster.client.get_json("/v2/pools").await?;
+        let shown = list["problems"].as_array()?.len();
+        let failed = list["pools"].as_array()?.iter().filter(|pool| pool["state"] == "failed").count();
+        (shown == cases.len() - bound.len() && failed == of_pools.len()).then_some(list)
+    })
+    .await;
+    for (name, _, names) in cases.iter().filter(|(name, ..)| !bound.contains(name)) {
+        let problems = list["problems"].as_array().unwrap();
+        let problem = problems.iter().find(|problem| problem["file"] == *name).unwrap();
+        assert_eq!((&problem["node_id"], &problem["kind"]), (&json!("gpu-node-1"), &json!("handoff")));
+        assert!(problem["message"].as_str().unwrap().contains(names), "{name}: {problem}");
+    }
+    for pool in list["pools"].as_array().unwrap() {
+        let (id, error) = (pool["pool_id"].as_str().unwrap(), pool["last_error"].as_str());
+        let expected = cases.iter().find(|(name, ..)| of_pools.contains(&id) && name.starts_with(id));
+        match expected {
+            Some((.., names)) => assert!(error.unwrap().contains(names) && pool["ready"] == false, "{pool}"),
+            None => assert!(error.is_none() && pool["ready"] == true, "only the good one serves: {pool}"),
+        }
+    }
     // A file that becomes valid is bound then.
     let url = cluster.engine_url(0);
     std::fs::write(dir.join("half-r0.json"), file("half", &url)).unwrap();

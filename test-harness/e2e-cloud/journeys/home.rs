@@ -154,6 +154,7 @@ async fn from_nothing_a_file_of_pools_and_one_command_are_a_served_model() {
     assert!(!Path::new(&format!("/proc/{last}")).exists(), "engine {last} outlived its daemon");
 }
 
+// CLOUD-2943
 // CLOUD-2976
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn at_a_sighup_each_file_is_read_again_and_on_a_terminal_the_daemon_stops() {
@@ -185,6 +186,29 @@ async fn at_a_sighup_each_file_is_read_again_and_on_a_terminal_the_daemon_stops(
     let comes = Client::new(&base, Some("a-token-that-comes"));
     assert_eq!(comes.get("/v2/pools").await.unwrap().status(), 200);
     logged(["tokens=2", "the file of pools is still not taken"]).await;
+    let shown = async |expected: Value| {
+        eventually("what is to be mended is shown", PATIENCE, || async {
+            let problems = client.get_json("/v2/pools").await?["problems"].take();
+            let found = problems.as_array().into_iter().flatten().map(|problem| {
+                let message = problem["message"].as_str().unwrap_or_default().to_owned();
+                (json!([problem["kind"], problem["file"]]), message)
+            });
+            let found: Vec<(Value, String)> = found.collect();
+            let names: Vec<&Value> = found.iter().map(|(name, _)| name).collect();
+            (json!(names) == expected).then_some(found)
+        })
+        .await
+    };
+    let of_pools = json!(["pools_file", pools.to_string_lossy()]);
+    std::fs::write(home.join("run/engines/p-r0.json"), "{").unwrap();
+    let found = shown(json!([of_pools, ["handoff", "p-r0.json"]])).await;
+    assert!(found[0].1.contains("engine") && found[1].1.starts_with("not a handoff"), "{found:?}");
+    std::fs::write(&pools, "").unwrap();
+    std::fs::remove_file(home.join("run/engines/p-r0.json")).unwrap();
+    eventually("all is mended", PATIENCE, || async {
+        client.get_json("/v2/pools").await?["problems"].is_null().then_some(())
+    })
+    .await;
     stop(daemon).await;
 
     // The tests may run where it is ignored.

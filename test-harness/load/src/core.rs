@@ -284,6 +284,7 @@ impl Fleet {
             pools: pools.collect(),
             gpus: Vec::new(),
             models: Vec::new(),
+            problems: Vec::new(),
         };
         let reply = self.reply();
         Event::Heartbeat { reply, node_id: self.ids[node].clone(), beat }

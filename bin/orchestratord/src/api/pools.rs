@@ -45,7 +45,7 @@ pub(crate) async fn list(
     _: Known<NoParameters>,
 ) -> Result<Json<PoolList>, ApiError> {
     let view = state.service_registry.view().await?;
-    Ok(Json(PoolList { pools: view.pools().collect() }))
+    Ok(Json(PoolList { pools: view.pools().collect(), problems: view.problems().collect() }))
 }
 
 /// Shows whether one pool takes tasks, and why not.

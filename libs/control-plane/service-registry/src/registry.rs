@@ -220,6 +220,7 @@ impl ServiceRegistry {
                 pools: BTreeMap::new(),
                 gpus: Vec::new(),
                 models: Vec::new(),
+                problems: Vec::new(),
                 link: BTreeMap::new(),
                 breaker: Breaker::default(),
                 claims,

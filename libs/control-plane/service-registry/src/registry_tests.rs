@@ -95,6 +95,7 @@ fn beat(epoch: &Epoch, seq: u64, attempts: &[AttemptId]) -> Heartbeat {
         pools: vec![report(4, attempts)],
         gpus: vec![],
         models: vec![],
+        problems: vec![],
     }
 }
 

@@ -37,6 +37,7 @@ impl Bench {
             pools: vec![PoolReport { engine: Some(engine), ..report(1, &[]) }],
             gpus: vec![],
             models: staged.into_iter().collect(),
+            problems: vec![],
         };
         let reply = self.reply();
         self.apply(Event::Heartbeat { reply, node_id: node(name), beat });

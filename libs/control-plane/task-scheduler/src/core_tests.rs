@@ -209,6 +209,7 @@ impl Bench {
             pools,
             gpus: vec![],
             models: vec![],
+            problems: vec![],
         };
         let reply = self.reply();
         self.apply(Event::Heartbeat { reply, node_id: NodeId::new(name).unwrap(), beat });

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::SystemTime;
 
+use pool_registry_types::PoolId;
+
 use crate::handoff::{Fault, Handoff};
 
 /// What tells one version of a file from the next.
@@ -22,6 +24,8 @@ pub struct Seen {
     pub file: String,
     pub stamp: Stamp,
     pub content: Result<Handoff, Fault>,
+    /// The pool that it names, where that much of it can be read.
+    pub pool_id: Option<PoolId>,
 }
 
 /// What happened to a file.
@@ -31,8 +35,8 @@ pub enum Change {
     Bound { file: String, handoff: Handoff },
     /// A file that was valid is gone, has become faulty, or its process is gone.
     Unbound { file: String, handoff: Handoff },
-    /// A file binds nothing, and why.
-    Faulty { file: String, fault: Fault },
+    /// A file binds nothing, and why; with the pool that it would have an engine for, where it names one.
+    Faulty { file: String, fault: Fault, pool_id: Option<PoolId> },
     /// A faulty file is gone.
     Cleared { file: String },
 }
@@ -103,15 +107,16 @@ impl Folder {
     pub(crate) fn process_gone(&mut self, file: &str, pid: u32) -> Vec<Change> {
         let mut changes = Vec::new();
         if let Some(entry) = self.entries.get(file) {
-            let seen =
-                Seen { file: file.to_owned(), stamp: entry.stamp, content: Err(Fault::ProcessGone(pid)) };
+            let pool_id = entry.content.as_ref().ok().map(|handoff| handoff.pool_id.clone());
+            let content = Err(Fault::ProcessGone(pid));
+            let seen = Seen { file: file.to_owned(), stamp: entry.stamp, content, pool_id };
             self.replace(seen, &mut changes);
         }
         changes
     }
 
     fn replace(&mut self, seen: Seen, changes: &mut Vec<Change>) {
-        let Seen { file, stamp, content } = seen;
+        let Seen { file, stamp, content, pool_id } = seen;
         let before = self.entries.insert(file.clone(), Entry { stamp, content: content.clone() });
         let before = before.map(|entry| entry.content);
         if before.as_ref() == Some(&content) {
@@ -120,9 +125,9 @@ impl Folder {
         match (before, content) {
             (Some(Ok(old)), Err(fault)) => {
                 changes.push(Change::Unbound { file: file.clone(), handoff: old });
-                changes.push(Change::Faulty { file, fault });
+                changes.push(Change::Faulty { file, fault, pool_id });
             }
-            (_, Err(fault)) => changes.push(Change::Faulty { file, fault }),
+            (_, Err(fault)) => changes.push(Change::Faulty { file, fault, pool_id }),
             (_, Ok(handoff)) => changes.push(Change::Bound { file, handoff }),
         }
     }
@@ -157,6 +162,7 @@ mod tests {
             file: "pool-0-r0.json".into(),
             stamp: Stamp { modified: None, len, inode: 1, status_changed: (0, 0) },
             content,
+            pool_id: None,
         }
     }
 

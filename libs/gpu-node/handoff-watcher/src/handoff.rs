@@ -137,6 +137,18 @@ pub fn parse(stem: &str, content: &[u8], hosts: &EngineHosts) -> Result<Handoff,
     Ok(handoff)
 }
 
+/// The pool that a file is for by its name and by what it holds, whatever else is wrong with it.
+pub fn pool_named(stem: &str, content: &[u8]) -> Option<PoolId> {
+    #[derive(Deserialize)]
+    struct Named {
+        pool_id: PoolId,
+        replica_id: ReplicaId,
+    }
+    let Named { pool_id, replica_id } = serde_json::from_slice(content).ok()?;
+    let name = HandoffName { pool_id, replica_id };
+    (stem == name.to_string()).then_some(name.pool_id)
+}
+
 fn check_url(url: &str, hosts: &EngineHosts) -> Result<(), Fault> {
     let fault = |text: &str| Err(Fault::Url(text.to_owned()));
     let Some(rest) = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://")) else {

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::folder::{Change, Folder, Seen, Stamp};
-use crate::handoff::{EngineHosts, Fault, MAX_HANDOFF_BYTES, parse};
+use crate::handoff::{EngineHosts, Fault, MAX_HANDOFF_BYTES, parse, pool_named};
 use crate::process;
 
 /// Changes waiting for the receiver; beyond, looking pauses until it has caught up.
@@ -179,17 +179,22 @@ impl Looker {
         if self.folder.knows(file, &stamp) {
             return Some(None);
         }
+        let mut pool_id = None;
         let content = if !inside || !meta.is_file() {
             Err(Fault::LinkedOut)
         } else if meta.len() > MAX_HANDOFF_BYTES {
             Err(Fault::TooLarge)
         } else {
             match std::fs::read(&path) {
-                Ok(bytes) => parse(file.trim_end_matches(".json"), &bytes, &self.hosts),
+                Ok(bytes) => {
+                    let stem = file.trim_end_matches(".json");
+                    pool_id = pool_named(stem, &bytes);
+                    parse(stem, &bytes, &self.hosts)
+                }
                 Err(error) => Err(Fault::Unreadable(error.to_string())),
             }
         };
-        Some(Some(Seen { file: file.to_owned(), stamp, content }))
+        Some(Some(Seen { file: file.to_owned(), stamp, content, pool_id }))
     }
 
     fn look_at_processes(&mut self) -> Vec<Change> {
@@ -218,6 +223,8 @@ impl Looker {
 
 #[cfg(test)]
 mod tests {
+    use pool_registry_types::PoolId;
+
     use super::*;
 
     const PATIENCE: Duration = Duration::from_secs(10);
@@ -300,7 +307,11 @@ mod tests {
         assert!(matches!(next(&mut changes).await, Change::Unbound { .. }));
         assert_eq!(
             next(&mut changes).await,
-            Change::Faulty { file: "p-r0.json".into(), fault: Fault::ProcessGone(pid) }
+            Change::Faulty {
+                file: "p-r0.json".into(),
+                fault: Fault::ProcessGone(pid),
+                pool_id: PoolId::new("p").ok()
+            }
         );
         stop.cancel();
     }
@@ -315,12 +326,12 @@ mod tests {
         let (mut changes, stop) = start(dir.path());
         assert_eq!(
             next(&mut changes).await,
-            Change::Faulty { file: "p-r0.json".into(), fault: Fault::LinkedOut }
+            Change::Faulty { file: "p-r0.json".into(), fault: Fault::LinkedOut, pool_id: None }
         );
         std::fs::write(dir.path().join("q-r0.json"), vec![b' '; 70_000]).unwrap();
         assert_eq!(
             next(&mut changes).await,
-            Change::Faulty { file: "q-r0.json".into(), fault: Fault::TooLarge }
+            Change::Faulty { file: "q-r0.json".into(), fault: Fault::TooLarge, pool_id: None }
         );
         stop.cancel();
     }

@@ -16,7 +16,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use handoff_watcher::{Handoff, HandoffName};
-use node_core::{Declared, Identity, NodeCore, Retention, Session};
+use node_core::{Declared, Identity, NodeCore, Problem, Retention, Session, Source};
 use owned_tasks::{Loops, StreamThread, StreamThreads};
 use parking_lot::Mutex;
 use pool_registry_types::node::{GpuReport, Intent, StagedModel};
@@ -111,8 +111,6 @@ pub struct Agent {
     replicas: Mutex<BTreeMap<HandoffName, Watched>>,
     announced: Mutex<Announced>,
     /// What is wrong with handoff files, and with engines that cannot be bound.
-    file_problems: Mutex<BTreeMap<String, String>>,
-    binding_problems: Mutex<BTreeMap<HandoffName, String>>,
     intent_file: IntentFile,
     taking_intent: tokio::sync::Mutex<()>,
     pub(crate) counters: Mutex<NodeCounters>,
@@ -163,8 +161,6 @@ impl Agent {
             links,
             replicas: Mutex::new(BTreeMap::new()),
             announced: Mutex::default(),
-            file_problems: Mutex::default(),
-            binding_problems: Mutex::default(),
             counters: Mutex::new(NodeCounters::default()),
             tracker: TaskTracker::new(),
             threads: OnceLock::new(),
@@ -437,10 +433,30 @@ impl Agent {
 
     /// Handoff files that bind nothing, and why.
     pub fn problems(&self) -> BTreeMap<String, String> {
-        let mut problems = self.file_problems.lock().clone();
-        let binding = self.binding_problems.lock();
-        problems.extend(binding.iter().map(|(name, problem)| (format!("{name}.json"), problem.clone())));
-        problems
+        let core = self.core.lock();
+        let of_handoff = |(source, problem): (&Source, &Problem)| {
+            let file = match source {
+                Source::PoolsFile(_) => return None,
+                Source::HandoffFile(file) => file.clone(),
+                Source::Replica { pool_id, replica_id } => format!("{pool_id}-{replica_id}.json"),
+            };
+            Some((file, problem.message.clone()))
+        };
+        core.problems().filter_map(of_handoff).collect()
+    }
+
+    /// Why the file of pools is not taken as it stands, if it is not.
+    pub fn pools_file_problem(&self) -> Option<String> {
+        let core = self.core.lock();
+        let mut problems = core.problems();
+        problems.find_map(|(source, problem)| {
+            matches!(source, Source::PoolsFile(_)).then(|| problem.message.clone())
+        })
+    }
+
+    /// Takes in that something has a problem, or none any more.
+    pub(crate) fn set_problem(&self, source: Source, problem: Option<Problem>) {
+        self.change(|core, now| core.set_problem(now, source, problem));
     }
 }
 

@@ -143,7 +143,7 @@ async fn what_follows_the_handoffs_ends_with_the_agent_while_the_watcher_lives()
     let agent = agent(&folder);
     let (send, changes) = mpsc::channel(4);
     agent.follow_handoffs(changes);
-    let faulty = Change::Faulty { file: "p-r0.json".into(), fault: Fault::TooLarge };
+    let faulty = Change::Faulty { file: "p-r0.json".into(), fault: Fault::TooLarge, pool_id: None };
     send.send(faulty).await.unwrap();
     until("it is taken", || agent.problems().contains_key("p-r0.json")).await;
     agent.stop().await;

@@ -49,11 +49,6 @@ impl Node {
         self.supervision.as_ref().filter(|supervision| supervision.supervises(pool_id))
     }
 
-    /// Why the file of pools is not taken, if it is not.
-    pub fn file_problem(&self) -> Option<String> {
-        self.supervision.as_ref()?.file_problem()
-    }
-
     /// Where the replicas of a pool write, by their ids.
     pub fn logs(&self, pool_id: &PoolId) -> BTreeMap<String, PathBuf> {
         self.supervision.as_ref().map(|supervision| supervision.logs(pool_id)).unwrap_or_default()

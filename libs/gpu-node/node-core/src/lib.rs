@@ -13,7 +13,7 @@ pub mod supervisor;
 
 pub use attempts::{Cursor, Ending, Ends, Held, Piece, ResumeError, Resumed, Retention, Taken, TooLong};
 pub use node::{
-    Accepted, Ask, BindError, Busy, Declared, Identity, NodeCore, NodeEffect, Readiness, ReplicaSpec,
-    Serving, Verdict,
+    Accepted, Ask, BindError, Busy, Declared, Identity, NodeCore, NodeEffect, Problem, Readiness,
+    ReplicaSpec, Serving, Source, Verdict,
 };
 pub use session::{BeatFailure, Session};

@@ -30,6 +30,8 @@ pub const MAX_REPORT_ATTEMPTS: usize = 100_000;
 pub const MAX_TAIL_LINES: usize = 64;
 /// GPUs of one node.
 pub const MAX_GPUS: usize = 256;
+/// Files of one node that cannot be taken as they stand, in a report.
+pub const MAX_PROBLEMS: usize = 64;
 /// Labels of one node, and its features.
 pub const MAX_LABELS: usize = 64;
 

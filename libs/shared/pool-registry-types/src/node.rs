@@ -139,6 +139,35 @@ pub struct Heartbeat {
     #[serde(default, deserialize_with = "newer::entries", skip_serializing_if = "Vec::is_empty")]
     #[schema(max_items = 8192)]
     pub models: Vec<StagedModel>,
+    /// What the node's operator has to mend; that of a pool stands in the pool's own `last_error`.
+    #[serde(default, deserialize_with = "newer::entries", skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 64)]
+    pub problems: Vec<NodeProblem>,
+}
+
+/// A file of a node that is not taken as it stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct NodeProblem {
+    pub kind: ProblemKind,
+    /// The path of the file of pools; the name of a handoff file in the runtime directory.
+    pub file: String,
+    /// The pool that the file would have an engine for, where that can be read.
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
+    pub pool_id: Option<PoolId>,
+    /// Why it is not taken.
+    pub message: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ProblemKind {
+    /// What the file of pools stated before holds.
+    PoolsFile,
+    /// The engine that it announces gets no tasks.
+    Handoff,
+    /// Something that a newer node reports.
+    #[serde(other)]
+    Unknown,
 }
 
 /// A model on a node's disk, whole and verified when it was staged.

@@ -5,8 +5,8 @@
 
 use crate::error::ErrorBody;
 use crate::limits::{
-    MAX_GPUS, MAX_LABELS, MAX_POOL_MODELS, MAX_REPORT_ATTEMPTS, MAX_REPORT_MODELS, MAX_REPORT_POOLS,
-    MAX_REPORT_REPLICAS, MAX_TAIL_LINES, cut,
+    MAX_GPUS, MAX_LABELS, MAX_POOL_MODELS, MAX_PROBLEMS, MAX_REPORT_ATTEMPTS, MAX_REPORT_MODELS,
+    MAX_REPORT_POOLS, MAX_REPORT_REPLICAS, MAX_TAIL_LINES, cut,
 };
 use crate::node::{Capabilities, Heartbeat, RegisterRequest};
 use crate::pool::PoolReport;
@@ -43,6 +43,7 @@ impl Heartbeat {
         at_most("pools", self.pools.len(), MAX_REPORT_POOLS)?;
         at_most("gpus", self.gpus.len(), MAX_GPUS)?;
         at_most("models", self.models.len(), MAX_REPORT_MODELS)?;
+        at_most("problems", self.problems.len(), MAX_PROBLEMS)?;
         let (mut models, mut replicas, mut attempts) = (0, 0, 0);
         for pool in &self.pools {
             at_most("pools.models", pool.models.len(), MAX_POOL_MODELS)?;
@@ -64,6 +65,7 @@ impl Heartbeat {
     pub fn cut_texts(&mut self) {
         cut(&mut self.timestamp);
         self.gpus.iter_mut().flat_map(|gpu| &mut gpu.problem).for_each(cut);
+        self.problems.iter_mut().flat_map(|problem| [&mut problem.file, &mut problem.message]).for_each(cut);
         self.pools.iter_mut().for_each(PoolReport::cut_texts);
     }
 
@@ -72,6 +74,7 @@ impl Heartbeat {
     pub fn cut_lists(&mut self) {
         self.gpus.truncate(MAX_GPUS);
         self.models.truncate(MAX_REPORT_MODELS);
+        self.problems.truncate(MAX_PROBLEMS);
         let mut left = MAX_REPORT_MODELS;
         for pool in &mut self.pools {
             pool.models.truncate(MAX_POOL_MODELS.min(left));

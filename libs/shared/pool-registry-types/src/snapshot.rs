@@ -11,7 +11,9 @@ use std::sync::Arc;
 use crate::ids::{ModelRef, NodeId, PoolId};
 use crate::moment::Moment;
 use crate::node::Liveness;
-use crate::view::{CatalogAvailability, ClusterView, ModelAvailability, NodeView, PoolOfNode, StagedAt};
+use crate::view::{
+    CatalogAvailability, ClusterView, ModelAvailability, NodeView, PoolOfNode, ProblemOfNode, StagedAt,
+};
 
 /// Most nodes of one piece; about the square root of the most nodes that there are.
 const PIECE: usize = 128;
@@ -121,6 +123,11 @@ impl ClusterSnapshot {
         self.nodes().flat_map(|(node, _)| node.pools.iter().map(move |pool| node.pool(pool)))
     }
 
+    /// The files of all nodes that are not taken as they stand.
+    pub fn problems(&self) -> impl Iterator<Item = ProblemOfNode> + '_ {
+        self.nodes().flat_map(|(node, _)| node.problems())
+    }
+
     /// The pools of this name, on the node where one is named, each with its node's address.
     pub fn pools_named(&self, pool_id: &PoolId, node_id: Option<&NodeId>) -> Vec<(PoolOfNode, String)> {
         let of = |entry: &&Entry| node_id.is_none_or(|node_id| entry.node.node_id == *node_id);
@@ -198,6 +205,7 @@ mod tests {
             pools: Vec::new(),
             gpus: Vec::new(),
             models: Vec::new(),
+            problems: Vec::new(),
             capabilities: Capabilities::default(),
             running_attempts: Vec::new(),
         }

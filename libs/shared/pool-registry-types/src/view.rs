@@ -5,9 +5,9 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::ids::{AttemptId, BootId, Digest, MachineId, ModelRef, NodeId, PoolId, TaskId};
-use crate::node::{Capabilities, GpuReport, Intent, Liveness, StagedModel};
+use crate::node::{Capabilities, GpuReport, Intent, Liveness, NodeProblem, ProblemKind, StagedModel};
 use crate::placement::Labels;
-use crate::pool::{DrainProgress, PoolReport, PoolState};
+use crate::pool::{DrainProgress, PoolReloading, PoolReport, PoolState};
 use crate::task::TaskState;
 
 /// `GET /v2/nodes`.
@@ -45,6 +45,9 @@ pub struct NodeView {
     /// Models on its disk.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub models: Vec<StagedModel>,
+    /// Files there that are not taken as they stand.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub problems: Vec<NodeProblem>,
     pub capabilities: Capabilities,
     /// Attempts that hold a slot here in the control plane's books.
     pub running_attempts: Vec<AttemptId>,
@@ -105,6 +108,23 @@ pub struct PoolView {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 pub struct PoolList {
     pub pools: Vec<PoolOfNode>,
+    /// What keeps pools from being here, or from being as they were last written.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub problems: Vec<ProblemOfNode>,
+}
+
+/// A [`NodeProblem`] with the node that reports it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ProblemOfNode {
+    pub node_id: NodeId,
+    pub kind: ProblemKind,
+    /// The path of the file of pools; the name of a handoff file in the node's runtime directory.
+    pub file: String,
+    /// The pool that the file would have an engine for, where that can be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool_id: Option<PoolId>,
+    /// Why it is not taken.
+    pub message: String,
 }
 
 /// A pool with the node it is on; also `GET /v2/pools/{id}/health`.
@@ -130,6 +150,9 @@ pub struct PoolOfNode {
     /// How far its own drain had come at its node's last report.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain: Option<DrainProgress>,
+    /// The reload that is under way, or why the last one was given up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reload: Option<PoolReloading>,
 }
 
 /// One event of `GET /v2/events`: what changed, and to what. The name of the event is `node`,
@@ -225,6 +248,17 @@ impl NodeView {
             last_error: pool.report.last_error.clone(),
             warning: pool.report.warning.clone(),
             drain: pool.report.drain,
+            reload: pool.report.supervised.as_ref().and_then(|supervised| supervised.reload.clone()),
         }
+    }
+
+    pub(crate) fn problems(&self) -> impl Iterator<Item = ProblemOfNode> + '_ {
+        self.problems.iter().map(|problem| ProblemOfNode {
+            node_id: self.node_id.clone(),
+            kind: problem.kind,
+            file: problem.file.clone(),
+            pool_id: problem.pool_id.clone(),
+            message: problem.message.clone(),
+        })
     }
 }

@@ -163,6 +163,12 @@ async fn a_reload_under_load_fails_no_task_and_a_failing_one_changes_nothing() {
         })
         .await;
         assert_eq!((&status["models"][0], &status["ready"]), (&json!("tiny-b"), &json!(true)));
+        eventually("the control plane shows why", MINUTE, || async {
+            let list = cluster.client.get_json("/v2/pools").await?;
+            let pool = list["pools"].as_array()?.iter().find(|pool| pool["pool_id"] == "pool-a")?;
+            pool["reload"]["error"].as_str()?.contains(reason).then_some(())
+        })
+        .await;
     }
     stop.send(true).unwrap();
     let mut done = 0;

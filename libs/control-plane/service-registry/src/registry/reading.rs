@@ -174,6 +174,7 @@ impl Node {
             pools: pools.collect(),
             gpus: self.gpus.clone(),
             models: self.models.clone(),
+            problems: self.problems.clone(),
             capabilities: self.request.capabilities.clone(),
             running_attempts: running.into_iter().collect(),
         }

@@ -43,6 +43,7 @@ impl ServiceRegistry {
             node.reported(beat.intent, beat.intent_order);
             node.gpus = beat.gpus;
             node.models = beat.models;
+            node.problems = beat.problems;
             let claims = std::mem::take(&mut node.claims);
             let books = Books { claims: &claims, fenced, once, held };
             let (listed, orphans) = node.take_pools(now, beat.seq, beat.pools, &books, models);

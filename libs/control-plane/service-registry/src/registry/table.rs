@@ -9,7 +9,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use pool_registry_types::node::{GpuReport, Intent, IntentOrder, Liveness, RegisterRequest, StagedModel};
+use pool_registry_types::node::{
+    GpuReport, Intent, IntentOrder, Liveness, NodeProblem, RegisterRequest, StagedModel,
+};
 use pool_registry_types::placement::Labels;
 use pool_registry_types::snapshot::ClusterSnapshot;
 use pool_registry_types::view::LinkView;
@@ -64,6 +66,7 @@ pub(super) struct Node {
     pub(super) tokens_changed: u64,
     pub(super) gpus: Vec<GpuReport>,
     pub(super) models: Vec<StagedModel>,
+    pub(super) problems: Vec<NodeProblem>,
     /// By its lanes, as it was told last; empty where the node has none.
     pub(super) link: BTreeMap<u16, LinkView>,
 }

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use handoff_watcher::{Change, Handoff, HandoffName};
-use node_core::Readiness;
+use node_core::{Problem, Readiness, Source};
 use owned_tasks::{Panicked, caught};
 use pool_registry_types::{PoolId, ReplicaId};
 use tokio::sync::{Notify, mpsc};
@@ -34,7 +34,8 @@ impl Agent {
                     let file = change.file().to_owned();
                     let taking = caught("change of a handoff", async { agent.on_handoff(change) });
                     if let Err(panicked) = taking.await {
-                        agent.file_problems.lock().insert(file, panicked.to_string());
+                        let problem = Problem { pool_id: None, message: panicked.to_string() };
+                        agent.set_problem(Source::HandoffFile(file), Some(problem));
                     }
                 }
             }
@@ -47,7 +48,7 @@ impl Agent {
         match change {
             Change::Bound { file, handoff } => {
                 tracing::info!(file, pool_id = %handoff.pool_id, replica_id = %handoff.replica_id, "handoff seen");
-                self.file_problems.lock().remove(&file);
+                self.set_problem(Source::HandoffFile(file), None);
                 let mut announced = self.announced.lock();
                 if announced.seen(&handoff) {
                     self.watch_replica(handoff);
@@ -60,12 +61,13 @@ impl Agent {
                     self.stop_watching(&handoff.name());
                 }
             }
-            Change::Faulty { file, fault } => {
+            Change::Faulty { file, fault, pool_id } => {
                 tracing::warn!(file, reason = %fault, "a handoff binds nothing");
-                self.file_problems.lock().insert(file, fault.to_string());
+                let problem = Problem { pool_id, message: fault.to_string() };
+                self.set_problem(Source::HandoffFile(file), Some(problem));
             }
             Change::Cleared { file } => {
-                self.file_problems.lock().remove(&file);
+                self.set_problem(Source::HandoffFile(file), None);
             }
         }
     }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use handoff_watcher::HandoffName;
-use node_core::{BindError, Busy, NodeCore, Readiness, ReplicaSpec};
+use node_core::{BindError, Busy, NodeCore, Problem, Readiness, ReplicaSpec, Source};
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{Moment, PoolId, ReplicaId};
 use tokio::sync::Notify;
@@ -41,11 +41,9 @@ impl Agent {
     }
 
     pub(crate) fn set_binding_problem(&self, name: &HandoffName, problem: Option<String>) {
-        let mut problems = self.binding_problems.lock();
-        match problem {
-            Some(problem) => problems.insert(name.clone(), problem),
-            None => problems.remove(name),
-        };
+        let HandoffName { pool_id, replica_id } = name.clone();
+        let problem = problem.map(|message| Problem { pool_id: Some(pool_id.clone()), message });
+        self.set_problem(Source::Replica { pool_id, replica_id }, problem);
     }
 
     /// Binds unless the watch was stopped: watches are stopped under the same lock, so a handoff

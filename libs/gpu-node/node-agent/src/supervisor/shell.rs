@@ -17,6 +17,7 @@ use node_core::supervisor::{
     Device, DeviceReading, Happened, Ordered, PoolPlan, Prepared, ReplicaKey, RunId, Supervisor, Unprepared,
     Work,
 };
+use node_core::{Problem, Source};
 use owned_tasks::{Panicked, blocking, caught};
 use parking_lot::Mutex;
 use pool_registry_types::pool::{PoolPurge, PoolReload};
@@ -180,6 +181,8 @@ impl Supervision {
                 orders.extend(core.apply(now, Happened::Devices(devices)));
                 orders.extend(core.apply(now, happened));
             }
+            // Who sees an engine gone from a pool sees why.
+            self.declare();
             for order in orders {
                 // What a withdrawn engine still runs is read anew before anything is stopped.
                 if matches!(order, Ordered::Withdraw { .. }) {
@@ -188,6 +191,10 @@ impl Supervision {
                 self.carry_out(order).await;
             }
         }
+        self.declare();
+    }
+
+    fn declare(&self) {
         let declared = self.core.lock().declared(&self.state.lock().under_way);
         self.agent.declare(declared);
     }
@@ -268,14 +275,15 @@ impl Supervision {
         match outcome {
             Ok(file) => {
                 tracing::info!(pools = file.pools.len(), "the file of pools is taken");
+                self.set_file_problem(None);
                 Some(self.take_file(file))
             }
             Err(error) => {
-                let mut state = self.state.lock();
-                if is_asked || state.problem.as_ref() != Some(&error.to_string()) {
+                let error = error.to_string();
+                if is_asked || self.agent.pools_file_problem().as_ref() != Some(&error) {
                     tracing::error!(%error, "the file of pools is not taken, what was there before stands");
                 }
-                state.problem = Some(error.to_string());
+                self.set_file_problem(Some(error));
                 None
             }
         }
@@ -283,7 +291,7 @@ impl Supervision {
 
     /// The file was read again and is as it was.
     fn report_unchanged(&self) {
-        match self.file_problem() {
+        match self.agent.pools_file_problem() {
             None => tracing::info!("the file of pools was read again: nothing in it is new"),
             Some(error) => tracing::error!(error, "the file of pools is still not taken"),
         }
@@ -293,7 +301,6 @@ impl Supervision {
         let mut core = self.core.lock();
         core.set_reserve(file.memory.reserve_bytes);
         let mut state = self.state.lock();
-        state.problem = None;
         if state.file.memory != file.memory {
             core.reconsider_memory();
         }
@@ -318,9 +325,9 @@ impl Supervision {
         plans
     }
 
-    /// Why the file is not taken, if it is not.
-    pub(crate) fn file_problem(&self) -> Option<String> {
-        self.state.lock().problem.clone()
+    fn set_file_problem(&self, why: Option<String>) {
+        let problem = why.map(|message| Problem { pool_id: None, message });
+        self.agent.set_problem(Source::PoolsFile(self.settings.pools.display().to_string()), problem);
     }
 
     // ---- preparing ----

@@ -16,7 +16,6 @@ pub(super) struct State {
     /// The file as it was taken last.
     pub(super) file: PoolsFile,
     pub(super) text: Option<String>,
-    pub(super) problem: Option<String>,
     /// All plans that the supervisor may still ask for, by fingerprint.
     pub(super) specs: BTreeMap<u64, Spec>,
     pub(super) launches: BTreeMap<u64, Launch>,

@@ -74,8 +74,9 @@ impl NodeCore {
         }
     }
 
-    pub(super) fn pool_ids(&self) -> BTreeSet<&PoolId> {
-        self.pools.keys().chain(self.declared.keys()).collect()
+    /// Those with engines, those that may get some, and those whose engines cannot be bound.
+    pub(super) fn known_pool_ids(&self) -> BTreeSet<&PoolId> {
+        self.pools.keys().chain(self.declared.keys()).chain(self.problems.pools()).collect()
     }
 
     /// What each bound replica runs, and how many attempts it was given since it was bound.

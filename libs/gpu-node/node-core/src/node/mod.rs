@@ -12,6 +12,7 @@ mod binding;
 mod crash;
 mod looks;
 mod pools;
+mod problems;
 mod reading;
 mod remembered;
 mod replica;
@@ -37,6 +38,8 @@ use crash::Engines;
 pub use crash::Verdict;
 pub use pools::Declared;
 use pools::{Drain, Pool};
+use problems::Problems;
+pub use problems::{Problem, Source};
 use remembered::Remembered;
 pub use replica::{BindError, Busy, Readiness, ReplicaSpec};
 pub use slotless::Serving;
@@ -133,6 +136,7 @@ pub struct NodeCore {
     refused: Remembered,
     gpus: Vec<GpuReport>,
     models: Vec<StagedModel>,
+    problems: Problems,
     /// Drains of pools whose engines are away: they hold for those that come next.
     drains_away: BTreeMap<PoolId, Drain>,
     /// The pools whose engines this node runs itself.
@@ -162,6 +166,7 @@ impl NodeCore {
             refused: Remembered::default(),
             gpus: Vec::new(),
             models: Vec::new(),
+            problems: Problems::default(),
             drains_away: BTreeMap::new(),
             declared: BTreeMap::new(),
             waited_for: false,
@@ -193,7 +198,7 @@ impl NodeCore {
                 version: self.identity.version.clone(),
                 intent: self.intent(),
                 labels: self.identity.labels.clone(),
-                pools: self.pool_ids().into_iter().cloned().collect(),
+                pools: self.known_pool_ids().into_iter().cloned().collect(),
                 capabilities: self.identity.capabilities.clone(),
                 features: self.identity.features.clone(),
             }),
@@ -218,6 +223,7 @@ impl NodeCore {
             pools: self.pool_reports(now),
             gpus: self.gpus.clone(),
             models: self.models.clone(),
+            problems: self.problem_reports(),
         };
         beat.cut_lists();
         beat.cut_texts();

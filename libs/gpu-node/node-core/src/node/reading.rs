@@ -31,10 +31,10 @@ impl NodeCore {
             match (pool, declared) {
                 (Some(pool), declared) => Some(pool.report(id, &around, declared)),
                 (None, Some(declared)) => Some(declared.report(id, &around)),
-                (None, None) => None,
+                (None, None) => self.problems.report(id, &around),
             }
         };
-        let mut reports: Vec<PoolReport> = self.pool_ids().into_iter().filter_map(report).collect();
+        let mut reports: Vec<PoolReport> = self.known_pool_ids().into_iter().filter_map(report).collect();
         self.report_held(&mut reports);
         reports
     }

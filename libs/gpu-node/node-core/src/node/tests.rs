@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::*;
 
-fn at(millis: u64) -> Moment {
+pub(super) fn at(millis: u64) -> Moment {
     Moment::from_millis(millis)
 }
 
@@ -27,11 +27,11 @@ fn boot() -> BootId {
     BootId(Uuid::from_u128(1))
 }
 
-fn pool_id() -> PoolId {
+pub(super) fn pool_id() -> PoolId {
     PoolId::new("pool-0").unwrap()
 }
 
-fn replica_id(n: u32) -> ReplicaId {
+pub(super) fn replica_id(n: u32) -> ReplicaId {
     ReplicaId::new(&format!("r{n}")).unwrap()
 }
 
@@ -65,7 +65,7 @@ fn node() -> NodeCore {
     NodeCore::new(identity, Session::new(at(0), Duration::from_secs(10), 1), Intent::Serving)
 }
 
-fn serving(replicas: u32, slots: u32) -> NodeCore {
+pub(super) fn serving(replicas: u32, slots: u32) -> NodeCore {
     let mut node = node();
     for n in 0..replicas {
         node.bind(at(0), &pool_id(), spec(n, slots)).unwrap();

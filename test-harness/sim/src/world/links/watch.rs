@@ -22,8 +22,9 @@ const FREE: Duration = Duration::from_millis(8_500);
 const APART: Duration = Duration::from_secs(4);
 /// What was lost by a trouble is noticed within this after it.
 const NOTICED: Duration = Duration::from_secs(15);
-/// A stop arrives within this.
-const WELL_FOR: Duration = Duration::from_secs(3);
+/// A stop arrives within this, and what is done: a POST that a trouble has swallowed is given up after 5 s
+/// and sent again half a second later.
+const WELL_FOR: Duration = Duration::from_secs(6);
 /// What a node has made is with the control plane within this, also where its link was not told.
 const BROUGHT: Duration = Duration::from_secs(6);
 /// So long a reader may leave its window full.
