@@ -18,7 +18,7 @@ pub(crate) struct ReportShares(Mutex<HashMap<HolderId, BTreeMap<NodeId, usize>>>
 /// What a report of so many bytes takes, bytes: the text, and what each thing in it costs beside.
 pub(crate) fn cost(beat: &Heartbeat, body_bytes: usize) -> usize {
     let of_pools: usize = beat.pools.iter().map(|pool| 1 + pool.models.len() + pool.replicas.len()).sum();
-    let items = of_pools + beat.models.len() + beat.gpus.len();
+    let items = of_pools + beat.models.len() + beat.gpus.len() + beat.problems.len();
     body_bytes.saturating_add(items.saturating_mul(REPORTED_ITEM_BYTES))
 }
 
