@@ -146,7 +146,16 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     agent.stream_on(threads.clone());
     let streaming = Streaming { threads, is_stream: api::is_stream };
     let limits = ConnLimits::default();
-    let shown = Shown { routes: api::router(node), page: None, gate, counts, limits, streaming, open_routes };
+    let shown = Shown {
+        routes: api::router(node),
+        page: None,
+        gate,
+        counts,
+        limits,
+        streaming,
+        answers_after_end: None,
+        open_routes,
+    };
     let server = front.serve(shown, &beside, &stop);
 
     serve::stop_signal().await;

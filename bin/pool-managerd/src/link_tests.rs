@@ -161,6 +161,7 @@ async fn serve() -> Served {
         counts,
         limits,
         streaming,
+        answers_after_end: None,
         open_routes: Router::new(),
     };
     front.serve(shown, &TaskTracker::new(), &stop);

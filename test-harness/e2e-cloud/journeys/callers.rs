@@ -290,8 +290,13 @@ async fn a_task_that_is_to_be_canceled_unread_ends_with_its_last_reader_and_anot
     becomes(&id(5), "queued").await;
     drop(reading);
     becomes(&id(5), "canceled").await;
-    let mut plain = submit(&cluster, &cluster.task(20), &id(4)).await;
+    // And who has only ended its own side reads on (CLOUD-2986).
+    let mut plain = submit(&cluster, &cluster.task(200), &id(4)).await;
     plain.shutdown().await.unwrap();
+    let mut rest = String::new();
+    let read = tokio::time::timeout(Duration::from_secs(30), plain.read_to_string(&mut rest));
+    read.await.expect("it is closed behind its end").unwrap();
+    assert!(rest.contains("event: end"), "{rest}");
     becomes(&id(4), "completed").await;
     let (status, body) = {
         let mut wrong = cluster.task(1);

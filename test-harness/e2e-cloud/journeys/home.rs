@@ -8,6 +8,7 @@ use e2e_cloud::process::{free_port, program};
 use e2e_cloud::{Client, Engine, Home, Process, eventually};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 // CLOUD-1021
 // CLOUD-1320
@@ -143,6 +144,17 @@ async fn from_nothing_a_file_of_pools_and_one_command_are_a_served_model() {
     ready_pool(&client, "pool-0").await;
     assert!(client.run(task.clone()).await.completed());
     assert_eq!(client.get("/v2/pools/pool-0/logs").await.unwrap().status(), 200);
+    // Nobody is waited for who has ended its side of what may be quiet for days (CLOUD-2986).
+    let mut follower = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+    let request = format!("GET /v2/pools/pool-0/logs?follow=true HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n");
+    follower.write_all(request.as_bytes()).await.unwrap();
+    let mut first = [0; 12];
+    tokio::time::timeout(PATIENCE, follower.read_exact(&mut first)).await.unwrap().unwrap();
+    assert_eq!(&first, b"HTTP/1.1 200");
+    follower.shutdown().await.unwrap();
+    let mut rest = Vec::new();
+    let read = tokio::time::timeout(PATIENCE, follower.read_to_end(&mut rest));
+    read.await.expect("its connection is closed").unwrap();
     for (model, status) in [("other", 400), ("mine", 202)] {
         let reload = client.post("/v2/pools/pool-0/reload", &json!({"new_model_ref": model})).await;
         assert_eq!(reload.status(), status, "{model}");

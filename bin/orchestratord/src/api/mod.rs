@@ -17,10 +17,19 @@ use axum::extract::Query;
 use axum::extract::rejection::QueryRejection;
 use axum::http::HeaderName;
 use daemon_kit::ApiError;
+use daemon_kit::connections::PeerEnd;
 use pool_registry_types::{ErrorBody, ErrorCode};
 
 /// Of every stream: a proxy before us is not to gather it.
 const UNBUFFERED: (HeaderName, &str) = (HeaderName::from_static("x-accel-buffering"), "no");
+
+/// Of an answer that nobody is to be made for whose client has ended its side of the connection: that client
+/// has left. `end` is absent where every client that does has.
+fn departs_at_its_end(end: Option<&PeerEnd>) {
+    if let Some(end) = end {
+        end.is_departure();
+    }
+}
 
 /// The query of a request, or `INVALID_PARAMS` with what is wrong in it.
 fn checked<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, ApiError> {

@@ -5,9 +5,10 @@ use std::time::Duration;
 use axum::Json;
 use axum::body::Body as HttpBody;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, State};
+use axum::extract::{Extension, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use daemon_kit::connections::PeerEnd;
 use daemon_kit::{ApiError, Body, Caller, PathId};
 use futures::StreamExt;
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
@@ -17,7 +18,7 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::query::{Known, NoParameters};
-use super::{UNBUFFERED, checked};
+use super::{UNBUFFERED, checked, departs_at_its_end};
 use crate::app::state::AppState;
 use crate::services::link::PoolOrder;
 
@@ -144,9 +145,14 @@ pub(crate) async fn logs(
     State(state): State<AppState>,
     PathId(id): PathId<PoolId>,
     caller: Caller,
+    end: Option<Extension<PeerEnd>>,
     query: Result<Query<Log>, QueryRejection>,
 ) -> Result<Response, ApiError> {
     let Log { node_id, replica_id, follow } = checked(query)?;
+    // An engine may write nothing for days, and so nothing show that the reader is gone.
+    if follow {
+        departs_at_its_end(end.as_deref());
+    }
     let (pool, address) = state.service_registry.pool(&id, node_id.as_ref()).await?;
     let pieces = state.relays.link.pool_logs(&address, &id, replica_id.as_ref(), follow).await;
     let pieces = pieces.map_err(|mut error| {

@@ -7,6 +7,7 @@ use axum::extract::rejection::QueryRejection;
 use axum::extract::{Extension, Query, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use daemon_kit::connections::PeerEnd;
 use daemon_kit::correlation::RequestIds;
 use daemon_kit::{ApiError, Body, Caller, CountedBody, PathId, stream_body};
 use pool_registry_types::limits::TASK_BYTES;
@@ -20,7 +21,7 @@ use utoipa::IntoParams;
 
 use super::holders::{self, OfHolder, Reach};
 use super::query::{Known, NoParameters};
-use super::{UNBUFFERED, checked, defect, submission};
+use super::{UNBUFFERED, checked, defect, departs_at_its_end, submission};
 use crate::app::state::AppState;
 use crate::services::departures::{Admission, Departure};
 use crate::services::readers::{self, Follower, Gauge};
@@ -43,6 +44,7 @@ pub(crate) async fn submit(
     headers: HeaderMap,
     caller: Caller,
     Extension(ids): Extension<RequestIds>,
+    end: Option<Extension<PeerEnd>>,
     CountedBody(mut request, mut held): CountedBody<TaskRequest>,
 ) -> Result<Response, ApiError> {
     request.check()?;
@@ -66,6 +68,9 @@ pub(crate) async fn submit(
     let (control, streams) = (state.control.clone(), Arc::clone(&state.streams));
     let departure = (cancels && wants_stream)
         .then(|| Departure::of_submitter(control.clone(), Arc::clone(&streams), holder, task_id));
+    if departure.is_some() {
+        departs_at_its_end(end.as_deref());
+    }
     let admitted: Option<Admission> = departure.as_ref().map(Departure::admission);
     let admission = owned_tasks::uninterrupted("admission of a task", async move {
         let answer = control.submit(spec, payload, held, thread).await?;
@@ -86,7 +91,7 @@ pub(crate) async fn submit(
     let mut response = if wants_stream {
         // The task is there, also where its stream cannot be read: whoever hears that hears of which.
         match state.control.published.task(holder, task_id) {
-            Some(record) => stream(&state, &caller, &record, None, false, departure).await,
+            Some(record) => stream(&state, &caller, &record, (None, false), departure, end.as_deref()).await,
             None => Err(holders::no_task(task_id).into()),
         }
         .unwrap_or_else(IntoResponse::into_response)
@@ -242,21 +247,22 @@ pub(crate) async fn events(
     PathId(id): PathId<TaskId>,
     caller: Caller,
     reading: Result<Query<Reading>, QueryRejection>,
+    end: Option<Extension<PeerEnd>>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let Reading { verbose, holder } = checked(reading)?;
     let record = holders::task(&state, &caller, Reach::Contents, id, &OfHolder { holder })?;
     let last = headers.get("last-event-id").map(|value| value.to_str().unwrap_or("unreadable"));
-    stream(&state, &caller, &record, last, verbose, None).await
+    stream(&state, &caller, &record, (last, verbose), None, end.as_deref()).await
 }
 
 async fn stream(
     state: &AppState,
     caller: &Caller,
     task: &TaskRecord,
-    last_event_id: Option<&str>,
-    verbose: bool,
+    (last_event_id, verbose): (Option<&str>, bool),
     departure: Option<Departure>,
+    end: Option<&PeerEnd>,
 ) -> Result<Response, ApiError> {
     let gauge = Gauge::new(state.control.clone(), verbose);
     let (stream, next) =
@@ -266,6 +272,9 @@ async fn stream(
         let (control, streams) = (state.control.clone(), Arc::clone(&state.streams));
         stream.is_canceled_unread().then(|| Departure::of_reader(control, streams, task.holder, task.id))
     });
+    if departure.is_some() {
+        departs_at_its_end(end);
+    }
     let follower = Follower::new(permit, departure);
     let body = stream_body(readers::follow(stream, follower, next, task.key, gauge)).await;
     let kind = [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-store"), UNBUFFERED];

@@ -237,6 +237,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         counts,
         limits,
         streaming,
+        answers_after_end: Some(|path| path.starts_with("/v2/")),
         open_routes,
     };
     let server = front.serve(shown, &tracker, &stop);

@@ -36,7 +36,8 @@ use tokio::time::{Instant, MissedTickBehavior, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tower::Service;
 
-use crate::activity::{Activity, Answer, Instrumented, Look};
+pub use crate::activity::PeerEnd;
+use crate::activity::{Activity, Answer, Instrumented, Look, ReadBody};
 use crate::answer::ApiError;
 use crate::first_head;
 use crate::handover::Bounded;
@@ -133,6 +134,9 @@ pub struct ServeOptions {
     pub loops: Loops,
     /// Absent where everything is answered by the runtime that accepts.
     pub streaming: Option<Streaming>,
+    /// By path, where a peer that has ended its side of the connection still waits for its answer; elsewhere
+    /// it has left.
+    pub answers_after_end: Option<fn(&str) -> bool>,
 }
 
 /// Who sent a request. In the extensions of each, as `Arc<Peer>`.
@@ -177,7 +181,7 @@ pub async fn run(
     let tasks = Tasks::default();
     // Also when this future is dropped.
     let _cut_off = CutOff(tasks.clone());
-    let ServeOptions { tls, limits, counts, loops, streaming } = options;
+    let ServeOptions { tls, limits, counts, loops, streaming, answers_after_end } = options;
     let room = Room::new(limits.connections);
     let server = Arc::new(Server {
         // Turns handlers into routes once; from here on a clone is one reference more.
@@ -188,6 +192,7 @@ pub async fn run(
         counts,
         handshakes: Seldom::default(),
         streaming,
+        answers_after_end,
         elsewhere: Handle::current(),
     });
     // The listener and the connections that there are outlive a panic.
@@ -289,6 +294,7 @@ struct Server {
     counts: Arc<Counts>,
     handshakes: Seldom,
     streaming: Option<Streaming>,
+    answers_after_end: Option<fn(&str) -> bool>,
     /// The runtime that accepts.
     elsewhere: Handle,
 }
@@ -474,6 +480,10 @@ impl Server {
                 request.extensions_mut().insert(Arc::clone(&peer));
                 request.extensions_mut().insert(Arc::clone(&entry));
                 let elsewhere = self.elsewhere(&request);
+                let request = match self.answers_after_end {
+                    Some(does) if does(request.uri().path()) => activity.answer_after_end(request),
+                    _ => request.map(ReadBody::from),
+                };
                 let answer = self.app.clone().call(request);
                 let answer = match elsewhere {
                     None => Either::Left(answer),

@@ -77,6 +77,8 @@ pub struct Shown {
     pub counts: Arc<Counts>,
     pub limits: ConnLimits,
     pub streaming: Streaming,
+    /// [`ServeOptions::answers_after_end`].
+    pub answers_after_end: Option<fn(&str) -> bool>,
     /// The routes of the second listener.
     pub open_routes: Router,
 }
@@ -133,7 +135,8 @@ impl Front {
         // How many there may be is the process's to say.
         let limits = ConnLimits { connections: self.connections, ..shown.limits };
         let streaming = Some(shown.streaming);
-        let options = ServeOptions { tls, counts, limits, loops, streaming };
+        let answers_after_end = shown.answers_after_end;
+        let options = ServeOptions { tls, counts, limits, loops, streaming, answers_after_end };
         owned_tasks::watched(
             "connections",
             connections::run(self.listener, app, options, stop.clone(), LINGER),

@@ -15,7 +15,7 @@ use axum::body::Body;
 use axum::routing::get;
 use axum::{Extension, Router};
 use bytes::Bytes;
-use daemon_kit::connections::{self as serve, ConnLimits, Counts, Peer, ServeOptions, Streaming};
+use daemon_kit::connections::{self as serve, ConnLimits, Counts, Peer, PeerEnd, ServeOptions, Streaming};
 use daemon_kit::tls::{ClientTls, OwnCertificate, ServerTls, Tls, TlsPaths, explain, is_refused};
 use futures::stream;
 use http_body_util::{BodyExt, Empty, Full};
@@ -83,6 +83,15 @@ async fn rig(limits: ConnLimits, tls: Option<Arc<ServerTls>>, grace: Duration) -
         .route("/whole", get(|| async { WHOLE }))
         .route("/thread", get(thread).post(thread))
         .route("/lines", get(thread).post(thread))
+        .route("/lines/whole", get(|| async { WHOLE }))
+        .route(
+            "/lines/left",
+            get(|Extension(end): Extension<PeerEnd>| async move {
+                end.is_departure();
+                tokio::time::sleep(SOON).await;
+                "too late"
+            }),
+        )
         .route("/peer", get(|Extension(peer): Extension<Arc<Peer>>| async move { format!("{peer:?}") }))
         .route(
             "/lines/{n}",
@@ -101,7 +110,14 @@ async fn rig(limits: ConnLimits, tls: Option<Arc<ServerTls>>, grace: Duration) -
     let is_stream = |_: &Method, path: &str| path.starts_with("/lines");
     let streaming = Some(Streaming { threads: StreamThreads::start(1).unwrap(), is_stream });
     let counts_of = Arc::clone(&counts);
-    let options = ServeOptions { tls, limits, counts: counts_of, streaming, ..ServeOptions::default() };
+    let options = ServeOptions {
+        tls,
+        limits,
+        counts: counts_of,
+        streaming,
+        answers_after_end: Some(|path| path.starts_with("/lines")),
+        ..ServeOptions::default()
+    };
     let server = tokio::spawn(serve::run(listener, app, options, stop.clone(), grace));
     Rig { addr, stop, counts, open_streams, handed_over: all_handed_over, server }
 }
@@ -475,6 +491,42 @@ async fn an_idle_connection_outlives_the_limit_of_heads_and_not_its_own() {
     assert_eq!(rest(&mut socket).await, "");
     assert!(start.elapsed() < Duration::from_millis(800), "{:?}", start.elapsed());
     assert_eq!(server.counts.idle.load(Ordering::Relaxed), 1);
+}
+
+// CLOUD-2986
+#[tokio::test]
+async fn a_peer_that_has_ended_its_side_is_answered_where_that_is_no_departure() {
+    let server = rig(ConnLimits::default(), None, SOON).await;
+    let asked = async |request: String| {
+        let mut socket = TcpStream::connect(server.addr).await.unwrap();
+        socket.write_all(request.as_bytes()).await.unwrap();
+        socket.shutdown().await.unwrap();
+        let start = Instant::now();
+        (rest(&mut socket).await, start.elapsed())
+    };
+    let get = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n");
+    let post = |body: &str| format!("POST /lines HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n{body}");
+    // Longer than a body may be on its way.
+    let (answer, took) = asked(get("/lines/70")).await;
+    assert_eq!(answer.matches("line").count(), 70, "{answer}");
+    assert!(took < SOON, "it is closed behind its answer");
+    let (answer, _) = asked(post("12345")).await;
+    assert!(answer.contains("5 bytes on"), "{answer}");
+    let (answer, took) = asked(post("123")).await;
+    assert!(!answer.contains("200 OK") && took < SOON, "{answer} after {took:?}");
+    let (answer, took) = asked(get("/lines/left")).await;
+    assert!(answer.is_empty() && took < SOON, "{answer} after {took:?}");
+    // Also what fits in no buffer, and is taken more slowly than it is made.
+    let mut socket = TcpStream::connect(server.addr).await.unwrap();
+    socket.write_all(get("/lines/whole").as_bytes()).await.unwrap();
+    socket.shutdown().await.unwrap();
+    let mut answer = Vec::new();
+    let mut piece = vec![0; 256 * 1024];
+    while let Ok(n @ 1..) = timeout(SOON, socket.read(&mut piece)).await.expect("the socket stays open") {
+        answer.extend_from_slice(&piece[..n]);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(answer.ends_with(WHOLE), "{} bytes", answer.len());
 }
 
 // CLOUD-1130
