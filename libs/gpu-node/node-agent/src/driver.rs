@@ -16,9 +16,7 @@ use std::time::Duration;
 
 use attempt_link::content::FrameTokens;
 use bytes::Bytes;
-use futures::{Stream, StreamExt};
-use http_body_util::BodyStream;
-use hyper::body::Frame;
+use futures::StreamExt;
 use node_core::{Accepted, Ends, Piece, Readiness};
 use pool_registry_types::error::EndCause;
 use pool_registry_types::pool::EngineKind;
@@ -33,6 +31,7 @@ use crate::engines::{
     self, Answer, CallError, Endpoint, EngineClient, EngineRequest, Look, NotReady, Reader, Refusal, Reply,
     Sent, Unsent,
 };
+use crate::pieces::{Pieces, pieces};
 use crate::slot::Slot;
 
 /// Longest wait for the word of an engine that it still has the model, beside which its answer waits.
@@ -42,7 +41,6 @@ const POLLED_EVERY: Duration = Duration::from_secs(1);
 /// Bytes prove that an engine lives; saying so once in this span is enough.
 pub(crate) const HEARD_EVERY: Duration = Duration::from_millis(500);
 
-pub(crate) type Pieces = Pin<Box<dyn Stream<Item = hyper::Result<Bytes>> + Send>>;
 type Opening = Pin<Box<dyn Future<Output = Result<Sent, NotSent>> + Send>>;
 
 /// Why the engine has not answered the attempt.
@@ -496,12 +494,4 @@ pub(crate) fn unsent(slot: &Slot, error: CallError) -> (ErrorBody, bool) {
             (ErrorBody::new(ErrorCode::WorkerReset, message).with_cause(EndCause::EngineDied), true)
         }
     }
-}
-
-/// The body of an answer, piece by piece.
-pub(crate) fn pieces(answer: Answer) -> Pieces {
-    let frames = BodyStream::new(answer.response.into_body());
-    Box::pin(frames.filter_map(|frame: hyper::Result<Frame<Bytes>>| {
-        std::future::ready(frame.map(|frame| frame.into_data().ok()).transpose())
-    }))
 }

@@ -26,6 +26,7 @@ pub mod models;
 mod node;
 mod orders;
 mod passthrough;
+mod pieces;
 pub mod pools_file;
 mod records;
 mod replica;

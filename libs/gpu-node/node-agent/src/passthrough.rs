@@ -28,16 +28,15 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::agent::{Agent, Signals};
 use crate::attempt_log::AttemptLog;
-use crate::driver::{HEARD_EVERY, Pieces, first_of_its_process, pieces, polled, unsent};
+use crate::driver::{HEARD_EVERY, first_of_its_process, polled, unsent};
 use crate::engines::client::with_causes;
 use crate::engines::{self, Answer, Whose, longer_than};
 use crate::infer::ReadBy;
+use crate::pieces::{IN_A_ROW, MOST_PIECES_AT_ONCE, Pieces, behind_what_is_ready, pieces};
 use crate::slot::Slot;
 
 use events::{EventCutter, Events};
 
-/// Pieces of an engine's answer that are taken together when they have arrived already.
-const MOST_PIECES_AT_ONCE: usize = 64;
 /// How long an engine may take for the orderly end of a stream whose last event has come: then its
 /// connection can be used again. Later it is closed, whatever comes on it. Source: .specs/01 CLOUD-2850.
 const LEFT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -356,11 +355,13 @@ struct Incoming {
     pieces: Pieces,
     /// One that has arrived and was not handed out; nothing in it where that is the end.
     ready: Option<Option<hyper::Result<Bytes>>>,
+    /// When some were handed out last.
+    given: Option<Instant>,
 }
 
 impl Incoming {
     fn new(pieces: Pieces) -> Self {
-        Self { pieces, ready: None }
+        Self { pieces, ready: None, given: None }
     }
 
     /// Waits for a piece, until this moment at most, and hands it out with what has arrived already. Returns
@@ -377,6 +378,8 @@ impl Incoming {
                 Some(until) => timeout_at(until, self.pieces.next()).await.ok(),
             },
         };
+        let now = Instant::now();
+        let in_a_row = self.given.replace(now).is_some_and(|given| now < given + IN_A_ROW);
         for _ in 0..MOST_PIECES_AT_ONCE {
             match next {
                 Some(Some(Ok(piece))) => give(&piece),
@@ -385,6 +388,10 @@ impl Incoming {
                 None => return None,
             }
             next = self.pieces.next().now_or_never();
+            if next.is_none() && in_a_row {
+                behind_what_is_ready().await;
+                next = self.pieces.next().now_or_never();
+            }
         }
         self.ready = next;
         None

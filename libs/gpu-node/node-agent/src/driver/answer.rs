@@ -9,13 +9,10 @@ use pool_registry_types::task::{End, MAX_RESULT_BYTES};
 use super::*;
 use crate::engines::client::with_causes;
 use crate::engines::{Delta, EngineEvent};
+use crate::pieces::{IN_A_ROW, MOST_PIECES_AT_ONCE, behind_what_is_ready};
 
 /// What some servers begin a text with.
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
-/// Pieces of an engine's stream that are taken together when they have arrived already.
-const MOST_PIECES_AT_ONCE: usize = 64;
-/// A piece that comes so soon after the one before may have more behind it.
-const IN_A_ROW: Duration = Duration::from_millis(2);
 /// What may follow the end of an answer before its connection is given up, bytes and time.
 const MOST_LEFT_BYTES: usize = 64 * 1024;
 const LEFT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -43,10 +40,9 @@ impl Driver {
                     (patient, more) = (true, more + 1);
                     self.chunk(next);
                 }
-                // The connection hands over one piece at a time: let it, once, before giving up.
                 None if patient => {
                     patient = false;
-                    tokio::task::yield_now().await;
+                    behind_what_is_ready().await;
                 }
                 None => break,
             }
