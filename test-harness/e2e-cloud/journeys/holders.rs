@@ -131,6 +131,7 @@ async fn task_of(client: &Client) -> Option<Value> {
 // CLOUD-2706
 // CLOUD-2707
 // CLOUD-2708
+// CLOUD-2943
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_route_shows_a_client_what_is_its_own_holders_and_an_operator_all_but_contents() {
     let table: Vec<&str> = CONTROL_PLANE.iter().map(|(operation, _)| *operation).collect();
@@ -191,6 +192,24 @@ async fn every_route_shows_a_client_what_is_its_own_holders_and_an_operator_all_
             })
             .await;
         }
+    }
+    // What quotes a node's files is for operators (CLOUD-2943).
+    std::fs::write(cluster.nodes[0].runtime_dir.join("p-r0.json"), "{}").unwrap();
+    let problems_of = |answer: &Value, path: &str| match path {
+        "/v2/pools" => answer["problems"].clone(),
+        _ => answer["nodes"][0]["problems"].clone(),
+    };
+    for path in ["/v2/pools", "/v2/nodes"] {
+        eventually("an operator sees it", Duration::from_secs(6), || async {
+            let answer = operator.get_json(path).await?;
+            (problems_of(&answer, path)[0]["file"] == "p-r0.json").then_some(())
+        })
+        .await;
+        let answer = shop.get_json(path).await.unwrap();
+        assert!(
+            problems_of(&answer, path).is_null() && answer.to_string().contains("gpu-node-1"),
+            "{answer}"
+        );
     }
     // The same ids are other things.
     let mut others = cluster.task(1_500);

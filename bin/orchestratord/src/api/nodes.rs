@@ -41,10 +41,16 @@ pub(crate) async fn list(
     Ok(Json(view))
 }
 
-/// A client is shown its own attempts only.
+/// A client is shown its own attempts only, and nothing that quotes files or logs of the node: keys and
+/// prompts of others may stand in them.
 fn show(state: &AppState, caller: &Caller, node: &mut NodeView) {
-    if !caller.sees_all() {
-        state.control.published.show_own(caller.holder_id(), node);
+    if caller.sees_all() {
+        return;
+    }
+    state.control.published.show_own(caller.holder_id(), node);
+    node.problems.clear();
+    for supervised in node.pools.iter_mut().flat_map(|pool| &mut pool.report.supervised) {
+        supervised.log_tail.clear();
     }
 }
 

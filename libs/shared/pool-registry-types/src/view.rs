@@ -108,7 +108,7 @@ pub struct PoolView {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 pub struct PoolList {
     pub pools: Vec<PoolOfNode>,
-    /// What keeps pools from being here, or from being as they were last written.
+    /// What keeps pools from being here, or from being as they were last written; not for a client's token.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<ProblemOfNode>,
 }
