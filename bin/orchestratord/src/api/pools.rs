@@ -155,10 +155,8 @@ pub(crate) async fn logs(
     query: Result<Query<Log>, QueryRejection>,
 ) -> Result<Response, ApiError> {
     let Log { node_id, replica_id, follow } = checked(query)?;
-    // An engine may write nothing for days, and so nothing show that the reader is gone.
-    if follow {
-        departs_at_its_end(end.as_deref());
-    }
+    // An engine may write nothing for days, and its node stand still: nothing else shows that the reader is gone.
+    departs_at_its_end(end.as_deref());
     let (pool, address) = state.service_registry.pool(&id, node_id.as_ref()).await?;
     let pieces = state.relays.link.pool_logs(&address, &id, replica_id.as_ref(), follow).await;
     let pieces = pieces.map_err(|mut error| {

@@ -110,7 +110,6 @@ pub struct Agent {
     pub(crate) links: Links,
     replicas: Mutex<BTreeMap<HandoffName, Watched>>,
     announced: Mutex<Announced>,
-    /// What is wrong with handoff files, and with engines that cannot be bound.
     intent_file: IntentFile,
     taking_intent: tokio::sync::Mutex<()>,
     pub(crate) counters: Mutex<NodeCounters>,

@@ -355,13 +355,13 @@ struct Incoming {
     pieces: Pieces,
     /// One that has arrived and was not handed out; nothing in it where that is the end.
     ready: Option<Option<hyper::Result<Bytes>>>,
-    /// When some were handed out last.
-    given: Option<Instant>,
+    /// When one came by itself last, if none came together since.
+    last: Option<Instant>,
 }
 
 impl Incoming {
     fn new(pieces: Pieces) -> Self {
-        Self { pieces, ready: None, given: None }
+        Self { pieces, ready: None, last: None }
     }
 
     /// Waits for a piece, until this moment at most, and hands it out with what has arrived already. Returns
@@ -378,9 +378,13 @@ impl Incoming {
                 Some(until) => timeout_at(until, self.pieces.next()).await.ok(),
             },
         };
-        let now = Instant::now();
-        let in_a_row = self.given.replace(now).is_some_and(|given| now < given + IN_A_ROW);
-        for _ in 0..MOST_PIECES_AT_ONCE {
+        // Also where a turn takes long: those that come together are taken together the next time.
+        let in_a_row = self.last.is_none_or(|last| last.elapsed() < IN_A_ROW);
+        self.last = Some(Instant::now());
+        for nth in 0..MOST_PIECES_AT_ONCE {
+            if nth == 1 && next.is_some() {
+                self.last = None;
+            }
             match next {
                 Some(Some(Ok(piece))) => give(&piece),
                 Some(Some(Err(error))) => return Some(Err(error)),

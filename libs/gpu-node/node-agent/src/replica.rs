@@ -68,7 +68,7 @@ async fn watch_health(agent: &Agent, handoff: &Handoff, stop: &CancellationToken
                     }
                     _ => None,
                 };
-                agent.set_binding_problem(&handoff.name(), problem);
+                agent.set_problem_unless(stop, &handoff.name(), problem);
                 last = Some(seen);
             }
         }

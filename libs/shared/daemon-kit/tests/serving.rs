@@ -85,6 +85,14 @@ async fn rig(limits: ConnLimits, tls: Option<Arc<ServerTls>>, grace: Duration) -
         .route("/lines", get(thread).post(thread))
         .route("/lines/whole", get(|| async { WHOLE }))
         .route(
+            "/lines/late",
+            get(|| async { "" }).post(|body: Bytes| async move {
+                // Longer than a body may be on its way.
+                tokio::time::sleep(Duration::from_millis(1_500)).await;
+                format!("{} bytes, late", body.len())
+            }),
+        )
+        .route(
             "/lines/left",
             get(|Extension(end): Extension<PeerEnd>| async move {
                 end.is_departure();
@@ -512,6 +520,8 @@ async fn a_peer_that_has_ended_its_side_is_answered_where_that_is_no_departure()
     assert!(took < SOON, "it is closed behind its answer");
     let (answer, _) = asked(post("12345")).await;
     assert!(answer.contains("5 bytes on"), "{answer}");
+    let (answer, _) = asked(post("12345").replace("/lines", "/lines/late")).await;
+    assert!(answer.contains("5 bytes, late"), "{answer}");
     let (answer, took) = asked(post("123")).await;
     assert!(!answer.contains("200 OK") && took < SOON, "{answer} after {took:?}");
     let (answer, took) = asked(get("/lines/left")).await;

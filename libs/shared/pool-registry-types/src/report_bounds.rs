@@ -148,6 +148,14 @@ mod tests {
             serde_json::from_value::<Heartbeat>(json!({"epoch":"e","seq":1,"timestamp":"","models":models}))
                 .unwrap()
         };
+        let troubled = |count: usize| {
+            let problem = |file: &String| json!({"kind":"handoff","file":file,"message":"no"});
+            let problems: Vec<_> = names(count).iter().map(problem).collect();
+            serde_json::from_value::<Heartbeat>(
+                json!({"epoch":"e","seq":1,"timestamp":"","pools":[],"problems":problems}),
+            )
+            .unwrap()
+        };
         let full = MAX_REPORT_MODELS / MAX_POOL_MODELS;
         let cases = [
             ("pools:", beat(empty(MAX_REPORT_POOLS)), beat(empty(MAX_REPORT_POOLS + 1))),
@@ -156,6 +164,7 @@ mod tests {
             ("replicas", of_replicas(MAX_REPORT_REPLICAS, 1), of_replicas(MAX_REPORT_REPLICAS + 1, 1)),
             ("attempts", of_replicas(1, MAX_REPORT_ATTEMPTS), of_replicas(1, MAX_REPORT_ATTEMPTS + 1)),
             ("models:", staged(MAX_REPORT_MODELS), staged(MAX_REPORT_MODELS + 1)),
+            ("problems:", troubled(MAX_PROBLEMS), troubled(MAX_PROBLEMS + 1)),
         ];
         for (field, good, bad) in cases {
             assert_eq!(good.check(), Ok(()), "{field}");
@@ -210,6 +219,7 @@ mod tests {
         assert_eq!(bound(&beat, "pools"), Some(MAX_REPORT_POOLS));
         assert_eq!(bound(&beat, "gpus"), Some(MAX_GPUS));
         assert_eq!(bound(&beat, "models"), Some(MAX_REPORT_MODELS));
+        assert_eq!(bound(&beat, "problems"), Some(MAX_PROBLEMS));
         assert_eq!(bound(&pool, "models"), Some(MAX_POOL_MODELS));
         assert_eq!(bound(&pool, "replicas"), Some(MAX_REPORT_REPLICAS));
         let request = json(RegisterRequest::schema());

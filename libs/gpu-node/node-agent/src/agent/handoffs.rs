@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use handoff_watcher::{Change, Handoff, HandoffName};
+use handoff_watcher::{Change, Fault, Handoff, HandoffName};
 use node_core::{Problem, Readiness, Source};
 use owned_tasks::{Panicked, caught};
 use pool_registry_types::{PoolId, ReplicaId};
@@ -34,7 +34,8 @@ impl Agent {
                     let file = change.file().to_owned();
                     let taking = caught("change of a handoff", async { agent.on_handoff(change) });
                     if let Err(panicked) = taking.await {
-                        let problem = Problem { pool_id: None, message: panicked.to_string() };
+                        let (pool_id, message) = (None, panicked.to_string());
+                        let problem = Problem { pool_id, message, is_left_over: false };
                         agent.set_problem(Source::HandoffFile(file), Some(problem));
                     }
                 }
@@ -63,7 +64,8 @@ impl Agent {
             }
             Change::Faulty { file, fault, pool_id } => {
                 tracing::warn!(file, reason = %fault, "a handoff binds nothing");
-                let problem = Problem { pool_id, message: fault.to_string() };
+                let is_left_over = matches!(fault, Fault::ProcessGone(_));
+                let problem = Problem { pool_id, message: fault.to_string(), is_left_over };
                 self.set_problem(Source::HandoffFile(file), Some(problem));
             }
             Change::Cleared { file } => {
@@ -119,9 +121,7 @@ impl Agent {
         let HandoffName { pool_id, replica_id } = name;
         tracing::error!(%pool_id, %replica_id, "the replica is not ready: its watch has panicked");
         self.observed_unless(stop, pool_id, replica_id, Readiness::Failed(panicked.to_string()));
-        if !stop.is_cancelled() {
-            self.set_binding_problem(name, Some(panicked.to_string()));
-        }
+        self.set_problem_unless(stop, name, Some(panicked.to_string()));
     }
 
     /// Binds replicas of the pool again that were withdrawn while their handoff files stayed what

@@ -42,8 +42,22 @@ impl Agent {
 
     pub(crate) fn set_binding_problem(&self, name: &HandoffName, problem: Option<String>) {
         let HandoffName { pool_id, replica_id } = name.clone();
-        let problem = problem.map(|message| Problem { pool_id: Some(pool_id.clone()), message });
+        let problem =
+            problem.map(|message| Problem { pool_id: Some(pool_id.clone()), message, is_left_over: false });
         self.set_problem(Source::Replica { pool_id, replica_id }, problem);
+    }
+
+    /// The same unless the watch was stopped, as in [`Agent::bind_unless`].
+    pub(crate) fn set_problem_unless(
+        &self,
+        stop: &CancellationToken,
+        name: &HandoffName,
+        problem: Option<String>,
+    ) {
+        let _watches = self.replicas.lock();
+        if !stop.is_cancelled() {
+            self.set_binding_problem(name, problem);
+        }
     }
 
     /// Binds unless the watch was stopped: watches are stopped under the same lock, so a handoff

@@ -326,7 +326,7 @@ impl Supervision {
     }
 
     fn set_file_problem(&self, why: Option<String>) {
-        let problem = why.map(|message| Problem { pool_id: None, message });
+        let problem = why.map(|message| Problem { pool_id: None, message, is_left_over: false });
         self.agent.set_problem(Source::PoolsFile(self.settings.pools.display().to_string()), problem);
     }
 

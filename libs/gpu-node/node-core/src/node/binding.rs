@@ -93,11 +93,11 @@ impl NodeCore {
     /// No new work on this pool; what runs may finish until the deadline. Returns whether there
     /// is such a pool.
     pub fn drain_pool(&mut self, now: Moment, pool_id: &PoolId, deadline: Option<Moment>) -> bool {
-        let drain = Drain { deadline };
+        let (drain, is_expected) = (Drain { deadline }, self.is_expected(pool_id));
         match self.pools.get_mut(pool_id) {
             Some(pool) => pool.drain = Some(drain),
             // It holds for the engine that comes.
-            None if self.declared.contains_key(pool_id) => {
+            None if is_expected => {
                 self.drains_away.insert(pool_id.clone(), drain);
             }
             None => return false,
@@ -108,15 +108,21 @@ impl NodeCore {
 
     /// The pool takes work again.
     pub fn reopen_pool(&mut self, now: Moment, pool_id: &PoolId) -> bool {
+        let is_expected = self.is_expected(pool_id);
         let drained = match self.pools.get_mut(pool_id) {
             Some(pool) => pool.drain.take(),
-            None if self.declared.contains_key(pool_id) => self.drains_away.remove(pool_id),
+            None if is_expected => self.drains_away.remove(pool_id),
             None => return false,
         };
         if drained.is_some() {
             self.session.poke(now);
         }
         true
+    }
+
+    /// Whether the pool is shown, though no engine of it is bound.
+    fn is_expected(&self, pool_id: &PoolId) -> bool {
+        self.declared.contains_key(pool_id) || self.problems.pools().any(|of| of == pool_id)
     }
 
     /// The attempts that a drain has given time enough.

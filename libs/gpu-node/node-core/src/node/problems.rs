@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use pool_registry_types::limits::MAX_PROBLEMS;
 use pool_registry_types::node::{NodeProblem, ProblemKind};
 use pool_registry_types::pool::{PoolReport, PoolState};
 use pool_registry_types::{Moment, PoolId, ReplicaId};
@@ -26,15 +27,17 @@ pub struct Problem {
     /// The pool that has an engine less by it, where that is known.
     pub pool_id: Option<PoolId>,
     pub message: String,
+    /// What the file announces has ended. Where the node runs the pool's engines itself it is nothing to mend.
+    pub is_left_over: bool,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct Problems(BTreeMap<Source, Problem>);
 
 impl Problems {
-    /// The pools that have an engine less by one.
+    /// Pools that have an engine less by one, those of the first so many problems.
     pub(super) fn pools(&self) -> impl Iterator<Item = &PoolId> {
-        self.0.values().filter_map(|problem| problem.pool_id.as_ref())
+        self.0.values().filter_map(|problem| problem.pool_id.as_ref()).take(MAX_PROBLEMS)
     }
 
     /// Of a pool that has no engine bound and none to come.
@@ -62,9 +65,9 @@ impl Problems {
 }
 
 impl NodeCore {
-    /// Takes in that something has a problem, or none any more. A change is reported at once.
+    /// Takes in that something has a problem, or none any more. A change of what is shown is reported at once.
     pub fn set_problem(&mut self, now: Moment, source: Source, problem: Option<Problem>) {
-        let is_new = self.problems.0.get(&source) != problem.as_ref();
+        let is_new = self.problems.0.get(&source) != problem.as_ref() && !self.is_bound(&source);
         match problem {
             Some(problem) => self.problems.0.insert(source, problem),
             None => self.problems.0.remove(&source),
@@ -78,22 +81,27 @@ impl NodeCore {
         self.problems.0.iter()
     }
 
+    fn is_bound(&self, source: &Source) -> bool {
+        let Source::Replica { pool_id, replica_id } = source else { return false };
+        self.pools.get(pool_id).is_some_and(|pool| pool.replicas.contains_key(replica_id))
+    }
+
     /// Those of files, and of engines that are not bound: what is wrong with a bound one is its pool's
     /// `last_error`.
     pub(super) fn problem_reports(&self) -> Vec<NodeProblem> {
         let report = |(source, problem): (&Source, &Problem)| {
+            let is_run_here = problem.pool_id.as_ref().is_some_and(|id| self.declared.contains_key(id));
+            if self.is_bound(source) || problem.is_left_over && is_run_here {
+                return None;
+            }
             let (kind, file) = match source {
                 Source::PoolsFile(path) => (ProblemKind::PoolsFile, path.clone()),
                 Source::HandoffFile(name) => (ProblemKind::Handoff, name.clone()),
                 Source::Replica { pool_id, replica_id } => {
-                    let pool = self.pools.get(pool_id);
-                    if pool.is_some_and(|pool| pool.replicas.contains_key(replica_id)) {
-                        return None;
-                    }
                     (ProblemKind::Handoff, format!("{pool_id}-{replica_id}.json"))
                 }
             };
-            let Problem { pool_id, message } = problem.clone();
+            let Problem { pool_id, message, .. } = problem.clone();
             Some(NodeProblem { kind, file, pool_id, message })
         };
         self.problems().filter_map(report).collect()
@@ -113,7 +121,7 @@ mod tests {
         let mut node = serving(1, 1);
         let problem = |pool: Option<&str>| {
             let pool_id = pool.map(|pool| PoolId::new(pool).unwrap());
-            Some(Problem { pool_id, message: format!("of {pool:?}") })
+            Some(Problem { pool_id, message: format!("of {pool:?}"), is_left_over: false })
         };
         node.set_problem(at(0), Source::PoolsFile("/p.toml".into()), problem(None));
         node.set_problem(at(0), Source::HandoffFile("q-r0.json".into()), problem(Some("q")));
@@ -132,6 +140,12 @@ mod tests {
             beat.pools.iter().map(|it| (it.pool_id.as_str(), it.state, it.last_error.as_deref())).collect();
         let expected = [("pool-0", PoolState::Ready, None), ("q", PoolState::Failed, Some("of Some(\"q\")"))];
         assert_eq!(pools, expected);
+        // Such a pool can be drained and opened again as others can.
+        let q = PoolId::new("q").unwrap();
+        let state = |node: &NodeCore| node.pool_reports(at(1))[1].state;
+        assert!(node.drain_pool(at(1), &q, None) && state(&node) == PoolState::Draining);
+        assert!(node.reopen_pool(at(1), &q) && state(&node) == PoolState::Failed);
+        assert!(!node.drain_pool(at(1), &PoolId::new("nobodys").unwrap(), None));
         // More than a report may have: the file of pools is the last to be left out.
         for n in 0..100 {
             node.set_problem(at(2), Source::HandoffFile(format!("{n}-r0.json")), problem(None));
