@@ -71,8 +71,8 @@ impl Handoff {
 pub enum Fault {
     #[error("larger than {MAX_HANDOFF_BYTES} bytes")]
     TooLarge,
-    #[error("not a regular file inside the runtime directory")]
-    LinkedOut,
+    #[error("not a regular file inside the runtime directory {0}")]
+    LinkedOut(PathBuf),
     #[error("cannot be read: {0}")]
     Unreadable(String),
     #[error("not a handoff: {0}")]

@@ -181,7 +181,7 @@ impl Looker {
         }
         let mut pool_id = None;
         let content = if !inside || !meta.is_file() {
-            Err(Fault::LinkedOut)
+            Err(Fault::LinkedOut(self.dir.clone()))
         } else if meta.len() > MAX_HANDOFF_BYTES {
             Err(Fault::TooLarge)
         } else {
@@ -326,7 +326,11 @@ mod tests {
         let (mut changes, stop) = start(dir.path());
         assert_eq!(
             next(&mut changes).await,
-            Change::Faulty { file: "p-r0.json".into(), fault: Fault::LinkedOut, pool_id: None }
+            Change::Faulty {
+                file: "p-r0.json".into(),
+                fault: Fault::LinkedOut(dir.path().canonicalize().unwrap()),
+                pool_id: None
+            }
         );
         std::fs::write(dir.path().join("q-r0.json"), vec![b' '; 70_000]).unwrap();
         assert_eq!(

@@ -40,7 +40,9 @@ pub const MAX_LABELS: usize = 64;
 pub const TASK_BYTES: usize = 4 * 1024;
 /// What the last reports of all nodes of one token may take together whose nodes are bounded, bytes; each
 /// thing that they name counts as so many beside its text. Source: .specs/01 CLOUD-2779.
-pub const MAX_REPORTED_BYTES: usize = 32 * 1024 * 1024;
+pub const MAX_REPORTED_BYTES: usize = 8 * 1024 * 1024;
+// Else a list of nodes is refused to everybody for what one token's nodes report.
+const _: () = assert!(MAX_REPORTED_BYTES <= MAX_UNREAD_ANSWER_BYTES / 4);
 pub const REPORTED_ITEM_BYTES: usize = 512;
 
 /// Tokens that one event of an engine may bring beside those that its text shows: half characters, the
