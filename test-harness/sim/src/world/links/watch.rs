@@ -22,9 +22,11 @@ const FREE: Duration = Duration::from_millis(8_500);
 const APART: Duration = Duration::from_secs(4);
 /// What was lost by a trouble is noticed within this after it.
 const NOTICED: Duration = Duration::from_secs(15);
-/// A stop arrives within this, and what is done: a POST that a trouble has swallowed is given up after 5 s
-/// and sent again half a second later.
-const WELL_FOR: Duration = Duration::from_secs(6);
+/// A stop arrives within this.
+const WELL_FOR: Duration = Duration::from_secs(3);
+/// What is done arrives within this: a POST that a trouble has swallowed is given up after 5 s and sent again
+/// half a second later.
+const DONE_ARRIVES: Duration = Duration::from_secs(6);
 /// What a node has made is with the control plane within this, also where its link was not told.
 const BROUGHT: Duration = Duration::from_secs(6);
 /// So long a reader may leave its window full.
@@ -230,7 +232,7 @@ impl World {
         if !is_held || life != self.lives || boots != self.lane_boots(node) {
             return;
         }
-        if self.link_is_well(node) {
+        if self.link_is_well(node) && self.watches[node].is_calm(self.now, DONE_ARRIVES) {
             return self.check(Err(format!("[11] {attempt} is done, and n{node} keeps it")));
         }
         self.after_ms(5_000, What::DoneDue(due));
