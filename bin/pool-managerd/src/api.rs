@@ -275,7 +275,7 @@ async fn reload(
     PathId(id): PathId<PoolId>,
     Body(reload): Body<PoolReload>,
 ) -> Ordered {
-    Ok((StatusCode::ACCEPTED, Json(node.own.order_reload(&id, &reload)?)))
+    Ok((StatusCode::ACCEPTED, Json(node.own.order_reload(&id, &reload).await?)))
 }
 
 /// Ends the engines that this node has started, and removes what is named.

@@ -11,6 +11,7 @@ mod query;
 pub(crate) mod sessions;
 mod submission;
 pub(crate) mod tasks;
+pub(crate) mod turns;
 pub(crate) mod v1;
 
 use axum::extract::Query;

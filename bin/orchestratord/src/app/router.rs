@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::Router;
 use axum::extract::Extension;
 use axum::http::{Method, header};
+use axum::middleware::from_fn_with_state;
 use axum::response::IntoResponse;
 use axum::routing::get;
 use bytes::Bytes;
@@ -19,6 +20,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use utoipa_swagger_ui::{Config, SwaggerUi};
 
+use crate::api::turns::{self, Turns};
 use crate::api::{artifacts, catalog, meta, nodes, observe, pools, sessions, tasks, v1};
 use crate::app::examples;
 use crate::app::state::AppState;
@@ -34,12 +36,10 @@ struct Document;
 
 fn parts() -> (Router<AppState>, utoipa::openapi::OpenApi) {
     OpenApiRouter::with_openapi(Document::openapi())
-        .routes(routes!(tasks::submit, tasks::list))
+        .routes(routes!(tasks::submit))
         .routes(routes!(tasks::get))
         .routes(routes!(tasks::events))
         .routes(routes!(tasks::cancel))
-        .routes(routes!(tasks::explain))
-        .routes(routes!(tasks::explain_request))
         .routes(routes!(sessions::get, sessions::delete))
         .routes(routes!(v1::chat_completions))
         .routes(routes!(v1::completions))
@@ -51,24 +51,17 @@ fn parts() -> (Router<AppState>, utoipa::openapi::OpenApi) {
         .routes(routes!(v1::tokenize))
         .routes(routes!(v1::detokenize))
         .routes(routes!(v1::apply_template))
-        .routes(routes!(v1::list))
-        .routes(routes!(v1::get))
-        .routes(routes!(nodes::list))
         .routes(routes!(nodes::register))
         .routes(routes!(nodes::heartbeat))
-        .routes(routes!(nodes::get, nodes::deregister))
+        .routes(routes!(nodes::deregister))
         .routes(routes!(nodes::drain))
         .routes(routes!(nodes::resume))
-        .routes(routes!(pools::list))
-        .routes(routes!(pools::health))
         .routes(routes!(pools::drain))
         .routes(routes!(pools::reload))
         .routes(routes!(pools::purge))
         .routes(routes!(pools::logs))
-        .routes(routes!(catalog::availability))
-        .routes(routes!(catalog::create, catalog::list))
+        .routes(routes!(catalog::create))
         .routes(routes!(catalog::get, catalog::delete))
-        .routes(routes!(catalog::verify))
         .routes(routes!(catalog::set_state))
         .routes(routes!(artifacts::create))
         .routes(routes!(artifacts::get))
@@ -76,9 +69,28 @@ fn parts() -> (Router<AppState>, utoipa::openapi::OpenApi) {
         .routes(routes!(meta::capabilities))
         .routes(routes!(observe::live))
         .routes(routes!(observe::ready))
-        .routes(routes!(observe::metrics))
         .routes(routes!(observe::events))
+        .merge(made_in_turn())
         .split_for_parts()
+}
+
+/// What is read of the whole cluster, or of all tasks or models: the more there is, the longer it takes.
+fn made_in_turn() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(tasks::list))
+        .routes(routes!(tasks::explain))
+        .routes(routes!(tasks::explain_request))
+        .routes(routes!(v1::list))
+        .routes(routes!(v1::get))
+        .routes(routes!(nodes::list))
+        .routes(routes!(nodes::get))
+        .routes(routes!(pools::list))
+        .routes(routes!(pools::health))
+        .routes(routes!(catalog::availability))
+        .routes(routes!(catalog::list))
+        .routes(routes!(catalog::verify))
+        .routes(routes!(observe::metrics))
+        .route_layer(from_fn_with_state(Turns::default(), turns::in_turn))
 }
 
 /// The OpenAPI document, as JSON.
@@ -169,6 +181,7 @@ pub(crate) fn is_stream(method: &Method, path: &str) -> bool {
 pub(crate) fn metrics(state: AppState) -> Router {
     Router::new()
         .route(paths::METRICS, get(observe::metrics))
+        .route_layer(from_fn_with_state(Turns::default(), turns::in_turn))
         .route(paths::HEALTH_LIVE, get(observe::live))
         .route(paths::HEALTH_READY, get(observe::ready))
         .with_state(state)

@@ -250,7 +250,7 @@ impl NodeLink {
             Self::Local(node) => {
                 return match order {
                     PoolOrder::Drain(drain) => node.order_drain(pool_id, *drain),
-                    PoolOrder::Reload(reload) => node.order_reload(pool_id, reload),
+                    PoolOrder::Reload(reload) => node.order_reload(pool_id, reload).await,
                     PoolOrder::Purge(purge) => node.order_purge(pool_id, *purge),
                     PoolOrder::Load => node.order_load(pool_id),
                 };

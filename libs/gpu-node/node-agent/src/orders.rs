@@ -20,10 +20,14 @@ impl Node {
 
     /// Opens the pool again. Errors: `NOT_FOUND`, `INVALID_PARAMS`, and
     /// `UNSUPPORTED` for another model.
-    pub fn order_reload(&self, pool_id: &PoolId, reload: &PoolReload) -> Result<PoolOrdered, ErrorBody> {
+    pub async fn order_reload(
+        &self,
+        pool_id: &PoolId,
+        reload: &PoolReload,
+    ) -> Result<PoolOrdered, ErrorBody> {
         reload.check()?;
         if let Some(supervision) = self.supervising(pool_id) {
-            supervision.reload(pool_id, reload)?;
+            supervision.reload(pool_id, reload).await?;
             // It takes work again, as soon as something of it does.
             self.agent().reopen_pool(pool_id);
             return self.ordered(pool_id, true);

@@ -126,26 +126,43 @@ impl PrepareError {
     }
 }
 
-/// Why the pool cannot be given another model, where that is known before anything is prepared: a command
-/// line of the file's own is as its operator wrote it, and may name no model, or one that nobody knows.
-/// `is_staged`: whether the model of `next` lies on this machine.
-pub(crate) fn reload_refusal(next: &Spec, is_staged: bool) -> Option<ErrorBody> {
-    let Provision::Binary { args: Some(args), .. } = &next.pool.provision else { return None };
-    let names = |place: &str| args.iter().chain(&next.pool.flags).any(|arg| arg.contains(place));
-    if names("{model_path}") {
-        // What is not there is found when it is prepared.
+/// Why the pool cannot be given the model of `next`, where that is known before anything is prepared: a
+/// command line of the file's own is as its operator wrote it, and may name no model, or one that nobody
+/// knows; and a file that is on no disk and comes from nowhere cannot be loaded. `lacks` is why the model's
+/// file is not there.
+pub(crate) fn reload_refusal(next: &Spec, lacks: Option<&PrepareError>) -> Option<ErrorBody> {
+    let finds_itself = match &next.pool.provision {
+        Provision::Binary { args: Some(args), .. } => {
+            let names = |place: &str| args.iter().chain(&next.pool.flags).any(|word| word.contains(place));
+            if !["{model_path}", "{model_id}", "{model}"].into_iter().any(names) {
+                let message = "new_model_ref: the pool's args have no {model_path}, {model_id} or {model} in them: its engine would go on with the model that it has";
+                return Some(ErrorBody::new(ErrorCode::Unsupported, message));
+            }
+            !names("{model_path}") && next.model.is_some()
+        }
+        _ => next.pool.engine != EngineKind::LlamaCpp,
+    };
+    if finds_itself {
         return None;
     }
-    let model = &next.pool.model;
-    if !names("{model}") && !names("{model_id}") {
-        let message = "new_model_ref: the pool's args have no {model_path}, {model_id} or {model} in them: its engine would go on with the model that it has";
-        return Some(ErrorBody::new(ErrorCode::Unsupported, message));
+    lacks.map(|error| ErrorBody::invalid(format!("new_model_ref: {error}")))
+}
+
+/// Why the model's file is not there, where it is on no disk and comes from no server.
+pub(super) async fn lacks_file(spec: &Spec, models_dir: &Path) -> Option<PrepareError> {
+    let name = &spec.pool.model;
+    let Some(model) = &spec.model else {
+        let is_staged = staged(models_dir, name).await.is_some();
+        return (!is_staged).then(|| PrepareError::NotStaged(name.clone()));
+    };
+    match ModelSource::parse(&model.source) {
+        Ok(ModelSource::File(path)) => {
+            let about = tokio::fs::metadata(&path).await;
+            about.err().map(|error| PrepareError::Unopened { path, error })
+        }
+        Ok(_) => None,
+        Err(error) => Some(error.into()),
     }
-    if next.model.is_none() && !is_staged {
-        let error = PrepareError::NotStaged(model.clone());
-        return Some(ErrorBody::invalid(format!("new_model_ref: {error}")));
-    }
-    None
 }
 
 /// Finds everything that a start needs. `progress` is told what takes its time.
@@ -454,26 +471,57 @@ mod tests {
     // CLOUD-3016
     #[test]
     fn a_command_line_that_names_no_model_or_one_that_nobody_knows_is_given_no_other() {
-        let next = |args: &str, source: Option<&str>| {
-            let pool = pool(&format!("provision = {{ mode = \"binary\", program = \"x\", args = {args} }}"));
-            let model = source.map(|source| ModelSpec { source: source.into(), digest: None });
-            Spec { pool, model }
+        let next = |provision: &str, engine: EngineKind| {
+            let mut pool = pool(&format!("provision = {{ {provision} }}"));
+            pool.engine = engine;
+            Spec { pool, model: None }
         };
-        let code = |spec: &Spec, is_staged| reload_refusal(spec, is_staged).map(|error| error.code);
-        let fixed = next("[\"--model\", \"/m.gguf\", \"{port}\"]", Some("/other.gguf"));
+        let of_args = |args: &str| {
+            next(&format!("mode = \"binary\", program = \"x\", args = {args}"), EngineKind::LlamaCpp)
+        };
+        let refused = |spec: &Spec, is_there: bool| {
+            let lacks = PrepareError::NotStaged(ModelRef::new("m").unwrap());
+            reload_refusal(spec, Some(&lacks).filter(|_| !is_there))
+        };
+        let code = |spec: &Spec, is_there| refused(spec, is_there).map(|error| error.code);
+        let fixed = of_args("[\"--model\", \"/m.gguf\", \"{port}\"]");
         assert_eq!(code(&fixed, true), Some(ErrorCode::Unsupported));
-        let by_name = |source| next("[\"--alias={model}\", \"{port}\"]", source);
-        let error = reload_refusal(&by_name(None), false).unwrap();
-        assert!(error.message.starts_with("new_model_ref: model: m has no entry"), "{error}");
-        assert_eq!(code(&by_name(None), true), None);
-        assert_eq!(code(&by_name(Some("hf:org/m")), false), None);
-        assert_eq!(
-            code(&next("[\"{model_path}\", \"{port}\"]", None), false),
-            None,
-            "found when it is prepared"
-        );
-        let ours = Spec { pool: pool("provision = { mode = \"binary\", program = \"x\" }"), model: None };
-        assert_eq!(code(&ours, false), None);
+        let binary = next("mode = \"binary\", program = \"x\"", EngineKind::LlamaCpp);
+        let package = next("mode = \"package\"", EngineKind::LlamaCpp);
+        for spec in [
+            of_args("[\"--alias={model}\", \"{port}\"]"),
+            of_args("[\"{model_path}\", \"{port}\"]"),
+            binary,
+            package,
+        ] {
+            let error = refused(&spec, false).unwrap();
+            assert_eq!(error.code, ErrorCode::InvalidParams);
+            assert!(error.message.starts_with("new_model_ref: model: m has no entry"), "{error}");
+            assert_eq!(code(&spec, true), None);
+        }
+        let mut by_id = of_args("[\"--model={model_id}\", \"{port}\"]");
+        by_id.model = Some(ModelSpec { source: "org/m".into(), digest: None });
+        for finds_itself in [by_id, next("mode = \"binary\", program = \"x\"", EngineKind::Vllm)] {
+            assert_eq!(code(&finds_itself, false), None);
+        }
+    }
+
+    // CLOUD-3016
+    #[tokio::test]
+    async fn a_model_lacks_its_file_where_it_is_on_no_disk_and_comes_from_no_server() {
+        let folder = tempfile::tempdir().unwrap();
+        let here = folder.path().join("here.gguf");
+        std::fs::write(&here, "x").unwrap();
+        let gone = folder.path().join("gone.gguf").display().to_string();
+        let lacks = async |source: Option<&str>| {
+            let model = source.map(|source| ModelSpec { source: source.into(), digest: None });
+            let pool = pool("provision = { mode = \"package\" }");
+            lacks_file(&Spec { pool, model }, folder.path()).await.map(|error| error.to_string())
+        };
+        assert!(lacks(None).await.unwrap().contains("models stage m FILE"));
+        assert!(lacks(Some(&gone)).await.unwrap().contains(&format!("{gone}: No such file")));
+        assert_eq!(lacks(Some(&here.display().to_string())).await, None);
+        assert_eq!(lacks(Some("hf:org/m")).await, None, "it is fetched");
     }
 
     // CLOUD-2415

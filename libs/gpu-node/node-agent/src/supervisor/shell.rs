@@ -422,8 +422,8 @@ impl Supervision {
     }
 
     /// Another model for the pool, or another chance for the one that it has.
-    /// Errors: `NOT_FOUND`, `UNSUPPORTED`, `OVERLOADED`.
-    pub(crate) fn reload(&self, pool_id: &PoolId, order: &PoolReload) -> Result<(), ErrorBody> {
+    /// Errors: `NOT_FOUND`, `UNSUPPORTED`, `INVALID_PARAMS` for a model that is not there, `OVERLOADED`.
+    pub(crate) async fn reload(&self, pool_id: &PoolId, order: &PoolReload) -> Result<(), ErrorBody> {
         let now = self.known(pool_id)?;
         if let Provision::External { .. } = now.pool.provision {
             return match order.new_model_ref {
@@ -440,25 +440,20 @@ impl Supervision {
         };
         let mut next = now.clone();
         next.pool.model = model.clone();
-        let is_staged = self.agent.models().iter().any(|staged| staged.model_id == *model);
-        let mut state = self.state.lock();
-        next.model = match state.file.models.get(model) {
-            Some(known) => Some(known.clone()),
-            // A name is looked for among the staged models, anything else is a source itself.
-            None => match ModelSource::parse(model.as_str()) {
-                Ok(_) if model.as_str().contains([':', '/']) => {
-                    Some(ModelSpec { source: model.to_string(), digest: None })
-                }
-                _ => None,
-            },
-        };
-        let refusal = launch::reload_refusal(&next, is_staged);
+        let entry = self.state.lock().file.models.get(model).cloned();
+        // A name is looked for among the staged models, anything else is a source itself.
+        next.model = entry.or_else(|| {
+            let is_source = model.as_str().contains([':', '/']) && ModelSource::parse(model.as_str()).is_ok();
+            is_source.then(|| ModelSpec { source: model.to_string(), digest: None })
+        });
         // The model that it has is there, wherever its engine finds it.
-        if let Some(refusal) = refusal.filter(|_| *model != now.pool.model) {
-            return Err(refusal);
+        if *model != now.pool.model {
+            let lacks = launch::lacks_file(&next, &self.settings.models_dir).await;
+            if let Some(refusal) = launch::reload_refusal(&next, lacks.as_ref()) {
+                return Err(refusal);
+            }
         }
-        state.specs.insert(next.fingerprint(), next.clone());
-        drop(state);
+        self.state.lock().specs.insert(next.fingerprint(), next.clone());
         self.post(Happened::Reload { pool_id: pool_id.clone(), plan: Box::new(plan(&next)) })
     }
 

@@ -20,6 +20,7 @@ use e2e_cloud::process::raise_file_limit;
 use e2e_cloud::{Client, Cluster, Engine, Options};
 use fastrand::Rng;
 use pool_registry_types::node::Liveness;
+use pool_registry_types::view::{ClusterView, NodeView};
 use serde_json::Value;
 use tokio::task::JoinSet;
 
@@ -191,31 +192,49 @@ async fn run_task(client: &Client, task: &Value, record: &Record) {
 async fn look(client: Client, record: Record, end: Instant) {
     while Instant::now() < end {
         let start = Instant::now();
-        let mut seen = None;
-        while seen.is_none() && start.elapsed() < PATIENCE {
-            let fresh = Client::new(&client.base, client.token.as_deref());
-            let asked = tokio::time::timeout(PATIENCE, fresh.nodes()).await.unwrap_or_default();
-            if asked.is_empty() {
-                record.tried_again();
-                tokio::time::sleep(TRY_AGAIN_AFTER).await;
-            } else {
-                seen = Some(asked);
+        let mut tries = 0;
+        let seen = loop {
+            tries += 1;
+            match nodes(&client).await {
+                Ok(nodes) => break Ok(nodes),
+                Err(why) if start.elapsed() >= PATIENCE => break Err(why),
+                Err(_) => record.tried_again(),
             }
-        }
+            tokio::time::sleep(TRY_AGAIN_AFTER).await;
+        };
         match seen {
-            Some(nodes) => {
+            Ok(nodes) => {
                 record.answered(start.elapsed());
-                let live = |node: &&pool_registry_types::view::NodeView| {
+                let live = |node: &&NodeView| {
                     node.node_id.as_str().starts_with("gpu-node-") && node.liveness != Liveness::Offline
                 };
                 if nodes.iter().filter(live).count() < HONEST_NODES {
                     record.broke("a node of ours is offline");
                 }
             }
-            None => record.broke("an honest request is not answered"),
+            Err(why) => {
+                println!("try {tries} of a look: {why}");
+                record.broke("an honest request is not answered");
+            }
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+}
+
+/// The list of nodes on a connection of its own, or what there was instead of it.
+async fn nodes(client: &Client) -> Result<Vec<NodeView>, String> {
+    let fresh = Client::new(&client.base, client.token.as_deref());
+    let asked = async {
+        let response = fresh.get("/v2/nodes").await.map_err(|error| format!("{error:?}"))?;
+        let status = response.status();
+        let body = response.bytes().await.map_err(|error| format!("{status}, then {error:?}"))?;
+        serde_json::from_slice::<ClusterView>(&body).map(|view| view.nodes).map_err(|error| {
+            let start = String::from_utf8_lossy(&body[..body.len().min(300)]).into_owned();
+            format!("{status}, {} bytes: {error}: {start}", body.len())
+        })
+    };
+    let answer = tokio::time::timeout(PATIENCE, asked).await;
+    answer.unwrap_or_else(|_| Err(format!("nothing for {} s", PATIENCE.as_secs())))
 }
 
 /// The daemons with their process ids.
