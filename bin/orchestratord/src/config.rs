@@ -225,7 +225,9 @@ pub(crate) enum ConfigError {
         "ORCHESTRATORD_NODE_TIMEOUT_SECS: {timeout} is less than three times ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS, which is {interval}"
     )]
     TimeoutShort { timeout: u64, interval: u64 },
-    #[error("LLORCH_API_TOKEN: the cloud profile needs a token (or LLORCH_API_TOKEN_FILE)")]
+    #[error(
+        "LLORCH_API_TOKEN: the cloud profile needs a token (or LLORCH_API_TOKEN_FILE); orchestratord token new makes one"
+    )]
     CloudNeedsToken,
     #[error(
         "ORCHESTRATORD_ADDR: {0} is reached from other machines and needs LLORCH_API_TOKEN (or LLORCH_API_TOKEN_FILE)"

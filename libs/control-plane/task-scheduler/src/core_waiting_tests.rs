@@ -96,6 +96,23 @@ fn what_nothing_could_take_has_no_place_in_the_queue_until_something_can() {
     assert_eq!(metrics.waiting_for, Some(pools(&[(Refusal::Labels, 1), (Refusal::NotLoaded, 1)])));
 }
 
+// CLOUD-2971
+#[test]
+fn what_nothing_could_take_is_told_no_start_and_to_come_back_in_a_second() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.submit(task()).1.unwrap();
+    b.serve(0, 100, 1_000, 11);
+    let near = b.submit(task()).1.unwrap();
+    assert_eq!((near.predicted_start_ms, near.backoff_ms), (Some(0), 0));
+    b.serve(1, 100, 1_000, 11);
+    // A slot is free, which is of no use to it.
+    let far = b.submit(labelled("far")).1.unwrap();
+    assert_eq!((far.predicted_start_ms, far.backoff_ms), (None, 1_000));
+    let refused = b.submit(placed(r#"{"wait":false,"require_labels":{"zone":"far"}}"#)).1.unwrap_err();
+    assert_eq!(refused.retry_after_ms, Some(1_000));
+}
+
 // CLOUD-2972
 #[test]
 fn a_task_that_is_not_to_wait_starts_at_once_or_is_refused_with_the_counts() {

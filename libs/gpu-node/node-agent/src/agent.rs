@@ -19,7 +19,7 @@ use handoff_watcher::{Handoff, HandoffName};
 use node_core::{Declared, Identity, NodeCore, Problem, Retention, Session, Source};
 use owned_tasks::{Loops, StreamThread, StreamThreads};
 use parking_lot::Mutex;
-use pool_registry_types::node::{GpuReport, Intent, StagedModel};
+use pool_registry_types::node::{GpuReport, Intent, ProblemKind, StagedModel};
 use pool_registry_types::pool::PoolReport;
 use pool_registry_types::{AttemptId, Moment, PoolId, ReplicaId};
 use tokio::sync::{Notify, Semaphore, watch};
@@ -434,12 +434,8 @@ impl Agent {
     pub fn problems(&self) -> BTreeMap<String, String> {
         let core = self.core.lock();
         let of_handoff = |(source, problem): (&Source, &Problem)| {
-            let file = match source {
-                Source::PoolsFile(_) => return None,
-                Source::HandoffFile(file) => file.clone(),
-                Source::Replica { pool_id, replica_id } => format!("{pool_id}-{replica_id}.json"),
-            };
-            Some((file, problem.message.clone()))
+            let (kind, file) = source.file();
+            (kind == ProblemKind::Handoff).then(|| (file, problem.message.clone()))
         };
         core.problems().filter_map(of_handoff).collect()
     }

@@ -146,6 +146,11 @@ impl ControlCore {
         self.next_start_ms(now, model, priority).unwrap_or(DEFAULT_BACKOFF_MS).clamp(1, longest)
     }
 
+    /// The same for a task that no pool could take: how the free slots fare says nothing of it.
+    pub(super) fn stuck_backoff_ms(&self) -> u64 {
+        DEFAULT_BACKOFF_MS.min(millis(self.policy.queue_timeout).max(1))
+    }
+
     /// What the clients of all tasks that have not ended are told while these wait, or run.
     pub fn metrics(&mut self, now: Moment) -> BTreeMap<TaskId, (TaskState, Metrics)> {
         self.count_waits(now);

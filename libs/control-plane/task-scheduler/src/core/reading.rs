@@ -9,18 +9,23 @@ impl ControlCore {
         let task = self.tasks.get(&id).expect("a task that was just found or admitted");
         let (queued, model, priority) = (task.is_queued(), task.model.clone(), task.priority);
         let position = if queued { self.queue.position(&model, task.priority, task.number) } else { 0 };
-        let predicted_start_ms = if queued { self.predict_ms(now, id) } else { Some(0) };
+        let waiting = if queued {
+            Waiting::of(position, self.count_wait(now, id))
+        } else {
+            Waiting { queue_position: Some(0), waiting_for: None }
+        };
+        let could_start = waiting.queue_position.is_some();
+        let (predicted_start_ms, backoff_ms) = match (queued, could_start) {
+            (false, _) => (Some(0), 0),
+            (true, true) => (self.predict_ms(now, id), self.backoff_ms(now, &model, priority)),
+            (true, false) => (None, self.stuck_backoff_ms()),
+        };
         if first
             && queued
             && let Some(task) = self.tasks.get_mut(&id)
         {
             task.predicted_ms = predicted_start_ms;
         }
-        let waiting = if queued {
-            Waiting::of(position, self.count_wait(now, id))
-        } else {
-            Waiting { queue_position: Some(0), waiting_for: None }
-        };
         let id = self.tasks.get(&id).map_or(id, |task| task.id);
         let sse = routes::task_events(id);
         TaskAccepted {
@@ -28,7 +33,7 @@ impl ControlCore {
             queue_position: waiting.queue_position,
             waiting_for: waiting.waiting_for,
             predicted_start_ms,
-            backoff_ms: if queued { self.backoff_ms(now, &model, priority) } else { 0 },
+            backoff_ms,
             streams: TaskStreams { sse_verbose: format!("{sse}?verbose=true"), sse },
         }
     }

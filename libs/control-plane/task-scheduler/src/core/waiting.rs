@@ -156,11 +156,14 @@ impl ControlCore {
         if self.short_until.is_none() && choose(&self.index, &shape).is_ok() {
             return None;
         }
-        let waiting_for = refused(&self.index, &shape).waiting_for;
+        let Refused { waiting_for, might_be_taken } = refused(&self.index, &shape);
         let message = format!("placement.wait: the task would have to wait ({waiting_for})");
         let mut error = ErrorBody::new(ErrorCode::PoolUnavailable, message);
         error.detail = Some(Box::new(waiting_for));
-        Some(error.retry_after_ms(self.backoff_ms(now, &spec.model_ref, spec.priority)))
+        Some(error.retry_after_ms(match might_be_taken {
+            true => self.backoff_ms(now, &spec.model_ref, spec.priority),
+            false => self.stuck_backoff_ms(),
+        }))
     }
 }
 

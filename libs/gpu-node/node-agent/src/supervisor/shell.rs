@@ -327,7 +327,9 @@ impl Supervision {
 
     fn set_file_problem(&self, why: Option<String>) {
         let problem = why.map(|message| Problem { pool_id: None, message, is_left_over: false });
-        self.agent.set_problem(Source::PoolsFile(self.settings.pools.display().to_string()), problem);
+        // The control plane shows it to those who do not know where this process runs.
+        let pools = std::path::absolute(&self.settings.pools).unwrap_or_else(|_| self.settings.pools.clone());
+        self.agent.set_problem(Source::PoolsFile(pools.display().to_string()), problem);
     }
 
     // ---- preparing ----

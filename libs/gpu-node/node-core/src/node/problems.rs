@@ -21,6 +21,19 @@ pub enum Source {
     Replica { pool_id: PoolId, replica_id: ReplicaId },
 }
 
+impl Source {
+    /// Its kind, and the file in which it is mended: a path, or a name in the runtime directory.
+    pub fn file(&self) -> (ProblemKind, String) {
+        match self {
+            Self::PoolsFile(path) => (ProblemKind::PoolsFile, path.clone()),
+            Self::HandoffFile(name) => (ProblemKind::Handoff, name.clone()),
+            Self::Replica { pool_id, replica_id } => {
+                (ProblemKind::Handoff, format!("{pool_id}-{replica_id}.json"))
+            }
+        }
+    }
+}
+
 /// What an operator has to mend.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
@@ -94,13 +107,7 @@ impl NodeCore {
             if self.is_bound(source) || problem.is_left_over && is_run_here {
                 return None;
             }
-            let (kind, file) = match source {
-                Source::PoolsFile(path) => (ProblemKind::PoolsFile, path.clone()),
-                Source::HandoffFile(name) => (ProblemKind::Handoff, name.clone()),
-                Source::Replica { pool_id, replica_id } => {
-                    (ProblemKind::Handoff, format!("{pool_id}-{replica_id}.json"))
-                }
-            };
+            let (kind, file) = source.file();
             let Problem { pool_id, message, .. } = problem.clone();
             Some(NodeProblem { kind, file, pool_id, message })
         };
