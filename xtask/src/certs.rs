@@ -62,8 +62,16 @@ fn lines(options: &Options) -> Vec<String> {
     for (n, node) in options.nodes.iter().enumerate() {
         let port = FIRST_NODE_PORT + n;
         let own = if here { host(0) } else { host(n + 1) };
+        // Of several on one machine each has its own.
+        let directories = if here && options.nodes.len() > 1 {
+            format!(
+                "  POOL_MANAGERD_RUNTIME_DIR={out}/{node}/engines POOL_MANAGERD_LOGS_DIR={out}/{node}/logs \\\n"
+            )
+        } else {
+            String::new()
+        };
         lines.push(format!(
-            "ORCHESTRATORD_URL={control} POOL_MANAGERD_NODE_ID={node} POOL_MANAGERD_ADDR={bind}:{port} \\\n  POOL_MANAGERD_ADVERTISE_URL=https://{own}:{port} {} \\\n  pool-managerd &",
+            "ORCHESTRATORD_URL={control} POOL_MANAGERD_NODE_ID={node} POOL_MANAGERD_ADDR={bind}:{port} \\\n{directories}  POOL_MANAGERD_ADVERTISE_URL=https://{own}:{port} {} \\\n  pool-managerd &",
             tls("POOL_MANAGERD", node)
         ));
     }

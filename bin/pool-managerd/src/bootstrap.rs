@@ -8,6 +8,7 @@ use std::time::Duration;
 use daemon_kit::auth::Gate;
 use daemon_kit::connections::{ConnLimits, Counts, Streaming};
 use daemon_kit::directories::{self, DirectoryError};
+use daemon_kit::directory_lock::{DirectoryLock, InUse};
 use daemon_kit::front::{Front, FrontError, Shown};
 use daemon_kit::hosts::AllowedHosts;
 use daemon_kit::serve;
@@ -38,6 +39,8 @@ pub(crate) enum StartError {
     Front(#[from] FrontError),
     #[error(transparent)]
     Directory(#[from] DirectoryError),
+    #[error(transparent)]
+    InUse(#[from] InUse),
     #[error("POOL_MANAGERD_RUNTIME_DIR: {0}")]
     RuntimeDir(#[source] WatchError),
     #[error("POOL_MANAGERD_STREAM_THREADS: a thread cannot be started: {0}")]
@@ -66,6 +69,13 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         writable("RUNTIME_DIR", &engines.runtime_dir)?;
         writable("LOGS_DIR", &engines.logs_dir)?;
     }
+    let who = format!("pool-managerd {}", config.node_id);
+    let hold = async |setting, path: &Path| DirectoryLock::hold("POOL_MANAGERD", setting, path, &who).await;
+    let _runtime = hold("RUNTIME_DIR", &config.node.runtime_dir).await?;
+    let _logs = match &config.node.engines {
+        Some(engines) => hold("LOGS_DIR", &engines.logs_dir).await?,
+        None => None,
+    };
     let front = Front::open(&config.shared.front).await?;
     let (bound, loops) = (front.bound, front.loops.clone());
     let boot_id = BootId(Uuid::new_v4());

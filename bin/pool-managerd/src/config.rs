@@ -1,11 +1,11 @@
 //! The settings of a node: every one a flag and an environment variable, checked as a whole.
 
 use std::net::{SocketAddr, UdpSocket};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use crate::models;
+use crate::{models, pools};
 use daemon_kit::directories::{Directory, Purpose};
 use daemon_kit::settings::{Daemon, Own, Shared, SharedError, SharedSettings};
 use node_agent::HELD_BYTES;
@@ -94,9 +94,12 @@ const OWN: Own = Own {
 /// Chores beside the daemon itself.
 #[derive(Debug, clap::Subcommand)]
 enum Order {
-    /// The models on this node's disk: stage, list, verify.
+    /// The models on this node's disk: stage, list, verify, remove.
     #[command(subcommand)]
     Models(models::Order),
+    /// Files of pools: check one.
+    #[command(subcommand)]
+    Pools(pools::Order),
     /// Guard one engine. For pool-managerd itself, which speaks to it through its standard input.
     #[command(hide = true)]
     Guard,
@@ -150,6 +153,26 @@ pub(crate) enum ConfigError {
     LoopbackAdvertised { advertised: String, control_plane: String },
 }
 
+/// The directory, or what the process ends with where there is none.
+fn needed<'d>(directory: Option<&'d PathBuf>, setting: &'static str) -> Result<&'d Path, ExitCode> {
+    directory.map(PathBuf::as_path).ok_or_else(|| {
+        let error = NodeSettingsError::NoDirectory { prefix: OWN.prefix, setting };
+        daemon_kit::telemetry::say_fatal(&error);
+        ExitCode::from(2)
+    })
+}
+
+impl Settings {
+    fn check_pools(&self, order: &pools::Order) -> Result<ExitCode, ExitCode> {
+        let places = pools::Places {
+            models_dir: needed(self.own_node.models_dir(), "MODELS_DIR")?,
+            packages_dir: needed(self.own_node.packages_dir(), "PACKAGES_DIR")?,
+            forbids_provisioning: self.own_node.forbids_provisioning(),
+        };
+        Ok(pools::run(order, &places))
+    }
+}
+
 impl Daemon for Settings {
     type Config = Config;
     type Error = ConfigError;
@@ -162,16 +185,16 @@ impl Daemon for Settings {
     fn chore(&self) -> Option<ExitCode> {
         match &self.order {
             Some(Order::Guard) => Some(node_agent::guard::inside::run()),
-            Some(Order::Models(order)) => {
-                let Some(folder) = self.own_node.models_dir() else {
-                    daemon_kit::telemetry::say_fatal(&NodeSettingsError::NoDirectory {
-                        prefix: OWN.prefix,
-                        setting: "MODELS_DIR",
-                    });
-                    return Some(ExitCode::from(2));
-                };
-                Some(models::run(order, folder, &self.own_node.hub()))
-            }
+            Some(Order::Models(order)) => Some(match needed(self.own_node.models_dir(), "MODELS_DIR") {
+                Ok(folder) => models::run(
+                    order,
+                    folder,
+                    &self.own_node.hub(),
+                    self.own_node.pools().map(PathBuf::as_path),
+                ),
+                Err(code) => code,
+            }),
+            Some(Order::Pools(order)) => Some(self.check_pools(order).unwrap_or_else(|code| code)),
             None if self.print_pools_schema => {
                 daemon_kit::config::print(&PoolsFile::schema());
                 Some(ExitCode::SUCCESS)

@@ -6,6 +6,7 @@ mod config;
 mod link;
 mod logs;
 mod models;
+mod pools;
 mod slotless;
 mod state;
 

@@ -3,14 +3,15 @@
 #![expect(clippy::print_stdout, reason = "a command says what it did")]
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Subcommand;
 pub(crate) use node_agent::download::Hub;
 use node_agent::models::{ModelError, Models, Staged};
+use node_agent::pools_file::{PoolsFile, PoolsFileError};
 use node_agent::source::{BadSource, ModelSource};
-use pool_registry_types::{Digest, ModelRef};
+use pool_registry_types::{Digest, ModelRef, PoolId};
 
 /// What is done with the models on this node's disk.
 #[derive(Debug, Subcommand)]
@@ -33,14 +34,21 @@ pub(crate) enum Order {
         /// All of them when absent.
         model: Option<ModelRef>,
     },
+    /// Remove a model that no pool of the file of pools has.
+    Remove {
+        /// The name that it was staged under.
+        model: ModelRef,
+    },
 }
 
-pub(crate) fn run(order: &Order, folder: &Path, hub: &Hub<'_>) -> ExitCode {
+/// `pools`: the file of pools, where there is one.
+pub(crate) fn run(order: &Order, folder: &Path, hub: &Hub<'_>, pools: Option<&Path>) -> ExitCode {
     let models = Models::new(folder);
     let done = match order {
         Order::Stage { model, source, digest } => stage(&models, model, source, digest.as_ref(), hub),
         Order::List => list(&models),
         Order::Verify { model } => verify(&models, model.as_ref()),
+        Order::Remove { model } => remove(&models, model, pools),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,
@@ -61,6 +69,10 @@ enum ChoreError {
     Source(#[from] BadSource),
     #[error("the HTTP client cannot be made")]
     Client(#[source] io::Error),
+    #[error(transparent)]
+    PoolsFile(#[from] PoolsFileError),
+    #[error("{model} is the model of pool {pool_id} in {}: take it out of there first", pools.display())]
+    InUse { model: ModelRef, pool_id: PoolId, pools: PathBuf },
 }
 
 fn stage(
@@ -104,6 +116,24 @@ fn stage(
         }
     };
     println!("{} {} {} bytes", manifest.model_id, manifest.digest, manifest.bytes);
+    Ok(true)
+}
+
+fn remove(models: &Models, model: &ModelRef, pools: Option<&Path>) -> Result<bool, ChoreError> {
+    if let Some(pools) = pools {
+        let file = PoolsFile::read(pools)?;
+        let user = file.pools.iter().find(|(_, pool)| pool.model == *model);
+        if let Some((pool_id, _)) = user {
+            let (model, pool_id, pools) = (model.clone(), pool_id.clone(), pools.to_owned());
+            return Err(ChoreError::InUse { model, pool_id, pools });
+        }
+    }
+    let staged = models.list()?.into_iter().find(|manifest| manifest.model_id == *model);
+    models.remove(model)?;
+    match &staged {
+        Some(manifest) => println!("removed {model} {} {} bytes", manifest.digest, manifest.bytes),
+        None => println!("{model} is not staged; what an interrupted copy of it had left is gone"),
+    }
     Ok(true)
 }
 

@@ -132,18 +132,20 @@ async fn two_clusters_are_up_in_one_checkout_outlive_a_node_and_end_with_their_c
 async fn the_lines_that_certs_prints_start_a_cluster_with_tls() {
     let folder = tempfile::tempdir().unwrap();
     let mut certs = Command::new(program("xtask"));
-    certs.args(["certs", "--node", "a", "--out"]).arg(folder.path().join("certs"));
+    certs.args(["certs", "--node", "a", "--node", "b", "--out"]).arg(folder.path().join("certs"));
     let output = certs.output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     let (_, lines) = text.split_once("\n\n").expect("lines behind the first one");
     // Other ports than everybody's, and a directory of its own.
-    let (control, node) = (free_port(), free_port());
-    let lines = lines.replace("8080", &control.to_string()).replace("9200", &node.to_string());
+    let mut lines = lines.to_owned();
+    for port in ["8080", "9200", "9201"] {
+        lines = lines.replace(port, &free_port().to_string());
+    }
     let (start, look) = lines.trim_end().rsplit_once('\n').unwrap();
     let bin = program("orchestratord");
     let path = std::env::var("PATH").unwrap_or_default();
     let script = format!(
-        "set -u\ntrap 'kill $(jobs -p); wait' EXIT\n{start}\nfor _ in $(seq 600); do {} -s | grep -q '\"online\"' && echo all is well && exit 0; sleep 0.1; done; exit 1\n",
+        "set -u\ntrap 'kill $(jobs -p); wait' EXIT\n{start}\nfor _ in $(seq 600); do [ $({} -s | grep -o '\"online\"' | wc -l) = 2 ] && echo all is well && exit 0; sleep 0.1; done; exit 1\n",
         look.trim()
     );
     let mut shell = Command::new("bash");

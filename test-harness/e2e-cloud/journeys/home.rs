@@ -133,6 +133,16 @@ async fn from_nothing_a_file_of_pools_and_one_command_are_a_served_model() {
         assert!(line.contains(named), "{named}: {line}");
     }
 
+    // Of two daemons over its directories the second is told who has them (CLOUD-2949).
+    let mut second = of_user(home, free_port());
+    second.env("ORCHESTRATORD_DATA_DIR", home.join("second"));
+    let mut second = Process::start(second, &home.join("second.log"));
+    let status = tokio::task::block_in_place(|| second.wait(PATIENCE));
+    let said = second.log();
+    assert!(!status.success(), "{said}");
+    let own = format!("is used by orchestratord, pid {}", daemon.pid());
+    assert!(said.contains("ORCHESTRATORD_RUNTIME_DIR: the directory") && said.contains(&own), "{said}");
+
     // It is supervised as on a node: what dies is started again, and its output can be read.
     let before = engine_pid(home);
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(before), Signal::SIGKILL).unwrap();

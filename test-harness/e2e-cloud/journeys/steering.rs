@@ -464,11 +464,12 @@ async fn a_staged_model_is_seen_verified_and_retired_by_its_entry() {
     let mut cluster = Cluster::start(fleet(1, quick(4))).await;
     let source = cluster.dir.path().join("weights.gguf");
     std::fs::write(&source, b"weights").unwrap();
+    let folder = cluster.models_dir(0);
     let models = |words: &[&str]| {
         let output = std::process::Command::new(e2e_cloud::process::program("pool-managerd"))
             .args(["models"])
             .args(words)
-            .env("POOL_MANAGERD_MODELS_DIR", cluster.models_dir(0))
+            .env("POOL_MANAGERD_MODELS_DIR", &folder)
             .output()
             .unwrap();
         let text =
@@ -523,6 +524,9 @@ async fn a_staged_model_is_seen_verified_and_retired_by_its_entry() {
     let request = cluster.client.request(reqwest::Method::DELETE, "/v2/catalog/models/fake-model");
     assert_eq!(request.send().await.unwrap().status(), 204);
     assert!(cluster.client.run(cluster.task(1)).await.completed());
+    let (good, text) = models(&["remove", "fake-model"]);
+    assert!(good && text.starts_with(&format!("removed fake-model {digest}")), "{text}");
+    assert_eq!(models(&["list"]), (true, String::new()));
     assert_eq!(cluster.client.get("/v2/catalog/models/fake-model").await.unwrap().status(), 404);
 }
 

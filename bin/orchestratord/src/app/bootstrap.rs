@@ -10,6 +10,7 @@ use daemon_kit::auth::{Gate, Shapes};
 use daemon_kit::byte_budget::{BodyBudgets, ByteBudget};
 use daemon_kit::connections::{ConnLimits, Counts, Streaming};
 use daemon_kit::directories::{self, DirectoryError};
+use daemon_kit::directory_lock::{DirectoryLock, InUse};
 use daemon_kit::front::{Front, FrontError, Shown};
 use daemon_kit::quota::Quota;
 use daemon_kit::{Clock, serve};
@@ -62,6 +63,8 @@ pub(crate) enum StartError {
     Front(#[from] FrontError),
     #[error(transparent)]
     Directory(#[from] DirectoryError),
+    #[error(transparent)]
+    InUse(#[from] InUse),
     #[error("ORCHESTRATORD_RUNTIME_DIR: {0}")]
     RuntimeDir(#[source] WatchError),
     #[error("ORCHESTRATORD_DATA_DIR: {0}")]
@@ -107,6 +110,20 @@ fn say_start(config: &Config, bound: SocketAddr) {
     );
 }
 
+/// Keeps other daemons from the directories that this one writes.
+async fn hold_directories(config: &Config) -> Result<Vec<DirectoryLock>, InUse> {
+    let mut directories = vec![("DATA_DIR", &config.data_dir)];
+    if let Some(home) = &config.home {
+        directories.push(("RUNTIME_DIR", &home.runtime_dir));
+        directories.extend(home.engines.as_ref().map(|engines| ("LOGS_DIR", &engines.logs_dir)));
+    }
+    let mut held = Vec::new();
+    for (setting, path) in directories {
+        held.extend(DirectoryLock::hold("ORCHESTRATORD", setting, path, "orchestratord").await?);
+    }
+    Ok(held)
+}
+
 pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     // Only the first installation in a process can fail, and this is the first.
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -116,6 +133,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         writable("RUNTIME_DIR", &engines.runtime_dir)?;
         writable("LOGS_DIR", &engines.logs_dir)?;
     }
+    let _held = hold_directories(&config).await?;
     let front = Front::open(&config.shared.front).await?;
     say_start(&config, front.bound);
     let tokens = config.shared.tokens;

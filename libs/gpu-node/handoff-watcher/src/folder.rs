@@ -17,6 +17,11 @@ pub struct Stamp {
     pub status_changed: (i64, i64),
 }
 
+impl Stamp {
+    /// Of a file that was not looked at.
+    pub(crate) const NONE: Self = Self { modified: None, len: 0, inode: 0, status_changed: (0, 0) };
+}
+
 /// One file at one look.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {
@@ -72,6 +77,10 @@ impl Folder {
             // What could not be read may be readable now.
             entry.stamp == *stamp && !matches!(entry.content, Err(Fault::Unreadable(_)))
         })
+    }
+
+    pub(crate) fn is_bound(&self, file: &str) -> bool {
+        self.entries.get(file).is_some_and(|entry| entry.content.is_ok())
     }
 
     /// The valid files, with their stamps.

@@ -1,12 +1,14 @@
 //! One handoff file: its name, its content, and everything that can be wrong with them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 
+use pool_registry_types::nearest::nearest;
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{ModelRef, PoolId, ReplicaId};
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 /// Largest handoff file that is read, bytes.
 pub(crate) const MAX_HANDOFF_BYTES: u64 = 64 * 1024;
@@ -73,6 +75,8 @@ pub enum Fault {
     TooLarge,
     #[error("not a regular file inside the runtime directory {0}")]
     LinkedOut(PathBuf),
+    #[error("not looked at: there are more handoff files than are read")]
+    TooMany,
     #[error("cannot be read: {0}")]
     Unreadable(String),
     #[error("not a handoff: {0}")]
@@ -111,6 +115,7 @@ impl EngineHosts {
 
 /// Reads a file's content. `stem` is its name without `.json`.
 pub fn parse(stem: &str, content: &[u8], hosts: &EngineHosts) -> Result<Handoff, Fault> {
+    let content = without_mark(content);
     // A struct may also be read from an array, by the order of its fields: that is no contract.
     if !content.trim_ascii_start().starts_with(b"{") {
         return Err(Fault::Malformed("must be a JSON object".into()));
@@ -137,6 +142,45 @@ pub fn parse(stem: &str, content: &[u8], hosts: &EngineHosts) -> Result<Handoff,
     Ok(handoff)
 }
 
+/// Without the mark that some editors begin a file with.
+fn without_mark(content: &[u8]) -> &[u8] {
+    content.strip_prefix("\u{feff}".as_bytes()).unwrap_or(content)
+}
+
+/// The fields of a handoff.
+const FIELDS: [&str; 12] = [
+    "pool_id",
+    "replica_id",
+    "engine",
+    "engine_version",
+    "url",
+    "device_mask",
+    "slots",
+    "pid",
+    "model_ref",
+    "models",
+    "ctx_max",
+    "api_key_file",
+];
+/// Most unknown fields of a file that are told.
+const MAX_UNKNOWN: usize = 8;
+/// Most characters of one that are told.
+const MAX_FIELD_CHARS: usize = 64;
+
+/// The fields that no handoff has, each with the nearest one that there is.
+pub(crate) fn unknown_fields(content: &[u8]) -> Vec<String> {
+    let read = serde_json::from_slice::<BTreeMap<String, IgnoredAny>>(without_mark(content));
+    let fields = read.unwrap_or_default().into_keys().filter(|field| !FIELDS.contains(&field.as_str()));
+    let told = fields.take(MAX_UNKNOWN).map(|field| {
+        let field: String = field.chars().take(MAX_FIELD_CHARS).collect();
+        match nearest(&field, FIELDS, 1).first() {
+            Some(near) => format!("{field:?}, is {near} meant?"),
+            None => format!("{field:?}"),
+        }
+    });
+    told.collect()
+}
+
 /// The pool that a file is for by its name and by what it holds, whatever else is wrong with it.
 pub fn pool_named(stem: &str, content: &[u8]) -> Option<PoolId> {
     #[derive(Deserialize)]
@@ -144,7 +188,7 @@ pub fn pool_named(stem: &str, content: &[u8]) -> Option<PoolId> {
         pool_id: PoolId,
         replica_id: ReplicaId,
     }
-    let Named { pool_id, replica_id } = serde_json::from_slice(content).ok()?;
+    let Named { pool_id, replica_id } = serde_json::from_slice(without_mark(content)).ok()?;
     let name = HandoffName { pool_id, replica_id };
     (stem == name.to_string()).then_some(name.pool_id)
 }
@@ -199,6 +243,22 @@ mod tests {
         let more = r#","model_ref":"a","models":["b","a"]"#;
         let handoff = read("pool-0-r0", &file("http://127.0.0.1:8081", more)).unwrap();
         assert_eq!(format!("{:?}", handoff.model_names()), "[a, b]");
+    }
+
+    // CLOUD-2013
+    #[test]
+    fn a_mark_at_the_start_is_skipped_and_a_field_that_is_none_is_told_with_the_nearest() {
+        let marked = format!("\u{feff}{}", file("http://127.0.0.1:8081", r#","slot":3,"started_by":"me""#));
+        assert_eq!(read("pool-0-r0", &marked).unwrap().slots, None);
+        assert_eq!(pool_named("pool-0-r0", marked.as_bytes()), PoolId::new("pool-0").ok());
+        let told = unknown_fields(marked.as_bytes());
+        assert_eq!(told[0], "\"slot\", is slots meant?");
+        assert!(told.len() == 2 && told[1].starts_with("\"started_by\""), "{told:?}");
+        let all: BTreeMap<&str, u8> = FIELDS.iter().map(|field| (*field, 0)).collect();
+        assert!(unknown_fields(&serde_json::to_vec(&all).unwrap()).is_empty());
+        let error =
+            read("pool-0-r0", &file("http://127.0.0.1:8081", r#","models":["a b\u0007"]"#)).unwrap_err();
+        assert!(error.to_string().contains("a b"), "the name that is refused is told: {error}");
     }
 
     // CLOUD-2002

@@ -7,20 +7,24 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use notify::event::{AccessKind, AccessMode};
-use notify::{EventKind, RecursiveMode, Watcher};
+use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use owned_tasks::Loops;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::folder::{Change, Folder, Seen, Stamp};
-use crate::handoff::{EngineHosts, Fault, MAX_HANDOFF_BYTES, parse, pool_named};
+use crate::handoff::{EngineHosts, Fault, MAX_HANDOFF_BYTES, parse, pool_named, unknown_fields};
 use crate::process;
 
 /// Changes waiting for the receiver; beyond, looking pauses until it has caught up.
 const CHANGES: usize = 256;
 /// Most files that are looked at.
 const MAX_FILES: usize = 1024;
+/// Most names of handoff files that are told apart at one look.
+const MAX_NAMES: usize = 64 * 1024;
+/// An empty file that is so young is being written: a file of another program's becomes whole in two steps.
+const EMPTY_UNTIL: Duration = Duration::from_secs(1);
 
 /// Watches one directory.
 #[derive(Debug)]
@@ -42,11 +46,9 @@ pub struct WatchError {
 impl HandoffWatcher {
     /// Makes the directory if it is not there.
     pub fn new(dir: &Path, hosts: EngineHosts, interval: Duration) -> Result<Self, WatchError> {
-        let usable = std::fs::create_dir_all(dir)
-            .and_then(|()| std::fs::read_dir(dir))
-            .and_then(|_| dir.canonicalize());
+        let usable = std::fs::create_dir_all(dir).and_then(|()| std::fs::read_dir(dir));
         match usable {
-            Ok(canonical) => Ok(Self { dir: canonical, hosts, interval }),
+            Ok(_) => Ok(Self { dir: dir.to_owned(), hosts, interval }),
             Err(source) => Err(WatchError { dir: dir.to_owned(), source }),
         }
     }
@@ -60,7 +62,7 @@ impl HandoffWatcher {
     ) -> (mpsc::Receiver<Change>, tokio::task::JoinHandle<()>) {
         let (send, receive) = mpsc::channel(CHANGES);
         let Self { dir, hosts, interval } = self;
-        let looker = Looker { dir, hosts, folder: Folder::default(), started: BTreeMap::new() };
+        let looker = Looker { dir, hosts, folder: Folder::default(), started: BTreeMap::new(), beyond: 0 };
         let looker = SharedLooker(Arc::new(Mutex::new(looker)));
         let ended = stop.clone();
         let make = move || run(looker.clone(), interval, send.clone(), ended.clone());
@@ -80,13 +82,14 @@ impl SharedLooker {
         looked.unwrap_or_else(|panicked| panicked.resume())
     }
 
-    fn dir(&self) -> PathBuf {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).dir.clone()
+    /// Where the directory is now; nothing where it cannot be found.
+    async fn resolved(&self) -> Option<PathBuf> {
+        let dir = self.0.lock().unwrap_or_else(PoisonError::into_inner).dir.clone();
+        owned_tasks::blocking("runtime directory", move || dir.canonicalize()).await.ok()?.ok()
     }
 }
 
 async fn run(looker: SharedLooker, interval: Duration, send: mpsc::Sender<Change>, stop: CancellationToken) {
-    let dir = looker.dir();
     let (wake, mut wakes) = mpsc::channel::<()>(1);
     let on_event = move |event: notify::Result<notify::Event>| {
         if event.is_ok_and(|event| !may_change(&event.kind)) {
@@ -95,14 +98,11 @@ async fn run(looker: SharedLooker, interval: Duration, send: mpsc::Sender<Change
         // One waiting wake-up is enough: a look sees everything.
         let _ = wake.try_send(());
     };
-    let watcher = notify::recommended_watcher(on_event).and_then(|mut watcher| {
-        watcher.watch(&dir, RecursiveMode::NonRecursive)?;
-        Ok(watcher)
-    });
-    if let Err(error) = &watcher {
-        tracing::warn!(%error, dir = %dir.display(), "no change events: looking at the interval only");
-    }
+    let mut events = Events { watcher: notify::recommended_watcher(on_event), watched: None };
     loop {
+        if let Some(dir) = looker.resolved().await {
+            events.follow(dir);
+        }
         for change in looker.look().await {
             if send.send(change).await.is_err() {
                 return;
@@ -113,6 +113,35 @@ async fn run(looker: SharedLooker, interval: Duration, send: mpsc::Sender<Change
             () = tokio::time::sleep(interval) => {}
             Some(()) = wakes.recv() => {}
         }
+    }
+}
+
+/// The events of the directory, wherever it is: what its path leads to may be exchanged.
+#[derive(Debug)]
+struct Events {
+    watcher: notify::Result<RecommendedWatcher>,
+    watched: Option<PathBuf>,
+}
+
+impl Events {
+    fn follow(&mut self, dir: PathBuf) {
+        if self.watched.as_ref() == Some(&dir) {
+            return;
+        }
+        let followed = match &mut self.watcher {
+            Ok(watcher) => {
+                if let Some(before) = &self.watched {
+                    // One that is gone is not watched any more.
+                    let _ = watcher.unwatch(before);
+                }
+                watcher.watch(&dir, RecursiveMode::NonRecursive).map_err(|error| error.to_string())
+            }
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = followed {
+            tracing::warn!(error, dir = %dir.display(), "no change events: looking at the interval only");
+        }
+        self.watched = Some(dir);
     }
 }
 
@@ -130,30 +159,47 @@ struct Looker {
     folder: Folder,
     /// When the process of a bound file was seen to have started.
     started: BTreeMap<String, u64>,
+    /// Files that were not looked at last.
+    beyond: usize,
 }
 
 impl Looker {
     fn look(&mut self) -> Vec<Change> {
-        let (mut present, mut changed) = (BTreeSet::new(), Vec::new());
-        match std::fs::read_dir(&self.dir) {
-            Ok(entries) => {
-                for entry in entries.flatten().take(MAX_FILES) {
-                    let Ok(file) = entry.file_name().into_string() else { continue };
-                    if file.starts_with('.') || !file.ends_with(".json") {
-                        continue;
-                    }
-                    let Some(seen) = self.see(&file) else { continue };
-                    if let Some(seen) = seen {
-                        changed.push(seen);
-                    }
-                    present.insert(file);
-                }
-            }
+        // What the path leads to is looked at anew: a link of it may have been exchanged.
+        let listed = self.dir.canonicalize().and_then(|dir| Ok((std::fs::read_dir(&dir)?, dir)));
+        let (entries, dir) = match listed {
+            Ok(listed) => listed,
             Err(error) => {
                 // A passing trouble of the file system says nothing about the engines.
                 tracing::warn!(%error, dir = %self.dir.display(), "the runtime directory cannot be read");
                 return Vec::new();
             }
+        };
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        let handoffs = names.filter(|file| !file.starts_with('.') && file.ends_with(".json"));
+        let mut files: Vec<String> = handoffs.take(MAX_NAMES).collect();
+        // Those that are bound stay so, however many others come.
+        files.sort_by_cached_key(|file| (!self.folder.is_bound(file), file.clone()));
+        let (mut present, mut changed) = (BTreeSet::new(), Vec::new());
+        let beyond = files.len().saturating_sub(MAX_FILES);
+        if let Some(first) = files.get(MAX_FILES) {
+            let stamp = Stamp::NONE;
+            present.insert(first.clone());
+            if !self.folder.knows(first, &stamp) {
+                let content = Err(Fault::TooMany);
+                changed.push(Seen { file: first.clone(), stamp, content, pool_id: None });
+            }
+        }
+        if self.beyond != beyond {
+            tracing::warn!(dir = %self.dir.display(), beyond, "handoff files that are not looked at: there are more than {MAX_FILES}");
+            self.beyond = beyond;
+        }
+        for file in files.drain(..).take(MAX_FILES) {
+            let Some(seen) = self.see(&dir, &file) else { continue };
+            if let Some(seen) = seen {
+                changed.push(seen);
+            }
+            present.insert(file);
         }
         for seen in &changed {
             self.started.remove(&seen.file);
@@ -163,12 +209,13 @@ impl Looker {
         changes
     }
 
-    /// Nothing when the file is gone; `Some(None)` when it is known already.
-    fn see(&self, file: &str) -> Option<Option<Seen>> {
-        let path = self.dir.join(file);
+    /// Nothing when the file is gone; `Some(None)` when it is known already, or is being written.
+    fn see(&self, dir: &Path, file: &str) -> Option<Option<Seen>> {
+        let path = dir.join(file);
         let link = std::fs::symlink_metadata(&path).ok()?;
         let real = path.canonicalize().ok();
-        let inside = real.as_ref().is_some_and(|real| real.parent() == Some(self.dir.as_path()));
+        // Links may lead to places below the directory, as those of a ConfigMap do.
+        let inside = real.as_ref().is_some_and(|real| real.starts_with(dir));
         let meta = std::fs::metadata(&path).unwrap_or(link);
         let stamp = Stamp {
             modified: meta.modified().ok(),
@@ -176,7 +223,8 @@ impl Looker {
             inode: meta.ino(),
             status_changed: (meta.ctime(), meta.ctime_nsec()),
         };
-        if self.folder.knows(file, &stamp) {
+        let is_young = || stamp.modified.is_some_and(|at| at.elapsed().is_ok_and(|age| age < EMPTY_UNTIL));
+        if self.folder.knows(file, &stamp) || (inside && meta.is_file() && meta.len() == 0 && is_young()) {
             return Some(None);
         }
         let mut pool_id = None;
@@ -189,7 +237,13 @@ impl Looker {
                 Ok(bytes) => {
                     let stem = file.trim_end_matches(".json");
                     pool_id = pool_named(stem, &bytes);
-                    parse(stem, &bytes, &self.hosts)
+                    let parsed = parse(stem, &bytes, &self.hosts);
+                    if parsed.is_ok() {
+                        for field in unknown_fields(&bytes) {
+                            tracing::warn!(file, "a handoff has a field that is none: {field}");
+                        }
+                    }
+                    parsed
                 }
                 Err(error) => Err(Fault::Unreadable(error.to_string())),
             }
@@ -241,10 +295,7 @@ mod tests {
         })
         .unwrap();
         watcher.watch(folder.path(), RecursiveMode::NonRecursive).unwrap();
-        let started = BTreeMap::new();
-        let dir = folder.path().canonicalize().unwrap();
-        let mut looker = Looker { dir, hosts: EngineHosts::default(), folder: Folder::default(), started };
-        looker.look();
+        looker(folder.path()).look();
         // A change comes after all events of the look.
         std::fs::write(folder.path().join("last"), "").unwrap();
         let mut seen = Vec::new();
@@ -252,6 +303,11 @@ mod tests {
             seen.push(events.recv_timeout(PATIENCE).unwrap());
         }
         assert!(seen.len() > 1, "the look was an event: {seen:?}");
+    }
+
+    fn looker(dir: &Path) -> Looker {
+        let (hosts, folder) = (EngineHosts::default(), Folder::default());
+        Looker { dir: dir.to_owned(), hosts, folder, started: BTreeMap::new(), beyond: 0 }
     }
 
     fn content(port: u16, more: &str) -> String {
@@ -328,7 +384,7 @@ mod tests {
             next(&mut changes).await,
             Change::Faulty {
                 file: "p-r0.json".into(),
-                fault: Fault::LinkedOut(dir.path().canonicalize().unwrap()),
+                fault: Fault::LinkedOut(dir.path().to_owned()),
                 pool_id: None
             }
         );
@@ -338,5 +394,105 @@ mod tests {
             Change::Faulty { file: "q-r0.json".into(), fault: Fault::TooLarge, pool_id: None }
         );
         stop.cancel();
+    }
+
+    fn bound(changes: &[Change]) -> Vec<&str> {
+        let is_bound = |change: &&Change| matches!(change, Change::Bound { .. });
+        changes.iter().filter(is_bound).map(Change::file).collect()
+    }
+
+    // CLOUD-2011
+    #[test]
+    fn a_directory_that_is_exchanged_behind_its_path_and_links_below_it_are_followed() {
+        use std::os::unix::fs::symlink;
+        let folder = tempfile::tempdir().unwrap();
+        let (old, new, link) =
+            (folder.path().join("old"), folder.path().join("new"), folder.path().join("link"));
+        for (dir, port) in [(&old, 1), (&new, 2)] {
+            std::fs::create_dir_all(dir.join("..2026")).unwrap();
+            std::fs::write(dir.join("..2026/p-r0.json"), content(port, "")).unwrap();
+            symlink("..2026", dir.join("..data")).unwrap();
+            symlink("..data/p-r0.json", dir.join("p-r0.json")).unwrap();
+        }
+        symlink(&old, &link).unwrap();
+        let mut looker = looker(&link);
+        let urls = |changes: Vec<Change>| -> Vec<String> {
+            let url = |change| match change {
+                Change::Bound { handoff, .. } => Some(handoff.url),
+                _ => None,
+            };
+            changes.into_iter().filter_map(url).collect()
+        };
+        assert_eq!(urls(looker.look()), ["http://127.0.0.1:1"]);
+        std::fs::remove_file(&link).unwrap();
+        symlink(&new, &link).unwrap();
+        assert_eq!(urls(looker.look()), ["http://127.0.0.1:2"]);
+        // As a ConfigMap is changed.
+        std::fs::create_dir(new.join("..2027")).unwrap();
+        std::fs::write(new.join("..2027/p-r0.json"), content(3, "")).unwrap();
+        symlink("..2027", new.join("..next")).unwrap();
+        std::fs::rename(new.join("..next"), new.join("..data")).unwrap();
+        assert_eq!(urls(looker.look()), ["http://127.0.0.1:3"]);
+    }
+
+    // CLOUD-2011
+    #[tokio::test]
+    async fn an_exchanged_directory_has_its_events_followed_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let (old, new, link) =
+            (folder.path().join("old"), folder.path().join("new"), folder.path().join("link"));
+        for dir in [&old, &new] {
+            std::fs::create_dir(dir).unwrap();
+        }
+        std::os::unix::fs::symlink(&old, &link).unwrap();
+        let (mut changes, stop) = start(&link);
+        std::fs::write(old.join("p-r0.json"), content(1, "")).unwrap();
+        assert!(matches!(next(&mut changes).await, Change::Bound { .. }));
+        std::fs::remove_file(&link).unwrap();
+        std::os::unix::fs::symlink(&new, &link).unwrap();
+        assert!(matches!(next(&mut changes).await, Change::Unbound { .. }));
+        std::fs::write(new.join("p-r0.json"), content(2, "")).unwrap();
+        assert!(matches!(next(&mut changes).await, Change::Bound { .. }));
+        stop.cancel();
+    }
+
+    // CLOUD-2012
+    #[test]
+    fn however_many_other_files_there_are_what_is_bound_stays_and_what_is_not_looked_at_is_said() {
+        let dir = tempfile::tempdir().unwrap();
+        for n in 0..3_000 {
+            std::fs::write(dir.path().join(format!("other-{n}.log")), "").unwrap();
+        }
+        std::fs::write(dir.path().join("p-r0.json"), content(1, "")).unwrap();
+        let mut looker = looker(dir.path());
+        assert_eq!(bound(&looker.look()), ["p-r0.json"]);
+        for n in 0..MAX_FILES {
+            std::fs::write(dir.path().join(format!("a{n:04}-r0.json")), "{}").unwrap();
+        }
+        let changes = looker.look();
+        let is_unbound = |change: &Change| matches!(change, Change::Unbound { .. });
+        assert!(bound(&changes).is_empty() && !changes.iter().any(is_unbound), "it stays");
+        let too_many = Change::Faulty { file: "a1023-r0.json".into(), fault: Fault::TooMany, pool_id: None };
+        assert!(changes.contains(&too_many), "{:?}", changes.last());
+        assert!(looker.look().is_empty(), "it is said once");
+        std::fs::remove_file(dir.path().join("a0000-r0.json")).unwrap();
+        let changes = looker.look();
+        let read = |change: &Change| matches!(change, Change::Faulty { file, fault: Fault::Malformed(_), .. } if file == "a1023-r0.json");
+        assert!(changes.iter().any(read), "there is room for it: {changes:?}");
+    }
+
+    // CLOUD-2003
+    #[test]
+    fn an_empty_file_is_being_written_for_a_second() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("p-r0.json");
+        std::fs::write(&file, "").unwrap();
+        let mut looker = looker(dir.path());
+        assert!(looker.look().is_empty());
+        let old = std::time::SystemTime::now() - EMPTY_UNTIL;
+        std::fs::File::options().write(true).open(&file).unwrap().set_modified(old).unwrap();
+        assert!(matches!(&looker.look()[..], [Change::Faulty { fault: Fault::Malformed(_), .. }]));
+        std::fs::write(&file, content(1, "")).unwrap();
+        assert_eq!(bound(&looker.look()), ["p-r0.json"]);
     }
 }

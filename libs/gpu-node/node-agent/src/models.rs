@@ -172,8 +172,8 @@ impl Models {
         Some((self.folder.join(folder_name(model)).join(&manifest.file), manifest))
     }
 
-    /// Removes a model and whatever an interrupted copy of it has left.
-    pub(crate) fn remove(&self, model: &ModelRef) -> Result<(), ModelError> {
+    /// Removes a model and whatever an interrupted copy of it has left. One that is not there is as good.
+    pub fn remove(&self, model: &ModelRef) -> Result<(), ModelError> {
         let one = self.lock(model)?;
         one.remember(None);
         let name = folder_name(model);

@@ -231,6 +231,8 @@ impl PoolsFile {
     }
 
     pub fn parse(text: &str) -> Result<Self, PoolsFileError> {
+        // Some editors begin a file with it.
+        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let file: Self = toml::from_str(text)
             .map_err(|error| PoolsFileError::Syntax(error.to_string().trim().to_owned()))?;
         file.check()?;
@@ -433,6 +435,7 @@ provision = { mode = "binary", program = "serve", args = ["--port", "{port}"] }
         assert_eq!(pool.models().len(), 2);
         assert_eq!((file.memory.reserve_bytes, file.provisioning.installs), (DEFAULT_RESERVE, false));
         assert_eq!(PoolsFile::parse("").unwrap(), PoolsFile::default());
+        assert_eq!(PoolsFile::parse(&format!("\u{feff}{GOOD}")).unwrap(), file);
         let other = PoolSpec { slots: 3, ..pool.clone() };
         assert_ne!(pool.fingerprint(None), other.fingerprint(None));
     }

@@ -95,6 +95,14 @@ impl NodeSettings {
         self.models_dir.as_ref()
     }
 
+    pub fn packages_dir(&self) -> Option<&PathBuf> {
+        self.packages_dir.as_ref()
+    }
+
+    pub fn forbids_provisioning(&self) -> bool {
+        self.forbid_provisioning
+    }
+
     pub fn hub(&self) -> Hub<'_> {
         Hub { endpoint: &self.hf_endpoint, token: self.hf_token.as_ref() }
     }

@@ -271,6 +271,8 @@ impl<S: Send + Sync> FromRequestParts<S> for OwnNode {
 
 /// Parses a JSON object; the error names the place in it.
 pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    // What some programs begin a text with.
+    let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes);
     // A list would be taken for the fields in the order in which we happen to write them.
     if bytes.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[') {
         return Err(ApiError::new(ErrorCode::InvalidParams, "the body: expected an object, not a list"));
@@ -291,6 +293,14 @@ mod tests {
     use futures::stream;
 
     use super::*;
+
+    // CLOUD-2013
+    #[test]
+    fn a_mark_at_the_start_of_a_body_is_skipped_once() {
+        let read = |text: &str| parse::<std::collections::BTreeMap<String, u8>>(text.as_bytes());
+        assert_eq!(read("\u{feff}{\"a\":1}").unwrap()["a"], 1);
+        assert!(read("\u{feff}\u{feff}{}").is_err() && read("\u{feff}[]").is_err());
+    }
 
     /// A body of so many pieces, which looks after each of them at what is counted.
     fn body(pieces: usize, piece: usize, look: impl Fn(usize) + Send + 'static) -> axum::body::Body {

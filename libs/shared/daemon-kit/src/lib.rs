@@ -16,6 +16,7 @@ pub mod config;
 pub mod connections;
 pub mod correlation;
 pub mod directories;
+pub mod directory_lock;
 pub mod document;
 pub mod extract;
 mod first_head;

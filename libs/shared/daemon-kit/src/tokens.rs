@@ -185,7 +185,8 @@ impl TokenSet {
         if text.len() as u64 > MAX_FILE_BYTES {
             return Err(failed(std::io::Error::other("it is longer than 1 MiB")));
         }
-        Ok(text)
+        // Some editors begin a file with it.
+        Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
     }
 
     pub fn is_empty(&self) -> bool {
@@ -527,6 +528,16 @@ mod tests {
         scopes = ["client"]
         expires = 2026-06-02T00:00:00Z
     "#;
+
+    // CLOUD-2013
+    #[test]
+    fn a_mark_at_the_start_of_the_file_is_no_part_of_a_token() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokens");
+        std::fs::write(&path, "\u{feff}first-token\n").unwrap();
+        let set = TokenSet::check_file(&path).unwrap();
+        assert!(matches!(set.look_up("first-token", at("2026-06-01T00:00:00Z")), Verdict::Known(_)));
+    }
 
     // CLOUD-1119
     #[test]

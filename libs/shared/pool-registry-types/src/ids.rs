@@ -25,15 +25,24 @@ pub enum InvalidId {
     #[error("{field} must be 1 to {MAX_NAME_BYTES} characters of [A-Za-z0-9._-], the first alphanumeric")]
     Name { field: &'static str },
     #[error(
-        "model_ref must be 1 to {MAX_MODEL_REF_CHARS} characters without white space or control characters"
+        "model_ref must be 1 to {MAX_MODEL_REF_CHARS} characters without white space or control characters: {shown:?}"
     )]
-    Model,
+    Model { shown: String },
     #[error("{field} must be a UUID")]
     Uuid { field: &'static str },
     #[error("epoch must be 1 to 64 visible ASCII characters")]
     Epoch,
     #[error("digest must be sha256: and 64 hexadecimal digits in lower case")]
     Digest,
+}
+
+/// Characters that are shown of a name that is none.
+const MAX_SHOWN_CHARS: usize = 64;
+
+impl InvalidId {
+    fn model(text: &str) -> Self {
+        Self::Model { shown: text.chars().take(MAX_SHOWN_CHARS).collect() }
+    }
 }
 
 fn is_name(text: &str) -> bool {
@@ -73,7 +82,7 @@ macro_rules! text_id {
         impl $name {
             /// Checks the text and keeps it.
             pub fn new(text: &str) -> Result<Self, InvalidId> {
-                if $valid(text) { Ok(Self(SmolStr::new(text))) } else { Err($error) }
+                if $valid(text) { Ok(Self(SmolStr::new(text))) } else { Err(($error)(text)) }
             }
 
             pub fn as_str(&self) -> &str {
@@ -124,36 +133,36 @@ macro_rules! text_id {
 
 text_id!(
     /// One running `pool-managerd`, named by its operator.
-    NodeId, is_name, InvalidId::Name { field: "node_id" }, "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", 63
+    NodeId, is_name, |_: &str| InvalidId::Name { field: "node_id" }, "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", 63
 );
 text_id!(
     /// The host that a node runs on.
-    MachineId, is_name, InvalidId::Name { field: "machine_id" }, "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", 63
+    MachineId, is_name, |_: &str| InvalidId::Name { field: "machine_id" }, "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", 63
 );
 text_id!(
     /// One engine with one model on one device mask of a node; unique on its node only.
-    PoolId, is_name, InvalidId::Name { field: "pool_id" }, "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", 63
+    PoolId, is_name, |_: &str| InvalidId::Name { field: "pool_id" }, "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", 63
 );
 text_id!(
     /// One engine process of a pool.
-    ReplicaId, is_name, InvalidId::Name { field: "replica_id" }, "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", 63
+    ReplicaId, is_name, |_: &str| InvalidId::Name { field: "replica_id" }, "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", 63
 );
 text_id!(
     /// The name by which clients ask for a model and engines report it.
-    ModelRef, is_model_ref, InvalidId::Model,
+    ModelRef, is_model_ref, InvalidId::model,
     r"^[^\u0000-\u0020\u007f-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+$", 255
 );
 text_id!(
     /// One registration of a node. Opaque: compared for equality only.
-    Epoch, is_epoch, InvalidId::Epoch, "^[!-~]{1,64}$", 64
+    Epoch, is_epoch, |_: &str| InvalidId::Epoch, "^[!-~]{1,64}$", 64
 );
 text_id!(
     /// A label's key or value.
-    LabelName, is_name, InvalidId::Name { field: "label" }, "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", 63
+    LabelName, is_name, |_: &str| InvalidId::Name { field: "label" }, "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", 63
 );
 text_id!(
     /// The content of a file: `sha256:` and 64 hexadecimal digits.
-    Digest, is_digest, InvalidId::Digest, "^sha256:[0-9a-f]{64}$", 71
+    Digest, is_digest, |_: &str| InvalidId::Digest, "^sha256:[0-9a-f]{64}$", 71
 );
 
 macro_rules! uuid_id {
@@ -280,7 +289,7 @@ mod tests {
     #[test]
     fn a_model_ref_may_hold_slashes_but_no_white_space() {
         assert!(ModelRef::new("hf:org/repo/file.gguf").is_ok());
-        assert_eq!(ModelRef::new("a b"), Err(InvalidId::Model));
-        assert_eq!(ModelRef::new(""), Err(InvalidId::Model));
+        assert_eq!(ModelRef::new("a b"), Err(InvalidId::Model { shown: "a b".into() }));
+        assert_eq!(ModelRef::new(""), Err(InvalidId::Model { shown: String::new() }));
     }
 }

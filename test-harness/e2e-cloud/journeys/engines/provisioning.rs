@@ -36,7 +36,10 @@ async fn each_missing_thing_is_named_with_what_brings_it() {
                 &format!("source = \"{tiny}\"\ndigest = \"sha256:{}\"", "0".repeat(64)),
             ),
     ];
-    let cluster = node_with(pools.concat()).await;
+    let pools = pools.concat();
+    let checked = folder.path().join("check.toml");
+    std::fs::write(&checked, &pools).unwrap();
+    let cluster = node_with(pools).await;
     let expected = [
         ("package", "installs is off"),
         ("program", "no-such-program is not on the PATH"),
@@ -53,6 +56,20 @@ async fn each_missing_thing_is_named_with_what_brings_it() {
         let error = status["last_error"].as_str().unwrap_or_default();
         assert!(error.contains(part), "{id}: {error}");
     }
+    // The same is said before a daemon has read the file (CLOUD-2957).
+    let mut check = std::process::Command::new(program("pool-managerd"));
+    check.args(["pools", "check"]).arg(&checked);
+    for folder_of in ["MODELS", "PACKAGES"] {
+        check.env(format!("POOL_MANAGERD_{folder_of}_DIR"), folder.path().join("nothing"));
+    }
+    let output = check.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    for (id, part) in expected.iter().filter(|(id, _)| !["big", "taken"].contains(id)) {
+        let line = text.lines().find(|line| line.starts_with(&format!("BAD  {id} "))).unwrap_or_default();
+        assert!(line.contains(part), "{id}: {text}");
+    }
+    assert!(text.lines().any(|line| line == "good digest"), "{text}");
     assert_eq!(
         wait_state(&cluster, "digest", "ready", MINUTE).await["ready"],
         true,

@@ -140,12 +140,17 @@ pub(crate) fn reload_refusal(next: &Spec, lacks: Option<&PrepareError>) -> Optio
             }
             !names("{model_path}") && next.model.is_some()
         }
-        _ => next.pool.engine != EngineKind::LlamaCpp,
+        _ => !loads_file(next),
     };
     if finds_itself {
         return None;
     }
     lacks.map(|error| ErrorBody::invalid(format!("new_model_ref: {error}")))
+}
+
+/// Whether its engine, on a command line of ours, loads a file; others find their models by name.
+pub(super) fn loads_file(spec: &Spec) -> bool {
+    spec.pool.engine == EngineKind::LlamaCpp
 }
 
 /// Why the model's file is not there, where it is on no disk and comes from no server.
@@ -332,7 +337,7 @@ fn model_name(spec: &Spec) -> String {
 }
 
 /// The model's file on this machine, and its header where it has one.
-async fn model_file(
+pub(super) async fn model_file(
     spec: &Spec,
     sources: &Sources<'_>,
     progress: &(dyn Fn(String) + Send + Sync),

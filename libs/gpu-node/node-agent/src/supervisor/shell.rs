@@ -129,6 +129,7 @@ impl Supervision {
             self.state.lock().text = None;
         }
         let mut stopping = false;
+        let mut staged = self.agent.models();
         let mut next_look = tokio::time::Instant::now();
         loop {
             let now = self.agent.now();
@@ -152,7 +153,14 @@ impl Supervision {
                     next_look = tokio::time::Instant::now() + LOOK_EVERY;
                     self.write_again().await;
                     let plans = if stopping { None } else { self.read_file(false).await };
-                    plans.map_or(Happened::Timer, Happened::Configured)
+                    match plans {
+                        Some(plans) => Happened::Configured(plans),
+                        None if self.agent.models() != staged => {
+                            staged = self.agent.models();
+                            Happened::Mended
+                        }
+                        None => Happened::Timer,
+                    }
                 }
                 Ok(()) = hangups.changed(), if !stopping => {
                     self.read_file(true).await.map_or(Happened::Timer, Happened::Configured)

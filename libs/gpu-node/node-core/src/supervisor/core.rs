@@ -84,12 +84,11 @@ impl Supervisor {
                 }
             }
             Happened::Reload { pool_id, plan } => self.reload(now, &pool_id, *plan, &mut out),
+            Happened::Mended => self.pools.values_mut().for_each(|pool| pool.prepare_again(now)),
             Happened::Revive { pool_id } => {
                 if let Some(pool) = self.pools.get_mut(&pool_id).filter(|pool| !pool.purging) {
                     pool.forgive();
-                    if let Preparation::Failed { again, .. } = &mut pool.serving.preparation {
-                        *again = now;
-                    }
+                    pool.prepare_again(now);
                 }
             }
             Happened::Purge { pool_id } => {
@@ -120,6 +119,8 @@ impl Supervisor {
                 Some(false) => self.reload(now, &id, plan, out),
             }
         }
+        // What the file allows now is not in a plan.
+        self.pools.values_mut().for_each(|pool| pool.prepare_again(now));
     }
 
     fn prepared(

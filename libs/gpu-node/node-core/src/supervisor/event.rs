@@ -50,6 +50,8 @@ pub enum Happened {
         pool_id: PoolId,
         plan: Box<PoolPlan>,
     },
+    /// Something is there that a pool may have lacked: what could not be prepared is tried at once.
+    Mended,
     /// Start it again after it was given up.
     Revive {
         pool_id: PoolId,

@@ -378,6 +378,13 @@ impl Pool {
         self.exits.clear();
     }
 
+    /// What could not be prepared is tried at once.
+    pub(super) fn prepare_again(&mut self, now: Moment) {
+        if let Preparation::Failed { again, .. } = &mut self.serving.preparation {
+            *again = now;
+        }
+    }
+
     /// Its engines end too often: none is started before a cool-down is over.
     pub(super) fn give_up(&mut self, now: Moment) {
         let (window, limit) = (STORM_WINDOW.as_secs(), self.serving.plan.exit_limit);

@@ -114,6 +114,27 @@ fn a_reload_of_an_unloaded_pool_to_a_model_that_is_not_there_changes_nothing() {
     assert_eq!(machine.core.declared(&BTreeMap::new())[&id("a")].models[0].as_str(), "model-newer");
 }
 
+// CLOUD-2958
+#[test]
+fn what_could_not_be_prepared_is_tried_at_once_when_something_was_mended() {
+    let pools = [("a", plan("a", 400, false))];
+    let mut machine = Machine::new(&[]);
+    machine.missing.insert(400);
+    machine.configure(&pools);
+    machine.pass(1_000);
+    assert_eq!((machine.preparations, machine.engines.len()), (1, 0));
+    // The file allows something that no plan tells of.
+    machine.configure(&pools);
+    assert_eq!(machine.preparations, 2);
+    machine.missing.clear();
+    machine.send(Happened::Mended);
+    assert_eq!(machine.preparations, 3);
+    machine.pass(2_000);
+    assert!(machine.is_up("a"));
+    machine.send(Happened::Mended);
+    assert_eq!((machine.preparations, machine.is_up("a")), (3, true), "nothing was wrong");
+}
+
 // CLOUD-2432
 #[test]
 fn going_back_takes_what_the_new_plan_had_published_out_of_service_first() {
