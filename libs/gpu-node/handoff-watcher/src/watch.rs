@@ -82,10 +82,15 @@ impl SharedLooker {
         looked.unwrap_or_else(|panicked| panicked.resume())
     }
 
-    /// Where the directory is now; nothing where it cannot be found.
-    async fn resolved(&self) -> Option<PathBuf> {
+    /// Where the directory is now, and its number there; nothing where it cannot be found.
+    async fn resolved(&self) -> Option<(PathBuf, u64)> {
         let dir = self.0.lock().unwrap_or_else(PoisonError::into_inner).dir.clone();
-        owned_tasks::blocking("runtime directory", move || dir.canonicalize()).await.ok()?.ok()
+        let resolve = move || {
+            let dir = dir.canonicalize().ok()?;
+            let inode = std::fs::metadata(&dir).ok()?.ino();
+            Some((dir, inode))
+        };
+        owned_tasks::blocking("runtime directory", resolve).await.ok()?
     }
 }
 
@@ -100,8 +105,8 @@ async fn run(looker: SharedLooker, interval: Duration, send: mpsc::Sender<Change
     };
     let mut events = Events { watcher: notify::recommended_watcher(on_event), watched: None };
     loop {
-        if let Some(dir) = looker.resolved().await {
-            events.follow(dir);
+        if let Some((dir, inode)) = looker.resolved().await {
+            events.follow(dir, inode);
         }
         for change in looker.look().await {
             if send.send(change).await.is_err() {
@@ -120,17 +125,18 @@ async fn run(looker: SharedLooker, interval: Duration, send: mpsc::Sender<Change
 #[derive(Debug)]
 struct Events {
     watcher: notify::Result<RecommendedWatcher>,
-    watched: Option<PathBuf>,
+    /// With its number: one that was made anew under its path has no events yet.
+    watched: Option<(PathBuf, u64)>,
 }
 
 impl Events {
-    fn follow(&mut self, dir: PathBuf) {
-        if self.watched.as_ref() == Some(&dir) {
+    fn follow(&mut self, dir: PathBuf, inode: u64) {
+        if self.watched.as_ref() == Some(&(dir.clone(), inode)) {
             return;
         }
         let followed = match &mut self.watcher {
             Ok(watcher) => {
-                if let Some(before) = &self.watched {
+                if let Some((before, _)) = &self.watched {
                     // One that is gone is not watched any more.
                     let _ = watcher.unwatch(before);
                 }
@@ -141,7 +147,7 @@ impl Events {
         if let Err(error) = followed {
             tracing::warn!(error, dir = %dir.display(), "no change events: looking at the interval only");
         }
-        self.watched = Some(dir);
+        self.watched = Some((dir, inode));
     }
 }
 
