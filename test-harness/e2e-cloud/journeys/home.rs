@@ -138,10 +138,10 @@ async fn from_nothing_a_file_of_pools_and_one_command_are_a_served_model() {
     second.env("ORCHESTRATORD_DATA_DIR", home.join("second"));
     let mut second = Process::start(second, &home.join("second.log"));
     let status = tokio::task::block_in_place(|| second.wait(PATIENCE));
-    let told = second.log();
-    assert!(!status.success(), "{told}");
+    let printed = second.log();
+    assert!(!status.success(), "{printed}");
     let own = format!("is used by orchestratord, pid {}", daemon.pid());
-    assert!(told.contains("ORCHESTRATORD_RUNTIME_DIR: the directory") && told.contains(&own), "{told}");
+    assert!(printed.contains("ORCHESTRATORD_RUNTIME_DIR: the directory") && printed.contains(&own), "{printed}");
 
     // It is supervised as on a node: what dies is started again, and its output can be read.
     let before = engine_pid(home);
