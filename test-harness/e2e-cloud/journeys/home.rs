@@ -141,7 +141,10 @@ async fn from_nothing_a_file_of_pools_and_one_command_are_a_served_model() {
     let printed = second.log();
     assert!(!status.success(), "{printed}");
     let own = format!("is used by orchestratord, pid {}", daemon.pid());
-    assert!(printed.contains("ORCHESTRATORD_RUNTIME_DIR: the directory") && printed.contains(&own), "{printed}");
+    assert!(
+        printed.contains("ORCHESTRATORD_RUNTIME_DIR: the directory") && printed.contains(&own),
+        "{printed}"
+    );
 
     // It is supervised as on a node: what dies is started again, and its output can be read.
     let before = engine_pid(home);
