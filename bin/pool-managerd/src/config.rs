@@ -164,12 +164,12 @@ fn needed<'d>(directory: Option<&'d PathBuf>, setting: &'static str) -> Result<&
 
 impl Settings {
     fn check_pools(&self, order: &pools::Order) -> Result<ExitCode, ExitCode> {
-        let places = pools::Places {
+        let lookup = pools::Lookup {
             models_dir: needed(self.own_node.models_dir(), "MODELS_DIR")?,
             packages_dir: needed(self.own_node.packages_dir(), "PACKAGES_DIR")?,
             forbids_provisioning: self.own_node.forbids_provisioning(),
         };
-        Ok(pools::run(order, &places))
+        Ok(pools::run(order, &lookup))
     }
 }
 

@@ -23,7 +23,7 @@ pub(crate) enum Order {
 
 /// Where a node looks for what engines need.
 #[derive(Debug)]
-pub(crate) struct Places<'a> {
+pub(crate) struct Lookup<'a> {
     pub(crate) models_dir: &'a Path,
     pub(crate) packages_dir: &'a Path,
     pub(crate) forbids_provisioning: bool,
@@ -40,9 +40,9 @@ enum CheckError {
     Client(#[source] io::Error),
 }
 
-pub(crate) fn run(order: &Order, places: &Places<'_>) -> ExitCode {
+pub(crate) fn run(order: &Order, lookup: &Lookup<'_>) -> ExitCode {
     let Order::Check { file } = order;
-    match check(file, places) {
+    match check(file, lookup) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -53,13 +53,13 @@ pub(crate) fn run(order: &Order, places: &Places<'_>) -> ExitCode {
 }
 
 /// Prints a line for each pool. Returns whether all of them could be started.
-fn check(path: &Path, places: &Places<'_>) -> Result<bool, CheckError> {
+fn check(path: &Path, lookup: &Lookup<'_>) -> Result<bool, CheckError> {
     let file = PoolsFile::read(path).map_err(|error| CheckError::File { file: path.to_owned(), error })?;
     // Only the first installation in a process can fail, and this is the first.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let checking =
-        supervisor::check(&file, places.models_dir, places.packages_dir, places.forbids_provisioning);
+        supervisor::check(&file, lookup.models_dir, lookup.packages_dir, lookup.forbids_provisioning);
     let found = runtime.map_err(CheckError::Runtime)?.block_on(checking);
     let mut good = true;
     for (pool_id, finding) in found.map_err(|error| CheckError::Client(io::Error::other(error)))? {

@@ -171,14 +171,14 @@ const MAX_FIELD_CHARS: usize = 64;
 pub(crate) fn unknown_fields(content: &[u8]) -> Vec<String> {
     let read = serde_json::from_slice::<BTreeMap<String, IgnoredAny>>(without_mark(content));
     let fields = read.unwrap_or_default().into_keys().filter(|field| !FIELDS.contains(&field.as_str()));
-    let told = fields.take(MAX_UNKNOWN).map(|field| {
+    let reported = fields.take(MAX_UNKNOWN).map(|field| {
         let field: String = field.chars().take(MAX_FIELD_CHARS).collect();
         match nearest(&field, FIELDS, 1).first() {
             Some(near) => format!("{field:?}, is {near} meant?"),
             None => format!("{field:?}"),
         }
     });
-    told.collect()
+    reported.collect()
 }
 
 /// The pool that a file is for by its name and by what it holds, whatever else is wrong with it.
@@ -251,9 +251,9 @@ mod tests {
         let marked = format!("\u{feff}{}", file("http://127.0.0.1:8081", r#","slot":3,"started_by":"me""#));
         assert_eq!(read("pool-0-r0", &marked).unwrap().slots, None);
         assert_eq!(pool_named("pool-0-r0", marked.as_bytes()), PoolId::new("pool-0").ok());
-        let told = unknown_fields(marked.as_bytes());
-        assert_eq!(told[0], "\"slot\", is slots meant?");
-        assert!(told.len() == 2 && told[1].starts_with("\"started_by\""), "{told:?}");
+        let reported = unknown_fields(marked.as_bytes());
+        assert_eq!(reported[0], "\"slot\", is slots meant?");
+        assert!(reported.len() == 2 && reported[1].starts_with("\"started_by\""), "{reported:?}");
         let all: BTreeMap<&str, u8> = FIELDS.iter().map(|field| (*field, 0)).collect();
         assert!(unknown_fields(&serde_json::to_vec(&all).unwrap()).is_empty());
         let error =
