@@ -64,6 +64,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     flag = parser.add_argument
     flag("--model", type=Path, required=True, metavar="PATH", help="the GGUF file to serve")
+    flag("--mmproj", type=Path, metavar="PATH", help="the projector that lets the model see or hear")
     flag("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     flag("--port", type=whole(0, 65535), default=0, help="0, the default: the system picks a free one")
     flag("--alias", metavar="NAME", help="the model's name in /v1/models (default: the file's name)")
@@ -121,6 +122,9 @@ def load_package():
 def parameters(package, options: argparse.Namespace):
     wanted = package.CommonParams()
     wanted.model.path = str(options.model)
+    if options.mmproj:
+        check_model(options.mmproj)
+        wanted.mmproj.path = str(options.mmproj)
     wanted.hostnames = [options.host]
     wanted.port = options.port
     wanted.model_alias = {options.alias or options.model.name}

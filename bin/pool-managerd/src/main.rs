@@ -7,6 +7,7 @@ mod link;
 mod logs;
 mod models;
 mod pools;
+mod progress;
 mod slotless;
 mod state;
 

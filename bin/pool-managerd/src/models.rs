@@ -5,6 +5,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Subcommand;
 pub(crate) use node_agent::download::Hub;
@@ -12,6 +13,11 @@ use node_agent::models::{ModelError, Models, Staged};
 use node_agent::pools_file::{PoolsFile, PoolsFileError};
 use node_agent::source::{BadSource, ModelSource};
 use pool_registry_types::{Digest, ModelRef, PoolId};
+
+use crate::progress::Progress;
+
+/// Between two looks at a model that another process stages.
+const BUSY_PAUSE: Duration = Duration::from_secs(1);
 
 /// What is done with the models on this node's disk.
 #[derive(Debug, Subcommand)]
@@ -21,7 +27,8 @@ pub(crate) enum Order {
     Stage {
         /// The name by which tasks ask for it.
         model: ModelRef,
-        /// A file, also on a mounted share; https://…, hf:org/repo or hf:org/repo/file.gguf.
+        /// A file, also on a mounted share; https://…, hf:org/repo or hf:org/repo/file.gguf. Of a model in
+        /// several files any of them.
         source: String,
         /// What its content must be: sha256:…
         #[arg(long)]
@@ -82,27 +89,26 @@ fn stage(
     digest: Option<&Digest>,
     hub: &Hub<'_>,
 ) -> Result<bool, ChoreError> {
-    let mut reported = 0;
-    let mut progress = |done: u64, all: u64| {
-        let tenths = done * 10 / all.max(1);
-        if tenths > reported {
-            reported = tenths;
-            println!("{done} of {all} bytes");
+    let mut progress = Progress::new();
+    let source = ModelSource::parse(source)?;
+    let staged = loop {
+        let staged = match &source {
+            ModelSource::File(path) => {
+                models.stage(model, path, digest, &mut |done, all| progress.show(done, Some(all)))
+            }
+            remote => fetch(models, model, remote, digest, hub, &mut progress)?,
+        };
+        match staged {
+            Err(ModelError::Busy(_)) => {
+                let (done, all) = models.under_way(model);
+                progress.show(done, all);
+                std::thread::sleep(BUSY_PAUSE);
+            }
+            staged => break staged,
         }
     };
-    let staged = match ModelSource::parse(source)? {
-        ModelSource::File(path) => models.stage(model, &path, digest, &mut progress)?,
-        remote => {
-            // Only the first installation in a process can fail, and this is the first.
-            let _ = rustls::crypto::ring::default_provider().install_default();
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-            let runtime = runtime.map_err(ChoreError::Client)?;
-            let client = node_agent::download::client().map_err(io::Error::other);
-            let client = client.map_err(ChoreError::Client)?;
-            let mut reported = |done: u64, all: Option<u64>| progress(done, all.unwrap_or(u64::MAX));
-            runtime.block_on(models.fetch(model, &remote, digest, &client, hub, &mut reported))?
-        }
-    };
+    progress.end();
+    let staged = staged?;
     let manifest = match staged {
         Staged::Copied { manifest, resumed_at } => {
             if resumed_at > 0 {
@@ -117,6 +123,24 @@ fn stage(
     };
     println!("{} {} {} bytes", manifest.model_id, manifest.digest, manifest.bytes);
     Ok(true)
+}
+
+fn fetch(
+    models: &Models,
+    model: &ModelRef,
+    remote: &ModelSource,
+    digest: Option<&Digest>,
+    hub: &Hub<'_>,
+    progress: &mut Progress,
+) -> Result<Result<Staged, ModelError>, ChoreError> {
+    // Only the first installation in a process can fail, and then there is one.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(ChoreError::Client)?;
+    let client = node_agent::download::client().map_err(io::Error::other);
+    let client = client.map_err(ChoreError::Client)?;
+    let mut reported = |done: u64, all: Option<u64>| progress.show(done, all);
+    Ok(runtime.block_on(models.fetch(model, remote, digest, &client, hub, &mut reported)))
 }
 
 fn remove(models: &Models, model: &ModelRef, pools: Option<&Path>) -> Result<bool, ChoreError> {

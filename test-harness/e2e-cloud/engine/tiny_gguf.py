@@ -2,6 +2,7 @@
 """Write a tiny model file (GGUF version 3, llama architecture) that a real engine loads and serves.
 
     python tiny_gguf.py OUT [--seed N]        # about 0.5 MB; one seed, one sequence of bytes
+    python tiny_gguf.py tiny.gguf --parts 3   # as tiny-00001-of-00003.gguf and so on
 
 What the model says is a salad of whole English words, one word a token, so a stream can be
 read and counted. It never chooses to stop: the request's token limit decides the length.
@@ -62,7 +63,7 @@ CHAT_TEMPLATE = (
 )
 
 # Value types and tensor types, numbered by the GGUF specification.
-UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
+UINT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 2, 4, 5, 6, 7, 8, 9
 TENSOR_F32 = 0
 ALIGNMENT = 32
 TOKEN_NORMAL, TOKEN_CONTROL = 1, 3
@@ -111,6 +112,7 @@ def text(value: str) -> bytes:
 
 
 ENCODERS: dict[int, Callable[..., bytes]] = {
+    UINT16: struct.Struct("<H").pack,
     UINT32: struct.Struct("<I").pack,
     INT32: struct.Struct("<i").pack,
     FLOAT32: struct.Struct("<f").pack,
@@ -224,10 +226,8 @@ def aligned(raw: bytes) -> bytes:
     return raw + bytes(-len(raw) % ALIGNMENT)
 
 
-def model_file(seed: int) -> bytes:
+def part_file(entries: list[bytes], parts: list[Tensor]) -> bytes:
     """Header, metadata, tensor directory, padding, then the weights in the directory's order."""
-    vocab = vocabulary()
-    entries, parts = metadata(vocab, seed), tensors(vocab, seed)
     directory, blob = b"", b""
     for name, shape, weights in parts:
         sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
@@ -237,18 +237,41 @@ def model_file(seed: int) -> bytes:
     return aligned(header + b"".join(entries) + directory) + blob
 
 
+def model_files(seed: int, count: int) -> list[bytes]:
+    """The model in so many files. Of several only the first says what the model is."""
+    vocab = vocabulary()
+    entries, whole = metadata(vocab, seed), tensors(vocab, seed)
+    if count == 1:
+        return [part_file(entries, whole)]
+    each = -(-len(whole) // count)
+    files = []
+    for number in range(count):
+        split = [
+            entry("split.no", UINT16, number),
+            entry("split.count", UINT16, count),
+            entry("split.tensors.count", INT32, len(whole)),
+        ]
+        about = entries + split if number == 0 else split
+        files.append(part_file(about, whole[number * each:(number + 1) * each]))
+    return files
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT", help="the file to write")
     parser.add_argument("--seed", type=int, default=1, help="another seed, another model (default 1)")
+    parser.add_argument("--parts", type=int, default=1, choices=range(1, 10), help="files to split it into")
     options = parser.parse_args()
-    raw = model_file(options.seed)
-    try:
-        Path(options.out).write_bytes(raw)
-    except OSError as error:
-        print(f"tiny_gguf: cannot write {options.out}: {error.strerror}", file=sys.stderr)
-        return 2
-    print(f"{options.out}: {len(raw)} bytes")
+    for number, raw in enumerate(model_files(options.seed, options.parts), start=1):
+        out = Path(options.out)
+        if options.parts > 1:
+            out = out.with_name(f"{out.stem}-{number:05}-of-{options.parts:05}{out.suffix}")
+        try:
+            out.write_bytes(raw)
+        except OSError as error:
+            print(f"tiny_gguf: cannot write {out}: {error.strerror}", file=sys.stderr)
+            return 2
+        print(f"{out}: {len(raw)} bytes")
     return 0
 
 

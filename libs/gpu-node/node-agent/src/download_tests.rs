@@ -28,6 +28,10 @@ struct Server {
     status: Option<u16>,
     requests: Vec<String>,
     list: String,
+    /// What is answered in turn before anything else: a whole reply.
+    first: VecDeque<String>,
+    /// Contents by the ends of their paths, where they differ from `content`.
+    files: Vec<(String, Vec<u8>)>,
 }
 
 type Shared = Arc<Mutex<Server>>;
@@ -59,7 +63,9 @@ async fn answer(mut stream: TcpStream, shared: &Shared) -> io::Result<()> {
     let (reply, body) = {
         let mut server = shared.lock();
         server.requests.push(head.clone());
-        if head.starts_with("get /api/") {
+        if let Some(reply) = server.first.pop_front() {
+            (reply, Vec::new())
+        } else if head.starts_with("get /api/") {
             let list = server.list.clone().into_bytes();
             (format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", list.len()), list)
         } else if let Some(to) = &server.redirect {
@@ -74,7 +80,10 @@ async fn answer(mut stream: TcpStream, shared: &Shared) -> io::Result<()> {
             let from = field("range:").filter(|_| unchanged && !server.no_ranges);
             let from =
                 from.and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<usize>().ok());
-            let all = server.content.len();
+            let path = head.split(' ').nth(1).unwrap_or_default();
+            let own = server.files.iter().find(|(end, _)| path.ends_with(end));
+            let content = own.map_or(&server.content, |(_, content)| content).clone();
+            let all = content.len();
             let start = from.unwrap_or(0);
             let status = match from {
                 Some(from) => format!("206 Partial Content\r\ncontent-range: bytes {from}-{}/{all}", all - 1),
@@ -87,7 +96,7 @@ async fn answer(mut stream: TcpStream, shared: &Shared) -> io::Result<()> {
             };
             let head =
                 format!("HTTP/1.1 {status}\r\netag: {}\r\n{length}connection: close\r\n\r\n", server.etag);
-            (head, server.content[start..end].to_vec())
+            (head, content[start..end].to_vec())
         }
     };
     stream.write_all(reply.as_bytes()).await?;
@@ -169,8 +178,13 @@ async fn a_download_goes_on_in_the_next_process_and_starts_over_when_the_file_ha
         let (url, server) = serve(whole.clone()).await;
         let bench = Bench::new(&url);
         let path = bench.folder.path().join("part");
-        let remote =
-            Remote { url: format!("{url}/a.gguf"), file: "a.gguf".into(), digest: None, of_hub: false };
+        let remote = Remote {
+            url: format!("{url}/a.gguf"),
+            file: "a.gguf".into(),
+            digest: None,
+            bytes: None,
+            of_hub: false,
+        };
         let hub = Hub { endpoint: &url, token: None };
         // The first process is killed after 20,000 bytes.
         server.lock().cuts = [20_000].into();
@@ -246,7 +260,7 @@ async fn a_repository_of_the_hub_is_resolved_with_its_digest_and_its_token() {
     let bench = Bench::new(&url);
     server.lock().list = r#"[{"path":"a.gguf"},{"path":"b.gguf"}]"#.into();
     let error = bench.fetch("hf:org/repo", None).await.unwrap_err().to_string();
-    assert!(error.contains("2 files") && error.contains("a.gguf, b.gguf"), "{error}");
+    assert!(error.contains("2 models") && error.contains("a.gguf, b.gguf"), "{error}");
     server.lock().list = format!(r#"[{{"path":"a.gguf","lfs":{{"oid":"{}"}}}}]"#, "0".repeat(64));
     assert!(matches!(bench.fetch("hf:org/repo/a.gguf", None).await, Err(ModelError::Digest { .. })));
     assert_eq!(bench.leftovers(), [""; 0]);
@@ -327,4 +341,142 @@ async fn each_hop_of_a_redirect_is_held_to_the_rule_of_sources() {
     let error = Bench::new(&url).fetch(&format!("{url}/a.gguf"), None).await.unwrap_err().to_string();
     assert!(error.contains("more than 5 redirects"), "{error}");
     assert_eq!(server.lock().requests.len(), 6);
+}
+
+/// A GGUF header that says nothing but how many files the model is, and some bytes behind it.
+fn part(count: u16, bytes: usize) -> Vec<u8> {
+    let mut out = b"GGUF\x03\0\0\0".to_vec();
+    out.extend(0_u64.to_le_bytes());
+    out.extend(1_u64.to_le_bytes());
+    out.extend(11_u64.to_le_bytes());
+    out.extend(b"split.count");
+    out.extend(2_u32.to_le_bytes());
+    out.extend(count.to_le_bytes());
+    out.extend(content(bytes));
+    out
+}
+
+fn oid(content: &[u8]) -> String {
+    digest(content).as_str().trim_start_matches("sha256:").to_owned()
+}
+
+// CLOUD-2681
+#[tokio::test]
+async fn a_model_in_several_files_is_fetched_whole_from_any_of_them_and_goes_on_in_the_middle() {
+    let parts: Vec<Vec<u8>> = [30_000, 20_000, 10_000].into_iter().map(|bytes| part(3, bytes)).collect();
+    let whole = parts.concat();
+    let (url, server) = serve(Vec::new()).await;
+    let names: Vec<String> = (1..=3).map(|n| format!("big-0000{n}-of-00003.gguf")).collect();
+    let entry = |(name, part): (&String, &Vec<u8>)| {
+        format!(r#"{{"path":"q/{name}","size":{},"lfs":{{"oid":"{}"}}}}"#, part.len(), oid(part))
+    };
+    let entries: Vec<String> = names.iter().zip(&parts).map(entry).collect();
+    server.lock().list = format!("[{},{{\"path\":\"q/mmproj-F16.gguf\"}}]", entries.join(","));
+    server.lock().files = names.iter().cloned().zip(parts.iter().cloned()).collect();
+    for source in [
+        "hf:org/repo".to_owned(),
+        "hf:org/repo/q/big-00002-of-00003.gguf".into(),
+        format!("{url}/q/{}", names[2]),
+    ] {
+        server.lock().requests.clear();
+        // The second file breaks off once.
+        server.lock().cuts = [usize::MAX, 9_000].into();
+        let bench = Bench::new(&url);
+        let staged = bench.fetch(&source, Some(&digest(&whole))).await.unwrap();
+        let Staged::Copied { manifest, .. } = staged else { panic!("{staged:?}") };
+        assert_eq!((manifest.bytes, manifest.file.as_str()), (whole.len() as u64, names[0].as_str()));
+        assert_eq!(
+            manifest.parts.iter().map(|part| &part.file).collect::<Vec<_>>(),
+            names.iter().collect::<Vec<_>>()
+        );
+        let files = server.lock().requests.iter().filter(|request| !request.starts_with("get /api/")).count();
+        assert_eq!(files, 4, "each once, and the one that broke off again");
+        let (path, _) = bench.models().find(&manifest.model_id).unwrap();
+        let mut there: Vec<String> = std::fs::read_dir(path.parent().unwrap())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        there.sort();
+        assert_eq!(there[..3], names[..], "and {:?}", &there[3..]);
+        assert_eq!(there.len(), 4, "and the manifest: {there:?}");
+        assert!(bench.models().verify(&manifest.model_id).is_ok());
+        assert_eq!(bench.models().list().unwrap(), [manifest.clone()]);
+        std::fs::write(path.with_file_name(&names[2]), b"cut").unwrap();
+        assert_eq!(bench.models().list().unwrap(), [], "one of its files is not whole");
+        bench.models().remove(&manifest.model_id).unwrap();
+        assert_eq!(bench.leftovers(), [""; 0]);
+    }
+    // One that is not what the hub says of it.
+    server.lock().files[1].1[2_000] ^= 1;
+    let bench = Bench::new(&url);
+    assert!(matches!(bench.fetch("hf:org/repo", None).await, Err(ModelError::Digest { .. })));
+    assert_eq!(bench.leftovers(), [""; 0]);
+    // One that says it is a part, and is called otherwise.
+    server.lock().content = part(3, 100);
+    let error = bench.fetch(&format!("{url}/alone.gguf"), None).await.unwrap_err().to_string();
+    assert!(error.contains("split.count") && error.contains("-00001-of-00003.gguf"), "{error}");
+}
+
+// CLOUD-2681
+#[tokio::test]
+async fn a_set_that_was_interrupted_asks_only_for_what_is_missing() {
+    let parts = [part(2, 5_000), part(2, 6_000)];
+    let (url, server) = serve(Vec::new()).await;
+    let names = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"];
+    server.lock().files = names.iter().map(|name| (*name).to_owned()).zip(parts.clone()).collect();
+    // The process is killed within the second file.
+    server.lock().cuts = [usize::MAX, 2_000].into();
+    let bench = Bench::new(&url);
+    let source = format!("{url}/{}", names[0]);
+    let first = tokio::time::timeout(Duration::from_millis(150), bench.fetch(&source, None)).await;
+    assert!(first.is_err(), "it pauses before its next try");
+    let model = ModelRef::new("m").unwrap();
+    let all = (parts[0].len() + parts[1].len()) as u64;
+    assert_eq!(bench.models().under_way(&model), ((parts[0].len() + 2_000) as u64, Some(all)));
+    server.lock().requests.clear();
+    let staged = bench.fetch(&source, Some(&digest(&parts.concat()))).await.unwrap();
+    assert!(
+        matches!(staged, Staged::Copied { resumed_at, .. } if resumed_at == (parts[0].len() + 2_000) as u64)
+    );
+    let asked = server.lock().requests.clone();
+    assert_eq!(asked.len(), 1, "{asked:?}");
+    assert!(asked[0].contains("range: bytes=2000-"), "{asked:?}");
+}
+
+// CLOUD-2682
+#[tokio::test]
+async fn a_list_comes_in_pages_and_a_hub_that_wants_to_be_left_alone_is() {
+    let whole = content(500);
+    let (url, server) = serve(whole.clone()).await;
+    let page = |more: &str, list: &str| {
+        format!("HTTP/1.1 200 OK\r\n{more}content-length: {}\r\nconnection: close\r\n\r\n{list}", list.len())
+    };
+    let refusal = |status: &str| {
+        format!("HTTP/1.1 {status}\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+    };
+    let next = format!("link: <{url}/api/models/org/repo/tree/main?cursor=a>; rel=\"next\"\r\n");
+    let last = format!(r#"[{{"path":"Model.GGUF","size":500,"lfs":{{"oid":"{}"}}}}]"#, oid(&whole));
+    server.lock().first = [
+        refusal("429 Too Many Requests"),
+        page(&next, r#"[{"path":"README.md"}]"#),
+        refusal("503 Service Unavailable"),
+        page("", &last),
+    ]
+    .into();
+    let bench = Bench::new(&url);
+    let began = std::time::Instant::now();
+    let staged = bench.fetch("hf:org/repo", None).await.unwrap();
+    let Staged::Copied { manifest, .. } = staged else { panic!("{staged:?}") };
+    assert_eq!(manifest.file, "Model.GGUF");
+    assert!(began.elapsed() >= Duration::from_secs(2), "twice it was asked to wait a second");
+    let asked = server.lock().requests.clone();
+    assert!(asked[3].contains("cursor=a"), "{}", asked[3]);
+    // A page elsewhere would be sent the hub's token: the list ends there.
+    server.lock().first = [page("link: <https://192.0.2.9/x>; rel=\"next\"\r\n", &last)].into();
+    assert!(bench.fetch("hf:org/repo", None).await.is_ok());
+    let headers = |value: &str| HeaderMap::from_iter([(header::RETRY_AFTER, value.parse().unwrap())]);
+    assert_eq!(retry_after(&headers("86400")), MAX_WAIT);
+    assert_eq!(retry_after(&headers("Wed, 21 Oct 2015 07:28:00 GMT")), Duration::ZERO, "it is past");
+    assert_eq!(retry_after(&headers("Mon, 21 Oct 2115 07:28:00 GMT")), MAX_WAIT);
+    assert_eq!(retry_after(&headers("soon")), Duration::ZERO);
 }

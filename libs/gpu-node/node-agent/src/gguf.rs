@@ -1,15 +1,15 @@
 //! The header of a GGUF file: what a model says of itself, without its weights.
 //!
-//! The file may be hostile or cut off: nothing is allocated that was not read, every length is
-//! bounded, and what is long (a tokenizer's words) is passed over. Source of the format: the
-//! GGUF specification, versions 2 and 3, little endian.
+//! The file may be hostile or cut off: nothing is allocated that was not read, what is kept is
+//! bounded, and what is not kept (a tokenizer's words, a whole tokenizer as one text) is passed over,
+//! whatever its length. Source of the format: the GGUF specification, versions 2 and 3, little endian.
 
 use std::io::{self, Read};
 
-/// Longest header that is read, bytes. Tokenizers of large models take some megabytes.
-const MAX_HEADER: u64 = 64 * 1024 * 1024;
 /// Most entries of a header.
-const MAX_ENTRIES: u64 = 4096;
+const MAX_ENTRIES: u64 = 65_536;
+/// Most members of arrays that are passed over one by one: words, and arrays in arrays.
+const MAX_MEMBERS: u64 = 1 << 26;
 /// Longest name of an entry, and longest text that is kept, bytes.
 const MAX_TEXT: u64 = 64 * 1024;
 /// How deep arrays of arrays may go.
@@ -51,11 +51,17 @@ pub struct GgufHeader {
     pub head_count_kv: Option<u64>,
     pub key_length: Option<u64>,
     pub value_length: Option<u64>,
+    /// Files that the model is split into, where it is: `split.count`.
+    pub parts: Option<u64>,
+    /// What `general.type` says: `model`, `mmproj`, `adapter`.
+    pub kind: Option<String>,
 }
 
 struct Reader<R> {
     from: R,
     at: u64,
+    /// Members of arrays that were passed over one by one.
+    members: u64,
 }
 
 enum Value {
@@ -72,9 +78,6 @@ impl<R: Read> Reader<R> {
     }
 
     fn fill(&mut self, bytes: &mut [u8]) -> Result<(), GgufError> {
-        if self.at + bytes.len() as u64 > MAX_HEADER {
-            return Err(self.bounds("the header is too long"));
-        }
         match self.from.read_exact(bytes) {
             Ok(()) => {
                 self.at += bytes.len() as u64;
@@ -98,17 +101,10 @@ impl<R: Read> Reader<R> {
     }
 
     fn skip(&mut self, count: u64) -> Result<(), GgufError> {
-        if count > MAX_HEADER - self.at.min(MAX_HEADER) {
-            return Err(self.bounds("the header is too long"));
-        }
-        let mut left = count;
-        let mut piece = [0; 4096];
-        while left > 0 {
-            let part = usize::try_from(left).unwrap_or(usize::MAX).min(piece.len());
-            self.fill(&mut piece[..part])?;
-            left -= part as u64;
-        }
-        Ok(())
+        let skipped =
+            io::copy(&mut (&mut self.from).take(count), &mut io::sink()).map_err(GgufError::Read)?;
+        self.at += skipped;
+        if skipped < count { Err(GgufError::Truncated(self.at)) } else { Ok(()) }
     }
 
     fn text(&mut self) -> Result<String, GgufError> {
@@ -122,8 +118,8 @@ impl<R: Read> Reader<R> {
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
-    /// Reads or passes over a value of the type.
-    fn value(&mut self, kind: u32, depth: u32) -> Result<Value, GgufError> {
+    /// Reads a value of the type, or passes over it where it is not to be kept.
+    fn value(&mut self, kind: u32, keep: bool, depth: u32) -> Result<Value, GgufError> {
         Ok(match kind {
             0 | 7 => Value::Number(u64::from(self.bytes::<1>()?[0])),
             2 => Value::Number(u64::from(u16::from_le_bytes(self.bytes()?))),
@@ -137,8 +133,13 @@ impl<R: Read> Reader<R> {
                 Ok(number) => Value::Number(number),
                 Err(_) => Value::Other,
             },
-            8 => Value::Text(self.text()?),
-            9 => self.array(depth)?,
+            8 if keep => Value::Text(self.text()?),
+            8 => {
+                let length = self.u64()?;
+                self.skip(length)?;
+                Value::Other
+            }
+            9 => self.array(keep, depth)?,
             other => {
                 let width = width(other).ok_or_else(|| self.bounds("a type that is not known"))?;
                 self.skip(width)?;
@@ -148,14 +149,14 @@ impl<R: Read> Reader<R> {
     }
 
     /// Of an array only the largest number is kept: layers may differ in their heads.
-    fn array(&mut self, depth: u32) -> Result<Value, GgufError> {
+    fn array(&mut self, keep: bool, depth: u32) -> Result<Value, GgufError> {
         if depth >= MAX_DEPTH {
             return Err(self.bounds("arrays go too deep"));
         }
         let kind = self.u32()?;
         let count = self.u64()?;
         if let Some(width) = width(kind)
-            && !matches!(kind, 4 | 5)
+            && !(keep && matches!(kind, 4 | 5))
         {
             let bytes = count.checked_mul(width).ok_or_else(|| self.bounds("an array is too long"))?;
             self.skip(bytes)?;
@@ -163,19 +164,24 @@ impl<R: Read> Reader<R> {
         }
         let mut largest = None;
         for _ in 0..count {
-            if let Value::Number(number) = if kind == 8 {
-                // A word of a tokenizer.
-                let length = self.u64()?;
-                self.skip(length)?;
-                Value::Other
-            } else {
-                self.value(kind, depth + 1)?
-            } {
+            self.members += 1;
+            if self.members > MAX_MEMBERS {
+                return Err(self.bounds("its arrays have too many members"));
+            }
+            // A text among them is a word of a tokenizer.
+            if let Value::Number(number) = self.value(kind, keep && kind != 8, depth + 1)? {
                 largest = largest.max(Some(number));
             }
         }
         Ok(largest.map_or(Value::Other, Value::Number))
     }
+}
+
+/// Whether the entry is one that [`GgufHeader::take`] knows.
+fn is_kept(key: &str) -> bool {
+    let general = ["general.architecture", "general.name", "general.type"];
+    let of_layers = ["attention.head_count", "attention.head_count_kv"];
+    general.contains(&key) || key.split_once('.').is_some_and(|(_, of)| of_layers.contains(&of))
 }
 
 /// Bytes of a value of a type of fixed width.
@@ -216,7 +222,7 @@ fn quantisation(number: u64) -> String {
 
 impl GgufHeader {
     pub fn read(from: impl Read) -> Result<Self, GgufError> {
-        let mut reader = Reader { from, at: 0 };
+        let mut reader = Reader { from, at: 0, members: 0 };
         let magic = reader.bytes()?;
         if &magic != b"GGUF" {
             return Err(GgufError::Magic(magic));
@@ -234,7 +240,7 @@ impl GgufHeader {
         for _ in 0..entries {
             let key = reader.text()?;
             let kind = reader.u32()?;
-            let value = reader.value(kind, 0)?;
+            let value = reader.value(kind, is_kept(&key), 0)?;
             header.take(&key, value);
         }
         Ok(header)
@@ -244,7 +250,9 @@ impl GgufHeader {
         match (key, value) {
             ("general.architecture", Value::Text(text)) => self.architecture = Some(text),
             ("general.name", Value::Text(text)) => self.name = Some(text),
+            ("general.type", Value::Text(text)) => self.kind = Some(text),
             ("general.file_type", Value::Number(number)) => self.quantisation = Some(quantisation(number)),
+            ("split.count", Value::Number(number)) => self.parts = Some(number).filter(|parts| *parts > 1),
             (key, Value::Number(number)) => {
                 let Some((_, of)) = key.split_once('.') else { return };
                 let place = match of {
@@ -261,6 +269,11 @@ impl GgufHeader {
             }
             _ => {}
         }
+    }
+
+    /// Whether it is a projector, which goes beside a model that sees or hears and is none itself.
+    pub(crate) fn is_projector(&self) -> bool {
+        self.kind.as_deref() == Some("mmproj") || self.architecture.as_deref() == Some("clip")
     }
 
     /// Tokens that the model was trained for, where it says so.
@@ -363,6 +376,44 @@ mod tests {
         let mut long = whole;
         long[16..24].copy_from_slice(&u64::MAX.to_le_bytes());
         assert!(matches!(GgufHeader::read(long.as_slice()), Err(GgufError::Bounds { .. })));
+    }
+
+    fn of(entries: &[(&str, u32, Vec<u8>)]) -> Vec<u8> {
+        let mut out = b"GGUF\x03\0\0\0".to_vec();
+        out.extend(0_u64.to_le_bytes());
+        out.extend((entries.len() as u64).to_le_bytes());
+        for (key, kind, value) in entries {
+            text(&mut out, key);
+            out.extend(kind.to_le_bytes());
+            out.extend(value);
+        }
+        out
+    }
+
+    // CLOUD-2460
+    #[test]
+    fn what_is_not_kept_is_passed_over_whatever_its_length_and_parts_and_projectors_say_so() {
+        let mut long = Vec::new();
+        text(&mut long, &"x".repeat(70 * 1024 * 1024));
+        let mut clip = Vec::new();
+        text(&mut clip, "clip");
+        let numbers = [9_u32.to_le_bytes().as_slice(), &2_u64.to_le_bytes(), &[0; 9]].concat();
+        let whole = of(&[
+            ("tokenizer.huggingface.json", 8, long.clone()),
+            ("split.count", 2, 3_u16.to_le_bytes().to_vec()),
+            ("general.architecture", 8, clip),
+        ]);
+        let header = GgufHeader::read(whole.as_slice()).unwrap();
+        assert_eq!((header.parts, header.is_projector()), (Some(3), true));
+        assert!(matches!(GgufHeader::read(&whole[..1_000_000]), Err(GgufError::Truncated(1_000_000))));
+        let one = of(&[("split.count", 2, 1_u16.to_le_bytes().to_vec())]);
+        assert_eq!(GgufHeader::read(one.as_slice()).unwrap().parts, None);
+        // What is kept has a bound, and so have arrays that are walked.
+        assert!(matches!(
+            GgufHeader::read(of(&[("general.name", 8, long)]).as_slice()),
+            Err(GgufError::Bounds { .. })
+        ));
+        assert!(GgufHeader::read(of(&[("a.b", 9, numbers)]).as_slice()).is_err());
     }
 
     proptest! {

@@ -31,6 +31,7 @@ pub mod pools_file;
 mod records;
 mod replica;
 pub mod settings;
+mod shared_lock;
 mod slot;
 mod slotless;
 pub mod source;

@@ -4,12 +4,14 @@
 //! was written is removed then. How long it was at least stands in the lock's own file, so that
 //! neither the next try nor the next process fills the disk again for it.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+use crate::shared_lock::SharedLock;
 
 /// How long it counts what a full disk has shown: a source may have become smaller.
 const COUNTS_FOR: Duration = Duration::from_secs(3600);
@@ -25,24 +27,25 @@ pub(crate) struct Outgrown {
 /// Held by whoever stages or removes the model. It goes with its process.
 #[derive(Debug)]
 pub(crate) struct ModelLock {
-    file: File,
+    lock: SharedLock,
     path: PathBuf,
 }
 
 impl ModelLock {
     /// Nothing where another has it. Errors: the disk's.
     pub(crate) fn take(path: &Path) -> io::Result<Option<Self>> {
-        let file = OpenOptions::new().write(true).create(true).truncate(false).open(path)?;
-        match file.try_lock() {
-            Ok(()) => Ok(Some(Self { file, path: path.to_owned() })),
-            Err(TryLockError::WouldBlock) => Ok(None),
-            Err(TryLockError::Error(error)) => Err(error),
-        }
+        let lock = SharedLock::take(path)?;
+        Ok(lock.map(|lock| Self { lock, path: path.to_owned() }))
+    }
+
+    /// Whether it is still ours.
+    pub(crate) fn is_held(&self) -> bool {
+        self.lock.is_held()
     }
 
     /// Bytes that the source has at least, where a full disk has shown so of late.
     pub(crate) fn outgrown(&self, url: &str) -> Option<u64> {
-        let age = self.file.metadata().ok()?.modified().ok()?.elapsed().ok()?;
+        let age = fs::metadata(&self.path).ok()?.modified().ok()?.elapsed().ok()?;
         let outgrown: Outgrown = serde_json::from_slice(&fs::read(&self.path).ok()?).ok()?;
         (outgrown.url == url && age < COUNTS_FOR).then_some(outgrown.bytes)
     }

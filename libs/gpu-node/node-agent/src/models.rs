@@ -1,11 +1,13 @@
 //! The models on this node's disk: a folder each, with a manifest that says what is in it.
 //!
+//! The folder may be one that several nodes share, and may be read-only: who only reads takes no lock.
+//!
 //! A model is copied into a folder that starts with a dot, read back, and renamed into place: what
 //! has a name is whole and was verified. A copy that was interrupted goes on where it stopped.
 //! Everything here blocks on the disk.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use atomic_file::WriteError;
@@ -14,26 +16,19 @@ use pool_registry_types::{Digest, ModelRef};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::download::{self, DownloadError, FreeBytes, Hub, PIECE_BYTES, check_space, free_bytes};
+use crate::download::{self, DownloadError, FreeBytes, Hub, PIECE_BYTES, Remote, check_space, free_bytes};
 use crate::model_lock::{ModelLock, Outgrown};
 use crate::source::ModelSource;
+
+mod files;
+
+pub use files::{Manifest, PartFile};
+pub(crate) use files::{all_names, all_paths, check_digest, check_parts, is_later_part};
+use files::{copy_on, digest_of, expect, whole};
 
 const MANIFEST: &str = "manifest.json";
 /// What a copy under way was begun from.
 const ORIGIN: &str = "origin.json";
-const PIECE: usize = 1024 * 1024;
-
-/// What a model's folder holds.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Manifest {
-    pub model_id: ModelRef,
-    pub digest: Digest,
-    pub bytes: u64,
-    /// The file's name in the folder.
-    pub file: String,
-    /// Where it was copied from.
-    pub source: String,
-}
 
 /// Why a model was not staged, or is not what it should be.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +53,8 @@ pub enum ModelError {
     Name(PathBuf),
     #[error("model {0} is being staged by another process")]
     Busy(ModelRef),
+    #[error("{}: it is one of {parts} parts (split.count), and {found} are there: its files must be called NAME-00001-of-{parts:05}.gguf and so on, all in one folder", path.display())]
+    Parts { path: PathBuf, parts: u64, found: usize },
     #[error(transparent)]
     Download(#[from] DownloadError),
 }
@@ -93,11 +90,28 @@ pub struct Models {
     free: FreeBytes,
 }
 
+/// One file of a source, as it was when a copy of it was begun.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Origin {
     source: PathBuf,
     bytes: u64,
     modified_ns: u128,
+}
+
+impl Origin {
+    fn of(source: PathBuf) -> Result<Self, ModelError> {
+        let about = fs::metadata(&source).map_err(disk(&source))?;
+        if !about.is_file() {
+            return Err(ModelError::NoFile(source));
+        }
+        let modified = about.modified().ok().and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok());
+        Ok(Self { source, bytes: about.len(), modified_ns: modified.unwrap_or_default().as_nanos() })
+    }
+
+    /// By which the copy goes.
+    fn name(&self) -> String {
+        self.source.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
 }
 
 impl From<WriteError> for ModelError {
@@ -190,8 +204,8 @@ impl Models {
     /// Reads a model and compares it with its manifest.
     pub fn verify(&self, model: &ModelRef) -> Result<Manifest, ModelError> {
         let manifest = self.get(model).ok_or_else(|| ModelError::Unknown(model.clone()))?;
-        let path = self.folder.join(folder_name(model)).join(&manifest.file);
-        expect(&path, &manifest.digest, digest_of(&path)?)?;
+        let paths = manifest.paths(&self.folder.join(folder_name(model)));
+        check_digest(&paths, &manifest.digest)?;
         Ok(manifest)
     }
 
@@ -203,8 +217,8 @@ impl Models {
         lock.ok_or_else(|| ModelError::Busy(model.clone()))
     }
 
-    /// Copies a file in as a model. `expected` is what its content must be; `progress` is told
-    /// the bytes done and the bytes to do.
+    /// Copies a file in as a model; of a model in several files, any of them names them all. `expected` is
+    /// what its content must be; `progress` is told the bytes done and the bytes to do.
     pub fn stage(
         &self,
         model: &ModelRef,
@@ -212,18 +226,17 @@ impl Models {
         expected: Option<&Digest>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Staged, ModelError> {
-        let source = source.canonicalize().map_err(disk(source))?;
-        let about = fs::metadata(&source).map_err(disk(&source))?;
-        if !about.is_file() {
-            return Err(ModelError::NoFile(source));
-        }
-        let name = source.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if [MANIFEST, ORIGIN].contains(&name.as_str()) {
+        // A link's own name is kept: a cache's links lead to files that are named by their content.
+        let source = std::path::absolute(source).map_err(disk(source))?;
+        let sources = all_paths(&source);
+        let origins: Vec<Origin> = sources.iter().cloned().map(Origin::of).collect::<Result<_, _>>()?;
+        if origins.iter().any(|origin| is_reserved(&origin.name())) {
             return Err(ModelError::Name(source));
         }
-        let _one = self.lock(model)?;
+        check_parts(&sources[0], sources.len())?;
+        let one = self.lock(model)?;
         if let Some(here) = self.get(model) {
-            let is = digest_of(&source)?;
+            let is = digest_of(&sources)?;
             if here.digest != is {
                 return Err(ModelError::Taken { model: model.clone(), digest: here.digest });
             }
@@ -233,55 +246,77 @@ impl Models {
             }
             // What is here is damaged: it is copied anew.
         }
-        let modified = about.modified().ok().and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok());
-        let origin = Origin {
-            source: source.clone(),
-            bytes: about.len(),
-            modified_ns: modified.unwrap_or_default().as_nanos(),
-        };
-        let staging = self.folder.join(format!(".{}.staging", folder_name(model)));
-        let copy = staging.join(&name);
+        let staging = self.staging(model);
         let origin_file = staging.join(ORIGIN);
-        let before = fs::read(&origin_file).ok().and_then(|text| serde_json::from_slice(&text).ok());
-        if before.as_ref() != Some(&origin) {
+        let before = fs::read(&origin_file).ok();
+        let before: Option<Vec<Origin>> = before.and_then(|text| serde_json::from_slice(&text).ok());
+        if before.as_ref() != Some(&origins) {
             // Nothing, or the beginning of something else.
             let _ = fs::remove_dir_all(&staging);
             fs::create_dir_all(&staging).map_err(disk(&staging))?;
-            write(&origin_file, &origin)?;
+            write(&origin_file, &origins)?;
         }
-        let missing = about.len().saturating_sub(fs::metadata(&copy).map_or(0, |copy| copy.len()));
-        let copied = check_space(&staging, missing, self.free)
-            .map_err(ModelError::from)
-            .and_then(|()| copy_on(&source, &copy, about.len(), progress));
-        let (digest, resumed_at, copied) = match copied {
+        let (hash, resumed_at) = match self.copy_all(&origins, &staging, progress) {
             Ok(copied) => copied,
+            Err(error @ ModelError::Changed { .. }) => {
+                let _ = fs::remove_dir_all(&staging);
+                return Err(error);
+            }
             Err(error) => {
                 self.give_up(&staging, &error);
                 return Err(error);
             }
         };
-        if copied != about.len() {
-            let _ = fs::remove_dir_all(&staging);
-            return Err(ModelError::Changed { path: source, expected: about.len(), copied });
-        }
         let checked = match expected {
-            Some(expected) => expect(&source, expected, digest.clone()),
+            Some(expected) => expect(&source, expected, hash.clone()),
             None => Ok(()),
         };
-        let manifest = Manifest {
-            model_id: model.clone(),
-            digest,
-            bytes: about.len(),
-            file: name,
-            source: source.display().to_string(),
-        };
+        let files: Vec<(String, u64)> = origins.iter().map(|origin| (origin.name(), origin.bytes)).collect();
+        let manifest = Manifest::of(model, &files, hash, sources[0].display().to_string());
         // What was written is read again, before anything is said of it.
-        if let Err(error) = checked.and_then(|()| expect(&copy, &manifest.digest, digest_of(&copy)?)) {
+        if let Err(error) = checked.and_then(|()| check_digest(&manifest.paths(&staging), &manifest.digest)) {
             let _ = fs::remove_dir_all(&staging);
             return Err(error);
         }
-        self.show(&staging, &manifest)?;
+        self.show(&one, &staging, &manifest)?;
         Ok(Staged::Copied { manifest, resumed_at })
+    }
+
+    /// Copies what is missing of all files. Returns their digest, and the bytes that an earlier copy had left.
+    fn copy_all(
+        &self,
+        origins: &[Origin],
+        staging: &Path,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<(Digest, u64), ModelError> {
+        let all: u64 = origins.iter().map(|origin| origin.bytes).sum();
+        let there = |origin: &Origin| fs::metadata(staging.join(origin.name())).map_or(0, |copy| copy.len());
+        let missing = all.saturating_sub(origins.iter().map(there).sum());
+        check_space(staging, missing, self.free)?;
+        let mut hash = Sha256::new();
+        let (mut before, mut resumed_at) = (0, 0);
+        for origin in origins {
+            let copy = staging.join(origin.name());
+            let mut reported = |done| progress(before + done, all);
+            let (resumed, copied) = copy_on(&origin.source, &copy, origin.bytes, &mut hash, &mut reported)?;
+            if copied != origin.bytes {
+                let (path, expected) = (origin.source.clone(), origin.bytes);
+                return Err(ModelError::Changed { path, expected, copied });
+            }
+            before += copied;
+            resumed_at += resumed;
+        }
+        Ok((files::digest(hash), resumed_at))
+    }
+
+    /// Where what is under way lies.
+    fn staging(&self, model: &ModelRef) -> PathBuf {
+        self.folder.join(format!(".{}.staging", folder_name(model)))
+    }
+
+    /// Bytes that another process has staged of the model so far, and all where that is known.
+    pub fn under_way(&self, model: &ModelRef) -> (u64, Option<u64>) {
+        download::under_way(&self.staging(model))
     }
 
     /// Downloads a model and stages it. What is here under the name already stays, whatever the
@@ -295,75 +330,96 @@ impl Models {
         hub: &Hub<'_>,
         progress: &mut (dyn FnMut(u64, Option<u64>) + Send),
     ) -> Result<Staged, ModelError> {
-        let one = self.lock(model)?;
         if let Some(here) = self.get(model) {
-            if expected.is_some_and(|expected| *expected != here.digest) {
-                return Err(ModelError::Taken { model: model.clone(), digest: here.digest });
-            }
-            return Ok(Staged::WasHere(here));
+            return taken_as(here, expected);
         }
-        let remote = download::resolve(client, hub, source).await?;
-        let remote = remote.expect("files on this machine are staged, not fetched");
-        let plain = Path::new(&remote.file).file_name().is_some_and(|name| name == remote.file.as_str());
-        if !plain || [MANIFEST, ORIGIN].contains(&remote.file.as_str()) {
-            return Err(ModelError::Name(remote.file.into()));
+        let (own, of) = (self.clone(), model.clone());
+        let locked = owned_tasks::blocking("lock of a model", move || own.lock(&of)).await;
+        let one = locked.unwrap_or_else(|panicked| Err(disk(&self.folder)(io::Error::other(panicked))))?;
+        if let Some(here) = self.get(model) {
+            return taken_as(here, expected);
         }
-        let staging = self.folder.join(format!(".{}.staging", folder_name(model)));
-        if let Some(bytes) = one.outgrown(&remote.url) {
-            let begun = fs::metadata(staging.join(&remote.file)).map_or(0, |part| part.len());
-            check_space(&self.folder, bytes.saturating_sub(begun), self.free)?;
+        let remotes = download::resolve(client, hub, source).await?;
+        let remotes = remotes.expect("files on this machine are staged, not fetched");
+        let plain = |file: &str| Path::new(file).file_name().is_some_and(|name| name == file);
+        if let Some(remote) = remotes.iter().find(|of| !plain(&of.file) || is_reserved(&of.file)) {
+            return Err(ModelError::Name(remote.file.as_str().into()));
+        }
+        let staging = self.staging(model);
+        let url = remotes[0].url.clone();
+        if let Some(bytes) = one.outgrown(&url) {
+            check_space(&self.folder, bytes.saturating_sub(self.under_way(model).0), self.free)?;
         }
         fs::create_dir_all(&staging).map_err(disk(&staging))?;
-        let path = staging.join(&remote.file);
-        let fetched = download::download(client, hub, &remote, &path, self.free, progress).await;
+        let fetched = download::download_all(client, hub, &remotes, &staging, self.free, progress).await;
         let resumed_at = match fetched.map_err(ModelError::from) {
             Ok(resumed_at) => resumed_at,
             Err(error) => {
-                let bytes = fs::metadata(&path).map_or(0, |part| part.len());
+                let (bytes, _) = self.under_way(model);
                 self.give_up(&staging, &error);
                 if error.is_no_space() && bytes > 0 {
                     let bytes = bytes.saturating_add(PIECE_BYTES);
-                    one.remember(Some(&Outgrown { url: remote.url, bytes }));
+                    one.remember(Some(&Outgrown { url, bytes }));
                 }
                 return Err(error);
             }
         };
         one.remember(None);
-        let (own, manifest) = (
-            self.clone(),
-            Manifest {
-                model_id: model.clone(),
-                digest: Digest::new(&format!("sha256:{}", "0".repeat(64))).expect("a digest of zeros"),
-                bytes: 0,
-                file: remote.file,
-                source: remote.url,
-            },
-        );
-        let expected = expected.cloned().or(remote.digest);
-        let take_in = move || own.take_in(&staging, manifest, expected.as_ref());
+        let (own, model, expected) = (self.clone(), model.clone(), expected.cloned());
+        let take_in = move || own.take_in(&one, &model, &remotes, expected.as_ref());
         let done = owned_tasks::blocking("digest of a model", take_in).await;
-        let manifest = done.unwrap_or_else(|panicked| Err(disk(&path)(io::Error::other(panicked))))?;
+        let manifest = done.unwrap_or_else(|panicked| Err(disk(&self.folder)(io::Error::other(panicked))))?;
         Ok(Staged::Copied { manifest, resumed_at })
     }
 
     /// Verifies a whole download and shows it.
     fn take_in(
         &self,
-        staging: &Path,
-        mut manifest: Manifest,
+        one: &ModelLock,
+        model: &ModelRef,
+        remotes: &[Remote],
         expected: Option<&Digest>,
     ) -> Result<Manifest, ModelError> {
-        let path = staging.join(&manifest.file);
-        manifest.digest = digest_of(&path)?;
-        manifest.bytes = fs::metadata(&path).map_err(disk(&path))?.len();
-        if let Some(expected) = expected
-            && let Err(error) = expect(&path, expected, manifest.digest.clone())
-        {
-            let _ = fs::remove_dir_all(staging);
-            return Err(error);
-        }
-        self.show(staging, &manifest)?;
+        let staging = self.staging(model);
+        let taken = self.check_download(&staging, model, remotes, expected);
+        let manifest = match taken {
+            Ok(manifest) => manifest,
+            Err(error) => {
+                // It would be the same at every other try.
+                if matches!(error, ModelError::Digest { .. } | ModelError::Parts { .. }) {
+                    let _ = fs::remove_dir_all(&staging);
+                }
+                return Err(error);
+            }
+        };
+        self.show(one, &staging, &manifest)?;
         Ok(manifest)
+    }
+
+    /// What was downloaded, as it is by its content.
+    fn check_download(
+        &self,
+        staging: &Path,
+        model: &ModelRef,
+        remotes: &[Remote],
+        expected: Option<&Digest>,
+    ) -> Result<Manifest, ModelError> {
+        let paths: Vec<PathBuf> = remotes.iter().map(|remote| staging.join(&remote.file)).collect();
+        let several = paths.len() > 1;
+        for (remote, path) in remotes.iter().zip(&paths) {
+            // Of one file alone it is the digest of the whole, which is compared below.
+            if let Some(of_part) = remote.digest.as_ref().filter(|_| several) {
+                check_digest(std::slice::from_ref(path), of_part)?;
+            }
+        }
+        let digest = digest_of(&paths)?;
+        let expected = expected.or(remotes[0].digest.as_ref().filter(|_| !several));
+        expected.map_or(Ok(()), |expected| expect(&paths[0], expected, digest.clone()))?;
+        check_parts(&paths[0], paths.len())?;
+        let length = |path: &PathBuf| Ok(fs::metadata(path).map_err(disk(path))?.len());
+        let bytes: Vec<u64> = paths.iter().map(length).collect::<Result<_, ModelError>>()?;
+        let files: Vec<(String, u64)> = remotes.iter().map(|remote| remote.file.clone()).zip(bytes).collect();
+        Ok(Manifest::of(model, &files, digest, remotes[0].url.clone()))
     }
 
     /// Where no space is left, a beginning is in the way; elsewhere it is gone on from.
@@ -374,9 +430,15 @@ impl Models {
         }
     }
 
-    /// Gives what was staged its name.
-    fn show(&self, staging: &Path, manifest: &Manifest) -> Result<(), ModelError> {
+    /// Gives what was staged its name, where the lock is still ours.
+    fn show(&self, one: &ModelLock, staging: &Path, manifest: &Manifest) -> Result<(), ModelError> {
+        if !one.is_held() {
+            return Err(ModelError::Busy(manifest.model_id.clone()));
+        }
         write(&staging.join(MANIFEST), manifest)?;
+        for path in manifest.paths(staging) {
+            download::forget_begun(&path).map_err(disk(staging))?;
+        }
         let origin = staging.join(ORIGIN);
         match fs::remove_file(&origin) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(disk(&origin)(error)),
@@ -396,74 +458,17 @@ impl Models {
     }
 }
 
-/// The manifest of a folder whose file is there in full length.
-fn whole(folder: &Path) -> Option<Manifest> {
-    let manifest: Manifest = serde_json::from_slice(&fs::read(folder.join(MANIFEST)).ok()?).ok()?;
-    // A name with a folder in it would lead elsewhere.
-    let plain = Path::new(&manifest.file).file_name().is_some_and(|name| name == manifest.file.as_str());
-    let length = fs::metadata(folder.join(&manifest.file)).ok()?.len();
-    (plain && length == manifest.bytes).then_some(manifest)
+/// Whether a folder of ours has another use for the name.
+fn is_reserved(file: &str) -> bool {
+    [MANIFEST, ORIGIN].contains(&file)
 }
 
-/// Reads a file and compares it with its digest.
-pub(crate) fn check_digest(path: &Path, expected: &Digest) -> Result<(), ModelError> {
-    expect(path, expected, digest_of(path)?)
-}
-
-fn expect(path: &Path, expected: &Digest, is: Digest) -> Result<(), ModelError> {
-    if *expected == is {
-        return Ok(());
+/// What is here under the name already, where it is what is expected.
+fn taken_as(here: Manifest, expected: Option<&Digest>) -> Result<Staged, ModelError> {
+    match expected.filter(|expected| **expected != here.digest) {
+        Some(_) => Err(ModelError::Taken { model: here.model_id, digest: here.digest }),
+        None => Ok(Staged::WasHere(here)),
     }
-    Err(ModelError::Digest { path: path.to_owned(), expected: expected.clone(), is })
-}
-
-fn digest(hash: Sha256) -> Digest {
-    let hex: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    Digest::new(&format!("sha256:{hex}")).expect("a SHA-256 makes a digest")
-}
-
-fn digest_of(path: &Path) -> Result<Digest, ModelError> {
-    let mut hash = Sha256::new();
-    io::copy(&mut File::open(path).map_err(disk(path))?, &mut hash).map_err(disk(path))?;
-    Ok(digest(hash))
-}
-
-/// Copies what is missing. Returns the digest of the whole source, where the copy went on, and how
-/// many bytes the source had.
-fn copy_on(
-    source: &Path,
-    copy: &Path,
-    bytes: u64,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<(Digest, u64, u64), ModelError> {
-    let mut from = File::open(source).map_err(disk(source))?;
-    let mut to = OpenOptions::new().create(true).append(true).open(copy).map_err(disk(copy))?;
-    let mut resumed_at = to.metadata().map_err(disk(copy))?.len();
-    if resumed_at > bytes {
-        to.set_len(0).map_err(disk(copy))?;
-        resumed_at = 0;
-    }
-    let mut hash = Sha256::new();
-    // The source is read whole: its digest is wanted, and only what is missing is written.
-    let mut piece = vec![0; PIECE];
-    let mut done = 0;
-    from.seek(SeekFrom::Start(0)).map_err(disk(source))?;
-    loop {
-        let read = from.read(&mut piece).map_err(disk(source))?;
-        if read == 0 {
-            break;
-        }
-        hash.update(&piece[..read]);
-        let end = done + read as u64;
-        if end > resumed_at {
-            let skip = usize::try_from(resumed_at.saturating_sub(done)).unwrap_or(read);
-            to.write_all(&piece[skip..read]).map_err(disk(copy))?;
-        }
-        done = end;
-        progress(done, bytes);
-    }
-    to.sync_all().map_err(disk(copy))?;
-    Ok((digest(hash), resumed_at, done))
 }
 
 fn write(path: &Path, value: &impl Serialize) -> Result<(), ModelError> {
@@ -474,6 +479,8 @@ fn write(path: &Path, value: &impl Serialize) -> Result<(), ModelError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const PIECE: usize = 1024 * 1024;
 
     fn model(name: &str) -> ModelRef {
         ModelRef::new(name).unwrap()
@@ -519,6 +526,31 @@ mod tests {
         fs::write(&b.source, b"others!").unwrap();
         assert!(matches!(stage(&b, "hf:org/m.gguf"), Err(ModelError::Taken { .. })));
         assert!(matches!(b.models.verify(&model("none")), Err(ModelError::Unknown(_))));
+    }
+
+    // CLOUD-2681
+    #[test]
+    fn a_model_in_several_files_is_staged_whole_from_any_of_them() {
+        let b = bench(b"unused");
+        let part = |n: u32| b.dir.path().join(format!("big-{n:05}-of-00003.gguf"));
+        for (n, content) in [(1, "one"), (3, "three")] {
+            fs::write(part(n), content).unwrap();
+        }
+        let of = |source: &Path| b.models.stage(&model("big"), source, None, &mut |_, _| {});
+        let missing = of(&part(3)).unwrap_err().to_string();
+        assert!(missing.contains("big-00002-of-00003.gguf"), "{missing}");
+        fs::write(part(2), "two").unwrap();
+        let Staged::Copied { manifest, .. } = of(&part(2)).unwrap() else { panic!("it was not copied") };
+        assert_eq!((manifest.bytes, manifest.parts.len()), (11, 3));
+        assert_eq!(manifest.file, "big-00001-of-00003.gguf");
+        fs::write(b.dir.path().join("cat"), "onetwothree").unwrap();
+        assert_eq!(manifest.digest, digest_of(&[b.dir.path().join("cat")]).unwrap(), "as cat would give it");
+        assert_eq!(of(&part(1)).unwrap(), Staged::WasHere(manifest.clone()));
+        let copy = b.dir.path().join("models/big/big-00003-of-00003.gguf");
+        fs::write(&copy, "THREE").unwrap();
+        assert!(matches!(b.models.verify(&manifest.model_id), Err(ModelError::Digest { .. })));
+        assert!(matches!(of(&part(1)).unwrap(), Staged::Copied { .. }), "it is mended");
+        assert_eq!(b.models.report().unwrap()[0].bytes, 11);
     }
 
     // CLOUD-1631

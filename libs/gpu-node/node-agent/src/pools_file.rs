@@ -77,11 +77,15 @@ impl Default for Memory {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ModelSpec {
-    /// A path, `file:/…`, `https://…`, `hf:org/repo` or `hf:org/repo/file.gguf`.
+    /// A path, `file:/…`, `https://…`, `hf:org/repo` or `hf:org/repo/file.gguf`; of a model in several
+    /// files (`NAME-00001-of-00003.gguf`) any of them names them all.
     pub source: String,
-    /// What its content must be: `sha256:…`.
+    /// What its content must be: `sha256:…`, of all its files one after another where they are several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<Digest>,
+    /// Where the projector comes from that lets the model see or hear, as `source` says it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mmproj: Option<String>,
 }
 
 /// When the engines of a pool run.
@@ -107,7 +111,7 @@ pub enum Provision {
     Binary {
         program: String,
         /// Its whole command line where it differs from the engine's own. `{port}`, `{model}`,
-        /// `{model_path}`, `{slots}`, `{ctx}`, `{ctx_total}`, `{pool_id}` and `{replica_id}` are filled in.
+        /// `{model_path}`, `{mmproj_path}`, `{slots}`, `{ctx}`, `{ctx_total}`, `{pool_id}` and `{replica_id}` are filled in.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         args: Option<Vec<String>>,
     },

@@ -1,5 +1,7 @@
 //! What an engine needs before its start: named when it is missing, fetched whole or not at all.
 
+use std::sync::{Arc, Mutex};
+
 use super::*;
 
 // CLOUD-2446
@@ -175,4 +177,104 @@ async fn an_engine_installed_from_the_package_index_serves_and_one_started_for_i
     let purged = wait_state(&cluster, "packaged", "failed", MINUTE).await;
     assert!(purged["last_error"].as_str().unwrap().contains("purged"));
     assert!(tiny.exists());
+}
+
+/// A hub with one model in three files, which it sends slowly. What it was asked for is in the list.
+async fn hub(folder: &std::path::Path) -> (String, Arc<Mutex<Vec<String>>>) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("engine/tiny_gguf.py");
+    let mut write = std::process::Command::new(real_engine::python());
+    write.arg(script).arg(folder.join("tiny.gguf")).args(["--parts", "3"]);
+    assert!(write.status().unwrap().success(), "the parts were not written");
+    let names: Vec<String> = (1..=3).map(|n| format!("tiny-{n:05}-of-00003.gguf")).collect();
+    let content = |name: &str| std::fs::read(folder.join(name)).unwrap();
+    let files: Vec<(String, Vec<u8>)> = names.iter().map(|name| (name.clone(), content(name))).collect();
+    let list: Vec<_> =
+        files.iter().map(|(name, content)| json!({"path": name, "size": content.len()})).collect();
+    let list = serde_json::to_vec(&list).unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let own = Arc::clone(&asked);
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let (files, list, asked) = (files.clone(), list.clone(), Arc::clone(&own));
+            tokio::spawn(async move {
+                let mut head = [0; 4096];
+                let read = stream.read(&mut head).await.unwrap_or(0);
+                let head = String::from_utf8_lossy(&head[..read]).into_owned();
+                let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
+                asked.lock().unwrap().push(path.clone());
+                let body =
+                    files.into_iter().find(|(name, _)| path.ends_with(name)).map_or(list, |(_, body)| body);
+                let head = format!(
+                    "HTTP/1.1 200 OK\r\netag: \"a\"\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+                    body.len()
+                );
+                let _ = stream.write_all(head.as_bytes()).await;
+                for piece in body.chunks(64 * 1024) {
+                    tokio::time::sleep(Duration::from_millis(400)).await;
+                    if stream.write_all(piece).await.is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+    });
+    (url, asked)
+}
+
+// CLOUD-2681
+// CLOUD-2685
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_nodes_share_a_folder_and_a_model_in_three_files_is_fetched_once_and_served_by_both() {
+    let folder = tempfile::tempdir().unwrap();
+    let (url, asked) = hub(folder.path()).await;
+    let shared = folder.path().join("models").display().to_string();
+    let tiny = real_engine::tiny_model().display().to_string();
+    let entry = real_engine::pool("parted", "parted", "").replace(&tiny, "hf:org/repo");
+    let entry = format!("[provisioning]\ndownloads = true\n{entry}");
+    let node = [0, 1]
+        .into_iter()
+        .flat_map(|n| [(n, "POOL_MANAGERD_MODELS_DIR", shared.clone()), (n, "HF_ENDPOINT", url.clone())]);
+    let options = Options {
+        nodes: 2,
+        engine: Engine::None,
+        pools: vec![(0, entry.clone()), (1, entry)],
+        node: node.collect(),
+        ..Options::default()
+    };
+    let mut cluster = Cluster::without_nodes(options);
+    cluster.start_control();
+    cluster.add_node(0);
+    cluster.add_node(1);
+    let waits = || async {
+        for n in [0, 1] {
+            let status = cluster.node_client(n).get_json("/v2/pools/parted/status").await;
+            let text = status.map(|status| status.to_string()).unwrap_or_default();
+            if text.contains("another process downloads parted: ") {
+                return Some(text);
+            }
+        }
+        None
+    };
+    eventually("one node shows the download of the other", MINUTE, waits).await;
+    for n in [0, 1] {
+        let ready = || async {
+            let status = cluster.node_client(n).get_json("/v2/pools/parted/status").await?;
+            (status["state"] == "ready").then_some(())
+        };
+        eventually("its engine is ready", MINUTE, ready).await;
+        cluster.wait_online(n).await;
+    }
+    assert!(run(&cluster, "parted", 8).await.completed());
+    let files = asked.lock().unwrap().iter().filter(|path| path.contains("/resolve/")).count();
+    assert_eq!(files, 3, "each file was fetched once: {asked:?}");
+    let mut list = std::process::Command::new(program("pool-managerd"));
+    let listed = list.args(["models", "list", "--models-dir", &shared]).output().unwrap();
+    let listed = String::from_utf8(listed.stdout).unwrap();
+    let length =
+        |n: u32| std::fs::metadata(folder.path().join(format!("tiny-{n:05}-of-00003.gguf"))).unwrap().len();
+    let bytes: u64 = (1..=3).map(length).sum();
+    assert!(listed.starts_with("parted ") && listed.ends_with(&format!(" {bytes} bytes\n")), "{listed}");
 }

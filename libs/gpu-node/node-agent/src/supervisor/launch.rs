@@ -19,18 +19,16 @@ use tokio::process::Command;
 use crate::engines::client::with_causes;
 use crate::engines::{Quiet, dialect};
 use crate::gguf::{self, GgufError, GgufHeader};
-use crate::models::{Manifest, ModelError, Models};
+use crate::models::{Manifest, ModelError, Models, all_paths};
 use crate::pools_file::{ModelSpec, PoolSpec, Provision};
 use crate::source::{BadSource, ModelSource};
 use crate::supervisor::programs::{ProgramError, on_path, without_secrets};
-use crate::supervisor::provision::{self, PackageError, Sources};
+use crate::supervisor::provision::{self, BUSY_PAUSE, PackageError, Sources};
 
 /// Context of one slot where the file says nothing and the model could do more: models say what
 /// they were trained for, which would fill a GPU with cache.
 const DEFAULT_CTX: u32 = 8192;
 
-/// Pause between two looks at a model that another pool or process downloads.
-const BUSY_PAUSE: Duration = Duration::from_secs(1);
 /// Longest answer of a program to the question for its flags: some load all of Python's libraries
 /// for it.
 const HELP_TIMEOUT: Duration = Duration::from_secs(60);
@@ -66,6 +64,8 @@ pub(crate) struct Program {
     pub(crate) env: Vec<(String, String)>,
     /// The model's file, or the name by which the engine finds it itself.
     model_path: PathBuf,
+    /// What lets the model see or hear.
+    mmproj_path: Option<PathBuf>,
     /// Tokens of one slot.
     ctx: Option<u32>,
 }
@@ -100,6 +100,14 @@ pub(crate) enum PrepareError {
     Unopened { path: PathBuf, error: io::Error },
     #[error("model: {}: {}", path.display(), with_causes(error))]
     Header { path: PathBuf, error: GgufError },
+    #[error("model: {} is a projector (mmproj), which goes beside a model: name it as mmproj in [models] and the model as source", .0.display())]
+    Projector(PathBuf),
+    #[error("mmproj: {} is no projector: its GGUF says {}", path.display(), kind.as_deref().unwrap_or("nothing of what it is"))]
+    NoProjector { path: PathBuf, kind: Option<String> },
+    #[error(
+        "mmproj: the command line of the pool's engine takes none: say {{mmproj_path}} in provision.args"
+    )]
+    NoPlaceForProjector,
     #[error("model: its digest could not be reckoned")]
     NoDigest,
     #[error("model: its header could not be read")]
@@ -120,6 +128,10 @@ impl PrepareError {
             | Self::DownloadsOff { .. }
             | Self::StagedOther { .. }
             | Self::Unopened { .. }
+            | Self::Projector(_)
+            | Self::NoProjector { .. }
+            | Self::NoPlaceForProjector
+            | Self::Model(ModelError::Parts { .. })
             | Self::Header { .. } => true,
             Self::Model(_) | Self::NoDigest | Self::NoHeader | Self::Panicked(_) => false,
         }
@@ -196,27 +208,41 @@ pub(crate) async fn prepare(
         let flag = quiet_flag(&program, &args, &env, quiet).await;
         args.extend(flag.map(str::to_owned));
     }
+    let mmproj = spec.model.as_ref().and_then(|model| model.mmproj.as_deref());
+    if mmproj.is_some() && is_ours && loads_file(spec) {
+        args.extend(["--mmproj", "{mmproj_path}"].map(str::to_owned));
+    }
     args.extend(pool.flags.iter().cloned());
-    let wants_file = args.iter().any(|arg| arg.contains("{model_path}"));
-    let model = if wants_file { Some(model_file(spec, sources, progress).await?) } else { None };
-    let model_path = match &model {
-        Some((path, _)) => path.clone(),
-        None => PathBuf::from(model_name(spec)),
-    };
-    let reported = model.as_ref().and_then(|(_, about)| about.as_ref()?.context());
-    let ctx = pool.ctx.or(reported.map(|ctx| ctx.min(DEFAULT_CTX)));
-    let bytes = match &model {
-        Some((path, _)) => tokio::fs::metadata(path).await.ok().map(|about| about.len()),
+    let says = |place: &str| args.iter().any(|arg| arg.contains(place));
+    if mmproj.is_some() && !says("{mmproj_path}") {
+        return Err(PrepareError::NoPlaceForProjector);
+    }
+    let model = if says("{model_path}") { Some(model_file(spec, sources, progress).await?) } else { None };
+    let mmproj_path = match mmproj {
+        Some(source) => Some(projector(&spec.pool.model, source, sources, progress).await?),
         None => None,
     };
-    let memory = pool.memory_bytes.or_else(|| {
-        let ((_, about), bytes) = model.as_ref().zip(bytes)?;
-        let slots = u64::from(pool.slots);
-        Some(gguf::estimate_bytes(bytes, about.as_ref()?, u64::from(ctx.unwrap_or(0)) * slots))
-    });
+    let model_path = match &model {
+        Some(files) => files.path().to_owned(),
+        None => PathBuf::from(model_name(spec)),
+    };
+    let reported = model.as_ref().and_then(|files| files.header.as_ref()?.context());
+    let ctx = pool.ctx.or(reported.map(|ctx| ctx.min(DEFAULT_CTX)));
+    let memory = match (pool.memory_bytes, &model) {
+        (Some(bytes), _) => Some(bytes),
+        (None, Some(files)) => {
+            let beside = mmproj_path.as_slice();
+            let bytes = bytes_of(files.paths.iter().chain(beside)).await;
+            let slots = u64::from(pool.slots);
+            let estimate =
+                |header| gguf::estimate_bytes(bytes?, header, u64::from(ctx.unwrap_or(0)) * slots).into();
+            files.header.as_ref().and_then(estimate)
+        }
+        (None, None) => None,
+    };
     env.extend(devices_env(pool));
     env.extend(pool.env.iter().map(|(name, value)| (name.clone(), value.clone())));
-    let program = Program { program, args, env, model_path, ctx };
+    let program = Program { program, args, env, model_path, mmproj_path, ctx };
     Ok((Prepared { claim: claim(pool, memory), ctx_max: ctx }, Launch::Program(Box::new(program))))
 }
 
@@ -312,6 +338,7 @@ impl Program {
             ("{model}", spec.pool.model.to_string()),
             ("{model_path}", self.model_path.display().to_string()),
             ("{model_id}", model_name(spec)),
+            ("{mmproj_path}", self.mmproj_path.as_deref().unwrap_or(Path::new("")).display().to_string()),
             ("{slots}", spec.pool.slots.to_string()),
             ("{ctx}", ctx),
             ("{ctx_total}", total.to_string()),
@@ -336,47 +363,111 @@ fn model_name(spec: &Spec) -> String {
     }
 }
 
-/// The model's file on this machine, and its header where it has one.
+/// A model's files on this machine, in order, and the header of the first where it has one.
+#[derive(Debug)]
+pub(super) struct ModelFiles {
+    paths: Vec<PathBuf>,
+    header: Option<GgufHeader>,
+}
+
+impl ModelFiles {
+    /// The file that it is loaded by.
+    fn path(&self) -> &Path {
+        &self.paths[0]
+    }
+}
+
+/// Bytes of all files together, where each can be asked.
+async fn bytes_of(paths: impl Iterator<Item = &PathBuf>) -> Option<u64> {
+    let mut bytes = 0_u64;
+    for path in paths {
+        bytes = bytes.saturating_add(tokio::fs::metadata(path).await.ok()?.len());
+    }
+    Some(bytes)
+}
+
+/// Finds the model's files; they are fetched where that is allowed.
 pub(super) async fn model_file(
     spec: &Spec,
     sources: &Sources<'_>,
     progress: &(dyn Fn(String) + Send + Sync),
-) -> Result<(PathBuf, Option<GgufHeader>), PrepareError> {
+) -> Result<ModelFiles, PrepareError> {
     let name = &spec.pool.model;
     let path = match &spec.model {
         None => match staged(sources.models_dir, name).await {
             Some((path, _)) => path,
             None => return Err(PrepareError::NotStaged(name.clone())),
         },
-        Some(model) => match ModelSource::parse(&model.source)? {
-            ModelSource::File(path) => {
-                if let Some(expected) = &model.digest {
-                    verify_in_place(&path, expected).await?;
-                }
-                path
-            }
-            remote => downloaded(name, model, &remote, sources, progress).await?,
-        },
+        Some(model) => found(name, &model.source, model.digest.as_ref(), sources, progress).await?,
     };
+    let paths = all_paths(&path);
     let header = match spec.pool.engine {
-        EngineKind::LlamaCpp => Some(read_header(&path).await?),
+        EngineKind::LlamaCpp => {
+            let header = read_header(&paths[0]).await?;
+            if header.is_projector() {
+                return Err(PrepareError::Projector(path));
+            }
+            check_parts_of(&paths).await?;
+            Some(header)
+        }
         _ => None,
     };
-    Ok((path, header))
+    Ok(ModelFiles { paths, header })
+}
+
+/// The projector that goes beside the model, found as a model is.
+async fn projector(
+    model: &ModelRef,
+    source: &str,
+    sources: &Sources<'_>,
+    progress: &(dyn Fn(String) + Send + Sync),
+) -> Result<PathBuf, PrepareError> {
+    // Another model than the one that it goes with may have the same file's name.
+    let name = ModelRef::new(&format!("{model}.mmproj")).unwrap_or_else(|_| model.clone());
+    let path = found(&name, source, None, sources, progress).await?;
+    let header = read_header(&path).await?;
+    if header.is_projector() {
+        return Ok(path);
+    }
+    Err(PrepareError::NoProjector { path, kind: header.kind.or(header.architecture) })
+}
+
+/// The file that a source names, on this machine.
+async fn found(
+    name: &ModelRef,
+    source: &str,
+    digest: Option<&Digest>,
+    sources: &Sources<'_>,
+    progress: &(dyn Fn(String) + Send + Sync),
+) -> Result<PathBuf, PrepareError> {
+    match ModelSource::parse(source)? {
+        ModelSource::File(path) => {
+            if let Some(expected) = digest {
+                verify_in_place(&path, expected).await?;
+            }
+            Ok(path)
+        }
+        remote => downloaded(name, source, digest, &remote, sources, progress).await,
+    }
 }
 
 /// The model of a server: as it is staged, or downloaded where that is allowed.
 async fn downloaded(
     name: &ModelRef,
-    model: &ModelSpec,
+    origin: &str,
+    expected: Option<&Digest>,
     remote: &ModelSource,
     sources: &Sources<'_>,
     progress: &(dyn Fn(String) + Send + Sync),
 ) -> Result<PathBuf, PrepareError> {
     let models = Models::new(sources.models_dir);
+    let shown = |done: u64, all: Option<u64>| {
+        let all = all.map_or_else(|| "?".into(), |all| (all / 1_048_576).to_string());
+        format!("{} of {all} MiB", done / 1_048_576)
+    };
     loop {
         if let Some((path, manifest)) = staged(sources.models_dir, name).await {
-            return match model.digest.as_ref().filter(|expected| **expected != manifest.digest) {
+            return match expected.filter(|expected| **expected != manifest.digest) {
                 None => Ok(path),
                 Some(expected) => Err(PrepareError::StagedOther {
                     model: name.clone(),
@@ -386,17 +477,17 @@ async fn downloaded(
             };
         }
         if !sources.allowed.downloads {
-            return Err(PrepareError::DownloadsOff { model: name.clone(), origin: model.source.clone() });
+            return Err(PrepareError::DownloadsOff { model: name.clone(), origin: origin.to_owned() });
         }
-        let mut reported = |done: u64, all: Option<u64>| {
-            let all = all.map_or_else(|| "?".into(), |all| (all / 1_048_576).to_string());
-            progress(format!("downloads {name}: {} of {all} MiB", done / 1_048_576));
-        };
-        let expected = model.digest.as_ref();
+        let mut reported =
+            |done: u64, all: Option<u64>| progress(format!("downloads {name}: {}", shown(done, all)));
         match models.fetch(name, remote, expected, sources.client, &sources.hub, &mut reported).await {
             Ok(_) => {}
             Err(ModelError::Busy(_)) => {
-                progress(format!("waits for another download of {name}"));
+                let (looking, model) = (models.clone(), name.clone());
+                let look = move || looking.under_way(&model);
+                let (done, all) = owned_tasks::blocking("look at a download", look).await?;
+                progress(format!("another process downloads {name}: {}", shown(done, all)));
                 tokio::time::sleep(BUSY_PAUSE).await;
             }
             Err(error) => return Err(PrepareError::Model(error)),
@@ -405,10 +496,22 @@ async fn downloaded(
 }
 
 async fn verify_in_place(path: &Path, expected: &Digest) -> Result<(), PrepareError> {
-    let (path, expected) = (path.to_owned(), expected.clone());
-    let check = move || crate::models::check_digest(&path, &expected);
+    let (paths, expected) = (all_paths(path), expected.clone());
+    let check = move || crate::models::check_digest(&paths, &expected);
     let checked = owned_tasks::blocking("digest of a model", check).await;
     checked.map_err(|_| PrepareError::NoDigest)?.map_err(PrepareError::Model)
+}
+
+/// That every file that the first one speaks of is there.
+async fn check_parts_of(paths: &[PathBuf]) -> Result<(), PrepareError> {
+    for path in paths {
+        if let Err(error) = tokio::fs::metadata(path).await {
+            return Err(PrepareError::Unopened { path: path.clone(), error });
+        }
+    }
+    let (first, files) = (paths[0].clone(), paths.len());
+    let check = move || crate::models::check_parts(&first, files);
+    owned_tasks::blocking("parts of a model", check).await?.map_err(PrepareError::Model)
 }
 
 async fn read_header(path: &Path) -> Result<GgufHeader, PrepareError> {
@@ -460,6 +563,7 @@ mod tests {
             args: arguments(&pool),
             env: Vec::new(),
             model_path: "/m.gguf".into(),
+            mmproj_path: None,
             ctx: Some(512),
         };
         let replica_key = ReplicaKey {
@@ -505,7 +609,7 @@ mod tests {
             assert_eq!(code(&spec, true), None);
         }
         let mut by_id = of_args("[\"--model={model_id}\", \"{port}\"]");
-        by_id.model = Some(ModelSpec { source: "org/m".into(), digest: None });
+        by_id.model = Some(ModelSpec { source: "org/m".into(), digest: None, mmproj: None });
         for finds_itself in [by_id, next("mode = \"binary\", program = \"x\"", EngineKind::Vllm)] {
             assert_eq!(code(&finds_itself, false), None);
         }
@@ -519,7 +623,7 @@ mod tests {
         std::fs::write(&here, "x").unwrap();
         let gone = folder.path().join("gone.gguf").display().to_string();
         let lacks = async |source: Option<&str>| {
-            let model = source.map(|source| ModelSpec { source: source.into(), digest: None });
+            let model = source.map(|source| ModelSpec { source: source.into(), digest: None, mmproj: None });
             let pool = pool("provision = { mode = \"package\" }");
             lacks_file(&Spec { pool, model }, folder.path()).await.map(|error| error.to_string())
         };
@@ -527,6 +631,78 @@ mod tests {
         assert!(lacks(Some(&gone)).await.unwrap().contains(&format!("{gone}: No such file")));
         assert_eq!(lacks(Some(&here.display().to_string())).await, None);
         assert_eq!(lacks(Some("hf:org/m")).await, None, "it is fetched");
+    }
+
+    /// A GGUF of so many bytes with one entry that is a text.
+    fn gguf(key: &str, value: &str, bytes: usize) -> Vec<u8> {
+        let mut out = b"GGUF\x03\0\0\0".to_vec();
+        out.extend(0_u64.to_le_bytes());
+        out.extend(1_u64.to_le_bytes());
+        for text in [key, value] {
+            out.extend((text.len() as u64).to_le_bytes());
+            out.extend(text.as_bytes());
+            if text == key {
+                out.extend(8_u32.to_le_bytes());
+            }
+        }
+        out.resize(bytes, 0);
+        out
+    }
+
+    // CLOUD-2681
+    // CLOUD-2683
+    #[tokio::test]
+    async fn all_files_of_a_model_and_its_projector_are_reckoned_and_given_to_the_engine() {
+        // Only the first installation in a process can fail.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name).display().to_string();
+        for n in 1..=2 {
+            let content = gguf("general.architecture", "llama", 1_000);
+            std::fs::write(at(&format!("m-0000{n}-of-00002.gguf")), content).unwrap();
+        }
+        std::fs::write(at("alone.gguf"), gguf("general.architecture", "llama", 2_000)).unwrap();
+        std::fs::write(at("mmproj.gguf"), gguf("general.type", "mmproj", 500)).unwrap();
+        let client = crate::download::client().unwrap();
+        let look = async |provision: &str, file: &str, mmproj: Option<&str>| {
+            let pool =
+                pool(&format!("provision = {{ mode = \"binary\", program = \"/bin/true\"{provision} }}"));
+            let model = ModelSpec { source: at(file), digest: None, mmproj: mmproj.map(at) };
+            let spec = Spec { pool, model: Some(model) };
+            let sources = Sources {
+                models_dir: folder.path(),
+                packages_dir: folder.path(),
+                allowed: crate::pools_file::Provisioning::default(),
+                hub: crate::download::Hub { endpoint: "", token: None },
+                client: &client,
+            };
+            let (prepared, launch) =
+                prepare(&spec, &sources, &|_| {}).await.map_err(|error| error.to_string())?;
+            let Launch::Program(program) = launch else { panic!("it is a program") };
+            let replica_key = ReplicaKey {
+                pool_id: PoolId::new("p").unwrap(),
+                replica_id: pool_registry_types::ReplicaId::new("r0").unwrap(),
+            };
+            let (_, args) = program.command(&spec, &replica_key, 81);
+            Ok::<_, String>((prepared.claim[&Device::Host], args.join(" ")))
+        };
+        let (alone, _) = look("", "alone.gguf", None).await.unwrap();
+        let (set, args) = look("", "m-00002-of-00002.gguf", None).await.unwrap();
+        assert_eq!(set, alone, "both files count");
+        assert!(args.contains("m-00001-of-00002.gguf") && !args.contains("mmproj"), "{args}");
+        let (beside, args) = look("", "m-00001-of-00002.gguf", Some("mmproj.gguf")).await.unwrap();
+        assert_eq!(beside, set + 500);
+        assert!(args.contains(&format!("--mmproj {}", at("mmproj.gguf"))), "{args}");
+        let own = ", args = [\"{port}\", \"{model_path}\"]";
+        for (provision, file, mmproj, part) in [
+            ("", "mmproj.gguf", None, "is a projector (mmproj)"),
+            ("", "alone.gguf", Some("alone.gguf"), "is no projector: its GGUF says llama"),
+            (own, "alone.gguf", Some("mmproj.gguf"), "say {mmproj_path} in provision.args"),
+            ("", "m-00001-of-00003.gguf", None, "m-00001-of-00003.gguf: No such file"),
+        ] {
+            let error = look(provision, file, mmproj).await.unwrap_err();
+            assert!(error.contains(part), "{error}");
+        }
     }
 
     // CLOUD-2415

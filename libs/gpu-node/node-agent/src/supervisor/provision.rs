@@ -16,6 +16,7 @@ use tokio::process::Command;
 use crate::download::Hub;
 use crate::engines::vllm;
 use crate::pools_file::{PoolSpec, Provisioning};
+use crate::shared_lock::SharedLock;
 use crate::supervisor::programs::{ProgramError, on_path, without_secrets};
 
 /// What is installed for llama.cpp, with its hash.
@@ -25,6 +26,8 @@ const LLAMACPP_LAUNCHER: &str = include_str!("../../../../../deploy/engines/llam
 const STAMP: &str = "installed.lock";
 /// Longest installation. vLLM's is several gigabytes.
 const INSTALL_TIMEOUT: Duration = Duration::from_secs(3600);
+/// Between two looks at a folder that another process installs into.
+pub(super) const BUSY_PAUSE: Duration = Duration::from_secs(1);
 /// Longest look at a Python.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -101,8 +104,10 @@ pub(crate) async fn package(
     let env = vec![("PYTHONPATH".to_owned(), site.display().to_string())];
     let args: Vec<String> = match pool.engine {
         EngineKind::LlamaCpp => {
-            // Written anew each time: it belongs to this program, not to the package.
-            put(launcher.clone(), LLAMACPP_LAUNCHER.to_owned()).await?;
+            // It belongs to this program, not to the package. The folder may be one that is only read.
+            if tokio::fs::read(&launcher).await.ok().as_deref() != Some(LLAMACPP_LAUNCHER.as_bytes()) {
+                put(launcher.clone(), LLAMACPP_LAUNCHER.to_owned()).await?;
+            }
             let words =
                 "--model {model_path} --alias {model} --port {port} --slots {slots} --ctx {ctx} --keep";
             std::iter::once(launcher.display().to_string())
@@ -134,21 +139,26 @@ async fn install(
     if !runs(python, "import pip").await {
         return Err(PackageError::NoPip);
     }
-    progress("installs the engine from the package index".into());
     let failed = |error| PackageError::Disk { folder: folder.to_owned(), error };
     // One installation of a folder at a time, whatever pools and daemons there are.
     let parent = folder.parent().unwrap_or(Path::new("."));
     tokio::fs::create_dir_all(parent).await.map_err(failed)?;
     let lock_path = folder.with_extension("lock");
-    let lock = owned_tasks::blocking("lock of an installation", move || {
-        let lock = std::fs::File::create(lock_path)?;
-        lock.lock().map(|()| lock)
-    })
-    .await;
-    let _lock = lock.map_err(PackageError::Panicked)?.map_err(failed)?;
+    let _lock = loop {
+        let path = lock_path.clone();
+        let lock = owned_tasks::blocking("lock of an installation", move || SharedLock::take(&path)).await;
+        match lock.map_err(PackageError::Panicked)?.map_err(failed)? {
+            Some(lock) => break lock,
+            None => {
+                progress("waits for another process that installs the engine".into());
+                tokio::time::sleep(BUSY_PAUSE).await;
+            }
+        }
+    };
     if tokio::fs::read_to_string(folder.join(STAMP)).await.is_ok_and(|have| have == wanted) {
         return Ok(());
     }
+    progress("installs the engine from the package index".into());
     // What an interrupted installation has left is no use.
     let _ = tokio::fs::remove_dir_all(folder).await;
     tokio::fs::create_dir_all(folder).await.map_err(failed)?;

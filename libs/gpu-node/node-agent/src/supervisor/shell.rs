@@ -454,7 +454,7 @@ impl Supervision {
         // A name is looked for among the staged models, anything else is a source itself.
         next.model = entry.or_else(|| {
             let is_source = model.as_str().contains([':', '/']) && ModelSource::parse(model.as_str()).is_ok();
-            is_source.then(|| ModelSpec { source: model.to_string(), digest: None })
+            is_source.then(|| ModelSpec { source: model.to_string(), digest: None, mmproj: None })
         });
         // The model that it has is there, wherever its engine finds it.
         if *model != now.pool.model {
