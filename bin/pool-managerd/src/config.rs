@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::{models, pools};
 use daemon_kit::directories::{Directory, Purpose};
 use daemon_kit::settings::{Daemon, Own, Shared, SharedError, SharedSettings};
+use handoff_watcher::Handoff;
 use node_agent::HELD_BYTES;
 use node_agent::pools_file::PoolsFile;
 use node_agent::settings::{NodeConfig, NodeSettings, NodeSettingsError};
@@ -61,6 +62,9 @@ pub(crate) struct Settings {
     /// Print the JSON schema of the file of pools and exit.
     #[arg(long)]
     print_pools_schema: bool,
+    /// Print the JSON schema of a handoff file and exit.
+    #[arg(long)]
+    print_handoff_schema: bool,
 }
 
 /// What is this daemon's own of the settings that both have.
@@ -195,11 +199,15 @@ impl Daemon for Settings {
                 Err(code) => code,
             }),
             Some(Order::Pools(order)) => Some(self.check_pools(order).unwrap_or_else(|code| code)),
-            None if self.print_pools_schema => {
-                daemon_kit::config::print(&PoolsFile::schema());
+            None => {
+                let schema = match (self.print_pools_schema, self.print_handoff_schema) {
+                    (true, _) => PoolsFile::schema(),
+                    (false, true) => Handoff::schema(),
+                    (false, false) => return None,
+                };
+                daemon_kit::config::print(&schema);
                 Some(ExitCode::SUCCESS)
             }
-            None => None,
         }
     }
 

@@ -354,3 +354,24 @@ async fn a_signal_to_a_guard_without_a_daemon_ends_its_engine_in_order() {
     })
     .await;
 }
+
+// CLOUD-2689
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handoff_file_goes_with_its_engine_and_another_ones_under_its_name_stays() {
+    let cluster = node_with([fake("own", "m", ""), fake("other", "n", "")].concat()).await;
+    for pool_id in ["own", "other"] {
+        wait_state(&cluster, pool_id, "ready", MINUTE).await;
+    }
+    let mut theirs = handoff(&cluster, "other").unwrap();
+    theirs["url"] = json!("http://127.0.0.1:9");
+    let file = |pool_id: &str| cluster.nodes[0].runtime_dir.join(format!("{pool_id}-r0.json"));
+    std::fs::write(file("other"), theirs.to_string()).unwrap();
+    for pool_id in ["own", "other"] {
+        let purge = json!({"engine_files": true});
+        let answer = cluster.client.post(&format!("/v2/pools/{pool_id}/purge"), &purge).await;
+        assert_eq!(answer.status(), 202);
+        wait_state(&cluster, pool_id, "failed", MINUTE).await;
+    }
+    eventually("its own file goes", MINUTE, || async { (!file("own").exists()).then_some(()) }).await;
+    assert_eq!(handoff(&cluster, "other"), Some(theirs), "the other one stays");
+}

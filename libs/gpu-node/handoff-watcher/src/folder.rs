@@ -74,8 +74,9 @@ impl Folder {
     /// Whether the content of this version is known already, so that it need not be read.
     pub fn knows(&self, file: &str, stamp: &Stamp) -> bool {
         self.entries.get(file).is_some_and(|entry| {
-            // What could not be read may be readable now.
-            entry.stamp == *stamp && !matches!(entry.content, Err(Fault::Unreadable(_)))
+            // What could not be read may be readable now, and the other file of an engine may be gone.
+            let is_passing = matches!(entry.content, Err(Fault::Unreadable(_) | Fault::SameEngine(_)));
+            entry.stamp == *stamp && !is_passing
         })
     }
 
@@ -110,6 +111,13 @@ impl Folder {
             self.replace(seen, &mut changes);
         }
         changes
+    }
+
+    /// The file is read again at the next look.
+    pub(crate) fn read_again(&mut self, file: &str) {
+        if let Some(entry) = self.entries.get_mut(file) {
+            entry.stamp = Stamp::NONE;
+        }
     }
 
     /// The process of a bound file is gone.

@@ -9,6 +9,7 @@ use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{ModelRef, PoolId, ReplicaId};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
+use utoipa::{PartialSchema, ToSchema};
 
 /// Largest handoff file that is read, bytes.
 pub(crate) const MAX_HANDOFF_BYTES: u64 = 64 * 1024;
@@ -29,36 +30,87 @@ impl fmt::Display for HandoffName {
 }
 
 /// What an engine's starter says of it. Unknown fields are ignored: other programs write it.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, ToSchema)]
 pub struct Handoff {
+    /// The file is named `POOL_ID-REPLICA_ID.json`.
+    #[schema(value_type = String)]
     pub pool_id: PoolId,
+    #[schema(value_type = String)]
     pub replica_id: ReplicaId,
     pub engine: EngineKind,
+    /// For people.
     #[serde(default)]
     pub engine_version: Option<String>,
     /// `http://host:port`, optionally with a path; without a trailing slash once parsed.
     pub url: String,
+    /// The devices that tasks may ask for by name.
     #[serde(default)]
     pub device_mask: Option<String>,
-    /// Asked of the engine when absent.
+    /// Tasks that it runs at a time. Asked of the engine when absent.
     #[serde(default)]
+    #[schema(minimum = 1, maximum = 4096)]
     pub slots: Option<u32>,
+    /// The engine's process: the file counts as long as it lives.
     #[serde(default)]
     pub pid: Option<u32>,
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub model_ref: Option<ModelRef>,
+    /// The names by which tasks may ask. Asked of the engine when absent.
     #[serde(default)]
+    #[schema(value_type = Vec<String>)]
     pub models: Vec<ModelRef>,
+    /// Tokens of one slot. Asked of the engine when absent.
     #[serde(default)]
+    #[schema(minimum = 1)]
     pub ctx_max: Option<u32>,
     /// A file with the key that the engine asks for; an absolute path.
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub api_key_file: Option<PathBuf>,
 }
 
 impl Handoff {
     pub fn name(&self) -> HandoffName {
         HandoffName { pool_id: self.pool_id.clone(), replica_id: self.replica_id.clone() }
+    }
+
+    /// The JSON schema of the file, as JSON.
+    pub fn schema() -> String {
+        let mut parts = vec![("Handoff".to_owned(), <Self as PartialSchema>::schema())];
+        Self::schemas(&mut parts);
+        let parts: BTreeMap<String, _> = parts.into_iter().collect();
+        let document = serde_json::json!({
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "title": "A handoff file: POOL_ID-REPLICA_ID.json in the runtime directory of a node",
+            "$ref": "#/components/schemas/Handoff",
+            "components": { "schemas": parts },
+        });
+        serde_json::to_string_pretty(&document).expect("a schema is always JSON")
+    }
+
+    /// Where the engine is, the same for every way to write it.
+    pub(crate) fn address(&self) -> String {
+        let lower = self.url.to_ascii_lowercase();
+        let (scheme, rest) = lower.split_once("://").unwrap_or(("", &lower));
+        let (authority, _) = rest.split_once('/').unwrap_or((rest, ""));
+        let path = &self.url[self.url.len() - (rest.len() - authority.len())..];
+        let host = authority
+            .rsplit_once(':')
+            .map_or(authority, |(host, port)| if port.contains(']') { authority } else { host });
+        let host = if host == "localhost" { "127.0.0.1" } else { host };
+        format!("{scheme}://{host}:{}{path}", self.port())
+    }
+
+    /// The port of its address; 0 where that is none.
+    pub(crate) fn port(&self) -> u16 {
+        let usual = if self.url.to_ascii_lowercase().starts_with("https:") { 443 } else { 80 };
+        let authority =
+            self.url.split("://").nth(1).and_then(|rest| rest.split('/').next()).unwrap_or_default();
+        match authority.rsplit_once(':') {
+            Some((_, port)) if !port.contains(']') => port.parse().unwrap_or(0),
+            _ => usual,
+        }
     }
 
     /// The model names that the file gives, each once, if it gives any.
@@ -89,6 +141,8 @@ pub enum Fault {
     Url(String),
     #[error("pid: process {0} is gone, or is not the one that wrote the file")]
     ProcessGone(u32),
+    #[error("url: {0} has the same engine, which counts once")]
+    SameEngine(String),
 }
 
 /// The hosts on which engines may be.
@@ -225,6 +279,36 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    // CLOUD-2686
+    #[test]
+    fn the_schema_knows_every_field_and_no_other() {
+        let schema: serde_json::Value = serde_json::from_str(&Handoff::schema()).unwrap();
+        let handoff = &schema["components"]["schemas"]["Handoff"];
+        let mut fields = FIELDS.to_vec();
+        fields.sort_unstable();
+        let known: Vec<&String> = handoff["properties"].as_object().unwrap().keys().collect();
+        assert_eq!(known, fields);
+        assert_eq!(handoff["required"], serde_json::json!(["pool_id", "replica_id", "engine", "url"]));
+    }
+
+    // CLOUD-2687
+    #[test]
+    fn an_address_is_the_same_however_it_is_written() {
+        let of = |url: &str| {
+            let text = format!(r#"{{"pool_id":"p","replica_id":"r0","engine":"vllm","url":"{url}"}}"#);
+            parse("p-r0", text.as_bytes(), &EngineHosts::parse("127.0.0.1,localhost,[::1],gpu")).unwrap()
+        };
+        for (url, address, port) in [
+            ("http://LOCALHOST:8000/", "http://127.0.0.1:8000", 8000),
+            ("http://127.0.0.1:8000/A/v1", "http://127.0.0.1:8000/A/v1", 8000),
+            ("http://[::1]:81", "http://[::1]:81", 81),
+            ("https://gpu", "https://gpu:443", 443),
+            ("http://[::1]", "http://[::1]:80", 80),
+        ] {
+            assert_eq!((of(url).address().as_str(), of(url).port()), (address, port));
+        }
+    }
 
     fn file(url: &str, more: &str) -> String {
         format!(r#"{{"pool_id":"pool-0","replica_id":"r0","engine":"llamacpp","url":"{url}"{more}}}"#)

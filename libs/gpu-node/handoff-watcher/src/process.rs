@@ -3,6 +3,7 @@
 //! A process id is used again after its process has ended, so it counts only together with
 //! the time the process started. Source of the fields: proc(5).
 
+use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, SystemTime};
 
 /// Clock ticks a second in /proc; fixed at 100 in the kernel's interface to user space.
@@ -54,6 +55,26 @@ pub(crate) fn is_older_than(start_ticks: u64, file: SystemTime) -> bool {
     started <= file + SLACK
 }
 
+/// Whether a process of the same user listens on the port, on the network that the process has.
+pub(crate) fn listens(pid: u32, port: u16) -> bool {
+    let Ok(about) = std::fs::metadata(format!("/proc/{pid}")) else { return false };
+    let tables = ["tcp", "tcp6"].map(|table| std::fs::read_to_string(format!("/proc/{pid}/net/{table}")));
+    let of_table = |table: String| table.lines().any(|line| is_listener(line, port, about.uid()));
+    tables.into_iter().flatten().any(of_table)
+}
+
+/// A line of a table of connections: its number, both addresses, the state, three pairs, and the user.
+fn is_listener(line: &str, port: u16, uid: u32) -> bool {
+    const LISTEN: &str = "0A";
+    let mut fields = line.split_whitespace().skip(1);
+    let (Some(local), Some(_), Some(state)) = (fields.next(), fields.next(), fields.next()) else {
+        return false;
+    };
+    let local = local.rsplit_once(':').and_then(|(_, port)| u16::from_str_radix(port, 16).ok());
+    let of_user = fields.nth(3).and_then(|uid| uid.parse().ok());
+    state == LISTEN && local == Some(port) && of_user == Some(uid)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -71,5 +92,16 @@ mod tests {
         let ticks = start_ticks(std::process::id()).unwrap().unwrap();
         assert!(is_older_than(ticks, SystemTime::now()));
         assert!(!is_older_than(ticks, SystemTime::UNIX_EPOCH + Duration::from_secs(1)));
+    }
+
+    // CLOUD-2688
+    #[test]
+    fn a_process_listens_on_its_port_and_on_no_other() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let own = std::process::id();
+        assert!(listens(own, port) && !listens(u32::MAX, port));
+        drop(listener);
+        assert!(!listens(own, port));
     }
 }

@@ -1,5 +1,6 @@
 //! Looking at the directory: at change events, and at an interval.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -62,8 +63,7 @@ impl HandoffWatcher {
     ) -> (mpsc::Receiver<Change>, tokio::task::JoinHandle<()>) {
         let (send, receive) = mpsc::channel(CHANGES);
         let Self { dir, hosts, interval } = self;
-        let looker = Looker { dir, hosts, folder: Folder::default(), started: BTreeMap::new(), beyond: 0 };
-        let looker = SharedLooker(Arc::new(Mutex::new(looker)));
+        let looker = SharedLooker(Arc::new(Mutex::new(Looker::new(dir, hosts))));
         let ended = stop.clone();
         let make = move || run(looker.clone(), interval, send.clone(), ended.clone());
         (receive, loops.start(&TaskTracker::new(), "handoff watcher", &stop, make))
@@ -165,8 +165,17 @@ struct Looker {
     folder: Folder,
     /// When the process of a bound file was seen to have started.
     started: BTreeMap<String, u64>,
+    /// Files whose process lives and seems younger than they are: its id and its port.
+    doubted: BTreeMap<String, (u32, u16)>,
     /// Files that were not looked at last.
     beyond: usize,
+}
+
+impl Looker {
+    fn new(dir: PathBuf, hosts: EngineHosts) -> Self {
+        let (started, doubted) = (BTreeMap::new(), BTreeMap::new());
+        Self { dir, hosts, folder: Folder::default(), started, doubted, beyond: 0 }
+    }
 }
 
 impl Looker {
@@ -209,7 +218,10 @@ impl Looker {
         }
         for seen in &changed {
             self.started.remove(&seen.file);
+            self.doubted.remove(&seen.file);
         }
+        self.doubted.retain(|file, _| present.contains(file));
+        self.count_once(&mut changed, &present);
         let mut changes = self.folder.look(changed, &|file| present.contains(file));
         changes.extend(self.look_at_processes());
         changes
@@ -257,7 +269,27 @@ impl Looker {
         Some(Some(Seen { file: file.to_owned(), stamp, content, pool_id }))
     }
 
+    /// Of several files of one engine the one counts that was there first, else the first by its name.
+    fn count_once(&self, changed: &mut [Seen], present: &BTreeSet<String>) {
+        let stays = |file: &str| present.contains(file) && !changed.iter().any(|seen| seen.file == file);
+        let bound = self.folder.bound().filter(|(file, _, _)| stays(file));
+        let mut engines: BTreeMap<String, String> =
+            bound.map(|(file, _, handoff)| (handoff.address(), file.to_owned())).collect();
+        for seen in changed {
+            let Ok(handoff) = &seen.content else { continue };
+            match engines.entry(handoff.address()) {
+                Entry::Occupied(other) => seen.content = Err(Fault::SameEngine(other.get().clone())),
+                Entry::Vacant(place) => drop(place.insert(seen.file.clone())),
+            }
+        }
+    }
+
     fn look_at_processes(&mut self) -> Vec<Change> {
+        // Whose time spoke against them, and which serve where their file says: clocks jump, and differ.
+        let serves = |(_, (pid, port)): &(&String, &(u32, u16))| process::listens(*pid, *port);
+        for (file, _) in self.doubted.iter().filter(serves) {
+            self.folder.read_again(file);
+        }
         let mut gone = Vec::new();
         for (file, stamp, handoff) in self.folder.bound() {
             let Some(pid) = handoff.pid else { continue };
@@ -266,9 +298,12 @@ impl Looker {
                 (None, _) => false,
                 (Some(ticks), Some(first)) => ticks == *first,
                 (Some(ticks), None) => {
-                    let own = stamp.modified.is_none_or(|file| process::is_older_than(ticks, file));
+                    let is_older = || stamp.modified.is_none_or(|file| process::is_older_than(ticks, file));
+                    let own = is_older() || process::listens(pid, handoff.port());
                     if own {
                         self.started.insert(file.to_owned(), ticks);
+                    } else {
+                        self.doubted.insert(file.to_owned(), (pid, handoff.port()));
                     }
                     own
                 }
@@ -312,8 +347,7 @@ mod tests {
     }
 
     fn looker(dir: &Path) -> Looker {
-        let (hosts, folder) = (EngineHosts::default(), Folder::default());
-        Looker { dir: dir.to_owned(), hosts, folder, started: BTreeMap::new(), beyond: 0 }
+        Looker::new(dir.to_owned(), EngineHosts::default())
     }
 
     fn content(port: u16, more: &str) -> String {
@@ -500,5 +534,64 @@ mod tests {
         assert!(matches!(&looker.look()[..], [Change::Faulty { fault: Fault::Malformed(_), .. }]));
         std::fs::write(&file, content(1, "")).unwrap();
         assert_eq!(bound(&looker.look()), ["p-r0.json"]);
+    }
+
+    // CLOUD-2687
+    #[test]
+    fn an_engine_that_two_files_have_counts_once_and_for_the_other_when_the_first_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, url: &str| {
+            let (pool, replica) = name.split_once('-').unwrap();
+            let text =
+                format!(r#"{{"pool_id":"{pool}","replica_id":"{replica}","engine":"vllm","url":"{url}"}}"#);
+            std::fs::write(dir.path().join(format!("{name}.json")), text).unwrap();
+        };
+        write("p-r0", "http://127.0.0.1:1");
+        write("p-r1", "http://localhost:1/");
+        let mut looker = looker(dir.path());
+        let changes = looker.look();
+        assert_eq!(bound(&changes), ["p-r0.json"]);
+        let same = Fault::SameEngine("p-r0.json".into());
+        assert!(changes.iter().any(|change| matches!(change, Change::Faulty { file, fault, .. } if file == "p-r1.json" && *fault == same)));
+        assert!(looker.look().is_empty(), "it is said once");
+        // One that sorts before it does not take its place.
+        write("a-r0", "http://127.0.0.1:1");
+        assert!(bound(&looker.look()).is_empty());
+        std::fs::remove_file(dir.path().join("p-r0.json")).unwrap();
+        assert_eq!(bound(&looker.look()), ["a-r0.json"]);
+        write("a-r0", "http://127.0.0.1:2");
+        assert_eq!(bound(&looker.look()), ["a-r0.json", "p-r1.json"]);
+    }
+
+    // CLOUD-2688
+    #[test]
+    fn a_living_process_is_believed_against_the_clocks_where_its_engine_listens() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let file = dir.path().join("p-r0.json");
+        let write = || {
+            std::fs::write(&file, content(port, &format!(r#","pid":{}"#, std::process::id()))).unwrap();
+            // A file server's clock, or this machine's before it was set.
+            let old = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
+            std::fs::File::options().write(true).open(&file).unwrap().set_modified(old).unwrap();
+        };
+        write();
+        let mut first = looker(dir.path());
+        let changes = first.look();
+        assert!(matches!(&changes[..], [Change::Bound { .. }]), "{changes:?}");
+        // Where nothing listens yet the clocks count, until something does.
+        drop(listener);
+        let mut second = looker(dir.path());
+        let changes = second.look();
+        assert!(
+            matches!(changes.last(), Some(Change::Faulty { fault: Fault::ProcessGone(_), .. })),
+            "{changes:?}"
+        );
+        assert!(second.look().is_empty());
+        let _listener = std::net::TcpListener::bind(("127.0.0.1", port)).unwrap();
+        let changes = [second.look(), second.look()].concat();
+        assert!(matches!(&changes[..], [Change::Bound { .. }]), "{changes:?}");
+        assert!(second.look().is_empty());
     }
 }

@@ -335,7 +335,8 @@ impl Supervision {
 
     /// What is to be told of the engine; nothing of one that is gone.
     fn published(&self, run: RunId, replica_key: &ReplicaKey) -> Option<Published> {
-        let state = self.state.lock();
+        let mut state = self.state.lock();
+        let state = &mut *state;
         let life = state.lives.get(&run)?;
         let spec = state.specs.get(&life.fingerprint)?;
         if life.url.is_empty() {
@@ -356,6 +357,8 @@ impl Supervision {
         engines::set(&mut handoff, "pid", life.pid);
         engines::set(&mut handoff, "api_key_file", spec.pool.api_key_file.clone());
         let is_started = !matches!(spec.pool.provision, Provision::External { .. });
+        let of = (life.url.clone(), life.pid);
+        state.published.insert(run, of);
         Some(Published::ByUs { handoff: handoff.to_string(), is_started })
     }
 
@@ -392,11 +395,24 @@ impl Supervision {
         self.state.lock().unwritten.remove(&run);
         // The core first: nothing new is accepted from here on.
         self.agent.withdraw(&replica_key.pool_id, &replica_key.replica_id);
-        let announced = self.state.lock().lives.get(&run).is_some_and(|life| life.url.is_empty());
-        if !announced {
-            let path = self.handoff_path(replica_key);
-            // One that is gone already is as good.
+        let published = self.state.lock().published.remove(&run);
+        // One that announces itself has a file of its own.
+        if let Some((url, pid)) = published {
+            self.remove_handoff(replica_key, &url, pid).await;
+        }
+    }
+
+    /// Removes the file of an engine. Another's under its name stays: whoever has written it answers for it.
+    async fn remove_handoff(&self, replica_key: &ReplicaKey, url: &str, pid: Option<u32>) {
+        let path = self.handoff_path(replica_key);
+        // One that is gone already is as good.
+        let Ok(text) = tokio::fs::read(&path).await else { return };
+        let says: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
+        let is_own = says["url"] == url && pid.is_none_or(|pid| says["pid"] == pid);
+        if is_own {
             let _ = tokio::fs::remove_file(path).await;
+        } else {
+            tracing::warn!(file = %path.display(), "the handoff file is another engine's by now, and stays");
         }
     }
 
@@ -473,7 +489,7 @@ impl Supervision {
         let run = self.core_adopt(&replica_key, about.fingerprint);
         let (Some(spec), Some(run)) = (spec, run) else {
             tracing::info!(pool_id = %replica_key.pool_id, replica_id = %replica_key.replica_id, "a kept engine is not wanted any more");
-            let _ = tokio::fs::remove_file(self.handoff_path(&replica_key)).await;
+            self.remove_handoff(&replica_key, &about.url, Some(pid)).await;
             self.dismiss(guarded);
             return None;
         };

@@ -22,6 +22,8 @@ pub(super) struct State {
     pub(super) lives: BTreeMap<RunId, Life>,
     pub(super) under_way: BTreeMap<PoolId, String>,
     pub(super) purges: BTreeMap<PoolId, PoolPurge>,
+    /// Address and process of the engines that have handoff files of ours.
+    pub(super) published: BTreeMap<RunId, (String, Option<u32>)>,
     /// Engines whose handoff file could not be written yet.
     pub(super) unwritten: BTreeMap<RunId, ReplicaKey>,
 }
