@@ -223,6 +223,67 @@ async fn a_stranger_and_a_second_node_of_the_same_name_do_not_join() {
     cluster.nodes[0].daemon.as_mut().unwrap().kill();
 }
 
+/// A node of a name that is taken, which tries again each second; its engine is the first node's.
+fn twin(cluster: &Cluster, boots: u32) -> e2e_cloud::Process {
+    let name = format!("twin-{boots}");
+    let runtime_dir = cluster.dir.path().join(&name);
+    std::fs::create_dir_all(&runtime_dir).unwrap();
+    for file in std::fs::read_dir(&cluster.nodes[0].runtime_dir).unwrap().flatten() {
+        if file.path().extension().is_some_and(|extension| extension == "json") {
+            std::fs::copy(file.path(), runtime_dir.join(file.file_name())).unwrap();
+        }
+    }
+    let mut command = std::process::Command::new(e2e_cloud::process::program("pool-managerd"));
+    command
+        .env("POOL_MANAGERD_NODE_ID", "gpu-node-1")
+        .env("POOL_MANAGERD_ADDR", format!("127.0.0.1:{}", e2e_cloud::process::free_port()))
+        .env("POOL_MANAGERD_RUNTIME_DIR", &runtime_dir)
+        .env("POOL_MANAGERD_HEARTBEAT_INTERVAL_SECS", "1")
+        .env("ORCHESTRATORD_URL", &cluster.client.base)
+        .env("LLORCH_API_TOKEN", TOKEN);
+    e2e_cloud::Process::start(command, &cluster.log(&name))
+}
+
+// CLOUD-2690
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_was_stopped_under_a_stream_keeps_its_place_and_a_dead_one_leaves_it_to_its_successor() {
+    use nix::sys::signal::kill;
+    let control = vec![("ORCHESTRATORD_NODE_TIMEOUT_SECS", "30".to_owned())];
+    let mut cluster = Cluster::start(Options { nodes: 1, control, ..Options::default() }).await;
+    let boot_id = cluster.client.node("gpu-node-1").await.unwrap().boot_id;
+    let pid =
+        nix::unistd::Pid::from_raw(i32::try_from(cluster.nodes[0].daemon.as_ref().unwrap().pid()).unwrap());
+    let client = cluster.client.clone();
+    let task = cluster.task(400);
+    let streamed = tokio::spawn(async move { client.run(task).await });
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    kill(pid, Signal::SIGSTOP).unwrap();
+    let clone = twin(&cluster, 1);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    kill(pid, Signal::SIGCONT).unwrap();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(
+        cluster.client.node("gpu-node-1").await.unwrap().boot_id,
+        boot_id,
+        "a living node keeps its place"
+    );
+    let transcript = streamed.await.unwrap();
+    transcript.check();
+    assert!(transcript.completed(), "{:?}", transcript.events.last());
+    // It dies, and the other takes its place long before the lease is over.
+    let died = std::time::Instant::now();
+    cluster.nodes[0].daemon.as_mut().unwrap().kill();
+    eventually("the successor is taken", Duration::from_secs(20), || async {
+        let node = cluster.client.node("gpu-node-1").await?;
+        (node.boot_id != boot_id && node.liveness == Liveness::Online).then_some(())
+    })
+    .await;
+    println!("taken after {} ms", died.elapsed().as_millis());
+    let transcript = cluster.client.run(cluster.task(4)).await;
+    assert!(transcript.completed(), "{:?}", transcript.events.last());
+    drop(clone);
+}
+
 // CLOUD-1515
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_answers_before_prefill_and_shows_that_it_lives() {

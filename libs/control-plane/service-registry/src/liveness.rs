@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use pool_registry_types::node::{LiveAnswer, Liveness};
-use pool_registry_types::{Backoff, Moment, NodeId};
+use pool_registry_types::{Backoff, BootId, Moment, NodeId};
 
 /// Time between two probes of a suspect node. Source: .specs/01 CLOUD-1305.
 pub(crate) const PROBE_EVERY: Duration = Duration::from_secs(1);
@@ -82,6 +82,20 @@ pub struct Transition {
     pub to: Liveness,
 }
 
+/// Another process elsewhere says that it is the node, while that is taken to be live. A clone must not
+/// take a living node's place, and a node that died must not wait for its lease.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Contest {
+    boot_id: BootId,
+    address: String,
+    since: Moment,
+    /// A probe was under way at its start: what that says is of the time before.
+    ignores_one: bool,
+    /// When the first probe since then failed, and whether one did a second later.
+    first_failed: Option<Moment>,
+    failed_twice: bool,
+}
+
 /// The evidence about one node.
 #[derive(Debug, Clone)]
 pub(crate) struct Evidence {
@@ -105,6 +119,7 @@ pub(crate) struct Evidence {
     pub(crate) offline_since: Option<Moment>,
     pub(crate) next_probe: Option<Moment>,
     pub(crate) probe_in_flight: bool,
+    contest: Option<Contest>,
 }
 
 impl Evidence {
@@ -123,7 +138,45 @@ impl Evidence {
             offline_since: None,
             next_probe: Some(now),
             probe_in_flight: false,
+            contest: None,
         }
+    }
+
+    /// Another process says that it is this node. Returns whether this one has shown itself dead since it
+    /// first did: dialled in vain twice, without a heartbeat for an interval and without a byte of an attempt.
+    pub(crate) fn yields_to(
+        &mut self,
+        now: Moment,
+        boot_id: BootId,
+        address: &str,
+        heartbeat_interval: Duration,
+    ) -> bool {
+        let is_it = |contest: &&Contest| contest.boot_id == boot_id && contest.address == address;
+        if let Some(contest) = self.contest.as_ref().filter(is_it)
+            && self.last_life < contest.since
+        {
+            return contest.failed_twice && self.last_heartbeat + heartbeat_interval <= now;
+        }
+        let (ignores_one, address) = (self.probe_in_flight, address.to_owned());
+        let contest =
+            Contest { boot_id, address, since: now, ignores_one, first_failed: None, failed_twice: false };
+        self.contest = Some(contest);
+        self.want_probe(now);
+        false
+    }
+
+    /// A probe has come back.
+    fn contested(&mut self, now: Moment, is_there: bool) {
+        let Some(contest) = &mut self.contest else { return };
+        if std::mem::take(&mut contest.ignores_one) {
+            return;
+        }
+        if is_there {
+            self.contest = None;
+            return;
+        }
+        let first = *contest.first_failed.get_or_insert(now);
+        contest.failed_twice |= first + PROBE_EVERY <= now;
     }
 
     pub(crate) fn liveness(&self) -> Liveness {
@@ -189,6 +242,18 @@ impl Evidence {
             }
             Some(Ok(())) | None => {}
         }
+    }
+
+    /// A probe has shown that it is there.
+    pub(crate) fn probe_answered(&mut self, now: Moment, authorized: Option<Result<(), Denied>>) {
+        self.contested(now, true);
+        self.dialled(now, authorized);
+    }
+
+    /// A probe has failed.
+    pub(crate) fn probe_failed(&mut self, now: Moment, reason: String) {
+        self.contested(now, false);
+        self.not_dialled(reason);
     }
 
     pub(crate) fn not_dialled(&mut self, reason: String) {

@@ -155,7 +155,7 @@ impl ServiceRegistry {
     // ---- membership ----
 
     /// Takes a node in. A live id with another boot is a restart when it comes from the same
-    /// address, and a conflict otherwise. The node is suspect until its address was dialled. It takes
+    /// address, and a conflict otherwise, until the node that has it has shown itself dead. The node is suspect until its address was dialled. It takes
     /// one of its registrar's places, where those are bounded.
     pub fn register(
         &mut self,
@@ -163,16 +163,8 @@ impl ServiceRegistry {
         request: RegisterRequest,
         registrar: Option<&Registrar>,
     ) -> Result<Registered, NodeConflict> {
-        let known = self.nodes.get(&request.node_id);
-        if let Some(node) = known
-            && node.request.boot_id != request.boot_id
-            && node.request.address != request.address
-            && node.evidence.liveness() != Liveness::Offline
-        {
-            return Err(NodeConflict::IdTaken {
-                node_id: request.node_id,
-                address: node.request.address.clone(),
-            });
+        if let Some(address) = self.is_taken(now, &request) {
+            return Err(NodeConflict::IdTaken { node_id: request.node_id, address });
         }
         self.make_room(&request.node_id, registrar)?;
         let registrar = registrar.map(|registrar| Arc::clone(&registrar.name));
@@ -233,6 +225,22 @@ impl ServiceRegistry {
         }
         let intent = self.nodes.get(&node_id).map_or((Intent::Serving, 0), Node::order);
         Ok(Registered { epoch, intent, ended })
+    }
+
+    /// Where the node is that has the id, while it is not known to be dead.
+    fn is_taken(&mut self, now: Moment, request: &RegisterRequest) -> Option<String> {
+        let node = self.nodes.get(&request.node_id)?;
+        let is_live = node.evidence.liveness() != Liveness::Offline;
+        let is_another = node.request.boot_id != request.boot_id && node.request.address != request.address;
+        if !is_live || !is_another {
+            return None;
+        }
+        let interval = self.settings.timing.heartbeat_interval;
+        self.nodes.change(&request.node_id, |node| {
+            let evidence = &mut node.evidence;
+            let yields = evidence.yields_to(now, request.boot_id, &request.address, interval);
+            (!yields).then(|| node.request.address.clone())
+        })?
     }
 
     fn next_epoch(&mut self) -> Epoch {

@@ -213,6 +213,72 @@ fn a_live_id_from_another_address_is_a_conflict_and_from_the_same_a_restart() {
     assert_eq!(r.heartbeat(at(4), &node_id("a"), beat(&epoch, 2, &[])), Err(NodeNotKnown));
 }
 
+// CLOUD-2690
+#[test]
+fn a_node_that_died_yields_to_its_successor_elsewhere_and_a_living_one_to_nobody() {
+    let failed = || ProbeOutcome::Failed("refused".into());
+    let begun = |last_heartbeat: u64| {
+        let mut r = registry();
+        let epoch = join(&mut r, at(0), "a");
+        taken(r.heartbeat(at(last_heartbeat), &node_id("a"), beat(&epoch, 1, &[])));
+        r.reserve(&pool("a"), attempt(1));
+        (r, epoch)
+    };
+    let claims = |r: &mut ServiceRegistry, ms: u64| {
+        r.register(at(ms), request("a", 2, "http://elsewhere"), None).map(|taken| taken.ended)
+    };
+    let probe = |r: &mut ServiceRegistry, ms: u64, outcome: ProbeOutcome| {
+        assert_eq!(r.take_due_probes(at(ms)).len(), 1, "at {ms}");
+        r.probed(at(ms), &node_id("a"), "http://a", outcome);
+    };
+    // It died: a heartbeat is missing, and it was dialled in vain twice.
+    let (mut r, _) = begun(10);
+    assert!(claims(&mut r, 100).is_err());
+    probe(&mut r, 100, failed());
+    probe(&mut r, 1_100, failed());
+    assert_eq!(claims(&mut r, 1_101), Ok(vec![attempt(1)]));
+    // One packet was lost.
+    let (mut r, _) = begun(10);
+    assert!(claims(&mut r, 100).is_err());
+    probe(&mut r, 100, failed());
+    assert!(claims(&mut r, 1_050).is_err(), "dialled in vain once");
+    probe(&mut r, 1_100, live("a", 1));
+    assert!(claims(&mut r, 1_500).is_err());
+    // It cannot be dialled, and a heartbeat or a token shows that it lives.
+    for token in [false, true] {
+        let (mut r, epoch) = begun(10);
+        assert!(claims(&mut r, 100).is_err());
+        probe(&mut r, 100, failed());
+        if token {
+            r.alive(at(900), &node_id("a"));
+        } else {
+            taken(r.heartbeat(at(900), &node_id("a"), beat(&epoch, 2, &[])));
+        }
+        probe(&mut r, 1_100, failed());
+        assert!(claims(&mut r, 1_950).is_err());
+        assert_eq!(r.check_order(), Ok(()));
+    }
+    // The heartbeat is not due yet.
+    let (mut r, epoch) = begun(10);
+    taken(r.heartbeat(at(99), &node_id("a"), beat(&epoch, 2, &[])));
+    assert!(claims(&mut r, 100).is_err());
+    probe(&mut r, 100, failed());
+    probe(&mut r, 1_100, failed());
+    assert!(claims(&mut r, 1_098).is_err());
+    // A probe that was under way says nothing of the time after, and another claimant begins anew.
+    let (mut r, _) = begun(10);
+    r.want_probe(at(50), &node_id("a"));
+    assert_eq!(r.take_due_probes(at(50)).len(), 1);
+    assert!(claims(&mut r, 100).is_err());
+    r.probed(at(101), &node_id("a"), "http://a", failed());
+    probe(&mut r, 1_101, failed());
+    assert!(claims(&mut r, 1_102).is_err());
+    let other = r.register(at(1_103), request("a", 3, "http://third"), None);
+    assert!(other.is_err());
+    probe(&mut r, 2_101, failed());
+    assert!(claims(&mut r, 2_102).is_err(), "the first claim is forgotten");
+}
+
 // CLOUD-1013
 #[test]
 fn an_offline_id_may_come_back_from_another_address() {

@@ -12,7 +12,8 @@ use crate::ids::{ModelRef, NodeId, PoolId};
 use crate::moment::Moment;
 use crate::node::Liveness;
 use crate::view::{
-    CatalogAvailability, ClusterView, ModelAvailability, NodeView, PoolOfNode, ProblemOfNode, StagedAt,
+    CatalogAvailability, ClusterView, ModelAvailability, ModelState, NodeView, PoolOfNode, ProblemOfNode,
+    StagedAt,
 };
 
 /// Most nodes of one piece; about the square root of the most nodes that there are.
@@ -142,7 +143,8 @@ impl ClusterSnapshot {
     pub fn availability(&self) -> CatalogAvailability {
         #[derive(Default)]
         struct Found<'v> {
-            nodes: BTreeSet<&'v NodeId>,
+            ready: BTreeSet<&'v NodeId>,
+            loadable: BTreeSet<&'v NodeId>,
             capacity: u32,
             staged: Vec<StagedAt>,
         }
@@ -155,20 +157,33 @@ impl ClusterSnapshot {
                     bytes: staged.bytes,
                 });
             }
-            for pool in node.pools.iter().filter(|pool| node.serves(pool)) {
-                for model in &pool.report.models {
+            for pool in &node.pools {
+                let (serves, loads) = (node.serves(pool), node.loads(pool));
+                for model in pool.report.models.iter().filter(|_| serves || loads) {
                     let found = models.entry(model).or_default();
-                    found.nodes.insert(&node.node_id);
-                    found.capacity = found.capacity.saturating_add(pool.slots_total);
+                    if serves {
+                        found.ready.insert(&node.node_id);
+                        found.capacity = found.capacity.saturating_add(pool.slots_total);
+                    } else {
+                        found.loadable.insert(&node.node_id);
+                    }
                 }
             }
         }
-        let models = models.into_iter().map(|(model, found)| ModelAvailability {
-            model_id: model.clone(),
-            total_nodes: u32::try_from(found.nodes.len()).unwrap_or(u32::MAX),
-            nodes: found.nodes.into_iter().cloned().collect(),
-            total_capacity: found.capacity,
-            staged: found.staged,
+        let models = models.into_iter().map(|(model, found)| {
+            let (state, nodes) = match (found.ready.is_empty(), found.loadable.is_empty()) {
+                (false, _) => (Some(ModelState::Ready), found.ready),
+                (true, false) => (Some(ModelState::Loadable), found.loadable),
+                (true, true) => (None, found.ready),
+            };
+            ModelAvailability {
+                model_id: model.clone(),
+                state,
+                total_nodes: u32::try_from(nodes.len()).unwrap_or(u32::MAX),
+                nodes: nodes.into_iter().cloned().collect(),
+                total_capacity: found.capacity,
+                staged: found.staged,
+            }
         });
         CatalogAvailability { models: models.collect() }
     }

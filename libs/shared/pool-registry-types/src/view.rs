@@ -206,14 +206,26 @@ pub struct CatalogAvailability {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ModelAvailability {
     pub model_id: ModelRef,
-    /// Online nodes with a ready pool of the model.
+    /// What a task for it finds; absent where it is staged and no pool has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<ModelState>,
+    /// Online nodes with a ready pool of the model; where there is none, those that load it.
     pub nodes: Vec<NodeId>,
     pub total_nodes: u32,
-    /// Slots of those pools, busy ones included.
+    /// Slots of the ready pools, busy ones included.
     pub total_capacity: u32,
     /// Live nodes that have the model on disk, whether they serve it or not.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub staged: Vec<StagedAt>,
+}
+
+/// Whether an engine serves a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelState {
+    Ready,
+    /// A pool starts its engine when a task waits for it.
+    Loadable,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -230,6 +242,15 @@ impl NodeView {
             && self.intent == Intent::Serving
             && pool.report.engine.is_some()
             && pool.report.ready
+            && !pool.report.draining
+    }
+
+    /// Whether the pool, which is the node's, starts an engine when a task waits for it.
+    pub(crate) fn loads(&self, pool: &PoolView) -> bool {
+        self.liveness == Liveness::Online
+            && self.intent == Intent::Serving
+            && pool.report.state == PoolState::Loadable
+            && pool.report.supervised.as_ref().is_some_and(|own| own.fits)
             && !pool.report.draining
     }
 

@@ -42,9 +42,29 @@ async fn ten_tasks_at_once_for_two_models_that_share_a_place_load_each_at_most_t
             wait_state(&cluster, pool, "loadable", MINUTE).await;
         }
         eventually("the node is known", MINUTE, || async { cluster.client.node("gpu-node-1").await }).await;
+        let model = |name: &'static str| {
+            let client = &cluster.client;
+            async move {
+                let all = client.get_json("/v2/catalog/availability").await?;
+                all["models"].as_array()?.iter().find(|model| model["model_id"] == name).cloned()
+            }
+        };
+        // What is not loaded can be asked for, and has no place yet (CLOUD-2691).
+        eventually("its models are loadable", MINUTE, || async {
+            let of = model("model-a").await?;
+            let is = (&of["state"], &of["nodes"], &of["total_capacity"]);
+            (is == (&json!("loadable"), &json!(["gpu-node-1"]), &json!(0))).then_some(())
+        })
+        .await;
         let start = Instant::now();
         let models: Vec<&str> = (0..10).map(|n| ["model-a", "model-b"][n % 2]).collect();
         all_complete(submit_many(&cluster, &models, 8).await).await;
+        let ready = ["model-a", "model-b"].map(model);
+        let ready = futures::future::join_all(ready).await;
+        assert!(
+            ready.iter().flatten().any(|of| of["state"] == "ready" && of["total_capacity"] == slots),
+            "{ready:?}"
+        );
         let mut unloads = Vec::new();
         for name in ["pool-a", "pool-b"] {
             unloads.push(supervised(&pool(&cluster, name).await.unwrap(), "unloads"));

@@ -149,8 +149,8 @@ impl ServiceRegistry {
             node.evidence.probe_in_flight = false;
             let asked = authorized.is_some();
             match failure {
-                None => node.evidence.dialled(now, authorized),
-                Some(reason) => node.evidence.not_dialled(reason),
+                None => node.evidence.probe_answered(now, authorized),
+                Some(reason) => node.evidence.probe_failed(now, reason),
             }
             let is = node.evidence.liveness();
             if is == Liveness::Suspect {

@@ -36,11 +36,16 @@ impl Supervisor {
         } else {
             PoolState::Loadable
         };
+        // It is found out before a task waits for it in vain.
+        let of_one = prepared.filter(|_| state == PoolState::Loadable).map(|prepared| &prepared.claim);
+        let short = of_one.and_then(|claim| self.ledger.fits(claim, &Claim::new()).err());
+        let never = short.filter(|short| short.for_ever);
         let last_error = pool
             .failed
             .clone()
             .or(unprepared)
             .or_else(|| pool.waits_for.as_ref().map(|waits| format!("waits for memory: {waits}")))
+            .or_else(|| never.map(|short| format!("cannot be loaded: {short}")))
             .or_else(|| pool.last_error.clone());
         let free = claim.keys().map(|device| self.ledger.available(*device));
         let free: Option<u64> = free.collect::<Option<Vec<u64>>>().map(|all| all.iter().sum());

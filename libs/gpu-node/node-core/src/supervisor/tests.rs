@@ -304,6 +304,18 @@ fn a_pool_is_loaded_when_a_task_waits_and_unloaded_when_nothing_does() {
     assert_eq!(machine.state("a").0, PoolState::Loadable);
 }
 
+// CLOUD-2692
+#[test]
+fn a_pool_that_no_device_has_room_for_says_so_before_a_task_waits_for_it() {
+    let mut machine = Machine::new(&[("a", plan("a", 1_200, true)), ("b", plan("b", 900, true))]);
+    machine.pass(1_000);
+    let (state, error) = machine.state("a");
+    assert_eq!(state, PoolState::Loadable);
+    let error = error.unwrap();
+    assert!(error.starts_with("cannot be loaded: needs 1200 MiB on GPU0"), "{error}");
+    assert_eq!(machine.state("b"), (PoolState::Loadable, None));
+}
+
 // CLOUD-2422
 #[test]
 fn a_demand_that_nobody_repeats_is_forgotten() {
