@@ -13,7 +13,7 @@ use daemon_kit::metrics::Page;
 use daemon_kit::tokens::Scope;
 use daemon_kit::{ApiError, Body, PathId, WrappedBody, stream_body};
 use node_agent::Retention;
-use pool_registry_types::node::{GpuReport, Intent, IntentOrder, LiveAnswer, StagedModel};
+use pool_registry_types::node::{GpuMemory, GpuReport, Intent, IntentOrder, LiveAnswer, StagedModel};
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload, PoolReport};
 use pool_registry_types::routes::headers;
 use pool_registry_types::task::InferRequest;
@@ -206,6 +206,9 @@ async fn metrics(State(node): State<AppState>) -> Response {
         let device = gpu.device_id.to_string();
         let labels: &[(&'static str, &str)] =
             &[("node_id", identity.node_id.as_str()), ("device_id", &device)];
+        if gpu.memory == GpuMemory::Unknown {
+            continue;
+        }
         page.gauge(
             "llorch_gpu_vram_used_bytes",
             "Memory in use on the GPU.",

@@ -28,6 +28,13 @@ struct Gpus {
 impl Gpus {
     /// A node with a fake engine of its own and this driver.
     async fn start(lib: &str, script: Value, pools: Option<String>) -> Self {
+        let gpus = Self::begin(lib, script, pools);
+        gpus.cluster.wait_online(0).await;
+        gpus
+    }
+
+    /// The same, before anything is ready.
+    fn begin(lib: &str, script: Value, pools: Option<String>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("script.json");
         let node = vec![
@@ -45,9 +52,7 @@ impl Gpus {
         std::fs::write(&path, script.to_string()).unwrap();
         cluster.start_control();
         cluster.add_node(0);
-        let gpus = Self { cluster, script: path, _folder: folder };
-        gpus.cluster.wait_online(0).await;
-        gpus
+        Self { cluster, script: path, _folder: folder }
     }
 
     fn set(&self, script: Value) {
@@ -236,4 +241,107 @@ async fn an_engine_waits_for_memory_that_a_stranger_holds_and_says_so_in_numbers
         status().await.filter(|pool| pool["ready"] == true)
     })
     .await;
+}
+
+/// A pool of the fake engine on these devices.
+fn on_devices(devices: &str, memory_bytes: u64) -> String {
+    format!(
+        "[pools.pool-0]\nengine = \"llamacpp\"\nmodel = \"fake-model\"\nslots = 4\ndevices = [{devices}]\nmemory_bytes = {memory_bytes}\n\
+         [pools.pool-0.provision]\nmode = \"binary\"\nprogram = \"{}\"\n\
+         args = [\"--addr\", \"127.0.0.1:{{port}}\", \"--model\", \"{{model}}\"]\n",
+        program("fake-engine").display(),
+    )
+}
+
+impl Gpus {
+    async fn wait_pool(&self, what: &str, test: impl Fn(&Value) -> bool) -> Value {
+        eventually(what, LOOK, || async {
+            self.cluster.node_client(0).get_json("/v2/pools/pool-0/status").await.filter(&test)
+        })
+        .await
+    }
+}
+
+// CLOUD-2694
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_driver_and_a_gpu_that_come_after_the_daemon_are_seen_and_the_engine_starts() {
+    for absent in [json!({"driver": "lost"}), json!({"gpus": []})] {
+        let gpus = Gpus::begin("fake_nvml", absent, Some(on_devices("0", GIB)));
+        let seen = gpus.wait("the GPU that the file names is lost", |gpus| gpus[0]["health"] == "lost").await;
+        assert_eq!((seen.as_array().unwrap().len(), &seen[0]["memory"]), (1, &json!("unknown")));
+        let waits =
+            |pool: &Value| pool["last_error"].as_str().is_some_and(|error| error.contains("GPU0 is lost"));
+        gpus.wait_pool("its engine waits", waits).await;
+        gpus.set(json!({}));
+        gpus.wait("both are there", |gpus| gpus[0]["health"] == "ok" && gpus[1]["health"] == "ok").await;
+        gpus.wait_pool("the engine is ready", |pool| pool["ready"] == true).await;
+        let capabilities = || async {
+            let node = gpus.cluster.client.get_json("/v2/nodes/gpu-node-1").await?;
+            (node["capabilities"]["gpus"][1]["uuid"] == "GPU-fake-1").then_some(())
+        };
+        eventually("the control plane knows them", LOOK, capabilities).await;
+        gpus.cluster.wait_online(0).await;
+        gpus.serves().await;
+    }
+}
+
+// CLOUD-2693
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_that_is_not_told_is_the_machines_or_unknown_and_no_engine_waits_for_it() {
+    for (answer, memory, part) in [
+        ("not_supported", "shared", "it has the machine's memory"),
+        ("no_permission", "unknown", "the driver does not tell"),
+    ] {
+        let script = json!({"gpus": [{"memory": answer}]});
+        let gpus = Gpus::begin("fake_nvml", script, Some(on_devices("0", GIB / 8)));
+        let seen = gpus.wait("it is seen", |gpus| gpus[0]["memory"] == memory).await;
+        assert_eq!(seen[0]["health"], "ok", "{seen}");
+        assert!(seen[0]["problem"].as_str().unwrap().contains(part), "{seen}");
+        assert_eq!(seen[0]["vram_total_bytes"].as_u64().unwrap() > 0, memory == "shared");
+        gpus.wait_pool("the engine is ready", |pool| pool["ready"] == true).await;
+        gpus.cluster.wait_online(0).await;
+        gpus.serves().await;
+    }
+    let script = json!({"gpus": [{"memory": "not_supported"}]});
+    let gpus = Gpus::begin("fake_nvml", script, Some(on_devices("0", 1 << 50)));
+    let failed = gpus.wait_pool("it is more than the machine has", |pool| pool["state"] == "failed").await;
+    assert!(
+        failed["last_error"].as_str().unwrap().contains("GPU0, which has the machine's memory"),
+        "{failed}"
+    );
+}
+
+// CLOUD-2695
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_instance_of_a_gpu_is_a_device_of_its_own_in_environment_books_and_report() {
+    let instance =
+        |name: &str, total: u64| json!({"uuid": name, "name": "Fake 1g", "total": total, "used": 0});
+    let split = |instances: Value| json!({"gpus": [{"mig": true, "memory": "no_permission", "instances": instances}]});
+    let both = split(json!([instance("MIG-a-0", 10 * GIB), instance("MIG-b-0", 5 * GIB)]));
+    let gpus = Gpus::begin("fake_nvml", both, Some(on_devices("\"MIG-b-0\"", 4 * GIB)));
+    let pool = gpus.wait_pool("the engine is ready", |pool| pool["ready"] == true).await;
+    assert_eq!(pool["device_mask"], "MIG-b-0");
+    let handoff = std::fs::read(gpus.cluster.nodes[0].runtime_dir.join("pool-0-r0.json")).unwrap();
+    let handoff: Value = serde_json::from_slice(&handoff).unwrap();
+    let environment = std::fs::read(format!("/proc/{}/environ", handoff["pid"])).unwrap();
+    let environment = String::from_utf8_lossy(&environment);
+    assert!(environment.split('\0').any(|entry| entry == "CUDA_VISIBLE_DEVICES=MIG-b-0"), "{environment}");
+    let seen = gpus.wait("all are told", |gpus| gpus.as_array().is_some_and(|all| all.len() == 3)).await;
+    let of = |n: usize| (seen[n]["device_id"].clone(), seen[n]["uuid"].clone(), seen[n]["health"].clone());
+    assert_eq!(of(0), (json!(0), json!("GPU-fake-0"), json!("ok")), "not told is not lost: {seen}");
+    assert_eq!(of(2), (json!(1001), json!("MIG-b-0"), json!("ok")), "{seen}");
+    let free = pool["vram_free_bytes"].as_u64().unwrap();
+    assert!(free < GIB, "4 GiB of 5 are claimed: {free}");
+    gpus.cluster.wait_online(0).await;
+    gpus.serves().await;
+    // It is taken apart: whoever needs it waits, and the rest goes on.
+    gpus.set(split(json!([instance("MIG-a-0", 10 * GIB)])));
+    gpus.wait("one is left", |gpus| gpus.as_array().is_some_and(|all| all.len() == 2)).await;
+    gpus.set(split(json!([instance("MIG-c-0", 2 * GIB), instance("MIG-b-0", 2 * GIB)])));
+    let seen = gpus.wait("there are others", |gpus| gpus.as_array().is_some_and(|all| all.len() == 3)).await;
+    assert_eq!(
+        (&seen[1]["uuid"], &seen[2]["vram_total_bytes"]),
+        (&json!("MIG-c-0"), &json!(2 * GIB)),
+        "{seen}"
+    );
 }

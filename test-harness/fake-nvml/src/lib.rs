@@ -13,6 +13,8 @@ const TIMEOUT: c_uint = 10;
 const XID_CRITICAL_ERROR: c_ulonglong = 8;
 const INVALID_ARGUMENT: c_uint = 2;
 const NOT_SUPPORTED: c_uint = 3;
+const NO_PERMISSION: c_uint = 4;
+const NOT_FOUND: c_uint = 6;
 const INSUFFICIENT_SIZE: c_uint = 7;
 const DRIVER_NOT_LOADED: c_uint = 9;
 const GPU_IS_LOST: c_uint = 15;
@@ -27,6 +29,17 @@ enum State {
     Lost,
     /// Calls do not come back while it is set.
     Hang,
+}
+
+#[derive(Deserialize, Clone, Copy, PartialEq, Default)]
+#[serde(rename_all = "snake_case")]
+enum Answer {
+    #[default]
+    Amount,
+    /// As GPUs answer that have the machine's memory.
+    NotSupported,
+    /// As a GPU answers that is split into instances.
+    NoPermission,
 }
 
 #[derive(Deserialize)]
@@ -50,6 +63,11 @@ struct Gpu {
     processes: Vec<(u32, u64)>,
     state: State,
     mig: bool,
+    /// Absent: made of its number.
+    uuid: Option<String>,
+    memory: Amount,
+    /// What it is split into.
+    instances: Vec<Gpu>,
     /// Errors that are told once each, in this order.
     xids: Vec<u64>,
 }
@@ -67,6 +85,9 @@ impl Default for Gpu {
             processes: Vec::new(),
             state: State::Ok,
             mig: false,
+            uuid: None,
+            memory: Answer::Amount,
+            instances: Vec::new(),
             xids: Vec::new(),
         }
     }
@@ -97,13 +118,18 @@ fn driver() -> Result<Script, c_uint> {
     }
 }
 
+/// Of an instance the handle has its GPU's in its lower bits and its own number and one above them.
+const INSTANCE: usize = 1 << 16;
+
 /// A handle is the device's number and one, so that none is null.
 fn gpu(device: *mut c_void) -> Result<Gpu, c_uint> {
     let script = driver()?;
-    let gpu = (device as usize).checked_sub(1).and_then(|n| script.gpus.get(n)).ok_or(INVALID_ARGUMENT)?;
-    match gpu.state {
-        State::Lost => Err(GPU_IS_LOST),
-        _ => Ok(gpu.clone()),
+    let (of, instance) = (device as usize % INSTANCE, device as usize / INSTANCE);
+    let gpu = of.checked_sub(1).and_then(|n| script.gpus.get(n)).ok_or(INVALID_ARGUMENT)?;
+    match (gpu.state, instance.checked_sub(1)) {
+        (State::Lost, _) => Err(GPU_IS_LOST),
+        (_, None) => Ok(gpu.clone()),
+        (_, Some(n)) => gpu.instances.get(n).cloned().ok_or(NOT_FOUND),
     }
 }
 
@@ -177,9 +203,11 @@ pub unsafe extern "C" fn nvmlDeviceGetName(device: *mut c_void, into: *mut c_cha
 /// As nvml.h says.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetUUID(device: *mut c_void, into: *mut c_char, length: c_uint) -> c_uint {
-    let uuid = format!("GPU-fake-{}", device as usize - 1);
-    // SAFETY: the caller gives a buffer and its length.
-    answer(gpu(device).map(|_| unsafe { write_text(&uuid, into, length) }))
+    answer(gpu(device).map(|gpu| {
+        let uuid = gpu.uuid.unwrap_or_else(|| format!("GPU-fake-{}", device as usize - 1));
+        // SAFETY: the caller gives a buffer and its length.
+        unsafe { write_text(&uuid, into, length) }
+    }))
 }
 
 #[repr(C)]
@@ -196,11 +224,17 @@ pub struct Memory {
 /// As nvml.h says.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetMemoryInfo_v2(device: *mut c_void, memory: *mut Memory) -> c_uint {
-    answer(gpu(device).map(|gpu| {
+    answer(gpu(device).and_then(|gpu| {
+        match gpu.memory {
+            Answer::Amount => {}
+            Answer::NotSupported => return Err(NOT_SUPPORTED),
+            Answer::NoPermission => return Err(NO_PERMISSION),
+        }
         // SAFETY: the caller gives a structure of this layout.
         let memory = unsafe { &mut *memory };
         (memory.total, memory.reserved) = (gpu.total, 0);
         (memory.used, memory.free) = (gpu.used, gpu.total.saturating_sub(gpu.used));
+        Ok(())
     }))
 }
 
@@ -277,6 +311,28 @@ pub unsafe extern "C" fn nvmlDeviceGetMigMode(
         // SAFETY: the caller gives places for both numbers.
         unsafe { (current.write(c_uint::from(gpu.mig)), pending.write(c_uint::from(gpu.mig))) };
     }))
+}
+
+/// # Safety
+/// As nvml.h says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetMaxMigDeviceCount(device: *mut c_void, count: *mut c_uint) -> c_uint {
+    const MOST: c_uint = 7;
+    // SAFETY: the caller gives a place for the number.
+    answer(gpu(device).map(|gpu| unsafe { count.write(if gpu.mig { MOST } else { 0 }) }))
+}
+
+/// # Safety
+/// As nvml.h says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetMigDeviceHandleByIndex(
+    device: *mut c_void,
+    index: c_uint,
+    instance: *mut *mut c_void,
+) -> c_uint {
+    let handle = (device as usize % INSTANCE + (index as usize + 1) * INSTANCE) as *mut c_void;
+    // SAFETY: the caller gives a place for the handle.
+    answer(gpu(handle).map(|_| unsafe { instance.write(handle) }))
 }
 
 #[repr(C)]

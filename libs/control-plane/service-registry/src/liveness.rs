@@ -143,7 +143,7 @@ impl Evidence {
     }
 
     /// Another process says that it is this node. Returns whether this one has shown itself dead since it
-    /// first did: dialled in vain twice, without a heartbeat for an interval and without a byte of an attempt.
+    /// first did: two dials failed, without a heartbeat for an interval and without a byte of an attempt.
     pub(crate) fn yields_to(
         &mut self,
         now: Moment,

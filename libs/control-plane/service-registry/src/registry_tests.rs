@@ -231,7 +231,7 @@ fn a_node_that_died_yields_to_its_successor_elsewhere_and_a_living_one_to_nobody
         assert_eq!(r.take_due_probes(at(ms)).len(), 1, "at {ms}");
         r.probed(at(ms), &node_id("a"), "http://a", outcome);
     };
-    // It died: a heartbeat is missing, and it was dialled in vain twice.
+    // It died: a heartbeat is missing, and two dials failed.
     let (mut r, _) = begun(10);
     assert!(claims(&mut r, 100).is_err());
     probe(&mut r, 100, failed());
@@ -241,7 +241,7 @@ fn a_node_that_died_yields_to_its_successor_elsewhere_and_a_living_one_to_nobody
     let (mut r, _) = begun(10);
     assert!(claims(&mut r, 100).is_err());
     probe(&mut r, 100, failed());
-    assert!(claims(&mut r, 1_050).is_err(), "dialled in vain once");
+    assert!(claims(&mut r, 1_050).is_err(), "one dial failed");
     probe(&mut r, 1_100, live("a", 1));
     assert!(claims(&mut r, 1_500).is_err());
     // It cannot be dialled, and a heartbeat or a token shows that it lives.

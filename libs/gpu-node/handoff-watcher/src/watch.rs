@@ -166,15 +166,15 @@ struct Looker {
     /// When the process of a bound file was seen to have started.
     started: BTreeMap<String, u64>,
     /// Files whose process lives and seems younger than they are: its id and its port.
-    doubted: BTreeMap<String, (u32, u16)>,
+    contradicted: BTreeMap<String, (u32, u16)>,
     /// Files that were not looked at last.
     beyond: usize,
 }
 
 impl Looker {
     fn new(dir: PathBuf, hosts: EngineHosts) -> Self {
-        let (started, doubted) = (BTreeMap::new(), BTreeMap::new());
-        Self { dir, hosts, folder: Folder::default(), started, doubted, beyond: 0 }
+        let (started, contradicted) = (BTreeMap::new(), BTreeMap::new());
+        Self { dir, hosts, folder: Folder::default(), started, contradicted, beyond: 0 }
     }
 }
 
@@ -218,9 +218,9 @@ impl Looker {
         }
         for seen in &changed {
             self.started.remove(&seen.file);
-            self.doubted.remove(&seen.file);
+            self.contradicted.remove(&seen.file);
         }
-        self.doubted.retain(|file, _| present.contains(file));
+        self.contradicted.retain(|file, _| present.contains(file));
         self.count_once(&mut changed, &present);
         let mut changes = self.folder.look(changed, &|file| present.contains(file));
         changes.extend(self.look_at_processes());
@@ -287,7 +287,7 @@ impl Looker {
     fn look_at_processes(&mut self) -> Vec<Change> {
         // Whose time spoke against them, and which serve where their file says: clocks jump, and differ.
         let serves = |(_, (pid, port)): &(&String, &(u32, u16))| process::listens(*pid, *port);
-        for (file, _) in self.doubted.iter().filter(serves) {
+        for (file, _) in self.contradicted.iter().filter(serves) {
             self.folder.read_again(file);
         }
         let mut gone = Vec::new();
@@ -303,7 +303,7 @@ impl Looker {
                     if own {
                         self.started.insert(file.to_owned(), ticks);
                     } else {
-                        self.doubted.insert(file.to_owned(), (pid, handoff.port()));
+                        self.contradicted.insert(file.to_owned(), (pid, handoff.port()));
                     }
                     own
                 }

@@ -128,6 +128,7 @@ pub struct Agent {
     look_at_gpus: Notify,
     /// Errors that the driver has told of each GPU so far, by its number.
     gpu_faults: Mutex<BTreeMap<u32, u64>>,
+    expected_gpus: Mutex<BTreeSet<u32>>,
     /// An engine that this node has started has ended.
     pub(crate) engine_has_ended: Notify,
     /// The pools for which tasks wait, as the control plane has named them last.
@@ -170,6 +171,7 @@ impl Agent {
             work_ended: Notify::new(),
             look_at_gpus: Notify::new(),
             gpu_faults: Mutex::default(),
+            expected_gpus: Mutex::default(),
             engine_has_ended: Notify::new(),
             waited_for: watch::Sender::default(),
         })
@@ -398,6 +400,14 @@ impl Agent {
 
     pub fn gpus(&self) -> Vec<GpuReport> {
         self.core.lock().gpus().to_vec()
+    }
+
+    /// The numbers of GPUs that engines are to have: one that is not seen is told as lost.
+    pub(crate) fn expect_gpus(&self, numbers: BTreeSet<u32>) {
+        if *self.expected_gpus.lock() != numbers {
+            *self.expected_gpus.lock() = numbers;
+            self.look_at_gpus();
+        }
     }
 
     /// Errors that the driver has told of the GPU so far.

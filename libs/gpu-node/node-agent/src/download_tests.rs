@@ -480,3 +480,24 @@ async fn a_list_comes_in_pages_and_a_hub_that_wants_to_be_left_alone_is() {
     assert_eq!(retry_after(&headers("Mon, 21 Oct 2115 07:28:00 GMT")), MAX_WAIT);
     assert_eq!(retry_after(&headers("soon")), Duration::ZERO);
 }
+
+// CLOUD-2685
+#[tokio::test]
+async fn who_only_reads_takes_no_lock_and_of_two_who_fetch_one_does() {
+    let whole = content(40_000);
+    let (url, server) = serve(whole.clone()).await;
+    let bench = Bench::new(&url);
+    let source = format!("{url}/a.gguf");
+    let (first, second) = tokio::join!(bench.fetch(&source, None), bench.fetch(&source, None));
+    let busy = [&first, &second].into_iter().filter(|of| matches!(of, Err(ModelError::Busy(_)))).count();
+    let copied = [&first, &second].into_iter().filter(|of| matches!(of, Ok(Staged::Copied { .. }))).count();
+    assert_eq!((busy, copied), (1, 1), "{first:?} {second:?}");
+    assert_eq!(server.lock().requests.len(), 1, "one transfer");
+    // As on a share that is only read: nothing can be written there, not even a lock.
+    let model = ModelRef::new("m").unwrap();
+    let lock = bench.folder.path().join("models/.m.lock");
+    std::fs::remove_file(&lock).unwrap();
+    std::fs::create_dir(&lock).unwrap();
+    assert!(matches!(bench.fetch(&source, None).await, Ok(Staged::WasHere(_))));
+    assert!(bench.models().verify(&model).is_ok() && bench.models().find(&model).is_some());
+}

@@ -1,6 +1,7 @@
 //! What GPUs there are and how they are, through NVML when there is a driver.
 //!
-//! A missing driver is a value, not a crash: the node then has no GPU to show. All calls into
+//! A missing driver is a value, not a crash: the node then has no GPU to show. It is looked for again at each
+//! look: a driver may come after the daemon, a GPU be away at the start, an instance be made. All calls into
 //! the driver are made by one thread that nobody joins, so a driver that hangs stalls nothing,
 //! not even the end of the daemon; its devices are shown as unresponsive until it answers.
 
@@ -18,8 +19,10 @@ use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::event::EventSet;
 use nvml_wrapper::{Device, Nvml};
 use owned_tasks::Loops;
-use pool_registry_types::node::{GpuCapability, GpuHealth, GpuReport};
+use pool_registry_types::node::{GpuCapability, GpuHealth, GpuMemory, GpuReport};
 use tokio::sync::mpsc;
+
+use crate::machine;
 
 /// How long the driver may take to say what devices there are. Drivers without persistence mode
 /// take some seconds.
@@ -29,6 +32,9 @@ const INVENTORY_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct GpuReading {
     pub device_id: u32,
+    pub uuid: String,
+    /// What the two figures are of.
+    pub memory: GpuMemory,
     pub vram_used_bytes: u64,
     pub vram_total_bytes: u64,
     pub utilization_pct: Option<u32>,
@@ -44,9 +50,17 @@ pub(crate) struct GpuReading {
     pub faults: u64,
 }
 
+/// One look at all devices.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Look {
+    /// What they are, those that are lost too.
+    pub inventory: Vec<GpuCapability>,
+    pub readings: Vec<GpuReading>,
+}
+
 /// What is asked about GPUs.
 pub(crate) trait GpuProbe: Send {
-    /// What the devices are; asked once.
+    /// What the devices are at the start.
     fn inventory(&self) -> Vec<GpuCapability>;
 
     /// Answers each question with how they are then, until nobody asks any more.
@@ -57,7 +71,7 @@ pub(crate) trait GpuProbe: Send {
 #[derive(Debug)]
 pub(crate) struct Questions {
     asked: Receiver<()>,
-    answers: mpsc::Sender<Vec<GpuReading>>,
+    answers: mpsc::Sender<Look>,
     /// A question that has no answer yet.
     is_open: Cell<bool>,
 }
@@ -70,23 +84,9 @@ impl Questions {
     }
 
     /// Whether anybody still listens.
-    fn answer(&self, readings: Vec<GpuReading>) -> bool {
+    fn answer(&self, look: Look) -> bool {
         self.is_open.set(false);
-        self.answers.blocking_send(readings).is_ok()
-    }
-}
-
-/// A machine without GPUs.
-#[derive(Debug, Default, Clone)]
-pub(crate) struct NoGpus;
-
-impl GpuProbe for NoGpus {
-    fn inventory(&self) -> Vec<GpuCapability> {
-        Vec::new()
-    }
-
-    fn serve(&mut self, questions: &Questions) {
-        while questions.next() && questions.answer(Vec::new()) {}
+        self.answers.blocking_send(look).is_ok()
     }
 }
 
@@ -94,9 +94,10 @@ impl GpuProbe for NoGpus {
 #[derive(Debug)]
 pub(crate) struct NvmlGpus {
     lib: Option<PathBuf>,
-    /// Absent while the driver is gone.
+    /// Absent while the driver is not there.
     nvml: Option<Nvml>,
-    inventory: Vec<GpuCapability>,
+    /// Every device that was seen, by its number.
+    known: BTreeMap<u32, GpuCapability>,
 }
 
 fn open(lib: Option<&PathBuf>) -> Result<Nvml, NvmlError> {
@@ -106,37 +107,99 @@ fn open(lib: Option<&PathBuf>) -> Result<Nvml, NvmlError> {
     }
 }
 
-/// Why no GPU is seen.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum GpuError {
-    /// It is not there, or cannot be started.
-    #[error("no driver: {0}")]
-    Driver(NvmlError),
-    #[error("the driver does not tell its devices: {0}")]
-    Devices(NvmlError),
-}
-
 impl NvmlGpus {
     /// Loads the driver's library, from `lib` or from where the system keeps it.
-    pub(crate) fn load(lib: Option<PathBuf>) -> Result<Self, GpuError> {
-        let nvml = open(lib.as_ref()).map_err(GpuError::Driver)?;
-        let count = nvml.device_count().map_err(GpuError::Devices)?;
-        let inventory = (0..count).filter_map(|n| capability(&nvml, n)).collect();
-        Ok(Self { lib, nvml: Some(nvml), inventory })
+    pub(crate) fn load(lib: Option<PathBuf>) -> Self {
+        let mut own = Self { lib, nvml: None, known: BTreeMap::new() };
+        match open(own.lib.as_ref()) {
+            Ok(nvml) => {
+                own.survey(&nvml);
+                own.nvml = Some(nvml);
+            }
+            Err(reason) => tracing::info!(%reason, "no GPU driver; it is looked for again"),
+        }
+        own
+    }
+
+    /// Takes in what devices there are now. One that was there and is not stays known, and is lost; an
+    /// instance that was taken apart is gone.
+    fn survey(&mut self, nvml: &Nvml) {
+        // It says nothing of those that are known.
+        let Ok(count) = nvml.device_count() else { return };
+        let mut instances = Vec::new();
+        for n in 0..count.min(FIRST_INSTANCE) {
+            let Ok(device) = nvml.device_by_index(n) else { continue };
+            self.take(n, &device);
+            if self.known.get(&n).is_some_and(|known| known.mig == Some(true)) {
+                let most = device.mig_device_count().unwrap_or(0).min(FIRST_INSTANCE);
+                for instance in 0..most {
+                    if let Ok(instance_device) = device.mig_device_by_index(instance) {
+                        let id = FIRST_INSTANCE * (n + 1) + instance;
+                        self.take(id, &instance_device);
+                        instances.push(id);
+                    }
+                }
+            }
+        }
+        // Of a GPU that is lost its instances are lost too.
+        let is_there = |n: u32| n < count && nvml.device_by_index(n).is_ok();
+        self.known.retain(|id, _| {
+            *id < FIRST_INSTANCE || instances.contains(id) || !is_there(id / FIRST_INSTANCE - 1)
+        });
+    }
+
+    fn take(&mut self, id: u32, device: &Device<'_>) {
+        let mig = device.mig_mode().ok().map(|mode| mode.current == 1);
+        let uuid = device.uuid().unwrap_or_default();
+        if self.known.get(&id).is_none_or(|known| (&known.uuid, known.mig) != (&uuid, mig)) {
+            let capability = capability(id, uuid, mig, device);
+            tracing::info!(device_id = id, uuid = capability.uuid, name = capability.name, "a GPU is seen");
+            self.known.insert(id, capability);
+        }
     }
 }
 
-fn capability(nvml: &Nvml, n: u32) -> Option<GpuCapability> {
-    let device = nvml.device_by_index(n).ok()?;
+/// Instances of the first GPU are numbered from here on, those of the second from twice as much.
+const FIRST_INSTANCE: u32 = 1_000;
+
+/// The device of that number, which may be an instance of one.
+fn device_of(nvml: &Nvml, id: u32) -> Result<Device<'_>, NvmlError> {
+    match (id / FIRST_INSTANCE).checked_sub(1) {
+        None => nvml.device_by_index(id),
+        Some(parent) => nvml.device_by_index(parent)?.mig_device_by_index(id % FIRST_INSTANCE),
+    }
+}
+
+fn capability(id: u32, uuid: String, mig: Option<bool>, device: &Device<'_>) -> GpuCapability {
     let compute = device.cuda_compute_capability().ok();
-    Some(GpuCapability {
-        device_id: n,
-        uuid: device.uuid().unwrap_or_default(),
+    let memory = device.memory_info().map(|memory| memory.total);
+    GpuCapability {
+        device_id: id,
+        uuid,
         name: device.name().unwrap_or_default(),
-        vram_total_bytes: device.memory_info().map(|m| m.total).unwrap_or_default(),
+        vram_total_bytes: match memory {
+            Ok(total) => total,
+            Err(error) if unreported(&error, mig) == Some(GpuMemory::Shared) => {
+                machine::memory().map_or(0, |(total, _)| total)
+            }
+            Err(_) => 0,
+        },
         compute_capability: compute.map(|c| format!("{}.{}", c.major, c.minor)).unwrap_or_default(),
-        mig: device.mig_mode().ok().map(|mode| mode.current == 1),
-    })
+        mig,
+    }
+}
+
+/// What it means that a device's memory is not told; nothing where the device is at fault. Devices without
+/// memory of their own (GB10, Jetson) do not support the question, and of a GPU that is split into instances
+/// only these are ours to see.
+fn unreported(error: &NvmlError, mig: Option<bool>) -> Option<GpuMemory> {
+    match error {
+        NvmlError::NotSupported if mig != Some(true) => Some(GpuMemory::Shared),
+        NvmlError::NotSupported | NvmlError::NoPermission | NvmlError::FailedToLoadSymbol(_) => {
+            Some(GpuMemory::Unknown)
+        }
+        _ => None,
+    }
 }
 
 /// Whether the driver itself is gone, whatever device was asked for.
@@ -145,14 +208,24 @@ fn is_driver_gone(error: &NvmlError) -> bool {
 }
 
 fn read(device: &Device<'_>, known: &GpuCapability) -> Result<GpuReading, NvmlError> {
-    // Without its memory nothing can be decided about a device; all else may be missing. A
-    // symbol that this driver lacks is no fault of the device.
-    let (used, total, unknown) = match device.memory_info() {
-        Ok(memory) => (memory.used, memory.total, None),
-        Err(NvmlError::FailedToLoadSymbol(_) | NvmlError::NotSupported) => {
-            (0, known.vram_total_bytes, Some("the driver does not tell the device's memory".to_owned()))
+    let (memory, used, total) = match device.memory_info() {
+        Ok(memory) => (GpuMemory::Own, memory.used, memory.total),
+        Err(error) => match unreported(&error, known.mig).ok_or(error)? {
+            GpuMemory::Shared => {
+                let (total, free) = machine::memory().unwrap_or_default();
+                (GpuMemory::Shared, total.saturating_sub(free.unwrap_or(total)), total)
+            }
+            _ => (GpuMemory::Unknown, 0, 0),
+        },
+    };
+    let unknown = match memory {
+        GpuMemory::Own => None,
+        GpuMemory::Shared => {
+            Some("it has the machine's memory, which is the limit of its engines".to_owned())
         }
-        Err(error) => return Err(error),
+        GpuMemory::Unknown => {
+            Some("the driver does not tell the device's memory: engines start without a check".to_owned())
+        }
     };
     let processes = device.running_compute_processes().ok().map(|all| {
         let bytes = |used| match used {
@@ -172,6 +245,8 @@ fn read(device: &Device<'_>, known: &GpuCapability) -> Result<GpuReading, NvmlEr
     };
     Ok(GpuReading {
         device_id: known.device_id,
+        uuid: known.uuid.clone(),
+        memory,
         vram_used_bytes: used,
         vram_total_bytes: total,
         utilization_pct: device.utilization_rates().ok().map(|rates| rates.gpu),
@@ -188,6 +263,8 @@ fn read(device: &Device<'_>, known: &GpuCapability) -> Result<GpuReading, NvmlEr
 fn absent(known: &GpuCapability, health: GpuHealth, problem: String) -> GpuReading {
     GpuReading {
         device_id: known.device_id,
+        uuid: known.uuid.clone(),
+        memory: if known.vram_total_bytes > 0 { GpuMemory::Own } else { GpuMemory::Unknown },
         // Nothing is free on it.
         vram_used_bytes: known.vram_total_bytes,
         vram_total_bytes: known.vram_total_bytes,
@@ -203,31 +280,36 @@ fn absent(known: &GpuCapability, health: GpuHealth, problem: String) -> GpuReadi
 
 impl GpuProbe for NvmlGpus {
     fn inventory(&self) -> Vec<GpuCapability> {
-        self.inventory.clone()
+        self.known.values().cloned().collect()
     }
 
     fn serve(&mut self, questions: &Questions) {
         let mut waiting = questions.next();
         while waiting {
-            // A driver that was reloaded is seen again.
+            // A driver that came, or was reloaded, is seen.
             let Some(nvml) = self.nvml.take().or_else(|| open(self.lib.as_ref()).ok()) else {
                 let lost = |known| absent(known, GpuHealth::Lost, "the driver is not loaded".into());
-                waiting = questions.answer(self.inventory.iter().map(lost).collect()) && questions.next();
+                let readings = self.known.values().map(lost).collect();
+                let look = Look { inventory: self.inventory(), readings };
+                waiting = questions.answer(look) && questions.next();
                 continue;
             };
-            let mut faults = Faults::of(&nvml, &self.inventory);
+            let mut faults = Faults::default();
             let mut gone = false;
             while waiting && !gone {
+                self.survey(&nvml);
                 let look = |known: &GpuCapability| {
-                    let read = nvml.device_by_index(known.device_id).and_then(|device| read(&device, known));
+                    faults.listen(&nvml, known);
+                    let read = device_of(&nvml, known.device_id).and_then(|device| read(&device, known));
                     let reading = read.unwrap_or_else(|error| {
                         gone |= is_driver_gone(&error);
                         absent(known, GpuHealth::Lost, error.to_string())
                     });
                     faults.add_to(reading)
                 };
-                let readings = self.inventory.iter().map(look).collect();
-                waiting = questions.answer(readings) && questions.next();
+                let readings = self.known.values().map(look).collect();
+                let look = Look { inventory: self.inventory(), readings };
+                waiting = questions.answer(look) && questions.next();
             }
         }
     }
@@ -241,6 +323,7 @@ const XIDS_OF_PROGRAMS: [u64; 6] = [13, 31, 43, 45, 68, 109];
 const MOST_EVENTS: usize = 64;
 
 /// The critical errors (Xid) that the driver has told of the devices since it was opened.
+#[derive(Default)]
 struct Faults<'n> {
     /// One set a device, so that an error is known to be its own.
     sets: BTreeMap<u32, EventSet<'n>>,
@@ -250,16 +333,19 @@ struct Faults<'n> {
 }
 
 impl<'n> Faults<'n> {
-    /// Devices and drivers that tell no events are not listened to.
-    fn of(nvml: &'n Nvml, inventory: &[GpuCapability]) -> Self {
-        let set = |known: &GpuCapability| {
+    /// Devices and drivers that tell no events are not listened to; those of an instance are its GPU's.
+    fn listen(&mut self, nvml: &'n Nvml, known: &GpuCapability) {
+        if known.device_id >= FIRST_INSTANCE || self.sets.contains_key(&known.device_id) {
+            return;
+        }
+        let listen = || {
             let device = nvml.device_by_index(known.device_id).ok()?;
             let set = nvml.create_event_set().ok()?;
-            let set = device.register_events(EventTypes::CRITICAL_XID_ERROR, set).ok()?;
-            Some((known.device_id, set))
+            device.register_events(EventTypes::CRITICAL_XID_ERROR, set).ok()
         };
-        let sets = inventory.iter().filter_map(set).collect();
-        Self { sets, last: BTreeMap::new(), count: BTreeMap::new() }
+        if let Some(set) = listen() {
+            self.sets.insert(known.device_id, set);
+        }
     }
 
     /// A device with such an error works on, and is shown as degraded until its driver is reloaded.
@@ -304,6 +390,8 @@ pub(crate) fn report(reading: &GpuReading, is_ours: &dyn Fn(u32) -> bool) -> Gpu
     });
     GpuReport {
         device_id: reading.device_id,
+        uuid: Some(reading.uuid.clone()).filter(|uuid| !uuid.is_empty()),
+        memory: reading.memory,
         vram_used_bytes: reading.vram_used_bytes,
         vram_total_bytes: reading.vram_total_bytes,
         utilization_pct: reading.utilization_pct,
@@ -315,11 +403,28 @@ pub(crate) fn report(reading: &GpuReading, is_ours: &dyn Fn(u32) -> bool) -> Gpu
     }
 }
 
+/// A GPU that engines are to have and that nobody has seen.
+pub(crate) fn unseen(device_id: u32) -> GpuReport {
+    GpuReport {
+        device_id,
+        uuid: None,
+        memory: GpuMemory::Unknown,
+        vram_used_bytes: 0,
+        vram_total_bytes: 0,
+        utilization_pct: None,
+        temperature_c: None,
+        ecc_uncorrected: None,
+        unaccounted_vram_bytes: None,
+        health: GpuHealth::Lost,
+        problem: Some("no such GPU is seen, and the file of pools names it".into()),
+    }
+}
+
 /// The thread that speaks to the driver, as the rest of the node sees it.
 #[derive(Debug)]
 pub struct GpuWatch {
     asks: SyncSender<()>,
-    answers: mpsc::Receiver<Vec<GpuReading>>,
+    answers: mpsc::Receiver<Look>,
     inventory: Vec<GpuCapability>,
     last: Vec<GpuReading>,
     /// A look that has not come back.
@@ -330,15 +435,7 @@ impl GpuWatch {
     /// Starts the thread, which is one of `loops`, and waits for what devices there are; a driver
     /// that does not say it in time is none, and the log says so.
     pub fn start(lib: Option<PathBuf>, loops: &Loops) -> Self {
-        let open = move || -> Box<dyn GpuProbe> {
-            match NvmlGpus::load(lib.clone()) {
-                Ok(gpus) => Box::new(gpus),
-                Err(reason) => {
-                    tracing::info!(%reason, "no GPU seen");
-                    Box::new(NoGpus)
-                }
-            }
-        };
+        let open = move || -> Box<dyn GpuProbe> { Box::new(NvmlGpus::load(lib.clone())) };
         Self::over(open, loops)
     }
 
@@ -353,7 +450,7 @@ impl GpuWatch {
             Ok(()) => inventory.recv_timeout(INVENTORY_TIMEOUT).unwrap_or_else(|_| {
                 tracing::error!(
                     seconds = INVENTORY_TIMEOUT.as_secs(),
-                    "the GPU driver does not answer: this node has no GPU"
+                    "the GPU driver does not answer: this node has no GPU until it does"
                 );
                 Vec::new()
             }),
@@ -379,8 +476,9 @@ impl GpuWatch {
             self.under_way = !matches!(self.asks.try_send(()), Err(TrySendError::Disconnected(())));
         }
         match tokio::time::timeout(patience, self.answers.recv()).await {
-            Ok(Some(readings)) => {
+            Ok(Some(Look { inventory, readings })) => {
                 self.under_way = false;
+                self.inventory = inventory;
                 self.last.clone_from(&readings);
                 readings
             }
@@ -392,7 +490,12 @@ impl GpuWatch {
         let seen = self.last.iter().find(|reading| reading.device_id == known.device_id);
         let absent = absent(known, GpuHealth::Unresponsive, "the driver does not answer".into());
         match seen {
-            Some(seen) => GpuReading { vram_used_bytes: seen.vram_used_bytes, ..absent },
+            Some(seen) => GpuReading {
+                memory: seen.memory,
+                vram_used_bytes: seen.vram_used_bytes,
+                vram_total_bytes: seen.vram_total_bytes,
+                ..absent
+            },
             None => absent,
         }
     }
@@ -408,7 +511,8 @@ fn serve(
     // A panic has left it without an answer, and nobody asks again before there is one.
     if questions.is_open.get() {
         let lost = |known| absent(known, GpuHealth::Lost, "a defect in its watch, see the log".into());
-        questions.answer(inventory.iter().map(lost).collect());
+        let readings = inventory.iter().map(lost).collect();
+        questions.answer(Look { inventory: inventory.clone(), readings });
     }
     // Whoever waited has it, or has given up.
     let _ = send.try_send(inventory);
@@ -459,7 +563,8 @@ mod tests {
         fn serve(&mut self, questions: &Questions) {
             while questions.next() {
                 let _ = self.0.recv();
-                questions.answer(vec![GpuReading { vram_used_bytes: 7, ..reading(None) }]);
+                let readings = vec![GpuReading { vram_used_bytes: 7, ..reading(None) }];
+                questions.answer(Look { inventory: self.inventory(), readings });
             }
         }
     }
@@ -498,7 +603,7 @@ mod tests {
         fn serve(&mut self, questions: &Questions) {
             while questions.next() {
                 assert!(self.0, "the first question");
-                questions.answer(vec![reading(None)]);
+                questions.answer(Look { inventory: self.inventory(), readings: vec![reading(None)] });
             }
         }
     }

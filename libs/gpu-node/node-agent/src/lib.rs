@@ -21,6 +21,7 @@ mod infer;
 mod intent;
 mod link;
 mod logs;
+mod machine;
 mod model_lock;
 pub mod models;
 mod node;

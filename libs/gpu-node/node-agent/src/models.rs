@@ -234,17 +234,12 @@ impl Models {
             return Err(ModelError::Name(source));
         }
         check_parts(&sources[0], sources.len())?;
+        if let Some(here) = self.is_here(model, &sources, expected)? {
+            return Ok(here);
+        }
         let one = self.lock(model)?;
-        if let Some(here) = self.get(model) {
-            let is = digest_of(&sources)?;
-            if here.digest != is {
-                return Err(ModelError::Taken { model: model.clone(), digest: here.digest });
-            }
-            expected.map_or(Ok(()), |expected| expect(&source, expected, is))?;
-            if self.verify(model).is_ok() {
-                return Ok(Staged::WasHere(here));
-            }
-            // What is here is damaged: it is copied anew.
+        if let Some(here) = self.is_here(model, &sources, expected)? {
+            return Ok(here);
         }
         let staging = self.staging(model);
         let origin_file = staging.join(ORIGIN);
@@ -280,6 +275,23 @@ impl Models {
         }
         self.show(&one, &staging, &manifest)?;
         Ok(Staged::Copied { manifest, resumed_at })
+    }
+
+    /// What is here of the model, where it is what the source has, whole and undamaged: else it is copied
+    /// anew. Errors: that something else has its name.
+    fn is_here(
+        &self,
+        model: &ModelRef,
+        sources: &[PathBuf],
+        expected: Option<&Digest>,
+    ) -> Result<Option<Staged>, ModelError> {
+        let Some(here) = self.get(model) else { return Ok(None) };
+        let is = digest_of(sources)?;
+        if here.digest != is {
+            return Err(ModelError::Taken { model: model.clone(), digest: here.digest });
+        }
+        expected.map_or(Ok(()), |expected| expect(&sources[0], expected, is))?;
+        Ok(self.verify(model).is_ok().then_some(Staged::WasHere(here)))
     }
 
     /// Copies what is missing of all files. Returns their digest, and the bytes that an earlier copy had left.

@@ -5,8 +5,10 @@
 //! field. Nothing of the machine is looked at here.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::path::{Path, PathBuf};
 
+use node_core::supervisor::{Device, GpuUuid};
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{Digest, ModelRef, PoolId};
 use serde::{Deserialize, Serialize};
@@ -70,6 +72,58 @@ fn default_reserve() -> u64 {
 impl Default for Memory {
     fn default() -> Self {
         Self { reserve_bytes: DEFAULT_RESERVE, host_bytes: None }
+    }
+}
+
+/// A GPU, or an instance of one (MIG): by the driver's number, or by its UUID (`GPU-…`, `MIG-…`).
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub enum GpuName {
+    Number(u32),
+    Uuid(String),
+}
+
+impl GpuName {
+    pub(crate) fn number(&self) -> Option<u32> {
+        match self {
+            Self::Number(number) => Some(*number),
+            Self::Uuid(_) => None,
+        }
+    }
+
+    fn is_instance(&self) -> bool {
+        matches!(self, Self::Uuid(uuid) if uuid.starts_with("MIG-"))
+    }
+
+    fn is_name(&self) -> bool {
+        match self {
+            Self::Number(_) => true,
+            Self::Uuid(uuid) => {
+                (uuid.starts_with("GPU-") || self.is_instance())
+                    && uuid.len() > 4
+                    && uuid.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'/'))
+                    && GpuUuid::new(uuid).is_some()
+            }
+        }
+    }
+
+    /// As the books of memory know it.
+    pub(crate) fn device(&self) -> Device {
+        let of_uuid = |uuid: &String| GpuUuid::new(uuid).map(Device::Named);
+        match self {
+            Self::Number(number) => Device::Gpu(*number),
+            // What is no UUID is no name of a GPU, and never gets here.
+            Self::Uuid(uuid) => of_uuid(uuid).unwrap_or(Device::Gpu(u32::MAX)),
+        }
+    }
+}
+
+impl fmt::Display for GpuName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => write!(f, "GPU{number}"),
+            Self::Uuid(uuid) => f.write_str(uuid),
+        }
     }
 }
 
@@ -146,7 +200,7 @@ pub struct PoolSpec {
     pub replicas: u32,
     /// Numbers of the GPUs; none: the machine's own memory.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub devices: Vec<u32>,
+    pub devices: Vec<GpuName>,
     /// What tasks may ask for; absent: made of the devices, as in `GPU0+GPU1`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device_mask: Option<String>,
@@ -294,9 +348,19 @@ impl PoolSpec {
         if self.ports.contains(&0) {
             return wrong(id, "ports", "0 is no port: leave the field out for any free one");
         }
-        let unique: BTreeSet<&u32> = self.devices.iter().collect();
+        let unique: BTreeSet<&GpuName> = self.devices.iter().collect();
         if unique.len() != self.devices.len() {
             return wrong(id, "devices", "names a GPU twice");
+        }
+        let of_uuid = |device: &&GpuName| device.number().is_none();
+        if let Some(bad) = self.devices.iter().find(|device| !device.is_name()) {
+            return wrong(id, "devices", format!("\"{bad}\" is no number, GPU-… or MIG-…"));
+        }
+        if ![0, self.devices.len()].contains(&self.devices.iter().filter(of_uuid).count()) {
+            return wrong(id, "devices", "engines take numbers or UUIDs, not both");
+        }
+        if self.devices.len() > 1 && self.devices.iter().any(GpuName::is_instance) {
+            return wrong(id, "devices", "a program sees one MIG instance: give each a pool of its own");
         }
         let shares = &self.tensor_split;
         if !shares.is_empty() && shares.len() != self.devices.len() {
@@ -383,7 +447,7 @@ impl PoolSpec {
 
     /// The devices that tasks may ask for by name.
     pub fn mask(&self) -> Option<String> {
-        let named = || self.devices.iter().map(|n| format!("GPU{n}")).collect::<Vec<_>>().join("+");
+        let named = || self.devices.iter().map(|n| n.to_string()).collect::<Vec<_>>().join("+");
         self.device_mask.clone().or_else(|| (!self.devices.is_empty()).then(named))
     }
 
@@ -462,6 +526,9 @@ provision = { mode = "binary", program = "serve", args = ["--port", "{port}"] }
             ("slots = 2", "ports = [0]", "pools.pool-0.ports"),
             ("slots = 2", "ttl_secs = 5", "pools.pool-0.ttl_secs"),
             ("devices = [0, 1]", "devices = [0, 0]", "pools.pool-0.devices"),
+            ("devices = [0, 1]", "devices = [0, \"GPU-a\"]", "pools.pool-0.devices"),
+            ("devices = [0, 1]", "devices = [\"MIG-a\", \"MIG-b\"]", "pools.pool-0.devices"),
+            ("devices = [0, 1]", "devices = [\"cuda:0\", \"GPU-a\"]", "pools.pool-0.devices"),
             ("[3, 1]", "[3]", "pools.pool-0.tensor_split"),
             ("[3, 1]", "[0, 0]", "pools.pool-0.tensor_split"),
             ("\"llama-server\"", "\" \"", "pools.pool-0.provision.program"),

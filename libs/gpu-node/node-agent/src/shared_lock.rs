@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nix::libc;
+use owned_tasks::Loops;
 
 /// How a lease is kept.
 #[derive(Debug, Clone, Copy)]
@@ -24,13 +24,13 @@ struct Times {
     /// After it a lease is nobody's.
     lapses: Duration,
     /// Between taking over a lapsed lease and being sure of it: another may have seen the same.
-    settles: Duration,
+    confirmed: Duration,
 }
 
 const TIMES: Times = Times {
     renewed: Duration::from_secs(10),
     lapses: Duration::from_secs(60),
-    settles: Duration::from_secs(1),
+    confirmed: Duration::from_secs(1),
 };
 
 /// Held until it is dropped.
@@ -97,9 +97,8 @@ struct Lease {
     path: PathBuf,
     holder: Arc<str>,
     lost: Arc<AtomicBool>,
-    /// Dropped to end the thread that renews it.
-    end: Option<Sender<()>>,
-    renewing: Option<JoinHandle<()>>,
+    /// Its end ends the thread that renews it.
+    _end: Sender<()>,
 }
 
 impl Lease {
@@ -130,24 +129,17 @@ impl Lease {
                 }
             }
         };
-        let renewing = std::thread::Builder::new().name("lease".into()).spawn(renew)?;
-        Ok(Some(Self { path: path.to_owned(), holder, lost, end: Some(end), renewing: Some(renewing) }))
+        Loops::default().thread("lease", renew)?;
+        Ok(Some(Self { path: path.to_owned(), holder, lost, _end: end }))
     }
 
     fn is_ours(&self) -> bool {
-        let is_renewed = self.renewing.as_ref().is_some_and(|thread| !thread.is_finished());
-        is_renewed && !self.lost.load(Ordering::Acquire) && is_of(&self.path, &self.holder)
+        !self.lost.load(Ordering::Acquire) && is_of(&self.path, &self.holder)
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.end.take();
-        if let Some(renewing) = self.renewing.take()
-            && renewing.join().is_err()
-        {
-            tracing::error!(file = %self.path.display(), "the thread that renewed a lease has panicked");
-        }
         if is_of(&self.path, &self.holder)
             && let Err(error) = fs::remove_file(&self.path)
         {
@@ -180,7 +172,7 @@ fn take_lease(path: &Path, own: &Path, holder: &str, times: Times) -> io::Result
         return Ok(false);
     }
     fs::rename(own, path)?;
-    std::thread::sleep(times.settles);
+    std::thread::sleep(times.confirmed);
     Ok(is_of(path, holder))
 }
 
@@ -238,7 +230,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(".m.lock");
         let ms = Duration::from_millis;
-        let stopped = Times { renewed: Duration::from_secs(3_600), lapses: ms(20), settles: ms(1) };
+        let stopped = Times { renewed: Duration::from_secs(3_600), lapses: ms(20), confirmed: ms(1) };
         let dead = take(&path, stopped).unwrap();
         std::thread::sleep(ms(100));
         let next = take(&path, stopped).expect("it has lapsed");
@@ -247,7 +239,7 @@ mod tests {
         drop(dead);
         assert!(next.is_held());
         drop(next);
-        let renewed = Times { renewed: ms(5), lapses: ms(400), settles: ms(1) };
+        let renewed = Times { renewed: ms(5), lapses: ms(400), confirmed: ms(1) };
         let living = take(&path, renewed).unwrap();
         for _ in 0..8 {
             std::thread::sleep(ms(100));

@@ -147,6 +147,13 @@ impl Session {
         }
     }
 
+    /// What only a registration says has changed.
+    pub(crate) fn register_again(&mut self, now: Moment) {
+        if self.is_registered() {
+            self.state = State::Unregistered { next_try: now };
+        }
+    }
+
     /// Ends the session: deregisters when there is a registration.
     pub(crate) fn leave(&mut self) {
         self.state = match std::mem::replace(&mut self.state, State::Left) {

@@ -80,9 +80,11 @@ pub struct Capabilities {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct GpuCapability {
+    /// As in the reports of the GPU.
     pub device_id: u32,
     pub uuid: String,
     pub name: String,
+    /// 0 where the driver does not tell.
     pub vram_total_bytes: u64,
     /// CUDA compute capability, `8.6`.
     pub compute_capability: String,
@@ -180,7 +182,14 @@ pub struct StagedModel {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct GpuReport {
+    /// The driver's number; of an instance of a GPU (MIG) 1,000 × (the GPU's number + 1) + its own.
     pub device_id: u32,
+    /// The driver's identity, `GPU-…` or `MIG-…`; absent where it never was seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uuid: Option<String>,
+    /// What the two figures of memory are of.
+    #[serde(default, skip_serializing_if = "GpuMemory::is_own")]
+    pub memory: GpuMemory,
     pub vram_used_bytes: u64,
     pub vram_total_bytes: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -198,6 +207,25 @@ pub struct GpuReport {
     /// What a person should know of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
+}
+
+/// Whose memory a GPU has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum GpuMemory {
+    #[default]
+    Own,
+    /// The machine's: the figures are the machine's, and engines on the GPU are counted there.
+    Shared,
+    /// The driver does not tell: the figures are 0 and mean nothing.
+    #[serde(other)]
+    Unknown,
+}
+
+impl GpuMemory {
+    fn is_own(&self) -> bool {
+        *self == Self::Own
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

@@ -25,6 +25,7 @@ async fn all_complete(running: Vec<tokio::task::JoinHandle<e2e_cloud::Transcript
 }
 
 // CLOUD-2421
+// CLOUD-2691
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_tasks_at_once_for_two_models_that_share_a_place_load_each_at_most_twice() {
     for (slots, resident) in [(1, 5), (4, 60)] {
@@ -49,7 +50,7 @@ async fn ten_tasks_at_once_for_two_models_that_share_a_place_load_each_at_most_t
                 all["models"].as_array()?.iter().find(|model| model["model_id"] == name).cloned()
             }
         };
-        // What is not loaded can be asked for, and has no place yet (CLOUD-2691).
+        // What is not loaded can be asked for, and has no place yet.
         eventually("its models are loadable", MINUTE, || async {
             let of = model("model-a").await?;
             let is = (&of["state"], &of["nodes"], &of["total_capacity"]);

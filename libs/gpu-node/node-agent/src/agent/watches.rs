@@ -15,6 +15,8 @@ use crate::models::Models;
 
 /// Pause between two looks at the GPUs.
 const LOOK_AT_GPUS_EVERY: Duration = Duration::from_secs(5);
+/// The same on a machine without any, where no engine is to have one: a driver may come later.
+const LOOK_FOR_GPUS_EVERY: Duration = Duration::from_secs(30);
 /// How long one of them may take.
 const GPU_PATIENCE: Duration = Duration::from_secs(3);
 /// Pause between two looks at the folder of models.
@@ -23,9 +25,6 @@ const LOOK_AT_MODELS_EVERY: Duration = Duration::from_secs(2);
 impl Agent {
     /// Looks at the GPUs until the agent stops.
     pub fn watch_gpus(self: &Arc<Self>, watch: GpuWatch) {
-        if watch.inventory().is_empty() {
-            return;
-        }
         let (agent, watch) = (Arc::clone(self), Arc::new(tokio::sync::Mutex::new(watch)));
         let make = move || Arc::clone(&agent).run_gpu_watch(Arc::clone(&watch));
         self.loops.start(&self.tracker, "GPUs", &self.stop, make);
@@ -42,8 +41,14 @@ impl Agent {
             let engines: Vec<u32> =
                 self.replicas.lock().values().filter_map(|watched| watched.handoff.pid).collect();
             let is_ours = |pid: u32| processes::belongs_to(pid, &engines);
-            let gpus: Vec<GpuReport> =
-                readings.iter().map(|reading| gpu::report(reading, &is_ours)).collect();
+            let expected = self.expected_gpus.lock().clone();
+            let unseen = expected.iter().filter(|id| readings.iter().all(|of| of.device_id != **id));
+            let gpus: Vec<GpuReport> = readings
+                .iter()
+                .map(|reading| gpu::report(reading, &is_ours))
+                .chain(unseen.map(|device_id| gpu::unseen(*device_id)))
+                .collect();
+            let is_idle = gpus.is_empty();
             for gpu in &gpus {
                 let before = healths.insert(gpu.device_id, gpu.health);
                 if before.unwrap_or(GpuHealth::Ok) != gpu.health {
@@ -53,12 +58,14 @@ impl Agent {
             }
             *self.gpu_faults.lock() =
                 readings.iter().map(|reading| (reading.device_id, reading.faults)).collect();
+            let found = watch.inventory().to_vec();
+            self.change(|core, now| core.gpus_found(now, found));
             self.gpus_observed(gpus);
             self.notify_work_ended();
             tokio::select! {
                 () = self.stop.cancelled() => return,
                 () = self.look_at_gpus.notified() => {}
-                () = tokio::time::sleep(LOOK_AT_GPUS_EVERY) => {}
+                () = tokio::time::sleep(if is_idle { LOOK_FOR_GPUS_EVERY } else { LOOK_AT_GPUS_EVERY }) => {}
             }
         }
     }

@@ -20,7 +20,7 @@ use crate::engines::client::with_causes;
 use crate::engines::{Quiet, dialect};
 use crate::gguf::{self, GgufError, GgufHeader};
 use crate::models::{Manifest, ModelError, Models, all_paths};
-use crate::pools_file::{ModelSpec, PoolSpec, Provision};
+use crate::pools_file::{GpuName, ModelSpec, PoolSpec, Provision};
 use crate::source::{BadSource, ModelSource};
 use crate::supervisor::programs::{ProgramError, on_path, without_secrets};
 use crate::supervisor::provision::{self, BUSY_PAUSE, PackageError, Sources};
@@ -284,7 +284,8 @@ fn devices_env(pool: &PoolSpec) -> Vec<(String, String)> {
     if pool.devices.is_empty() {
         return Vec::new();
     }
-    let list = pool.devices.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+    let of_device = |device: &GpuName| device.number().map_or_else(|| device.to_string(), |n| n.to_string());
+    let list = pool.devices.iter().map(of_device).collect::<Vec<_>>().join(",");
     vec![("CUDA_DEVICE_ORDER".into(), "PCI_BUS_ID".into()), ("CUDA_VISIBLE_DEVICES".into(), list)]
 }
 
@@ -304,7 +305,7 @@ fn claim(pool: &PoolSpec, memory: Option<u64>) -> Claim {
     let part = |share: u64| {
         u64::try_from(u128::from(bytes) * u128::from(share) / u128::from(whole)).unwrap_or(bytes)
     };
-    pool.devices.iter().zip(&shares).map(|(n, share)| (Device::Gpu(*n), part(*share))).collect()
+    pool.devices.iter().zip(&shares).map(|(device, share)| (device.device(), part(*share))).collect()
 }
 
 /// The model as it is staged, looked for on a thread that may wait for a disk.
@@ -552,6 +553,14 @@ mod tests {
         assert_eq!(devices_env(&pool)[1], ("CUDA_VISIBLE_DEVICES".into(), "1,3".into()));
         assert_eq!(claim(&pool, Some(400)), Claim::from([(Device::Gpu(1), 300), (Device::Gpu(3), 100)]));
         assert_eq!(claim(&pool, None), Claim::new());
+        // An instance of a GPU, or one by its identity.
+        let pool = self::pool("devices = [\"MIG-a-1\"]\nprovision = { mode = \"binary\", program = \"x\" }");
+        assert_eq!(devices_env(&pool)[1], ("CUDA_VISIBLE_DEVICES".into(), "MIG-a-1".into()));
+        let named = Device::Named(node_core::supervisor::GpuUuid::new("MIG-a-1").unwrap());
+        assert_eq!(
+            (claim(&pool, Some(400)), pool.mask()),
+            (Claim::from([(named, 400)]), Some("MIG-a-1".into()))
+        );
     }
 
     // CLOUD-2443

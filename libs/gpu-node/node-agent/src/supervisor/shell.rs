@@ -14,12 +14,13 @@ use std::time::Duration;
 
 use handoff_watcher::EngineHosts;
 use node_core::supervisor::{
-    Device, DeviceReading, Happened, Ordered, PoolPlan, Prepared, ReplicaKey, RunId, Supervisor, Unprepared,
-    Work,
+    Device, DeviceReading, GpuUuid, Happened, Ordered, PoolPlan, Prepared, ReplicaKey, RunId, Supervisor,
+    Unprepared, Work,
 };
 use node_core::{Problem, Source};
 use owned_tasks::{Panicked, blocking, caught};
 use parking_lot::Mutex;
+use pool_registry_types::node::GpuMemory;
 use pool_registry_types::pool::{PoolPurge, PoolReload};
 use pool_registry_types::{ErrorBody, ErrorCode, PoolId};
 use secrecy::SecretString;
@@ -28,8 +29,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent::Agent;
 use crate::download::Hub;
+use crate::machine;
 use crate::pools_file::{
-    LoadWhen, MAX_BYTES, ModelSpec, PoolSpec, PoolsFile, PoolsFileError, Provision, Provisioning,
+    GpuName, LoadWhen, MAX_BYTES, ModelSpec, PoolSpec, PoolsFile, PoolsFileError, Provision, Provisioning,
 };
 use crate::source::ModelSource;
 use crate::supervisor::launch::{self, Launch, PrepareError, Spec};
@@ -234,13 +236,20 @@ impl Supervision {
         let mut devices = BTreeMap::new();
         devices.extend(host(host_bytes).map(|reading| (Device::Host, reading)));
         for gpu in self.agent.gpus() {
+            let is_own = gpu.memory == GpuMemory::Own;
             let reading = DeviceReading {
-                total_bytes: gpu.vram_total_bytes,
-                free_bytes: Some(gpu.vram_total_bytes.saturating_sub(gpu.vram_used_bytes)),
+                total_bytes: is_own.then_some(gpu.vram_total_bytes),
+                free_bytes: is_own.then(|| gpu.vram_total_bytes.saturating_sub(gpu.vram_used_bytes)),
+                shares: (gpu.memory == GpuMemory::Shared).then_some(Device::Host),
                 healthy: gpu.health.takes_work(),
                 faults: self.agent.gpu_faults(gpu.device_id),
             };
-            devices.insert(Device::Gpu(gpu.device_id), reading);
+            let device = Device::Gpu(gpu.device_id);
+            devices.insert(device, reading);
+            if let Some(uuid) = gpu.uuid.as_deref().and_then(GpuUuid::new) {
+                let shares = reading.shares.or(Some(device));
+                devices.insert(Device::Named(uuid), DeviceReading { shares, ..reading });
+            }
         }
         devices
     }
@@ -306,6 +315,8 @@ impl Supervision {
     }
 
     fn take_file(&self, file: PoolsFile) -> BTreeMap<PoolId, PoolPlan> {
+        let devices = file.pools.values().flat_map(|pool| &pool.devices);
+        self.agent.expect_gpus(devices.filter_map(GpuName::number).collect());
         let mut core = self.core.lock();
         core.set_reserve(file.memory.reserve_bytes);
         let mut state = self.state.lock();
@@ -599,14 +610,9 @@ fn read_bounded(path: &Path) -> Result<String, ReadError> {
 
 /// The machine's own memory. Source: proc(5).
 fn host(limit: Option<u64>) -> Option<DeviceReading> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let bytes = |name: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-        Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
-    };
-    let (total, free) = (bytes("MemTotal:")?, bytes("MemAvailable:"));
-    let total_bytes = limit.map_or(total, |limit| limit.min(total));
-    Some(DeviceReading { total_bytes, free_bytes: free, healthy: true, faults: 0 })
+    let (total, free_bytes) = machine::memory()?;
+    let total_bytes = Some(limit.map_or(total, |limit| limit.min(total)));
+    Some(DeviceReading { total_bytes, free_bytes, shares: None, healthy: true, faults: 0 })
 }
 
 /// What the supervisor needs to know of a pool.

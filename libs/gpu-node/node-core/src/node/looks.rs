@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pool_registry_types::node::{GpuReport, StagedModel};
+use pool_registry_types::node::{GpuCapability, GpuReport, StagedModel};
 use pool_registry_types::{AttemptId, Moment, PoolId, ReplicaId, limits};
 
 use super::NodeCore;
@@ -132,6 +132,14 @@ impl NodeCore {
         self.gpus = gpus;
         if changed {
             self.session.poke(now);
+        }
+    }
+
+    /// What GPUs there are. Others than before are told by registering again.
+    pub fn gpus_found(&mut self, now: Moment, gpus: Vec<GpuCapability>) {
+        if self.identity.capabilities.gpus != gpus {
+            self.identity.capabilities.gpus = gpus;
+            self.session.register_again(now);
         }
     }
 

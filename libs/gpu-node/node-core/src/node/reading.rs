@@ -1,6 +1,6 @@
 //! What can be read of the node: the reports of its pools, and single facts.
 
-use pool_registry_types::node::{GpuReport, Intent};
+use pool_registry_types::node::{GpuMemory, GpuReport, Intent};
 use pool_registry_types::pool::PoolReport;
 use pool_registry_types::{Moment, PoolId, ReplicaId};
 
@@ -42,7 +42,8 @@ impl NodeCore {
     /// Free memory of all healthy GPUs, bytes; unknown without any.
     fn vram_free_bytes(&self) -> Option<u64> {
         let free = |gpu: &GpuReport| gpu.vram_total_bytes.saturating_sub(gpu.vram_used_bytes);
-        (!self.gpus.is_empty()).then(|| self.gpus.iter().map(free).sum())
+        let mut known = self.gpus.iter().filter(|gpu| gpu.memory != GpuMemory::Unknown).peekable();
+        known.peek().is_some().then(|| known.map(free).sum())
     }
 
     pub fn gpus(&self) -> &[GpuReport] {

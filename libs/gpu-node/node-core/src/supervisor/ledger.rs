@@ -16,9 +16,13 @@ use crate::supervisor::plan::{Claim, Device, RunId};
 /// One look at a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceReading {
-    pub total_bytes: u64,
+    /// Unknown where its driver does not tell: then nothing is held against a start.
+    pub total_bytes: Option<u64>,
     /// What the driver says is free; unknown where there is none to ask.
     pub free_bytes: Option<u64>,
+    /// Whose memory it is, where it has none of its own: the machine's, or that of the same GPU under
+    /// another name.
+    pub shares: Option<Device>,
     /// Starts are refused on a device that is lost.
     pub healthy: bool,
     /// Errors that the driver has told of it so far.
@@ -100,10 +104,26 @@ impl Ledger {
     }
 
     pub(super) fn hold(&mut self, run: RunId, claim: &Claim, owner: &str) {
-        for (device, bytes) in claim {
-            let held = Held { bytes: *bytes, loaded: false, owner: owner.to_owned() };
-            self.accounts.entry(*device).or_default().held.insert(run, held);
+        for (device, (bytes, _)) in self.by_account(claim) {
+            let held = Held { bytes, loaded: false, owner: owner.to_owned() };
+            self.accounts.entry(device).or_default().held.insert(run, held);
         }
+    }
+
+    /// Where what is claimed of the device is counted.
+    fn account_of(&self, device: Device) -> Device {
+        let reading = self.accounts.get(&device).and_then(|account| account.reading);
+        reading.and_then(|reading| reading.shares).unwrap_or(device)
+    }
+
+    /// What is claimed of each account, and by which of its devices first.
+    fn by_account(&self, claim: &Claim) -> BTreeMap<Device, (u64, Device)> {
+        let mut sums = BTreeMap::new();
+        for (device, bytes) in claim {
+            let (sum, _) = sums.entry(self.account_of(*device)).or_insert((0_u64, *device));
+            *sum = sum.saturating_add(*bytes);
+        }
+        sums
     }
 
     /// The engine has loaded.
@@ -126,72 +146,92 @@ impl Ledger {
     /// Whether the claim fits by our books with `freed` on top, and the driver is only behind:
     /// something was given back just now.
     pub(super) fn will_fit(&self, now: Moment, claim: &Claim, freed: &Claim) -> bool {
-        claim.iter().all(|(device, needed)| {
-            let Some(account) = self.accounts.get(device) else { return *device == Device::Host };
-            let Some(reading) = account.reading else { return *device == Device::Host };
-            let more = freed.get(device).copied().unwrap_or(0);
+        let freed = self.by_account(freed);
+        let fits = |(device, (needed, _)): (Device, (u64, Device))| {
+            let Some(account) = self.accounts.get(&device) else { return device == Device::Host };
+            let Some(reading) = account.reading else { return device == Device::Host };
+            let Some(claimable) = self.claimable(&reading) else { return true };
+            let more = freed.get(&device).map_or(0, |(bytes, _)| *bytes);
             let behind = account.released.is_some_and(|at| now < at + RELEASE_PATIENCE);
             let claimed: u64 = account.held.values().map(|held| held.bytes).sum();
-            let by_claims = self.claimable(&reading).saturating_sub(claimed).saturating_add(more);
-            let available = self.available(*device).unwrap_or(0).saturating_add(more);
-            reading.healthy && (*needed <= available || (behind && *needed <= by_claims))
-        })
+            let by_claims = claimable.saturating_sub(claimed).saturating_add(more);
+            let available = self.available(device).unwrap_or(0).saturating_add(more);
+            needed <= available || (behind && needed <= by_claims)
+        };
+        claim.keys().all(|device| self.is_well(*device)) && self.by_account(claim).into_iter().all(fits)
     }
 
     /// Bytes that could be claimed on the device now; unknown without any figure of it.
     pub(super) fn available(&self, device: Device) -> Option<u64> {
-        let account = self.accounts.get(&device)?;
+        let account = self.accounts.get(&self.account_of(device))?;
         let reading = account.reading?;
         let claimed: u64 = account.held.values().map(|held| held.bytes).sum();
-        let by_claims = self.claimable(&reading).saturating_sub(claimed);
+        let by_claims = self.claimable(&reading)?.saturating_sub(claimed);
         let Some(free) = reading.free_bytes else { return Some(by_claims) };
         let loading: u64 = account.held.values().filter(|held| !held.loaded).map(|held| held.bytes).sum();
         Some(by_claims.min(free.saturating_sub(self.reserve_bytes).saturating_sub(loading)))
     }
 
-    fn claimable(&self, reading: &DeviceReading) -> u64 {
-        reading.total_bytes.saturating_sub(self.reserve_bytes)
+    fn claimable(&self, reading: &DeviceReading) -> Option<u64> {
+        Some(reading.total_bytes?.saturating_sub(self.reserve_bytes))
+    }
+
+    /// Whether the device is seen and takes engines. Nothing is known of host memory on some machines; a GPU
+    /// that is not seen is not there.
+    fn is_well(&self, device: Device) -> bool {
+        let reading = self.accounts.get(&device).and_then(|account| account.reading);
+        reading.map_or(device == Device::Host, |reading| reading.healthy)
     }
 
     /// Whether the claim fits now, with `freed` on top of what is free.
     pub(super) fn fits(&self, claim: &Claim, freed: &Claim) -> Result<(), Shortage> {
-        for (device, needed) in claim {
-            let account = self.accounts.get(device);
-            let Some(reading) = account.and_then(|account| account.reading) else {
-                // Nothing is known of host memory on some machines; a GPU that is not seen is not there.
-                if *device == Device::Host {
-                    continue;
-                }
-                return Err(Shortage {
-                    for_ever: false,
-                    text: format!("needs {device}, and no such GPU is seen"),
-                });
+        if let Some(device) = claim.keys().find(|device| !self.is_well(**device)) {
+            let is_seen = self.accounts.get(device).is_some_and(|account| account.reading.is_some());
+            let text = match is_seen {
+                true => format!("{device} is lost or does not answer"),
+                false => format!("needs {device}, and no such GPU is seen"),
             };
-            let available = self.available(*device).unwrap_or(0);
-            let with = available.saturating_add(freed.get(device).copied().unwrap_or(0));
-            if *needed <= with && reading.healthy {
-                continue;
-            }
             // A device that is sick says nothing of how much it has.
-            let for_ever = reading.healthy && reading.total_bytes > 0 && *needed > self.claimable(&reading);
-            return Err(Shortage { for_ever, text: self.describe(*device, *needed, available, &reading) });
+            return Err(Shortage { for_ever: false, text });
+        }
+        let freed = self.by_account(freed);
+        for (account, (needed, device)) in self.by_account(claim) {
+            let reading = self.accounts.get(&account).and_then(|account| account.reading);
+            // Where nothing is known of how much there is, nothing is held against it.
+            let Some((reading, claimable)) = reading.and_then(|of| Some((of, self.claimable(&of)?))) else {
+                continue;
+            };
+            let available = self.available(account).unwrap_or(0);
+            let with = available.saturating_add(freed.get(&account).map_or(0, |(bytes, _)| *bytes));
+            if needed > with {
+                let text = self.describe(account, device, needed, available, &reading);
+                return Err(Shortage { for_ever: needed > claimable, text });
+            }
         }
         Ok(())
     }
 
-    fn describe(&self, device: Device, needed: u64, available: u64, reading: &DeviceReading) -> String {
-        if !reading.healthy {
-            return format!("{device} is lost or does not answer");
-        }
-        let held = self.accounts.get(&device).into_iter().flat_map(|account| account.held.values());
+    fn describe(
+        &self,
+        account: Device,
+        device: Device,
+        needed: u64,
+        available: u64,
+        reading: &DeviceReading,
+    ) -> String {
+        let held = self.accounts.get(&account).into_iter().flat_map(|account| account.held.values());
         let held: Vec<String> = held.map(|held| format!("{} {}", held.owner, mib(held.bytes))).collect();
         let held = if held.is_empty() { "none".to_owned() } else { held.join(", ") };
         let free = reading.free_bytes.map_or_else(String::new, |free| format!(", {} free", mib(free)));
+        let shared = match account == Device::Host && device != Device::Host {
+            true => ", which has the machine's memory",
+            false => "",
+        };
         format!(
-            "needs {} on {device}, {} can be had: {} in all{free}, {} reserved, claimed by {held}",
+            "needs {} on {device}{shared}, {} can be had: {} in all{free}, {} reserved, claimed by {held}",
             mib(needed),
             mib(available),
-            mib(reading.total_bytes),
+            mib(reading.total_bytes.unwrap_or(0)),
             mib(self.reserve_bytes),
         )
     }
@@ -210,16 +250,18 @@ fn mib(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::supervisor::plan::GpuUuid;
 
     const MIB: u64 = 1024 * 1024;
 
+    /// A well device of which nothing else is told.
+    fn known() -> DeviceReading {
+        DeviceReading { total_bytes: None, free_bytes: None, shares: None, healthy: true, faults: 0 }
+    }
+
     fn reading(total: u64, free: Option<u64>) -> BTreeMap<Device, DeviceReading> {
-        let reading = DeviceReading {
-            total_bytes: total * MIB,
-            free_bytes: free.map(|f| f * MIB),
-            healthy: true,
-            faults: 0,
-        };
+        let reading =
+            DeviceReading { total_bytes: Some(total * MIB), free_bytes: free.map(|f| f * MIB), ..known() };
         BTreeMap::from([(Device::Gpu(0), reading)])
     }
 
@@ -275,10 +317,47 @@ mod tests {
         }
         assert!(ledger.fits(&claim(600), &claim(100)).is_ok(), "with what would be freed");
         assert!(ledger.fits(&claim(901), &Claim::new()).unwrap_err().for_ever);
-        let silent = DeviceReading { total_bytes: 0, free_bytes: None, healthy: false, faults: 0 };
+        let silent = DeviceReading { healthy: false, ..known() };
         ledger.observe(&BTreeMap::from([(Device::Gpu(0), silent)]));
         assert!(!ledger.fits(&claim(1), &Claim::new()).unwrap_err().for_ever, "it may come back");
         let elsewhere = Claim::from([(Device::Gpu(7), 1)]);
         assert!(ledger.fits(&elsewhere, &Claim::new()).unwrap_err().to_string().contains("no such GPU"));
+    }
+
+    // CLOUD-2693
+    #[test]
+    fn a_device_whose_memory_nobody_tells_takes_engines_and_one_that_shares_is_counted_where_it_shares() {
+        let (gpu, host) = (Device::Gpu(0), Device::Host);
+        let uuid = Device::Named(GpuUuid::new("GPU-1").unwrap());
+        let mut ledger = Ledger::new(0);
+        let named = DeviceReading { shares: Some(gpu), ..known() };
+        ledger.observe(&BTreeMap::from([(gpu, known()), (uuid, named)]));
+        let of = |device: Device, bytes: u64| Claim::from([(device, bytes * MIB)]);
+        let fits =
+            |ledger: &Ledger, claim: &Claim| ledger.fits(claim, &Claim::new()).map_err(|s| s.to_string());
+        assert_eq!(fits(&ledger, &of(gpu, 1_000_000)), Ok(()), "unknown is not zero");
+        assert_eq!(ledger.available(gpu), None);
+        // One GPU under two names is one.
+        ledger.observe(&BTreeMap::from([(gpu, reading(1000, None)[&gpu]), (uuid, named)]));
+        ledger.hold(RunId(1), &of(uuid, 600), "a-r0");
+        assert!(fits(&ledger, &of(gpu, 400)).is_ok() && fits(&ledger, &of(gpu, 401)).is_err());
+        assert_eq!(ledger.claimed(gpu), 600 * MIB);
+        ledger.release(Moment::ZERO, RunId(1));
+        // A GPU with the machine's memory, beside an engine without one.
+        let (shares, own) = (DeviceReading { shares: Some(host), ..known() }, reading(1000, None)[&gpu]);
+        ledger.observe(&BTreeMap::from([(gpu, shares), (uuid, shares), (host, own)]));
+        ledger.hold(RunId(2), &of(host, 300), "b-r0");
+        ledger.hold(RunId(3), &of(gpu, 300), "c-r0");
+        assert!(fits(&ledger, &of(uuid, 400)).is_ok());
+        let short = fits(&ledger, &of(uuid, 401)).unwrap_err();
+        assert!(
+            short.starts_with("needs 401 MiB on GPU-1, which has the machine's memory, 400 MiB"),
+            "{short}"
+        );
+        let both = Claim::from([(host, 200 * MIB), (gpu, 201 * MIB)]);
+        assert!(fits(&ledger, &both).is_err(), "together");
+        let sick = DeviceReading { healthy: false, ..shares };
+        ledger.observe(&BTreeMap::from([(gpu, sick), (host, own)]));
+        assert_eq!(fits(&ledger, &of(gpu, 1)), Err("GPU0 is lost or does not answer".to_owned()));
     }
 }

@@ -23,4 +23,4 @@ pub use core::Supervisor;
 pub use driver_errors::fatal_driver_error;
 pub use event::{Happened, Ordered, Work};
 pub use ledger::DeviceReading;
-pub use plan::{Claim, Device, PoolPlan, Prepared, ReplicaKey, RunId, Unprepared};
+pub use plan::{Claim, Device, GpuUuid, PoolPlan, Prepared, ReplicaKey, RunId, Unprepared};

@@ -17,6 +17,39 @@ pub enum Device {
     Host,
     /// The GPU of this number.
     Gpu(u32),
+    /// The GPU, or the instance of one (MIG), with this identity.
+    Named(GpuUuid),
+}
+
+/// The identity that the driver gives a GPU, `GPU-…`, or an instance of one, `MIG-…`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GpuUuid {
+    text: [u8; Self::MOST],
+    length: u8,
+}
+
+impl GpuUuid {
+    /// Longest one, bytes. The driver's have 40; those of older drivers for instances some more.
+    pub const MOST: usize = 95;
+
+    /// Nothing where the text is empty, too long or no plain ASCII.
+    pub fn new(text: &str) -> Option<Self> {
+        let is_plain = text.bytes().all(|b| b.is_ascii_graphic());
+        let length = u8::try_from(text.len()).ok().filter(|_| is_plain && !text.is_empty())?;
+        let mut own = Self { text: [0; Self::MOST], length };
+        own.text.get_mut(..text.len())?.copy_from_slice(text.as_bytes());
+        Some(own)
+    }
+
+    pub fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.text[..usize::from(self.length)]).unwrap_or_default()
+    }
+}
+
+impl fmt::Debug for GpuUuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
 }
 
 impl fmt::Display for Device {
@@ -24,6 +57,7 @@ impl fmt::Display for Device {
         match self {
             Self::Host => f.write_str("host memory"),
             Self::Gpu(n) => write!(f, "GPU{n}"),
+            Self::Named(uuid) => f.write_str(uuid.as_str()),
         }
     }
 }

@@ -36,7 +36,7 @@ impl Supervisor {
         } else {
             PoolState::Loadable
         };
-        // It is found out before a task waits for it in vain.
+        // It is found out before a task waits for it.
         let of_one = prepared.filter(|_| state == PoolState::Loadable).map(|prepared| &prepared.claim);
         let short = of_one.and_then(|claim| self.ledger.fits(claim, &Claim::new()).err());
         let never = short.filter(|short| short.for_ever);

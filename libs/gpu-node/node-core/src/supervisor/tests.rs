@@ -121,8 +121,9 @@ impl Machine {
         let used: u64 = loaded.sum::<u64>() + self.releasing.iter().map(|(_, bytes)| bytes).sum::<u64>();
         assert!(used <= self.total, "the GPU is out of memory");
         let reading = DeviceReading {
-            total_bytes: self.total,
+            total_bytes: Some(self.total),
             free_bytes: Some(self.total - used),
+            shares: None,
             healthy: self.healthy,
             faults: self.faults,
         };
