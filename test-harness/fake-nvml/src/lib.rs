@@ -65,7 +65,7 @@ struct Gpu {
     mig: bool,
     /// Absent: made of its number.
     uuid: Option<String>,
-    memory: Amount,
+    memory: Answer,
     /// What it is split into.
     instances: Vec<Gpu>,
     /// Errors that are told once each, in this order.
