@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use axum::extract::{Extension, State};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Extension, Query, State};
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -18,8 +19,8 @@ use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload, P
 use pool_registry_types::routes::headers;
 use pool_registry_types::task::InferRequest;
 use pool_registry_types::{ErrorBody, ErrorCode, PoolId, routes as paths};
-use serde::Serialize;
-use utoipa::{OpenApi, ToSchema};
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, OpenApi, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -99,13 +100,26 @@ async fn live(State(node): State<AppState>) -> Json<LiveAnswer> {
     Json(LiveAnswer { node_id: identity.node_id, boot_id: identity.boot_id })
 }
 
-/// Whether the node is part of the cluster, and looks after all that it should.
-#[utoipa::path(get, path = paths::HEALTH_READY, responses((status = 200), (status = 503, body = ErrorBody)))]
-async fn ready(State(node): State<AppState>) -> Result<StatusCode, ApiError> {
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct ReadyQuery {
+    /// Leaves out what the control plane takes the node for.
+    #[serde(default)]
+    local: bool,
+}
+
+/// Whether the node is part of the cluster and gets its tasks, and looks after all that it should.
+#[utoipa::path(get, path = paths::HEALTH_READY, params(ReadyQuery),
+    responses((status = 200), (status = 400, body = ErrorBody), (status = 503, body = ErrorBody)))]
+async fn ready(
+    State(node): State<AppState>,
+    asked: Result<Query<ReadyQuery>, QueryRejection>,
+) -> Result<StatusCode, ApiError> {
+    let Query(asked) = asked.map_err(|bad| ApiError::new(ErrorCode::InvalidParams, bad.body_text()))?;
     if let Some(problem) = node.agent.loops().problem() {
         return Err(ApiError::new(ErrorCode::PoolUnready, problem));
     }
-    match node.agent.session_problem().filter(|_| !node.alone) {
+    match node.agent.session_problem().filter(|_| !node.alone && !asked.local) {
         None => Ok(StatusCode::OK),
         Some(problem) => {
             Err(ApiError::new(ErrorCode::PoolUnready, format!("not part of the cluster: {problem}")))
@@ -166,7 +180,7 @@ async fn metrics(State(node): State<AppState>) -> Response {
     );
     page.gauge(
         "llorch_node_registered",
-        "1 while the control plane knows this node.",
+        "1 while the control plane hears this node and sends it tasks.",
         node_id,
         f64::from(u8::from(node.agent.session_problem().is_none())),
     );

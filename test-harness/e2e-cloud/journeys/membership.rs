@@ -223,6 +223,50 @@ async fn a_stranger_and_a_second_node_of_the_same_name_do_not_join() {
     cluster.nodes[0].daemon.as_mut().unwrap().kill();
 }
 
+// CLOUD-2665
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_cannot_be_dialled_hears_of_it_says_so_and_is_ready_once_it_can() {
+    let cluster = Cluster::start(Options { nodes: 1, ..Options::default() }).await;
+    // The address that it gives leads nowhere until something listens there.
+    let (own, given) = (e2e_cloud::process::free_port(), e2e_cloud::process::free_port());
+    let mut command = std::process::Command::new(e2e_cloud::process::program("pool-managerd"));
+    command
+        .env("POOL_MANAGERD_NODE_ID", "walled-in")
+        .env("POOL_MANAGERD_ADDR", format!("127.0.0.1:{own}"))
+        .env("POOL_MANAGERD_ADVERTISE_URL", format!("http://127.0.0.1:{given}"))
+        .env("POOL_MANAGERD_RUNTIME_DIR", cluster.dir.path().join("walled-in"))
+        .env("ORCHESTRATORD_URL", &cluster.client.base)
+        .env("LLORCH_API_TOKEN", TOKEN);
+    let daemon = e2e_cloud::Process::start(command, &cluster.log("walled-in"));
+    let client = Client::new(&format!("http://127.0.0.1:{own}"), Some(TOKEN));
+    let says = |part: &'static str| {
+        let client = client.clone();
+        async move {
+            let response = client.get("/health/ready").await.ok()?;
+            let body: Value = response.json().await.ok()?;
+            body["message"].as_str().is_some_and(|message| message.contains(part)).then_some(())
+        }
+    };
+    let reason = "the control plane takes it for suspect: dialling its address failed";
+    eventually("it says why it gets no tasks", Duration::from_secs(10), || says(reason)).await;
+    assert_eq!(client.get("/health/ready?local=true").await.unwrap().status(), 200, "it is well itself");
+    let gauge = client.get("/metrics").await.unwrap().text().await.unwrap();
+    assert!(gauge.contains("llorch_node_registered{node_id=\"walled-in\"} 0"), "{gauge}");
+    let forward = e2e_cloud::process::program("tcp-proxy");
+    let mut proxy = std::process::Command::new(forward);
+    proxy.arg(format!("127.0.0.1:{given}=127.0.0.1:{own}"));
+    let _proxy = e2e_cloud::Process::start(proxy, &cluster.log("proxy"));
+    eventually("it is ready", Duration::from_secs(15), || async {
+        (client.get("/health/ready").await.ok()?.status() == 200).then_some(())
+    })
+    .await;
+    let log = std::fs::read_to_string(cluster.log("walled-in")).unwrap();
+    for line in ["the control plane sends this node no tasks", "the control plane sends this node tasks"] {
+        assert_eq!(log.matches(line).count(), 1, "{line}: {log}");
+    }
+    drop(daemon);
+}
+
 /// A node of a name that is taken, which tries again each second; its engine is the first node's.
 fn twin(cluster: &Cluster, boots: u32) -> e2e_cloud::Process {
     let name = format!("twin-{boots}");

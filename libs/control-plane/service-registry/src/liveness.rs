@@ -13,6 +13,9 @@ use pool_registry_types::{Backoff, BootId, Moment, NodeId};
 
 /// Time between two probes of a suspect node. Source: .specs/01 CLOUD-1305.
 pub(crate) const PROBE_EVERY: Duration = Duration::from_secs(1);
+/// Time between two probes of a node that is well: a firewall shows before a task does. Source: .specs/01
+/// CLOUD-2666.
+pub(crate) const PROBE_THE_WELL_EVERY: Duration = Duration::from_secs(60);
 /// Longest pause between two probes of a node that denies us. Source: .specs/01 CLOUD-1314.
 pub(crate) const LONGEST_DENIED_PAUSE: Duration = Duration::from_secs(30);
 const DENIED_PAUSES: Backoff = Backoff::new(PROBE_EVERY, LONGEST_DENIED_PAUSE);
@@ -106,6 +109,8 @@ pub(crate) struct Evidence {
     pub(crate) undialled: Option<Suspicion>,
     /// Since when each dial has succeeded.
     dialled_since: Option<Moment>,
+    /// When a dial has succeeded last.
+    last_dialled: Moment,
     /// A dial has succeeded at least once.
     pub(crate) was_dialled: bool,
     pub(crate) denied: Option<Denial>,
@@ -130,6 +135,7 @@ impl Evidence {
             silent_since: None,
             undialled: Some(Suspicion::NotDialledYet),
             dialled_since: None,
+            last_dialled: now,
             was_dialled: false,
             denied: None,
             undelivered: BTreeSet::new(),
@@ -212,7 +218,7 @@ impl Evidence {
         self.silent_since = None;
         self.offline_since = None;
         if self.undialled.is_none() && self.denied.is_none() {
-            self.next_probe = None;
+            self.next_probe = Some(self.last_dialled + PROBE_THE_WELL_EVERY);
         } else if self.next_probe.is_none() {
             self.next_probe = Some(now);
         }
@@ -232,6 +238,8 @@ impl Evidence {
     pub(crate) fn dialled(&mut self, now: Moment, authorized: Option<Result<(), Denied>>) {
         self.undialled = None;
         self.was_dialled = true;
+        self.last_dialled = now;
+        self.probe_by(now + PROBE_THE_WELL_EVERY);
         self.dialled_since.get_or_insert(now);
         match authorized {
             Some(Ok(())) if self.denied.take().is_some() => self.let_in = now,

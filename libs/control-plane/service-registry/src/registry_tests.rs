@@ -213,6 +213,30 @@ fn a_live_id_from_another_address_is_a_conflict_and_from_the_same_a_restart() {
     assert_eq!(r.heartbeat(at(4), &node_id("a"), beat(&epoch, 2, &[])), Err(NodeNotKnown));
 }
 
+// CLOUD-2666
+#[test]
+fn a_node_that_is_well_is_dialled_once_a_minute() {
+    let mut r = registry();
+    let epoch = join(&mut r, at(0), "a");
+    let mut dials = Vec::new();
+    for ms in (500..=180_000).step_by(500) {
+        taken(r.heartbeat(at(ms), &node_id("a"), beat(&epoch, ms, &[])));
+        r.expire(at(ms));
+        for (id, address, _) in r.take_due_probes(at(ms)) {
+            dials.push(ms);
+            r.probed(at(ms), &id, &address, live("a", 1));
+        }
+        assert_eq!(r.check_order(), Ok(()));
+    }
+    assert_eq!(dials.len(), 3, "{dials:?}");
+    // A firewall that comes shows at the next of them.
+    let ms = dials[2] + 60_500;
+    taken(r.heartbeat(at(ms), &node_id("a"), beat(&epoch, ms, &[])));
+    assert_eq!(r.take_due_probes(at(ms)).len(), 1);
+    r.probed(at(ms), &node_id("a"), "http://a", ProbeOutcome::Failed("no route".into()));
+    assert_eq!(r.liveness(&node_id("a")), Some(Liveness::Suspect));
+}
+
 // CLOUD-2690
 #[test]
 fn a_node_that_died_yields_to_its_successor_elsewhere_and_a_living_one_to_nobody() {

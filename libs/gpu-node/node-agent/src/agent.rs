@@ -433,11 +433,7 @@ impl Agent {
 
     /// Why the node is not registered, or nothing when it is.
     pub fn session_problem(&self) -> Option<String> {
-        let core = self.core.lock();
-        if core.session().is_registered() {
-            return None;
-        }
-        Some(core.session().problem().unwrap_or("not registered yet").to_owned())
+        self.core.lock().session().problem()
     }
 
     /// Handoff files that bind nothing, and why.

@@ -6,13 +6,15 @@
 
 use std::time::Duration;
 
-use pool_registry_types::node::{HeartbeatAnswer, RegisterAnswer};
+use pool_registry_types::node::{HeartbeatAnswer, Liveness, NodeStanding, RegisterAnswer};
 use pool_registry_types::{Backoff, Epoch, ErrorBody, ErrorCode, Moment};
 
 use crate::jitter::Jitter;
 
 /// First pause after a failed call; doubles up to the heartbeat interval.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// First pause of a node that gets no tasks, to the heartbeat that may say it does; doubles up to the interval.
+const FIRST_ASK: Duration = Duration::from_millis(250);
 /// Changes within this span go into one report. Source: .specs/01 CLOUD-1011.
 const COALESCE: Duration = Duration::from_millis(50);
 
@@ -50,6 +52,12 @@ pub struct Session {
     failures: u32,
     /// Why the last registration was refused.
     problem: Option<String>,
+    /// What the last heartbeat was answered.
+    standing: Option<NodeStanding>,
+    /// Heartbeats in a row whose answers said that the node gets no tasks.
+    asks: u32,
+    /// The last heartbeat had no answer.
+    unheard: bool,
     jitter: Jitter,
 }
 
@@ -57,7 +65,8 @@ impl Session {
     /// `interval` is the node's own; the control plane's answer replaces it. `seed` decides the jitter.
     pub fn new(now: Moment, interval: Duration, seed: u64) -> Self {
         let jitter = Jitter::new(seed);
-        Self { state: State::Unregistered { next_try: now }, interval, failures: 0, problem: None, jitter }
+        let state = State::Unregistered { next_try: now };
+        Self { state, interval, failures: 0, problem: None, standing: None, asks: 0, unheard: false, jitter }
     }
 
     /// What is due now. The caller performs it and tells the outcome.
@@ -100,6 +109,7 @@ impl Session {
                 self.interval = Duration::from_millis(answer.heartbeat_interval_ms.max(1));
                 self.failures = 0;
                 self.problem = None;
+                (self.standing, self.asks, self.unheard) = (None, 0, false);
                 // The first report goes at once: until then the control plane knows no pool.
                 self.state = State::Registered { epoch: answer.epoch, next_beat: now, beating: false };
             }
@@ -117,9 +127,15 @@ impl Session {
 
     /// The answer to [`Action::Heartbeat`].
     pub(crate) fn heartbeat_answered(&mut self, now: Moment, answer: Result<&HeartbeatAnswer, BeatFailure>) {
-        let tick = self.jittered_interval();
-        let State::Registered { next_beat, beating, .. } = &mut self.state else { return };
+        let State::Registered { beating, .. } = &mut self.state else { return };
         *beating = false;
+        self.unheard = answer.is_err();
+        if let Ok(answer) = answer {
+            self.standing.clone_from(&answer.standing);
+            self.asks = if self.gets_no_tasks() { self.asks.saturating_add(1) } else { 0 };
+        }
+        let tick = self.tick();
+        let State::Registered { next_beat, .. } = &mut self.state else { return };
         match answer {
             Ok(answer) => {
                 self.failures = 0;
@@ -183,9 +199,22 @@ impl Session {
         self.state == State::Left
     }
 
-    /// Why the node is not registered, for `/health/ready`.
-    pub fn problem(&self) -> Option<&str> {
-        self.problem.as_deref()
+    /// Why the node gets no tasks from the control plane, for `/health/ready`.
+    pub fn problem(&self) -> Option<String> {
+        if !self.is_registered() {
+            return Some(self.problem.clone().unwrap_or_else(|| "not registered yet".into()));
+        }
+        if self.unheard {
+            return Some("the last heartbeat had no answer".into());
+        }
+        let standing = self.standing.as_ref().filter(|_| self.gets_no_tasks())?;
+        let reason = standing.reason.as_deref().unwrap_or("no reason is given");
+        Some(format!("the control plane takes it for {}: {reason}", standing.liveness))
+    }
+
+    /// What the control plane takes the node for, as far as that is known.
+    pub fn standing(&self) -> Option<&NodeStanding> {
+        self.standing.as_ref()
     }
 
     fn pause(&mut self) -> Duration {
@@ -194,8 +223,17 @@ impl Session {
         self.jitter.spread(pause)
     }
 
-    fn jittered_interval(&mut self) -> Duration {
-        self.jitter.spread(self.interval)
+    /// Until the next heartbeat. One that gets no tasks asks sooner whether it does again.
+    fn tick(&mut self) -> Duration {
+        let tick = match self.asks.checked_sub(1) {
+            Some(asks) => Backoff::new(FIRST_ASK, self.interval).after(asks).min(self.interval),
+            None => self.interval,
+        };
+        self.jitter.spread(tick)
+    }
+
+    fn gets_no_tasks(&self) -> bool {
+        self.standing.as_ref().is_some_and(|standing| standing.liveness != Liveness::Online)
     }
 }
 
@@ -233,7 +271,43 @@ mod tests {
             cancel_attempts: vec![],
             intent: Intent::Serving,
             intent_order: 0,
+            standing: None,
         }
+    }
+
+    // CLOUD-2665
+    #[test]
+    fn a_node_that_gets_no_tasks_says_why_and_asks_sooner_until_it_does() {
+        let mut s = registered();
+        assert_eq!(s.problem(), None);
+        let stands = |liveness, reason: Option<&str>| HeartbeatAnswer {
+            standing: Some(NodeStanding { liveness, reason: reason.map(str::to_owned) }),
+            heartbeat_interval_ms: 10_000,
+            ..beat_answer()
+        };
+        let mut now = 1;
+        let mut pauses = Vec::new();
+        for _ in 0..8 {
+            assert!(matches!(s.next_action(at(now)), Some(Action::Heartbeat { .. })));
+            s.heartbeat_answered(at(now), Ok(&stands(Liveness::Suspect, Some("a firewall"))));
+            assert_eq!(s.problem().unwrap(), "the control plane takes it for suspect: a firewall");
+            let next = s.next_deadline().unwrap();
+            pauses.push(next.millis_since(at(now)));
+            now += pauses[pauses.len() - 1];
+        }
+        assert!(pauses[0] <= 250 && pauses.iter().all(|pause| *pause <= 10_000), "{pauses:?}");
+        assert!(pauses[7] > 8_000, "ever less often: {pauses:?}");
+        assert!(s.next_action(at(now)).is_some());
+        s.heartbeat_answered(at(now), Ok(&stands(Liveness::Online, None)));
+        assert_eq!(s.problem(), None);
+        assert!(s.next_deadline().unwrap() > at(now + 8_000));
+        // A heartbeat that nobody answers is one that nobody hears; what was said before is not shown for it.
+        assert!(s.next_action(at(now + 10_000)).is_some());
+        s.heartbeat_answered(at(now + 10_001), Err(BeatFailure::Failed));
+        assert_eq!(s.problem().unwrap(), "the last heartbeat had no answer");
+        assert!(s.next_action(at(now + 20_000)).is_some());
+        s.heartbeat_answered(at(now + 20_001), Ok(&beat_answer()));
+        assert_eq!(s.problem(), None, "an older control plane says nothing of it");
     }
 
     fn registered() -> Session {

@@ -4,6 +4,8 @@
 //! words cost only what they stand in, so that an old reader meets a new writer and the other way
 //! round.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -20,6 +22,16 @@ pub enum Liveness {
     /// No new work until it is probed or heard again.
     Suspect,
     Offline,
+}
+
+impl fmt::Display for Liveness {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Online => "online",
+            Self::Suspect => "suspect",
+            Self::Offline => "offline",
+        })
+    }
 }
 
 /// What the operator, or the node itself, asks for.
@@ -265,6 +277,17 @@ pub struct HeartbeatAnswer {
     /// The number of the operator's last order for the node; 0 for none.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub intent_order: u64,
+    /// What the node is taken for; absent from an older control plane.
+    #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
+    pub standing: Option<NodeStanding>,
+}
+
+/// What the control plane takes a node for, and why it gets no tasks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct NodeStanding {
+    pub liveness: Liveness,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
 }
 
 /// `POST /v2/nodes/{id}/drain` and `…/resume`.

@@ -1,7 +1,7 @@
 //! What placement, people and metrics see.
 
 use pool_registry_types::Digest;
-use pool_registry_types::node::OPENAI_FEATURE;
+use pool_registry_types::node::{NodeStanding, OPENAI_FEATURE};
 
 use super::*;
 
@@ -21,6 +21,12 @@ impl ServiceRegistry {
 
     pub fn liveness(&self, node_id: &NodeId) -> Option<Liveness> {
         self.nodes.get(node_id).map(Node::liveness)
+    }
+
+    /// The same with its reason, for the node itself.
+    pub fn standing(&self, node_id: &NodeId) -> Option<NodeStanding> {
+        let evidence = &self.nodes.get(node_id)?.evidence;
+        Some(NodeStanding { liveness: evidence.liveness(), reason: evidence.reason() })
     }
 
     pub fn address(&self, node_id: &NodeId) -> Option<(&str, BootId)> {

@@ -85,6 +85,7 @@ impl ControlCore {
             cancel_attempts,
             intent: intent.0,
             intent_order: intent.1,
+            standing: self.registry.standing(node_id),
         };
         effects.push(Effect::Reply { to, answer: Ok(Answer::Heartbeat(answer)) });
     }

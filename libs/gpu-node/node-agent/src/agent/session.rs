@@ -6,7 +6,8 @@ use std::time::Duration;
 use node_core::{BeatFailure, NodeEffect};
 use node_registration::{CallError, ControlPlane};
 use owned_tasks::{blocking, caught};
-use pool_registry_types::node::{Intent, IntentOrder};
+use pool_registry_types::NodeId;
+use pool_registry_types::node::{Intent, IntentOrder, Liveness, NodeStanding};
 use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 
@@ -74,7 +75,13 @@ impl Agent {
                     BeatFailure::Failed
                 });
                 let now = self.now();
-                let effects = self.core.lock().heartbeat_answered(now, answer);
+                let (before, effects, after) = {
+                    let mut core = self.core.lock();
+                    let before = core.session().standing().cloned();
+                    let effects = core.heartbeat_answered(now, answer);
+                    (before, effects, core.session().standing().cloned())
+                };
+                note_standing(&node_id, before.as_ref(), after.as_ref());
                 self.carry_out(effects).await;
             }
             NodeEffect::Deregister(epoch) => {
@@ -148,6 +155,17 @@ impl Agent {
         let file = self.intent_file.clone();
         let written = blocking("file of the intent", move || file.write(intent)).await;
         written.unwrap_or_else(|panicked| Err(std::io::Error::other(panicked)))
+    }
+}
+
+/// One line for each change of what the control plane takes the node for.
+fn note_standing(node_id: &NodeId, before: Option<&NodeStanding>, after: Option<&NodeStanding>) {
+    let Some(after) = after.filter(|after| before != Some(*after)) else { return };
+    let (liveness, reason) = (after.liveness, after.reason.as_deref());
+    if liveness == Liveness::Online {
+        tracing::info!(%node_id, %liveness, "the control plane sends this node tasks");
+    } else {
+        tracing::warn!(%node_id, %liveness, reason, "the control plane sends this node no tasks");
     }
 }
 
