@@ -30,6 +30,7 @@ use crate::state::AppState;
 pub(crate) fn needs(_: &Method, path: &str) -> Need {
     match path {
         paths::METRICS => Need::Any,
+        paths::LOG_LEVEL => Need::Scope(Scope::Admin),
         _ => Need::Scope(Scope::Control),
     }
 }
@@ -90,6 +91,7 @@ fn parts() -> (Router<AppState>, utoipa::openapi::OpenApi) {
         .routes(routes!(crate::logs::logs))
         .routes(routes!(intent))
         .routes(routes!(models))
+        .routes(routes!(daemon_kit::log_level::put_log_level))
         .split_for_parts()
 }
 

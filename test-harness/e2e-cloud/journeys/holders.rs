@@ -79,6 +79,7 @@ const ROUTES: &[(&str, Shown)] = &[
     ("POST /v2/pools/{pool_id}/reload", Shown::Nobodys),
     ("POST /v2/tasks", Shown::Another),
     ("POST /v2/tasks/{task_id}/cancel", Shown::NotFound),
+    ("PUT /v2/log-level", Shown::Nobodys),
 ];
 
 const SHOP: &str = "test-token-of-the-shop";

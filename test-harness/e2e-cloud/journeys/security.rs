@@ -80,6 +80,7 @@ pub(crate) const CONTROL_PLANE: &[(&str, Need)] = &[
     ("POST /v2/pools/{pool_id}/reload", Need::Operator),
     ("POST /v2/tasks", Need::Client),
     ("POST /v2/tasks/{task_id}/cancel", Need::Look),
+    ("PUT /v2/log-level", Need::Admin),
 ];
 
 const NODE: &[(&str, Need)] = &[
@@ -101,6 +102,7 @@ const NODE: &[(&str, Need)] = &[
     ("POST /v2/pools/{pool_id}/purge", Need::Control),
     ("POST /v2/pools/{pool_id}/reload", Need::Control),
     ("POST /v2/slotless", Need::Control),
+    ("PUT /v2/log-level", Need::Admin),
 ];
 
 /// Routes that stand in no document.

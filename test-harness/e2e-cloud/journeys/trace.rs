@@ -116,6 +116,75 @@ fn task(cluster: &Cluster, tokens: u32) -> Value {
     task
 }
 
+// CLOUD-2667
+// CLOUD-2668
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn at_info_one_id_finds_a_task_in_both_logs_and_the_filter_changes_without_a_restart() {
+    let engine = Engine::Fake { slots: 4, first_token_ms: 10, pace_ms: 20, dialect: "llamacpp" };
+    let mut cluster = Cluster::start(Options { engine, ..Options::default() }).await;
+    let logs = ["gpu-node-1", "gpu-node-2"].map(|id| cluster.log(id));
+    let control = cluster.log("orchestratord");
+    let ids = Ids { trace: "4bf92f3577b34da6a3ce929d0e0e4711", correlation: "order-info" };
+    let ended = |at: &Path| {
+        let text = std::fs::read_to_string(at).unwrap_or_default();
+        let ends = text
+            .lines()
+            .filter(|line| line.contains("a task ended") || line.contains("an attempt has ended"));
+        ends.map(str::to_owned).collect::<Vec<_>>()
+    };
+    ids.submit(&cluster.client, &task(&cluster, 3)).await;
+    ids.wait_logged(&control, "a task ended", 1).await;
+    ids.wait_logged(&logs[0], "an attempt has ended", 1).await;
+    let line = ended(&control).remove(0);
+    for part in [
+        "model=fake-model",
+        "gpu-node-1",
+        "pool-0",
+        "state=Completed",
+        "attempts=1",
+        "tokens=3",
+        "first_token_ms=",
+    ] {
+        assert!(line.contains(part), "{part}: {line}");
+    }
+    let is_its_prompt = |line: &str| line.contains(task(&cluster, 3)["prompt"].as_str().unwrap());
+    assert!(!is_its_prompt(&line));
+    // No line of what goes well, and then again.
+    let put = async |client: &Client, filter: &str| {
+        let request = client.request(Method::PUT, "/v2/log-level").json(&json!({"filter": filter}));
+        request.send().await.unwrap().status().as_u16()
+    };
+    let node = cluster.node_client(0);
+    for client in [&cluster.client, &node] {
+        assert_eq!(put(client, "warn").await, 200);
+        assert_eq!(put(client, "a=loud").await, 400);
+    }
+    assert!(cluster.client.run(task(&cluster, 3)).await.completed());
+    for client in [&cluster.client, &node] {
+        assert_eq!(put(client, "info").await, 200);
+    }
+    let second = Ids { trace: "4bf92f3577b34da6a3ce929d0e0e4712", correlation: "order-again" };
+    second.submit(&cluster.client, &task(&cluster, 3)).await;
+    second.wait_logged(&control, "a task ended", 1).await;
+    second.wait_logged(&logs[0], "an attempt has ended", 1).await;
+    assert_eq!((ended(&control).len(), ended(&logs[0]).len()), (2, 2));
+    // A node dies under a task: that it waits again, and what the node is taken for.
+    let third = Ids { trace: "4bf92f3577b34da6a3ce929d0e0e4713", correlation: "order-third" };
+    let mut long = task(&cluster, 60);
+    long["prompt"] = json!("secret words");
+    third.submit(&cluster.client, &long).await;
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    cluster.nodes[0].daemon.as_mut().unwrap().kill();
+    third.wait_logged(&control, "a task ended", 1).await;
+    let text = std::fs::read_to_string(&control).unwrap();
+    let stands = text.lines().find(|line| line.contains("a node gets no tasks")).expect("its liveness");
+    assert!(!text.contains("not dialled yet"), "a node that comes is nothing to be warned of");
+    for part in ["WARN", "node_id=gpu-node-1", "liveness=suspect", "reason=", "evidence_age_ms="] {
+        assert!(stands.contains(part), "{part}: {stands}");
+    }
+    assert!(!text.contains("secret words"), "no line has a client's words");
+}
+
 // CLOUD-1152
 // CLOUD-1153
 // CLOUD-1943

@@ -67,6 +67,7 @@ fn parts() -> (Router<AppState>, utoipa::openapi::OpenApi) {
         .routes(routes!(artifacts::get))
         .routes(routes!(meta::version))
         .routes(routes!(meta::capabilities))
+        .routes(routes!(daemon_kit::log_level::put_log_level))
         .routes(routes!(observe::live))
         .routes(routes!(observe::ready))
         .routes(routes!(observe::events))

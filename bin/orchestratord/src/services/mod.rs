@@ -12,6 +12,7 @@ pub(crate) mod followers;
 pub(crate) mod gateway;
 pub(crate) mod handoff;
 pub(crate) mod link;
+mod notes;
 pub(crate) mod placement;
 pub(crate) mod published;
 pub(crate) mod reader_permits;

@@ -21,6 +21,7 @@ use tokio_util::task::TaskTracker;
 use crate::services::control::{Control, Inbox, Message, Question, Reply};
 use crate::services::dispatch::Relays;
 use crate::services::link::PoolOrder;
+use crate::services::notes;
 use crate::services::streams::Submitted;
 
 /// Messages that are handled before a question is answered, where both wait.
@@ -243,10 +244,11 @@ impl Loop {
             Effect::CloseTask { task, error } => {
                 let stream = streams.get(task);
                 let trace = stream.as_ref().map(|stream| &stream.trace);
-                tracing::info!(task_id = %task, code = %error.code, cause = ?error.cause, correlation_id = trace.map(|trace| trace.correlation_id.as_str()), trace_id = trace.map(|trace| trace.trace_id()), "a task ends with an error");
+                tracing::debug!(task_id = %task, code = %error.code, cause = ?error.cause, correlation_id = trace.map(|trace| trace.correlation_id.as_str()), trace_id = trace.map(|trace| trace.trace_id()), "a task ends with an error");
                 streams.close(task, &error);
             }
             Effect::Forget { task } => streams.forget(task),
+            Effect::Note(note) => notes::write(&note),
             Effect::Load { pool, address } => {
                 let relays = Arc::clone(&self.relays);
                 tracing::info!(node_id = %pool.node_id, pool_id = %pool.pool_id, "a pool is asked for");

@@ -44,7 +44,7 @@ use uuid::Uuid;
 use crate::attempts::{
     Attempt, AttemptRecord, CloseReason, Evidence, MAX_ENGINE_DEATHS, MAX_TRIES, Maker, Outcome, classify,
 };
-use crate::event::{Answer, Dispatch, Effect, Event, LinkEvidence, ReplyTo};
+use crate::event::{Answer, Dispatch, Effect, Event, LinkEvidence, Note, ReplyTo, TaskEnd};
 use crate::groups::{Ask, Next};
 use crate::pace::{Forecast, Measurement, Paces, remaining_ms};
 use crate::queue::{Lane, Queue};
@@ -185,6 +185,8 @@ struct Task {
     number: u64,
     admitted: Moment,
     last_dispatch: Option<Moment>,
+    /// The first of any attempt.
+    first_token: Option<Moment>,
     stage: Stage,
     /// When the present wait in the queue must be over.
     wait_until: Moment,
@@ -329,6 +331,8 @@ pub struct ControlCore {
     shown_nodes: Lookup<NodeId, (Liveness, Intent)>,
     /// Of tasks with whose they are.
     changes: Vec<(Option<HolderId>, ClusterChange)>,
+    /// Nodes whose liveness has changed during this event.
+    restless: BTreeSet<NodeId>,
     draining: bool,
     armed: Option<Moment>,
     counters: Counters,
@@ -382,6 +386,7 @@ impl ControlCore {
             named: BTreeSet::new(),
             shown_nodes: Lookup::default(),
             changes: Vec::new(),
+            restless: BTreeSet::new(),
             draining: false,
             armed: None,
             counters: Counters::default(),
@@ -495,6 +500,7 @@ impl ControlCore {
         }
         let changes = self.changes.drain(..);
         effects.extend(changes.map(|(holder, change)| Effect::Changed { holder, change }));
+        self.note_nodes(now, &mut effects);
         if timer || self.enforces(Rule::TimerRearmed) || self.armed.is_none() {
             // What is due already is due now: a deadline in the past would look like a stall.
             self.review_leases();

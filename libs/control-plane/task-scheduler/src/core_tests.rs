@@ -145,7 +145,7 @@ impl Bench {
                 }
                 Effect::Changed { change, .. } => self.changes.push(change),
                 Effect::Load { pool, .. } => self.loads.push((self.now, pool.node_id.to_string())),
-                Effect::OpenLog { .. } | Effect::Forget { .. } => {}
+                Effect::OpenLog { .. } | Effect::Forget { .. } | Effect::Note(_) => {}
             }
         }
     }
@@ -521,4 +521,56 @@ fn two_lives_of_the_control_plane_give_different_attempt_ids() {
         core.next_id()
     };
     assert_ne!(ids(1), ids(2));
+}
+
+// CLOUD-2668
+#[test]
+fn what_becomes_of_a_task_and_of_a_node_is_noted_once() {
+    let mut b = Bench::new();
+    b.join("a", 1);
+    b.join("b", 1);
+    let (id, _) = b.submit(continued());
+    let first = b.last_dispatch().clone();
+    b.now = 30;
+    b.apply(Event::Started { attempt: first.attempt });
+    b.now = 50;
+    b.end(first.attempt, 2, HowEnded::Broken("prompt".into()));
+    b.advance_to(5_000);
+    let second = b.last_dispatch().clone();
+    b.now = 5_100;
+    b.end(second.attempt, 7, HowEnded::Finished);
+    let notes: Vec<Note> = b
+        .effects
+        .iter()
+        .filter_map(|effect| match effect {
+            Effect::Note(note) => Some(note.clone()),
+            _ => None,
+        })
+        .collect();
+    let replaced = notes.iter().filter(|note| matches!(note, Note::Replaced { task, attempt, why: "its stream broke", code: None, .. } if *task == id && *attempt == first.attempt));
+    assert_eq!(replaced.count(), 1, "{notes:?}");
+    let ends: Vec<&TaskEnd> = notes
+        .iter()
+        .filter_map(|note| match note {
+            Note::TaskEnded(end) => Some(&**end),
+            _ => None,
+        })
+        .collect();
+    let [end] = ends[..] else { panic!("{notes:?}") };
+    assert_eq!((end.state, end.code, end.attempts, end.sent), (TaskState::Completed, None, 2, 7));
+    assert_eq!(
+        (end.first_token_ms, end.elapsed_ms, end.pool.as_ref()),
+        (Some(30), 5_100, Some(&second.pool))
+    );
+    let online = |note: &&Note| matches!(note, Note::NodeStands { standing, .. } if standing.liveness == Liveness::Online);
+    assert_eq!(notes.iter().filter(online).count(), 2, "{notes:?}");
+    // A task that never had a place ends with its code.
+    b.effects.clear();
+    let (_, _) = b.submit(TaskSpec { deadline_ms: Some(100), ..pinned_to("c") });
+    b.advance_to(20_000);
+    let code = b.effects.iter().find_map(|effect| match effect {
+        Effect::Note(Note::TaskEnded(end)) => Some((end.code.is_some(), end.pool.is_none())),
+        _ => None,
+    });
+    assert_eq!(code, Some((true, true)));
 }

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use pool_registry_types::node::{
-    Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, IntentOrder, RegisterAnswer, RegisterRequest,
+    Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, IntentOrder, NodeStanding, RegisterAnswer,
+    RegisterRequest,
 };
-use pool_registry_types::task::{ResumeMode, TaskAccepted};
+use pool_registry_types::task::{ResumeMode, TaskAccepted, TaskState};
 use pool_registry_types::view::{ClusterChange, LinkView};
 use pool_registry_types::{
-    AttemptId, BootId, Epoch, ErrorBody, HolderId, LogId, ModelRef, Moment, NodeId, PoolKey, ReplicaId,
-    SessionKey, TaskId,
+    AttemptId, BootId, Epoch, ErrorBody, ErrorCode, HolderId, LogId, ModelRef, Moment, NodeId, PoolKey,
+    ReplicaId, SessionKey, TaskId,
 };
 use service_registry::{ProbeOutcome, Registrar};
 use task_stream::{Assignment, AttemptDeadlines, HowEnded, TaskSpec};
@@ -205,11 +206,54 @@ pub enum Effect {
         address: String,
         order: IntentOrder,
     },
+    /// For the log.
+    Note(Note),
     /// For those who follow what happens in the cluster; of a task with whose it is.
     Changed {
         holder: Option<HolderId>,
         change: ClusterChange,
     },
+}
+
+/// What an operator reads of it in the log; nothing follows from it.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Note {
+    TaskEnded(Box<TaskEnd>),
+    /// The task waits for a place again.
+    Replaced {
+        task: TaskId,
+        attempt: AttemptId,
+        pool: PoolKey,
+        /// In a few words of ours: what nodes and engines say may quote a prompt.
+        why: &'static str,
+        code: Option<ErrorCode>,
+    },
+    /// A node is taken for something else than before.
+    NodeStands {
+        node_id: NodeId,
+        standing: NodeStanding,
+        /// Milliseconds since its last heartbeat or token.
+        evidence_age_ms: u64,
+    },
+}
+
+/// What became of a task.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TaskEnd {
+    pub spec: Arc<TaskSpec>,
+    pub state: TaskState,
+    /// Absent where it ended well.
+    pub code: Option<ErrorCode>,
+    /// Of its last attempt; absent where it had none.
+    pub pool: Option<PoolKey>,
+    pub attempts: u32,
+    /// Milliseconds from admission to the last dispatch, or to the end.
+    pub queue_wait_ms: u64,
+    /// Milliseconds from admission to the first token of the answer; absent without one.
+    pub first_token_ms: Option<u64>,
+    pub elapsed_ms: u64,
+    /// Frames of the answer that were sent to its readers.
+    pub sent: u64,
 }
 
 #[derive(Debug, Clone, PartialEq)]

@@ -19,7 +19,7 @@ pub use attempts::CloseReason;
 pub use core::reading::{TaskFilter, TaskList, TaskRecord};
 pub use core::waiting::{Waiting, WaitingTasks};
 pub use core::{ControlCore, Counters, FullLane, Policy};
-pub use event::{Answer, Dispatch, Effect, Event, LinkEvidence, ReplyTo};
+pub use event::{Answer, Dispatch, Effect, Event, LinkEvidence, Note, ReplyTo, TaskEnd};
 pub use multi_node_placement::Strategy;
 pub use service_registry::{Denied, IndexMismatch, ProbeOutcome, Registrar, Rule, Timing};
 pub use sessions::SessionPolicy;

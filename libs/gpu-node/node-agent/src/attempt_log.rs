@@ -1,8 +1,8 @@
 //! What the node's log says of an attempt: that it was accepted or refused, and how it ended.
 //!
 //! Each line names the attempt, and the client's request by its correlation id and its trace id, so
-//! that one search finds it in both daemons. What goes as it should is a `debug` line; a
-//! failure is an `info` line, which says its code and no more: an engine's message may quote a prompt.
+//! that one search finds it in both daemons. How it ended is an `info` line, of a failure with its code and
+//! no more: an engine's message may quote a prompt; what comes before is `debug`.
 
 use std::time::Instant;
 
@@ -54,7 +54,7 @@ impl AttemptLog {
     }
 
     pub(crate) fn ended(&self, tokens_out: u64) {
-        line!(debug, self, "an attempt has ended", tokens_out, elapsed_ms = self.elapsed_ms());
+        line!(info, self, "an attempt has ended", tokens_out, elapsed_ms = self.elapsed_ms());
     }
 
     pub(crate) fn failed(&self, error: &ErrorBody) {
@@ -64,7 +64,7 @@ impl AttemptLog {
 
     /// It was stopped before its end: by its reader, by an order, or by a defect.
     pub(crate) fn abandoned(&self) {
-        line!(debug, self, "an attempt is stopped before its end", elapsed_ms = self.elapsed_ms());
+        line!(info, self, "an attempt is stopped before its end", elapsed_ms = self.elapsed_ms());
     }
 
     fn elapsed_ms(&self) -> u64 {

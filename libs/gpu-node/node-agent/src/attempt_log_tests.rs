@@ -261,12 +261,12 @@ async fn each_line_of_an_attempt_names_its_ids_and_nothing_of_its_prompt() {
         reported.iter().map(|(n, level, what)| (*n, level.as_str(), what.as_str())).collect();
     let expected = [
         ('1', "DEBUG", "an attempt is accepted"),
-        ('1', "DEBUG", "an attempt has ended"),
+        ('1', "INFO", "an attempt has ended"),
         ('1', "DEBUG", "an attempt is refused"),
         ('2', "DEBUG", "an attempt is accepted"),
         ('2', "INFO", "an attempt has failed"),
         ('3', "DEBUG", "an attempt is accepted"),
-        ('3', "DEBUG", "an attempt is stopped before its end"),
+        ('3', "INFO", "an attempt is stopped before its end"),
     ];
     assert_eq!(reported, expected, "{text}");
 }

@@ -54,6 +54,8 @@ pub struct Session {
     problem: Option<String>,
     /// What the last heartbeat was answered.
     standing: Option<NodeStanding>,
+    /// The last liveness of [`Session::take_news`].
+    shown: Option<Liveness>,
     /// Heartbeats in a row whose answers said that the node gets no tasks.
     asks: u32,
     /// The last heartbeat had no answer.
@@ -66,7 +68,17 @@ impl Session {
     pub fn new(now: Moment, interval: Duration, seed: u64) -> Self {
         let jitter = Jitter::new(seed);
         let state = State::Unregistered { next_try: now };
-        Self { state, interval, failures: 0, problem: None, standing: None, asks: 0, unheard: false, jitter }
+        Self {
+            state,
+            interval,
+            failures: 0,
+            problem: None,
+            standing: None,
+            shown: None,
+            asks: 0,
+            unheard: false,
+            jitter,
+        }
     }
 
     /// What is due now. The caller performs it and tells the outcome.
@@ -212,9 +224,12 @@ impl Session {
         Some(format!("the control plane takes it for {}: {reason}", standing.liveness))
     }
 
-    /// What the control plane takes the node for, as far as that is known.
-    pub fn standing(&self) -> Option<&NodeStanding> {
-        self.standing.as_ref()
+    /// What the control plane takes the node for, where that is another liveness than was returned before.
+    /// One that gets no tasks yet after its first heartbeat is not dialled yet, and that is no news.
+    pub fn take_news(&mut self) -> Option<NodeStanding> {
+        let standing = self.standing.as_ref().filter(|_| self.asks != 1)?;
+        let is_news = self.shown.replace(standing.liveness) != Some(standing.liveness);
+        is_news.then(|| standing.clone())
     }
 
     fn pause(&mut self) -> Duration {
@@ -295,11 +310,13 @@ mod tests {
             pauses.push(next.millis_since(at(now)));
             now += pauses[pauses.len() - 1];
         }
+        assert_eq!(s.take_news().map(|news| news.liveness), Some(Liveness::Suspect));
+        assert_eq!(s.take_news(), None, "it is no news twice");
         assert!(pauses[0] <= 250 && pauses.iter().all(|pause| *pause <= 10_000), "{pauses:?}");
         assert!(pauses[7] > 8_000, "ever less often: {pauses:?}");
         assert!(s.next_action(at(now)).is_some());
         s.heartbeat_answered(at(now), Ok(&stands(Liveness::Online, None)));
-        assert_eq!(s.problem(), None);
+        assert_eq!((s.problem(), s.take_news().map(|news| news.liveness)), (None, Some(Liveness::Online)));
         assert!(s.next_deadline().unwrap() > at(now + 8_000));
         // A heartbeat that nobody answers is one that nobody hears; what was said before is not shown for it.
         assert!(s.next_action(at(now + 10_000)).is_some());

@@ -25,6 +25,7 @@ pub mod front;
 mod handover;
 pub mod hangups;
 pub mod hosts;
+pub mod log_level;
 pub mod metrics;
 mod plaintext;
 pub mod quota;

@@ -62,7 +62,7 @@ pub struct SharedSettings {
     #[arg(long, env = "LLORCH_AUDIT_LOG")]
     audit_log: Option<PathBuf>,
     /// Log level, or a list of target=level.
-    #[arg(long, env = "LLORCH_LOG", default_value = "info")]
+    #[arg(long, env = "LLORCH_LOG", default_value = "info", value_parser = telemetry::check_filter)]
     log: String,
     #[arg(long, env = "LLORCH_LOG_FORMAT", default_value = "text")]
     log_format: LogFormat,

@@ -23,6 +23,7 @@ use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuild
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::field::{RecordFields, VisitOutput};
 use tracing_subscriber::fmt::format::{DefaultVisitor, FormatFields, Writer};
+use tracing_subscriber::reload;
 use tracing_subscriber::util::SubscriberInitExt;
 
 /// Lines that may wait for standard error. At some 200 bytes a line that is less than 1 MiB, and
@@ -55,6 +56,60 @@ impl Drop for Logs {
         let guard = self.0.take();
         wait_for(move || drop(guard));
     }
+}
+
+/// Libraries that write a line for each connection, or more: they stay at `warn` unless a filter names them.
+const TALKATIVE: [&str; 6] = ["h2", "hyper", "hyper_util", "reqwest", "rustls", "tower"];
+
+/// Changes the filter of the process's log; set when logging starts.
+static CHANGE: OnceLock<Box<dyn Fn(EnvFilter) + Send + Sync>> = OnceLock::new();
+
+/// A text that is no filter.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is no level (error, warn, info, debug, trace, off) and no list of target=level: {why}")]
+pub struct BadFilter {
+    text: String,
+    why: String,
+}
+
+/// Whether the text is a filter, as a setting is checked.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_filter(text: &str) -> Result<String, BadFilter> {
+    filter_of(text).map(|_| text.to_owned())
+}
+
+/// Changes what is logged, until the process ends.
+///
+/// # Errors
+/// That the text is no filter; what was logged before goes on.
+pub fn change_filter(text: &str) -> Result<(), BadFilter> {
+    let filter = filter_of(text)?;
+    if let Some(change) = CHANGE.get() {
+        change(filter);
+        tracing::warn!(filter = text, "the log's filter is changed until the restart");
+    }
+    Ok(())
+}
+
+fn filter_of(text: &str) -> Result<EnvFilter, BadFilter> {
+    let bad = |why: String| BadFilter { text: text.to_owned(), why };
+    if text.trim().is_empty() {
+        return Err(bad("it is empty".into()));
+    }
+    let named = |target: &&str| {
+        text.split(',').any(|part| part.trim().split(['=', '[', ':']).next() == Some(*target))
+    };
+    // Where less than a warning is let through, they are no louder than the rest.
+    let is_quiet = text.split(',').any(|part| matches!(part.trim(), "off" | "error"));
+    let quiet: Vec<String> = TALKATIVE
+        .into_iter()
+        .filter(|target| !named(target) && !is_quiet)
+        .map(|target| format!("{target}=warn"))
+        .collect();
+    let whole = [text.to_owned()].into_iter().chain(quiet).collect::<Vec<_>>().join(",");
+    EnvFilter::try_new(whole).map_err(|error| bad(error.to_string()))
 }
 
 /// Starts logging, of panics too. `filter` is a level or a list of `target=level`.
@@ -112,7 +167,7 @@ fn queue(writer: impl Write + Send + Sync + 'static) -> (NonBlocking, Logs) {
 }
 
 fn dispatch(format: LogFormat, filter: &str, lines: NonBlocking, colours: bool) -> Dispatch {
-    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = filter_of(filter).unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(lines)
@@ -120,9 +175,26 @@ fn dispatch(format: LogFormat, filter: &str, lines: NonBlocking, colours: bool) 
         // They would go to standard error past the queue.
         .log_internal_errors(false);
     match format {
-        LogFormat::Text => Dispatch::new(builder.with_target(false).fmt_fields(OneLine).finish()),
-        LogFormat::Json => Dispatch::new(builder.json().flatten_event(true).finish()),
+        LogFormat::Text => {
+            let builder = builder.with_target(false).fmt_fields(OneLine).with_filter_reloading();
+            follow_changes(builder.reload_handle());
+            Dispatch::new(builder.finish())
+        }
+        LogFormat::Json => {
+            let builder = builder.json().flatten_event(true).with_filter_reloading();
+            follow_changes(builder.reload_handle());
+            Dispatch::new(builder.finish())
+        }
     }
+}
+
+/// The first log of a process is the one whose filter can be changed.
+fn follow_changes<S: 'static>(handle: reload::Handle<EnvFilter, S>) {
+    let change = move |filter| {
+        // A log that has ended has nothing to change.
+        let _ = handle.reload(filter);
+    };
+    let _ = CHANGE.set(Box::new(change));
 }
 
 /// The standard hook would write to standard error itself, and keep the thread that panics there.
@@ -265,6 +337,20 @@ mod tests {
         let text = logged(true, || tracing::error!(model = %"\x1b[31mred", "é, 猫 and \x1b[2Jclean"));
         assert!(text.contains("\x1b[31mERROR\x1b[0m") && text.contains("\x1b[3mmodel\x1b[0m"), "{text:?}");
         assert!(text.contains(r"\u{1b}[31mred") && text.contains(r"é, 猫 and \u{1b}[2Jclean"), "{text:?}");
+    }
+
+    // CLOUD-2667
+    #[test]
+    fn a_filter_is_checked_and_libraries_stay_quiet_unless_they_are_named() {
+        for bad in ["", " ", "debug,=", "a=loud", "info[", "x=y=z"] {
+            let error = check_filter(bad).unwrap_err().to_string();
+            assert!(error.contains(&format!("{bad:?}")), "{error}");
+        }
+        let shown = |text: &str| filter_of(text).unwrap().to_string();
+        assert!(shown("debug").contains("hyper=warn") && shown("debug").contains("rustls=warn"));
+        let named = shown("debug,hyper=trace");
+        assert!(named.contains("hyper=trace") && !named.contains("hyper=warn"), "{named}");
+        assert!(!shown("error").contains("warn") && !shown("off").contains("warn"));
     }
 
     // CLOUD-1140

@@ -25,6 +25,7 @@ pub const ARTIFACTS: &str = "/v2/artifacts";
 pub const ARTIFACT: &str = "/v2/artifacts/{digest}";
 pub const META_VERSION: &str = "/v2/meta/version";
 pub const META_CAPABILITIES: &str = "/v2/meta/capabilities";
+pub const LOG_LEVEL: &str = "/v2/log-level";
 pub const OPENAPI: &str = "/openapi.json";
 pub const API_PAGE: &str = "/docs";
 pub const METRICS: &str = "/metrics";

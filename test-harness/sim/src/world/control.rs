@@ -316,7 +316,7 @@ impl World {
                 self.after_ms(delay, What::Fence { life, task, attempt });
             }
             Effect::CloseTask { task, error } => self.close_task(task, &error),
-            Effect::Forget { .. } => {}
+            Effect::Forget { .. } | Effect::Note(_) => {}
             Effect::Changed { change, .. } => {
                 if let ClusterChange::Node { node_id, liveness: None, .. } = &change {
                     self.link_gone(node_id);

@@ -29,6 +29,11 @@ impl ServiceRegistry {
         Some(NodeStanding { liveness: evidence.liveness(), reason: evidence.reason() })
     }
 
+    /// Milliseconds since its last heartbeat or token.
+    pub fn evidence_age_ms(&self, now: Moment, node_id: &NodeId) -> Option<u64> {
+        self.nodes.get(node_id).map(|node| now.millis_since(node.evidence.last_life))
+    }
+
     pub fn address(&self, node_id: &NodeId) -> Option<(&str, BootId)> {
         self.nodes.get(node_id).map(|node| (node.request.address.as_str(), node.request.boot_id))
     }

@@ -68,7 +68,11 @@ impl ControlCore {
         if self.registry.proven(&pool) {
             self.sync_node(&pool.node_id);
         }
-        let session = self.tasks.get(&task).and_then(|task| task.session);
+        let task_itself = self.tasks.get_mut(&task);
+        let session = task_itself.and_then(|of| {
+            of.first_token.get_or_insert(now);
+            of.session
+        });
         if let Some((session, replica)) = session.zip(replica) {
             self.sessions.record_replica(session, task, pool, replica);
         }
@@ -411,6 +415,12 @@ impl ControlCore {
         if let Some(record) = task.attempts.iter_mut().find(|record| record.id == id) {
             record.outcome = describe(how, &outcome);
         }
+        let waits_again = !matches!(outcome, Outcome::Completed | Outcome::Canceled | Outcome::Failed(_));
+        if waits_again {
+            let (why, code) = in_a_word(how);
+            let pool = attempt.pool.clone();
+            effects.push(Effect::Note(Note::Replaced { task: id_of_task, attempt: id, pool, why, code }));
+        }
         task.sent = tokens_written;
         if tokens_written > 0 {
             task.maker.get_or_insert(attempt.maker);
@@ -513,6 +523,27 @@ fn exhausted(task: &Task, last: ErrorBody) -> ErrorBody {
     let message = format!("all {} tries failed ({})", task.tries, causes(task));
     let code = if task.sent > 0 { ErrorCode::WorkerReset } else { ErrorCode::PoolUnavailable };
     ErrorBody { code, message, retriable: true, ..last }
+}
+
+/// How the attempt ended, for the log.
+fn in_a_word(how: &HowEnded) -> (&'static str, Option<ErrorCode>) {
+    match how {
+        HowEnded::Finished => ("finished", None),
+        HowEnded::Refused(error) => ("the node refused it", Some(error.code)),
+        HowEnded::Denied(_) => ("the node does not let us in", None),
+        HowEnded::Rejected(error) => ("the node finds the request wrong", Some(error.code)),
+        HowEnded::NodeFailed(_) => ("the node failed", None),
+        HowEnded::OwnShortage { .. } => ("descriptors, ports or memory are short here", None),
+        HowEnded::OwnDefect(_) => ("a defect of the control plane", None),
+        HowEnded::NeverSent(_) => ("the node could not be dialled", None),
+        HowEnded::NoAnswer(_) => ("the node did not answer", None),
+        HowEnded::Broken(_) => ("its stream broke", None),
+        HowEnded::NodeError(error) => ("the engine failed it", Some(error.code)),
+        HowEnded::TimedOut(_) => ("it took too long", None),
+        HowEnded::TooLong => ("its stream is too long", None),
+        HowEnded::Differs(_) => ("it answered something else than before", None),
+        HowEnded::Closed => ("it was closed", None),
+    }
 }
 
 fn describe(how: &HowEnded, outcome: &Outcome) -> Cow<'static, str> {

@@ -226,12 +226,27 @@ impl ControlCore {
         if self.shown_nodes.get(node_id).copied() == is {
             return;
         }
-        match is {
+        let was = match is {
             Some(is) => self.shown_nodes.insert(node_id.clone(), is),
             None => self.shown_nodes.remove(node_id),
         };
         let (liveness, intent) = is.unzip();
+        // One that has just come is dialled first, and that is nothing to be warned of.
+        let is_new = was.is_none() && liveness == Some(Liveness::Suspect);
+        if liveness != was.map(|(liveness, _)| liveness) && !is_new {
+            self.restless.insert(node_id.clone());
+        }
         self.changes.push((None, ClusterChange::Node { node_id: node_id.clone(), liveness, intent }));
+    }
+
+    /// What the log says of the nodes whose liveness has changed.
+    pub(super) fn note_nodes(&mut self, now: Moment, effects: &mut Vec<Effect>) {
+        for node_id in std::mem::take(&mut self.restless) {
+            // One that left, or is forgotten, is spoken of where that happens.
+            let Some(standing) = self.registry.standing(&node_id) else { continue };
+            let evidence_age_ms = self.registry.evidence_age_ms(now, &node_id).unwrap_or(0);
+            effects.push(Effect::Note(Note::NodeStands { node_id, standing, evidence_age_ms }));
+        }
     }
 
     /// Brings the index up to what the registry knows of a pool, as far as that changes between the

@@ -89,6 +89,7 @@ impl ControlCore {
             number: self.ids_given,
             admitted: now,
             last_dispatch: None,
+            first_token: None,
             stage: Stage::Queued,
             wait_until: Moment::NEVER,
             deadline,
@@ -370,8 +371,22 @@ impl ControlCore {
         effects: &mut Vec<Effect>,
     ) {
         let Some(task) = self.tasks.get_mut(&id) else { return };
+        let code = error.as_ref().map(|error| error.code);
         task.stage = Stage::Ended { at: now, state, error: error.map(Box::new) };
-        task.spec = None;
+        if let Some(spec) = task.spec.take() {
+            let end = TaskEnd {
+                spec,
+                state,
+                code,
+                pool: task.attempts.last().map(|attempt| attempt.pool.clone()),
+                attempts: task.dispatches,
+                queue_wait_ms: task.last_dispatch.unwrap_or(now).millis_since(task.admitted),
+                first_token_ms: task.first_token.map(|at| at.millis_since(task.admitted)),
+                elapsed_ms: now.millis_since(task.admitted),
+                sent: task.sent,
+            };
+            effects.push(Effect::Note(Note::TaskEnded(Box::new(end))));
+        }
         self.touched.insert(id);
         if let Some(session) = task.session {
             self.sessions.ended(now, session, id, task.sent.saturating_add(task.unlogged), task.ran);

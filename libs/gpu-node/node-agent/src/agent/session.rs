@@ -75,13 +75,13 @@ impl Agent {
                     BeatFailure::Failed
                 });
                 let now = self.now();
-                let (before, effects, after) = {
+                let (effects, news) = {
                     let mut core = self.core.lock();
-                    let before = core.session().standing().cloned();
-                    let effects = core.heartbeat_answered(now, answer);
-                    (before, effects, core.session().standing().cloned())
+                    (core.heartbeat_answered(now, answer), core.take_news())
                 };
-                note_standing(&node_id, before.as_ref(), after.as_ref());
+                if let Some(news) = news {
+                    note_standing(&node_id, &news);
+                }
                 self.carry_out(effects).await;
             }
             NodeEffect::Deregister(epoch) => {
@@ -159,9 +159,8 @@ impl Agent {
 }
 
 /// One line for each change of what the control plane takes the node for.
-fn note_standing(node_id: &NodeId, before: Option<&NodeStanding>, after: Option<&NodeStanding>) {
-    let Some(after) = after.filter(|after| before != Some(*after)) else { return };
-    let (liveness, reason) = (after.liveness, after.reason.as_deref());
+fn note_standing(node_id: &NodeId, news: &NodeStanding) {
+    let (liveness, reason) = (news.liveness, news.reason.as_deref());
     if liveness == Liveness::Online {
         tracing::info!(%node_id, %liveness, "the control plane sends this node tasks");
     } else {

@@ -23,7 +23,7 @@ mod streams;
 use std::collections::BTreeMap;
 
 use pool_registry_types::node::{
-    Capabilities, GpuReport, Heartbeat, HeartbeatAnswer, Intent, IntentOrder, RegisterAnswer,
+    Capabilities, GpuReport, Heartbeat, HeartbeatAnswer, Intent, IntentOrder, NodeStanding, RegisterAnswer,
     RegisterRequest, StagedModel,
 };
 use pool_registry_types::placement::Labels;
@@ -275,6 +275,11 @@ impl NodeCore {
         let canceled = answer.map(|answer| answer.cancel_attempts).unwrap_or_default();
         let running = canceled.into_iter().filter(|id| self.running.contains_key(id));
         running.map(NodeEffect::Cancel).chain(intent).chain(waiting).collect()
+    }
+
+    /// What the control plane takes this node for, where that is news.
+    pub fn take_news(&mut self) -> Option<NodeStanding> {
+        self.session.take_news()
     }
 
     pub fn deregistered(&mut self) {
