@@ -12,8 +12,8 @@ pub(super) fn write(note: &Note) {
             let code = code.map(tracing::field::display);
             tracing::info!(task_id = %task, attempt_id = %attempt, node_id = %pool.node_id, pool_id = %pool.pool_id, why, code, "a task waits for a place again");
         }
-        Note::NodeStands { node_id, standing, evidence_age_ms } => {
-            let (liveness, reason) = (standing.liveness, standing.reason.as_deref());
+        Note::LivenessChanged { node_id, observed, evidence_age_ms } => {
+            let (liveness, reason) = (observed.liveness, observed.reason.as_deref());
             if liveness == Liveness::Online {
                 tracing::info!(%node_id, %liveness, evidence_age_ms, "a node gets tasks");
             } else {

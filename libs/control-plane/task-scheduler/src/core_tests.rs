@@ -562,7 +562,7 @@ fn what_becomes_of_a_task_and_of_a_node_is_noted_once() {
         (end.first_token_ms, end.elapsed_ms, end.pool.as_ref()),
         (Some(30), 5_100, Some(&second.pool))
     );
-    let online = |note: &&Note| matches!(note, Note::NodeStands { standing, .. } if standing.liveness == Liveness::Online);
+    let online = |note: &&Note| matches!(note, Note::LivenessChanged { observed, .. } if observed.liveness == Liveness::Online);
     assert_eq!(notes.iter().filter(online).count(), 2, "{notes:?}");
     // A task that never had a place ends with its code.
     b.effects.clear();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use pool_registry_types::node::{
-    Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, IntentOrder, NodeStanding, RegisterAnswer,
+    Heartbeat, HeartbeatAnswer, Intent, IntentAnswer, IntentOrder, ObservedLiveness, RegisterAnswer,
     RegisterRequest,
 };
 use pool_registry_types::task::{ResumeMode, TaskAccepted, TaskState};
@@ -229,9 +229,9 @@ pub enum Note {
         code: Option<ErrorCode>,
     },
     /// A node is taken for something else than before.
-    NodeStands {
+    LivenessChanged {
         node_id: NodeId,
-        standing: NodeStanding,
+        observed: ObservedLiveness,
         /// Milliseconds since its last heartbeat or token.
         evidence_age_ms: u64,
     },

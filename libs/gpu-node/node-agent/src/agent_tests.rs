@@ -117,7 +117,7 @@ impl ControlPlane for Breaking {
             waiting: Vec::new(),
             intent: Intent::Serving,
             intent_order: 0,
-            standing: None,
+            observed: None,
         })
     }
 

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use pool_registry_types::node::{HeartbeatAnswer, Liveness, NodeStanding, RegisterAnswer};
+use pool_registry_types::node::{HeartbeatAnswer, Liveness, ObservedLiveness, RegisterAnswer};
 use pool_registry_types::{Backoff, Epoch, ErrorBody, ErrorCode, Moment};
 
 use crate::jitter::Jitter;
@@ -53,7 +53,7 @@ pub struct Session {
     /// Why the last registration was refused.
     problem: Option<String>,
     /// What the last heartbeat was answered.
-    standing: Option<NodeStanding>,
+    observed: Option<ObservedLiveness>,
     /// The last liveness of [`Session::take_news`].
     shown: Option<Liveness>,
     /// Heartbeats in a row whose answers said that the node gets no tasks.
@@ -73,7 +73,7 @@ impl Session {
             interval,
             failures: 0,
             problem: None,
-            standing: None,
+            observed: None,
             shown: None,
             asks: 0,
             unheard: false,
@@ -121,7 +121,7 @@ impl Session {
                 self.interval = Duration::from_millis(answer.heartbeat_interval_ms.max(1));
                 self.failures = 0;
                 self.problem = None;
-                (self.standing, self.asks, self.unheard) = (None, 0, false);
+                (self.observed, self.asks, self.unheard) = (None, 0, false);
                 // The first report goes at once: until then the control plane knows no pool.
                 self.state = State::Registered { epoch: answer.epoch, next_beat: now, beating: false };
             }
@@ -143,7 +143,7 @@ impl Session {
         *beating = false;
         self.unheard = answer.is_err();
         if let Ok(answer) = answer {
-            self.standing.clone_from(&answer.standing);
+            self.observed.clone_from(&answer.observed);
             self.asks = if self.gets_no_tasks() { self.asks.saturating_add(1) } else { 0 };
         }
         let tick = self.tick();
@@ -219,17 +219,17 @@ impl Session {
         if self.unheard {
             return Some("the last heartbeat had no answer".into());
         }
-        let standing = self.standing.as_ref().filter(|_| self.gets_no_tasks())?;
-        let reason = standing.reason.as_deref().unwrap_or("no reason is given");
-        Some(format!("the control plane takes it for {}: {reason}", standing.liveness))
+        let observed = self.observed.as_ref().filter(|_| self.gets_no_tasks())?;
+        let reason = observed.reason.as_deref().unwrap_or("no reason is given");
+        Some(format!("the control plane takes it for {}: {reason}", observed.liveness))
     }
 
     /// What the control plane takes the node for, where that is another liveness than was returned before.
     /// One that gets no tasks yet after its first heartbeat is not dialled yet, and that is no news.
-    pub fn take_news(&mut self) -> Option<NodeStanding> {
-        let standing = self.standing.as_ref().filter(|_| self.asks != 1)?;
-        let is_news = self.shown.replace(standing.liveness) != Some(standing.liveness);
-        is_news.then(|| standing.clone())
+    pub fn take_news(&mut self) -> Option<ObservedLiveness> {
+        let observed = self.observed.as_ref().filter(|_| self.asks != 1)?;
+        let is_news = self.shown.replace(observed.liveness) != Some(observed.liveness);
+        is_news.then(|| observed.clone())
     }
 
     fn pause(&mut self) -> Duration {
@@ -248,7 +248,7 @@ impl Session {
     }
 
     fn gets_no_tasks(&self) -> bool {
-        self.standing.as_ref().is_some_and(|standing| standing.liveness != Liveness::Online)
+        self.observed.as_ref().is_some_and(|observed| observed.liveness != Liveness::Online)
     }
 }
 
@@ -286,7 +286,7 @@ mod tests {
             cancel_attempts: vec![],
             intent: Intent::Serving,
             intent_order: 0,
-            standing: None,
+            observed: None,
         }
     }
 
@@ -296,7 +296,7 @@ mod tests {
         let mut s = registered();
         assert_eq!(s.problem(), None);
         let stands = |liveness, reason: Option<&str>| HeartbeatAnswer {
-            standing: Some(NodeStanding { liveness, reason: reason.map(str::to_owned) }),
+            observed: Some(ObservedLiveness { liveness, reason: reason.map(str::to_owned) }),
             heartbeat_interval_ms: 10_000,
             ..beat_answer()
         };

@@ -279,12 +279,12 @@ pub struct HeartbeatAnswer {
     pub intent_order: u64,
     /// What the node is taken for; absent from an older control plane.
     #[serde(default, deserialize_with = "newer::option", skip_serializing_if = "Option::is_none")]
-    pub standing: Option<NodeStanding>,
+    pub observed: Option<ObservedLiveness>,
 }
 
 /// What the control plane takes a node for, and why it gets no tasks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct NodeStanding {
+pub struct ObservedLiveness {
     pub liveness: Liveness,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,

@@ -1,7 +1,7 @@
 //! What placement, people and metrics see.
 
 use pool_registry_types::Digest;
-use pool_registry_types::node::{NodeStanding, OPENAI_FEATURE};
+use pool_registry_types::node::{OPENAI_FEATURE, ObservedLiveness};
 
 use super::*;
 
@@ -24,9 +24,9 @@ impl ServiceRegistry {
     }
 
     /// The same with its reason, for the node itself.
-    pub fn standing(&self, node_id: &NodeId) -> Option<NodeStanding> {
+    pub fn observed(&self, node_id: &NodeId) -> Option<ObservedLiveness> {
         let evidence = &self.nodes.get(node_id)?.evidence;
-        Some(NodeStanding { liveness: evidence.liveness(), reason: evidence.reason() })
+        Some(ObservedLiveness { liveness: evidence.liveness(), reason: evidence.reason() })
     }
 
     /// Milliseconds since its last heartbeat or token.

@@ -85,7 +85,7 @@ impl ControlCore {
             cancel_attempts,
             intent: intent.0,
             intent_order: intent.1,
-            standing: self.registry.standing(node_id),
+            observed: self.registry.observed(node_id),
         };
         effects.push(Effect::Reply { to, answer: Ok(Answer::Heartbeat(answer)) });
     }
@@ -243,9 +243,9 @@ impl ControlCore {
     pub(super) fn note_nodes(&mut self, now: Moment, effects: &mut Vec<Effect>) {
         for node_id in std::mem::take(&mut self.restless) {
             // One that left, or is forgotten, is spoken of where that happens.
-            let Some(standing) = self.registry.standing(&node_id) else { continue };
+            let Some(observed) = self.registry.observed(&node_id) else { continue };
             let evidence_age_ms = self.registry.evidence_age_ms(now, &node_id).unwrap_or(0);
-            effects.push(Effect::Note(Note::NodeStands { node_id, standing, evidence_age_ms }));
+            effects.push(Effect::Note(Note::LivenessChanged { node_id, observed, evidence_age_ms }));
         }
     }
 

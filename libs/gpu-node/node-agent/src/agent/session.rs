@@ -7,7 +7,7 @@ use node_core::{BeatFailure, NodeEffect};
 use node_registration::{CallError, ControlPlane};
 use owned_tasks::{blocking, caught};
 use pool_registry_types::NodeId;
-use pool_registry_types::node::{Intent, IntentOrder, Liveness, NodeStanding};
+use pool_registry_types::node::{Intent, IntentOrder, Liveness, ObservedLiveness};
 use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 
@@ -80,7 +80,7 @@ impl Agent {
                     (core.heartbeat_answered(now, answer), core.take_news())
                 };
                 if let Some(news) = news {
-                    note_standing(&node_id, &news);
+                    note_liveness(&node_id, &news);
                 }
                 self.carry_out(effects).await;
             }
@@ -159,7 +159,7 @@ impl Agent {
 }
 
 /// One line for each change of what the control plane takes the node for.
-fn note_standing(node_id: &NodeId, news: &NodeStanding) {
+fn note_liveness(node_id: &NodeId, news: &ObservedLiveness) {
     let (liveness, reason) = (news.liveness, news.reason.as_deref());
     if liveness == Liveness::Online {
         tracing::info!(%node_id, %liveness, "the control plane sends this node tasks");

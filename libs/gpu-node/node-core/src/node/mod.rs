@@ -23,8 +23,8 @@ mod streams;
 use std::collections::BTreeMap;
 
 use pool_registry_types::node::{
-    Capabilities, GpuReport, Heartbeat, HeartbeatAnswer, Intent, IntentOrder, NodeStanding, RegisterAnswer,
-    RegisterRequest, StagedModel,
+    Capabilities, GpuReport, Heartbeat, HeartbeatAnswer, Intent, IntentOrder, ObservedLiveness,
+    RegisterAnswer, RegisterRequest, StagedModel,
 };
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::EngineKind;
@@ -278,7 +278,7 @@ impl NodeCore {
     }
 
     /// What the control plane takes this node for, where that is news.
-    pub fn take_news(&mut self) -> Option<NodeStanding> {
+    pub fn take_news(&mut self) -> Option<ObservedLiveness> {
         self.session.take_news()
     }
 

@@ -19,7 +19,7 @@ fn a_report_without_an_answer_says_nothing_of_who_waits() {
         waiting,
         intent: Intent::Serving,
         intent_order: 0,
-        standing: None,
+        observed: None,
     };
     assert_eq!(waiting(&mut node, Ok(answer(vec![pool_id()]))), Some(vec![pool_id()]));
     assert_eq!(waiting(&mut node, Err(BeatFailure::Failed)), None);
@@ -48,7 +48,7 @@ fn a_change_of_readiness_is_reported_within_50_ms_and_an_attempt_is_not() {
         cancel_attempts: vec![],
         intent: Intent::Serving,
         intent_order: 0,
-        standing: None,
+        observed: None,
     };
     node.heartbeat_answered(at(2), Ok(taken));
     accept(&mut node, 1).unwrap();
@@ -72,7 +72,7 @@ fn only_attempts_that_run_here_are_canceled() {
         cancel_attempts: vec![attempt(1), attempt(2)],
         intent: Intent::Serving,
         intent_order: 0,
-        standing: None,
+        observed: None,
     };
     assert_eq!(node.heartbeat_answered(at(0), Ok(answer)), vec![NodeEffect::Cancel(attempt(1))]);
 }
@@ -110,7 +110,7 @@ fn an_operators_order_counts_once_it_is_written_down_and_when_no_later_one_was_t
         cancel_attempts: vec![],
         intent,
         intent_order,
-        standing: None,
+        observed: None,
     };
     assert_eq!(node.heartbeat_answered(at(4), Ok(answer(Intent::Draining, 5))), []);
     node.set_intent(at(5), &order(6, Intent::Draining));
