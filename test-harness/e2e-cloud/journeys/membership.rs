@@ -315,14 +315,14 @@ async fn a_node_that_was_stopped_under_a_stream_keeps_its_place_and_a_dead_one_l
     transcript.check();
     assert!(transcript.completed(), "{:?}", transcript.events.last());
     // It dies, and the other takes its place long before the lease is over.
-    let died = std::time::Instant::now();
+    let died = Instant::now();
     cluster.nodes[0].daemon.as_mut().unwrap().kill();
     eventually("the successor is taken", Duration::from_secs(20), || async {
         let node = cluster.client.node("gpu-node-1").await?;
         (node.boot_id != boot_id && node.liveness == Liveness::Online).then_some(())
     })
     .await;
-    println!("taken after {} ms", died.elapsed().as_millis());
+    assert!(died.elapsed() < Duration::from_secs(15), "half of the lease: {:?}", died.elapsed());
     let transcript = cluster.client.run(cluster.task(4)).await;
     assert!(transcript.completed(), "{:?}", transcript.events.last());
     drop(clone);
