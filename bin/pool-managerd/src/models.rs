@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use clap::Subcommand;
 pub(crate) use node_agent::download::Hub;
-use node_agent::models::{ModelError, Models, Staged};
+use node_agent::models::{ModelError, Models, Staged, projector_name};
 use node_agent::pools_file::{PoolsFile, PoolsFileError};
 use node_agent::source::{BadSource, ModelSource};
 use pool_registry_types::{Digest, ModelRef, PoolId};
@@ -146,7 +146,11 @@ fn fetch(
 fn remove(models: &Models, model: &ModelRef, pools: Option<&Path>) -> Result<bool, ChoreError> {
     if let Some(pools) = pools {
         let file = PoolsFile::read(pools)?;
-        let user = file.pools.iter().find(|(_, pool)| pool.model == *model);
+        let has = |of: &ModelRef| {
+            let mmproj = file.models.get(of).and_then(|of| of.mmproj.as_deref());
+            of == model || mmproj.is_some_and(|source| projector_name(of, source) == *model)
+        };
+        let user = file.pools.iter().find(|(_, pool)| has(&pool.model));
         if let Some((pool_id, _)) = user {
             let (model, pool_id, pools) = (model.clone(), pool_id.clone(), pools.to_owned());
             return Err(ChoreError::InUse { model, pool_id, pools });

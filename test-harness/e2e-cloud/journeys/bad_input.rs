@@ -158,6 +158,8 @@ async fn each_bad_request_is_refused_by_code_and_name() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_node_refuses_what_is_not_for_it() {
     let cluster = Cluster::start(Options { nodes: 1, ..Options::default() }).await;
+    // It asks the control plane no more, which would end what it does not know.
+    cluster.wait_ready(0).await;
     let view = cluster.client.node("gpu-node-1").await.unwrap();
     let node = cluster.node_client(0);
     let infer = |change: fn(&mut Value)| {
@@ -253,12 +255,20 @@ async fn each_bad_handoff_file_is_named_and_never_bound() {
             None => assert!(error.is_none() && pool["ready"] == true, "only the good one serves: {pool}"),
         }
     }
-    // A file that becomes valid is bound then.
+    // A file that becomes valid is bound then, and one of an engine that another file has not before that goes.
     let url = cluster.engine_url(0);
     std::fs::write(dir.join("half-r0.json"), file("half", &url)).unwrap();
+    eventually("the engine counts once", Duration::from_secs(3), || async {
+        let problems = node.get_json("/v2/pools").await?["handoff_problems"].clone();
+        let problem = problems["half-r0.json"].as_str()?;
+        problem.contains("pool-0-r0.json has the same engine").then_some(())
+    })
+    .await;
+    std::fs::remove_file(dir.join("pool-0-r0.json")).unwrap();
     eventually("the mended file is bound", Duration::from_secs(3), || async {
         let pools = cluster.client.node("gpu-node-1").await?.pools;
-        (pools.iter().filter(|pool| pool.report.ready).count() == 2).then_some(())
+        let ready: Vec<_> = pools.iter().filter(|pool| pool.report.ready).collect();
+        matches!(ready[..], [pool] if pool.report.pool_id.as_str() == "half").then_some(())
     })
     .await;
 }

@@ -269,8 +269,11 @@ async fn a_driver_and_a_gpu_that_come_after_the_daemon_are_seen_and_the_engine_s
         let gpus = Gpus::begin("fake_nvml", absent, Some(on_devices("0", GIB)));
         let seen = gpus.wait("the GPU that the file names is lost", |gpus| gpus[0]["health"] == "lost").await;
         assert_eq!((seen.as_array().unwrap().len(), &seen[0]["memory"]), (1, &json!("unknown")));
-        let waits =
-            |pool: &Value| pool["last_error"].as_str().is_some_and(|error| error.contains("GPU0 is lost"));
+        let waits = |pool: &Value| {
+            pool["last_error"]
+                .as_str()
+                .is_some_and(|error| error.contains("needs GPU0, and no such GPU is seen"))
+        };
         gpus.wait_pool("its engine waits", waits).await;
         gpus.set(json!({}));
         gpus.wait("both are there", |gpus| gpus[0]["health"] == "ok" && gpus[1]["health"] == "ok").await;

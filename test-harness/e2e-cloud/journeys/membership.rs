@@ -339,10 +339,7 @@ async fn a_node_answers_before_prefill_and_shows_that_it_lives() {
     ];
     let cluster = Cluster::start(Options { nodes: 1, engine, control, ..Options::default() }).await;
     // It has heard that it gets tasks, and does not ask any more.
-    eventually("it is ready", Duration::from_secs(10), || async {
-        (cluster.node_client(0).get("/health/ready").await.ok()?.status() == 200).then_some(())
-    })
-    .await;
+    cluster.wait_ready(0).await;
     let view = cluster.client.node("gpu-node-1").await.unwrap();
     let body = serde_json::json!({
         "task_id": "7f3b1c52-64a5-4c56-9e1e-0a3e0f3d2b11", "attempt_id": "7f3b1c52-64a5-4c56-9e1e-0a3e0f3d2b12",

@@ -274,6 +274,15 @@ impl Cluster {
         .await;
     }
 
+    /// Waits until node `n` has heard that it gets tasks: its heartbeats come at their interval from then on.
+    pub async fn wait_ready(&self, n: usize) {
+        let id = &self.nodes[n].id;
+        eventually(&format!("{id} has heard that it is online"), START_PATIENCE, || async {
+            (self.node_client(n).get("/health/ready").await.ok()?.status() == 200).then_some(())
+        })
+        .await;
+    }
+
     /// Waits until node `n` is no longer online.
     pub async fn wait_not_online(&self, n: usize, patience: Duration) -> Liveness {
         let id = &self.nodes[n].id;

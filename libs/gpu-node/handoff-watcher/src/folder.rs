@@ -80,6 +80,11 @@ impl Folder {
         })
     }
 
+    /// Whether this version was read before, whatever came of it.
+    pub(crate) fn was_read(&self, file: &str, stamp: &Stamp) -> bool {
+        self.entries.get(file).is_some_and(|entry| entry.stamp == *stamp)
+    }
+
     pub(crate) fn is_bound(&self, file: &str) -> bool {
         self.entries.get(file).is_some_and(|entry| entry.content.is_ok())
     }

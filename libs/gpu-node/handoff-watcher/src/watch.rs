@@ -256,7 +256,7 @@ impl Looker {
                     let stem = file.trim_end_matches(".json");
                     pool_id = pool_named(stem, &bytes);
                     let parsed = parse(stem, &bytes, &self.hosts);
-                    if parsed.is_ok() {
+                    if parsed.is_ok() && !self.folder.was_read(file, &stamp) {
                         for field in unknown_fields(&bytes) {
                             tracing::warn!(file, "a handoff has a field that is none: {field}");
                         }
@@ -277,6 +277,11 @@ impl Looker {
             bound.map(|(file, _, handoff)| (handoff.address(), file.to_owned())).collect();
         for seen in changed {
             let Ok(handoff) = &seen.content else { continue };
+            // One that was left over is nobody's, and is said to be.
+            let is_left_over = |pid: u32| matches!(process::start_ticks(pid), Ok(None));
+            if handoff.pid.is_some_and(is_left_over) {
+                continue;
+            }
             match engines.entry(handoff.address()) {
                 Entry::Occupied(other) => seen.content = Err(Fault::SameEngine(other.get().clone())),
                 Entry::Vacant(place) => drop(place.insert(seen.file.clone())),

@@ -174,11 +174,13 @@ pub(crate) async fn resolve(
     };
     let endpoint = hub.endpoint.trim_end_matches('/');
     let list_url = format!("{endpoint}/api/models/{repository}/tree/{revision}?recursive=true");
-    let models = list(client, hub, &list_url).await?;
+    let wanted: Vec<String> =
+        file.iter().flat_map(|file| in_folder_of(file, all_names(name_of(file)))).collect();
+    let models = list(client, hub, &list_url, &wanted).await?;
     let path = match file {
         Some(file) => file.clone(),
         None => {
-            let name = |path: &str| path.rsplit('/').next().unwrap_or(path).to_lowercase();
+            let name = |path: &str| name_of(path).to_lowercase();
             // A projector goes beside a model, and a later part belongs to its first.
             let is_model = |path: &&String| !name(path).contains("mmproj") && !is_later_part(&name(path));
             match models.keys().filter(is_model).collect::<Vec<_>>().as_slice() {
@@ -190,14 +192,30 @@ pub(crate) async fn resolve(
             }
         }
     };
-    let (folder, name) = path.rsplit_once('/').unwrap_or(("", &path));
-    let remote = |file: String| {
-        let path = if folder.is_empty() { file.clone() } else { format!("{folder}/{file}") };
+    let remote = |path: String| {
         let known = models.get(&path).cloned().unwrap_or_default();
         let url = format!("{endpoint}/{repository}/resolve/{revision}/{path}");
-        Remote { url, file, digest: known.digest, bytes: known.bytes, of_hub: true }
+        Remote {
+            url,
+            file: name_of(&path).to_owned(),
+            digest: known.digest,
+            bytes: known.bytes,
+            of_hub: true,
+        }
     };
-    Ok(Some(all_names(name).into_iter().map(remote).collect()))
+    Ok(Some(in_folder_of(&path, all_names(name_of(&path))).into_iter().map(remote).collect()))
+}
+
+fn name_of(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
+}
+
+/// The names as paths beside the given one.
+fn in_folder_of(path: &str, names: Vec<String>) -> Vec<String> {
+    match path.rsplit_once('/') {
+        Some((folder, _)) => names.into_iter().map(|name| format!("{folder}/{name}")).collect(),
+        None => names,
+    }
 }
 
 /// The files of a model on a web server: parts lie beside each other.
@@ -221,8 +239,14 @@ struct Known {
     bytes: Option<u64>,
 }
 
-/// The models of a repository by their paths, over all pages of its list.
-async fn list(client: &Client, hub: &Hub<'_>, first: &str) -> Result<BTreeMap<String, Known>, DownloadError> {
+/// The models of a repository by their paths, over all pages of its list, or until all that are wanted are
+/// found.
+async fn list(
+    client: &Client,
+    hub: &Hub<'_>,
+    first: &str,
+    wanted: &[String],
+) -> Result<BTreeMap<String, Known>, DownloadError> {
     let mut models = BTreeMap::new();
     let mut next = Some(first.to_owned());
     for _ in 0..MAX_PAGES {
@@ -243,12 +267,17 @@ async fn list(client: &Client, hub: &Hub<'_>, first: &str) -> Result<BTreeMap<St
             let digest = oid.and_then(|oid| Digest::new(&format!("sha256:{oid}")).ok());
             models.insert(path.to_owned(), Known { digest, bytes: entry["size"].as_u64() });
         }
+        if !wanted.is_empty() && wanted.iter().all(|path| models.contains_key(path)) {
+            return Ok(models);
+        }
+        next = after;
         if models.len() > MAX_FILES {
             break;
         }
-        next = after;
     }
     match next {
+        // One that is named need not be in the list.
+        _ if !wanted.is_empty() => Ok(models),
         None if models.len() <= MAX_FILES => Ok(models),
         _ => Err(DownloadError::LongList { url: first.to_owned() }),
     }
@@ -265,7 +294,10 @@ async fn page(client: &Client, hub: &Hub<'_>, url: &str) -> Result<(Value, Optio
     if !response.status().is_success() {
         return Err(refused(url, &response));
     }
-    let after = next_page(response.headers(), url);
+    let after = next_page(response.headers(), url).map_err(|elsewhere| {
+        let reason = format!("its list goes on at {elsewhere}, which is another server");
+        Failed::ForGood(broken(reason))
+    })?;
     let body = read_at_most(reqwest::Body::from(response), MAX_LIST).await;
     let body = body.map_err(|error| Failed::perhaps(broken(with_causes(&error))))?;
     let entries = serde_json::from_slice(&body);
@@ -273,8 +305,14 @@ async fn page(client: &Client, hub: &Hub<'_>, url: &str) -> Result<(Value, Optio
 }
 
 /// Where the list goes on, at the same server: a token goes with the request. Source: RFC 8288, as the hub
-/// uses it.
-fn next_page(headers: &HeaderMap, of: &str) -> Option<String> {
+/// uses it. Errors: the other server.
+fn next_page(headers: &HeaderMap, of: &str) -> Result<Option<String>, String> {
+    let Some(next) = linked_next(headers, of) else { return Ok(None) };
+    let is_same = Url::parse(of).is_ok_and(|of| of.origin() == next.origin());
+    if is_same { Ok(Some(next.to_string())) } else { Err(next.origin().ascii_serialization()) }
+}
+
+fn linked_next(headers: &HeaderMap, of: &str) -> Option<Url> {
     let of = Url::parse(of).ok()?;
     let links = headers.get_all(header::LINK).iter().filter_map(|value| value.to_str().ok());
     let next = links.flat_map(|value| value.split(',')).find_map(|link| {
@@ -282,8 +320,7 @@ fn next_page(headers: &HeaderMap, of: &str) -> Option<String> {
         let about = about.to_lowercase();
         about.split(';').any(|word| matches!(word.trim(), "rel=\"next\"" | "rel=next")).then_some(target)
     })?;
-    let next = of.join(next).ok()?;
-    (next.origin() == of.origin()).then(|| next.to_string())
+    of.join(next).ok()
 }
 
 /// Where it stands what the beginning at `path` is a beginning of.
@@ -291,6 +328,12 @@ fn begun_path(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(BEGUN);
     name.into()
+}
+
+/// How long the server has said that the file at `path` is.
+pub(crate) fn begun_bytes(path: &Path) -> Option<u64> {
+    let text = std::fs::read(begun_path(path)).ok()?;
+    serde_json::from_slice::<Begun>(&text).ok()?.bytes
 }
 
 /// Once a download is whole nothing needs to be known of its beginning.
@@ -496,12 +539,13 @@ async fn attempt(
     let broken = |reason: String| Failed::perhaps(DownloadError::Broken { url: remote.url.clone(), reason });
     let path = part.path.to_owned();
     let disk = |source: io::Error| Failed::ForGood(DownloadError::Disk { path: path.clone(), source });
-    if let Some(all) = part.begun.as_ref().and_then(|begun| begun.bytes)
-        && part.done == all
-        && all > 0
-    {
+    // Of a file that is whole already the last byte is asked for: another validator says that it has changed.
+    let is_whole = part.done > 0 && part.begun.as_ref().and_then(|begun| begun.bytes) == Some(part.done);
+    if is_whole && remote.digest.is_some() {
+        // It is compared with what the hub says of it.
         return Ok(());
     }
+    let from = if is_whole { part.done - 1 } else { part.done };
     let mut call = client.get(&remote.url).header(header::ACCEPT_ENCODING, "identity");
     if let Some(token) = hub.token.filter(|_| remote.of_hub) {
         call = call.bearer_auth(token.expose_secret());
@@ -509,13 +553,16 @@ async fn attempt(
     if let Some(validator) =
         part.begun.as_ref().and_then(|begun| begun.validator.clone()).filter(|_| part.done > 0)
     {
-        call =
-            call.header(header::RANGE, format!("bytes={}-", part.done)).header(header::IF_RANGE, validator);
+        call = call.header(header::RANGE, format!("bytes={from}-")).header(header::IF_RANGE, validator);
     }
     let response = call.send().await.map_err(|error| unsent(&remote.url, error))?;
     let status = response.status();
     match status {
-        StatusCode::PARTIAL_CONTENT if range_start(response.headers()) == Some(part.done) => {}
+        StatusCode::PARTIAL_CONTENT if range_start(response.headers()) == Some(from) => {
+            if is_whole {
+                return Ok(());
+            }
+        }
         StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE => {
             // What is on the disk is a beginning of something else.
             part.start_over(Begun { url: remote.url.clone(), validator: None, bytes: None })

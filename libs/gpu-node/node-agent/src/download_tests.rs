@@ -439,8 +439,25 @@ async fn a_set_that_was_interrupted_asks_only_for_what_is_missing() {
         matches!(staged, Staged::Copied { resumed_at, .. } if resumed_at == (parts[0].len() + 2_000) as u64)
     );
     let asked = server.lock().requests.clone();
-    assert_eq!(asked.len(), 1, "{asked:?}");
-    assert!(asked[0].contains("range: bytes=2000-"), "{asked:?}");
+    assert_eq!(asked.len(), 2, "{asked:?}");
+    assert!(
+        asked[0].contains(&format!("range: bytes={}-", parts[0].len() - 1)),
+        "whether it is the same still"
+    );
+    assert!(asked[1].contains("range: bytes=2000-"), "{asked:?}");
+    // The server has others by now: nothing of the old ones stays.
+    let bench = Bench::new(&url);
+    server.lock().cuts = [usize::MAX, 2_000].into();
+    let first = tokio::time::timeout(Duration::from_millis(150), bench.fetch(&source, None)).await;
+    assert!(first.is_err(), "it pauses before its next try");
+    let newer = [part(2, 5_000), part(2, 6_000)].map(|mut part| {
+        part.extend(b"new");
+        part
+    });
+    server.lock().files = names.iter().map(|name| (*name).to_owned()).zip(newer.clone()).collect();
+    server.lock().etag = "\"two\"".into();
+    let staged = bench.fetch(&source, Some(&digest(&newer.concat()))).await;
+    assert!(staged.is_ok(), "{staged:?}");
 }
 
 // CLOUD-2682
@@ -471,9 +488,17 @@ async fn a_list_comes_in_pages_and_a_hub_that_wants_to_be_left_alone_is() {
     assert!(began.elapsed() >= Duration::from_secs(2), "twice it was asked to wait a second");
     let asked = server.lock().requests.clone();
     assert!(asked[3].contains("cursor=a"), "{}", asked[3]);
-    // A page elsewhere would be sent the hub's token: the list ends there.
-    server.lock().first = [page("link: <https://192.0.2.9/x>; rel=\"next\"\r\n", &last)].into();
-    assert!(bench.fetch("hf:org/repo", None).await.is_ok());
+    // A page elsewhere would be sent the hub's token: it is not asked, and half a list is none.
+    let elsewhere = page("link: <https://192.0.2.9/x>; rel=\"next\"\r\n", &last);
+    let other = Bench::new(&url);
+    server.lock().first = [elsewhere.clone()].into();
+    let error = other.fetch("hf:org/repo", None).await.unwrap_err().to_string();
+    assert!(error.contains("goes on at https://192.0.2.9"), "{error}");
+    // For a file that is named and found nothing more is asked.
+    server.lock().first = [page(&next, &last)].into();
+    server.lock().requests.clear();
+    assert!(other.fetch("hf:org/repo/Model.GGUF", None).await.is_ok());
+    assert_eq!(server.lock().requests.len(), 2, "one page, and the file");
     let headers = |value: &str| HeaderMap::from_iter([(header::RETRY_AFTER, value.parse().unwrap())]);
     assert_eq!(retry_after(&headers("86400")), MAX_WAIT);
     assert_eq!(retry_after(&headers("Wed, 21 Oct 2015 07:28:00 GMT")), Duration::ZERO, "it is past");

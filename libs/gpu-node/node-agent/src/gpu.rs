@@ -149,13 +149,27 @@ impl NvmlGpus {
     }
 
     fn take(&mut self, id: u32, device: &Device<'_>) {
-        let mig = device.mig_mode().ok().map(|mode| mode.current == 1);
-        let uuid = device.uuid().unwrap_or_default();
-        if self.known.get(&id).is_none_or(|known| (&known.uuid, known.mig) != (&uuid, mig)) {
+        let known = self.known.get(&id);
+        // A device that fails such questions is sick, and who it is stays as it was.
+        let (uuid, mig) = match (answered(device.uuid()), answered(device.mig_mode())) {
+            (Ok(uuid), Ok(mig)) => (uuid.unwrap_or_default(), mig.map(|mode| mode.current == 1)),
+            _ if known.is_some() => return,
+            (uuid, _) => (uuid.ok().flatten().unwrap_or_default(), None),
+        };
+        if known.is_none_or(|known| (&known.uuid, known.mig) != (&uuid, mig)) {
             let capability = capability(id, uuid, mig, device);
             tracing::info!(device_id = id, uuid = capability.uuid, name = capability.name, "a GPU is seen");
             self.known.insert(id, capability);
         }
+    }
+}
+
+/// What the driver says; nothing where it has no answer to the question. Errors: it is at fault, or the device.
+fn answered<T>(answer: Result<T, NvmlError>) -> Result<Option<T>, NvmlError> {
+    match answer {
+        Ok(answer) => Ok(Some(answer)),
+        Err(NvmlError::NotSupported | NvmlError::NoPermission | NvmlError::FailedToLoadSymbol(_)) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
@@ -363,7 +377,9 @@ impl<'n> Faults<'n> {
                 }
             }
         }
-        reading.faults = reading.faults.saturating_add(self.count.get(&id).copied().unwrap_or(0));
+        // What happens to a GPU happens to its instances.
+        let of = (id / FIRST_INSTANCE).checked_sub(1).unwrap_or(id);
+        reading.faults = reading.faults.saturating_add(self.count.get(&of).copied().unwrap_or(0));
         if let Some(xid) = self.last.get(&id)
             && reading.health == GpuHealth::Ok
         {
@@ -401,6 +417,11 @@ pub(crate) fn report(reading: &GpuReading, is_ours: &dyn Fn(u32) -> bool) -> Gpu
         health: reading.health,
         problem: reading.problem.clone(),
     }
+}
+
+/// Whether anybody has seen it: [`unseen`] says of others that they are not there.
+pub(crate) fn is_seen(gpu: &GpuReport) -> bool {
+    *gpu != unseen(gpu.device_id)
 }
 
 /// A GPU that engines are to have and that nobody has seen.

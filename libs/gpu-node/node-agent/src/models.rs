@@ -398,7 +398,10 @@ impl Models {
             Ok(manifest) => manifest,
             Err(error) => {
                 // It would be the same at every other try.
-                if matches!(error, ModelError::Digest { .. } | ModelError::Parts { .. }) {
+                if matches!(
+                    error,
+                    ModelError::Digest { .. } | ModelError::Parts { .. } | ModelError::Changed { .. }
+                ) {
                     let _ = fs::remove_dir_all(&staging);
                 }
                 return Err(error);
@@ -418,6 +421,13 @@ impl Models {
     ) -> Result<Manifest, ModelError> {
         let paths: Vec<PathBuf> = remotes.iter().map(|remote| staging.join(&remote.file)).collect();
         let several = paths.len() > 1;
+        for path in &paths {
+            let bytes = fs::metadata(path).map_err(disk(path))?.len();
+            // Two writers of one file, where a lease was lost, have made it longer.
+            if let Some(expected) = download::begun_bytes(path).filter(|expected| *expected != bytes) {
+                return Err(ModelError::Changed { path: path.clone(), expected, copied: bytes });
+            }
+        }
         for (remote, path) in remotes.iter().zip(&paths) {
             // Of one file alone it is the digest of the whole, which is compared below.
             if let Some(of_part) = remote.digest.as_ref().filter(|_| several) {
@@ -468,6 +478,14 @@ impl Models {
         fs::rename(staging, &place).map_err(disk(&place))?;
         Ok(atomic_file::flush_folder(&self.folder)?)
     }
+}
+
+/// By which the projector of a model is staged beside it: another source is another file.
+pub fn projector_name(model: &ModelRef, source: &str) -> ModelRef {
+    let of = Sha256::digest(source.as_bytes());
+    let name = format!("{model}.mmproj-{:02x}{:02x}{:02x}{:02x}", of[0], of[1], of[2], of[3]);
+    // One whose name leaves no room for it is shown as taken by its own model.
+    ModelRef::new(&name).unwrap_or_else(|_| model.clone())
 }
 
 /// Whether a folder of ours has another use for the name.

@@ -15,6 +15,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use utoipa::{PartialSchema, ToSchema};
 
+use crate::source::ModelSource;
+
 /// Largest file of pools that is read, bytes.
 pub(crate) const MAX_BYTES: u64 = 1024 * 1024;
 /// Most replicas of a pool.
@@ -316,6 +318,14 @@ impl PoolsFile {
     }
 
     fn check(&self) -> Result<(), PoolsFileError> {
+        for (name, model) in &self.models {
+            let Some(mmproj) = &model.mmproj else { continue };
+            let bad = |what: String| PoolsFileError::Field { field: format!("models.{name}.mmproj"), what };
+            let source = ModelSource::parse(mmproj).map_err(|error| bad(error.to_string()))?;
+            if matches!(source, ModelSource::Hub { file: None, .. }) {
+                return Err(bad("must name the projector's file in the repository".into()));
+            }
+        }
         let mut ports: BTreeMap<u16, &PoolId> = BTreeMap::new();
         for (id, pool) in &self.pools {
             pool.check(id)?;
@@ -521,6 +531,7 @@ provision = { mode = "binary", program = "serve", args = ["--port", "{port}"] }
         assert!(error(&GOOD.replace("pool-0", "\"a/b\"")).contains("pool_id"));
         for (old, new, field) in [
             ("slots = 2", "slots = 0", "pools.pool-0.slots"),
+            ("small.gguf\"", "small.gguf\"\nmmproj = \"hf:org/repo\"", "models.small.mmproj"),
             ("slots = 2", "replicas = 0", "pools.pool-0.replicas"),
             ("slots = 2", "replicas = 2\nports = [80]", "pools.pool-0.ports"),
             ("slots = 2", "ports = [0]", "pools.pool-0.ports"),

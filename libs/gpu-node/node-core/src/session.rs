@@ -60,6 +60,8 @@ pub struct Session {
     asks: u32,
     /// The last heartbeat had no answer.
     unheard: bool,
+    /// What only a registration says has changed since the last one was sent.
+    again: bool,
     jitter: Jitter,
 }
 
@@ -77,6 +79,7 @@ impl Session {
             shown: None,
             asks: 0,
             unheard: false,
+            again: false,
             jitter,
         }
     }
@@ -85,7 +88,11 @@ impl Session {
     pub(crate) fn next_action(&mut self, now: Moment) -> Option<Action> {
         match &mut self.state {
             State::Unregistered { next_try } if *next_try <= now => {
-                self.state = State::Registering;
+                (self.state, self.again) = (State::Registering, false);
+                Some(Action::Register)
+            }
+            State::Registered { beating: false, .. } if self.again => {
+                (self.state, self.again) = (State::Registering, false);
                 Some(Action::Register)
             }
             State::Registered { epoch, next_beat, beating } if !*beating && *next_beat <= now => {
@@ -177,8 +184,10 @@ impl Session {
 
     /// What only a registration says has changed.
     pub(crate) fn register_again(&mut self, now: Moment) {
-        if self.is_registered() {
-            self.state = State::Unregistered { next_try: now };
+        // A registration that is under way says what was before; one that is to come says this.
+        self.again = true;
+        if let State::Registered { next_beat, .. } = &mut self.state {
+            *next_beat = (*next_beat).min(now);
         }
     }
 
@@ -288,6 +297,23 @@ mod tests {
             intent_order: 0,
             observed: None,
         }
+    }
+
+    // CLOUD-2694
+    #[test]
+    fn what_changes_while_it_registers_is_told_by_the_next_registration() {
+        let mut s = session();
+        assert_eq!(s.next_action(at(0)), Some(Action::Register));
+        s.register_again(at(1));
+        s.registered(at(2), Ok(answer()));
+        assert_eq!(s.next_action(at(2)), Some(Action::Register));
+        s.registered(at(3), Ok(answer()));
+        assert!(matches!(s.next_action(at(3)), Some(Action::Heartbeat { .. })), "and then no more");
+        s.register_again(at(4));
+        assert_eq!(s.next_action(at(4)), None, "one call at a time");
+        s.heartbeat_answered(at(5), Ok(&beat_answer()));
+        assert!(s.is_registered() && s.next_deadline().is_some_and(|next| next <= at(5)));
+        assert_eq!(s.next_action(at(5)), Some(Action::Register));
     }
 
     // CLOUD-2665

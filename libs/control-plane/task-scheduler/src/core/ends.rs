@@ -411,15 +411,13 @@ impl ControlCore {
                 ErrorBody { code: ErrorCode::PoolUnavailable, message, retriable: false, ..error.clone() };
             outcome = Outcome::Failed(error);
         }
+        let replaced = (outcome != Outcome::FreeRefusal).then(|| {
+            let (why, code) = in_a_word(how);
+            Note::Replaced { task: id_of_task, attempt: id, pool: attempt.pool.clone(), why, code }
+        });
         let Some(task) = self.tasks.get_mut(&id_of_task) else { return };
         if let Some(record) = task.attempts.iter_mut().find(|record| record.id == id) {
             record.outcome = describe(how, &outcome);
-        }
-        let waits_again = !matches!(outcome, Outcome::Completed | Outcome::Canceled | Outcome::Failed(_));
-        if waits_again {
-            let (why, code) = in_a_word(how);
-            let pool = attempt.pool.clone();
-            effects.push(Effect::Note(Note::Replaced { task: id_of_task, attempt: id, pool, why, code }));
         }
         task.sent = tokens_written;
         if tokens_written > 0 {
@@ -506,6 +504,9 @@ impl ControlCore {
                     self.enqueue(now, id_of_task, now + self.policy.queue_timeout);
                 }
             }
+        }
+        if self.tasks.get(&id_of_task).is_some_and(|task| task.is_queued()) {
+            effects.extend(replaced.map(Effect::Note));
         }
     }
 }

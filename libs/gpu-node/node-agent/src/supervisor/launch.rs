@@ -19,7 +19,7 @@ use tokio::process::Command;
 use crate::engines::client::with_causes;
 use crate::engines::{Quiet, dialect};
 use crate::gguf::{self, GgufError, GgufHeader};
-use crate::models::{Manifest, ModelError, Models, all_paths};
+use crate::models::{Manifest, ModelError, Models, all_paths, projector_name};
 use crate::pools_file::{GpuName, ModelSpec, PoolSpec, Provision};
 use crate::source::{BadSource, ModelSource};
 use crate::supervisor::programs::{ProgramError, on_path, without_secrets};
@@ -423,9 +423,7 @@ async fn projector(
     sources: &Sources<'_>,
     progress: &(dyn Fn(String) + Send + Sync),
 ) -> Result<PathBuf, PrepareError> {
-    // Another model than the one that it goes with may have the same file's name.
-    let name = ModelRef::new(&format!("{model}.mmproj")).unwrap_or_else(|_| model.clone());
-    let path = found(&name, source, None, sources, progress).await?;
+    let path = found(&projector_name(model, source), source, None, sources, progress).await?;
     let header = read_header(&path).await?;
     if header.is_projector() {
         return Ok(path);

@@ -144,7 +144,7 @@ async fn install(
     let parent = folder.parent().unwrap_or(Path::new("."));
     tokio::fs::create_dir_all(parent).await.map_err(failed)?;
     let lock_path = folder.with_extension("lock");
-    let _lock = loop {
+    let lock = loop {
         let path = lock_path.clone();
         let lock = owned_tasks::blocking("lock of an installation", move || SharedLock::take(&path)).await;
         match lock.map_err(PackageError::Panicked)?.map_err(failed)? {
@@ -182,6 +182,9 @@ async fn install(
         let text = String::from_utf8_lossy(&output.stderr);
         let last: String = text.trim().lines().last().unwrap_or("no message").chars().take(400).collect();
         return Err(PackageError::Pip(last));
+    }
+    if !lock.is_held() {
+        return Err(failed(io::Error::other("another process has taken the installation over")));
     }
     put(folder.join(STAMP), wanted.to_owned()).await
 }

@@ -22,14 +22,16 @@ use owned_tasks::{Panicked, blocking, caught};
 use parking_lot::Mutex;
 use pool_registry_types::node::GpuMemory;
 use pool_registry_types::pool::{PoolPurge, PoolReload};
-use pool_registry_types::{ErrorBody, ErrorCode, PoolId};
+use pool_registry_types::{ErrorBody, ErrorCode, ModelRef, PoolId};
 use secrecy::SecretString;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::Agent;
 use crate::download::Hub;
+use crate::gpu;
 use crate::machine;
+use crate::models::{Models, projector_name};
 use crate::pools_file::{
     GpuName, LoadWhen, MAX_BYTES, ModelSpec, PoolSpec, PoolsFile, PoolsFileError, Provision, Provisioning,
 };
@@ -235,7 +237,8 @@ impl Supervision {
         let host_bytes = self.state.lock().file.memory.host_bytes;
         let mut devices = BTreeMap::new();
         devices.extend(host(host_bytes).map(|reading| (Device::Host, reading)));
-        for gpu in self.agent.gpus() {
+        // One that nobody has seen says nothing of engines: on machines with other makers' GPUs none is.
+        for gpu in self.agent.gpus().into_iter().filter(gpu::is_seen) {
             let is_own = gpu.memory == GpuMemory::Own;
             let reading = DeviceReading {
                 total_bytes: is_own.then_some(gpu.vram_total_bytes),
@@ -509,9 +512,12 @@ impl Supervision {
         let package = version.filter(|_| order.engine_files && !shared).map(|version| {
             self.settings.packages_dir.join(provision::folder_name(spec.pool.engine, version.as_deref()))
         });
-        let model = (order.model_files && !in_use.iter().any(|other| other.model == spec.pool.model))
-            .then(|| spec.pool.model.clone());
-        let models = crate::models::Models::new(&self.settings.models_dir);
+        let is_gone = order.model_files && !in_use.iter().any(|other| other.model == spec.pool.model);
+        let mmproj = spec.model.as_ref().and_then(|model| model.mmproj.as_deref());
+        let projector = mmproj.map(|source| projector_name(&spec.pool.model, source));
+        let gone: Vec<ModelRef> =
+            std::iter::once(spec.pool.model.clone()).chain(projector).filter(|_| is_gone).collect();
+        let models = Models::new(&self.settings.models_dir);
         let remove = move || {
             if let Some(folder) = package {
                 match std::fs::remove_dir_all(&folder) {
@@ -521,7 +527,7 @@ impl Supervision {
                     Err(error) => tracing::warn!(%pool_id, %error, "an engine's environment is not removed"),
                 }
             }
-            if let Some(model) = model {
+            for model in gone {
                 match models.remove(&model) {
                     Ok(()) => tracing::info!(%pool_id, %model, "a model's files are removed"),
                     Err(error) => tracing::warn!(%pool_id, %error, "a model's files are not removed"),

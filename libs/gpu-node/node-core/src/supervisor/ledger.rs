@@ -5,7 +5,7 @@
 //! loading will take. The second one is what makes a start wait while the memory of an engine
 //! that has just ended is not released yet, or while a stranger holds it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::Duration;
 
@@ -104,10 +104,25 @@ impl Ledger {
     }
 
     pub(super) fn hold(&mut self, run: RunId, claim: &Claim, owner: &str) {
-        for (device, (bytes, _)) in self.by_account(claim) {
-            let held = Held { bytes, loaded: false, owner: owner.to_owned() };
-            self.accounts.entry(device).or_default().held.insert(run, held);
+        for (device, bytes) in claim {
+            let held = Held { bytes: *bytes, loaded: false, owner: owner.to_owned() };
+            self.accounts.entry(*device).or_default().held.insert(run, held);
         }
+    }
+
+    /// Where the claim is counted. Two claims that share none of it are in nobody's way.
+    pub(super) fn accounts_of(&self, claim: &Claim) -> BTreeSet<Device> {
+        claim.keys().map(|device| self.account_of(*device)).collect()
+    }
+
+    /// All devices that are counted there, whatever name they were claimed by.
+    fn members(&self, account: Device) -> impl Iterator<Item = &Account> {
+        let is_member = move |(device, _): &(&Device, &Account)| self.account_of(**device) == account;
+        self.accounts.iter().filter(is_member).map(|(_, member)| member)
+    }
+
+    fn held(&self, account: Device) -> impl Iterator<Item = &Held> {
+        self.members(account).flat_map(|member| member.held.values())
     }
 
     /// Where what is claimed of the device is counted.
@@ -152,8 +167,9 @@ impl Ledger {
             let Some(reading) = account.reading else { return device == Device::Host };
             let Some(claimable) = self.claimable(&reading) else { return true };
             let more = freed.get(&device).map_or(0, |(bytes, _)| *bytes);
-            let behind = account.released.is_some_and(|at| now < at + RELEASE_PATIENCE);
-            let claimed: u64 = account.held.values().map(|held| held.bytes).sum();
+            let released = self.members(device).filter_map(|member| member.released).max();
+            let behind = released.is_some_and(|at| now < at + RELEASE_PATIENCE);
+            let claimed: u64 = self.held(device).map(|held| held.bytes).sum();
             let by_claims = claimable.saturating_sub(claimed).saturating_add(more);
             let available = self.available(device).unwrap_or(0).saturating_add(more);
             needed <= available || (behind && needed <= by_claims)
@@ -163,12 +179,12 @@ impl Ledger {
 
     /// Bytes that could be claimed on the device now; unknown without any figure of it.
     pub(super) fn available(&self, device: Device) -> Option<u64> {
-        let account = self.accounts.get(&self.account_of(device))?;
-        let reading = account.reading?;
-        let claimed: u64 = account.held.values().map(|held| held.bytes).sum();
+        let account = self.account_of(device);
+        let reading = self.accounts.get(&account)?.reading?;
+        let claimed: u64 = self.held(account).map(|held| held.bytes).sum();
         let by_claims = self.claimable(&reading)?.saturating_sub(claimed);
         let Some(free) = reading.free_bytes else { return Some(by_claims) };
-        let loading: u64 = account.held.values().filter(|held| !held.loaded).map(|held| held.bytes).sum();
+        let loading: u64 = self.held(account).filter(|held| !held.loaded).map(|held| held.bytes).sum();
         Some(by_claims.min(free.saturating_sub(self.reserve_bytes).saturating_sub(loading)))
     }
 
@@ -195,6 +211,7 @@ impl Ledger {
             return Err(Shortage { for_ever: false, text });
         }
         let freed = self.by_account(freed);
+        let mut passing = Ok(());
         for (account, (needed, device)) in self.by_account(claim) {
             let reading = self.accounts.get(&account).and_then(|account| account.reading);
             // Where nothing is known of how much there is, nothing is held against it.
@@ -203,12 +220,23 @@ impl Ledger {
             };
             let available = self.available(account).unwrap_or(0);
             let with = available.saturating_add(freed.get(&account).map_or(0, |(bytes, _)| *bytes));
-            if needed > with {
+            if needed > claimable {
+                // Nothing in it changes with what others hold: it stands for as long as the pool does.
+                let text = format!(
+                    "needs {} on {}: {} in all, {} reserved",
+                    mib(needed),
+                    named(account, device),
+                    mib(reading.total_bytes.unwrap_or(0)),
+                    mib(self.reserve_bytes),
+                );
+                return Err(Shortage { for_ever: true, text });
+            }
+            if needed > with && passing.is_ok() {
                 let text = self.describe(account, device, needed, available, &reading);
-                return Err(Shortage { for_ever: needed > claimable, text });
+                passing = Err(Shortage { for_ever: false, text });
             }
         }
-        Ok(())
+        passing
     }
 
     fn describe(
@@ -219,17 +247,14 @@ impl Ledger {
         available: u64,
         reading: &DeviceReading,
     ) -> String {
-        let held = self.accounts.get(&account).into_iter().flat_map(|account| account.held.values());
-        let held: Vec<String> = held.map(|held| format!("{} {}", held.owner, mib(held.bytes))).collect();
+        let held: Vec<String> =
+            self.held(account).map(|held| format!("{} {}", held.owner, mib(held.bytes))).collect();
         let held = if held.is_empty() { "none".to_owned() } else { held.join(", ") };
         let free = reading.free_bytes.map_or_else(String::new, |free| format!(", {} free", mib(free)));
-        let shared = match account == Device::Host && device != Device::Host {
-            true => ", which has the machine's memory",
-            false => "",
-        };
         format!(
-            "needs {} on {device}{shared}, {} can be had: {} in all{free}, {} reserved, claimed by {held}",
+            "needs {} on {}, {} can be had: {} in all{free}, {} reserved, claimed by {held}",
             mib(needed),
+            named(account, device),
             mib(available),
             mib(reading.total_bytes.unwrap_or(0)),
             mib(self.reserve_bytes),
@@ -239,7 +264,15 @@ impl Ledger {
     /// For the invariant that no device is promised twice.
     #[cfg(test)]
     pub(super) fn claimed(&self, device: Device) -> u64 {
-        self.accounts.get(&device).map_or(0, |account| account.held.values().map(|held| held.bytes).sum())
+        self.held(self.account_of(device)).map(|held| held.bytes).sum()
+    }
+}
+
+/// A device, with whose memory it has.
+fn named(account: Device, device: Device) -> String {
+    match account == Device::Host && device != Device::Host {
+        true => format!("{device}, which has the machine's memory"),
+        false => device.to_string(),
     }
 }
 

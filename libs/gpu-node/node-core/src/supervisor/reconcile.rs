@@ -141,7 +141,8 @@ impl Supervisor {
             let Some(pool) = self.pools.get(&id) else { continue };
             let Some(prepared) = pool.serving.prepared() else { continue };
             let claim = prepared.claim.clone();
-            if claim.keys().any(|device| promised.contains(device)) {
+            let accounts = self.ledger.accounts_of(&claim);
+            if !accounts.is_disjoint(&promised) {
                 continue;
             }
             match self.ledger.fits(&claim, &Claim::new()) {
@@ -157,7 +158,7 @@ impl Supervisor {
                     // Who can have no room at all keeps nobody else from it.
                     let others = |other: &PoolId, pool: &Pool| *other != id && pool.serving.plan.on_demand;
                     if self.fits_without(&claim, others) {
-                        promised.extend(claim.keys());
+                        promised.extend(accounts);
                         self.make_room(now, &id, since, &claim, out);
                     }
                     self.say_shortage(&id, &short);
@@ -188,8 +189,10 @@ impl Supervisor {
         if self.ledger.will_fit(now, claim, &freed) {
             return;
         }
+        let accounts = self.ledger.accounts_of(claim);
         let helps = |pool: &Pool| {
-            pool.serving.prepared().is_some_and(|p| p.claim.keys().any(|d| claim.contains_key(d)))
+            let prepared = pool.serving.prepared();
+            prepared.is_some_and(|of| !self.ledger.accounts_of(&of.claim).is_disjoint(&accounts))
         };
         let others = || self.pools.iter().filter(|(other, pool)| *other != id && helps(pool));
         let mut victims: Vec<(bool, Moment, PoolId)> = Vec::new();

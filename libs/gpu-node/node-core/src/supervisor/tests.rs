@@ -73,6 +73,8 @@ struct Machine {
     faults: u64,
     /// There is no driver.
     blind: bool,
+    /// The GPU has the machine's memory, and pools of an odd size have no GPU.
+    shared: bool,
     /// No engine answers its health call.
     silent: bool,
     /// Plans whose files are not there.
@@ -97,6 +99,7 @@ impl Machine {
             healthy: true,
             faults: 0,
             blind: false,
+            shared: false,
             silent: false,
             missing: BTreeSet::new(),
             preparations: 0,
@@ -127,8 +130,14 @@ impl Machine {
             healthy: self.healthy,
             faults: self.faults,
         };
-        let device = if self.blind { Device::Host } else { Device::Gpu(0) };
-        self.send(Happened::Devices(BTreeMap::from([(device, reading)])));
+        let device = if self.blind || self.shared { Device::Host } else { Device::Gpu(0) };
+        let mut readings = BTreeMap::from([(device, reading)]);
+        if self.shared {
+            let shares =
+                DeviceReading { total_bytes: None, free_bytes: None, shares: Some(device), ..reading };
+            readings.insert(Device::Gpu(0), shares);
+        }
+        self.send(Happened::Devices(readings));
     }
 
     fn send(&mut self, happened: Happened) {
@@ -136,7 +145,8 @@ impl Machine {
         for order in orders {
             match order {
                 Ordered::Prepare { pool_id, plan } => {
-                    let device = if self.blind { Device::Host } else { Device::Gpu(0) };
+                    let has_none = self.blind || (self.shared && plan.fingerprint % 2 == 1);
+                    let device = if has_none { Device::Host } else { Device::Gpu(0) };
                     let claim = Claim::from([(device, plan.fingerprint * MIB)]);
                     self.preparations += 1;
                     let outcome = match self.missing.contains(&plan.fingerprint) {
@@ -303,6 +313,21 @@ fn a_pool_is_loaded_when_a_task_waits_and_unloaded_when_nothing_does() {
     machine.pass(1_000);
     assert!(!machine.is_up("a"), "idle for longer than its time to live");
     assert_eq!(machine.state("a").0, PoolState::Loadable);
+}
+
+// CLOUD-2693
+#[test]
+fn an_engine_on_a_gpu_with_the_machines_memory_makes_room_for_one_without_a_gpu() {
+    let mut machine = Machine::new(&[]);
+    machine.shared = true;
+    machine.look();
+    machine.configure(&[("a", plan("a", 700, true)), ("b", plan("b", 601, true))]);
+    machine.run_task("a", 500);
+    assert!(machine.is_up("a"));
+    machine.run_task("b", 500);
+    assert!(machine.is_up("b") && !machine.is_up("a"), "both have the same memory");
+    machine.run_task("a", 500);
+    assert!(machine.is_up("a") && !machine.is_up("b"));
 }
 
 // CLOUD-2692
