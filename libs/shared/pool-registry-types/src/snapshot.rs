@@ -12,7 +12,7 @@ use crate::ids::{ModelRef, NodeId, PoolId};
 use crate::moment::Moment;
 use crate::node::Liveness;
 use crate::view::{
-    CatalogAvailability, ClusterView, ModelAvailability, ModelState, NodeView, PoolOfNode, ProblemOfNode,
+    CatalogAvailability, ClusterView, ModelAvailability, ModelReadiness, NodeView, PoolOfNode, ProblemOfNode,
     StagedAt,
 };
 
@@ -172,8 +172,8 @@ impl ClusterSnapshot {
         }
         let models = models.into_iter().map(|(model, found)| {
             let (state, nodes) = match (found.ready.is_empty(), found.loadable.is_empty()) {
-                (false, _) => (Some(ModelState::Ready), found.ready),
-                (true, false) => (Some(ModelState::Loadable), found.loadable),
+                (false, _) => (Some(ModelReadiness::Ready), found.ready),
+                (true, false) => (Some(ModelReadiness::Loadable), found.loadable),
                 (true, true) => (None, found.ready),
             };
             ModelAvailability {

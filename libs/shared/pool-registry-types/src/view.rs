@@ -208,7 +208,7 @@ pub struct ModelAvailability {
     pub model_id: ModelRef,
     /// What a task for it finds; absent where it is staged and no pool has it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub state: Option<ModelState>,
+    pub state: Option<ModelReadiness>,
     /// Online nodes with a ready pool of the model; where there is none, those that load it.
     pub nodes: Vec<NodeId>,
     pub total_nodes: u32,
@@ -222,7 +222,7 @@ pub struct ModelAvailability {
 /// Whether an engine serves a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum ModelState {
+pub enum ModelReadiness {
     Ready,
     /// A pool starts its engine when a task waits for it.
     Loadable,
