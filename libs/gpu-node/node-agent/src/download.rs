@@ -438,8 +438,8 @@ pub(crate) async fn download_all(
 
 /// Downloads into `path`, going on where an earlier try has stopped. Returns how many bytes that
 /// had left. `progress` is told the bytes done and, where the server says so, all of them. What it was a
-/// beginning of stays beside it until [`forget_begun`]: of several files one that is whole is not asked for
-/// again.
+/// beginning of stays beside it until [`forget_begun`]: of several files one that is whole is not fetched
+/// again, unless its server has another by now.
 pub(crate) async fn download(
     client: &Client,
     hub: &Hub<'_>,
