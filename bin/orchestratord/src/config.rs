@@ -130,6 +130,9 @@ pub(crate) struct Settings {
     /// Whether a stream under /v1 that is lost is generated again and goes on, where it makes the same again: continue or fail.
     #[arg(long, env = "ORCHESTRATORD_V1_RECOVERY", default_value = "continue")]
     v1_recovery: StreamRecovery,
+    /// Whether the metrics tell callers apart, by the names of their tokens.
+    #[arg(long, env = "ORCHESTRATORD_METRICS_CALLERS", default_value_t = false, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    metrics_callers: bool,
     /// Where nodes may be: networks (10.0.0.0/8), addresses, names or *.suffixes, comma-separated [default: anywhere].
     #[arg(long, env = "ORCHESTRATORD_NODE_ADDRESSES")]
     node_addresses: Option<String>,
@@ -216,6 +219,8 @@ pub(crate) struct Config {
     pub(crate) tasks_per_token: Option<usize>,
     pub(crate) node_addresses: NodeAddresses,
     pub(crate) gateway: Gateway,
+    /// Whether metrics tell callers apart.
+    pub(crate) metrics_callers: bool,
 }
 
 /// Why the settings do not hold together. Each names the variable.
@@ -269,6 +274,10 @@ impl Daemon for Settings {
 
     fn document() -> String {
         crate::app::router::document()
+    }
+
+    fn metrics() -> String {
+        daemon_kit::metrics::document("orchestratord", crate::metrics::FAMILIES, None)
     }
 
     fn check(self) -> Result<Config, ConfigError> {
@@ -329,6 +338,7 @@ impl Daemon for Settings {
             shared,
             home,
             policy,
+            metrics_callers: self.metrics_callers,
             event_log_bytes: usize::try_from(self.event_log_bytes).unwrap_or(usize::MAX),
             queue_bytes,
             live_log_bytes: usize::try_from(self.live_log_bytes).unwrap_or(usize::MAX),

@@ -10,11 +10,10 @@ use axum::routing::get;
 use axum::{Json, Router};
 use daemon_kit::auth::Need;
 use daemon_kit::correlation::RequestIds;
-use daemon_kit::metrics::Page;
 use daemon_kit::tokens::Scope;
 use daemon_kit::{ApiError, Body, PathId, WrappedBody, stream_body};
 use node_agent::Retention;
-use pool_registry_types::node::{GpuMemory, GpuReport, Intent, IntentOrder, LiveAnswer, StagedModel};
+use pool_registry_types::node::{GpuReport, Intent, IntentOrder, LiveAnswer, StagedModel};
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload, PoolReport};
 use pool_registry_types::routes::headers;
 use pool_registry_types::task::InferRequest;
@@ -24,6 +23,7 @@ use utoipa::{IntoParams, OpenApi, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use crate::metrics;
 use crate::state::AppState;
 
 /// What each route needs. Only the control plane and operators call a node.
@@ -132,108 +132,9 @@ async fn ready(
 /// Prometheus text.
 #[utoipa::path(get, path = paths::METRICS, responses((status = 200, content_type = "text/plain"), (status = 401, body = ErrorBody)))]
 async fn metrics(State(node): State<AppState>) -> Response {
-    let identity = node.agent.identity();
-    let node_id: &[(&'static str, &str)] = &[("node_id", identity.node_id.as_str())];
-    let counters = node.agent.counters();
-    let mut page = Page::new();
-    page.counter(
-        "llorch_node_attempts_accepted_total",
-        "Attempts that got a slot.",
-        node_id,
-        counters.accepted,
-    );
-    page.counter("llorch_node_attempts_refused_total", "Attempts that got none.", node_id, counters.refused);
-    page.counter(
-        "llorch_node_attempts_finished_total",
-        "Attempts that the engine finished.",
-        node_id,
-        counters.finished,
-    );
-    page.counter(
-        "llorch_node_attempts_failed_total",
-        "Attempts that ended with an error.",
-        node_id,
-        counters.failed,
-    );
-    page.counter(
-        "llorch_node_attempts_canceled_total",
-        "Attempts whose connection was dropped.",
-        node_id,
-        counters.canceled,
-    );
-    page.counter("llorch_node_tokens_total", "Tokens, by the engines' own count.", node_id, counters.tokens);
-    page.gauge(
-        "llorch_node_attempts_running",
-        "Attempts that hold a slot.",
-        node_id,
-        node.agent.running() as f64,
-    );
-    page.gauge(
-        "llorch_held_bytes",
-        "Memory of attempts' streams that are kept for their readers, bytes.",
-        node_id,
-        node.agent.held_bytes() as f64,
-    );
-    page.gauge(
-        "llorch_held_attempts",
-        "Attempts whose streams are kept, running or ended.",
-        node_id,
-        node.agent.held_attempts() as f64,
-    );
-    page.gauge(
-        "llorch_node_registered",
-        "1 while the control plane hears this node and sends it tasks.",
-        node_id,
-        f64::from(u8::from(node.agent.session_problem().is_none())),
-    );
-    page.gauge(
-        "llorch_node_handoffs_faulty",
-        "Handoff files that bind nothing.",
-        node_id,
-        node.agent.problems().len() as f64,
-    );
-    for pool in node.agent.pools() {
-        let labels: &[(&'static str, &str)] =
-            &[("node_id", identity.node_id.as_str()), ("pool_id", pool.pool_id.as_str())];
-        let sum = |of: fn(&pool_registry_types::pool::ReplicaReport) -> u32| {
-            pool.replicas.iter().map(|r| f64::from(of(r))).sum()
-        };
-        page.gauge(
-            "llorch_pool_ready",
-            "1 while the pool takes requests.",
-            labels,
-            f64::from(u8::from(pool.ready)),
-        );
-        page.gauge("llorch_pool_slots", "Slots of the pool.", labels, sum(|r| r.slots_total));
-        page.gauge(
-            "llorch_pool_slots_free",
-            "Slots that a request could take now.",
-            labels,
-            sum(|r| r.slots_free),
-        );
-        page.gauge(
-            "llorch_pool_slots_foreign",
-            "Slots busy with requests that are not ours.",
-            labels,
-            sum(|r| r.slots_foreign),
-        );
-    }
-    for gpu in node.agent.gpus() {
-        let device = gpu.device_id.to_string();
-        let labels: &[(&'static str, &str)] =
-            &[("node_id", identity.node_id.as_str()), ("device_id", &device)];
-        if gpu.memory == GpuMemory::Unknown {
-            continue;
-        }
-        page.gauge(
-            "llorch_gpu_vram_used_bytes",
-            "Memory in use on the GPU.",
-            labels,
-            gpu.vram_used_bytes as f64,
-        );
-        page.gauge("llorch_gpu_vram_total_bytes", "Memory of the GPU.", labels, gpu.vram_total_bytes as f64);
-    }
-    page.edge(node.tokens.refusals(), &node.connections, node_id).process(node_id).render()
+    let mut page = metrics::page(&node.agent);
+    page.expiries(node.certificate.as_deref(), &node.tokens);
+    page.edge(&node.calls, &node.connections).process(env!("CARGO_PKG_VERSION")).render()
 }
 
 /// What runs on the node.

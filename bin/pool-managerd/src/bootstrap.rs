@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use daemon_kit::auth::Gate;
+use daemon_kit::calls::Calls;
 use daemon_kit::connections::{ConnLimits, Counts, Streaming};
 use daemon_kit::directories::{self, DirectoryError};
 use daemon_kit::directory_lock::{DirectoryLock, InUse};
@@ -122,13 +123,15 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         }
         None => None,
     };
-    let counts = Arc::new(Counts::default());
+    let (counts, calls) = (Arc::new(Counts::default()), Arc::new(Calls::default()));
     let node = Arc::new(App {
         agent: Arc::clone(&agent),
         own: own.clone(),
         alone: session.is_none(),
         tokens: config.shared.tokens.clone(),
         connections: Arc::clone(&counts),
+        calls: Arc::clone(&calls),
+        certificate: front.tls.own.clone(),
     });
     let gate = Gate {
         tokens: config.shared.tokens.clone(),
@@ -161,6 +164,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         page: None,
         gate,
         counts,
+        calls,
         limits,
         streaming,
         answers_after_end: None,

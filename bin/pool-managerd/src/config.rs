@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use crate::{models, pools};
+use crate::{metrics, models, pools};
 use daemon_kit::directories::{Directory, Purpose};
 use daemon_kit::settings::{Daemon, Own, Shared, SharedError, SharedSettings};
 use handoff_watcher::Handoff;
@@ -213,6 +213,10 @@ impl Daemon for Settings {
 
     fn document() -> String {
         crate::api::document()
+    }
+
+    fn metrics() -> String {
+        daemon_kit::metrics::document("pool-managerd", metrics::FAMILIES, Some(metrics::RENAMED))
     }
 
     fn check(self) -> Result<Config, ConfigError> {

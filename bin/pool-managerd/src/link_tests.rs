@@ -17,6 +17,7 @@ use axum::response::sse::{Event, Sse};
 use axum::routing::{get, post};
 use daemon_kit::Tokens;
 use daemon_kit::auth::Gate;
+use daemon_kit::calls::Calls;
 use daemon_kit::connections::{ConnLimits, Counts, Streaming};
 use daemon_kit::front::{Front, FrontSettings, Shown};
 use daemon_kit::hosts::AllowedHosts;
@@ -131,13 +132,15 @@ async fn serve() -> Served {
         "slots": 4, "url": engine().await});
     let handoff = serde_json::from_value(handoff).unwrap();
     send.send(Change::Bound { file: "p-r0.json".into(), handoff }).await.unwrap();
-    let counts = Arc::new(Counts::default());
+    let (counts, calls) = (Arc::new(Counts::default()), Arc::new(Calls::default()));
     let app = Arc::new(App {
         agent: Arc::clone(&agent),
         own: Node::new(Arc::clone(&agent)),
         alone: true,
         tokens: tokens.clone(),
         connections: Arc::clone(&counts),
+        calls: Arc::clone(&calls),
+        certificate: None,
     });
     let gate = Gate {
         tokens,
@@ -159,6 +162,7 @@ async fn serve() -> Served {
         page: None,
         gate,
         counts,
+        calls,
         limits,
         streaming,
         answers_after_end: None,

@@ -5,6 +5,7 @@ mod bootstrap;
 mod config;
 mod link;
 mod logs;
+mod metrics;
 mod models;
 mod pools;
 mod progress;

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use daemon_kit::Tokens;
+use daemon_kit::calls::Calls;
 use daemon_kit::connections::Counts;
+use daemon_kit::tls::OwnCertificate;
 use node_agent::Agent;
 
 /// Shared by all requests.
@@ -18,4 +20,6 @@ pub(crate) struct App {
     pub(crate) alone: bool,
     pub(crate) tokens: Tokens,
     pub(crate) connections: Arc<Counts>,
+    pub(crate) calls: Arc<Calls>,
+    pub(crate) certificate: Option<Arc<OwnCertificate>>,
 }

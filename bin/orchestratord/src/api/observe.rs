@@ -48,10 +48,12 @@ pub(crate) async fn metrics(State(state): State<AppState>) -> Result<Response, A
     let (facts, paces) = (state.control.published.facts().await?, state.control.published.paces().await?);
     let view = state.service_registry.view().await?;
     let links = state.relays.link.links().map(|links| &*links.table);
-    let mut page = metrics::page(&facts, &paces, &view, links);
+    let backlog = state.control.published.backlog().await?;
+    let mut page = metrics::page(&facts, &paces, &view, links, (&state.relays.measured, &backlog));
     let held_answers = state.relays.held_answers.held();
     metrics::held(&mut page, state.bodies.clients.held(), state.streams.live_bytes(), held_answers);
-    Ok(page.edge(state.tokens.refusals(), &state.connections, &[]).process(&[]).render())
+    page.expiries(state.certificate.as_deref(), &state.tokens);
+    Ok(page.edge(&state.calls, &state.connections).process(env!("CARGO_PKG_VERSION")).render())
 }
 
 /// Pause between two comments on a quiet stream.

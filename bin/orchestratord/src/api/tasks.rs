@@ -145,6 +145,12 @@ pub(crate) struct Listing {
     /// By its name; those of all where it is absent. Whoever sees its own tasks only is shown those.
     #[param(value_type = String, required = false)]
     holder: Option<String>,
+    /// The name of the token that a task was submitted with.
+    #[param(value_type = String, required = false)]
+    caller: Option<String>,
+    /// Of the request that submitted the task.
+    #[param(value_type = String, required = false)]
+    correlation_id: Option<String>,
     /// The `next` of the page before.
     #[param(value_type = Uuid, required = false)]
     after: Option<TaskId>,
@@ -160,21 +166,21 @@ pub(crate) struct Listing {
     responses((status = 200, body = TaskPage), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn list(
     State(state): State<AppState>,
-    caller: Caller,
+    asker: Caller,
     Known(listing): Known<Listing>,
 ) -> Result<Json<TaskPage>, ApiError> {
-    let Listing { state: of_state, node_id, model, holder, after, limit } = listing;
+    let Listing { state: of_state, node_id, model, holder, caller, correlation_id, after, limit } = listing;
     let limit = limit.unwrap_or(PAGE);
     if !(1..=MAX_PAGE).contains(&limit) {
         let message = format!("limit: must be between 1 and {MAX_PAGE}");
         return Err(ApiError::new(ErrorCode::InvalidParams, message));
     }
-    let holder = if caller.sees_all() {
+    let holder = if asker.sees_all() {
         holder.map(|name| state.tokens.holder_named(&name))
     } else {
-        Some(caller.holder_id())
+        Some(asker.holder_id())
     };
-    let filter = TaskFilter { holder, state: of_state, node_id, model };
+    let filter = TaskFilter { holder, state: of_state, node_id, model, caller, correlation_id };
     let published = &state.control.published;
     let below = match after {
         None => u64::MAX,
@@ -190,7 +196,7 @@ pub(crate) async fn list(
             last.ok_or_else(unknown)?.number
         }
     };
-    let name = |of| caller.sees_all().then(|| state.tokens.name_of(of)).flatten();
+    let name = |of| asker.sees_all().then(|| state.tokens.name_of(of)).flatten();
     Ok(Json(published.list().await?.page(published.now(), &filter, below, limit, name)))
 }
 

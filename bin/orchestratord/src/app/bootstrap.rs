@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use daemon_kit::auth::{Gate, Shapes};
 use daemon_kit::byte_budget::{BodyBudgets, ByteBudget};
+use daemon_kit::calls::Calls;
 use daemon_kit::connections::{ConnLimits, Counts, Streaming};
 use daemon_kit::directories::{self, DirectoryError};
 use daemon_kit::directory_lock::{DirectoryLock, InUse};
@@ -37,6 +38,7 @@ use crate::services::control::{self, Control};
 use crate::services::dispatch::Relays;
 use crate::services::handoff::Home;
 use crate::services::link::{HttpLink, NodeLink};
+use crate::services::measured::Measured;
 use crate::services::placement;
 use crate::services::registry::ServiceRegistryHandle;
 use crate::services::streams::Streams;
@@ -161,6 +163,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         streams: Arc::clone(&streams),
         threads: threads.clone(),
         held_answers: HoldBudget::new(config.held_answer_bytes),
+        measured: Arc::new(Measured::new(config.metrics_callers)),
     });
     let core = ControlCore::new(config.policy, Uuid::new_v4().as_u64_pair().0);
     let (control, inbox) = control::mailbox(clock);
@@ -202,7 +205,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     }
     let home = home.map(|home| home.start(control.clone()));
     let quota = Arc::new(Quota::new(config.requests_per_second, config.tasks_per_token));
-    let counts = Arc::new(Counts::default());
+    let (counts, calls) = (Arc::new(Counts::default()), Arc::new(Calls::default()));
     let state = Arc::new(App {
         service_registry: ServiceRegistryHandle::new(control.clone()),
         control: control.clone(),
@@ -224,6 +227,8 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         }),
         tokens: tokens.clone(),
         connections: Arc::clone(&counts),
+        calls: Arc::clone(&calls),
+        certificate: front.tls.own.clone(),
         loops: front.loops.clone(),
     });
     let gate = Gate {
@@ -253,6 +258,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         page: Some(routes::API_PAGE),
         gate,
         counts,
+        calls,
         limits,
         streaming,
         answers_after_end: Some(|path| path.starts_with("/v2/")),
@@ -300,7 +306,7 @@ async fn finish_tasks(control: &Control, grace: Duration) {
             // A full mailbox is no answer: look again.
             if let Ok(facts) = control.published.facts_now().await {
                 let unknown = WaitingTasks { startable: facts.queued, ..WaitingTasks::default() };
-                let WaitingTasks { startable, stuck, reason } = facts.waiting.unwrap_or(unknown);
+                let WaitingTasks { startable, stuck, reason, .. } = facts.waiting.unwrap_or(unknown);
                 if facts.running + startable == 0 {
                     if stuck > 0 {
                         let waiting_for = reason.map(tracing::field::display);

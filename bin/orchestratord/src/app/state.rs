@@ -4,8 +4,10 @@ use std::sync::Arc;
 
 use daemon_kit::Tokens;
 use daemon_kit::byte_budget::BodyBudgets;
+use daemon_kit::calls::Calls;
 use daemon_kit::connections::Counts;
 use daemon_kit::quota::Quota;
+use daemon_kit::tls::OwnCertificate;
 use owned_tasks::{Loops, Worker};
 
 use crate::services::addresses::NodeAddresses;
@@ -49,5 +51,7 @@ pub(crate) struct App {
     pub(crate) bodies: Arc<BodyBudgets>,
     pub(crate) tokens: Tokens,
     pub(crate) connections: Arc<Counts>,
+    pub(crate) calls: Arc<Calls>,
+    pub(crate) certificate: Option<Arc<OwnCertificate>>,
     pub(crate) loops: Loops,
 }

@@ -18,12 +18,13 @@ use pool_registry_types::Moment;
 use pool_registry_types::task::ResumeMode;
 use task_scheduler::{Dispatch, Event, HowEnded};
 use task_stream::{Action, HoldBudget, PayloadFormat, Relay};
-use tokio::time::Sleep;
+use tokio::time::{Instant, Sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::services::control::Control;
 use crate::services::feed::Feed;
 use crate::services::link::{Exchange, LinkError, NodeLink, Piece, Taken};
+use crate::services::measured::Measured;
 use crate::services::streams::{Streams, TaskStream};
 
 /// Pieces of a stream that are taken together when they have arrived already.
@@ -41,6 +42,7 @@ pub(crate) struct Relays {
     pub(crate) threads: StreamThreads,
     /// What whole answers hold back together.
     pub(crate) held_answers: Arc<HoldBudget>,
+    pub(crate) measured: Arc<Measured>,
 }
 
 /// How an attempt ended, and the number of its node's last report before that.
@@ -59,6 +61,9 @@ struct Carrier {
     timer: Pin<Box<Sleep>>,
     /// When the stream last brought something, if that was one piece.
     last_pieces: Option<Moment>,
+    measured: Arc<Measured>,
+    /// Until its node has said that it has the attempt.
+    sent: Option<Instant>,
 }
 
 impl Relays {
@@ -95,6 +100,8 @@ impl Relays {
             exchange: None,
             timer,
             last_pieces: None,
+            measured: Arc::clone(&self.measured),
+            sent: Some(Instant::now()),
         };
         let outcome = tokio::select! {
             biased;
@@ -301,6 +308,9 @@ impl Carrier {
             let attempt = self.dispatch.attempt;
             let event = match action {
                 Action::Accepted { replica_id, report_seq } => {
+                    if let Some(sent) = self.sent.take() {
+                        self.measured.accepted(sent.elapsed());
+                    }
                     Event::Accepted { attempt, replica_id, report_seq }
                 }
                 Action::Started => Event::Started { attempt },

@@ -12,6 +12,7 @@ pub(crate) mod followers;
 pub(crate) mod gateway;
 pub(crate) mod handoff;
 pub(crate) mod link;
+pub(crate) mod measured;
 mod notes;
 pub(crate) mod placement;
 pub(crate) mod published;

@@ -9,12 +9,13 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::Instant;
 
 use daemon_kit::Clock;
 use owned_tasks::Turn;
 use pool_registry_types::view::ClusterChange;
 use pool_registry_types::{AttemptId, Moment};
-use task_scheduler::{ControlCore, Denied, Effect, Event, HowEnded, ProbeOutcome, ReplyTo};
+use task_scheduler::{ControlCore, Denied, Effect, Event, HowEnded, Note, ProbeOutcome, ReplyTo};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -176,7 +177,11 @@ impl Loop {
                 self.running.remove(attempt);
             }
             let now = self.clock.now();
+            let begun = Instant::now();
             let effects = self.core.apply(now, event);
+            if effects.iter().any(|effect| matches!(effect, Effect::Dispatch(_))) {
+                self.relays.measured.placed(begun.elapsed());
+            }
             // Whoever is answered looks next, and must not see the state before.
             published.take(now, &mut self.core);
             reported.into_iter().for_each(|node_id| published.node_reported(node_id));
@@ -217,6 +222,7 @@ impl Loop {
                 let stream = streams.get(dispatch.task);
                 if let Some(stream) = &stream {
                     stream.write(|log| log.open(dispatch.attempt));
+                    stream.measure(|| self.relays.measured.series(&dispatch.spec.model_ref));
                 }
                 let thread =
                     stream.map_or_else(|| self.relays.threads.here(), |stream| stream.thread.clone());
@@ -248,7 +254,12 @@ impl Loop {
                 streams.close(task, &error);
             }
             Effect::Forget { task } => streams.forget(task),
-            Effect::Note(note) => notes::write(&note),
+            Effect::Note(note) => {
+                if let Note::TaskEnded(end) = &note {
+                    self.relays.measured.ended(end);
+                }
+                notes::write(&note);
+            }
             Effect::Load { pool, address } => {
                 let relays = Arc::clone(&self.relays);
                 tracing::info!(node_id = %pool.node_id, pool_id = %pool.pool_id, "a pool is asked for");

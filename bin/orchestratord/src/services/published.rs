@@ -38,6 +38,8 @@ pub(crate) struct Facts {
     pub(crate) running: usize,
     pub(crate) queued: usize,
     pub(crate) sessions: usize,
+    /// Milliseconds since each node's last heartbeat.
+    pub(crate) heartbeat_ages: Vec<(NodeId, u64)>,
     pub(crate) mass_silence: bool,
     pub(crate) draining: bool,
     /// Which tasks wait; counted when the control plane stops.
@@ -45,7 +47,7 @@ pub(crate) struct Facts {
 }
 
 impl Facts {
-    fn of(core: &mut ControlCore, now: Moment) -> Self {
+    pub(crate) fn of(core: &mut ControlCore, now: Moment) -> Self {
         Self {
             counters: core.counters(),
             nodes: core.registry().counts().into_iter().collect(),
@@ -53,6 +55,7 @@ impl Facts {
             running: core.running(),
             queued: core.queued(),
             sessions: core.session_count(),
+            heartbeat_ages: core.registry().heartbeat_ages(now).map(|(id, age)| (id.clone(), age)).collect(),
             mass_silence: core.registry().mass_silence_since().is_some(),
             draining: core.is_draining(),
             waiting: core.is_draining().then(|| core.waiting_tasks(now)),
@@ -181,6 +184,7 @@ pub(crate) struct Published {
     paces: Snapshot<AllPaces>,
     list: Snapshot<TaskList>,
     metrics: Snapshot<AllMetrics>,
+    backlog: Snapshot<WaitingTasks>,
     /// Some snapshot was asked for.
     wanted: Notify,
     /// The loop has ended: nothing new comes.
@@ -202,6 +206,7 @@ impl Published {
             paces: Snapshot::default(),
             list: Snapshot::default(),
             metrics: Snapshot::default(),
+            backlog: Snapshot::default(),
             wanted: Notify::new(),
             over: AtomicBool::new(false),
             by_number: Mutex::default(),
@@ -296,6 +301,11 @@ impl Published {
         self.latest(&self.metrics, MOST_AGE).await
     }
 
+    /// How many tasks wait, and what for.
+    pub(crate) async fn backlog(&self) -> Result<Arc<WaitingTasks>, ErrorBody> {
+        self.latest(&self.backlog, MOST_AGE).await
+    }
+
     /// Where a task stands that waits.
     pub(crate) async fn waiting(&self, task: &TaskRecord) -> Result<Option<Waiting>, ErrorBody> {
         let all = self.metrics().await?;
@@ -351,6 +361,7 @@ impl Published {
         self.paces.serve(now, nodes_changed, || core.paces());
         self.list.serve(now, nodes_changed, || TaskList(self.by_number.lock().values().cloned().collect()));
         self.metrics.serve(now, nodes_changed, || core.metrics(now));
+        self.backlog.serve(now, nodes_changed, || core.waiting_tasks(now));
     }
 
     /// A node has reported.
@@ -398,5 +409,6 @@ impl Published {
         self.paces.latest.send_modify(|_| {});
         self.list.latest.send_modify(|_| {});
         self.metrics.latest.send_modify(|_| {});
+        self.backlog.latest.send_modify(|_| {});
     }
 }

@@ -30,6 +30,7 @@ use tokio::sync::futures::Notified;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::Instant;
 
+use crate::services::measured::{CountedTokens, ModelSeries};
 use crate::services::reader_permits::{ReaderPermit, ReaderPermits};
 use crate::services::usage::{AnswerMeter, TaskUsage};
 
@@ -106,6 +107,9 @@ pub(crate) struct TaskStream {
     is_canceled_unread: AtomicBool,
     /// Of an answer that is passed on as it comes; nothing of any other.
     meter: Option<AnswerMeter>,
+    /// In which its tokens count, once it was sent to a node.
+    measured: OnceLock<ModelSeries>,
+    counted: Mutex<CountedTokens>,
 }
 
 /// A log, and what of it counts as live.
@@ -240,7 +244,7 @@ impl TaskStream {
     /// Takes over what a relay has read, and wakes the readers where there is something for them.
     pub(crate) fn take(&self, staged: &mut Staged) -> Result<(), AppendError> {
         let has_frames = staged.has_frames();
-        let (taken, appended) = {
+        let (taken, appended, tokens) = {
             let mut kept = self.kept.lock();
             let kept = &mut *kept;
             kept.make_way(staged.len_bytes());
@@ -251,15 +255,34 @@ impl TaskStream {
                 (meter, kept.log.read_from(from, usize::MAX), is_event_stream)
             });
             kept.changed(&self.live_bytes);
-            (taken, appended)
+            // The last frame is none.
+            let tokens = kept.log.next_index().saturating_sub(u64::from(kept.log.is_finished()));
+            (taken, appended, tokens)
         };
-        if let Some((meter, appended, is_event_stream)) = appended {
-            meter.follow(&appended, is_event_stream);
+        let tokens = match appended {
+            Some((meter, appended, is_event_stream)) => meter.follow(&appended, is_event_stream),
+            None => tokens,
+        };
+        if let Some(series) = self.measured.get() {
+            series.count(&mut self.counted.lock(), tokens);
         }
         if has_frames {
             self.changed.notify_waiters();
         }
         taken
+    }
+
+    /// A node is given the task, whose tokens count in these series from now on.
+    pub(crate) fn measure(&self, series: impl FnOnce() -> ModelSeries) {
+        self.measured.get_or_init(series);
+    }
+
+    /// Its tokens count as its engine has counted them.
+    fn count_all(&self) {
+        if let Some(series) = self.measured.get() {
+            let TaskUsage { tokens_in, tokens_out, .. } = self.usage();
+            series.total(&mut self.counted.lock(), tokens_in, tokens_out);
+        }
     }
 
     /// The attempt may write no more.
@@ -594,6 +617,8 @@ impl Streams {
             readers: Arc::default(),
             is_canceled_unread: AtomicBool::new(false),
             meter,
+            measured: OnceLock::new(),
+            counted: Mutex::default(),
         };
         self.table.lock().tasks.insert(task, Entry::Stream(Arc::new(stream)));
     }
@@ -644,9 +669,17 @@ impl Streams {
 
     /// The task's stream is whole: it counts for the room that ended ones take.
     pub(crate) fn ended(&self, task: TaskId) {
+        if let Some(stream) = self.end(task) {
+            stream.count_all();
+            self.make_room();
+        }
+    }
+
+    /// Returns the stream, where it had not ended before.
+    fn end(&self, task: TaskId) -> Option<Arc<TaskStream>> {
         let mut table = self.table.lock();
         // A cancel that crosses an end says so twice.
-        let Some(Entry::Stream(stream)) = table.tasks.get(&task) else { return };
+        let Some(Entry::Stream(stream)) = table.tasks.get(&task) else { return None };
         let stream = Arc::clone(stream);
         let over = (stream.permit.lock().take(), stream.payload.lock().take());
         if stream.passes() && !stream.has_key() {
@@ -664,14 +697,14 @@ impl Streams {
             table.left.push(Arc::downgrade(&stream));
             drop(table);
             drop(over);
-            return self.make_room();
+            return Some(stream);
         }
         stream.set_live(false);
         let (log, size) = {
             let log = &stream.kept.lock().log;
             (log.id(), log.len_bytes())
         };
-        table.tasks.insert(task, Entry::Ended(stream));
+        table.tasks.insert(task, Entry::Ended(Arc::clone(&stream)));
         table.ended.push_back((task, log, size));
         table.ended_bytes += size;
         let mut evicted = Vec::new();
@@ -691,7 +724,7 @@ impl Streams {
         // What they hold is given back when nobody waits for the table.
         drop(table);
         drop((over, evicted));
-        self.make_room();
+        Some(stream)
     }
 
     /// Nobody will read the answer any more, which was passed on: what is there of it is let go of, and what

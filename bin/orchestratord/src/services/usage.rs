@@ -64,8 +64,9 @@ impl AnswerMeter {
         Self(Mutex::new(Meter::new(passage.route)))
     }
 
-    /// What was appended, on its way to the reader; where it is read to its end, that is all.
-    pub(super) fn follow(&self, appended: &Read, is_event_stream: bool) {
+    /// What was appended, on its way to the reader; where it is read to its end, that is all. Returns how many
+    /// tokens were counted by now, without the last few.
+    pub(super) fn follow(&self, appended: &Read, is_event_stream: bool) -> u64 {
         let mut meter = self.0.lock();
         for piece in appended.pieces().filter(|piece| !piece.is_empty()) {
             if is_event_stream {
@@ -77,6 +78,7 @@ impl AnswerMeter {
         if appended.finished {
             meter.finish();
         }
+        meter.counted()
     }
 
     pub(super) fn usage(&self) -> TaskUsage {

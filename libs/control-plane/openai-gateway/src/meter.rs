@@ -92,6 +92,11 @@ impl Meter {
         }
     }
 
+    /// Events with a token so far, without those of the last pieces.
+    pub fn counted(&self) -> u64 {
+        self.count.events
+    }
+
     /// What is known by now.
     pub fn metered(&self) -> Metered {
         let mut count = self.count.clone();

@@ -176,6 +176,7 @@ struct Task {
     log: LogId,
     model: ModelRef,
     priority: Priority,
+    origin: Arc<Origin>,
     /// Dropped when the task has ended.
     spec: Option<Arc<TaskSpec>>,
     /// By which a repeated `task_id` is told from a conflict.
@@ -222,6 +223,14 @@ struct Task {
     ran: Duration,
     /// Milliseconds after which it was predicted to start.
     predicted_ms: Option<u64>,
+}
+
+/// By what a task is found again by whoever sent it.
+#[derive(Debug)]
+struct Origin {
+    correlation_id: String,
+    /// The name of the token that it was submitted with.
+    caller: Option<String>,
 }
 
 /// What nodes have found wrong with a task that is not believed yet.

@@ -501,6 +501,39 @@ fn tasks_are_listed_newest_first_page_by_page_through_a_filter() {
     assert_eq!(page(&b, &on_a, None).tasks.len(), 2);
 }
 
+// CLOUD-2698
+#[test]
+fn a_task_is_found_by_the_correlation_id_of_its_request_and_by_its_caller() {
+    let mut b = Bench::new();
+    let from = |name: &str, id: &str| {
+        let mut spec = task();
+        spec.caller = Some(task_stream::TaskCaller { name: name.into(), fingerprint: "f".into() });
+        spec.trace.correlation_id = id.into();
+        spec
+    };
+    let [first, _, third] =
+        [("shop", "c-1"), ("shop", "c-2"), ("ci", "c-1")].map(|(name, id)| b.submit(from(name, id)).0);
+    let (bare, _) = b.submit(task());
+    let page = |b: &Bench, filter: TaskFilter| {
+        let tasks = b.core.tasks.in_order().filter_map(|(id, _)| b.core.record(*id)).map(Arc::new);
+        let mut tasks: Vec<_> = tasks.collect();
+        tasks.sort_by_key(|task| task.number);
+        TaskList(tasks).page(at(b.now), &filter, u64::MAX, 10, |_| None).tasks
+    };
+    let ids = |tasks: Vec<TaskSummary>| tasks.iter().map(|task| task.task_id).collect::<Vec<_>>();
+    let of = |correlation_id: &str| TaskFilter {
+        correlation_id: Some(correlation_id.into()),
+        ..Default::default()
+    };
+    assert_eq!(ids(page(&b, of("c-1"))), [third, first]);
+    let of_ci = TaskFilter { caller: Some("ci".into()), ..of("c-1") };
+    let found = page(&b, of_ci);
+    assert_eq!((found[0].caller.as_deref(), found[0].correlation_id.as_deref()), (Some("ci"), Some("c-1")));
+    assert_eq!(ids(found), [third]);
+    let view = b.core.record(bare).unwrap().view(at(b.now), None);
+    assert_eq!((view.caller, view.correlation_id), (None, None));
+}
+
 // CLOUD-1722
 #[test]
 fn an_explanation_has_a_verdict_for_every_pool_and_the_choice_that_would_be_made() {

@@ -19,7 +19,7 @@ use axum::response::Response;
 use jiff::Timestamp;
 use owned_tasks::Loops;
 use parking_lot::Mutex;
-use pool_registry_types::{ErrorBody, ErrorCode, routes};
+use pool_registry_types::{ErrorBody, ErrorCode, TaskId, routes};
 use serde::Serialize;
 
 use crate::connections::Peer;
@@ -123,6 +123,9 @@ struct Line<'l> {
     peer: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     correlation_id: Option<&'l str>,
+    /// Of the task that was submitted, or that the path names.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    task_id: Option<TaskId>,
 }
 
 impl Audit {
@@ -247,6 +250,7 @@ pub(crate) struct Call {
     correlation_id: String,
     found: Found,
     answered: Option<(StatusCode, Option<&'static str>)>,
+    task_id: Option<TaskId>,
 }
 
 impl Call {
@@ -258,6 +262,9 @@ impl Call {
     pub(crate) fn answered(mut self, response: &Response) {
         let code = response.extensions().get::<ErrorBody>().map(|body| body.code.as_str());
         self.answered = Some((response.status(), code));
+        let named = [routes::headers::TASK_ID, routes::headers::REQUEST_ID];
+        let mut named = named.iter().filter_map(|name| response.headers().get(*name)?.to_str().ok());
+        self.task_id = self.task_id.or_else(|| named.find_map(|id| id.parse().ok()));
     }
 }
 
@@ -285,6 +292,7 @@ impl Drop for Call {
             certificate: certificate.map_or(&[], |certificate| &certificate.names),
             peer: self.peer.as_ref().map(|peer| peer.addr.to_string()),
             correlation_id: Some(&self.correlation_id),
+            task_id: self.task_id,
         };
         self.audit.write(&line, was_refused);
     }
@@ -307,7 +315,13 @@ pub(crate) fn begin(audit: &Audit, request: &Request, ids: &RequestIds) -> Optio
         correlation_id: ids.correlation_id.clone(),
         found: Found::default(),
         answered: None,
+        task_id: task_of(request.uri().path()),
     })
+}
+
+/// The task that a path is about.
+fn task_of(path: &str) -> Option<TaskId> {
+    path.strip_prefix(routes::TASKS)?.strip_prefix('/')?.split('/').next()?.parse().ok()
 }
 
 #[cfg(test)]
@@ -323,8 +337,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("audit");
         let audit = Audit::open(&path, &Loops::default()).unwrap();
+        let edge = Edge { gate: Gate::open(), audit: audit.clone(), calls: Arc::default(), page: None };
         let routes = axum::Router::new().route("/slow", axum::routing::post(std::future::pending::<&str>));
-        let routes = with_layers(routes, Edge { gate: Gate::open(), audit: audit.clone(), page: None });
+        let routes = with_layers(routes, edge);
         let request = |method: &str| {
             Request::builder().method(method).uri("/slow").body(axum::body::Body::empty()).unwrap()
         };
@@ -334,6 +349,38 @@ mod tests {
         drop((routes, audit));
         let text = std::fs::read_to_string(&path).unwrap();
         assert!(text.contains("\"status\":499") && text.lines().count() == 1, "{text}");
+    }
+
+    // CLOUD-2697
+    #[tokio::test]
+    async fn a_line_names_the_task_that_was_submitted_or_that_its_path_names() {
+        use tower::ServiceExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("audit");
+        let audit = Audit::open(&path, &Loops::default()).unwrap();
+        let id = "0197a3c0-0000-7000-8000-000000000001";
+        let mut routes = axum::Router::new();
+        for (path, name, id) in [
+            (routes::TASKS, routes::headers::TASK_ID, id),
+            ("/v1/completions", routes::headers::REQUEST_ID, id),
+            ("/v1/embeddings", routes::headers::REQUEST_ID, "theirs"),
+            (routes::TASK_CANCEL, routes::headers::CORRELATION_ID, "c-1"),
+        ] {
+            routes = routes.route(path, axum::routing::post(move || async move { ([(name, id)], "") }));
+        }
+        let edge = Edge { gate: Gate::open(), audit: audit.clone(), calls: Arc::default(), page: None };
+        let routes = with_layers(routes, edge);
+        let cancel = format!("{}/{id}/cancel", routes::TASKS);
+        for path in [routes::TASKS, "/v1/completions", &cancel, "/v1/embeddings"] {
+            let request = Request::builder().method("POST").uri(path).body(axum::body::Body::empty());
+            routes.clone().oneshot(request.unwrap()).await.unwrap();
+        }
+        drop((routes, audit));
+        let text = std::fs::read_to_string(&path).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let named: Vec<_> = lines.map(|line| line["task_id"].as_str().map(str::to_owned)).collect();
+        let id = Some(id.to_owned());
+        assert_eq!(named, [id.clone(), id.clone(), id, None], "{text}");
     }
 
     // CLOUD-2778
@@ -360,6 +407,7 @@ mod tests {
                 certificate: &[],
                 peer: None,
                 correlation_id: None,
+                task_id: None,
             };
             // No faster than it is written.
             while audit.0.as_ref().unwrap().tally.queued.load(Ordering::Relaxed) > WAITING / 4 {
@@ -403,6 +451,7 @@ mod tests {
                 certificate: &[],
                 peer: None,
                 correlation_id: None,
+                task_id: None,
             };
             audit.write(&line, false);
         };

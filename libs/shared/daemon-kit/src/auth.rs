@@ -7,7 +7,6 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::extract::{MatchedPath, Request};
@@ -60,33 +59,11 @@ impl Need {
 /// What each route needs: its method and its path as it is routed.
 pub(crate) type Needs = fn(&Method, &str) -> Need;
 
-/// Why calls are refused here.
-const REFUSALS: [ErrorCode; 4] =
-    [ErrorCode::MissingToken, ErrorCode::BadToken, ErrorCode::Forbidden, ErrorCode::RateLimited];
-
-/// Refused calls since the start, by why.
-#[derive(Debug, Default)]
-pub struct Refusals([AtomicU64; REFUSALS.len()]);
-
-impl Refusals {
-    /// The numbers with the codes of the answers.
-    pub(crate) fn all(&self) -> impl Iterator<Item = (ErrorCode, u64)> {
-        REFUSALS.into_iter().zip(self.0.iter().map(|count| count.load(Ordering::Relaxed)))
-    }
-
-    fn count(&self, code: ErrorCode) {
-        for (known, count) in REFUSALS.iter().zip(&self.0) {
-            count.fetch_add(u64::from(*known == code), Ordering::Relaxed);
-        }
-    }
-}
-
 struct Shared {
     set: RwLock<Arc<TokenSet>>,
     list: Option<SecretString>,
     /// With what was found there last.
     file: Option<(PathBuf, Mutex<Result<String, TokenError>>)>,
-    refusals: Refusals,
     /// How often they were taken anew.
     changes: watch::Sender<u64>,
 }
@@ -110,10 +87,9 @@ impl fmt::Debug for Tokens {
 
 impl Tokens {
     fn of(set: TokenSet, list: Option<SecretString>, file: Option<(PathBuf, String)>) -> Self {
-        let refusals = Refusals::default();
         let file = file.map(|(path, text)| (path, Mutex::new(Ok(text))));
         let changes = watch::Sender::new(0);
-        Self(Arc::new(Shared { set: RwLock::new(Arc::new(set)), list, file, refusals, changes }))
+        Self(Arc::new(Shared { set: RwLock::new(Arc::new(set)), list, file, changes }))
     }
 
     /// From `LLORCH_API_TOKEN` and `LLORCH_API_TOKEN_FILE`. Neither given: none. Blocks on the file.
@@ -125,10 +101,6 @@ impl Tokens {
 
     pub fn is_empty(&self) -> bool {
         self.0.set.read().is_empty()
-    }
-
-    pub fn refusals(&self) -> &Refusals {
-        &self.0.refusals
     }
 
     /// The header by which this daemon shows itself to the other one, as of now.
@@ -200,6 +172,12 @@ impl Tokens {
         let (set, now) = (Arc::clone(&self.0.set.read()), Timestamp::now());
         let is_same = |known: &Holder| known.fingerprint == holder.fingerprint;
         set.holders().any(|known| is_same(known) && !known.has_expired(now) && may(known, holder))
+    }
+
+    /// Names of tokens that expire, each with when.
+    pub fn expiries(&self) -> Vec<(String, Timestamp)> {
+        let set = Arc::clone(&self.0.set.read());
+        set.holders().filter_map(|holder| Some((holder.name.clone(), holder.expires?))).collect()
     }
 
     /// Whose things those of this name are.
@@ -457,8 +435,7 @@ pub(crate) fn admit(gate: &Gate, request: &mut Request) -> Admission {
 }
 
 /// The answer to whom the gate has not let through.
-pub(crate) async fn refuse(gate: &Gate, error: ApiError) -> Response {
-    gate.tokens.refusals().count(error.0.code);
+pub(crate) async fn refuse(error: ApiError) -> Response {
     if matches!(error.0.code, ErrorCode::MissingToken | ErrorCode::BadToken) {
         tokio::time::sleep(REFUSAL_PAUSE).await;
     }

@@ -150,6 +150,7 @@ fn new_trace() -> String {
 #[cfg(test)]
 mod tests {
     use std::io::Read;
+    use std::sync::Arc;
 
     use axum::body::Body;
     use axum::routing::get;
@@ -170,7 +171,7 @@ mod tests {
             .route("/ids", get(|Extension(ids): Extension<RequestIds>| async move { Json(ids.trace()) }))
             .route("/bad", get(|| async { ApiError::new(ErrorCode::InvalidParams, "seed: a number") }))
             .route("/full", get(|| async { ApiError::new(ErrorCode::Overloaded, "too much to do") }));
-        let edge = Edge { gate: Gate::open(), audit: Audit::default(), page: None };
+        let edge = Edge { gate: Gate::open(), audit: Audit::default(), calls: Arc::default(), page: None };
         let mut request = axum::http::Request::builder().uri(path);
         for (name, value) in headers {
             request = request.header(*name, *value);

@@ -16,6 +16,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::audit::{Audit, AuditError};
 use crate::auth::Gate;
+use crate::calls::Calls;
 use crate::connections::{self, ConnLimits, Counts, ServeOptions, Streaming};
 use crate::serve::{self, Edge};
 use crate::tls::{Tls, TlsError, TlsPaths};
@@ -75,6 +76,7 @@ pub struct Shown {
     pub page: Option<&'static str>,
     pub gate: Gate,
     pub counts: Arc<Counts>,
+    pub calls: Arc<Calls>,
     pub limits: ConnLimits,
     pub streaming: Streaming,
     /// [`ServeOptions::answers_after_end`].
@@ -119,7 +121,8 @@ impl Front {
             loops.start(tracker, "TLS files", stop, move || Arc::clone(&own).follow(ended.clone()));
         }
         if let Some(listener) = self.metrics {
-            let edge = Edge { gate: Gate::open(), audit: Audit::default(), page: None };
+            let edge =
+                Edge { gate: Gate::open(), audit: Audit::default(), calls: Arc::default(), page: None };
             let app = serve::with_layers(shown.open_routes, edge);
             let options = ServeOptions { loops: loops.clone(), ..ServeOptions::default() };
             let serving = connections::run(listener, app, options, stop.clone(), LINGER);
@@ -129,8 +132,8 @@ impl Front {
                 }
             });
         }
-        let app =
-            serve::with_layers(shown.routes, Edge { gate: shown.gate, audit: self.audit, page: shown.page });
+        let edge = Edge { gate: shown.gate, audit: self.audit, calls: shown.calls, page: shown.page };
+        let app = serve::with_layers(shown.routes, edge);
         let (tls, counts) = (self.tls.server, shown.counts);
         // How many there may be is the process's to say.
         let limits = ConnLimits { connections: self.connections, ..shown.limits };

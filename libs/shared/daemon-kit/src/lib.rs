@@ -11,6 +11,7 @@ mod audit;
 pub mod auth;
 pub mod byte_budget;
 pub mod caller;
+pub mod calls;
 pub mod clock;
 pub mod config;
 pub mod connections;

@@ -21,6 +21,7 @@ use crate::answer;
 use crate::answer_room::{self, AnswerRoom};
 use crate::audit::{self, Audit};
 use crate::auth::{self, Gate};
+use crate::calls::{Arrived, Calls};
 use crate::correlation::Answering;
 use crate::hangups;
 use crate::telemetry::{self, Logs};
@@ -30,6 +31,7 @@ use crate::telemetry::{self, Logs};
 pub(crate) struct Edge {
     pub gate: Gate,
     pub audit: Audit,
+    pub calls: Arc<Calls>,
     /// Where the routes are shown.
     pub page: Option<&'static str>,
 }
@@ -63,6 +65,7 @@ async fn layer(State(around): State<Arc<(Edge, AnswerRoom)>>, mut request: Reque
     let is_page = answer::is_page(request.uri().path());
     let is_others = answer_room::is_others(request.uri().path());
     let answering = Answering::begin(&mut request);
+    let arrived = Arrived::of(&request);
     let mut call = audit::begin(&edge.audit, &request, answering.ids());
     let mut admission = auth::admit(&edge.gate, &mut request);
     if let Some(call) = &mut call {
@@ -75,9 +78,10 @@ async fn layer(State(around): State<Arc<(Edge, AnswerRoom)>>, mut request: Reque
             let response = answered.unwrap_or_else(answer::panicked);
             if is_others { response } else { room.counted(admission.holder, response) }
         }
-        Some(refused) => auth::refuse(&edge.gate, refused).await,
+        Some(refused) => auth::refuse(refused).await,
     };
     admission.finish(&edge.gate, &mut response);
+    edge.calls.answered(&arrived, &response);
     if let Some(call) = call {
         call.answered(&response);
     }
@@ -217,7 +221,7 @@ mod tests {
             hosts: AllowedHosts::default(),
             shapes: None,
         };
-        Edge { gate, audit: Audit::default(), page: None }
+        Edge { gate, audit: Audit::default(), calls: Arc::default(), page: None }
     }
 
     async fn ask(path: &str, method: &str, headers: &[(&str, &str)]) -> (u16, axum::http::HeaderMap, String) {
@@ -251,7 +255,7 @@ mod tests {
         let addr = listener.local_addr().unwrap();
         let routes = Router::new().route("/fine", get(|| async { "fine" }));
         let tokens = Tokens::load(Some("a-token-of-ours".into()), None).unwrap();
-        let edge = Edge { gate: Gate { tokens, ..open_edge().gate }, audit: Audit::default(), page: None };
+        let edge = Edge { gate: Gate { tokens, ..open_edge().gate }, ..open_edge() };
         let limits = ConnLimits { connections: 8, ..ConnLimits::default() };
         let options = ServeOptions { limits, ..ServeOptions::default() };
         let counts = Arc::clone(&options.counts);

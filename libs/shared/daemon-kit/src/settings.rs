@@ -72,6 +72,9 @@ pub struct SharedSettings {
     /// Print the OpenAPI document and exit.
     #[arg(long)]
     print_openapi: bool,
+    /// Print what the metrics mean, as Markdown, and exit.
+    #[arg(long)]
+    print_metrics: bool,
 }
 
 /// The shared settings as they hold together.
@@ -207,6 +210,8 @@ pub trait Daemon: Args {
     fn chore(&self) -> Option<ExitCode>;
     /// Its OpenAPI document.
     fn document() -> String;
+    /// What its metrics mean, as Markdown.
+    fn metrics() -> String;
     /// Checks the settings as a whole.
     fn check(self) -> Result<Self::Config, Self::Error>;
 }
@@ -226,8 +231,14 @@ pub fn read<D: Daemon>() -> Result<D::Config, ExitCode> {
         return Err(code);
     }
     let shared = settings.shared();
-    if shared.print_openapi || shared.print_config {
-        config::print(&if shared.print_openapi { D::document() } else { in_force });
+    let printed = match shared {
+        SharedSettings { print_openapi: true, .. } => Some(D::document()),
+        SharedSettings { print_metrics: true, .. } => Some(D::metrics()),
+        SharedSettings { print_config: true, .. } => Some(in_force),
+        _ => None,
+    };
+    if let Some(text) = printed {
+        config::print(&text);
         return Err(ExitCode::SUCCESS);
     }
     if let Some(warning) = before_others(&D::OWN, &defaults) {

@@ -18,6 +18,7 @@ use hyper::Uri;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioIo;
+use jiff::Timestamp;
 use parking_lot::{Mutex, RwLock};
 use rustls::client::{ResolvesClientCert, Resumption};
 use rustls::crypto::CryptoProvider;
@@ -224,6 +225,13 @@ impl OwnCertificate {
         };
         let now = RwLock::new(Arc::new(certified(&cert, &key, &pair)?));
         Ok(Self { cert, key, now, reported: Mutex::new(Ok(pair)) })
+    }
+
+    /// When the one in use expires; nothing where it does not say so.
+    pub fn expires(&self) -> Option<Timestamp> {
+        let now = Arc::clone(&self.now.read());
+        let (_, leaf) = x509_parser::parse_x509_certificate(now.cert.first()?).ok()?;
+        Timestamp::from_second(leaf.validity().not_after.timestamp()).ok()
     }
 
     /// Takes new contents of the files over, until `stop`. What cannot be used changes nothing, and

@@ -33,6 +33,7 @@ use super::*;
 use crate::services::attempt_body::tests::{dispatch, spec};
 use crate::services::control::{self, Control, Inbox, Message};
 use crate::services::dispatch::Relays;
+use crate::services::measured::Measured;
 use crate::services::streams::{ReadOutcome, ReadPosition, Streams, Submitted};
 
 const BOOT: BootId = BootId(Uuid::from_u128(4));
@@ -301,7 +302,14 @@ impl World {
         let streams = Arc::new(Streams::new(1 << 20, usize::MAX));
         let held_answers = task_stream::HoldBudget::new(usize::MAX);
         let link = NodeLink::Http(Box::new(http));
-        let relays = Arc::new(Relays { clock, link, streams, threads, held_answers });
+        let relays = Arc::new(Relays {
+            clock,
+            link,
+            streams,
+            threads,
+            held_answers,
+            measured: Arc::new(Measured::new(false)),
+        });
         let closed = CancellationToken::new();
         let address = format!("http://{address}");
         Self { node, relays, control, inbox, closed, stop, tracker, address, last: 100 }

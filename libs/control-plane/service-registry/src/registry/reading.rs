@@ -135,6 +135,13 @@ impl ServiceRegistry {
         self.nodes.counts()
     }
 
+    /// Milliseconds since each node's last heartbeat.
+    pub fn heartbeat_ages(&self, now: Moment) -> impl Iterator<Item = (&NodeId, u64)> {
+        self.nodes
+            .in_order()
+            .map(move |node| (&node.request.node_id, now.millis_since(node.evidence.last_heartbeat)))
+    }
+
     pub fn reservation_count(&self) -> usize {
         self.reservations.all
     }

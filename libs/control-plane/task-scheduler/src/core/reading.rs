@@ -75,6 +75,7 @@ impl ControlCore {
             log: task.log,
             model: task.model.clone(),
             priority: task.priority,
+            origin: Arc::clone(&task.origin),
             session: task.session.map(|session| session.session_id),
             state: task.state(),
             admitted: task.admitted,
@@ -205,6 +206,7 @@ pub struct TaskRecord {
     log: LogId,
     model: ModelRef,
     priority: Priority,
+    origin: Arc<Origin>,
     session: Option<pool_registry_types::SessionId>,
     pub state: TaskState,
     admitted: Moment,
@@ -239,6 +241,8 @@ impl TaskRecord {
             tokens_out: None,
             finish_reason: None,
             holder: None,
+            correlation_id: self.correlation_id(),
+            caller: self.origin.caller.clone(),
         }
     }
 
@@ -258,7 +262,13 @@ impl TaskRecord {
             attempts: self.dispatches,
             age_ms: now.millis_since(self.admitted),
             holder,
+            correlation_id: self.correlation_id(),
+            caller: self.origin.caller.clone(),
         }
+    }
+
+    fn correlation_id(&self) -> Option<String> {
+        Some(self.origin.correlation_id.clone()).filter(|id| !id.is_empty())
     }
 
     fn last_node(&self) -> Option<&NodeId> {
@@ -301,6 +311,9 @@ pub struct TaskFilter {
     /// Of the last attempt.
     pub node_id: Option<NodeId>,
     pub model: Option<ModelRef>,
+    /// The name of the token that the task was submitted with.
+    pub caller: Option<String>,
+    pub correlation_id: Option<String>,
 }
 
 impl TaskFilter {
@@ -308,6 +321,8 @@ impl TaskFilter {
         self.holder.is_none_or(|holder| holder == task.holder)
             && self.state.is_none_or(|state| state == task.state)
             && self.model.as_ref().is_none_or(|model| *model == task.model)
+            && self.caller.as_ref().is_none_or(|caller| task.origin.caller.as_ref() == Some(caller))
+            && self.correlation_id.as_ref().is_none_or(|id| task.origin.correlation_id == *id)
             && self.node_id.as_ref().is_none_or(|node_id| task.last_node() == Some(node_id))
     }
 }

@@ -69,6 +69,8 @@ impl ControlCore {
         self.ids_given += 1;
         let deadline = spec.deadline_ms.map(|left| now + Duration::from_millis(left));
         let log = LogId(self.next_id());
+        let caller = spec.caller.as_ref().map(|caller| caller.name.clone());
+        let origin = Origin { correlation_id: spec.trace.correlation_id.clone(), caller };
         let task = Task {
             id: spec.task_id,
             holder: spec.holder,
@@ -85,6 +87,7 @@ impl ControlCore {
             maker: None,
             digest: spec.digest,
             budget_bound,
+            origin: Arc::new(origin),
             spec: Some(spec),
             number: self.ids_given,
             admitted: now,

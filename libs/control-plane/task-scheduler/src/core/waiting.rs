@@ -129,6 +129,8 @@ impl ControlCore {
         let mut reasons: BTreeMap<Refusal, usize> = BTreeMap::new();
         for model in self.queue.models() {
             for id in self.queue.lane(model).into_iter().flat_map(Lane::all) {
+                let waited = self.tasks.get(&id).map(|task| now.millis_since(task.admitted));
+                found.oldest_ms = found.oldest_ms.max(waited.unwrap_or_default());
                 let counted = self.tasks.get(&id).and_then(|task| self.counted_wait(task));
                 match counted.filter(|refused| !refused.might_be_taken) {
                     None => found.startable += 1,
@@ -176,4 +178,6 @@ pub struct WaitingTasks {
     pub stuck: usize,
     /// What most of these wait for.
     pub reason: Option<Refusal>,
+    /// Milliseconds since the admission of the one that came first.
+    pub oldest_ms: u64,
 }

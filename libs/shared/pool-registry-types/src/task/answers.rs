@@ -68,6 +68,12 @@ pub struct TaskSummary {
     /// The name of its holder; shown to those who see the tasks of all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub holder: Option<String>,
+    /// Of the request that submitted it: the client's own, or one that was drawn for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub correlation_id: Option<String>,
+    /// The name of the token that it was submitted with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub caller: Option<String>,
 }
 
 /// `GET /v2/tasks`: newest first.
@@ -112,6 +118,12 @@ pub struct TaskView {
     /// The name of its holder; shown to those who see the tasks of all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub holder: Option<String>,
+    /// Of the request that submitted it: the client's own, or one that was drawn for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub correlation_id: Option<String>,
+    /// The name of the token that it was submitted with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub caller: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
