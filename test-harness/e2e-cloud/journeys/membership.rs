@@ -251,7 +251,9 @@ async fn a_node_that_cannot_be_dialled_hears_of_it_says_so_and_is_ready_once_it_
     eventually("it says why it gets no tasks", Duration::from_secs(10), || says(reason)).await;
     assert_eq!(client.get("/health/ready?local=true").await.unwrap().status(), 200, "it is well itself");
     let gauge = client.get("/metrics").await.unwrap().text().await.unwrap();
-    assert!(gauge.contains("llorch_node_registered{node_id=\"walled-in\"} 0"), "{gauge}");
+    for name in ["llorch_agent_registered", "llorch_node_registered"] {
+        assert!(gauge.contains(&format!("\n{name}{{node_id=\"walled-in\"}} 0\n")), "{gauge}");
+    }
     let forward = e2e_cloud::process::program("tcp-proxy");
     let mut proxy = std::process::Command::new(forward);
     proxy.arg(format!("127.0.0.1:{given}=127.0.0.1:{own}"));

@@ -240,7 +240,10 @@ async fn every_route_lets_through_whom_it_should_and_nobody_else() {
         join_all(table.iter().map(|(operation, need)| check(base, operation, *need))).await;
     }
     let metrics = cluster.client.get("/metrics").await.unwrap().text().await.unwrap();
-    assert!(metrics.contains("llorch_refused_calls_total{code=\"FORBIDDEN\"}"), "{metrics}");
+    assert!(
+        metrics.contains("llorch_refused_calls_total{code=\"FORBIDDEN\",route=\"/v2/nodes/register\"} "),
+        "{metrics}"
+    );
 }
 
 // CLOUD-2502

@@ -284,11 +284,13 @@ impl Comparison<'_> {
     /// The longest turns on threads for streams in all that was measured, as the daemons time them: CPU
     /// time of one turn in 64.
     pub(crate) async fn longest_turns(&self) -> [Row; 2] {
-        const NAME: &str = "llorch_longest_poll_seconds";
+        const NAMES: [&str; 2] = ["llorch_longest_poll_seconds", "llorch_agent_longest_poll_seconds"];
         let longest = async |client: Client| {
             let page = client.get("/metrics").await.expect("an answer").text().await.expect("text");
-            let value =
-                page.lines().find(|line| line.starts_with(NAME)).and_then(|line| line.rsplit(' ').next());
+            let value = page
+                .lines()
+                .find(|line| NAMES.iter().any(|name| line.starts_with(name)))
+                .and_then(|line| line.rsplit(' ').next());
             value.and_then(|value| value.parse::<f64>().ok()).expect("the metric") * 1e3
         };
         let control = longest(self.cluster.client.clone()).await;
