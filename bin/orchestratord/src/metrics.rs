@@ -2,6 +2,7 @@
 
 use daemon_kit::metric_families;
 use daemon_kit::metrics::Page;
+use pool_registry_types::NodeId;
 use pool_registry_types::node::{GpuHealth, GpuMemory, GpuReport, Liveness};
 use pool_registry_types::pool::PoolState;
 use pool_registry_types::snapshot::ClusterSnapshot;
@@ -148,6 +149,13 @@ fn links_of(page: &mut Page, links: &LinkTable) {
     }
 }
 
+/// Which nodes should be there.
+pub(crate) fn expected(page: &mut Page, nodes: &[NodeId]) {
+    for node_id in nodes {
+        page.gauge(&NODE_EXPECTED, &[node_id.as_str()], 1.0);
+    }
+}
+
 /// Memory that clients fill, as its settings bound it.
 pub(crate) fn held(page: &mut Page, queue_bytes: usize, live_log_bytes: usize, held_answer_bytes: usize) {
     page.gauge(&QUEUE_BYTES, &[], queue_bytes as f64);
@@ -276,7 +284,7 @@ mod tests {
     use std::sync::Arc;
 
     use pool_registry_types::node::{Heartbeat, LiveAnswer, RegisterRequest};
-    use pool_registry_types::{BootId, Epoch, ModelRef, Moment, NodeId, TaskId};
+    use pool_registry_types::{BootId, Epoch, ModelRef, Moment, TaskId};
     use serde_json::json;
     use task_scheduler::{Answer, ControlCore, Effect, Event, Note, ProbeOutcome, ReplyTo};
     use task_stream::TaskSpec;

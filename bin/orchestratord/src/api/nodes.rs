@@ -83,6 +83,7 @@ pub(crate) async fn register(
         tracing::warn!(%node_id, code = %error.code, reason = error.message, "a registration was refused");
     })?;
     tracing::info!(%node_id, epoch = %answer.epoch, "a node registered");
+    state.expected.registered(&node_id);
     let life = state.relays.link.links().map(|links| links.life);
     Ok(Json(RegisterAnswer { life, ..answer }))
 }
@@ -124,11 +125,15 @@ pub(crate) struct Deregistration {
     /// The node's own registration; without it, whichever there is.
     #[param(value_type = Epoch, required = false)]
     epoch: Option<Epoch>,
+    /// It is not expected to come again.
+    #[serde(default)]
+    forget: bool,
 }
 
 /// Deregisters a node.
 ///
-/// With an old epoch nothing happens.
+/// With an old epoch nothing happens. The node stays expected (`llorch_node_expected`) unless it is forgotten,
+/// which may be done to one that is not there too.
 #[utoipa::path(delete, path = paths::NODE, tag = "nodes", params(("node_id" = NodeId, Path), Deregistration),
     responses((status = 204), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn deregister(
@@ -139,7 +144,10 @@ pub(crate) async fn deregister(
 ) -> Result<StatusCode, ApiError> {
     require_cloud(&state)?;
     caller.may_send_away(&id)?;
-    let Deregistration { epoch } = checked(query)?;
+    let Deregistration { epoch, forget } = checked(query)?;
+    if forget {
+        state.expected.forget(&id).await?;
+    }
     tracing::info!(node_id = %id, "a node is deregistered");
     state.control.deregister(id, epoch).await?;
     Ok(StatusCode::NO_CONTENT)

@@ -3,16 +3,23 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
+use axum::Json;
 use axum::body::Body as HttpBody;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use daemon_kit::{ApiError, Caller};
+use pool_registry_types::node::Liveness;
 use pool_registry_types::sse::{write_comment, write_frame};
-use pool_registry_types::{ErrorBody, ErrorCode, routes as paths};
+use pool_registry_types::view::NodeView;
+use pool_registry_types::{ErrorBody, ErrorCode, NodeId, routes as paths};
+use reqwest::Url;
+use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::UNBUFFERED;
+use super::query::{Known, NoParameters};
 use crate::app::state::AppState;
 use crate::metrics;
 use crate::services::followers::Update;
@@ -52,8 +59,56 @@ pub(crate) async fn metrics(State(state): State<AppState>) -> Result<Response, A
     let mut page = metrics::page(&facts, &paces, &view, links, (&state.relays.measured, &backlog));
     let held_answers = state.relays.held_answers.held();
     metrics::held(&mut page, state.bodies.clients.held(), state.streams.live_bytes(), held_answers);
+    metrics::expected(&mut page, &state.expected.all());
     page.expiries(state.certificate.as_deref(), &state.tokens);
     Ok(page.edge(&state.calls, &state.connections).process(env!("CARGO_PKG_VERSION")).render())
+}
+
+/// Nodes to scrape, as Prometheus' `http_sd` has them.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Targets {
+    /// A host with its port.
+    targets: [String; 1],
+    labels: TargetLabels,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct TargetLabels {
+    #[serde(rename = "__scheme__")]
+    scheme: String,
+    #[serde(rename = "__metrics_path__")]
+    path: String,
+    /// For relabelling: the node's own series have its id.
+    #[serde(rename = "__meta_llorch_node_id")]
+    node_id: NodeId,
+    #[serde(rename = "__meta_llorch_liveness")]
+    liveness: Liveness,
+}
+
+impl Targets {
+    /// Nothing for an address that is none.
+    fn of(node: &NodeView) -> Option<Self> {
+        let url = Url::parse(&node.address).ok()?;
+        let (host, port) = (url.host_str()?, url.port_or_known_default()?);
+        let labels = TargetLabels {
+            scheme: url.scheme().to_owned(),
+            path: format!("{}{}", url.path().trim_end_matches('/'), paths::METRICS),
+            node_id: node.node_id.clone(),
+            liveness: node.liveness,
+        };
+        Some(Self { targets: [format!("{host}:{port}")], labels })
+    }
+}
+
+/// Lists the nodes for Prometheus (`http_sd`), those too that are not online: they are down there as well.
+#[utoipa::path(get, path = paths::TARGETS, tag = "observe", responses((status = 200, body = Vec<Targets>), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
+pub(crate) async fn targets(
+    State(state): State<AppState>,
+    _: Known<NoParameters>,
+) -> Result<Json<Vec<Targets>>, ApiError> {
+    let cluster = state.service_registry.view().await?;
+    let dialled = cluster.nodes().filter(|_| state.cloud_profile);
+    Ok(Json(dialled.filter_map(|(node, _)| Targets::of(node)).collect()))
 }
 
 /// Pause between two comments on a quiet stream.

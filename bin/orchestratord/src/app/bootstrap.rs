@@ -36,6 +36,7 @@ use crate::services::artifacts::Artifacts;
 use crate::services::catalog::{Catalog, CatalogError, ModelState};
 use crate::services::control::{self, Control};
 use crate::services::dispatch::Relays;
+use crate::services::expected::{ExpectedError, ExpectedNodes};
 use crate::services::handoff::Home;
 use crate::services::link::{HttpLink, NodeLink};
 use crate::services::measured::Measured;
@@ -71,6 +72,8 @@ pub(crate) enum StartError {
     RuntimeDir(#[source] WatchError),
     #[error("ORCHESTRATORD_DATA_DIR: {0}")]
     DataDir(#[from] CatalogError),
+    #[error("ORCHESTRATORD_DATA_DIR: {0}")]
+    Expected(#[from] ExpectedError),
     #[error("the HTTP client cannot be made")]
     Client(#[from] reqwest::Error),
     #[error("ORCHESTRATORD_STREAM_THREADS: a thread cannot be started: {0}")]
@@ -141,6 +144,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
     let tokens = config.shared.tokens;
     let interval = config.policy.timing.heartbeat_interval;
     let catalog = Arc::new(Catalog::open(&config.data_dir)?);
+    let expected = Arc::new(ExpectedNodes::open(&config.data_dir, config.policy.max_nodes)?);
     let home = config.home.as_ref();
     let home = home.map(|home| Home::new(home, &config.data_dir, interval, &front.loops)).transpose()?;
     let clock = Clock::default();
@@ -225,6 +229,7 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
             clients: ByteBudget::new(config.queue_bytes),
             nodes: ByteBudget::new(NODE_BODY_BYTES),
         }),
+        expected: Arc::clone(&expected),
         tokens: tokens.clone(),
         connections: Arc::clone(&counts),
         calls: Arc::clone(&calls),
@@ -250,6 +255,11 @@ pub(crate) async fn run(config: Config) -> Result<(), StartError> {
         })
     };
     state.loops.start(&tracker, "changes of tokens", &stop, telling);
+    if state.cloud_profile {
+        let ended = stop.clone();
+        let keep = move || Arc::clone(&expected).keep(ended.clone());
+        state.loops.start(&tracker, "expected nodes", &stop, keep);
+    }
     let open_routes = router::metrics(state.clone());
     let streaming = Streaming { threads: threads.clone(), is_stream: router::is_stream };
     let limits = ConnLimits { stalled: config.stalled_write, ..ConnLimits::default() };

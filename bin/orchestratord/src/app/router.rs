@@ -91,6 +91,7 @@ fn made_in_turn() -> OpenApiRouter<AppState> {
         .routes(routes!(catalog::list))
         .routes(routes!(catalog::verify))
         .routes(routes!(observe::metrics))
+        .routes(routes!(observe::targets))
         .route_layer(from_fn_with_state(Turns::default(), turns::in_turn))
 }
 
@@ -152,6 +153,7 @@ pub(crate) fn needs(method: &Method, path: &str) -> Need {
         | paths::CATALOG_MODELS
         | paths::CATALOG_MODEL
         | paths::EVENTS
+        | paths::TARGETS
             if reads =>
         {
             LOOK

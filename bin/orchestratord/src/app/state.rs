@@ -15,6 +15,7 @@ use crate::services::artifacts::Artifacts;
 use crate::services::catalog::Catalog;
 use crate::services::control::Control;
 use crate::services::dispatch::Relays;
+use crate::services::expected::ExpectedNodes;
 use crate::services::gateway::Gateway;
 use crate::services::registry::ServiceRegistryHandle;
 use crate::services::report_shares::ReportShares;
@@ -49,6 +50,7 @@ pub(crate) struct App {
     pub(crate) report_shares: Arc<ReportShares>,
     /// What requests may take of memory.
     pub(crate) bodies: Arc<BodyBudgets>,
+    pub(crate) expected: Arc<ExpectedNodes>,
     pub(crate) tokens: Tokens,
     pub(crate) connections: Arc<Counts>,
     pub(crate) calls: Arc<Calls>,

@@ -7,6 +7,7 @@ pub(crate) mod catalog;
 pub(crate) mod control;
 pub(crate) mod departures;
 pub(crate) mod dispatch;
+pub(crate) mod expected;
 mod feed;
 pub(crate) mod followers;
 pub(crate) mod gateway;

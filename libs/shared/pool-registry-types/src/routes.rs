@@ -2,6 +2,7 @@
 
 use crate::ids::{AttemptId, Epoch, NodeId, PoolId, TaskId};
 
+pub const TARGETS: &str = "/v2/observability/targets";
 pub const TASKS: &str = "/v2/tasks";
 pub const TASK: &str = "/v2/tasks/{task_id}";
 pub const TASK_EVENTS: &str = "/v2/tasks/{task_id}/events";
