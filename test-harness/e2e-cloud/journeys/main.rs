@@ -18,6 +18,7 @@ mod holders;
 mod home;
 mod membership;
 mod memory;
+mod monitoring;
 mod openai;
 mod real_engine;
 mod replays;

@@ -28,7 +28,7 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 /// Says that something is not tested here, and why, also where a passing test's output is not shown.
-fn left_out(why: &str) {
+pub fn left_out(why: &str) {
     // Nothing depends on its being read.
     let _ = writeln!(std::io::stderr(), "LEFT OUT: {why}");
 }
