@@ -42,5 +42,5 @@ pub(crate) fn run(check: bool) -> Result<(), Failed> {
             println!("wrote contracts/{file}");
         }
     }
-    Ok(())
+    crate::dashboards::run(check)
 }

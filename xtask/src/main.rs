@@ -5,6 +5,7 @@
 mod certs;
 mod clients;
 mod contracts;
+mod dashboards;
 mod engine;
 mod fuzz;
 mod old;
@@ -46,7 +47,7 @@ enum Chore {
     /// The same as `test`: the loop before a commit.
     #[command(name = "dev:loop")]
     DevLoop,
-    /// Write the OpenAPI documents from the code, or check that they are as the code says.
+    /// Write the OpenAPI documents, the list of metrics and the dashboards from the code, or check that they are as the code says.
     Contracts {
         #[arg(long)]
         check: bool,

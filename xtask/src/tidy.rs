@@ -269,7 +269,9 @@ fn documents(files: &[String], complaints: &mut Vec<String>) {
             complaints.push(format!("{file}: {top} does not belong at the top"));
         }
         if file.ends_with(".md") && !DOCUMENTS.iter().any(|place| file.starts_with(place)) {
-            complaints.push(format!("{file}: documents lie in README.md, .docs, .specs and deploy, beside contracts/metrics.md"));
+            complaints.push(format!(
+                "{file}: documents lie in README.md, .docs, .specs and deploy, beside contracts/metrics.md"
+            ));
         }
     }
 }

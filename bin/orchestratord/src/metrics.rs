@@ -12,7 +12,7 @@ use pool_registry_types::view::{LinkState, NodeView, PoolView};
 use task_scheduler::WaitingTasks;
 
 use crate::services::link::LinkTable;
-use crate::services::measured::Measured;
+use crate::services::measured::{Measured, OTHER};
 use crate::services::published::{AllPaces, Facts};
 
 metric_families! {
@@ -206,6 +206,10 @@ pub(crate) fn page(
     }
     for (state, count) in &facts.nodes {
         page.gauge(&NODES, &[liveness(*state)], f64::from(*count));
+    }
+    // Also where nothing waits.
+    for priority in ["interactive", "batch"] {
+        page.add(&QUEUE_TASKS, &[OTHER, priority], 0.0);
     }
     for (model, priority, depth) in &facts.queues {
         let priority = match priority {

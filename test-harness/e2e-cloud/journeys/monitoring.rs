@@ -1,6 +1,7 @@
 //! Seen from outside: what both daemons show to Prometheus, the files in `deploy` that make something of it, and
 //! by what a task is found again. Prometheus and `promtool` are Debian's.
 
+mod dashboards;
 mod rules;
 
 use std::collections::BTreeSet;
@@ -44,11 +45,26 @@ struct Prometheus {
 
 impl Prometheus {
     fn start(cluster: &Cluster) -> Self {
+        Self::start_tls(cluster, None)
+    }
+
+    /// The same, with this authority where the cluster speaks TLS: then it scrapes each second.
+    fn start_tls(cluster: &Cluster, ca: Option<&Path>) -> Self {
         let folder = cluster.dir.path().join("prometheus");
         std::fs::create_dir(&folder).expect("a folder");
-        let config = std::fs::read_to_string(deploy().join("prometheus.yml")).expect("the shipped file");
+        let mut config = std::fs::read_to_string(deploy().join("prometheus.yml")).expect("the shipped file");
         assert_eq!(config.matches("127.0.0.1:8080").count(), 2);
-        let config = config.replace("127.0.0.1:8080", &format!("127.0.0.1:{}", cluster.port));
+        config = config.replace("127.0.0.1:8080", &format!("127.0.0.1:{}", cluster.port));
+        if let Some(ca) = ca {
+            let tls = format!("tls_config: {{ca_file: {}}}", ca.display());
+            for job in ["orchestratord", "pool-managerd"] {
+                let name = format!("job_name: {job}\n");
+                config = config.replace(&name, &format!("{name}    scheme: https\n    {tls}\n"));
+            }
+            let refresh = "        refresh_interval: 10s\n";
+            config = config.replace(refresh, &format!("{refresh}        {tls}\n"));
+            config = config.replace("url: http:", "url: https:").replace("10s", "1s");
+        }
         std::fs::write(folder.join("prometheus.yml"), config).expect("a file");
         std::fs::write(folder.join("token"), TOKEN).expect("a file");
         std::fs::copy(deploy().join("rules.yml"), folder.join("rules.yml")).expect("the shipped file");

@@ -24,7 +24,7 @@ const MODELS: usize = 512;
 /// Names of tokens that have, where callers are told apart.
 const CALLERS: usize = 512;
 /// The label of all others.
-const OTHER: &str = "other";
+pub(crate) const OTHER: &str = "other";
 /// The label of what is not there.
 const NONE: &str = "none";
 
