@@ -17,6 +17,7 @@ enum Unit {
     Bytes,
     Share,
     Celsius,
+    Watts,
 }
 
 impl Unit {
@@ -29,6 +30,7 @@ impl Unit {
             Self::Bytes => "bytes",
             Self::Share => "percentunit",
             Self::Celsius => "celsius",
+            Self::Watts => "watt",
         }
     }
 }
@@ -324,6 +326,17 @@ const NODE: &[Panel] = &[
         "Temperature of GPUs",
         Unit::Celsius,
         &[("llorch_gpu_temperature_celsius{node_id=~\"$node\"}", "GPU {{device_id}}")],
+    ),
+    Panel(
+        "Power of GPUs",
+        Unit::Watts,
+        &[
+            ("llorch_gpu_power_watts{node_id=~\"$node\"}", "GPU {{device_id}}"),
+            (
+                "rate(llorch_gpu_energy_joules_total{node_id=~\"$node\"}[$__rate_interval])",
+                "GPU {{device_id}}, by its energy",
+            ),
+        ],
     ),
     Panel(
         "Health of GPUs",

@@ -71,6 +71,8 @@ metric_families! {
     GPU_VRAM_TOTAL: Gauge "llorch_gpu_vram_total_bytes" ["node_id", "device_id"] "Memory of the GPU.";
     GPU_VRAM_UNACCOUNTED: Gauge "llorch_gpu_vram_unaccounted_bytes" ["node_id", "device_id"] "Memory of processes there that are none of the node's engines.";
     GPU_UTILIZATION: Gauge "llorch_gpu_utilization_ratio" ["node_id", "device_id"] "Share of the time in which the GPU did something, 0 to 1.";
+    GPU_POWER: Gauge "llorch_gpu_power_watts" ["node_id", "device_id"] "What the GPU takes.";
+    GPU_ENERGY: Counter "llorch_gpu_energy_joules_total" ["node_id", "device_id"] "What the GPU has taken since its driver was loaded.";
     GPU_TEMPERATURE: Gauge "llorch_gpu_temperature_celsius" ["node_id", "device_id"] "Temperature of the GPU.";
     GPU_HEALTH: Gauge "llorch_gpu_health" ["node_id", "device_id", "health"] "1 for how the GPU was when its node reported last.";
     QUEUE_WAIT: Histogram "llorch_queue_wait_seconds" ["model"] LONG "Of ended tasks: from admission to the last dispatch, or to the end.";
@@ -277,6 +279,12 @@ fn gpu_of(page: &mut Page, node_id: &str, gpu: &GpuReport) {
     if let Some(percent) = gpu.utilization_pct {
         page.gauge(&GPU_UTILIZATION, &labels, f64::from(percent) / 100.0);
     }
+    if let Some(milliwatts) = gpu.power_mw {
+        page.gauge(&GPU_POWER, &labels, f64::from(milliwatts) / 1e3);
+    }
+    if let Some(millijoules) = gpu.energy_mj {
+        page.counter(&GPU_ENERGY, &labels, millijoules / 1_000);
+    }
     if let Some(celsius) = gpu.temperature_c {
         page.gauge(&GPU_TEMPERATURE, &labels, f64::from(celsius));
     }
@@ -306,7 +314,7 @@ mod tests {
 
     fn gpu() -> serde_json::Value {
         json!({"device_id": 0, "vram_used_bytes": 1, "vram_total_bytes": 4, "utilization_pct": 50,
-            "temperature_c": 60, "unaccounted_vram_bytes": 1, "health": "ok"})
+            "temperature_c": 60, "power_mw": 250_500, "energy_mj": 7_200_000, "unaccounted_vram_bytes": 1, "health": "ok"})
     }
 
     struct Bench {
@@ -391,6 +399,8 @@ mod tests {
             "llorch_engine_restarts_total{node_id=\"a\",pool_id=\"p\"} 3",
             "llorch_engine_load_seconds{node_id=\"a\",pool_id=\"p\"} 1.5",
             "llorch_gpu_utilization_ratio{device_id=\"0\",node_id=\"a\"} 0.5",
+            "llorch_gpu_power_watts{device_id=\"0\",node_id=\"a\"} 250.5",
+            "llorch_gpu_energy_joules_total{device_id=\"0\",node_id=\"a\"} 7200",
             "llorch_gpu_health{device_id=\"0\",health=\"ok\",node_id=\"a\"} 1",
             "llorch_node_heartbeat_age_seconds{node_id=\"a\"} 0",
         ] {

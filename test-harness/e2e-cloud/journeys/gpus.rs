@@ -85,6 +85,7 @@ async fn two_gpus_are_told_with_their_memory_their_errors_and_their_strangers() 
     let seen = gpus.wait("both are seen", |gpus| gpus.as_array().is_some_and(|all| all.len() == 2)).await;
     assert_eq!(seen[0]["vram_used_bytes"], 2 * GIB);
     assert_eq!((&seen[0]["utilization_pct"], &seen[0]["temperature_c"]), (&json!(37), &json!(61)));
+    assert_eq!((&seen[0]["power_mw"], &seen[0]["energy_mj"]), (&json!(123_000), &json!(4_500_000)));
     assert_eq!((&seen[0]["health"], &seen[1]["health"]), (&json!("ok"), &json!("ok")));
     assert_eq!((seen[0].get("ecc_uncorrected"), &seen[1]["ecc_uncorrected"]), (None, &json!(0)));
     let node = gpus.cluster.client.get_json("/v2/nodes/gpu-node-1").await.unwrap();

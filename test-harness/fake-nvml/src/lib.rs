@@ -57,6 +57,9 @@ struct Gpu {
     used: u64,
     utilization: u32,
     temperature: u32,
+    /// Milliwatts and millijoules.
+    power: u32,
+    energy: u64,
     compute: (i32, i32),
     /// Absent: the device does not count.
     ecc_uncorrected: Option<u64>,
@@ -80,6 +83,8 @@ impl Default for Gpu {
             used: GIB,
             utilization: 37,
             temperature: 61,
+            power: 123_000,
+            energy: 4_500_000,
             compute: (8, 6),
             ecc_uncorrected: None,
             processes: Vec::new(),
@@ -266,6 +271,22 @@ pub unsafe extern "C" fn nvmlDeviceGetTemperature(
 ) -> c_uint {
     // SAFETY: the caller gives a place for the number.
     answer(gpu(device).map(|gpu| unsafe { into.write(gpu.temperature) }))
+}
+
+/// # Safety
+/// As nvml.h says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetPowerUsage(device: *mut c_void, into: *mut c_uint) -> c_uint {
+    // SAFETY: the caller gives a place for the number.
+    answer(gpu(device).map(|gpu| unsafe { into.write(gpu.power) }))
+}
+
+/// # Safety
+/// As nvml.h says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetTotalEnergyConsumption(device: *mut c_void, into: *mut u64) -> c_uint {
+    // SAFETY: the caller gives a place for the number.
+    answer(gpu(device).map(|gpu| unsafe { into.write(gpu.energy) }))
 }
 
 /// # Safety

@@ -208,6 +208,12 @@ pub struct GpuReport {
     pub utilization_pct: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub temperature_c: Option<u32>,
+    /// What it takes now, milliwatts; absent where the driver does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub power_mw: Option<u32>,
+    /// What it has taken since the driver was loaded, millijoules; absent where the driver does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub energy_mj: Option<u64>,
     /// Uncorrected memory errors since the driver was loaded; absent where they are not counted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ecc_uncorrected: Option<u64>,
