@@ -2,6 +2,7 @@
 //! by what a task is found again. Prometheus and `promtool` are Debian's.
 
 mod dashboards;
+mod document;
 mod rules;
 
 use std::collections::BTreeSet;
