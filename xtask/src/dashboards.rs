@@ -111,6 +111,7 @@ const CLUSTER: &[Panel] = &[
         &[
             ("rate(llorch_tasks_submitted_total[$__rate_interval])", "submitted"),
             ("rate(llorch_tasks_rejected_total[$__rate_interval])", "rejected"),
+            ("rate(llorch_queue_full_total[$__rate_interval])", "rejected for a full queue"),
             ("rate(llorch_tasks_dropped_total[$__rate_interval])", "dropped"),
             ("rate(llorch_tasks_completed_total[$__rate_interval])", "completed"),
             ("rate(llorch_tasks_failed_total[$__rate_interval])", "failed"),
@@ -220,7 +221,7 @@ const CLUSTER: &[Panel] = &[
         Unit::Seconds,
         &[
             ("llorch_certificate_expiry_seconds", "certificate of {{instance}}"),
-            ("llorch_token_expiry_seconds", "token {{name}}"),
+            ("llorch_token_expiry_seconds", "the first token"),
         ],
     ),
 ];
@@ -240,6 +241,7 @@ const NODE: &[Panel] = &[
         Unit::Seconds,
         &[
             ("llorch_node_heartbeat_age_seconds{node_id=~\"$node\"}", "{{node_id}}, heartbeat"),
+            ("llorch_heartbeat_interval_seconds", "between two heartbeats"),
             ("llorch_node_evidence_age_seconds{node_id=~\"$node\"}", "{{node_id}}, heartbeat or token"),
         ],
     ),
@@ -383,7 +385,7 @@ const NODE: &[Panel] = &[
         Unit::Seconds,
         &[
             ("llorch_agent_certificate_expiry_seconds{node_id=~\"$node\"}", "certificate of {{node_id}}"),
-            ("llorch_agent_token_expiry_seconds{node_id=~\"$node\"}", "token {{name}}"),
+            ("llorch_agent_token_expiry_seconds{node_id=~\"$node\"}", "the first token"),
         ],
     ),
 ];

@@ -45,6 +45,8 @@ metric_families! {
     OWN_SHORTAGES: Counter "llorch_own_shortages_total" [] "Connections that could not be made for want of descriptors, ports or memory here.";
     CONTROL_STALLS: Counter "llorch_control_stalls_total" [] "Times that the control loop stood still.";
     MASS_SILENCES: Counter "llorch_mass_silences_total" [] "Times that most nodes fell silent at once.";
+    QUEUE_FULL: Counter "llorch_queue_full_total" [] "Of the tasks refused at admission, those for which their lane had no room.";
+    HEARTBEAT_INTERVAL: Gauge "llorch_heartbeat_interval_seconds" [] "What nodes are told to let pass between two heartbeats.";
     LINKS: Gauge "llorch_links" ["node_id", "state"] "1 for how the link to the node stands.";
     QUEUE_BYTES: Gauge "llorch_queue_bytes" [] "Bytes of requests that are read or wait for an engine.";
     LIVE_LOG_BYTES: Gauge "llorch_live_log_bytes" [] "Bytes of the streams of tasks that have not ended, and of others that are read still.";
@@ -178,6 +180,7 @@ pub(crate) fn page(
     for (family, value) in [
         (&TASKS_SUBMITTED, c.submitted),
         (&TASKS_REJECTED, c.rejected),
+        (&QUEUE_FULL, c.full),
         (&TASKS_COMPLETED, c.completed),
         (&TASKS_FAILED, c.failed),
         (&TASKS_CANCELED, c.canceled),
@@ -209,6 +212,10 @@ pub(crate) fn page(
     for (state, count) in &facts.nodes {
         page.gauge(&NODES, &[liveness(*state)], f64::from(*count));
     }
+    for (node, _) in view.nodes() {
+        let models = node.pools.iter().flat_map(|pool| &pool.report.models);
+        models.for_each(|model| measured.reported(model));
+    }
     // Also where nothing waits.
     for priority in ["interactive", "batch"] {
         page.add(&QUEUE_TASKS, &[OTHER, priority], 0.0);
@@ -223,6 +230,7 @@ pub(crate) fn page(
     }
     page.gauge(&TASKS_OLDEST_WAITING, &[], backlog.oldest_ms as f64 / 1e3);
     page.gauge(&TASKS_UNPLACEABLE, &[], backlog.stuck as f64);
+    page.gauge(&HEARTBEAT_INTERVAL, &[], facts.heartbeat_interval.as_secs_f64());
     page.gauge(&SESSIONS, &[], facts.sessions as f64);
     for (pool, pace) in paces {
         page.gauge(&POOL_TOKENS_PER_SECOND, &[pool.node_id.as_str(), pool.pool_id.as_str()], *pace);

@@ -134,7 +134,8 @@ async fn ready(
 async fn metrics(State(node): State<AppState>) -> Response {
     let mut page = metrics::page(&node.agent);
     page.expiries(node.certificate.as_deref(), &node.tokens);
-    page.edge(&node.calls, &node.connections).process(env!("CARGO_PKG_VERSION")).render()
+    page.edge(&node.calls, &node.connections);
+    page.render(env!("CARGO_PKG_VERSION")).await
 }
 
 /// What runs on the node.

@@ -48,6 +48,7 @@ pub(crate) const CONTROL_PLANE: &[(&str, Need)] = &[
     ("GET /v2/meta/version", Need::Any),
     ("GET /v2/nodes", Need::Look),
     ("GET /v2/nodes/{node_id}", Need::Look),
+    ("GET /v2/observability/targets", Need::Any),
     ("GET /v2/pools", Need::Look),
     ("GET /v2/pools/{pool_id}/health", Need::Look),
     ("GET /v2/pools/{pool_id}/logs", Need::Operator),
@@ -112,6 +113,7 @@ const CLIENT_TOKEN: &str = "test-token-of-a-client";
 const NODE_TOKEN: &str = "test-token-of-node-7";
 const OTHER_NODE_TOKEN: &str = "test-token-of-node-8";
 const OPERATOR_TOKEN: &str = "test-token-of-an-operator";
+const METRICS_TOKEN: &str = "test-token-of-prometheus";
 const CONTROL_TOKEN: &str = "test-token-of-the-control-plane";
 const EXPIRED_TOKEN: &str = "test-token-expired";
 
@@ -123,6 +125,7 @@ fn token_file() -> String {
         + &entry("control", CONTROL_TOKEN, "scopes = [\"control\"]")
         + &entry("client", CLIENT_TOKEN, "scopes = [\"client\"]")
         + &entry("operator", OPERATOR_TOKEN, "scopes = [\"operator\"]")
+        + &entry("metrics", METRICS_TOKEN, "scopes = [\"metrics\"]")
         + &entry("seven", NODE_TOKEN, "scopes = [\"node\"]\nnode_id = \"gpu-node-7\"")
         + &entry("eight", OTHER_NODE_TOKEN, "scopes = [\"node\"]\nnode_id = \"gpu-node-8\"")
         + &entry("old", EXPIRED_TOKEN, "scopes = [\"admin\"]\nexpires = 2026-01-01T00:00:00Z")
@@ -185,6 +188,7 @@ async fn check(base: &str, operation: &str, need: Need) {
         ("node", Some(NODE_TOKEN)),
         ("control", Some(CONTROL_TOKEN)),
         ("operator", Some(OPERATOR_TOKEN)),
+        ("metrics", Some(METRICS_TOKEN)),
         ("admin", Some(TOKEN)),
         ("wrong node", Some(OTHER_NODE_TOKEN)),
     ];

@@ -145,11 +145,12 @@ pub(crate) async fn deregister(
     require_cloud(&state)?;
     caller.may_send_away(&id)?;
     let Deregistration { epoch, forget } = checked(query)?;
-    if forget {
+    tracing::info!(node_id = %id, "a node is deregistered");
+    state.control.deregister(id.clone(), epoch).await?;
+    // One that is there still, by a newer registration, is expected.
+    if forget && !state.service_registry.view().await?.has_node(&id) {
         state.expected.forget(&id).await?;
     }
-    tracing::info!(node_id = %id, "a node is deregistered");
-    state.control.deregister(id, epoch).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -59,9 +59,12 @@ pub(crate) async fn metrics(State(state): State<AppState>) -> Result<Response, A
     let mut page = metrics::page(&facts, &paces, &view, links, (&state.relays.measured, &backlog));
     let held_answers = state.relays.held_answers.held();
     metrics::held(&mut page, state.bodies.clients.held(), state.streams.live_bytes(), held_answers);
-    metrics::expected(&mut page, &state.expected.all());
+    if state.cloud_profile {
+        metrics::expected(&mut page, &state.expected.all());
+    }
     page.expiries(state.certificate.as_deref(), &state.tokens);
-    Ok(page.edge(&state.calls, &state.connections).process(env!("CARGO_PKG_VERSION")).render())
+    page.edge(&state.calls, &state.connections);
+    Ok(page.render(env!("CARGO_PKG_VERSION")).await)
 }
 
 /// Nodes to scrape, as Prometheus' `http_sd` has them.

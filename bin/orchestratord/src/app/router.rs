@@ -138,7 +138,9 @@ const LOOK: Need = Need::Either([Scope::Client, Scope::Operator]);
 pub(crate) fn needs(method: &Method, path: &str) -> Need {
     let reads = method == Method::GET || method == Method::HEAD;
     match path {
-        paths::METRICS | paths::OPENAPI | paths::META_VERSION | paths::META_CAPABILITIES => Need::Any,
+        paths::METRICS | paths::TARGETS | paths::OPENAPI | paths::META_VERSION | paths::META_CAPABILITIES => {
+            Need::Any
+        }
         paths::NODE_REGISTER | paths::NODE_HEARTBEAT => Need::Scope(Scope::Node),
         // A node leaves by itself; an operator may send it away.
         paths::NODE if *method == Method::DELETE => Need::Scope(Scope::Node),
@@ -153,7 +155,6 @@ pub(crate) fn needs(method: &Method, path: &str) -> Need {
         | paths::CATALOG_MODELS
         | paths::CATALOG_MODEL
         | paths::EVENTS
-        | paths::TARGETS
             if reads =>
         {
             LOOK

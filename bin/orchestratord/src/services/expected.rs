@@ -33,7 +33,7 @@ pub(crate) struct ExpectedNodes {
     nodes: Mutex<BTreeSet<NodeId>>,
     changed: Notify,
     /// Held while the disk is written to; readers never wait for it.
-    writing: tokio::sync::Mutex<()>,
+    writing: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl ExpectedNodes {
@@ -47,7 +47,7 @@ impl ExpectedNodes {
             Err(error) => return Err(failed(error)),
         };
         let (nodes, changed) = (Mutex::new(nodes), Notify::new());
-        Ok(Self { file, at_most, nodes, changed, writing: tokio::sync::Mutex::default() })
+        Ok(Self { file, at_most, nodes, changed, writing: Arc::default() })
     }
 
     pub(crate) fn all(&self) -> Vec<NodeId> {
@@ -68,17 +68,13 @@ impl ExpectedNodes {
         self.changed.notify_one();
     }
 
-    /// The node need not be there any more. Written down when this returns.
+    /// The node need not be there any more. Written down when this returns, and also where nobody waits for that.
     ///
     /// # Errors
     /// `INTERNAL` where it cannot be written: then it is expected still.
     pub(crate) async fn forget(self: &Arc<Self>, node_id: &NodeId) -> Result<(), ErrorBody> {
-        if !self.nodes.lock().remove(node_id) {
-            return Ok(());
-        }
-        self.write().await.map_err(|error| {
-            tracing::error!(file = %self.file.display(), %error, "the list of expected nodes cannot be written");
-            self.nodes.lock().insert(node_id.clone());
+        self.write(Some(node_id.clone())).await.map_err(|error| {
+            tracing::error!(file = %self.file.display(), error, "the list of expected nodes cannot be written");
             ErrorBody::new(ErrorCode::Internal, "the list of nodes cannot be written, see the server's log")
         })
     }
@@ -86,9 +82,9 @@ impl ExpectedNodes {
     /// Writes down what changes, until `stop`, and once at its start for what may have changed before.
     pub(crate) async fn keep(self: Arc<Self>, stop: CancellationToken) {
         loop {
-            let written = self.write().await;
+            let written = self.write(None).await;
             if let Err(error) = &written {
-                tracing::warn!(file = %self.file.display(), %error, "the list of expected nodes is written again later");
+                tracing::warn!(file = %self.file.display(), error, "the list of expected nodes is written again later");
             }
             tokio::select! {
                 () = stop.cancelled() => return,
@@ -98,21 +94,31 @@ impl ExpectedNodes {
         }
     }
 
-    /// Where the file does not have them yet.
-    async fn write(self: &Arc<Self>) -> Result<(), String> {
-        let _one = self.writing.lock().await;
-        let this = Arc::clone(self);
+    /// Writes them down where the file does not have them as they are, without one that is forgotten. All of it
+    /// happens, one after another, whoever waits.
+    async fn write(self: &Arc<Self>, forgotten: Option<NodeId>) -> Result<(), String> {
+        let (this, one) = (Arc::clone(self), Arc::clone(&self.writing).lock_owned().await);
         let written = blocking("list of nodes", move || {
-            let text = serde_json::to_vec_pretty(&*this.nodes.lock())?;
-            if fs::read(&this.file).is_ok_and(|has| has == text) {
-                return Ok(());
+            let _one = one;
+            let gone = forgotten.filter(|node_id| this.nodes.lock().remove(node_id));
+            let written = this.write_down();
+            if let (Err(_), Some(node_id)) = (&written, gone) {
+                this.nodes.lock().insert(node_id);
             }
-            Ok::<_, io::Error>(atomic_file::replace(&this.file, &text, atomic_file::BY_UMASK)?)
+            written
         });
         match written.await {
             Ok(written) => written.map_err(|error| error.to_string()),
             Err(panicked) => Err(panicked.to_string()),
         }
+    }
+
+    fn write_down(&self) -> io::Result<()> {
+        let text = serde_json::to_vec_pretty(&*self.nodes.lock())?;
+        if fs::read(&self.file).is_ok_and(|has| has == text) {
+            return Ok(());
+        }
+        Ok(atomic_file::replace(&self.file, &text, atomic_file::BY_UMASK)?)
     }
 }
 

@@ -73,6 +73,7 @@ struct Callers {
 /// Those series of a model that its tasks' tokens count in.
 #[derive(Debug, Clone)]
 pub(crate) struct ModelSeries {
+    has_tokens: bool,
     inter_token: Histogram,
     tokens_in: IntCounter,
     tokens_out: IntCounter,
@@ -108,15 +109,21 @@ impl Measured {
         }
     }
 
+    /// Nodes have this model.
+    pub(crate) fn reported(&self, model: &ModelRef) {
+        self.model(model, true);
+    }
+
     /// The label of a model. `is_reported`: some node has it.
     pub(crate) fn model<'m>(&self, model: &'m ModelRef, is_reported: bool) -> &'m str {
         self.models.label(model.as_str(), is_reported, MODELS)
     }
 
-    /// Of a model that a node has.
-    pub(crate) fn series(&self, model: &ModelRef) -> ModelSeries {
+    /// Of a model that a node has. `has_tokens`: what comes are tokens, and no vectors or ranks.
+    pub(crate) fn series(&self, model: &ModelRef, has_tokens: bool) -> ModelSeries {
         let labels = [self.model(model, true)];
         ModelSeries {
+            has_tokens,
             inter_token: self.inter_token.with_label_values(&labels),
             tokens_in: self.tokens_in.with_label_values(&labels),
             tokens_out: self.tokens_out.with_label_values(&labels),
@@ -136,7 +143,7 @@ impl Measured {
     pub(crate) fn ended(&self, end: &TaskEnd) {
         let model = self.model(&end.spec.model_ref, end.pool.is_some());
         let (outcome, code) = (task_state(end.state), end.code.map_or(NONE, ErrorCode::as_str));
-        self.ended.with_label_values(&[model, outcome, code, fault(end.code)]).inc();
+        self.ended.with_label_values(&[model, outcome, code, fault(end, model)]).inc();
         let seconds = |millis: u64| Duration::from_millis(millis).as_secs_f64();
         self.queue_wait.with_label_values(&[model]).observe(seconds(end.queue_wait_ms));
         self.duration.with_label_values(&[model]).observe(seconds(end.elapsed_ms));
@@ -164,7 +171,7 @@ impl Measured {
 impl ModelSeries {
     /// So many tokens of a task have come by now.
     pub(crate) fn count(&self, counted: &mut CountedTokens, tokens: u64) {
-        if tokens <= counted.tokens {
+        if !self.has_tokens || tokens <= counted.tokens {
             return;
         }
         self.tokens_out.inc_by(tokens - counted.tokens);
@@ -184,11 +191,14 @@ impl ModelSeries {
     }
 }
 
-/// Whose an error mostly is.
-fn fault(code: Option<ErrorCode>) -> &'static str {
+/// Whose an error mostly is. `model`: its label.
+fn fault(end: &TaskEnd, model: &str) -> &'static str {
     use ErrorCode as C;
-    match code {
+    match end.code {
         None => NONE,
+        // Of a model that no node ever had, or of a time that the client has set.
+        Some(C::ModelNotAvailable) if model == OTHER => "client",
+        Some(C::DeadlineExceeded) if end.spec.deadline_ms.is_some() => "client",
         Some(
             C::InvalidParams
             | C::Unsupported
@@ -247,7 +257,7 @@ mod tests {
         assert_eq!(shown, MODELS);
         let (name, mut counted) = (model("had-1".into()), CountedTokens::default());
         assert_eq!(measured.model(&name, false), "had-1", "a node had it");
-        let series = measured.series(&name);
+        let series = measured.series(&name, true);
         for tokens in [1, 3, 3, 4] {
             series.count(&mut counted, tokens);
             tokio::time::advance(Duration::from_millis(40)).await;

@@ -13,6 +13,7 @@ use std::time::Instant;
 
 use daemon_kit::Clock;
 use owned_tasks::Turn;
+use pool_registry_types::task::Workload;
 use pool_registry_types::view::ClusterChange;
 use pool_registry_types::{AttemptId, Moment};
 use task_scheduler::{ControlCore, Denied, Effect, Event, HowEnded, Note, ProbeOutcome, ReplyTo};
@@ -222,7 +223,9 @@ impl Loop {
                 let stream = streams.get(dispatch.task);
                 if let Some(stream) = &stream {
                     stream.write(|log| log.open(dispatch.attempt));
-                    stream.measure(|| self.relays.measured.series(&dispatch.spec.model_ref));
+                    let spec = &dispatch.spec;
+                    let has_tokens = spec.workload == Workload::Completion;
+                    stream.measure(|| self.relays.measured.series(&spec.model_ref, has_tokens));
                 }
                 let thread =
                     stream.map_or_else(|| self.relays.threads.here(), |stream| stream.thread.clone());

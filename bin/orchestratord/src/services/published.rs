@@ -40,6 +40,7 @@ pub(crate) struct Facts {
     pub(crate) sessions: usize,
     /// Milliseconds since each node's last heartbeat.
     pub(crate) heartbeat_ages: Vec<(NodeId, u64)>,
+    pub(crate) heartbeat_interval: Duration,
     pub(crate) mass_silence: bool,
     pub(crate) draining: bool,
     /// Which tasks wait; counted when the control plane stops.
@@ -56,6 +57,7 @@ impl Facts {
             queued: core.queued(),
             sessions: core.session_count(),
             heartbeat_ages: core.registry().heartbeat_ages(now).map(|(id, age)| (id.clone(), age)).collect(),
+            heartbeat_interval: core.heartbeat_interval(),
             mass_silence: core.registry().mass_silence_since().is_some(),
             draining: core.is_draining(),
             waiting: core.is_draining().then(|| core.waiting_tasks(now)),

@@ -123,6 +123,8 @@ pub struct Counters {
     pub submitted: u64,
     pub attached: u64,
     pub rejected: u64,
+    /// Of these, for a lane that was full.
+    pub full: u64,
     pub dispatched: u64,
     pub completed: u64,
     pub failed: u64,

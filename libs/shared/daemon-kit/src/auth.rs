@@ -174,10 +174,10 @@ impl Tokens {
         set.holders().any(|known| is_same(known) && !known.has_expired(now) && may(known, holder))
     }
 
-    /// Names of tokens that expire, each with when.
-    pub fn expiries(&self) -> Vec<(String, Timestamp)> {
+    /// When the first of them expires, if one does.
+    pub fn first_expiry(&self) -> Option<Timestamp> {
         let set = Arc::clone(&self.0.set.read());
-        set.holders().filter_map(|holder| Some((holder.name.clone(), holder.expires?))).collect()
+        set.holders().filter_map(|holder| holder.expires).min()
     }
 
     /// Whose things those of this name are.

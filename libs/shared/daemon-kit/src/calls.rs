@@ -11,7 +11,7 @@ use axum::extract::{MatchedPath, Request};
 use axum::http::{Method, StatusCode};
 use axum::response::Response;
 use parking_lot::Mutex;
-use pool_registry_types::{ErrorBody, ErrorCode};
+use pool_registry_types::ErrorCode;
 use prometheus::{HistogramVec, IntCounterVec};
 
 use crate::connections::Peer;
@@ -65,22 +65,30 @@ impl Arrived {
             peer: request.extensions().get::<Arc<Peer>>().cloned(),
         }
     }
+
+    fn route(&self) -> &str {
+        self.route.as_ref().map_or(NO_ROUTE, MatchedPath::as_str)
+    }
 }
 
 impl Calls {
-    /// The head of the answer is there. An error still stands beside it.
+    /// The head of the answer is there.
     pub(crate) fn answered(&self, call: &Arrived, response: &Response) {
-        let route = call.route.as_ref().map_or(NO_ROUTE, MatchedPath::as_str);
-        let status = response.status();
-        let elapsed = call.at.elapsed();
-        let labels = [route, call.method, known_status(status)];
-        self.durations.with_label_values(&labels).observe(elapsed.as_secs_f64());
-        let code = response.extensions().get::<ErrorBody>().map(|error| error.code);
-        let Some(code) = code.filter(|code| REFUSALS.contains(code)) else { return };
+        let labels = [call.route(), call.method, known_status(response.status())];
+        self.durations.with_label_values(&labels).observe(call.at.elapsed().as_secs_f64());
+    }
+
+    /// The call is answered with this error. What has nothing to do with who calls is none of this.
+    pub(crate) fn refused(&self, call: &Arrived, code: ErrorCode) {
+        if !REFUSALS.contains(&code) {
+            return;
+        }
+        let route = call.route();
         self.refused.with_label_values(&[code.as_str(), route]).inc();
         let Some(peer) = &call.peer else { return };
         let ip = peer.addr.ip().to_canonical();
-        match self.peers.lock().refused(ip, call.at) {
+        let line = self.peers.lock().refused(ip, call.at);
+        match line {
             Line::None => {}
             Line::Peer { more } => {
                 tracing::info!(peer = %ip, path = route, %code, more, "{ip} was refused on {route}: {code}");
@@ -207,9 +215,9 @@ mod tests {
             let addr = (std::net::Ipv4Addr::from(n), 1).into();
             request = request.extension(Arc::new(Peer { addr, certificate: None }));
             let arrived = Arrived::of(&request.body(axum::body::Body::empty()).unwrap());
-            let mut response = StatusCode::FORBIDDEN.into_response();
-            response.extensions_mut().insert(ErrorBody::new(ErrorCode::Forbidden, "no"));
-            calls.answered(&arrived, &response);
+            calls.answered(&arrived, &StatusCode::FORBIDDEN.into_response());
+            calls.refused(&arrived, ErrorCode::Forbidden);
+            calls.refused(&arrived, ErrorCode::Overloaded);
         }
         let mut page = Page::default();
         page.held(&calls.durations).held(&calls.refused);

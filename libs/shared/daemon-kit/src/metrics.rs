@@ -91,7 +91,7 @@ metric_families! {
     LONGEST_POLL: Gauge "llorch_longest_poll_seconds" [] "CPU time of the longest turn on a thread for streams, of one in 64.";
     LOG_LINES_LOST: Counter "llorch_log_lines_lost_total" [] "Lines of the log that standard error did not take.";
     CERTIFICATE_EXPIRY: Gauge "llorch_certificate_expiry_seconds" [] "Until this daemon's certificate expires; negative once it has.";
-    TOKEN_EXPIRY: Gauge "llorch_token_expiry_seconds" ["name"] "Until a token of this daemon's expires, where it does; negative once it has.";
+    TOKEN_EXPIRY: Gauge "llorch_token_expiry_seconds" [] "Until the first of this daemon's tokens expires, where one does; negative once it has. `orchestratord token check FILE` says which.";
     BUILD_INFO: Gauge "llorch_build_info" ["version"] "1 for the version that runs.";
 }
 
@@ -213,20 +213,15 @@ impl Page {
         if let Some(at) = own.and_then(OwnCertificate::expires) {
             self.gauge(&CERTIFICATE_EXPIRY, &[], left(at));
         }
-        // Of one name the one that expires first.
-        let mut first = BTreeMap::new();
-        for (name, at) in tokens.expiries() {
-            first.entry(name).and_modify(|known: &mut Timestamp| *known = at.min(*known)).or_insert(at);
-        }
-        for (name, at) in first {
-            self.gauge(&TOKEN_EXPIRY, &[&name], left(at));
+        if let Some(at) = tokens.first_expiry() {
+            self.gauge(&TOKEN_EXPIRY, &[], left(at));
         }
         self
     }
 
     /// What the process says of itself: its longest turn, what its log has lost, and what the kernel counts.
-    /// `version`: of the daemon.
-    pub fn process(&mut self, version: &str) -> &mut Self {
+    /// `version`: of the daemon. Blocks.
+    fn process(&mut self, version: &str) -> &mut Self {
         self.gauge(&LONGEST_POLL, &[], owned_tasks::longest_poll().as_secs_f64());
         self.gauge(&BUILD_INFO, &[version], 1.0);
         self.registry.register(Box::new(ProcessCollector::for_self())).expect("each name once");
@@ -257,15 +252,17 @@ impl Page {
         TextEncoder::new().encode_to_string(&families)
     }
 
-    /// The answer to `GET /metrics`.
-    pub fn render(&self) -> Response {
-        match self.text() {
+    /// The answer to `GET /metrics` of a daemon of this version. The kernel is asked of the process, which may
+    /// take its time: on a thread that may wait.
+    pub async fn render(mut self, version: &'static str) -> Response {
+        let text = owned_tasks::blocking("metrics", move || self.process(version).text()).await;
+        match text.map_err(|panicked| panicked.to_string()).and_then(|text| text.map_err(|e| e.to_string())) {
             Ok(text) => {
                 let kind = TextEncoder::new().format_type().to_owned();
                 ([(header::CONTENT_TYPE, kind)], text).into_response()
             }
             Err(error) => {
-                tracing::error!(%error, "the metrics cannot be encoded");
+                tracing::error!(error, "the metrics cannot be encoded");
                 axum::http::StatusCode::INTERNAL_SERVER_ERROR.into_response()
             }
         }

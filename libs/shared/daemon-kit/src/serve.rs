@@ -13,6 +13,7 @@ use axum::response::Response;
 use futures::FutureExt;
 use hyper::body::Body as _;
 use parking_lot::Mutex;
+use pool_registry_types::ErrorBody;
 use pool_registry_types::routes::headers;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tower_http::cors::{AllowHeaders, CorsLayer};
@@ -71,6 +72,7 @@ async fn layer(State(around): State<Arc<(Edge, AnswerRoom)>>, mut request: Reque
     if let Some(call) = &mut call {
         call.found(std::mem::take(&mut admission.found));
     }
+    let is_refused = admission.refused.is_some();
     let mut response = match admission.refused.take() {
         None if is_encoded(&request) => answer::encoded(),
         None => {
@@ -78,10 +80,17 @@ async fn layer(State(around): State<Arc<(Edge, AnswerRoom)>>, mut request: Reque
             let response = answered.unwrap_or_else(answer::panicked);
             if is_others { response } else { room.counted(admission.holder, response) }
         }
-        Some(refused) => auth::refuse(refused).await,
+        Some(refused) => {
+            // Whoever does not wait for the answer counts too.
+            edge.calls.refused(&arrived, refused.0.code);
+            auth::refuse(refused).await
+        }
     };
     admission.finish(&edge.gate, &mut response);
     edge.calls.answered(&arrived, &response);
+    if let Some(error) = response.extensions().get::<ErrorBody>().filter(|_| !is_refused) {
+        edge.calls.refused(&arrived, error.code);
+    }
     if let Some(call) = call {
         call.answered(&response);
     }

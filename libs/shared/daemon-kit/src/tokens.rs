@@ -58,6 +58,8 @@ pub enum Scope {
     /// Looking at everything but contents (prompts, tokens, artifacts), engines' logs, drain, resume,
     /// reload, and the cancel of any task.
     Operator,
+    /// The metrics of either daemon and where to scrape them, and nothing else.
+    Metrics,
     /// Everything.
     Admin,
 }
@@ -70,6 +72,7 @@ impl Scope {
             Self::Node => "node",
             Self::Control => "control",
             Self::Operator => "operator",
+            Self::Metrics => "metrics",
             Self::Admin => "admin",
         }
     }
@@ -622,7 +625,7 @@ mod tests {
             (entry(""), "scopes must name"),
             (
                 entry("scopes = [\"god\"]"),
-                "line 4: unknown scope: there are \"client\", \"node\", \"control\", \"operator\", \"admin\"",
+                "line 4: unknown scope: there are \"client\", \"node\", \"control\", \"operator\", \"metrics\", \"admin\"",
             ),
             (entry(&format!("{scopes}colour = 1")), "line 5: unknown field"),
             (entry(&format!("{scopes}node_id = \"a\"")), "node_id binds"),

@@ -159,6 +159,10 @@ impl ControlCore {
         self.paces.tokens_per_second().map(|(pool, pace)| (pool.clone(), pace)).collect()
     }
 
+    pub fn heartbeat_interval(&self) -> Duration {
+        self.policy.timing.heartbeat_interval
+    }
+
     pub fn counters(&self) -> Counters {
         self.counters
     }

@@ -193,14 +193,17 @@ impl ControlCore {
         if self.queue.depth(model, spec.priority) < self.policy.admission_capacity {
             return Ok(None);
         }
-        let full = format!("the queue of {model} holds {} tasks", self.policy.admission_capacity);
-        match self.policy.full_lane {
-            FullLane::Reject => Err(reject(self, "reject", full)),
-            FullLane::DropLru => match self.longest_waiting(model, spec.priority) {
-                Some(victim) => Ok(Some(victim)),
-                None => Err(reject(self, "drop-lru", full)),
-            },
+        let (label, victim) = match self.policy.full_lane {
+            FullLane::Reject => ("reject", None),
+            FullLane::DropLru => ("drop-lru", self.longest_waiting(model, spec.priority)),
+        };
+        if victim.is_some() {
+            return Ok(victim);
         }
+        let full = format!("the queue of {model} holds {} tasks", self.policy.admission_capacity);
+        let error = reject(self, label, full);
+        self.counters.full += 1;
+        Err(error)
     }
 
     /// What every pool of the model lacks of the task's own words: it would wait for nothing. Pools of
