@@ -103,7 +103,9 @@ impl Targets {
     }
 }
 
-/// Lists the nodes for Prometheus (`http_sd`), those too that are not online: they are down there as well.
+/// Lists the nodes for Prometheus (`http_sd`).
+///
+/// Those too that are not online: they are down there as well.
 #[utoipa::path(get, path = paths::TARGETS, tag = "observe", responses((status = 200, body = Vec<Targets>), (status = 401, body = ErrorBody), (status = 503, body = ErrorBody)))]
 pub(crate) async fn targets(
     State(state): State<AppState>,

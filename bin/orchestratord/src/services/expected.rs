@@ -153,8 +153,10 @@ mod tests {
         stop.cancel();
         keeping.await.unwrap();
         std::fs::remove_dir_all(folder.path()).unwrap();
+        std::fs::write(folder.path(), "no folder").unwrap();
         assert_eq!(expected.forget(&node("b")).await.unwrap_err().code, ErrorCode::Internal);
         assert_eq!(expected.all(), [node("b")], "what cannot be written has not changed");
+        std::fs::remove_file(folder.path()).unwrap();
     }
 
     // CLOUD-2714
