@@ -25,5 +25,6 @@ mod replays;
 mod security;
 mod steering;
 mod streams;
+mod success;
 mod trace;
 mod waiting;

@@ -1,7 +1,7 @@
 //! Seen from outside: what both daemons show to Prometheus, the files in `deploy` that make something of it, and
 //! by what a task is found again. Prometheus and `promtool` are Debian's.
 
-mod dashboards;
+pub(crate) mod dashboards;
 mod document;
 mod rules;
 mod table;

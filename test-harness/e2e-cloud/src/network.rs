@@ -169,6 +169,15 @@ impl Network {
     pub fn plug_control(&self) {
         self.switch.run("ip link set control up");
     }
+
+    /// The cable of node `n`.
+    pub fn unplug_node(&self, n: usize) {
+        self.switch.run(&format!("ip link set node{n} down"));
+    }
+
+    pub fn plug_node(&self, n: usize) {
+        self.switch.run(&format!("ip link set node{n} up"));
+    }
 }
 
 /// Where the host of node `n` is.

@@ -79,9 +79,8 @@ fn cluster(folder: &Path) -> (Cluster, String) {
     (cluster, ca.pem().cert.clone())
 }
 
-// CLOUD-2717
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_query_of_the_dashboards_has_an_answer_from_a_cluster_that_has_worked() {
+/// Every query of the dashboards has an answer from a cluster that has worked.
+pub(crate) async fn all_are_answered() {
     if !has_prometheus() {
         return;
     }

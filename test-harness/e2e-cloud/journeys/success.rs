@@ -1,0 +1,215 @@
+//! The success criteria of the cloud profile, one test each, by their names. Where they say machines, the
+//! daemons run on hosts with addresses of their own.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use e2e_cloud::network::{is_possible, node_address};
+use e2e_cloud::{Client, Cluster, Engine, Home, Network, Options, eventually};
+use futures::StreamExt;
+use nix::sys::signal::Signal;
+use pool_registry_types::node::Liveness;
+use serde_json::json;
+
+use crate::monitoring;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A quick engine on each host.
+fn hosts(network: &Arc<Network>, nodes: usize) -> Options {
+    let engine = Engine::Fake { slots: 4, first_token_ms: 5, pace_ms: 2, dialect: "llamacpp" };
+    Options { nodes, engine, network: Some(Arc::clone(network)), ..Options::default() }
+}
+
+/// Runs a journey on the control plane's host, with so many nodes on theirs. Not where networks cannot be made.
+fn on_hosts(nodes: usize, journey: impl AsyncFnOnce(Arc<Network>, Cluster) + Send) {
+    if !is_possible() {
+        return;
+    }
+    let network = Arc::new(Network::new(nodes));
+    network.control.within(async || {
+        let cluster = Cluster::start(hosts(&network, nodes)).await;
+        journey(Arc::clone(&network), cluster).await;
+    });
+}
+
+// CLOUD-2699
+#[test]
+fn the_daemons_run_on_separate_machines() {
+    on_hosts(2, async |_, cluster| {
+        for (n, node) in cluster.client.nodes().await.iter().enumerate() {
+            assert!(node.address.contains(&format!("//{}:", node_address(n))), "{}", node.address);
+            let mut task = cluster.task(5);
+            task["placement"] = json!({"mode": "pin", "node_id": node.node_id});
+            let transcript = cluster.client.run(task).await;
+            transcript.check();
+            assert_eq!((transcript.node(), transcript.completed()), (Some(node.node_id.as_str()), true));
+        }
+    });
+}
+
+// CLOUD-2699
+#[test]
+fn several_nodes_register_automatically_and_leave_by_themselves() {
+    on_hosts(5, async |_, mut cluster| {
+        let nodes = cluster.client.nodes().await;
+        assert_eq!(nodes.iter().filter(|node| node.liveness == Liveness::Online).count(), 5);
+        let mut leaving = cluster.nodes[4].daemon.take().expect("a daemon");
+        leaving.signal(Signal::SIGTERM);
+        leaving.wait(PATIENCE);
+        let gone = async || (cluster.client.nodes().await.len() == 4).then_some(());
+        eventually("the node that left is not there", PATIENCE, gone).await;
+        drop(leaving);
+    });
+}
+
+// CLOUD-2699
+#[test]
+fn placement_considers_all_nodes_and_gives_each_its_share() {
+    const NODES: usize = 5;
+    const TASKS: usize = 1_000;
+    on_hosts(NODES, async |_, cluster| {
+        let run = async |n: usize| {
+            let mut task = cluster.task(2);
+            task["prompt"] = json!(format!("task {n} of its own"));
+            let transcript = cluster.client.run(task).await;
+            assert!(transcript.completed(), "{:?}", transcript.error());
+            transcript.node().expect("a node").to_owned()
+        };
+        for (how, at_once) in [("one after the other", 1), ("side by side", NODES * 4)] {
+            let placed = futures::stream::iter(0..TASKS).map(&run).buffer_unordered(at_once);
+            let mut shares: BTreeMap<String, usize> = BTreeMap::new();
+            placed
+                .collect::<Vec<_>>()
+                .await
+                .into_iter()
+                .for_each(|node| *shares.entry(node).or_default() += 1);
+            let ideal = TASKS / NODES;
+            let fair = shares.values().all(|share| share.abs_diff(ideal) * 10 <= ideal);
+            assert!(fair && shares.len() == NODES, "{how}: {shares:?}");
+        }
+    });
+}
+
+// CLOUD-2699
+#[test]
+#[expect(clippy::print_stdout, reason = "the figures of the run are its result")]
+fn node_failures_are_detected_within_30_seconds_with_default_settings() {
+    // Most nodes are well: else the control plane would suspect itself.
+    const NODES: usize = 7;
+    if !is_possible() {
+        return;
+    }
+    let network = Arc::new(Network::new(NODES));
+    network.control.within(async || {
+        let mut options = hosts(&network, NODES);
+        options.control = vec![
+            ("ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS", "10".to_owned()),
+            ("ORCHESTRATORD_NODE_TIMEOUT_SECS", "30".to_owned()),
+        ];
+        let mut cluster = Cluster::start(options).await;
+        let begun = Instant::now();
+        cluster.nodes[0].daemon.as_mut().expect("a daemon").kill();
+        network.unplug_node(1);
+        let stopped = cluster.nodes[2].daemon.as_ref().expect("a daemon");
+        stopped.signal(Signal::SIGSTOP);
+        for (n, how) in [(0, "killed"), (1, "unplugged"), (2, "stopped")] {
+            cluster.wait_not_online(n, Duration::from_secs(21).saturating_sub(begun.elapsed())).await;
+            println!("{how}: not online after {} s", begun.elapsed().as_secs());
+        }
+        for (n, how) in [(0, "killed"), (1, "unplugged"), (2, "stopped")] {
+            let left = Duration::from_secs(31).saturating_sub(begun.elapsed());
+            cluster.wait_liveness(n, Liveness::Offline, left).await;
+            println!("{how}: offline after {} s", begun.elapsed().as_secs());
+        }
+        let online = cluster.client.nodes().await.iter().filter(|n| n.liveness == Liveness::Online).count();
+        assert_eq!(online, NODES - 3, "nobody else is taken for failed");
+        stopped.signal(Signal::SIGCONT);
+        network.plug_node(1);
+        assert!(cluster.client.run(cluster.task(3)).await.completed());
+    });
+}
+
+// CLOUD-2699
+#[test]
+fn authentication_prevents_unauthorized_access() {
+    on_hosts(1, async |network, cluster| {
+        let node = cluster.client.nodes().await.remove(0).address;
+        // From the control plane's host and from the node's, at either daemon.
+        let base = format!("http://{}:{}", e2e_cloud::network::CONTROL, cluster.port);
+        for host in [&network.control, &network.nodes[0]] {
+            host.within(async || {
+                for (base, token) in
+                    [(&base, None), (&base, Some("a-guess")), (&node, None), (&node, Some("a-guess"))]
+                {
+                    let client = Client::new(base, token);
+                    for path in ["/v2/nodes", "/v2/pools", "/v2/tasks", "/metrics", "/v1/models", "/nowhere"]
+                    {
+                        assert_eq!(client.get(path).await.expect("an answer").status(), 401, "{base}{path}");
+                    }
+                    let task = json!({"model_ref": "fake-model", "prompt": "x"});
+                    for path in
+                        ["/v2/tasks", "/v2/nodes/register", "/v2/pools/pool-0/infer", "/v1/chat/completions"]
+                    {
+                        assert_eq!(client.post(path, &task).await.status(), 401, "{base}{path}");
+                    }
+                }
+            });
+        }
+        assert!(cluster.client.run(cluster.task(2)).await.completed());
+    });
+}
+
+// CLOUD-2699
+// CLOUD-2717
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_metrics_are_visible_in_a_central_dashboard() {
+    monitoring::dashboards::all_are_answered().await;
+}
+
+// CLOUD-2699
+#[test]
+fn tasks_run_end_to_end_over_several_nodes_and_outlive_one_of_them() {
+    on_hosts(3, async |_, mut cluster| {
+        let client = cluster.client.clone();
+        let chat =
+            json!({"model": "fake-model", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]});
+        let chatted = client.post("/v1/chat/completions", &chat).await;
+        assert_eq!(chatted.status(), 200);
+        let mut long = cluster.task(600);
+        long["recovery"] = json!("continue");
+        let running: Vec<_> = (0..6)
+            .map(|_| {
+                let (client, task) = (client.clone(), long.clone());
+                tokio::spawn(async move { client.run(task).await })
+            })
+            .collect();
+        let busy = async || {
+            let nodes = client.nodes().await;
+            nodes.iter().all(|node| node.running_attempts.len() == 2).then_some(())
+        };
+        eventually("each node has two of six", PATIENCE, busy).await;
+        cluster.nodes[1].daemon.as_mut().expect("a daemon").kill();
+        for run in running {
+            let transcript = run.await.expect("a reader");
+            transcript.check();
+            assert!(transcript.completed(), "{:?}", transcript.error());
+        }
+    });
+}
+
+// CLOUD-2699
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_home_profile_works_as_before() {
+    let mut home = Home::start(Engine::steady(), &[]).await;
+    let task = json!({"model_ref": "fake-model", "prompt": "x", "max_tokens": 3});
+    let transcript = home.client.run(task).await;
+    transcript.check();
+    assert_eq!((transcript.node(), transcript.completed()), (Some("home"), true));
+    let chat =
+        json!({"model": "fake-model", "max_tokens": 3, "messages": [{"role": "user", "content": "hi"}]});
+    assert_eq!(home.client.post("/v1/chat/completions", &chat).await.status(), 200);
+    drop(home.engine.take());
+    home.stop().await;
+}
