@@ -204,7 +204,7 @@ async fn strangers_do_not_keep_a_daemon_from_answering_nor_fill_its_memory() {
     }
     let metrics = cluster.client.get("/metrics").await.unwrap().text().await.unwrap();
     assert!(
-        metrics.contains("llorch_refused_calls_total{code=\"BAD_TOKEN\",route=\"/v2/tasks\"} 10000"),
+        metrics.contains("llorch_refused_calls_total{code=\"BAD_TOKEN\",route=\"/v2/nodes\"} 10000"),
         "{metrics}"
     );
     assert!(metrics.contains("llorch_closed_connections_total{why=\"slow\"} 2000"), "{metrics}");
