@@ -212,10 +212,8 @@ pub(crate) fn page(
     for (state, count) in &facts.nodes {
         page.gauge(&NODES, &[liveness(*state)], f64::from(*count));
     }
-    for (node, _) in view.nodes() {
-        let models = node.pools.iter().flat_map(|pool| &pool.report.models);
-        models.for_each(|model| measured.reported(model));
-    }
+    let pools = view.nodes().flat_map(|(node, _)| &node.pools);
+    measured.reported(pools.flat_map(|pool| &pool.report.models));
     // Also where nothing waits.
     for priority in ["interactive", "batch"] {
         page.add(&QUEUE_TASKS, &[OTHER, priority], 0.0);

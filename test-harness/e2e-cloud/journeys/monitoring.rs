@@ -102,7 +102,7 @@ impl Prometheus {
 }
 
 /// The value of the one series of this name that has all these labels.
-async fn value(client: &Client, name: &str, labels: &[&str]) -> Option<f64> {
+pub(crate) async fn value(client: &Client, name: &str, labels: &[&str]) -> Option<f64> {
     let page = client.get("/metrics").await.ok()?.text().await.ok()?;
     let mut found = page.lines().filter(|line| {
         line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))

@@ -13,8 +13,8 @@ use serde::Deserialize;
 use task_scheduler::Registrar;
 use utoipa::IntoParams;
 
-use super::checked;
 use super::query::{Known, NoParameters};
+use super::{checked, defect};
 use crate::app::state::AppState;
 use crate::services::report_shares;
 
@@ -146,11 +146,20 @@ pub(crate) async fn deregister(
     caller.may_send_away(&id)?;
     let Deregistration { epoch, forget } = checked(query)?;
     tracing::info!(node_id = %id, "a node is deregistered");
-    state.control.deregister(id.clone(), epoch).await?;
-    // One that is there still, by a newer registration, is expected.
-    if forget && !state.service_registry.view().await?.has_node(&id) {
-        state.expected.forget(&id).await?;
-    }
+    // Whoever hangs up now has sent it away all the same.
+    let done = owned_tasks::uninterrupted("deregistration", async move {
+        state.control.deregister(id.clone(), epoch).await?;
+        let is_there = async || Ok::<_, ErrorBody>(state.service_registry.view().await?.has_node(&id));
+        // One that is there still, by a newer registration, is expected, also where that came meanwhile.
+        if forget && !is_there().await? {
+            state.expected.forget(&id).await?;
+            if is_there().await? {
+                state.expected.registered(&id);
+            }
+        }
+        Ok::<_, ErrorBody>(())
+    });
+    done.await.map_err(|_| defect())??;
     Ok(StatusCode::NO_CONTENT)
 }
 

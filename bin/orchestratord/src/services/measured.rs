@@ -50,6 +50,8 @@ impl Names {
 #[derive(Debug)]
 pub(crate) struct Measured {
     models: Names,
+    /// Models that nodes had when the metrics were last shown; they take no place in `models` before a task.
+    reported: Mutex<HashSet<String>>,
     queue_wait: HistogramVec,
     first_token: HistogramVec,
     inter_token: HistogramVec,
@@ -96,6 +98,7 @@ impl Measured {
         });
         Self {
             models: Names::default(),
+            reported: Mutex::default(),
             queue_wait: QUEUE_WAIT.histogram(),
             first_token: TIME_TO_FIRST_TOKEN.histogram(),
             inter_token: INTER_TOKEN.histogram(),
@@ -109,14 +112,16 @@ impl Measured {
         }
     }
 
-    /// Nodes have this model.
-    pub(crate) fn reported(&self, model: &ModelRef) {
-        self.model(model, true);
+    /// Nodes have these models now.
+    pub(crate) fn reported<'m>(&self, models: impl Iterator<Item = &'m ModelRef>) {
+        let models = models.map(|model| model.as_str().to_owned()).collect();
+        *self.reported.lock() = models;
     }
 
-    /// The label of a model. `is_reported`: some node has it.
-    pub(crate) fn model<'m>(&self, model: &'m ModelRef, is_reported: bool) -> &'m str {
-        self.models.label(model.as_str(), is_reported, MODELS)
+    /// The label of a model. `is_had`: some node has it, or had it.
+    pub(crate) fn model<'m>(&self, model: &'m ModelRef, is_had: bool) -> &'m str {
+        let is_had = is_had || self.reported.lock().contains(model.as_str());
+        self.models.label(model.as_str(), is_had, MODELS)
     }
 
     /// Of a model that a node has. `has_tokens`: what comes are tokens, and no vectors or ranks.
@@ -198,7 +203,9 @@ fn fault(end: &TaskEnd, model: &str) -> &'static str {
         None => NONE,
         // Of a model that no node ever had, or of a time that the client has set.
         Some(C::ModelNotAvailable) if model == OTHER => "client",
-        Some(C::DeadlineExceeded) if end.spec.deadline_ms.is_some() => "client",
+        Some(C::DeadlineExceeded) if end.spec.deadline_ms.is_some_and(|most| end.elapsed_ms >= most) => {
+            "client"
+        }
         Some(
             C::InvalidParams
             | C::Unsupported

@@ -174,10 +174,10 @@ impl Tokens {
         set.holders().any(|known| is_same(known) && !known.has_expired(now) && may(known, holder))
     }
 
-    /// When the first of them expires, if one does.
-    pub fn first_expiry(&self) -> Option<Timestamp> {
+    /// When the next of them expires, if one does. Those that have are nobody's any more.
+    pub fn next_expiry(&self, now: Timestamp) -> Option<Timestamp> {
         let set = Arc::clone(&self.0.set.read());
-        set.holders().filter_map(|holder| holder.expires).min()
+        set.holders().filter_map(|holder| holder.expires).filter(|at| *at > now).min()
     }
 
     /// Whose things those of this name are.

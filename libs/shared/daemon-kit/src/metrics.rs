@@ -91,7 +91,7 @@ metric_families! {
     LONGEST_POLL: Gauge "llorch_longest_poll_seconds" [] "CPU time of the longest turn on a thread for streams, of one in 64.";
     LOG_LINES_LOST: Counter "llorch_log_lines_lost_total" [] "Lines of the log that standard error did not take.";
     CERTIFICATE_EXPIRY: Gauge "llorch_certificate_expiry_seconds" [] "Until this daemon's certificate expires; negative once it has.";
-    TOKEN_EXPIRY: Gauge "llorch_token_expiry_seconds" [] "Until the first of this daemon's tokens expires, where one does; negative once it has. `orchestratord token check FILE` says which.";
+    TOKEN_EXPIRY: Gauge "llorch_token_expiry_seconds" [] "Until the next of this daemon's tokens expires, where one does. `orchestratord token check FILE` says which.";
     BUILD_INFO: Gauge "llorch_build_info" ["version"] "1 for the version that runs.";
 }
 
@@ -213,7 +213,7 @@ impl Page {
         if let Some(at) = own.and_then(OwnCertificate::expires) {
             self.gauge(&CERTIFICATE_EXPIRY, &[], left(at));
         }
-        if let Some(at) = tokens.first_expiry() {
+        if let Some(at) = tokens.next_expiry(now) {
             self.gauge(&TOKEN_EXPIRY, &[], left(at));
         }
         self

@@ -58,7 +58,7 @@ pub enum Scope {
     /// Looking at everything but contents (prompts, tokens, artifacts), engines' logs, drain, resume,
     /// reload, and the cancel of any task.
     Operator,
-    /// The metrics of either daemon and where to scrape them, and nothing else.
+    /// What every token opens: the metrics of either daemon, where to scrape them, and the API's document.
     Metrics,
     /// Everything.
     Admin,

@@ -109,7 +109,7 @@ async fn what_is_wrong_with_a_node_is_seen_with_it_and_at_the_control_plane() {
     assert!(value(&cluster.client, "llorch_refused_calls_total", &refused).await.is_some_and(|n| n > 0.0));
     assert!(control_log(&cluster).contains("127.0.0.1 was refused on /v2/nodes/register: BAD_TOKEN"));
     wrong_port.shows("does not answer", "Connection refused").await;
-    wrong_url.shows("", "NOT_FOUND").await;
+    wrong_url.shows("NOT_FOUND", "NOT_FOUND").await;
     twin.shows("NODE_ID_CONFLICT", "NODE_ID_CONFLICT").await;
     assert!(control_log(&cluster).contains("a registration was refused"), "{}", control_log(&cluster));
 
