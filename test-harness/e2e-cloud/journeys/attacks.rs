@@ -286,7 +286,8 @@ async fn a_token_of_nodes_has_its_own_places_and_no_other() {
 /// How many lines of its log a daemon has lost, by its metrics.
 async fn lines_lost(client: &Client) -> u64 {
     let page = client.get("/metrics").await.unwrap().text().await.unwrap();
-    let line = page.lines().find(|line| line.starts_with("llorch_log_lines_lost_total"));
+    let names = ["llorch_log_lines_lost_total", "llorch_agent_log_lines_lost_total"];
+    let line = page.lines().find(|line| names.iter().any(|name| line.starts_with(name)));
     let value = line.and_then(|line| line.rsplit_once(' ')).and_then(|(_, value)| value.parse().ok());
     value.unwrap_or_else(|| panic!("no count of lost lines: {page}"))
 }

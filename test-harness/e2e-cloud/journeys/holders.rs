@@ -47,6 +47,7 @@ const ROUTES: &[(&str, Shown)] = &[
     ("GET /v2/meta/version", Shown::Nobodys),
     ("GET /v2/nodes", Shown::LeftOut),
     ("GET /v2/nodes/{node_id}", Shown::LeftOut),
+    ("GET /v2/observability/targets", Shown::Nobodys),
     ("GET /v2/pools", Shown::LeftOut),
     ("GET /v2/pools/{pool_id}/health", Shown::LeftOut),
     ("GET /v2/pools/{pool_id}/logs", Shown::Nobodys),

@@ -39,11 +39,12 @@ pub struct Calls {
 
 impl Default for Calls {
     fn default() -> Self {
-        Self {
-            durations: HTTP_REQUEST_DURATION.histogram(),
-            refused: REFUSED_CALLS.counter(),
-            peers: Mutex::default(),
+        let refused = REFUSED_CALLS.counter();
+        // Shown from the start: a series that is not there yet has no first increase.
+        for code in REFUSALS {
+            refused.with_label_values(&[code.as_str(), NO_ROUTE]);
         }
+        Self { durations: HTTP_REQUEST_DURATION.histogram(), refused, peers: Mutex::default() }
     }
 }
 
@@ -226,10 +227,9 @@ mod tests {
         let counted = of("llorch_http_request_duration_seconds_count");
         let labels = "method=\"other\",route=\"other\",status=\"403\"";
         assert_eq!(counted, [format!("llorch_http_request_duration_seconds_count{{{labels}}} 10000")]);
-        assert_eq!(
-            of("llorch_refused_calls_total"),
-            ["llorch_refused_calls_total{code=\"FORBIDDEN\",route=\"other\"} 10000"]
-        );
+        let refused = of("llorch_refused_calls_total");
+        assert_eq!(refused.len(), REFUSALS.len(), "{refused:?}");
+        assert!(refused.contains(&"llorch_refused_calls_total{code=\"FORBIDDEN\",route=\"other\"} 10000"));
         let odd = StatusCode::from_u16(599).unwrap();
         assert_eq!((known_status(odd), known_status(StatusCode::OK)), ("other", "200"));
         assert_eq!(known_status(StatusCode::from_u16(999).unwrap()), "other");
