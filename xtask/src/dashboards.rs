@@ -156,6 +156,7 @@ const CLUSTER: &[Panel] = &[
             ("llorch_control_suspects_itself", "suspects itself"),
             ("increase(llorch_own_shortages_total[$__rate_interval])", "own shortages"),
             ("increase(llorch_log_lines_lost_total[$__rate_interval])", "log lines lost"),
+            ("increase(llorch_spans_lost_total[$__rate_interval])", "spans lost"),
             ("llorch_sessions", "sessions"),
             ("llorch_build_info", "version {{version}}"),
         ],
@@ -373,6 +374,7 @@ const NODE: &[Panel] = &[
                 "rate(llorch_agent_log_lines_lost_total{node_id=~\"$node\"}[$__rate_interval])",
                 "log lines lost",
             ),
+            ("rate(llorch_agent_spans_lost_total{node_id=~\"$node\"}[$__rate_interval])", "spans lost"),
         ],
     ),
     Panel(

@@ -118,6 +118,7 @@ async fn serve() -> Served {
         max_connections: None,
         tls: TlsPaths::default(),
         audit_log: None,
+        spans: None,
     };
     let front = Front::open(&settings).await.unwrap();
     let url = format!("http://{}", front.bound);

@@ -1,6 +1,8 @@
 //! A client's trace and its correlation id: on each way that a task takes they are in the logs of the
 //! daemons and reach the engines, which are asked what came with their requests.
 
+mod spans;
+
 use std::path::Path;
 use std::time::Duration;
 
@@ -48,7 +50,12 @@ impl Ids {
 
     /// The requests under this correlation id at the engine whose handoff is in this folder.
     async fn asked_of(self, runtime_dir: &Path) -> Vec<Value> {
-        let handoff = std::fs::read_to_string(runtime_dir.join("pool-0-r0.json")).expect("a handoff file");
+        self.asked_by(&runtime_dir.join("pool-0-r0.json")).await
+    }
+
+    /// Those at the engine of this handoff.
+    async fn asked_by(self, handoff: &Path) -> Vec<Value> {
+        let handoff = std::fs::read_to_string(handoff).expect("a handoff file");
         let handoff: Value = serde_json::from_str(&handoff).expect("a whole handoff file");
         let engine = Client::new(handoff["url"].as_str().expect("a URL"), None);
         let seen = engine.get_json("/fake/seen").await.expect("what it has seen");

@@ -7,6 +7,7 @@
 pub mod client;
 pub mod clients;
 pub mod cluster;
+pub mod collector;
 pub mod connection;
 pub mod fake_node;
 pub mod home;
@@ -18,6 +19,7 @@ pub mod real_engine;
 
 pub use client::{Client, Transcript};
 pub use cluster::{Cluster, Engine, Options};
+pub use collector::Collector;
 pub use connection::Connection;
 pub use fake_node::{FakeNode, NodeAnswer};
 pub use home::Home;

@@ -9,6 +9,7 @@ use axum::extract::{Extension, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use daemon_kit::connections::PeerEnd;
+use daemon_kit::correlation::RequestIds;
 use daemon_kit::{ApiError, Body, Caller, PathId};
 use futures::StreamExt;
 use pool_registry_types::pool::{PoolDrain, PoolOrdered, PoolPurge, PoolReload};
@@ -68,13 +69,21 @@ pub(crate) async fn health(
     Ok(Json(state.service_registry.pool(&id, node_id.as_ref()).await?.0))
 }
 
-async fn order(state: &AppState, id: PoolId, query: NodeQuery, order: PoolOrder) -> Ordered {
+async fn order(
+    state: &AppState,
+    id: PoolId,
+    query: NodeQuery,
+    ids: &RequestIds,
+    order: PoolOrder,
+) -> Ordered {
     let OnNode { node_id } = checked(query)?;
     let (pool, address) = state.service_registry.pool(&id, node_id.as_ref()).await?;
-    let ordered = state.relays.link.order_pool(&address, &id, &order).await.map_err(|mut error| {
-        error.node_id.get_or_insert(pool.node_id.clone());
-        error
-    })?;
+    let ordered = state.relays.link.order_pool(&address, &id, &order, Some(&ids.trace())).await.map_err(
+        |mut error| {
+            error.node_id.get_or_insert(pool.node_id.clone());
+            error
+        },
+    )?;
     tracing::info!(node_id = %pool.node_id, pool_id = %id, ?order, "a pool was given an order");
     Ok((StatusCode::ACCEPTED, Json(ordered)))
 }
@@ -89,10 +98,11 @@ pub(crate) async fn drain(
     State(state): State<AppState>,
     PathId(id): PathId<PoolId>,
     query: NodeQuery,
+    Extension(ids): Extension<RequestIds>,
     Body(drain): Body<PoolDrain>,
 ) -> Ordered {
     drain.check()?;
-    order(&state, id, query, PoolOrder::Drain(drain)).await
+    order(&state, id, query, &ids, PoolOrder::Drain(drain)).await
 }
 
 /// Reloads a pool: it takes work again, with another model where one is named.
@@ -105,10 +115,11 @@ pub(crate) async fn reload(
     State(state): State<AppState>,
     PathId(id): PathId<PoolId>,
     query: NodeQuery,
+    Extension(ids): Extension<RequestIds>,
     Body(reload): Body<PoolReload>,
 ) -> Ordered {
     reload.check()?;
-    order(&state, id, query, PoolOrder::Reload(reload)).await
+    order(&state, id, query, &ids, PoolOrder::Reload(reload)).await
 }
 
 /// Purges a pool: its engines end, and what is named is removed.
@@ -121,9 +132,10 @@ pub(crate) async fn purge(
     State(state): State<AppState>,
     PathId(id): PathId<PoolId>,
     query: NodeQuery,
+    Extension(ids): Extension<RequestIds>,
     Body(purge): Body<PoolPurge>,
 ) -> Ordered {
-    order(&state, id, query, PoolOrder::Purge(purge)).await
+    order(&state, id, query, &ids, PoolOrder::Purge(purge)).await
 }
 
 /// Which log.

@@ -25,6 +25,7 @@ use crate::services::control::Control;
 use crate::services::feed::Feed;
 use crate::services::link::{Exchange, LinkError, NodeLink, Piece, Taken};
 use crate::services::measured::Measured;
+use crate::services::spans::AttemptSpan;
 use crate::services::streams::{Streams, TaskStream};
 
 /// Pieces of a stream that are taken together when they have arrived already.
@@ -64,6 +65,8 @@ struct Carrier {
     measured: Arc<Measured>,
     /// Until its node has said that it has the attempt.
     sent: Option<Instant>,
+    /// Until it has ended, where it is recorded.
+    span: Option<Box<AttemptSpan>>,
 }
 
 impl Relays {
@@ -85,6 +88,7 @@ impl Relays {
             let ended = Event::Ended { attempt, tokens_written, unlogged: 0, how, final_report: None };
             return control.send(ended).await;
         };
+        let span = AttemptSpan::begin(&dispatch);
         let relay = Relay::new(self.clock.now(), dispatch.assignment());
         let feed = Feed::new(relay, Arc::clone(&stream));
         let timer = Box::pin(tokio::time::sleep(Duration::ZERO));
@@ -102,6 +106,7 @@ impl Relays {
             last_pieces: None,
             measured: Arc::clone(&self.measured),
             sent: Some(Instant::now()),
+            span,
         };
         let outcome = tokio::select! {
             biased;
@@ -115,6 +120,7 @@ impl Relays {
                 carrier.done();
                 // Its end is in the log, and its node is about to say that it is over.
                 carrier.stop();
+                carrier.ended(&HowEnded::Closed);
                 return;
             }
             Some(Ok(end)) => end,
@@ -134,6 +140,7 @@ impl Relays {
         if fence.finished {
             self.streams.ended(task);
         }
+        carrier.ended(&how);
         let (tokens_written, unlogged) = (fence.tokens_written, fence.unlogged);
         let (node_id, trace) = (&carrier.dispatch.pool.node_id, &carrier.dispatch.spec.trace);
         tracing::debug!(task_id = %task, attempt_id = %attempt, %node_id, how = how.as_str(), correlation_id = trace.correlation_id, trace_id = trace.trace_id(), "a relay has ended");
@@ -311,9 +318,17 @@ impl Carrier {
                     if let Some(sent) = self.sent.take() {
                         self.measured.accepted(sent.elapsed());
                     }
+                    if let Some(span) = &mut self.span {
+                        span.accepted();
+                    }
                     Event::Accepted { attempt, replica_id, report_seq }
                 }
-                Action::Started => Event::Started { attempt },
+                Action::Started => {
+                    if let Some(span) = &mut self.span {
+                        span.started();
+                    }
+                    Event::Started { attempt }
+                }
                 Action::Alive => Event::Alive { node_id: self.dispatch.pool.node_id.clone() },
                 Action::Quiet => Event::Quiet { attempt },
                 Action::Heard => Event::Heard { attempt },
@@ -349,6 +364,12 @@ impl Carrier {
     fn done(&mut self) {
         if let Some(Exchange::Linked(linked)) = self.exchange.take_if(|_| self.feed.has_ended()) {
             linked.done();
+        }
+    }
+
+    fn ended(&mut self, how: &HowEnded) {
+        if let Some(span) = self.span.take() {
+            span.ended(how);
         }
     }
 

@@ -35,11 +35,13 @@ use pool_registry_types::pool::PoolOrdered;
 use pool_registry_types::routes::{self, headers};
 use pool_registry_types::task::Resume;
 use pool_registry_types::{ErrorBody, ErrorCode, LifeId, PoolId, ReplicaId, TraceContext};
+use span_export::{Kind, Span};
 use task_scheduler::{Denied, Dispatch, HowEnded, ProbeOutcome};
 use task_stream::{Passage, Payload, denial};
 use uuid::Uuid;
 
 use crate::services::attempt_body::AttemptBody;
+use crate::services::spans::trace_of;
 
 use calls::{Clients, fresh, kept};
 pub(crate) use driver::Driver;
@@ -176,8 +178,8 @@ impl NodeLink {
         let request = body.read().map_err(|error| HowEnded::OwnDefect(error.to_string()))?;
         // A relay of this process never comes again: what it has taken need not be kept.
         let retention = Retention::Attached;
-        let trace = Some(&dispatch.spec.trace);
-        match node.agent().infer(&dispatch.pool.pool_id, request, body.len(), retention, trace) {
+        let trace = trace_of(dispatch);
+        match node.agent().infer(&dispatch.pool.pool_id, request, body.len(), retention, Some(&trace)) {
             Ok(inference) => Ok(Taken {
                 replica_id: inference.replica_id,
                 report_seq: inference.report_seq,
@@ -210,8 +212,8 @@ impl NodeLink {
             passage,
             body,
         };
-        let trace = Some(&dispatch.spec.trace);
-        match node.agent().pass_on(&dispatch.pool.pool_id, request, trace) {
+        let trace = trace_of(dispatch);
+        match node.agent().pass_on(&dispatch.pool.pool_id, request, Some(&trace)) {
             Ok(on) => Ok(Taken {
                 replica_id: on.acceptance.replica_id,
                 report_seq: on.acceptance.report_seq,
@@ -226,7 +228,7 @@ impl NodeLink {
         match self {
             Self::Http(http) => {
                 let body = serde_json::to_value(order).unwrap_or_default();
-                let status = http.order(address, routes::INTENT, &body).await?.status();
+                let status = http.order(address, routes::INTENT, &body, None).await?.status();
                 if status.is_success() { Ok(()) } else { Err(LinkError::Status(status.as_u16())) }
             }
             Self::Local(node) => match node.agent().take_intent(order.clone()).await {
@@ -237,13 +239,37 @@ impl NodeLink {
         }
     }
 
-    /// Hands an order to one of the node's pools over. Errors: the node's own, and
+    /// Hands an order to one of the node's pools over, for whoever gives it. Errors: the node's own, and
     /// `NODE_UNAVAILABLE` when it does not answer.
     pub(crate) async fn order_pool(
         &self,
         address: &str,
         pool_id: &PoolId,
         order: &PoolOrder,
+        trace: Option<&TraceContext>,
+    ) -> Result<PoolOrdered, ErrorBody> {
+        let span = match trace {
+            Some(trace) => Span::of(trace, "pool order", Kind::Client),
+            None => Span::first("pool order", Kind::Client),
+        };
+        let ordered = self.order_within(address, pool_id, order, span.as_ref()).await;
+        if let Some(span) = span {
+            let (name, _) = order.call();
+            let span = span.with("llorch.pool_id", pool_id.to_string()).with("llorch.order", name);
+            match &ordered {
+                Ok(_) => span.end(),
+                Err(error) => span.failed(error.code.as_str()).end(),
+            }
+        }
+        ordered
+    }
+
+    async fn order_within(
+        &self,
+        address: &str,
+        pool_id: &PoolId,
+        order: &PoolOrder,
+        span: Option<&Span>,
     ) -> Result<PoolOrdered, ErrorBody> {
         let http = match self {
             Self::Http(http) => http,
@@ -259,7 +285,7 @@ impl NodeLink {
         let (path, body) = order.call();
         let path = routes::of_pool(path, pool_id);
         let response =
-            http.order(address, &path, &body).await.map_err(|error| unavailable(error.to_string()))?;
+            http.order(address, &path, &body, span).await.map_err(|error| unavailable(error.to_string()))?;
         let status = response.status();
         let bytes = short_body(response).await?;
         if status.is_success() {
@@ -406,7 +432,7 @@ impl HttpLink {
 
     async fn infer(&self, dispatch: &Dispatch, body: AttemptBody) -> Result<Taken, HowEnded> {
         // One span an attempt, however often it is asked for.
-        let trace = dispatch.spec.trace.child(Uuid::new_v4().as_u64_pair().1);
+        let trace = trace_of(dispatch);
         let first = call(dispatch, &trace, self.tokens.authorization(), body.clone())?;
         let here = StreamThread::current().map_or(0, |thread| thread.index());
         let response = match self.streams[here % self.streams.len()].request(first).await {
@@ -457,10 +483,14 @@ impl HttpLink {
         address: &str,
         path: &str,
         body: &serde_json::Value,
+        within: Option<&Span>,
     ) -> Result<reqwest::Response, LinkError> {
         let mut call = self.probes.post(format!("{address}{path}")).timeout(ORDER_TIMEOUT).json(body);
         if let Some(value) = self.tokens.authorization() {
             call = call.header(header::AUTHORIZATION, value);
+        }
+        if let Some(span) = within {
+            call = call.header(headers::TRACEPARENT, span.traceparent());
         }
         call.send().await.map_err(|error| LinkError::NoAnswer(error.without_url()))
     }

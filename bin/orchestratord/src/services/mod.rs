@@ -21,5 +21,6 @@ pub(crate) mod reader_permits;
 pub(crate) mod readers;
 pub(crate) mod registry;
 pub(crate) mod report_shares;
+mod spans;
 pub(crate) mod streams;
 pub(crate) mod usage;

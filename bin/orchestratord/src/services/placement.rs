@@ -15,8 +15,9 @@ use daemon_kit::Clock;
 use owned_tasks::Turn;
 use pool_registry_types::task::Workload;
 use pool_registry_types::view::ClusterChange;
-use pool_registry_types::{AttemptId, Moment};
+use pool_registry_types::{AttemptId, Moment, TaskId};
 use task_scheduler::{ControlCore, Denied, Effect, Event, HowEnded, Note, ProbeOutcome, ReplyTo};
+use task_stream::TaskSpec;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -24,6 +25,7 @@ use crate::services::control::{Control, Inbox, Message, Question, Reply};
 use crate::services::dispatch::Relays;
 use crate::services::link::PoolOrder;
 use crate::services::notes;
+use crate::services::spans::TaskSpans;
 use crate::services::streams::Submitted;
 
 /// Messages that are handled before a question is answered, where both wait.
@@ -39,7 +41,10 @@ struct Loop {
     next_reply: u64,
     running: HashMap<AttemptId, CancellationToken>,
     /// Of the task that is being submitted, until its log is opened.
-    submitted: Option<Submitted>,
+    submitted: Option<(Submitted, Arc<TaskSpec>)>,
+    spans: TaskSpans,
+    /// When the core was last asked, and what it sent then.
+    decided: (Instant, Vec<TaskId>),
 }
 
 /// Runs until `stop`. Relays and probes belong to `tracker`.
@@ -62,6 +67,8 @@ pub(crate) async fn run(
         next_reply: 0,
         running: HashMap::new(),
         submitted: None,
+        spans: TaskSpans::default(),
+        decided: (Instant::now(), Vec::new()),
     };
     this.work(inbox, stop).await;
     for closed in this.running.values() {
@@ -129,8 +136,10 @@ impl Loop {
                 let reply = self.reply_to(reply);
                 let (owner, trace) = (spec.holder, spec.trace.clone());
                 let is_repeatable = spec.passes_on && spec.continuation.is_some();
-                self.submitted = Some(Submitted { payload, held, owner, trace, thread, is_repeatable });
-                self.apply(Event::Submit { reply, spec: Arc::from(spec) });
+                let spec: Arc<TaskSpec> = Arc::from(spec);
+                let submitted = Submitted { payload, held, owner, trace, thread, is_repeatable };
+                self.submitted = Some((submitted, Arc::clone(&spec)));
+                self.apply(Event::Submit { reply, spec });
                 // A task that was refused, or is there already, has no log opened.
                 self.submitted = None;
             }
@@ -176,11 +185,17 @@ impl Loop {
             };
             if let Event::Ended { attempt, .. } = &event {
                 self.running.remove(attempt);
+                self.spans.attempt_ended(*attempt);
             }
             let now = self.clock.now();
             let begun = Instant::now();
             let effects = self.core.apply(now, event);
-            if effects.iter().any(|effect| matches!(effect, Effect::Dispatch(_))) {
+            let dispatched = |effect: &Effect| match effect {
+                Effect::Dispatch(dispatch) => Some(dispatch.task),
+                _ => None,
+            };
+            self.decided = (begun, effects.iter().filter_map(dispatched).collect());
+            if !self.decided.1.is_empty() {
                 self.relays.measured.placed(begun.elapsed());
             }
             // Whoever is answered looks next, and must not see the state before.
@@ -214,12 +229,20 @@ impl Loop {
                 }
             }
             Effect::OpenLog { task, log } => match self.submitted.take() {
-                Some(submitted) => streams.open(task, log, submitted),
+                Some((submitted, spec)) => {
+                    streams.open(task, log, submitted);
+                    let (core, now, (begun, sent)) = (&self.core, self.clock.now(), &self.decided);
+                    let is_sent = sent.contains(&task);
+                    let places = || core.explain_task(now, task).ok().filter(|_| !is_sent);
+                    self.spans.admitted(task, &spec, *begun, places);
+                }
                 None => tracing::error!(task_id = %task, "a log is opened for a task that nobody submitted"),
             },
             Effect::Dispatch(dispatch) => {
                 let trace = &dispatch.spec.trace;
                 tracing::debug!(task_id = %dispatch.task, attempt_id = %dispatch.attempt, node_id = %dispatch.pool.node_id, pool_id = %dispatch.pool.pool_id, correlation_id = trace.correlation_id, trace_id = trace.trace_id(), "dispatched");
+                let (core, now, begun) = (&self.core, self.clock.now(), self.decided.0);
+                self.spans.placed(&dispatch, begun, || core.explain_task(now, dispatch.task).ok());
                 let stream = streams.get(dispatch.task);
                 if let Some(stream) = &stream {
                     stream.write(|log| log.open(dispatch.attempt));
@@ -260,6 +283,10 @@ impl Loop {
             Effect::Note(note) => {
                 if let Note::TaskEnded(end) = &note {
                     self.relays.measured.ended(end);
+                    self.spans.ended(end, || streams.usage(end.key));
+                }
+                if let Note::Replaced { task, why, code, .. } = &note {
+                    self.spans.replaced(*task, why, *code);
                 }
                 notes::write(&note);
             }
@@ -267,7 +294,8 @@ impl Loop {
                 let relays = Arc::clone(&self.relays);
                 tracing::info!(node_id = %pool.node_id, pool_id = %pool.pool_id, "a pool is asked for");
                 owned_tasks::task(&self.tracker, "order of a pool", async move {
-                    let ordered = relays.link.order_pool(&address, &pool.pool_id, &PoolOrder::Load).await;
+                    let ordered =
+                        relays.link.order_pool(&address, &pool.pool_id, &PoolOrder::Load, None).await;
                     if let Err(error) = ordered {
                         tracing::warn!(node_id = %pool.node_id, pool_id = %pool.pool_id, %error, "a pool is asked for again later");
                     }

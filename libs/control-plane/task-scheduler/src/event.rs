@@ -240,6 +240,8 @@ pub enum Note {
 /// What became of a task.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TaskEnd {
+    /// As effects name it.
+    pub key: TaskId,
     pub spec: Arc<TaskSpec>,
     pub state: TaskState,
     /// Absent where it ended well.

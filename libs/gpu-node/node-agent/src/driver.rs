@@ -244,7 +244,7 @@ impl Driver {
             }
         };
         slot.agent.counters.lock().accepted += 1;
-        slot.log.accepted(&accepted.replica_id);
+        slot.log.accepted(&accepted.replica_id, accepted.engine, &accepted.model);
         let sent = resume.as_ref().filter(|resume| resume.mode == ResumeMode::Append);
         let left = engines::tokens_left(&task, accepted.ctx_max, sent);
         let complete = sent.is_some() && left == Some(0);

@@ -21,7 +21,6 @@ use node_core::{Accepted, Ask, Cursor, ResumeError, Retention, Taken};
 use pool_registry_types::task::InferRequest;
 use pool_registry_types::{AttemptId, ErrorBody, PoolId, ReplicaId, TraceContext};
 use tokio::time::{Instant, Sleep, sleep};
-use uuid::Uuid;
 
 use crate::agent::{Agent, Signals};
 use crate::attempt_log::AttemptLog;
@@ -268,7 +267,7 @@ impl Agent {
         payload_bytes: usize,
         read_by: ReadBy,
         trace: Option<&TraceContext>,
-        log: AttemptLog,
+        mut log: AttemptLog,
     ) -> Result<(Slot, Accepted), ErrorBody> {
         let (attempt, now) = (ask.attempt, self.now());
         let signals = Arc::new(Signals::of(now, read_by));
@@ -290,8 +289,7 @@ impl Agent {
         let name = HandoffName { pool_id: pool_id.clone(), replica_id: accepted.replica_id.clone() };
         let mut at = self.endpoint(&name, &accepted.url);
         if let Some(trace) = trace {
-            let (_, span_id) = Uuid::new_v4().as_u64_pair();
-            at.headers = attempt_headers(&trace.child(span_id), &attempt);
+            at.headers = attempt_headers(&trace.child(log.engine_span_id()), &attempt);
         }
         let slot = Slot::new(Arc::clone(self), attempt, signals, log, name, accepted.engine, at);
         Ok((slot, accepted))

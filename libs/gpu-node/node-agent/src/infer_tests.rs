@@ -8,6 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::timeout;
+use uuid::Uuid;
 
 use super::*;
 use crate::attempt_log::tests::{asked, node, pool};

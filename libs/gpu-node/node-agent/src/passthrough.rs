@@ -109,7 +109,7 @@ impl Agent {
             return Err(slot.refuse(ErrorBody::invalid("model_at: is not where the model stands")));
         };
         self.counters.lock().accepted += 1;
-        slot.log.accepted(&accepted.replica_id);
+        slot.log.accepted(&accepted.replica_id, accepted.engine, &accepted.model);
         slot.error = Some(ErrorBody::new(ErrorCode::WorkerReset, "the attempt was stopped on its node"));
         slot.at.headers.extend(to_engine(&request.passage));
         let signals = Arc::clone(&slot.signals);

@@ -14,6 +14,7 @@ use node_core::{BindError, Busy, Readiness, ReplicaSpec};
 use owned_tasks::{Panicked, blocking};
 use pool_registry_types::Backoff;
 use pool_registry_types::limits::MAX_POOL_MODELS;
+use span_export::{Kind, Span};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -47,6 +48,12 @@ async fn watch_health(agent: &Agent, handoff: &Handoff, stop: &CancellationToken
     }
     let models = handoff.model_names();
     let mut last = None;
+    // From the file to the first time that it takes tasks.
+    let mut binding = Span::first("handoff binding", Kind::Internal).map(|span| {
+        span.with("llorch.pool_id", pool_id.to_string())
+            .with("llorch.replica_id", replica_id.to_string())
+            .with("gen_ai.provider.name", handoff.engine.as_str())
+    });
     loop {
         let readiness = match endpoint(&handoff.url, handoff.api_key_file.as_deref()).await {
             Ok(at) => {
@@ -59,6 +66,10 @@ async fn watch_health(agent: &Agent, handoff: &Handoff, stop: &CancellationToken
         if let Some(readiness) = readiness {
             agent.observed_unless(stop, pool_id, replica_id, readiness.clone());
             let ready = agent.is_ready(pool_id, replica_id);
+            let bound = binding.take_if(|_| ready);
+            if let Some(span) = bound {
+                span.end();
+            }
             let seen = (ready, readiness);
             if last.as_ref() != Some(&seen) {
                 say(handoff, ready, &seen.1);

@@ -58,8 +58,9 @@ impl Slot {
     }
 
     /// Appends what was made to the attempt's buffer.
-    pub(crate) fn append(&self, piece: Piece) -> Result<(), TooLong> {
+    pub(crate) fn append(&mut self, piece: Piece) -> Result<(), TooLong> {
         let appended = self.agent.change_held(|core, now| core.held_mut().append(now, &self.attempt, piece));
+        self.log.brought();
         self.there_is_more();
         appended
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use handoff_watcher::HandoffName;
 use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, TraceContext};
+use span_export::{Kind, Span, id_of};
 use task_stream::{AnswerHead, SlotlessRequest, line_of, unframed};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use uuid::Uuid;
@@ -88,7 +89,9 @@ impl Agent {
         let body = body.ok_or_else(|| ErrorBody::invalid("model_at: is not where the model stands"))?;
         let name = HandoffName { pool_id: serving.pool_id, replica_id: serving.replica_id };
         let mut at = self.endpoint(&name, &serving.url);
-        let (id, span_id) = (AttemptId(Uuid::new_v4()), Uuid::new_v4().as_u64_pair().1);
+        let id = AttemptId(Uuid::new_v4());
+        let span = Span::of(trace, "engine request", Kind::Client);
+        let span_id = span.as_ref().map_or_else(|| id_of(id.0), Span::id);
         at.headers = attempt_headers(&trace.child(span_id), &id);
         at.headers.extend(to_engine(passage));
         let target = passage.target();
@@ -135,6 +138,14 @@ impl Agent {
             let message = format!("the engine did not answer within {} s", WITHIN.as_secs());
             Err(ErrorBody::new(ErrorCode::DecodeTimeout, message))
         };
-        tokio::time::timeout(WITHIN, asking).await.unwrap_or_else(late)
+        let answered = tokio::time::timeout(WITHIN, asking).await.unwrap_or_else(late);
+        if let Some(span) = span {
+            let span = span.with("gen_ai.request.model", model.to_string());
+            match &answered {
+                Ok(_) => span.end(),
+                Err(error) => span.failed(error.code.as_str()).end(),
+            }
+        }
+        answered
     }
 }

@@ -18,7 +18,7 @@ use crate::connections::Peer;
 use crate::metrics::{HTTP_REQUEST_DURATION, REFUSED_CALLS};
 
 /// Why calls are refused for whoever makes them.
-const REFUSALS: [ErrorCode; 4] =
+pub(crate) const REFUSALS: [ErrorCode; 4] =
     [ErrorCode::MissingToken, ErrorCode::BadToken, ErrorCode::Forbidden, ErrorCode::RateLimited];
 /// What nothing is routed to.
 const NO_ROUTE: &str = "other";
@@ -67,7 +67,12 @@ impl Arrived {
         }
     }
 
-    fn route(&self) -> &str {
+    pub(crate) fn at(&self) -> Instant {
+        self.at
+    }
+
+    /// As it is routed.
+    pub(crate) fn route(&self) -> &str {
         self.route.as_ref().map_or(NO_ROUTE, MatchedPath::as_str)
     }
 }

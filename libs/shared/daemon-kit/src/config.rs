@@ -184,6 +184,27 @@ pub fn is_base_url(text: &str) -> bool {
     host.is_some_and(|host| !host.is_empty() && !host.contains(['/', '@', '?', '#', ' ']))
 }
 
+/// The base URL of a collector of spans.
+///
+/// # Errors
+/// That it is none.
+pub fn collector(text: &str) -> Result<String, &'static str> {
+    const NONE: &str = "is no http:// or https:// URL with a host, maybe a port and a path, and nothing else";
+    let url = reqwest::Url::parse(text).map_err(|_| NONE)?;
+    let is_plain = url.username().is_empty() && url.password().is_none() && url.query().is_none();
+    let is_url = matches!(url.scheme(), "http" | "https") && url.has_host() && url.fragment().is_none();
+    if is_plain && is_url { Ok(text.to_owned()) } else { Err(NONE) }
+}
+
+/// A share of something, 0 to 1.
+///
+/// # Errors
+/// That it is none.
+pub fn share(text: &str) -> Result<f64, &'static str> {
+    let share = text.parse().ok().filter(|share| (0.0..=1.0).contains(share));
+    share.ok_or("is no number from 0 to 1")
+}
+
 /// Whether only this machine reaches the address.
 pub fn is_loopback(addr: SocketAddr) -> bool {
     addr.ip().is_loopback()
@@ -192,6 +213,29 @@ pub fn is_loopback(addr: SocketAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    // CLOUD-2731
+    #[test]
+    fn a_collector_is_a_url_and_nothing_else_and_a_share_is_a_share() {
+        for good in ["http://tempo:4318", "https://[::1]:4318", "https://otlp.example.org/otlp/"] {
+            assert_eq!(collector(good), Ok(good.to_owned()));
+        }
+        for bad in [
+            "",
+            "tempo:4318",
+            "grpc://tempo:4317",
+            "http://",
+            "http://u:p@tempo",
+            "http://tempo?x=1",
+            "http://tempo/#x",
+        ] {
+            assert!(collector(bad).is_err(), "{bad}");
+        }
+        assert_eq!(["0", "0.25", "1"].map(share), [Ok(0.0), Ok(0.25), Ok(1.0)]);
+        for bad in ["", "-0.1", "1.1", "NaN", "inf", "10%"] {
+            assert!(share(bad).is_err(), "{bad}");
+        }
+    }
 
     // CLOUD-2982
     #[test]

@@ -8,18 +8,21 @@ use axum::Json;
 use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 use axum::response::{IntoResponse, Response};
-use pool_registry_types::routes::headers;
+use pool_registry_types::routes::{self, headers};
 use pool_registry_types::trace::{read_traceparent, read_tracestate, traceparent};
 use pool_registry_types::{ErrorBody, ErrorCode, TraceContext};
+use span_export::{Kind, Span, flags_of_new_trace};
 use uuid::Uuid;
 
+use crate::answer_room;
 use crate::auth::Shapes;
+use crate::calls::{Arrived, REFUSALS};
 
 /// Longest correlation id that is taken over, bytes.
 const MAX_ID_BYTES: usize = 128;
 
-/// `sampled`: whoever has begun a trace wants it kept.
-const FLAGS_OF_NEW_TRACES: u8 = 1;
+/// The end of paths that attempts are sent to.
+const ATTEMPTS: &str = "/infer";
 
 /// The ids of one request, for handlers that pass them on.
 #[derive(Debug, Clone)]
@@ -48,20 +51,29 @@ pub(crate) struct Answering {
     ids: RequestIds,
     method: Method,
     uri: Uri,
+    /// Of a request that asks for work, where that is recorded.
+    span: Option<Span>,
 }
 
 impl Answering {
     /// Reads or draws the ids, and tells handlers of them.
-    pub(crate) fn begin(request: &mut Request) -> Self {
+    pub(crate) fn begin(request: &mut Request, arrived: &Arrived) -> Self {
         let given = given_trace(request.headers());
         let tracestate = given.as_ref().and_then(|_| given_state(request.headers())).unwrap_or_default();
-        let ids = RequestIds {
+        let is_first = given.is_none();
+        let mut ids = RequestIds {
             correlation_id: given_id(request.headers()).unwrap_or_else(|| Uuid::new_v4().to_string()),
             traceparent: given.unwrap_or_else(new_trace),
             tracestate,
         };
+        let is_work = request.method() == Method::POST && is_work(request.uri().path());
+        let span = is_work.then(|| span_of(&ids, is_first, arrived)).flatten();
+        if let Some(span) = &span {
+            // What is done for the request is done within its span.
+            ids.traceparent = ids.trace().child(span.id()).traceparent;
+        }
         request.extensions_mut().insert(ids.clone());
-        Self { ids, method: request.method().clone(), uri: request.uri().clone() }
+        Self { ids, method: request.method().clone(), uri: request.uri().clone(), span }
     }
 
     pub(crate) fn ids(&self) -> &RequestIds {
@@ -70,7 +82,7 @@ impl Answering {
 
     /// Writes the ids on the answer, gives an error the shape of its path, and logs that it was given.
     pub(crate) fn finish(self, mut response: Response, shapes: Option<Shapes>) -> Response {
-        let Self { ids, method, uri } = self;
+        let Self { ids, method, uri, span } = self;
         let trace_id = ids.traceparent.get(3..35).unwrap_or_default();
         let error = response.extensions_mut().remove::<ErrorBody>();
         tracing::debug!(
@@ -84,6 +96,16 @@ impl Answering {
             trace_id,
             "a request is answered"
         );
+        // A crowd of strangers does not take the place of tasks.
+        let is_refused = error.as_ref().is_some_and(|body| REFUSALS.contains(&body.code));
+        if let Some(span) = span.filter(|_| !is_refused) {
+            let span = span.with("http.response.status_code", i64::from(response.status().as_u16()));
+            let span = span.with("llorch.correlation_id", ids.correlation_id.clone());
+            match &error {
+                Some(body) => span.failed(body.code.as_str()).end(),
+                None => span.end(),
+            }
+        }
         if let Some(mut body) = error {
             body.correlation_id = Some(ids.correlation_id.clone());
             let (parts, _) = response.into_parts();
@@ -104,6 +126,22 @@ impl Answering {
         set(response.headers_mut(), headers::TRACE_ID, trace_id);
         response
     }
+}
+
+/// Whether a `POST` there asks for a task, or steers a pool.
+fn is_work(path: &str) -> bool {
+    let of_pool = path.strip_prefix(routes::POOLS).and_then(|path| path.strip_prefix('/'));
+    // An attempt has spans of its own.
+    let steers = of_pool.is_some_and(|path| !path.ends_with(ATTEMPTS));
+    path == routes::TASKS || steers || answer_room::is_others(path)
+}
+
+/// The span of the request until the head of its answer. `is_first`: its trace begins here.
+fn span_of(ids: &RequestIds, is_first: bool, arrived: &Arrived) -> Option<Span> {
+    let name = format!("POST {}", arrived.route());
+    let span = Span::of(&ids.trace(), name, Kind::Server)?.since(arrived.at());
+    let span = span.with("http.request.method", "POST").with("http.route", arrived.route().to_owned());
+    Some(if is_first { span.within(0) } else { span })
 }
 
 /// What clients of other APIs name a request by: its task's id, where it has one.
@@ -144,7 +182,7 @@ fn given_state(map: &HeaderMap) -> Option<String> {
 
 fn new_trace() -> String {
     let (trace, parent) = (Uuid::new_v4(), Uuid::new_v4());
-    traceparent(trace.as_u128(), parent.as_u64_pair().1, FLAGS_OF_NEW_TRACES)
+    traceparent(trace.as_u128(), parent.as_u64_pair().1, flags_of_new_trace(trace.as_u128()))
 }
 
 #[cfg(test)]

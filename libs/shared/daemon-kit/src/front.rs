@@ -17,12 +17,16 @@ use tokio_util::task::TaskTracker;
 use crate::audit::{Audit, AuditError};
 use crate::auth::Gate;
 use crate::calls::Calls;
+use crate::config;
 use crate::connections::{self, ConnLimits, Counts, ServeOptions, Streaming};
 use crate::serve::{self, Edge};
 use crate::tls::{Tls, TlsError, TlsPaths};
 
 /// How long open connections may linger once everything has ended.
 const LINGER: Duration = Duration::from_secs(1);
+
+/// How long connecting to a collector may take.
+const COLLECTOR_WITHIN: Duration = Duration::from_secs(2);
 
 /// Why nothing is shown. Each names the variable.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +42,10 @@ pub enum FrontError {
     Tls(#[from] TlsError),
     #[error(transparent)]
     Audit(#[from] AuditError),
+    #[error(transparent)]
+    Spans(#[from] span_export::StartError),
+    #[error("LLORCH_OTLP_ENDPOINT: the HTTP client cannot be made")]
+    SpanClient(#[source] reqwest::Error),
 }
 
 /// The settings of it.
@@ -52,6 +60,15 @@ pub struct FrontSettings {
     pub max_connections: Option<u32>,
     pub tls: TlsPaths,
     pub audit_log: Option<PathBuf>,
+    /// Where spans go; absent: nowhere.
+    pub spans: Option<SpanSettings>,
+}
+
+/// What a daemon calls itself to a collector, and where that is.
+#[derive(Debug)]
+pub struct SpanSettings {
+    pub service: &'static str,
+    pub export: span_export::Settings,
 }
 
 /// Everything that can fail is done; nothing is served yet.
@@ -97,6 +114,13 @@ impl Front {
         let loops = Loops::default();
         let audit = settings.audit_log.as_deref().map(|path| Audit::open(path, &loops));
         let audit = audit.transpose()?.unwrap_or_default();
+        if let Some(SpanSettings { service, export }) = &settings.spans {
+            let client = tls.client.reqwest(reqwest::Client::builder()).connect_timeout(COLLECTOR_WITHIN);
+            let client = client.redirect(reqwest::redirect::Policy::none()).build();
+            let instance = format!("{}:{}", config::host_name(), bound.port());
+            let client = client.map_err(FrontError::SpanClient)?;
+            span_export::start(export, client, service, instance, env!("CARGO_PKG_VERSION"))?;
+        }
         let connections = connections::most_connections(settings.max_connections);
         Ok(Self { tls, bound, loops, prefix, listener, metrics, audit, connections })
     }

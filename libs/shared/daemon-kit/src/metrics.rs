@@ -90,6 +90,7 @@ metric_families! {
     CLOSED_CONNECTIONS: Counter "llorch_closed_connections_total" ["why"] "Connections that were closed.";
     LONGEST_POLL: Gauge "llorch_longest_poll_seconds" [] "CPU time of the longest turn on a thread for streams, of one in 64.";
     LOG_LINES_LOST: Counter "llorch_log_lines_lost_total" [] "Lines of the log that standard error did not take.";
+    SPANS_LOST: Counter "llorch_spans_lost_total" [] "Spans that no collector has: it was away, too slow, or refused them.";
     CERTIFICATE_EXPIRY: Gauge "llorch_certificate_expiry_seconds" [] "Until this daemon's certificate expires; negative once it has.";
     TOKEN_EXPIRY: Gauge "llorch_token_expiry_seconds" [] "Until the next of this daemon's tokens expires, where one does. `orchestratord token check FILE` says which.";
     BUILD_INFO: Gauge "llorch_build_info" ["version"] "1 for the version that runs.";
@@ -225,6 +226,7 @@ impl Page {
         self.gauge(&LONGEST_POLL, &[], owned_tasks::longest_poll().as_secs_f64());
         self.gauge(&BUILD_INFO, &[version], 1.0);
         self.registry.register(Box::new(ProcessCollector::for_self())).expect("each name once");
+        self.counter(&SPANS_LOST, &[], span_export::lost());
         self.counter(&LOG_LINES_LOST, &[], telemetry::lines_lost())
     }
 

@@ -65,8 +65,8 @@ async fn layer(State(around): State<Arc<(Edge, AnswerRoom)>>, mut request: Reque
     let (edge, room) = &*around;
     let is_page = answer::is_page(request.uri().path());
     let is_others = answer_room::is_others(request.uri().path());
-    let answering = Answering::begin(&mut request);
     let arrived = Arrived::of(&request);
+    let answering = Answering::begin(&mut request, &arrived);
     let mut call = audit::begin(&edge.audit, &request, answering.ids());
     let mut admission = auth::admit(&edge.gate, &mut request);
     if let Some(call) = &mut call {
@@ -130,7 +130,10 @@ pub fn block_on<E: std::error::Error>(logs: Logs, daemon: impl Future<Output = R
     };
     let outcome = runtime.block_on(async {
         *SIGNALS.lock() = Some(signals());
-        daemon.await
+        let outcome = daemon.await;
+        // The last ones are of tasks that have just ended.
+        span_export::stop().await;
+        outcome
     });
     runtime.shutdown_timeout(BLOCKING_PATIENCE);
     // What was logged stands before why the daemon ends.

@@ -14,7 +14,7 @@ use secrecy::SecretString;
 use crate::auth::Tokens;
 use crate::config;
 use crate::directories::{self, Directory};
-use crate::front::FrontSettings;
+use crate::front::{FrontSettings, SpanSettings};
 use crate::telemetry::{self, LogFormat};
 use crate::tls::TlsPaths;
 use crate::tokens::TokenError;
@@ -66,6 +66,13 @@ pub struct SharedSettings {
     log: String,
     #[arg(long, env = "LLORCH_LOG_FORMAT", default_value = "text")]
     log_format: LogFormat,
+    /// A collector that is sent spans over OTLP, `http://` or `https://` [default: none].
+    #[arg(long, env = "LLORCH_OTLP_ENDPOINT", value_parser = config::collector)]
+    otlp_endpoint: Option<String>,
+    /// Share of the traces that begin here that is recorded, 0 to 1; one that came with a request is where
+    /// its `traceparent` says so.
+    #[arg(long, env = "LLORCH_OTLP_SAMPLE", default_value_t = 1.0, value_parser = config::share)]
+    otlp_sample: f64,
     /// Print what is in force and exit.
     #[arg(long)]
     print_config: bool,
@@ -125,6 +132,10 @@ impl SharedSettings {
             max_connections: self.max_connections,
             tls,
             audit_log: self.audit_log,
+            spans: self.otlp_endpoint.map(|endpoint| SpanSettings {
+                service: own.name,
+                export: span_export::Settings { endpoint, sample: self.otlp_sample },
+            }),
         };
         Ok(Shared {
             front,

@@ -36,6 +36,14 @@ impl TraceContext {
         self.traceparent.get(3..35).unwrap_or_default()
     }
 
+    /// The trace's id, the calling span's and the flags; nothing where there is no trace.
+    pub fn ids(&self) -> Option<(u128, u64, u8)> {
+        let [trace_id, span_id, flags] = [3..35, 36..52, 53..LENGTH].map(|part| self.traceparent.get(part));
+        let trace_id = u128::from_str_radix(trace_id?, 16).ok()?;
+        let span_id = u64::from_str_radix(span_id?, 16).ok()?;
+        Some((trace_id, span_id, u8::from_str_radix(flags?, 16).ok()?))
+    }
+
     /// What is passed on by the span `span_id` of the same trace. 0 names no span, and counts as 1.
     #[must_use]
     pub fn child(&self, span_id: u64) -> Self {

@@ -10,6 +10,7 @@ use pool_registry_types::node::Liveness;
 use pool_registry_types::routes::headers;
 use pool_registry_types::snapshot::ClusterSnapshot;
 use pool_registry_types::{ErrorBody, ErrorCode, ModelRef, NodeId};
+use span_export::{Kind, Span, id_of};
 use task_stream::{OpenAiRoute, PassedHead, PayloadFormat, SlotlessRequest};
 use uuid::Uuid;
 
@@ -46,8 +47,18 @@ pub(super) async fn answer(state: &AppState, route: OpenAiRoute, call: Call) -> 
                     last = Err(ErrorBody::new(ErrorCode::DeadlineExceeded, message));
                     break;
                 };
-                let trace = admitted.spec.trace.child(Uuid::new_v4().as_u64_pair().1);
+                let span = Span::of(&admitted.spec.trace, "attempt", Kind::Client);
+                let span_id = span.as_ref().map_or_else(|| id_of(Uuid::new_v4()), Span::id);
+                let trace = admitted.spec.trace.child(span_id);
                 let asked = state.relays.link.pass_slotless(address, &request, &body, &trace, left).await;
+                if let Some(span) = span {
+                    let span = span.with("llorch.node_id", node_id.to_string());
+                    let span = span.with("gen_ai.request.model", request.model.to_string());
+                    match &asked {
+                        Ok(_) => span.end(),
+                        Err(error) => span.failed(error.code.as_str()).end(),
+                    }
+                }
                 last = asked.map(|(head, bytes)| (PassedHead { head, node_id: node_id.clone() }, bytes));
                 if last.as_ref().map_or_else(is_final, |_| true) {
                     break;

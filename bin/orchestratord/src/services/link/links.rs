@@ -17,9 +17,9 @@ use pool_registry_types::{AttemptId, BootId, LifeId, Moment, NodeId};
 use task_scheduler::Dispatch;
 use task_stream::Payload;
 use tokio::sync::mpsc;
-use uuid::Uuid;
 
 use crate::services::feed::Feed;
+use crate::services::spans::trace_of;
 
 const DOES_NOT_SPEAK_IT: &str = "the node does not say that it speaks it";
 
@@ -231,7 +231,7 @@ impl Lane {
 /// What goes up. Its number is the lane's.
 fn start_of(now: Moment, dispatch: &Dispatch, payload: &Payload, resume: Option<Resume>) -> Start {
     // One span an attempt, however often it goes.
-    let trace = dispatch.spec.trace.child(Uuid::new_v4().as_u64_pair().1);
+    let trace = trace_of(dispatch);
     let facts = StartFacts {
         number: 0,
         pool_id: dispatch.pool.pool_id.clone(),

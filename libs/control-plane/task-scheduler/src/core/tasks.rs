@@ -381,6 +381,7 @@ impl ControlCore {
         task.stage = Stage::Ended { at: now, state, error: error.map(Box::new) };
         if let Some(spec) = task.spec.take() {
             let end = TaskEnd {
+                key: id,
                 spec,
                 state,
                 code,

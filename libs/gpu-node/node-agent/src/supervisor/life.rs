@@ -11,6 +11,7 @@ use owned_tasks::{Panicked, blocking, caught};
 use pool_registry_types::{PoolId, ReplicaId};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use span_export::{Kind, Span};
 use tokio_util::sync::CancellationToken;
 
 use crate::engines::{self, EngineFacts, Look};
@@ -230,6 +231,13 @@ impl Supervision {
         let mut has_culprit = None;
         let mut ready = false;
         let mut stopped = false;
+        // Until it is ready for the first time, or over before.
+        let mut starting = Span::first("engine start", Kind::Internal).map(|span| {
+            span.with("llorch.pool_id", replica_key.pool_id.to_string())
+                .with("llorch.replica_id", replica_key.replica_id.to_string())
+                .with("gen_ai.provider.name", spec.pool.engine.as_str())
+                .with("gen_ai.request.model", spec.pool.model.to_string())
+        });
         let looking = self.until_ready(run, spec);
         tokio::pin!(looking);
         loop {
@@ -253,6 +261,9 @@ impl Supervision {
                         let log = launch::log_path(&self.settings.logs_dir, &replica_key.pool_id, replica_key.replica_id.as_str());
                         let tail = blocking("log of an engine", move || output::tail(&log, TAIL_LINES)).await;
                         guarded.reap().await;
+                        if let Some(span) = starting.take() {
+                            span.failed(if stopped { "stopped" } else { "ended" }).end();
+                        }
                         return Some(Ended { how, tail: tail.unwrap_or_default(), has_culprit });
                     }
                 },
@@ -262,6 +273,9 @@ impl Supervision {
                 }
                 facts = &mut looking, if !ready && !stopped => {
                     ready = true;
+                    if let Some(span) = starting.take() {
+                        span.end();
+                    }
                     self.with_life(run, |life| life.facts = facts);
                     self.send(Happened::Ready { run }).await;
                 }
