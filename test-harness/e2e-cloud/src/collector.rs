@@ -53,7 +53,7 @@ impl Received {
 }
 
 #[derive(Debug, Default)]
-struct Kept {
+struct Taken {
     spans: Mutex<Vec<Received>>,
     calls: AtomicUsize,
     refuses: AtomicBool,
@@ -64,7 +64,7 @@ struct Kept {
 pub struct Collector {
     /// Its base URL.
     pub url: String,
-    kept: Arc<Kept>,
+    taken: Arc<Taken>,
     serving: JoinHandle<()>,
 }
 
@@ -78,23 +78,23 @@ impl Collector {
     pub async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback has free ports");
         let url = format!("http://{}", listener.local_addr().expect("a bound address"));
-        let kept = Arc::new(Kept::default());
+        let taken = Arc::new(Taken::default());
         let app = Router::new()
             .route("/v1/traces", post(take))
             .layer(DefaultBodyLimit::max(MOST_BYTES))
-            .with_state(Arc::clone(&kept));
+            .with_state(Arc::clone(&taken));
         let serving = tokio::spawn(async move { axum::serve(listener, app).await.expect("it serves") });
-        Self { url, kept, serving }
+        Self { url, taken, serving }
     }
 
     /// From now on it takes nothing, or takes again.
     pub fn refuse(&self, refuses: bool) {
-        self.kept.refuses.store(refuses, Ordering::Relaxed);
+        self.taken.refuses.store(refuses, Ordering::Relaxed);
     }
 
     /// Requests that have come.
     pub fn calls(&self) -> usize {
-        self.kept.calls.load(Ordering::Relaxed)
+        self.taken.calls.load(Ordering::Relaxed)
     }
 
     /// What has come of a trace.
@@ -103,7 +103,7 @@ impl Collector {
     }
 
     pub fn all(&self) -> Vec<Received> {
-        self.kept.spans.lock().expect("nobody panics with it").clone()
+        self.taken.spans.lock().expect("nobody panics with it").clone()
     }
 
     /// Waits until the trace has so many spans of these names, and returns all of it.
@@ -145,9 +145,9 @@ pub fn assert_connected(spans: &[Received], root: &str) {
     }
 }
 
-async fn take(State(kept): State<Arc<Kept>>, headers: HeaderMap, body: Bytes) -> StatusCode {
-    kept.calls.fetch_add(1, Ordering::Relaxed);
-    if kept.refuses.load(Ordering::Relaxed) {
+async fn take(State(taken): State<Arc<Taken>>, headers: HeaderMap, body: Bytes) -> StatusCode {
+    taken.calls.fetch_add(1, Ordering::Relaxed);
+    if taken.refuses.load(Ordering::Relaxed) {
         return StatusCode::SERVICE_UNAVAILABLE;
     }
     let is_protobuf = headers.get("content-type").is_some_and(|kind| kind == "application/x-protobuf");
@@ -160,7 +160,7 @@ async fn take(State(kept): State<Arc<Kept>>, headers: HeaderMap, body: Bytes) ->
         let service = resource.attributes.iter().find(|one| one.key == "service.name");
         let service = service.map(|one| text(one.value.as_ref())).unwrap_or_default();
         for span in of_resource.scope_spans.into_iter().flat_map(|of_scope| of_scope.spans) {
-            kept.spans.lock().expect("nobody panics with it").push(received(&service, span));
+            taken.spans.lock().expect("nobody panics with it").push(received(&service, span));
         }
     }
     StatusCode::OK

@@ -124,8 +124,7 @@ pub fn start(
 pub async fn stop() {
     let Some(exporter) = EXPORTER.get() else { return };
     exporter.is_stopped.store(true, Ordering::Relaxed);
-    let stopping = tokio::task::spawn_blocking(|| exporter.processor.shutdown_with_timeout(LAST));
-    match stopping.await {
+    match owned_tasks::blocking("spans", || exporter.processor.shutdown_with_timeout(LAST)).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::warn!(%error, "the last spans are lost"),
         Err(error) => tracing::error!(%error, "spans are not stopped"),
@@ -208,8 +207,8 @@ impl HttpClient for Client {
         let (client, request) = (self.client.clone(), reqwest::Request::try_from(request)?);
         // Its timer is the runtime's too.
         let asking = async move { tokio::time::timeout(WITHIN, ask(client, request)).await };
-        let asking = self.runtime.spawn(asking);
-        asking.await?.map_err(|_| format!("no answer within {} s", WITHIN.as_secs()))?
+        let asked = owned_tasks::elsewhere(&self.runtime, "spans", asking).await?;
+        asked.map_err(|_| format!("no answer within {} s", WITHIN.as_secs()))?
     }
 }
 

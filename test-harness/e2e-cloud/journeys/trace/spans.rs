@@ -249,3 +249,115 @@ async fn one_connected_trace_over_both_apis_across_a_retry_and_a_continuation_at
     let ground = Ground::home(&collector).await;
     both_apis(ground, &collector, ["orchestratord", "orchestratord"]).await;
 }
+
+// CLOUD-2734
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_collector_that_is_away_keeps_nobody_waiting_and_what_is_lost_is_counted() {
+    let collector = Collector::start().await;
+    let settings = [("LLORCH_OTLP_ENDPOINT", collector.url.as_str())];
+    let home = Home::start(Engine::steady(), &settings).await;
+    let ids = |trace| Ids { trace, correlation: "order-lost" };
+    let lost = async || {
+        let page = home.client.get("/metrics").await.ok()?.text().await.ok()?;
+        page.lines().find_map(|line| line.strip_prefix("llorch_spans_lost_total ")?.parse::<f64>().ok())
+    };
+    let task = json!({"model_ref": "fake-model", "prompt": "x", "max_tokens": 4});
+    let run = async |trace| {
+        let begun = std::time::Instant::now();
+        let id = ids(trace).submit(&home.client, &task).await;
+        let transcript = home.client.follow(&id, None, usize::MAX).await;
+        transcript.check();
+        assert_eq!(transcript.text(), words(4));
+        assert!(begun.elapsed() < Duration::from_secs(3), "it waited for nobody");
+    };
+    run("4bf92f3577b34da6a3ce929d0e0e4731").await;
+    collector.wait("4bf92f3577b34da6a3ce929d0e0e4731", &[("task", 1)]).await;
+    assert_eq!(lost().await, Some(0.0));
+    collector.refuse(true);
+    run("4bf92f3577b34da6a3ce929d0e0e4732").await;
+    eventually("they are counted as lost", PATIENCE, || async { lost().await.filter(|lost| *lost >= 9.0) })
+        .await;
+    let line = || {
+        let log = std::fs::read_to_string(home.log()).unwrap_or_default();
+        log.lines().filter(|line| line.contains("a collector has not taken spans")).count()
+    };
+    assert_eq!(line(), 1, "one line a minute");
+    // It is back: what comes from now on arrives.
+    collector.refuse(false);
+    run("4bf92f3577b34da6a3ce929d0e0e4733").await;
+    collector.wait("4bf92f3577b34da6a3ce929d0e0e4733", &[("task", 1)]).await;
+    assert!(collector.trace("4bf92f3577b34da6a3ce929d0e0e4732").is_empty());
+    // The last ones are sent at the daemon's end.
+    run("4bf92f3577b34da6a3ce929d0e0e4734").await;
+    home.stop().await;
+    collector.wait("4bf92f3577b34da6a3ce929d0e0e4734", &[("task", 1)]).await;
+}
+
+// CLOUD-2730
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn traces_are_recorded_where_their_client_says_so_and_else_by_share() {
+    let collector = Collector::start().await;
+    let settings = [("LLORCH_OTLP_ENDPOINT", collector.url.as_str()), ("LLORCH_OTLP_SAMPLE", "0")];
+    let home = Home::start(Engine::steady(), &settings).await;
+    let body = chat(3);
+    let ask = async |traceparent: Option<&str>| {
+        let mut request = home.client.request(Method::POST, CHAT).json(&body);
+        if let Some(traceparent) = traceparent {
+            request = request.header("traceparent", traceparent);
+        }
+        let answer = request.send().await.expect("an answer");
+        let trace = answer.headers()["x-trace-id"].to_str().expect("an id").to_owned();
+        assert!(answer.text().await.expect("a stream").ends_with("data: [DONE]\n\n"));
+        trace
+    };
+    let own = ask(None).await;
+    let unwanted = ask(Some("00-4bf92f3577b34da6a3ce929d0e0e4741-00f067aa0ba902b7-00")).await;
+    let wanted = ask(Some("00-4bf92f3577b34da6a3ce929d0e0e4742-00f067aa0ba902b7-01")).await;
+    let spans = collector.wait(&wanted, &[("task", 1), ("engine request", 1)]).await;
+    assert_connected(&spans, SPAN);
+    assert!(collector.all().iter().all(|span| span.trace == wanted), "nothing of {own} and {unwanted}");
+    // Whoever is not let in takes no place among them.
+    let refused = home.client.request(Method::POST, CHAT).header("origin", "http://evil.example");
+    let refused = refused.header("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4743-00f067aa0ba902b7-01");
+    assert_eq!(refused.json(&body).send().await.expect("an answer").status(), 403);
+    let last = ask(Some("00-4bf92f3577b34da6a3ce929d0e0e4744-00f067aa0ba902b7-01")).await;
+    collector.wait(&last, &[("task", 1), ("engine request", 1)]).await;
+    assert!(collector.trace("4bf92f3577b34da6a3ce929d0e0e4743").is_empty());
+    // By default there is no collector.
+    let quiet = Home::start(Engine::steady(), &[]).await;
+    assert!(!std::fs::read_to_string(quiet.log()).expect("its log").contains("spans"));
+}
+
+// CLOUD-2735
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_done_to_pools_has_spans_of_both_daemons() {
+    let collector = Collector::start().await;
+    let own = || ("LLORCH_OTLP_ENDPOINT", collector.url.clone());
+    let pools = format!(
+        "[pools.own]\nengine = \"llamacpp\"\nmodel = \"fake-model\"\nslots = 2\n[pools.own.provision]\nmode = \"binary\"\n\
+         program = \"{}\"\nargs = [\"--addr\", \"127.0.0.1:{{port}}\", \"--model\", \"{{model}}\"]\n",
+        program("fake-engine").display()
+    );
+    let options = Options {
+        nodes: 1,
+        engine: Engine::None,
+        pools: vec![(0, pools)],
+        node: vec![(0, own().0, own().1)],
+        control: vec![own()],
+        ..Options::default()
+    };
+    let cluster = Cluster::start(options).await;
+    let started = collector.wait_for("engine start").await;
+    assert_eq!((started.of("llorch.pool_id"), started.failed, started.parent.as_str()), ("own", false, ""));
+    assert_eq!(started.service, "pool-managerd");
+    collector.wait_for("handoff binding").await;
+    let ids = Ids { trace: "4bf92f3577b34da6a3ce929d0e0e4751", correlation: "order-drain" };
+    let answer = ids.send(&cluster.client, "/v2/pools/own/drain", &json!({"deadline_ms": 1000})).await;
+    assert_eq!(answer.status(), 202);
+    let names = [("POST /v2/pools/{pool_id}/drain", 2), ("pool order", 1)];
+    let spans = collector.wait(ids.trace, &names).await;
+    assert_connected(&spans, SPAN);
+    let order = spans.iter().find(|span| span.name == "pool order").expect("it is there");
+    let at_node = spans.iter().find(|span| span.service == "pool-managerd").expect("the node's");
+    assert_eq!((&at_node.parent, order.of("llorch.pool_id"), order.failed), (&order.id, "own", false));
+}
