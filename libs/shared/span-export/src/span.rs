@@ -57,15 +57,17 @@ pub fn flags_of_new_trace(trace_id: u128) -> u8 {
     }
 }
 
-/// Whether the trace belongs to this share of all, the same everywhere.
+/// Whether the trace belongs to this share of all, the same everywhere. Its last seven bytes count, which are
+/// random where anything of it is.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
     clippy::cast_precision_loss,
-    reason = "a share of 63 bits"
+    reason = "a share of 56 bits"
 )]
 fn is_drawn(trace_id: u128, share: f64) -> bool {
-    share >= 1.0 || (trace_id as u64 >> 1) < (share * (1_u64 << 63) as f64) as u64
+    const ALL: u64 = 1 << 56;
+    share >= 1.0 || (trace_id as u64 % ALL) < (share * ALL as f64) as u64
 }
 
 impl Span {

@@ -16,7 +16,7 @@ const TOKENS: u32 = 60;
 /// What serves, with two engines: a cluster of two nodes, or one daemon.
 enum Ground {
     Cloud(Box<Cluster>),
-    Home { home: Home, second: Option<Process>, folder: TempDir },
+    Home { home: Box<Home>, second: Option<Process>, folder: TempDir },
 }
 
 impl Ground {
@@ -29,7 +29,7 @@ impl Ground {
 
     async fn home(collector: &Collector) -> Self {
         let home = Home::start(ENGINE, &[("LLORCH_OTLP_ENDPOINT", &collector.url)]).await;
-        let mut ground = Self::Home { home, second: None, folder: tempfile::tempdir().expect("a folder") };
+        let mut ground = Self::Home { home: Box::new(home), second: None, folder: tempfile::tempdir().expect("a folder") };
         ground.start(1).await;
         ground
     }
