@@ -125,7 +125,7 @@ const LINTS: Step = ("lints", || {
 
 /// What needs no build comes first, then what needs the compiler, then what runs for long. Each
 /// step gets what it needs by itself: any of them passes alone, with empty caches.
-const STEPS: [Step; 15] = [
+const STEPS: [Step; 16] = [
     ("structure: crates, arrows, documents, requirements, spawns", tidy::run),
     FORMAT,
     ("licences, bans and sources of the dependencies", deny),
@@ -143,6 +143,11 @@ const STEPS: [Step; 15] = [
             &["test", "--locked", "--workspace", "--lib", "--bins", "--no-fail-fast"],
             "see the failing test above",
         )
+    }),
+    ("the stages of the shipped log shipper, in its own language", || {
+        let manifest = ["--manifest-path", "test-harness/vector-stages/Cargo.toml"];
+        let target = ["--target-dir", "target/vector-stages"];
+        cargo(&[&["test", "--locked"], &manifest[..], &target[..]].concat(), "see the failing test above")
     }),
     ("journeys, those with the real engine included", || {
         cargo(

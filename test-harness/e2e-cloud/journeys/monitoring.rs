@@ -3,6 +3,7 @@
 
 pub(crate) mod dashboards;
 mod document;
+mod logs;
 mod rules;
 mod table;
 

@@ -29,7 +29,8 @@ impl Ground {
 
     async fn home(collector: &Collector) -> Self {
         let home = Home::start(ENGINE, &[("LLORCH_OTLP_ENDPOINT", &collector.url)]).await;
-        let mut ground = Self::Home { home: Box::new(home), second: None, folder: tempfile::tempdir().expect("a folder") };
+        let mut ground =
+            Self::Home { home: Box::new(home), second: None, folder: tempfile::tempdir().expect("a folder") };
         ground.start(1).await;
         ground
     }
