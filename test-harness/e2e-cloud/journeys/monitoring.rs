@@ -4,6 +4,7 @@
 pub(crate) mod dashboards;
 mod document;
 mod logs;
+mod outages;
 mod rules;
 mod table;
 

@@ -175,6 +175,19 @@ impl Network {
         self.switch.run(&format!("ip link set node{n} down"));
     }
 
+    /// A firewall on the host of node `n`: no connection from elsewhere begins, those that stand go on.
+    pub fn close_node(&self, n: usize) {
+        self.nodes[n].run(
+            "nft 'add table inet firewall; \
+             add chain inet firewall input { type filter hook input priority 0; }; \
+             add rule inet firewall input iifname != lo tcp flags & (syn | ack) == syn drop'",
+        );
+    }
+
+    pub fn open_node(&self, n: usize) {
+        self.nodes[n].run("nft delete table inet firewall");
+    }
+
     pub fn plug_node(&self, n: usize) {
         self.switch.run(&format!("ip link set node{n} up"));
     }
