@@ -16,4 +16,4 @@ pub use node::{
     Accepted, Ask, BindError, Busy, Declared, Identity, NodeCore, NodeEffect, Problem, Readiness,
     ReplicaSpec, Serving, Source, Verdict,
 };
-pub use session::{BeatFailure, Session};
+pub use session::{BeatFailure, RegisterFailure, Session};

@@ -27,12 +27,20 @@ pub(crate) enum Action {
 }
 
 /// Why a heartbeat was not taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum BeatFailure {
     /// Unknown node or an old epoch.
     Unknown,
-    /// No answer, or one that says nothing about the registration.
-    Failed,
+    /// No answer, or one that says nothing about the registration, and why.
+    Failed(String),
+}
+
+/// Why a registration was not taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RegisterFailure {
+    Refused(ErrorBody),
+    /// There was no answer, and why.
+    Unreachable(String),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,8 +66,8 @@ pub struct Session {
     shown: Option<Liveness>,
     /// Heartbeats in a row whose answers said that the node gets no tasks.
     asks: u32,
-    /// The last heartbeat had no answer.
-    unheard: bool,
+    /// Why the last heartbeat was not taken.
+    unheard: Option<String>,
     /// What only a registration says has changed since the last one was sent.
     again: bool,
     jitter: Jitter,
@@ -78,7 +86,7 @@ impl Session {
             observed: None,
             shown: None,
             asks: 0,
-            unheard: false,
+            unheard: None,
             again: false,
             jitter,
         }
@@ -118,8 +126,8 @@ impl Session {
         }
     }
 
-    /// The answer to [`Action::Register`]; `Err(None)` when none came.
-    pub(crate) fn registered(&mut self, now: Moment, answer: Result<RegisterAnswer, Option<ErrorBody>>) {
+    /// The answer to [`Action::Register`]; `Err(RegisterFailure::Unreachable("no route".into()))` when none came.
+    pub(crate) fn registered(&mut self, now: Moment, answer: Result<RegisterAnswer, RegisterFailure>) {
         if self.state != State::Registering {
             return;
         }
@@ -128,16 +136,16 @@ impl Session {
                 self.interval = Duration::from_millis(answer.heartbeat_interval_ms.max(1));
                 self.failures = 0;
                 self.problem = None;
-                (self.observed, self.asks, self.unheard) = (None, 0, false);
+                (self.observed, self.asks, self.unheard) = (None, 0, None);
                 // The first report goes at once: until then the control plane knows no pool.
                 self.state = State::Registered { epoch: answer.epoch, next_beat: now, beating: false };
             }
             Err(refusal) => {
-                let conflict = refusal.as_ref().is_some_and(|body| body.code == ErrorCode::NodeIdConflict);
+                let conflict = matches!(&refusal, RegisterFailure::Refused(body) if body.code == ErrorCode::NodeIdConflict);
                 let pause = if conflict { self.interval } else { self.pause() };
                 self.problem = Some(match refusal {
-                    Some(body) => body.to_string(),
-                    None => "the control plane does not answer".into(),
+                    RegisterFailure::Refused(body) => body.to_string(),
+                    RegisterFailure::Unreachable(why) => format!("the control plane does not answer: {why}"),
                 });
                 self.state = State::Unregistered { next_try: now + pause };
             }
@@ -145,10 +153,14 @@ impl Session {
     }
 
     /// The answer to [`Action::Heartbeat`].
-    pub(crate) fn heartbeat_answered(&mut self, now: Moment, answer: Result<&HeartbeatAnswer, BeatFailure>) {
+    pub(crate) fn heartbeat_answered(&mut self, now: Moment, answer: Result<&HeartbeatAnswer, &BeatFailure>) {
         let State::Registered { beating, .. } = &mut self.state else { return };
         *beating = false;
-        self.unheard = answer.is_err();
+        self.unheard = match answer {
+            Err(BeatFailure::Failed(why)) => Some(why.clone()),
+            // It registers anew.
+            Err(BeatFailure::Unknown) | Ok(_) => None,
+        };
         if let Ok(answer) = answer {
             self.observed.clone_from(&answer.observed);
             self.asks = if self.gets_no_tasks() { self.asks.saturating_add(1) } else { 0 };
@@ -165,7 +177,7 @@ impl Session {
                 self.failures = 0;
                 self.state = State::Unregistered { next_try: now };
             }
-            Err(BeatFailure::Failed) => {
+            Err(BeatFailure::Failed(_)) => {
                 let pause = self.pause();
                 if let State::Registered { next_beat, .. } = &mut self.state {
                     *next_beat = now + pause;
@@ -225,8 +237,8 @@ impl Session {
         if !self.is_registered() {
             return Some(self.problem.clone().unwrap_or_else(|| "not registered yet".into()));
         }
-        if self.unheard {
-            return Some("the last heartbeat had no answer".into());
+        if let Some(why) = &self.unheard {
+            return Some(format!("the last heartbeat was not taken: {why}"));
         }
         let observed = self.observed.as_ref().filter(|_| self.gets_no_tasks())?;
         let reason = observed.reason.as_deref().unwrap_or("no reason is given");
@@ -346,8 +358,8 @@ mod tests {
         assert!(s.next_deadline().unwrap() > at(now + 8_000));
         // A heartbeat that nobody answers is one that nobody hears; what was said before is not shown for it.
         assert!(s.next_action(at(now + 10_000)).is_some());
-        s.heartbeat_answered(at(now + 10_001), Err(BeatFailure::Failed));
-        assert_eq!(s.problem().unwrap(), "the last heartbeat had no answer");
+        s.heartbeat_answered(at(now + 10_001), Err(&BeatFailure::Failed("no route".into())));
+        assert_eq!(s.problem().unwrap(), "the last heartbeat was not taken: no route");
         assert!(s.next_action(at(now + 20_000)).is_some());
         s.heartbeat_answered(at(now + 20_001), Ok(&beat_answer()));
         assert_eq!(s.problem(), None, "an older control plane says nothing of it");
@@ -375,7 +387,7 @@ mod tests {
     fn an_unknown_registration_registers_again_now() {
         let mut s = registered();
         s.next_action(at(1));
-        s.heartbeat_answered(at(50), Err(BeatFailure::Unknown));
+        s.heartbeat_answered(at(50), Err(&BeatFailure::Unknown));
         assert_eq!(s.next_action(at(50)), Some(Action::Register));
     }
 
@@ -386,7 +398,7 @@ mod tests {
         let (mut now, mut last) = (0, 0);
         for _ in 0..20 {
             assert_eq!(s.next_action(at(now)), Some(Action::Register));
-            s.registered(at(now), Err(None));
+            s.registered(at(now), Err(RegisterFailure::Unreachable("no route".into())));
             let next = s.next_deadline().unwrap().as_millis();
             last = next - now;
             assert!((90..=10_000).contains(&last), "{last}");
@@ -400,7 +412,10 @@ mod tests {
     fn a_conflict_is_tried_again_at_the_interval_and_is_shown() {
         let mut s = session();
         s.next_action(at(0));
-        s.registered(at(0), Err(Some(ErrorBody::new(ErrorCode::NodeIdConflict, "taken"))));
+        s.registered(
+            at(0),
+            Err(RegisterFailure::Refused(ErrorBody::new(ErrorCode::NodeIdConflict, "taken"))),
+        );
         assert_eq!(s.next_deadline(), Some(at(10_000)));
         assert!(s.problem().unwrap().contains("NODE_ID_CONFLICT"));
     }

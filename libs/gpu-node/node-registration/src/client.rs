@@ -27,14 +27,6 @@ pub enum CallError {
 }
 
 impl CallError {
-    /// The refusal, when there is one.
-    pub fn refusal(self) -> Option<ErrorBody> {
-        match self {
-            Self::Refused(body) => Some(body),
-            Self::Unreachable(_) => None,
-        }
-    }
-
     pub fn is_unknown_node(&self) -> bool {
         matches!(self, Self::Refused(body) if body.code == ErrorCode::NodeUnknown)
     }

@@ -139,7 +139,7 @@ fn a_cable_that_is_pulled_under_a_stream_is_seen_at_both_ends() {
         .await;
         reason(&cluster, 0, SOON).await;
         // The node is alone, and says that.
-        is_unready(&cluster, 0, "control plane", SOON).await;
+        is_unready(&cluster, 0, "the last heartbeat was not taken: ", SOON).await;
         let node_log = std::fs::read_to_string(cluster.log("gpu-node-1")).unwrap_or_default();
         assert!(node_log.contains("heartbeat"), "{node_log}");
         let transcript = cluster.client.follow(&id, None, usize::MAX).await;

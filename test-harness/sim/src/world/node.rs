@@ -7,8 +7,8 @@ use attempt_link::node::{ConnectionId, NodeLanes};
 use attempt_link::wire::LinkKey;
 use node_core::supervisor::Happened;
 use node_core::{
-    Ask, BeatFailure, Busy, Cursor, Identity, NodeCore, NodeEffect, Readiness, ReplicaSpec, Retention,
-    Session, Verdict,
+    Ask, BeatFailure, Busy, Cursor, Identity, NodeCore, NodeEffect, Readiness, RegisterFailure, ReplicaSpec,
+    Retention, Session, Verdict,
 };
 use pool_registry_types::error::EndCause;
 use pool_registry_types::node::{
@@ -382,7 +382,7 @@ impl World {
         let effects = match answer {
             CallAnswer::Registered(answer) => {
                 let life = answer.as_ref().ok().and_then(|answer| answer.life);
-                let effects = core.registered(now, answer.map_err(Some));
+                let effects = core.registered(now, answer.map_err(RegisterFailure::Refused));
                 if let Some(life) = life {
                     self.lanes_registered(node, life);
                 }
@@ -394,7 +394,7 @@ impl World {
                 }
                 let unknown = |body: ErrorBody| match body.code {
                     ErrorCode::NodeUnknown => BeatFailure::Unknown,
-                    _ => BeatFailure::Failed,
+                    _ => BeatFailure::Failed(body.message),
                 };
                 core.heartbeat_answered(now, answer.map_err(unknown))
             }
@@ -467,9 +467,9 @@ impl World {
         }
         if let Some(core) = sim.core.as_mut() {
             if core.session().is_registered() {
-                core.heartbeat_answered(now, Err(BeatFailure::Failed));
+                core.heartbeat_answered(now, Err(BeatFailure::Failed("lost".into())));
             } else {
-                core.registered(now, Err(None));
+                core.registered(now, Err(RegisterFailure::Unreachable("lost".into())));
             }
         }
         self.pump(node);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use node_core::{BeatFailure, NodeEffect};
+use node_core::{BeatFailure, NodeEffect, RegisterFailure};
 use node_registration::{CallError, ControlPlane};
 use owned_tasks::{blocking, caught};
 use pool_registry_types::NodeId;
@@ -59,7 +59,13 @@ impl Agent {
                     self.take_links_of(life);
                 }
                 let now = self.now();
-                let effects = self.core.lock().registered(now, answer.map_err(CallError::refusal));
+                let effects = self.core.lock().registered(
+                    now,
+                    answer.map_err(|error| match error {
+                        CallError::Refused(body) => RegisterFailure::Refused(body),
+                        CallError::Unreachable(why) => RegisterFailure::Unreachable(why),
+                    }),
+                );
                 self.carry_out(effects).await;
             }
             NodeEffect::Heartbeat(mut beat) => {
@@ -72,7 +78,7 @@ impl Agent {
                         return BeatFailure::Unknown;
                     }
                     tracing::warn!(%node_id, url, %error, "a heartbeat failed");
-                    BeatFailure::Failed
+                    BeatFailure::Failed(error.to_string())
                 });
                 let now = self.now();
                 let (effects, news) = {

@@ -29,11 +29,11 @@ use pool_registry_types::node::{
 use pool_registry_types::placement::Labels;
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{
-    AttemptId, BootId, Epoch, ErrorBody, MachineId, ModelRef, Moment, NodeId, PoolId, ReplicaId, TaskId,
+    AttemptId, BootId, Epoch, MachineId, ModelRef, Moment, NodeId, PoolId, ReplicaId, TaskId,
 };
 
 use crate::attempts::{Held, Retention};
-use crate::session::{Action, BeatFailure, Session};
+use crate::session::{Action, BeatFailure, RegisterFailure, Session};
 use crash::Engines;
 pub use crash::Verdict;
 pub use pools::Declared;
@@ -234,7 +234,7 @@ impl NodeCore {
     pub fn registered(
         &mut self,
         now: Moment,
-        answer: Result<RegisterAnswer, Option<ErrorBody>>,
+        answer: Result<RegisterAnswer, RegisterFailure>,
     ) -> Vec<NodeEffect> {
         let reported = answer.as_ref().ok().map(|answer| (answer.intent, answer.intent_order));
         self.session.registered(now, answer);
@@ -263,7 +263,7 @@ impl NodeCore {
         now: Moment,
         answer: Result<HeartbeatAnswer, BeatFailure>,
     ) -> Vec<NodeEffect> {
-        self.session.heartbeat_answered(now, answer.as_ref().map_err(|failure| *failure));
+        self.session.heartbeat_answered(now, answer.as_ref());
         let reported = answer.as_ref().ok().map(|answer| (answer.intent, answer.intent_order));
         let intent = self.reported(reported);
         // Said again as long as it holds, and once when it does no more. Without an answer nothing

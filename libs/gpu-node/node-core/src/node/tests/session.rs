@@ -22,7 +22,7 @@ fn a_report_without_an_answer_says_nothing_of_who_waits() {
         observed: None,
     };
     assert_eq!(waiting(&mut node, Ok(answer(vec![pool_id()]))), Some(vec![pool_id()]));
-    assert_eq!(waiting(&mut node, Err(BeatFailure::Failed)), None);
+    assert_eq!(waiting(&mut node, Err(BeatFailure::Failed("no route".into()))), None);
     assert_eq!(waiting(&mut node, Ok(answer(vec![]))), Some(vec![]), "now it does");
 }
 
