@@ -127,8 +127,7 @@ impl Collector {
     }
 }
 
-/// Whether every span but the first ones belongs to one of the others, within its time as far as clocks of one
-/// machine can show. `root`: the parent of the first ones.
+/// Whether every span but the first ones belongs to one of the others. `root`: the parent of the first ones.
 ///
 /// # Panics
 /// Where one does not.

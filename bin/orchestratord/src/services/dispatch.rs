@@ -6,7 +6,7 @@
 //! only after its log was fenced.
 
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use attempt_link::control::Lost;
@@ -16,7 +16,7 @@ use futures::FutureExt;
 use owned_tasks::StreamThreads;
 use pool_registry_types::Moment;
 use pool_registry_types::task::ResumeMode;
-use task_scheduler::{Dispatch, Event, HowEnded};
+use task_scheduler::{CloseReason, Dispatch, Event, HowEnded};
 use task_stream::{Action, HoldBudget, PayloadFormat, Relay};
 use tokio::time::{Instant, Sleep};
 use tokio_util::sync::CancellationToken;
@@ -46,6 +46,21 @@ pub(crate) struct Relays {
     pub(crate) measured: Arc<Measured>,
 }
 
+/// By what an attempt is closed from above.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Closing {
+    pub(crate) closed: CancellationToken,
+    why: Arc<OnceLock<CloseReason>>,
+}
+
+impl Closing {
+    pub(crate) fn close(self, why: CloseReason) {
+        // It is closed once.
+        let _ = self.why.set(why);
+        self.closed.cancel();
+    }
+}
+
 /// How an attempt ended, and the number of its node's last report before that.
 type End = (HowEnded, Option<u64>);
 
@@ -72,12 +87,7 @@ struct Carrier {
 impl Relays {
     /// Runs one attempt to its end, unless it is closed from above: then the log is fenced
     /// already, and nobody waits for a word.
-    pub(crate) async fn run(
-        self: Arc<Self>,
-        dispatch: Dispatch,
-        control: Control,
-        closed: CancellationToken,
-    ) {
+    pub(crate) async fn run(self: Arc<Self>, dispatch: Dispatch, control: Control, closing: Closing) {
         let (task, attempt) = (dispatch.task, dispatch.attempt);
         let Some(stream) = self.streams.get(task) else {
             // It is opened before the first dispatch, and kept while the task has not ended.
@@ -110,7 +120,7 @@ impl Relays {
         };
         let outcome = tokio::select! {
             biased;
-            () = closed.cancelled() => None,
+            () = closing.closed.cancelled() => None,
             outcome = owned_tasks::caught("relay", carrier.carry(&self.link)) => Some(outcome),
         };
         let (how, final_report) = match outcome {
@@ -120,7 +130,7 @@ impl Relays {
                 carrier.done();
                 // Its end is in the log, and its node is about to say that it is over.
                 carrier.stop();
-                carrier.ended(&HowEnded::Closed);
+                carrier.ended(&HowEnded::Closed, closing.why.get().copied());
                 return;
             }
             Some(Ok(end)) => end,
@@ -140,7 +150,7 @@ impl Relays {
         if fence.finished {
             self.streams.ended(task);
         }
-        carrier.ended(&how);
+        carrier.ended(&how, None);
         let (tokens_written, unlogged) = (fence.tokens_written, fence.unlogged);
         let (node_id, trace) = (&carrier.dispatch.pool.node_id, &carrier.dispatch.spec.trace);
         tracing::debug!(task_id = %task, attempt_id = %attempt, %node_id, how = how.as_str(), correlation_id = trace.correlation_id, trace_id = trace.trace_id(), "a relay has ended");
@@ -367,9 +377,9 @@ impl Carrier {
         }
     }
 
-    fn ended(&mut self, how: &HowEnded) {
+    fn ended(&mut self, how: &HowEnded, why: Option<CloseReason>) {
         if let Some(span) = self.span.take() {
-            span.ended(how);
+            span.ended(how, why);
         }
     }
 

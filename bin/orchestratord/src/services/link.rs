@@ -34,6 +34,7 @@ use pool_registry_types::node::{IntentOrder, LiveAnswer};
 use pool_registry_types::pool::PoolOrdered;
 use pool_registry_types::routes::{self, headers};
 use pool_registry_types::task::Resume;
+use pool_registry_types::trace::traceparent;
 use pool_registry_types::{ErrorBody, ErrorCode, LifeId, PoolId, ReplicaId, TraceContext};
 use span_export::{Kind, Span};
 use task_scheduler::{Denied, Dispatch, HowEnded, ProbeOutcome};
@@ -252,7 +253,16 @@ impl NodeLink {
             Some(trace) => Span::of(trace, "pool order", Kind::Client),
             None => Span::first("pool order", Kind::Client),
         };
-        let ordered = self.order_within(address, pool_id, order, span.as_ref()).await;
+        // What is not recorded here is not recorded there either.
+        let own =
+            TraceContext { traceparent: traceparent(Uuid::new_v4().as_u128(), 1, 0), ..Default::default() };
+        let span_id = span.as_ref().map_or(1, Span::id);
+        let within = match (trace, &span) {
+            (Some(trace), _) => trace.child(span_id),
+            (None, Some(span)) => TraceContext { traceparent: span.traceparent(), ..Default::default() },
+            (None, None) => own,
+        };
+        let ordered = self.order_within(address, pool_id, order, &within).await;
         if let Some(span) = span {
             let (name, _) = order.call();
             let span = span.with("llorch.pool_id", pool_id.to_string()).with("llorch.order", name);
@@ -269,7 +279,7 @@ impl NodeLink {
         address: &str,
         pool_id: &PoolId,
         order: &PoolOrder,
-        span: Option<&Span>,
+        within: &TraceContext,
     ) -> Result<PoolOrdered, ErrorBody> {
         let http = match self {
             Self::Http(http) => http,
@@ -284,8 +294,10 @@ impl NodeLink {
         };
         let (path, body) = order.call();
         let path = routes::of_pool(path, pool_id);
-        let response =
-            http.order(address, &path, &body, span).await.map_err(|error| unavailable(error.to_string()))?;
+        let response = http
+            .order(address, &path, &body, Some(within))
+            .await
+            .map_err(|error| unavailable(error.to_string()))?;
         let status = response.status();
         let bytes = short_body(response).await?;
         if status.is_success() {
@@ -483,14 +495,17 @@ impl HttpLink {
         address: &str,
         path: &str,
         body: &serde_json::Value,
-        within: Option<&Span>,
+        within: Option<&TraceContext>,
     ) -> Result<reqwest::Response, LinkError> {
         let mut call = self.probes.post(format!("{address}{path}")).timeout(ORDER_TIMEOUT).json(body);
         if let Some(value) = self.tokens.authorization() {
             call = call.header(header::AUTHORIZATION, value);
         }
-        if let Some(span) = within {
-            call = call.header(headers::TRACEPARENT, span.traceparent());
+        if let Some(within) = within {
+            call = call.header(headers::TRACEPARENT, &within.traceparent);
+            if !within.correlation_id.is_empty() {
+                call = call.header(headers::CORRELATION_ID, &within.correlation_id);
+            }
         }
         call.send().await.map_err(|error| LinkError::NoAnswer(error.without_url()))
     }

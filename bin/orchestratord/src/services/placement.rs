@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::services::control::{Control, Inbox, Message, Question, Reply};
-use crate::services::dispatch::Relays;
+use crate::services::dispatch::{Closing, Relays};
 use crate::services::link::PoolOrder;
 use crate::services::notes;
 use crate::services::spans::TaskSpans;
@@ -39,7 +39,7 @@ struct Loop {
     tracker: TaskTracker,
     replies: HashMap<ReplyTo, Reply>,
     next_reply: u64,
-    running: HashMap<AttemptId, CancellationToken>,
+    running: HashMap<AttemptId, Closing>,
     /// Of the task that is being submitted, until its log is opened.
     submitted: Option<(Submitted, Arc<TaskSpec>)>,
     spans: TaskSpans,
@@ -71,8 +71,8 @@ pub(crate) async fn run(
         decided: (Instant::now(), Vec::new()),
     };
     this.work(inbox, stop).await;
-    for closed in this.running.values() {
-        closed.cancel();
+    for closing in this.running.values() {
+        closing.closed.cancel();
     }
     this.control.published.end();
 }
@@ -185,10 +185,12 @@ impl Loop {
             };
             if let Event::Ended { attempt, .. } = &event {
                 self.running.remove(attempt);
-                self.spans.attempt_ended(*attempt);
             }
             let now = self.clock.now();
             let begun = Instant::now();
+            if let Event::Ended { attempt, .. } = &event {
+                self.spans.attempt_ended(*attempt, begun);
+            }
             let effects = self.core.apply(now, event);
             let dispatched = |effect: &Effect| match effect {
                 Effect::Dispatch(dispatch) => Some(dispatch.task),
@@ -233,7 +235,7 @@ impl Loop {
                     streams.open(task, log, submitted);
                     let (core, now, (begun, sent)) = (&self.core, self.clock.now(), &self.decided);
                     let is_sent = sent.contains(&task);
-                    let places = || core.explain_task(now, task).ok().filter(|_| !is_sent);
+                    let places = || (!is_sent).then(|| core.explain_task(now, task).ok()).flatten();
                     self.spans.admitted(task, &spec, *begun, places);
                 }
                 None => tracing::error!(task_id = %task, "a log is opened for a task that nobody submitted"),
@@ -252,9 +254,9 @@ impl Loop {
                 }
                 let thread =
                     stream.map_or_else(|| self.relays.threads.here(), |stream| stream.thread.clone());
-                let closed = CancellationToken::new();
-                self.running.insert(dispatch.attempt, closed.clone());
-                let relay = Arc::clone(&self.relays).run(*dispatch, self.control.clone(), closed);
+                let closing = Closing::default();
+                self.running.insert(dispatch.attempt, closing.clone());
+                let relay = Arc::clone(&self.relays).run(*dispatch, self.control.clone(), closing);
                 owned_tasks::task_on(&self.tracker, &thread, "relay", relay);
             }
             Effect::CloseAttempt { task, attempt, why } => {
@@ -265,8 +267,8 @@ impl Loop {
                 if fence.finished {
                     streams.ended(task);
                 }
-                if let Some(closed) = self.running.remove(&attempt) {
-                    closed.cancel();
+                if let Some(closing) = self.running.remove(&attempt) {
+                    closing.close(why);
                 }
                 let how = if fence.finished { HowEnded::Finished } else { HowEnded::Closed };
                 let (tokens_written, unlogged) = (fence.tokens_written, fence.unlogged);
@@ -283,7 +285,7 @@ impl Loop {
             Effect::Note(note) => {
                 if let Note::TaskEnded(end) = &note {
                     self.relays.measured.ended(end);
-                    self.spans.ended(end, || streams.usage(end.key));
+                    self.spans.ended(end, self.decided.0, || streams.usage(end.key));
                 }
                 if let Note::Replaced { task, why, code, .. } = &note {
                     self.spans.replaced(*task, why, *code);

@@ -1,7 +1,8 @@
 //! What a collector is told of tasks and their attempts, where their traces are recorded.
 //!
 //! A task's span belongs to that of the request, and everything else to the task's; the ids of both are made
-//! of theirs, so that the node's spans find the attempt's. No span has a text of a client's or an engine's.
+//! of theirs, so that the node's spans find the attempt's. Of a client's words a span has those that name its
+//! task, and of a prompt, an answer or an error's message none.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -9,9 +10,9 @@ use std::time::Instant;
 
 use pool_registry_types::placement::{Explanation, PoolVerdict};
 use pool_registry_types::task::{ResumeMode, Workload};
-use pool_registry_types::{AttemptId, ErrorCode, TaskId, TraceContext};
+use pool_registry_types::{AttemptId, ErrorCode, PoolKey, TaskId, TraceContext};
 use span_export::{Kind, Span, StringValue, Value, id_of, is_recorded};
-use task_scheduler::{Dispatch, HowEnded, TaskEnd};
+use task_scheduler::{CloseReason, Dispatch, HowEnded, TaskEnd};
 use task_stream::TaskSpec;
 
 use crate::metrics::task_state;
@@ -34,6 +35,8 @@ struct Task {
     admitted: Instant,
     waits: Wait,
     last: Option<AttemptId>,
+    /// What the last attempt went on with.
+    resume: Option<ResumeMode>,
 }
 
 /// Since when a task waits for a place, and why again.
@@ -57,8 +60,9 @@ impl TaskSpans {
             return;
         }
         let waits = Wait { since: begun, why: None };
-        self.tasks.insert(task, Task { spec: Arc::clone(spec), admitted: begun, waits, last: None });
-        if let Some(span) = places().and_then(|places| placement(spec, begun, &places)) {
+        self.tasks
+            .insert(task, Task { spec: Arc::clone(spec), admitted: begun, waits, last: None, resume: None });
+        if let Some(span) = places().and_then(|places| placement(spec, begun, &places, None)) {
             span.end();
         }
     }
@@ -81,22 +85,24 @@ impl TaskSpans {
             span.maybe("llorch.tokens_before", dispatch.resume.and(i64::try_from(dispatch.first_index).ok()))
                 .end_at(begun);
         }
-        if let Some(span) = places().and_then(|places| placement(&task.spec, begun, &places)) {
+        if let Some(span) =
+            places().and_then(|places| placement(&task.spec, begun, &places, Some(&dispatch.pool)))
+        {
             span.with("llorch.node_id", dispatch.pool.node_id.to_string())
                 .with("llorch.pool_id", dispatch.pool.pool_id.to_string())
                 .end();
         }
-        task.last = Some(dispatch.attempt);
+        (task.last, task.resume) = (Some(dispatch.attempt), dispatch.resume);
         self.attempts.insert(dispatch.attempt, dispatch.task);
     }
 
-    /// An attempt has ended, and with it its task or not.
-    pub(super) fn attempt_ended(&mut self, attempt: AttemptId) {
+    /// An attempt has ended, and with it its task or not. `begun`: when deciding on that began.
+    pub(super) fn attempt_ended(&mut self, attempt: AttemptId, begun: Instant) {
         if self.attempts.is_empty() {
             return;
         }
         if let Some(task) = self.attempts.remove(&attempt).and_then(|task| self.tasks.get_mut(&task)) {
-            task.waits = Wait { since: Instant::now(), why: None };
+            task.waits = Wait { since: begun, why: None };
         }
     }
 
@@ -107,14 +113,20 @@ impl TaskSpans {
         }
     }
 
-    /// `usage`: what is known of its tokens.
-    pub(super) fn ended(&mut self, end: &TaskEnd, usage: impl FnOnce() -> Option<TaskUsage>) {
+    /// `begun`: when deciding on its end began. `usage`: what is known of its tokens.
+    pub(super) fn ended(&mut self, end: &TaskEnd, begun: Instant, usage: impl FnOnce() -> Option<TaskUsage>) {
         let Some(task) = self.tasks.remove(&end.key) else { return };
-        // Whatever it waited for is over.
-        if end.pool.is_none()
-            && let Some(span) = task.wait("queue")
-        {
-            span.end();
+        // While it waits for a place, its first or another one: no attempt of it runs, nor has one just ended.
+        let runs = task.last.is_some_and(|last| self.attempts.contains_key(&last));
+        if !runs && task.waits.since != begun {
+            let name = match (task.last, end.sent) {
+                (None, _) => "queue",
+                (Some(_), 0) => "retry",
+                (Some(_), _) => "continuation",
+            };
+            if let Some(span) = task.wait(name) {
+                span.end();
+            }
         }
         let spec = &task.spec;
         let Some(span) = Span::of(&spec.trace, "task", Kind::Internal) else { return };
@@ -131,7 +143,10 @@ impl TaskSpans {
             .maybe("gen_ai.request.max_tokens", spec.max_tokens.map(i64::from))
             .maybe("gen_ai.usage.input_tokens", usage.tokens_in.map(number))
             .maybe("gen_ai.usage.output_tokens", usage.tokens_out.map(number))
-            .maybe("gen_ai.response.finish_reasons", usage.finish_reason.map(|reason| strings([reason])))
+            .maybe(
+                "gen_ai.response.finish_reasons",
+                usage.finish_reason.filter(|reason| is_a_word(reason)).map(|reason| strings([reason])),
+            )
             .with("llorch.state", task_state(end.state))
             .with("llorch.attempts", i64::from(end.attempts))
             .with("llorch.queue_wait_ms", number(end.queue_wait_ms))
@@ -166,15 +181,26 @@ fn of_task(spec: &TaskSpec, name: &'static str, kind: Kind) -> Option<Span> {
     Some(Span::of(&spec.trace, name, kind)?.within(id_of(spec.task_id.0)))
 }
 
-/// What was decided on every pool.
-fn placement(spec: &TaskSpec, begun: Instant, places: &Explanation) -> Option<Span> {
+/// What was decided on the pools. `chosen`: it has taken its slot by now.
+fn placement(
+    spec: &TaskSpec,
+    begun: Instant,
+    places: &Explanation,
+    chosen: Option<&PoolKey>,
+) -> Option<Span> {
     let span = of_task(spec, "placement", Kind::Internal)?.since(begun);
+    let is_chosen = |verdict: &PoolVerdict| {
+        chosen.is_some_and(|pool| pool.node_id == verdict.node_id && pool.pool_id == verdict.pool_id)
+    };
     let refused = |verdict: &PoolVerdict| {
         let (node_id, pool_id) = (&verdict.node_id, &verdict.pool_id);
-        verdict.refusal.map(|refusal| format!("{node_id}/{pool_id}: {refusal:?}"))
+        let refusal = verdict.refusal.filter(|_| !is_chosen(verdict))?;
+        // As the API calls it.
+        let refusal = serde_json::to_value(refusal).ok()?;
+        Some(format!("{node_id}/{pool_id}: {}", refusal.as_str()?))
     };
     let refusals = strings(places.pools.iter().filter_map(refused).take(REFUSALS));
-    let eligible = places.pools.iter().filter(|verdict| verdict.eligible).count();
+    let eligible = places.pools.iter().filter(|verdict| verdict.eligible || is_chosen(verdict)).count();
     let number = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
     Some(
         span.with("llorch.pools", number(places.pools.len()))
@@ -185,6 +211,11 @@ fn placement(spec: &TaskSpec, begun: Instant, places: &Explanation) -> Option<Sp
 
 fn strings(texts: impl IntoIterator<Item = String>) -> Value {
     Value::Array(texts.into_iter().map(StringValue::from).collect::<Vec<_>>().into())
+}
+
+/// Whether an engine's word is one: what else it says may quote a prompt.
+fn is_a_word(text: &str) -> bool {
+    (1..=32).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
 }
 
 /// As the conventions for generative AI call it, where they do.
@@ -248,7 +279,8 @@ impl AttemptSpan {
         self.first.get_or_insert_with(Instant::now);
     }
 
-    pub(super) fn ended(self, how: &HowEnded) {
+    /// `why`: it was closed from above.
+    pub(super) fn ended(self, how: &HowEnded, why: Option<CloseReason>) {
         let Self { mut span, trace, sent, accepted, first } = self;
         let now = Instant::now();
         let part = |name, from: Instant, to: Instant| {
@@ -267,7 +299,11 @@ impl AttemptSpan {
         }
         span.set("llorch.ended", how.as_str());
         match how {
-            HowEnded::Finished | HowEnded::Closed => span.end_at(now),
+            HowEnded::Finished => span.end_at(now),
+            HowEnded::Closed => match why {
+                None | Some(CloseReason::Canceled) => span.end_at(now),
+                Some(why) => span.with("llorch.why", format!("{why:?}")).failed(how.as_str()).end_at(now),
+            },
             _ => span.failed(how.as_str()).end_at(now),
         }
     }

@@ -106,6 +106,7 @@ impl AttemptLog {
         line!(debug, self, "an attempt is accepted", replica_id = %replica_id);
         if let Some(spans) = &mut self.spans {
             spans.attempt.set("llorch.replica_id", replica_id.to_string());
+            spans.engine.restart();
             spans.engine.set("gen_ai.provider.name", engine.as_str());
             spans.engine.set("gen_ai.request.model", model.to_owned());
         }
@@ -126,8 +127,9 @@ impl AttemptLog {
         }
     }
 
-    pub(crate) fn ended(&mut self, tokens_out: u64) {
-        self.end(Some(tokens_out), None);
+    /// `tokens_out`: of what is passed on it is events, or bytes, and no span says that.
+    pub(crate) fn ended(&mut self, tokens_out: u64, are_tokens: bool) {
+        self.end(are_tokens.then_some(tokens_out), None);
         line!(info, self, "an attempt has ended", tokens_out, elapsed_ms = self.elapsed_ms());
     }
 

@@ -344,7 +344,7 @@ impl Passthrough {
         self.slot.cleared();
         self.slot.end(engine_idle);
         self.slot.agent.counters.lock().finished += 1;
-        self.slot.log.ended(self.next);
+        self.slot.log.ended(self.next, false);
         self.slot.error = None;
         self.slot.finish(None);
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use handoff_watcher::HandoffName;
 use pool_registry_types::{AttemptId, ErrorBody, ErrorCode, TraceContext};
-use span_export::{Kind, Span, id_of};
+use span_export::{Asked, id_of};
 use task_stream::{AnswerHead, SlotlessRequest, line_of, unframed};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use uuid::Uuid;
@@ -90,8 +90,8 @@ impl Agent {
         let name = HandoffName { pool_id: serving.pool_id, replica_id: serving.replica_id };
         let mut at = self.endpoint(&name, &serving.url);
         let id = AttemptId(Uuid::new_v4());
-        let span = Span::of(trace, "engine request", Kind::Client);
-        let span_id = span.as_ref().map_or_else(|| id_of(id.0), Span::id);
+        let span = Asked::of(trace, "engine request");
+        let span_id = span.id().unwrap_or_else(|| id_of(id.0));
         at.headers = attempt_headers(&trace.child(span_id), &id);
         at.headers.extend(to_engine(passage));
         let target = passage.target();
@@ -139,13 +139,9 @@ impl Agent {
             Err(ErrorBody::new(ErrorCode::DecodeTimeout, message))
         };
         let answered = tokio::time::timeout(WITHIN, asking).await.unwrap_or_else(late);
-        if let Some(span) = span {
-            let span = span.with("gen_ai.request.model", model.to_string());
-            match &answered {
-                Ok(_) => span.end(),
-                Err(error) => span.failed(error.code.as_str()).end(),
-            }
-        }
+        span.answered(answered.as_ref().err().map(|error| error.code.as_str()), |span| {
+            span.with("gen_ai.request.model", model.to_string())
+        });
         answered
     }
 }

@@ -18,7 +18,7 @@ use crate::connections::Peer;
 use crate::metrics::{HTTP_REQUEST_DURATION, REFUSED_CALLS};
 
 /// Why calls are refused for whoever makes them.
-pub(crate) const REFUSALS: [ErrorCode; 4] =
+const REFUSALS: [ErrorCode; 4] =
     [ErrorCode::MissingToken, ErrorCode::BadToken, ErrorCode::Forbidden, ErrorCode::RateLimited];
 /// What nothing is routed to.
 const NO_ROUTE: &str = "other";

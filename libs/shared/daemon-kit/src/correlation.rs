@@ -11,12 +11,12 @@ use axum::response::{IntoResponse, Response};
 use pool_registry_types::routes::{self, headers};
 use pool_registry_types::trace::{read_traceparent, read_tracestate, traceparent};
 use pool_registry_types::{ErrorBody, ErrorCode, TraceContext};
-use span_export::{Kind, Span, flags_of_new_trace};
+use span_export::{GONE, Kind, Span, flags_of_new_trace};
 use uuid::Uuid;
 
 use crate::answer_room;
 use crate::auth::Shapes;
-use crate::calls::{Arrived, REFUSALS};
+use crate::calls::Arrived;
 
 /// Longest correlation id that is taken over, bytes.
 const MAX_ID_BYTES: usize = 128;
@@ -67,7 +67,7 @@ impl Answering {
             tracestate,
         };
         let is_work = request.method() == Method::POST && is_work(request.uri().path());
-        let span = is_work.then(|| span_of(&ids, is_first, arrived)).flatten();
+        let span = (is_work && span_export::is_on()).then(|| span_of(&ids, is_first, arrived)).flatten();
         if let Some(span) = &span {
             // What is done for the request is done within its span.
             ids.traceparent = ids.trace().child(span.id()).traceparent;
@@ -76,13 +76,19 @@ impl Answering {
         Self { ids, method: request.method().clone(), uri: request.uri().clone(), span }
     }
 
+    /// The gate does not let it in: a crowd of strangers does not take the place of tasks.
+    pub(crate) fn is_refused(&mut self) {
+        self.span = None;
+    }
+
     pub(crate) fn ids(&self) -> &RequestIds {
         &self.ids
     }
 
     /// Writes the ids on the answer, gives an error the shape of its path, and logs that it was given.
-    pub(crate) fn finish(self, mut response: Response, shapes: Option<Shapes>) -> Response {
-        let Self { ids, method, uri, span } = self;
+    pub(crate) fn finish(mut self, mut response: Response, shapes: Option<Shapes>) -> Response {
+        let span = self.span.take();
+        let (ids, method, uri) = (&self.ids, &self.method, &self.uri);
         let trace_id = ids.traceparent.get(3..35).unwrap_or_default();
         let error = response.extensions_mut().remove::<ErrorBody>();
         tracing::debug!(
@@ -96,13 +102,13 @@ impl Answering {
             trace_id,
             "a request is answered"
         );
-        // A crowd of strangers does not take the place of tasks.
-        let is_refused = error.as_ref().is_some_and(|body| REFUSALS.contains(&body.code));
-        if let Some(span) = span.filter(|_| !is_refused) {
+        if let Some(span) = span {
             let span = span.with("http.response.status_code", i64::from(response.status().as_u16()));
             let span = span.with("llorch.correlation_id", ids.correlation_id.clone());
             match &error {
-                Some(body) => span.failed(body.code.as_str()).end(),
+                // What is a client's fault is none of the server's.
+                Some(body) if response.status().is_server_error() => span.failed(body.code.as_str()).end(),
+                Some(body) => span.with("error.type", body.code.as_str()).end(),
                 None => span.end(),
             }
         }
@@ -125,6 +131,15 @@ impl Answering {
         set(response.headers_mut(), headers::CORRELATION_ID, &ids.correlation_id);
         set(response.headers_mut(), headers::TRACE_ID, trace_id);
         response
+    }
+}
+
+impl Drop for Answering {
+    fn drop(&mut self) {
+        if let Some(span) = self.span.take() {
+            let span = span.with("llorch.correlation_id", self.ids.correlation_id.clone());
+            span.failed(GONE).end();
+        }
     }
 }
 

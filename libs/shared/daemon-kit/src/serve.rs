@@ -66,13 +66,16 @@ async fn layer(State(around): State<Arc<(Edge, AnswerRoom)>>, mut request: Reque
     let is_page = answer::is_page(request.uri().path());
     let is_others = answer_room::is_others(request.uri().path());
     let arrived = Arrived::of(&request);
-    let answering = Answering::begin(&mut request, &arrived);
+    let mut answering = Answering::begin(&mut request, &arrived);
     let mut call = audit::begin(&edge.audit, &request, answering.ids());
     let mut admission = auth::admit(&edge.gate, &mut request);
     if let Some(call) = &mut call {
         call.found(std::mem::take(&mut admission.found));
     }
     let is_refused = admission.refused.is_some();
+    if is_refused {
+        answering.is_refused();
+    }
     let mut response = match admission.refused.take() {
         None if is_encoded(&request) => answer::encoded(),
         None => {

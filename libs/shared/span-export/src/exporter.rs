@@ -1,8 +1,8 @@
 //! The way to the collector, one a process.
 
 use std::fmt;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -11,12 +11,14 @@ use http::{Request, Response};
 use opentelemetry::{InstrumentationScope, KeyValue};
 use opentelemetry_http::{HttpClient, HttpError};
 use opentelemetry_otlp::{ExporterBuildError, Protocol, SpanExporter, WithExportConfig, WithHttpConfig};
+use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceResponse;
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::trace::{
     BatchConfigBuilder, BatchSpanProcessor, SpanData, SpanExporter as Exports, SpanProcessor,
 };
 use parking_lot::Mutex;
+use prost::Message;
 use tokio::runtime::Handle;
 
 use crate::WAITING;
@@ -59,6 +61,9 @@ pub(crate) struct Exporter {
     pub(crate) sample: f64,
     waiting: AtomicUsize,
     lost: AtomicU64,
+    endpoint: String,
+    /// When the log last had a line of it.
+    last_line: Mutex<Option<Instant>>,
     is_stopped: AtomicBool,
 }
 
@@ -82,9 +87,10 @@ pub fn start(
     version: &'static str,
 ) -> Result<(), StartError> {
     let endpoint = format!("{}{PATH}", settings.endpoint.trim_end_matches('/').trim_end_matches(PATH));
+    let why = Arc::<Mutex<Option<String>>>::default();
     let exporter = SpanExporter::builder()
         .with_http()
-        .with_http_client(Client { client, runtime: Handle::current() })
+        .with_http_client(Client { client, runtime: Handle::current(), why: Arc::clone(&why) })
         .with_endpoint(&endpoint)
         .with_protocol(Protocol::HttpBinary)
         .with_timeout(WITHIN)
@@ -95,7 +101,7 @@ pub fn start(
         .with_max_export_batch_size(BATCH)
         .with_scheduled_delay(EVERY)
         .build();
-    let batches = Batches { exporter, endpoint: endpoint.clone(), last_line: Mutex::new(None) };
+    let batches = Batches { exporter, why };
     let mut processor = BatchSpanProcessor::builder(batches).with_batch_config(config).build();
     let resource = Resource::builder_empty()
         .with_service_name(service)
@@ -111,6 +117,8 @@ pub fn start(
         scope: InstrumentationScope::builder("llama-orch").with_version(version).build(),
         sample: settings.sample,
         waiting: AtomicUsize::new(0),
+        endpoint: endpoint.clone(),
+        last_line: Mutex::new(None),
         lost: AtomicU64::new(0),
         is_stopped: AtomicBool::new(false),
     };
@@ -145,23 +153,34 @@ impl Exporter {
     pub(crate) fn take(&self, span: SpanData) {
         if self.waiting.fetch_add(1, Ordering::Relaxed) >= WAITING {
             self.waiting.fetch_sub(1, Ordering::Relaxed);
-            self.lost.fetch_add(1, Ordering::Relaxed);
+            self.lose(1, "more wait for it than there is room for");
             return;
         }
         self.processor.on_end(span);
+    }
+
+    /// They are not delivered.
+    fn lose(&self, spans: u64, why: &str) {
+        self.lost.fetch_add(spans, Ordering::Relaxed);
+        let mut last = self.last_line.lock();
+        if last.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
+            *last = Some(Instant::now());
+            let endpoint = &self.endpoint;
+            tracing::warn!(endpoint, why, spans, "a collector has not taken spans");
+        }
     }
 }
 
 /// Counts what leaves, and what is lost on the way.
 struct Batches {
     exporter: SpanExporter,
-    endpoint: String,
-    last_line: Mutex<Option<Instant>>,
+    /// Why the last request failed: the SDK does not say it.
+    why: Arc<Mutex<Option<String>>>,
 }
 
 impl fmt::Debug for Batches {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Batches").field("endpoint", &self.endpoint).finish_non_exhaustive()
+        f.debug_struct("Batches").finish_non_exhaustive()
     }
 }
 
@@ -171,15 +190,9 @@ impl Exports for Batches {
         let exported = self.exporter.export(batch).await;
         if let Some(exporter) = EXPORTER.get() {
             exporter.waiting.fetch_sub(count, Ordering::Relaxed);
-            if exported.is_err() {
-                exporter.lost.fetch_add(count as u64, Ordering::Relaxed);
-            }
-        }
-        if let Err(error) = &exported {
-            let mut last = self.last_line.lock();
-            if last.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
-                *last = Some(Instant::now());
-                tracing::warn!(endpoint = self.endpoint, %error, count, "a collector has not taken spans");
+            if let Err(error) = &exported {
+                let why = self.why.lock().take();
+                exporter.lose(count as u64, &why.unwrap_or_else(|| error.to_string()));
             }
         }
         exported
@@ -199,6 +212,7 @@ impl Exports for Batches {
 struct Client {
     client: reqwest::Client,
     runtime: Handle,
+    why: Arc<Mutex<Option<String>>>,
 }
 
 #[async_trait]
@@ -208,12 +222,34 @@ impl HttpClient for Client {
         // Its timer is the runtime's too.
         let asking = async move { tokio::time::timeout(WITHIN, ask(client, request)).await };
         let asked = owned_tasks::elsewhere(&self.runtime, "spans", asking).await?;
-        asked.map_err(|_| format!("no answer within {} s", WITHIN.as_secs()))?
+        let answered = asked.map_err(|_| format!("no answer within {} s", WITHIN.as_secs()).into());
+        let answered = answered.and_then(|answered| answered);
+        *self.why.lock() = match &answered {
+            Ok(response) if response.status().is_success() => None,
+            Ok(response) => Some(format!("it answers {}", response.status())),
+            Err(error) => Some(with_causes(&**error)),
+        };
+        if let Ok(response) = &answered
+            && response.status().is_success()
+            && let Ok(taken) = ExportTraceServiceResponse::decode(&response.body()[..])
+            && let Some(partial) = taken.partial_success
+            && let Ok(rejected @ 1..) = u64::try_from(partial.rejected_spans)
+            && let Some(exporter) = EXPORTER.get()
+        {
+            exporter.lose(rejected, "it refuses them");
+        }
+        answered
     }
 }
 
+/// An error with what it comes from.
+fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
 async fn ask(client: reqwest::Client, request: reqwest::Request) -> Result<Response<Bytes>, HttpError> {
-    let mut answer = client.execute(request).await?;
+    let mut answer = client.execute(request).await.map_err(reqwest::Error::without_url)?;
     let mut response = Response::builder().status(answer.status());
     if let Some(headers) = response.headers_mut() {
         *headers = answer.headers().clone();

@@ -1,6 +1,6 @@
 //! Spans: what became of a request, told to a collector over OTLP (HTTP, protobuf).
 //!
-//! Off unless [`start`] was called; then a span costs nothing but the question whether it is recorded. A span
+//! Off unless [`start`] was called; then a span costs the question whether it is recorded. A span
 //! is made where its work begins or at its end, from the times that are known there, and ends by
 //! [`Span::end`]. Ids that another span must know without having seen this one are made of an id that both
 //! know: [`id_of`].
@@ -12,7 +12,7 @@ mod exporter;
 mod span;
 
 pub use exporter::{Settings, StartError, lost, start, stop};
-pub use span::{Kind, Span, StringValue, Value, flags_of_new_trace, id_of, is_recorded};
+pub use span::{Asked, GONE, Kind, Span, StringValue, Value, flags_of_new_trace, id_of, is_on, is_recorded};
 
 /// Spans that may wait for the collector.
 pub const WAITING: usize = 4096;

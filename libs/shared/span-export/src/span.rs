@@ -19,6 +19,14 @@ pub use opentelemetry::{StringValue, Value};
 /// `sampled`: whoever has begun the trace wants it recorded.
 const SAMPLED: u8 = 1;
 
+/// Why a span ends whose caller has gone.
+pub const GONE: &str = "client gone";
+
+/// Whether spans are exported at all.
+pub fn is_on() -> bool {
+    Exporter::get().is_some()
+}
+
 /// Who the work of a span is done for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -140,6 +148,11 @@ impl Span {
         self
     }
 
+    /// It begins only now.
+    pub fn restart(&mut self) {
+        self.began = Instant::now();
+    }
+
     #[must_use]
     pub fn with(mut self, key: &'static str, value: impl Into<Value>) -> Self {
         self.set(key, value);
@@ -210,6 +223,40 @@ impl Span {
     fn context_of(&self, id: u64) -> SpanContext {
         let context = &self.data.span_context;
         SpanContext::new(context.trace_id(), SpanId::from(id), context.trace_flags(), false, TraceState::NONE)
+    }
+}
+
+/// The span of a call that this process makes, which ends when whoever waits for the answer has gone, too.
+#[derive(Debug)]
+pub struct Asked(Option<Span>);
+
+impl Asked {
+    /// Of the trace; it is none where that is not recorded.
+    pub fn of(trace: &TraceContext, name: &'static str) -> Self {
+        Self(Span::of(trace, name, Kind::Client))
+    }
+
+    pub fn id(&self) -> Option<u64> {
+        self.0.as_ref().map(Span::id)
+    }
+
+    /// There is an answer; `failed`: its error's code.
+    pub fn answered(mut self, failed: Option<&'static str>, more: impl FnOnce(Span) -> Span) {
+        if let Some(span) = self.0.take() {
+            let span = more(span);
+            match failed {
+                Some(code) => span.failed(code).end(),
+                None => span.end(),
+            }
+        }
+    }
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        if let Some(span) = self.0.take() {
+            span.failed(GONE).end();
+        }
     }
 }
 

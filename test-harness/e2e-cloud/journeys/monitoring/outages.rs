@@ -177,9 +177,9 @@ async fn a_token_that_one_side_has_changed_is_seen_at_both_and_heals_with_the_ot
     let with_new = Client::new(&cluster.node_client(0).base, Some(NEW));
     eventually("the node is refused, and says so", SOON, || async {
         let ready: Value = with_new.get("/health/ready").await.ok()?.json().await.ok()?;
-        let is_said = ready["message"].as_str()?.contains("BAD_TOKEN");
+        let is_shown = ready["message"].as_str()?.contains("BAD_TOKEN");
         let gauge = value(&with_new, "llorch_agent_registered", &[]).await? == 0.0;
-        (is_said && gauge).then_some(())
+        (is_shown && gauge).then_some(())
     })
     .await;
     let refused = ["code=\"BAD_TOKEN\"", "route=\"/v2/nodes/{node_id}/heartbeat\""];

@@ -10,7 +10,7 @@ use pool_registry_types::node::Liveness;
 use pool_registry_types::routes::headers;
 use pool_registry_types::snapshot::ClusterSnapshot;
 use pool_registry_types::{ErrorBody, ErrorCode, ModelRef, NodeId};
-use span_export::{Kind, Span, id_of};
+use span_export::{Asked, id_of};
 use task_stream::{OpenAiRoute, PassedHead, PayloadFormat, SlotlessRequest};
 use uuid::Uuid;
 
@@ -47,18 +47,14 @@ pub(super) async fn answer(state: &AppState, route: OpenAiRoute, call: Call) -> 
                     last = Err(ErrorBody::new(ErrorCode::DeadlineExceeded, message));
                     break;
                 };
-                let span = Span::of(&admitted.spec.trace, "attempt", Kind::Client);
-                let span_id = span.as_ref().map_or_else(|| id_of(Uuid::new_v4()), Span::id);
+                let span = Asked::of(&admitted.spec.trace, "attempt");
+                let span_id = span.id().unwrap_or_else(|| id_of(Uuid::new_v4()));
                 let trace = admitted.spec.trace.child(span_id);
                 let asked = state.relays.link.pass_slotless(address, &request, &body, &trace, left).await;
-                if let Some(span) = span {
+                span.answered(asked.as_ref().err().map(|error| error.code.as_str()), |span| {
                     let span = span.with("llorch.node_id", node_id.to_string());
-                    let span = span.with("gen_ai.request.model", request.model.to_string());
-                    match &asked {
-                        Ok(_) => span.end(),
-                        Err(error) => span.failed(error.code.as_str()).end(),
-                    }
-                }
+                    span.with("gen_ai.request.model", request.model.to_string())
+                });
                 last = asked.map(|(head, bytes)| (PassedHead { head, node_id: node_id.clone() }, bytes));
                 if last.as_ref().map_or_else(is_final, |_| true) {
                     break;

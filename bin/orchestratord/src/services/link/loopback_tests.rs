@@ -32,7 +32,7 @@ use tokio_util::task::TaskTracker;
 use super::*;
 use crate::services::attempt_body::tests::{dispatch, spec};
 use crate::services::control::{self, Control, Inbox, Message};
-use crate::services::dispatch::Relays;
+use crate::services::dispatch::{Closing, Relays};
 use crate::services::measured::Measured;
 use crate::services::streams::{ReadOutcome, ReadPosition, Streams, Submitted};
 
@@ -243,7 +243,7 @@ struct World {
     relays: Arc<Relays>,
     control: Control,
     inbox: Inbox,
-    closed: CancellationToken,
+    closing: Closing,
     stop: CancellationToken,
     tracker: TaskTracker,
     address: String,
@@ -310,9 +310,9 @@ impl World {
             held_answers,
             measured: Arc::new(Measured::new(false)),
         });
-        let closed = CancellationToken::new();
+        let closing = Closing::default();
         let address = format!("http://{address}");
-        Self { node, relays, control, inbox, closed, stop, tracker, address, last: 100 }
+        Self { node, relays, control, inbox, closing, stop, tracker, address, last: 100 }
     }
 
     /// An attempt is dispatched. Returns it and its task's stream.
@@ -335,7 +335,7 @@ impl World {
         self.relays.streams.open(dispatch.task, dispatch.log, Submitted::with(payload));
         let stream = self.relays.streams.get(dispatch.task).unwrap();
         stream.write(|log| log.open(attempt));
-        let relay = Arc::clone(&self.relays).run(dispatch, self.control.clone(), self.closed.clone());
+        let relay = Arc::clone(&self.relays).run(dispatch, self.control.clone(), self.closing.clone());
         owned_tasks::task(&self.tracker, "relay", relay);
         (attempt, stream)
     }
@@ -447,7 +447,7 @@ async fn an_attempt_that_is_closed_is_stopped_at_its_node() {
     let (attempt, _) = world.dispatch(b"{}");
     assert!(matches!(world.event().await, Event::Accepted { .. }));
     assert!(matches!(world.event().await, Event::Started { .. }));
-    world.closed.cancel();
+    world.closing.closed.cancel();
     world.until(|host| host.stopped == [attempt]).await;
     world.end().await;
 }

@@ -324,7 +324,7 @@ impl Driver {
         counters.finished += 1;
         counters.tokens = counters.tokens.saturating_add(made_here);
         drop(counters);
-        self.slot.log.ended(tokens_out);
+        self.slot.log.ended(tokens_out, true);
         self.out.frame(&self.log_id, "end", &data);
         self.over(seq, true);
     }

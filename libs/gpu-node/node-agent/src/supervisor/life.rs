@@ -111,12 +111,18 @@ impl Supervision {
         let supervision = Arc::clone(self);
         owned_tasks::task(&self.agent.tracker, "life of an engine", async move {
             let life = async {
+                let starting = starting(&replica_key, &spec);
                 match supervision.open(run, &replica_key, &spec, &launch).await {
                     Ok(Opened::Guard(guarded)) => {
-                        supervision.live(run, &replica_key, &spec, *guarded, stop, release).await
+                        supervision.live(run, &replica_key, &spec, (*guarded, starting), stop, release).await
                     }
                     Ok(Opened::Elsewhere) => supervision.live_elsewhere(run, stop, release).await,
-                    Err(error) => Some(Ended::plainly(error.to_string())),
+                    Err(error) => {
+                        if let Some(span) = starting {
+                            span.failed("not launched").end();
+                        }
+                        Some(Ended::plainly(error.to_string()))
+                    }
                 }
             };
             let ended = caught("life of an engine", life).await.unwrap_or_else(defect);
@@ -217,13 +223,14 @@ impl Supervision {
         }
     }
 
-    /// Follows an engine until it is gone, or released. Returns how it ended.
+    /// Follows an engine until it is gone, or released. Returns how it ended. The span is that of its start,
+    /// until it is ready for the first time, or over before.
     async fn live(
         &self,
         run: RunId,
         replica_key: &ReplicaKey,
         spec: &Spec,
-        mut guarded: Guarded,
+        (mut guarded, mut starting): (Guarded, Option<Span>),
         stop: CancellationToken,
         release: CancellationToken,
     ) -> Option<Ended> {
@@ -231,13 +238,6 @@ impl Supervision {
         let mut has_culprit = None;
         let mut ready = false;
         let mut stopped = false;
-        // Until it is ready for the first time, or over before.
-        let mut starting = Span::first("engine start", Kind::Internal).map(|span| {
-            span.with("llorch.pool_id", replica_key.pool_id.to_string())
-                .with("llorch.replica_id", replica_key.replica_id.to_string())
-                .with("gen_ai.provider.name", spec.pool.engine.as_str())
-                .with("gen_ai.request.model", spec.pool.model.to_string())
-        });
         let looking = self.until_ready(run, spec);
         tokio::pin!(looking);
         loop {
@@ -512,7 +512,7 @@ impl Supervision {
         let supervision = Arc::clone(self);
         let own = replica_key.clone();
         owned_tasks::task(&self.agent.tracker, "life of an engine", async move {
-            let life = supervision.live(run, &own, &spec, guarded, stop, release);
+            let life = supervision.live(run, &own, &spec, (guarded, None), stop, release);
             let ended = caught("life of an engine", life).await.unwrap_or_else(defect);
             supervision.over(run, &own, ended).await;
         });
@@ -522,6 +522,17 @@ impl Supervision {
 
 /// A life that panicked has released its guard, which ends the engine, or keeps it for the next
 /// daemon.
+/// The span of an engine's start, which begins now.
+fn starting(replica_key: &ReplicaKey, spec: &Spec) -> Option<Span> {
+    let span = Span::first("engine start", Kind::Internal)?;
+    Some(
+        span.with("llorch.pool_id", replica_key.pool_id.to_string())
+            .with("llorch.replica_id", replica_key.replica_id.to_string())
+            .with("gen_ai.provider.name", spec.pool.engine.as_str())
+            .with("gen_ai.request.model", spec.pool.model.to_string()),
+    )
+}
+
 fn defect(panicked: Panicked) -> Option<Ended> {
     Some(Ended::plainly(panicked.to_string()))
 }

@@ -65,6 +65,7 @@ fn how_to_get(name: &str) -> &'static str {
 /// What is installed is others' code, and needs none of the daemon's tokens.
 pub(crate) fn without_secrets(command: &mut Command) {
     command.env_remove("LLORCH_API_TOKEN").env_remove("LLORCH_API_TOKEN_FILE").env_remove("HF_TOKEN");
+    command.env_remove("OTEL_EXPORTER_OTLP_HEADERS").env_remove("OTEL_EXPORTER_OTLP_TRACES_HEADERS");
 }
 
 #[cfg(test)]
