@@ -13,6 +13,7 @@ use std::time::Instant;
 
 use daemon_kit::Clock;
 use owned_tasks::Turn;
+use pool_registry_types::placement::Explanation;
 use pool_registry_types::task::Workload;
 use pool_registry_types::view::ClusterChange;
 use pool_registry_types::{AttemptId, Moment, TaskId};
@@ -30,6 +31,16 @@ use crate::services::streams::Submitted;
 
 /// Messages that are handled before a question is answered, where both wait.
 const MESSAGES_A_QUESTION: u32 = 64;
+/// Nodes of a cluster in which a span says of each pool why it was not taken: in a larger one the loop would
+/// stand still for it.
+const EXPLAINED_NODES: usize = 256;
+
+/// What the core says of every pool, for a span.
+fn explained(core: &ControlCore, now: Moment, task: TaskId) -> Option<Explanation> {
+    let nodes = core.registry().heartbeat_ages(now).take(EXPLAINED_NODES + 1).count();
+    (nodes <= EXPLAINED_NODES).then(|| core.explain_task(now, task).ok()).flatten()
+}
+
 /// The loop's own state beside the core.
 struct Loop {
     core: ControlCore,
@@ -235,7 +246,7 @@ impl Loop {
                     streams.open(task, log, submitted);
                     let (core, now, (begun, sent)) = (&self.core, self.clock.now(), &self.decided);
                     let is_sent = sent.contains(&task);
-                    let places = || (!is_sent).then(|| core.explain_task(now, task).ok()).flatten();
+                    let places = || (!is_sent).then(|| explained(core, now, task)).flatten();
                     self.spans.admitted(task, &spec, *begun, places);
                 }
                 None => tracing::error!(task_id = %task, "a log is opened for a task that nobody submitted"),
@@ -244,7 +255,7 @@ impl Loop {
                 let trace = &dispatch.spec.trace;
                 tracing::debug!(task_id = %dispatch.task, attempt_id = %dispatch.attempt, node_id = %dispatch.pool.node_id, pool_id = %dispatch.pool.pool_id, correlation_id = trace.correlation_id, trace_id = trace.trace_id(), "dispatched");
                 let (core, now, begun) = (&self.core, self.clock.now(), self.decided.0);
-                self.spans.placed(&dispatch, begun, || core.explain_task(now, dispatch.task).ok());
+                self.spans.placed(&dispatch, begun, || explained(core, now, dispatch.task));
                 let stream = streams.get(dispatch.task);
                 if let Some(stream) = &stream {
                     stream.write(|log| log.open(dispatch.attempt));

@@ -35,8 +35,6 @@ struct Task {
     admitted: Instant,
     waits: Wait,
     last: Option<AttemptId>,
-    /// What the last attempt went on with.
-    resume: Option<ResumeMode>,
 }
 
 /// Since when a task waits for a place, and why again.
@@ -60,8 +58,7 @@ impl TaskSpans {
             return;
         }
         let waits = Wait { since: begun, why: None };
-        self.tasks
-            .insert(task, Task { spec: Arc::clone(spec), admitted: begun, waits, last: None, resume: None });
+        self.tasks.insert(task, Task { spec: Arc::clone(spec), admitted: begun, waits, last: None });
         if let Some(span) = places().and_then(|places| placement(spec, begun, &places, None)) {
             span.end();
         }
@@ -92,7 +89,7 @@ impl TaskSpans {
                 .with("llorch.pool_id", dispatch.pool.pool_id.to_string())
                 .end();
         }
-        (task.last, task.resume) = (Some(dispatch.attempt), dispatch.resume);
+        task.last = Some(dispatch.attempt);
         self.attempts.insert(dispatch.attempt, dispatch.task);
     }
 
