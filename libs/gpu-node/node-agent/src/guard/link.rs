@@ -23,10 +23,11 @@ const GREETING_TIMEOUT: Duration = Duration::from_secs(2);
 const KILL_ROUNDS: u32 = 100;
 const KILL_EVERY: Duration = Duration::from_millis(50);
 
-/// A guard that this daemon owns.
-/// What a collector of spans lets this daemon in by.
-const COLLECTOR_SECRETS: [&str; 2] = ["OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS"];
+/// Variables with what a collector of spans lets this daemon in by.
+pub(crate) const COLLECTOR_SECRETS: [&str; 2] =
+    ["OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS"];
 
+/// A guard that this daemon owns.
 #[derive(Debug)]
 pub(crate) struct Guarded {
     reported: Lines<BufReader<OwnedReadHalf>>,

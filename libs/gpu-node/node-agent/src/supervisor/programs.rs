@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use tokio::process::Command;
 
+use crate::guard::link::COLLECTOR_SECRETS;
+
 /// Why a program is not to be had. Its operator can do something about it.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ProgramError {
@@ -65,7 +67,9 @@ fn how_to_get(name: &str) -> &'static str {
 /// What is installed is others' code, and needs none of the daemon's tokens.
 pub(crate) fn without_secrets(command: &mut Command) {
     command.env_remove("LLORCH_API_TOKEN").env_remove("LLORCH_API_TOKEN_FILE").env_remove("HF_TOKEN");
-    command.env_remove("OTEL_EXPORTER_OTLP_HEADERS").env_remove("OTEL_EXPORTER_OTLP_TRACES_HEADERS");
+    for name in COLLECTOR_SECRETS {
+        command.env_remove(name);
+    }
 }
 
 #[cfg(test)]
