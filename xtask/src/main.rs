@@ -4,6 +4,7 @@
 
 mod certs;
 mod clients;
+mod compose;
 mod contracts;
 mod dashboards;
 mod engine;
@@ -77,6 +78,10 @@ enum Chore {
     Certs(certs::Options),
     /// Feed the parsers hostile inputs: needs a C++ compiler.
     Fuzz(fuzz::Options),
+    /// The images and the stack of deploy/compose on this machine's container engine: needs root, Docker,
+    /// docker-compose and, where no registry is reached, debootstrap.
+    #[command(name = "compose:test")]
+    ComposeTest(compose::Options),
     /// Fetch the real engine into the cache.
     Engine,
     /// Fetch the clients of other APIs into the cache.
@@ -99,6 +104,7 @@ fn main() -> ExitCode {
         Chore::Soak { rest } => soak(&rest),
         Chore::Fuzz(options) => fuzz::run(&options),
         Chore::Certs(options) => certs::run(&options),
+        Chore::ComposeTest(options) => compose::run_all(&options),
         Chore::Engine => engine::python().map(|_| ()),
         Chore::Clients => clients::python().map(|_| ()),
         Chore::Old => old::build(),

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use axum::http::HeaderValue;
 use daemon_kit::directories::{Directory, Purpose};
+use daemon_kit::health_check::HealthCheck;
 use daemon_kit::hosts::{AllowedHosts, HostError};
 use daemon_kit::settings::{Daemon, Own, Shared, SharedError, SharedSettings};
 use node_agent::settings::{NodeConfig, NodeSettings, NodeSettingsError};
@@ -179,6 +180,8 @@ enum Order {
     /// The bearer tokens: make one, name one, check a file of them.
     #[command(subcommand)]
     Token(token::Order),
+    /// Ask the daemon that runs with these settings whether it lives: the exit status is 0 or 1.
+    Health(HealthCheck),
     /// Guard one engine. For orchestratord itself, which speaks to it through its standard input.
     #[command(hide = true)]
     Guard,
@@ -268,6 +271,7 @@ impl Daemon for Settings {
     fn chore(&self) -> Option<ExitCode> {
         match self.order.as_ref()? {
             Order::Token(order) => Some(token::run(order)),
+            Order::Health(check) => Some(self.shared.check_health(&OWN, *check)),
             Order::Guard => Some(node_agent::guard::inside::run()),
         }
     }

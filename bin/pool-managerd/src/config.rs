@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::{metrics, models, pools};
 use daemon_kit::directories::{Directory, Purpose};
+use daemon_kit::health_check::HealthCheck;
 use daemon_kit::settings::{Daemon, Own, Shared, SharedError, SharedSettings};
 use handoff_watcher::Handoff;
 use node_agent::HELD_BYTES;
@@ -104,6 +105,8 @@ enum Order {
     /// Files of pools: check one.
     #[command(subcommand)]
     Pools(pools::Order),
+    /// Ask the daemon that runs with these settings whether it lives: the exit status is 0 or 1.
+    Health(HealthCheck),
     /// Guard one engine. For pool-managerd itself, which speaks to it through its standard input.
     #[command(hide = true)]
     Guard,
@@ -198,6 +201,7 @@ impl Daemon for Settings {
                 ),
                 Err(code) => code,
             }),
+            Some(Order::Health(check)) => Some(self.shared.check_health(&OWN, *check)),
             Some(Order::Pools(order)) => Some(self.check_pools(order).unwrap_or_else(|code| code)),
             None => {
                 let schema = match (self.print_pools_schema, self.print_handoff_schema) {

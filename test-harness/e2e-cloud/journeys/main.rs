@@ -4,6 +4,7 @@ mod attacks;
 mod bad_input;
 mod callers;
 mod clients;
+mod containers;
 mod continuation;
 mod cuts;
 mod decisions;

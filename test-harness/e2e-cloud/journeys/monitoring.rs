@@ -57,8 +57,8 @@ impl Prometheus {
         let folder = cluster.dir.path().join("prometheus");
         std::fs::create_dir(&folder).expect("a folder");
         let mut config = std::fs::read_to_string(deploy().join("prometheus.yml")).expect("the shipped file");
-        assert_eq!(config.matches("127.0.0.1:8080").count(), 2);
-        config = config.replace("127.0.0.1:8080", &format!("127.0.0.1:{}", cluster.port));
+        assert_eq!(config.matches("orchestratord:8080").count(), 2);
+        config = config.replace("orchestratord:8080", &format!("127.0.0.1:{}", cluster.port));
         if let Some(ca) = ca {
             let tls = format!("tls_config: {{ca_file: {}}}", ca.display());
             for job in ["orchestratord", "pool-managerd"] {

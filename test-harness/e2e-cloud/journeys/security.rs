@@ -343,31 +343,35 @@ async fn tokens_are_rotated_without_a_failed_request_and_without_a_restart() {
 }
 
 /// Certificates of a cluster and of those who do not belong.
-struct Pki {
+pub(crate) struct Pki {
     dir: tempfile::TempDir,
-    ca: TestCa,
+    pub(crate) ca: TestCa,
     other: TestCa,
 }
 
 impl Pki {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (ca, other) = (TestCa::new("ours").unwrap(), TestCa::new("theirs").unwrap());
         test_certs::write(dir.path(), "ca", ca.pem()).unwrap();
         Self { dir, ca, other }
     }
 
-    fn path(&self, name: &str) -> String {
+    pub(crate) fn path(&self, name: &str) -> String {
         self.dir.path().join(name).display().to_string()
     }
 
     /// Returns the pair of variables' values.
-    fn leaf(&self, file: &str, ca: &TestCa, name: &str, validity: Validity) -> (String, String) {
+    pub(crate) fn leaf(&self, file: &str, ca: &TestCa, name: &str, validity: Validity) -> (String, String) {
         test_certs::write(self.dir.path(), file, &ca.leaf(&[name, "127.0.0.1"], validity).unwrap()).unwrap();
         (self.path(&format!("{file}.pem")), self.path(&format!("{file}-key.pem")))
     }
 
-    fn variables(&self, prefix: &str, (cert, key): (String, String)) -> Vec<(&'static str, String)> {
+    pub(crate) fn variables(
+        &self,
+        prefix: &str,
+        (cert, key): (String, String),
+    ) -> Vec<(&'static str, String)> {
         let name = |rest: &str| -> &'static str {
             let names = [
                 "ORCHESTRATORD_TLS_CERT",
@@ -394,7 +398,7 @@ impl Pki {
     }
 
     /// A control plane with its certificate, and no node yet.
-    fn cluster(&self) -> Cluster {
+    pub(crate) fn cluster(&self) -> Cluster {
         let own = self.leaf("orchestratord", &self.ca, "orchestratord", Validity::Now);
         let control = self.variables("ORCHESTRATORD", own);
         let mut cluster = Cluster::without_nodes(Options { nodes: 1, control, ..Options::default() });

@@ -1,7 +1,8 @@
-//! Both hops of ours beside HAProxy's one hop, over the same three fake engines.
+//! Both hops of ours beside HAProxy's one hop over the same three fake engines, or beside those of another
+//! build over engines of their own.
 //!
 //! Repetitions alternate within one run, because only figures of one run compare; medians are shown. CPU
-//! is that of HAProxy, or of all our daemons together, as the kernel counts it. The targets are printed
+//! is that of HAProxy, or of all daemons together, as the kernel counts it. The targets are printed
 //! beside the figures and judge nothing.
 
 use std::time::{Duration, Instant};
@@ -36,18 +37,35 @@ const MEMORY_SECONDS: u64 = 60;
 /// Which way a request takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Via {
-    HaProxy,
+    Baseline,
     Ours,
+}
+
+/// What ours is compared with.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Baseline<'c> {
+    HaProxy(&'c HaProxy),
+    /// Our daemons of another build, whose logs are off.
+    Build(&'c Cluster),
+}
+
+impl Baseline<'_> {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::HaProxy(_) => "HAProxy",
+            Self::Build(_) => "the other build",
+        }
+    }
 }
 
 /// Everything that one run compares.
 pub(crate) struct Comparison<'c> {
     pub(crate) cluster: &'c Cluster,
-    pub(crate) haproxy: &'c HaProxy,
+    pub(crate) baseline: Baseline<'c>,
     pub(crate) api: Api,
     /// The engines themselves, taken in turn.
     pub(crate) bare: Caller,
-    pub(crate) through_haproxy: Caller,
+    pub(crate) through_baseline: Caller,
     pub(crate) ours: Caller,
     pub(crate) repetitions: usize,
     pub(crate) seconds: u64,
@@ -68,6 +86,8 @@ struct Cost {
     nodes: f64,
     /// Tokens, or requests, a second.
     rate: f64,
+    /// Tokens, or requests.
+    count: f64,
 }
 
 /// The repetitions of one way.
@@ -87,25 +107,21 @@ impl Costs {
 impl Comparison<'_> {
     fn caller(&self, via: Via) -> &Caller {
         match via {
-            Via::HaProxy => &self.through_haproxy,
+            Via::Baseline => &self.through_baseline,
             Via::Ours => &self.ours,
         }
     }
 
     fn spent(&self, via: Via) -> Spent {
-        match via {
-            Via::HaProxy => Spent { control: cpu::time_of(self.haproxy.pid()), nodes: Duration::ZERO },
-            Via::Ours => {
-                let (control, nodes) = self.daemons();
-                Spent { control: cpu::time_of(control), nodes: nodes.map(cpu::time_of).sum() }
+        let cluster = match (via, self.baseline) {
+            (Via::Baseline, Baseline::HaProxy(haproxy)) => {
+                return Spent { control: cpu::time_of(haproxy.pid()), nodes: Duration::ZERO };
             }
-        }
-    }
-
-    fn daemons(&self) -> (u32, impl Iterator<Item = u32>) {
-        let control = self.cluster.control.as_ref().expect("a running control plane").pid();
-        let nodes = self.cluster.nodes.iter();
-        (control, nodes.map(|node| node.daemon.as_ref().expect("a running node").pid()))
+            (Via::Baseline, Baseline::Build(cluster)) => cluster,
+            (Via::Ours, _) => self.cluster,
+        };
+        let (control, nodes) = daemons(cluster);
+        Spent { control: cpu::time_of(control), nodes: nodes.map(cpu::time_of).sum() }
     }
 
     /// What `before` and the present moment lie apart, for each of `count`.
@@ -116,23 +132,42 @@ impl Comparison<'_> {
             control: each(before.control, after.control),
             nodes: each(before.nodes, after.nodes),
             rate: count / start.elapsed().as_secs_f64(),
+            count,
         }
     }
 
     async fn fault(&self, fault: serde_json::Value) {
-        join_all((0..self.cluster.nodes.len()).map(|n| self.cluster.fault(n, fault.clone()))).await;
+        let other = match self.baseline {
+            Baseline::HaProxy(_) => None,
+            Baseline::Build(cluster) => Some(cluster),
+        };
+        for cluster in [Some(self.cluster), other].into_iter().flatten() {
+            join_all((0..cluster.nodes.len()).map(|n| cluster.fault(n, fault.clone()))).await;
+        }
+    }
+
+    /// What ours is to be at most: so many times HAProxy's, or so many µs more than without metrics and logs.
+    fn target(&self, times: [f64; 2], more: f64) -> Target {
+        match (self.baseline, self.api) {
+            (Baseline::Build(_), _) => Target::Above(more),
+            (Baseline::HaProxy(_), Api::V2) => Target::Ratio(times[0]),
+            (Baseline::HaProxy(_), Api::V1) => Target::Ratio(times[1]),
+        }
     }
 
     /// Prints what both have cost, and gives the row.
-    fn row(what: &str, unit: &str, haproxy: &Costs, ours: &Costs, target: f64) -> Row {
+    fn row(&self, what: &str, unit: &str, baseline: &Costs, ours: &Costs, target: Target) -> Row {
         println!(
-            "{what}: HAProxy {:.0}/s; ours {:.0}/s, of the CPU orchestratord {:.2} µs, the nodes {:.2} µs",
-            haproxy.median(|cost| cost.rate),
+            "{what}: {} {:.0}/s; ours {:.0}/s, of the CPU orchestratord {:.2} µs, the nodes {:.2} µs; {:.0} {} each",
+            self.baseline.name(),
+            baseline.median(|cost| cost.rate),
             ours.median(|cost| cost.rate),
             ours.median(|cost| cost.control),
             ours.median(|cost| cost.nodes),
+            ours.0.iter().map(|cost| cost.count).sum::<f64>(),
+            unit.trim_start_matches("a ").to_owned() + "s",
         );
-        Row::new(format!("{what}, CPU µs {unit}"), ours.all(), haproxy.all(), Target::Ratio(target))
+        Row::new(format!("{what}, CPU µs {unit}"), ours.all(), baseline.all(), target)
     }
 
     /// 500 streams of 10 tokens a second: each at its own moments, or all at once.
@@ -149,15 +184,11 @@ impl Comparison<'_> {
             close(streams).await;
             cost
         });
-        let (haproxy, ours) = measured.await;
+        let (baseline, ours) = measured.await;
         self.fault(json!({"kind": "none"})).await;
-        let (what, target) = match (in_steps, self.api) {
-            (false, Api::V2) => ("paced", 1.6),
-            (false, Api::V1) => ("paced", 1.7),
-            (true, _) => ("paced in steps", 1.4),
-        };
+        let (what, times) = if in_steps { ("paced in steps", [1.4, 1.4]) } else { ("paced", [1.6, 1.7]) };
         let what = format!("{what}, {STREAMS} x {TOKENS_PER_SECOND} tokens/s");
-        Self::row(&what, "a token", &haproxy, &ours, target)
+        self.row(&what, "a token", &baseline, &ours, self.target(times, 2.0))
     }
 
     /// Opens the paced streams, and returns when each has brought its first token.
@@ -181,23 +212,16 @@ impl Comparison<'_> {
     /// 64 streams of 256 tokens, one after another and without pace.
     pub(crate) async fn unpaced(&self) -> Row {
         let count = |seen: &[Seen]| seen.iter().map(|seen| seen.tokens as f64).sum();
-        let (haproxy, ours) = self.loaded(LONG, count).await;
-        let target = self.target(4.0, 4.5);
-        Self::row(&format!("unpaced, {CLIENTS} x {LONG}"), "a token", &haproxy, &ours, target)
+        let (baseline, ours) = self.loaded(LONG, count).await;
+        let target = self.target([4.0, 4.5], 0.1);
+        self.row(&format!("unpaced, {CLIENTS} x {LONG}"), "a token", &baseline, &ours, target)
     }
 
     /// Requests of one token by 64 clients.
     pub(crate) async fn one_token(&self) -> Row {
-        let (haproxy, ours) = self.loaded(1, |seen| seen.len() as f64).await;
-        let target = self.target(3.4, 3.8);
-        Self::row(&format!("one-token requests, {CLIENTS} clients"), "a request", &haproxy, &ours, target)
-    }
-
-    fn target(&self, v2: f64, v1: f64) -> f64 {
-        match self.api {
-            Api::V2 => v2,
-            Api::V1 => v1,
-        }
+        let (baseline, ours) = self.loaded(1, |seen| seen.len() as f64).await;
+        let target = self.target([3.4, 3.8], 12.0);
+        self.row(&format!("one-token requests, {CLIENTS} clients"), "a request", &baseline, &ours, target)
     }
 
     async fn loaded(&self, tokens: u32, count: impl Fn(&[Seen]) -> f64) -> (Costs, Costs) {
@@ -209,23 +233,23 @@ impl Comparison<'_> {
         measured.await
     }
 
-    /// All repetitions of one measurement, HAProxy's and ours in turn.
+    /// All repetitions of one measurement, the baseline's and ours in turn.
     async fn alternating(&self, measure: impl AsyncFn(Via) -> Cost) -> (Costs, Costs) {
-        let (mut haproxy, mut ours) = (Costs::default(), Costs::default());
+        let (mut baseline, mut ours) = (Costs::default(), Costs::default());
         for _ in 0..self.repetitions {
-            haproxy.0.push(measure(Via::HaProxy).await);
+            baseline.0.push(measure(Via::Baseline).await);
             ours.0.push(measure(Via::Ours).await);
         }
-        (haproxy, ours)
+        (baseline, ours)
     }
 
     /// What is added to the engines' own time to the first token: p50 and p99.
     pub(crate) async fn first_token(&self, clients: usize, p50_ms: f64, p99_above_ms: f64) -> [Row; 2] {
-        let (mut bare, mut haproxy, mut ours) = (vec![], vec![], vec![]);
+        let (mut bare, mut baseline, mut ours) = (vec![], vec![], vec![]);
         for _ in 0..self.repetitions {
             let base = self.quantiles(&self.bare, clients).await;
             bare.push(base);
-            haproxy.push(self.quantiles(&self.through_haproxy, clients).await.above(base));
+            baseline.push(self.quantiles(&self.through_baseline, clients).await.above(base));
             ours.push(self.quantiles(&self.ours, clients).await.above(base));
         }
         let of = |all: &[Quantiles], which: fn(&Quantiles) -> f64| median(all.iter().map(which).collect());
@@ -235,8 +259,8 @@ impl Comparison<'_> {
             of(&bare, |q| q.p99_ms)
         );
         let name = |which: &str| format!("added time to first token, {clients} clients, {which}, ms");
-        let p50 = (of(&ours, |q| q.p50_ms), of(&haproxy, |q| q.p50_ms));
-        let p99 = (of(&ours, |q| q.p99_ms), of(&haproxy, |q| q.p99_ms));
+        let p50 = (of(&ours, |q| q.p50_ms), of(&baseline, |q| q.p50_ms));
+        let p99 = (of(&ours, |q| q.p99_ms), of(&baseline, |q| q.p99_ms));
         [
             Row::new(name("p50"), p50.0, p50.1, Target::Most(p50_ms)),
             Row::new(name("p99"), p99.0, p99.1, Target::Above(p99_above_ms)),
@@ -268,13 +292,13 @@ impl Comparison<'_> {
     pub(crate) async fn memory(&self) -> Vec<Row> {
         let mut rows = self.resident("idle", 32.0);
         self.fault(json!({"kind": "slow", "pace_ms": PACE_MS})).await;
-        let through_haproxy = self.open(Via::HaProxy, 0).await;
+        let through_baseline = self.open(Via::Baseline, 0).await;
         let ours = self.open(Via::Ours, 0).await;
         rows.extend(self.resident(&format!("{STREAMS} streams"), 48.0));
-        close(through_haproxy).await;
+        close(through_baseline).await;
         close(ours).await;
         self.fault(json!({"kind": "none"})).await;
-        for via in [Via::HaProxy, Via::Ours] {
+        for via in [Via::Baseline, Via::Ours] {
             sample(self.caller(via), CLIENTS, 1, MEMORY_SECONDS).await;
         }
         rows.extend(self.resident(&format!("after {MEMORY_SECONDS} s of one-token requests"), 64.0));
@@ -307,15 +331,25 @@ impl Comparison<'_> {
     }
 
     fn resident(&self, when: &str, most: f64) -> Vec<Row> {
-        let (control, nodes) = self.daemons();
-        let haproxy = cpu::resident_mb(self.haproxy.pid());
+        let (control, nodes) = daemons(self.cluster);
+        let baseline = match self.baseline {
+            Baseline::HaProxy(haproxy) => haproxy.pid(),
+            Baseline::Build(cluster) => daemons(cluster).0,
+        };
+        let baseline = cpu::resident_mb(baseline);
         let largest = nodes.map(cpu::resident_mb).fold(0.0, f64::max);
         [("orchestratord", cpu::resident_mb(control)), ("the largest pool-managerd", largest)]
             .map(|(who, mb)| {
-                Row::new(format!("resident, {when}, {who}, MB"), mb, haproxy, Target::Most(most))
+                Row::new(format!("resident, {when}, {who}, MB"), mb, baseline, Target::Most(most))
             })
             .into()
     }
+}
+
+fn daemons(cluster: &Cluster) -> (u32, impl Iterator<Item = u32>) {
+    let control = cluster.control.as_ref().expect("a running control plane").pid();
+    let nodes = cluster.nodes.iter();
+    (control, nodes.map(|node| node.daemon.as_ref().expect("a running node").pid()))
 }
 
 /// Waits for the streams' ends: each is whole, or this panics.

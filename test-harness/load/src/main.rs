@@ -1,4 +1,4 @@
-//! The benchmark: the two daemons beside HAProxy, in one run.
+//! The benchmark: the two daemons beside HAProxy, or beside another build of theirs, in one run.
 //!
 //! Every figure that depends on the machine has its baseline in the same run: HAProxy before the same
 //! engines, asked by the same client, and for times the engines alone. Repetitions alternate between
@@ -15,12 +15,13 @@ mod http;
 mod placement;
 mod table;
 
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, ValueEnum};
 use e2e_cloud::{Cluster, Engine, Options};
 
-use crate::compare::Comparison;
+use crate::compare::{Baseline, Comparison};
 use crate::haproxy::HaProxy;
 use crate::http::{Api, Caller};
 
@@ -50,6 +51,12 @@ struct Arguments {
     /// In which API the daemons are asked, and what they are compared with.
     #[arg(long, value_enum, default_value_t = Api::V2)]
     api: Api,
+    /// The log of the daemons, as `LLORCH_LOG` says it: `info` has a line a task on each of them.
+    #[arg(long, default_value = "warn")]
+    log: String,
+    /// Compare with our daemons of another build, which lie there, with their logs off, and not with HAProxy.
+    #[arg(long)]
+    beside: Option<PathBuf>,
     /// How many nodes, for `--core`.
     #[arg(long, value_delimiter = ',', default_values_t = [10, 100, 1_000, 10_000])]
     nodes: Vec<usize>,
@@ -84,41 +91,85 @@ async fn main() -> ExitCode {
     }
     let is_wanted = |of| arguments.only.is_empty() || arguments.only.contains(&of);
     let wanted = Measurement::value_variants().iter().copied().filter(|of| is_wanted(*of));
-    // All others are made beside HAProxy.
-    let beside: Vec<Measurement> = wanted.filter(|of| *of != Measurement::Heartbeats).collect();
-    let haproxy = match (!beside.is_empty()).then(haproxy::program).transpose() {
-        Ok(program) => program,
-        Err(why) => {
-            eprintln!("{why}");
-            return ExitCode::FAILURE;
-        }
-    };
-    let engine = Engine::Fake { slots: SLOTS, first_token_ms: 0, pace_ms: 0, dialect: "llamacpp" };
-    let control = vec![
-        ("LLORCH_LOG", "warn".to_owned()),
-        ("ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS", "10".to_owned()),
-        ("ORCHESTRATORD_NODE_TIMEOUT_SECS", "30".to_owned()),
-    ];
-    let cluster = Cluster::start(Options { nodes: NODES, engine, control, ..Options::default() }).await;
-    if let Some(program) = haproxy {
-        let engines: Vec<String> = (0..NODES).map(|n| cluster.engine_url(n)).collect();
-        let haproxy = HaProxy::start(&program, &engines, cluster.dir.path()).await;
-        let comparison = Comparison {
-            cluster: &cluster,
-            haproxy: &haproxy,
-            api: arguments.api,
-            bare: Caller::engines(&engines, arguments.api),
-            through_haproxy: Caller::engines(std::slice::from_ref(&haproxy.url), arguments.api),
-            ours: Caller::cluster(&cluster.client.base, e2e_cloud::cluster::TOKEN, arguments.api),
-            repetitions: arguments.repetitions,
-            seconds: arguments.seconds,
+    // All others are made beside something.
+    let compared: Vec<Measurement> = wanted.filter(|of| *of != Measurement::Heartbeats).collect();
+    let haproxy =
+        match (!compared.is_empty() && arguments.beside.is_none()).then(haproxy::program).transpose() {
+            Ok(program) => program,
+            Err(why) => {
+                eprintln!("{why}");
+                return ExitCode::FAILURE;
+            }
         };
-        compare(&comparison, &beside).await;
+    let cluster = cluster(&arguments.log, None).await;
+    if let Some(program) = haproxy {
+        let haproxy = HaProxy::start(&program, &engine_urls(&cluster), cluster.dir.path()).await;
+        let url = std::slice::from_ref(&haproxy.url);
+        let through = Caller::engines(url, arguments.api);
+        compare(&arguments.comparison(&cluster, Baseline::HaProxy(&haproxy), through), &compared).await;
+    }
+    if let Some(folder) = arguments.beside.as_deref().filter(|_| !compared.is_empty()) {
+        let other = self::cluster("off", Some(folder)).await;
+        let through = of_cluster(&other, arguments.api);
+        compare(&arguments.comparison(&cluster, Baseline::Build(&other), through), &compared).await;
     }
     if is_wanted(Measurement::Heartbeats) {
         heartbeats::measure(&cluster, &arguments.seconds).await;
     }
     ExitCode::SUCCESS
+}
+
+/// Three nodes with fake engines; the daemons are this build's, or lie in the folder.
+async fn cluster(log: &str, folder: Option<&Path>) -> Cluster {
+    let engine = Engine::Fake { slots: SLOTS, first_token_ms: 0, pace_ms: 0, dialect: "llamacpp" };
+    let log = ("LLORCH_LOG", log.to_owned());
+    let node = (0..NODES).map(|n| (n, log.0, log.1.clone())).collect();
+    let control = vec![
+        log,
+        ("ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS", "10".to_owned()),
+        ("ORCHESTRATORD_NODE_TIMEOUT_SECS", "30".to_owned()),
+    ];
+    let control_program = folder.map(|folder| folder.join("orchestratord"));
+    let node_program = folder.map(|folder| folder.join("pool-managerd"));
+    let nodes = NODES;
+    Cluster::start(Options {
+        nodes,
+        engine,
+        control,
+        node,
+        control_program,
+        node_program,
+        ..Options::default()
+    })
+    .await
+}
+
+impl Arguments {
+    fn comparison<'c>(
+        &self,
+        cluster: &'c Cluster,
+        baseline: Baseline<'c>,
+        through_baseline: Caller,
+    ) -> Comparison<'c> {
+        Comparison {
+            cluster,
+            baseline,
+            api: self.api,
+            bare: Caller::engines(&engine_urls(cluster), self.api),
+            through_baseline,
+            ours: of_cluster(cluster, self.api),
+            repetitions: self.repetitions,
+            seconds: self.seconds,
+        }
+    }
+}
+
+fn engine_urls(cluster: &Cluster) -> Vec<String> {
+    (0..NODES).map(|n| cluster.engine_url(n)).collect()
+}
+
+fn of_cluster(cluster: &Cluster, api: Api) -> Caller {
+    Caller::cluster(&cluster.client.base, e2e_cloud::cluster::TOKEN, api)
 }
 
 /// Makes these measurements and prints their table.
@@ -139,7 +190,7 @@ async fn compare(comparison: &Comparison<'_>, wanted: &[Measurement]) {
         }
     }
     rows.extend(comparison.longest_turns().await);
-    table::print(&rows);
+    table::print(comparison.baseline.name(), &rows);
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

@@ -1,40 +1,40 @@
-//! The table of the comparison: ours, HAProxy's, and what is aimed at.
+//! The table of the comparison: ours, the baseline's, and what is aimed at.
 
 /// What a figure of ours is to be at most.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Target {
-    /// So many times HAProxy's.
+    /// So many times the baseline's.
     Ratio(f64),
     /// So much.
     Most(f64),
-    /// HAProxy's and so much more.
+    /// The baseline's and so much more.
     Above(f64),
 }
 
-/// One figure of both; HAProxy's may be absent, as NaN.
+/// One figure of both; the baseline's may be absent, as NaN.
 #[derive(Debug)]
 pub(crate) struct Row {
     what: String,
     ours: f64,
-    haproxy: f64,
+    baseline: f64,
     target: Target,
 }
 
 impl Row {
-    pub(crate) fn new(what: String, ours: f64, haproxy: f64, target: Target) -> Self {
-        Self { what, ours, haproxy, target }
+    pub(crate) fn new(what: String, ours: f64, baseline: f64, target: Target) -> Self {
+        Self { what, ours, baseline, target }
     }
 
     fn cells(&self) -> [String; 6] {
-        let Self { what, ours, haproxy, target } = self;
-        let ratio = ours / haproxy;
+        let Self { what, ours, baseline, target } = self;
+        let ratio = ours / baseline;
         let (aim, is_met) = match *target {
-            Target::Ratio(most) => (format!("{most} x HAProxy"), ratio <= most),
+            Target::Ratio(most) => (format!("{most} x"), ratio <= most),
             Target::Most(most) => (format!("{most}"), *ours <= most),
-            Target::Above(more) => (format!("HAProxy + {more}"), *ours <= haproxy + more),
+            Target::Above(more) => (format!("+ {more}"), *ours <= baseline + more),
         };
         let met = if is_met { "yes" } else { "no" };
-        [what.clone(), figure(*ours), figure(*haproxy), figure(ratio), aim, met.to_owned()]
+        [what.clone(), figure(*ours), figure(*baseline), figure(ratio), aim, met.to_owned()]
     }
 }
 
@@ -47,8 +47,8 @@ fn figure(value: f64) -> String {
 }
 
 /// Prints the rows in columns.
-pub(crate) fn print(rows: &[Row]) {
-    let heading = ["both hops of ours", "ours", "HAProxy", "ratio", "target: at most", "met"];
+pub(crate) fn print(baseline: &str, rows: &[Row]) {
+    let heading = ["both hops of ours", "ours", baseline, "ratio", "target: at most", "met"];
     let mut lines = vec![heading.map(str::to_owned)];
     lines.extend(rows.iter().map(Row::cells));
     let widths: Vec<usize> =

@@ -25,6 +25,7 @@ mod follow;
 pub mod front;
 mod handover;
 pub mod hangups;
+pub mod health_check;
 pub mod hosts;
 pub mod log_level;
 pub mod metrics;

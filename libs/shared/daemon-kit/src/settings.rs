@@ -15,6 +15,7 @@ use crate::auth::Tokens;
 use crate::config;
 use crate::directories::{self, Directory};
 use crate::front::{FrontSettings, SpanSettings};
+use crate::health_check::{HealthCheck, Listening};
 use crate::telemetry::{self, LogFormat};
 use crate::tls::TlsPaths;
 use crate::tokens::TokenError;
@@ -113,6 +114,12 @@ pub enum SharedError {
 }
 
 impl SharedSettings {
+    /// Asks the daemon that runs with these settings whether it lives. Nothing else of them is looked at.
+    /// Returns the status to exit with.
+    pub fn check_health(&self, own: &Own, check: HealthCheck) -> ExitCode {
+        check.run(own.prefix, Listening { addr: self.addr, serves_tls: self.tls_cert.is_some() })
+    }
+
     /// Checks the settings, and reads the file of tokens.
     pub fn check(self, own: &Own) -> Result<Shared, SharedError> {
         let tokens = Tokens::load(self.api_token, self.api_token_file)?;

@@ -15,7 +15,7 @@ use std::panic::PanicHookInfo;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::sync_channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tracing::Dispatch;
 use tracing::field::{Field, Visit, display};
@@ -114,7 +114,7 @@ fn filter_of(text: &str) -> Result<EnvFilter, BadFilter> {
 
 /// Starts logging, of panics too. `filter` is a level or a list of `target=level`.
 pub fn init(format: LogFormat, filter: &str) -> Logs {
-    let (lines, logs) = queue(StandardError);
+    let (lines, logs) = queue(StandardError::new(std::io::stderr()));
     // Only a second start in one process finds it set, and that one panics below.
     let _ = DROPPED.set(lines.error_counter());
     dispatch(format, filter, lines, std::io::stderr().is_terminal()).init();
@@ -211,24 +211,50 @@ fn log_panic(panic: &PanicHookInfo<'_>) {
     );
 }
 
-/// Standard error, which counts the lines that it does not take.
-struct StandardError;
+/// How long the thread that writes lets lines gather once some came in quick succession. Whoever logs then
+/// finds it awake: to wake it for each line, and to write each by itself, costs more than the line.
+const GATHERING: Duration = Duration::from_millis(2);
+/// Bytes of lines that are written at once at most.
+const WRITTEN_AT_ONCE: usize = 64 * 1024;
 
-impl Write for StandardError {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        std::io::stderr().write(bytes)
+/// Standard error, written when no further line is there. It counts the lines that it does not take.
+struct StandardError<W> {
+    to: W,
+    waiting: Vec<u8>,
+    last: Option<Instant>,
+}
+
+impl<W: Write> StandardError<W> {
+    fn new(to: W) -> Self {
+        Self { to, waiting: Vec::new(), last: None }
     }
 
-    fn write_all(&mut self, line: &[u8]) -> std::io::Result<()> {
-        let written = std::io::stderr().write_all(line);
+    fn write_out(&mut self) -> std::io::Result<()> {
+        let written = self.to.write_all(&self.waiting);
         if written.is_err() {
-            REFUSED.fetch_add(1, Ordering::Relaxed);
+            let lines = self.waiting.iter().filter(|byte| **byte == b'\n').count();
+            REFUSED.fetch_add(lines as u64, Ordering::Relaxed);
         }
+        self.waiting.clear();
         written
+    }
+}
+
+impl<W: Write> Write for StandardError<W> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.waiting.len() + bytes.len() > WRITTEN_AT_ONCE {
+            self.write_out()?;
+        }
+        self.waiting.extend_from_slice(bytes);
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
-        std::io::stderr().flush()
+        let written = self.write_out();
+        if self.last.replace(Instant::now()).is_some_and(|last| last.elapsed() < 2 * GATHERING) {
+            std::thread::sleep(GATHERING);
+        }
+        written.and_then(|()| self.to.flush())
     }
 }
 
@@ -291,7 +317,6 @@ fn steers(c: char) -> bool {
 mod tests {
     use std::io::Read;
     use std::sync::Arc;
-    use std::time::Instant;
 
     use parking_lot::Mutex;
 
@@ -366,6 +391,57 @@ mod tests {
         assert!(lines.error_counter().dropped_lines() > 0);
         drop(logs);
         assert!(start.elapsed() < PATIENCE + Duration::from_secs(3), "{:?}", start.elapsed());
+    }
+
+    /// Counts how often it is written to.
+    #[derive(Default)]
+    struct Writes(Arc<AtomicU64>);
+
+    impl Write for Writes {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    // CLOUD-2737
+    #[test]
+    fn lines_that_come_in_quick_succession_are_written_together() {
+        let writes = Writes::default();
+        let count = Arc::clone(&writes.0);
+        let (mut lines, logs) = queue(StandardError::new(writes));
+        for _ in 0..WAITING / 2 {
+            lines.write_all(b"a line\n").unwrap();
+        }
+        drop(logs);
+        let (written, dropped) = (count.load(Ordering::Relaxed), lines.error_counter().dropped_lines());
+        assert!((1..WAITING as u64 / 8).contains(&written) && dropped == 0, "{written} {dropped}");
+    }
+
+    // CLOUD-2737
+    #[test]
+    fn each_line_that_could_not_be_written_is_counted() {
+        struct Full;
+        impl Write for Full {
+            fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+                Err(std::io::ErrorKind::StorageFull.into())
+            }
+
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let before = REFUSED.load(Ordering::Relaxed);
+        let mut full = StandardError::new(Full);
+        full.write_all(b"a line\nanother\n").unwrap();
+        assert!(full.flush().is_err() && REFUSED.load(Ordering::Relaxed) == before + 2);
+        full.write_all(&[b'\n'; WRITTEN_AT_ONCE]).unwrap();
+        assert!(full.write(b"\n").is_err(), "there is no room for more");
+        assert_eq!(REFUSED.load(Ordering::Relaxed), before + 2 + WRITTEN_AT_ONCE as u64);
     }
 
     struct Shared(Arc<Mutex<Vec<u8>>>);

@@ -1,0 +1,102 @@
+//! `cargo xtask compose:test`: the images of `deploy/compose`, and its stack on the container engine of this
+//! machine, through what an operator does to it and what happens to it.
+
+mod docker;
+mod stack;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::compose::docker::Docker;
+use crate::compose::stack::Stack;
+use crate::steps::{Failed, cache, cargo, root, run, say};
+use crate::up::target;
+
+/// As the Dockerfile and `compose.yaml` name them.
+const BUILDER: &str = "rust:1.95.0-slim-bookworm";
+const RUNTIME: &str = "debian:bookworm-slim";
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Let the Dockerfile build the programs, as it does without `BINARIES`; else those are taken that cargo
+    /// has built here.
+    #[arg(long)]
+    long: bool,
+    /// Take programs of a release build, and not of the build that the tests have.
+    #[arg(long, conflicts_with = "long")]
+    release: bool,
+}
+
+pub(crate) fn run_all(options: &Options) -> Result<(), Failed> {
+    if !nix::unistd::Uid::effective().is_root() {
+        return Err(Failed::new(
+            "compose:test starts a container engine, and networks of its own: run it as root",
+        ));
+    }
+    let profile = if options.release { "release" } else { "debug" };
+    if !options.long {
+        let mut build = vec!["build", "--locked", "--quiet", "--workspace", "--bins"];
+        build.extend(options.release.then_some("--release"));
+        cargo(&build, "mend what the compiler says")?;
+    }
+    cargo(&["build", "--locked", "--quiet", "--package", "fake-nvml"], "mend what the compiler says")?;
+    std::fs::create_dir_all(cache()).map_err(|error| Failed(format!("{}: {error}", cache().display())))?;
+    let mut docker = Docker::start()?;
+    docker.base(RUNTIME, |root| docker::debian(root, ""))?;
+    let binaries = match options.long {
+        true => {
+            docker.base(BUILDER, docker::rust)?;
+            None
+        }
+        false => Some(in_context(&target(profile))?),
+    };
+    hold_whole_file(&docker)?;
+    let runtime = tokio::runtime::Runtime::new().map_err(|error| Failed(format!("tokio: {error}")))?;
+    // Only the first installation in a process can fail.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let stack = Stack::prepare(&docker, binaries.as_deref())?;
+    let outcome = stack.build().and_then(|()| runtime.block_on(stack.walk()));
+    if outcome.is_err() {
+        stack.show_logs();
+    }
+    stack.down()?;
+    outcome?;
+    say(
+        "not run here: the images of the profiles gpu and observability (their part of compose.yaml was read by docker-compose), and Compose v2",
+    );
+    Ok(())
+}
+
+/// Copies both programs into the build's context, without what only debuggers read. Returns their folder as the
+/// context names it.
+fn in_context(built: &Path) -> Result<PathBuf, Failed> {
+    let folder = Path::new("target/images");
+    let whole = root().join(folder);
+    std::fs::create_dir_all(&whole).map_err(|error| Failed(format!("{}: {error}", whole.display())))?;
+    for program in ["orchestratord", "pool-managerd"] {
+        let mut strip = Command::new("strip");
+        strip.arg("--strip-debug").arg("-o").arg(whole.join(program)).arg(built.join(program));
+        run(&mut strip, "Debian: apt-get install binutils")?;
+    }
+    Ok(folder.to_owned())
+}
+
+/// All of `compose.yaml`, the profiles that cannot run here too.
+fn hold_whole_file(docker: &Docker) -> Result<(), Failed> {
+    let mut config = docker.command("docker-compose");
+    config.arg("--env-file").arg(no_settings()?).arg("--file").arg(file()).args(["--profile", "gpu"]);
+    config.args(["--profile", "observability", "config", "--quiet"]);
+    run(&mut config, "mend deploy/compose/compose.yaml")
+}
+
+/// The file of the stack.
+fn file() -> PathBuf {
+    root().join("deploy/compose/compose.yaml")
+}
+
+/// A file without settings, for the place of an operator's own.
+fn no_settings() -> Result<PathBuf, Failed> {
+    let path = cache().join("compose.env");
+    std::fs::write(&path, "").map_err(|error| Failed(format!("{}: {error}", path.display())))?;
+    Ok(path)
+}

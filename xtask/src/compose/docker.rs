@@ -1,0 +1,185 @@
+//! The container engine: the one that runs here, or one of our own for as long as it is needed; and the
+//! base images, made where no registry hands them out.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::steps::{Failed, cache, output, run, say};
+use crate::up::Started;
+
+/// How long an engine may take to answer once it is started.
+const ENGINE_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a registry may take to hand an image out; timeout(1) ends it then.
+const PULL_SECONDS: &str = "120";
+const DEBIAN: &str = "http://deb.debian.org/debian";
+const MISSING: &str = "Debian: apt-get install docker.io docker-compose iptables debootstrap";
+
+/// A container engine that answers.
+pub(crate) struct Docker {
+    /// `DOCKER_HOST` for all that asks it; absent: the one that is found by itself.
+    host: Option<String>,
+    /// Images that were made here under the names of others, removed at the end.
+    made: Vec<String>,
+    own: Option<Own>,
+}
+
+/// An engine of our own, ended when dropped.
+struct Own {
+    daemon: Started,
+    /// Holds the socket, whose path must be short.
+    _run: tempfile::TempDir,
+}
+
+impl Docker {
+    /// The engine that runs on this machine, or else one of our own, whose images and containers lie in the
+    /// cache.
+    pub(crate) fn start() -> Result<Self, Failed> {
+        for program in ["docker", "docker-compose"] {
+            if !is_there(program) {
+                return Err(Failed(format!("{program} is not on the PATH; {MISSING}")));
+            }
+        }
+        let found = Self { host: None, made: Vec::new(), own: None };
+        if found.answers() {
+            say("using the container engine that runs here");
+            return Ok(found);
+        }
+        if !is_there("dockerd") {
+            return Err(Failed(format!("no container engine answers, and there is no dockerd; {MISSING}")));
+        }
+        say("starting a container engine of our own");
+        let folder = cache().join("docker");
+        let failed = |error: std::io::Error| Failed(format!("{}: {error}", folder.display()));
+        std::fs::create_dir_all(&folder).map_err(failed)?;
+        let run = tempfile::Builder::new().prefix("llorch").tempdir_in("/run").map_err(failed)?;
+        let socket = format!("unix://{}", run.path().join("docker.sock").display());
+        let mut command = Command::new("dockerd");
+        command.args(["--host", &socket]).arg("--data-root").arg(folder.join("data"));
+        command.arg("--exec-root").arg(run.path().join("exec"));
+        command.arg("--pidfile").arg(run.path().join("pid"));
+        let mut daemon = Started::spawn("dockerd", command, &folder)?;
+        let asking = Self { host: Some(socket.clone()), made: Vec::new(), own: None };
+        let start = Instant::now();
+        while !asking.answers() {
+            daemon.check()?;
+            if start.elapsed() > ENGINE_PATIENCE {
+                return Err(Failed(format!(
+                    "dockerd does not answer: see {}",
+                    folder.join("dockerd.log").display()
+                )));
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        Ok(Self { host: Some(socket), made: Vec::new(), own: Some(Own { daemon, _run: run }) })
+    }
+
+    /// A command that asks this engine. It knows of nothing that only BuildKit knows.
+    pub(crate) fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.env("DOCKER_BUILDKIT", "0").env("COMPOSE_DOCKER_CLI_BUILD", "0");
+        if let Some(host) = &self.host {
+            command.env("DOCKER_HOST", host);
+        }
+        command
+    }
+
+    fn answers(&self) -> bool {
+        let mut info = self.command("docker");
+        info.args(["info", "--format", "{{.ServerVersion}}"]).stdin(Stdio::null()).stdout(Stdio::null());
+        info.stderr(Stdio::null()).status().is_ok_and(|status| status.success())
+    }
+
+    /// What `docker` prints when it is given these words.
+    pub(crate) fn ask(&self, words: &[&str]) -> Result<String, Failed> {
+        let printed = output(self.command("docker").args(words), "see the engine's message above")?;
+        Ok(printed.trim().to_owned())
+    }
+
+    fn has(&self, image: &str) -> bool {
+        let mut inspect = self.command("docker");
+        inspect.args(["image", "inspect", image]).stdin(Stdio::null());
+        inspect.stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
+    }
+
+    /// Sees to it that there is an image of this name: the engine has it, or a registry does, or it is made
+    /// of what `fill` puts into a folder.
+    pub(crate) fn base(
+        &mut self,
+        image: &str,
+        fill: impl FnOnce(&Path) -> Result<(), Failed>,
+    ) -> Result<(), Failed> {
+        if self.has(image) {
+            return Ok(());
+        }
+        let mut pull = self.command("timeout");
+        pull.args([PULL_SECONDS, "docker", "pull", "--quiet", image]).stdin(Stdio::null());
+        if pull.stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success()) {
+            return Ok(());
+        }
+        say(&format!("no registry hands {image} out: it is made here"));
+        let root = tempfile::Builder::new().prefix("image").tempdir_in(cache());
+        let root = root.map_err(|error| Failed(format!("{}: {error}", cache().display())))?;
+        fill(root.path())?;
+        let mut import = self.command("sh");
+        import.args(["-c", "tar -C \"$0\" -c . | docker import - \"$1\""]).arg(root.path()).arg(image);
+        run(&mut import, "see the engine's message above")?;
+        self.made.push(image.to_owned());
+        Ok(())
+    }
+}
+
+impl Drop for Docker {
+    fn drop(&mut self) {
+        for image in &self.made {
+            // An image that is used by others stays.
+            let _ = self.ask(&["image", "rm", image]);
+        }
+        if let Some(Own { daemon, .. }) = self.own.take() {
+            // Its containers are gone by then.
+            drop(daemon);
+        }
+    }
+}
+
+fn is_there(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+}
+
+/// Debian 12 in a folder, with the certificates that this machine trusts.
+pub(crate) fn debian(root: &Path, more: &str) -> Result<(), Failed> {
+    if !is_there("debootstrap") {
+        return Err(Failed(format!("debootstrap is not on the PATH; {MISSING}")));
+    }
+    let include = format!("--include=ca-certificates{more}");
+    let mut command = Command::new("debootstrap");
+    // Where the machine has an own way to packages (http_proxy, a mirror in its resolver), it has it too.
+    command.args(["--variant=minbase", &include, "bookworm"]).arg(root).arg(DEBIAN).stdout(Stdio::null());
+    run(&mut command, "the package registry must be reached, as root")?;
+    // Images of a registry have no packages of their making in them.
+    for left in ["var/cache/apt/archives", "var/lib/apt/lists"] {
+        let _ = std::fs::remove_dir_all(root.join(left));
+    }
+    trust(root)
+}
+
+/// What stands between this machine and the registries is trusted in the images too.
+fn trust(root: &Path) -> Result<(), Failed> {
+    let bundle = PathBuf::from("etc/ssl/certs/ca-certificates.crt");
+    let from = Path::new("/").join(&bundle);
+    if from.is_file() {
+        let to = root.join(bundle);
+        std::fs::copy(from, &to).map_err(|error| Failed(format!("{}: {error}", to.display())))?;
+    }
+    Ok(())
+}
+
+/// The same with the compiler that builds us.
+pub(crate) fn rust(root: &Path) -> Result<(), Failed> {
+    debian(root, ",gcc,libc6-dev,binutils")?;
+    let sysroot = output(Command::new("rustc").args(["--print", "sysroot"]), "a Rust toolchain is needed")?;
+    let mut copy = Command::new("cp");
+    copy.arg("-a").arg(format!("{}/.", sysroot.trim())).arg(root.join("usr/local"));
+    run(&mut copy, "the toolchain cannot be copied")
+}
