@@ -131,7 +131,7 @@ const LINTS: Step = ("lints", || {
 
 /// What needs no build comes first, then what needs the compiler, then what runs for long. Each
 /// step gets what it needs by itself: any of them passes alone, with empty caches.
-const STEPS: [Step; 16] = [
+const STEPS: [Step; 17] = [
     ("structure: crates, arrows, documents, requirements, spawns", tidy::run),
     FORMAT,
     ("licences, bans and sources of the dependencies", deny),
@@ -161,6 +161,7 @@ const STEPS: [Step; 16] = [
             "see the failing test above",
         )
     }),
+    ("the stack of deploy/compose, on a container engine", compose::step),
     ("documents: both daemons do what they say", || schema::run(&schema::Options::default())),
     ("soak: two minutes of hostile peers beside honest ones", || {
         soak(&["--seed".into(), "1".into(), "--minutes".into(), "2".into()])

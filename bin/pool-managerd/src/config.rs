@@ -224,7 +224,7 @@ impl Daemon for Settings {
     }
 
     fn check(self) -> Result<Config, ConfigError> {
-        let shared = self.shared.check(&OWN)?;
+        let mut shared = self.shared.check(&OWN)?;
         if shared.tokens.is_empty() {
             return Err(ConfigError::NoToken);
         }
@@ -235,6 +235,9 @@ impl Daemon for Settings {
                 NodeId::new(&host).map_err(|_| ConfigError::NodeId(host))?
             }
         };
+        if let Some(spans) = &mut shared.front.spans {
+            spans.instance = Some(node_id.to_string());
+        }
         let machine_id = self.machine_id.unwrap_or_else(|| machine_id(&node_id));
         let control_plane = match (self.register_on_startup, self.orchestratord_url) {
             (false, _) => None,

@@ -17,6 +17,7 @@ mod gateway;
 mod gpus;
 mod holders;
 mod home;
+mod hosts;
 mod membership;
 mod memory;
 mod monitoring;

@@ -1,50 +1,23 @@
 //! The success criteria of the cloud profile, one test each, by their names. Where they say machines, the
 //! daemons run on hosts with addresses of their own.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use e2e_cloud::network::{is_possible, node_address};
-use e2e_cloud::{Client, Cluster, Engine, Home, Network, Options, eventually};
-use futures::StreamExt;
+use e2e_cloud::network::node_address;
+use e2e_cloud::{Client, Engine, Home, eventually};
 use nix::sys::signal::Signal;
 use pool_registry_types::node::Liveness;
 use pool_registry_types::view::NodeView;
 use serde_json::json;
 
+use crate::hosts::{PATIENT, Settings, gives_each_its_share, on_hosts};
 use crate::monitoring;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A node misses many heartbeats before it is taken for anything but online: no machine here is so busy.
-const PATIENT: [(&str, &str); 2] =
-    [("ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS", "1"), ("ORCHESTRATORD_NODE_TIMEOUT_SECS", "60")];
 /// As they are where nobody sets them.
-const DEFAULTS: [(&str, &str); 2] =
+const DEFAULTS: Settings =
     [("ORCHESTRATORD_HEARTBEAT_INTERVAL_SECS", "10"), ("ORCHESTRATORD_NODE_TIMEOUT_SECS", "30")];
-
-/// Runs a journey on the control plane's host, with so many nodes on theirs, each with an engine of four slots
-/// and this pace. Not where networks cannot be made.
-fn on_hosts(
-    nodes: usize,
-    pace_ms: u64,
-    settings: [(&'static str, &str); 2],
-    journey: impl AsyncFnOnce(Arc<Network>, Cluster) + Send,
-) {
-    if !is_possible() {
-        return;
-    }
-    let network = Arc::new(Network::new(nodes));
-    network.control.within(async || {
-        let engine = Engine::Fake { slots: 4, first_token_ms: 5, pace_ms, dialect: "llamacpp" };
-        let control = settings.map(|(name, value)| (name, value.to_owned())).to_vec();
-        let network = Arc::clone(&network);
-        let options =
-            Options { nodes, engine, control, network: Some(Arc::clone(&network)), ..Options::default() };
-        journey(network, Cluster::start(options).await).await;
-    });
-}
 
 // CLOUD-2699
 #[test]
@@ -79,29 +52,7 @@ fn several_nodes_register_automatically_and_leave_by_themselves() {
 // CLOUD-2699
 #[test]
 fn placement_considers_all_nodes_and_gives_each_its_share() {
-    const NODES: usize = 5;
-    const TASKS: usize = 1_000;
-    on_hosts(NODES, 2, PATIENT, async |_, cluster| {
-        let run = async |n: usize| {
-            let mut task = cluster.task(2);
-            task["prompt"] = json!(format!("task {n} of its own"));
-            let transcript = cluster.client.run(task).await;
-            assert!(transcript.completed(), "{:?}", transcript.error());
-            transcript.node().expect("a node").to_owned()
-        };
-        for (how, at_once) in [("one after the other", 1), ("side by side", NODES * 2)] {
-            let placed = futures::stream::iter(0..TASKS).map(&run).buffer_unordered(at_once);
-            let mut shares: BTreeMap<String, usize> = BTreeMap::new();
-            placed
-                .collect::<Vec<_>>()
-                .await
-                .into_iter()
-                .for_each(|node| *shares.entry(node).or_default() += 1);
-            let ideal = TASKS / NODES;
-            let fair = shares.values().all(|share| share.abs_diff(ideal) * 10 <= ideal);
-            assert!(fair && shares.len() == NODES, "{how}: {shares:?}");
-        }
-    });
+    on_hosts(5, 2, PATIENT, async |_, cluster| gives_each_its_share(cluster).await);
 }
 
 // CLOUD-2699

@@ -31,6 +31,8 @@ const MOST_BYTES: usize = 16 * 1024 * 1024;
 pub struct Received {
     /// `service.name` of whoever sent it.
     pub service: String,
+    /// `service.instance.id` of it.
+    pub instance: String,
     pub name: String,
     pub trace: String,
     pub id: String,
@@ -156,20 +158,24 @@ async fn take(State(taken): State<Arc<Taken>>, headers: HeaderMap, body: Bytes) 
     }
     for of_resource in request.resource_spans {
         let resource = of_resource.resource.unwrap_or_default();
-        let service = resource.attributes.iter().find(|one| one.key == "service.name");
-        let service = service.map(|one| text(one.value.as_ref())).unwrap_or_default();
+        let of = |key: &str| {
+            let found = resource.attributes.iter().find(|one| one.key == key);
+            found.map(|one| text(one.value.as_ref())).unwrap_or_default()
+        };
+        let from = [of("service.name"), of("service.instance.id")];
         for span in of_resource.scope_spans.into_iter().flat_map(|of_scope| of_scope.spans) {
-            taken.spans.lock().expect("nobody panics with it").push(received(&service, span));
+            taken.spans.lock().expect("nobody panics with it").push(received(&from, span));
         }
     }
     StatusCode::OK
 }
 
-fn received(service: &str, span: Span) -> Received {
+fn received([service, instance]: &[String; 2], span: Span) -> Received {
     let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
     let attributes = span.attributes.iter();
     Received {
-        service: service.to_owned(),
+        service: service.clone(),
+        instance: instance.clone(),
         name: span.name,
         trace: hex(&span.trace_id),
         id: hex(&span.span_id),

@@ -96,6 +96,15 @@ impl Host {
     }
 }
 
+/// One direction, in which packets may be lost while the other goes on.
+#[derive(Debug, Clone, Copy)]
+pub enum Way {
+    FromNode(usize),
+    ToNode(usize),
+    FromControl,
+    ToControl,
+}
+
 /// A control plane's host and nodes' hosts on one switch.
 #[derive(Debug)]
 pub struct Network {
@@ -135,6 +144,25 @@ impl Network {
     /// Everything passes again.
     pub fn mend(&self) {
         self.switch.run("nft delete table bridge cut");
+    }
+
+    /// From now on all packets that go this way are lost, and nobody is told; those of the other way pass.
+    pub fn cut_way(&self, way: Way) {
+        let (end, address) = match way {
+            Way::FromNode(n) => ("saddr", node_address(n)),
+            Way::ToNode(n) => ("daddr", node_address(n)),
+            Way::FromControl => ("saddr", CONTROL.to_owned()),
+            Way::ToControl => ("daddr", CONTROL.to_owned()),
+        };
+        self.switch.run(&format!(
+            "nft 'add table bridge way; \
+             add chain bridge way forward {{ type filter hook forward priority 0; }}; \
+             add rule bridge way forward ip {end} {address} drop'"
+        ));
+    }
+
+    pub fn mend_way(&self) {
+        self.switch.run("nft delete table bridge way");
     }
 
     /// From now on one packet of so many is lost, at random, between any two hosts.

@@ -11,9 +11,10 @@ use crate::up::Started;
 /// How long an engine may take to answer once it is started.
 const ENGINE_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a registry may take to hand an image out; timeout(1) ends it then.
-const PULL_SECONDS: &str = "120";
+const PULL_SECONDS: &str = "60";
 const DEBIAN: &str = "http://deb.debian.org/debian";
-const MISSING: &str = "Debian: apt-get install docker.io docker-compose iptables debootstrap";
+/// Packages of the same names in Debian, but for the first two: docker.io.
+const NEEDED: [&str; 6] = ["docker", "dockerd", "docker-compose", "iptables", "debootstrap", "strip"];
 
 /// A container engine that answers.
 pub(crate) struct Docker {
@@ -35,18 +36,10 @@ impl Docker {
     /// The engine that runs on this machine, or else one of our own, whose images and containers lie in the
     /// cache.
     pub(crate) fn start() -> Result<Self, Failed> {
-        for program in ["docker", "docker-compose"] {
-            if !is_there(program) {
-                return Err(Failed(format!("{program} is not on the PATH; {MISSING}")));
-            }
-        }
         let found = Self { host: None, made: Vec::new(), own: None };
         if found.answers() {
             say("using the container engine that runs here");
             return Ok(found);
-        }
-        if !is_there("dockerd") {
-            return Err(Failed(format!("no container engine answers, and there is no dockerd; {MISSING}")));
         }
         say("starting a container engine of our own");
         let folder = cache().join("docker");
@@ -142,6 +135,15 @@ impl Drop for Docker {
     }
 }
 
+/// What the stack needs that this machine has not.
+pub(super) fn lacking() -> Vec<&'static str> {
+    let mut lacks: Vec<&str> = NEEDED.into_iter().filter(|program| !is_there(program)).collect();
+    if !nix::unistd::Uid::effective().is_root() {
+        lacks.push("root");
+    }
+    lacks
+}
+
 fn is_there(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
@@ -149,9 +151,6 @@ fn is_there(program: &str) -> bool {
 
 /// Debian 12 in a folder, with the certificates that this machine trusts.
 pub(crate) fn debian(root: &Path, more: &str) -> Result<(), Failed> {
-    if !is_there("debootstrap") {
-        return Err(Failed(format!("debootstrap is not on the PATH; {MISSING}")));
-    }
     let include = format!("--include=ca-certificates{more}");
     let mut command = Command::new("debootstrap");
     // Where the machine has an own way to packages (http_proxy, a mirror in its resolver), it has it too.

@@ -106,6 +106,7 @@ impl AttemptLog {
         line!(debug, self, "an attempt is accepted", replica_id = %replica_id);
         if let Some(spans) = &mut self.spans {
             spans.attempt.set("llorch.replica_id", replica_id.to_string());
+            spans.attempt.set("gen_ai.request.model", model.to_owned());
             spans.engine.restart();
             spans.engine.set("gen_ai.provider.name", engine.as_str());
             spans.engine.set("gen_ai.request.model", model.to_owned());

@@ -68,6 +68,8 @@ pub struct FrontSettings {
 #[derive(Debug)]
 pub struct SpanSettings {
     pub service: &'static str,
+    /// Which of them it is; absent: by host and port.
+    pub instance: Option<String>,
     pub export: span_export::Settings,
 }
 
@@ -114,10 +116,11 @@ impl Front {
         let loops = Loops::default();
         let audit = settings.audit_log.as_deref().map(|path| Audit::open(path, &loops));
         let audit = audit.transpose()?.unwrap_or_default();
-        if let Some(SpanSettings { service, export }) = &settings.spans {
+        if let Some(SpanSettings { service, instance, export }) = &settings.spans {
             let client = tls.client.reqwest(reqwest::Client::builder()).connect_timeout(COLLECTOR_WITHIN);
             let client = client.redirect(reqwest::redirect::Policy::none()).build();
-            let instance = format!("{}:{}", config::host_name(), bound.port());
+            let by_address = || format!("{}:{}", config::host_name(), bound.port());
+            let instance = instance.clone().unwrap_or_else(by_address);
             let client = client.map_err(FrontError::SpanClient)?;
             span_export::start(export, client, service, instance, env!("CARGO_PKG_VERSION"))?;
         }

@@ -141,6 +141,7 @@ impl SharedSettings {
             audit_log: self.audit_log,
             spans: self.otlp_endpoint.map(|endpoint| SpanSettings {
                 service: own.name,
+                instance: None,
                 export: span_export::Settings { endpoint, sample: self.otlp_sample },
             }),
         };

@@ -213,7 +213,7 @@ fn log_panic(panic: &PanicHookInfo<'_>) {
 
 /// How long the thread that writes lets lines gather once some came in quick succession. Whoever logs then
 /// finds it awake: to wake it for each line, and to write each by itself, costs more than the line.
-const GATHERING: Duration = Duration::from_millis(2);
+const GATHERING: Duration = Duration::from_millis(10);
 /// Bytes of lines that are written at once at most.
 const WRITTEN_AT_ONCE: usize = 64 * 1024;
 

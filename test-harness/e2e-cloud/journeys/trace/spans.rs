@@ -6,6 +6,7 @@ use std::process::Command;
 use e2e_cloud::collector::{Received, assert_connected};
 use e2e_cloud::process::program;
 use e2e_cloud::{Collector, Process};
+use futures::future::join_all;
 use tempfile::TempDir;
 
 use super::*;
@@ -210,6 +211,10 @@ fn check(trace: &[Received], caller: &str, ids: Ids, again: &str, services: [&st
     for (attempt, node) in attempts.iter().zip(of("node attempt")) {
         assert_eq!((&node.parent, node.service.as_str()), (&attempt.id, services[1]));
         assert_eq!(node.of("llorch.attempt_id"), attempt.of("llorch.attempt_id"));
+        assert_eq!(node.of("gen_ai.request.model"), "fake-model");
+        if services[0] != services[1] {
+            assert_eq!(node.instance, attempt.of("llorch.node_id"));
+        }
         let engine = trace.iter().find(|span| span.name == "engine request" && span.parent == node.id);
         let engine = engine.expect("the request to its engine");
         assert_eq!(engine.failed, attempt.failed);
@@ -256,6 +261,33 @@ async fn one_connected_trace_over_both_apis_across_a_retry_and_a_continuation_at
     let collector = Collector::start().await;
     let ground = Ground::home(&collector).await;
     both_apis(ground, &collector, ["orchestratord", "orchestratord"]).await;
+}
+
+// CLOUD-2734
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_collector_that_takes_connections_and_never_answers_keeps_nobody_waiting() {
+    // The kernel takes the connections: nobody accepts them.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let url = format!("http://{}", silent.local_addr().expect("its address"));
+    let home = Home::start(Engine::steady(), &[("LLORCH_OTLP_ENDPOINT", url.as_str())]).await;
+    let task = json!({"model_ref": "fake-model", "prompt": "x", "max_tokens": 4});
+    let begun = std::time::Instant::now();
+    // Some 8,000 spans, of which 4,096 wait.
+    for _ in 0..20 {
+        let tasks = (0..60).map(|_| home.client.run(task.clone()));
+        for transcript in join_all(tasks).await {
+            assert_eq!(transcript.text(), words(4));
+        }
+    }
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+    eventually("what finds no room is counted as lost", PATIENCE, || async {
+        let page = home.client.get("/metrics").await.ok()?.text().await.ok()?;
+        let lost = page.lines().find_map(|line| line.strip_prefix("llorch_spans_lost_total "))?;
+        (lost.parse::<f64>().ok()? > 1000.0).then_some(())
+    })
+    .await;
+    // Its end waits for no answer either.
+    home.stop().await;
 }
 
 // CLOUD-2734
