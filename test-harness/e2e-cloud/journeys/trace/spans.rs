@@ -269,7 +269,8 @@ async fn a_collector_that_takes_connections_and_never_answers_keeps_nobody_waiti
     // The kernel takes the connections: nobody accepts them.
     let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let url = format!("http://{}", silent.local_addr().expect("its address"));
-    let home = Home::start(Engine::steady(), &[("LLORCH_OTLP_ENDPOINT", url.as_str())]).await;
+    let engine = Engine::Fake { slots: 64, first_token_ms: 0, pace_ms: 0, dialect: "llamacpp" };
+    let home = Home::start(engine, &[("LLORCH_OTLP_ENDPOINT", url.as_str())]).await;
     let task = json!({"model_ref": "fake-model", "prompt": "x", "max_tokens": 4});
     let begun = std::time::Instant::now();
     // Some 8,000 spans, of which 4,096 wait.
