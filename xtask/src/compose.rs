@@ -10,7 +10,7 @@ use std::process::Command;
 use crate::compose::docker::Docker;
 use crate::compose::stack::Stack;
 use crate::steps::{Failed, cache, cargo, root, run, say};
-use crate::up::target;
+use crate::up::{interrupted, target};
 
 /// As the Dockerfile and `compose.yaml` name them.
 const BUILDER: &str = "rust:1.95.0-slim-bookworm";
@@ -68,7 +68,13 @@ pub(crate) fn run_all(options: &Options) -> Result<(), Failed> {
     // Only the first installation in a process can fail.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let stack = Stack::prepare(&docker, binaries.as_deref())?;
-    let outcome = stack.build().and_then(|()| runtime.block_on(stack.walk()));
+    let walk = async {
+        tokio::select! {
+            outcome = stack.walk() => outcome,
+            () = interrupted() => Err(Failed::new("interrupted")),
+        }
+    };
+    let outcome = stack.build().and_then(|()| runtime.block_on(walk));
     if outcome.is_err() {
         stack.show_logs();
     }

@@ -160,6 +160,13 @@ impl Started {
 
 impl Drop for Started {
     fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Started {
+    /// Ends it: by SIGTERM, and by SIGKILL where that does not help.
+    pub(crate) fn stop(&mut self) {
         let pid = i32::try_from(self.child.id()).map(Pid::from_raw);
         let signal = |signal| {
             if let Ok(pid) = pid {
@@ -224,7 +231,8 @@ pub(crate) fn run(options: &Options) -> Result<(), Failed> {
     })
 }
 
-async fn interrupted() {
+/// Returns when this is told to end.
+pub(crate) async fn interrupted() {
     use tokio::signal::unix::{SignalKind, signal};
     let (Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup)) =
         (signal(SignalKind::terminate()), signal(SignalKind::interrupt()), signal(SignalKind::hangup()))

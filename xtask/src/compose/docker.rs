@@ -28,6 +28,8 @@ pub(crate) struct Docker {
 /// An engine of our own, ended when dropped.
 struct Own {
     daemon: Started,
+    /// Its images and containers.
+    data: PathBuf,
     /// Holds the socket, whose path must be short.
     _run: tempfile::TempDir,
 }
@@ -48,7 +50,8 @@ impl Docker {
         let run = tempfile::Builder::new().prefix("llorch").tempdir_in("/run").map_err(failed)?;
         let socket = format!("unix://{}", run.path().join("docker.sock").display());
         let mut command = Command::new("dockerd");
-        command.args(["--host", &socket]).arg("--data-root").arg(folder.join("data"));
+        let data = folder.join("data");
+        command.args(["--host", &socket]).arg("--data-root").arg(&data);
         command.arg("--exec-root").arg(run.path().join("exec"));
         command.arg("--pidfile").arg(run.path().join("pid"));
         let mut daemon = Started::spawn("dockerd", command, &folder)?;
@@ -64,7 +67,7 @@ impl Docker {
             }
             std::thread::sleep(Duration::from_millis(200));
         }
-        Ok(Self { host: Some(socket), made: Vec::new(), own: Some(Own { daemon, _run: run }) })
+        Ok(Self { host: Some(socket), made: Vec::new(), own: Some(Own { daemon, data, _run: run }) })
     }
 
     /// A command that asks this engine. It knows of nothing that only BuildKit knows.
@@ -128,9 +131,10 @@ impl Drop for Docker {
             // An image that is used by others stays.
             let _ = self.ask(&["image", "rm", image]);
         }
-        if let Some(Own { daemon, .. }) = self.own.take() {
-            // Its containers are gone by then.
-            drop(daemon);
+        if let Some(Own { daemon, data, .. }) = &mut self.own.take() {
+            daemon.stop();
+            // What cannot be removed is in the cache, which may be thrown away.
+            let _ = std::fs::remove_dir_all(data);
         }
     }
 }
