@@ -164,6 +164,7 @@ const TOP: &[&str] = &[
     "rust-toolchain.toml",
     "rustfmt.toml",
     "clippy.toml",
+    ".dockerignore",
     "deny.toml",
 ];
 

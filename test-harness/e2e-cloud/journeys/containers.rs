@@ -84,9 +84,16 @@ fn the_secrets_of_compose_are_made_once_and_both_daemons_take_them() {
     let mode =
         |name: &str| std::fs::metadata(folder.join(name)).expect("it is there").permissions().mode() & 0o777;
     assert_eq!((mode("."), mode("tokens")), (0o700, 0o644), "of the host's users only its own looks in");
-    let mut check = Command::new(program("orchestratord"));
-    let checked = check.args(["token", "check"]).arg(folder.join("tokens")).output().expect("it runs");
-    let text = String::from_utf8_lossy(&checked.stdout).into_owned();
+    let checked = |name: &str| {
+        let mut check = Command::new(program("orchestratord"));
+        let output = check.args(["token", "check"]).arg(folder.join(name)).output().expect("it runs");
+        assert!(output.status.success());
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let text = checked("node-tokens");
+    assert!(text.contains("cluster node,control") && text.contains("prometheus metrics"), "{text}");
+    assert!(!text.contains("admin") && !text.contains("client"), "no node may do what they may: {text}");
+    let text = checked("tokens");
     for holder in ["cluster node,control", "client client", "prometheus metrics", "admin admin"] {
         assert!(text.contains(holder), "{text}");
     }
@@ -96,6 +103,6 @@ fn the_secrets_of_compose_are_made_once_and_both_daemons_take_them() {
         assert!(read(name).len() == 64 && tokens.contains(&read(name)), "{name}");
     }
     let again = make_secrets(&folder);
-    assert!(!again.status.success() && String::from_utf8_lossy(&again.stderr).contains("is there already"));
+    assert!(!again.status.success() && String::from_utf8_lossy(&again.stderr).contains("is not empty"));
     assert_eq!(read("tokens"), tokens);
 }

@@ -331,18 +331,21 @@ impl Comparison<'_> {
     }
 
     fn resident(&self, when: &str, most: f64) -> Vec<Row> {
-        let (control, nodes) = daemons(self.cluster);
-        let baseline = match self.baseline {
-            Baseline::HaProxy(haproxy) => haproxy.pid(),
-            Baseline::Build(cluster) => daemons(cluster).0,
+        let megabytes = |cluster| {
+            let (control, nodes) = daemons(cluster);
+            [cpu::resident_mb(control), nodes.map(cpu::resident_mb).fold(0.0, f64::max)]
         };
-        let baseline = cpu::resident_mb(baseline);
-        let largest = nodes.map(cpu::resident_mb).fold(0.0, f64::max);
-        [("orchestratord", cpu::resident_mb(control)), ("the largest pool-managerd", largest)]
-            .map(|(who, mb)| {
-                Row::new(format!("resident, {when}, {who}, MB"), mb, baseline, Target::Most(most))
-            })
-            .into()
+        let ours = megabytes(self.cluster);
+        let baseline = match self.baseline {
+            Baseline::HaProxy(haproxy) => [cpu::resident_mb(haproxy.pid()); 2],
+            Baseline::Build(cluster) => megabytes(cluster),
+        };
+        let all =
+            ["orchestratord", "the largest pool-managerd"].into_iter().zip(ours.into_iter().zip(baseline));
+        let row = |(who, (ours, baseline))| {
+            Row::new(format!("resident, {when}, {who}, MB"), ours, baseline, Target::Most(most))
+        };
+        all.map(row).collect()
     }
 }
 

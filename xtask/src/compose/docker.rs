@@ -13,14 +13,16 @@ const ENGINE_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a registry may take to hand an image out; timeout(1) ends it then.
 const PULL_SECONDS: &str = "60";
 const DEBIAN: &str = "http://deb.debian.org/debian";
-/// Packages of the same names in Debian, but for the first two: docker.io.
-const NEEDED: [&str; 6] = ["docker", "dockerd", "docker-compose", "iptables", "debootstrap", "strip"];
+/// Packages of the same names in Debian, but for the first (docker.io) and the last (binutils).
+const NEEDED: [&str; 3] = ["docker", "docker-compose", "strip"];
+/// For an engine of our own. Packages docker.io and iptables.
+const NEEDED_TO_START: [&str; 2] = ["dockerd", "iptables"];
 
 /// A container engine that answers.
 pub(crate) struct Docker {
     /// `DOCKER_HOST` for all that asks it; absent: the one that is found by itself.
     host: Option<String>,
-    /// Images that were made here under the names of others, removed at the end.
+    /// Images that were made here, removed at the end.
     made: Vec<String>,
     own: Option<Own>,
 }
@@ -81,9 +83,7 @@ impl Docker {
     }
 
     fn answers(&self) -> bool {
-        let mut info = self.command("docker");
-        info.args(["info", "--format", "{{.ServerVersion}}"]).stdin(Stdio::null()).stdout(Stdio::null());
-        info.stderr(Stdio::null()).status().is_ok_and(|status| status.success())
+        self.ask_quietly(&["info", "--format", "{{.ServerVersion}}"])
     }
 
     /// What `docker` prints when it is given these words.
@@ -92,36 +92,42 @@ impl Docker {
         Ok(printed.trim().to_owned())
     }
 
-    fn has(&self, image: &str) -> bool {
-        let mut inspect = self.command("docker");
-        inspect.args(["image", "inspect", image]).stdin(Stdio::null());
-        inspect.stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
+    /// The same where it does not matter what is printed. Returns whether it went well.
+    pub(super) fn ask_quietly(&self, words: &[&str]) -> bool {
+        let mut asking = self.command("docker");
+        asking.args(words).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        asking.status().is_ok_and(|status| status.success())
     }
 
-    /// Sees to it that there is an image of this name: the engine has it, or a registry does, or it is made
-    /// of what `fill` puts into a folder.
-    pub(crate) fn base(
+    fn has(&self, image: &str) -> bool {
+        self.ask_quietly(&["image", "inspect", image])
+    }
+
+    /// An image as this one: the engine has it, or a registry does, or it is made of what `fill` puts into a
+    /// folder; under a name of its own, for nobody else is to build on it. Returns the name.
+    pub(super) fn base(
         &mut self,
         image: &str,
         fill: impl FnOnce(&Path) -> Result<(), Failed>,
-    ) -> Result<(), Failed> {
+    ) -> Result<String, Failed> {
         if self.has(image) {
-            return Ok(());
+            return Ok(image.to_owned());
         }
         let mut pull = self.command("timeout");
         pull.args([PULL_SECONDS, "docker", "pull", "--quiet", image]).stdin(Stdio::null());
         if pull.stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success()) {
-            return Ok(());
+            return Ok(image.to_owned());
         }
-        say(&format!("no registry hands {image} out: it is made here"));
+        say(&format!("no registry hands {image} out: one like it is made here"));
         let root = tempfile::Builder::new().prefix("image").tempdir_in(cache());
         let root = root.map_err(|error| Failed(format!("{}: {error}", cache().display())))?;
         fill(root.path())?;
+        let own = format!("llama-orch/like-{}", image.replace(':', "-"));
         let mut import = self.command("sh");
-        import.args(["-c", "tar -C \"$0\" -c . | docker import - \"$1\""]).arg(root.path()).arg(image);
+        import.args(["-c", "tar -C \"$0\" -c . | docker import - \"$1\""]).arg(root.path()).arg(&own);
         run(&mut import, "see the engine's message above")?;
-        self.made.push(image.to_owned());
-        Ok(())
+        self.made.push(own.clone());
+        Ok(own)
     }
 }
 
@@ -129,7 +135,7 @@ impl Drop for Docker {
     fn drop(&mut self) {
         for image in &self.made {
             // An image that is used by others stays.
-            let _ = self.ask(&["image", "rm", image]);
+            self.ask_quietly(&["image", "rm", image]);
         }
         if let Some(Own { daemon, data, .. }) = &mut self.own.take() {
             daemon.stop();
@@ -142,10 +148,18 @@ impl Drop for Docker {
 /// What the stack needs that this machine has not.
 pub(super) fn lacking() -> Vec<&'static str> {
     let mut lacks: Vec<&str> = NEEDED.into_iter().filter(|program| !is_there(program)).collect();
+    if lacks.is_empty() && !has_engine() {
+        lacks.extend(NEEDED_TO_START.into_iter().filter(|program| !is_there(program)));
+    }
     if !nix::unistd::Uid::effective().is_root() {
         lacks.push("root");
     }
     lacks
+}
+
+/// Whether a container engine runs here.
+pub(super) fn has_engine() -> bool {
+    Docker { host: None, made: Vec::new(), own: None }.answers()
 }
 
 fn is_there(program: &str) -> bool {
@@ -158,7 +172,11 @@ pub(crate) fn debian(root: &Path, more: &str) -> Result<(), Failed> {
     let include = format!("--include=ca-certificates{more}");
     let mut command = Command::new("debootstrap");
     // Where the machine has an own way to packages (http_proxy, a mirror in its resolver), it has it too.
-    command.args(["--variant=minbase", &include, "bookworm"]).arg(root).arg(DEBIAN).stdout(Stdio::null());
+    command
+        .args(["--variant=minbase", "--force-check-gpg", &include, "bookworm"])
+        .arg(root)
+        .arg(DEBIAN)
+        .stdout(Stdio::null());
     run(&mut command, "the package registry must be reached, as root")?;
     // Images of a registry have no packages of their making in them.
     for left in ["var/cache/apt/archives", "var/lib/apt/lists"] {
