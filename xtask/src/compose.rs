@@ -7,7 +7,7 @@ mod stack;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::compose::docker::Docker;
+use crate::compose::docker::{Docker, Tool};
 use crate::compose::stack::Stack;
 use crate::steps::{Failed, cache, cargo, root, run, say};
 use crate::up::{interrupted, target};
@@ -28,6 +28,7 @@ pub(crate) struct Options {
 }
 
 /// Where the images have their programs from.
+#[derive(Clone)]
 enum Programs {
     /// A folder of the build's context.
     There(PathBuf),
@@ -37,8 +38,12 @@ enum Programs {
 
 /// As a step of `test`: where this machine cannot, that is said, and in CI it is a failure.
 pub(crate) fn step() -> Result<(), Failed> {
-    let lacks = docker::lacking();
+    let mut lacks = docker::lacking();
     let is_ci = std::env::var_os("CI").is_some();
+    if is_ci {
+        // Both are to be had there.
+        lacks.extend(Tool::lacking().into_iter().map(Tool::name));
+    }
     // One of our own changes how this machine's network forwards: that is for CI, or for whoever asks for it.
     let may_run = is_ci || docker::has_engine();
     if lacks.is_empty() && may_run {
@@ -74,25 +79,37 @@ pub(crate) fn run_all(options: &Options) -> Result<(), Failed> {
         true => Programs::Built { builder: docker.base(BUILDER, docker::rust)? },
         false => Programs::There(in_context(&target(profile))?),
     };
-    hold_whole_file(&docker)?;
     let runtime = tokio::runtime::Runtime::new().map_err(|error| Failed(format!("tokio: {error}")))?;
     // Only the first installation in a process can fail.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let stack = Stack::prepare(&docker, runtime_image, programs)?;
-    let walk = async {
-        tokio::select! {
-            outcome = stack.walk() => outcome,
-            () = interrupted() => Err(Failed::new("interrupted")),
+    let tools = Tool::there();
+    for (nth, tool) in tools.iter().enumerate() {
+        hold_whole_file(*tool, &docker)?;
+        let stack = Stack::prepare(&docker, *tool, runtime_image.clone(), programs.clone())?;
+        let walk = async {
+            let walked = async {
+                match nth {
+                    0 => stack.walk().await,
+                    _ => stack.comes_up().await,
+                }
+            };
+            tokio::select! {
+                outcome = walked => outcome,
+                () = interrupted() => Err(Failed::new("interrupted")),
+            }
+        };
+        let outcome = stack.build().and_then(|()| runtime.block_on(walk));
+        if outcome.is_err() {
+            stack.show_logs();
         }
-    };
-    let outcome = stack.build().and_then(|()| runtime.block_on(walk));
-    if outcome.is_err() {
-        stack.show_logs();
+        stack.down()?;
+        outcome?;
     }
-    stack.down()?;
-    outcome?;
+    for tool in Tool::lacking() {
+        say(&format!("not run here: {}", tool.name()));
+    }
     say(
-        "not run here: the images of the profiles gpu and observability (their part of compose.yaml was read by docker-compose), and Compose v2",
+        "not run here: the images of the profiles gpu and observability (their part of compose.yaml was read)",
     );
     Ok(())
 }
@@ -112,8 +129,8 @@ fn in_context(built: &Path) -> Result<PathBuf, Failed> {
 }
 
 /// All of `compose.yaml`, the profiles that cannot run here too.
-fn hold_whole_file(docker: &Docker) -> Result<(), Failed> {
-    let mut config = docker.command("docker-compose");
+fn hold_whole_file(tool: Tool, docker: &Docker) -> Result<(), Failed> {
+    let mut config = tool.command(docker);
     config.arg("--env-file").arg(no_settings()?).arg("--file").arg(file()).args(["--profile", "gpu"]);
     config.args(["--profile", "observability", "config", "--quiet"]);
     run(&mut config, "mend deploy/compose/compose.yaml")

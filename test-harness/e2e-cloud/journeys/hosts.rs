@@ -2,10 +2,12 @@
 //! an address of its own. Each says how long it took, by journey and ground.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use e2e_cloud::cluster::TOKEN;
 use e2e_cloud::network::{Way, is_possible};
 use e2e_cloud::{Client, Cluster, Engine, Network, Options, eventually};
 use futures::StreamExt;
@@ -46,18 +48,26 @@ pub(crate) fn on_hosts(
     settings: Settings,
     journey: impl AsyncFnOnce(Arc<Network>, Cluster) + Send,
 ) {
+    let make = |network| options(nodes, pace_ms, settings, Some(network));
+    with_hosts(nodes, make, journey);
+}
+
+fn with_hosts(
+    nodes: usize,
+    make: impl FnOnce(Arc<Network>) -> Options + Send,
+    journey: impl AsyncFnOnce(Arc<Network>, Cluster) + Send,
+) {
     if !is_possible() {
         return;
     }
     let network = Arc::new(Network::new(nodes));
     network.control.within(async || {
-        let cluster = Cluster::start(options(nodes, pace_ms, settings, Some(Arc::clone(&network)))).await;
+        let cluster = Cluster::start(make(Arc::clone(&network))).await;
         journey(Arc::clone(&network), cluster).await;
     });
 }
 
 /// Runs a journey on both grounds, one after the other.
-#[expect(clippy::print_stdout, reason = "the figures of the run are its result")]
 fn on_both(
     what: &str,
     nodes: usize,
@@ -65,11 +75,22 @@ fn on_both(
     settings: Settings,
     journey: impl AsyncFn(Cluster) + Sync,
 ) {
+    with_both(what, nodes, |network| options(nodes, pace_ms, settings, network), journey);
+}
+
+/// The same with options of its own, made for each ground.
+#[expect(clippy::print_stdout, reason = "the figures of the run are its result")]
+fn with_both(
+    what: &str,
+    nodes: usize,
+    make: impl Fn(Option<Arc<Network>>) -> Options + Sync,
+    journey: impl AsyncFn(Cluster) + Sync,
+) {
     let start = Instant::now();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    runtime.block_on(async { journey(Cluster::start(options(nodes, pace_ms, settings, None)).await).await });
+    runtime.block_on(async { journey(Cluster::start(make(None)).await).await });
     let loopback = start.elapsed();
-    on_hosts(nodes, pace_ms, settings, async |_, cluster| journey(cluster).await);
+    with_hosts(nodes, |network| make(Some(network)), async |_, cluster| journey(cluster).await);
     let hosts = start.elapsed() - loopback;
     println!(
         "| {what} | 1 + {nodes} | loopback {:.1} s | hosts {:.1} s |",
@@ -325,6 +346,115 @@ async fn restarts(mut cluster: Cluster) {
 fn the_control_plane_is_restarted_under_clients_that_repeat_and_no_accepted_task_fails() {
     let _alone = ALONE.blocking_read();
     on_both("restarts of the control plane", 2, 20, PATIENT, restarts);
+}
+
+/// The files of tokens of a cluster's daemons, one a daemon.
+struct TokenFiles {
+    folder: tempfile::TempDir,
+    nodes: usize,
+}
+
+impl TokenFiles {
+    fn of(&self, daemon: &str) -> PathBuf {
+        self.folder.path().join(daemon)
+    }
+
+    /// As the journeys name the daemons' logs too.
+    fn daemons(&self) -> impl Iterator<Item = String> {
+        let nodes = (1..=self.nodes).map(|n| format!("gpu-node-{n}"));
+        std::iter::once("orchestratord".to_owned()).chain(nodes)
+    }
+
+    /// In one step, as an operator's tool writes it.
+    fn set(&self, daemon: &str, tokens: &[&str]) {
+        let path = self.of(daemon);
+        let draft = path.with_extension("new");
+        std::fs::write(&draft, tokens.join("\n")).expect("a file of tokens");
+        std::fs::rename(draft, path).expect("a file of tokens");
+    }
+
+    /// A cluster whose daemons all know one token.
+    fn options(&self, token: &str, network: Option<Arc<Network>>) -> Options {
+        self.daemons().for_each(|daemon| self.set(&daemon, &[token]));
+        let file = |daemon: &str| self.of(daemon).display().to_string();
+        let mut options = options(self.nodes, 20, PATIENT, network);
+        options.control.push(("LLORCH_API_TOKEN_FILE", file("orchestratord")));
+        let nodes = self.daemons().skip(1).enumerate();
+        options.node = nodes.map(|(n, daemon)| (n, "LLORCH_API_TOKEN_FILE", file(&daemon))).collect();
+        options
+    }
+}
+
+/// A new token takes the place of the old one, daemon by daemon, under a stream that lives through all of it and
+/// clients that ask all the time.
+async fn rotates(files: &TokenFiles, mut cluster: Cluster) {
+    let (old, new) = (TOKEN, "test-token-that-is-new");
+    let pids = |cluster: &Cluster| -> Vec<u32> {
+        let nodes = cluster.nodes.iter().map(|node| node.daemon.as_ref());
+        let all = std::iter::once(cluster.control.as_ref()).chain(nodes);
+        all.map(|daemon| daemon.expect("it runs").pid()).collect()
+    };
+    let before = pids(&cluster);
+    let urls = (0..files.nodes).map(|n| cluster.node_client(n).base);
+    let urls: Vec<String> = std::iter::once(cluster.client.base.clone()).chain(urls).collect();
+    let long = {
+        let (client, task) = (cluster.client.clone(), cluster.task(1_000));
+        tokio::spawn(async move { client.run(task).await })
+    };
+    let with_old = Load::start(&cluster.client, &cluster.task(2), 2);
+    let knows = async |base: &str, token: &str, yes: bool| {
+        let client = Client::new(base, Some(token));
+        eventually("the tokens are as the file says", PATIENCE, || async {
+            let status = client.get("/metrics").await.ok()?.status();
+            ((status == StatusCode::OK) == yes).then_some(())
+        })
+        .await;
+    };
+    // The new one is known everywhere before anybody sends it.
+    for (daemon, url) in files.daemons().zip(&urls) {
+        files.set(&daemon, &[old, new]);
+        knows(url, new, true).await;
+    }
+    with_old.more(10).await;
+    files.daemons().for_each(|daemon| files.set(&daemon, &[new, old]));
+    cluster.client.token = Some(new.to_owned());
+    let with_new = Load::start(&cluster.client, &cluster.task(2), 2);
+    let taken = |daemon: &str| {
+        let text = std::fs::read_to_string(cluster.log(daemon)).unwrap_or_default();
+        text.matches("the file of tokens is read again").count()
+    };
+    eventually("all send the new one", PATIENCE, || async {
+        files.daemons().all(|daemon| taken(&daemon) == 2).then_some(())
+    })
+    .await;
+    let (done, refused) = with_old.end().await;
+    assert!(done >= 10 && refused == 0, "{done} ended well, {refused} were refused");
+    for (daemon, url) in files.daemons().zip(&urls) {
+        files.set(&daemon, &[new]);
+        knows(url, old, false).await;
+    }
+    assert!(!long.is_finished(), "the stream was to live through all of it");
+    // Tasks go on with the new one alone.
+    with_new.more(10).await;
+    let (done, refused) = with_new.end().await;
+    assert!(done >= 10 && refused == 0, "{done} ended well, {refused} were refused");
+    let long = long.await.expect("a client does not panic");
+    long.check();
+    assert!(long.completed(), "{:?}", long.error());
+    for n in 0..files.nodes {
+        cluster.wait_online(n).await;
+    }
+    assert_eq!(pids(&cluster), before);
+    let with_old = Client::new(&urls[0], Some(old)).get("/v2/nodes").await.expect("an answer");
+    assert_eq!(with_old.status(), StatusCode::UNAUTHORIZED);
+}
+
+// CLOUD-2502
+#[test]
+fn tokens_are_rotated_without_a_failed_request_and_without_a_restart() {
+    let files = TokenFiles { folder: tempfile::tempdir().expect("a folder"), nodes: 2 };
+    let make = |network| files.options(TOKEN, network);
+    with_both("token rotation", files.nodes, make, async |cluster| rotates(&files, cluster).await);
 }
 
 // CLOUD-2785

@@ -13,8 +13,8 @@ const ENGINE_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a registry may take to hand an image out; timeout(1) ends it then.
 const PULL_SECONDS: &str = "60";
 const DEBIAN: &str = "http://deb.debian.org/debian";
-/// Packages of the same names in Debian, but for the first (docker.io) and the last (binutils).
-const NEEDED: [&str; 3] = ["docker", "docker-compose", "strip"];
+/// Debian's packages docker.io and binutils.
+const NEEDED: [&str; 2] = ["docker", "strip"];
 /// For an engine of our own. Packages docker.io and iptables.
 const NEEDED_TO_START: [&str; 2] = ["dockerd", "iptables"];
 
@@ -72,10 +72,9 @@ impl Docker {
         Ok(Self { host: Some(socket), made: Vec::new(), own: Some(Own { daemon, data, _run: run }) })
     }
 
-    /// A command that asks this engine. It knows of nothing that only BuildKit knows.
+    /// A command that asks this engine.
     pub(crate) fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
-        command.env("DOCKER_BUILDKIT", "0").env("COMPOSE_DOCKER_CLI_BUILD", "0");
         if let Some(host) = &self.host {
             command.env("DOCKER_HOST", host);
         }
@@ -145,9 +144,69 @@ impl Drop for Docker {
     }
 }
 
+/// A Compose tool: version 2 is a plugin of `docker`, version 1 a program of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Tool {
+    V2,
+    V1,
+}
+
+impl Tool {
+    const KNOWN: [Self; 2] = [Self::V2, Self::V1];
+
+    /// Those of this machine.
+    pub(super) fn there() -> Vec<Self> {
+        Self::KNOWN.into_iter().filter(|tool| tool.version().is_some()).collect()
+    }
+
+    /// Those that it has not.
+    pub(super) fn lacking() -> Vec<Self> {
+        Self::KNOWN.into_iter().filter(|tool| tool.version().is_none()).collect()
+    }
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::V2 => "docker compose (v2)",
+            Self::V1 => "docker-compose 1.29",
+        }
+    }
+
+    /// Its command for an engine. That of version 1 builds without BuildKit, so that the Dockerfile has nothing
+    /// that only BuildKit knows.
+    pub(super) fn command(self, docker: &Docker) -> Command {
+        match self {
+            Self::V2 => {
+                let mut command = docker.command("docker");
+                command.arg("compose");
+                command
+            }
+            Self::V1 => {
+                let mut command = docker.command("docker-compose");
+                command.env("DOCKER_BUILDKIT", "0").env("COMPOSE_DOCKER_CLI_BUILD", "0");
+                command
+            }
+        }
+    }
+
+    /// What it says of itself; `None` where it is not there, or is the other version under this name.
+    fn version(self) -> Option<String> {
+        let (mut command, major) = match self {
+            Self::V2 => (Command::new("docker"), "2"),
+            Self::V1 => (Command::new("docker-compose"), "1"),
+        };
+        command.args((self == Self::V2).then_some("compose")).args(["version", "--short"]);
+        let said = command.stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
+        let version = String::from_utf8_lossy(&said.stdout).trim().trim_start_matches('v').to_owned();
+        (said.status.success() && version.split('.').next() == Some(major)).then_some(version)
+    }
+}
+
 /// What the stack needs that this machine has not.
 pub(super) fn lacking() -> Vec<&'static str> {
     let mut lacks: Vec<&str> = NEEDED.into_iter().filter(|program| !is_there(program)).collect();
+    if Tool::there().is_empty() {
+        lacks.push("docker compose");
+    }
     if lacks.is_empty() && !has_engine() {
         lacks.extend(NEEDED_TO_START.into_iter().filter(|program| !is_there(program)));
     }

@@ -11,7 +11,7 @@ use futures::future::{join_all, try_join_all};
 use serde_json::{Value, json};
 
 use crate::compose::Programs;
-use crate::compose::docker::Docker;
+use crate::compose::docker::{Docker, Tool};
 use crate::steps::{Failed, cache, read, root, run, say};
 use crate::up::{port, target};
 
@@ -38,6 +38,7 @@ const CLIENTS: usize = 4;
 /// Everything of one run; [`Stack::down`] removes it.
 pub(super) struct Stack<'d> {
     docker: &'d Docker,
+    tool: Tool,
     project: String,
     secrets: tempfile::TempDir,
     runtime_image: String,
@@ -52,6 +53,7 @@ impl<'d> Stack<'d> {
     /// Makes the secrets as an operator does.
     pub(super) fn prepare(
         docker: &'d Docker,
+        tool: Tool,
         runtime_image: String,
         programs: Programs,
     ) -> Result<Self, Failed> {
@@ -75,11 +77,11 @@ impl<'d> Stack<'d> {
         let log = cache().join("compose.log");
         // An earlier run's, if any.
         let _ = std::fs::remove_file(&log);
-        Ok(Self { docker, project, secrets, runtime_image, programs, port, log, api })
+        Ok(Self { docker, tool, project, secrets, runtime_image, programs, port, log, api })
     }
 
     fn compose(&self, words: &[&str]) -> Result<(), Failed> {
-        let mut command = self.docker.command("docker-compose");
+        let mut command = self.tool.command(self.docker);
         // An operator's own settings are not for this stack.
         for (name, _) in std::env::vars_os() {
             let name = name.to_string_lossy().into_owned();
@@ -120,7 +122,7 @@ impl<'d> Stack<'d> {
     }
 
     pub(super) fn build(&self) -> Result<(), Failed> {
-        say("building the images");
+        say(&format!("building the images with {}", self.tool.name()));
         self.compose(&["build", "orchestratord", "example-model"])
     }
 
@@ -147,14 +149,19 @@ impl<'d> Stack<'d> {
         self.docker.ask(&["inspect", "--format", "{{.State.Health.Status}}", &self.container(service)?])
     }
 
-    /// What it is brought through; each step says what it shows.
-    pub(super) async fn walk(&self) -> Result<(), Failed> {
+    /// That it comes up and answers, which is what a Compose tool has its hands in.
+    pub(super) async fn comes_up(&self) -> Result<(), Failed> {
         say("up: a control plane, two nodes with an engine each, and their model");
         self.compose(&["up", "--detach", "--no-build"])?;
         self.api.until(READY_PATIENCE, "both nodes serve the model", Api::serves_both).await?;
         self.healthy().await?;
+        self.over_both_nodes().await
+    }
+
+    /// What it is brought through; each step says what it shows.
+    pub(super) async fn walk(&self) -> Result<(), Failed> {
+        self.comes_up().await?;
         self.gpus().await?;
-        self.over_both_nodes().await?;
         let expected = self.api.stream(LONG, &AtomicUsize::new(0)).await?.whole()?;
         self.cut(&expected).await?;
         self.kill(&expected).await?;
