@@ -29,6 +29,7 @@ pub mod health_check;
 pub mod hosts;
 pub mod log_level;
 pub mod metrics;
+mod one_line;
 mod plaintext;
 pub mod quota;
 mod room;

@@ -9,7 +9,6 @@
 //! could end a line or steer a terminal stands there as an escape.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
-use std::fmt;
 use std::io::{IsTerminal, Write};
 use std::panic::PanicHookInfo;
 use std::sync::OnceLock;
@@ -18,13 +17,13 @@ use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
 use tracing::Dispatch;
-use tracing::field::{Field, Visit, display};
+use tracing::field::display;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
-use tracing_subscriber::field::{RecordFields, VisitOutput};
-use tracing_subscriber::fmt::format::{DefaultVisitor, FormatFields, Writer};
 use tracing_subscriber::reload;
 use tracing_subscriber::util::SubscriberInitExt;
+
+use crate::one_line::OneLine;
 
 /// Lines that may wait for standard error. At some 200 bytes a line that is less than 1 MiB, and
 /// the burst of a start or of a lost cluster while a slow reader catches up.
@@ -255,61 +254,6 @@ impl<W: Write> Write for StandardError<W> {
         }
         Ok(())
     }
-}
-
-/// Writes fields as the subscriber does, colours too, with the values escaped. Everything else in
-/// a line of text (time, level, names) is our own.
-struct OneLine;
-
-impl<'w> FormatFields<'w> for OneLine {
-    fn format_fields<R: RecordFields>(&self, writer: Writer<'w>, fields: R) -> fmt::Result {
-        let mut visitor = DefaultVisitor::new(writer, true);
-        fields.record(&mut EscapedValues(&mut visitor));
-        visitor.finish()
-    }
-}
-
-/// Hands values on, escaped. All kinds of values arrive as this one.
-struct EscapedValues<'v, 'w>(&'v mut DefaultVisitor<'w>);
-
-impl Visit for EscapedValues<'_, '_> {
-    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.0.record_debug(field, &Escaped(value));
-    }
-}
-
-struct Escaped<'v>(&'v dyn fmt::Debug);
-
-impl fmt::Debug for Escaped<'_> {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Write::write_fmt(&mut Escaping(out), format_args!("{:?}", self.0))
-    }
-}
-
-/// Passes text on; what [`steers`] finds in it becomes `\n`, `\u{1b}` and the like.
-struct Escaping<W>(W);
-
-impl<W: fmt::Write> fmt::Write for Escaping<W> {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        let mut rest = text;
-        while let Some(at) = rest.find(steers) {
-            let (clean, from) = rest.split_at(at);
-            self.0.write_str(clean)?;
-            let mut chars = from.chars();
-            for escape in chars.next().into_iter().flat_map(char::escape_default) {
-                self.0.write_char(escape)?;
-            }
-            rest = chars.as_str();
-        }
-        self.0.write_str(rest)
-    }
-}
-
-/// Whether a character ends a line, steers a terminal or turns the direction of text: the controls
-/// of ASCII and ISO 6429, the separators of lines and paragraphs, and those of UAX #9.
-fn steers(c: char) -> bool {
-    c.is_control()
-        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 #[cfg(test)]
