@@ -9,6 +9,9 @@ mod token;
 
 use std::process::ExitCode;
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let config = match daemon_kit::settings::read::<config::Settings>() {
         Ok(config) => config,

@@ -14,6 +14,9 @@ mod state;
 
 use std::process::ExitCode;
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let config = match daemon_kit::settings::read::<config::Settings>() {
         Ok(config) => config,
