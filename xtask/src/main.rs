@@ -79,7 +79,7 @@ enum Chore {
     /// Feed the parsers hostile inputs: needs a C++ compiler.
     Fuzz(fuzz::Options),
     /// The images and the stack of deploy/compose on this machine's container engine: needs root, Docker,
-    /// docker-compose and, where no registry is reached, debootstrap.
+    /// a Compose tool (v2 or later, 1.29, or both) and, where no registry is reached, debootstrap.
     #[command(name = "compose:test")]
     ComposeTest(compose::Options),
     /// Fetch the real engine into the cache.

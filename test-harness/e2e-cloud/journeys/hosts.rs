@@ -1,4 +1,4 @@
-//! The same journeys on two grounds: all daemons on this machine's loopback, and each on a host of its own with
+//! The same journeys, the rotation of tokens among them, on two grounds: all daemons on this machine's loopback, and each on a host of its own with
 //! an address of its own. Each says how long it took, by journey and ground.
 
 use std::collections::BTreeMap;
@@ -49,10 +49,11 @@ pub(crate) fn on_hosts(
     journey: impl AsyncFnOnce(Arc<Network>, Cluster) + Send,
 ) {
     let make = |network| options(nodes, pace_ms, settings, Some(network));
-    with_hosts(nodes, make, journey);
+    on_hosts_with(nodes, make, journey);
 }
 
-fn with_hosts(
+/// The same with options of its own.
+fn on_hosts_with(
     nodes: usize,
     make: impl FnOnce(Arc<Network>) -> Options + Send,
     journey: impl AsyncFnOnce(Arc<Network>, Cluster) + Send,
@@ -75,12 +76,12 @@ fn on_both(
     settings: Settings,
     journey: impl AsyncFn(Cluster) + Sync,
 ) {
-    with_both(what, nodes, |network| options(nodes, pace_ms, settings, network), journey);
+    on_both_with(what, nodes, |network| options(nodes, pace_ms, settings, network), journey);
 }
 
 /// The same with options of its own, made for each ground.
 #[expect(clippy::print_stdout, reason = "the figures of the run are its result")]
-fn with_both(
+fn on_both_with(
     what: &str,
     nodes: usize,
     make: impl Fn(Option<Arc<Network>>) -> Options + Sync,
@@ -90,7 +91,7 @@ fn with_both(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async { journey(Cluster::start(make(None)).await).await });
     let loopback = start.elapsed();
-    with_hosts(nodes, |network| make(Some(network)), async |_, cluster| journey(cluster).await);
+    on_hosts_with(nodes, |network| make(Some(network)), async |_, cluster| journey(cluster).await);
     let hosts = start.elapsed() - loopback;
     println!(
         "| {what} | 1 + {nodes} | loopback {:.1} s | hosts {:.1} s |",
@@ -397,24 +398,27 @@ async fn rotates(files: &TokenFiles, mut cluster: Cluster) {
     let before = pids(&cluster);
     let urls = (0..files.nodes).map(|n| cluster.node_client(n).base);
     let urls: Vec<String> = std::iter::once(cluster.client.base.clone()).chain(urls).collect();
+    // Longer than all of it.
+    let mut long = cluster.task(10_000);
+    let long_id = uuid::Uuid::new_v4();
+    long["task_id"] = json!(long_id);
     let long = {
-        let (client, task) = (cluster.client.clone(), cluster.task(1_000));
-        tokio::spawn(async move { client.run(task).await })
+        let client = cluster.client.clone();
+        tokio::spawn(async move { client.run(long).await })
     };
     let with_old = Load::start(&cluster.client, &cluster.task(2), 2);
-    let knows = async |base: &str, token: &str, yes: bool| {
-        let client = Client::new(base, Some(token));
-        eventually("the tokens are as the file says", PATIENCE, || async {
-            let status = client.get("/metrics").await.ok()?.status();
-            ((status == StatusCode::OK) == yes).then_some(())
-        })
-        .await;
+    let all_answer = async |token: &str, wanted: StatusCode| {
+        for url in &urls {
+            let client = Client::new(url, Some(token));
+            eventually("the tokens are as the file says", PATIENCE, || async {
+                (client.get("/metrics").await.ok()?.status() == wanted).then_some(())
+            })
+            .await;
+        }
     };
     // The new one is known everywhere before anybody sends it.
-    for (daemon, url) in files.daemons().zip(&urls) {
-        files.set(&daemon, &[old, new]);
-        knows(url, new, true).await;
-    }
+    files.daemons().for_each(|daemon| files.set(&daemon, &[old, new]));
+    all_answer(new, StatusCode::OK).await;
     with_old.more(10).await;
     files.daemons().for_each(|daemon| files.set(&daemon, &[new, old]));
     cluster.client.token = Some(new.to_owned());
@@ -429,21 +433,28 @@ async fn rotates(files: &TokenFiles, mut cluster: Cluster) {
     .await;
     let (done, refused) = with_old.end().await;
     assert!(done >= 10 && refused == 0, "{done} ended well, {refused} were refused");
-    for (daemon, url) in files.daemons().zip(&urls) {
-        files.set(&daemon, &[new]);
-        knows(url, old, false).await;
-    }
-    assert!(!long.is_finished(), "the stream was to live through all of it");
-    // Tasks go on with the new one alone.
+    files.daemons().for_each(|daemon| files.set(&daemon, &[new]));
+    all_answer(old, StatusCode::UNAUTHORIZED).await;
+    // Tasks go on with the new one alone, and so do the nodes' reports.
     with_new.more(10).await;
     let (done, refused) = with_new.end().await;
     assert!(done >= 10 && refused == 0, "{done} ended well, {refused} were refused");
+    for node in cluster.client.nodes().await {
+        eventually("a report is taken", PATIENCE, || async {
+            let now = cluster.client.node(node.node_id.as_str()).await?;
+            (now.report_seq > node.report_seq).then_some(())
+        })
+        .await;
+    }
+    let tokens_so_far = |view: serde_json::Value| view["tokens_out"].as_u64().unwrap_or_default();
+    let shown = cluster.client.get(&format!("/v2/tasks/{long_id}")).await.expect("an answer");
+    let before_cancel = tokens_so_far(shown.json().await.expect("a task"));
+    let cancel = cluster.client.request(Method::POST, &format!("/v2/tasks/{long_id}/cancel")).send().await;
+    assert_eq!(cancel.expect("an answer").status(), StatusCode::NO_CONTENT);
     let long = long.await.expect("a client does not panic");
     long.check();
-    assert!(long.completed(), "{:?}", long.error());
-    for n in 0..files.nodes {
-        cluster.wait_online(n).await;
-    }
+    assert_eq!((long.error(), long.starts()), (Some("CANCELED"), 1));
+    assert!(long.tokens().len() as u64 >= before_cancel && before_cancel > 0, "{before_cancel}");
     assert_eq!(pids(&cluster), before);
     let with_old = Client::new(&urls[0], Some(old)).get("/v2/nodes").await.expect("an answer");
     assert_eq!(with_old.status(), StatusCode::UNAUTHORIZED);
@@ -454,7 +465,7 @@ async fn rotates(files: &TokenFiles, mut cluster: Cluster) {
 fn tokens_are_rotated_without_a_failed_request_and_without_a_restart() {
     let files = TokenFiles { folder: tempfile::tempdir().expect("a folder"), nodes: 2 };
     let make = |network| files.options(TOKEN, network);
-    with_both("token rotation", files.nodes, make, async |cluster| rotates(&files, cluster).await);
+    on_both_with("token rotation", files.nodes, make, async |cluster| rotates(&files, cluster).await);
 }
 
 // CLOUD-2785

@@ -1,4 +1,4 @@
-//! Who gets in: every route with every kind of token, tokens that change, certificates.
+//! Who gets in: every route with every kind of token, certificates. How tokens change: `hosts.rs`.
 
 use std::collections::BTreeSet;
 use std::process::Command;

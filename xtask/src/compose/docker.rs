@@ -1,5 +1,5 @@
-//! The container engine: the one that runs here, or one of our own for as long as it is needed; and the
-//! base images, made where no registry hands them out.
+//! The container engine: the one that runs here, or one of our own for as long as it is needed; the Compose
+//! tools that ask it; and the base images, made where no registry hands them out.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -144,7 +144,10 @@ impl Drop for Docker {
     }
 }
 
-/// A Compose tool: version 2 is a plugin of `docker`, version 1 a program of its own.
+/// What an operator sets for a stack of his own.
+const OPERATORS: [&str; 4] = ["LLORCH_", "ORCHESTRATORD_", "COMPOSE_", "HF_"];
+
+/// A Compose tool: versions from 2 on are a plugin of `docker`, version 1 is a program of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Tool {
     V2,
@@ -156,48 +159,52 @@ impl Tool {
 
     /// Those of this machine.
     pub(super) fn there() -> Vec<Self> {
-        Self::KNOWN.into_iter().filter(|tool| tool.version().is_some()).collect()
+        Self::KNOWN.into_iter().filter(|tool| tool.is_there()).collect()
     }
 
     /// Those that it has not.
     pub(super) fn lacking() -> Vec<Self> {
-        Self::KNOWN.into_iter().filter(|tool| tool.version().is_none()).collect()
+        Self::KNOWN.into_iter().filter(|tool| !tool.is_there()).collect()
     }
 
     pub(super) fn name(self) -> &'static str {
         match self {
-            Self::V2 => "docker compose (v2)",
+            Self::V2 => "docker compose (v2 or later)",
             Self::V1 => "docker-compose 1.29",
         }
     }
 
     /// Its command for an engine. That of version 1 builds without BuildKit, so that the Dockerfile has nothing
-    /// that only BuildKit knows.
+    /// that only BuildKit knows. An operator's own settings are not for it.
     pub(super) fn command(self, docker: &Docker) -> Command {
-        match self {
-            Self::V2 => {
-                let mut command = docker.command("docker");
-                command.arg("compose");
-                command
-            }
-            Self::V1 => {
-                let mut command = docker.command("docker-compose");
-                command.env("DOCKER_BUILDKIT", "0").env("COMPOSE_DOCKER_CLI_BUILD", "0");
-                command
+        let mut command = match self {
+            Self::V2 => docker.command("docker"),
+            Self::V1 => docker.command("docker-compose"),
+        };
+        for (name, _) in std::env::vars_os() {
+            let name = name.to_string_lossy().into_owned();
+            if OPERATORS.iter().any(|of| name.starts_with(of)) {
+                command.env_remove(name);
             }
         }
+        match self {
+            // A builder of another kind does not see the engine's images.
+            Self::V2 => command.env("DOCKER_BUILDKIT", "1").env("BUILDX_BUILDER", "default").arg("compose"),
+            Self::V1 => command.env("DOCKER_BUILDKIT", "0").env("COMPOSE_DOCKER_CLI_BUILD", "0"),
+        };
+        command
     }
 
-    /// What it says of itself; `None` where it is not there, or is the other version under this name.
-    fn version(self) -> Option<String> {
-        let (mut command, major) = match self {
-            Self::V2 => (Command::new("docker"), "2"),
-            Self::V1 => (Command::new("docker-compose"), "1"),
+    fn is_there(self) -> bool {
+        let (mut command, is_this) = match self {
+            Self::V2 => (Command::new("docker"), (|major| major >= 2) as fn(u32) -> bool),
+            Self::V1 => (Command::new("docker-compose"), (|major| major == 1) as fn(u32) -> bool),
         };
         command.args((self == Self::V2).then_some("compose")).args(["version", "--short"]);
-        let said = command.stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
+        let Ok(said) = command.stdin(Stdio::null()).stderr(Stdio::null()).output() else { return false };
         let version = String::from_utf8_lossy(&said.stdout).trim().trim_start_matches('v').to_owned();
-        (said.status.success() && version.split('.').next() == Some(major)).then_some(version)
+        let major = version.split('.').next().and_then(|major| major.parse().ok());
+        said.status.success() && major.is_some_and(is_this)
     }
 }
 

@@ -74,7 +74,7 @@ impl<'d> Stack<'d> {
             admin_token: token("admin-token")?,
         };
         let project = format!("llorch-test-{}", std::process::id());
-        let log = cache().join("compose.log");
+        let log = cache().join(format!("compose-{tool:?}.log").to_lowercase());
         // An earlier run's, if any.
         let _ = std::fs::remove_file(&log);
         Ok(Self { docker, tool, project, secrets, runtime_image, programs, port, log, api })
@@ -82,13 +82,6 @@ impl<'d> Stack<'d> {
 
     fn compose(&self, words: &[&str]) -> Result<(), Failed> {
         let mut command = self.tool.command(self.docker);
-        // An operator's own settings are not for this stack.
-        for (name, _) in std::env::vars_os() {
-            let name = name.to_string_lossy().into_owned();
-            if ["LLORCH_", "ORCHESTRATORD_", "COMPOSE_", "HF_"].iter().any(|of| name.starts_with(of)) {
-                command.env_remove(name);
-            }
-        }
         command.arg("--env-file").arg(super::no_settings()?).args(["--project-name", &self.project]);
         command.arg("--file").arg(super::file()).args(words);
         command.env("LLORCH_TAG", TAG).env("LLORCH_SECRETS", self.secrets.path());
@@ -149,8 +142,13 @@ impl<'d> Stack<'d> {
         self.docker.ask(&["inspect", "--format", "{{.State.Health.Status}}", &self.container(service)?])
     }
 
-    /// That it comes up and answers, which is what a Compose tool has its hands in.
-    pub(super) async fn comes_up(&self) -> Result<(), Failed> {
+    /// What a Compose tool has its hands in.
+    pub(super) async fn short_walk(&self) -> Result<(), Failed> {
+        self.comes_up().await?;
+        self.restart_the_control_plane().await
+    }
+
+    async fn comes_up(&self) -> Result<(), Failed> {
         say("up: a control plane, two nodes with an engine each, and their model");
         self.compose(&["up", "--detach", "--no-build"])?;
         self.api.until(READY_PATIENCE, "both nodes serve the model", Api::serves_both).await?;
@@ -396,7 +394,8 @@ impl<'d> Stack<'d> {
         println!("{}", self.last_lines());
     }
 
-    /// Takes everything away that this run has made, and looks that nothing is left.
+    /// Takes everything away that this run has made but what BuildKit has put aside for later builds, and looks
+    /// that nothing is left.
     pub(super) fn down(&self) -> Result<(), Failed> {
         say("down");
         // It is there where something failed while it ran.

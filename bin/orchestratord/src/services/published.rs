@@ -117,12 +117,14 @@ struct Tasks {
 impl Tasks {
     fn put(&mut self, record: &Arc<TaskRecord>) {
         // A record is dropped with its task before another task goes under its key.
-        if let Some(before) = self.by_key.insert(record.key, Arc::clone(record)) {
-            for attempt in before.attempts() {
+        let before = self.by_key.insert(record.key, Arc::clone(record));
+        // Mostly its attempts are those that it had.
+        if before.as_ref().is_none_or(|before| !before.attempts().eq(record.attempts())) {
+            for attempt in before.iter().flat_map(|before| before.attempts()) {
                 self.attempts.remove(&attempt);
             }
+            self.attempts.extend(record.attempts().map(|attempt| (attempt, record.holder)));
         }
-        self.attempts.extend(record.attempts().map(|attempt| (attempt, record.holder)));
         self.by_id.insert((record.id, record.holder), Arc::clone(record));
     }
 

@@ -97,7 +97,7 @@ pub(crate) struct TaskStream {
     /// What was passed on may be generated again, which its reader may have to wait for.
     is_repeatable: bool,
     /// Why there is no whole answer; only where it is passed on.
-    error: OnceLock<ErrorBody>,
+    error: OnceLock<Box<ErrorBody>>,
     changed: Notify,
     /// Among the tasks of its token; free when the task has ended.
     permit: Mutex<Option<OwnedSemaphorePermit>>,
@@ -106,7 +106,7 @@ pub(crate) struct TaskStream {
     /// Nobody is to work on the task once nobody reads it.
     is_canceled_unread: AtomicBool,
     /// Of an answer that is passed on as it comes; nothing of any other.
-    meter: Option<AnswerMeter>,
+    meter: Option<Box<AnswerMeter>>,
     /// In which its tokens count, once it was sent to a node.
     measured: OnceLock<ModelSeries>,
     counted: Mutex<CountedTokens>,
@@ -219,7 +219,7 @@ impl TaskStream {
     fn release(&self) {
         if self.passes() {
             let message = "the answer was not read for long, and made room for others";
-            let _ = self.error.set(ErrorBody::new(ErrorCode::Overloaded, message));
+            let _ = self.error.set(Box::new(ErrorBody::new(ErrorCode::Overloaded, message)));
         }
         let mut kept = self.kept.lock();
         let id = kept.log.id();
@@ -381,7 +381,7 @@ impl TaskStream {
 
     /// Why the answer that was passed on has ended without being whole.
     pub(crate) fn error(&self) -> Option<&ErrorBody> {
-        self.error.get()
+        self.error.get().map(Box::as_ref)
     }
 
     /// What has been sent so far, for the attempt that goes on from it.
@@ -417,7 +417,7 @@ impl TaskStream {
 
     /// What the task has cost by now.
     fn usage(&self) -> TaskUsage {
-        self.meter.as_ref().map_or_else(|| TaskUsage::of_log(&self.kept.lock().log), AnswerMeter::usage)
+        self.meter.as_deref().map_or_else(|| TaskUsage::of_log(&self.kept.lock().log), AnswerMeter::usage)
     }
 
     /// From now on nobody is to work on the task once nobody reads it.
@@ -588,7 +588,7 @@ impl Streams {
             PayloadFormat::Native => (None, TaskLog::new(log)),
             PayloadFormat::OpenAi(passage) => {
                 let most = if passage.stream { UNREAD_STREAM_BYTES } else { UNREAD_WHOLE_BYTES };
-                (Some(AnswerMeter::new(passage)), TaskLog::bounded(log, most))
+                (Some(Box::new(AnswerMeter::new(passage))), TaskLog::bounded(log, most))
             }
         };
         let is_repeatable = submitted.is_repeatable;
@@ -653,7 +653,7 @@ impl Streams {
         let Some(stream) = self.get(task) else { return };
         if stream.passes() {
             // Whoever reads says it in the language of its client.
-            let _ = stream.error.set(error.clone());
+            let _ = stream.error.set(Box::new(error.clone()));
             stream.free_key();
             stream.write(|log| log.close(Bytes::new()));
             return self.ended(task);

@@ -7,8 +7,8 @@ use tracing::field::{Field, Visit};
 use tracing_subscriber::field::{RecordFields, VisitOutput};
 use tracing_subscriber::fmt::format::{FormatFields, Writer};
 
-/// Writes fields as the subscriber does by itself, colours too, with the values escaped. Everything else in a
-/// line of text (time, level, names) is our own.
+/// Writes fields as the subscriber does by itself, colours too, with the values escaped and errors without their
+/// sources. Everything else in a line of text (time, level, names) is our own.
 pub(crate) struct OneLine;
 
 impl<'w> FormatFields<'w> for OneLine {
@@ -32,7 +32,7 @@ impl Fields<'_> {
         if !std::mem::take(&mut self.is_empty) {
             self.writer.write_char(' ')?;
         }
-        let name = field.name().trim_start_matches("r#");
+        let name = field.name().strip_prefix("r#").unwrap_or(field.name());
         match (name, self.writer.has_ansi_escapes()) {
             ("message", _) => Ok(()),
             // Italic, and a dim sign.
@@ -149,47 +149,93 @@ mod tests {
         }
     }
 
-    /// A line of each kind of value.
-    fn line(fields: impl for<'w> FormatFields<'w> + Send + Sync + 'static, colours: bool) -> String {
+    /// What is shown of what is logged meanwhile.
+    fn logged(
+        fields: impl for<'w> FormatFields<'w> + Send + Sync + 'static,
+        colours: bool,
+        log: impl FnOnce(),
+    ) -> String {
         // Beside a single subscriber, what other threads log first is nobody's from then on.
         let _other = tracing::Dispatch::new(tracing_subscriber::registry());
         let shown = Shown::default();
         let to = shown.clone();
         let builder = tracing_subscriber::fmt().with_writer(move || to.clone()).with_ansi(colours);
         let subscriber = builder.without_time().fmt_fields(fields).finish();
-        tracing::subscriber::with_default(subscriber, || {
-            let error = std::io::Error::other("no \"room\"");
-            tracing::info!(
-                text = "plain",
-                quoted = "a \"word\" and a \\ and é",
-                shown = %"a b",
-                debugged = ?Some("x"),
-                unsigned = 18_446_744_073_709_551_615_u64,
-                signed = -7_i64,
-                wide = 1_u128 << 100,
-                yes = true,
-                no = false,
-                part = 0.5,
-                absent = None::<u64>,
-                r#type = "t",
-                error = &error as &dyn std::error::Error,
-                "what {} says",
-                "it"
-            );
-            tracing::info!("nothing but words");
-            tracing::info!(only = 1);
-        });
+        tracing::subscriber::with_default(subscriber, log);
         let shown = shown.0.lock().clone();
         String::from_utf8(shown).unwrap()
+    }
+
+    /// Lines that have values of each kind between them.
+    fn all_kinds() {
+        let error = std::io::Error::other("no \"room\"");
+        tracing::info!(
+            text = "plain",
+            quoted = "a \"word\" and a \\ and é",
+            shown = %"a b",
+            debugged = ?Some("x"),
+            unsigned = 18_446_744_073_709_551_615_u64,
+            signed = -7_i64,
+            wide = 1_u128 << 100,
+            yes = true,
+            no = false,
+            part = 0.5,
+            absent = None::<u64>,
+            r#type = "t",
+            error = &error as &dyn std::error::Error,
+            log.target = "of the log crate",
+            "what {} says",
+            "it"
+        );
+        tracing::info!("nothing but words");
+        tracing::info!(only = 1);
     }
 
     // CLOUD-1141
     #[test]
     fn what_has_nothing_to_hide_stands_there_as_the_subscriber_writes_it() {
         for colours in [false, true] {
-            let ours = line(OneLine, colours);
+            let ours = logged(OneLine, colours, all_kinds);
             assert!(ours.contains(r#"a \"word\" and a \\ and é"#) && ours.lines().count() == 3, "{ours}");
-            assert_eq!(ours, line(DefaultFields::new(), colours));
+            assert!(!ours.contains("of the log crate"), "{ours}");
+            assert_eq!(ours, logged(DefaultFields::new(), colours, all_kinds));
+        }
+    }
+
+    /// What says its text as it is, however it is asked.
+    #[derive(thiserror::Error)]
+    #[error("{0}")]
+    struct Raw(String);
+
+    impl fmt::Debug for Raw {
+        fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+            out.write_str(&self.0)
+        }
+    }
+
+    // CLOUD-1141
+    #[test]
+    fn no_kind_of_value_ends_the_line_or_steers_a_terminal() {
+        let hidden =
+            ['\0', '\n', '\r', '\t', '\x1b', '\x7f', '\u{85}', '\u{9b}', '\u{200e}', '\u{2028}', '\u{202e}'];
+        let raw = Raw(format!("a{}\nERROR forged", String::from_iter(hidden)));
+        let text = raw.0.as_str();
+        for colours in [false, true] {
+            let shown = logged(OneLine, colours, || {
+                tracing::info!(text, shown = %raw, debugged = ?raw, error = &raw as &dyn std::error::Error, "{raw}");
+                tracing::info!(message = text);
+            });
+            assert_eq!((shown.lines().count(), shown.matches("ERROR forged").count()), (2, 6), "{shown}");
+            // Those that are ours.
+            let colour = |code: &str| format!("\u{1b}[{code}m");
+            let codes = ["0", "2", "3", "32"];
+            let bare = codes.iter().fold(shown, |shown, code| shown.replace(&colour(code), ""));
+            assert!(!bare.trim_end().replace('\n', "").contains(hidden), "{bare:?}");
+            assert_eq!(
+                bare.matches(r"a\u{0}\n\r\t\u{1b}\u{7f}\u{85}\u{9b}\u{200e}\u{2028}\u{202e}").count(),
+                6,
+                "{bare}"
+            );
         }
     }
 }

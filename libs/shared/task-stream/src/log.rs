@@ -377,6 +377,8 @@ impl TaskLog {
             self.small = self.segments.len();
         }
         self.join_small();
+        // It is kept for long, and mostly as one.
+        self.segments.shrink_to_fit();
     }
 
     fn push(&mut self, segment: Segment) {

@@ -53,7 +53,7 @@ impl ControlCore {
         let task = self.tasks.get(&id)?;
         let (end, error) = match &task.stage {
             Stage::Queued | Stage::Running(_) => (None, None),
-            Stage::Ended { at, error, .. } => (Some(*at), error.as_deref().cloned()),
+            Stage::Ended { at, error, .. } => (Some(*at), error.clone()),
         };
         let attempts = task.attempts.iter().map(|record| AttemptView {
             attempt_id: record.id,
@@ -216,7 +216,7 @@ pub struct TaskRecord {
     admitted: Moment,
     last_dispatch: Option<Moment>,
     end: Option<Moment>,
-    error: Option<ErrorBody>,
+    error: Option<Box<ErrorBody>>,
     dispatches: u32,
     attempts: Vec<AttemptView>,
 }
@@ -239,7 +239,7 @@ impl TaskRecord {
             queue_wait_ms: wait_end.millis_since(self.admitted),
             elapsed_ms: end.millis_since(self.admitted),
             attempts: self.attempts.clone(),
-            error: self.error.clone(),
+            error: self.error.as_deref().cloned(),
             // Tokens never pass through the core.
             tokens_in: None,
             tokens_out: None,
