@@ -196,15 +196,15 @@ impl Tool {
     }
 
     fn is_there(self) -> bool {
-        let (mut command, is_this) = match self {
-            Self::V2 => (Command::new("docker"), (|major| major >= 2) as fn(u32) -> bool),
-            Self::V1 => (Command::new("docker-compose"), (|major| major == 1) as fn(u32) -> bool),
+        let (mut command, majors) = match self {
+            Self::V2 => (Command::new("docker"), 2..=u32::MAX),
+            Self::V1 => (Command::new("docker-compose"), 1..=1),
         };
         command.args((self == Self::V2).then_some("compose")).args(["version", "--short"]);
-        let Ok(said) = command.stdin(Stdio::null()).stderr(Stdio::null()).output() else { return false };
-        let version = String::from_utf8_lossy(&said.stdout).trim().trim_start_matches('v').to_owned();
+        let Ok(answer) = command.stdin(Stdio::null()).stderr(Stdio::null()).output() else { return false };
+        let version = String::from_utf8_lossy(&answer.stdout).trim().trim_start_matches('v').to_owned();
         let major = version.split('.').next().and_then(|major| major.parse().ok());
-        said.status.success() && major.is_some_and(is_this)
+        answer.status.success() && major.is_some_and(|major| majors.contains(&major))
     }
 }
 
