@@ -9,6 +9,7 @@ use std::time::Instant;
 use pool_registry_types::pool::EngineKind;
 use pool_registry_types::{AttemptId, ErrorBody, PoolId, ReplicaId, TaskId, TraceContext};
 use span_export::{Kind, Span, id_of};
+use task_stream::TaskCaller;
 use tracing::field::debug;
 use uuid::Uuid;
 
@@ -34,12 +35,19 @@ struct Spans {
 }
 
 impl Spans {
-    fn begin(pool_id: &PoolId, task_id: TaskId, attempt_id: AttemptId, trace: &TraceContext) -> Option<Self> {
+    fn begin(
+        pool_id: &PoolId,
+        task_id: TaskId,
+        attempt_id: AttemptId,
+        trace: &TraceContext,
+        caller: Option<&TaskCaller>,
+    ) -> Option<Self> {
         let attempt = Span::of(trace, "node attempt", Kind::Server)?
             .with("llorch.task_id", task_id.to_string())
             .with("llorch.attempt_id", attempt_id.to_string())
             .with("llorch.pool_id", pool_id.to_string())
-            .with("llorch.correlation_id", trace.correlation_id.clone());
+            .with("llorch.correlation_id", trace.correlation_id.clone())
+            .maybe("llorch.caller", caller.map(|caller| caller.name.clone()));
         let engine = Span::of(trace, "engine request", Kind::Client)?.within(attempt.id());
         Some(Self { attempt, engine, first: None })
     }
@@ -85,8 +93,9 @@ impl AttemptLog {
         task_id: TaskId,
         attempt_id: AttemptId,
         trace: Option<&TraceContext>,
+        caller: Option<&TaskCaller>,
     ) -> Self {
-        let spans = trace.and_then(|trace| Spans::begin(pool_id, task_id, attempt_id, trace));
+        let spans = trace.and_then(|trace| Spans::begin(pool_id, task_id, attempt_id, trace, caller));
         Self {
             task_id,
             attempt_id,

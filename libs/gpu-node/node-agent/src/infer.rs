@@ -20,6 +20,7 @@ use handoff_watcher::HandoffName;
 use node_core::{Accepted, Ask, Cursor, ResumeError, Retention, Taken};
 use pool_registry_types::task::InferRequest;
 use pool_registry_types::{AttemptId, ErrorBody, PoolId, ReplicaId, TraceContext};
+use task_stream::TaskCaller;
 use tokio::time::{Instant, Sleep, sleep};
 
 use crate::agent::{Agent, Signals};
@@ -217,7 +218,8 @@ impl Agent {
         trace: Option<&TraceContext>,
     ) -> Result<Inference, ErrorBody> {
         let attempt = request.attempt_id;
-        let begun = self.begin(pool_id, request, payload_bytes, ReadBy::Reader(retention), trace)?;
+        // Only a link says who has submitted the task.
+        let begun = self.begin(pool_id, request, payload_bytes, ReadBy::Reader(retention), trace, None)?;
         let polled = match retention {
             Retention::Attached => Some(begun.driver),
             // Another reader may come while this one stands still, and must not stand still with it.
@@ -238,10 +240,11 @@ impl Agent {
         payload_bytes: usize,
         read_by: ReadBy,
         trace: Option<&TraceContext>,
+        caller: Option<&TaskCaller>,
     ) -> Result<Begun, ErrorBody> {
         request.check()?;
         let attempt = request.attempt_id;
-        let log = AttemptLog::new(pool_id, request.task_id, attempt, trace);
+        let log = AttemptLog::new(pool_id, request.task_id, attempt, trace, caller);
         let ask = Ask {
             node_id: &request.node_id,
             boot_id: request.boot_id,

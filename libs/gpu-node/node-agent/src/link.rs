@@ -247,7 +247,8 @@ impl Agent {
         let trace = trace_of(start);
         let sent = facts.resume.as_ref().map_or(0, |resume| resume.text.len() + resume.reasoning.len());
         let read_by = ReadBy::Link { keep: facts.keep };
-        let begun = self.begin(&facts.pool_id, request, start.payload.len() + sent, read_by, Some(&trace))?;
+        let (bytes, caller) = (start.payload.len() + sent, facts.caller.as_ref());
+        let begun = self.begin(&facts.pool_id, request, bytes, read_by, Some(&trace), caller)?;
         let first = Cursor::first();
         self.with_core(|core, _| core.held_mut().link(&facts.attempt_id, facts.log_id, first));
         self.drive(begun.driver.run());
@@ -270,7 +271,8 @@ impl Agent {
             body: start.payload.clone(),
         };
         let read_by = ReadBy::Link { keep: facts.keep };
-        let (acceptance, _) = self.begin_passing(&facts.pool_id, request, read_by, Some(&trace_of(start)))?;
+        let (trace, caller) = (trace_of(start), facts.caller.as_ref());
+        let (acceptance, _) = self.begin_passing(&facts.pool_id, request, read_by, Some(&trace), caller)?;
         Ok(acceptance)
     }
 }

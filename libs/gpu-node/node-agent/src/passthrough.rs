@@ -23,7 +23,7 @@ use pool_registry_types::error::EndCause;
 use pool_registry_types::{
     AttemptId, BootId, ErrorBody, ErrorCode, LogId, ModelRef, NodeId, PoolId, ReplicaId, TaskId, TraceContext,
 };
-use task_stream::{MAX_PASSED_EVENT_BYTES, OpenAiRoute, Passage};
+use task_stream::{MAX_PASSED_EVENT_BYTES, OpenAiRoute, Passage, TaskCaller};
 use tokio::time::{Instant, timeout_at};
 
 use crate::agent::{Agent, Signals};
@@ -84,9 +84,10 @@ impl Agent {
         request: PassedRequest,
         read_by: ReadBy,
         trace: Option<&TraceContext>,
+        caller: Option<&TaskCaller>,
     ) -> Result<(Acceptance, Arc<Signals>), ErrorBody> {
         let attempt = request.attempt_id;
-        let log = AttemptLog::new(pool_id, request.task_id, attempt, trace);
+        let log = AttemptLog::new(pool_id, request.task_id, attempt, trace, caller);
         let ask = Ask {
             node_id: &request.node_id,
             boot_id: request.boot_id,

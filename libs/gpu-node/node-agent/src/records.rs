@@ -42,7 +42,7 @@ impl Agent {
         trace: Option<&TraceContext>,
     ) -> Result<PassedOn, ErrorBody> {
         let attempt = request.attempt_id;
-        let (acceptance, signals) = self.begin_passing(pool_id, request, ReadBy::Records, trace)?;
+        let (acceptance, signals) = self.begin_passing(pool_id, request, ReadBy::Records, trace, None)?;
         let reader = RecordReader { agent: Arc::clone(self), attempt, signals, taken: None, is_over: false };
         Ok(PassedOn { acceptance, reader })
     }

@@ -212,7 +212,9 @@ fn check(trace: &[Received], caller: &str, ids: Ids, again: &str, services: [&st
         assert_eq!((&node.parent, node.service.as_str()), (&attempt.id, services[1]));
         assert_eq!(node.of("llorch.attempt_id"), attempt.of("llorch.attempt_id"));
         assert_eq!(node.of("gen_ai.request.model"), "fake-model");
+        assert_eq!(node.of("llorch.caller"), attempt.of("llorch.caller"));
         if services[0] != services[1] {
+            assert!(!node.of("llorch.caller").is_empty(), "{node:?}");
             assert_eq!(node.instance, attempt.of("llorch.node_id"));
         }
         let engine = trace.iter().find(|span| span.name == "engine request" && span.parent == node.id);
