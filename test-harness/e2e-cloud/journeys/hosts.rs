@@ -1,5 +1,5 @@
-//! The same journeys, the rotation of tokens among them, on two grounds: all daemons on this machine's loopback, and each on a host of its own with
-//! an address of its own. Each says how long it took, by journey and ground.
+//! The same journeys, the rotation of tokens among them, on two grounds: all daemons on this machine's loopback,
+//! and each on a host of its own with an address of its own. Each says how long it took, by journey and ground.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -386,8 +386,8 @@ impl TokenFiles {
     }
 }
 
-/// A new token takes the place of the old one, daemon by daemon, under a stream that lives through all of it and
-/// clients that ask all the time.
+/// A new token takes the place of the old one, step by step (known, sent, alone), under a stream that lives through
+/// all of it and clients that ask all the time.
 async fn rotates(files: &TokenFiles, mut cluster: Cluster) {
     let (old, new) = (TOKEN, "test-token-that-is-new");
     let pids = |cluster: &Cluster| -> Vec<u32> {
@@ -446,9 +446,9 @@ async fn rotates(files: &TokenFiles, mut cluster: Cluster) {
         })
         .await;
     }
-    let tokens_so_far = |view: serde_json::Value| view["tokens_out"].as_u64().unwrap_or_default();
     let shown = cluster.client.get(&format!("/v2/tasks/{long_id}")).await.expect("an answer");
-    let before_cancel = tokens_so_far(shown.json().await.expect("a task"));
+    let shown: serde_json::Value = shown.json().await.expect("a task");
+    let before_cancel = shown["tokens_out"].as_u64().expect("tokens so far");
     let cancel = cluster.client.request(Method::POST, &format!("/v2/tasks/{long_id}/cancel")).send().await;
     assert_eq!(cancel.expect("an answer").status(), StatusCode::NO_CONTENT);
     let long = long.await.expect("a client does not panic");
