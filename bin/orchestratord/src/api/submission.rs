@@ -16,28 +16,65 @@ pub(super) fn facts(request: &mut TaskRequest, caller: &Caller, ids: &RequestIds
     let given = request.task_id.take();
     let digest = digest(request);
     request.task_id = given;
-    let task_id = given.unwrap_or_else(|| TaskId(Uuid::new_v4()));
+    with_digest(request, digest, caller, ids)
+}
+
+/// The same of one that is submitted, and its [`payload`] where both are made of the same bytes, as
+/// mostly: they are written once.
+pub(super) fn facts_and_json(
+    request: &mut TaskRequest,
+    caller: &Caller,
+    ids: &RequestIds,
+) -> (TaskSpec, Option<Vec<u8>>) {
+    if !goes_as_it_is(request) {
+        return (facts(request, caller, ids), None);
+    }
+    let json = to_json(request);
+    let digest = BodyDigest::new(Sha256::digest(&json).into());
+    (with_digest(request, digest, caller, ids), Some(json))
+}
+
+fn with_digest(request: &TaskRequest, digest: BodyDigest, caller: &Caller, ids: &RequestIds) -> TaskSpec {
+    let task_id = request.task_id.unwrap_or_else(|| TaskId(Uuid::new_v4()));
     let holder = caller.holder.as_deref();
     let shown = holder.map(|who| TaskCaller { name: who.name.clone(), fingerprint: who.fingerprint.clone() });
     let spec = TaskSpec::of(request, task_id, digest, shown, ids.trace());
     TaskSpec { holder: caller.holder_id(), ..spec }
 }
 
-/// What a node needs of the request, as the client wrote it and with its defaults.
-pub(super) fn payload(request: TaskRequest) -> Payload {
-    // What a node does not use is not sent: an older one would not know it.
-    let task = TaskRequest {
-        session_id: None,
-        placement: None,
-        expected_tokens: None,
-        reasoning: Reasoning::Keep,
-        on_disconnect: OnDisconnect::Continue,
-        ..request
-    };
-    let mut bytes = serde_json::to_vec(&task).expect("a task request is always JSON");
+/// Whether a node needs all of the request, and the request does not name its task.
+fn goes_as_it_is(request: &TaskRequest) -> bool {
+    let TaskRequest { task_id, session_id, placement, expected_tokens, reasoning, on_disconnect, .. } =
+        request;
+    task_id.is_none()
+        && session_id.is_none()
+        && placement.is_none()
+        && expected_tokens.is_none()
+        && *reasoning == Reasoning::Keep
+        && *on_disconnect == OnDisconnect::Continue
+}
+
+/// What a node needs of the request, as the client wrote it and with its defaults. `json`: of
+/// [`facts_and_json`].
+pub(super) fn payload(request: TaskRequest, json: Option<Vec<u8>>) -> Payload {
+    let mut bytes = json.unwrap_or_else(|| {
+        // What a node does not use is not sent: an older one would not know it.
+        to_json(&TaskRequest {
+            session_id: None,
+            placement: None,
+            expected_tokens: None,
+            reasoning: Reasoning::Keep,
+            on_disconnect: OnDisconnect::Continue,
+            ..request
+        })
+    });
     // It may wait for long, and is counted as long as it is.
     bytes.shrink_to_fit();
     Payload { format: PayloadFormat::Native, bytes: bytes.into() }
+}
+
+fn to_json(request: &TaskRequest) -> Vec<u8> {
+    serde_json::to_vec(request).expect("a task request is always JSON")
 }
 
 /// Of the request as it was read and is written again, with its defaults: spacing and the order of
@@ -170,7 +207,9 @@ mod tests {
                 // The core sets one only where the client did not.
                 let max_tokens = bound.filter(|_| task.max_tokens.is_none());
                 let dispatch = Dispatch { warm_replica, max_tokens, ..dispatch(spec(task.clone())) };
-                let body = AttemptBody::new(&dispatch, &payload(task.clone()), resume.as_ref());
+                let (with_digest, json) = facts_and_json(&mut task.clone(), &Caller::default(), &ids());
+                assert_eq!(with_digest.digest, dispatch.spec.digest);
+                let body = AttemptBody::new(&dispatch, &payload(task.clone(), json), resume.as_ref());
                 assert_eq!(body.read().unwrap(), in_one_piece(&dispatch, &task, resume));
             }
         }

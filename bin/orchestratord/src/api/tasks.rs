@@ -48,7 +48,7 @@ pub(crate) async fn submit(
     CountedBody(mut request, mut held): CountedBody<TaskRequest>,
 ) -> Result<Response, ApiError> {
     request.check()?;
-    let spec = submission::facts(&mut request, &caller, &ids);
+    let (spec, json) = submission::facts_and_json(&mut request, &caller, &ids);
     let (task_id, holder) = (spec.task_id, spec.holder);
     // Whoever attaches to a task that is there has no other one.
     let known = state.control.published.task(holder, task_id).is_some();
@@ -58,7 +58,7 @@ pub(crate) async fn submit(
     let permit = if known { None } else { state.quota.task(&caller)? };
     let wants_stream = wants_stream(&headers);
     let cancels = request.on_disconnect == OnDisconnect::Cancel;
-    let payload = submission::payload(request);
+    let payload = submission::payload(request, json);
     held.add(TASK_BYTES)?;
     held.set(payload.bytes.len() + TASK_BYTES);
     let threads = &state.relays.threads;

@@ -1,8 +1,8 @@
 //! The control loop: the one task that owns `ControlCore`.
 //!
 //! It takes a message from a bounded mailbox, applies it, writes down what it has changed for
-//! readers ([`Published`]), hands the effects out and arms the timer anew. It never awaits the
-//! network. Before each message it compares the time with its deadline, so that no flood of
+//! readers ([`Published`]), hands the effects out and arms the timer anew. What nobody waits for is
+//! written down once for all messages that are there. It never awaits the network. Before each message it compares the time with its deadline, so that no flood of
 //! messages keeps the clock waiting; and questions that only the core can answer come in a mailbox
 //! of their own, one between so many messages, so that no reader keeps a decision waiting.
 //! Everything else in this daemon talks to it through [`Control`].
@@ -16,7 +16,7 @@ use owned_tasks::Turn;
 use pool_registry_types::placement::Explanation;
 use pool_registry_types::task::Workload;
 use pool_registry_types::view::ClusterChange;
-use pool_registry_types::{AttemptId, Moment, TaskId};
+use pool_registry_types::{AttemptId, HolderId, Moment, TaskId};
 use task_scheduler::{ControlCore, Denied, Effect, Event, HowEnded, Note, ProbeOutcome, ReplyTo};
 use task_stream::TaskSpec;
 use tokio_util::sync::CancellationToken;
@@ -41,6 +41,11 @@ fn explained(core: &ControlCore, now: Moment, task: TaskId) -> Option<Explanatio
     (nodes <= EXPLAINED_NODES).then(|| core.explain_task(now, task).ok()).flatten()
 }
 
+/// Whether somebody looks next because of it.
+fn is_seen_at_once(effect: &Effect) -> bool {
+    matches!(effect, Effect::Reply { .. } | Effect::CloseAttempt { .. } | Effect::CloseTask { .. })
+}
+
 /// The loop's own state beside the core.
 struct Loop {
     core: ControlCore,
@@ -56,6 +61,9 @@ struct Loop {
     spans: TaskSpans,
     /// When the core was last asked, and what it sent then.
     decided: (Instant, Vec<TaskId>),
+    /// Something has happened that is not written down yet, and what followers are to be told of it.
+    is_unpublished: bool,
+    untold: Vec<(Option<HolderId>, ClusterChange)>,
 }
 
 /// Runs until `stop`. Relays and probes belong to `tracker`.
@@ -80,8 +88,11 @@ pub(crate) async fn run(
         submitted: None,
         spans: TaskSpans::default(),
         decided: (Instant::now(), Vec::new()),
+        is_unpublished: false,
+        untold: Vec::new(),
     };
     this.work(inbox, stop).await;
+    this.publish();
     for closing in this.running.values() {
         closing.closed.cancel();
     }
@@ -106,9 +117,13 @@ impl Loop {
                 since_question += 1;
                 self.handle(message);
                 // Others on this thread are not kept waiting either.
-                turn.rest().await;
+                if turn.is_long() {
+                    self.publish();
+                    turn.rest().await;
+                }
                 continue;
             }
+            self.publish();
             let had_messages = std::mem::take(&mut since_question) >= MESSAGES_A_QUESTION;
             published.serve(self.clock.now(), &mut self.core);
             if let Ok(question) = questions.try_recv() {
@@ -211,8 +226,12 @@ impl Loop {
             if !self.decided.1.is_empty() {
                 self.relays.measured.placed(begun.elapsed());
             }
-            // Whoever is answered looks next, and must not see the state before.
-            published.take(now, &mut self.core);
+            // Whoever is answered, or reads an end, looks next, and must not see the state before.
+            self.is_unpublished = true;
+            let is_seen = effects.iter().any(is_seen_at_once) || changed.is_some();
+            if is_seen {
+                self.publish();
+            }
             reported.into_iter().for_each(|node_id| published.node_reported(node_id));
             // What was refused has changed nothing.
             let refused = |effect: &Effect| matches!(effect, Effect::Reply { answer: Err(_), .. });
@@ -229,6 +248,19 @@ impl Loop {
             for effect in effects {
                 self.carry_out(effect, &mut events);
             }
+            if is_seen {
+                self.publish();
+            }
+        }
+    }
+
+    /// Writes down what has changed, and tells those who follow.
+    fn publish(&mut self) {
+        if std::mem::take(&mut self.is_unpublished) {
+            self.control.published.take(self.clock.now(), &mut self.core);
+        }
+        for change in self.untold.drain(..) {
+            self.control.publish(change);
         }
     }
 
@@ -333,7 +365,7 @@ impl Loop {
                 {
                     links.gone(node_id);
                 }
-                self.control.publish((holder, change));
+                self.untold.push((holder, change));
             }
             Effect::Probe { node_id, address, authorized } => {
                 let (relays, control) = (Arc::clone(&self.relays), self.control.clone());

@@ -177,10 +177,14 @@ impl PoolBook {
     /// requests: these have no slots either.
     pub(crate) fn slots_busy(&self, count_reservations: bool) -> u32 {
         let takes_a_slot = |attempt: &&AttemptId| !self.brief.gone.contains(attempt);
-        let ours = if count_reservations {
-            self.reserved.union(&self.reported).filter(takes_a_slot).count()
-        } else {
+        let ours = if !count_reservations {
             self.reported.iter().filter(takes_a_slot).count()
+        } else if self.brief.gone.is_empty() {
+            // Most of what was reported has ended soon after: few are looked up.
+            let only_reported = self.reported.iter().filter(|attempt| !self.reserved.contains(attempt));
+            self.reserved.len() + only_reported.count()
+        } else {
+            self.reserved.union(&self.reported).filter(takes_a_slot).count()
         };
         u32::try_from(ours).unwrap_or(u32::MAX).saturating_add(self.brief.slots_foreign)
     }

@@ -454,13 +454,17 @@ impl Driver {
 
 /// Polls what works on an attempt, and shows that it is polled.
 pub(crate) async fn polled(agent: &Agent, signals: &Signals, mut work: Pin<&mut impl Future<Output = ()>>) {
-    let mut quiet = pin!(sleep(POLLED_EVERY));
+    let (mut quiet, mut set) = (pin!(sleep(POLLED_EVERY)), agent.now());
     poll_fn(|cx| {
-        signals.polled_at.store(agent.now().as_millis(), Ordering::Relaxed);
+        let now = agent.now();
+        signals.polled_at.store(now.as_millis(), Ordering::Relaxed);
         let polled = work.as_mut().poll(cx);
         if polled.is_pending() {
-            // Set to later again and again, it wakes only whom nothing else does.
-            quiet.as_mut().reset(Instant::now() + POLLED_EVERY);
+            // Set to later now and then, it wakes only whom nothing else does; not for each token.
+            if now.since(set) >= POLLED_EVERY / 2 {
+                quiet.as_mut().reset(Instant::now() + POLLED_EVERY);
+                set = now;
+            }
             let _ = quiet.as_mut().poll(cx);
         }
         polled

@@ -98,11 +98,12 @@ impl Turn {
     pub async fn wait<T>(&mut self, work: impl Future<Output = T>) -> T {
         let (mut work, mut has_waited) = (pin!(work), false);
         let done = poll_fn(|cx| {
-            let begun = Instant::now();
-            let polled = work.as_mut().poll(cx);
-            if std::mem::replace(&mut has_waited, polled.is_pending()) {
-                self.0 = begun;
+            // Only then others have had theirs.
+            if has_waited {
+                self.0 = Instant::now();
             }
+            let polled = work.as_mut().poll(cx);
+            has_waited = polled.is_pending();
             polled
         });
         done.await

@@ -9,6 +9,8 @@
 
 use std::borrow::Cow;
 
+use memchr::memchr2;
+
 /// Longest frame that is read, bytes. A stream that exceeds it is broken off.
 pub const MAX_FRAME_BYTES: usize = 1024 * 1024;
 
@@ -145,9 +147,9 @@ impl Decoder {
 
     fn take(&mut self, mut end: usize) -> Result<Frame<'_>, SseError> {
         let start = self.start;
-        if self.lossy
-            && let Cow::Owned(text) = String::from_utf8_lossy(&self.buffer[start..end])
-        {
+        // Asked first, because a lossy reading of what is valid takes several times as long.
+        if self.lossy && std::str::from_utf8(&self.buffer[start..end]).is_err() {
+            let text = String::from_utf8_lossy(&self.buffer[start..end]).into_owned();
             self.buffer.splice(start..end, text.bytes());
             end = start + text.len();
         }
@@ -168,7 +170,7 @@ impl Decoder {
 /// come. What lies before `searched` was looked at the last time, which spares looking twice.
 pub fn frame_end(bytes: &[u8], searched: &mut usize) -> Option<usize> {
     let mut at = *searched;
-    while let Some(offset) = bytes[at..].iter().position(|b| matches!(b, b'\n' | b'\r')) {
+    while let Some(offset) = memchr2(b'\n', b'\r', &bytes[at..]) {
         let line_end = at + offset;
         let empty = bytes[..line_end].last().is_none_or(|before| matches!(before, b'\n' | b'\r'));
         at = line_end + 1;
@@ -198,8 +200,12 @@ pub fn read_frame(raw: &[u8]) -> Result<Frame<'_>, SseError> {
 
 fn parse<'a>(raw: &'a [u8], text: &'a str) -> Frame<'a> {
     let mut frame = Frame { raw, id: None, event: "message", data: None, comment: None, unknown: None };
-    // The two halves of a CRLF are an empty line between them, which says nothing inside a frame.
-    for line in text.split(['\n', '\r']) {
+    let mut rest = text;
+    while !rest.is_empty() {
+        let line_end = memchr2(b'\n', b'\r', rest.as_bytes());
+        let (line, behind) = line_end.map_or((rest, ""), |end| (&rest[..end], &rest[end + 1..]));
+        rest = behind;
+        // The two halves of a CRLF are an empty line between them, which says nothing inside a frame.
         if line.is_empty() {
             continue;
         }

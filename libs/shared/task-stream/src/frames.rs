@@ -7,6 +7,8 @@
 use bytes::{Buf, Bytes, BytesMut};
 use pool_registry_types::sse::{BYTE_ORDER_MARK, Frame, MAX_FRAME_BYTES, SseError, frame_end, read_frame};
 
+use crate::shape::TokenShape;
+
 /// Bytes of a block; some dozens of tokens share one allocation.
 const BLOCK_BYTES: usize = 4 * 1024;
 
@@ -29,6 +31,15 @@ impl FrameBuffer {
             self.bytes.reserve(BLOCK_BYTES);
         }
         self.bytes.extend_from_slice(bytes);
+    }
+
+    /// The length of the next frame, where it is a token's with this number and written as nodes write it;
+    /// it is then kept. Where it is not, [`FrameBuffer::frame`] says what there is.
+    pub(crate) fn token(&self, shape: &TokenShape, index: u64) -> Option<usize> {
+        if !self.begun {
+            return None;
+        }
+        shape.len_at(&self.bytes[self.run..], index)
     }
 
     /// The next whole frame, if there is one; it is then kept or skipped.

@@ -28,7 +28,7 @@ use pool_registry_types::{AttemptId, ErrorBody, LogId, Moment, PoolKey, ReplicaI
 use crate::end::HowEnded;
 use crate::frames::FrameBuffer;
 use crate::log::{AppendError, Segment};
-use crate::shape;
+use crate::shape::{self, TokenShape};
 use crate::staged::{Staged, TokensOfFrame};
 use crate::watch::{AttemptDeadlines, Overdue, StreamWatch};
 
@@ -111,6 +111,7 @@ struct News {
 /// The node's stream as far as it was read.
 #[derive(Debug)]
 struct Reading {
+    shape: TokenShape,
     replica_id: Option<ReplicaId>,
     /// The next frame of the attempt: what stands before it was taken.
     taken: u64,
@@ -181,6 +182,7 @@ impl Relay {
     fn watched(now: Moment, assignment: Assignment, watch: StreamWatch) -> Self {
         let armed = watch.next_deadline();
         let reading = Reading {
+            shape: TokenShape::new(assignment.log),
             replica_id: None,
             taken: assignment.first_index,
             started: false,
@@ -428,6 +430,16 @@ impl Relay {
     /// Takes all whole frames.
     fn read(&mut self) {
         while self.reading.broken.is_none() {
+            let reading = &mut self.reading;
+            if reading.last.is_none()
+                && let Some(len) = self.frames.token(&reading.shape, reading.taken)
+            {
+                match reading.take(&self.assignment, len) {
+                    Ok(started) => self.keep(len, started),
+                    Err(how) => reading.broken = Some(how),
+                }
+                continue;
+            }
             let frame = match self.frames.frame() {
                 Ok(Some(frame)) => frame,
                 Ok(None) => break,
@@ -454,20 +466,26 @@ impl Relay {
                 FrameSink::Last(started) => (started, true),
                 FrameSink::Next => (None, false),
             };
-            self.reading.taken += 1;
-            (self.reading.thoughts, self.reading.repeated) = (0, 0);
-            let run = self.frames.keep(len);
-            self.reading.ends.push(u32::try_from(run).expect("a run is at most 64 KiB and one frame long"));
             self.reading.staged.terminal |= is_last;
-            if let Some(mut bytes) = started {
-                // The only frame that is copied once more.
-                bytes.extend_from_slice(&self.frames.take_run());
-                self.reading.ends.clear();
-                let segment = Segment::frame(self.reading.taken - 1, bytes.into());
-                self.reading.staged.segments.push(segment);
-            } else if run >= RUN_BYTES {
-                self.seal();
-            }
+            self.keep(len, started);
+        }
+    }
+
+    /// The frame of `len` bytes is for the log, with the bytes of the event `started` before it where it is
+    /// the attempt's first.
+    fn keep(&mut self, len: usize, started: Option<Vec<u8>>) {
+        self.reading.taken += 1;
+        (self.reading.thoughts, self.reading.repeated) = (0, 0);
+        let run = self.frames.keep(len);
+        self.reading.ends.push(u32::try_from(run).expect("a run is at most 64 KiB and one frame long"));
+        if let Some(mut bytes) = started {
+            // The only frame that is copied once more.
+            bytes.extend_from_slice(&self.frames.take_run());
+            self.reading.ends.clear();
+            let segment = Segment::frame(self.reading.taken - 1, bytes.into());
+            self.reading.staged.segments.push(segment);
+        } else if run >= RUN_BYTES {
+            self.seal();
         }
     }
 
@@ -509,7 +527,6 @@ impl Reading {
             Some((log, index)) if log == assignment.log => index,
             _ => return Err(HowEnded::Broken("a frame without its id".into())),
         };
-        let count = self.count.take();
         let is_last = match frame.event {
             "token" | "reasoning" | "result" => false,
             "end" => true,
@@ -517,6 +534,7 @@ impl Reading {
         };
         if index < self.taken {
             // It came before; so did the ids of its tokens.
+            self.count = None;
             return Ok(FrameSink::Nowhere);
         }
         if index > self.taken {
@@ -524,24 +542,37 @@ impl Reading {
             return Err(HowEnded::Broken(error.to_string()));
         }
         shape::check(frame, index).map_err(|error| HowEnded::Broken(error.to_string()))?;
-        let started = (!std::mem::replace(&mut self.started, true)).then(|| self.started(assignment));
         if is_last {
+            self.count = None;
             self.last = Some(HowEnded::Finished);
-            return Ok(FrameSink::Last(started));
+            return Ok(FrameSink::Last(self.begin(assignment)));
         }
-        if let Some(count) = count {
+        Ok(self.take(assignment, frame.raw.len())?.map_or(FrameSink::Next, FrameSink::First))
+    }
+
+    /// The next frame is a good one of `len` bytes, and not the last. Returns what stands before it in the
+    /// log. The error ends the attempt.
+    fn take(&mut self, assignment: &Assignment, len: usize) -> Result<Option<Vec<u8>>, HowEnded> {
+        let index = self.taken;
+        let started = self.begin(assignment);
+        if let Some(count) = self.count.take() {
             let ids = std::mem::take(&mut self.ids);
-            self.brought(index, count, &ids, frame.raw.len())?;
+            self.brought(index, count, &ids, len)?;
             self.ids = ids;
         }
         while let Some((of, tokens)) = self.coming.pop_front_if(|(of, _)| *of <= index) {
             if of == index {
-                self.brought(index, tokens.total, &tokens.ids, frame.raw.len())?;
+                self.brought(index, tokens.total, &tokens.ids, len)?;
             }
         }
         self.quiet_events = 0;
         self.news.tokens = true;
-        Ok(started.map_or(FrameSink::Next, FrameSink::First))
+        Ok(started)
+    }
+
+    /// The event `started`, before the attempt's first frame.
+    fn begin(&mut self, assignment: &Assignment) -> Option<Vec<u8>> {
+        (!std::mem::replace(&mut self.started, true)).then(|| self.started(assignment))
     }
 
     /// Takes what the node says of the tokens of a frame of so many bytes, where they can be its.

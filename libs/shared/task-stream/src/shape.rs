@@ -7,7 +7,8 @@
 
 use std::borrow::Cow;
 
-use pool_registry_types::sse::{BYTE_ORDER_MARK, Frame};
+use pool_registry_types::LogId;
+use pool_registry_types::sse::{BYTE_ORDER_MARK, Frame, MAX_FRAME_BYTES};
 use serde::Deserialize;
 
 /// Why a frame is not passed on.
@@ -42,6 +43,70 @@ struct End<'d> {
     _tokens_out: Option<u64>,
     #[serde(borrow, default, rename = "finish_reason")]
     _finish_reason: Option<Cow<'d, str>>,
+}
+
+/// Bytes of a log's id as it is written: a UUID with its hyphens, in lower case.
+const LOG_ID_BYTES: usize = 36;
+/// What stands between a frame's number and its text.
+const BEFORE_TEXT: [&[u8]; 2] = [b"\nevent: token\ndata: {\"t\":\"", b"\nevent: reasoning\ndata: {\"t\":\""];
+
+/// What a token's frame looks like as nodes write it, byte by byte: nearly all frames are such, and
+/// need not be read first to be known as good.
+#[derive(Debug)]
+pub(crate) struct TokenShape {
+    log_id: [u8; LOG_ID_BYTES],
+}
+
+impl TokenShape {
+    pub(crate) fn new(log: LogId) -> Self {
+        let mut log_id = [0; LOG_ID_BYTES];
+        log.0.hyphenated().encode_lower(&mut log_id);
+        Self { log_id }
+    }
+
+    /// The length of the frame with which `bytes` begin, where it is one of a token or of a thought, with
+    /// this number, of which [`check`] would find nothing amiss. Where it is not, it may be good still.
+    pub(crate) fn len_at(&self, bytes: &[u8], index: u64) -> Option<usize> {
+        let rest = bytes.strip_prefix(b"id: ")?.strip_prefix(&self.log_id)?.strip_prefix(b":")?;
+        let digits = number_len(rest, index)?;
+        let (number, rest) = rest.split_at(digits);
+        let rest = BEFORE_TEXT.iter().find_map(|before| rest.strip_prefix(*before))?;
+        let rest = &rest[text_len(rest)?..];
+        let rest = rest.strip_prefix(b"\",\"i\":")?.strip_prefix(number)?.strip_prefix(b"}\n\n")?;
+        Some(bytes.len() - rest.len()).filter(|len| *len <= MAX_FRAME_BYTES)
+    }
+}
+
+/// The digits with which `bytes` begin, where they are those of `number` as it is written.
+fn number_len(bytes: &[u8], number: u64) -> Option<usize> {
+    let digits = bytes.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    if digits == 0 || digits > 1 && bytes[0] == b'0' {
+        return None;
+    }
+    let read = bytes[..digits]
+        .iter()
+        .try_fold(0_u64, |read, digit| read.checked_mul(10)?.checked_add(u64::from(digit - b'0')));
+    (read? == number).then_some(digits)
+}
+
+/// How far the text of a JSON string goes whose opening quote stands before `bytes`; nothing where it has
+/// no end, is not valid, or names a character by its number (then a parser is to look at it).
+fn text_len(bytes: &[u8]) -> Option<usize> {
+    let (mut at, mut is_ascii) = (0, true);
+    loop {
+        match *bytes.get(at)? {
+            b'"' => break,
+            b'\\' if matches!(bytes.get(at + 1)?, b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') => {
+                at += 2
+            }
+            b'\\' | ..0x20 => return None,
+            byte => {
+                is_ascii &= byte.is_ascii();
+                at += 1;
+            }
+        }
+    }
+    (is_ascii || std::str::from_utf8(&bytes[..at]).is_ok()).then_some(at)
 }
 
 /// Checks a frame of the attempt's log, whose id names `index`.
@@ -89,10 +154,8 @@ fn check_lines(frame: &Frame<'_>) -> Result<(), BadFrame> {
 
 /// Whether an id that is one is written as the control plane writes it: clients send it back.
 fn is_plain_id(id: &str) -> bool {
-    /// Of a UUID with its hyphens.
-    const UUID_CHARS: usize = 36;
     id.rsplit_once(':').is_some_and(|(log, n)| {
-        let is_log = log.len() == UUID_CHARS && !log.bytes().any(|b| b.is_ascii_uppercase());
+        let is_log = log.len() == LOG_ID_BYTES && !log.bytes().any(|b| b.is_ascii_uppercase());
         is_log && n.bytes().all(|b| b.is_ascii_digit()) && (n == "0" || !n.starts_with('0'))
     })
 }
@@ -101,10 +164,12 @@ fn is_plain_id(id: &str) -> bool {
 mod tests {
     use std::time::Duration;
 
-    use pool_registry_types::{AttemptId, LogId, Moment, NodeId, PoolId, PoolKey, ReplicaId, TaskId};
+    use pool_registry_types::sse::{frame_end, parse_event_id, read_frame, write_frame};
+    use pool_registry_types::{AttemptId, Moment, NodeId, PoolId, PoolKey, ReplicaId, TaskId};
     use proptest::prelude::*;
     use uuid::Uuid;
 
+    use super::*;
     use crate::{Action, Assignment, AttemptDeadlines, HowEnded, Relay, TaskLog};
 
     const LOG: LogId = LogId(Uuid::from_u128(9));
@@ -246,7 +311,67 @@ mod tests {
         assert_read_alike(&log);
     }
 
+    /// One frame of a token with this text, as nodes write it.
+    fn written(index: u64, event: &str, text: &str) -> Vec<u8> {
+        let mut frame = Vec::new();
+        let data = format!("{{\"t\":{},\"i\":{index}}}", serde_json::to_string(text).unwrap());
+        write_frame(&mut frame, Some((&LOG, index)), event, &data);
+        frame
+    }
+
+    // CLOUD-2750
+    #[test]
+    fn a_token_as_nodes_write_it_is_known_by_its_bytes() {
+        let shape = TokenShape::new(LOG);
+        for (index, event, text) in
+            [(0, "token", "x"), (10, "reasoning", ""), (7, "token", "a\n\"\\ß"), (u64::MAX, "token", "日")]
+        {
+            let frame = written(index, event, text);
+            let followed = [&frame[..], b"id: "].concat();
+            assert_eq!(shape.len_at(&followed, index), Some(frame.len()), "{text:?}");
+            for len in 0..frame.len() {
+                assert_eq!(shape.len_at(&frame[..len], index), None, "{text:?}, {len} bytes");
+            }
+        }
+        // A parser looks at these.
+        for other in [written(1, "token", "\u{1}"), written(1, "result", "x"), written(2, "token", "x")] {
+            assert_eq!(shape.len_at(&other, 1), None);
+        }
+        assert_eq!(shape.len_at(&written(1, "token", &"x".repeat(MAX_FRAME_BYTES)), 1), None);
+    }
+
     proptest! {
+        // CLOUD-2750
+        #[test]
+        fn what_is_known_by_its_bytes_is_what_is_found_good_when_it_is_read(
+            text in "\\PC{0,6}",
+            index in prop_oneof![0_u64..12, any::<u64>()],
+            thought in any::<bool>(),
+            changes in prop::collection::vec(
+                (any::<prop::sample::Index>(), prop_oneof![
+                    prop::sample::select(b"\\\"\n\r:0{}x ".to_vec()), any::<u8>(),
+                ], 0_u8..3),
+                0..3,
+            ),
+        ) {
+            let mut bytes = written(index, if thought { "reasoning" } else { "token" }, &text);
+            for (at, byte, how) in changes {
+                let at = at.index(bytes.len());
+                match how {
+                    0 => bytes[at] = byte,
+                    1 => bytes.insert(at, byte),
+                    _ => { bytes.remove(at); }
+                }
+            }
+            if let Some(len) = TokenShape::new(LOG).len_at(&bytes, index) {
+                prop_assert_eq!(frame_end(&bytes, &mut 0), Some(len));
+                let frame = read_frame(&bytes[..len]).unwrap();
+                prop_assert!(matches!(frame.event, "token" | "reasoning"));
+                prop_assert_eq!(frame.id.and_then(parse_event_id), Some((LOG, index)));
+                prop_assert_eq!(check(&frame, index), Ok(()));
+            }
+        }
+
         // CLOUD-2750
         #[test]
         fn whatever_a_node_sends_its_log_is_read_alike_by_every_reader(

@@ -22,6 +22,9 @@ const END_TIMEOUT: Duration = Duration::from_secs(1);
 impl Driver {
     /// Takes a piece of the engine's stream, and with it what has arrived already.
     pub(super) async fn chunks(&mut self, first: Option<hyper::Result<Bytes>>) {
+        if matches!(first, Some(Ok(_))) {
+            self.heard();
+        }
         self.chunk(first);
         let more = self.what_is_there().await;
         // Also where a turn takes long: those that come together are taken together the next time.
@@ -61,7 +64,6 @@ impl Driver {
                 return;
             }
         };
-        self.heard();
         self.out.bytes.reserve(bytes.len() + 128);
         if matches!(self.framing, Framing::Open)
             && let Some(first) = first_sign(&bytes)
@@ -278,7 +280,6 @@ impl Driver {
     /// The final frame of a token: it is passed on, never written again. Returns whether the stream
     /// goes on.
     fn token(&mut self, kind: Kind, text: &str) -> bool {
-        use std::io::Write;
         self.brought();
         let (log_id, index) = (self.log_id, self.out.next());
         if let Some((ids, count)) = self.reader.take_ids(text) {
@@ -294,10 +295,17 @@ impl Driver {
         let out = &mut self.out.bytes;
         let begins = out.len();
         let event = if kind == Kind::Token { "token" } else { "reasoning" };
+        let (mut id, mut number) = ([0; 36], itoa::Buffer::new());
+        let (id, number) = (log_id.0.hyphenated().encode_lower(&mut id), number.format(index));
+        // Written apart: formatting takes longer than all the rest.
+        for part in ["id: ", id, ":", number, "\nevent: ", event, "\ndata: {\"t\":"] {
+            out.extend_from_slice(part.as_bytes());
+        }
         // Writing to a Vec cannot fail, and a text is always JSON.
-        let _ = write!(out, "id: {log_id}:{index}\nevent: {event}\ndata: {{\"t\":");
         let _ = serde_json::to_writer(&mut *out, text);
-        let _ = write!(out, ",\"i\":{index}}}\n\n");
+        for part in [",\"i\":", number, "}\n\n"] {
+            out.extend_from_slice(part.as_bytes());
+        }
         if out.len() - begins > MAX_FRAME_BYTES {
             // Written out it is longer than it came.
             out.truncate(begins);

@@ -10,7 +10,7 @@ use pool_registry_types::limits;
 use pool_registry_types::sse::Frame;
 use pool_registry_types::task::FinishReason;
 
-use super::json::Json;
+use super::json::{Json, Object};
 use super::refusal::{self, Refusal, shown};
 use super::thoughts::{Delta, Splitter};
 
@@ -18,7 +18,7 @@ use super::thoughts::{Delta, Splitter};
 const MOST_WAITING: usize = 256 * 1024;
 
 /// Reads the ids of the tokens of an event, and the count of all so far.
-pub(super) type TokenIds = fn(Json<'_>) -> (Vec<u32>, u32);
+pub(super) type TokenIds = fn(&Object<'_>) -> (Vec<u32>, u32);
 
 /// The shape of an answer: how its events are read, and how it ends.
 #[derive(Debug)]
@@ -29,7 +29,7 @@ pub(crate) struct Reply {
     pub is_document: bool,
     /// No event is the last one: the stream is whole when its message ends in order.
     pub ends_by_closing: bool,
-    pub(super) read: fn(&mut Reader, Json<'_>) -> EngineEvent,
+    pub(super) read: fn(&mut Reader, &Object<'_>) -> EngineEvent,
     /// Absent where no event has ids.
     pub(super) token_ids: Option<TokenIds>,
 }
@@ -182,18 +182,15 @@ impl Reader {
             _ if data.starts_with(':') => return EngineEvent::Nothing,
             _ => {}
         }
-        if let Some(error) = error_in_a_line(data) {
-            return error;
-        }
-        let Some(event) = Json::object(data) else {
-            return failed(&format!("unreadable event: {data}"));
+        let Some(event) = Object::read(data) else {
+            return error_in_a_line(data).unwrap_or_else(|| failed(&format!("unreadable event: {data}")));
         };
         if event.get("error").says_something() || event.get("object").text().as_deref() == Some("error") {
-            return error_event(event);
+            return error_event(event.json());
         }
         self.events += 1;
         if let Some((ids, token_ids)) = self.ids.as_mut().zip(self.reply.token_ids) {
-            let (new, all) = token_ids(event);
+            let (new, all) = token_ids(&event);
             ids.events += 1;
             ids.count = u64::from(all).max(ids.count.saturating_add(new.len() as u64));
             if ids.new.len() + new.len() > MOST_WAITING {
@@ -202,7 +199,7 @@ impl Reader {
                 ids.new.extend(&new);
             }
         }
-        match (self.reply.read)(self, event) {
+        match (self.reply.read)(self, &event) {
             EngineEvent::Delta(delta) => {
                 let delta = self.split(delta);
                 self.deltas += u64::from(!delta.is_empty());

@@ -18,7 +18,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use super::answer::{EngineEvent, Reader, Reply};
 use super::client::{Answer, with_causes};
 use super::dialect::EngineRequest;
-use super::json::{Json, typed};
+use super::json::{Object, typed};
 
 /// `/v1/embeddings`.
 pub(crate) static EMBEDDING: Reply = Reply {
@@ -32,7 +32,7 @@ pub(crate) static EMBEDDING: Reply = Reply {
 pub(crate) static RERANK: Reply =
     Reply { name: "a ranking", is_document: true, ends_by_closing: false, read: no_stream, token_ids: None };
 
-fn no_stream(_: &mut Reader, _: Json<'_>) -> EngineEvent {
+fn no_stream(_: &mut Reader, _: &Object<'_>) -> EngineEvent {
     EngineEvent::Failed("it streams what is one document".into())
 }
 

@@ -7,6 +7,7 @@
 
 use std::borrow::Cow;
 
+use memchr::memchr2;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -64,8 +65,7 @@ impl<'a> Json<'a> {
         let mut found = Self::ABSENT;
         let members = Members { text: self.0, at: opened(self.0, b'{'), keyed: true };
         for (key, value) in members {
-            let same = if key.contains('\\') { unescape(key) == name } else { key == name };
-            if same {
+            if is_name(key, name) {
                 found = value;
             }
         }
@@ -148,6 +148,54 @@ impl<'a> Json<'a> {
     }
 }
 
+/// An object whose members were found once, for whoever asks for several of them.
+#[derive(Debug)]
+pub(crate) struct Object<'a> {
+    whole: Json<'a>,
+    /// As far as they can be read, in their order.
+    members: Vec<(&'a str, Json<'a>)>,
+}
+
+impl<'a> Object<'a> {
+    /// The object that the text is, as [`Json::object`] finds it.
+    pub(crate) fn read(text: &'a str) -> Option<Self> {
+        /// As many as an event of any engine has, nearly always.
+        const MEMBERS: usize = 12;
+        let text = text.trim();
+        let mut rest = Members { text, at: Some(opened(text, b'{')?), keyed: true };
+        let mut members = Vec::with_capacity(MEMBERS);
+        let mut end = 1;
+        while let Some(member) = rest.next() {
+            members.push(member);
+            end = rest.at.unwrap_or(end);
+        }
+        // Whose members were all read is whole; else its brackets say so.
+        let end = skip(text.as_bytes(), end, separates);
+        let is_whole = text.as_bytes()[end..] == *b"}" || value_end(text.as_bytes(), 0) == Some(text.len());
+        is_whole.then_some(Self { whole: Json(text), members })
+    }
+
+    /// As [`Json::get`].
+    pub(crate) fn get(&self, name: &str) -> Json<'a> {
+        let named = self.members.iter().rev().find(|(key, _)| is_name(key, name));
+        named.map_or(Json::ABSENT, |(_, value)| *value)
+    }
+
+    pub(crate) fn json(&self) -> Json<'a> {
+        self.whole
+    }
+}
+
+/// Whether a key as it is written is this name.
+fn is_name(key: &str, name: &str) -> bool {
+    key == name || key.contains('\\') && unescape(key) == name
+}
+
+/// What may stand between two members, or before the first and behind the last one.
+fn separates(byte: u8) -> bool {
+    byte == b',' || byte.is_ascii_whitespace()
+}
+
 fn opened(text: &str, bracket: u8) -> Option<usize> {
     (text.as_bytes().first() == Some(&bracket)).then_some(1)
 }
@@ -167,7 +215,7 @@ impl<'a> Iterator for Members<'a> {
     fn next(&mut self) -> Option<Self::Item> {
         let bytes = self.text.as_bytes();
         // Not where it is until a whole member was read.
-        let mut at = skip(bytes, self.at.take()?, |byte| byte == b',' || byte.is_ascii_whitespace());
+        let mut at = skip(bytes, self.at.take()?, separates);
         let mut key = "";
         if self.keyed {
             let end = (bytes.get(at) == Some(&b'"')).then(|| string_end(bytes, at)).flatten()?;
@@ -220,7 +268,7 @@ fn value_end(bytes: &[u8], at: usize) -> Option<usize> {
 fn string_end(bytes: &[u8], at: usize) -> Option<usize> {
     let mut at = at + 1;
     loop {
-        at += bytes.get(at..)?.iter().position(|byte| matches!(byte, b'"' | b'\\'))?;
+        at += memchr2(b'"', b'\\', bytes.get(at..)?)?;
         if bytes[at] == b'"' {
             return Some(at + 1);
         }
@@ -384,10 +432,13 @@ mod tests {
     fn agree(value: &Value, read: Json<'_>) {
         match value {
             Value::Object(members) => {
+                let object = Object::read(read.0).unwrap();
                 for (name, member) in members {
                     agree(member, read.get(name));
+                    assert_eq!(object.get(name), read.get(name));
                 }
                 assert_eq!(read.get("no such name"), Json::ABSENT);
+                assert_eq!(object.get("no such name"), Json::ABSENT);
             }
             Value::Array(items) => {
                 assert_eq!(read.items().count(), items.len());
@@ -411,9 +462,13 @@ mod tests {
 
         // CLOUD-1522
         #[test]
-        fn no_text_makes_it_panic(text in "[\\[\\]{}:,\"\\\\a0 un\u{e4}-]{0,40}") {
+        fn no_text_makes_it_panic(text in "[\\[\\]{}:,\"\\\\a0 un\u{e4}-]{0,40}", closed in any::<bool>()) {
+            let text = if closed { format!("{{\"a\":{text}}}") } else { text };
+            let read = Object::read(&text);
+            prop_assert_eq!(read.as_ref().map(Object::json), Json::object(&text));
             if let Some(object) = Json::object(&text) {
                 let _ = (object.get("a").first().text(), object.get("a").count(), object.says_something());
+                prop_assert_eq!(read.unwrap().get("a"), object.get("a"));
             }
             let _ = (Json(&text).get("a"), Json(&text).text(), Json(&text).items().count());
         }

@@ -19,7 +19,7 @@ pub(crate) use self::preparation::Unsent;
 use super::answer::{EngineEvent, Reader, Reply, text_of};
 use super::dialect::{Asked, Dialect, EngineFacts, EngineRequest, Look, NotReady, health};
 use super::gauges;
-use super::json::{Json, positive, set};
+use super::json::{Json, Object, positive, set};
 use super::openai::{self, listed};
 use super::thoughts::Delta;
 use crate::pools_file::PoolSpec;
@@ -92,7 +92,7 @@ fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {
     })
 }
 
-fn read(reader: &mut Reader, event: Json<'_>) -> EngineEvent {
+fn read(reader: &mut Reader, event: &Object<'_>) -> EngineEvent {
     let delta = Delta::text(text_of(event.get("content")));
     if !event.get("stop").is_true() {
         return EngineEvent::Delta(delta);
@@ -105,7 +105,7 @@ fn read(reader: &mut Reader, event: Json<'_>) -> EngineEvent {
 }
 
 /// The ids of the tokens of an event, and the count of all so far; none where it does not say.
-fn token_ids(event: Json<'_>) -> (Vec<u32>, u32) {
+fn token_ids(event: &Object<'_>) -> (Vec<u32>, u32) {
     let ids = event.get("tokens").items().filter_map(Json::count).collect();
     (ids, event.get("tokens_predicted").count().unwrap_or(0))
 }
@@ -227,8 +227,8 @@ mod tests {
         let chat = TaskRequest { prompt: None, messages: Some(vec![message]), ..task };
         assert_eq!(asked(&chat, None, None).path, "/completion", "its own template, written out");
         let event =
-            Json::object(r#"{"content":" a","tokens":[7],"stop":false,"tokens_predicted":3}"#).unwrap();
-        assert_eq!(token_ids(event), (vec![7], 3));
+            Object::read(r#"{"content":" a","tokens":[7],"stop":false,"tokens_predicted":3}"#).unwrap();
+        assert_eq!(token_ids(&event), (vec![7], 3));
     }
 
     // CLOUD-2724
@@ -257,7 +257,7 @@ mod tests {
     // CLOUD-1517
     #[test]
     fn the_last_event_may_carry_a_text_and_counts_the_tokens() {
-        let read = |event: &str| read(&mut Reader::new(&COMPLETION, false), Json::object(event).unwrap());
+        let read = |event: &str| read(&mut Reader::new(&COMPLETION, false), &Object::read(event).unwrap());
         assert_eq!(read(r#"{"content":" a","stop":false}"#), EngineEvent::Delta(Delta::text(" a")));
         assert_eq!(read(r#"{"content":"","stop":false}"#), EngineEvent::Delta(Delta::default()));
         let end = r#"{"content":" z","stop":true,"stop_type":"limit","tokens_predicted":8}"#;

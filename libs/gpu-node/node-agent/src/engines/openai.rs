@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::answer::{EngineEvent, Reader, Reply, text_of};
 use super::dialect::{Asked, Dialect, EngineFacts, EngineRequest, Look, NotReady, tokens_left};
-use super::json::{Json, positive, set};
+use super::json::{Json, Object, positive, set};
 use super::thoughts::Delta;
 
 pub(super) static DIALECT: Dialect = Dialect {
@@ -84,7 +84,7 @@ fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {
     })
 }
 
-fn read(reader: &mut Reader, event: Json<'_>) -> EngineEvent {
+fn read(reader: &mut Reader, event: &Object<'_>) -> EngineEvent {
     // Some count in every event, some write an empty or a wrong count last.
     let counted = event.get("usage").get("completion_tokens").count();
     reader.counted = counted.filter(|count| *count > 0).or(reader.counted);

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 use super::answer::{EngineEvent, Reader, Reply, text_of};
 use super::dialect::{Asked, Dialect, EngineFacts, EngineRequest, Look, health, tokens_left};
-use super::json::{Json, positive, set};
+use super::json::{Object, positive, set};
 use super::thoughts::Delta;
 use super::{gauges, openai};
 use crate::pools_file::PoolSpec;
@@ -85,7 +85,7 @@ fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {
     Ok(EngineRequest::whole("/generate_stream", body, &GENERATE))
 }
 
-fn read(reader: &mut Reader, event: Json<'_>) -> EngineEvent {
+fn read(reader: &mut Reader, event: &Object<'_>) -> EngineEvent {
     let token = event.get("token");
     // A special one is a delimiter of the model's, such as that of its end: no part of the answer.
     let text = if token.get("special").is_true() { "".into() } else { text_of(token.get("text")) };

@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use super::answer::{EngineEvent, Reader, Reply, text_of};
 use super::client::{MAX_ERROR_BYTES, percent_encoded};
 use super::dialect::{Asked, Dialect, EngineFacts, EngineRequest, Look, NotReady};
-use super::json::{Json, document, set};
+use super::json::{Object, document, set};
 use super::thoughts::Delta;
 
 pub(super) static DIALECT: Dialect = Dialect {
@@ -82,7 +82,7 @@ fn request(asked: &Asked<'_>) -> Result<EngineRequest, ErrorBody> {
     Ok(EngineRequest::whole(path, body, &GENERATE))
 }
 
-fn read(_: &mut Reader, event: Json<'_>) -> EngineEvent {
+fn read(_: &mut Reader, event: &Object<'_>) -> EngineEvent {
     // A tensor of one element is written as the element, and one of several as a list.
     let text = event.get("text_output");
     let text = text.text().unwrap_or_else(|| text_of(text.first()));

@@ -11,7 +11,7 @@ use super::{
 use crate::Rule;
 use crate::content::Position;
 use crate::records::{Content, Record};
-use crate::wire::{Start, WriteError, WrittenStart};
+use crate::wire::{MAX_INLINE_BYTES, Start, WriteError, WrittenStart};
 
 /// How far an attempt has come.
 #[derive(Debug)]
@@ -59,6 +59,15 @@ pub(super) struct Unsent {
 impl Unsent {
     pub(super) fn write(&self) -> WrittenStart {
         WrittenStart::checked(&self.start, self.has_json)
+    }
+
+    /// Whether it is likely to go alone: what is far from being too long is not written to find that out.
+    /// Whoever writes it for its POST knows.
+    fn goes_alone(&self) -> bool {
+        let Start { facts, payload } = &self.start;
+        let ids = facts.traceparent.len() + facts.tracestate.len() + facts.correlation_id.len();
+        let is_short = facts.resume.is_none() && payload.len() + ids <= MAX_INLINE_BYTES / 4;
+        !self.has_json || !is_short && self.write().goes_alone()
     }
 }
 
@@ -155,7 +164,7 @@ impl ControlLane {
     /// Puts a start where it waits for its POST.
     pub(super) fn enqueue(&mut self, attempt: AttemptId, start: Box<Unsent>) {
         let Some(entry) = self.attempts.get_mut(&attempt) else { return };
-        let queue = if start.write().goes_alone() { &mut self.large } else { &mut self.queue };
+        let queue = if start.goes_alone() { &mut self.large } else { &mut self.queue };
         queue.insert(start.place, attempt);
         (entry.stage, entry.may_be_there) = (Stage::Queued(start), false);
     }
