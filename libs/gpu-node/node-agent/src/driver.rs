@@ -174,12 +174,19 @@ async fn open(
 ) -> Result<Sent, NotSent> {
     let sent = request.send(client.clone(), at.clone()).await.map_err(NotSent::Unsent)?;
     match named {
-        Some(named) => first_of_its_process(&sent.answer, &client, &at, &named)
-            .await
-            .map(|()| sent)
-            .map_err(NotSent::Changed),
-        None => Ok(sent),
+        // In a box of its own, because it is large and mostly not needed.
+        Some(named) if is_to_be_named(&sent.answer) => {
+            let looked = Box::pin(first_of_its_process(&sent.answer, &client, &at, &named)).await;
+            looked.map(|()| sent).map_err(NotSent::Changed)
+        }
+        Some(_) | None => Ok(sent),
     }
+}
+
+/// Whether it is not known of who has answered that it has the model. A refusal speaks for itself, unless
+/// it is that there is no such thing.
+fn is_to_be_named(answer: &Answer) -> bool {
+    answer.fresh && matches!(answer.status(), 200..=299 | 404)
 }
 
 /// Over a connection that is new whoever answers is asked whether it still has the model by this name.
@@ -190,8 +197,7 @@ pub(crate) async fn first_of_its_process(
     at: &Endpoint,
     (engine, model, own): &(EngineKind, ModelRef, String),
 ) -> Result<(), String> {
-    // A refusal speaks for itself, unless it is that there is no such thing.
-    if !answer.fresh || !matches!(answer.status(), 200..=299 | 404) {
+    if !is_to_be_named(answer) {
         return Ok(());
     }
     let look = Look { client, at, models: &[] };

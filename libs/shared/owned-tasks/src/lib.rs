@@ -95,7 +95,7 @@ fn log_task(panicked: &Panicked) {
 /// Spawns work that ends by itself and that nobody waits for, but the tracker at the end.
 pub fn task(tracker: &TaskTracker, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
     // It is logged, and there is nobody else to tell.
-    tracker.spawn(caught(name, work).map(drop));
+    tracker.spawn(caught(name, Box::pin(work)).map(drop));
 }
 
 /// The same on a thread for streams, where it counts as one.
@@ -107,7 +107,7 @@ pub fn task_on(
 ) {
     let load = thread.load();
     // It is logged, and there is nobody else to tell.
-    let work = timed(caught(name, work)).map(move |_| drop(load));
+    let work = timed(caught(name, Box::pin(work))).map(move |_| drop(load));
     tracker.spawn_on(work, thread.handle());
 }
 
@@ -163,7 +163,7 @@ pub fn uninterrupted<T: Send + 'static>(
     name: &'static str,
     work: impl Future<Output = T> + Send + 'static,
 ) -> Awaited<JoinHandle<Result<T, Panicked>>> {
-    Awaited { name, running: tokio::spawn(caught(name, work)) }
+    Awaited { name, running: tokio::spawn(caught(name, Box::pin(work))) }
 }
 
 /// Work that waits for a disk or reckons for long, on a thread that may. Dropped, it runs on. Where no

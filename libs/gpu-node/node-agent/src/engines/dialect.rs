@@ -112,7 +112,8 @@ impl EngineRequest {
     /// Sends it, after what must be asked before.
     pub(crate) async fn send(mut self, client: EngineClient, at: Endpoint) -> Result<Sent, Unsent> {
         let splitter = match self.preparation.take() {
-            Some(preparation) => preparation.complete(&client, &at, &mut self.body).await?,
+            // In a box of its own, because it is large and mostly not needed.
+            Some(preparation) => Box::pin(preparation.complete(&client, &at, &mut self.body)).await?,
             None => None,
         };
         let answer = client.post(&at, &self.path, &self.body).await?;
