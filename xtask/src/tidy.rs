@@ -96,7 +96,10 @@ const ARROWS: &[(&str, &[&str])] = &[
 
 /// Crates without clock, environment and disorder, and what they may use from outside.
 const PURE: &[(&str, &[&str])] = &[
-    ("pool-registry-types", &["foldhash", "serde", "serde_json", "smol_str", "thiserror", "utoipa", "uuid"]),
+    (
+        "pool-registry-types",
+        &["foldhash", "itoa", "memchr", "serde", "serde_json", "smol_str", "thiserror", "utoipa", "uuid"],
+    ),
     ("task-stream", &["bytes", "serde", "serde_json", "thiserror"]),
     ("attempt-link", &["bytes", "serde", "serde_json", "thiserror", "uuid"]),
     ("openai-gateway", &["bytes", "serde", "serde_json", "thiserror"]),

@@ -19,19 +19,16 @@ pub(super) fn facts(request: &mut TaskRequest, caller: &Caller, ids: &RequestIds
     with_digest(request, digest, caller, ids)
 }
 
-/// The same of one that is submitted, and its [`payload`] where both are made of the same bytes, as
-/// mostly: they are written once.
-pub(super) fn facts_and_json(
-    request: &mut TaskRequest,
-    caller: &Caller,
-    ids: &RequestIds,
-) -> (TaskSpec, Option<Vec<u8>>) {
-    if !goes_as_it_is(request) {
-        return (facts(request, caller, ids), None);
+/// The facts of a checked request, and what a node needs of it. Mostly both are made of the same bytes,
+/// which are written once.
+pub(super) fn split(mut request: TaskRequest, caller: &Caller, ids: &RequestIds) -> (TaskSpec, Payload) {
+    if !goes_as_it_is(&request) {
+        let spec = facts(&mut request, caller, ids);
+        return (spec, payload(&for_node(request)));
     }
-    let json = to_json(request);
-    let digest = BodyDigest::new(Sha256::digest(&json).into());
-    (with_digest(request, digest, caller, ids), Some(json))
+    let payload = payload(&request);
+    let digest = BodyDigest::new(Sha256::digest(&payload.bytes).into());
+    (with_digest(&request, digest, caller, ids), payload)
 }
 
 fn with_digest(request: &TaskRequest, digest: BodyDigest, caller: &Caller, ids: &RequestIds) -> TaskSpec {
@@ -54,27 +51,24 @@ fn goes_as_it_is(request: &TaskRequest) -> bool {
         && *on_disconnect == OnDisconnect::Continue
 }
 
-/// What a node needs of the request, as the client wrote it and with its defaults. `json`: of
-/// [`facts_and_json`].
-pub(super) fn payload(request: TaskRequest, json: Option<Vec<u8>>) -> Payload {
-    let mut bytes = json.unwrap_or_else(|| {
-        // What a node does not use is not sent: an older one would not know it.
-        to_json(&TaskRequest {
-            session_id: None,
-            placement: None,
-            expected_tokens: None,
-            reasoning: Reasoning::Keep,
-            on_disconnect: OnDisconnect::Continue,
-            ..request
-        })
-    });
+/// The request without what a node does not use: an older one would not know it.
+fn for_node(request: TaskRequest) -> TaskRequest {
+    TaskRequest {
+        session_id: None,
+        placement: None,
+        expected_tokens: None,
+        reasoning: Reasoning::Keep,
+        on_disconnect: OnDisconnect::Continue,
+        ..request
+    }
+}
+
+/// As the client wrote it and with its defaults.
+fn payload(request: &TaskRequest) -> Payload {
+    let mut bytes = serde_json::to_vec(request).expect("a task request is always JSON");
     // It may wait for long, and is counted as long as it is.
     bytes.shrink_to_fit();
     Payload { format: PayloadFormat::Native, bytes: bytes.into() }
-}
-
-fn to_json(request: &TaskRequest) -> Vec<u8> {
-    serde_json::to_vec(request).expect("a task request is always JSON")
 }
 
 /// Of the request as it was read and is written again, with its defaults: spacing and the order of
@@ -152,6 +146,30 @@ mod tests {
         assert_eq!(request.task_id, Some(own), "the request is as it was");
     }
 
+    // CLOUD-1202
+    #[test]
+    fn a_request_is_split_alike_whether_or_not_a_node_needs_all_of_it() {
+        let plain = TaskRequest::completion(ModelRef::new("m").unwrap(), "hi");
+        let others = [
+            TaskRequest { task_id: Some(TaskId(Uuid::from_u128(5))), ..plain.clone() },
+            TaskRequest { session_id: Some(SessionId(Uuid::from_u128(9))), ..plain.clone() },
+            TaskRequest {
+                placement: Some(serde_json::from_str(r#"{"prefer_pools":["a/p"]}"#).unwrap()),
+                ..plain.clone()
+            },
+            TaskRequest { expected_tokens: Some(3), ..plain.clone() },
+            TaskRequest { reasoning: Reasoning::Drop, ..plain.clone() },
+            TaskRequest { on_disconnect: OnDisconnect::Cancel, ..plain.clone() },
+            plain,
+        ];
+        for request in others {
+            let (split_spec, split_payload) = split(request.clone(), &Caller::default(), &ids());
+            let facts = spec(request.clone());
+            assert_eq!(TaskSpec { task_id: facts.task_id, ..split_spec }, facts, "{request:?}");
+            assert_eq!(split_payload, payload(&for_node(request.clone())), "{request:?}");
+        }
+    }
+
     /// What went over the wire before there were payloads.
     fn in_one_piece(dispatch: &Dispatch, task: &TaskRequest, resume: Option<Resume>) -> InferRequest {
         InferRequest {
@@ -207,9 +225,8 @@ mod tests {
                 // The core sets one only where the client did not.
                 let max_tokens = bound.filter(|_| task.max_tokens.is_none());
                 let dispatch = Dispatch { warm_replica, max_tokens, ..dispatch(spec(task.clone())) };
-                let (with_digest, json) = facts_and_json(&mut task.clone(), &Caller::default(), &ids());
-                assert_eq!(with_digest.digest, dispatch.spec.digest);
-                let body = AttemptBody::new(&dispatch, &payload(task.clone(), json), resume.as_ref());
+                let (_, payload) = split(task.clone(), &Caller::default(), &ids());
+                let body = AttemptBody::new(&dispatch, &payload, resume.as_ref());
                 assert_eq!(body.read().unwrap(), in_one_piece(&dispatch, &task, resume));
             }
         }

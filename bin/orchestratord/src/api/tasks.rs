@@ -45,20 +45,20 @@ pub(crate) async fn submit(
     caller: Caller,
     Extension(ids): Extension<RequestIds>,
     end: Option<Extension<PeerEnd>>,
-    CountedBody(mut request, mut held): CountedBody<TaskRequest>,
+    CountedBody(request, mut held): CountedBody<TaskRequest>,
 ) -> Result<Response, ApiError> {
     request.check()?;
-    let (spec, json) = submission::facts_and_json(&mut request, &caller, &ids);
-    let (task_id, holder) = (spec.task_id, spec.holder);
+    let (holder, cancels) = (caller.holder_id(), request.on_disconnect == OnDisconnect::Cancel);
     // Whoever attaches to a task that is there has no other one.
-    let known = state.control.published.task(holder, task_id).is_some();
+    let known = request.task_id.is_some_and(|id| state.control.published.task(holder, id).is_some());
     if !known {
         state.streams.check_room()?;
     }
     let permit = if known { None } else { state.quota.task(&caller)? };
+    // For what is refused before, nothing is written.
+    let (spec, payload) = submission::split(request, &caller, &ids);
+    let task_id = spec.task_id;
     let wants_stream = wants_stream(&headers);
-    let cancels = request.on_disconnect == OnDisconnect::Cancel;
-    let payload = submission::payload(request, json);
     held.add(TASK_BYTES)?;
     held.set(payload.bytes.len() + TASK_BYTES);
     let threads = &state.relays.threads;

@@ -1,11 +1,11 @@
 //! The control loop: the one task that owns `ControlCore`.
 //!
-//! It takes a message from a bounded mailbox, applies it, writes down what it has changed for
-//! readers ([`Published`]), hands the effects out and arms the timer anew. What nobody waits for is
-//! written down once for all messages that are there. It never awaits the network. Before each message it compares the time with its deadline, so that no flood of
-//! messages keeps the clock waiting; and questions that only the core can answer come in a mailbox
-//! of their own, one between so many messages, so that no reader keeps a decision waiting.
-//! Everything else in this daemon talks to it through [`Control`].
+//! It takes a message from a bounded mailbox, applies it, writes down what it has changed for readers
+//! ([`Published`]), hands the effects out and arms the timer anew. What nobody waits for is written down
+//! once for all messages that are there. It never awaits the network. Before each message it compares the
+//! time with its deadline, so that no flood of messages keeps the clock waiting; and questions that only
+//! the core can answer come in a mailbox of their own, one between so many messages, so that no reader
+//! keeps a decision waiting. Everything else in this daemon talks to it through [`Control`].
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -41,9 +41,17 @@ fn explained(core: &ControlCore, now: Moment, task: TaskId) -> Option<Explanatio
     (nodes <= EXPLAINED_NODES).then(|| core.explain_task(now, task).ok()).flatten()
 }
 
-/// Whether somebody looks next because of it.
+/// Whether somebody looks next because of it: who is answered, who reads the end of a task, who finds
+/// that it is not kept any more.
 fn is_seen_at_once(effect: &Effect) -> bool {
-    matches!(effect, Effect::Reply { .. } | Effect::CloseAttempt { .. } | Effect::CloseTask { .. })
+    matches!(
+        effect,
+        Effect::Reply { .. }
+            | Effect::CloseAttempt { .. }
+            | Effect::CloseTask { .. }
+            | Effect::Forget { .. }
+            | Effect::Note(Note::TaskEnded(_))
+    )
 }
 
 /// The loop's own state beside the core.
@@ -63,7 +71,7 @@ struct Loop {
     decided: (Instant, Vec<TaskId>),
     /// Something has happened that is not written down yet, and what followers are to be told of it.
     is_unpublished: bool,
-    untold: Vec<(Option<HolderId>, ClusterChange)>,
+    unpublished_changes: Vec<(Option<HolderId>, ClusterChange)>,
 }
 
 /// Runs until `stop`. Relays and probes belong to `tracker`.
@@ -89,7 +97,7 @@ pub(crate) async fn run(
         spans: TaskSpans::default(),
         decided: (Instant::now(), Vec::new()),
         is_unpublished: false,
-        untold: Vec::new(),
+        unpublished_changes: Vec::new(),
     };
     this.work(inbox, stop).await;
     this.publish();
@@ -226,8 +234,8 @@ impl Loop {
             if !self.decided.1.is_empty() {
                 self.relays.measured.placed(begun.elapsed());
             }
-            // Whoever is answered, or reads an end, looks next, and must not see the state before.
             self.is_unpublished = true;
+            // Whoever looks next must not see the state before.
             let is_seen = effects.iter().any(is_seen_at_once) || changed.is_some();
             if is_seen {
                 self.publish();
@@ -249,6 +257,7 @@ impl Loop {
                 self.carry_out(effect, &mut events);
             }
             if is_seen {
+                // What those who follow are told of it stood among its effects.
                 self.publish();
             }
         }
@@ -259,7 +268,7 @@ impl Loop {
         if std::mem::take(&mut self.is_unpublished) {
             self.control.published.take(self.clock.now(), &mut self.core);
         }
-        for change in self.untold.drain(..) {
+        for change in self.unpublished_changes.drain(..) {
             self.control.publish(change);
         }
     }
@@ -365,7 +374,7 @@ impl Loop {
                 {
                     links.gone(node_id);
                 }
-                self.untold.push((holder, change));
+                self.unpublished_changes.push((holder, change));
             }
             Effect::Probe { node_id, address, authorized } => {
                 let (relays, control) = (Arc::clone(&self.relays), self.control.clone());

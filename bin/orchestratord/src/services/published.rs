@@ -1,7 +1,8 @@
 //! What readers are answered from, outside of the control loop.
 //!
-//! Each task and each session is written here by the loop when it changes, before the answer to
-//! what has changed it goes out: a read that begins after that answer sees it. Lists, the view of
+//! Each task and each session is written here by the loop when it has changed, before the answer to
+//! what has changed it goes out: a read that begins after that answer sees it. What nobody waits for is
+//! written once for all messages that are there. Lists, the view of
 //! the cluster, of which only what has changed is made anew, and the numbers are snapshots: made by
 //! the loop when somebody asks for one, at most each 100 ms whoever asks, and shared by all. Only a
 //! change of the nodes that was answered makes the snapshot before it too old, however young it is,

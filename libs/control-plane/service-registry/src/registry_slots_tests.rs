@@ -32,6 +32,21 @@ fn a_report_that_names_a_pool_twice_loses_no_reservation_and_frees_no_slot() {
     assert_eq!((r.reservation_count(), busy(&r, "a")), (0, 0));
 }
 
+// CLOUD-1401
+#[test]
+fn what_is_reserved_and_what_is_reported_are_counted_as_one_set() {
+    let mut r = registry();
+    let epoch = join(&mut r, at(0), "a");
+    for id in [attempt(1), attempt(2)] {
+        r.reserve(&pool("a"), id);
+    }
+    // Of the reported ones one is ours, and one is nobody's.
+    taken(r.heartbeat(at(1), &node_id("a"), beat(&epoch, 1, &[attempt(2), attempt(3)])));
+    assert_eq!(busy(&r, "a"), 3);
+    r.release(&pool("a"), &attempt(1), None);
+    assert_eq!(busy(&r, "a"), 2);
+}
+
 // CLOUD-1413
 #[test]
 fn an_attempt_at_a_replica_that_is_not_ready_takes_no_slot_of_the_one_that_is() {

@@ -180,7 +180,7 @@ impl PoolBook {
         let ours = if !count_reservations {
             self.reported.iter().filter(takes_a_slot).count()
         } else if self.brief.gone.is_empty() {
-            // Most of what was reported has ended soon after: few are looked up.
+            // Counted without merging the two: of what was reported most has ended soon after.
             let only_reported = self.reported.iter().filter(|attempt| !self.reserved.contains(attempt));
             self.reserved.len() + only_reported.count()
         } else {

@@ -175,7 +175,7 @@ async fn open(
     let sent = request.send(client.clone(), at.clone()).await.map_err(NotSent::Unsent)?;
     match named {
         // In a box of its own, because it is large and mostly not needed.
-        Some(named) if is_to_be_named(&sent.answer) => {
+        Some(named) if is_to_be_asked(&sent.answer) => {
             let looked = Box::pin(first_of_its_process(&sent.answer, &client, &at, &named)).await;
             looked.map(|()| sent).map_err(NotSent::Changed)
         }
@@ -185,7 +185,7 @@ async fn open(
 
 /// Whether it is not known of who has answered that it has the model. A refusal speaks for itself, unless
 /// it is that there is no such thing.
-fn is_to_be_named(answer: &Answer) -> bool {
+fn is_to_be_asked(answer: &Answer) -> bool {
     answer.fresh && matches!(answer.status(), 200..=299 | 404)
 }
 
@@ -197,7 +197,7 @@ pub(crate) async fn first_of_its_process(
     at: &Endpoint,
     (engine, model, own): &(EngineKind, ModelRef, String),
 ) -> Result<(), String> {
-    if !is_to_be_named(answer) {
+    if !is_to_be_asked(answer) {
         return Ok(());
     }
     let look = Look { client, at, models: &[] };
@@ -460,16 +460,16 @@ impl Driver {
 
 /// Polls what works on an attempt, and shows that it is polled.
 pub(crate) async fn polled(agent: &Agent, signals: &Signals, mut work: Pin<&mut impl Future<Output = ()>>) {
-    let (mut quiet, mut set) = (pin!(sleep(POLLED_EVERY)), agent.now());
+    let (mut quiet, mut set_at) = (pin!(sleep(POLLED_EVERY)), agent.now());
     poll_fn(|cx| {
         let now = agent.now();
         signals.polled_at.store(now.as_millis(), Ordering::Relaxed);
         let polled = work.as_mut().poll(cx);
         if polled.is_pending() {
-            // Set to later now and then, it wakes only whom nothing else does; not for each token.
-            if now.since(set) >= POLLED_EVERY / 2 {
+            // Moved on each half of its time, and not for each token: it wakes only whom nothing else does.
+            if now.since(set_at) >= POLLED_EVERY / 2 {
                 quiet.as_mut().reset(Instant::now() + POLLED_EVERY);
-                set = now;
+                set_at = now;
             }
             let _ = quiet.as_mut().poll(cx);
         }

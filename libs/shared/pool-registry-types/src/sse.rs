@@ -10,6 +10,7 @@
 use std::borrow::Cow;
 
 use memchr::memchr2;
+use uuid::fmt::Hyphenated;
 
 /// Longest frame that is read, bytes. A stream that exceeds it is broken off.
 pub const MAX_FRAME_BYTES: usize = 1024 * 1024;
@@ -39,6 +40,21 @@ pub fn write_frame(out: &mut Vec<u8>, id: Option<(&dyn std::fmt::Display, u64)>,
     out.extend_from_slice(b"\ndata: ");
     out.extend_from_slice(data.as_bytes());
     out.extend_from_slice(b"\n\n");
+}
+
+/// Appends the frame of a token or a thought, as relays know it without reading it. It is written
+/// in pieces: to format it takes longer than all the rest.
+pub fn write_token(out: &mut Vec<u8>, log: crate::LogId, index: u64, event: &str, text: &str) {
+    let (mut id, mut number) = ([0; Hyphenated::LENGTH], itoa::Buffer::new());
+    let (id, number) = (&*log.0.hyphenated().encode_lower(&mut id), number.format(index));
+    for part in ["id: ", id, ":", number, "\nevent: ", event, "\ndata: {\"t\":"] {
+        out.extend_from_slice(part.as_bytes());
+    }
+    // Writing to a Vec cannot fail, and a text is always JSON.
+    let _ = serde_json::to_writer(&mut *out, text);
+    for part in [",\"i\":", number, "}\n\n"] {
+        out.extend_from_slice(part.as_bytes());
+    }
 }
 
 /// Appends a comment, which readers of events never see.

@@ -34,9 +34,10 @@ impl FrameBuffer {
     }
 
     /// The length of the next frame, where it is a token's with this number and written as nodes write it;
-    /// it is then kept. Where it is not, [`FrameBuffer::frame`] says what there is.
+    /// it is then kept. Where it is not, [`FrameBuffer::frame`] says what there is, also of one that comes in
+    /// pieces: it is not looked at anew with each.
     pub(crate) fn token(&self, shape: &TokenShape, index: u64) -> Option<usize> {
-        if !self.begun {
+        if !self.begun || self.searched > 0 {
             return None;
         }
         shape.len_at(&self.bytes[self.run..], index)

@@ -164,7 +164,9 @@ fn is_plain_id(id: &str) -> bool {
 mod tests {
     use std::time::Duration;
 
-    use pool_registry_types::sse::{frame_end, parse_event_id, read_frame, write_frame};
+    use pool_registry_types::sse::{
+        TOKEN_IDS, frame_end, parse_event_id, read_frame, write_comment, write_frame, write_token,
+    };
     use pool_registry_types::{AttemptId, Moment, NodeId, PoolId, PoolKey, ReplicaId, TaskId};
     use proptest::prelude::*;
     use uuid::Uuid;
@@ -214,13 +216,18 @@ mod tests {
 
     /// What a relay has put into its log of these bytes, and whether it has broken the stream off.
     fn relayed(bytes: &[u8]) -> (TaskLog, bool) {
+        relayed_in_pieces(&[bytes])
+    }
+
+    /// The same of bytes that come one piece after the other.
+    fn relayed_in_pieces(pieces: &[&[u8]]) -> (TaskLog, bool) {
         let at = Moment::from_millis;
         let second = Duration::from_secs(1);
         let deadlines =
             AttemptDeadlines { acceptance: second, first_token: second, token_idle: second, silence: second };
         let assignment = Assignment {
             task_id: TaskId(Uuid::from_u128(1)),
-            keeps_ids: false,
+            keeps_ids: true,
             attempt: ATTEMPT,
             log: LOG,
             pool: PoolKey::new(NodeId::new("n").unwrap(), PoolId::new("p").unwrap()),
@@ -236,8 +243,10 @@ mod tests {
         log.open(ATTEMPT);
         let mut relay = Relay::new(at(0), assignment);
         relay.accepted(at(0), ReplicaId::new("r").unwrap(), 1);
-        relay.chunk(at(1), bytes);
-        relay.flush(at(1), |staged| staged.append_to(&mut log));
+        for piece in pieces {
+            relay.chunk(at(1), piece);
+            relay.flush(at(1), |staged| staged.append_to(&mut log));
+        }
         let broken = std::iter::from_fn(|| relay.next_action())
             .any(|action| matches!(action, Action::Ended { how: HowEnded::Broken(_), .. }));
         (log, broken)
@@ -311,11 +320,54 @@ mod tests {
         assert_read_alike(&log);
     }
 
+    /// A piece of a node's stream.
+    #[derive(Debug, Clone)]
+    enum Piece {
+        /// The next frame, or one that came before.
+        Token {
+            back: u64,
+            text: String,
+            thought: bool,
+        },
+        Ids {
+            more: u64,
+            ids: Vec<u32>,
+        },
+        Comment(&'static str),
+        End,
+    }
+
+    /// The bytes of a stream. With a space in the data of its tokens they are not as nodes write them.
+    fn stream(pieces: &[Piece], space: &str) -> Vec<u8> {
+        let (mut bytes, mut next, mut count) = (Vec::new(), 0_u64, 0_u64);
+        for piece in pieces {
+            match piece {
+                Piece::Token { back, text, thought } => {
+                    let index = next.saturating_sub(*back);
+                    let event = if *thought { "reasoning" } else { "token" };
+                    let frame = String::from_utf8(written(index, event, text)).unwrap();
+                    bytes.extend(frame.replacen("data: {", &format!("data: {{{space}"), 1).into_bytes());
+                    next = next.max(index + 1);
+                }
+                Piece::Ids { more, ids } => {
+                    count += more;
+                    let ids: Vec<String> = ids.iter().map(u32::to_string).collect();
+                    write_comment(&mut bytes, &format!("{TOKEN_IDS}{count} {}", ids.join(",")));
+                }
+                Piece::Comment(text) => write_comment(&mut bytes, text),
+                Piece::End => {
+                    write_frame(&mut bytes, Some((&LOG, next)), "end", "{}");
+                    next += 1;
+                }
+            }
+        }
+        bytes
+    }
+
     /// One frame of a token with this text, as nodes write it.
     fn written(index: u64, event: &str, text: &str) -> Vec<u8> {
         let mut frame = Vec::new();
-        let data = format!("{{\"t\":{},\"i\":{index}}}", serde_json::to_string(text).unwrap());
-        write_frame(&mut frame, Some((&LOG, index)), event, &data);
+        write_token(&mut frame, LOG, index, event, text);
         frame
     }
 
@@ -369,6 +421,45 @@ mod tests {
                 prop_assert!(matches!(frame.event, "token" | "reasoning"));
                 prop_assert_eq!(frame.id.and_then(parse_event_id), Some((LOG, index)));
                 prop_assert_eq!(check(&frame, index), Ok(()));
+            }
+        }
+
+        // CLOUD-2750
+        #[test]
+        fn a_stream_becomes_the_same_log_whether_its_tokens_are_known_by_their_bytes_or_read(
+            pieces in prop::collection::vec(
+                prop_oneof![
+                    8 => (0_u64..6, "\\PC{0,4}", any::<bool>()).prop_map(|(back, text, thought)| {
+                        Piece::Token { back: back.saturating_sub(4), text, thought }
+                    }),
+                    2 => (0_u64..3, prop::collection::vec(0_u32..9, 0..3)).prop_map(|(more, ids)| {
+                        Piece::Ids { more, ids }
+                    }),
+                    1 => Just(Piece::Comment("thought")),
+                    1 => Just(Piece::Comment("works")),
+                    1 => Just(Piece::End),
+                ],
+                0..12,
+            ),
+            cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..4),
+        ) {
+            let as_written = stream(&pieces, "");
+            let read = stream(&pieces, " ");
+            let whole = relayed(&as_written);
+            let mut at: Vec<usize> = cuts.iter().map(|cut| cut.index(as_written.len() + 1)).collect();
+            at.extend([0, as_written.len()]);
+            at.sort_unstable();
+            let cut: Vec<&[u8]> = at.windows(2).map(|ends| &as_written[ends[0]..ends[1]]).collect();
+            // What comes by itself behind the end is not looked at any more.
+            let end = pieces.iter().position(|piece| matches!(piece, Piece::End));
+            let ends_last = end.is_none_or(|end| end + 1 == pieces.len());
+            for other in std::iter::once(relayed(&read)).chain(ends_last.then(|| relayed_in_pieces(&cut))) {
+                prop_assert_eq!(whole.0.next_index(), other.0.next_index());
+                prop_assert_eq!(whole.0.is_finished(), other.0.is_finished());
+                let ids = |log: &TaskLog| format!("{:?}", log.token_ids());
+                prop_assert_eq!(ids(&whole.0), ids(&other.0));
+                prop_assert_eq!(whole.0.unlogged(), other.0.unlogged());
+                prop_assert_eq!(whole.1, other.1, "broken");
             }
         }
 

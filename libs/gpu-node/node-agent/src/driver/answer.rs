@@ -2,7 +2,7 @@
 
 use futures::FutureExt;
 use pool_registry_types::sse::{
-    ENGINE_WORKS, MAX_FRAME_BYTES, SseError, TOKEN_IDS, UNLOGGED_THOUGHT, write_comment,
+    ENGINE_WORKS, MAX_FRAME_BYTES, SseError, TOKEN_IDS, UNLOGGED_THOUGHT, write_comment, write_token,
 };
 use pool_registry_types::task::{End, MAX_RESULT_BYTES};
 
@@ -295,17 +295,7 @@ impl Driver {
         let out = &mut self.out.bytes;
         let begins = out.len();
         let event = if kind == Kind::Token { "token" } else { "reasoning" };
-        let (mut id, mut number) = ([0; 36], itoa::Buffer::new());
-        let (id, number) = (log_id.0.hyphenated().encode_lower(&mut id), number.format(index));
-        // Written apart: formatting takes longer than all the rest.
-        for part in ["id: ", id, ":", number, "\nevent: ", event, "\ndata: {\"t\":"] {
-            out.extend_from_slice(part.as_bytes());
-        }
-        // Writing to a Vec cannot fail, and a text is always JSON.
-        let _ = serde_json::to_writer(&mut *out, text);
-        for part in [",\"i\":", number, "}\n\n"] {
-            out.extend_from_slice(part.as_bytes());
-        }
+        write_token(out, log_id, index, event, text);
         if out.len() - begins > MAX_FRAME_BYTES {
             // Written out it is longer than it came.
             out.truncate(begins);

@@ -2,7 +2,7 @@
 //!
 //! A strict parser refuses a whole event for a `NaN` beside the text, for half a surrogate pair, or
 //! for a number with twenty digits. Nobody asked for them. Here a value is found by its quotes and
-//! brackets only, nothing is built, and what lies beside the way is never looked into. It reads
+//! brackets only, and what lies beside the way is never looked into. It reads
 //! what a strict parser reads, and no text makes it recurse or panic.
 
 use std::borrow::Cow;
@@ -152,32 +152,39 @@ impl<'a> Json<'a> {
 #[derive(Debug)]
 pub(crate) struct Object<'a> {
     whole: Json<'a>,
-    /// As far as they can be read, in their order.
-    members: Vec<(&'a str, Json<'a>)>,
+    /// As far as they can be read, in their order; none where there are too many to be kept.
+    members: Option<Vec<(&'a str, Json<'a>)>>,
 }
 
 impl<'a> Object<'a> {
     /// The object that the text is, as [`Json::object`] finds it.
     pub(crate) fn read(text: &'a str) -> Option<Self> {
-        /// As many as an event of any engine has, nearly always.
+        /// As many as an event of any engine has, nearly always; and far more.
         const MEMBERS: usize = 12;
+        const MOST_MEMBERS: usize = 256;
         let text = text.trim();
         let mut rest = Members { text, at: Some(opened(text, b'{')?), keyed: true };
         let mut members = Vec::with_capacity(MEMBERS);
         let mut end = 1;
+        let mut count = 0_usize;
         while let Some(member) = rest.next() {
-            members.push(member);
+            count += 1;
+            if count <= MOST_MEMBERS {
+                members.push(member);
+            }
             end = rest.at.unwrap_or(end);
         }
         // Whose members were all read is whole; else its brackets say so.
         let end = skip(text.as_bytes(), end, separates);
         let is_whole = text.as_bytes()[end..] == *b"}" || value_end(text.as_bytes(), 0) == Some(text.len());
+        let members = (count <= MOST_MEMBERS).then_some(members);
         is_whole.then_some(Self { whole: Json(text), members })
     }
 
     /// As [`Json::get`].
     pub(crate) fn get(&self, name: &str) -> Json<'a> {
-        let named = self.members.iter().rev().find(|(key, _)| is_name(key, name));
+        let Some(members) = &self.members else { return self.whole.get(name) };
+        let named = members.iter().rev().find(|(key, _)| is_name(key, name));
         named.map_or(Json::ABSENT, |(_, value)| *value)
     }
 
@@ -378,6 +385,16 @@ mod tests {
         for bad in ["", "{", "{\"a\":1}}", "{\"a\":\"b}", "null", "[1]", "7", "{\"a\":1}{\"a\":2}", "\"{}\""]
         {
             assert_eq!(Json::object(bad), None, "{bad}");
+        }
+    }
+
+    // CLOUD-1522
+    #[test]
+    fn of_an_object_with_very_many_members_the_last_of_a_name_is_found_too() {
+        for members in [10, 256, 257, 5_000] {
+            let text = format!("{{{}\"a\":2}}", "\"a\":1,".repeat(members - 1));
+            let object = Object::read(&text).unwrap();
+            assert_eq!((object.get("a").count(), object.get("b")), (Some(2), Json::ABSENT), "{members}");
         }
     }
 

@@ -61,12 +61,14 @@ impl Unsent {
         WrittenStart::checked(&self.start, self.has_json)
     }
 
-    /// Whether it is likely to go alone: what is far from being too long is not written to find that out.
-    /// Whoever writes it for its POST knows.
-    fn goes_alone(&self) -> bool {
+    /// Whether it is likely to go alone: what seems short is not written to find that out. Whoever writes
+    /// it for its POST finds it longer, where it is.
+    fn seems_to_go_alone(&self) -> bool {
+        /// Written out a text may take six times as much.
+        const SHORT: usize = MAX_INLINE_BYTES / 4;
         let Start { facts, payload } = &self.start;
         let ids = facts.traceparent.len() + facts.tracestate.len() + facts.correlation_id.len();
-        let is_short = facts.resume.is_none() && payload.len() + ids <= MAX_INLINE_BYTES / 4;
+        let is_short = facts.resume.is_none() && payload.len() + ids <= SHORT;
         !self.has_json || !is_short && self.write().goes_alone()
     }
 }
@@ -164,7 +166,7 @@ impl ControlLane {
     /// Puts a start where it waits for its POST.
     pub(super) fn enqueue(&mut self, attempt: AttemptId, start: Box<Unsent>) {
         let Some(entry) = self.attempts.get_mut(&attempt) else { return };
-        let queue = if start.goes_alone() { &mut self.large } else { &mut self.queue };
+        let queue = if start.seems_to_go_alone() { &mut self.large } else { &mut self.queue };
         queue.insert(start.place, attempt);
         (entry.stage, entry.may_be_there) = (Stage::Queued(start), false);
     }

@@ -190,7 +190,7 @@ impl ControlLane {
                 continue;
             };
             if written.goes_alone() {
-                // Its number has made it longer.
+                // It was taken for shorter, or its number has made it longer.
                 self.queue.pop_first();
                 self.large.insert(place, attempt);
                 continue;
