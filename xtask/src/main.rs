@@ -10,6 +10,7 @@ mod dashboards;
 mod engine;
 mod fuzz;
 mod old;
+mod release;
 mod schema;
 mod steps;
 mod tidy;
@@ -63,11 +64,14 @@ enum Chore {
         rest: Vec<String>,
     },
     /// Measure, as a release build: beside HAProxy before the same fake engines, in one run; `core`: the
-    /// control core alone, by the number of nodes.
+    /// control core alone, by the number of nodes; `--profiled`: what `release` has made, beside the same.
     Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
+    /// Both daemons as a release build that was made by how it runs: in some 20 minutes, and a fifth cheaper
+    /// to run. `bench --profiled` measures it.
+    Release(release::Options),
     /// Both daemons with hostile and honest peers side by side: --seed S, --minutes N, --only KIND,…;
     /// --release first: as a release build.
     Soak {
@@ -101,6 +105,7 @@ fn main() -> ExitCode {
         Chore::Tidy => tidy::run(),
         Chore::Sim { rest } => sim(&rest),
         Chore::Bench { rest } => bench(&rest),
+        Chore::Release(options) => release::execute(&options),
         Chore::Soak { rest } => soak(&rest),
         Chore::Fuzz(options) => fuzz::run(&options),
         Chore::Certs(options) => certs::run(&options),
@@ -281,6 +286,13 @@ fn soak(rest: &[String]) -> Result<(), Failed> {
 
 fn bench(rest: &[String]) -> Result<(), Failed> {
     let of = rest.first().map(String::as_str);
+    if of == Some("--profiled") {
+        let load = release::folder().join("load");
+        if !load.exists() {
+            return Err(Failed(format!("{} is not there: run `cargo xtask release`", load.display())));
+        }
+        return steps::run(Command::new(load).args(&rest[1..]), "see above what did not run");
+    }
     say("release build");
     if of == Some("core") {
         // It needs neither daemon.

@@ -19,15 +19,15 @@ use crate::table::{Row, Target};
 use crate::{cpu, median, quantile};
 
 /// Streams of the paced measurements, and what each is given a second.
-const STREAMS: usize = 500;
-const TOKENS_PER_SECOND: u32 = 10;
-const PACE_MS: u32 = 1_000 / TOKENS_PER_SECOND;
+pub(crate) const STREAMS: usize = 500;
+pub(crate) const TOKENS_PER_SECOND: u32 = 10;
+pub(crate) const PACE_MS: u32 = 1_000 / TOKENS_PER_SECOND;
 /// What the streams of a paced measurement last beyond it: they are opened before and closed after.
 const MARGIN_SECONDS: u64 = 10;
 /// Clients of the measurements without pace.
-const CLIENTS: usize = 64;
+pub(crate) const CLIENTS: usize = 64;
 /// Tokens of a stream without pace.
-const LONG: u32 = 256;
+pub(crate) const LONG: u32 = 256;
 /// Where times are measured, each client asks so often: clients that ask without a pause would measure
 /// how long they wait for a processor.
 const ASKS_EVERY: Duration = Duration::from_millis(20);
@@ -142,7 +142,7 @@ impl Comparison<'_> {
             Baseline::Build(cluster) => Some(cluster),
         };
         for cluster in [Some(self.cluster), other].into_iter().flatten() {
-            join_all((0..cluster.nodes.len()).map(|n| cluster.fault(n, fault.clone()))).await;
+            of_all_engines(cluster, &fault).await;
         }
     }
 
@@ -362,8 +362,13 @@ async fn close(streams: Vec<JoinHandle<Seen>>) {
     }
 }
 
+/// Gives all engines of a cluster this fault.
+pub(crate) async fn of_all_engines(cluster: &Cluster, fault: &serde_json::Value) {
+    join_all((0..cluster.nodes.len()).map(|n| cluster.fault(n, fault.clone()))).await;
+}
+
 /// Runs `clients` callers one request after another for some seconds.
-async fn sample(caller: &Caller, clients: usize, tokens: u32, seconds: u64) -> Vec<Seen> {
+pub(crate) async fn sample(caller: &Caller, clients: usize, tokens: u32, seconds: u64) -> Vec<Seen> {
     let end = Instant::now() + Duration::from_secs(seconds);
     let runs = (0..clients).map(|_| {
         let caller = caller.clone();

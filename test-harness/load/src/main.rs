@@ -14,6 +14,7 @@ mod heartbeats;
 mod http;
 mod placement;
 mod table;
+mod train;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -57,6 +58,10 @@ struct Arguments {
     /// Compare with our daemons of another build, which lie there, with their logs off, and not with HAProxy.
     #[arg(long)]
     beside: Option<PathBuf>,
+    /// Measures nothing: each kind of request for so many seconds, and an end in order. What a profile of
+    /// the build is taken from.
+    #[arg(long)]
+    train: bool,
     /// How many nodes, for `--core`.
     #[arg(long, value_delimiter = ',', default_values_t = [10, 100, 1_000, 10_000])]
     nodes: Vec<usize>,
@@ -87,6 +92,10 @@ async fn main() -> ExitCode {
     }
     if arguments.placement {
         placement::measure(arguments.repetitions).await;
+        return ExitCode::SUCCESS;
+    }
+    if arguments.train {
+        train::run(cluster(&arguments.log, None).await, arguments.seconds).await;
         return ExitCode::SUCCESS;
     }
     let is_wanted = |of| arguments.only.is_empty() || arguments.only.contains(&of);
