@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::steps::{Failed, cache, forget_outer_cargo, output, root, run as step, say};
+use crate::steps::{Failed, cache, forget_outer_cargo, host, root, run as step, say};
 
 /// What to feed to what.
 #[derive(Debug, clap::Args)]
@@ -87,13 +87,11 @@ fn compiler() -> Result<(), Failed> {
 
 /// Builds all targets and says where they are.
 fn build(address: bool) -> Result<PathBuf, Failed> {
-    let version = output(Command::new("rustc").arg("-vV"), "install the toolchain of rust-toolchain.toml")?;
-    let host = version.lines().find_map(|line| line.strip_prefix("host: "));
-    let host = host.ok_or_else(|| Failed::new("rustc does not say for which host it is"))?;
+    let host = host()?;
     // Other flags than the rest has: a folder of its own, or each would build the other anew.
     let target = cache().join("fuzz").join(if address { "target-address" } else { "target" });
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["build", "--locked", "--release", "--bins", "--target", host, "--manifest-path"]);
+    cargo.args(["build", "--locked", "--release", "--bins", "--target", &host, "--manifest-path"]);
     cargo.arg(folder().join("Cargo.toml")).env("CARGO_TARGET_DIR", &target);
     if address {
         // The sanitizer comes with the toolchain; only its option is not yet stable.

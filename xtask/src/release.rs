@@ -9,7 +9,7 @@ use std::process::Command;
 
 use clap::Args;
 
-use crate::steps::{Failed, output, run, say};
+use crate::steps::{Failed, host, output, run, say};
 use crate::up;
 
 const DAEMONS: [&str; 2] = ["orchestratord", "pool-managerd"];
@@ -95,13 +95,6 @@ fn build(target: &Path, host: &str, flag: &str) -> Result<(), Failed> {
     let mut build = release_of(&DAEMONS);
     build.args(["--target", host]).env("CARGO_TARGET_DIR", target).env("CARGO_ENCODED_RUSTFLAGS", flags);
     run(&mut build, COMPILER)
-}
-
-/// This machine's name for the compiler.
-fn host() -> Result<String, Failed> {
-    let reported = output(Command::new("rustc").arg("-vV"), "rustc must be there")?;
-    let host = reported.lines().find_map(|line| line.strip_prefix("host: "));
-    host.map(str::to_owned).ok_or_else(|| Failed::new("`rustc -vV` does not name its host"))
 }
 
 /// The program that makes one profile of what was recorded: that of this compiler, which may write it in

@@ -59,6 +59,13 @@ pub(crate) fn output(command: &mut Command, remedy: &str) -> Result<String, Fail
     }
 }
 
+/// This machine's name for the compiler.
+pub(crate) fn host() -> Result<String, Failed> {
+    let version = output(Command::new("rustc").arg("-vV"), "install the toolchain of rust-toolchain.toml")?;
+    let host = version.lines().find_map(|line| line.strip_prefix("host: "));
+    host.map(str::to_owned).ok_or_else(|| Failed::new("rustc does not say for which host it is"))
+}
+
 /// `cargo run` tells us about this package in variables that some build scripts watch: passed on,
 /// they would build the same crates anew at every change between cargo and `cargo xtask`.
 pub(crate) fn forget_outer_cargo(command: &mut Command) {
